@@ -1,0 +1,169 @@
+"""Interval estimates: Wilson for rates, bootstrap over prompts for differences and dose-response.
+
+In: counts, or per-prompt sums as numpy arrays. Out: a value with the ends of its 95% interval; NaN where
+the data cannot say (no prompts, no spread to resample).
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri
+from scipy.stats import rankdata
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+
+
+class Estimate(NamedTuple):
+    """A point estimate and its 95% interval, all in the unit of the metric."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson score interval (95%) of a rate.
+
+    `successes` may be fractional, which happens when a prompt's outcome is averaged over replicas; `n` counts
+    independent prompts. Returns `(low, high)` in [0, 1], `(nan, nan)` for `n == 0`.
+    Raises ValueError unless `0 <= successes <= n`.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"wilson: successes must lie between 0 and n, got {successes} of {n}")
+    if n == 0:
+        return math.nan, math.nan
+    z = float(ndtri(0.5 + CONFIDENCE / 2))
+    rate = successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    # At 0 and n successes the end is exactly 0 or 1; rounding would leave 1e-17 there.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == n else centre + half
+    return low, high
+
+
+def no_event_bound(n: int) -> float:
+    """Largest rate compatible (95%, one-sided, exact) with seeing an event in none of `n` prompts.
+
+    The bootstrap of a difference that is zero on every prompt has width zero, which claims more than `n`
+    prompts can show; this bound, about `3 / n`, is what they do show. NaN for `n == 0`.
+    """
+    return math.nan if n == 0 else 1 - (1 - CONFIDENCE) ** (1 / n)
+
+
+def paired_bootstrap(
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    baseline_numerators: ArrayLike,
+    baseline_denominators: ArrayLike,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """Difference of two ratios of sums over the same prompts, with its percentile bootstrap interval.
+
+    All arrays are `(prompt,)` and position i is the same prompt in all four. The statistic is
+    `sum(numerators) / sum(denominators) - sum(baseline_numerators) / sum(baseline_denominators)`:
+
+    - token-weighted mean, e.g. CE: numerators are summed nats per prompt, denominators token counts;
+    - plain rate: numerators are 0 or 1, denominators 1, or 0 where the outcome is undefined for that prompt.
+
+    Prompts are resampled whole, the same draw for condition and baseline. Same seed and number of prompts
+    give the same draws, so equal data give equal intervals. The ends are NaN for fewer than two prompts.
+    Raises ValueError when the lengths differ.
+    """
+    columns = [
+        np.asarray(column, dtype=np.float64)
+        for column in (numerators, denominators, baseline_numerators, baseline_denominators)
+    ]
+    if len({column.shape for column in columns}) != 1 or columns[0].ndim != 1:
+        shapes = ", ".join(str(column.shape) for column in columns)
+        raise ValueError(f"paired_bootstrap needs four arrays of one entry per prompt, got shapes {shapes}")
+    stacked = np.stack(columns, axis=1)  # (prompt, 4)
+
+    def difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        return _ratio(sums[:, 0], sums[:, 1]) - _ratio(sums[:, 2], sums[:, 3])
+
+    value = float(difference(stacked.sum(axis=0, keepdims=True))[0])
+    if len(stacked) < 2:
+        return Estimate(value, math.nan, math.nan)
+    return _interval(value, difference(_resample_counts(len(stacked), seed, resamples) @ stacked))
+
+
+def slope_and_spearman(
+    alpha: Sequence[float],
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> tuple[Estimate, Estimate]:
+    """Least-squares slope and Spearman rho of a metric against alpha, with bootstrap intervals over prompts.
+
+    `alpha` is `(dose,)`; `numerators` and `denominators` are `(dose, prompt)`, the same prompts in every row;
+    the metric at a dose is `sum(numerators) / sum(denominators)`. The slope is in metric units per unit
+    of alpha. Both are NaN for fewer than two distinct alphas; rho is NaN for a metric that never changes.
+    Raises ValueError when the shapes do not match.
+    """
+    doses = np.asarray(alpha, dtype=np.float64)
+    tops = np.asarray(numerators, dtype=np.float64)
+    bottoms = np.asarray(denominators, dtype=np.float64)
+    if tops.ndim != 2 or tops.shape != bottoms.shape or len(tops) != len(doses):
+        raise ValueError(
+            "slope_and_spearman needs (dose, prompt) arrays matching alpha, got "
+            f"{doses.shape}, {tops.shape} and {bottoms.shape}"
+        )
+    if len(np.unique(doses)) < 2:
+        nothing = Estimate(math.nan, math.nan, math.nan)
+        return nothing, nothing
+    centred = doses - doses.mean()
+    dose_ranks = rankdata(doses)
+
+    def slopes(metric: NDArray[np.float64]) -> NDArray[np.float64]:
+        return metric @ centred / (centred @ centred)
+
+    def rhos(metric: NDArray[np.float64]) -> NDArray[np.float64]:
+        # Ranks of n doses have mean (n + 1) / 2, ties or not; Pearson of ranks is Spearman's rho.
+        x = dose_ranks - (len(doses) + 1) / 2
+        y = rankdata(metric, axis=1, nan_policy="propagate") - (len(doses) + 1) / 2
+        return _ratio(y @ x, np.sqrt((x @ x) * (y * y).sum(axis=1)))
+
+    point = _ratio(tops.sum(axis=1), bottoms.sum(axis=1))[None, :]  # (1, dose)
+    slope, rho = float(slopes(point)[0]), float(rhos(point)[0])
+    if tops.shape[1] < 2:
+        return Estimate(slope, math.nan, math.nan), Estimate(rho, math.nan, math.nan)
+    counts = _resample_counts(tops.shape[1], seed, resamples)
+    drawn = _ratio(counts @ tops.T, counts @ bottoms.T)  # (resample, dose)
+    return _interval(slope, slopes(drawn)), _interval(rho, rhos(drawn))
+
+
+@lru_cache(maxsize=4)
+def _resample_counts(n: int, seed: int, resamples: int) -> NDArray[np.float64]:
+    """How often each of `n` prompts is drawn in each bootstrap resample, `(resamples, n)`; read-only.
+
+    A resampled sum is then one matrix product, and the draws are shared by every table row with `n` prompts.
+    """
+    generator = np.random.default_rng(seed)
+    counts = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    counts.flags.writeable = False
+    return counts
+
+
+def _ratio(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`top / bottom`, NaN where the denominator is zero (a resample without one defined outcome)."""
+    return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom != 0)
+
+
+def _interval(value: float, drawn: NDArray[np.float64]) -> Estimate:
+    """Percentile interval of the resampled statistic, over the resamples in which it is defined."""
+    defined = drawn[np.isfinite(drawn)]
+    if math.isnan(value) or not len(defined):
+        return Estimate(value, math.nan, math.nan)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(defined, [tail, 1 - tail])
+    return Estimate(value, float(low), float(high))
