@@ -1,0 +1,1 @@
+"""The language model and the transcoders, as objects and as files."""

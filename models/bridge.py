@@ -1,0 +1,35 @@
+"""The model under TransformerLens, and the names of its taps.
+
+In: a transformers model and its tokenizer. Out: a `TransformerBridge` around the same weights, with fast attention
+where the architecture allows it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from models.transcoder import Taps
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
+    """Wraps `model` in place; no second copy of the weights is made."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
+    bridge = TransformerBridge.boot_transformers(
+        model.config._name_or_path or "local", hf_model=model, tokenizer=tokenizer, device=str(model.device)
+    )
+    # Booting switches to eager attention; only soft-capped attention (Gemma-2) needs it.
+    if getattr(model.config, "attn_logit_softcapping", None) is None:
+        bridge.original_model.set_attn_implementation("sdpa")
+    return bridge
+
+
+def tap_names(taps: Taps, layer: int) -> tuple[str, str]:
+    """The full hook names of a layer's input and output taps."""
+    return f"blocks.{layer}.{taps.input}", f"blocks.{layer}.{taps.output}"

@@ -1,0 +1,62 @@
+"""A small random Gemma-2, built on the spot, for tests and demonstrations.
+
+In: an empty folder and a seed. Out: config, weights and a byte-level tokenizer in it. It keeps what makes Gemma-2
+hard to get right: four norms a block with gains far from 1, soft-capping, sliding windows, tied embeddings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SPECIALS = ["<pad>", "<eos>", "<bos>"]
+
+
+def build_tiny_gemma2(folder: Path, seed: int, n_layers: int = 4, d_model: int = 32) -> None:
+    """Saves the model and tokenizer under `folder`."""
+    import torch
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    tokenizer = byte_tokenizer()
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=d_model,
+        intermediate_size=4 * d_model,
+        num_hidden_layers=n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=d_model // 4,
+        query_pre_attn_scalar=d_model // 4,
+        sliding_window=64,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        attn_implementation="eager",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Gemma2ForCausalLM(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:  # the gain is 1 + weight
+                    parameter.copy_(torch.randn_like(parameter) * 0.5)
+                else:
+                    parameter.mul_(5.0)  # the default 0.02 leaves the blocks almost silent
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def byte_tokenizer():
+    """A tokenizer of the 256 bytes and three special tokens, needing no file and no training."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIALS, *alphabet])}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    )

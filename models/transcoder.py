@@ -1,0 +1,102 @@
+"""JumpReLU transcoders as objects.
+
+In: weights. Out: feature activations and reconstructions of an MLP's output. A base transcoder has a decoder bias, a
+delta transcoder has none, so that a strength can scale it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.errors import ModelError
+
+
+class Taps(NamedTuple):
+    """Where a transcoder reads and writes, as TransformerLens hook names inside `blocks.L`."""
+
+    input: str
+    output: str
+
+
+GEMMA_SCOPE_TAPS = Taps("ln2.hook_normalized", "hook_mlp_out")
+"""Input after RMS normalisation and before the norm's gain; output as added to the residual stream."""
+
+
+@dataclass(frozen=True)
+class Transcoder:
+    """`acts = relu(pre) * (pre > threshold)`, `pre = x @ W_enc + b_enc`, `output = acts @ W_dec + b_dec`.
+
+    W_enc (d_model, d_sae), W_dec (d_sae, d_model), b_enc and threshold (d_sae,), b_dec (d_model,) or None.
+    The decoder bias is not subtracted from the input. Source: Gemma Scope (arXiv 2408.05147), section 2 and
+    appendix on transcoders.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+    W_dec: Tensor
+    b_dec: Tensor | None
+    layer: int
+    taps: Taps = GEMMA_SCOPE_TAPS
+
+    def __post_init__(self) -> None:
+        d_model, d_sae = self.W_enc.shape
+        expected = {"W_dec": (d_sae, d_model), "b_enc": (d_sae,), "threshold": (d_sae,), "b_dec": (d_model,)}
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ModelError(
+                    f"{name} has shape {tuple(tensor.shape)}, expected {shape} beside W_enc {(d_model, d_sae)}"
+                )
+
+    @property
+    def d_model(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_enc.shape[1]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Feature activations (..., d_sae) of `x` (..., d_model)."""
+        return jump_relu(x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc, self.threshold)
+
+    def decode(self, acts: Tensor) -> Tensor:
+        """Output (..., d_model) of `acts` (..., d_sae)."""
+        output = acts @ self.W_dec
+        return output if self.b_dec is None else output + self.b_dec
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
+
+    def to(self, device: str | torch.device) -> Transcoder:
+        moved = {
+            name: tensor.to(device)
+            for name in ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
+
+def jump_relu(pre: Tensor, threshold: Tensor) -> Tensor:
+    """`relu(pre) * (pre > threshold)`."""
+    return torch.relu(pre) * (pre > threshold)
+
+
+def check_fits(transcoder: Transcoder, *, d_model: int, n_layers: int, taps: Taps, origin: str) -> None:
+    """Raises ModelError where a transcoder and a model do not belong together; nothing is rescaled silently."""
+    if transcoder.d_model != d_model:
+        raise ModelError(f"{origin}: made for d_model {transcoder.d_model}, the model has d_model {d_model}")
+    if not 0 <= transcoder.layer < n_layers:
+        raise ModelError(
+            f"{origin}: made for layer {transcoder.layer}, the model has layers 0 to {n_layers - 1}"
+        )
+    if transcoder.taps != taps:
+        raise ModelError(
+            f"{origin}: reads {transcoder.taps.input} and replaces {transcoder.taps.output}, "
+            f"the sweep uses {taps.input} and {taps.output}"
+        )

@@ -1,0 +1,263 @@
+"""The settings of a sweep, typed.
+
+In: plain values read from YAML and the command line. Out: a frozen `Sweep`, or a pydantic error that names the key.
+Every default here is the default of the tool; the presets beside this file only say where they differ.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Scalar = StrictBool | int | float | str
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Range(Section):
+    """A searched number between `low` and `high` (inclusive), on a log scale if `log`."""
+
+    low: Finite
+    high: Finite
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got low={self.low} and high={self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range needs low above 0, got low={self.low}")
+        return self
+
+    @property
+    def is_integer(self) -> bool:
+        return float(self.low).is_integer() and float(self.high).is_integer() and not self.log
+
+
+class Choice(Section):
+    """A searched value out of a list."""
+
+    choice: Annotated[list[Scalar], Field(min_length=1)]
+
+
+Dimension = Range | Choice | Scalar
+"""One searched setting; a bare value is held fixed."""
+
+
+class Model(Section):
+    source: str = "smollm2-135m"
+    """`smollm2-135m` (embedded), `tiny-gemma2` (random, for tests), a local folder, or a hub repository."""
+    revision: str | None = None
+
+
+class Data(Section):
+    tool_rows: Count = 5000
+    copy_rows: Count = 5000
+    validation_rows: Count = 200
+    eval_rows: Count = 100
+    """Rows of each evaluation subset (tool, copy, tool_ood)."""
+    text_train_lines: Count = 16200
+    text_validation_lines: Count = 1800
+    rows_file: str | None = None
+    """A user's own JSONL rows {input, target, label}, in place of the generated ones."""
+    text_train_file: str | None = None
+    text_validation_file: str | None = None
+    copy_source: Literal["shipped", "c4"] = "shipped"
+    max_reject_fraction: Fraction = 0.05
+    decimals: bool = False
+    negatives: bool = False
+    parentheses: bool = False
+
+
+class LoraSpace(Section):
+    """The LoRA study's dimensions. `alpha_over_r` scales the adapter: alpha = alpha_over_r * r."""
+
+    r: Dimension = Choice(choice=[8, 16, 32])
+    alpha_over_r: Dimension = Choice(choice=[1.0, 2.0])
+    lr: Dimension = Range(low=1e-4, high=1e-3, log=True)
+    dropout: Dimension = 0.0
+    weight_decay: Dimension = 0.0
+    batch_size: Dimension = 8
+    targets: Dimension = "all-linear"
+    """PEFT target modules: `all-linear`, or names joined by commas."""
+    schedule: Dimension = "linear"
+
+
+class Lora(Section):
+    trials: Count = 16
+    steps: Count = 400
+    eval_every: Count = 50
+    """Optimiser steps between validations; ASHA may stop a trial at each."""
+    warmup_fraction: Fraction = 0.05
+    grad_clip: Positive = 1.0
+    loss_on: Literal["target", "everything"] = "target"
+    asha: bool = True
+    grace_evals: Count = 1
+    """Validations every trial gets before ASHA may stop it."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    space: LoraSpace = LoraSpace()
+
+
+class Activations(Section):
+    train_tokens: Count = 1_000_000
+    validation_tokens: Count = 50_000
+    batch_tokens: Count = 4096
+    """Padded tokens in one forward pass of the capture."""
+    max_length: Count = 256
+    """Tokens after which a captured text is cut."""
+
+
+class Transcoders(Section):
+    source: str = "train"
+    """`train`, a local folder, or a hub repository in Gemma Scope's layout."""
+    layers: list[int] | Literal["all"] = "all"
+    width: str | int = 16384
+    """Features of a trained base transcoder, or the width label of a published one (such as 16k)."""
+    target_l0: Annotated[list[Positive], Field(min_length=1)] = [16.0, 32.0, 64.0]
+    """Mean active features a token of the trained bases; one base for each."""
+    epochs: Count = 4
+    batch_size: Count = 2048
+    lr: Positive = 1e-3
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, layers: list[int] | str) -> list[int] | str:
+        if isinstance(layers, list):
+            if not layers:
+                raise ValueError("name at least one layer, or 'all'")
+            if len(set(layers)) != len(layers):
+                raise ValueError(f"a layer is named twice in {layers}")
+        return layers
+
+
+class DeltaSpace(Section):
+    lr: Dimension = Range(low=1e-3, high=1e-2, log=True)
+    sparsity: Dimension = Range(low=1e-4, high=1e-2, log=True)
+
+
+class Deltas(Section):
+    percentiles: Annotated[list[Fraction], Field(min_length=1)] = [0.25, 0.5, 0.75]
+    """Which base of a layer: index min(n - 1, int(n * p)) among its n candidates by ascending L0."""
+    d_new: Annotated[list[Count], Field(min_length=1)] = [32, 64, 128]
+    trials: Count = 8
+    """Trials of each (layer, percentile, d_new) group."""
+    replicas: Count = 1
+    """Seeds trained side by side in every trial; the trial's value is their mean."""
+    epochs: Count = 4
+    batch_size: Count = 2048
+    l0_budget: Positive = 16.0
+    """Active delta features a token above which `val_loss` is penalised."""
+    sparsity_warmup_fraction: Fraction = 0.2
+    lr_warmup_fraction: Fraction = 0.05
+    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    grad_clip: Positive = 1.0
+    patience: Count = 4
+    """Validations without improvement after which a trial stops itself."""
+    asha: bool = True
+    grace_evals: Count = 2
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    space: DeltaSpace = DeltaSpace()
+
+
+class Evaluate(Section):
+    subsets: Annotated[list[Literal["tool", "copy", "tool_ood"]], Field(min_length=1)] = [
+        "tool",
+        "copy",
+        "tool_ood",
+    ]
+    conditions: Annotated[list[Literal["raw", "no_delta", "full"]], Field(min_length=1)] = [
+        "raw",
+        "no_delta",
+        "full",
+    ]
+    alphas: list[Finite] = [0.0, 0.25, 0.5, 0.75, 1.0]
+    alpha_layers: list[int] | Literal["all"] = "all"
+    """Layers of the dose-response; `all` is every swept layer."""
+    joint: bool = True
+    """Also splice all swept layers at once."""
+    percentile: Fraction | None = None
+    """Base used for behaviour; null takes the (percentile, d_new) of the lowest mean validation FVU."""
+    d_new: Count | None = None
+    text_lines: Count = 64
+    """Held-out texts on which reconstruction is measured."""
+    max_new_tokens: Count = 64
+    batch_size: Count = 32
+
+    @field_validator("alphas")
+    @classmethod
+    def _alphas(cls, alphas: list[float]) -> list[float]:
+        if len(set(alphas)) != len(alphas):
+            raise ValueError(f"an alpha is named twice in {alphas}")
+        return alphas
+
+    @field_validator("conditions")
+    @classmethod
+    def _conditions(cls, conditions: list[str]) -> list[str]:
+        if "raw" not in conditions:
+            raise ValueError("must hold raw: every other condition is compared with it")
+        return conditions
+
+
+class Compute(Section):
+    cpus_per_trial: Count = 1
+    gpus_per_trial: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    """A fraction shares a GPU between trials; null is one GPU where there are GPUs, else none."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of training and capture; `auto` is bf16 where the device has fast bf16 arithmetic, else fp32."""
+    max_concurrent: Count | None = None
+    """Trials or evaluation workers at once; null fills the machine."""
+    max_retries: Annotated[int, Field(ge=0)] = 1
+    """Further tries of a trial whose worker died."""
+
+
+class Storage(Section):
+    root: str = "mlruns"
+    """Folder of everything a sweep leaves behind; on a cluster it must be the same folder on every node."""
+    tracking_uri: str | None = None
+    """MLflow tracking server; null is sqlite:///ROOT/mlflow.db."""
+    optuna_url: str | None = None
+    """Optuna storage (postgresql://..., sqlite:///...); null is a journal file under ROOT/optuna/."""
+
+
+class Sweep(Section):
+    """A whole study."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    model: Model = Model()
+    data: Data = Data()
+    lora: Lora = Lora()
+    activations: Activations = Activations()
+    transcoders: Transcoders = Transcoders()
+    deltas: Deltas = Deltas()
+    evaluate: Evaluate = Evaluate()
+    compute: Compute = Compute()
+    storage: Storage = Storage()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Sweep:
+        if self.transcoders.source == "train" and not isinstance(self.transcoders.width, int):
+            raise ValueError(
+                f"transcoders.width must be a whole number for trained bases, got {self.transcoders.width!r}"
+            )
+        layers = self.transcoders.layers
+        if isinstance(layers, list) and isinstance(self.evaluate.alpha_layers, list):
+            stray = sorted(set(self.evaluate.alpha_layers) - set(layers))
+            if stray:
+                raise ValueError(
+                    f"evaluate.alpha_layers names {stray}, which transcoders.layers {layers} lacks"
+                )
+        if self.evaluate.percentile is not None and self.evaluate.percentile not in self.deltas.percentiles:
+            raise ValueError(
+                f"evaluate.percentile is {self.evaluate.percentile}, deltas.percentiles is {self.deltas.percentiles}"
+            )
+        if self.evaluate.d_new is not None and self.evaluate.d_new not in self.deltas.d_new:
+            raise ValueError(f"evaluate.d_new is {self.evaluate.d_new}, deltas.d_new is {self.deltas.d_new}")
+        return self
