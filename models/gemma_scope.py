@@ -45,11 +45,7 @@ def candidates(root: str, layer: int, width: int | str) -> list[Candidate]:
     """
     below = f"layer_{layer}/{width_label(width)}"
     names = _local_names(Path(root), below) if Path(root).is_dir() else _hub_names(root, below)
-    found = [
-        Candidate(float(match[1]), f"{below}/{name}")
-        for name in names
-        if (match := _L0_FOLDER.fullmatch(name))
-    ]
+    found = [Candidate(float(match[1]), f"{below}/{name}") for name in names if (match := _L0_FOLDER.fullmatch(name))]
     if not found:
         raise ModelError(f"transcoders.source: {root} has no {below}/average_l0_*/params.npz")
     return sorted(found)

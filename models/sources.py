@@ -54,14 +54,10 @@ def check_source(source: str, revision: str | None = None) -> None:
         _embedded_file(EMBEDDED[source])
     elif Path(source).is_dir():
         if not (Path(source) / "config.json").is_file():
-            raise ModelError(
-                f"model.source: the folder {source} has no config.json, so it is not a saved model"
-            )
+            raise ModelError(f"model.source: the folder {source} has no config.json, so it is not a saved model")
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
         known = ", ".join([*EMBEDDED, TINY])
-        raise ModelError(
-            f"model.source: no model {source!r}; give a folder, a hub repository OWNER/NAME, or {known}"
-        )
+        raise ModelError(f"model.source: no model {source!r}; give a folder, a hub repository OWNER/NAME, or {known}")
     else:
         check_hub(source, "model.source", revision)
 
@@ -71,14 +67,12 @@ def check_hub(repository: str, key: str, revision: str | None = None) -> None:
     from huggingface_hub import HfApi, constants, scan_cache_dir
     from huggingface_hub.errors import (
         GatedRepoError,
-        HFValidationError,
         HfHubHTTPError,
+        HFValidationError,
         RepositoryNotFoundError,
     )
 
-    if Path(constants.HF_HUB_CACHE).is_dir() and any(
-        repo.repo_id == repository for repo in scan_cache_dir().repos
-    ):
+    if Path(constants.HF_HUB_CACHE).is_dir() and any(repo.repo_id == repository for repo in scan_cache_dir().repos):
         return
     if constants.HF_HUB_OFFLINE:
         raise ModelError(f"{key}: {repository} is not in the local hub cache and HF_HUB_OFFLINE is set")
@@ -115,9 +109,7 @@ def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0
         return _build_once(cache / f"{TINY}-seed{seed}", lambda folder: build_tiny_gemma2(folder, seed))
     if source in EMBEDDED:
         embedded = EMBEDDED[source]
-        return _build_once(
-            cache / f"{source}-{embedded.sha256[:8]}", lambda folder: _convert_gguf(embedded, folder)
-        )
+        return _build_once(cache / f"{source}-{embedded.sha256[:8]}", lambda folder: _convert_gguf(embedded, folder))
     if Path(source).is_dir():
         return Path(source).resolve()
     from huggingface_hub import snapshot_download
@@ -137,9 +129,7 @@ def model_facts(folder: Path) -> dict[str, Any]:
             "architecture": str(config.get("model_type", "unknown")),
         }
     except KeyError as error:
-        raise ModelError(
-            f"model.source: {folder}/config.json lacks {error}, so it is not a causal LM"
-        ) from None
+        raise ModelError(f"model.source: {folder}/config.json lacks {error}, so it is not a causal LM") from None
 
 
 def load_model(
@@ -154,17 +144,11 @@ def load_model(
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.source: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise ModelError(f"model.source: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"model.source: the tokenizer of {folder} has no EOS token, which generation needs to stop"
-        )
+        raise ModelError(f"model.source: the tokenizer of {folder} has no EOS token, which generation needs to stop")
     if tokenizer.bos_token_id is None:
-        raise ModelError(
-            f"model.source: the tokenizer of {folder} has no BOS token, which every prompt starts with"
-        )
+        raise ModelError(f"model.source: the tokenizer of {folder} has no BOS token, which every prompt starts with")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return model.to(device).eval(), tokenizer
@@ -190,14 +174,10 @@ def _convert_gguf(embedded: EmbeddedModel, folder: Path) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != embedded.sha256:
-        raise ModelError(
-            f"model.source: {path} has SHA-256 {found}, expected {embedded.sha256}; reinstall it"
-        )
+        raise ModelError(f"model.source: {path} has SHA-256 {found}, expected {embedded.sha256}; reinstall it")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # A GGUF-loaded model refuses save_pretrained; the same state in a fresh model saves.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)

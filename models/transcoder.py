@@ -92,9 +92,7 @@ def check_fits(transcoder: Transcoder, *, d_model: int, n_layers: int, taps: Tap
     if transcoder.d_model != d_model:
         raise ModelError(f"{origin}: made for d_model {transcoder.d_model}, the model has d_model {d_model}")
     if not 0 <= transcoder.layer < n_layers:
-        raise ModelError(
-            f"{origin}: made for layer {transcoder.layer}, the model has layers 0 to {n_layers - 1}"
-        )
+        raise ModelError(f"{origin}: made for layer {transcoder.layer}, the model has layers 0 to {n_layers - 1}")
     if transcoder.taps != taps:
         raise ModelError(
             f"{origin}: reads {transcoder.taps.input} and replaces {transcoder.taps.output}, "

@@ -65,9 +65,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise SettingsError(
-            f"{key}: the value {text!r} cannot be read; quote it, or write a list as [a, b]"
-        ) from None
+        raise SettingsError(f"{key}: the value {text!r} cannot be read; quote it, or write a list as [a, b]") from None
     if isinstance(value, str) and _EXPONENT.fullmatch(value):
         value = float(value)  # YAML 1.1 reads 1e-3 as text; a user who writes it means the number.
     node = values

@@ -251,9 +251,7 @@ class Sweep(Section):
         if isinstance(layers, list) and isinstance(self.evaluate.alpha_layers, list):
             stray = sorted(set(self.evaluate.alpha_layers) - set(layers))
             if stray:
-                raise ValueError(
-                    f"evaluate.alpha_layers names {stray}, which transcoders.layers {layers} lacks"
-                )
+                raise ValueError(f"evaluate.alpha_layers names {stray}, which transcoders.layers {layers} lacks")
         if self.evaluate.percentile is not None and self.evaluate.percentile not in self.deltas.percentiles:
             raise ValueError(
                 f"evaluate.percentile is {self.evaluate.percentile}, deltas.percentiles is {self.deltas.percentiles}"
