@@ -1,0 +1,75 @@
+"""Copy sentences: what counts as one, and where they come from.
+
+In: nothing (the shipped file), or a stream of web documents (C4 from the hub). Out: sentences of 30-150
+characters that carry a number and no arithmetic, each of which a model is taught to repeat unchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from data.rows import DataError
+
+SHIPPED = Path(__file__).with_name("copy_rows.txt")
+MIN_CHARACTERS, MAX_CHARACTERS = 30, 150
+
+_OPERATOR = re.compile(r"[+*=<>{}\\^|]|\d\s*[-/x×÷]\s*\d|\s[-/]\s")
+_REQUEST = re.compile(
+    r"(?i)\b(?:calculat|comput[ei]|subtract|multipl|divided? by|solve|the sum of|add up|plus|minus|times)\w*"
+)
+_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
+
+
+def is_copy_text(text: str) -> bool:
+    """True for one printable line of 30-150 characters with a digit, no operator and no word of arithmetic."""
+    return (
+        MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS
+        and text.isprintable()
+        and text == text.strip()
+        and any(character.isdigit() for character in text)
+        and not _OPERATOR.search(text)
+        and not _REQUEST.search(text)
+    )
+
+
+def shipped_copy_texts(path: Path = SHIPPED) -> list[str]:
+    """The sentences shipped with this package, in file order; lines that open with `#` are its head."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"the shipped copy sentences are missing: {error}") from error
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def copy_texts_of(documents: Iterable[str]) -> Iterator[str]:
+    """Sentences of web documents that pass `is_copy_text` and end like a sentence, at most two a document."""
+    for document in documents:
+        found = 0
+        for line in document.splitlines():
+            for sentence in _SENTENCE.split(line.strip()):
+                if sentence[-1:] in ".!?" and is_copy_text(sentence):
+                    yield sentence
+                    found += 1
+                if found == 2:
+                    break
+            if found == 2:
+                break
+
+
+def c4_copy_texts() -> Iterator[str]:
+    """Sentences of C4 (English, ODC-BY), streamed from the hub in file order.
+
+    Raises `DataError` when the hub cannot be reached.
+    """
+    try:
+        import datasets
+
+        stream = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
+        yield from copy_texts_of(document["text"] for document in stream)
+    except Exception as error:  # every hub failure has its own exception type
+        raise DataError(
+            f"data.copy_source=c4 needs the Hugging Face hub, which did not answer ({type(error).__name__}); "
+            "use data.copy_source=shipped"
+        ) from error

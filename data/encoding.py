@@ -1,0 +1,81 @@
+"""Text to tokens, one way for training, capture, scoring and generation.
+
+In: a tokenizer and texts. Out: token lists that start with BOS, and left-padded batches of them. Training text is
+`BOS + input + "\\n" + target + EOS`; the prefix `BOS + input + "\\n"` is tokenised on its own, so that it is the same
+token for token when the target is not there yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Encoded(NamedTuple):
+    """A prompt and its target (with EOS) as token ids."""
+
+    prompt: list[int]
+    target: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt + self.target
+
+
+class Batch(NamedTuple):
+    """Left-padded rows. ids, mask, positions: (batch, length); mask is False on padding, positions count from BOS."""
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+
+    @property
+    def editable(self) -> Tensor:
+        """(batch, length): True where a transcoder may be spliced in or trained on: neither padding nor BOS."""
+        return self.mask & (self.positions > 0)
+
+    def to(self, device: str | torch.device) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in self))
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """`BOS + text`."""
+    return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """`BOS + text + "\\n"`, what a model is given before it answers."""
+    return encode_text(tokenizer, text + "\n")
+
+
+def encode_row(tokenizer: PreTrainedTokenizerBase, text: str, target: str) -> Encoded:
+    """A whole training row."""
+    answer = tokenizer(target, add_special_tokens=False)["input_ids"]
+    return Encoded(encode_prompt(tokenizer, text), [*answer, tokenizer.eos_token_id])
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
+    """Rows of token ids as one batch, padded on the left to the longest."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    positions = torch.arange(longest).unsqueeze(0) - (longest - lengths).unsqueeze(1)
+    return Batch(ids, positions >= 0, positions.clamp(min=0))
+
+
+def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Row indices in batches of similar length, each at most `batch_tokens` padded tokens (or one row)."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batch and lengths[index] * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,169 @@
+"""A user's own files, streamed line by line; every line that cannot be used is counted and the first are named.
+
+In: a JSON-lines file of `{input, target, label}` or a text file of one text a line. Out: iterators of rows or
+texts, and a `LineLog` of what was rejected and why.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data.rows import LABELS, DataError, Row, make_row
+
+LABEL_NAMES = {"positive": "tool", "negative": "copy"} | {label: label for label in LABELS}
+MAX_LINE_BYTES = 1 << 20
+NAMED_REJECTS = 10
+
+T = TypeVar("T")
+
+
+class _Reject(Exception):
+    """Why a line cannot be used: a short reason to count it under, and what about this line."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass
+class LineLog:
+    """What became of a file's lines. `first` names up to ten rejected lines as `line 7: not JSON (...)`."""
+
+    path: str
+    lines: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: list[str] = field(default_factory=list)
+
+    @property
+    def rejected(self) -> int:
+        return self.reasons.total()
+
+    def require(self, max_reject_fraction: float) -> None:
+        """Raise `DataError` when more than that fraction of the lines was rejected, or there was no line."""
+        if not self.lines:
+            raise DataError(f"{self.path} is empty")
+        if self.rejected > max_reject_fraction * self.lines:
+            raise DataError(
+                f"{self.path}: {self.rejected} of {self.lines} lines cannot be used, more than the allowed "
+                f"fraction of {max_reject_fraction:g}; the first: {'; '.join(self.first)}"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the report: path, lines, rejected, reasons, first."""
+        return {
+            "path": self.path,
+            "lines": self.lines,
+            "rejected": self.rejected,
+            "reasons": dict(sorted(self.reasons.items())),
+            "first": self.first,
+        }
+
+
+def stream_rows(log: LineLog, fits: Callable[[Row], bool]) -> Iterator[Row]:
+    """Rows of the JSON-lines file `log.path`, in file order, rejected lines noted in `log`.
+
+    A label may be tool, copy, tool_ood, positive (tool) or negative (copy); without one, a target that holds
+    `<tool_call>` makes a tool row. `fits` tells whether a row is within the model's context.
+    """
+
+    def parse(line: str) -> Row:
+        row = _parse_row(line)
+        if not fits(row):
+            raise _Reject("longer than the context")
+        return row
+
+    return _stream(log, parse)
+
+
+def stream_texts(log: LineLog, fits: Callable[[str], bool]) -> Iterator[str]:
+    """Texts of the file `log.path`, one a line, in file order, rejected lines noted in `log`."""
+
+    def parse(line: str) -> str:
+        text = line.strip()
+        if not text:
+            raise _Reject("empty")
+        if not fits(text):
+            raise _Reject("longer than the context")
+        return text
+
+    return _stream(log, parse)
+
+
+def _stream(log: LineLog, parse: Callable[[str], T]) -> Iterator[T]:
+    for raw in _raw_lines(log.path):
+        log.lines += 1
+        try:
+            if len(raw) > MAX_LINE_BYTES:
+                raise _Reject("line longer than 1 MiB")
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise _Reject("not UTF-8", f"byte {error.start + 1}") from None
+            item = parse(line)
+        except _Reject as reject:
+            log.reasons[reject.reason] += 1
+            if len(log.first) < NAMED_REJECTS:
+                detail = f" ({reject.detail})" if reject.detail else ""
+                log.first.append(f"line {log.lines}: {reject.reason}{detail}")
+        else:
+            yield item
+
+
+def _raw_lines(path: str) -> Iterator[bytes]:
+    """Lines without their ends and without a byte-order mark; of an overlong line only its first part."""
+    try:
+        if Path(path).is_dir():
+            raise DataError(f"{path} is a folder; a file was expected")
+        with open(path, "rb") as file:
+            first = True
+            while line := file.readline(MAX_LINE_BYTES + 2):
+                rest = line
+                while len(rest) == MAX_LINE_BYTES + 2 and not rest.endswith(b"\n"):
+                    rest = file.readline(MAX_LINE_BYTES + 2)
+                yield (line.removeprefix(codecs.BOM_UTF8) if first else line).rstrip(b"\r\n")
+                first = False
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _parse_row(line: str) -> Row:
+    if not line.strip():
+        raise _Reject("empty")
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _Reject("not JSON", str(error)) from None
+    if not isinstance(record, dict):
+        raise _Reject("not a JSON object")
+    text, target = _text(record, "input"), _text(record, "target")
+    return make_row(text, target, _label(record, target))
+
+
+def _text(record: dict[str, Any], name: str) -> str:
+    value = record.get(name)
+    if value is None:
+        raise _Reject(f"no {name}")
+    if not isinstance(value, str):
+        raise _Reject(f"{name} is not text", type(value).__name__)
+    if not value.strip():
+        raise _Reject(f"{name} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _Reject("not UTF-8", f"unpaired surrogate in {name}") from None
+    return value
+
+
+def _label(record: dict[str, Any], target: str) -> str:
+    label = record.get("label")
+    if label is None:
+        return "tool" if "<tool_call>" in target else "copy"
+    if not isinstance(label, str) or label not in LABEL_NAMES:
+        raise _Reject("unknown label", f"{label!r:.40}, allowed: {', '.join(sorted(LABEL_NAMES))}")
+    return LABEL_NAMES[label]

@@ -1,0 +1,105 @@
+"""The row every stage reads and writes, and the files it lives in.
+
+In: rows in memory or a JSON-lines file that `write_rows` wrote. Out: the other one of the two; files are written
+beside their final name and renamed, so a reader never sees half a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+LABELS = ("tool", "copy", "tool_ood")
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+
+
+class DataError(ValueError):
+    """A file or setting that cannot give the rows asked for; its message is one sentence a user can act on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt and the answer it should get.
+
+    `template` and `operands` say what makes two prompts the same exercise in other words of context:
+    the request with its numbers masked, and those numbers. See `request_identity`.
+    """
+
+    input: str
+    target: str
+    label: str
+    template: str = ""
+    operands: str = ""
+
+
+def request_identity(text: str) -> tuple[str, str]:
+    """(template, operands) of a prompt: its number-carrying sentences with numbers masked, and the numbers.
+
+    A sentence without a digit ("I am stuck on my homework.") is context and does not count, so the same
+    request behind two openings has one identity. A text without any digit is its own template.
+
+    >>> request_identity("Help me out. What is 12 + 7.5?")
+    ('what is # + #?', '12 7.5')
+    """
+    parts = _SENTENCE_END.split(" ".join(text.split()).casefold())
+    request = " ".join(part for part in parts if _NUMBER.search(part)) or " ".join(parts)
+    return _NUMBER.sub("#", request), " ".join(_NUMBER.findall(request))
+
+
+def make_row(text: str, target: str, label: str) -> Row:
+    """A `Row` with its identity filled in."""
+    template, operands = request_identity(text)
+    return Row(text, target, label, template, operands)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Rows of a file that `write_rows` wrote.
+
+    Raises `DataError` naming file and line when a line is not such a row; for files of any other origin
+    use `data.readers`, which counts and names what it rejects.
+    """
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    rows.append(Row(**json.loads(line)))
+                except (json.JSONDecodeError, TypeError) as error:
+                    raise DataError(f"{path}, line {number}: not a row this program wrote ({error})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    return rows
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write rows as JSON lines, atomically."""
+    write_lines(path, (json.dumps(asdict(row), ensure_ascii=False) for row in rows))
+
+
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Write UTF-8 lines with `\\n` ends to a temporary file beside `path`, then rename it over `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(line + "\n" for line in lines)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
