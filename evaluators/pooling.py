@@ -1,0 +1,136 @@
+"""Finished behaviour cells become per-prompt sums, replicas averaged.
+
+In: cells as the evaluation writes them (`rows`: one entry per prompt). Out: `{CellKey: PromptSums}` in table order;
+every metric is a ratio of two sums over prompts, which is what the bootstrap resamples.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Cell = dict[str, Any]
+
+NO_LAYER = "none"  # the `layer` of raw: nothing is spliced
+SUBSETS = ("tool", "copy", "tool_ood")  # display order; other subsets follow by name
+RATES = {  # table column -> per-prompt field; null in the field means undefined for that prompt
+    "tool_call_rate": "tool_call",
+    "valid_tool_format_rate": "valid_format",
+    "math_correct_rate": "math_correct",
+    "copy_exact_rate": "copy_exact",
+}
+MEANS = {  # table column -> (per-prompt sum, per-prompt token count)
+    "mean_ce": ("nll", "n_tokens"),
+    "mean_abs_base_acts": ("sum_abs_base_acts", "n_act_tokens"),
+    "mean_abs_delta_acts": ("sum_abs_delta_acts", "n_act_tokens"),
+}
+METRICS = (*MEANS, *RATES)
+
+
+class CellKey(NamedTuple):
+    """What distinguishes a table row; cells with equal keys are replicas (other seeds) and are averaged."""
+
+    layer: str
+    percentile: float | None
+    d_new: int | None
+    condition: str
+    alpha: float | None
+    subset: str
+    convention: str
+
+
+class PromptSums(NamedTuple):
+    """Per-prompt sums of every metric; `metric = tops.sum(0) / bottoms.sum(0)`. Averaged over replicas."""
+
+    prompts: NDArray[np.int64]  # (prompt,), ascending: the prompt's number within its subset
+    tops: NDArray[np.float64]  # (prompt, metric), columns in the order of METRICS
+    bottoms: NDArray[np.float64]  # (prompt, metric): tokens for means, 1 or 0 (undefined) for rates
+    replicas: int
+
+    def take(self, shared: NDArray[np.int64]) -> "PromptSums":
+        """The same sums over the prompts in `shared` (sorted, all present)."""
+        rows = np.searchsorted(self.prompts, shared)
+        return PromptSums(shared, self.tops[rows], self.bottoms[rows], self.replicas)
+
+
+def layer_label(layers: Sequence[int]) -> str:
+    """`[8]` -> `"8"`, `[16, 8]` -> `"8+16"`, `[]` -> `"none"`."""
+    return "+".join(str(layer) for layer in sorted(layers)) or NO_LAYER
+
+
+def layer_order(label: str) -> tuple[int, list[int]]:
+    """Sort key of a layer label: nothing, single layers by number, then sets by size."""
+    layers = [] if label == NO_LAYER else [int(part) for part in label.split("+")]
+    return len(layers), layers
+
+
+def subset_order(subset: str) -> tuple[int, str]:
+    """Sort key of a subset name: the known ones first, in SUBSETS' order."""
+    return (SUBSETS.index(subset) if subset in SUBSETS else len(SUBSETS)), subset
+
+
+def pool(cells: Iterable[Cell]) -> dict[CellKey, PromptSums]:
+    """Behaviour cells as per-prompt sums by key, in table order; replicas are averaged prompt by prompt.
+
+    Raises ValueError when replicas of a cell hold different prompts.
+    """
+    gathered: dict[CellKey, list[PromptSums]] = {}
+    seeds: dict[CellKey, set[int]] = {}
+    for cell in of_kind(cells, "behaviour"):
+        key = _key(cell)
+        gathered.setdefault(key, []).append(_prompt_sums(cell["rows"]))
+        seeds.setdefault(key, set()).add(cell["seed"])
+    pooled = {}
+    for key in sorted(gathered, key=_order):
+        replicas = gathered[key]
+        if any(not np.array_equal(replica.prompts, replicas[0].prompts) for replica in replicas):
+            raise ValueError(f"replicas of the cell {key} hold different prompts; evaluate it again with --fresh")
+        tops = np.mean([replica.tops for replica in replicas], axis=0)
+        bottoms = np.mean([replica.bottoms for replica in replicas], axis=0)
+        pooled[key] = PromptSums(replicas[0].prompts, tops, bottoms, len(seeds[key]))
+    return pooled
+
+
+def of_kind(cells: Iterable[Cell], kind: str) -> list[Cell]:
+    """The cells of one kind, `"behaviour"` or `"reconstruction"`, in the order given."""
+    return [cell for cell in cells if cell["kind"] == kind]
+
+
+def _key(cell: Cell) -> CellKey:
+    condition, alpha, d_new = cell["condition"], cell["alpha"], cell["d_new"]
+    if condition == "no_delta":  # the delta plays no part: one row whatever d_new the cell was filed under
+        alpha, d_new = 0.0, None
+    elif condition == "full":
+        alpha = 1.0
+    return CellKey(
+        layer_label(cell["layers"]),
+        cell["percentile"],
+        d_new,
+        condition,
+        alpha,
+        cell["subset"],
+        cell["convention"],
+    )
+
+
+def _order(key: CellKey) -> tuple:
+    rank = {"raw": 0, "no_delta": 1, "full": 2, "alpha": 3}.get(key.condition, 4)
+    numbers = tuple(-math.inf if value is None else value for value in (key.percentile, key.d_new, key.alpha))
+    layers, subset = layer_order(key.layer), subset_order(key.subset)
+    return layers, numbers[0], rank, key.condition, numbers[1], numbers[2], subset, str(key.convention)
+
+
+def _prompt_sums(rows: list[dict[str, Any]]) -> PromptSums:
+    rows = sorted(rows, key=lambda row: row["index"])
+    tops = np.zeros((len(rows), len(METRICS)))
+    bottoms = np.zeros_like(tops)
+    for line, row in enumerate(rows):
+        for column, (top, bottom) in enumerate(MEANS.values()):
+            if row.get(top) is not None:
+                tops[line, column], bottoms[line, column] = row[top], row[bottom]
+        for column, field in enumerate(RATES.values(), start=len(MEANS)):
+            if row.get(field) is not None:
+                tops[line, column], bottoms[line, column] = float(row[field]), 1.0
+    return PromptSums(np.array([row["index"] for row in rows], dtype=np.int64), tops, bottoms, 1)
