@@ -96,7 +96,7 @@ def stream_texts(log: LineLog, fits: Callable[[str], bool]) -> Iterator[str]:
 
 
 def _stream(log: LineLog, parse: Callable[[str], T]) -> Iterator[T]:
-    for raw in _raw_lines(log.path):
+    for raw in raw_lines(log.path):
         log.lines += 1
         try:
             if len(raw) > MAX_LINE_BYTES:
@@ -115,17 +115,26 @@ def _stream(log: LineLog, parse: Callable[[str], T]) -> Iterator[T]:
             yield item
 
 
-def _raw_lines(path: str) -> Iterator[bytes]:
-    """Lines without their ends and without a byte-order mark; of an overlong line only its first part."""
+def implied_label(target: str) -> str:
+    """The label of a row that has none: a target that holds a tool call makes a tool row."""
+    return "tool" if "<tool_call>" in target else "copy"
+
+
+def raw_lines(path: str, limit: int = MAX_LINE_BYTES) -> Iterator[bytes]:
+    """Lines of a file as bytes, without their ends and without a byte-order mark.
+
+    Of a line longer than `limit` bytes only a first part, longer than that, is given. Raises `DataError` when
+    the file cannot be read.
+    """
     try:
         if Path(path).is_dir():
             raise DataError(f"{path} is a folder; a file was expected")
         with open(path, "rb") as file:
             first = True
-            while line := file.readline(MAX_LINE_BYTES + 2):
+            while line := file.readline(limit + 2):
                 rest = line
-                while len(rest) == MAX_LINE_BYTES + 2 and not rest.endswith(b"\n"):
-                    rest = file.readline(MAX_LINE_BYTES + 2)
+                while len(rest) == limit + 2 and not rest.endswith(b"\n"):
+                    rest = file.readline(limit + 2)
                 yield (line.removeprefix(codecs.BOM_UTF8) if first else line).rstrip(b"\r\n")
                 first = False
     except OSError as error:
@@ -163,7 +172,7 @@ def _text(record: dict[str, Any], name: str) -> str:
 def _label(record: dict[str, Any], target: str) -> str:
     label = record.get("label")
     if label is None:
-        return "tool" if "<tool_call>" in target else "copy"
+        return implied_label(target)
     if not isinstance(label, str) or label not in LABEL_NAMES:
         raise _Reject("unknown label", f"{label!r:.40}, allowed: {', '.join(sorted(LABEL_NAMES))}")
     return LABEL_NAMES[label]

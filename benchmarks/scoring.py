@@ -1,0 +1,64 @@
+"""Rows scored a second on one core: `python -m benchmarks.scoring [ROWS]`.
+
+In: generated rows with realistic generations (right, wrong, reordered, chatty, unclosed, none). Out: two printed
+rates, of `score_row` on rows in memory and of `score_file` on a file, reading and JSON included.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from data.copy_grammar import copy_sentences
+from data.requests import RequestOptions, tool_rows
+from data.rows import Row, make_row
+from evaluators.scoring import score_file, score_row
+
+
+def realistic_rows(count: int) -> list[tuple[Row, str]]:
+    """Half tool, half copy rows with generations such as a half-trained model gives."""
+    rng = random.Random("benchmark")
+    tools = tool_rows(rng, RequestOptions(decimals=True, negatives=True, parentheses=True))
+    copies = (make_row(text, text, "copy") for text in copy_sentences(rng))
+    pairs = []
+    for index in range(count):
+        row = next(tools if index % 2 else copies)
+        generations = (
+            row.target,
+            row.target,
+            row.target,
+            row.target.replace("(", "( ").replace("1", "2"),
+            f"Sure. {row.target} That is it.",
+            row.target[: len(row.target) // 2],
+            row.input,
+            "",
+        )
+        pairs.append((row, rng.choice(generations)))
+    return pairs
+
+
+def main(count: int) -> None:
+    """Print both rates."""
+    pairs = list(itertools.islice(itertools.cycle(realistic_rows(min(count, 20_000))), count))
+    start = time.perf_counter()
+    for row, generation in pairs:
+        score_row(row.target, generation, row.label)
+    print(f"score_row:  {count / (time.perf_counter() - start):,.0f} rows/s")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            for row, generation in pairs:
+                record = {"input": row.input, "target": row.target, "generation": generation, "label": row.label}
+                file.write(json.dumps(record) + "\n")
+        start = time.perf_counter()
+        score_file(path)
+        print(f"score_file: {count / (time.perf_counter() - start):,.0f} rows/s")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200_000)
