@@ -5,7 +5,7 @@ nothing saved). Colours are Okabe and Ito's, told apart with any colour vision; 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,19 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from evaluators.pooling import NO_LAYER, layer_order, subset_order
+from evaluators.pooling import NO_LAYER, RATES, layer_order, subset_order
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MUTED = "#6b7280"
 INCHES_PER_PANEL = 3.5
+DPI = 130
 
-RATE_TITLES = {
-    "tool_call_rate": "tool_call_rate",
-    "valid_tool_format_rate": "valid_tool_format_rate",
-    "math_correct_rate": "math_correct_rate",
-    "copy_exact_rate": "copy_exact_rate",
-}
 HEATMAP_TITLES = {
     "mean_dce_full": "Mean CE increase, base + delta\n(nats per token)",
     "max_dce_full": "Worst layer's CE increase, base + delta\n(nats per token)",
@@ -61,10 +56,10 @@ def combination_heatmap(summary: pd.DataFrame, column: str) -> Figure:
 
 
 def delta_ce_by_layer(conditions: pd.DataFrame, *, seed: int) -> Figure:
-    """CE minus raw against layer, one panel per subset, one series per condition; zero is raw."""
+    """CE minus raw against layer, one panel per subset on one scale, one series per condition; zero is raw."""
     table = _spliced(conditions)
     subsets = sorted(table["subset"].unique(), key=subset_order)
-    figure, panels = _panels(len(subsets))
+    figure, panels = _panels(len(subsets), sharey=True)
     for axes, subset in zip(panels, subsets, strict=True):
         _by_layer(axes, table[table["subset"] == subset], "delta_ce")
         axes.axhline(0, color=MUTED, linewidth=1)
@@ -76,14 +71,14 @@ def delta_ce_by_layer(conditions: pd.DataFrame, *, seed: int) -> Figure:
 def tool_metrics_by_layer(conditions: pd.DataFrame, subset: str) -> Figure:
     """Every rate defined on one subset against layer, with Wilson bars; the dotted line is raw."""
     table = conditions[conditions["subset"] == subset]
-    rates = [rate for rate in RATE_TITLES if table[rate].notna().any()]
+    rates = [rate for rate in RATES if table[rate].notna().any()]
     figure, panels = _panels(len(rates))
     raw = table[table["layer"] == NO_LAYER]
     for axes, rate in zip(panels, rates, strict=True):
         _by_layer(axes, _spliced(table), rate)
         if len(raw):
             axes.axhline(float(raw[rate].iloc[0]), color="black", linestyle=":", linewidth=1.2, label="raw")
-        axes.set(title=RATE_TITLES[rate], xlabel="spliced layer", ylim=(-0.05, 1.05))
+        axes.set(title=rate, xlabel="spliced layer", ylim=(-0.05, 1.05))
     panels[0].set_ylabel(f"share of {subset} prompts")
     return _finish(figure, panels[0], f"{_count(table)}; bars: Wilson 95%")
 
@@ -106,7 +101,7 @@ def dose_response(table: pd.DataFrame, *, seed: int) -> Figure:
 
     `table` is the part of the dose-response table with one layer, percentile and d_new.
     """
-    metrics = ["delta_ce", *(rate for rate in RATE_TITLES if table[rate].notna().any())]
+    metrics = ["delta_ce", *(rate for rate in RATES if table[rate].notna().any())]
     figure, panels = _panels(len(metrics), columns=3)
     subsets = sorted(table["subset"].unique(), key=subset_order)
     for axes, metric in zip(panels, metrics, strict=True):
@@ -117,7 +112,7 @@ def dose_response(table: pd.DataFrame, *, seed: int) -> Figure:
             axes.axhline(0, color=MUTED, linewidth=1)
             axes.set(title="CE - raw CE", ylabel="nats per target token")
         else:
-            axes.set(title=RATE_TITLES[metric], ylabel="share of prompts", ylim=(-0.05, 1.05))
+            axes.set(title=metric, ylabel="share of prompts", ylim=(-0.05, 1.05))
         axes.set_xlabel("alpha (strength of the delta)")
     note = f"bands: paired bootstrap (CE, seed {seed}) and Wilson (rates) 95%"
     return _finish(figure, panels[0], f"{_count(table)}; {note}")
@@ -135,12 +130,12 @@ def unexplained_variance(delta_trials: pd.DataFrame) -> Figure:
     for axes, layer in zip(panels, layers, strict=True):
         groups = kept[kept["layer"] == layer].sort_values("d_new").groupby("percentile", dropna=False)
         for number, (percentile, rows) in enumerate(groups):
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            colour, marker = _look(number)
             places = [widths.index(width) for width in rows["d_new"]]
             label = "base + delta" if pd.isna(percentile) else f"percentile {percentile:g}"
             axes.plot(places, rows["val_fvu"], color=colour, marker=marker, label=label)
             axes.axhline(rows["val_fvu_base"].mean(), color=colour, linestyle="--", linewidth=1.2)
-            for place, replicas in zip(places, rows["val_fvu_replicas"], strict=True):
+            for place, replicas in zip(places, rows.get("val_fvu_replicas", rows["val_fvu"]), strict=True):
                 values = np.ravel(replicas).astype(float)
                 axes.plot([place] * len(values), values, ".", color=colour, markersize=4, alpha=0.6)
         axes.set_xticks(range(len(widths)), [str(width) for width in widths])
@@ -155,8 +150,9 @@ def search_history(trials: pd.DataFrame) -> Figure:
     table = trials.sort_values("trial").reset_index(drop=True)
     figure, (axes,) = _panels(1, width=6.0, height=3.2)
     for number, (state, rows) in enumerate(table.groupby("state", sort=True)):
-        marker, colour = MARKERS[number % len(MARKERS)], COLOURS[number % len(COLOURS)]
-        axes.plot(rows.index, rows["value"], marker, color=colour, label=str(state).lower())
+        colour, marker = _look(number)
+        label = f"{state}".lower() + (" (no value)" if rows["value"].isna().all() else "")
+        axes.plot(rows.index, rows["value"], marker, color=colour, label=label)
     best = table["value"].where(np.isfinite(table["value"].astype(float))).cummin().ffill()
     axes.step(table.index, best, where="post", color=MUTED, linewidth=1.2, label="best so far")
     axes.set_xticks(table.index, [str(trial) for trial in table["trial"]])
@@ -166,20 +162,19 @@ def search_history(trials: pd.DataFrame) -> Figure:
 
 
 def _panels(
-    count: int, *, columns: int = 3, width: float = INCHES_PER_PANEL, height: float = 3.0
+    count: int, *, columns: int = 3, width: float = INCHES_PER_PANEL, height: float = 3.0, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels, `columns` a row, unused places left empty."""
     across = min(count, columns)
     down = math.ceil(count / across)
-    figure = Figure(figsize=(width * across, height * down + 0.35), dpi=130, layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False).ravel()
+    figure = Figure(figsize=(width * across, height * down + 0.35), dpi=DPI, layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharey=sharey).ravel()
     for axes in grid[count:]:
         axes.set_axis_off()
     for axes in grid[:count]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e5e7eb", linewidth=0.7)
         axes.set_axisbelow(True)
-        axes.title.set_fontsize(10)
     return figure, list(grid[:count])
 
 
@@ -204,9 +199,9 @@ def _count(table: pd.DataFrame) -> str:
     return f"n = {low if low == high else f'{low} to {high}'} prompts per subset"
 
 
-def _series_names(table: pd.DataFrame) -> pd.Series:
-    """Condition names, with percentile and d_new where a condition was evaluated at several."""
-    names = table["condition"].astype(str)
+def _series_names(table: pd.DataFrame, series: str) -> pd.Series:
+    """The values of column `series`, with percentile and d_new where the table holds several."""
+    names = table[series].astype(str)
     for column, text in (("percentile", " p{:g}"), ("d_new", " d{:g}")):
         if table[column].nunique() > 1:
             names = names + table[column].map(lambda value, text=text: "" if pd.isna(value) else text.format(value))
@@ -216,25 +211,29 @@ def _series_names(table: pd.DataFrame) -> pd.Series:
 def _by_layer(axes: Axes, table: pd.DataFrame, column: str, *, series: str = "condition") -> None:
     """Points with whiskers at each layer, series side by side, single layers joined by a line."""
     places = {layer: place for place, layer in enumerate(sorted(table["layer"].unique(), key=layer_order))}
-    names = _series_names(table) if series == "condition" else table[series]
-    order: Iterable[str] = names.unique() if series == "condition" else sorted(names.unique(), key=subset_order)
-    groups = [(name, table[names == name].dropna(subset=[column])) for name in order]
+    names = _series_names(table, series)
+    groups = [(name, table[names == name].dropna(subset=[column])) for name in names.unique()]
     for number, (name, rows) in enumerate(groups):
         shift = (number - (len(groups) - 1) / 2) * min(0.14, 0.7 / len(groups))
         x = np.array([places[layer] + shift for layer in rows["layer"]])
         single = np.array(["+" not in layer for layer in rows["layer"]], dtype=bool)
         y = rows[column].to_numpy(dtype=float)
-        colour = COLOURS[number % len(COLOURS)]
+        colour, marker = _look(number)
         axes.plot(x[single], y[single], color=colour, linewidth=1, alpha=0.5)
         axes.errorbar(
             x, y, yerr=_whiskers(rows, column), label=name, color=colour, capsize=2, elinewidth=1.1, linestyle="none",
-            marker=MARKERS[number % len(MARKERS)], markersize=4.5,
+            marker=marker, markersize=4.5,
         )  # fmt: skip
     axes.set_xticks(range(len(places)), [short_layer(layer) for layer in places], fontsize=8 if len(places) > 8 else 9)
 
 
+def _look(number: int) -> tuple[str, str]:
+    """Colour and marker of a series; pairs repeat only after 49 series."""
+    return COLOURS[number % len(COLOURS)], MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+
+
 def _band(axes: Axes, rows: pd.DataFrame, column: str, *, label: str, number: int) -> None:
-    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    colour, marker = _look(number)
     axes.plot(rows["alpha"], rows[column], color=colour, marker=marker, markersize=4.5, label=label)
     low, high = (rows[f"{column}_{end}"].to_numpy(dtype=float) for end in ("low", "high"))
     axes.fill_between(rows["alpha"], low, high, color=colour, alpha=0.15, linewidth=0)

@@ -6,9 +6,9 @@ Out: pandas tables: reconstruction and its summary over layers, conditions, dose
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -62,6 +62,30 @@ def load_cells(folder: Path) -> list[Cell]:
     return cells
 
 
+class Results(NamedTuple):
+    """Every table of one sweep."""
+
+    reconstruction: pd.DataFrame
+    summary: pd.DataFrame
+    conditions: pd.DataFrame
+    contrast: pd.DataFrame
+    dose: pd.DataFrame
+    statistics: pd.DataFrame
+
+
+def all_tables(cells: Sequence[Cell], *, seed: int = 0) -> Results:
+    """Every table of the functions below, from the cells of one sweep."""
+    reconstruction = reconstruction_table(cells)
+    return Results(
+        reconstruction,
+        combination_summary(reconstruction),
+        conditions_table(cells, seed=seed),
+        delta_contrast_table(cells, seed=seed),
+        dose_response_table(cells, seed=seed),
+        dose_response_statistics(cells, seed=seed),
+    )
+
+
 def reconstruction_table(cells: Iterable[Cell]) -> pd.DataFrame:
     """One row per reconstruction cell (layer x percentile x d_new); `layer` is a number here."""
     rows = [{name: cell.get(name) for name in RECONSTRUCTION_COLUMNS} for cell in of_kind(cells, "reconstruction")]
@@ -104,7 +128,8 @@ def dose_response_statistics(cells: Iterable[Cell], *, seed: int = 0) -> pd.Data
     """Slope and Spearman rho of each metric against alpha, one row per (layer, subset, d_new, percentile, metric).
 
     Over the prompts present at every alpha, intervals by bootstrap over prompts. The slope is in metric units per
-    unit of alpha. Groups with fewer than two alphas, and metrics undefined on a subset, have no row.
+    unit of alpha. Groups with fewer than two alphas, and metrics undefined on a subset, have no row. A rate that no
+    prompt changes at any alpha has slope 0 without an interval.
     """
     groups: dict[CellKey, list[tuple[float, PromptSums]]] = {}
     for key, sums in pool(cells).items():
@@ -125,6 +150,8 @@ def dose_response_statistics(cells: Iterable[Cell], *, seed: int = 0) -> pd.Data
             slope, rho = slope_and_spearman(alphas, tops, bottoms, seed=seed)
             if math.isnan(slope.value):
                 continue
+            if metric in RATES and not np.ptp(tops, axis=0).any():  # no prompt ever changed: nothing to resample
+                slope = Estimate(slope.value, math.nan, math.nan)
             rows.append(
                 _names(key)
                 | {"metric": metric}
