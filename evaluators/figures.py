@@ -114,8 +114,9 @@ def dose_response(table: pd.DataFrame, *, seed: int) -> Figure:
         else:
             axes.set(title=metric, ylabel="share of prompts", ylim=(-0.05, 1.05))
         axes.set_xlabel("alpha (strength of the delta)")
+    layer = f"layer {table['layer'].iloc[0]}"
     note = f"bands: paired bootstrap (CE, seed {seed}) and Wilson (rates) 95%"
-    return _finish(figure, panels[0], f"{_count(table)}; {note}")
+    return _finish(figure, panels[0], f"{layer}; {_count(table)}; {note}")
 
 
 def unexplained_variance(delta_trials: pd.DataFrame) -> Figure:

@@ -28,15 +28,12 @@ class Findings(NamedTuple):
 def number(value: float | None, *, signed: bool = False, scale: float | None = None) -> str:
     """A value with the decimals that its size, or `scale` where several values stand together, calls for.
 
-    Three decimals as a rule, fewer from 100 on, four below 0.01, scientific below 0.001; `-` for none.
+    Three decimals as a rule, fewer from 100 on, scientific below 0.001; `-` for none.
     """
     if value is None or pd.isna(value):
         return "-"
     size = abs(value) if scale is None or math.isnan(scale) else scale
-    if 0 < size < 0.001:
-        form = ".1e"
-    else:
-        form = ".4f" if 0 < size < 0.01 else ".3f" if size < 100 else ".1f" if size < 1000 else ".0f"
+    form = ".1e" if 0 < size < 0.001 else ".3f" if size < 100 else ".1f" if size < 1000 else ".0f"
     return format(value, f"{'+' if signed else ''}{form}")
 
 
@@ -176,34 +173,37 @@ def _alpha_list(doses: pd.DataFrame) -> str:
 
 
 def _counted(rows: pd.DataFrame, column: str, unit: str) -> list[str]:
-    """Per subset: at which single layers the interval leaves out zero, what the others still allow, then the sets."""
+    """One sentence per subset: the single layers counted together, then each set of layers."""
     sentences = []
     for subset in sorted(rows["subset"].unique(), key=subset_order) if len(rows) else []:
         here = _of(rows, subset)
         is_set = here["layer"].str.contains("+", regex=False)
         single = [(_place(row, rows), estimate(row, column)) for _, row in here[~is_set].iterrows()]
-        known = [(place, value) for place, value in single if not math.isnan(value.low)]
-        scale = max((abs(value.value) for _, value in known if excludes_zero(value)), default=0.0)
-        apart = [
-            f"{place} {number(value.value, signed=True, scale=scale)}" for place, value in known if excludes_zero(value)
-        ]
-        bounds = [_bound(value) for _, value in known if not excludes_zero(value)]
-        parts = []
-        if apart:
-            count = f"{len(apart)} of {len(known)} single layers"
-            parts.append(f"the interval leaves out zero at {count} ({', '.join(apart)} {unit})")
-        if bounds:
-            where = (
-                f"at the other {len(bounds)}"
-                if apart
-                else f"the interval covers zero at all {len(bounds)} single layers:"
-            )
-            parts.append(f"{where} no effect larger than {number(max(bounds))} {unit} is compatible with these data")
+        parts = _single_layers([pair for pair in single if not math.isnan(pair[1].low)], unit)
         for _, row in here[is_set].iterrows():
-            parts.append(f"{_place(row, rows)} {difference_sentence(estimate(row, column), unit)}")
+            value = estimate(row, column)
+            if not math.isnan(value.value):
+                parts.append(f"{_place(row, rows)} {difference_sentence(value, unit)}")
         if parts:
             sentences.append(f"{subset}: {'; '.join(parts)}.")
     return sentences
+
+
+def _single_layers(known: list[tuple[str, Estimate]], unit: str) -> list[str]:
+    """Where the interval leaves out zero, and the largest effect that the other layers still allow."""
+    parts = []
+    apart = [(place, value) for place, value in known if excludes_zero(value)]
+    bounds = [_bound(value) for _, value in known if not excludes_zero(value)]
+    if apart:
+        scale = max(abs(value.value) for _, value in apart)
+        listed = ", ".join(f"{place} {number(value.value, signed=True, scale=scale)}" for place, value in apart)
+        parts.append(f"the interval leaves out zero at {len(apart)} of {len(known)} single layers ({listed} {unit})")
+    if bounds:
+        all_of_them = f"the interval covers zero at all {len(bounds)} single layers:"
+        where = f"at the other {len(bounds)}" if apart else all_of_them
+        allowed = f"no effect larger than {number(max(bounds))} {unit} is compatible with these data"
+        parts.append(f"{where} {allowed if max(bounds) > 0 else f'exactly 0 {unit} on every prompt'}")
+    return parts
 
 
 def _place(row: pd.Series, table: pd.DataFrame) -> str:

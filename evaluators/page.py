@@ -19,7 +19,7 @@ from evaluators.findings import Findings, number, with_interval
 
 LONG_TABLE = 12  # rows; longer ones are folded away until opened
 PIXELS_PER_INCH = 100  # of a figure on the page, so that text has one size in all of them
-PLAIN = ("alpha", "percentile", "d_new", "layer", "target_l0")  # settings: no fixed decimals
+PLAIN = ("alpha", "percentile", "d_new", "layer", "target_l0", "lr", "sparsity")  # settings: no fixed decimals
 WHOLE = ("n_tokens", "tokens", "seconds")
 
 
@@ -123,4 +123,5 @@ def _cell(row: pd.Series, name: str) -> str:
         return with_interval(row, name)
     if name in WHOLE:
         return f"{value:,.0f}"
-    return f"{value:g}" if name in PLAIN or isinstance(value, (int, np.integer)) else number(value)
+    is_setting = name in PLAIN or name.startswith("lora.") or isinstance(value, (int, np.integer))
+    return f"{value:.4g}" if is_setting else number(value)

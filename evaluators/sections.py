@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from evaluators import figures, findings
@@ -71,7 +72,6 @@ def findings_section(results: Results, glance: Sequence[dict[str, str]]) -> Sect
         "layer or set, with its 95% interval; an interval that covers 0 is compatible with no difference.",
         list(glance[0]) if glance else [],
         [list(row.values()) for row in glance],
-        wide_text=True,
     )
     general = [
         findings.raw_findings(results.conditions),
@@ -288,7 +288,7 @@ def _section(anchor: str, title: str, intro: str, blocks: Sequence[Block]) -> Se
 
 def _picture(name: str, figure: Figure, title: str, help: str) -> Picture:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    FigureCanvasAgg(figure).print_png(buffer)  # savefig would lay the figure out and draw it twice
     return Picture(name, buffer.getvalue(), title, help)
 
 
