@@ -1,0 +1,1 @@
+"""LoRA, activation capture, base and delta transcoders: plain functions of data and settings that report by callback."""

@@ -1,0 +1,121 @@
+"""Activation capture: one pass of a model over texts, every swept layer at once, streamed to disk.
+
+In: a TransformerBridge and token sequences. Out: `FOLDER/layer_LL/shard_*.safetensors` with `x` and `y` of every token
+but BOS and padding. Memory holds one shard; an interrupted capture goes on from its last shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from data.encoding import by_length, pad_left
+from models.bridge import tap_names
+from models.transcoder import GEMMA_SCOPE_TAPS, Taps
+from trainers.activations import INDEX, write_index, write_shard
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+Sequences = Sequence[Sequence[int]]
+
+
+class _LastTap(Exception):
+    """Ends a forward pass: nothing above the last swept layer is needed."""
+
+
+def layer_folder(folder: Path, layer: int) -> Path:
+    return folder / f"layer_{layer:02d}"
+
+
+def plan_shards(sequences: Sequences, batch_tokens: int, shard_tokens: int, seed: int) -> list[list[list[int]]]:
+    """Shards of batches of sequence indices. Batches hold similar lengths; their order is shuffled, so that every
+    shard is a sample of all lengths."""
+    batches = list(by_length([len(row) for row in sequences], batch_tokens))
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
+    shards: list[list[list[int]]] = [[]]
+    held = 0
+    for index in order:
+        if held >= shard_tokens:
+            shards.append([])
+            held = 0
+        shards[-1].append(batches[index])
+        held += sum(len(sequences[i]) - 1 for i in batches[index])
+    return shards
+
+
+def capture(
+    bridge: TransformerBridge,
+    sequences: Sequences,
+    layers: Sequence[int],
+    folder: Path,
+    *,
+    pad_id: int,
+    batch_tokens: int = 4096,
+    shard_tokens: int = 65536,
+    seed: int = 0,
+    taps: Taps = GEMMA_SCOPE_TAPS,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes the bf16 activations of `layers`; `report(tokens done, tokens in all)` after every batch."""
+    plan = plan_shards(sequences, batch_tokens, shard_tokens, seed)
+    total = sum(len(row) - 1 for row in sequences)
+    done = 0
+    finished: list[dict] = []
+    for number, batches in enumerate(plan):
+        name = f"shard_{number:04d}.safetensors"
+        tokens = sum(len(sequences[i]) - 1 for batch in batches for i in batch)
+        finished.append({"file": name, "tokens": tokens})
+        if all((layer_folder(folder, layer) / name).is_file() for layer in layers):
+            done += tokens
+            report(done, total)
+            continue
+        held: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+        for batch in batches:
+            rows = [sequences[i] for i in batch]
+            for layer, pair in capture_batch(bridge, rows, layers, pad_id, taps).items():
+                held[layer].append(pair)
+            done += sum(len(row) - 1 for row in rows)
+            report(done, total)
+        for layer, pairs in held.items():
+            x, y = (torch.cat(column) for column in zip(*pairs, strict=True))
+            write_shard(layer_folder(folder, layer) / name, {"x": x, "y": y})
+    for layer in layers:
+        if not (layer_folder(folder, layer) / INDEX).is_file():
+            write_index(layer_folder(folder, layer), finished, {"layer": layer, "taps": list(taps)})
+
+
+@torch.inference_mode()
+def capture_batch(
+    bridge: TransformerBridge, rows: Sequences, layers: Sequence[int], pad_id: int, taps: Taps = GEMMA_SCOPE_TAPS
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """For each layer `x` and `y`, (tokens, d_model) bf16 on the CPU, row by row, without BOS and padding."""
+    model = bridge.original_model
+    batch = pad_left(rows, pad_id).to(model.device)
+    kept = batch.editable
+    seen: dict[tuple[int, int], Tensor] = {}
+
+    def reader(layer: int, column: int):
+        def read(activation: Tensor, hook: object) -> None:
+            seen[layer, column] = activation[kept].to("cpu", torch.bfloat16)
+            if (layer, column) == (max(layers), 1):
+                raise _LastTap
+
+        return read
+
+    hooks = [(name, reader(layer, i)) for layer in layers for i, name in enumerate(tap_names(taps, layer))]
+    try:
+        with bridge.hooks(fwd_hooks=hooks):
+            model.base_model(
+                input_ids=batch.ids,
+                attention_mask=batch.mask.long(),
+                position_ids=batch.positions,
+                use_cache=False,
+            )
+    except _LastTap:
+        pass
+    return {layer: (seen[layer, 0], seen[layer, 1]) for layer in layers}

@@ -1,0 +1,276 @@
+"""Delta transcoders: a few new sparse features that explain what finetuning changed in one layer's MLP.
+
+In: (x, residual) pairs, where residual = y_finetuned - base(x) is computed once for a (layer, base), and a learning rate
+and sparsity. Out: one JumpReLU transcoder without decoder bias a seed, and its validation figures. Several seeds
+(`replicas`) train side by side on the same batches. The loss is computed in feature space, so that nothing of size
+batch x d_model is made beyond the residual itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder
+from trainers.activations import Pairs
+from trainers.base_transcoder import output_scale
+from trainers.precision import autocast
+
+BANDWIDTH = 0.1
+"""Width of the rectangle that stands in for the step's derivative (straight-through), in units of pre-activation."""
+
+
+class DivergedError(RuntimeError):
+    """A trial whose loss is not finite."""
+
+
+@dataclass(frozen=True)
+class DeltaSettings:
+    d_new: int = 32
+    lr: float = 3e-3
+    sparsity: float = 1e-3
+    replicas: int = 1
+    epochs: int = 4
+    batch_size: int = 2048
+    l0_budget: float = 16.0
+    sparsity_warmup_fraction: float = 0.2
+    lr_warmup_fraction: float = 0.05
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    patience: int = 4
+    evals_per_epoch: int = 1
+    seed: int = 0
+    precision: str = "fp32"
+
+
+class Residuals(NamedTuple):
+    """What every trial of a (layer, base) shares.
+
+    train and validation: Pairs of (x, residual). variance: mean over dimensions of the variance of y on validation
+    tokens. val_fvu_base: share of it that the base alone leaves.
+    """
+
+    train: Pairs
+    validation: Pairs
+    variance: float
+    val_fvu_base: float
+
+
+class TrainedDelta(NamedTuple):
+    """One transcoder a seed, and the figures of the best validation (means over seeds, lists as `*_replicas`)."""
+
+    deltas: list[Transcoder]
+    figures: dict[str, Any]
+
+
+@torch.no_grad()
+def residual_pairs(pairs: Pairs, base: Transcoder, batch_size: int = 4096) -> Pairs:
+    """(x, y - base(x)), bf16 x as captured and fp32 residual, from (x, y)."""
+    device = base.W_enc.device
+    columns = []
+    for x, y in pairs.in_order(batch_size):
+        residual = y.to(device, torch.float32) - base(x.to(device, torch.float32))
+        columns.append((x, residual.cpu()))
+    x, residual = (torch.cat(column) for column in zip(*columns, strict=True))
+    return Pairs([(x, residual)])
+
+
+def output_variance(pairs: Pairs) -> float:
+    """Mean over dimensions of the variance of the second column."""
+    return output_scale(pairs).deviation ** 2
+
+
+class _Step(torch.autograd.Function):
+    """JumpReLU with a straight-through gradient for its threshold (arXiv 2407.14435, section 3)."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        return torch.relu(pre) * (pre > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        pre, threshold = ctx.saved_tensors
+        near = ((pre - threshold).abs() < BANDWIDTH / 2).to(grad.dtype)
+        to_threshold = (-threshold / BANDWIDTH * near * grad).sum(-2)
+        return grad * (pre > threshold) * (pre > 0), to_threshold.view_as(threshold)
+
+
+class _Replicas(torch.nn.Module):
+    """n deltas side by side: W_enc (d_model, n * d_new), W_dec (n, d_new, d_model), thresholds (n, 1, d_new)."""
+
+    def __init__(self, x: Tensor, settings: DeltaSettings) -> None:
+        super().__init__()
+        count, d_new, d_model = settings.replicas, settings.d_new, x.shape[1]
+        generators = [torch.Generator().manual_seed(settings.seed + index) for index in range(count)]
+        directions = [torch.randn(d_model, d_new, generator=generator) for generator in generators]
+        W_enc = torch.cat([direction / direction.norm(dim=0) for direction in directions], dim=1).to(x.device)
+        pre = (x @ W_enc).view(len(x), count, d_new)
+        # Features start on about l0_budget tokens' worth of activity: each above its own upper quantile.
+        share = min(0.5, settings.l0_budget / d_new)
+        threshold = torch.quantile(pre, 1 - share, dim=0).clamp(min=1e-2).unsqueeze(1)
+        self.W_enc = torch.nn.Parameter(W_enc)
+        self.b_enc = torch.nn.Parameter(torch.zeros(count * d_new, device=x.device))
+        self.log_threshold = torch.nn.Parameter(threshold.log())
+        self.W_dec = torch.nn.Parameter(torch.zeros(count, d_new, d_model, device=x.device))
+        self.count, self.d_new = count, d_new
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Activations (n, tokens, d_new)."""
+        pre = (x @ self.W_enc + self.b_enc).float().view(len(x), self.count, self.d_new).transpose(0, 1)
+        return _Step.apply(pre, self.log_threshold.exp())
+
+    def losses(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared error a dimension (n,) and sparsity penalty (n,), means over tokens.
+
+        |aW - r|^2 = a (W W') a' - 2 a (W r)' + |r|^2: nothing of size (n, tokens, d_model) is made.
+        """
+        acts = self.encode(x)
+        gram = self.W_dec @ self.W_dec.transpose(1, 2)
+        along = (residual @ self.W_dec.flatten(0, 1).T).view(len(x), self.count, self.d_new).transpose(0, 1)
+        cross = (acts * ((acts @ gram) - 2 * along)).sum((1, 2))
+        error = (cross + residual.pow(2).sum()) / residual.numel()
+        penalty = (acts * gram.diagonal(dim1=1, dim2=2).clamp(min=1e-12).sqrt().unsqueeze(1)).sum((1, 2)) / len(x)
+        return error, penalty
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return [
+            {"params": [self.W_enc, self.W_dec], "weight_decay": weight_decay},
+            {"params": [self.b_enc, self.log_threshold], "weight_decay": 0.0},
+        ]
+
+
+def train_delta(
+    data: Residuals,
+    settings: DeltaSettings,
+    *,
+    layer: int,
+    taps: Taps = GEMMA_SCOPE_TAPS,
+    device: str = "cpu",
+    report: Callable[[dict[str, Any]], None] = lambda figures: None,
+) -> TrainedDelta:
+    """Trains `settings.replicas` deltas; reports figures after each validation; returns the best validation's.
+
+    Residuals are divided by the standard deviation of y, so `lr` and `sparsity` mean the same on every layer.
+    Raises DivergedError where a loss is not finite.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    deviation = math.sqrt(data.variance)
+    first = next(data.train.batches(min(4096, data.train.tokens), torch.Generator().manual_seed(0)))[0]
+    model = _Replicas(first.to(device, torch.float32), settings)
+    optimiser = torch.optim.AdamW(model.parameter_groups(settings.weight_decay), lr=settings.lr)
+    per_epoch = max(1, data.train.tokens // settings.batch_size)
+    steps = per_epoch * settings.epochs
+    every = max(1, per_epoch // settings.evals_per_epoch)
+    best: TrainedDelta | None = None
+    waited = step = 0
+    while step < steps and waited < settings.patience:
+        for x, residual in data.train.batches(settings.batch_size, generator):
+            x = x.to(device, torch.float32)
+            residual = residual.to(device, torch.float32) / deviation
+            for group in optimiser.param_groups:
+                group["lr"] = settings.lr * _ramp(step, settings.lr_warmup_fraction * steps) * _decay(step, steps)
+            sparsity = settings.sparsity * _ramp(step, settings.sparsity_warmup_fraction * steps)
+            with autocast(device, settings.precision):
+                error, penalty = model.losses(x, residual)
+            loss = (error + sparsity * penalty).sum()
+            if not torch.isfinite(loss):
+                raise DivergedError(f"the loss is {loss.item()} at step {step} (lr {settings.lr:.2g})")
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip * math.sqrt(settings.replicas))
+            optimiser.step()
+            step += 1
+            if step % every == 0 or step == steps:
+                deltas = finished(model, deviation, layer, taps)
+                figures = validate(deltas, data, settings.l0_budget)
+                figures |= {"step": step, "tokens": step * settings.batch_size}
+                waited += 1
+                if best is None or figures["val_loss"] < best.figures["val_loss"]:
+                    best, waited = TrainedDelta(deltas, figures), 0
+                report(figures)
+                if waited >= settings.patience:
+                    break
+            if step == steps:
+                break
+    assert best is not None
+    return best
+
+
+@torch.no_grad()
+def finished(model: _Replicas, deviation: float, layer: int, taps: Taps) -> list[Transcoder]:
+    """The replicas as transcoders in raw units."""
+    encoders = model.W_enc.split(model.d_new, dim=1)
+    biases = model.b_enc.split(model.d_new)
+    return [
+        Transcoder(
+            W_enc=encoders[index].clone(),
+            b_enc=biases[index].clone(),
+            threshold=model.log_threshold[index, 0].exp(),
+            W_dec=model.W_dec[index] * deviation,
+            b_dec=None,
+            layer=layer,
+            taps=taps,
+        )
+        for index in range(model.count)
+    ]
+
+
+@torch.no_grad()
+def validate(deltas: list[Transcoder], data: Residuals, l0_budget: float, batch_size: int = 8192) -> dict[str, Any]:
+    """Validation figures; `val_loss = val_fvu + max(0, val_l0_delta / l0_budget - 1)`, means over replicas.
+
+    `val_cos` and `val_l2_ratio` compare delta(x) with the residual it is to explain.
+    """
+    device = deltas[0].W_enc.device
+    tokens = data.validation.tokens
+    fvu, l0, dead, cosines, ratios = [], [], [], [], []
+    for delta in deltas:
+        error = active = cosine = ratio = 0.0
+        fired = torch.zeros(delta.d_sae, dtype=torch.bool, device=device)
+        for x, residual in data.validation.in_order(batch_size):
+            residual = residual.to(device, torch.float32)
+            acts = delta.encode(x.to(device, torch.float32))
+            output = delta.decode(acts)
+            left = output - residual
+            error += left.pow(2).sum(dtype=torch.float64).item()
+            active += (acts > 0).sum().item()
+            fired |= (acts > 0).any(0)
+            cosine += torch.cosine_similarity(output, residual, dim=1).sum().item()
+            ratio += (left.norm(dim=1) / residual.norm(dim=1).clamp(min=1e-12)).sum().item()
+        fvu.append(error / (tokens * delta.d_model * data.variance))
+        l0.append(active / tokens)
+        dead.append(1.0 - fired.float().mean().item())
+        cosines.append(cosine / tokens)
+        ratios.append(ratio / tokens)
+    losses = [one + max(0.0, other / l0_budget - 1) for one, other in zip(fvu, l0, strict=True)]
+    return {
+        "val_loss": _mean(losses),
+        "val_fvu": _mean(fvu),
+        "val_fvu_base": data.val_fvu_base,
+        "val_l0_delta": _mean(l0),
+        "dead_fraction": _mean(dead),
+        "val_cos": _mean(cosines),
+        "val_l2_ratio": _mean(ratios),
+        "val_loss_replicas": losses,
+        "val_fvu_replicas": fvu,
+        "val_l0_delta_replicas": l0,
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _ramp(step: int, length: float) -> float:
+    return min(1.0, (step + 1) / length) if length >= 1 else 1.0
+
+
+def _decay(step: int, steps: int) -> float:
+    """Constant, then linear to zero over the last third."""
+    return min(1.0, 3 * (steps - step) / steps)

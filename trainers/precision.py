@@ -1,0 +1,35 @@
+"""Number formats of training, by device.
+
+In: a device and `auto`, `fp32` or `bf16`. Out: the dtype, or an autocast context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """`auto` is bf16 where the device multiplies it faster than fp32 (any recent GPU, CPUs with bf16 instructions)."""
+    if precision != "auto":
+        return precision
+    if device.startswith("cuda"):
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if _cpu_has_bf16() else "fp32"
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def autocast(device: str, precision: str) -> contextlib.AbstractContextManager:
+    """Matrix products in bf16, everything else as it is; nothing for fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.partition(":")[0], dtype=dtype_of(precision))
+
+
+def _cpu_has_bf16() -> bool:
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported and supported())
