@@ -124,7 +124,7 @@ def layer_findings(
         found.append(
             Findings(
                 title + ("" if percentile is None else f", base percentile {percentile:g}"),
-                [_subset_sentence(subset, *tables) for subset in sorted(subsets, key=subset_order)],
+                [text for name in sorted(subsets, key=subset_order) for text in _subset_sentences(name, *tables)],
             )
         )
     return found
@@ -137,30 +137,30 @@ def _at(table: pd.DataFrame, layer: str, percentile: float | None) -> pd.DataFra
     return table[(table["layer"] == layer) & same]
 
 
-def _subset_sentence(
+def _subset_sentences(
     subset: str, conditions: pd.DataFrame, contrast: pd.DataFrame, dose: pd.DataFrame, statistics: pd.DataFrame
-) -> str:
-    """Everything measured on one subset with one layer (or set) spliced, as one paragraph."""
-    parts = []
+) -> list[str]:
+    """Everything measured on one subset with one layer (or set) spliced: a sentence per comparison."""
+    sentences = []
     rows = _of(conditions, subset)
     for _, row in rows.iterrows():
         name = CONDITION_NAMES.get(row["condition"], row["condition"]) + _which(row, conditions)
-        parts.append(f"{name} {difference_sentence(estimate(row, 'delta_ce'), NATS)}")
+        sentences.append(f"{name} minus raw, CE {difference_sentence(estimate(row, 'delta_ce'), NATS)}")
     for _, row in _of(contrast, subset).iterrows():
-        name = f"full minus no_delta{_which(row, contrast)}"
-        parts.append(f"{name} {difference_sentence(estimate(row, 'delta_ce'), NATS)}")
-    text = f"{subset}: CE minus raw, {'; '.join(parts)}." if parts else f"{subset}:"
+        change = difference_sentence(estimate(row, "delta_ce"), NATS)
+        sentences.append(f"full minus no_delta{_which(row, contrast)}, CE {change}")
     for d_new, doses in _of(dose, subset).groupby("d_new", dropna=False):
-        text += f" CE minus raw by alpha{_which(doses.iloc[0], dose)}: {_alpha_list(doses)}."
+        sentences.append(f"CE minus raw by alpha{_which(doses.iloc[0], dose)}: {_alpha_list(doses)}")
         slopes = _of(statistics, subset)
-        slopes = slopes[(slopes["metric"] == "mean_ce") & (slopes["d_new"] == d_new)]
-        for _, row in slopes.iterrows():
-            text += f" Slope: {difference_sentence(estimate(row, 'slope'), f'{NATS} per unit of alpha')}."
+        for _, row in slopes[(slopes["metric"] == "mean_ce") & (slopes["d_new"] == d_new)].iterrows():
+            slope = difference_sentence(estimate(row, "slope"), f"{NATS} per unit of alpha")
+            sentences.append(f"slope of CE against alpha{_which(row, statistics)} {slope}")
     rates = [
         f"{row['condition']}{_which(row, conditions)} {with_interval(row, 'tool_call_rate')}"
         for _, row in rows.dropna(subset=["tool_call_rate"]).iterrows()
     ]
-    return text + (f" tool_call_rate: {', '.join(rates)}." if rates else "")
+    sentences += [f"tool_call_rate: {', '.join(rates)}"] if rates else []
+    return [f"{subset}: {sentence}." for sentence in sentences]
 
 
 def _alpha_list(doses: pd.DataFrame) -> str:

@@ -71,6 +71,12 @@ def subset_order(subset: str) -> tuple[int, str]:
     return (SUBSETS.index(subset) if subset in SUBSETS else len(SUBSETS)), subset
 
 
+def condition_order(condition: str) -> tuple[int, str]:
+    """Sort key of a condition name: raw, no_delta, full, alpha, then the controls by name."""
+    known = ("raw", "no_delta", "full", "alpha")
+    return (known.index(condition) if condition in known else len(known)), condition
+
+
 def pool(cells: Iterable[Cell]) -> dict[CellKey, PromptSums]:
     """Behaviour cells as per-prompt sums by key, in table order; replicas are averaged prompt by prompt.
 
@@ -116,10 +122,9 @@ def _key(cell: Cell) -> CellKey:
 
 
 def _order(key: CellKey) -> tuple:
-    rank = {"raw": 0, "no_delta": 1, "full": 2, "alpha": 3}.get(key.condition, 4)
     numbers = tuple(-math.inf if value is None else value for value in (key.percentile, key.d_new, key.alpha))
     layers, subset = layer_order(key.layer), subset_order(key.subset)
-    return layers, numbers[0], rank, key.condition, numbers[1], numbers[2], subset, str(key.convention)
+    return layers, numbers[0], condition_order(key.condition), numbers[1], numbers[2], subset, str(key.convention)
 
 
 def _prompt_sums(rows: list[dict[str, Any]]) -> PromptSums:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from evaluators import figures, findings
 from evaluators.page import Block, Gallery, Picture, Section, Sentences, Table, table_block
-from evaluators.pooling import NO_LAYER, RATES, layer_label, layer_order, subset_order
+from evaluators.pooling import NO_LAYER, RATES, condition_order, layer_label, layer_order, subset_order
 from evaluators.tables import RECONSTRUCTION_COLUMNS, SUMMARY_METRICS, Results
 
 GENERATIONS_SHOWN = 3  # raw examples a subset, and changed examples a subset
@@ -255,7 +255,10 @@ def generations_section(generations: Sequence[dict[str, Any]]) -> Section | None
         return None
     rows = sorted(
         ({**row, "layer": layer_label(row["layers"])} for row in generations),
-        key=lambda row: (subset_order(row["subset"]), row["index"], layer_order(row["layer"]), row["condition"]),
+        key=lambda row: (
+            *(subset_order(row["subset"]), row["index"]),
+            *(condition_order(row["condition"]), layer_order(row["layer"]), row["alpha"] or 0.0),
+        ),
     )
     raw = {(row["subset"], row["index"]): row["generation"] for row in rows if row["layer"] == NO_LAYER}
     spliced = [row for row in rows if row["layer"] != NO_LAYER and (row["subset"], row["index"]) in raw]

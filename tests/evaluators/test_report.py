@@ -212,14 +212,16 @@ def test_layer_findings_name_conditions_alphas_and_slope():
         "Layer 2, base percentile 0.5",
         "Layers 1+2 at once, base percentile 0.5",
     ]
-    tool, copy, _ = found[2].sentences
-    assert tool.startswith("tool: CE minus raw, base alone (no_delta) +0.2")
-    assert "full minus no_delta -0.1" in tool
-    assert re.search(r"by alpha: 0: \+0\.\d+ \[.*0\.5: .*1: .*Slope: -0\.150 nats per token per unit of alpha", tool)
-    assert "tool_call_rate: no_delta 0.250 [" in tool
-    assert copy.startswith("copy:")
+    base, full, contrast, doses, slope, calls, *others = found[2].sentences
+    assert base.startswith("tool: base alone (no_delta) minus raw, CE +0.2")
+    assert full.startswith("tool: base and delta (full) minus raw, CE +0.05")
+    assert contrast.startswith("tool: full minus no_delta, CE -0.15")
+    assert re.match(r"tool: CE minus raw by alpha: 0: \+0\.\d+ \[.*\], 0\.5: .*, 1: .*\.$", doses)
+    assert slope.startswith("tool: slope of CE against alpha -0.150 nats per token per unit of alpha (")
+    assert calls.startswith("tool: tool_call_rate: no_delta 0.250 [")
+    assert {text.split(":")[0] for text in others} == {"copy", "tool_ood"}
     nothing = found[0].sentences[0]
-    assert "base alone (no_delta) exactly 0 nats per token on every prompt" in nothing
+    assert nothing == "tool: base alone (no_delta) minus raw, CE exactly 0 nats per token on every prompt."
 
 
 def test_null_results_are_reported_as_bounds():
