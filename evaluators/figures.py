@@ -148,13 +148,13 @@ def unexplained_variance(delta_trials: pd.DataFrame) -> Figure:
 
 def search_history(trials: pd.DataFrame) -> Figure:
     """Validation loss of each LoRA trial in the order proposed, by end state, and the best so far."""
-    table = trials.sort_values("trial").reset_index(drop=True)
+    table = trials.sort_values("trial").reset_index(drop=True).astype({"value": "float64"})
     figure, (axes,) = _panels(1, width=6.0, height=3.2)
     for number, (state, rows) in enumerate(table.groupby("state", sort=True)):
         colour, marker = _look(number)
         label = f"{state}".lower() + (" (no value)" if rows["value"].isna().all() else "")
         axes.plot(rows.index, rows["value"], marker, color=colour, label=label)
-    best = table["value"].where(np.isfinite(table["value"].astype(float))).cummin().ffill()
+    best = table["value"].where(np.isfinite(table["value"])).cummin().ffill()
     axes.step(table.index, best, where="post", color=MUTED, linewidth=1.2, label="best so far")
     axes.set_xticks(table.index, [str(trial) for trial in table["trial"]])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))

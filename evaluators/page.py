@@ -123,5 +123,6 @@ def _cell(row: pd.Series, name: str) -> str:
         return with_interval(row, name)
     if name in WHOLE:
         return f"{value:,.0f}"
-    is_setting = name in PLAIN or name.startswith("lora.") or isinstance(value, (int, np.integer))
-    return f"{value:.4g}" if is_setting else number(value)
+    if isinstance(value, (int, np.integer)):
+        return str(value)
+    return f"{value:.4g}" if name in PLAIN or name.startswith("lora.") else number(value)
