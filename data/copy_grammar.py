@@ -1,11 +1,13 @@
 """The seeded program that writes copy sentences from a grammar: `python -m data.copy_grammar COUNT SEED`.
 
-In: `copy_grammar.txt` beside this file. Out: an endless iterator of sentences that pass `is_copy_text`,
+In: the files of `grammar/` beside this one. Out: an endless iterator of sentences that pass `is_copy_text`,
 byte-identical for a seed on any machine.
 
-Grammar: a line `name:` opens a rule, the indented lines under it are its alternatives, each drawn as often as
-any other. In an alternative `{name}` expands a rule, `{a|b}` picks one, `{3..40}` draws a whole number,
-`{3,000..90,000}` one with thousands separators, and `a(n)` becomes `a` or `an`.
+Grammar: `name: a b_c` adds words to a rule (`b_c` is "b c"); a line `name:` opens one whose alternatives are the
+indented lines under it. Every alternative of a rule is drawn equally often. In an alternative `{name}` expands a rule,
+`{a|b}` picks a word, `{3..40}` draws a whole number, `{3,000..90,000}` one with thousands separators and `{2..40th}`
+an ordinal. `{name:s}` is the plural, `{name:c}` opens with a capital, `{name:t}` is in title case; `a` becomes `an`
+before a vowel.
 """
 
 from __future__ import annotations
@@ -14,72 +16,130 @@ import functools
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data.copy_text import is_copy_text
 from data.rows import DataError
 
-GRAMMAR = Path(__file__).with_name("copy_grammar.txt")
+FOLDER = Path(__file__).with_name("grammar")
+
+Grammar = Mapping[str, Sequence[str]]
 
 _SLOT = re.compile(r"\{([^{}]*)\}")
-_ARTICLE = re.compile(r"\b([Aa])\(n\) (?=([\"'(]?[\w]))")
-_RANGE = re.compile(r"([\d,]+)\.\.([\d,]+)")
+_NUMBER = re.compile(r"([\d,]+)\.\.([\d,]+)(th)?")
+_ARTICLE = re.compile(r"\b([Aa]) (?=(\w+))")
+_AN = re.compile(r"(?i)(?:[aeio]|u(?!k|ku|ni[^mn]|rology|s[aeu]|til)|hour|heir|honest|8|11$|18$)")
+_SMALL = frozenset(["a", "an", "and", "for", "in", "of", "on", "or", "the", "to"])
+_IRREGULAR = {
+    "bison": "bison",
+    "deer": "deer",
+    "dormouse": "dormice",
+    "goose": "geese",
+    "grouse": "grouse",
+    "moose": "moose",
+    "mouse": "mice",
+    "ox": "oxen",
+    "reindeer": "reindeer",
+    "sheep": "sheep",
+    "squid": "squid",
+    "foothills": "foothills",
+    "rapids": "rapids",
+    "barracks": "barracks",
+}
 
 
 @functools.cache
-def load_grammar(path: Path = GRAMMAR) -> dict[str, tuple[str, ...]]:
-    """Rule name to alternatives. Raises `DataError` for an unknown rule in a slot or an empty rule."""
+def load_grammar(folder: Path = FOLDER) -> Grammar:
+    """Rule name to alternatives, of all files of a folder. Raises `DataError` for a slot that nothing can fill."""
     rules: dict[str, list[str]] = {}
-    alternatives: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.strip() or line.startswith("#"):
-            continue
-        if not line.startswith(" "):
-            alternatives = rules.setdefault(line.rstrip().removesuffix(":"), [])
-        elif ";" in line:
-            alternatives += [word.strip() for word in line.split(";") if word.strip()]
-        else:
-            alternatives.append(line.strip())
+    for path in sorted(folder.glob("*.txt")):
+        alternatives: list[str] = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith(" "):
+                alternatives.append(line.strip())
+            elif line and not line.startswith("#"):
+                name, words = line.split(":", 1)
+                alternatives = rules.setdefault(name, [])
+                alternatives += [word.replace("_", " ") for word in words.split()]
     for name, texts in rules.items():
-        if not texts:
-            raise DataError(f"{path.name}: rule {name!r} has no alternatives")
-        for slot in _SLOT.findall(" ".join(texts)):
-            if slot not in rules and "|" not in slot and not _RANGE.fullmatch(slot):
-                raise DataError(f"{path.name}: rule {name!r} asks for the unknown rule {slot!r}")
+        for slot in (slot for text in texts for slot in _SLOT.findall(text)):
+            if slot.partition(":")[0] not in rules and "|" not in slot and not _NUMBER.fullmatch(slot):
+                raise DataError(f"{folder.name}: rule {name!r} asks for {slot!r}, which is neither a rule nor a range")
     return {name: tuple(texts) for name, texts in rules.items()}
 
 
-def expand(text: str, rng: random.Random, rules: dict[str, tuple[str, ...]]) -> str:
-    """Fill every slot of `text`, outermost first, then settle the articles."""
+def expand(rule: str, rng: random.Random, grammar: Grammar) -> str:
+    """One random expansion of a rule."""
 
     def fill(match: re.Match[str]) -> str:
         slot = match[1]
-        if slot in rules:
-            return rng.choice(rules[slot])
+        if number := _NUMBER.fullmatch(slot):
+            return _number(number, rng)
         if "|" in slot:
             return rng.choice(slot.split("|"))
-        low, high = _RANGE.fullmatch(slot).groups()  # type: ignore[union-attr]  # load_grammar checked it
-        number = rng.randint(int(low.replace(",", "")), int(high.replace(",", "")))
-        return f"{number:,}" if "," in high else str(number)
+        name, _, form = slot.partition(":")
+        return _inflect(expand(name, rng, grammar), form)
 
-    while "{" in text:
-        text = _SLOT.sub(fill, text)
-    text = _ARTICLE.sub(lambda match: match[1] + ("n " if match[2].lower()[-1] in "aeiou8" else " "), text)
-    return text[:1].upper() + text[1:]
+    return _SLOT.sub(fill, rng.choice(grammar[rule]))
 
 
 def copy_sentences(rng: random.Random) -> Iterator[str]:
     """Endless sentences; texts repeat by chance, so a caller who needs distinct ones keeps a set."""
-    rules = load_grammar()
+    grammar = load_grammar()
     while True:
-        text = expand("{sentence}", rng, rules)
+        text = _ARTICLE.sub(_article, expand("sentence", rng, grammar))
+        text = text[0].upper() + text[1:].replace("..", ".")
         if is_copy_text(text):
             yield text
 
 
+def _number(bounds: re.Match[str], rng: random.Random) -> str:
+    low, high, ordinal = bounds.groups()
+    number = rng.randint(int(low.replace(",", "")), int(high.replace(",", "")))
+    if ordinal:
+        ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+        return f"{number}{ending}"
+    return f"{number:,}" if "," in high else str(number)
+
+
+def _article(match: re.Match[str]) -> str:
+    article, word = match.groups()
+    vowel = _AN.match(word) and not word.lower().startswith(("eu", "one"))
+    return f"{article}n " if vowel else f"{article} "
+
+
+def _inflect(text: str, form: str) -> str:
+    if form == "c":
+        return text[0].upper() + text[1:]
+    if form == "t":
+        words = [word if word in _SMALL else word[0].upper() + word[1:] for word in text.split()]
+        return " ".join([words[0][0].upper() + words[0][1:], *words[1:]])
+    return _plural(text) if form == "s" else text
+
+
+def _plural(noun: str) -> str:
+    """English plural of the last word of a noun."""
+    head, space, last = noun.rpartition(" ")
+    if last in _IRREGULAR:
+        last = _IRREGULAR[last]
+    elif re.search(r"[^aeiou]y$", last):
+        last = last[:-1] + "ies"
+    elif re.search(r"(?:[^o]lf|eaf|oaf|shelf|ief)$", last) and last not in ("golf", "chief", "belief", "brief"):
+        last = last[:-1] + "ves"
+    elif last.endswith("man") and last not in ("human", "caiman", "talisman"):
+        last = last[:-2] + "en"
+    elif re.search(r"(?:s|x|z|ch|sh)$", last):
+        if not re.search(r"(?:[^s]s)$", last) or last.endswith(("us", "is", "as")):
+            last += "es"
+    else:
+        last += "s"
+    return head + space + last
+
+
 def main(count: int, seed: int) -> None:
-    """Print `count` distinct sentences."""
+    """Print a comment line and `count` distinct sentences."""
+    print(f"# Made by `python -m data.copy_grammar {count} {seed}`; written for this project, under its licence.")
     seen: set[str] = set()
     for text in copy_sentences(random.Random(f"{seed}/copy")):
         if text not in seen:

@@ -17,7 +17,8 @@ MIN_CHARACTERS, MAX_CHARACTERS = 30, 150
 
 _OPERATOR = re.compile(r"[+*=<>{}\\^|]|\d\s*[-/x×÷]\s*\d|\s[-/]\s")
 _REQUEST = re.compile(
-    r"(?i)\b(?:calculat|comput[ei]|subtract|multipl|divided? by|solve|the sum of|add up|plus|minus|times)\w*"
+    r"(?i)\b(?:calculat\w+|compute[sd]?|subtract\w*|multipl(?:y|ied|ying)|divided? by|solve[sd]?|sum of|add up"
+    r"|plus|minus|times)\b"
 )
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
 

@@ -1,0 +1,95 @@
+"""How varied a file of texts is: `python -m data.corpus_report FILE [FILE ...]`.
+
+In: text files (one text a line, `#` lines skipped) or JSON-lines rows (their copy rows). Out: for each file its rows,
+vocabulary, distinct-trigram ratio and near-duplicate rate, over equal numbers of rows so that the figures compare.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from data.readers import LineLog, stream_rows, stream_texts
+
+NEAR_DUPLICATE = 0.7
+
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+
+
+class Variety(NamedTuple):
+    """`vocabulary`: distinct words regardless of case; `plain_vocabulary`: those without a digit.
+
+    `distinct_trigrams`: share of the word trigrams that are distinct. `near_duplicates`: share of the rows for which
+    another row has a Jaccard index of word sets of at least 0.7.
+    """
+
+    rows: int
+    words: int
+    vocabulary: int
+    plain_vocabulary: int
+    distinct_trigrams: float
+    near_duplicates: float
+
+
+def variety(texts: Sequence[str]) -> Variety:
+    """Measure texts; see `Variety`."""
+    rows = [[word.casefold() for word in _WORD.findall(text)] for text in texts]
+    vocabulary = {word for words in rows for word in words}
+    trigrams = [trigram for words in rows for trigram in zip(words, words[1:], words[2:], strict=False)]
+    return Variety(
+        rows=len(rows),
+        words=sum(map(len, rows)),
+        vocabulary=len(vocabulary),
+        plain_vocabulary=sum(not any(character.isdigit() for character in word) for word in vocabulary),
+        distinct_trigrams=len(set(trigrams)) / max(1, len(trigrams)),
+        near_duplicates=len(near_duplicates(set(words) for words in rows)) / max(1, len(rows)),
+    )
+
+
+def near_duplicates(sets: Iterable[set[str]], threshold: float = NEAR_DUPLICATE) -> set[int]:
+    """Indices of the sets whose Jaccard index with some other set is at least `threshold`.
+
+    Exact, by prefix filtering: with each set ordered from its rarest word, two sets that similar share a word among
+    the first `n - ceil(threshold * n) + 1` of either, so only sets that share such a word are compared.
+    """
+    sets = list(sets)
+    frequency = Counter(word for words in sets for word in words)
+    holders: defaultdict[str, list[int]] = defaultdict(list)
+    found: set[int] = set()
+    for index, words in enumerate(sets):
+        least = -int(-threshold * len(words) // 1)  # ceiling
+        prefix = sorted(words, key=lambda word: (frequency[word], word))[: len(words) - least + 1]
+        for other in {other for word in prefix for other in holders[word]}:
+            shared = len(words & sets[other])
+            if shared >= threshold * (len(words) + len(sets[other]) - shared):
+                found |= {index, other}
+        for word in prefix:
+            holders[word].append(index)
+    return found
+
+
+def read_texts(path: str) -> list[str]:
+    """Texts of a file; of a `.jsonl` file the inputs of its copy rows."""
+    if path.endswith(".jsonl"):
+        return [row.input for row in stream_rows(LineLog(path), lambda row: True) if row.label == "copy"]
+    return [text for text in stream_texts(LineLog(path), lambda text: True) if not text.startswith("#")]
+
+
+def main(paths: Sequence[str]) -> None:
+    """Print one line of figures a file."""
+    files = {path: read_texts(path) for path in paths}
+    rows = min(map(len, files.values()))
+    print(f"{'rows':>6} {'words':>7} {'vocab':>6} {'plain':>6} {'trigrams':>8} {'near-dup':>8}  file")
+    for path, texts in files.items():
+        figures = variety(texts[:rows])
+        print(
+            f"{figures.rows:>6} {figures.words:>7} {figures.vocabulary:>6} {figures.plain_vocabulary:>6} "
+            f"{figures.distinct_trigrams:>8.3f} {figures.near_duplicates:>8.2%}  {path}"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
