@@ -13,6 +13,7 @@ from pathlib import Path
 from data.rows import DataError
 
 SHIPPED = Path(__file__).with_name("copy_rows.txt")
+C4 = "allenai/c4"
 MIN_CHARACTERS, MAX_CHARACTERS = 30, 150
 
 _OPERATOR = re.compile(r"[+*=<>{}\\^|]|\d\s*[-/x×÷]\s*\d|\s[-/]\s")
@@ -62,15 +63,17 @@ def copy_texts_of(documents: Iterable[str]) -> Iterator[str]:
 def c4_copy_texts() -> Iterator[str]:
     """Sentences of C4 (English, ODC-BY), streamed from the hub in file order.
 
-    Raises `DataError` when the hub cannot be reached.
+    Raises `DataError` at once when the hub cannot be reached, or when its files cannot be read.
     """
     try:
         import datasets
+        from huggingface_hub import HfApi
 
-        stream = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
+        HfApi().dataset_info(C4, timeout=10)  # one try; the stream below would retry for half a minute
+        stream = datasets.load_dataset(C4, "en", split="train", streaming=True)
         yield from copy_texts_of(document["text"] for document in stream)
-    except Exception as error:  # every hub failure has its own exception type
+    except Exception as error:  # the hub's client raises a different type for each way of being out of reach
         raise DataError(
-            f"data.copy_source=c4 needs the Hugging Face hub, which did not answer ({type(error).__name__}); "
-            "use data.copy_source=shipped"
+            f"data.copy_source=c4 reads {C4} from the Hugging Face hub, which failed ({error}); "
+            "data.copy_source=shipped needs no network"
         ) from error

@@ -74,7 +74,7 @@ def near_duplicates(sets: Iterable[set[str]], threshold: float = NEAR_DUPLICATE)
 def read_texts(path: str) -> list[str]:
     """Texts of a file; of a `.jsonl` file the inputs of its copy rows."""
     if path.endswith(".jsonl"):
-        return [row.input for row in stream_rows(LineLog(path), lambda row: True) if row.label == "copy"]
+        return [row.input for row in stream_rows(LineLog(path), lambda text: True) if row.label == "copy"]
     return [text for text in stream_texts(LineLog(path), lambda text: True) if not text.startswith("#")]
 
 

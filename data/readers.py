@@ -65,16 +65,16 @@ class LineLog:
         }
 
 
-def stream_rows(log: LineLog, fits: Callable[[Row], bool]) -> Iterator[Row]:
+def stream_rows(log: LineLog, fits: Callable[[str], bool]) -> Iterator[Row]:
     """Rows of the JSON-lines file `log.path`, in file order, rejected lines noted in `log`.
 
     A label may be tool, copy, tool_ood, positive (tool) or negative (copy); without one, a target that holds
-    `<tool_call>` makes a tool row. `fits` tells whether a row is within the model's context.
+    `<tool_call>` makes a tool row. `fits` tells whether a row (input, newline, target) is within the model's context.
     """
 
     def parse(line: str) -> Row:
         row = _parse_row(line)
-        if not fits(row):
+        if not fits(f"{row.input}\n{row.target}"):
             raise _Reject("longer than the context")
         return row
 
