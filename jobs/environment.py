@@ -1,0 +1,40 @@
+"""Process-wide switches of the libraries, set before any of them is imported.
+
+In: nothing. Out: environment variables: telemetry off, Ray on loopback, no pickles read from results, quiet bars.
+Values that a user has set win, but for telemetry.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+ALWAYS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "WANDB_MODE": "disabled",
+}
+UNLESS_SET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_MAX_PENDING_TRIALS_PG": "16",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_DEDUP_LOGS": "0",
+    # One raylet on one machine needs no other interface than loopback.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "MPLBACKEND": "Agg",
+}
+
+
+def prepare() -> None:
+    """Idempotent; called first by the driver and by every worker."""
+    os.environ.update(ALWAYS)
+    for name, value in UNLESS_SET.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore")

@@ -1,0 +1,136 @@
+"""A sweep's folder on disk: what is finished, and under which settings.
+
+In: a storage root and a sweep's name. Out: paths, keyed folders and manifests, all written beside and renamed. A folder
+whose key differs from the one asked for holds the result of other settings and is emptied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from jobs.errors import RequestError
+
+FORMAT = 1
+"""Part of every key: raised when results on disk mean something else than before."""
+KEY = "key.json"
+MANIFEST = "manifest.json"
+
+
+def key_of(*parts: Any) -> str:
+    """A short hash of JSON-like values; equal values give equal keys on any machine."""
+    text = json.dumps([FORMAT, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.write_text(json.dumps(value, indent=1, sort_keys=True))
+    beside.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The value, or None where the file is missing."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def keyed_folder(folder: Path, key: str) -> Path:
+    """`folder`, emptied first if it holds the result of another key."""
+    held = read_json(folder / KEY)
+    if held is None or held["key"] != key:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(folder / KEY, {"key": key})
+    return folder
+
+
+def is_finished(folder: Path, key: str) -> bool:
+    """Whether a manifest of this key stands in `folder`."""
+    manifest = read_json(folder / MANIFEST)
+    return manifest is not None and manifest["key"] == key
+
+
+def finish(folder: Path, key: str, facts: dict[str, Any]) -> None:
+    write_json(folder / MANIFEST, {"key": key, **facts})
+
+
+class Workspace:
+    """Paths of one sweep under a storage root."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.root = root
+        self.name = name
+        self.folder = root / "sweeps" / name
+        self.models = root / "models"
+        self.data = self.folder / "data"
+        self.lora = self.folder / "lora"
+        self.activations = self.folder / "activations"
+        self.transcoders = self.folder / "transcoders"
+        self.deltas = self.folder / "deltas"
+        self.cells = self.folder / "cells"
+        self.generations = self.folder / "generations"
+        self.report = self.folder / "report"
+
+    def create(self) -> None:
+        """Makes the folder; raises RequestError where it cannot be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".probe.{os.getpid()}"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise RequestError(f"storage.root: {self.folder} cannot be written ({error.strerror})") from None
+
+    def check_space(self, needed: int) -> None:
+        """Raises RequestError where less than `needed` bytes are free."""
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise RequestError(
+                f"storage.root: the sweep needs about {needed / 1e9:.1f} GB under {self.root}, {free / 1e9:.1f} GB are free"
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Held by one driver at a time; a second one is refused."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RequestError(f"another process is running the sweep in {self.folder}; wait for it or stop it") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def clear(self) -> None:
+        """Removes every result of the sweep (its lock stays)."""
+        for path in self.folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def storage_root(root: str) -> Path:
+    """`root` as an absolute path.
+
+    A submitted job runs in a copy of the repository that Ray deletes afterwards, so there a relative root lies in the
+    home folder instead.
+    """
+    path = Path(root).expanduser()
+    if path.is_absolute():
+        return path
+    here = Path.cwd()
+    if "runtime_resources" in here.parts:
+        return Path.home() / "deltascope" / path
+    return here / path
