@@ -17,7 +17,7 @@ from data import requests
 from data.copy_grammar import copy_sentences
 from data.copy_text import c4_copy_texts, shipped_copy_texts
 from data.leakage import find_leaks, request_key
-from data.rows import DataError, Row, make_row, read_rows, sha256_of, write_lines, write_rows
+from data.rows import DataError, Row, make_row, read_lines, read_rows, sha256_of, write_lines, write_rows
 from data.selection import fingerprint
 from data.user_files import SPLITS, sample_user_texts, split_user_rows
 
@@ -241,7 +241,7 @@ def _inspect(folder: Path) -> dict[str, Any]:
         counts[split] = dict(sorted(Counter(row.label for row in rows).items()))
         sides["training" if split == "train" else split] = [row.input for row in rows]
     for split in TEXT_SPLITS:
-        texts = (folder / f"text_{split}.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        texts = read_lines(folder / f"text_{split}.txt")
         counts[f"text_{split}"] = len(texts)
         sides["training" if split == "train" else split] += texts
     leaks = find_leaks(sides)

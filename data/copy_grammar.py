@@ -29,7 +29,7 @@ Grammar = Mapping[str, Sequence[str]]
 _SLOT = re.compile(r"\{([^{}]*)\}")
 _NUMBER = re.compile(r"([\d,]+)\.\.([\d,]+)(th)?")
 _ARTICLE = re.compile(r"\b([Aa]) (?=(\w+))")
-_AN = re.compile(r"(?i)(?:[aeio]|u(?!k|ku|ni[^mn]|rology|s[aeu]|til)|hour|heir|honest|8|11$|18$)")
+_AN = re.compile(r"(?i)(?:[aeio]|u(?!k|ku|ni[^mn]|rology|s[aeu]|til)|hour|heir|honest|8|1[18](?!\d))")
 _SMALL = frozenset(["a", "an", "and", "for", "in", "of", "on", "or", "the", "to"])
 _IRREGULAR = {
     "bison": "bison",
@@ -125,7 +125,7 @@ def _plural(noun: str) -> str:
         last = _IRREGULAR[last]
     elif re.search(r"[^aeiou]y$", last):
         last = last[:-1] + "ies"
-    elif re.search(r"(?:[^o]lf|eaf|oaf|shelf|ief)$", last) and last not in ("golf", "chief", "belief", "brief"):
+    elif re.search(r"(?:lf|eaf|oaf)$", last) and last != "golf":
         last = last[:-1] + "ves"
     elif last.endswith("man") and last not in ("human", "caiman", "talisman"):
         last = last[:-2] + "en"

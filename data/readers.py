@@ -82,10 +82,14 @@ def stream_rows(log: LineLog, fits: Callable[[str], bool]) -> Iterator[Row]:
 
 
 def stream_texts(log: LineLog, fits: Callable[[str], bool]) -> Iterator[str]:
-    """Texts of the file `log.path`, one a line, in file order, rejected lines noted in `log`."""
+    """Texts of the file `log.path`, one a line, in file order, rejected lines noted in `log`.
+
+    Only a newline ends a line; a carriage return or Unicode line separator within one becomes a space, so that a text
+    is one line to every later reader.
+    """
 
     def parse(line: str) -> str:
-        text = line.strip()
+        text = " ".join(line.splitlines()).strip()
         if not text:
             raise _Reject("empty")
         if not fits(text):

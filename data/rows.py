@@ -99,6 +99,14 @@ def write_lines(path: str | Path, lines: Iterable[str]) -> None:
         raise
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """Lines of a UTF-8 text file that `write_lines` wrote; raises `DataError` when it cannot be read."""
+    try:
+        return Path(path).read_bytes().decode("utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
