@@ -181,7 +181,10 @@ def test_articles(text: str, expected: str) -> None:
 
 
 def test_documents_give_at_most_two_sentences_each() -> None:
-    document = "Short 1. The first of 3 long sentences is here. The second of 3 long ones follows! And the third of 3 is here.\n"
+    document = (
+        "Short 1. The first of 3 long sentences is here. The second of 3 long ones follows! "
+        "And the third of 3 is here too.\n"
+    )
     assert list(copy_texts_of([document * 2, "A line of 40 characters without an end", ""])) == [
         "The first of 3 long sentences is here.",
         "The second of 3 long ones follows!",
