@@ -7,6 +7,7 @@ but BOS and padding. Memory holds one shard; an interrupted capture goes on from
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from data.encoding import by_length, pad_left
 from models.bridge import tap_names
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps
-from trainers.activations import INDEX, write_index, write_shard
+from trainers.activations import write_index, write_shard
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -32,70 +33,90 @@ def layer_folder(folder: Path, layer: int) -> Path:
     return folder / f"layer_{layer:02d}"
 
 
-def plan_shards(sequences: Sequences, batch_tokens: int, shard_tokens: int, seed: int) -> list[list[list[int]]]:
-    """Shards of batches of sequence indices. Batches hold similar lengths; their order is shuffled, so that every
-    shard is a sample of all lengths."""
-    batches = list(by_length([len(row) for row in sequences], batch_tokens))
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
-    shards: list[list[list[int]]] = [[]]
-    held = 0
-    for index in order:
-        if held >= shard_tokens:
-            shards.append([])
-            held = 0
-        shards[-1].append(batches[index])
-        held += sum(len(sequences[i]) - 1 for i in batches[index])
-    return shards
+@dataclass(frozen=True)
+class Plan:
+    """Which tokens a capture reads, in which order: shards of batches of sequence indices.
+
+    Batches hold similar lengths; their order is shuffled, so that every shard is a sample of all lengths.
+    """
+
+    sequences: Sequences
+    shards: list[list[list[int]]]
+
+    @classmethod
+    def make(cls, sequences: Sequences, batch_tokens: int = 4096, shard_tokens: int = 65536, seed: int = 0) -> Plan:
+        batches = list(by_length([len(row) for row in sequences], batch_tokens))
+        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
+        shards: list[list[list[int]]] = [[]]
+        held = 0
+        for index in order:
+            if held >= shard_tokens:
+                shards.append([])
+                held = 0
+            shards[-1].append(batches[index])
+            held += sum(len(sequences[i]) - 1 for i in batches[index])
+        return cls(sequences, shards)
+
+    def tokens(self, shard: int) -> int:
+        """Captured tokens of a shard: all but BOS."""
+        return sum(len(self.sequences[i]) - 1 for batch in self.shards[shard] for i in batch)
 
 
 def capture(
     bridge: TransformerBridge,
-    sequences: Sequences,
+    plan: Plan,
     layers: Sequence[int],
     folder: Path,
     *,
-    pad_id: int,
-    batch_tokens: int = 4096,
-    shard_tokens: int = 65536,
-    seed: int = 0,
     taps: Taps = GEMMA_SCOPE_TAPS,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes the bf16 activations of `layers`; `report(tokens done, tokens in all)` after every batch."""
-    plan = plan_shards(sequences, batch_tokens, shard_tokens, seed)
-    total = sum(len(row) - 1 for row in sequences)
-    done = 0
-    finished: list[dict] = []
-    for number, batches in enumerate(plan):
-        name = f"shard_{number:04d}.safetensors"
-        tokens = sum(len(sequences[i]) - 1 for batch in batches for i in batch)
-        finished.append({"file": name, "tokens": tokens})
-        if all((layer_folder(folder, layer) / name).is_file() for layer in layers):
-            done += tokens
-            report(done, total)
-            continue
-        held: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
-        for batch in batches:
-            rows = [sequences[i] for i in batch]
-            for layer, pair in capture_batch(bridge, rows, layers, pad_id, taps).items():
-                held[layer].append(pair)
-            done += sum(len(row) - 1 for row in rows)
-            report(done, total)
-        for layer, pairs in held.items():
-            x, y = (torch.cat(column) for column in zip(*pairs, strict=True))
-            write_shard(layer_folder(folder, layer) / name, {"x": x, "y": y})
+    """Captures every shard that is missing, then writes the indices; `report(shards done, shards in all)`."""
+    for number in range(len(plan.shards)):
+        capture_shard(bridge, plan, number, layers, folder, taps)
+        report(number + 1, len(plan.shards))
+    finish_capture(plan, layers, folder, taps)
+
+
+def capture_shard(
+    bridge: TransformerBridge,
+    plan: Plan,
+    number: int,
+    layers: Sequence[int],
+    folder: Path,
+    taps: Taps = GEMMA_SCOPE_TAPS,
+) -> None:
+    """Writes one shard of the bf16 activations of `layers`, unless all of it is there."""
+    if all((layer_folder(folder, layer) / _shard_name(number)).is_file() for layer in layers):
+        return
+    held: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+    for batch in plan.shards[number]:
+        rows = [plan.sequences[i] for i in batch]
+        for layer, pair in capture_batch(bridge, rows, layers, taps).items():
+            held[layer].append(pair)
+    for layer, pairs in held.items():
+        x, y = (torch.cat(column) for column in zip(*pairs, strict=True))
+        write_shard(layer_folder(folder, layer) / _shard_name(number), {"x": x, "y": y})
+
+
+def finish_capture(plan: Plan, layers: Sequence[int], folder: Path, taps: Taps = GEMMA_SCOPE_TAPS) -> None:
+    """Marks the layers' folders as complete."""
+    shards = [{"file": _shard_name(n), "tokens": plan.tokens(n)} for n in range(len(plan.shards))]
     for layer in layers:
-        if not (layer_folder(folder, layer) / INDEX).is_file():
-            write_index(layer_folder(folder, layer), finished, {"layer": layer, "taps": list(taps)})
+        write_index(layer_folder(folder, layer), shards, {"layer": layer, "taps": list(taps)})
+
+
+def _shard_name(number: int) -> str:
+    return f"shard_{number:04d}.safetensors"
 
 
 @torch.inference_mode()
 def capture_batch(
-    bridge: TransformerBridge, rows: Sequences, layers: Sequence[int], pad_id: int, taps: Taps = GEMMA_SCOPE_TAPS
+    bridge: TransformerBridge, rows: Sequences, layers: Sequence[int], taps: Taps = GEMMA_SCOPE_TAPS
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """For each layer `x` and `y`, (tokens, d_model) bf16 on the CPU, row by row, without BOS and padding."""
     model = bridge.original_model
-    batch = pad_left(rows, pad_id).to(model.device)
+    batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(model.device)
     kept = batch.editable
     seen: dict[tuple[int, int], Tensor] = {}
 
