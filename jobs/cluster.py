@@ -50,7 +50,7 @@ def connect(address: str | None) -> None:
     if address == "local":
         ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         return
-    _check_answers(address)
+    check_answers(address)
     in_job = "runtime_resources" in Path.cwd().parts
     runtime = {} if in_job else {"working_dir": str(REPOSITORY), "excludes": NOT_UPLOADED}
     try:
@@ -84,7 +84,7 @@ def share_of(compute: Compute) -> Share:
     return Share(compute.cpus_per_trial, each, min(at_once, compute.max_concurrent or at_once))
 
 
-def _check_answers(address: str) -> None:
+def check_answers(address: str) -> None:
     """A TCP connection within seconds, so that a wrong address does not hang for Ray's own minutes."""
     if address == "auto":
         return

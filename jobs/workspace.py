@@ -108,7 +108,9 @@ class Workspace:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise RequestError(f"another process is running the sweep in {self.folder}; wait for it or stop it") from None
+            raise RequestError(
+                f"another process is running the sweep in {self.folder}; wait for it or stop it"
+            ) from None
         try:
             yield
         finally:

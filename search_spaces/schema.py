@@ -22,10 +22,10 @@ class Section(BaseModel):
 
 
 class Range(Section):
-    """A searched number between `low` and `high` (inclusive), on a log scale if `log`."""
+    """A searched number between `low` and `high` (inclusive), on a log scale if `log`; whole if both ends are."""
 
-    low: Finite
-    high: Finite
+    low: int | Finite
+    high: int | Finite
     log: bool = False
 
     @model_validator(mode="after")
@@ -35,10 +35,6 @@ class Range(Section):
         if self.log and self.low <= 0:
             raise ValueError(f"a log range needs low above 0, got low={self.low}")
         return self
-
-    @property
-    def is_integer(self) -> bool:
-        return float(self.low).is_integer() and float(self.high).is_integer() and not self.log
 
 
 class Choice(Section):

@@ -69,15 +69,14 @@ class TrainedDelta(NamedTuple):
 
 
 @torch.no_grad()
-def residual_pairs(pairs: Pairs, base: Transcoder, batch_size: int = 4096) -> Pairs:
-    """(x, y - base(x)), bf16 x as captured and fp32 residual, from (x, y)."""
+def residual_of(base: Transcoder, x: Tensor, y: Tensor, batch_size: int = 4096) -> Tensor:
+    """`y - base(x)` (tokens, d_model), fp32 on the CPU, the part of the finetuned output that the base misses."""
     device = base.W_enc.device
-    columns = []
-    for x, y in pairs.in_order(batch_size):
-        residual = y.to(device, torch.float32) - base(x.to(device, torch.float32))
-        columns.append((x, residual.cpu()))
-    x, residual = (torch.cat(column) for column in zip(*columns, strict=True))
-    return Pairs([(x, residual)])
+    parts = []
+    for inputs, outputs in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        residual = outputs.to(device, torch.float32) - base(inputs.to(device, torch.float32))
+        parts.append(residual.cpu())
+    return torch.cat(parts)
 
 
 def output_variance(pairs: Pairs) -> float:

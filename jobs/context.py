@@ -1,0 +1,114 @@
+"""What every stage of a sweep is given.
+
+In: settings and where to run. Out: one object with the workspace, progress, tracking and the cluster; what is heavy is
+made when it is first asked for, so that a sweep that is done already says so without starting anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs import cluster
+from jobs.errors import RequestError
+from jobs.progress import Progress
+from jobs.workspace import Workspace, storage_root
+from models.sources import check_hub, check_source, model_facts, resolve
+from search_spaces.schema import Sweep
+
+if TYPE_CHECKING:
+    import optuna
+
+    from jobs.tracking import Tracker
+
+
+@dataclass
+class Context:
+    settings: Sweep
+    progress: Progress = field(default_factory=Progress)
+    address: str | None = None
+    failures: list[str] = field(default_factory=list)
+    """Trials and cells that failed, each with its reason; they are named at the end."""
+
+    @cached_property
+    def space(self) -> Workspace:
+        return Workspace(storage_root(self.settings.storage.root), self.settings.name)
+
+    @cached_property
+    def model(self) -> Path:
+        """The folder of the un-finetuned model."""
+        chosen = self.settings.model
+        return resolve(chosen.source, self.space.models, chosen.revision, self.settings.seed)
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """The swept layers, ascending; raises RequestError where the model lacks one."""
+        asked = self.settings.transcoders.layers
+        count = model_facts(self.model)["n_layers"]
+        if asked == "all":
+            return list(range(count))
+        assert isinstance(asked, list)
+        outside = [layer for layer in asked if not 0 <= layer < count]
+        if outside:
+            raise RequestError(
+                f"transcoders.layers: got {outside[0]}, {self.settings.model.source} has layers 0 to {count - 1}"
+            )
+        return sorted(asked)
+
+    @cached_property
+    def share(self) -> cluster.Share:
+        """What one worker gets; asking for it starts or joins the cluster."""
+        cluster.connect(self.address)
+        return cluster.share_of(self.settings.compute)
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.share.gpus else "cpu"
+
+    @cached_property
+    def tracker(self) -> Tracker:
+        from jobs.tracking import Tracker
+
+        self.space.root.mkdir(parents=True, exist_ok=True)
+        return Tracker(tracking_uri(self.settings, self.space.root), self.settings.name, self.space.root / "artifacts")
+
+    @cached_property
+    def studies(self) -> optuna.storages.BaseStorage:
+        from jobs.search import open_storage
+
+        return open_storage(self.settings.storage.optuna_url, self.space.root)
+
+    def check_request(self) -> None:
+        """Everything about the request that can be known in a second, before anything is written."""
+        check_source(self.settings.model.source, self.settings.model.revision)
+        source = self.settings.transcoders.source
+        if source != "train" and not Path(source).is_dir():
+            if source.startswith((".", "/", "~")) or source.count("/") != 1:
+                raise RequestError(
+                    f"transcoders.source: no folder {source!r}; give train, a folder, or a hub repository OWNER/NAME"
+                )
+            check_hub(source, "transcoders.source")
+        data = self.settings.data
+        for key in ("rows_file", "text_train_file", "text_validation_file"):
+            path = getattr(data, key)
+            if path is None:
+                continue
+            try:
+                Path(path).open("rb").close()
+            except OSError as error:
+                raise RequestError(f"data.{key}: {path} cannot be read ({error.strerror})") from None
+        if self.address:
+            cluster.check_answers(self.address)
+
+
+def tracking_uri(settings: Sweep, root: Path) -> str:
+    """The configured server, MLFLOW_TRACKING_URI, or the SQLite file under the storage root."""
+    import os
+
+    return (
+        settings.storage.tracking_uri
+        or os.environ.get("MLFLOW_TRACKING_URI")
+        or f"sqlite:///{(root / 'mlflow.db').resolve()}"
+    )

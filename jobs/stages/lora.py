@@ -1,0 +1,126 @@
+"""Stage 2, lora: the LoRA study, and the merged finetuned model.
+
+In: the data stage's rows and the base model. Out: `lora/trial_NNNN/{adapter,result.json}`, `lora/best.json` and
+`lora/merged/`, a plain safetensors model with its tokenizer.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jobs import environment, keys
+from jobs.context import Context
+from jobs.errors import WorkFailed
+from jobs.workspace import is_finished, keyed_folder, write_json
+from jobs.workspace import finish as finish_folder
+
+STAGE = "lora"
+
+
+def run(context: Context) -> dict[str, Any]:
+    from jobs.search import EarlyStopping, Group, best_of, run_search, trials_of
+    from jobs.stages.records import record_trial
+
+    settings, space = context.settings, context.space
+    folder = keyed_folder(space.lora, keys.lora_group(settings))
+    section = settings.lora
+    group = Group(
+        name=STAGE,
+        folder=folder,
+        space={name: getattr(section.space, name) for name in type(section.space).model_fields},
+        trials=section.trials,
+        seed=settings.seed,
+        constants={
+            "model": str(context.model),
+            "data": str(space.data),
+            "device": context.device,
+            "precision": settings.compute.precision,
+            "threads": context.share.cpus,
+            "seed": settings.seed,
+            "settings": section.model_dump(include={"steps", "eval_every", "warmup_fraction", "grad_clip", "loss_on"}),
+        },
+        study=f"{settings.name}/{STAGE}@{keys.lora_group(settings)}",
+    )
+    halving = EarlyStopping(section.grace_evals * section.eval_every, section.steps, section.reduction_factor)
+    with context.progress.bar("LoRA study", section.trials, "trials") as bar:
+        run_search(
+            [group],
+            trial,
+            storage=context.studies,
+            share=context.share,
+            max_retries=settings.compute.max_retries,
+            early_stopping=halving if section.asha else None,
+            scratch=space.folder / ".tune" / STAGE,
+            bar=bar,
+            on_trial=lambda group, result: record_trial(context, STAGE, group.name, result),
+        )
+    shutil.rmtree(space.folder / ".tune", ignore_errors=True)
+    results = trials_of(group)
+    best = best_of(results)
+    if best is None:
+        raise WorkFailed("every LoRA trial failed: " + "; ".join(str(one["reason"]) for one in results))
+    write_json(folder / "best.json", best)
+    merge_best(context, folder / f"trial_{best['trial']:04d}" / "adapter", keys.lora(settings))
+    return {"best_trial": best["trial"], "val_loss": best["value"], "params": best["params"]}
+
+
+def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
+    """One LoRA run; the best adapter so far lies in the trial's folder at every report."""
+    environment.prepare()
+    import torch
+
+    from data.rows import read_rows
+    from models.sources import load_model
+    from trainers.lora import LoraSettings, TrainingError, train_lora
+    from trainers.precision import dtype_of, resolve_precision
+
+    torch.set_num_threads(config["threads"])
+    precision = resolve_precision(config["precision"], config["device"])
+    model, tokenizer = load_model(Path(config["model"]), dtype_of(precision), config["device"])
+    searched = {name: config[name] for name in LoraSettings.__dataclass_fields__ if name in config}
+    best: dict[str, Any] = {}
+
+    def keep(adapted: Any) -> None:
+        beside = Path(config["folder"]) / "adapter.tmp"
+        adapted.save_pretrained(beside, save_embedding_layers=False)
+        shutil.rmtree(beside.with_name("adapter"), ignore_errors=True)
+        beside.rename(beside.with_name("adapter"))
+
+    def note(figures: dict[str, Any]) -> None:
+        if not best or figures["val_loss"] < best["val_loss"]:
+            best.update(figures)
+        report(figures)
+
+    rows = Path(config["data"])
+    try:
+        train_lora(
+            model,
+            tokenizer,
+            read_rows(rows / "train.jsonl"),
+            read_rows(rows / "validation.jsonl"),
+            LoraSettings(**config["settings"], **searched),
+            note,
+            keep,
+        )
+    except (TrainingError, torch.OutOfMemoryError) as error:
+        return {"failed": " ".join(str(error).split())[:500]}
+    return best
+
+
+def merge_best(context: Context, adapter: Path, key: str) -> None:
+    """The base model with the best adapter folded in, in fp32, under `lora/merged`."""
+    merged = context.space.lora / "merged"
+    if is_finished(merged, key):
+        return
+    import torch
+
+    from models.sources import load_model
+    from trainers.lora import merge
+
+    keyed_folder(merged, key)
+    model, tokenizer = load_model(context.model, torch.float32)
+    merge(model, adapter).save_pretrained(merged)
+    tokenizer.save_pretrained(merged)
+    finish_folder(merged, key, {"adapter": adapter.parent.name})

@@ -1,0 +1,51 @@
+"""What a finished trial or cell becomes in MLflow.
+
+In: results as they lie on disk. Out: runs under their stage, named like their files. A store that stops answering is
+said once; the results stay on disk and are tracked by the next run of the same command.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.context import Context
+
+STATUS = {"COMPLETE": "FINISHED", "STOPPED": "KILLED", "FAILED": "FAILED"}
+
+
+def record_trial(context: Context, stage: str, group: str, result: dict[str, Any]) -> None:
+    name = f"trial_{result['trial']:04d}" if group == stage else f"{group}/trial_{result['trial']:04d}"
+    if result["state"] == "FAILED":
+        context.failures.append(f"{stage} {name}: {result['reason']}")
+    context.tracker.record(
+        f"{stage}/{name}@{result['started']:.3f}",
+        name,
+        stage,
+        params={**result["params"], **_place(group), "state": result["state"], "reason": result["reason"]},
+        metrics=result["figures"],
+        history=result["history"],
+        status=STATUS[result["state"]],
+        started=result["started"],
+        seconds=result["seconds"],
+    )
+
+
+def record_cell(context: Context, name: str, cell: dict[str, Any], metrics: dict[str, Any]) -> None:
+    places = ("kind", "layers", "layer", "percentile", "d_new", "condition", "alpha", "subset", "base", "convention")
+    context.tracker.record(
+        f"evaluate/{name}@{cell['key']}",
+        name,
+        "evaluate",
+        params={key: cell[key] for key in places if cell.get(key) is not None},
+        metrics=metrics,
+        seconds=cell["seconds"],
+    )
+
+
+def _place(group: str) -> dict[str, Any]:
+    """`layer_08/p0.50/d032` as parameters."""
+    parts = group.split("/")
+    if len(parts) != 3:
+        return {}
+    layer, percentile, d_new = parts
+    return {"layer": int(layer[6:]), "percentile": float(percentile[1:]), "d_new": int(d_new[1:])}

@@ -1,0 +1,139 @@
+"""Stage 3, transcoders: the frozen base transcoders of every swept layer.
+
+In: the un-finetuned model and text, or published transcoders. Out: `transcoders/layer_L/width_W/average_l0_N/` in Gemma
+Scope's layout where they are trained here, and which candidate each percentile selects.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jobs import keys
+from jobs.context import Context
+from jobs.errors import WorkFailed
+from jobs.fanout import fan_out
+from jobs.stages.activations import capture_model
+from jobs.workspace import is_finished, keyed_folder, read_json
+from jobs.workspace import finish as finish_folder
+from models.gemma_scope import Candidate, candidates, read, select_percentile, width_label, write
+from models.sources import model_facts
+from models.transcoder import GEMMA_SCOPE_TAPS, check_fits
+
+
+class LayerTask(NamedTuple):
+    """The base transcoders of one layer, as a worker is given them."""
+
+    layer: int
+    activations: str
+    folder: str
+    key: str
+    section: dict[str, Any]
+    seed: int
+    device: str
+    precision: str
+
+
+def run(context: Context) -> dict[str, Any]:
+    if context.settings.transcoders.source == "train":
+        _train(context)
+    chosen: dict[str, dict[str, str]] = {}
+    for layer in context.layers:
+        found = candidates(root(context), layer, context.settings.transcoders.width)
+        for percentile in context.settings.deltas.percentiles:
+            candidate = select_percentile(found, percentile)
+            _check(context, candidate, layer)
+            chosen.setdefault(str(layer), {})[f"{percentile:.2f}"] = candidate.path
+    return {"source": context.settings.transcoders.source, "chosen": chosen}
+
+
+def root(context: Context) -> str:
+    """The folder or hub repository that holds the bases."""
+    source = context.settings.transcoders.source
+    return str(context.space.transcoders) if source == "train" else source
+
+
+def chosen_base(context: Context, layer: int, percentile: float) -> Candidate:
+    """The base that a percentile selects for a layer."""
+    return select_percentile(candidates(root(context), layer, context.settings.transcoders.width), percentile)
+
+
+def train_layer(task: LayerTask) -> dict[str, Any]:
+    """Trains one layer's bases side by side; writes them and a manifest."""
+    from trainers.activations import read_pairs
+    from trainers.base_transcoder import BaseSettings, train_bases
+    from trainers.capture import layer_folder
+    from trainers.precision import resolve_precision
+
+    section = dict(task.section)
+    targets = section.pop("target_l0")
+    splits = [layer_folder(Path(task.activations) / split, task.layer) for split in ("train", "validation")]
+    trained = train_bases(
+        read_pairs(splits[0]),
+        read_pairs(splits[1]),
+        targets,
+        BaseSettings(**section, seed=task.seed, precision=resolve_precision(task.precision, task.device)),
+        layer=task.layer,
+        device=task.device,
+    )
+    folder = Path(task.folder)
+    facts = []
+    for one in trained:
+        name = f"average_l0_{one.facts['val_l0']:.0f}"
+        if any(fact["path"].endswith(name) for fact in facts):
+            name = f"average_l0_{one.facts['val_l0']:.2f}"
+        path = folder / width_label(section["width"]) / name
+        write(one.transcoder, path, one.facts)
+        facts.append({"layer": task.layer, "path": str(path.relative_to(folder.parent)), **one.facts})
+    finish_folder(folder, task.key, {"bases": facts})
+    return {"layer": task.layer, "bases": facts}
+
+
+def _train(context: Context) -> None:
+    settings, space = context.settings, context.space
+    section = settings.transcoders
+    folders = {
+        layer: keyed_folder(space.transcoders / f"layer_{layer}", keys.base(settings, layer))
+        for layer in context.layers
+    }
+    missing = [layer for layer, folder in folders.items() if not is_finished(folder, keys.base(settings, layer))]
+    if missing:
+        activations = capture_model(context, "base", context.model, keys.base_activations(settings))
+        tasks = [
+            LayerTask(
+                layer=layer,
+                activations=str(activations),
+                folder=str(folders[layer]),
+                key=keys.base(settings, layer),
+                section=section.model_dump(include={"width", "target_l0", "epochs", "batch_size", "lr"}),
+                seed=settings.seed,
+                device=context.device,
+                precision=settings.compute.precision,
+            )
+            for layer in missing
+        ]
+        with context.progress.bar("base transcoders", len(tasks), "layers") as bar:
+            for outcome in fan_out(train_layer, tasks, context.share, settings.compute.max_retries):
+                if outcome.error:
+                    raise WorkFailed(f"base transcoders of layer {outcome.task.layer}: {outcome.error}")
+                bar.advance()
+    for layer, folder in folders.items():
+        for base in read_json(folder / "manifest.json")["bases"]:
+            context.tracker.record(
+                f"transcoders/{base['path']}@{keys.base(settings, layer)}",
+                base["path"],
+                "transcoders",
+                params={"layer": layer, "target_l0": base["target_l0"], "path": base["path"]},
+                metrics=base,
+            )
+
+
+def _check(context: Context, candidate: Candidate, layer: int) -> None:
+    facts = model_facts(context.model)
+    check_fits(
+        read(root(context), candidate, layer),
+        d_model=facts["d_model"],
+        n_layers=facts["n_layers"],
+        taps=GEMMA_SCOPE_TAPS,
+        origin=f"{root(context)}/{candidate.path}",
+    )

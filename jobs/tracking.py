@@ -1,0 +1,142 @@
+"""MLflow tracking: one writer, on the driver, that brings the store in line with the results on disk.
+
+In: records of stages, trials and cells, each with a key of its own. Out: a tree of runs, sweep -> stage -> trial or
+cell. A record that is tracked already is left alone, so a repeated sweep adds nothing; a store that does not answer is
+reported once and does not stop the sweep, because the results on disk can be tracked later.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+
+from jobs.errors import RequestError
+
+KEY_TAG = "deltascope.key"
+BATCH = 1000
+PARAM_CHARACTERS = 500
+
+
+class Tracker:
+    """Runs of one experiment, found by their key."""
+
+    def __init__(self, uri: str, experiment: str, artifacts: Path) -> None:
+        """Opens the store (creating it); raises RequestError where the address does not answer."""
+        self.uri = uri
+        try:
+            self._client = MlflowClient(tracking_uri=uri)
+            found = self._client.get_experiment_by_name(experiment)
+            if found is None:
+                location = (artifacts / experiment).resolve().as_uri() if uri.startswith("sqlite") else None
+                self.experiment = self._client.create_experiment(experiment, artifact_location=location)
+            else:
+                self.experiment = found.experiment_id
+            self._runs = dict(self._known())
+        except Exception as error:
+            raise RequestError(
+                f"storage.tracking_uri: {without_secrets(uri)} does not answer ({_short(error)})"
+            ) from None
+
+    def _known(self) -> Iterable[tuple[str, str]]:
+        token = None
+        while True:
+            page = self._client.search_runs([self.experiment], max_results=1000, page_token=token)
+            for run in page:
+                if KEY_TAG in run.data.tags:
+                    yield run.data.tags[KEY_TAG], run.info.run_id
+            token = page.token
+            if not token:
+                return
+
+    def has(self, key: str) -> bool:
+        return key in self._runs
+
+    def open(self, key: str, name: str, parent: str | None = None, params: dict[str, Any] | None = None) -> str:
+        """The run id of `key`, created RUNNING under the run of key `parent` if there is none."""
+        if key not in self._runs:
+            tags = {KEY_TAG: key, "mlflow.runName": name}
+            if parent is not None:
+                tags["mlflow.parentRunId"] = self._runs[parent]
+            run = self._client.create_run(self.experiment, tags=tags, run_name=name)
+            if params:
+                self._batch(run.info.run_id, params=_params(params))
+            self._runs[key] = run.info.run_id
+        else:
+            self._client.update_run(self._runs[key], status="RUNNING")
+        return self._runs[key]
+
+    def close(self, key: str, metrics: dict[str, Any] | None = None, status: str = "FINISHED") -> None:
+        run = self._runs[key]
+        if metrics:
+            self._batch(run, metrics=_metrics(metrics, 0))
+        self._client.set_terminated(run, status=status)
+
+    def record(
+        self,
+        key: str,
+        name: str,
+        parent: str,
+        *,
+        params: dict[str, Any],
+        metrics: dict[str, Any],
+        history: Iterable[dict[str, Any]] = (),
+        status: str = "FINISHED",
+        started: float | None = None,
+        seconds: float = 0.0,
+    ) -> None:
+        """One finished trial or cell as one run; `history` entries carry a `step`."""
+        if key in self._runs:
+            return
+        begin = time.time() - seconds if started is None else started
+        tags = {KEY_TAG: key, "mlflow.runName": name, "mlflow.parentRunId": self._runs[parent]}
+        run = self._client.create_run(self.experiment, start_time=int(begin * 1000), tags=tags, run_name=name)
+        points = [metric for entry in history for metric in _metrics(entry, entry["step"])]
+        last = max((entry["step"] for entry in history), default=0)
+        self._batch(run.info.run_id, metrics=[*points, *_metrics(metrics, last)], params=_params(params))
+        self._client.set_terminated(run.info.run_id, status=status, end_time=int((begin + seconds) * 1000))
+        self._runs[key] = run.info.run_id
+
+    def artifacts(self, key: str, folder: Path, below: str | None = None) -> None:
+        """Uploads a folder of tables and figures to the run of `key`."""
+        self._client.log_artifacts(self._runs[key], str(folder), below)
+
+    def sweep_orphans(self) -> None:
+        """Runs left RUNNING by a driver that died are marked KILLED; those of this sweep are reopened when needed."""
+        for run in self._client.search_runs([self.experiment], "attributes.status = 'RUNNING'", max_results=1000):
+            self._client.set_terminated(run.info.run_id, status="KILLED")
+
+    def _batch(self, run: str, metrics: list[Metric] | None = None, params: list[Param] | None = None) -> None:
+        metrics = list({(metric.key, metric.step): metric for metric in metrics or []}.values())
+        for start in range(0, max(len(metrics), 1), BATCH):
+            self._client.log_batch(
+                run, metrics=metrics[start : start + BATCH], params=(params or []) if start == 0 else [], tags=[]
+            )
+
+
+def without_secrets(uri: str) -> str:
+    """A URL without user and password."""
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def _metrics(values: dict[str, Any], step: int) -> list[Metric]:
+    now = int(time.time() * 1000)
+    return [
+        Metric(key, float(value), now, int(step))
+        for key, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and key != "step"
+    ]
+
+
+def _params(values: dict[str, Any]) -> list[Param]:
+    return [Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in values.items() if value is not None]
+
+
+def _short(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
