@@ -31,22 +31,10 @@ _NUMBER = re.compile(r"([\d,]+)\.\.([\d,]+)(th)?")
 _ARTICLE = re.compile(r"\b([Aa]) (?=(\w+))")
 _AN = re.compile(r"(?i)(?:[aeio]|u(?!k|ku|ni[^mn]|rology|s[aeu]|til)|hour|heir|honest|8|1[18](?!\d))")
 _SMALL = frozenset(["a", "an", "and", "for", "in", "of", "on", "or", "the", "to"])
-_IRREGULAR = {
-    "bison": "bison",
-    "deer": "deer",
-    "dormouse": "dormice",
-    "goose": "geese",
-    "grouse": "grouse",
-    "moose": "moose",
-    "mouse": "mice",
-    "ox": "oxen",
-    "reindeer": "reindeer",
-    "sheep": "sheep",
-    "squid": "squid",
-    "foothills": "foothills",
-    "rapids": "rapids",
-    "barracks": "barracks",
-}
+_UNCHANGED = frozenset(
+    ["bagpipes", "barracks", "bison", "cymbals", "deer", "foothills", "grouse", "moose", "rapids", "reindeer", "sheep"]
+)
+_IRREGULAR = {"dormouse": "dormice", "goose": "geese", "mouse": "mice", "ox": "oxen"}
 
 
 @functools.cache
@@ -121,19 +109,18 @@ def _inflect(text: str, form: str) -> str:
 def _plural(noun: str) -> str:
     """English plural of the last word of a noun."""
     head, space, last = noun.rpartition(" ")
+    if last in _UNCHANGED:
+        return noun
     if last in _IRREGULAR:
         last = _IRREGULAR[last]
     elif re.search(r"[^aeiou]y$", last):
         last = last[:-1] + "ies"
     elif re.search(r"(?:lf|eaf|oaf)$", last) and last != "golf":
         last = last[:-1] + "ves"
-    elif last.endswith("man") and last not in ("human", "caiman", "talisman"):
-        last = last[:-2] + "en"
-    elif re.search(r"(?:s|x|z|ch|sh)$", last):
-        if not re.search(r"(?:[^s]s)$", last) or last.endswith(("us", "is", "as")):
-            last += "es"
+    elif last.endswith("sis"):
+        last = last[:-2] + "es"
     else:
-        last += "s"
+        last += "es" if re.search(r"(?:s|x|z|ch|sh)$", last) else "s"
     return head + space + last
 
 

@@ -2,7 +2,8 @@
 
 In: a tokenizer and texts. Out: token lists that start with BOS, and left-padded batches of them. Training text is
 `BOS + input + "\\n" + target + EOS`; the prefix `BOS + input + "\\n"` is tokenised on its own, so that it is the same
-token for token when the target is not there yet.
+token for token when the target is not there yet. A text that spells a special token, such as `</s>`, is read as those
+characters: only this file places BOS and EOS.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Batch(NamedTuple):
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """`BOS + text`."""
-    return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return [tokenizer.bos_token_id, *_plain(tokenizer, text)]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -56,12 +57,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, text: str, target: str) -> Encoded:
     """A whole training row."""
-    answer = tokenizer(target, add_special_tokens=False)["input_ids"]
-    return Encoded(encode_prompt(tokenizer, text), [*answer, tokenizer.eos_token_id])
+    return Encoded(encode_prompt(tokenizer, text), [*_plain(tokenizer, target), tokenizer.eos_token_id])
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
-    """Rows of token ids as one batch, padded on the left to the longest."""
+    """Rows of token ids, each starting with BOS, as one batch padded on the left to the longest.
+
+    Padding gets position 0 and is masked; positions of a row count from its BOS. Raises ValueError without rows.
+    """
+    if not rows:
+        raise ValueError("a batch needs at least one row")
     longest = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
@@ -79,3 +84,7 @@ def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

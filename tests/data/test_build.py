@@ -50,11 +50,11 @@ def test_sizes_and_labels(tmp_path: Path) -> None:
 def test_the_same_bytes_for_a_seed_on_any_machine(tmp_path: Path) -> None:
     report = small(tmp_path / "a")
     assert {name: digest[:16] for name, digest in report["sha256"].items()} == {
-        "evaluation.jsonl": "7198ae8af03a5e42",
-        "text_train.txt": "a68a4854a0569dee",
-        "text_validation.txt": "f35a5765bd0a6f81",
-        "train.jsonl": "2956486c79999101",
-        "validation.jsonl": "518f4f73a0a09ed6",
+        "evaluation.jsonl": "72a37d11c31426d5",
+        "text_train.txt": "26e8c02c4ff94d90",
+        "text_validation.txt": "38c6ee830c8f6292",
+        "train.jsonl": "92c0798f26555aef",
+        "validation.jsonl": "a429855f4863af49",
     }
     assert small(tmp_path / "b") == report
     assert small(tmp_path / "c", seed=8)["sha256"] != report["sha256"]
