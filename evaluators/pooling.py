@@ -139,3 +139,13 @@ def _prompt_sums(rows: list[dict[str, Any]]) -> PromptSums:
             if row.get(field) is not None:
                 tops[line, column], bottoms[line, column] = float(row[field]), 1.0
     return PromptSums(np.array([row["index"] for row in rows], dtype=np.int64), tops, bottoms, 1)
+
+
+def cell_metrics(cell: Cell) -> dict[str, float]:
+    """The metrics of one cell by their table names, undefined ones left out: what a tracker logs of it."""
+    if cell["kind"] != "behaviour":
+        return {name: value for name, value in cell.items() if isinstance(value, float)}
+    sums = _prompt_sums(cell["rows"])
+    tops, bottoms = sums.tops.sum(0), sums.bottoms.sum(0)
+    found = {name: top / bottom for name, top, bottom in zip(METRICS, tops, bottoms, strict=True) if bottom}
+    return {**found, "n_examples": float(len(sums.prompts)), "n_tokens": float(bottoms[0])}

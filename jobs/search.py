@@ -47,7 +47,7 @@ class Group:
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """Asynchronous successive halving (arXiv 1810.05934) on the reported step."""
+    """Asynchronous successive halving (arXiv 1810.05934); `grace` and `longest` count validations."""
 
     grace: int
     longest: int
@@ -218,6 +218,13 @@ class GroupedSearch(Searcher):
         self._on_trial(running.group, record)
         self._bar.advance()
 
+    def __deepcopy__(self, memo: dict) -> GroupedSearch:
+        return self
+
+    def __reduce__(self) -> tuple:
+        """Tune snapshots its configuration by pickle; nothing of this object, such as a database URL, belongs there."""
+        return (Searcher, ())
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: studies and result files are the state."""
 
@@ -237,7 +244,7 @@ class _GroupedHalving(FIFOScheduler):
         name = trial.config["group"]
         if name not in self._brackets:
             self._brackets[name] = AsyncHyperBandScheduler(
-                time_attr="step",
+                time_attr="training_iteration",
                 metric="val_loss",
                 mode="min",
                 max_t=self._settings.longest,

@@ -16,6 +16,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
+from jobs.addresses import without_secrets
 from jobs.errors import RequestError
 
 KEY_TAG = "deltascope.key"
@@ -117,12 +118,6 @@ class Tracker:
             self._client.log_batch(
                 run, metrics=metrics[start : start + BATCH], params=(params or []) if start == 0 else [], tags=[]
             )
-
-
-def without_secrets(uri: str) -> str:
-    """A URL without user and password."""
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def _metrics(values: dict[str, Any], step: int) -> list[Metric]:

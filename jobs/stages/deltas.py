@@ -16,8 +16,8 @@ from jobs.errors import WorkFailed
 from jobs.fanout import fan_out
 from jobs.stages.activations import capture_model
 from jobs.stages.transcoders import chosen_base, root
-from jobs.workspace import is_finished, keyed_folder, read_json, write_json
 from jobs.workspace import finish as finish_folder
+from jobs.workspace import is_finished, keyed_folder, read_json, write_json
 
 STAGE = "deltas"
 

@@ -6,6 +6,7 @@ In: the data stage's rows and the base model. Out: `lora/trial_NNNN/{adapter,res
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 from jobs import environment, keys
 from jobs.context import Context
 from jobs.errors import WorkFailed
-from jobs.workspace import is_finished, keyed_folder, write_json
 from jobs.workspace import finish as finish_folder
+from jobs.workspace import is_finished, keyed_folder, write_json
 
 STAGE = "lora"
 
@@ -43,7 +44,9 @@ def run(context: Context) -> dict[str, Any]:
         },
         study=f"{settings.name}/{STAGE}@{keys.lora_group(settings)}",
     )
-    halving = EarlyStopping(section.grace_evals * section.eval_every, section.steps, section.reduction_factor)
+    halving = EarlyStopping(
+        section.grace_evals, math.ceil(section.steps / section.eval_every), section.reduction_factor
+    )
     with context.progress.bar("LoRA study", section.trials, "trials") as bar:
         run_search(
             [group],

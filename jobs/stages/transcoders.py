@@ -14,8 +14,8 @@ from jobs.context import Context
 from jobs.errors import WorkFailed
 from jobs.fanout import fan_out
 from jobs.stages.activations import capture_model
-from jobs.workspace import is_finished, keyed_folder, read_json
 from jobs.workspace import finish as finish_folder
+from jobs.workspace import is_finished, keyed_folder, read_json
 from models.gemma_scope import Candidate, candidates, read, select_percentile, width_label, write
 from models.sources import model_facts
 from models.transcoder import GEMMA_SCOPE_TAPS, check_fits

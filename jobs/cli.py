@@ -1,0 +1,132 @@
+"""The command line: `python -m jobs COMMAND`, each with `--help`.
+
+In: arguments. Out: an exit status: 0 done, 1 some trials or cells failed, 2 the request was wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from jobs import environment
+
+environment.prepare()
+
+app = typer.Typer(
+    name="python -m jobs",
+    help="Sweeps of delta transcoders: what finetuning changed in a model's MLPs, found, spliced in and measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[str, typer.Argument(help="A settings file, or a preset: quickstart, tiny, gemma2_2b.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="A running Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Default: Ray on this machine."),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what this sweep has left and start over.")]
+
+
+def _stage_command(name: str, help: str) -> None:
+    def command(config: Config, overrides: Overrides = None, address: Address = None, fresh: Fresh = False) -> None:
+        from jobs.context import Context
+        from jobs.sweep import run_sweep
+        from search_spaces.load import load
+
+        until = "report" if name == "sweep" else name
+        run_sweep(Context(load(config, overrides or []), address=address), until=until, fresh=fresh)
+
+    app.command(name, help=help)(command)
+
+
+_stage_command("sweep", "Run the whole study; what is finished already is kept.")
+_stage_command("data", "Run the study up to its data.")
+_stage_command("lora", "Run the study up to the finetuned model.")
+_stage_command("transcoders", "Run the study up to the base transcoders.")
+_stage_command("deltas", "Run the study up to the delta transcoders.")
+_stage_command("evaluate", "Run the study up to the evaluation cells.")
+_stage_command("report", "Run the study up to its report.")
+
+
+@app.command()
+def score(
+    file: Annotated[str, typer.Argument(help="JSON lines of {input, target, generation, label}; label may be absent.")],
+    by: Annotated[str, typer.Option(help="The column to group by.")] = "label",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Behaviour metrics of a file of generations, with Wilson 95% intervals."""
+    from evaluators.scoring import score_file
+
+    groups = score_file(file, by)
+    if as_json:
+        print(json.dumps(groups))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    rates = [key for key in next(iter(groups.values()), {}) if key.endswith("_rate")]
+    table = Table(by, "n_examples", *rates)
+    for name, values in groups.items():
+        shown = [
+            "-"
+            if values[rate] is None
+            else f"{values[rate]:.3f} [{values[f'{rate}_low']:.3f}, {values[f'{rate}_high']:.3f}]"
+            for rate in rates
+        ]
+        table.add_row(name, str(values["n_examples"]), *shown)
+    Console().print(table)
+
+
+@app.command()
+def ui(
+    root: Annotated[str, typer.Option(help="The storage root.")] = "mlruns",
+    port: Annotated[int, typer.Option(help="Port on loopback.")] = 5000,
+    studies: Annotated[bool, typer.Option("--studies", help="The Optuna dashboard instead of MLflow.")] = False,
+) -> None:
+    """Open the MLflow UI on the sweeps of this machine, on loopback."""
+    from jobs.ui import serve
+
+    serve(root, port, studies)
+
+
+def main() -> None:
+    """Runs a command and turns its errors into one line and an exit status."""
+    from data.rows import DataError
+    from jobs.errors import RequestError, WorkFailed
+    from models.errors import ModelError
+    from search_spaces.load import SettingsError
+
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        _say("stopped; the same command goes on from here")
+        sys.exit(130)
+    except (RequestError, ModelError, DataError, SettingsError) as error:
+        _say(str(error))
+        sys.exit(2)
+    except WorkFailed as error:
+        _say(str(error))
+        sys.exit(1)
+    except OSError as error:
+        if error.errno != 28:
+            raise
+        _say("the disk is full; make room and run the same command again, it goes on from here")
+        sys.exit(1)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            _say(error.format_message() if hasattr(error, "format_message") else str(error))
+            sys.exit(2)
+        raise
+
+
+def _say(text: str) -> None:
+    print(f"error: {text}" if not text.startswith("stopped") else text, file=sys.stderr)

@@ -1,0 +1,180 @@
+"""A whole study: the stages in order, what is finished already, and how it ends.
+
+In: a `Context` and the last stage wanted. Out: results on disk and in MLflow; a raised error says what stopped it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from jobs import cluster, keys
+from jobs.addresses import without_secrets
+from jobs.context import Context
+from jobs.errors import WorkFailed
+from jobs.progress import clock
+from jobs.workspace import MANIFEST, finish, is_finished, read_json, write_json
+from search_spaces.schema import Sweep
+
+
+class Stage(NamedTuple):
+    """One step of a study; `module.run(context)` does it, and its manifest in `folder` holds `key`."""
+
+    name: str
+    folder: Callable[[Context], Path]
+    key: Callable[[Context], str]
+    parameters: tuple[str, ...] = ()
+
+    def finished(self, context: Context) -> bool:
+        return is_finished(self.folder(context), self.key(context))
+
+
+STAGES = (
+    Stage("data", lambda c: c.space.data, lambda c: keys.data(c.settings), ("data",)),
+    Stage("lora", lambda c: c.space.lora, lambda c: keys.lora(c.settings), ("lora",)),
+    Stage(
+        "transcoders",
+        lambda c: c.space.transcoders,
+        lambda c: keys.transcoders(c.settings, c.layers),
+        ("activations", "transcoders"),
+    ),
+    Stage("deltas", lambda c: c.space.deltas, lambda c: keys.deltas(c.settings, c.layers), ("deltas",)),
+    Stage("evaluate", lambda c: c.space.cells, lambda c: keys.evaluate(c.settings, c.layers), ("evaluate",)),
+    Stage("report", lambda c: c.space.report, lambda c: keys.report(c.settings, c.layers)),
+)
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> None:
+    """Runs every stage up to `until` that is not finished.
+
+    Raises RequestError for a request that cannot be met, WorkFailed where trials or cells failed.
+    """
+    space, progress = context.space, context.progress
+    started = time.monotonic()
+    context.check_request()
+    space.create()
+    with space.locked():
+        if fresh:
+            space.clear()
+        progress.line(f"sweep {space.name} in {space.folder}")
+        if not Path(context.settings.model.source).is_dir():
+            progress.line(f"model {context.settings.model.source}")
+        _ = context.model, context.layers
+        write_settings(context)
+        stages = STAGES[: NAMES.index(until) + 1]
+        if all(stage.finished(context) for stage in stages):
+            progress.line("everything is done already; --fresh starts over")
+        else:
+            _run_stages(context, stages)
+        if until == "report":
+            show_results(context)
+        progress.line(f"took {clock(time.monotonic() - started)}")
+    if context.failures:
+        raise WorkFailed(f"{len(context.failures)} trials or cells failed:\n  " + "\n  ".join(context.failures))
+
+
+def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
+    tracker = context.tracker
+    tracker.sweep_orphans()
+    tracker.open("sweep", context.settings.name, params={"seed": context.settings.seed})
+    status = "FAILED"
+    try:
+        for number, stage in enumerate(stages, start=1):
+            label = f"[{number}/{len(stages)}] {stage.name}"
+            if stage.finished(context):
+                context.progress.line(f"{label}: done already")
+                continue
+            context.progress.line(label)
+            _run_stage(context, stage)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close("sweep", status=status)
+        cluster.disconnect()
+
+
+def _run_stage(context: Context, stage: Stage) -> None:
+    started = time.time()
+    parameters = {name: getattr(context.settings, name).model_dump(mode="json") for name in stage.parameters}
+    flat = {f"{section}.{key}": value for section, values in parameters.items() for key, value in values.items()}
+    context.tracker.open(stage.name, stage.name, parent="sweep", params=flat)
+    failed = len(context.failures)
+    status = "FAILED"
+    try:
+        module = importlib.import_module(f"jobs.stages.{stage.name}")
+        facts: dict[str, Any] = module.run(context)
+        seconds = time.time() - started
+        # A stage with failures has no manifest: the next run of the same command tries them again.
+        if len(context.failures) == failed:
+            finish(stage.folder(context), stage.key(context), {**facts, "seconds": seconds})
+        else:
+            write_json(stage.folder(context) / MANIFEST, {"key": "incomplete", **facts, "seconds": seconds})
+        status = "FINISHED"
+        context.progress.line(f"  {stage.name} took {clock(seconds)}")
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        context.tracker.close(stage.name, {"seconds": time.time() - started}, status=status)
+
+
+def write_settings(context: Context) -> None:
+    """`sweep.yaml` (the resolved settings, without secrets) and `versions.json` in the sweep's folder."""
+    values = public_settings(context.settings)
+    (context.space.folder / "sweep.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    versions = {
+        "python": platform.python_version(),
+        "git commit": _git_commit(),
+        **{one.metadata["Name"]: one.version for one in distributions()},
+    }
+    write_json(context.space.folder / "versions.json", versions)
+
+
+def public_settings(settings: Sweep) -> dict[str, Any]:
+    """The settings as plain values, URLs without user and password."""
+    values = settings.model_dump(mode="json")
+    for key in ("tracking_uri", "optuna_url"):
+        if values["storage"][key]:
+            values["storage"][key] = without_secrets(values["storage"][key])
+    return values
+
+
+def show_results(context: Context) -> None:
+    """The short table at the end, the checks that failed, and where the report lies."""
+    from rich.table import Table
+
+    from evaluators.report import summary_table
+    from jobs.stages.report import load_cells
+
+    rows = summary_table(load_cells(context), seed=context.settings.seed)
+    if rows:
+        table = Table(
+            *rows[0], title="CE minus raw CE in nats a target token, with 95% intervals", title_justify="left"
+        )
+        for row in rows:
+            table.add_row(*row.values())
+        context.progress.console.print(table)
+    facts = read_json(context.space.report / MANIFEST)
+    if facts:
+        context.progress.line(f"report: {context.space.folder / facts['report']}")
+
+
+def _git_commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(cluster.REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
