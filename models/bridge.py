@@ -26,7 +26,7 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
     )
     # Booting switches to eager attention; only soft-capped attention (Gemma-2) needs it.
     if getattr(model.config, "attn_logit_softcapping", None) is None:
-        bridge.original_model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("sdpa")
     return bridge
 
 

@@ -1,11 +1,11 @@
 """Delta transcoders as files: `delta.safetensors` and `config.json` in one folder.
 
-In: a `Transcoder` without decoder bias and the facts of its training. Out: the same, read back.
+In: a `Transcoder` without decoder bias and the facts of its training. Out: the same transcoder, read back and checked.
 """
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +14,50 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from models.errors import ModelError
-from models.transcoder import Taps, Transcoder
+from models.transcoder import Transcoder, read_config, write_config
 
 WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec")
 
 
 def write_delta(delta: Transcoder, folder: Path, facts: dict[str, Any]) -> None:
+    """Writes fp32 weights, and layer, taps and `facts` as config.json; each file beside its name, then renamed.
+
+    The weights come last: a folder with weights is complete. Raises ModelError for a transcoder with a decoder bias,
+    which a strength would scale as if it were a feature.
+    """
+    if delta.b_dec is not None:
+        raise ModelError(f"{folder}: a delta transcoder has no decoder bias, this one has")
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / "delta.safetensors.tmp"
+    write_config(folder / "config.json", delta, facts)
     tensors = {key: getattr(delta, key).detach().to("cpu", torch.float32).contiguous() for key in WEIGHTS}
+    beside = folder / f"delta.safetensors.{os.getpid()}.tmp"
     save_file(tensors, beside)
-    config = {"layer": delta.layer, "taps": list(delta.taps), **facts}
-    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
     beside.rename(folder / "delta.safetensors")
 
 
 def read_delta(folder: Path) -> Transcoder:
-    """Raises ModelError where a file is missing, cut short or lacks a tensor."""
+    """The delta transcoder of `folder`, fp32, on the CPU.
+
+    Raises ModelError where a file is missing, cut short, lacks a tensor, or holds one of the wrong shape or dtype.
+    """
+    path = folder / "delta.safetensors"
+    for needed in (path, folder / "config.json"):
+        if not needed.is_file():
+            raise ModelError(f"{folder}: no delta transcoder here ({needed.name} is missing)")
+    config = read_config(folder / "config.json")
     try:
-        config = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "delta.safetensors")
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error})") from None
+    missing = [key for key in WEIGHTS if key not in tensors]
+    if missing:
+        raise ModelError(f"{path}: lacks {', '.join(missing)}; found {', '.join(sorted(tensors))}")
+    stray = [f"{key} has dtype {tensors[key].dtype}" for key in WEIGHTS if not tensors[key].is_floating_point()]
+    if stray:
+        raise ModelError(f"{path}: {stray[0]}, expected floating point")
+    try:
         return Transcoder(
-            **{key: tensors[key] for key in WEIGHTS},
-            b_dec=None,
-            layer=config["layer"],
-            taps=Taps(*config["taps"]),
+            **{key: tensors[key].float() for key in WEIGHTS}, b_dec=None, layer=config.layer, taps=config.taps
         )
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder}: no delta transcoder here ({error.filename} is missing)") from None
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise ModelError(f"{folder}: not a readable delta transcoder ({error})") from None
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None

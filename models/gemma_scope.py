@@ -7,10 +7,10 @@ trained here; without it the taps are Gemma Scope's.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from models.errors import ModelError
-from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder
+from models.hub import cached_snapshot, hub_errors
+from models.transcoder import GEMMA_SCOPE_TAPS, Transcoder, read_config, write_config
 
 KEYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-_L0_FOLDER = re.compile(r"average_l0_(\d+(?:\.\d+)?)")
+_L0_FILE = re.compile(r"(average_l0_(\d+(?:\.\d+)?))/params\.npz")
 
 
 @dataclass(frozen=True, order=True)
@@ -41,13 +42,20 @@ def width_label(width: int | str) -> str:
 def candidates(root: str, layer: int, width: int | str) -> list[Candidate]:
     """The base transcoders of a layer and width, by ascending L0.
 
-    `root` is a local folder or a hub repository. Raises ModelError where there is none.
+    `root` is a local folder or a hub repository. Raises ModelError, saying what there is, where there is none.
     """
     below = f"layer_{layer}/{width_label(width)}"
-    names = _local_names(Path(root), below) if Path(root).is_dir() else _hub_names(root, below)
-    found = [Candidate(float(match[1]), f"{below}/{name}") for name in names if (match := _L0_FOLDER.fullmatch(name))]
+    matches = [_L0_FILE.fullmatch(file) for file in _files(root, below)]
+    found = [Candidate(float(match[2]), f"{below}/{match[1]}") for match in matches if match]
     if not found:
-        raise ModelError(f"transcoders.source: {root} has no {below}/average_l0_*/params.npz")
+        widths = {file.partition("/")[0] for file in _files(root, f"layer_{layer}")}
+        there, held = f"layer_{layer}", widths
+        if not widths:
+            there, held = "the top folder", {file.partition("/")[0] for file in _files(root, "")}
+        raise ModelError(
+            f"transcoders.source: {root} has no {below}/average_l0_*/params.npz; "
+            f"{there} holds {', '.join(sorted(held)[:32]) or 'none at all'}"
+        )
     return sorted(found)
 
 
@@ -63,38 +71,42 @@ def select_target_l0(found: list[Candidate], target_l0: float) -> Candidate:
 
 
 def read(root: str, candidate: Candidate, layer: int) -> Transcoder:
-    """The transcoder of `candidate`, fp32, on the CPU."""
+    """The transcoder of `candidate`, fp32, on the CPU. Raises ModelError where it cannot be had or read."""
     if Path(root).is_dir():
-        path = Path(root) / candidate.path / "params.npz"
-    else:
-        from huggingface_hub import hf_hub_download
+        return read_npz(Path(root) / candidate.path / "params.npz", layer)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
-        path = Path(hf_hub_download(root, f"{candidate.path}/params.npz"))
-    return read_npz(path, layer)
+    try:
+        with hub_errors("transcoders.source", root):
+            path = hf_hub_download(root, f"{candidate.path}/params.npz")
+    except EntryNotFoundError:
+        raise ModelError(f"transcoders.source: {root} has no {candidate.path}/params.npz") from None
+    return read_npz(Path(path), layer)
 
 
 def read_npz(path: Path, layer: int) -> Transcoder:
-    """Reads one params.npz; pickled arrays are refused, every shape is checked."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = [key for key in KEYS if key not in arrays.files]
-            if missing:
-                raise ModelError(f"{path}: lacks {', '.join(missing)}; found {', '.join(arrays.files)}")
-            loaded = {key: arrays[key] for key in KEYS}
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
-    except ModelError:
-        raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{path}: not a readable npz of plain arrays ({error})") from None
-    for key, array in loaded.items():
+    """Reads one params.npz as the transcoder of `layer`; pickled arrays are refused.
+
+    Raises ModelError where the file is missing, cut short, or lacks a key, or where a shape, a dtype, a value or the
+    config.json beside it is wrong.
+    """
+    arrays = _arrays(path)
+    for key, array in arrays.items():
         if array.dtype.kind != "f":
             raise ModelError(f"{path}: {key} has dtype {array.dtype}, expected floating point")
         if array.ndim != (2 if key.startswith("W") else 1):
-            raise ModelError(f"{path}: {key} has shape {array.shape}")
-    tensors = {key: torch.from_numpy(array.astype(np.float32)) for key, array in loaded.items()}
+            kind = "a matrix" if key.startswith("W") else "a vector"
+            raise ModelError(f"{path}: {key} has shape {array.shape}, expected {kind}")
+        if not np.isfinite(array).all():
+            raise ModelError(f"{path}: {key} holds values that are not finite")
     config = path.with_name("config.json")
-    taps = Taps(*json.loads(config.read_text())["taps"]) if config.is_file() else GEMMA_SCOPE_TAPS
+    taps = GEMMA_SCOPE_TAPS
+    if config.is_file():
+        made_for, taps = read_config(config)
+        if made_for != layer:
+            raise ModelError(f"{path}: made for layer {made_for}, found in the folder of layer {layer}")
+    tensors = {key: torch.from_numpy(array.astype(np.float32)) for key, array in arrays.items()}
     try:
         return Transcoder(**tensors, layer=layer, taps=taps)
     except ModelError as error:
@@ -102,28 +114,51 @@ def read_npz(path: Path, layer: int) -> Transcoder:
 
 
 def write(transcoder: Transcoder, folder: Path, facts: dict[str, Any]) -> None:
-    """Writes params.npz and config.json (taps and `facts`) under `folder`, npz last and by rename."""
+    """Writes config.json (layer, taps and `facts`) and then params.npz under `folder`, each by rename."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"layer": transcoder.layer, "taps": list(transcoder.taps), **facts}
-    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
+    write_config(folder / "config.json", transcoder, facts)
     b_dec = transcoder.b_dec if transcoder.b_dec is not None else torch.zeros(transcoder.d_model)
     arrays = {key: b_dec if key == "b_dec" else getattr(transcoder, key) for key in KEYS}
     beside = folder / f"params.{os.getpid()}.tmp.npz"
-    np.savez(beside, **{key: tensor.detach().cpu().float().numpy() for key, tensor in arrays.items()})
+    np.savez(beside, **{key: tensor.detach().cpu().float().numpy() for key, tensor in arrays.items()})  # type: ignore[arg-type]
     beside.rename(folder / "params.npz")
 
 
-def _local_names(root: Path, below: str) -> list[str]:
-    folder = root / below
-    return [path.parent.name for path in folder.glob("average_l0_*/params.npz")] if folder.is_dir() else []
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ModelError(f"{path}: one array, expected an npz of {', '.join(KEYS)}")
+        with loaded:
+            missing = [key for key in KEYS if key not in loaded.files]
+            if missing:
+                raise ModelError(f"{path}: lacks {', '.join(missing)}; found {', '.join(loaded.files) or 'nothing'}")
+            return {key: loaded[key] for key in KEYS}
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except ModelError:
+        raise
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ModelError(f"{path}: not a readable npz of plain arrays ({error})") from None
 
 
-def _hub_names(repository: str, below: str) -> list[str]:
+def _files(root: str, below: str) -> list[str]:
+    """Paths, relative to `below`, of every params.npz under it in a local folder or a hub repository."""
+    if Path(root).is_dir():
+        folder = Path(root) / below
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("params.npz")]
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        tree = list(HfApi().list_repo_tree(repository, path_in_repo=below))
+        with hub_errors("transcoders.source", root):
+            tree = HfApi().list_repo_tree(root, path_in_repo=below or None, recursive=True)
+            files = [entry.path for entry in tree if entry.path.endswith("/params.npz")]
     except EntryNotFoundError:
         return []
-    return [Path(entry.path).name for entry in tree]
+    except ModelError:
+        cached = cached_snapshot(root)  # offline, what an earlier run downloaded is what there is
+        if cached is None:
+            raise
+        return _files(str(cached), below)
+    return [file.removeprefix(f"{below}/") for file in files]

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import ModelError
+from models.hub import check_hub, hub_errors
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +45,6 @@ EMBEDDED = {
     )
 }
 TINY = "tiny-gemma2"
-HUB_TIMEOUT_SECONDS = 5.0
 
 
 def check_source(source: str, revision: str | None = None) -> None:
@@ -62,46 +63,11 @@ def check_source(source: str, revision: str | None = None) -> None:
         check_hub(source, "model.source", revision)
 
 
-def check_hub(repository: str, key: str, revision: str | None = None) -> None:
-    """Raises ModelError where the hub repository is neither cached here nor reachable."""
-    from huggingface_hub import HfApi, constants, scan_cache_dir
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-    )
-
-    if Path(constants.HF_HUB_CACHE).is_dir() and any(repo.repo_id == repository for repo in scan_cache_dir().repos):
-        return
-    if constants.HF_HUB_OFFLINE:
-        raise ModelError(f"{key}: {repository} is not in the local hub cache and HF_HUB_OFFLINE is set")
-    try:
-        HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
-    except GatedRepoError:
-        raise ModelError(
-            f"{key}: {repository} is gated; accept its licence on the hub and set HF_TOKEN (SETUP.md, Gemma access)"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelError(f"{key}: the hub has no repository {repository} that this token can see") from None
-    except HFValidationError as error:
-        raise ModelError(f"{key}: {repository!r} is not a hub repository name: {error}") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"{key}: {repository} is not on this machine and the hub does not answer ({type(error).__name__}); "
-            "connect, or give a local folder"
-        ) from None
-    except Exception as error:  # httpx raises its own family, which huggingface_hub does not wrap
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
-            raise
-        raise ModelError(
-            f"{key}: {repository} is not on this machine and the hub does not answer ({type(error).__name__}); "
-            "connect, or give a local folder"
-        ) from None
-
-
 def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0) -> Path:
-    """The local folder of `source`; embedded and tiny models are built once under `cache`."""
+    """The local folder of `source`; embedded and tiny models are built once under `cache`.
+
+    Raises ModelError where the source cannot be had. `seed` is that of the tiny model's random weights.
+    """
     check_source(source, revision)
     if source == TINY:
         from models.tiny import build_tiny_gemma2
@@ -114,37 +80,53 @@ def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0
         return Path(source).resolve()
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model"]
-    return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    with hub_errors("model.source", source):
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
 
 def model_facts(folder: Path) -> dict[str, Any]:
-    """`n_layers`, `d_model` and `architecture` read from config.json alone."""
-    config = json.loads((folder / "config.json").read_text())
-    config = config.get("text_config", config)
+    """`n_layers`, `d_model` and `architecture` read from config.json alone.
+
+    Raises ModelError where the file is missing or does not describe a causal LM.
+    """
+    path = folder / "config.json"
     try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
         return {
             "n_layers": int(config["num_hidden_layers"]),
             "d_model": int(config["hidden_size"]),
             "architecture": str(config.get("model_type", "unknown")),
         }
     except KeyError as error:
-        raise ModelError(f"model.source: {folder}/config.json lacks {error}, so it is not a causal LM") from None
+        raise ModelError(f"model.source: {path} lacks {error}, so it is not a causal LM") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"model.source: {path} cannot be read as a model's config ({error})") from None
 
 
 def load_model(
     folder: Path, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in evaluation mode and its tokenizer; BOS and EOS are checked, a missing pad token becomes EOS."""
+    """The model in evaluation mode and its tokenizer, with EOS as pad token where it has none.
+
+    Raises ModelError where a file is missing, cut short or does not fit the config, where the files lack a weight
+    (transformers would fill it with random numbers), or where the tokenizer has no BOS or EOS.
+    """
     import transformers
+    from safetensors import SafetensorError
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"model.source: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    model, loading = loaded
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise ModelError(f"model.source: the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}")
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.source: the tokenizer of {folder} has no EOS token, which generation needs to stop")
     if tokenizer.bos_token_id is None:
@@ -187,10 +169,11 @@ def _convert_gguf(embedded: EmbeddedModel, folder: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
-def _build_once(folder: Path, build: Any) -> Path:
+def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """Builds beside `folder` and renames, so that a killed build leaves nothing that looks finished."""
     if not folder.is_dir():
-        beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        # Not the process id: two nodes of a cluster may share the folder and the number.
+        beside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
         beside.mkdir(parents=True)
         try:
             build(beside)

@@ -31,7 +31,6 @@ def build_tiny_gemma2(folder: Path, seed: int, n_layers: int = 4, d_model: int =
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=2,
-        attn_implementation="eager",
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""JumpReLU transcoders as objects.
+"""JumpReLU transcoders as objects, and the config.json that carries a transcoder's layer and taps.
 
 In: weights. Out: feature activations and reconstructions of an MLP's output. A base transcoder has a decoder bias, a
 delta transcoder has none, so that a strength can scale it.
@@ -6,8 +6,11 @@ delta transcoder has none, so that a strength can scale it.
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +47,8 @@ class Transcoder:
     taps: Taps = GEMMA_SCOPE_TAPS
 
     def __post_init__(self) -> None:
+        if self.W_enc.ndim != 2:
+            raise ModelError(f"W_enc has shape {tuple(self.W_enc.shape)}, expected (d_model, d_sae)")
         d_model, d_sae = self.W_enc.shape
         expected = {"W_dec": (d_sae, d_model), "b_enc": (d_sae,), "threshold": (d_sae,), "b_dec": (d_model,)}
         for name, shape in expected.items():
@@ -74,6 +79,7 @@ class Transcoder:
         return self.decode(self.encode(x))
 
     def to(self, device: str | torch.device) -> Transcoder:
+        """The same transcoder on `device`."""
         moved = {
             name: tensor.to(device)
             for name in ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
@@ -98,3 +104,30 @@ def check_fits(transcoder: Transcoder, *, d_model: int, n_layers: int, taps: Tap
             f"{origin}: reads {transcoder.taps.input} and replaces {transcoder.taps.output}, "
             f"the sweep uses {taps.input} and {taps.output}"
         )
+
+
+class Config(NamedTuple):
+    """What a transcoder's config.json must hold."""
+
+    layer: int
+    taps: Taps
+
+
+def write_config(path: Path, transcoder: Transcoder, facts: dict[str, Any]) -> None:
+    """Writes `facts`, layer and taps as JSON, beside `path` and renamed."""
+    config = {**facts, "layer": transcoder.layer, "taps": list(transcoder.taps)}
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
+    beside.rename(path)
+
+
+def read_config(path: Path) -> Config:
+    """Layer and taps of a config.json; raises ModelError where it is not one that `write_config` wrote."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        layer, (tap_in, tap_out) = config["layer"], config["taps"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: not a transcoder's config with layer and taps ({error!r})") from None
+    if not isinstance(layer, int) or not isinstance(tap_in, str) or not isinstance(tap_out, str):
+        raise ModelError(f"{path}: layer must be a number and taps two names, got {layer!r}, {tap_in!r}, {tap_out!r}")
+    return Config(layer, Taps(tap_in, tap_out))

@@ -1,0 +1,88 @@
+"""The model hub: what is reachable or cached, and its failures as sentences.
+
+In: a repository name and the settings key that gave it. Out: nothing where it can be had, the cached snapshot, or a
+ModelError that names the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from models.errors import ModelError
+
+TIMEOUT_SECONDS = 5.0
+_TRANSPORT = ("httpx", "httpx2", "httpcore", "httpcore2")
+
+
+def check_hub(repository: str, key: str, revision: str | None = None) -> None:
+    """Raises ModelError where the hub repository is neither cached here nor reachable."""
+    from huggingface_hub import HfApi, constants
+
+    if cached_snapshot(repository) is not None:
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(f"{key}: {repository} is not in the local hub cache and HF_HUB_OFFLINE is set")
+    with hub_errors(key, repository):
+        HfApi().model_info(repository, revision=revision, timeout=TIMEOUT_SECONDS)
+
+
+def cached_snapshot(repository: str) -> Path | None:
+    """The newest downloaded snapshot of a model repository, which may hold only some of its files; or None."""
+    from huggingface_hub import constants, scan_cache_dir
+
+    if not Path(constants.HF_HUB_CACHE).is_dir():
+        return None
+    snapshots = [
+        (revision.last_modified, revision.snapshot_path)
+        for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos
+        if repo.repo_id == repository and repo.repo_type == "model"
+        for revision in repo.revisions
+    ]
+    return max(snapshots)[1] if snapshots else None
+
+
+@contextmanager
+def hub_errors(key: str, repository: str) -> Iterator[None]:
+    """Turns what the hub client raises into a ModelError; EntryNotFoundError of a reachable hub passes through."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError:
+        raise ModelError(
+            f"{key}: {repository} is gated; accept its licence on the hub and set HF_TOKEN (SETUP.md, Gemma access)"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"{key}: the hub has no repository {repository} that this token can see") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{key}: the hub repository {repository} has no such revision") from None
+    except HFValidationError as error:
+        raise ModelError(f"{key}: {repository!r} is not a hub repository name: {error}") from None
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(key, repository, error) from None
+    except EntryNotFoundError:
+        raise
+    except (HfHubHTTPError, OSError) as error:
+        raise _unreachable(key, repository, error) from None
+    except Exception as error:  # the client lets the errors of its HTTP library through unwrapped
+        if type(error).__module__.partition(".")[0] not in _TRANSPORT:
+            raise
+        raise _unreachable(key, repository, error) from None
+
+
+def _unreachable(key: str, repository: str, error: Exception) -> ModelError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    return ModelError(
+        f"{key}: {repository} is not on this machine and the hub does not give it ({reason}); "
+        "connect, or give a local folder"
+    )

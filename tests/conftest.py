@@ -1,0 +1,111 @@
+"""What every test shares: quiet, offline libraries, and two small random models saved once a session.
+
+In: nothing. Out: folders of a Gemma-2 and a Llama whose norm gains are far from 1, and loaders of fresh copies of them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def gemma_folder(tmp_path_factory) -> Path:
+    """The tiny Gemma-2 of `models.tiny`: 4 layers, d_model 32."""
+    from models.tiny import build_tiny_gemma2
+
+    folder = tmp_path_factory.mktemp("gemma2")
+    build_tiny_gemma2(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> Path:
+    """A random Llama: 3 layers, d_model 24, untied embeddings, norm gains between 0.3 and 3."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from models.tiny import byte_tokenizer
+
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.uniform_(0.3, 3.0)
+                else:
+                    parameter.mul_(6.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["gemma2", "llama"])
+def model_folder(request, gemma_folder, llama_folder) -> Path:
+    """Each of the two architectures in turn."""
+    return gemma_folder if request.param == "gemma2" else llama_folder
+
+
+@pytest.fixture(scope="session")
+def load():
+    """A fresh (model, tokenizer) of a folder in fp32, unless another dtype is asked for."""
+    import torch
+
+    from models.sources import load_model
+
+    torch.set_num_threads(1)  # the models are too small for more to pay
+    return lambda folder, dtype=torch.float32: load_model(folder, dtype)
+
+
+@pytest.fixture(scope="session")
+def wrapped(load):
+    """A bridge around a fresh model: wrapping rewrites the model it is given."""
+    from models.bridge import wrap
+
+    return lambda folder, *dtype: wrap(*load(folder, *dtype))
+
+
+@pytest.fixture(scope="session")
+def random_transcoder():
+    """A maker of transcoders with random weights, a quarter or so of whose features are active on unit-rms inputs."""
+    import torch
+
+    from models.transcoder import Transcoder
+
+    def make(d_model: int, d_sae: int, layer: int, seed: int, bias: bool = True, scale: float = 1.0) -> Transcoder:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int):
+            return torch.randn(*shape, generator=generator)
+
+        return Transcoder(
+            W_enc=normal(d_model, d_sae) / d_model**0.5,
+            b_enc=0.1 * normal(d_sae),
+            threshold=0.4 + 0.4 * torch.rand(d_sae, generator=generator),
+            W_dec=scale * normal(d_sae, d_model) / d_sae**0.5,
+            b_dec=0.3 * scale * normal(d_model) if bias else None,
+            layer=layer,
+        )
+
+    return make

@@ -1,0 +1,79 @@
+"""The taps against plain transformers, on two architectures: what a transcoder reads and what it replaces."""
+
+import pytest
+import torch
+
+from data.encoding import encode_text, pad_left
+from models.bridge import tap_names
+from models.transcoder import GEMMA_SCOPE_TAPS, Taps
+
+TEXTS = ["What is 12 + 30?", "A much longer line, so that the first one is padded on the left.", "9"]
+MLP_NORM = {"gemma2": "pre_feedforward_layernorm", "llama": "post_attention_layernorm"}
+
+
+def plain_taps(model, batch, layer):
+    """(x, y) of a layer from hooks on the unwrapped model: the residual around the MLP, and nothing of the bridge."""
+    block = model.model.layers[layer]
+    seen = {}
+    norm = getattr(block, MLP_NORM[model.config.model_type])
+    handles = [
+        norm.register_forward_hook(lambda module, args, output: seen.update(middle=args[0], gained=output)),
+        block.register_forward_hook(
+            lambda module, args, output: seen.update(after=output[0] if isinstance(output, tuple) else output)
+        ),
+    ]
+    with torch.no_grad():
+        model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
+    for handle in handles:
+        handle.remove()
+    x = seen["middle"] / (seen["middle"].pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+    return x, seen["after"] - seen["middle"], seen["gained"]
+
+
+def bridged(bridge, batch, names):
+    seen = []
+    hooks = [(name, lambda activation, hook: seen.append(activation)) for name in names]
+    with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
+        bridge.original_model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def both(model_folder, load, wrapped):
+    model, tokenizer = load(model_folder)
+    batch = pad_left([encode_text(tokenizer, text) for text in TEXTS], tokenizer.pad_token_id)
+    return model, wrapped(model_folder), batch
+
+
+def test_taps_are_the_normalised_residual_and_what_the_block_adds(both):
+    model, bridge, batch = both
+    for layer in range(model.config.num_hidden_layers):
+        x, y, gained = plain_taps(model, batch, layer)
+        read, written = bridged(bridge, batch, tap_names(GEMMA_SCOPE_TAPS, layer))
+        torch.testing.assert_close(read[batch.mask], x[batch.mask], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(written[batch.mask], y[batch.mask], rtol=1e-4, atol=1e-4)
+        # Before the gain: the norm's own output is another tensor altogether on these models.
+        assert (gained - x)[batch.mask].norm() > 0.2 * x[batch.mask].norm()
+
+
+def test_other_taps_read_something_else(both):
+    model, bridge, batch = both
+    x, y, _ = plain_taps(model, batch, 1)
+    read, written = bridged(bridge, batch, tap_names(Taps("ln2.hook_in", "mlp.hook_in"), 1))
+    assert not torch.allclose(read[batch.mask], x[batch.mask], rtol=0.1)
+    assert not torch.allclose(written[batch.mask], y[batch.mask], rtol=0.1)
+
+
+def test_wrapping_changes_no_logit(both):
+    model, bridge, batch = both
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "position_ids": batch.positions}
+    with torch.no_grad():
+        expected, found = model(**inputs).logits, bridge.original_model(**inputs).logits
+    torch.testing.assert_close(found[batch.mask], expected[batch.mask], rtol=1e-4, atol=1e-4)
+
+
+def test_the_bridge_tokenises_as_we_do(both, load, model_folder):
+    _, bridge, _ = both
+    _, tokenizer = load(model_folder)
+    for text in TEXTS:
+        assert encode_text(bridge.tokenizer, text) == encode_text(tokenizer, text)
