@@ -181,8 +181,6 @@ class Evaluate(Section):
     percentile: Fraction | None = None
     """Base used for behaviour; null takes the (percentile, d_new) of the lowest mean validation FVU."""
     d_new: Count | None = None
-    text_lines: Count = 64
-    """Held-out texts on which reconstruction is measured."""
     max_new_tokens: Count = 64
     batch_size: Count = 32
 
