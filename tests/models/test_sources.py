@@ -44,7 +44,7 @@ def test_a_folder_must_be_a_saved_model(tmp_path, gemma_folder):
 
 
 def test_the_hub_is_asked_and_its_answers_are_sentences(monkeypatch):
-    import httpx
+    import httpx2 as httpx
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
