@@ -23,7 +23,8 @@ from evaluators.scoring import score_file, score_row
 def realistic_rows(count: int) -> list[tuple[Row, str]]:
     """Half tool, half copy rows with generations such as a half-trained model gives."""
     rng = random.Random("benchmark")
-    tools = tool_rows(rng, RequestOptions(decimals=True, negatives=True, parentheses=True))
+    plain, rich = RequestOptions(), RequestOptions(decimals=True, negatives=True, parentheses=True)
+    tools = itertools.chain.from_iterable(zip(tool_rows(rng, plain), tool_rows(rng, rich), strict=True))
     copies = (make_row(text, text, "copy") for text in copy_sentences(rng))
     pairs = []
     for index in range(count):
@@ -44,7 +45,7 @@ def realistic_rows(count: int) -> list[tuple[Row, str]]:
 
 def main(count: int) -> None:
     """Print both rates."""
-    pairs = list(itertools.islice(itertools.cycle(realistic_rows(min(count, 20_000))), count))
+    pairs = realistic_rows(count)
     start = time.perf_counter()
     for row, generation in pairs:
         score_row(row.target, generation, row.label)

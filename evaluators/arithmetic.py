@@ -6,21 +6,21 @@ In: text such as `(3+4)*-2.5`. Out: its value, exact or as a float, or None for 
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 MAX_CHARACTERS = 500
 MAX_DEPTH = 50
-MAX_BITS = 1024
-"""Numerators and denominators beyond this many bits, about the largest float, have no value."""
+MAX_BITS = 4096
+"""No numerator or denominator may grow beyond this on the way: it bounds the work, not the result."""
 
-Exact = int | Fraction
+Ratio = tuple[int, int]
+"""Numerator and positive denominator, not reduced: exact like a Fraction, and several times faster to work with."""
 
 _TOKEN = re.compile(r"[ \t\r\n]*(?:((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?)|([-+*/()]))")
 _TWO_INTEGERS = re.compile(r"([0-9]{1,15})([-+*/])([0-9]{1,15})")
 
 
 class _NoValue(Exception):
-    """The expression has no value; caught by `exact_value`, never seen outside."""
+    """The expression has no value; caught by `ratio`, never seen outside."""
 
 
 def evaluate(expression: str) -> float | None:
@@ -32,27 +32,31 @@ def evaluate(expression: str) -> float | None:
     >>> evaluate("(3 + 4) * -2.5"), evaluate("1/0"), evaluate("9**9")
     (-17.5, None, None)
     """
-    value = exact_value(expression)
-    return None if value is None else float(value)
+    value = ratio(expression)
+    return None if value is None else value[0] / value[1]
 
 
-def exact_value(expression: str) -> Exact | None:
-    """As `evaluate`, without rounding: large whole numbers that share a float stay apart."""
+def ratio(expression: str) -> Ratio | None:
+    """As `evaluate`, without rounding: whole numbers too large to differ as floats stay apart."""
     if simple := _TWO_INTEGERS.fullmatch(expression):
         left, operator, right = simple.groups()
-        if operator == "*":
-            return int(left) * int(right)
-        if operator == "+":
-            return int(left) + int(right)
-        if operator == "-":
-            return int(left) - int(right)
-        return Fraction(int(left), divisor) if (divisor := int(right)) else None
+        try:
+            return _OPERATIONS[operator]((int(left), 1), (int(right), 1))
+        except _NoValue:
+            return None
     if len(expression) > MAX_CHARACTERS:
         return None
     try:
-        return _Parser(expression).whole()
-    except (_NoValue, ZeroDivisionError, OverflowError):
+        value = _Parser(expression).whole()
+        value[0] / value[1]  # what no float can hold is an overflow
+    except (_NoValue, OverflowError):
         return None
+    return value
+
+
+def equal(left: Ratio, right: Ratio) -> bool:
+    """Whether two values are within 1e-6 of each other."""
+    return abs(left[0] * right[1] - right[0] * left[1]) * 10**6 <= left[1] * right[1]
 
 
 class _Parser:
@@ -63,30 +67,27 @@ class _Parser:
         self.at = 0
         self.depth = 0
 
-    def whole(self) -> Exact:
+    def whole(self) -> Ratio:
         value = self.sum()
         if self.tokens[self.at] != "":
             raise _NoValue
-        float(value)  # a value that no float can hold is an overflow
         return value
 
-    def sum(self) -> Exact:
+    def sum(self) -> Ratio:
         value = self.product()
         while (operator := self.tokens[self.at]) in ("+", "-"):
             self.at += 1
-            term = self.product()
-            value = _bounded(value + term if operator == "+" else value - term)
+            value = _bounded(_OPERATIONS[operator](value, self.product()))
         return value
 
-    def product(self) -> Exact:
+    def product(self) -> Ratio:
         value = self.factor()
         while (operator := self.tokens[self.at]) in ("*", "/"):
             self.at += 1
-            factor = self.factor()
-            value = _bounded(value * factor if operator == "*" else Fraction(value) / factor)
+            value = _bounded(_OPERATIONS[operator](value, self.factor()))
         return value
 
-    def factor(self) -> Exact:
+    def factor(self) -> Ratio:
         token = self.tokens[self.at]
         self.at += 1
         if token not in ("-", "("):
@@ -95,7 +96,8 @@ class _Parser:
         if self.depth > MAX_DEPTH:
             raise _NoValue
         if token == "-":
-            value = -self.factor()
+            numerator, denominator = self.factor()
+            value = -numerator, denominator
         else:
             value = self.sum()
             if self.tokens[self.at] != ")":
@@ -103,6 +105,20 @@ class _Parser:
             self.at += 1
         self.depth -= 1
         return value
+
+
+def _divide(a: Ratio, b: Ratio) -> Ratio:
+    if b[0] == 0:
+        raise _NoValue
+    return (a[0] * b[1], a[1] * b[0]) if b[0] > 0 else (-a[0] * b[1], -a[1] * b[0])
+
+
+_OPERATIONS = {
+    "+": lambda a, b: (a[0] * b[1] + b[0] * a[1], a[1] * b[1]),
+    "-": lambda a, b: (a[0] * b[1] - b[0] * a[1], a[1] * b[1]),
+    "*": lambda a, b: (a[0] * b[0], a[1] * b[1]),
+    "/": _divide,
+}
 
 
 def _tokens(expression: str) -> list[str]:
@@ -120,13 +136,19 @@ def _tokens(expression: str) -> list[str]:
     return tokens
 
 
-def _number(token: str) -> Exact:
+def _number(token: str) -> Ratio:
+    if token.isdigit():
+        return int(token), 1
     if not token or token in "+*/)":
         raise _NoValue
-    return _bounded(int(token) if token.isdigit() else Fraction(token))
+    digits, _, exponent = token.lower().partition("e")
+    whole, _, decimals = digits.partition(".")
+    power = int(exponent or 0) - len(decimals)
+    number = int(whole + decimals)
+    return _bounded((number * 10**power, 1) if power >= 0 else (number, 10**-power))
 
 
-def _bounded(value: Exact) -> Exact:
-    if value.numerator.bit_length() > MAX_BITS or value.denominator.bit_length() > MAX_BITS:
+def _bounded(value: Ratio) -> Ratio:
+    if value[0].bit_length() > MAX_BITS or value[1].bit_length() > MAX_BITS:
         raise _NoValue
     return value

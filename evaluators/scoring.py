@@ -9,18 +9,16 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.readers import LABEL_NAMES, implied_label, raw_lines
 from data.rows import DataError
-from evaluators.arithmetic import exact_value
+from evaluators.arithmetic import equal, ratio
 from evaluators.statistics import wilson
 
 CALL_OPEN = "<tool_call>"
 CALL_CLOSE = "</tool_call>"
-TOLERANCE = Fraction(1, 10**6)
 MAX_LINE_BYTES = 64 << 20
 
 RATES = ("tool_call_rate", "valid_tool_format_rate", "math_correct_rate", "copy_exact_rate")
@@ -71,7 +69,7 @@ def score_row(target: str, generation: str, label: str | None) -> RowScore:
 
 def _math_correct(target: str, generation: str) -> bool | None:
     gold_expression = first_expression(target)
-    gold = None if gold_expression is None else exact_value(gold_expression)
+    gold = None if gold_expression is None else ratio(gold_expression)
     if gold is None:
         return None
     if generation == target:
@@ -81,8 +79,8 @@ def _math_correct(target: str, generation: str) -> bool | None:
         return False
     if expression == gold_expression:
         return True
-    value = exact_value(expression)
-    return value is not None and abs(Fraction(value) - gold) <= TOLERANCE
+    value = ratio(expression)
+    return value is not None and equal(value, gold)
 
 
 def summarise(scores: Iterable[RowScore] | Counter[RowScore]) -> dict[str, float | int | None]:
@@ -135,7 +133,7 @@ def _records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(record, dict):

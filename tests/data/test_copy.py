@@ -10,7 +10,7 @@ from itertools import combinations, islice
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import copy_grammar
@@ -220,6 +220,7 @@ def test_c4_is_streamed_through_the_filter(monkeypatch: pytest.MonkeyPatch) -> N
     assert next(c4_copy_texts()) == "The museum opened its doors on March 4, 1987."
 
 
+@settings(deadline=None)
 @given(st.lists(st.sets(st.sampled_from("abcdefgh"), max_size=7), max_size=12))
 def test_near_duplicates_agree_with_comparing_all_pairs(sets: list[set[str]]) -> None:
     expected = set()

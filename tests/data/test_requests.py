@@ -11,7 +11,7 @@ import pytest
 from data import requests
 from data.requests import RequestOptions, tool_ood_rows, tool_rows
 from data.rows import DataError, Row
-from evaluators.arithmetic import exact_value
+from evaluators.arithmetic import evaluate
 from evaluators.scoring import first_expression
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -36,7 +36,7 @@ def test_every_target_is_one_call_with_a_value_and_the_numbers_of_the_request(so
         assert expression is not None
         assert row.target == f"<tool_call>calculator({expression})</tool_call>"
         assert " " not in expression
-        assert exact_value(expression) is not None, row
+        assert evaluate(expression) is not None, row
         assert sorted(NUMBER.findall(row.input)) == sorted(NUMBER.findall(expression)), row
         assert row.label == ("tool" if source is tool_rows else "tool_ood")
 

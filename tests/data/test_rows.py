@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.leakage import find_leaks
@@ -62,6 +62,7 @@ def test_read_rows_of_an_absent_file(tmp_path: Path) -> None:
         read_rows(tmp_path / "absent.jsonl")
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=3)), st.integers(0, 10), st.integers(-5, 5))
 def test_a_sample_depends_on_keys_alone(keys: list[str], size: int, seed: int) -> None:
     def chosen(keys: list[str], size: int) -> list[str]:

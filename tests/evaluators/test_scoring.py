@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.rows import DataError
-from evaluators.arithmetic import exact_value
+from evaluators.arithmetic import evaluate
 from evaluators.scoring import CALL_CLOSE, CALL_OPEN, RowScore, first_expression, score_file, score_row, summarise
 from evaluators.statistics import wilson
 
@@ -132,17 +131,19 @@ hostile_text = st.lists(
 ).map("".join)
 
 
+@settings(deadline=None)
 @given(hostile_text, hostile_text, st.sampled_from(["tool", "copy", "tool_ood", None, "other"]))
 def test_scoring_never_raises_and_correct_means_equal_values(target: str, generation: str, label: str | None) -> None:
     score = score_row(target, generation, label)
     assert not score.valid_format or score.tool_call
     if score.math_correct:
-        gold, value = (exact_value(first_expression(text) or "") for text in (target, generation))
+        gold, value = (evaluate(first_expression(text) or "") for text in (target, generation))
         assert gold is not None
         assert value is not None
-        assert abs(Fraction(gold) - value) <= 1e-6
+        assert value == pytest.approx(gold, rel=1e-12, abs=1.0001e-6)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_text_around_a_call_does_not_matter(before: str, after: str) -> None:
     if CALL_OPEN not in before and CALL_CLOSE not in before:
