@@ -56,6 +56,35 @@ _stage_command("report", "Run the study up to its report.")
 
 
 @app.command()
+def plan(config: Config, overrides: Overrides = None) -> None:
+    """Print what a sweep would do: trials, cells, disk, bases, time where it is known. Runs nothing."""
+    from jobs.context import Context
+    from jobs.plan import plan_rows
+    from search_spaces.load import load
+
+    _print_rows(plan_rows(Context(load(config, overrides or []))))
+
+
+@app.command()
+def status(config: Config, overrides: Overrides = None) -> None:
+    """Print what a sweep has done and has left."""
+    from jobs.context import Context
+    from jobs.plan import status_rows
+    from search_spaces.load import load
+
+    _print_rows(status_rows(Context(load(config, overrides or []))))
+
+
+@app.command()
+def doctor(root: Annotated[str, typer.Option(help="The storage root.")] = "mlruns") -> None:
+    """Check this machine: packages, devices, models, storage."""
+    from jobs.doctor import examine
+
+    findings = examine(root)
+    _print_rows([(name, ("" if well else "NOT WELL: ") + found) for name, found, well in findings])
+
+
+@app.command()
 def score(
     file: Annotated[str, typer.Argument(help="JSON lines of {input, target, generation, label}; label may be absent.")],
     by: Annotated[str, typer.Option(help="The column to group by.")] = "label",
@@ -94,6 +123,12 @@ def ui(
     from jobs.ui import serve
 
     serve(root, port, studies)
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}")
 
 
 def main() -> None:

@@ -80,6 +80,17 @@ class Context:
 
         return open_storage(self.settings.storage.optuna_url, self.space.root)
 
+    @property
+    def bytes_needed(self) -> int:
+        """Disk of a whole sweep, but for small files: activations, base errors, adapters and the merged model."""
+        settings = self.settings
+        width = model_facts(self.model)["d_model"]
+        tokens = settings.activations.train_tokens + settings.activations.validation_tokens
+        a_tensor = tokens * len(self.layers) * width * 2
+        captures = 2 if settings.transcoders.source == "train" else 1
+        weights = sum(path.stat().st_size for path in self.model.glob("*.safetensors"))
+        return a_tensor * (2 * captures + len(settings.deltas.percentiles)) + 2 * weights
+
     def check_request(self) -> None:
         """Everything about the request that can be known in a second, before anything is written."""
         check_source(self.settings.model.source, self.settings.model.revision)

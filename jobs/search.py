@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -124,7 +125,7 @@ def open_storage(url: str | None, root: Path) -> optuna.storages.BaseStorage:
         return optuna.storages.RDBStorage(url)
     path = root / "optuna" / "journal.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+    return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
 
 
 @dataclass
@@ -157,7 +158,7 @@ class GroupedSearch(Searcher):
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> Any:
         name = max(self._left, key=lambda name: self._left[name])
         if not self._left[name]:
             return Searcher.FINISHED
@@ -247,8 +248,9 @@ class _GroupedHalving(FIFOScheduler):
                 time_attr="training_iteration",
                 metric="val_loss",
                 mode="min",
-                max_t=self._settings.longest,
-                grace_period=min(self._settings.grace, self._settings.longest),
+                # One less than the longest run: a rung at a trial's end would stop nothing but its good name.
+                max_t=max(self._settings.longest - 1, self._settings.grace),
+                grace_period=self._settings.grace,
                 reduction_factor=self._settings.reduction_factor,
                 stop_last_trials=False,
             )

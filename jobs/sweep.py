@@ -69,8 +69,10 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
         if not Path(context.settings.model.source).is_dir():
             progress.line(f"model {context.settings.model.source}")
         _ = context.model, context.layers
-        write_settings(context)
         stages = STAGES[: NAMES.index(until) + 1]
+        if not context.space.data.is_dir():
+            space.check_space(context.bytes_needed)
+        write_settings(context)
         if all(stage.finished(context) for stage in stages):
             progress.line("everything is done already; --fresh starts over")
         else:

@@ -98,7 +98,8 @@ class Workspace:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise RequestError(
-                f"storage.root: the sweep needs about {needed / 1e9:.1f} GB under {self.root}, {free / 1e9:.1f} GB are free"
+                f"storage.root: the sweep needs about {needed / 1e9:.1f} GB under {self.root}, "
+                f"{free / 1e9:.1f} GB are free"
             )
 
     @contextmanager

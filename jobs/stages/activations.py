@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.encoding import encode_row, encode_text
-from data.rows import read_rows
+from data.rows import read_lines, read_rows
 from jobs.context import Context
 from jobs.errors import WorkFailed
 from jobs.fanout import fan_out
 from jobs.stages.loaded import bridge
 from jobs.workspace import keyed_folder
-from models.sources import model_facts
 from trainers.activations import INDEX
 from trainers.capture import Plan, finish_capture, layer_folder
 
@@ -60,7 +59,6 @@ def capture_model(context: Context, name: str, model: Path, key: str) -> Path:
     ]
     if not layers:
         return folder
-    context.space.check_space(_bytes(context, layers))
     precision = context.settings.compute.precision
     tasks = [
         ShardTask(text, shard, str(model), str(folder), tuple(layers), context.device, precision)
@@ -93,7 +91,7 @@ def plan_of(text: Text) -> Plan:
 
     tokenizer = AutoTokenizer.from_pretrained(text.tokenizer)
     folder = Path(text.data)
-    lines = (folder / f"text_{text.split}.txt").read_text(encoding="utf-8").splitlines()
+    lines = read_lines(folder / f"text_{text.split}.txt")
     rows = read_rows(folder / f"{text.split}.jsonl")
     sequences: list[list[int]] = []
     held = 0
@@ -122,10 +120,3 @@ def _texts(context: Context) -> list[Text]:
         )
         for split, tokens in budgets.items()
     ]
-
-
-def _bytes(context: Context, layers: list[int]) -> int:
-    """Disk of x and y in bf16."""
-    section = context.settings.activations
-    tokens = section.train_tokens + section.validation_tokens
-    return tokens * len(layers) * model_facts(context.model)["d_model"] * 2 * 2

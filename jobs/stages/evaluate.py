@@ -137,7 +137,7 @@ def _behaviour(work: Work, model: Any, rows: list[Any]) -> list[str]:
         raw_outputs=[one["tokens"] for one in raw],
     ):
         names.append(_write_behaviour(work, "alpha", ask.alpha, figures, texts))
-        # base + 0 delta and base + 1 delta are no_delta and full to the last bit (checks.json): measured once, filed twice.
+        # Strengths 0 and 1 are no_delta and full to the last bit (checks.json): measured once, filed twice.
         if ask.alpha == 0.0:
             silent = [{**one, "sum_abs_delta_acts": 0.0} for one in figures]
             names.append(_write_behaviour(work, "no_delta", 0.0, silent, texts))

@@ -77,7 +77,7 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
         device=task.device,
     )
     folder = Path(task.folder)
-    facts = []
+    facts: list[dict[str, Any]] = []
     for one in trained:
         name = f"average_l0_{one.facts['val_l0']:.0f}"
         if any(fact["path"].endswith(name) for fact in facts):

@@ -1,0 +1,94 @@
+"""What a sweep would do: trials, cells, disk, which bases; and how far one has come.
+
+In: a `Context`. Out: rows of text. Nothing is trained and nothing is written but the base model's own folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.context import Context
+from jobs.progress import clock
+from jobs.sweep import STAGES
+from jobs.workspace import MANIFEST, read_json
+from models.gemma_scope import candidates, select_percentile
+
+Rows = list[tuple[str, str]]
+
+
+def plan_rows(context: Context) -> Rows:
+    """What the whole sweep consists of; raises RequestError or ModelError as the sweep itself would."""
+    context.check_request()
+    settings = context.settings
+    layers, deltas, evaluate = context.layers, settings.deltas, settings.evaluate
+    groups = len(layers) * len(deltas.percentiles) * len(deltas.d_new)
+    sets = len(layers) + (1 if evaluate.joint and len(layers) > 1 else 0)
+    dosed = sets if evaluate.alpha_layers == "all" else len(evaluate.alpha_layers)
+    spliced = sets * (len(evaluate.conditions) - 1) + dosed * len(evaluate.alphas)
+    cells = len(evaluate.subsets) * (1 + spliced) + groups
+    prompts = len(evaluate.subsets) * settings.data.eval_rows
+    rows = [
+        ("model", f"{settings.model.source}, layers {', '.join(map(str, layers))}"),
+        ("LoRA", f"{settings.lora.trials} trials of {settings.lora.steps} steps"),
+        ("delta groups", f"{groups} (layers x percentiles x d_new), {groups * deltas.trials} trials"),
+        ("evaluation", f"{cells} cells, {prompts} prompts"),
+        ("disk", f"{context.bytes_needed / 1e9:.2f} GB"),
+        *_bases(context),
+    ]
+    measured = _measured(context)
+    rows += measured or [("time", "not known: no sweep of this name has been measured under this root")]
+    return rows
+
+
+def status_rows(context: Context) -> Rows:
+    """How far the sweep of these settings has come."""
+    space, settings = context.space, context.settings
+    rows: Rows = []
+    for stage in STAGES:
+        manifest = read_json(stage.folder(context) / MANIFEST)
+        if stage.finished(context):
+            rows.append((stage.name, f"done in {clock(manifest['seconds'])}"))
+        else:
+            rows.append((stage.name, "to do"))
+    results = [read_json(path) for path in sorted(space.folder.glob("lora/trial_*/result.json"))]
+    rows.append(("LoRA trials", _counts(results, settings.lora.trials)))
+    groups = len(context.layers) * len(settings.deltas.percentiles) * len(settings.deltas.d_new)
+    results = [read_json(path) for path in sorted(space.deltas.glob("layer_*/p*/d*/trial_*/result.json"))]
+    rows.append(("delta trials", _counts(results, groups * settings.deltas.trials)))
+    cells = [path for path in space.cells.glob("*.json") if path.name != MANIFEST]
+    rows.append(("cells", f"{len(cells)} on disk"))
+    rows += [("failed", f"{one['group']} trial {one['trial']}: {one['reason']}") for one in results if one["reason"]]
+    return rows
+
+
+def _counts(results: list[dict[str, Any]], total: int) -> str:
+    states = [one["state"] for one in results]
+    named = [f"{states.count(state)} {state.lower()}" for state in ("COMPLETE", "STOPPED", "FAILED") if state in states]
+    return f"{len(results)} of {total}" + (f" ({', '.join(named)})" if named else "")
+
+
+def _bases(context: Context) -> Rows:
+    """Which published base each percentile selects; trained ones are not known before."""
+    section = context.settings.transcoders
+    if section.source == "train":
+        targets = ", ".join(f"{target:g}" for target in section.target_l0)
+        return [("bases", f"trained here, width {section.width}, target L0 {targets}")]
+    rows = []
+    for layer in context.layers:
+        found = candidates(section.source, layer, section.width)
+        chosen = [
+            f"p{percentile:.2f} {select_percentile(found, percentile).path}"
+            for percentile in context.settings.deltas.percentiles
+        ]
+        rows.append((f"bases of layer {layer}", ", ".join(chosen)))
+    return rows
+
+
+def _measured(context: Context) -> Rows:
+    """Stage times of an earlier run under the same name."""
+    manifests = {stage.name: read_json(stage.folder(context) / MANIFEST) for stage in STAGES}
+    known = {name: one["seconds"] for name, one in manifests.items() if one and "seconds" in one}
+    if not known:
+        return []
+    listed = ", ".join(f"{name} {clock(seconds)}" for name, seconds in known.items())
+    return [("time", f"{clock(sum(known.values()))} when last run ({listed})")]

@@ -1,0 +1,87 @@
+"""The Gemma preset's code path: a small Gemma-2 and npz files in Gemma Scope's layout, made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from models.tiny import build_tiny_gemma2
+from tests.end_to_end.conftest import Jobs, read
+
+D_MODEL, D_SAE, LAYERS = 32, 96, 4
+AVERAGE_L0 = {0: (5, 11, 30), 1: (4, 9), 2: (6, 13, 29, 60), 3: (8,)}
+"""The published set differs from layer to layer."""
+SCALED_DOWN = (
+    "data.tool_rows=40", "data.copy_rows=40", "data.validation_rows=8", "data.eval_rows=3", "data.text_train_lines=40",
+    "data.text_validation_lines=12", "lora.trials=1", "lora.steps=4", "lora.eval_every=2", "lora.space.r=2",
+    "lora.space.batch_size=4", "activations.train_tokens=1500", "activations.validation_tokens=400",
+    "activations.batch_tokens=1024", "deltas.trials=1", "deltas.epochs=1", "deltas.batch_size=256",
+    "deltas.d_new=[4, 8]", "evaluate.alpha_layers=[1, 2]", "evaluate.max_new_tokens=6", "compute.gpus_per_trial=0",
+    "compute.precision=fp32",
+)  # fmt: skip
+
+
+def publish(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    for layer, sparsities in AVERAGE_L0.items():
+        for average_l0 in sparsities:
+            path = folder / f"layer_{layer}" / "width_16k" / f"average_l0_{average_l0}"
+            path.mkdir(parents=True)
+            arrays = {
+                "W_enc": generator.normal(size=(D_MODEL, D_SAE)) / D_MODEL**0.5,
+                "W_dec": generator.normal(size=(D_SAE, D_MODEL)) * 0.1,
+                "b_enc": np.zeros(D_SAE),
+                "b_dec": np.zeros(D_MODEL),
+                "threshold": np.full(D_SAE, 1.0),
+            }
+            np.savez(path / "params.npz", **{key: array.astype(np.float32) for key, array in arrays.items()})
+
+
+def test_the_full_study_runs_on_published_transcoders(jobs: Jobs, tmp_path: Path) -> None:
+    build_tiny_gemma2(tmp_path / "gemma", seed=0)
+    publish(tmp_path / "scope")
+    done = jobs(
+        "sweep",
+        "gemma2_2b",
+        f"model.source={tmp_path / 'gemma'}",
+        f"transcoders.source={tmp_path / 'scope'}",
+        f"storage.root={tmp_path / 'runs'}",
+        *SCALED_DOWN,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    sweep = tmp_path / "runs" / "sweeps" / "gemma2_2b"
+    chosen = read(sweep / "transcoders" / "manifest.json")["chosen"]
+    # Index min(n - 1, int(n * p)) by ascending L0.
+    assert chosen["0"] == {
+        "0.25": "layer_0/width_16k/average_l0_5",
+        "0.50": "layer_0/width_16k/average_l0_11",
+        "0.75": "layer_0/width_16k/average_l0_30",
+    }
+    assert chosen["2"]["0.25"] == "layer_2/width_16k/average_l0_13"
+    assert set(chosen["3"].values()) == {"layer_3/width_16k/average_l0_8"}
+    reconstruction = pd.read_csv(sweep / "report" / "exp1_metrics.csv")
+    assert len(reconstruction) == LAYERS * 3 * 2
+    conditions = pd.read_csv(sweep / "report" / "exp2A_metrics.csv", dtype={"layer": str})
+    assert set(conditions.loc[conditions["condition"] == "full", "layer"]) == {"0", "1", "2", "3"}
+    doses = pd.read_csv(sweep / "report" / "exp2B_metrics.csv", dtype={"layer": str})
+    assert set(doses["layer"]) >= {"1", "2"}
+    assert set(doses["alpha"]) == {0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0}
+
+
+def test_a_missing_layer_is_named(jobs: Jobs, tmp_path: Path) -> None:
+    build_tiny_gemma2(tmp_path / "gemma", seed=0)
+    publish(tmp_path / "scope")
+    done = jobs(
+        "transcoders",
+        "gemma2_2b",
+        f"model.source={tmp_path / 'gemma'}",
+        f"transcoders.source={tmp_path / 'scope'}",
+        f"storage.root={tmp_path / 'runs'}",
+        "transcoders.width=65k",
+        *SCALED_DOWN,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "layer_0/width_65k" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,65 @@
+"""Wrong requests: exit status 2, one sentence that names the key, what was given and what is allowed, no traceback."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import Jobs
+
+WRONG = [
+    (["lora.trails=3"], ["lora.trails", "did you mean trials"]),
+    (["lora.trials=many"], ["lora.trials", "many", "integer"]),
+    (["transcoders.layers=[1, 9]"], ["transcoders.layers", "9", "layers 0 to 3"]),
+    (["deltas.d_new=[wide]"], ["deltas.d_new", "wide"]),
+    (["evaluate.alphas=[0, strong]"], ["evaluate.alphas", "strong"]),
+    (["data.rows_file=nowhere.jsonl"], ["data.rows_file", "nowhere.jsonl"]),
+    (["data.text_train_file=tests"], ["data.text_train_file", "tests"]),
+    (["model.source=./nowhere"], ["model.source", "nowhere"]),
+    (["model.source=tests"], ["model.source", "tests", "config.json"]),
+    (["transcoders.source=./nowhere"], ["transcoders.source", "nowhere"]),
+    (["storage.root=/proc/none"], ["storage.root", "/proc/none"]),
+    (["activations.train_tokens=900000000000"], ["storage.root", "GB"]),
+    (["compute.cpus_per_trial=4096"], ["compute", "4096"]),
+    (["storage.tracking_uri=http://127.0.0.1:9"], ["storage.tracking_uri", "127.0.0.1:9"]),
+]
+
+
+def check(done, words: list[str]) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    message = done.stderr.strip().splitlines()
+    assert len(message) == 1, done.stderr
+    for word in words:
+        assert word in message[0]
+
+
+@pytest.mark.parametrize(("overrides", "words"), WRONG, ids=[" ".join(overrides) for overrides, _ in WRONG])
+def test_a_wrong_setting(jobs: Jobs, tmp_path: Path, overrides: list[str], words: list[str]) -> None:
+    root = [] if any(one.startswith("storage.root") for one in overrides) else [f"storage.root={tmp_path}"]
+    check(jobs("sweep", "tiny", *root, *overrides, timeout=120), words)
+
+
+def test_a_missing_settings_file(jobs: Jobs) -> None:
+    check(jobs("sweep", "nowhere.yaml"), ["nowhere.yaml", "quickstart"])
+
+
+def test_an_address_that_does_not_answer(jobs: Jobs, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = jobs("sweep", "tiny", f"storage.root={tmp_path}", "--address", f"127.0.0.1:{port}", timeout=60)
+    check(done, ["--address", f"127.0.0.1:{port}"])
+
+
+def test_an_unknown_command_and_option(jobs: Jobs) -> None:
+    check(jobs("swep"), ["swep"])
+    check(jobs("sweep", "tiny", "--quick"), ["--quick"])
+
+
+def test_gemma_without_the_hub_fails_at_once(jobs: Jobs, tmp_path: Path) -> None:
+    done = jobs("sweep", "gemma2_2b", f"storage.root={tmp_path}", timeout=30)
+    check(done, ["model.source", "google/gemma-2-2b"])
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,109 @@
+"""A driver that is killed: the same command goes on from the finished stages, trials and cells."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import psutil
+from mlflow import MlflowClient
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "jobs", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def kill_when(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
+    """SIGKILL of the driver and of what it started, as when a machine goes down."""
+    deadline = time.monotonic() + 300
+    while not reached():
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    everything = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    for pid in everything:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def test_a_killed_sweep_goes_on(jobs: Jobs, tmp_path: Path) -> None:
+    arguments = ("sweep", "tiny", f"storage.root={tmp_path}", *SMALL)
+    sweep = tmp_path / "sweeps" / "tiny"
+
+    def results() -> list[Path]:
+        return sorted(sweep.glob("deltas/**/result.json"))
+
+    kill_when(start(*arguments), lambda: len(results()) >= 1)
+    kept = {path: path.stat().st_mtime_ns for path in [*results(), *sweep.glob("lora/trial_*/result.json")]}
+    kill_when(start(*arguments), lambda: len(list(sweep.glob("cells/layer_*.json"))) >= 1)
+    cells = {path: path.stat().st_mtime_ns for path in sweep.glob("cells/*.json")}
+
+    done = jobs(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lora: done already" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a finished trial was run again"
+    assert len(results()) == 2 * 2  # layers x trials
+    assert {path: path.stat().st_mtime_ns for path in cells if path.name != "manifest.json"} == {
+        path: stamp for path, stamp in cells.items() if path.name != "manifest.json"
+    }, "a finished cell was computed again"
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=1000)
+    keys = [run.data.tags["deltascope.key"] for run in runs]
+    assert len(keys) == len(set(keys))
+    assert "RUNNING" not in {run.info.status for run in runs}
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(tmp_path / "optuna" / "journal.log")))
+    for name in optuna.get_all_study_names(storage):
+        states = [trial.state for trial in optuna.load_study(study_name=name, storage=storage).trials]
+        assert TrialState.RUNNING not in states
+
+
+def test_an_interrupt_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs", "sweep", "tiny", f"storage.root={tmp_path}", *SMALL]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "sweeps/tiny/lora/key.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_second_driver_is_refused(jobs: Jobs, tmp_path: Path) -> None:
+    arguments = ("sweep", "tiny", f"storage.root={tmp_path}", *SMALL)
+    first = start(*arguments)
+    try:
+        while not (tmp_path / "sweeps/tiny/data/manifest.json").is_file():
+            assert first.poll() is None
+            time.sleep(0.1)
+        second = jobs(*arguments, timeout=60)
+        assert second.returncode == 2
+        assert "another process is running the sweep" in second.stderr
+    finally:
+        kill_when(first, lambda: True)

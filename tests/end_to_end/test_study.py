@@ -1,0 +1,156 @@
+"""The tiny study with real Ray, Tune, Optuna, MLflow and TransformerLens: what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from tests.end_to_end.conftest import Jobs, read
+
+Finished = tuple[Path, subprocess.CompletedProcess[str]]
+LAYERS = ["1", "2", "1+2"]
+SUBSETS = {"tool", "copy", "tool_ood"}
+
+
+@pytest.fixture
+def sweep(finished: Finished) -> Path:
+    return finished[0] / "sweeps" / "tiny"
+
+
+def runs_of(root: Path, name: str = "tiny"):
+    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(name)
+    return client, list(client.search_runs([experiment.experiment_id], max_results=5000))
+
+
+def test_it_ends_with_a_table_and_the_path_of_the_report(finished: Finished, sweep: Path) -> None:
+    assert f"report: {sweep / 'report' / 'report.html'}" in finished[1].stdout
+    for word in ("no_delta", "full", "tool_ood", "[6/6] report"):
+        assert word in finished[1].stdout
+    assert "\x1b[" not in finished[1].stdout, "control characters in a plain log"
+
+
+def test_every_table_has_its_rows(sweep: Path) -> None:
+    report = sweep / "report"
+    reconstruction = pd.read_csv(report / "exp1_metrics.csv")
+    assert len(reconstruction) == 2 * 2 * 2  # layers x percentiles x d_new
+    assert (reconstruction["fvu_full"] < reconstruction["fvu_base"]).mean() > 0.5
+    summary = pd.read_json(report / "exp1_combo_summary.json")
+    assert len(summary) == 2 * 2
+    conditions = pd.read_csv(report / "exp2A_metrics.csv")
+    spliced = conditions[conditions["condition"] != "raw"]
+    assert set(spliced["condition"]) == {"no_delta", "full"}
+    assert sorted(set(spliced["layer"])) == sorted(LAYERS)
+    assert set(conditions["subset"]) == SUBSETS
+    assert (conditions["n_examples"] == 4).all()
+    assert conditions["delta_ce"].notna().all()
+    assert (spliced["delta_ce_low"] <= spliced["delta_ce"]).all()
+    doses = pd.read_csv(report / "exp2B_metrics.csv")
+    assert set(doses["alpha"]) == {0.0, 0.5, 1.0}
+    assert len(doses) == len(LAYERS) * 3 * len(SUBSETS)
+
+
+def test_alpha_zero_and_one_are_no_delta_and_full_to_the_last_digit(sweep: Path) -> None:
+    conditions = pd.read_csv(sweep / "report" / "exp2A_metrics.csv").set_index(["layer", "subset", "condition"])
+    doses = pd.read_csv(sweep / "report" / "exp2B_metrics.csv").set_index(["layer", "subset", "alpha"])
+    for layer in LAYERS:
+        for subset in SUBSETS:
+            for alpha, condition in ((0.0, "no_delta"), (1.0, "full")):
+                assert (
+                    doses.loc[(layer, subset, alpha), "mean_ce"]
+                    == conditions.loc[(layer, subset, condition), "mean_ce"]
+                )
+
+
+def test_every_exactness_check_holds(sweep: Path) -> None:
+    checks = read(sweep / "checks.json")["checks"]
+    assert len(checks) == 12  # one layer, and all layers at once
+    assert [check for check in checks if not check["passed"]] == []
+
+
+def test_the_report_stands_alone(sweep: Path) -> None:
+    html = (sweep / "report" / "report.html").read_text()
+    assert 'src="data:image/png;base64,' in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+    assert len(list((sweep / "report" / "graphs").glob("*.png"))) >= 8
+
+
+def test_generations_are_kept_row_by_row(sweep: Path) -> None:
+    lines = (sweep / "generations" / "raw_tool.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert {"input", "target", "generation", "tokens", "condition"} <= set(json.loads(lines[0]))
+
+
+def test_mlflow_holds_the_run_tree(finished: Finished, sweep: Path) -> None:
+    client, runs = runs_of(finished[0])
+    by_id = {run.info.run_id: run for run in runs}
+    names = Counter(run.info.run_name for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    assert names == {"tiny": 1}
+    children = Counter(
+        by_id[run.data.tags["mlflow.parentRunId"]].info.run_name
+        for run in runs
+        if "mlflow.parentRunId" in run.data.tags
+    )
+    assert children["tiny"] == 6
+    assert children["lora"] == 4
+    assert children["deltas"] == 16
+    assert children["evaluate"] == len(read(sweep / "cells" / "manifest.json")["cells"])
+    assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
+    trial = next(run for run in runs if run.info.run_name == "trial_0000")
+    assert "val_loss" in trial.data.metrics
+    assert "lr" in trial.data.params
+    assert len(client.get_metric_history(trial.info.run_id, "val_loss")) >= 1
+    cell = next(run for run in runs if run.info.run_name.endswith("_tool_full"))
+    assert cell.data.params["condition"] == "full"
+    assert "mean_ce" in cell.data.metrics
+    root = next(run for run in runs if run.info.run_name == "tiny")
+    artifacts = {entry.path for entry in client.list_artifacts(root.info.run_id)}
+    assert {"report.html", "exp2A_metrics.csv", "graphs", "generations"} <= artifacts
+
+
+def test_optuna_holds_a_study_for_each_group(finished: Finished) -> None:
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(finished[0] / "optuna" / "journal.log")))
+    names = optuna.get_all_study_names(storage)
+    assert len(names) == 1 + 2 * 2 * 2
+    for name in names:
+        states = Counter(trial.state for trial in optuna.load_study(study_name=name, storage=storage).trials)
+        assert states[TrialState.COMPLETE] >= 1
+        assert states[TrialState.RUNNING] == 0
+
+
+def test_no_pickle_is_left(finished: Finished) -> None:
+    assert [path for path in finished[0].rglob("*") if path.suffix in (".pkl", ".pt", ".pickle")] == []
+
+
+def test_a_second_run_finds_everything_done(finished: Finished, jobs: Jobs) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished[0] / "sweeps/tiny/cells").iterdir()}
+    again = jobs("sweep", "tiny", f"storage.root={finished[0]}", timeout=60)
+    assert again.returncode == 0, again.stderr
+    assert "everything is done already" in again.stdout
+    assert "report.html" in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (finished[0] / "sweeps/tiny/cells").iterdir()}
+
+
+def test_a_new_alpha_computes_new_cells_only(finished: Finished, jobs: Jobs) -> None:
+    root, _ = finished
+    sweep = root / "sweeps" / "tiny"
+    kept = [sweep / "lora/best.json", sweep / "deltas/layer_01/p0.25/d004/best.json", sweep / "cells/raw_tool.json"]
+    before = [path.stat().st_mtime_ns for path in kept[1:]]
+    adapter = (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns
+    done = jobs("evaluate", "tiny", f"storage.root={root}", "evaluate.alphas=[0.0, 0.5, 1.0, 2.0]")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((sweep / "cells").glob("*_alpha2.json"))) == len(LAYERS) * len(SUBSETS)
+    assert [path.stat().st_mtime_ns for path in kept[1:]] == before
+    assert (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns == adapter
+    _, runs = runs_of(root)
+    keys = [run.data.tags["deltascope.key"] for run in runs]
+    assert len(keys) == len(set(keys))
