@@ -1,0 +1,46 @@
+"""A base and a delta transcoder as one.
+
+In: both, and the strength of the delta. Out: one JumpReLU transcoder that needs no knowledge of deltas to be used.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from models.errors import ModelError
+from models.transcoder import Transcoder
+
+
+def fuse(base: Transcoder, delta: Transcoder, alpha: float = 1.0) -> Transcoder:
+    """One transcoder of `base.d_sae + delta.d_sae` features whose output is `base(x) + alpha * delta(x)`.
+
+    The base's features come first and keep their indices. `alpha` scales the delta's decoder rows, so activations and
+    thresholds stay as they were trained; at 0 the delta's features still fire and write nothing. The result lies on
+    the base's device. Raises ModelError where layer, taps or d_model differ, `alpha` is not finite, or the delta has a
+    decoder bias.
+    """
+    if base.layer != delta.layer:
+        raise ModelError(f"fuse: the base was made for layer {base.layer}, the delta for layer {delta.layer}")
+    if base.taps != delta.taps:
+        raise ModelError(
+            f"fuse: the base reads {base.taps.input} and replaces {base.taps.output}, "
+            f"the delta reads {delta.taps.input} and replaces {delta.taps.output}"
+        )
+    if base.d_model != delta.d_model:
+        raise ModelError(f"fuse: the base has d_model {base.d_model}, the delta {delta.d_model}")
+    if delta.b_dec is not None:
+        raise ModelError("fuse: the delta has a decoder bias, which a strength would scale as if it were a feature")
+    if not math.isfinite(alpha):
+        raise ModelError(f"fuse: alpha is {alpha}, expected a finite number")
+    delta = delta.to(base.W_enc.device)
+    return Transcoder(
+        W_enc=torch.cat([base.W_enc, delta.W_enc], dim=1),
+        b_enc=torch.cat([base.b_enc, delta.b_enc]),
+        threshold=torch.cat([base.threshold, delta.threshold]),
+        W_dec=torch.cat([base.W_dec, alpha * delta.W_dec]),
+        b_dec=base.b_dec,
+        layer=base.layer,
+        taps=base.taps,
+    )
