@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small for more to pay; on a busy machine it costs
 
 import pytest
 
@@ -74,7 +75,6 @@ def load():
 
     from models.sources import load_model
 
-    torch.set_num_threads(1)  # the models are too small for more to pay
     return lambda folder, dtype=torch.float32: load_model(folder, dtype)
 
 
@@ -109,3 +109,38 @@ def random_transcoder():
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def plain_taps():
+    """(x, y, norm output) of a layer, from hooks on an unwrapped model: nothing of the bridge is involved.
+
+    x is the residual stream in the middle of the block over its rms, y what the block adds to it after that.
+    """
+    import torch
+
+    norms = {"gemma2": "pre_feedforward_layernorm", "llama": "post_attention_layernorm"}
+
+    def read(model, batch, layer: int):
+        block = model.model.layers[layer]
+        seen = {}
+
+        def note_norm(module, args, output):
+            seen["middle"], seen["gained"] = args[0], output
+
+        def note_block(module, args, output):
+            seen["after"] = output[0] if isinstance(output, tuple) else output
+
+        handles = [
+            getattr(block, norms[model.config.model_type]).register_forward_hook(note_norm),
+            block.register_forward_hook(note_block),
+        ]
+        with torch.no_grad():
+            model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
+        for handle in handles:
+            handle.remove()
+        middle = seen["middle"]
+        x = middle / (middle.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+        return x, seen["after"] - middle, seen["gained"]
+
+    return read

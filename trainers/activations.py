@@ -22,17 +22,23 @@ INDEX = "index.json"
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Saves `tensors` as one safetensors file, atomically."""
+    """Saves `tensors`, each (tokens, ...), as one safetensors file, beside its name and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
     beside.rename(path)
 
 
+def shard_tokens(path: Path) -> int:
+    """How many tokens a shard holds, read from its header alone."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_slice(next(iter(file.keys()))).get_shape()[0]
+
+
 def write_index(folder: Path, shards: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Marks a folder of shards as complete."""
+    """Marks a folder of shards as complete; `shards` are {file, tokens} in order."""
     index = {"shards": shards, "tokens": sum(shard["tokens"] for shard in shards), **facts}
-    beside = folder / f"{INDEX}.tmp"
+    beside = folder / f"{INDEX}.{os.getpid()}.tmp"
     beside.write_text(json.dumps(index, indent=1, sort_keys=True))
     beside.rename(folder / INDEX)
 
@@ -53,18 +59,28 @@ class Pairs:
             return self.shards[0]
         return tuple(torch.cat(columns) for columns in zip(*self.shards, strict=True))
 
-    def batches(self, size: int, generator: torch.Generator, window: int = 4) -> Iterator[tuple[Tensor, ...]]:
-        """One epoch of shuffled batches of `size` rows, the ragged last one left out unless it is the only one.
+    def batch_count(self, size: int) -> int:
+        """How many batches of `size` rows `batches` gives."""
+        return max(1, self.tokens // size)
 
-        Shards are shuffled and `window` of them are mixed at a time, which bounds memory.
+    def batches(self, size: int, generator: torch.Generator, window: int = 4) -> Iterator[tuple[Tensor, ...]]:
+        """One epoch of shuffled batches of `size` rows: `batch_count` of them, no row twice.
+
+        Shards are shuffled and `window` of them are mixed at a time, which bounds memory. Rows that fill no batch go on
+        to the next window; those of the last are left out, unless there are fewer than `size` in all.
         """
         order = torch.randperm(len(self.shards), generator=generator).tolist()
+        left: list[tuple[Tensor, ...]] = []
         for start in range(0, len(order), window):
-            mixed = Pairs([self.shards[i] for i in order[start : start + window]]).whole()
+            mixed = Pairs([*left, *(self.shards[i] for i in order[start : start + window])]).whole()
             rows = torch.randperm(len(mixed[0]), generator=generator)
-            for first in range(0, max(len(rows) - size + 1, 1), size):
+            full = len(rows) - len(rows) % size
+            for first in range(0, full, size):
                 chosen = rows[first : first + size]
                 yield tuple(column[chosen] for column in mixed)
+            left = [tuple(column[rows[full:]] for column in mixed)]
+        if self.tokens < size:
+            yield left[0]
 
     def in_order(self, size: int) -> Iterator[tuple[Tensor, ...]]:
         """Every row once, in order, in batches of at most `size`."""
@@ -75,13 +91,13 @@ class Pairs:
 
 def read_pairs(folder: Path, names: tuple[str, ...] = ("x", "y")) -> Pairs:
     """The shards of a finished folder, memory-mapped: pages are read when touched and shared between processes."""
-    index = json.loads((folder / INDEX).read_text())
     shards = []
-    for shard in index["shards"]:
+    for shard in read_index(folder)["shards"]:
         with safe_open(folder / shard["file"], framework="pt") as file:
             shards.append(tuple(file.get_tensor(name) for name in names))
     return Pairs(shards)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
+    """`shards`, `tokens` and the facts that `write_index` wrote."""
     return json.loads((folder / INDEX).read_text())

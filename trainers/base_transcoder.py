@@ -17,10 +17,15 @@ from torch import Tensor
 
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder
 from trainers.activations import Pairs
+from trainers.clipping import clip_each
+from trainers.errors import DivergedError
 from trainers.precision import autocast
 
+REPORT_EVERY = 20
+"""Steps between reports and checks of the loss: each waits for the device."""
 THRESHOLD_SAMPLE = 1 << 18
-"""Pre-activations sampled to find a batch's cut: its L0 is then right to about 1%."""
+"""Pre-activations sampled to find a batch's cut: its L0 is then right to a few percent, which training does not notice;
+the final threshold is exact."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class BaseSettings:
     lr_decay_fraction: float = 0.3
     """Share of the steps, at the end, over which the learning rate falls to zero."""
     grad_clip: float = 1.0
+    """Largest gradient norm of each transcoder."""
     seed: int = 0
     precision: str = "fp32"
 
@@ -61,15 +67,17 @@ def train_bases(
 ) -> list[TrainedBase]:
     """Trains `len(target_l0)` transcoders side by side on the same batches; deterministic for a seed.
 
-    Facts of each: `target_l0, val_l0, val_fvu, dead_fraction, revived, tokens`.
+    `train` and `validation` hold x and y, each (tokens, d_model). `report(step, steps, figures)` is called every
+    REPORT_EVERY steps. Facts of each transcoder: `target_l0, val_l0, val_fvu, dead_fraction, revived, tokens`; features
+    that fired on no token of an epoch are revived once an epoch, those still silent on validation tokens are dead.
+    Raises DivergedError where the loss is not finite.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     scale = output_scale(train)
-    state = _initial(train, target_l0, settings, scale, generator, device)
-    optimiser = torch.optim.Adam(state.parameters, lr=settings.lr, betas=(0.9, 0.999))
-    steps = max(1, train.tokens // settings.batch_size) * settings.epochs
-    decay_from = steps * (1 - settings.lr_decay_fraction)
-    step = 0
+    state = _initial(train, target_l0, settings, generator, device)
+    optimiser = torch.optim.Adam(state.parameters, lr=settings.lr)
+    steps = train.batch_count(settings.batch_size) * settings.epochs
+    step = tokens = 0
     revived = [0] * len(target_l0)
     fired = torch.zeros(len(target_l0), settings.width, dtype=torch.bool, device=device)
     mean = scale.mean.to(device)
@@ -78,16 +86,21 @@ def train_bases(
             x = x.to(device, torch.float32)
             y = (y.to(device, torch.float32) - mean) / scale.deviation
             for group in optimiser.param_groups:
-                group["lr"] = settings.lr * min(1.0, (steps - step) / max(steps - decay_from, 1))
+                group["lr"] = settings.lr * min(1.0, (steps - step) / max(steps * settings.lr_decay_fraction, 1))
             with autocast(device, settings.precision):
                 losses, active = state.losses(x, y, target_l0, generator)
             optimiser.zero_grad(set_to_none=True)
             losses.sum().backward()
-            torch.nn.utils.clip_grad_norm_(state.parameters, settings.grad_clip * len(target_l0))
+            clip_each(state.gradients(), settings.grad_clip)
             optimiser.step()
             fired |= active
             step += 1
-            report(step, steps, {"train_fvu": losses.detach().mean().item()})
+            tokens += len(x)
+            if step % REPORT_EVERY == 0 or step == steps:
+                train_fvu = losses.mean().item()
+                if not math.isfinite(train_fvu):
+                    raise DivergedError(f"the loss of layer {layer} is {train_fvu} at step {step} (lr {settings.lr:g})")
+                report(step, steps, {"train_fvu": train_fvu})
         if epoch < settings.epochs - 1:
             for index, count in enumerate(state.revive(fired, x, y, target_l0, optimiser)):
                 revived[index] += count
@@ -96,7 +109,7 @@ def train_bases(
     for index, target in enumerate(target_l0):
         transcoder = state.finished(index, target, train, scale, layer, taps)
         figures = reconstruction_figures(transcoder, validation)
-        facts = {"target_l0": target, **figures, "revived": revived[index], "tokens": step * settings.batch_size}
+        facts = {"target_l0": target, **figures, "revived": revived[index], "tokens": tokens}
         results.append(TrainedBase(transcoder, facts))
     return results
 
@@ -148,11 +161,19 @@ class _State(NamedTuple):
     def parameters(self) -> list[Tensor]:
         return list(self)
 
+    def gradients(self) -> list[Tensor]:
+        """Views of the gradients with the transcoder as first dimension."""
+        count, width, d_model = self.W_dec.shape
+        W_enc, b_enc, W_dec, b_dec = [parameter.grad for parameter in self if parameter.grad is not None]
+        return [W_enc.view(d_model, count, width).transpose(0, 1), b_enc.view(count, width), W_dec, b_dec]
+
     def pre(self, x: Tensor) -> list[Tensor]:
         """Pre-activations (tokens, width) of each transcoder, from one matrix product."""
         return list((x @ self.W_enc + self.b_enc).split(self.W_dec.shape[1], dim=1))
 
-    def losses(self, x: Tensor, y: Tensor, target_l0: Sequence[float], generator: torch.Generator):
+    def losses(
+        self, x: Tensor, y: Tensor, target_l0: Sequence[float], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """FVU-like loss (n,) of a batch, and which features fired (n, width)."""
         losses, fired = [], []
         for index, (pre, target) in enumerate(zip(self.pre(x), target_l0, strict=True)):
@@ -176,11 +197,10 @@ class _State(NamedTuple):
             cut = _batch_cut(pre, target, torch.Generator().manual_seed(0))
             error = y - (torch.where(pre > cut, pre, 0.0) @ self.W_dec[index] + self.b_dec[index])
             worst = error.pow(2).sum(1).topk(len(dead)).indices
-            alive = fired[index].nonzero().squeeze(1)
-            norm = self.W_enc[:, index * width + alive].norm(dim=0).mean()
+            norm = self.W_enc[:, index * width : (index + 1) * width].norm(dim=0).mean()
             columns = index * width + dead
             direction = x[worst] - x.mean(0)
-            self.W_enc[:, columns] = (direction / direction.norm(dim=1, keepdim=True)).T * norm
+            self.W_enc[:, columns] = (direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-6)).T * norm
             self.b_enc[columns] = 0.0
             self.W_dec[index, dead] = error[worst] / x[worst].norm(dim=1, keepdim=True) / norm
             for parameter, where in (
@@ -214,11 +234,10 @@ def _initial(
     train: Pairs,
     target_l0: Sequence[float],
     settings: BaseSettings,
-    scale: Scale,
     generator: torch.Generator,
     device: str,
 ) -> _State:
-    """Unit-norm encoder directions, each decoder row small and random, biases zero (y is standardised)."""
+    """Unit-norm encoder directions, small random decoder rows, biases at zero, as y is standardised."""
     d_model = train.shards[0][0].shape[1]
     count = len(target_l0)
     W_enc = torch.randn(d_model, count * settings.width, generator=generator)
@@ -237,12 +256,19 @@ def _batch_cut(pre: Tensor, target: float, generator: torch.Generator) -> Tensor
     return flat.float().kthvalue(max(1, len(flat) - kept)).values.clamp(min=0.0).to(pre.dtype)
 
 
-def calibrated_cut(W_enc: Tensor, b_enc: Tensor, pairs: Pairs, target: float, tokens: int = 16384) -> float:
-    """The threshold at which the mean L0 over up to `tokens` evenly spread training tokens is `target`."""
-    (x, *_) = pairs.whole()
-    x = x[:: max(1, len(x) // tokens)].to(W_enc.device, torch.float32)
-    # Only the top values can hold the cut: a few times the target a token is kept, so memory stays small.
-    kept = min(W_enc.shape[1], math.ceil(target * 8))
-    top = torch.cat([(part @ W_enc + b_enc).topk(kept, dim=1).values.flatten() for part in x.split(2048)])
-    wanted = min(len(top) - 1, round(target * len(x)))
-    return max(0.0, top.sort(descending=True).values[wanted].item())
+def calibrated_cut(
+    W_enc: Tensor, b_enc: Tensor, pairs: Pairs, target: float, tokens: int = 16384, batch_size: int = 1024
+) -> float:
+    """The threshold at which the mean L0 over about `tokens` evenly spread training tokens is `target`, at least 0."""
+    every = max(1, pairs.tokens // tokens)
+    x = torch.cat([shard[0][::every] for shard in pairs.shards])
+    # The `wanted` largest pre-activations are to pass; the next one is the cut. Kept so far: the largest seen.
+    wanted = min(round(target * len(x)), len(x) * W_enc.shape[1] - 1)
+    largest = torch.empty(0, device=W_enc.device)
+    for part in x.split(batch_size):
+        pre = (part.to(W_enc.device, torch.float32) @ W_enc + b_enc).flatten()
+        if len(largest) > wanted:
+            pre = pre[pre > largest[-1]]
+        largest = torch.cat([largest, pre])
+        largest = largest.topk(min(wanted + 1, len(largest))).values
+    return max(0.0, largest[wanted].item())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from data.encoding import by_length, pad_left
 from models.bridge import tap_names
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps
-from trainers.activations import write_index, write_shard
+from trainers.activations import shard_tokens, write_index, write_shard
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -30,6 +30,7 @@ class _LastTap(Exception):
 
 
 def layer_folder(folder: Path, layer: int) -> Path:
+    """Where a capture under `folder` keeps a layer."""
     return folder / f"layer_{layer:02d}"
 
 
@@ -45,6 +46,13 @@ class Plan:
 
     @classmethod
     def make(cls, sequences: Sequences, batch_tokens: int = 4096, shard_tokens: int = 65536, seed: int = 0) -> Plan:
+        """A plan for `sequences` of token ids that start with BOS; the same one for the same arguments.
+
+        A batch holds at most `batch_tokens` padded tokens (or one sequence), a shard at least `shard_tokens`, the last
+        one fewer. Raises ValueError where no sequence has a token after BOS.
+        """
+        if not any(len(row) > 1 for row in sequences):
+            raise ValueError(f"nothing to capture: none of {len(sequences)} sequences has a token after BOS")
         batches = list(by_length([len(row) for row in sequences], batch_tokens))
         order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
         shards: list[list[list[int]]] = [[]]
@@ -100,7 +108,17 @@ def capture_shard(
 
 
 def finish_capture(plan: Plan, layers: Sequence[int], folder: Path, taps: Taps = GEMMA_SCOPE_TAPS) -> None:
-    """Marks the layers' folders as complete."""
+    """Marks the layers' folders as complete.
+
+    Raises ValueError where a shard is not of this plan, as a folder that an earlier, different capture used has them.
+    """
+    for layer in layers:
+        for number in range(len(plan.shards)):
+            path = layer_folder(folder, layer) / _shard_name(number)
+            if (held := shard_tokens(path)) != plan.tokens(number):
+                raise ValueError(
+                    f"{path} holds {held} tokens where the plan has {plan.tokens(number)}; delete {folder}"
+                )
     shards = [{"file": _shard_name(n), "tokens": plan.tokens(n)} for n in range(len(plan.shards))]
     for layer in layers:
         write_index(layer_folder(folder, layer), shards, {"layer": layer, "taps": list(taps)})
@@ -115,7 +133,7 @@ def capture_batch(
     bridge: TransformerBridge, rows: Sequences, layers: Sequence[int], taps: Taps = GEMMA_SCOPE_TAPS
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """For each layer `x` and `y`, (tokens, d_model) bf16 on the CPU, row by row, without BOS and padding."""
-    model = bridge.original_model
+    model: Any = bridge.original_model
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(model.device)
     kept = batch.editable
     seen: dict[tuple[int, int], Tensor] = {}

@@ -1,15 +1,15 @@
 """Delta transcoders: a few new sparse features that explain what finetuning changed in one layer's MLP.
 
-In: (x, residual) pairs, where residual = y_finetuned - base(x) is computed once for a (layer, base), and a learning rate
-and sparsity. Out: one JumpReLU transcoder without decoder bias a seed, and its validation figures. Several seeds
-(`replicas`) train side by side on the same batches. The loss is computed in feature space, so that nothing of size
-batch x d_model is made beyond the residual itself.
+In: (x, residual) pairs, where residual = y_finetuned - base(x) is computed once for a (layer, base), and settings. Out:
+for each seed one JumpReLU transcoder without decoder bias, and its validation figures. Several seeds (`replicas`) train
+side by side on the same batches. The loss is computed in feature space, so that nothing of size (tokens, d_model) is
+made beyond the residual itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,18 +19,26 @@ from torch import Tensor
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder
 from trainers.activations import Pairs
 from trainers.base_transcoder import output_scale
+from trainers.clipping import clip_each
+from trainers.errors import DivergedError
 from trainers.precision import autocast
 
 BANDWIDTH = 0.1
 """Width of the rectangle that stands in for the step's derivative (straight-through), in units of pre-activation."""
 
 
-class DivergedError(RuntimeError):
-    """A trial whose loss is not finite."""
+DIVERGED = 10.0
+"""A validation FVU this many times that of the base alone ends the run."""
 
 
 @dataclass(frozen=True)
 class DeltaSettings:
+    """Hyperparameters of one run.
+
+    Replica i starts from seed `seed + i`; the order of the batches depends on no seed, so that runs differ by their
+    settings and starting points alone.
+    """
+
     d_new: int = 32
     lr: float = 3e-3
     sparsity: float = 1e-3
@@ -38,11 +46,14 @@ class DeltaSettings:
     epochs: int = 4
     batch_size: int = 2048
     l0_budget: float = 16.0
+    """Active features a token above which `val_loss` is penalised."""
     sparsity_warmup_fraction: float = 0.2
     lr_warmup_fraction: float = 0.05
     weight_decay: float = 0.0
     grad_clip: float = 1.0
+    """Largest gradient norm of each replica."""
     patience: int = 4
+    """Validations without a lower `val_loss` after which the run ends."""
     evals_per_epoch: int = 1
     seed: int = 0
     precision: str = "fp32"
@@ -110,9 +121,9 @@ class _Replicas(torch.nn.Module):
         directions = [torch.randn(d_model, d_new, generator=generator) for generator in generators]
         W_enc = torch.cat([direction / direction.norm(dim=0) for direction in directions], dim=1).to(x.device)
         pre = (x @ W_enc).view(len(x), count, d_new)
-        # Features start on about l0_budget tokens' worth of activity: each above its own upper quantile.
-        share = min(0.5, settings.l0_budget / d_new)
-        threshold = torch.quantile(pre, 1 - share, dim=0).clamp(min=1e-2).unsqueeze(1)
+        # Each feature starts above its own upper quantile, so that about l0_budget of them are active on a token.
+        below = 1 - min(0.5, settings.l0_budget / d_new)
+        threshold = pre.kthvalue(max(1, round(below * len(x))), dim=0).values.clamp(min=1e-2).unsqueeze(1)
         self.W_enc = torch.nn.Parameter(W_enc)
         self.b_enc = torch.nn.Parameter(torch.zeros(count * d_new, device=x.device))
         self.log_threshold = torch.nn.Parameter(threshold.log())
@@ -137,6 +148,13 @@ class _Replicas(torch.nn.Module):
         penalty = (acts * gram.diagonal(dim1=1, dim2=2).clamp(min=1e-12).sqrt().unsqueeze(1)).sum((1, 2)) / len(x)
         return error, penalty
 
+    def gradients(self) -> list[Tensor]:
+        """Views of the gradients with the replica as first dimension."""
+        ordered = (self.W_enc, self.b_enc, self.log_threshold, self.W_dec)
+        W_enc, b_enc, log_threshold, W_dec = [one.grad for one in ordered if one.grad is not None]
+        by_replica = W_enc.view(len(W_enc), self.count, self.d_new).transpose(0, 1)
+        return [by_replica, b_enc.view(self.count, self.d_new), log_threshold, W_dec]
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return [
             {"params": [self.W_enc, self.W_dec], "weight_decay": weight_decay},
@@ -155,50 +173,65 @@ def train_delta(
 ) -> TrainedDelta:
     """Trains `settings.replicas` deltas; reports figures after each validation; returns the best validation's.
 
-    Residuals are divided by the standard deviation of y, so `lr` and `sparsity` mean the same on every layer.
-    Raises DivergedError where a loss is not finite.
+    The loss of a replica is `mean((delta(x) - r)^2) / var(y) + sparsity * mean_tokens(sum_i acts_i |W_dec_i|)`, with
+    W_dec in units of the standard deviation of y, so that `lr` and `sparsity` mean the same on every layer. A replica
+    trains as it would alone: only early stopping and the choice of the best validation look at the replicas' mean.
+
+    Raises DivergedError where a loss is not finite or the deltas make the reconstruction far worse.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
+    batch_order = torch.Generator().manual_seed(0)
     deviation = math.sqrt(data.variance)
     first = next(data.train.batches(min(4096, data.train.tokens), torch.Generator().manual_seed(0)))[0]
     model = _Replicas(first.to(device, torch.float32), settings)
     optimiser = torch.optim.AdamW(model.parameter_groups(settings.weight_decay), lr=settings.lr)
-    per_epoch = max(1, data.train.tokens // settings.batch_size)
+    per_epoch = data.train.batch_count(settings.batch_size)
     steps = per_epoch * settings.epochs
     every = max(1, per_epoch // settings.evals_per_epoch)
     best: TrainedDelta | None = None
-    waited = step = 0
-    while step < steps and waited < settings.patience:
-        for x, residual in data.train.batches(settings.batch_size, generator):
-            x = x.to(device, torch.float32)
-            residual = residual.to(device, torch.float32) / deviation
-            for group in optimiser.param_groups:
-                group["lr"] = settings.lr * _ramp(step, settings.lr_warmup_fraction * steps) * _decay(step, steps)
-            sparsity = settings.sparsity * _ramp(step, settings.sparsity_warmup_fraction * steps)
-            with autocast(device, settings.precision):
-                error, penalty = model.losses(x, residual)
-            loss = (error + sparsity * penalty).sum()
-            if not torch.isfinite(loss):
-                raise DivergedError(f"the loss is {loss.item()} at step {step} (lr {settings.lr:.2g})")
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip * math.sqrt(settings.replicas))
-            optimiser.step()
-            step += 1
-            if step % every == 0 or step == steps:
-                deltas = finished(model, deviation, layer, taps)
-                figures = validate(deltas, data, settings.l0_budget)
-                figures |= {"step": step, "tokens": step * settings.batch_size}
-                waited += 1
-                if best is None or figures["val_loss"] < best.figures["val_loss"]:
-                    best, waited = TrainedDelta(deltas, figures), 0
-                report(figures)
-                if waited >= settings.patience:
-                    break
-            if step == steps:
-                break
-    assert best is not None
+    step = tokens = waited = 0
+    for x, residual in _epochs(data.train, settings, batch_order):
+        x = x.to(device, torch.float32)
+        residual = residual.to(device, torch.float32) / deviation
+        for group in optimiser.param_groups:
+            group["lr"] = settings.lr * _ramp(step, settings.lr_warmup_fraction * steps) * _decay(step, steps)
+        sparsity = settings.sparsity * _ramp(step, settings.sparsity_warmup_fraction * steps)
+        with autocast(device, settings.precision):
+            error, penalty = model.losses(x, residual)
+        loss = (error + sparsity * penalty).sum()
+        if not torch.isfinite(loss):
+            raise DivergedError(f"the loss is {loss.item()} at step {step + 1} (lr {settings.lr:.2g})")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        clip_each(model.gradients(), settings.grad_clip)
+        optimiser.step()
+        step += 1
+        tokens += len(x)
+        if step % every and step != steps:
+            continue
+        deltas = finished(model, deviation, layer, taps)
+        figures = {**validate(deltas, data, settings.l0_budget), "step": step, "tokens": tokens}
+        _check_sane(figures, settings)
+        waited += 1
+        if best is None or figures["val_loss"] < best.figures["val_loss"]:
+            best, waited = TrainedDelta(deltas, figures), 0
+        report(figures)
+        if waited >= settings.patience:
+            break
+    assert best is not None  # the last step validates
     return best
+
+
+def _epochs(pairs: Pairs, settings: DeltaSettings, order: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+    for _ in range(settings.epochs):
+        yield from pairs.batches(settings.batch_size, order)
+
+
+def _check_sane(figures: dict[str, Any], settings: DeltaSettings) -> None:
+    if not figures["val_fvu"] <= DIVERGED * figures["val_fvu_base"]:  # also true of NaN
+        raise DivergedError(
+            f"val_fvu is {figures['val_fvu']:.3g} at step {figures['step']}, against {figures['val_fvu_base']:.3g} of "
+            f"the base alone (lr {settings.lr:.2g}, sparsity {settings.sparsity:.2g})"
+        )
 
 
 @torch.no_grad()

@@ -7,11 +7,12 @@ In: a model, its tokenizer, rows and `LoraSettings`. Out: validation figures thr
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from data.encoding import Batch, Encoded, encode_row, pad_left
 from data.rows import Row
+from trainers.errors import TrainingError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,28 +31,34 @@ BUCKET_BATCHES = 16
 """Batches are cut from runs of this many batches sorted by length: little padding, still shuffled."""
 
 
-class TrainingError(RuntimeError):
-    """A training run that cannot go on; the message says why."""
-
-
 @dataclass(frozen=True)
 class LoraSettings:
-    """Hyperparameters of one run; `alpha_over_r * r` is PEFT's `lora_alpha`."""
+    """Hyperparameters of one run."""
 
     r: int = 16
     alpha_over_r: float = 2.0
+    """The adapter's scale; PEFT's `lora_alpha` is `alpha_over_r * r`."""
     lr: float = 5e-4
     dropout: float = 0.0
     weight_decay: float = 0.0
     batch_size: int = 8
     targets: str = "all-linear"
+    """`all-linear`, or names of modules joined by commas."""
     schedule: str = "linear"
     steps: int = 100
     eval_every: int = 25
     warmup_fraction: float = 0.05
     grad_clip: float = 1.0
     loss_on: str = "target"
+    """`target`, or `everything` to learn copy rows from their first token after BOS; requests from the target alone."""
     seed: int = 0
+
+
+class Example(NamedTuple):
+    """A row as tokens, and how many of its last tokens bear the loss."""
+
+    ids: list[int]
+    labelled: int
 
 
 def train_lora(
@@ -62,12 +70,13 @@ def train_lora(
     report: Callable[[dict[str, Any]], None],
     keep: Callable[[PeftModel], None],
 ) -> None:
-    """Trains for `settings.steps` optimiser steps.
+    """Trains for `settings.steps` optimiser steps; `model` gets the adapter in place.
 
     Calls `keep(adapted model)` after each validation that beats all before it, then
     `report({step, val_loss, train_loss, tool_call_precision, tool_call_recall, tool_call_f1, tokens,
-    tokens_per_second})`. Losses are nats a labelled token. Raises TrainingError where the loss is not finite or the
-    target modules match nothing.
+    tokens_per_second})`. Losses are nats a labelled token. Under `accelerate launch` each process takes its share of
+    every batch, and only the main process keeps and reports. Seeds the global generators, and is deterministic for a
+    seed. Raises TrainingError where the loss is not finite or the target modules match nothing.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -82,28 +91,34 @@ def train_lora(
         settings.schedule, optimiser, round(settings.warmup_fraction * settings.steps), settings.steps
     )
     prepared, optimiser = accelerator.prepare(adapted, optimiser)
-    train = [encode_row(tokenizer, row.input, row.target) for row in train_rows]
+    train = [_example(tokenizer, row, settings.loss_on) for row in train_rows]
     validation = [encode_row(tokenizer, row.input, row.target) for row in validation_rows]
-    call_token = tokenizer(CALL_OPEN, add_special_tokens=False)["input_ids"][0]
+    pad, call_token = tokenizer.pad_token_id, tokenizer(CALL_OPEN, add_special_tokens=False)["input_ids"][0]
 
-    best, tokens, summed, started = float("inf"), 0, torch.zeros(()), time.perf_counter()
+    best, tokens, summed, started = float("inf"), 0, 0.0, time.perf_counter()
     batches = _shuffled_batches(train, settings)
     for step in range(1, settings.steps + 1):
         prepared.train()
         rows = next(batches)
-        loss = _loss(prepared, rows, tokenizer.pad_token_id, settings.loss_on)
-        if not torch.isfinite(loss):
-            raise TrainingError(f"the training loss is {loss.item()} at step {step} (lr {settings.lr:.2g})")
+        mine = rows[accelerator.process_index :: accelerator.num_processes]
+        loss = _loss(prepared, mine or rows[:1], pad) * (len(mine) > 0)
+        # Gradients are averaged over processes; the batch's loss is the sum over its labelled tokens over their number.
+        loss = loss * accelerator.num_processes / sum(row.labelled for row in rows)
+        whole = accelerator.reduce(loss.detach(), "mean").item()
+        if not math.isfinite(whole):
+            raise TrainingError(f"the training loss is {whole} at step {step} (lr {settings.lr:.2g})")
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trainable, settings.grad_clip)
         optimiser.step()
         scheduler.step()
         optimiser.zero_grad()
-        summed += loss.detach().float().cpu()
+        summed += whole
         tokens += sum(len(row.ids) for row in rows)
-        if step % settings.eval_every == 0 or step == settings.steps:
-            seconds = time.perf_counter() - started
-            figures = validate(prepared, validation, tokenizer.pad_token_id, call_token)
+        if step % settings.eval_every and step != settings.steps:
+            continue
+        seconds = time.perf_counter() - started
+        figures = validate(prepared, validation, pad, call_token)
+        if accelerator.is_main_process:
             if figures["val_loss"] < best:
                 best = figures["val_loss"]
                 keep(accelerator.unwrap_model(prepared))
@@ -111,39 +126,55 @@ def train_lora(
                 {
                     "step": step,
                     **figures,
-                    "train_loss": summed.item() / ((step - 1) % settings.eval_every + 1),
+                    "train_loss": summed / ((step - 1) % settings.eval_every + 1),
                     "tokens": tokens,
                     "tokens_per_second": tokens / seconds,
                 }
             )
-            summed.zero_()
-            started += time.perf_counter() - started - seconds  # validation is not training time
+        summed = 0.0
+        started = time.perf_counter() - seconds  # validation is not training time
 
 
 def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """`model` with a fresh LoRA adapter; raises TrainingError where the target modules match nothing."""
+    """`model` with a fresh LoRA adapter.
+
+    Raises TrainingError where the target modules match nothing that LoRA adapts, or are embeddings that the model ties.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    targets: Any = settings.targets if settings.targets == "all-linear" else settings.targets.split(",")
+    names = [name.strip() for name in settings.targets.split(",")]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    tied = {name.rpartition(".")[2] for name, one in model.named_modules() if one in ends} & set(names)
+    if tied and model.config.tie_word_embeddings:
+        raise TrainingError(
+            f"lora.space.targets {settings.targets!r} names {', '.join(sorted(tied))}: the model ties its embeddings, "
+            "and merging such an adapter would change both ends; name linear layers of the blocks"
+        )
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha_over_r * settings.r,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=targets,
+        target_modules="all-linear" if settings.targets == "all-linear" else names,
         task_type=TaskType.CAUSAL_LM,
     )
     try:
         return get_peft_model(model, config)  # type: ignore[return-value]
     except ValueError as error:
-        if "arget modules" in str(error):
-            raise TrainingError(f"lora.space.targets {settings.targets!r} match no module of the model") from None
-        raise
+        linear = {name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
+        raise TrainingError(
+            f"lora.space.targets {settings.targets!r} cannot be adapted ({' '.join(str(error).split())[:160]}); "
+            f"allowed: all-linear, or some of {', '.join(sorted(linear))}"
+        ) from None
 
 
 def validate(
     model: Any, rows: Sequence[Encoded], pad_id: int, call_token: int, batch_size: int = 16
 ) -> dict[str, float]:
-    """Validation loss (nats a target token) and how well the first target token tells requests from the rest."""
+    """Validation loss (nats a target token), and how well the first token the model would say tells requests from rest.
+
+    A request is a row whose target starts with `call_token`, the first of `<tool_call>`. Leaves `model` in evaluation
+    mode.
+    """
     model.eval()
     total, count, called, wanted, both = 0.0, 0, 0, 0, 0
     ordered = sorted(rows, key=lambda row: len(row.ids))
@@ -151,11 +182,12 @@ def validate(
         for start in range(0, len(ordered), batch_size):
             chunk = ordered[start : start + batch_size]
             batch = pad_left([row.ids for row in chunk], pad_id)
-            keep = max(len(row.target) for row in chunk)
+            counts = [len(row.target) for row in chunk]
+            keep = max(counts)
             logits = _logits(model, batch, keep + 1)[:, :-1]
-            labels = _labels(batch, chunk, keep, "target").to(logits.device)
+            labels = _labels(batch, counts).to(logits.device)
             total += functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-            count += int((labels >= 0).sum())
+            count += sum(counts)
             for index, row in enumerate(chunk):
                 says = logits[index, keep - len(row.target)].argmax().item() == call_token
                 should = row.target[0] == call_token
@@ -172,13 +204,28 @@ def validate(
 
 
 def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """`model` with the adapter's weights folded in, a plain transformers model again."""
+    """`model` with the weights of the adapter saved in `adapter` folded in, a plain transformers model again.
+
+    Load `model` in fp32: a small change is lost in the rounding of a bf16 weight. Raises TrainingError where the folder
+    holds no adapter of this model.
+    """
     from peft import PeftModel
+    from safetensors import SafetensorError
 
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()  # type: ignore[operator]
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise TrainingError(f"{adapter}: no adapter of this model ({' '.join(str(error).split())[:200]})") from None
+    return adapted.merge_and_unload()  # type: ignore[operator]
 
 
-def _shuffled_batches(rows: Sequence[Encoded], settings: LoraSettings) -> Iterator[list[Encoded]]:
+def _example(tokenizer: PreTrainedTokenizerBase, row: Row, loss_on: str) -> Example:
+    encoded = encode_row(tokenizer, row.input, row.target)
+    everything = loss_on == "everything" and row.label == "copy"
+    return Example(encoded.ids, len(encoded.ids) - 1 if everything else len(encoded.target))
+
+
+def _shuffled_batches(rows: Sequence[Example], settings: LoraSettings) -> Iterator[list[Example]]:
     """Endless batches, reshuffled every epoch, rows of similar length together."""
     generator = torch.Generator().manual_seed(settings.seed)
     size = settings.batch_size
@@ -192,13 +239,13 @@ def _shuffled_batches(rows: Sequence[Encoded], settings: LoraSettings) -> Iterat
             yield [rows[i] for i in batches[index]]
 
 
-def _loss(model: Any, rows: Sequence[Encoded], pad_id: int, loss_on: str) -> Tensor:
-    """Mean cross-entropy over the labelled tokens of a batch."""
+def _loss(model: Any, rows: Sequence[Example], pad_id: int) -> Tensor:
+    """Cross-entropy summed over the labelled tokens of a batch."""
     batch = pad_left([row.ids for row in rows], pad_id)
-    keep = batch.ids.shape[1] - 1 if loss_on == "everything" else max(len(row.target) for row in rows)
-    logits = _logits(model, batch, keep + 1)[:, :-1]
-    labels = _labels(batch, rows, keep, loss_on).to(logits.device)
-    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    counts = [row.labelled for row in rows]
+    logits = _logits(model, batch, max(counts) + 1)[:, :-1]
+    labels = _labels(batch, counts).to(logits.device)
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
 def _logits(model: Any, batch: Batch, keep: int) -> Tensor:
@@ -216,12 +263,8 @@ def _logits(model: Any, batch: Batch, keep: int) -> Tensor:
     return output.logits.float()
 
 
-def _labels(batch: Batch, rows: Sequence[Encoded], keep: int, loss_on: str) -> Tensor:
-    """The last `keep` tokens (batch, keep), -100 where no loss is taken."""
-    labels = batch.ids[:, -keep:].clone()
-    if loss_on == "everything":
-        labels[~batch.editable[:, -keep:]] = -100
-    else:
-        for index, row in enumerate(rows):
-            labels[index, : keep - len(row.target)] = -100
-    return labels
+def _labels(batch: Batch, counts: Sequence[int]) -> Tensor:
+    """The last `max(counts)` tokens of every row (batch, ...), -100 before each row's own last `count`."""
+    keep = max(counts)
+    labelled = torch.arange(keep).unsqueeze(0) >= keep - torch.tensor(counts).unsqueeze(1)
+    return batch.ids[:, -keep:].masked_fill(~labelled, -100)

@@ -8,26 +8,6 @@ from models.bridge import tap_names
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps
 
 TEXTS = ["What is 12 + 30?", "A much longer line, so that the first one is padded on the left.", "9"]
-MLP_NORM = {"gemma2": "pre_feedforward_layernorm", "llama": "post_attention_layernorm"}
-
-
-def plain_taps(model, batch, layer):
-    """(x, y) of a layer from hooks on the unwrapped model: the residual around the MLP, and nothing of the bridge."""
-    block = model.model.layers[layer]
-    seen = {}
-    norm = getattr(block, MLP_NORM[model.config.model_type])
-    handles = [
-        norm.register_forward_hook(lambda module, args, output: seen.update(middle=args[0], gained=output)),
-        block.register_forward_hook(
-            lambda module, args, output: seen.update(after=output[0] if isinstance(output, tuple) else output)
-        ),
-    ]
-    with torch.no_grad():
-        model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
-    for handle in handles:
-        handle.remove()
-    x = seen["middle"] / (seen["middle"].pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
-    return x, seen["after"] - seen["middle"], seen["gained"]
 
 
 def bridged(bridge, batch, names):
@@ -45,7 +25,7 @@ def both(model_folder, load, wrapped):
     return model, wrapped(model_folder), batch
 
 
-def test_taps_are_the_normalised_residual_and_what_the_block_adds(both):
+def test_taps_are_the_normalised_residual_and_what_the_block_adds(both, plain_taps):
     model, bridge, batch = both
     for layer in range(model.config.num_hidden_layers):
         x, y, gained = plain_taps(model, batch, layer)
@@ -56,7 +36,7 @@ def test_taps_are_the_normalised_residual_and_what_the_block_adds(both):
         assert (gained - x)[batch.mask].norm() > 0.2 * x[batch.mask].norm()
 
 
-def test_other_taps_read_something_else(both):
+def test_other_taps_read_something_else(both, plain_taps):
     model, bridge, batch = both
     x, y, _ = plain_taps(model, batch, 1)
     read, written = bridged(bridge, batch, tap_names(Taps("ln2.hook_in", "mlp.hook_in"), 1))

@@ -1,0 +1,130 @@
+"""Activation capture against hooks on the plain model; no BOS, no padding; an interrupted capture goes on as if not."""
+
+import pytest
+import torch
+
+from data.encoding import encode_text, pad_left
+from trainers import capture as module
+from trainers.activations import read_index, read_pairs
+from trainers.capture import Plan, capture, capture_batch, finish_capture, layer_folder
+
+TEXTS = ["one", "a longer text than that", "12 + 30", "", "x" * 90, "what is 7 times 8?", "nine", "the end of it"]
+LAYERS = (0, 2)
+
+
+@pytest.fixture(scope="module")
+def sequences(load, gemma_folder):
+    _, tokenizer = load(gemma_folder)
+    return [encode_text(tokenizer, text) for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def plan(sequences):
+    return Plan.make(sequences, batch_tokens=64, shard_tokens=30, seed=5)
+
+
+@pytest.fixture(scope="module")
+def bridge(wrapped, gemma_folder):
+    return wrapped(gemma_folder)
+
+
+@pytest.fixture
+def captured(tmp_path, bridge, plan):
+    capture(bridge, plan, LAYERS, tmp_path)
+    return tmp_path
+
+
+def test_a_plan_holds_every_sequence_once_in_bounded_batches(sequences, plan):
+    batches = [batch for shard in plan.shards for batch in shard]
+    assert sorted(index for batch in batches for index in batch) == list(range(len(sequences)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(len(sequences[i]) for i in batch) <= 64
+    assert len(plan.shards) > 2
+    assert all(plan.tokens(number) >= 30 for number in range(len(plan.shards) - 1))
+    assert plan.shards == Plan.make(sequences, 64, 30, 5).shards
+    assert plan.shards != Plan.make(sequences, 64, 30, 6).shards
+
+
+def test_nothing_to_capture_is_said():
+    with pytest.raises(ValueError, match="none of 2 sequences has a token after BOS"):
+        Plan.make([[2], [2]])
+
+
+def test_captured_rows_are_the_plain_models(model_folder, load, wrapped, plain_taps):
+    """Row by row in the order of the batch; the shortest row is padded by 80 tokens and gives none of them."""
+    model, tokenizer = load(model_folder)
+    rows = [encode_text(tokenizer, text) for text in TEXTS]
+    batch = pad_left(rows, tokenizer.pad_token_id)
+    layers = range(model.config.num_hidden_layers)
+    captured = capture_batch(wrapped(model_folder), rows, list(layers))
+    for layer in layers:
+        for found, expected in zip(captured[layer], plain_taps(model, batch, layer)[:2], strict=True):
+            assert found.dtype == torch.bfloat16
+            assert len(found) == sum(len(row) - 1 for row in rows)
+            wanted = torch.cat(
+                [one[-(len(row) - 1) :] for one, row in zip(expected, rows, strict=True) if len(row) > 1]
+            )
+            torch.testing.assert_close(found.float(), wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max().item())
+
+
+def test_a_row_alone_gives_what_it_gives_in_a_batch(bridge, sequences):
+    together = capture_batch(bridge, sequences, LAYERS)
+    alone = [capture_batch(bridge, [row], LAYERS) for row in sequences]
+    for layer in LAYERS:
+        for column in (0, 1):
+            apart = torch.cat([one[layer][column] for one in alone]).float()
+            torch.testing.assert_close(together[layer][column].float(), apart, rtol=1e-2, atol=1e-2)
+
+
+def test_shards_hold_the_plan_in_order(captured, bridge, plan, sequences):
+    for layer in LAYERS:
+        pairs = read_pairs(layer_folder(captured, layer))
+        assert [len(x) for x, _ in pairs.shards] == [plan.tokens(n) for n in range(len(plan.shards))]
+        index = read_index(layer_folder(captured, layer))
+        assert (index["layer"], index["taps"]) == (layer, ["ln2.hook_normalized", "hook_mlp_out"])
+        assert index["tokens"] == sum(len(row) - 1 for row in sequences)
+        first = [capture_batch(bridge, [sequences[i] for i in batch], [layer])[layer] for batch in plan.shards[0]]
+        assert torch.equal(pairs.shards[0][0], torch.cat([x for x, _ in first]))
+        assert torch.equal(pairs.shards[0][1], torch.cat([y for _, y in first]))
+
+
+def test_layers_above_the_last_swept_are_not_run(bridge, sequences):
+    ran = []
+    blocks = bridge.original_model.model.layers
+    handles = [block.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, block in enumerate(blocks)]
+    capture_batch(bridge, sequences, [0, 1])
+    for handle in handles:
+        handle.remove()
+    assert set(ran) <= {0, 1}
+
+
+def test_an_interrupted_capture_goes_on_from_its_last_shard(tmp_path, captured, bridge, plan, monkeypatch):
+    folder = tmp_path / "interrupted"
+    real, calls = module.capture_batch, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 1 + sum(map(len, plan.shards[:2])):
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, "capture_batch", failing)
+    with pytest.raises(KeyboardInterrupt):
+        capture(bridge, plan, LAYERS, folder)
+    assert not (layer_folder(folder, 0) / "index.json").exists()
+    before = len(calls)
+    done = []
+    capture(bridge, plan, LAYERS, folder, report=lambda shards, total: done.append((shards, total)))
+    assert len(calls) - before == sum(map(len, plan.shards[2:])), "finished shards are not computed again"
+    assert done[-1] == (len(plan.shards), len(plan.shards))
+    for layer in LAYERS:
+        whole, parts = layer_folder(captured, layer), layer_folder(folder, layer)
+        assert {path.name: path.read_bytes() for path in whole.iterdir()} == {
+            path.name: path.read_bytes() for path in parts.iterdir()
+        }
+
+
+def test_shards_of_another_plan_are_refused(captured, plan, sequences):
+    other = Plan.make(sequences[:-2], batch_tokens=64, shard_tokens=30, seed=5)
+    with pytest.raises(ValueError, match=r"shard_\d+\.safetensors holds \d+ tokens where the plan has \d+; delete"):
+        finish_capture(other, LAYERS, captured)

@@ -1,0 +1,264 @@
+"""Delta transcoders: the loss is the plain formula, replicas train as if alone, a planted change is found."""
+
+import math
+
+import pytest
+import torch
+
+from models.transcoder import Taps
+from trainers.activations import Pairs
+from trainers.delta_transcoder import (
+    BANDWIDTH,
+    DeltaSettings,
+    Residuals,
+    _Replicas,
+    _Step,
+    output_variance,
+    residual_of,
+    train_delta,
+    validate,
+)
+from trainers.errors import DivergedError
+
+D_MODEL = 12
+SETTINGS = DeltaSettings(d_new=8, lr=1e-2, sparsity=1e-4, epochs=8, batch_size=128, l0_budget=3.0, seed=1, patience=99)
+
+
+@pytest.fixture(scope="module")
+def base(random_transcoder):
+    return random_transcoder(D_MODEL, 32, layer=3, seed=0)
+
+
+@pytest.fixture(scope="module")
+def planted(base):
+    """(train pairs of x and y, validation pairs, Residuals): y is the base's output and three sparse features more."""
+    weights = torch.Generator().manual_seed(0)
+    directions = torch.randn(D_MODEL, 3, generator=weights)
+    directions /= directions.norm(dim=0)
+    outputs = 2 * torch.randn(3, D_MODEL, generator=weights)
+
+    def pairs(tokens: int, seed: int) -> Pairs:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(tokens, D_MODEL, generator=generator).bfloat16()
+        change = torch.relu(x.float() @ directions - 0.8) @ outputs
+        noise = 0.2 * torch.randn(tokens, D_MODEL, generator=generator)
+        return Pairs(list(zip(x.tensor_split(3), (base(x.float()) + change + noise).tensor_split(3), strict=True)))
+
+    return residuals(pairs(2000, 1), pairs(700, 2), base)
+
+
+def residuals(train: Pairs, validation: Pairs, base) -> Residuals:
+    made = [Pairs([(x, residual_of(base, x, y)) for x, y in split.shards]) for split in (train, validation)]
+    variance = output_variance(validation)
+    error = sum(residual.pow(2).sum().item() for _, residual in made[1].shards)
+    return Residuals(*made, variance, error / (validation.tokens * D_MODEL * variance))
+
+
+def settings(**changed) -> DeltaSettings:
+    return DeltaSettings(**{**vars(SETTINGS), **changed})
+
+
+@pytest.fixture(scope="module")
+def trained(planted):
+    return train_delta(planted, SETTINGS, layer=3)
+
+
+def test_the_residual_is_what_the_base_misses(base):
+    x = torch.randn(10, D_MODEL, generator=torch.Generator().manual_seed(0))
+    y = torch.randn(10, D_MODEL, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(residual_of(base, x, y, batch_size=3), y - base(x))
+    assert residual_of(base, x.bfloat16(), y.bfloat16()).dtype == torch.float32
+
+
+def test_a_planted_change_is_found(trained, planted):
+    figures = trained.figures
+    assert figures["val_fvu_base"] == planted.val_fvu_base
+    assert figures["val_fvu"] < 0.3 * figures["val_fvu_base"]
+    assert 0.3 < figures["val_cos"] <= 1, "most tokens have nothing but noise to explain"
+    assert 0 < figures["val_l0_delta"] < SETTINGS.l0_budget
+
+
+def test_the_delta_has_no_bias_and_knows_its_place(planted):
+    (delta,) = train_delta(planted, settings(epochs=1), layer=3, taps=Taps("a", "b")).deltas
+    assert (delta.b_dec, delta.layer, delta.taps, delta.d_sae) == (None, 3, Taps("a", "b"), 8)
+    assert (delta.threshold > 0).all()
+
+
+def test_before_training_the_delta_is_exactly_nothing(planted):
+    """A step of learning rate zero leaves the decoder where it starts."""
+    trained = train_delta(planted, settings(lr=0.0, epochs=1), layer=3)
+    (delta,) = trained.deltas
+    x = planted.validation.whole()[0].float()
+    assert (delta.encode(x) > 0).any(), "features are active, and yet"
+    assert torch.equal(delta(x), torch.zeros_like(x))
+    assert trained.figures["val_fvu"] == pytest.approx(planted.val_fvu_base, rel=1e-6)
+
+
+def test_features_start_at_the_l0_budget(planted):
+    (delta,) = train_delta(planted, settings(lr=0.0, epochs=1, l0_budget=2.0), layer=3).deltas
+    x = planted.train.whole()[0].float()
+    assert (delta.encode(x) > 0).sum(1).float().mean().item() == pytest.approx(2.0, rel=0.05)
+
+
+def plain_loss(model, x, residual):
+    """method.md section 3, element by element: squared error and sparsity of every replica."""
+    losses = []
+    for index in range(model.count):
+        columns = slice(index * model.d_new, (index + 1) * model.d_new)
+        pre = x @ model.W_enc[:, columns] + model.b_enc[columns]
+        acts = _Step.apply(pre, model.log_threshold[index].exp())
+        error = (acts @ model.W_dec[index] - residual).pow(2).mean()
+        norms = model.W_dec[index].pow(2).sum(1).clamp(min=1e-12).sqrt()
+        losses.append((error, (acts * norms).sum(1).mean()))
+    return losses
+
+
+@pytest.mark.parametrize("zero_decoder", [False, True])
+def test_feature_space_loss_and_gradients_are_the_plain_ones(zero_decoder):
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(64, D_MODEL, generator=generator) for _ in range(2))
+    # Set up on other tokens: a threshold that is one of these very pre-activations would be a tie that rounding breaks.
+    model = _Replicas(torch.randn(64, D_MODEL, generator=generator), DeltaSettings(d_new=5, replicas=3, l0_budget=2.0))
+    if not zero_decoder:
+        with torch.no_grad():
+            model.W_dec.normal_(generator=generator)
+            model.b_enc.normal_(generator=generator).mul_(0.1)
+    parameters = list(model.parameters())
+    error, penalty = model.losses(x, residual)
+    found = torch.autograd.grad((error + 0.3 * penalty).sum(), parameters)
+    plain = plain_loss(model, x, residual)
+    expected = torch.autograd.grad(sum(one + 0.3 * other for one, other in plain), parameters)
+    torch.testing.assert_close(error, torch.stack([one for one, _ in plain]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(penalty, torch.stack([one for _, one in plain]), rtol=1e-5, atol=1e-6)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert one.isfinite().all()
+    assert found[3].abs().max() > 0, "the decoder learns, from zero too"
+
+
+def test_the_straight_through_gradient_of_the_threshold():
+    """Rectangle kernel: -threshold / bandwidth within half a bandwidth of the threshold, and nothing outside it."""
+    threshold = torch.tensor([[0.5]], requires_grad=True)
+    offsets = torch.tensor([-0.6, -0.4, 0.0, 0.4, 0.6]).unsqueeze(1) * BANDWIDTH
+    pre = (0.5 + offsets).clone().requires_grad_()
+    upstream = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]).unsqueeze(1)
+    output = _Step.apply(pre, threshold)
+    output.backward(upstream)
+    assert threshold.grad.item() == pytest.approx(-0.5 / BANDWIDTH * (2 + 4 + 8))
+    assert pre.grad.flatten().tolist() == [0, 0, 0, 8, 16], "the input's gradient passes where the feature is on"
+    assert output.flatten().tolist() == pytest.approx([0, 0, 0, 0.54, 0.56])
+
+
+def test_thresholds_are_trained(planted):
+    lasting = train_delta(planted, SETTINGS, layer=3).deltas[0].threshold
+    start = train_delta(planted, settings(lr=0.0, epochs=1), layer=3).deltas[0].threshold
+    assert (lasting - start).abs().max() > 0.05
+
+
+def test_a_replica_trains_as_it_would_alone(planted):
+    """Replica i of seed s is seed s + i alone: same start, same batches, its own clipping."""
+    together, alone = [], {}
+    # A limit that always bites, and a decoder that grows: were gradients clipped together, replicas would differ.
+    train_delta(planted, settings(replicas=3, grad_clip=0.02), layer=3, report=together.append)
+    for seed in (1, 2, 3):
+        alone[seed] = []
+        train_delta(planted, settings(seed=seed, grad_clip=0.02), layer=3, report=alone[seed].append)
+    assert len(together) == 8
+    for step, figures in enumerate(together):
+        apart = [alone[seed][step] for seed in (1, 2, 3)]
+        assert figures["val_fvu_replicas"] == pytest.approx([one["val_fvu"] for one in apart], rel=1e-4)
+        assert figures["val_l0_delta_replicas"] == pytest.approx([one["val_l0_delta"] for one in apart], rel=1e-2)
+        assert figures["val_fvu"] == pytest.approx(sum(one["val_fvu"] for one in apart) / 3, rel=1e-4)
+    assert len({round(one, 6) for one in together[-1]["val_fvu_replicas"]}) == 3, "seeds differ"
+
+
+def test_a_seed_gives_one_delta(trained, planted):
+    again = train_delta(planted, SETTINGS, layer=3)
+    for name in ("W_enc", "b_enc", "threshold", "W_dec"):
+        assert torch.equal(getattr(trained.deltas[0], name), getattr(again.deltas[0], name))
+    assert trained.figures == again.figures
+
+
+def test_figures_are_those_of_the_deltas_that_are_returned(planted):
+    trained = train_delta(planted, settings(replicas=2, epochs=3), layer=3)
+    x, residual = planted.validation.whole()
+    losses = []
+    for index, delta in enumerate(trained.deltas):
+        acts = delta.encode(x.float())
+        error = (acts @ delta.W_dec - residual).pow(2).mean().item() / planted.variance
+        l0 = (acts > 0).sum(1).float().mean().item()
+        losses.append(error + max(0.0, l0 / SETTINGS.l0_budget - 1))
+        assert trained.figures["val_fvu_replicas"][index] == pytest.approx(error, rel=1e-4)
+        assert trained.figures["val_l0_delta_replicas"][index] == pytest.approx(l0, rel=1e-5)
+        assert trained.figures["val_loss_replicas"][index] == pytest.approx(losses[-1], rel=1e-4)
+    assert trained.figures["val_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+def test_above_the_l0_budget_the_loss_is_penalised(trained, planted):
+    within, above = (validate(trained.deltas, planted, budget) for budget in (100.0, 0.1))
+    assert within["val_loss"] == within["val_fvu"]
+    assert above["val_loss"] == pytest.approx(above["val_fvu"] + above["val_l0_delta"] / 0.1 - 1)
+
+
+def test_sparsity_lowers_l0(planted):
+    dense, sparse = (train_delta(planted, settings(sparsity=s), layer=3).figures for s in (0.0, 0.3))
+    assert sparse["val_l0_delta"] < 0.7 * dense["val_l0_delta"]
+    assert sparse["val_fvu"] > dense["val_fvu"]
+
+
+def test_the_scale_of_a_layer_does_not_matter(planted, trained):
+    """Everything 1000 times larger is the same problem: lr and sparsity mean the same on every layer."""
+    scaled = [Pairs([(x, 1000 * residual) for x, residual in split.shards]) for split in planted[:2]]
+    large = train_delta(Residuals(*scaled, 1e6 * planted.variance, planted.val_fvu_base), SETTINGS, layer=3)
+    assert large.figures["val_fvu"] == pytest.approx(trained.figures["val_fvu"], rel=1e-3)
+    torch.testing.assert_close(large.deltas[0].W_dec, 1000 * trained.deltas[0].W_dec, rtol=1e-2, atol=1.0)
+
+
+def test_training_stops_when_nothing_improves(planted):
+    seen = []
+    best = train_delta(planted, settings(lr=1e-12, patience=2, epochs=50), layer=3, report=seen.append)
+    assert len(seen) <= 6
+    assert best.figures == min(seen, key=lambda figures: figures["val_loss"])
+
+
+def test_the_best_validation_is_returned_not_the_last(planted):
+    seen = []
+    best = train_delta(planted, settings(lr=0.1, epochs=12), layer=3, report=seen.append)
+    assert best.figures["val_loss"] == min(figures["val_loss"] for figures in seen)
+    assert validate(best.deltas, planted, SETTINGS.l0_budget)["val_loss"] == best.figures["val_loss"]
+
+
+def test_reports_count_steps_and_tokens(planted):
+    seen = []
+    train_delta(planted, settings(epochs=2, evals_per_epoch=3), layer=3, report=seen.append)
+    assert [figures["step"] for figures in seen] == [5, 10, 15, 20, 25, 30], "15 full batches in 2000 tokens"
+    assert [figures["tokens"] for figures in seen] == [128 * figures["step"] for figures in seen]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(planted):
+    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step \d+ \(lr 1e\+30\)"):
+        train_delta(planted, settings(lr=1e30, grad_clip=1e9), layer=3)
+
+
+def test_a_delta_far_worse_than_the_base_alone_ends_the_run(planted):
+    good_base = planted._replace(val_fvu_base=0.001)  # whatever a first epoch learns on this data leaves more than 0.01
+    with pytest.raises(DivergedError, match=r"val_fvu is 0\.\d+ at step 15, against 0\.001 of the base alone"):
+        train_delta(good_base, SETTINGS, layer=3)
+
+
+def test_a_nan_in_the_data_ends_the_run(planted):
+    x, residual = planted.train.whole()
+    residual = residual.clone().index_fill_(0, torch.tensor([3]), math.nan)
+    with pytest.raises(DivergedError, match="the loss is nan"):
+        train_delta(planted._replace(train=Pairs([(x, residual)])), SETTINGS, layer=3)
+
+
+def test_bf16_comes_close(planted, trained):
+    half = train_delta(planted, settings(precision="bf16"), layer=3)
+    assert half.deltas[0].W_dec.dtype == torch.float32
+    assert half.figures["val_fvu"] == pytest.approx(trained.figures["val_fvu"], rel=0.15)
+
+
+def test_weight_decay_shrinks_the_weights(planted, trained):
+    decayed = train_delta(planted, settings(weight_decay=1.0), layer=3)
+    assert decayed.deltas[0].W_dec.norm() < trained.deltas[0].W_dec.norm()

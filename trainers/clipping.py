@@ -1,0 +1,24 @@
+"""Gradient clipping of models that train side by side in stacked tensors.
+
+In: gradients whose first dimension is the model, and a limit. Out: the gradients, scaled in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def clip_each(gradients: Sequence[Tensor], limit: float) -> Tensor:
+    """Scales each model's gradients to a joint norm of at most `limit`; returns the norms before, (n,).
+
+    `gradients` are tensors or views of shape (n, ...). One model's spike leaves the others' steps alone.
+    """
+    parts = [torch.linalg.vector_norm(one, dim=tuple(range(1, one.ndim))) for one in gradients]
+    norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    scale = (limit / (norms + 1e-6)).clamp(max=1.0)
+    for one in gradients:
+        one.mul_(scale.view(-1, *[1] * (one.ndim - 1)))
+    return norms
