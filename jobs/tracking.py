@@ -72,11 +72,14 @@ class Tracker:
             self._client.update_run(self._runs[key], status="RUNNING")
         return self._runs[key]
 
+    def log(self, key: str, metrics: dict[str, Any]) -> None:
+        """Metrics of a run that is open."""
+        self._batch(self._runs[key], metrics=_metrics(metrics, 0))
+
     def close(self, key: str, metrics: dict[str, Any] | None = None, status: str = "FINISHED") -> None:
-        run = self._runs[key]
         if metrics:
-            self._batch(run, metrics=_metrics(metrics, 0))
-        self._client.set_terminated(run, status=status)
+            self.log(key, metrics)
+        self._client.set_terminated(self._runs[key], status=status)
 
     def record(
         self,

@@ -67,9 +67,23 @@ class Data(Section):
     text_validation_file: str | None = None
     copy_source: Literal["shipped", "c4"] = "shipped"
     max_reject_fraction: Fraction = 0.05
+    operators: Annotated[str, Field(pattern=r"^[-+*/]+$")] = "+-*/"
+    operand_min: Annotated[int, Field(ge=0)] = 1
+    operand_max: Count = 999
+    ood_operand_min: Annotated[int, Field(ge=0)] = 1000
+    """Operands of the out-of-distribution requests that leave the trained range."""
+    ood_operand_max: Count = 99999
     decimals: bool = False
     negatives: bool = False
     parentheses: bool = False
+    """Longer expressions."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Data:
+        for low, high in (("operand_min", "operand_max"), ("ood_operand_min", "ood_operand_max")):
+            if getattr(self, low) >= getattr(self, high):
+                raise ValueError(f"{low} ({getattr(self, low)}) must be below {high} ({getattr(self, high)})")
+        return self
 
 
 class LoraSpace(Section):

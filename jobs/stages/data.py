@@ -10,6 +10,7 @@ from typing import Any
 
 from data.build import build_dataset
 from jobs.context import Context
+from jobs.errors import WorkFailed
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -18,7 +19,33 @@ def run(context: Context) -> dict[str, Any]:
     if settings.rows_file or settings.text_train_file:
         options |= _context_limit(context)
     report = build_dataset(context.space.data, seed=context.settings.seed, **options)
+    _say(context, report)
+    if not report["leakage"]["ok"]:
+        raise WorkFailed(f"the data leaks between train, validation and evaluation: {report['leakage']['pairs']}")
     return {"report": report}
+
+
+def _say(context: Context, report: dict[str, Any]) -> None:
+    """Counts, rejects and the leakage check, on the terminal and in MLflow."""
+    leakage = report["leakage"]
+    metrics: dict[str, Any] = {"leakage_ok": float(leakage["ok"]), "leakage_left_out": leakage["left_out"]}
+    for split, counts in report["counts"].items():
+        values = counts.items() if isinstance(counts, dict) else [("lines", counts)]
+        metrics |= {f"{split}_{label}": count for label, count in values}
+    for key, account in report["files"].items():
+        metrics[f"{key}_rejected"] = account["rejected"]
+        context.progress.line(f"  {key}: " + ", ".join(f"{name} {value}" for name, value in _numbers(account)))
+        for example in account["first"]:
+            context.progress.line(f"    {example}")
+    context.progress.line(
+        f"  leakage between train, validation and evaluation: {'none' if leakage['ok'] else leakage['pairs']}"
+        + (f" ({leakage['left_out']} leaking lines of yours left out)" if leakage["left_out"] else "")
+    )
+    context.tracker.log("data", metrics)
+
+
+def _numbers(account: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(name, value) for name, value in account.items() if isinstance(value, int) and not isinstance(value, bool)]
 
 
 def _context_limit(context: Context) -> dict[str, Any]:
