@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 PLAIN_PERIOD_SECONDS = 10.0
+PLAIN_COLUMNS = 120
 
 
 class Bar:
@@ -26,6 +27,8 @@ class Bar:
         self._task = None
         if show.bars is not None:
             self._task = show.bars.add_task(label, total=total, unit=unit)
+        elif total:
+            show.line(f"  {label}: {total} {unit}")
 
     def advance(self, count: int = 1) -> None:
         self.update(self.done + count)
@@ -48,6 +51,8 @@ class Progress:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
+        if not self.console.is_terminal:
+            self.console.width = PLAIN_COLUMNS
         self.bars: Bars | None = None
 
     def line(self, text: str) -> None:

@@ -169,6 +169,10 @@ def show_results(context: Context) -> None:
         context.progress.console.print(table)
     facts = read_json(context.space.report / MANIFEST)
     if facts:
+        failed = [check for check in facts["checks"] if not check["passed"]]
+        context.progress.line(f"checks: {len(facts['checks']) - len(failed)} of {len(facts['checks'])} hold")
+        for check in failed:
+            context.progress.line(f"  FAILS: {check['name']}: {check['detail']}")
         context.progress.line(f"report: {context.space.folder / facts['report']}")
 
 

@@ -32,20 +32,21 @@ def run(context: Context) -> dict[str, Any]:
 
     space = context.space
     deltas = delta_trials(context)
+    found = checks(context, deltas)
     path = write_report(
         space.report,
         cells=load_cells(context),
         lora_trials=lora_trials(context),
         base_transcoders=base_transcoders(context),
         delta_trials=deltas,
-        checks=checks(context, deltas),
+        checks=found,
         facts=facts(context),
         generations=generations(context),
         seed=context.settings.seed,
     )
     context.tracker.artifacts("sweep", space.report)
     context.tracker.artifacts("sweep", space.generations, "generations")
-    return {"report": str(path.relative_to(space.folder))}
+    return {"report": str(path.relative_to(space.folder)), "checks": found}
 
 
 def load_cells(context: Context) -> list[dict[str, Any]]:
