@@ -16,6 +16,7 @@ from data.encoding import encode_row, pad_left
 from data.rows import Row
 from evaluators.decoding import Job, Stop, decode, forward
 from evaluators.interventions import Site, spliced
+from models.bridge import device_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -85,7 +86,7 @@ def _logits(
     bridge: TransformerBridge, sequences: Sequence[Sequence[int]], sites: Sequence[Site], condition: str, alpha: float
 ) -> Tensor:
     """(tokens, vocabulary) of every real position."""
-    batch = pad_left(sequences, bridge.tokenizer.pad_token_id).to(bridge.original_model.device)
+    batch = pad_left(sequences, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     with spliced(bridge, sites, condition) as splice:
         splice.reset(batch.editable, torch.full((len(sequences),), alpha, device=batch.ids.device))
         return forward(bridge, batch, batch.ids.shape[1])[batch.mask]

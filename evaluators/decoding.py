@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional
 from data.encoding import Batch, Encoded, pad_left
 from evaluators.interventions import Site, Splice, spliced
 from evaluators.scoring import CALL_CLOSE
+from models.bridge import device_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -34,7 +36,11 @@ class Job:
 
 
 class Scored(NamedTuple):
-    """Teacher-forced figures of a row; nll in nats, summed over target tokens and EOS; argmax: one token a target token."""
+    """Teacher-forced figures of a row.
+
+    nll: nats, summed over target tokens and EOS. base_acts, delta_acts: sums of |activation| over `n_act_tokens` tokens
+    of prompt and target. argmax: the model's choice at each target token.
+    """
 
     nll: float
     n_tokens: int
@@ -56,34 +62,26 @@ class Stop:
         for position, token in enumerate(tokens):
             if token == self.tokenizer.eos_token_id or position + 1 == self.max_new_tokens:
                 return list(tokens[: position + 1])
-            if token in self._closing and CALL_CLOSE in self.tokenizer.decode(tokens[: position + 1]):
+            if token in self._may_close and CALL_CLOSE in self.text(tokens[: position + 1]):
                 return list(tokens[: position + 1])
         return None
 
-    @property
-    def _closing(self) -> frozenset[int]:
-        return _tokens_with(self.tokenizer, ">")
-
     def text(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        """What `tokens` say, without BOS, EOS and padding."""
+        tokenizer: Any = self.tokenizer
+        return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-
-_CLOSING: dict[int, frozenset[int]] = {}
-
-
-def _tokens_with(tokenizer: PreTrainedTokenizerBase, character: str) -> frozenset[int]:
-    """Ids of tokens that hold `character`: only they can complete a closing tag."""
-    if id(tokenizer) not in _CLOSING:
-        tokens = tokenizer.get_vocab()
-        _CLOSING[id(tokenizer)] = frozenset(index for token, index in tokens.items() if character in token)
-    return _CLOSING[id(tokenizer)]
+    @cached_property
+    def _may_close(self) -> frozenset[int]:
+        """Tokens that hold the last character of the closing tag: no other can complete it."""
+        return frozenset(index for token, index in self.tokenizer.get_vocab().items() if CALL_CLOSE[-1] in token)
 
 
 @torch.inference_mode()
 def score(
     bridge: TransformerBridge, jobs: Sequence[Job], sites: Sequence[Site], condition: str, batch_size: int = 32
 ) -> list[Scored]:
-    """Teacher-forced pass over every row, in batches of similar length; results in the order of `jobs`."""
+    """Teacher-forced pass over every row, in batches of `batch_size` rows of similar length, in the order of `jobs`."""
     pad = bridge.tokenizer.pad_token_id
     results: dict[int, Scored] = {}
     order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.ids), i))
@@ -91,7 +89,7 @@ def score(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             rows = [jobs[i].encoded for i in chosen]
-            batch = pad_left([row.ids for row in rows], pad).to(bridge.original_model.device)
+            batch = pad_left([row.ids for row in rows], pad).to(device_of(bridge))
             _prepare(splice, batch.editable, [jobs[i].alpha for i in chosen])
             keep = max(len(row.target) for row in rows)
             logits = forward(bridge, batch, keep + 1)[:, :-1]
@@ -122,39 +120,40 @@ def generate(
     guesses: Sequence[Sequence[int]] = (),
     batch_size: int = 32,
 ) -> list[list[int]]:
-    """Greedy output tokens of every row.
+    """Greedy output tokens of every row, those that `decode` gives from the bare prompt.
 
-    `scored` is the teacher-forced pass over the targets, the first guess; `guesses` (such as raw's outputs) are tried
-    next. What neither proves is decoded from the first token that differs.
+    `scored` is the teacher-forced pass over the targets, the first guess; `guesses` (such as raw's outputs; empty where
+    a row has none) are tried next. What neither proves is decoded from the first token that differs.
     """
-    outputs: list[list[int] | None] = []
-    prefixes: list[list[int]] = []
-    for job, figures in zip(jobs, scored, strict=True):
-        output, prefix = _prove(job.encoded.target, figures.argmax, stop)
-        outputs.append(output)
-        prefixes.append(prefix)
+    proven = [_prove(job.encoded.target, figures.argmax, stop) for job, figures in zip(jobs, scored, strict=True)]
     if guesses:
-        open_rows = [i for i, output in enumerate(outputs) if output is None and len(guesses[i])]
-        again = [Job(Encoded(jobs[i].encoded.prompt, list(guesses[i])), jobs[i].alpha) for i in open_rows]
-        for i, figures in zip(open_rows, score(bridge, again, sites, condition, batch_size), strict=True):
-            output, prefix = _prove(guesses[i], figures.argmax, stop)
-            outputs[i] = output
-            prefixes[i] = max(prefixes[i], prefix, key=len)
-    left = [i for i, output in enumerate(outputs) if output is None]
-    starts = [Job(Encoded(jobs[i].encoded.prompt + prefixes[i], []), jobs[i].alpha) for i in left]
-    begun = [prefixes[i] for i in left]
-    for i, output in zip(left, decode(bridge, starts, begun, sites, condition, stop, batch_size), strict=True):
-        outputs[i] = output
-    return [output for output in outputs if output is not None]
+        left = [i for i, one in enumerate(proven) if not one.ended and len(guesses[i])]
+        again = [Job(Encoded(jobs[i].encoded.prompt, list(guesses[i])), jobs[i].alpha) for i in left]
+        for i, figures in zip(left, score(bridge, again, sites, condition, batch_size), strict=True):
+            proven[i] = max(proven[i], _prove(guesses[i], figures.argmax, stop), key=lambda one: len(one.tokens))
+    left = [i for i, one in enumerate(proven) if not one.ended]
+    starts = [Job(Encoded(jobs[i].encoded.prompt + proven[i].tokens, []), jobs[i].alpha) for i in left]
+    begun = [proven[i].tokens for i in left]
+    decoded = dict(zip(left, decode(bridge, starts, begun, sites, condition, stop, batch_size), strict=True))
+    return [decoded.get(i, one.tokens) for i, one in enumerate(proven)]
 
 
-def _prove(guess: Sequence[int], argmax: Sequence[int], stop: Stop) -> tuple[list[int] | None, list[int]]:
-    """The whole output if the guess proves it, and else the proven prefix with the token that replaces the guess."""
+class _Proven(NamedTuple):
+    """The first tokens of a greedy output, and whether they are all of it."""
+
+    tokens: list[int]
+    ended: bool
+
+
+def _prove(guess: Sequence[int], argmax: Sequence[int], stop: Stop) -> _Proven:
+    """What a teacher-forced pass over `guess` proves: the guess as far as each token is the argmax, and the argmax that
+    replaces the first one that is not."""
     agreed = 0
     while agreed < len(guess) and guess[agreed] == argmax[agreed]:
         agreed += 1
-    prefix = [*guess[:agreed], *argmax[agreed : agreed + 1]]
-    return stop.cut(prefix), prefix
+    tokens = [*guess[:agreed], *argmax[agreed : agreed + 1]]
+    output = stop.cut(tokens)
+    return _Proven(tokens, False) if output is None else _Proven(output, True)
 
 
 @torch.inference_mode()
@@ -168,7 +167,11 @@ def decode(
     batch_size: int = 32,
     use_cache: bool = True,
 ) -> list[list[int]]:
-    """Greedy decoding token by token; each job's prompt ends with the tokens `begun`, which open its output."""
+    """Greedy decoding token by token: the output tokens of every row, in the order of `jobs`.
+
+    Each job's prompt ends with the row's tokens of `begun`, with which its output opens. `use_cache` spares work and
+    changes no token.
+    """
     results: dict[int, list[int]] = {}
     order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.prompt), i))
     with spliced(bridge, sites, condition) as splice:
@@ -193,10 +196,10 @@ def _decode_batch(
     """Extends `outputs` in place until every row has ended."""
     from transformers import DynamicCache
 
-    device = bridge.original_model.device
-    context = pad_left(prompts, bridge.tokenizer.pad_token_id).to(device)
+    model: Any = bridge.original_model
+    context = pad_left(prompts, bridge.tokenizer.pad_token_id).to(model.device)
     chunk = context
-    cache = DynamicCache(config=bridge.original_model.config) if use_cache else None
+    cache = DynamicCache(config=model.config) if use_cache else None
     open_rows = [stop.cut(output) is None for output in outputs]
     while any(open_rows):
         _prepare(splice, chunk.editable, alphas)
@@ -214,9 +217,13 @@ def _decode_batch(
 def forward(
     bridge: TransformerBridge, batch: Batch, keep: int, cache: Any = None, mask: Tensor | None = None
 ) -> Tensor:
-    """fp32 logits (batch, keep, vocabulary) at the last `keep` positions; nothing else is projected."""
+    """fp32 logits (batch, keep, vocabulary) at the last `keep` positions; nothing else is projected.
+
+    With a `cache`, `batch` is the chunk that it does not hold yet and `mask` covers cache and chunk.
+    """
+    model: Any = bridge.original_model
     length = batch.ids.shape[1]
-    output = bridge.original_model(
+    output = model(
         input_ids=batch.ids,
         attention_mask=(batch.mask if mask is None else mask).long(),
         position_ids=batch.positions,

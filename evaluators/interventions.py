@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from models.bridge import tap_names
-from models.transcoder import Transcoder
+from models.errors import ModelError
+from models.transcoder import Transcoder, check_fits
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -24,16 +25,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Site:
-    """One layer where transcoders are spliced in."""
+    """One layer where transcoders are spliced in. Raises ModelError where they are not of one kind and layer."""
 
     layer: int
     base: Transcoder
     delta: Transcoder | None = None
 
+    def __post_init__(self) -> None:
+        if self.base.layer != self.layer:
+            raise ModelError(f"layer {self.layer}: the base transcoder is of layer {self.base.layer}")
+        if self.delta is None:
+            return
+        d_model, taps = self.base.d_model, self.base.taps
+        check_fits(self.delta, d_model=d_model, n_layers=self.layer + 1, taps=taps, origin=f"layer {self.layer}: delta")
+        if self.delta.layer != self.layer:
+            raise ModelError(f"layer {self.layer}: the delta transcoder is of layer {self.delta.layer}")
+
 
 @dataclass(frozen=True)
 class Condition:
-    """How an MLP's output y is replaced, given base(x), delta(x) and the row's strength, all (tokens, ...)."""
+    """How an MLP's output y is replaced: `combine(y, base(x), delta(x), alpha)`, each (tokens, d_model) in fp32, alpha
+    (tokens, 1)."""
 
     name: str
     answers: str
@@ -57,31 +69,28 @@ CONDITIONS = {
 """Every condition but `raw`, which edits nothing."""
 
 
-@dataclass
 class Splice:
     """The state of an edit while it is active.
 
-    Before each forward pass the caller sets `editable` (batch, chunk), True where tokens are replaced, and `alpha`
-    (batch,). With `record` on, `base_acts` and `delta_acts` (batch,) sum |activation| over the edited tokens of all
-    sites since the last `reset`.
+    Before each forward pass the caller says with `reset` which tokens are replaced and how strong each row's delta is.
+    With `record`, `base_acts` and `delta_acts` (batch,) are then the sums of |activation| over those tokens and all
+    sites.
     """
 
-    sites: Sequence[Site]
-    condition: Condition
-    editable: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
-    alpha: Tensor = field(default_factory=lambda: torch.ones(0))
-    record: bool = False
-    base_acts: Tensor = field(default_factory=lambda: torch.zeros(0))
-    delta_acts: Tensor = field(default_factory=lambda: torch.zeros(0))
-    _inputs: dict[int, Tensor] = field(default_factory=dict)
+    def __init__(self, sites: Sequence[Site], condition: Condition, record: bool) -> None:
+        self.sites, self.condition, self.record = sites, condition, record
+        self._inputs: dict[int, Tensor] = {}
 
     def reset(self, editable: Tensor, alpha: Tensor) -> None:
-        """Prepares for a forward pass over a chunk whose tokens `editable` marks."""
-        self.editable, self.alpha = editable, alpha
+        """Prepares for a forward pass over a chunk: `editable` (batch, chunk) is True where a token is replaced, and
+        `alpha` (batch,) is the strength of each row."""
+        self._where = editable.nonzero(as_tuple=True)
+        self._alpha = alpha[self._where[0]].unsqueeze(1)
         self.base_acts = torch.zeros(len(editable), device=editable.device)
         self.delta_acts = torch.zeros(len(editable), device=editable.device)
 
     def hooks(self) -> list[tuple[str, Callable]]:
+        """(hook name, function) pairs that make the edit."""
         pairs: list[tuple[str, Callable]] = []
         for site in self.sites:
             read, write = tap_names(site.base.taps, site.layer)
@@ -96,33 +105,59 @@ class Splice:
 
     def _writer(self, site: Site) -> Callable:
         def write(y: Tensor, hook: object) -> Tensor:
-            x = self._inputs.pop(site.layer)[self.editable]
-            rows = self.editable.nonzero()[:, 0]
+            x = self._inputs.pop(site.layer)[self._where]
             base_acts = site.base.encode(x)
             base = site.base.decode(base_acts)
+            self._note(self.base_acts, base_acts)
             delta = torch.zeros_like(base)
             if self.condition.uses_delta and site.delta is not None:
                 delta_acts = site.delta.encode(x)
                 delta = site.delta.decode(delta_acts)
-                if self.record:
-                    self.delta_acts.index_add_(0, rows, delta_acts.abs().sum(1))
-            if self.record:
-                self.base_acts.index_add_(0, rows, base_acts.abs().sum(1))
-            true = y[self.editable]
+                self._note(self.delta_acts, delta_acts)
+            replaced = self.condition.combine(y[self._where].float(), base, delta, self._alpha)
             edited = y.clone()
-            replaced = self.condition.combine(true.float(), base, delta, self.alpha[rows].unsqueeze(1))
-            edited[self.editable] = replaced.to(y.dtype)
+            edited[self._where] = replaced.to(y.dtype)
             return edited
 
         return write
 
+    def _note(self, sums: Tensor, acts: Tensor) -> None:
+        if self.record:
+            sums.index_add_(0, self._where[0], acts.abs().sum(1))
+
 
 @contextmanager
 def spliced(bridge: TransformerBridge, sites: Sequence[Site], condition: str, record: bool = False) -> Iterator[Splice]:
-    """Edits every forward pass of `bridge.original_model` inside the `with`; `raw` or no sites edits nothing."""
-    if condition == "raw" or not sites:
-        yield Splice((), CONDITIONS["no_delta"])
+    """Edits every forward pass of `bridge.original_model` inside the `with`; `raw` edits nothing, whatever the sites.
+
+    Raises ModelError where a transcoder does not fit the model, ValueError where the condition is unknown or lacks what
+    it needs.
+    """
+    if condition == "raw":
+        yield Splice((), CONDITIONS["no_delta"], record)
         return
-    splice = Splice(sites, CONDITIONS[condition], record=record)
+    _check(bridge, sites, condition)
+    splice = Splice(sites, CONDITIONS[condition], record)
     with bridge.hooks(fwd_hooks=splice.hooks()):
         yield splice
+
+
+def _check(bridge: TransformerBridge, sites: Sequence[Site], condition: str) -> None:
+    if condition not in CONDITIONS:
+        raise ValueError(f"no condition {condition!r}; there are raw, {', '.join(CONDITIONS)}")
+    layers = [site.layer for site in sites]
+    if not layers or len(set(layers)) != len(layers):
+        raise ValueError(f"condition {condition} needs one site for each of one or more layers, got layers {layers}")
+    for site in sites:
+        if site.delta is None and CONDITIONS[condition].uses_delta:
+            raise ValueError(f"condition {condition} needs a delta transcoder, and layer {site.layer} has none")
+        check_fits(
+            site.base,
+            d_model=bridge.cfg.d_model,
+            n_layers=bridge.cfg.n_layers,
+            taps=site.base.taps,
+            origin=f"layer {site.layer}: base",
+        )
+        for name in tap_names(site.base.taps, site.layer):
+            if name not in bridge.hook_dict:
+                raise ModelError(f"layer {site.layer}: this model has no {name}, which the transcoder needs")

@@ -18,7 +18,7 @@ from data.encoding import by_length, encode_row, pad_left
 from data.rows import Row
 from evaluators.decoding import forward
 from evaluators.interventions import Site, spliced
-from models.bridge import tap_names
+from models.bridge import device_of, tap_names
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -27,30 +27,23 @@ BATCH_TOKENS = 1024
 """Padded tokens a pass: every position is projected to the vocabulary, which is what fills memory."""
 
 
-class _Pass:
-    """Sums over one pass of the evaluation text."""
-
-    def __init__(self) -> None:
-        self.nll, self.tokens = 0.0, 0
-
-
 @torch.inference_mode()
 def text_cross_entropy(
     bridge: TransformerBridge, rows: Sequence[Row], sites: Sequence[Site], condition: str
 ) -> tuple[float, int]:
     """Mean cross-entropy in nats of every token after BOS of `input + newline + target + EOS`, and their number."""
-    total = _Pass()
+    total, count = 0.0, 0
     sequences = [encode_row(bridge.tokenizer, row.input, row.target).ids for row in rows]
     with spliced(bridge, sites, condition) as splice:
         for chosen in by_length([len(row) for row in sequences], BATCH_TOKENS):
             batch = pad_left([sequences[i] for i in chosen], bridge.tokenizer.pad_token_id)
-            batch = batch.to(bridge.original_model.device)
+            batch = batch.to(device_of(bridge))
             splice.reset(batch.editable, torch.ones(len(chosen), device=batch.ids.device))
             logits = forward(bridge, batch, batch.ids.shape[1])[:, :-1]
             labels = batch.ids[:, 1:].masked_fill(~batch.editable[:, 1:], -100)
-            total.nll += functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-            total.tokens += int((labels >= 0).sum())
-    return total.nll / total.tokens, total.tokens
+            total += functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+            count += int((labels >= 0).sum())
+    return total / count, count
 
 
 @torch.inference_mode()
@@ -71,7 +64,7 @@ def site_activations(bridge: TransformerBridge, rows: Sequence[Row], site: Site)
     with bridge.hooks(fwd_hooks=hooks):
         for chosen in by_length([len(row) for row in sequences], BATCH_TOKENS):
             batch = pad_left([sequences[i] for i in chosen], bridge.tokenizer.pad_token_id)
-            batch = batch.to(bridge.original_model.device)
+            batch = batch.to(device_of(bridge))
             kept = batch.editable
             forward(bridge, batch, 1)
     return torch.cat(columns[0]), torch.cat(columns[1])
@@ -83,10 +76,13 @@ def evaluate_reconstruction(
 ) -> list[dict[str, Any]]:
     """The figures of every site; all sites share layer and base and differ in their delta.
 
-    `ce_recovered` is 1 - (ce - ce_raw) / (ce_zero - ce_raw), with the layer's MLP output zeroed as reference.
+    `ce_recovered` is 1 - (ce - ce_raw) / (ce_zero - ce_raw), with the layer's MLP output zeroed as reference, and None
+    where zeroing it changes nothing. Raises ValueError where the sites do not share layer and base, or lack a delta.
     """
     started = time.perf_counter()
     first = sites[0]
+    if not all(site.layer == first.layer and torch.equal(site.base.W_dec, first.base.W_dec) for site in sites):
+        raise ValueError(f"reconstruction of layer {first.layer}: the sites must share layer and base")
     x, y = site_activations(bridge, rows, first)
     variance = (y - y.mean(0)).pow(2).sum()
     ce_zero, tokens = text_cross_entropy(bridge, rows, [first], "zero_ablation")
@@ -103,11 +99,13 @@ def evaluate_reconstruction(
         "ce_zero": ce_zero,
         "ce_recovered_base": _recovered(ce_base, ce_raw, ce_zero),
     }
+    shared_seconds = (time.perf_counter() - started) / len(sites)
     cells = []
     for site in sites:
-        assert site.delta is not None
-        delta_acts = site.delta.encode(x)
+        started = time.perf_counter()
         ce_full, _ = text_cross_entropy(bridge, rows, [site], "full")
+        assert site.delta is not None  # else `full` has raised
+        delta_acts = site.delta.encode(x)
         cells.append(
             {
                 **shared,
@@ -116,7 +114,7 @@ def evaluate_reconstruction(
                 "ce_full": ce_full,
                 "dce_full": ce_full - ce_raw,
                 "ce_recovered_full": _recovered(ce_full, ce_raw, ce_zero),
-                "seconds": (time.perf_counter() - started) / len(sites),
+                "seconds": shared_seconds + time.perf_counter() - started,
             }
         )
     return cells

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from models.transcoder import Taps
 
 if TYPE_CHECKING:
+    import torch
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +29,11 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
     if getattr(model.config, "attn_logit_softcapping", None) is None:
         model.set_attn_implementation("sdpa")
     return bridge
+
+
+def device_of(bridge: TransformerBridge) -> torch.device:
+    """Where the model's weights are."""
+    return next(bridge.original_model.parameters()).device  # type: ignore[operator]
 
 
 def tap_names(taps: Taps, layer: int) -> tuple[str, str]:

@@ -93,7 +93,7 @@ def random_transcoder():
 
     from models.transcoder import Transcoder
 
-    def make(d_model: int, d_sae: int, layer: int, seed: int, bias: bool = True, scale: float = 1.0) -> Transcoder:
+    def make(d_model: int, d_sae: int, layer: int, seed: int, bias: bool = True) -> Transcoder:
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int):
@@ -103,8 +103,8 @@ def random_transcoder():
             W_enc=normal(d_model, d_sae) / d_model**0.5,
             b_enc=0.1 * normal(d_sae),
             threshold=0.4 + 0.4 * torch.rand(d_sae, generator=generator),
-            W_dec=scale * normal(d_sae, d_model) / d_sae**0.5,
-            b_dec=0.3 * scale * normal(d_model) if bias else None,
+            W_dec=normal(d_sae, d_model) / d_sae**0.5,
+            b_dec=0.3 * normal(d_model) if bias else None,
             layer=layer,
         )
 

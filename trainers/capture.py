@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.encoding import by_length, pad_left
-from models.bridge import tap_names
+from models.bridge import device_of, tap_names
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps
 from trainers.activations import shard_tokens, write_index, write_shard
 
@@ -134,7 +134,7 @@ def capture_batch(
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """For each layer `x` and `y`, (tokens, d_model) bf16 on the CPU, row by row, without BOS and padding."""
     model: Any = bridge.original_model
-    batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(model.device)
+    batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     kept = batch.editable
     seen: dict[tuple[int, int], Tensor] = {}
 

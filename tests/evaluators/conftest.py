@@ -1,0 +1,125 @@
+"""A second implementation of the splice, on a plain transformers model with plain hooks, one row at a time, no cache.
+
+In: a model, sites and a combination. Out: logits, activation sums and greedy outputs to hold the fast one against.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from data.encoding import encode_row
+from data.rows import Row
+from evaluators.interventions import Site
+
+CALL = "<tool_call>calculator({})</tool_call>"
+ROWS = [
+    Row("What is 12 + 30?", CALL.format("12 + 30"), "tool"),
+    Row("Seven", "Seven", "copy"),
+    Row("A context sentence that makes this prompt much longer than the window: 8 times 7, please?", "no", "tool_ood"),
+    Row("On page 44 of 1987.", "On page 44 of 1987.", "copy"),
+]
+"""One prompt is longer than the tiny Gemma-2's sliding window of 64 tokens, one is a few bytes."""
+
+COMBINE = {
+    "no_delta": lambda y, base, delta, alpha: base,
+    "full": lambda y, base, delta, alpha: base + delta,
+    "alpha": lambda y, base, delta, alpha: base + alpha * delta,
+    "error_term": lambda y, base, delta, alpha: base + (y - base),
+    "true_output": lambda y, base, delta, alpha: y,
+    "zero_ablation": lambda y, base, delta, alpha: 0 * y,
+}
+
+NORM = {"gemma2": "pre_feedforward_layernorm", "llama": "post_attention_layernorm"}
+WRITES = {"gemma2": "post_feedforward_layernorm", "llama": "mlp"}
+
+
+class ByHand:
+    """The plain model, edited at `sites`; what `evaluators` computes, computed the slow way."""
+
+    def __init__(self, model, sites, condition, alpha=1.0):
+        self.model, self.sites, self.condition, self.alpha = model, sites, condition, alpha
+
+    @staticmethod
+    def activations(transcoder, x):
+        pre = x @ transcoder.W_enc + transcoder.b_enc
+        return torch.where((pre > 0) & (pre > transcoder.threshold), pre, torch.zeros_like(pre))
+
+    def run(self, ids):
+        """(logits (position, vocabulary), sum of base activations, of delta activations) of one row."""
+        sums = SimpleNamespace(base=0.0, delta=0.0)
+        with ExitStack() as stack:
+            if self.condition != "raw":
+                for site in self.sites:
+                    for handle in self._hooks(site, sums):
+                        stack.callback(handle.remove)
+            with torch.no_grad():
+                logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        return logits, sums.base, sums.delta
+
+    def _hooks(self, site, sums):
+        kind, block = self.model.config.model_type, self.model.model.layers[site.layer]
+        seen = {}
+
+        def read(module, args):
+            seen["middle"] = args[0]
+
+        def write(module, args, y):
+            middle = seen["middle"][0, 1:]
+            x = middle / (middle.pow(2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps).sqrt()
+            base_acts = self.activations(site.base, x)
+            base, delta = base_acts @ site.base.W_dec + site.base.b_dec, torch.zeros_like(x)
+            sums.base += base_acts.sum().item()
+            if site.delta is not None and self.condition in ("full", "alpha"):
+                delta_acts = self.activations(site.delta, x)
+                delta = delta_acts @ site.delta.W_dec
+                sums.delta += delta_acts.sum().item()
+            edited = COMBINE[self.condition](y[0, 1:], base, delta, self.alpha)
+            return torch.cat([y[:, :1], edited.unsqueeze(0)], dim=1)
+
+        yield getattr(block, NORM[kind]).register_forward_pre_hook(read)
+        yield getattr(block, WRITES[kind]).register_forward_hook(write)
+
+    def nll(self, encoded):
+        """Summed cross-entropy of the target in nats, and the argmax at each target token."""
+        logits, *_ = self.run(encoded.ids)
+        first = len(encoded.prompt)
+        steps = logits[first - 1 : len(encoded.ids) - 1].log_softmax(-1)
+        return -sum(step[token].item() for step, token in zip(steps, encoded.target, strict=True)), steps.argmax(-1)
+
+    def greedy(self, prompt, ends, budget):
+        """Output tokens up to one of `ends` or `budget`, the whole row recomputed for every token."""
+        output = []
+        while len(output) < budget and (not output or output[-1] not in ends):
+            output.append(self.run([*prompt, *output])[0][-1].argmax().item())
+        return output
+
+
+@pytest.fixture(scope="session")
+def by_hand():
+    return ByHand
+
+
+@pytest.fixture(scope="session")
+def subject(model_folder, load, wrapped, random_transcoder):
+    """One architecture: its plain model, its bridge, encoded rows, one site and a set of sites."""
+    plain, tokenizer = load(model_folder)
+    d_model = plain.config.hidden_size
+
+    def site(layer: int) -> Site:
+        base = random_transcoder(d_model, 96, layer, seed=layer)
+        return Site(layer, base, random_transcoder(d_model, 12, layer, seed=50 + layer, bias=False))
+
+    return SimpleNamespace(
+        plain=plain,
+        tokenizer=tokenizer,
+        bridge=wrapped(model_folder),
+        rows=ROWS,
+        encoded=[encode_row(tokenizer, row.input, row.target) for row in ROWS],
+        site=[site(1)],
+        sites=[site(0), site(2)],
+        d_model=d_model,
+    )
