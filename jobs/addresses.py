@@ -6,6 +6,11 @@ In: a URL. Out: the same without user and password. Apart from `tracking`, so th
 from __future__ import annotations
 
 
-def without_secrets(uri: str) -> str:
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+import re
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def without_secrets(text: str) -> str:
+    """`text` with `user:password@` taken out of every URL in it."""
+    return _CREDENTIALS.sub("", text)

@@ -80,7 +80,7 @@ def run_search(
 
     def run(config: dict[str, Any]) -> None:
         figures = trial(config, lambda values: tune.report(dict(values)))
-        tune.report({**figures, "final": True})
+        tune.report({"val_loss": math.inf, **figures, "final": True})
 
     resources = {key.lower(): value for key, value in share.resources.items()}
     tuner = tune.Tuner(

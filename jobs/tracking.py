@@ -137,4 +137,5 @@ def _params(values: dict[str, Any]) -> list[Param]:
 
 
 def _short(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return without_secrets(first)[:200]

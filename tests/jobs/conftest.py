@@ -1,0 +1,21 @@
+"""A real Ray on this machine, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from jobs import environment
+
+environment.prepare()
+
+from jobs import cluster  # noqa: E402
+from search_spaces.schema import Compute  # noqa: E402
+
+
+@pytest.fixture(scope="package")
+def share() -> Iterator[cluster.Share]:
+    cluster.connect(None)
+    yield cluster.share_of(Compute(max_concurrent=2))
+    cluster.disconnect()

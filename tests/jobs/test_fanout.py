@@ -1,0 +1,67 @@
+"""Fan-out over real Ray actors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jobs.cluster import Share
+from jobs.fanout import Outcome, fan_out
+
+
+def square(task: int) -> int:
+    return task * task
+
+
+def fail_on_three(task: int) -> int:
+    if task == 3:
+        raise ValueError("three is\nnot wanted")
+    return task
+
+
+def die_once(task: tuple[str, int]) -> int:
+    marker = Path(task[0]) / f"died_{task[1]}"
+    if task[1] == 2 and not marker.exists():
+        marker.touch()
+        os._exit(1)
+    return task[1]
+
+
+def always_die(task: int) -> int:
+    os._exit(1)
+
+
+def process(task: int) -> int:
+    return os.getpid()
+
+
+def test_every_task_is_done_once(share: Share) -> None:
+    outcomes = list(fan_out(square, range(20), share))
+    assert sorted(outcome.result for outcome in outcomes) == [n * n for n in range(20)]
+
+
+def test_workers_are_kept_between_tasks(share: Share) -> None:
+    pids = {outcome.result for outcome in fan_out(process, range(12), share)}
+    assert len(pids) <= share.at_once
+
+
+def test_a_task_that_raises_is_recorded_and_the_others_go_on(share: Share) -> None:
+    outcomes = {outcome.task: outcome for outcome in fan_out(fail_on_three, range(6), share)}
+    assert outcomes[3] == Outcome(3, None, "ValueError: three is not wanted")
+    assert all(outcome.error is None for task, outcome in outcomes.items() if task != 3)
+    assert len(outcomes) == 6
+
+
+def test_a_dead_workers_task_is_tried_again(share: Share, tmp_path: Path) -> None:
+    outcomes = list(fan_out(die_once, [(str(tmp_path), n) for n in range(5)], share, max_retries=1))
+    assert sorted(outcome.result for outcome in outcomes) == list(range(5))
+
+
+def test_a_task_that_always_kills_its_worker_is_given_up(share: Share) -> None:
+    (outcome,) = fan_out(always_die, [7], share, max_retries=1)
+    assert outcome.task == 7
+    assert "died 2 times" in str(outcome.error)
+
+
+def test_no_tasks(share: Share) -> None:
+    assert list(fan_out(square, [], share)) == []
