@@ -1,0 +1,106 @@
+"""Do the real SAELens and circuit-tracer read our exports, and compute with them what we compute?
+
+In: nothing; `--environments DIR` keeps the two virtual environments for the next time. Out: a table of the largest
+differences; exit status 1 where one is too large or a loader fails, 0 otherwise, also where a package cannot be
+installed. From the root of the repository: `python -m tests.compatibility.check_exports`.
+
+The two libraries pin other versions of transformers and TransformerLens than ours, so each gets an environment of its
+own, about 2 GB, in which `load_*.py` beside this file runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tests.compatibility.prepared import prepare
+
+PACKAGES = {"sae-lens": "load_saelens.py", "circuit-tracer": "load_circuit_tracer.py"}
+TOLERANCE = 1e-5
+CPU_TORCH = "https://download.pytorch.org/whl/cpu"
+
+
+def main() -> int:
+    """Prepares the exports, runs every package on them, prints the table; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--environments", type=Path, help="where the environments are made, or found from last time")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "exports"
+        ours = prepare(folder)
+        environments = (given.environments or Path(temporary)).resolve()
+        passed = [check(package, environments / package, folder, ours) for package in PACKAGES]
+    return 0 if all(passed) else 1
+
+
+def check(package: str, environment: Path, folder: Path, ours: dict[str, Tensor]) -> bool:
+    """Installs `package`, lets it read the exports and prints a line a loader; False where one gives wrong results."""
+    problem = install(package, environment)
+    if problem:
+        print(f"{package}: could not be installed: {problem}")
+        return True
+    script = Path(__file__).with_name(PACKAGES[package])
+    settings = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub"), "TQDM_DISABLE": "1"}
+    run = subprocess.run(
+        [str(environment / "bin" / "python"), "-I", str(script), str(folder)],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode != 0:
+        print(f"{package}: FAIL, its loaders raised:\n{run.stderr.strip()}")
+        return False
+    differences: dict[str, list[float]] = {}
+    for name, theirs in load_file(folder / f"{package}.safetensors").items():
+        how, _, what = name.partition(":")
+        differences.setdefault(how, []).append(difference(what, theirs, ours[what]))
+    passed = True
+    for how, found in differences.items():
+        close = all(one <= TOLERANCE for one in found)  # False for NaN too
+        label = f"{package} {run.stdout.split()[-1]}, {how}"
+        verdict = "pass" if close else "FAIL"
+        print(f"{label}: {len(found)} compared, max abs difference {max(found):.1e}: {verdict}", flush=True)
+        passed &= close
+    return passed
+
+
+def install(package: str, environment: Path) -> str | None:
+    """Makes `environment` with the newest `package` beside our build of torch; returns why it could not, or None."""
+    done = environment / "installed"
+    if done.is_file():
+        return None
+    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    torch = f"torch=={version('torch')}"
+    # torch first and alone: asked for by another package, the build for GPUs might be taken.
+    index = ["--extra-index-url", CPU_TORCH, "--retries", "1"] if torch.endswith("+cpu") else []
+    for step in ([sys.executable, "-m", "venv", str(environment)], [*pip, *index, torch], [*pip, package, torch]):
+        run = subprocess.run(step, capture_output=True, text=True)
+        if run.returncode != 0:
+            lines = [line for line in run.stderr.splitlines() if line.strip()] or [f"exit status {run.returncode}"]
+            return next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
+    done.touch()
+    return None
+
+
+def difference(what: str, theirs: Tensor, ours: Tensor) -> float:
+    """Largest absolute difference.
+
+    Features that theirs has beyond ours are padding and must be 0. Activations are compared after BOS, which
+    circuit-tracer leaves out as we do.
+    """
+    if "acts" in what:
+        theirs, ours = theirs[1:], ours[1:]
+    return (theirs - pad(ours, (0, theirs.shape[-1] - ours.shape[-1]))).abs().max().item()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
