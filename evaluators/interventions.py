@@ -41,6 +41,9 @@ class Site:
         if self.delta.layer != self.layer:
             raise ModelError(f"layer {self.layer}: the delta transcoder is of layer {self.delta.layer}")
 
+    def to(self, device: str | torch.device) -> Site:
+        return Site(self.layer, self.base.to(device), None if self.delta is None else self.delta.to(device))
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -5,7 +5,6 @@ In: a URL. Out: the same without user and password. Apart from `tracking`, so th
 
 from __future__ import annotations
 
-
 import re
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")

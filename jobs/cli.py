@@ -114,6 +114,63 @@ def score(
 
 
 @app.command()
+def probe(
+    config: Config,
+    prompt: Annotated[str, typer.Option(help="What the model is asked.")],
+    overrides: Overrides = None,
+    target: Annotated[str | None, typer.Option(help="The answer to score; default: the finetuned model's own.")] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="A layer to splice, repeatable; default: all swept.")] = None,
+    alpha: Annotated[list[float] | None, typer.Option(help="A further strength, repeatable.")] = None,
+    percentile: Annotated[float | None, typer.Option(help="Which base; default: the evaluated one.")] = None,
+    d_new: Annotated[int | None, typer.Option("--d-new", help="Which delta; default: the evaluated one.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many next tokens and features to show.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """One prompt under raw, no_delta, full and any alpha: CE, next tokens, output, active features."""
+    from evaluators.probe import probe as run
+    from jobs.context import Context
+    from jobs.kept import combination, load_bridge, load_sites
+    from search_spaces.load import load
+
+    context = Context(load(config, overrides or []))
+    model = load_bridge(context)
+    sites = load_sites(context, layer or context.layers, *combination(context, percentile, d_new))
+    sites = [site.to(model.original_model.device) for site in sites]
+    found = run(
+        model, prompt, target, sites, alpha or [], top=top, max_new_tokens=context.settings.evaluate.max_new_tokens
+    )
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    from jobs.show import show_probe
+
+    show_probe(found)
+
+
+@app.command()
+def export(
+    config: Config,
+    folder: Annotated[str, typer.Option("--to", help="A folder that does not exist yet.")],
+    overrides: Overrides = None,
+    kind: Annotated[str, typer.Option("--format", help="gemma-scope, saelens or circuit-tracer.")] = "saelens",
+    alpha: Annotated[float, typer.Option(help="Strength folded into the delta's decoder.")] = 1.0,
+    percentile: Annotated[float | None, typer.Option(help="Which base; default: the evaluated one.")] = None,
+    d_new: Annotated[int | None, typer.Option("--d-new", help="Which delta; default: the evaluated one.")] = None,
+) -> None:
+    """Write base and delta as one transcoder a layer, in another tool's format."""
+    from pathlib import Path
+
+    from jobs.context import Context
+    from jobs.kept import combination
+    from jobs.kept import export as run
+    from search_spaces.load import load
+
+    context = Context(load(config, overrides or []))
+    for path in run(context, kind, Path(folder), *combination(context, percentile, d_new), alpha):
+        print(path)
+
+
+@app.command()
 def ui(
     root: Annotated[str, typer.Option(help="The storage root.")] = "mlruns",
     port: Annotated[int, typer.Option(help="Port on loopback.")] = 5000,

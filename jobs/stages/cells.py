@@ -150,9 +150,9 @@ def _sites(work: Work) -> list[Any]:
     return [
         Site(
             plan.layer,
-            read(plan.root, Candidate(*plan.candidate), plan.layer).to(work.device),
-            read_delta(Path(plan.delta)).to(work.device),
-        )
+            read(plan.root, Candidate(*plan.candidate), plan.layer),
+            read_delta(Path(plan.delta)),
+        ).to(work.device)
         for plan in work.sites
     ]
 

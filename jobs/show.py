@@ -1,0 +1,32 @@
+"""How single answers look on the terminal.
+
+In: plain values. Out: rich tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def show_probe(found: dict[str, Any]) -> None:
+    """Conditions first, then the active features token by token."""
+    console = Console()
+    table = Table("condition", "CE", "CE - raw", "next tokens", "output", title=f"target: {found['target']!r}")
+    for one in found["conditions"]:
+        following = ", ".join(f"{entry['token']!r} {entry['probability']:.3f}" for entry in one["next_tokens"])
+        table.add_row(
+            one["condition"], f"{one['ce']:.4f}", f"{one['delta_ce']:+.4f}", Text(following), Text(one["output"])
+        )
+    console.print(table)
+    table = Table("layer", "token", "delta features", "base features", title="active features (feature:strength)")
+    for one in found["features"]:
+        table.add_row(str(one["layer"]), Text(repr(one["token"])), _listed(one["delta"]), _listed(one["base"]))
+    console.print(table)
+
+
+def _listed(features: list[dict[str, Any]]) -> str:
+    return " ".join(f"{one['feature']}:{one['strength']:.2f}" for one in features)
