@@ -15,7 +15,7 @@ from torch.nn import functional
 from data.encoding import Encoded, encode_prompt, encode_row, pad_left
 from evaluators.decoding import Job, Stop, decode, forward
 from evaluators.interventions import Site, spliced
-from models.bridge import tap_names
+from models.bridge import device_of, tap_names
 from models.transcoder import Transcoder
 
 if TYPE_CHECKING:
@@ -73,14 +73,14 @@ def probe(
 
 def _logits(bridge: TransformerBridge, encoded: Encoded, sites: Sequence[Site], condition: str, alpha: float) -> Tensor:
     """(target tokens + 1, vocabulary): what predicts each target token, and what follows them."""
-    batch = pad_left([encoded.ids], bridge.tokenizer.pad_token_id).to(bridge.original_model.device)
+    batch = pad_left([encoded.ids], bridge.tokenizer.pad_token_id).to(device_of(bridge))
     with spliced(bridge, sites, condition) as splice:
         splice.reset(batch.editable, torch.tensor([alpha], device=batch.ids.device))
         return forward(bridge, batch, len(encoded.target) + 1)[0]
 
 
 def _features(bridge: TransformerBridge, encoded: Encoded, sites: Sequence[Site], top: int) -> list[dict[str, Any]]:
-    batch = pad_left([encoded.ids], bridge.tokenizer.pad_token_id).to(bridge.original_model.device)
+    batch = pad_left([encoded.ids], bridge.tokenizer.pad_token_id).to(device_of(bridge))
     seen: dict[int, Tensor] = {}
 
     def reader(layer: int):

@@ -130,12 +130,13 @@ def probe(
     from evaluators.probe import probe as run
     from jobs.context import Context
     from jobs.kept import combination, load_bridge, load_sites
+    from models.bridge import device_of
     from search_spaces.load import load
 
     context = Context(load(config, overrides or []))
     model = load_bridge(context)
     sites = load_sites(context, layer or context.layers, *combination(context, percentile, d_new))
-    sites = [site.to(model.original_model.device) for site in sites]
+    sites = [site.to(device_of(model)) for site in sites]
     found = run(
         model, prompt, target, sites, alpha or [], top=top, max_new_tokens=context.settings.evaluate.max_new_tokens
     )

@@ -31,7 +31,7 @@ def transcoders(random_transcoder):
     """Layer 1 is a base alone, layer 3 base and delta, so that widths differ; some thresholds are below 0."""
     alone = random_transcoder(D_MODEL, 40, layer=1, seed=0)
     alone.threshold[::3] = -0.7
-    delta = random_transcoder(D_MODEL, 7, layer=3, seed=2, bias=False, scale=2.0)
+    delta = random_transcoder(D_MODEL, 7, layer=3, seed=2, bias=False)
     return {1: alone, 3: fuse(random_transcoder(D_MODEL, 40, layer=3, seed=1), delta)}
 
 

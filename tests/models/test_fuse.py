@@ -19,7 +19,7 @@ def base(random_transcoder):
 
 @pytest.fixture
 def delta(random_transcoder):
-    return random_transcoder(D_MODEL, D_NEW, layer=3, seed=1, bias=False, scale=2.0)
+    return random_transcoder(D_MODEL, D_NEW, layer=3, seed=1, bias=False)
 
 
 @pytest.fixture
