@@ -10,11 +10,12 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from search_spaces.dimensions import TAGS
 from search_spaces.schema import Sweep
 
 PRESETS = Path(__file__).parent
@@ -39,12 +40,29 @@ def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as a reader of numbers expects it: 1e-3 is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def _read(config: str | Path) -> dict[str, Any]:
     path = Path(config)
     if not path.is_file() and str(config) in presets():
         path = PRESETS / f"{config}.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except FileNotFoundError:
         raise SettingsError(
             f"no settings file {config}; give a YAML file or one of the presets: {', '.join(presets())}"
@@ -53,21 +71,19 @@ def _read(config: str | Path) -> dict[str, Any]:
         raise SettingsError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise SettingsError(f"{path} must hold settings as `key: value` lines, found {type(values).__name__}")
     return values
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not key.strip():
+    if not separator or not all(part.strip() for part in key.split(".")):
         raise SettingsError(f"{override!r} is not an override; write key.sub=value, such as lora.trials=8")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise SettingsError(f"{key}: the value {text!r} cannot be read; quote it, or write a list as [a, b]") from None
-    if isinstance(value, str) and _EXPONENT.fullmatch(value):
-        value = float(value)  # YAML 1.1 reads 1e-3 as text; a user who writes it means the number.
     node = values
     *parents, last = key.strip().split(".")
     for part in parents:
@@ -80,43 +96,71 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _sentence(error: ValidationError) -> str:
     """The first problem of a validation error as one sentence."""
-    problem = error.errors(include_url=False)[0]
-    place = [part for part in problem["loc"] if not _is_union_tag(part)]
-    key = ".".join(str(part) for part in place) or "the settings"
-    given = problem.get("input")
+    problems = error.errors(include_url=False)
+    first = _place(problems[0])
+    # A setting that may be of several kinds has one problem for each kind, all at its own key or inside it.
+    same = [one for one in problems if _place(one)[: len(first)] == first]
+    place = max(map(_place, same), key=len)
+    problem, *others = [one for one in same if _place(one) == place]
+    key = ".".join(map(str, place)) or "the settings"
     if problem["type"] == "extra_forbidden":
-        allowed = _keys_at(place[:-1])
+        allowed = sorted(_section(problem["loc"][:-1]).model_fields)
         near = difflib.get_close_matches(str(place[-1]), allowed, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return f"{key}: unknown key{hint}; allowed here: {', '.join(allowed)}"
     if problem["type"] == "missing":
         return f"{key}: missing; it must be given"
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    message = message if problem["type"] == "value_error" else f"must be {message}"
-    if not place:
-        return message
-    return f"{key}: got {json.dumps(given, default=str)}, {message}"
+    if problem["type"] == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
+        return message if not place else f"{key}: got {_shown(problem['input'])}, {message}"
+    allowed_kinds = dict.fromkeys(_allowed(one) for one in (problem, *others))
+    return f"{key}: got {_shown(problem['input'])}, must be {' or '.join(allowed_kinds)}"
 
 
-def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and (
-        part in _UNION_TAGS or part.startswith(("list[", "literal[", "constrained-", "function-"))
-    )
+def _place(problem: Any) -> list[int | str]:
+    """The keys and list indices of a problem's location, without pydantic's names for the kinds of a union."""
+    location = list(problem["loc"])
+    own = location.pop() if problem["type"] == "extra_forbidden" else None  # the user's, whatever it is called
+    kept = [part for part in location if isinstance(part, int) or not _KIND.match(part)]
+    return kept if own is None else [*kept, own]
 
 
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-_UNION_TAGS = {"Range", "Choice", "bool", "int", "float", "str"}
+_KIND = re.compile(r"(range|choice|value|bool|int|float|str|constrained-\w+)$|(list|literal|function-\w+)\[")
 
 
-def _keys_at(place: list[int | str]) -> list[str]:
+def _allowed(problem: Any) -> str:
+    """What a setting must be, in words; pydantic's own where there are no better ones."""
+    limits = problem.get("ctx", {})
+    return _WORDS.get(problem["type"], problem["msg"].removeprefix("Input should be ")).format(**limits)
+
+
+_WORDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "model_type": "settings of its own, as key: value",
+    "dict_type": "settings of its own, as key: value",
+    "too_short": "a list of at least {min_length}",
+    "string_pattern_mismatch": "text of the form {pattern}",
+    "literal_error": "{expected}",
+}
+
+
+def _shown(given: Any) -> str:
+    shown = json.dumps(given, default=str, ensure_ascii=False)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model that a problem's location leads to."""
     section: type[BaseModel] = Sweep
-    for part in place:
-        field = section.model_fields.get(str(part))
-        if field is None:
-            return []
-        kinds = [field.annotation, *get_args(field.annotation)]
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not inner:
-            return []
-        section = inner[0]
-    return sorted(section.model_fields)
+    for part in location:
+        if part in TAGS:
+            section = TAGS[str(part)] or section
+        elif str(part) in section.model_fields:
+            kind = section.model_fields[str(part)].annotation
+            section = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else section
+    return section

@@ -6,45 +6,30 @@ Every default here is the default of the tool; the presets beside this file only
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
+
+from search_spaces.dimensions import STRICT, Choice, Dimension, Finite, Range, real, text, whole
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Scalar = StrictBool | int | float | str
+
+
+def _distinct(values: Any) -> Any:
+    if isinstance(values, list) and len(set(values)) != len(values):
+        raise ValueError(f"one is named twice in {values}")
+    return values
+
+
+Distinct = AfterValidator(_distinct)
+"""No entry of a list twice: two groups or cells of one name would overwrite each other."""
+Layers = Annotated[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | Literal["all"], Distinct]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Range(Section):
-    """A searched number between `low` and `high` (inclusive), on a log scale if `log`; whole if both ends are."""
-
-    low: int | Finite
-    high: int | Finite
-    log: bool = False
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Range:
-        if not self.low < self.high:
-            raise ValueError(f"low must be below high, got low={self.low} and high={self.high}")
-        if self.log and self.low <= 0:
-            raise ValueError(f"a log range needs low above 0, got low={self.low}")
-        return self
-
-
-class Choice(Section):
-    """A searched value out of a list."""
-
-    choice: Annotated[list[Scalar], Field(min_length=1)]
-
-
-Dimension = Range | Choice | Scalar
-"""One searched setting; a bare value is held fixed."""
+    model_config = STRICT
 
 
 class Model(Section):
@@ -89,15 +74,15 @@ class Data(Section):
 class LoraSpace(Section):
     """The LoRA study's dimensions. `alpha_over_r` scales the adapter: alpha = alpha_over_r * r."""
 
-    r: Dimension = Choice(choice=[8, 16, 32])
-    alpha_over_r: Dimension = Choice(choice=[1.0, 2.0])
-    lr: Dimension = Range(low=1e-4, high=1e-3, log=True)
-    dropout: Dimension = 0.0
-    weight_decay: Dimension = 0.0
-    batch_size: Dimension = 8
-    targets: Dimension = "all-linear"
+    r: Annotated[Dimension, whole(1)] = Choice(choice=[8, 16, 32])
+    alpha_over_r: Annotated[Dimension, real(above=0)] = Choice(choice=[1.0, 2.0])
+    lr: Annotated[Dimension, real(above=0)] = Range(low=1e-4, high=1e-3, log=True)
+    dropout: Annotated[Dimension, real(below=1)] = 0.0
+    weight_decay: Annotated[Dimension, real()] = 0.0
+    batch_size: Annotated[Dimension, whole(1)] = 8
+    targets: Annotated[Dimension, text()] = "all-linear"
     """PEFT target modules: `all-linear`, or names joined by commas."""
-    schedule: Dimension = "linear"
+    schedule: Annotated[Dimension, text("linear", "cosine", "constant", "constant_with_warmup")] = "linear"
 
 
 class Lora(Section):
@@ -120,42 +105,32 @@ class Activations(Section):
     validation_tokens: Count = 50_000
     batch_tokens: Count = 4096
     """Padded tokens in one forward pass of the capture."""
-    max_length: Count = 256
+    max_length: Annotated[int, Field(ge=2)] = 256
     """Tokens after which a captured text is cut."""
 
 
 class Transcoders(Section):
     source: str = "train"
     """`train`, a local folder, or a hub repository in Gemma Scope's layout."""
-    layers: list[int] | Literal["all"] = "all"
-    width: str | int = 16384
+    layers: Layers = "all"
+    width: str | Count = 16384
     """Features of a trained base transcoder, or the width label of a published one (such as 16k)."""
-    target_l0: Annotated[list[Positive], Field(min_length=1)] = [16.0, 32.0, 64.0]
+    target_l0: Annotated[list[Positive], Field(min_length=1), Distinct] = [16.0, 32.0, 64.0]
     """Mean active features a token of the trained bases; one base for each."""
     epochs: Count = 4
     batch_size: Count = 2048
     lr: Positive = 1e-3
 
-    @field_validator("layers")
-    @classmethod
-    def _layers(cls, layers: list[int] | str) -> list[int] | str:
-        if isinstance(layers, list):
-            if not layers:
-                raise ValueError("name at least one layer, or 'all'")
-            if len(set(layers)) != len(layers):
-                raise ValueError(f"a layer is named twice in {layers}")
-        return layers
-
 
 class DeltaSpace(Section):
-    lr: Dimension = Range(low=1e-3, high=1e-2, log=True)
-    sparsity: Dimension = Range(low=1e-4, high=1e-2, log=True)
+    lr: Annotated[Dimension, real(above=0)] = Range(low=1e-3, high=1e-2, log=True)
+    sparsity: Annotated[Dimension, real()] = Range(low=1e-4, high=1e-2, log=True)
 
 
 class Deltas(Section):
-    percentiles: Annotated[list[Fraction], Field(min_length=1)] = [0.25, 0.5, 0.75]
+    percentiles: Annotated[list[Fraction], Field(min_length=1), Distinct] = [0.25, 0.5, 0.75]
     """Which base of a layer: index min(n - 1, int(n * p)) among its n candidates by ascending L0."""
-    d_new: Annotated[list[Count], Field(min_length=1)] = [32, 64, 128]
+    d_new: Annotated[list[Count], Field(min_length=1), Distinct] = [32, 64, 128]
     trials: Count = 8
     """Trials of each (layer, percentile, d_new) group."""
     replicas: Count = 1
@@ -175,20 +150,27 @@ class Deltas(Section):
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     space: DeltaSpace = DeltaSpace()
 
+    @field_validator("percentiles")
+    @classmethod
+    def _two_decimals(cls, percentiles: list[float]) -> list[float]:
+        if any(round(percentile, 2) != percentile for percentile in percentiles):
+            raise ValueError(f"must have at most two decimals, got {percentiles}")
+        return percentiles
+
 
 class Evaluate(Section):
-    subsets: Annotated[list[Literal["tool", "copy", "tool_ood"]], Field(min_length=1)] = [
+    subsets: Annotated[list[Literal["tool", "copy", "tool_ood"]], Field(min_length=1), Distinct] = [
         "tool",
         "copy",
         "tool_ood",
     ]
-    conditions: Annotated[list[Literal["raw", "no_delta", "full"]], Field(min_length=1)] = [
+    conditions: Annotated[list[Literal["raw", "no_delta", "full"]], Field(min_length=1), Distinct] = [
         "raw",
         "no_delta",
         "full",
     ]
-    alphas: list[Finite] = [0.0, 0.25, 0.5, 0.75, 1.0]
-    alpha_layers: list[int] | Literal["all"] = "all"
+    alphas: Annotated[list[Finite], Distinct] = [0.0, 0.25, 0.5, 0.75, 1.0]
+    alpha_layers: Layers = "all"
     """Layers of the dose-response; `all` is every swept layer."""
     joint: bool = True
     """Also splice all swept layers at once."""
@@ -197,13 +179,6 @@ class Evaluate(Section):
     d_new: Count | None = None
     max_new_tokens: Count = 64
     batch_size: Count = 32
-
-    @field_validator("alphas")
-    @classmethod
-    def _alphas(cls, alphas: list[float]) -> list[float]:
-        if len(set(alphas)) != len(alphas):
-            raise ValueError(f"an alpha is named twice in {alphas}")
-        return alphas
 
     @field_validator("conditions")
     @classmethod
@@ -251,19 +226,23 @@ class Sweep(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Sweep:
-        if self.transcoders.source == "train" and not isinstance(self.transcoders.width, int):
-            raise ValueError(
-                f"transcoders.width must be a whole number for trained bases, got {self.transcoders.width!r}"
-            )
-        layers = self.transcoders.layers
-        if isinstance(layers, list) and isinstance(self.evaluate.alpha_layers, list):
-            stray = sorted(set(self.evaluate.alpha_layers) - set(layers))
+        bases, evaluate = self.transcoders, self.evaluate
+        if bases.source == "train":
+            if not isinstance(bases.width, int):
+                raise ValueError(f"transcoders.width: got {bases.width!r}, must be a whole number for trained bases")
+            if (most := max(bases.target_l0)) >= bases.width:
+                raise ValueError(f"transcoders.target_l0: got {most:g}, must be below transcoders.width {bases.width}")
+        if isinstance(bases.layers, list) and isinstance(evaluate.alpha_layers, list):
+            stray = sorted(set(evaluate.alpha_layers) - set(bases.layers))
             if stray:
-                raise ValueError(f"evaluate.alpha_layers names {stray}, which transcoders.layers {layers} lacks")
-        if self.evaluate.percentile is not None and self.evaluate.percentile not in self.deltas.percentiles:
-            raise ValueError(
-                f"evaluate.percentile is {self.evaluate.percentile}, deltas.percentiles is {self.deltas.percentiles}"
-            )
-        if self.evaluate.d_new is not None and self.evaluate.d_new not in self.deltas.d_new:
-            raise ValueError(f"evaluate.d_new is {self.evaluate.d_new}, deltas.d_new is {self.deltas.d_new}")
+                raise ValueError(
+                    f"evaluate.alpha_layers: got {stray}, must be some of transcoders.layers {bases.layers}"
+                )
+        for key, given, allowed in (
+            ("percentile", evaluate.percentile, self.deltas.percentiles),
+            ("d_new", evaluate.d_new, self.deltas.d_new),
+        ):
+            if given is not None and given not in allowed:
+                name = "percentiles" if key == "percentile" else key
+                raise ValueError(f"evaluate.{key}: got {given}, must be one of deltas.{name} {allowed}")
         return self
