@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.end_to_end.conftest import REPOSITORY, SMALL, environment
@@ -15,33 +18,58 @@ from tests.end_to_end.conftest import REPOSITORY, SMALL, environment
 RAY = str(Path(sys.executable).with_name("ray"))
 DASHBOARD = 8299
 PORT = 6399
+AGENT = 52399
 
 
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     """`ray start --head` on loopback with a token of its own; yields the environment to reach it."""
-    token = tmp_path / "token"
-    variables = {
-        **environment(),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_TMPDIR": str(tmp_path),
-        "HOME": str(tmp_path / "home"),
-    }
-    (tmp_path / "home").mkdir()
-    token.write_text("a" * 64)
-    token.chmod(0o600)
-    start = [
-        RAY, "start", "--head", f"--port={PORT}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={DASHBOARD}", "--num-cpus=2", "--disable-usage-stats", "--object-store-memory=200000000",
-    ]  # fmt: skip
-    started = subprocess.run(start, env=variables, capture_output=True, text=True, timeout=120, check=False)
-    assert started.returncode == 0, started.stdout + started.stderr
-    yield {**variables, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{DASHBOARD}"}
-    subprocess.run([RAY, "stop", "--force"], env=variables, capture_output=True, timeout=120, check=False)
+    with tempfile.TemporaryDirectory(prefix="ray") as session:  # its sockets need a short path
+        home = tmp_path / "home"
+        home.mkdir()
+        token = tmp_path / "token"
+        token.write_text("a" * 64)
+        token.chmod(0o600)
+        variables = {
+            **environment(),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_TMPDIR": session,
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{DASHBOARD}",
+            "HOME": str(home),
+        }
+        start = [
+            RAY, "start", "--head", "--block", f"--port={PORT}", "--node-ip-address=127.0.0.1",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD}", "--num-cpus=2", "--disable-usage-stats",
+            f"--dashboard-agent-listen-port={AGENT}",
+            "--object-store-memory=200000000",
+        ]  # fmt: skip
+        with (tmp_path / "head.log").open("w") as log:
+            process = subprocess.Popen(start, env=variables, stdout=log, stderr=log)
+            try:
+                wait_for_job_agent(process, variables, tmp_path / "head.log")
+                yield variables
+            finally:
+                everything = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+                for one in everything:
+                    one.kill()
+                psutil.wait_procs(everything, timeout=30)
+
+
+def wait_for_job_agent(process: subprocess.Popen, variables: dict[str, str], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        tried = subprocess.run(
+            [RAY, "job", "submit", "--", "true"], env=variables, capture_output=True, text=True, check=False
+        )
+        if tried.returncode == 0:
+            return
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text() + tried.stdout + tried.stderr
+        time.sleep(2)
 
 
 def test_a_submitted_job_runs_the_study(head: dict[str, str]) -> None:
