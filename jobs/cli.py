@@ -6,6 +6,7 @@ In: arguments. Out: an exit status: 0 done, 1 some trials or cells failed, 2 the
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from typing import Annotated
 
@@ -14,6 +15,8 @@ import typer
 from jobs import environment
 
 environment.prepare()
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="python -m jobs",
@@ -196,13 +199,13 @@ def main() -> None:
     from models.errors import ModelError
     from search_spaces.load import SettingsError
 
+    environment.take_signals()
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        status = app(standalone_mode=False)  # Typer returns a status where the command left by an exit
     except (typer.Abort, KeyboardInterrupt):
-        _say("stopped; the same command goes on from here")
-        sys.exit(130)
+        status = INTERRUPTED
+    except SystemExit as stop:  # Ray answers SIGTERM so while it starts
+        status = INTERRUPTED if stop.code == signal.SIGTERM else stop.code
     except (RequestError, ModelError, DataError, SettingsError) as error:
         _say(str(error))
         sys.exit(2)
@@ -219,6 +222,9 @@ def main() -> None:
             _say(error.format_message() if hasattr(error, "format_message") else str(error))
             sys.exit(2)
         raise
+    if status == INTERRUPTED:
+        _say("stopped; the same command goes on from here")
+    sys.exit(status or 0)
 
 
 def _say(text: str) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs import environment
 from jobs.errors import RequestError
 from search_spaces.schema import Compute
 
@@ -49,6 +50,7 @@ def connect(address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address == "local":
         ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        environment.take_signals()
         return
     check_answers(address)
     in_job = "runtime_resources" in Path.cwd().parts
@@ -57,6 +59,7 @@ def connect(address: str | None) -> None:
         ray.init(address=address, runtime_env=runtime, **quiet)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise RequestError(f"--address: no Ray cluster answers at {address} ({_first_line(error)})") from None
+    environment.take_signals()
 
 
 def disconnect() -> None:

@@ -7,6 +7,8 @@ Values that a user has set win, but for telemetry.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import warnings
 
 ALWAYS = {
@@ -22,6 +24,8 @@ UNLESS_SET = {
     "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Tune would swallow the first Ctrl-C and let the sweep go on.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_MAX_PENDING_TRIALS_PG": "16",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_AUTH_MODE": "token",
@@ -42,3 +46,15 @@ def prepare() -> None:
     for name, value in UNLESS_SET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
+
+
+def take_signals() -> None:
+    """SIGINT and SIGTERM (`kill`, `ray job stop`) both raise KeyboardInterrupt.
+
+    Called by the driver at its start, because a shell's background jobs ignore SIGINT, and after Ray has started,
+    because Ray takes SIGTERM for itself.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.default_int_handler)
