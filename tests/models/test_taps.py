@@ -52,6 +52,12 @@ def test_wrapping_changes_no_logit(both):
     torch.testing.assert_close(found[batch.mask], expected[batch.mask], rtol=1e-4, atol=1e-4)
 
 
+def test_attention_is_fast_where_soft_capping_allows_it(both):
+    model, bridge, _ = both
+    capped = model.config.model_type == "gemma2"
+    assert bridge.original_model.config._attn_implementation == ("eager" if capped else "sdpa")
+
+
 def test_the_bridge_tokenises_as_we_do(both, load, model_folder):
     _, bridge, _ = both
     _, tokenizer = load(model_folder)
