@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import shutil
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +77,9 @@ def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0
         return _build_once(cache / f"{TINY}-seed{seed}", lambda folder: build_tiny_gemma2(folder, seed))
     if source in EMBEDDED:
         embedded = EMBEDDED[source]
-        return _build_once(cache / f"{source}-{embedded.sha256[:8]}", lambda folder: _convert_gguf(embedded, folder))
+        return _build_once(
+            cache / f"{source}-{embedded.sha256[:8]}", lambda folder: _apart(_convert_gguf, embedded, folder)
+        )
     if Path(source).is_dir():
         return Path(source).resolve()
     from huggingface_hub import snapshot_download
@@ -167,6 +171,12 @@ def _convert_gguf(embedded: EmbeddedModel, folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+
+
+def _apart(build: Callable[..., None], *arguments: Any) -> None:
+    """Runs `build` in a process of its own, so that the memory of two models does not stay with the caller."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(build, *arguments).result()
 
 
 def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:

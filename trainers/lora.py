@@ -168,7 +168,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
 
 
 def validate(
-    model: Any, rows: Sequence[Encoded], pad_id: int, call_token: int, batch_size: int = 16
+    model: Any, rows: Sequence[Encoded], pad_id: int, call_token: int, batch_size: int = 8
 ) -> dict[str, float]:
     """Validation loss (nats a target token), and how well the first token the model would say tells requests from rest.
 

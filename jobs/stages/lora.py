@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobs import environment, keys
 from jobs.context import Context
 from jobs.errors import WorkFailed
+from jobs.fanout import fan_out
 from jobs.workspace import finish as finish_folder
 from jobs.workspace import is_finished, keyed_folder, write_json
 
@@ -112,18 +113,34 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     return best
 
 
+class MergeTask(NamedTuple):
+    """A model, an adapter and where the merged model goes, as a worker is given them."""
+
+    model: str
+    adapter: str
+    folder: str
+
+
 def merge_best(context: Context, adapter: Path, key: str) -> None:
     """The base model with the best adapter folded in, in fp32, under `lora/merged`."""
     merged = context.space.lora / "merged"
     if is_finished(merged, key):
         return
+    keyed_folder(merged, key)
+    task = MergeTask(str(context.model), str(adapter), str(merged))
+    for outcome in fan_out(merge_adapter, [task], context.share, context.settings.compute.max_retries):
+        if outcome.error:
+            raise WorkFailed(f"merging {adapter}: {outcome.error}")
+    finish_folder(merged, key, {"adapter": adapter.parent.name})
+
+
+def merge_adapter(task: MergeTask) -> None:
+    """Runs on a worker: the driver stays small."""
     import torch
 
     from models.sources import load_model
     from trainers.lora import merge
 
-    keyed_folder(merged, key)
-    model, tokenizer = load_model(context.model, torch.float32)
-    merge(model, adapter).save_pretrained(merged)
-    tokenizer.save_pretrained(merged)
-    finish_folder(merged, key, {"adapter": adapter.parent.name})
+    model, tokenizer = load_model(Path(task.model), torch.float32)
+    merge(model, Path(task.adapter)).save_pretrained(task.folder)
+    tokenizer.save_pretrained(task.folder)
