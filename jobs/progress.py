@@ -26,24 +26,28 @@ class Bar:
         self._started = self._printed = time.monotonic()
         self._task = None
         if show.bars is not None:
-            self._task = show.bars.add_task(label, total=total, unit=unit)
+            self._task = show.bars.add_task(label, total=total, unit=unit, note="")
         elif total:
             show.line(f"  {label}: {total} {unit}")
 
     def advance(self, count: int = 1) -> None:
         self.update(self.done + count)
 
-    def update(self, done: int) -> None:
+    def update(self, done: int, note: str = "") -> None:
+        """`note` says what is going on between two units, such as a running trial's loss."""
         self.done = done
         if self._show.bars is not None and self._task is not None:
-            self._show.bars.update(self._task, completed=done)
+            self._show.bars.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
         if now - self._printed >= PLAIN_PERIOD_SECONDS or done >= self.total:
             self._printed = now
             left = (now - self._started) / max(done, 1) * (self.total - done)
             tail = f", about {clock(left)} left" if 0 < done < self.total else ""
-            self._show.line(f"  {self.label}: {done}/{self.total} {self.unit}{tail}")
+            self._show.line(f"  {self.label}: {done}/{self.total} {self.unit}{tail}{note and f' ({note})'}")
+
+    def note(self, text: str) -> None:
+        self.update(self.done, text)
 
 
 class Progress:
@@ -74,6 +78,7 @@ class Progress:
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
                 console=self.console,
             )
             self.bars.start()

@@ -188,6 +188,10 @@ class GroupedSearch(Searcher):
         running.history.append(_figures(result))
         if math.isfinite(result.get("val_loss", math.nan)):
             running.trial.report(result["val_loss"], result["step"])
+        self._bar.note(
+            f"{running.group.name} trial {running.trial.number}: step {result['step']}, "
+            f"val_loss {result.get('val_loss', math.nan):.4g}"
+        )
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if result:
