@@ -100,20 +100,9 @@ def score(
     if as_json:
         print(json.dumps(groups))
         return
-    from rich.console import Console
-    from rich.table import Table
+    from jobs.show import show_scores
 
-    rates = [key for key in next(iter(groups.values()), {}) if key.endswith("_rate")]
-    table = Table(by, "n_examples", *rates)
-    for name, values in groups.items():
-        shown = [
-            "-"
-            if values[rate] is None
-            else f"{values[rate]:.3f} [{values[f'{rate}_low']:.3f}, {values[f'{rate}_high']:.3f}]"
-            for rate in rates
-        ]
-        table.add_row(name, str(values["n_examples"]), *shown)
-    Console().print(table)
+    show_scores(by, groups)
 
 
 @app.command()

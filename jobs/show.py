@@ -28,5 +28,15 @@ def show_probe(found: dict[str, Any]) -> None:
     console.print(table)
 
 
+def show_scores(by: str, groups: dict[str, dict[str, Any]]) -> None:
+    """One line a group and defined rate, with its Wilson 95% interval."""
+    table = Table(by, "n", "metric", "rate", "95% interval")
+    for name, values in groups.items():
+        for rate in (key for key in values if key.endswith("_rate") and values[key] is not None):
+            interval = f"{values[f'{rate}_low']:.3f} to {values[f'{rate}_high']:.3f}"
+            table.add_row(Text(name), str(values["n_examples"]), rate, f"{values[rate]:.3f}", interval)
+    Console().print(table)
+
+
 def _listed(features: list[dict[str, Any]]) -> str:
     return " ".join(f"{one['feature']}:{one['strength']:.2f}" for one in features)
