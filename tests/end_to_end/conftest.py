@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +36,12 @@ def run(*arguments: str, timeout: float = 400, **options: Any) -> subprocess.Com
     command = [sys.executable, "-m", "jobs", *arguments]
     settings = {"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True} | options
     return subprocess.run(command, timeout=timeout, check=False, **settings)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -13,18 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.end_to_end.conftest import REPOSITORY, SMALL, environment
+from tests.end_to_end.conftest import REPOSITORY, SMALL, environment, free_port
 
 RAY = str(Path(sys.executable).with_name("ray"))
-DASHBOARD = 8299
-PORT = 6399
-AGENT = 52399
 
 
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     """`ray start --head` on loopback with a token of its own; yields the environment to reach it."""
     with tempfile.TemporaryDirectory(prefix="ray") as session:  # its sockets need a short path
+        dashboard = free_port()
         home = tmp_path / "home"
         home.mkdir()
         token = tmp_path / "token"
@@ -38,13 +36,13 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_TMPDIR": session,
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{DASHBOARD}",
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
             "HOME": str(home),
         }
         start = [
-            RAY, "start", "--head", "--block", f"--port={PORT}", "--node-ip-address=127.0.0.1",
-            "--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD}", "--num-cpus=2", "--disable-usage-stats",
-            f"--dashboard-agent-listen-port={AGENT}",
+            RAY, "start", "--head", "--block", f"--port={free_port()}", "--node-ip-address=127.0.0.1",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=2", "--disable-usage-stats",
+            f"--dashboard-agent-listen-port={free_port()}",
             "--object-store-memory=200000000",
         ]  # fmt: skip
         with (tmp_path / "head.log").open("w") as log:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import Jobs
+from tests.end_to_end.conftest import Jobs, free_port
 
 WRONG = [
     (["lora.trails=3"], ["lora.trails", "did you mean trials"]),
@@ -47,9 +46,7 @@ def test_a_missing_settings_file(jobs: Jobs) -> None:
 
 
 def test_an_address_that_does_not_answer(jobs: Jobs, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     done = jobs("sweep", "tiny", f"storage.root={tmp_path}", "--address", f"127.0.0.1:{port}", timeout=60)
     check(done, ["--address", f"127.0.0.1:{port}"])
 

@@ -13,13 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.end_to_end.conftest import REPOSITORY, Jobs, environment
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.end_to_end.conftest import REPOSITORY, Jobs, environment, free_port
 
 
 def fetch(url: str, body: dict | None = None) -> str:
