@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from jobs import cluster
 from jobs.errors import RequestError
+from jobs.fanout import Pool
 from jobs.progress import Progress
 from jobs.workspace import Workspace, storage_root
 from models.sources import check_hub, check_source, model_facts, resolve
@@ -62,6 +63,11 @@ class Context:
         """What one worker gets; asking for it starts or joins the cluster."""
         cluster.connect(self.address)
         return cluster.share_of(self.settings.compute)
+
+    @cached_property
+    def pool(self) -> Pool:
+        """Workers of the fan-outs; closed before a search, which needs the machine for its trials."""
+        return Pool(self.share)
 
     @property
     def device(self) -> str:

@@ -1,6 +1,6 @@
 """Fan-out: tasks over Ray actors that keep what they have loaded.
 
-In: a module-level function, a list of tasks and the share of the machine each worker gets. Out: each task's result as
+In: the share of the machine each worker gets, then module-level functions and their tasks. Out: each task's result as
 it finishes. A worker's death loses its task only, which is tried again elsewhere; a task that raises is recorded and
 the others go on.
 """
@@ -40,47 +40,58 @@ class _Worker:
             return Outcome(task, error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
 
 
-def fan_out(
-    function: Callable[[Any], Any], tasks: Sequence[Any], share: Share, max_retries: int = 1
-) -> Iterator[Outcome]:
-    """Yields outcomes in the order they finish; `tasks` should come longest first."""
-    import ray
-    from ray.exceptions import RayActorError, RayTaskError
+class Pool:
+    """Workers that stay alive between fan-outs, until `close` gives their share of the machine back."""
 
-    if not tasks:
-        return
-    waiting: deque[tuple[Any, int]] = deque((task, 0) for task in tasks)
-    options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_restarts": 0}
-    make = ray.remote(_Worker).options(**options).remote
-    running: dict[Any, tuple[Any, Any, int]] = {}
+    def __init__(self, share: Share) -> None:
+        self.share = share
+        self._idle: list[Any] = []
 
-    def start(worker: Any) -> None:
-        task, tries = waiting.popleft()
-        running[worker.run.remote(function, task)] = (worker, task, tries)
+    def run(self, function: Callable[[Any], Any], tasks: Sequence[Any], max_retries: int = 1) -> Iterator[Outcome]:
+        """Yields outcomes in the order they finish; `tasks` should come longest first."""
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
 
-    try:
-        for _ in range(min(share.at_once, len(tasks))):
-            start(make(share.cpus))
-        while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            worker, task, tries = running.pop(done)
-            try:
-                yield ray.get(done)
-            except RayActorError as error:
-                if tries < max_retries:
-                    waiting.append((task, tries + 1))
+        waiting: deque[tuple[Any, int]] = deque((task, 0) for task in tasks)
+        running: dict[Any, tuple[Any, Any, int]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.share.at_once:
+                    task, tries = waiting.popleft()
+                    worker = self._idle.pop() if self._idle else self._start()
+                    running[worker.run.remote(function, task)] = (worker, task, tries)
+                (done,), _ = ray.wait(list(running), num_returns=1)
+                worker, task, tries = running.pop(done)
+                try:
+                    outcome = ray.get(done)
+                except RayActorError as error:
+                    if tries < max_retries:
+                        waiting.append((task, tries + 1))
+                        continue
+                    outcome = Outcome(task, error=f"its worker died {tries + 1} times ({_reason(error)})")
+                except RayTaskError as error:  # such as a task that cannot be unpickled
+                    self._idle.append(worker)
+                    outcome = Outcome(task, error=_reason(error))
                 else:
-                    yield Outcome(task, error=f"its worker died {tries + 1} times ({_reason(error)})")
-                worker = make(share.cpus) if waiting else None
-            except RayTaskError as error:
-                yield Outcome(task, error=_reason(error))
-            if waiting and worker is not None:
-                start(worker)
-            elif worker is not None:
+                    self._idle.append(worker)
+                yield outcome
+        finally:
+            for worker, _, _ in running.values():
                 ray.kill(worker)
-    finally:
-        for worker, _, _ in running.values():
+
+    def _start(self) -> Any:
+        import ray
+
+        options = {"num_cpus": self.share.cpus, "num_gpus": self.share.gpus, "max_restarts": 0}
+        return ray.remote(_Worker).options(**options).remote(self.share.cpus)
+
+    def close(self) -> None:
+        """Ends the idle workers; a later `run` starts new ones."""
+        import ray
+
+        for worker in self._idle:
             ray.kill(worker)
+        self._idle.clear()
 
 
 def _reason(error: Exception) -> str:

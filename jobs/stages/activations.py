@@ -14,7 +14,6 @@ from data.encoding import encode_row, encode_text
 from data.rows import read_lines, read_rows
 from jobs.context import Context
 from jobs.errors import WorkFailed
-from jobs.fanout import fan_out
 from jobs.stages.loaded import bridge
 from jobs.workspace import keyed_folder
 from trainers.activations import INDEX
@@ -66,7 +65,7 @@ def capture_model(context: Context, name: str, model: Path, key: str) -> Path:
         for shard in range(len(plan_of(text).shards))
     ]
     with context.progress.bar(f"capture of the {name} model", len(tasks), "shards") as bar:
-        for outcome in fan_out(capture_task, tasks, context.share, context.settings.compute.max_retries):
+        for outcome in context.pool.run(capture_task, tasks, context.settings.compute.max_retries):
             if outcome.error:
                 raise WorkFailed(f"capture of the {name} model: {outcome.error}")
             bar.advance()

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from jobs import environment, keys
 from jobs.context import Context
 from jobs.errors import WorkFailed
-from jobs.fanout import fan_out
 from jobs.stages.activations import capture_model
 from jobs.stages.transcoders import chosen_base, root
 from jobs.workspace import finish as finish_folder
@@ -44,6 +43,7 @@ def run(context: Context) -> dict[str, Any]:
     groups = delta_groups(context, activations)
     section = settings.deltas
     halving = EarlyStopping(section.grace_evals, section.epochs, section.reduction_factor)
+    context.pool.close()
     with context.progress.bar("delta studies", section.trials * len(groups), "trials") as bar:
         run_search(
             groups,
@@ -192,7 +192,7 @@ def _residuals(context: Context, activations: Path) -> None:
                 ResidualTask(layer, root(context), candidate, str(activations), str(folder), key, context.device)
             )
     with context.progress.bar("base errors", len(tasks), "bases") as bar:
-        for outcome in fan_out(compute_residual, tasks, context.share, context.settings.compute.max_retries):
+        for outcome in context.pool.run(compute_residual, tasks, context.settings.compute.max_retries):
             if outcome.error:
                 raise WorkFailed(f"errors of {outcome.task.candidate[1]}: {outcome.error}")
             bar.advance()

@@ -12,7 +12,6 @@ from typing import Any
 from jobs import keys
 from jobs.context import Context
 from jobs.errors import WorkFailed
-from jobs.fanout import fan_out
 from jobs.stages.cells import TEXT_CELL, SitePlan, Work, cell_names, evaluate
 from jobs.stages.deltas import STAGE as DELTAS
 from jobs.stages.deltas import group_name
@@ -73,7 +72,7 @@ def _compute(context: Context, works: list[Work], label: str) -> None:
     with context.progress.bar(label, sum(len(cell_names(work)) for work in works), "cells") as bar:
         bar.update(sum(len(cell_names(work)) for work in works if work not in missing))
         if missing:
-            for outcome in fan_out(evaluate, missing, context.share, context.settings.compute.max_retries):
+            for outcome in context.pool.run(evaluate, missing, context.settings.compute.max_retries):
                 if outcome.error:
                     context.failures.append(f"cells {outcome.task.name}: {outcome.error}")
                 else:

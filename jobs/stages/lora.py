@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from jobs import environment, keys
 from jobs.context import Context
 from jobs.errors import WorkFailed
-from jobs.fanout import fan_out
 from jobs.workspace import finish as finish_folder
 from jobs.workspace import is_finished, keyed_folder, write_json
 
@@ -48,6 +47,7 @@ def run(context: Context) -> dict[str, Any]:
     halving = EarlyStopping(
         section.grace_evals, math.ceil(section.steps / section.eval_every), section.reduction_factor
     )
+    context.pool.close()
     with context.progress.bar("LoRA study", section.trials, "trials") as bar:
         run_search(
             [group],
@@ -128,7 +128,7 @@ def merge_best(context: Context, adapter: Path, key: str) -> None:
         return
     keyed_folder(merged, key)
     task = MergeTask(str(context.model), str(adapter), str(merged))
-    for outcome in fan_out(merge_adapter, [task], context.share, context.settings.compute.max_retries):
+    for outcome in context.pool.run(merge_adapter, [task], context.settings.compute.max_retries):
         if outcome.error:
             raise WorkFailed(f"merging {adapter}: {outcome.error}")
     finish_folder(merged, key, {"adapter": adapter.parent.name})

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from jobs import keys
 from jobs.context import Context
 from jobs.errors import WorkFailed
-from jobs.fanout import fan_out
 from jobs.stages.activations import capture_model
+from jobs.stages.loaded import bridge
 from jobs.workspace import finish as finish_folder
 from jobs.workspace import is_finished, keyed_folder, read_json
 from models.gemma_scope import Candidate, candidates, read, select_percentile, width_label, write
@@ -65,6 +65,7 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
     from trainers.capture import layer_folder
     from trainers.precision import resolve_precision
 
+    bridge.cache_clear()  # the model of the capture is not needed any more
     section = dict(task.section)
     targets = section.pop("target_l0")
     splits = [layer_folder(Path(task.activations) / split, task.layer) for split in ("train", "validation")]
@@ -113,7 +114,7 @@ def _train(context: Context) -> None:
             for layer in missing
         ]
         with context.progress.bar("base transcoders", len(tasks), "layers") as bar:
-            for outcome in fan_out(train_layer, tasks, context.share, settings.compute.max_retries):
+            for outcome in context.pool.run(train_layer, tasks, settings.compute.max_retries):
                 if outcome.error:
                     raise WorkFailed(f"base transcoders of layer {outcome.task.layer}: {outcome.error}")
                 bar.advance()

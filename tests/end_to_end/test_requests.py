@@ -10,7 +10,7 @@ from tests.end_to_end.conftest import Jobs, free_port
 
 WRONG = [
     (["lora.trails=3"], ["lora.trails", "did you mean trials"]),
-    (["lora.trials=many"], ["lora.trials", "many", "integer"]),
+    (["lora.trials=many"], ["lora.trials", "many", "whole number"]),
     (["transcoders.layers=[1, 9]"], ["transcoders.layers", "9", "layers 0 to 3"]),
     (["deltas.d_new=[wide]"], ["deltas.d_new", "wide"]),
     (["evaluate.alphas=[0, strong]"], ["evaluate.alphas", "strong"]),

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from jobs.cluster import Share
-from jobs.fanout import Outcome, fan_out
+from jobs.fanout import Outcome, Pool
+
+
+@pytest.fixture
+def pool(share: Share) -> Iterator[Pool]:
+    pool = Pool(share)
+    yield pool
+    pool.close()
 
 
 def square(task: int) -> int:
@@ -35,33 +45,34 @@ def process(task: int) -> int:
     return os.getpid()
 
 
-def test_every_task_is_done_once(share: Share) -> None:
-    outcomes = list(fan_out(square, range(20), share))
+def test_every_task_is_done_once(pool: Pool) -> None:
+    outcomes = list(pool.run(square, range(20)))
     assert sorted(outcome.result for outcome in outcomes) == [n * n for n in range(20)]
 
 
-def test_workers_are_kept_between_tasks(share: Share) -> None:
-    pids = {outcome.result for outcome in fan_out(process, range(12), share)}
-    assert len(pids) <= share.at_once
+def test_workers_are_kept_between_tasks(pool: Pool) -> None:
+    pids = {outcome.result for outcome in pool.run(process, range(12))}
+    assert len(pids) <= pool.share.at_once
+    assert {outcome.result for outcome in pool.run(process, range(4))} <= pids
 
 
-def test_a_task_that_raises_is_recorded_and_the_others_go_on(share: Share) -> None:
-    outcomes = {outcome.task: outcome for outcome in fan_out(fail_on_three, range(6), share)}
+def test_a_task_that_raises_is_recorded_and_the_others_go_on(pool: Pool) -> None:
+    outcomes = {outcome.task: outcome for outcome in pool.run(fail_on_three, range(6))}
     assert outcomes[3] == Outcome(3, None, "ValueError: three is not wanted")
     assert all(outcome.error is None for task, outcome in outcomes.items() if task != 3)
     assert len(outcomes) == 6
 
 
-def test_a_dead_workers_task_is_tried_again(share: Share, tmp_path: Path) -> None:
-    outcomes = list(fan_out(die_once, [(str(tmp_path), n) for n in range(5)], share, max_retries=1))
+def test_a_dead_workers_task_is_tried_again(pool: Pool, tmp_path: Path) -> None:
+    outcomes = list(pool.run(die_once, [(str(tmp_path), n) for n in range(5)], max_retries=1))
     assert sorted(outcome.result for outcome in outcomes) == list(range(5))
 
 
-def test_a_task_that_always_kills_its_worker_is_given_up(share: Share) -> None:
-    (outcome,) = fan_out(always_die, [7], share, max_retries=1)
+def test_a_task_that_always_kills_its_worker_is_given_up(pool: Pool) -> None:
+    (outcome,) = pool.run(always_die, [7], max_retries=1)
     assert outcome.task == 7
     assert "died 2 times" in str(outcome.error)
 
 
-def test_no_tasks(share: Share) -> None:
-    assert list(fan_out(square, [], share)) == []
+def test_no_tasks(pool: Pool) -> None:
+    assert list(pool.run(square, [])) == []
