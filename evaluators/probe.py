@@ -50,7 +50,7 @@ def probe(
     for name, condition, alpha in asks:
         logits = _logits(bridge, encoded, sites, condition, alpha)
         ce = functional.cross_entropy(logits[:-1], torch.tensor(encoded.target, device=logits.device)).item()
-        chances = logits[0].softmax(-1).topk(top)
+        chances = logits[0].softmax(-1).topk(min(top, logits.shape[-1]))
         (output,) = decode(bridge, [Job(Encoded(prompt, []), alpha)], [[]], sites, condition, stop)
         conditions.append(
             {

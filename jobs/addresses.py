@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_CREDENTIALS = re.compile(r"(?<=://)\S*@")
+_QUERY = re.compile(r"(://[^\s?]*)\?\S*")
 
 
 def without_secrets(text: str) -> str:
-    """`text` with `user:password@` taken out of every URL in it."""
-    return _CREDENTIALS.sub("", text)
+    """`text` with `user:password@` and `?...` taken out of every URL in it."""
+    return _QUERY.sub(r"\1", _CREDENTIALS.sub("", text))

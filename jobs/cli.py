@@ -32,7 +32,7 @@ Overrides = Annotated[
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="A running Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Default: Ray on this machine."),
+    typer.Option(help="A running Ray cluster: auto or HOST:PORT. Default: Ray on this machine."),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what this sweep has left and start over.")]
 
@@ -43,6 +43,7 @@ def _stage_command(name: str, help: str) -> None:
         from jobs.sweep import run_sweep
         from search_spaces.load import load
 
+        environment.prepare(address)
         until = "report" if name == "sweep" else name
         run_sweep(Context(load(config, overrides or []), address=address), until=until, fresh=fresh)
 
@@ -166,7 +167,7 @@ def export(
 @app.command()
 def ui(
     root: Annotated[str, typer.Option(help="The storage root.")] = "mlruns",
-    port: Annotated[int, typer.Option(help="Port on loopback.")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on loopback.")] = 5000,
     studies: Annotated[bool, typer.Option("--studies", help="The Optuna dashboard instead of MLflow.")] = False,
 ) -> None:
     """Open the MLflow UI on the sweeps of this machine, on loopback."""

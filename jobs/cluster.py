@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +41,11 @@ def connect(address: str | None) -> None:
 
     Inside a submitted job the job's own cluster is joined. Raises RequestError where the address does not answer.
     """
+    address = address or environment.cluster_address() or "local"
     import ray
 
     if ray.is_initialized():
         return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address == "local":
         ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
@@ -57,7 +56,7 @@ def connect(address: str | None) -> None:
     runtime = {} if in_job else {"working_dir": str(REPOSITORY), "excludes": NOT_UPLOADED}
     try:
         ray.init(address=address, runtime_env=runtime, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         raise RequestError(f"--address: no Ray cluster answers at {address} ({_first_line(error)})") from None
     environment.take_signals()
 
@@ -91,9 +90,14 @@ def check_answers(address: str) -> None:
     """A TCP connection within seconds, so that a wrong address does not hang for Ray's own minutes."""
     if address == "auto":
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):
+        raise RequestError(
+            f"--address: got {address}; a search cannot run through Ray Client: start the command on a node of the "
+            "cluster with auto or HOST:PORT, or submit it with `ray job submit`"
+        )
+    host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise RequestError(f"--address: {address!r} is not auto, HOST:PORT or ray://HOST:PORT")
+        raise RequestError(f"--address: {address!r} is not auto or HOST:PORT")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:

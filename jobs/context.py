@@ -41,22 +41,24 @@ class Context:
     def model(self) -> Path:
         """The folder of the un-finetuned model."""
         chosen = self.settings.model
-        return resolve(chosen.source, self.space.models, chosen.revision, self.settings.seed)
+        try:
+            return resolve(chosen.source, self.space.models, chosen.revision, self.settings.seed)
+        except PermissionError as error:
+            raise RequestError(f"storage.root: {error.filename} cannot be written ({error.strerror})") from None
+        except (NotADirectoryError, FileNotFoundError, FileExistsError) as error:
+            raise RequestError(f"storage.root: {self.space.root} is not a folder ({error.strerror})") from None
 
     @cached_property
     def layers(self) -> list[int]:
         """The swept layers, ascending; raises RequestError where the model lacks one."""
         asked = self.settings.transcoders.layers
         count = model_facts(self.model)["n_layers"]
-        if asked == "all":
-            return list(range(count))
-        assert isinstance(asked, list)
-        outside = [layer for layer in asked if not 0 <= layer < count]
-        if outside:
-            raise RequestError(
-                f"transcoders.layers: got {outside[0]}, {self.settings.model.source} has layers 0 to {count - 1}"
-            )
-        return sorted(asked)
+        dosed = self.settings.evaluate.alpha_layers
+        for key, named in (("transcoders.layers", asked), ("evaluate.alpha_layers", dosed)):
+            outside = [layer for layer in named if not 0 <= layer < count] if isinstance(named, list) else []
+            if outside:
+                raise RequestError(f"{key}: got {outside[0]}, {self.settings.model.source} has layers 0 to {count - 1}")
+        return sorted(asked) if isinstance(asked, list) else list(range(count))
 
     @cached_property
     def share(self) -> cluster.Share:
@@ -78,7 +80,13 @@ class Context:
         from jobs.tracking import Tracker
 
         self.space.root.mkdir(parents=True, exist_ok=True)
-        return Tracker(tracking_uri(self.settings, self.space.root), self.settings.name, self.space.root / "artifacts")
+        return Tracker(
+            tracking_uri(self.settings, self.space.root),
+            self.settings.name,
+            self.space.root / "artifacts",
+            scope=self.space.start,
+            say=self.progress.line,
+        )
 
     @cached_property
     def studies(self) -> optuna.storages.BaseStorage:
@@ -95,7 +103,18 @@ class Context:
         a_tensor = tokens * len(self.layers) * width * 2
         captures = 2 if settings.transcoders.source == "train" else 1
         weights = sum(path.stat().st_size for path in self.model.glob("*.safetensors"))
-        return a_tensor * (2 * captures + len(settings.deltas.percentiles)) + 2 * weights
+        bases = 0
+        if settings.transcoders.source == "train" and isinstance(settings.transcoders.width, int):
+            bases = len(self.layers) * len(settings.transcoders.target_l0) * settings.transcoders.width * width * 8
+        return a_tensor * (2 * captures + len(settings.deltas.percentiles)) + 2 * weights + bases
+
+    def check_bases(self) -> None:
+        """Published transcoders are there for every swept layer, before hours are spent on what comes before them."""
+        if self.settings.transcoders.source != "train":
+            from models.gemma_scope import candidates
+
+            for layer in self.layers:
+                candidates(self.settings.transcoders.source, layer, self.settings.transcoders.width)
 
     def check_request(self) -> None:
         """Everything about the request that can be known in a second, before anything is written."""

@@ -28,7 +28,6 @@ UNLESS_SET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_MAX_PENDING_TRIALS_PG": "16",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_AUTH_MODE": "token",
     "RAY_DEDUP_LOGS": "0",
     # One raylet on one machine needs no other interface than loopback.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -40,12 +39,30 @@ UNLESS_SET = {
 }
 
 
-def prepare() -> None:
-    """Idempotent; called first by the driver and by every worker."""
+TOKENS = "RAY_AUTH_MODE"
+_USERS_TOKENS = os.environ.get(TOKENS)
+
+
+def prepare(address: str | None = None) -> None:
+    """Idempotent; called first by the driver and by every worker, before Ray is imported.
+
+    A Ray of our own asks for a token; the cluster at `address` (or RAY_ADDRESS) has a mode of its own.
+    """
     os.environ.update(ALWAYS)
     for name, value in UNLESS_SET.items():
         os.environ.setdefault(name, value)
+    if address or cluster_address():
+        if _USERS_TOKENS is None:
+            os.environ.pop(TOKENS, None)
+    else:
+        os.environ.setdefault(TOKENS, "token")
     warnings.filterwarnings("ignore")
+
+
+def cluster_address() -> str | None:
+    """RAY_ADDRESS where it names a cluster; for job submission it holds an http address."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return None if not address or address.startswith("http") else address
 
 
 def take_signals() -> None:

@@ -6,6 +6,8 @@ changed setting changes exactly what depends on it.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from jobs.workspace import key_of
 from search_spaces.schema import Section, Sweep
 
@@ -17,7 +19,17 @@ def _dump(section: Section, *leave_out: str) -> dict:
 def data(settings: Sweep) -> str:
     # A user's rows are checked against the model's context, so they depend on the model too.
     model = settings.model.source if settings.data.rows_file or settings.data.text_train_file else None
-    return key_of("data", settings.seed, _dump(settings.data), model)
+    files = (settings.data.rows_file, settings.data.text_train_file, settings.data.text_validation_file)
+    return key_of("data", settings.seed, _dump(settings.data), model, [_stamp(path) for path in files if path])
+
+
+def _stamp(path: str) -> list[int]:
+    """Size and time of a user's file: an edited one is read again."""
+    try:
+        stat = Path(path).stat()
+    except FileNotFoundError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def lora_group(settings: Sweep) -> str:

@@ -20,7 +20,9 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from jobs.addresses import without_secrets
 from jobs.cluster import Share
+from jobs.errors import RequestError
 from jobs.progress import Bar
 from jobs.workspace import read_json, write_json
 from search_spaces.schema import Choice, Dimension, Range
@@ -122,10 +124,21 @@ def best_of(results: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
 def open_storage(url: str | None, root: Path) -> optuna.storages.BaseStorage:
     """The study storage: a database URL, or a journal file under `root`/optuna."""
     if url:
-        return optuna.storages.RDBStorage(url)
+        try:
+            return optuna.storages.RDBStorage(url)
+        except Exception as error:  # each database driver raises its own
+            shown = without_secrets(f"{url} cannot be opened ({type(error).__name__}: {error})")
+            raise RequestError("storage.optuna_url: " + " ".join(shown.split())[:300]) from None
     path = root / "optuna" / "journal.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+
+
+def forget_studies(storage: optuna.storages.BaseStorage, sweep: str) -> None:
+    """Deletes every study of a sweep that starts over."""
+    for name in optuna.get_all_study_names(storage):
+        if name.startswith(f"{sweep}/"):
+            optuna.delete_study(study_name=name, storage=storage)
 
 
 @dataclass
@@ -150,7 +163,7 @@ class GroupedSearch(Searcher):
         self._groups = {group.name: group for group in groups}
         self._bar, self._on_trial = bar, on_trial
         self._studies = {group.name: _study(group, storage) for group in groups}
-        self._left = {group.name: group.trials - _settle(self._studies[group.name], group) for group in groups}
+        self._left = {group.name: max(0, group.trials - _settle(self._studies[group.name], group)) for group in groups}
         self._running: dict[str, _Running] = {}
         self.missing = sum(self._left.values())
         bar.update(sum(group.trials for group in groups) - self.missing)
@@ -287,7 +300,8 @@ def _study(group: Group, storage: optuna.storages.BaseStorage) -> optuna.Study:
 def _settle(study: optuna.Study, group: Group) -> int:
     """Brings the study in line with the result files; returns how many trials of the group are finished.
 
-    A trial that was running when the driver died is told as failed and its values are put first in the queue.
+    A trial that was running when the driver died is told as failed and its values are put first in the queue. A failed
+    trial is not finished: another one takes its place.
     """
     results = {result["trial"]: result for result in trials_of(group)}
     for frozen in study.get_trials(deepcopy=False):
@@ -298,7 +312,7 @@ def _settle(study: optuna.Study, group: Group) -> int:
         else:
             study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
             study.enqueue_trial(frozen.params)
-    return len(results)
+    return sum(result["state"] != FAILED for result in results.values())
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial | int, record: dict[str, Any]) -> None:

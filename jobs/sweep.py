@@ -63,16 +63,16 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
     context.check_request()
     space.create()
     with space.locked():
-        if fresh:
-            space.clear()
         progress.line(f"sweep {space.name} in {space.folder}")
         if not Path(context.settings.model.source).is_dir():
             progress.line(f"model {context.settings.model.source}")
         _ = context.model, context.layers
         stages = STAGES[: NAMES.index(until) + 1]
-        if not context.space.data.is_dir():
+        context.check_bases()
+        if fresh or not context.space.data.is_dir():
             space.check_space(context.bytes_needed)
-        write_settings(context)
+        if fresh:
+            start_over(context)
         if all(stage.finished(context) for stage in stages):
             progress.line("everything is done already; --fresh starts over")
         else:
@@ -84,8 +84,17 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
         raise WorkFailed(f"{len(context.failures)} trials or cells failed:\n  " + "\n  ".join(context.failures))
 
 
+def start_over(context: Context) -> None:
+    """Forgets the sweep's files and studies; its MLflow runs stay, and the new ones stand beside them."""
+    from jobs.search import forget_studies
+
+    context.space.clear()
+    forget_studies(context.studies, context.settings.name)
+
+
 def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
     tracker = context.tracker
+    write_settings(context)
     tracker.sweep_orphans()
     tracker.open("sweep", context.settings.name, params={"seed": context.settings.seed})
     status = "FAILED"
@@ -108,17 +117,19 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
 
 def _run_stage(context: Context, stage: Stage) -> None:
     started = time.time()
+    # What follows from this stage is out of date from here on, however this run ends.
+    for later in STAGES[NAMES.index(stage.name) :]:
+        (later.folder(context) / MANIFEST).unlink(missing_ok=True)
     parameters = {name: getattr(context.settings, name).model_dump(mode="json") for name in stage.parameters}
     flat = {f"{section}.{key}": value for section, values in parameters.items() for key, value in values.items()}
     context.tracker.open(stage.name, stage.name, parent="sweep", params=flat)
-    failed = len(context.failures)
     status = "FAILED"
     try:
         module = importlib.import_module(f"jobs.stages.{stage.name}")
         facts: dict[str, Any] = module.run(context)
         seconds = time.time() - started
-        # A stage with failures has no manifest: the next run of the same command tries them again.
-        if len(context.failures) == failed:
+        # After a failure nothing counts as finished: the next run of the same command goes on from there.
+        if not context.failures:
             finish(stage.folder(context), stage.key(context), {**facts, "seconds": seconds})
         else:
             write_json(stage.folder(context) / MANIFEST, {"key": "incomplete", **facts, "seconds": seconds})

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.addresses import without_secrets
 from jobs.errors import RequestError
@@ -24,12 +27,39 @@ BATCH = 1000
 PARAM_CHARACTERS = 500
 
 
+def _guarded(method: Callable[..., None]) -> Callable[..., None]:
+    """A store that stops answering is said once and then left alone: the results are on disk."""
+
+    @wraps(method)
+    def call(self: Tracker, *arguments: Any, **options: Any) -> None:
+        if self.lost:
+            return
+        try:
+            method(self, *arguments, **options)
+        except (MlflowException, OSError, SQLAlchemyError) as error:
+            self.lost = True
+            self._say(f"  MLflow stopped answering ({_short(error)}); the same command tracks the results later")
+
+    return call
+
+
 class Tracker:
     """Runs of one experiment, found by their key."""
 
-    def __init__(self, uri: str, experiment: str, artifacts: Path) -> None:
-        """Opens the store (creating it); raises RequestError where the address does not answer."""
-        self.uri = uri
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        artifacts: Path,
+        scope: str = "",
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Opens the store (creating it); raises RequestError where the address does not answer.
+
+        `scope` tells one start from nothing from the next: runs of another scope are left alone.
+        """
+        self.lost = False
+        self._scope, self._say = scope, say
         try:
             self._client = MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(experiment)
@@ -38,6 +68,8 @@ class Tracker:
                 self.experiment = self._client.create_experiment(experiment, artifact_location=location)
             else:
                 self.experiment = found.experiment_id
+                if found.lifecycle_stage == "deleted":
+                    self._client.restore_experiment(self.experiment)
             self._runs = dict(self._known())
         except Exception as error:
             raise RequestError(
@@ -49,19 +81,18 @@ class Tracker:
         while True:
             page = self._client.search_runs([self.experiment], max_results=1000, page_token=token)
             for run in page:
-                if KEY_TAG in run.data.tags:
-                    yield run.data.tags[KEY_TAG], run.info.run_id
+                key, _, scope = run.data.tags.get(KEY_TAG, "").rpartition("#")
+                if key and scope == self._scope:
+                    yield key, run.info.run_id
             token = page.token
             if not token:
                 return
 
-    def has(self, key: str) -> bool:
-        return key in self._runs
-
-    def open(self, key: str, name: str, parent: str | None = None, params: dict[str, Any] | None = None) -> str:
-        """The run id of `key`, created RUNNING under the run of key `parent` if there is none."""
+    @_guarded
+    def open(self, key: str, name: str, parent: str | None = None, params: dict[str, Any] | None = None) -> None:
+        """The run of `key` is RUNNING, created RUNNING under the run of key `parent` if there is none."""
         if key not in self._runs:
-            tags = {KEY_TAG: key, "mlflow.runName": name}
+            tags = {KEY_TAG: f"{key}#{self._scope}", "mlflow.runName": name}
             if parent is not None:
                 tags["mlflow.parentRunId"] = self._runs[parent]
             run = self._client.create_run(self.experiment, tags=tags, run_name=name)
@@ -70,17 +101,19 @@ class Tracker:
             self._runs[key] = run.info.run_id
         else:
             self._client.update_run(self._runs[key], status="RUNNING")
-        return self._runs[key]
 
+    @_guarded
     def log(self, key: str, metrics: dict[str, Any]) -> None:
         """Metrics of a run that is open."""
         self._batch(self._runs[key], metrics=_metrics(metrics, 0))
 
+    @_guarded
     def close(self, key: str, metrics: dict[str, Any] | None = None, status: str = "FINISHED") -> None:
         if metrics:
             self.log(key, metrics)
         self._client.set_terminated(self._runs[key], status=status)
 
+    @_guarded
     def record(
         self,
         key: str,
@@ -98,7 +131,7 @@ class Tracker:
         if key in self._runs:
             return
         begin = time.time() - seconds if started is None else started
-        tags = {KEY_TAG: key, "mlflow.runName": name, "mlflow.parentRunId": self._runs[parent]}
+        tags = {KEY_TAG: f"{key}#{self._scope}", "mlflow.runName": name, "mlflow.parentRunId": self._runs[parent]}
         run = self._client.create_run(self.experiment, start_time=int(begin * 1000), tags=tags, run_name=name)
         points = [metric for entry in history for metric in _metrics(entry, entry["step"])]
         last = max((entry["step"] for entry in history), default=0)
@@ -106,14 +139,22 @@ class Tracker:
         self._client.set_terminated(run.info.run_id, status=status, end_time=int((begin + seconds) * 1000))
         self._runs[key] = run.info.run_id
 
+    @_guarded
     def artifacts(self, key: str, folder: Path, below: str | None = None) -> None:
         """Uploads a folder of tables and figures to the run of `key`."""
         self._client.log_artifacts(self._runs[key], str(folder), below)
 
+    @_guarded
     def sweep_orphans(self) -> None:
-        """Runs left RUNNING by a driver that died are marked KILLED; those of this sweep are reopened when needed."""
+        """What a driver that died left RUNNING: stages are marked KILLED and reopened when needed; a trial or cell that
+        was being written is deleted and written again."""
         for run in self._client.search_runs([self.experiment], "attributes.status = 'RUNNING'", max_results=1000):
-            self._client.set_terminated(run.info.run_id, status="KILLED")
+            key = run.data.tags.get(KEY_TAG, "").rpartition("#")[0]
+            if "/" in key:
+                self._client.delete_run(run.info.run_id)
+                self._runs.pop(key, None)
+            else:
+                self._client.set_terminated(run.info.run_id, status="KILLED")
 
     def _batch(self, run: str, metrics: list[Metric] | None = None, params: list[Param] | None = None) -> None:
         metrics = list({(metric.key, metric.step): metric for metric in metrics or []}.values())

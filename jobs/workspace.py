@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from jobs.errors import RequestError
 FORMAT = 1
 """Part of every key: raised when results on disk mean something else than before."""
 KEY = "key.json"
+START = "start.json"
+FINETUNED = "finetuned.json"
 MANIFEST = "manifest.json"
 
 
@@ -82,6 +85,15 @@ class Workspace:
         self.cells = self.folder / "cells"
         self.generations = self.folder / "generations"
         self.report = self.folder / "report"
+
+    @property
+    def start(self) -> str:
+        """What tells this start of the sweep from the one before `--fresh`; made when the folder is."""
+        held = read_json(self.folder / START)
+        if held is None:
+            held = {"start": uuid.uuid4().hex[:12]}
+            write_json(self.folder / START, held)
+        return held["start"]
 
     def create(self) -> None:
         """Makes the folder; raises RequestError where it cannot be written."""

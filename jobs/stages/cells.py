@@ -37,7 +37,8 @@ class Work(NamedTuple):
     name: str
     sites: tuple[SitePlan, ...]
     subset: str
-    strengths: tuple[float, ...]
+    conditions: tuple[str, ...]
+    doses: tuple[float, ...]
     percentile: float | None
     d_new: tuple[int, ...]
     key: str
@@ -49,6 +50,12 @@ class Work(NamedTuple):
     max_new_tokens: int
     batch_size: int
     seed: int
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Every alpha that has to be measured: the doses, 0 for no_delta and 1 for full."""
+        named = {"no_delta": 0.0, "full": 1.0}
+        return tuple(sorted({*self.doses, *(named[condition] for condition in self.conditions)}))
 
 
 def evaluate(work: Work) -> list[str]:
@@ -91,12 +98,13 @@ def _behaviour(work: Work, model: Any, rows: list[Any]) -> list[str]:
         batch_size=work.batch_size,
         raw_outputs=[one["tokens"] for one in raw],
     ):
-        names.append(_write_behaviour(work, "alpha", ask.alpha, figures, texts))
+        if ask.alpha in work.doses:
+            names.append(_write_behaviour(work, "alpha", ask.alpha, figures, texts))
         # Strengths 0 and 1 are no_delta and full to the last bit (checks.json): measured once, filed twice.
-        if ask.alpha == 0.0:
+        if ask.alpha == 0.0 and "no_delta" in work.conditions:
             silent = [{**one, "sum_abs_delta_acts": 0.0} for one in figures]
             names.append(_write_behaviour(work, "no_delta", 0.0, silent, texts))
-        if ask.alpha == 1.0:
+        if ask.alpha == 1.0 and "full" in work.conditions:
             names.append(_write_behaviour(work, "full", 1.0, figures, texts))
     return names
 
@@ -183,7 +191,7 @@ def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: l
 
 
 def _label(condition: str, alpha: float | None) -> str:
-    return f"alpha{alpha:g}" if condition == "alpha" else condition
+    return f"alpha{alpha!r}" if condition == "alpha" else condition
 
 
 def _generations(work: Work) -> Path:
@@ -202,6 +210,13 @@ def cell_names(work: Work) -> list[str]:
         return [f"{work.name}_d{d_new:03d}" for d_new in work.d_new]
     if work.kind == "exactness":
         return []
-    names = [f"{work.name}_{_label('alpha', strength)}" for strength in work.strengths]
-    names += [f"{work.name}_no_delta"] * (0.0 in work.strengths) + [f"{work.name}_full"] * (1.0 in work.strengths)
-    return names
+    doses = [f"{work.name}_{_label('alpha', dose)}" for dose in work.doses]
+    return doses + [f"{work.name}_{condition}" for condition in work.conditions]
+
+
+def without_cells(work: Work, done: set[str]) -> Work:
+    """The same work less the behaviour cells that are there; other kinds are computed as a whole."""
+    return work._replace(
+        doses=tuple(dose for dose in work.doses if f"{work.name}_{_label('alpha', dose)}" not in done),
+        conditions=tuple(one for one in work.conditions if f"{work.name}_{one}" not in done),
+    )

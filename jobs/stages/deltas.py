@@ -35,7 +35,7 @@ class ResidualTask(NamedTuple):
 
 def run(context: Context) -> dict[str, Any]:
     from jobs.search import EarlyStopping, best_of, run_search, trials_of
-    from jobs.stages.records import record_trial
+    from jobs.stages.records import finish_trial, record_trial
 
     settings, space = context.settings, context.space
     activations = capture_model(context, "finetuned", space.lora / "merged", keys.finetuned_activations(settings))
@@ -54,12 +54,15 @@ def run(context: Context) -> dict[str, Any]:
             early_stopping=halving if section.asha and section.epochs > section.grace_evals else None,
             scratch=space.folder / ".tune" / STAGE,
             bar=bar,
-            on_trial=lambda group, result: record_trial(context, STAGE, group.name, result),
+            on_trial=lambda group, result: finish_trial(context, STAGE, group.name, result),
         )
     shutil.rmtree(space.folder / ".tune", ignore_errors=True)
     kept = {}
     for group in groups:
-        best = best_of(trials_of(group))
+        results = trials_of(group)
+        for result in results:  # those that an earlier driver could not track
+            record_trial(context, STAGE, group.name, result)
+        best = best_of(results)
         if best is None:
             context.failures.append(f"{STAGE} {group.name}: every trial failed")
             continue

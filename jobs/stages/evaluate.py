@@ -12,12 +12,12 @@ from typing import Any
 from jobs import keys
 from jobs.context import Context
 from jobs.errors import WorkFailed
-from jobs.stages.cells import TEXT_CELL, SitePlan, Work, cell_names, evaluate
+from jobs.stages.cells import TEXT_CELL, SitePlan, Work, cell_names, evaluate, without_cells
 from jobs.stages.deltas import STAGE as DELTAS
 from jobs.stages.deltas import group_name
 from jobs.stages.records import record_cell
 from jobs.stages.transcoders import chosen_base, root
-from jobs.workspace import key_of, read_json
+from jobs.workspace import FINETUNED, key_of, read_json
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def run(context: Context) -> dict[str, Any]:
     _compute(context, rest, "evaluation")
     names = [name for work in [*first, *rest] for name in cell_names(work)]
     done = [name for name in names if name != TEXT_CELL and (context.space.cells / f"{name}.json").is_file()]
-    return {"percentile": percentile, "d_new": d_new, "cells": done}
+    return {"percentile": percentile, "d_new": d_new, "cells": done, "exactness": exactness[0].key}
 
 
 def behaviour_combination(context: Context) -> tuple[float, int]:
@@ -60,24 +60,28 @@ def behaviour_combination(context: Context) -> tuple[float, int]:
 def _compute(context: Context, works: list[Work], label: str) -> None:
     """Runs what is missing, longest first, and tracks every cell that is there."""
 
-    def there(work: Work) -> bool:
-        held = [read_json(context.space.cells / f"{name}.json") for name in cell_names(work)]
-        return bool(held) and all(cell is not None and cell["key"] == work.key for cell in held)
+    def there(work: Work, name: str) -> bool:
+        held = read_json(context.space.cells / f"{name}.json")
+        return held is not None and held["key"] == work.key
 
-    missing = [work for work in works if not there(work)]
+    missing: list[Work] = []
+    total = finished = 0
     for work in works:
-        if work not in missing:
-            _track(context, cell_names(work))
+        names = cell_names(work)
+        done = {name for name in names if there(work, name)}
+        _track(context, sorted(done))
+        total, finished = total + len(names), finished + len(done)
+        if len(done) < len(names) or not names:
+            missing.append(without_cells(work, done))
     missing.sort(key=lambda work: -len(work.sites) * max(len(work.strengths), 2))
-    with context.progress.bar(label, sum(len(cell_names(work)) for work in works), "cells") as bar:
-        bar.update(sum(len(cell_names(work)) for work in works if work not in missing))
-        if missing:
-            for outcome in context.pool.run(evaluate, missing, context.settings.compute.max_retries):
-                if outcome.error:
-                    context.failures.append(f"cells {outcome.task.name}: {outcome.error}")
-                else:
-                    _track(context, outcome.result)
-                bar.advance(len(cell_names(outcome.task)))
+    with context.progress.bar(label, total, "cells") as bar:
+        bar.update(finished)
+        for outcome in context.pool.run(evaluate, missing, context.settings.compute.max_retries):
+            if outcome.error:
+                context.failures.append(f"cells {outcome.task.name}: {outcome.error}")
+            else:
+                _track(context, outcome.result)
+            bar.advance(len(cell_names(outcome.task)))
     if label == "raw model" and context.failures:
         raise WorkFailed("the raw model could not be evaluated: " + "; ".join(context.failures))
 
@@ -113,7 +117,7 @@ def _raw_work(context: Context) -> list[Work]:
     key = key_of("raw", keys.lora(context.settings), _evaluation_settings(context))
     shared = _shared(context)
     return [
-        Work("raw", f"raw_{subset}" if subset else TEXT_CELL, (), subset, (), None, (), key, **shared)
+        Work("raw", f"raw_{subset}" if subset else TEXT_CELL, (), subset, (), (), None, (), key, **shared)
         for subset in [*context.settings.evaluate.subsets, ""]
     ]
 
@@ -125,21 +129,15 @@ def _behaviour_work(context: Context, percentile: float, d_new: int) -> list[Wor
     sets = [*single, context.layers] if settings.joint and len(context.layers) > 1 else single
     works = []
     for layers in sets:
-        strengths: set[float] = set()
-        if "no_delta" in settings.conditions:
-            strengths.add(0.0)
-        if "full" in settings.conditions:
-            strengths.add(1.0)
-        if settings.alpha_layers == "all" or set(layers) <= set(settings.alpha_layers):
-            strengths |= set(settings.alphas)
+        dosed = settings.alpha_layers == "all" or set(layers) <= set(settings.alpha_layers)
+        doses = tuple(sorted(settings.alphas)) if dosed else ()
+        conditions = tuple(one for one in settings.conditions if one != "raw")
         sites = tuple(_site_plan(context, layer, percentile, d_new) for layer in layers)
         for subset in settings.subsets:
             label = "+".join(f"{layer:02d}" for layer in layers)
             name = f"layer_{label}_p{percentile:.2f}_d{d_new:03d}_{subset}"
             key = key_of("cell", _lineage(context, sites), _evaluation_settings(context))
-            works.append(
-                Work("behaviour", name, sites, subset, tuple(sorted(strengths)), percentile, (d_new,), key, **shared)
-            )
+            works.append(Work("behaviour", name, sites, subset, conditions, doses, percentile, (d_new,), key, **shared))
     return works
 
 
@@ -154,14 +152,14 @@ def _reconstruction_work(context: Context) -> list[Work]:
             name = f"reconstruction_layer_{layer:02d}_p{percentile:.2f}"
             key = key_of("reconstruction", _lineage(context, sites), _evaluation_settings(context))
             if sites:
-                works.append(Work("reconstruction", name, sites, "", (), percentile, tuple(widths), key, **shared))
+                works.append(Work("reconstruction", name, sites, "", (), (), percentile, tuple(widths), key, **shared))
     return works
 
 
 def _exactness_work(context: Context, percentile: float, d_new: int) -> list[Work]:
     sites = tuple(_site_plan(context, layer, percentile, d_new) for layer in context.layers)
     key = key_of("exactness", _lineage(context, sites), _evaluation_settings(context))
-    return [Work("exactness", "exactness checks", sites, "", (), percentile, (d_new,), key, **_shared(context))]
+    return [Work("exactness", "exactness checks", sites, "", (), (), percentile, (d_new,), key, **_shared(context))]
 
 
 def _site_plan(context: Context, layer: int, percentile: float, d_new: int) -> SitePlan:
@@ -186,4 +184,5 @@ def _lineage(context: Context, sites: tuple[SitePlan, ...]) -> list[Any]:
 
 def _evaluation_settings(context: Context) -> list[Any]:
     settings = context.settings
-    return [keys.lora(settings), settings.evaluate.max_new_tokens, settings.compute.precision]
+    finetuned = read_json(context.space.folder / FINETUNED)
+    return [keys.lora(settings), finetuned, settings.evaluate.max_new_tokens, settings.compute.precision]

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 from jobs import environment, keys
 from jobs.context import Context
 from jobs.errors import WorkFailed
+from jobs.workspace import FINETUNED, is_finished, key_of, keyed_folder, read_json, write_json
 from jobs.workspace import finish as finish_folder
-from jobs.workspace import is_finished, keyed_folder, write_json
 
 STAGE = "lora"
 
 
 def run(context: Context) -> dict[str, Any]:
     from jobs.search import EarlyStopping, Group, best_of, run_search, trials_of
-    from jobs.stages.records import record_trial
+    from jobs.stages.records import finish_trial, record_trial
 
     settings, space = context.settings, context.space
     folder = keyed_folder(space.lora, keys.lora_group(settings))
@@ -58,15 +58,18 @@ def run(context: Context) -> dict[str, Any]:
             early_stopping=halving if section.asha else None,
             scratch=space.folder / ".tune" / STAGE,
             bar=bar,
-            on_trial=lambda group, result: record_trial(context, STAGE, group.name, result),
+            on_trial=lambda group, result: finish_trial(context, STAGE, group.name, result),
         )
     shutil.rmtree(space.folder / ".tune", ignore_errors=True)
     results = trials_of(group)
+    for result in results:  # those that an earlier driver could not track
+        record_trial(context, STAGE, STAGE, result)
     best = best_of(results)
     if best is None:
         raise WorkFailed("every LoRA trial failed: " + "; ".join(str(one["reason"]) for one in results))
     write_json(folder / "best.json", best)
-    merge_best(context, folder / f"trial_{best['trial']:04d}" / "adapter", keys.lora(settings))
+    _replace_finetuned(context, key_of(best["trial"], best["started"]))
+    merge_best(context, folder / f"trial_{best['trial']:04d}" / "adapter", key_of(best["trial"], best["started"]))
     return {"best_trial": best["trial"], "val_loss": best["value"], "params": best["params"]}
 
 
@@ -111,6 +114,16 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     except (TrainingError, torch.OutOfMemoryError) as error:
         return {"failed": " ".join(str(error).split())[:500]}
     return best
+
+
+def _replace_finetuned(context: Context, identity: str) -> None:
+    """Another finetuned model than before: what was made with the old one goes."""
+    space = context.space
+    if (read_json(space.folder / FINETUNED) or {}).get("key") == identity:
+        return
+    for folder in (space.activations / "finetuned", space.deltas, space.cells, space.generations, space.report):
+        shutil.rmtree(folder, ignore_errors=True)
+    write_json(space.folder / FINETUNED, {"key": identity})
 
 
 class MergeTask(NamedTuple):

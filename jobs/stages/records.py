@@ -13,10 +13,15 @@ from jobs.context import Context
 STATUS = {"COMPLETE": "FINISHED", "STOPPED": "KILLED", "FAILED": "FAILED"}
 
 
+def finish_trial(context: Context, stage: str, group: str, result: dict[str, Any]) -> None:
+    """Tracks a trial that has just ended, and remembers a failed one for the end of the sweep."""
+    if result["state"] == "FAILED":
+        context.failures.append(f"{stage} {group} trial {result['trial']}: {result['reason']}")
+    record_trial(context, stage, group, result)
+
+
 def record_trial(context: Context, stage: str, group: str, result: dict[str, Any]) -> None:
     name = f"trial_{result['trial']:04d}" if group == stage else f"{group}/trial_{result['trial']:04d}"
-    if result["state"] == "FAILED":
-        context.failures.append(f"{stage} {name}: {result['reason']}")
     context.tracker.record(
         f"{stage}/{name}@{result['started']:.3f}",
         name,

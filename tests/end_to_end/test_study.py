@@ -149,7 +149,7 @@ def test_a_new_alpha_computes_new_cells_only(finished: Finished, jobs: Jobs) -> 
     adapter = (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns
     done = jobs("evaluate", "tiny", f"storage.root={root}", "evaluate.alphas=[0.0, 0.5, 1.0, 2.0]")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list((sweep / "cells").glob("*_alpha2.json"))) == len(LAYERS) * len(SUBSETS)
+    assert len(list((sweep / "cells").glob("*_alpha2.0.json"))) == len(LAYERS) * len(SUBSETS)
     assert [path.stat().st_mtime_ns for path in kept[1:]] == before
     assert (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns == adapter
     _, runs = runs_of(root)

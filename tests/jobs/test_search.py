@@ -92,7 +92,16 @@ def test_failures_are_told_with_their_reason_and_deaths_are_retried(share: Share
     assert [result["state"] for result in results] == ["FAILED", "FAILED", "COMPLETE", "COMPLETE"]
     assert results[0]["reason"] == "the loss is nan at step 1"
     assert "nan" in results[1]["reason"]
-    assert states(tmp_path, "troubled") == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    # A failed trial is not a finished one: the next run puts others in their place.
+    assert len(search(tmp_path, [one], troubled, share)) == 2
+    assert [result["state"] for result in trials_of(one)][4:] == ["COMPLETE", "COMPLETE"]
+    assert search(tmp_path, [one], troubled, share) == []
+    assert states(tmp_path, "troubled")[:4] == [
+        TrialState.FAIL,
+        TrialState.FAIL,
+        TrialState.COMPLETE,
+        TrialState.COMPLETE,
+    ]
 
 
 def test_a_repeated_search_runs_what_is_missing(share: Share, tmp_path: Path) -> None:
@@ -103,6 +112,12 @@ def test_a_repeated_search_runs_what_is_missing(share: Share, tmp_path: Path) ->
     after = [result["params"] for result in trials_of(group(tmp_path, "grown", 3))]
     assert after[:2] == before
     assert after[2] not in before
+
+
+def test_fewer_trials_than_before_leave_other_groups_their_own(share: Share, tmp_path: Path) -> None:
+    search(tmp_path, [group(tmp_path, "full", 3)], bowl, share)
+    told = search(tmp_path, [group(tmp_path, "full", 1), group(tmp_path, "empty", 2)], bowl, share)
+    assert [result["group"] for result in told] == ["empty", "empty"]
 
 
 def test_a_zombie_of_a_dead_driver_is_asked_again(share: Share, tmp_path: Path) -> None:

@@ -44,11 +44,11 @@ def test_a_restart_re_attaches_and_duplicates_nothing(tmp_path: Path) -> None:
     one.close("deltas", {"seconds": 1.0})
     one.close("sweep")
     client, found = runs(tmp_path)
-    assert sorted(run.data.tags[KEY_TAG] for run in found) == ["deltas", "deltas/trial_0000", "sweep"]
+    assert sorted(run.data.tags[KEY_TAG] for run in found) == ["deltas#", "deltas/trial_0000#", "sweep#"]
     assert {run.info.status for run in found} == {"FINISHED"}
     by_key = {run.data.tags[KEY_TAG]: run for run in found}
-    trial = by_key["deltas/trial_0000"]
-    assert trial.data.tags["mlflow.parentRunId"] == by_key["deltas"].info.run_id
+    trial = by_key["deltas/trial_0000#"]
+    assert trial.data.tags["mlflow.parentRunId"] == by_key["deltas#"].info.run_id
     assert trial.data.params == {"lr": "0.1"}
     assert set(trial.data.metrics) == {"val_loss"}
     history = client.get_metric_history(trial.info.run_id, "val_loss")
@@ -68,6 +68,40 @@ def test_a_store_that_does_not_answer_is_a_sentence_without_its_password(tmp_pat
     assert "secret" not in str(caught.value)
 
 
+def test_a_store_that_goes_away_does_not_stop_the_sweep(tmp_path: Path) -> None:
+    said: list[str] = []
+    one = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "study", tmp_path / "artifacts", say=said.append)
+    one.open("sweep", "study")
+    one.open("deltas", "deltas", parent="sweep")
+    (tmp_path / "mlflow.db").rename(tmp_path / "away.db")
+    (tmp_path / "mlflow.db").mkdir()
+    record(one)
+    record(one)
+    one.close("deltas")
+    assert len(said) == 1
+    assert "MLflow stopped answering" in said[0]
+    (tmp_path / "mlflow.db").rmdir()
+    (tmp_path / "away.db").rename(tmp_path / "mlflow.db")
+    again = tracker(tmp_path)
+    again.sweep_orphans()
+    again.open("deltas", "deltas", parent="sweep")
+    record(again)
+    again.close("deltas")
+    _, found = runs(tmp_path)
+    assert sorted(run.data.tags[KEY_TAG] for run in found) == ["deltas#", "deltas/trial_0000#", "sweep#"]
+    assert "RUNNING" not in {run.info.status for run in found}
+
+
+def test_a_start_from_nothing_has_runs_of_its_own(tmp_path: Path) -> None:
+    for scope in ("first", "second"):
+        one = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "study", tmp_path / "artifacts", scope=scope)
+        one.open("sweep", "study")
+        one.close("sweep")
+    assert sorted(run.data.tags[KEY_TAG] for run in runs(tmp_path)[1]) == ["sweep#first", "sweep#second"]
+
+
 def test_addresses_are_shown_without_secrets() -> None:
+    assert without_secrets("postgresql://u:p/w@ss@host/db?password=s3cret") == "postgresql://host/db"
+    assert without_secrets("http://u:p@host/x failed, see http://y") == "http://host/x failed, see http://y"
     assert without_secrets("postgresql://me:pass@host/db") == "postgresql://host/db"
     assert without_secrets("sqlite:///a.db") == "sqlite:///a.db"
