@@ -151,7 +151,8 @@ def slope_and_spearman(
     dose_ranks = rankdata(doses)
 
     def slopes(metric: NDArray[np.float64]) -> NDArray[np.float64]:
-        return metric @ centred / (centred @ centred)
+        # Measured from the first dose, so that a metric that never changes has slope 0 exactly.
+        return (metric - metric[:, :1]) @ centred / (centred @ centred)
 
     def rhos(metric: NDArray[np.float64]) -> NDArray[np.float64]:
         # Ranks of n doses have mean (n + 1) / 2, ties or not; Pearson of ranks is Spearman's rho.

@@ -82,10 +82,12 @@ def status(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def doctor(root: Annotated[str, typer.Option(help="The storage root.")] = "mlruns") -> None:
     """Check this machine: packages, devices, models, storage."""
-    from jobs.doctor import examine
+    from jobs.doctor import OPTIONAL, examine
 
     findings = examine(root)
     _print_rows([(name, ("" if well else "NOT WELL: ") + found) for name, found, well in findings])
+    if not all(well for name, _, well in findings if not name.startswith(OPTIONAL)):
+        raise typer.Exit(1)
 
 
 @app.command()

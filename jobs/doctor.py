@@ -17,6 +17,7 @@ from models.errors import ModelError
 from models.sources import EMBEDDED, check_hub, check_source
 
 Finding = tuple[str, str, bool]
+OPTIONAL = "google/gemma-2-2b"
 
 
 def examine(root: str) -> list[Finding]:
@@ -25,7 +26,7 @@ def examine(root: str) -> list[Finding]:
     findings += _devices()
     for name in EMBEDDED:
         findings.append(_source(name, lambda name=name: check_source(name)))
-    findings.append(_source("google/gemma-2-2b (only the gemma2_2b preset needs it)", _gemma))
+    findings.append(_source(f"{OPTIONAL} (only the gemma2_2b preset needs it)", _gemma))
     folder = storage_root(root)
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(parent).free
