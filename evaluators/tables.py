@@ -4,10 +4,8 @@ In: the JSON files of `<sweep>/cells/` (one per reconstruction or behaviour cell
 Out: pandas tables: reconstruction and its summary over layers, conditions, dose-response, full against no_delta.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,26 +38,6 @@ SUMMARY_METRICS = [
     *("mean_dce_full", "max_dce_full", "mean_dce_base"),
     *("mean_cos_full", "mean_cos_base", "mean_l2_full", "mean_l2_base"),
 ]
-
-
-def load_cells(folder: Path) -> list[Cell]:
-    """Read every `*.json` of a sweep's cell folder, in name order; an absent folder holds no cells.
-
-    Raises ValueError naming the file when one is not a cell.
-    """
-    cells = []
-    for path in sorted(Path(folder).glob("*.json")):
-        try:
-            cell = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); delete it and evaluate again") from None
-        if not isinstance(cell, dict) or cell.get("kind") not in ("behaviour", "reconstruction"):
-            raise ValueError(
-                f"{path} is not an evaluation cell: its kind must be 'behaviour' or 'reconstruction'; "
-                "delete it and evaluate again"
-            )
-        cells.append(cell)
-    return cells
 
 
 class Results(NamedTuple):

@@ -50,6 +50,7 @@ class Work(NamedTuple):
     max_new_tokens: int
     batch_size: int
     seed: int
+    convention: str
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -174,7 +175,7 @@ def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: l
         **place,
         "percentile": work.percentile,
         "d_new": None if condition in ("raw", "no_delta") else work.d_new[0],
-        "convention": "" if condition == "raw" else "ln2.hook_normalized",
+        "convention": "" if condition == "raw" else work.convention,
         "seed": work.seed,
         "seconds": texts[0]["seconds"] if texts else 0.0,
         "key": work.key,

@@ -1,6 +1,5 @@
 """Tables from cells small enough to compute on paper."""
 
-import json
 import math
 
 import pandas as pd
@@ -15,7 +14,6 @@ from evaluators.tables import (
     delta_contrast_table,
     dose_response_statistics,
     dose_response_table,
-    load_cells,
     reconstruction_table,
 )
 
@@ -226,17 +224,3 @@ def test_no_cells_give_empty_tables():
         assert isinstance(table, pd.DataFrame)
         assert table.empty
     assert combination_summary(reconstruction_table([])).empty
-
-
-def test_cells_are_read_in_name_order_and_bad_files_are_named(tmp_path):
-    (tmp_path / "b.json").write_text(json.dumps(RAW))
-    (tmp_path / "a.json").write_text(json.dumps(reconstruction(8, 0.5, 32, 0.1)))
-    (tmp_path / "notes.txt").write_text("not a cell")
-    assert [cell["kind"] for cell in load_cells(tmp_path)] == ["reconstruction", "behaviour"]
-    assert load_cells(tmp_path / "absent") == []
-    (tmp_path / "c.json").write_text("{")
-    with pytest.raises(ValueError, match=r"c\.json is not JSON"):
-        load_cells(tmp_path)
-    (tmp_path / "c.json").write_text('{"kind": "other"}')
-    with pytest.raises(ValueError, match=r"c\.json is not an evaluation cell"):
-        load_cells(tmp_path)
