@@ -68,7 +68,6 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
             progress.line(f"model {context.settings.model.source}")
         _ = context.model, context.layers
         stages = STAGES[: NAMES.index(until) + 1]
-        context.check_bases()
         if fresh or not context.space.data.is_dir():
             space.check_space(context.bytes_needed)
         if fresh:
@@ -76,6 +75,7 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
         if all(stage.finished(context) for stage in stages):
             progress.line("everything is done already; --fresh starts over")
         else:
+            context.check_bases()
             _run_stages(context, stages)
         if until == "report":
             show_results(context)
