@@ -192,7 +192,7 @@ class Compute(Section):
     cpus_per_trial: Count = 1
     gpus_per_trial: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
     """A fraction shares a GPU between trials; null is one GPU where there are GPUs, else none."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """Of training and capture; `auto` is bf16 where the device has fast bf16 arithmetic, else fp32."""
     max_concurrent: Count | None = None
     """Trials or evaluation workers at once; null fills the machine."""

@@ -63,23 +63,30 @@ class Pairs:
         """How many batches of `size` rows `batches` gives."""
         return max(1, self.tokens // size)
 
-    def batches(self, size: int, generator: torch.Generator, window: int = 4) -> Iterator[tuple[Tensor, ...]]:
-        """One epoch of shuffled batches of `size` rows: `batch_count` of them, no row twice.
+    def batches(
+        self, size: int, generator: torch.Generator, window: int = 4, *, skip: int = 0, device: str = "cpu"
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """One epoch of shuffled batches of `size` rows on `device`: `batch_count` of them, no row twice.
 
         Shards are shuffled and `window` of them are mixed at a time, which bounds memory. Rows that fill no batch go on
-        to the next window; those of the last are left out, unless there are fewer than `size` in all.
+        to the next window; those of the last are left out, unless there are fewer than `size` in all. The first `skip`
+        batches are not made; the others, and `generator`, are as if they had been.
         """
         order = torch.randperm(len(self.shards), generator=generator).tolist()
         left: list[tuple[Tensor, ...]] = []
+        number = 0
         for start in range(0, len(order), window):
-            mixed = Pairs([*left, *(self.shards[i] for i in order[start : start + window])]).whole()
-            rows = torch.randperm(len(mixed[0]), generator=generator)
+            fresh = [tuple(one.to(device) for one in self.shards[i]) for i in order[start : start + window]]
+            mixed = Pairs([*left, *fresh]).whole()
+            rows = torch.randperm(len(mixed[0]), generator=generator).to(device)
             full = len(rows) - len(rows) % size
             for first in range(0, full, size):
-                chosen = rows[first : first + size]
-                yield tuple(column[chosen] for column in mixed)
+                number += 1
+                if number > skip:
+                    chosen = rows[first : first + size]
+                    yield tuple(column[chosen] for column in mixed)
             left = [tuple(column[rows[full:]] for column in mixed)]
-        if self.tokens < size:
+        if self.tokens < size and not skip:
             yield left[0]
 
     def in_order(self, size: int) -> Iterator[tuple[Tensor, ...]]:

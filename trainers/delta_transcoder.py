@@ -2,31 +2,32 @@
 
 In: (x, residual) pairs, where residual = y_finetuned - base(x) is computed once for a (layer, base), and settings. Out:
 for each seed one JumpReLU transcoder without decoder bias, and its validation figures. Several seeds (`replicas`) train
-side by side on the same batches. The loss is computed in feature space, so that nothing of size (tokens, d_model) is
-made beyond the residual itself.
+side by side on the same batches.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder
+from trainers import checkpoints
 from trainers.activations import Pairs
 from trainers.base_transcoder import output_scale
+from trainers.checkpoints import Keeper
 from trainers.clipping import clip_each
 from trainers.errors import DivergedError
-from trainers.precision import autocast
+from trainers.precision import number_format
+from trainers.stacked_deltas import Losses, StackedDeltas
 
-BANDWIDTH = 0.1
-"""Width of the rectangle that stands in for the step's derivative (straight-through), in units of pre-activation."""
-
-
+CHECK_EVERY = 20
+"""Steps between looks at the loss: each waits for the device."""
+WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec")
 DIVERGED = 10.0
 """A validation FVU this many times that of the base alone ends the run."""
 
@@ -95,73 +96,6 @@ def output_variance(pairs: Pairs) -> float:
     return output_scale(pairs).deviation ** 2
 
 
-class _Step(torch.autograd.Function):
-    """JumpReLU with a straight-through gradient for its threshold (arXiv 2407.14435, section 3)."""
-
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        return torch.relu(pre) * (pre > threshold)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        pre, threshold = ctx.saved_tensors
-        near = ((pre - threshold).abs() < BANDWIDTH / 2).to(grad.dtype)
-        to_threshold = (-threshold / BANDWIDTH * near * grad).sum(-2)
-        return grad * (pre > threshold) * (pre > 0), to_threshold.view_as(threshold)
-
-
-class _Replicas(torch.nn.Module):
-    """n deltas side by side: W_enc (d_model, n * d_new), W_dec (n, d_new, d_model), thresholds (n, 1, d_new)."""
-
-    def __init__(self, x: Tensor, settings: DeltaSettings) -> None:
-        super().__init__()
-        count, d_new, d_model = settings.replicas, settings.d_new, x.shape[1]
-        generators = [torch.Generator().manual_seed(settings.seed + index) for index in range(count)]
-        directions = [torch.randn(d_model, d_new, generator=generator) for generator in generators]
-        W_enc = torch.cat([direction / direction.norm(dim=0) for direction in directions], dim=1).to(x.device)
-        pre = (x @ W_enc).view(len(x), count, d_new)
-        # Each feature starts above its own upper quantile, so that about l0_budget of them are active on a token.
-        below = 1 - min(0.5, settings.l0_budget / d_new)
-        threshold = pre.kthvalue(max(1, round(below * len(x))), dim=0).values.clamp(min=1e-2).unsqueeze(1)
-        self.W_enc = torch.nn.Parameter(W_enc)
-        self.b_enc = torch.nn.Parameter(torch.zeros(count * d_new, device=x.device))
-        self.log_threshold = torch.nn.Parameter(threshold.log())
-        self.W_dec = torch.nn.Parameter(torch.zeros(count, d_new, d_model, device=x.device))
-        self.count, self.d_new = count, d_new
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Activations (n, tokens, d_new)."""
-        pre = (x @ self.W_enc + self.b_enc).float().view(len(x), self.count, self.d_new).transpose(0, 1)
-        return _Step.apply(pre, self.log_threshold.exp())
-
-    def losses(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared error a dimension (n,) and sparsity penalty (n,), means over tokens.
-
-        |aW - r|^2 = a (W W') a' - 2 a (W r)' + |r|^2: nothing of size (n, tokens, d_model) is made.
-        """
-        acts = self.encode(x)
-        gram = self.W_dec @ self.W_dec.transpose(1, 2)
-        along = (residual @ self.W_dec.flatten(0, 1).T).view(len(x), self.count, self.d_new).transpose(0, 1)
-        cross = (acts * ((acts @ gram) - 2 * along)).sum((1, 2))
-        error = (cross + residual.pow(2).sum()) / residual.numel()
-        penalty = (acts * gram.diagonal(dim1=1, dim2=2).clamp(min=1e-12).sqrt().unsqueeze(1)).sum((1, 2)) / len(x)
-        return error, penalty
-
-    def gradients(self) -> list[Tensor]:
-        """Views of the gradients with the replica as first dimension."""
-        ordered = (self.W_enc, self.b_enc, self.log_threshold, self.W_dec)
-        W_enc, b_enc, log_threshold, W_dec = [one.grad for one in ordered if one.grad is not None]
-        by_replica = W_enc.view(len(W_enc), self.count, self.d_new).transpose(0, 1)
-        return [by_replica, b_enc.view(self.count, self.d_new), log_threshold, W_dec]
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return [
-            {"params": [self.W_enc, self.W_dec], "weight_decay": weight_decay},
-            {"params": [self.b_enc, self.log_threshold], "weight_decay": 0.0},
-        ]
-
-
 def train_delta(
     data: Residuals,
     settings: DeltaSettings,
@@ -170,6 +104,8 @@ def train_delta(
     taps: Taps = GEMMA_SCOPE_TAPS,
     device: str = "cpu",
     report: Callable[[dict[str, Any]], None] = lambda figures: None,
+    on_step: Callable[[Losses], None] = lambda losses: None,
+    keeper: Keeper | None = None,
 ) -> TrainedDelta:
     """Trains `settings.replicas` deltas; reports figures after each validation; returns the best validation's.
 
@@ -177,53 +113,140 @@ def train_delta(
     W_dec in units of the standard deviation of y, so that `lr` and `sparsity` mean the same on every layer. A replica
     trains as it would alone: only early stopping and the choice of the best validation look at the replicas' mean.
 
+    With a `keeper` a run that was interrupted goes on from its last checkpoint: it reports again what it had reported,
+    and ends as it would have. `on_step` gets the losses of every step from there.
     Raises DivergedError where a loss is not finite or the deltas make the reconstruction far worse.
     """
-    batch_order = torch.Generator().manual_seed(0)
-    deviation = math.sqrt(data.variance)
-    first = next(data.train.batches(min(4096, data.train.tokens), torch.Generator().manual_seed(0)))[0]
-    model = _Replicas(first.to(device, torch.float32), settings)
-    optimiser = torch.optim.AdamW(model.parameter_groups(settings.weight_decay), lr=settings.lr)
-    per_epoch = data.train.batch_count(settings.batch_size)
-    steps = per_epoch * settings.epochs
-    every = max(1, per_epoch // settings.evals_per_epoch)
-    best: TrainedDelta | None = None
-    step = tokens = waited = 0
-    for x, residual in _epochs(data.train, settings, batch_order):
-        x = x.to(device, torch.float32)
-        residual = residual.to(device, torch.float32) / deviation
-        for group in optimiser.param_groups:
-            group["lr"] = settings.lr * _ramp(step, settings.lr_warmup_fraction * steps) * _decay(step, steps)
-        sparsity = settings.sparsity * _ramp(step, settings.sparsity_warmup_fraction * steps)
-        with autocast(device, settings.precision):
-            error, penalty = model.losses(x, residual)
-        loss = (error + sparsity * penalty).sum()
-        if not torch.isfinite(loss):
-            raise DivergedError(f"the loss is {loss.item()} at step {step + 1} (lr {settings.lr:.2g})")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        clip_each(model.gradients(), settings.grad_clip)
-        optimiser.step()
-        step += 1
-        tokens += len(x)
-        if step % every and step != steps:
-            continue
-        deltas = finished(model, deviation, layer, taps)
-        figures = {**validate(deltas, data, settings.l0_budget), "step": step, "tokens": tokens}
-        _check_sane(figures, settings)
-        waited += 1
-        if best is None or figures["val_loss"] < best.figures["val_loss"]:
-            best, waited = TrainedDelta(deltas, figures), 0
+    run = _Run(data, settings, layer, taps, device)
+    keeper = keeper or Keeper()
+    for figures in run.restore(keeper):
         report(figures)
-        if waited >= settings.patience:
-            break
-    assert best is not None  # the last step validates
-    return best
+    with number_format(device, settings.precision) as dtype:
+        for x, residual in run.batches():
+            losses = run.step(x.to(dtype), residual.to(dtype))
+            on_step(losses)
+            if run.at == run.steps or run.at % CHECK_EVERY == 0 or run.validates:
+                run.check(losses)
+            if run.validates:
+                report(run.validate())
+                if keeper.is_due:
+                    run.keep(keeper)
+    assert run.best is not None  # the last step validates
+    return run.best
 
 
-def _epochs(pairs: Pairs, settings: DeltaSettings, order: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
-    for _ in range(settings.epochs):
-        yield from pairs.batches(settings.batch_size, order)
+class _Run:
+    """The state of one training run between its steps."""
+
+    def __init__(self, data: Residuals, settings: DeltaSettings, layer: int, taps: Taps, device: str) -> None:
+        self.data, self.settings, self.layer, self.taps, self.device = data, settings, layer, taps, device
+        self.deviation = math.sqrt(data.variance)
+        first = next(data.train.batches(min(4096, data.train.tokens), torch.Generator().manual_seed(0)))[0]
+        self.model = StackedDeltas(
+            first.to(device, torch.float32),
+            replicas=settings.replicas,
+            d_new=settings.d_new,
+            l0_budget=settings.l0_budget,
+            seed=settings.seed,
+        )
+        groups = [
+            {"params": self.model.weights, "weight_decay": settings.weight_decay},
+            {"params": self.model.offsets, "weight_decay": 0.0},
+        ]
+        self.optimiser = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+        per_epoch = data.train.batch_count(settings.batch_size)
+        self.steps = per_epoch * settings.epochs
+        self.every = max(1, per_epoch // settings.evals_per_epoch)
+        self.at = self.tokens = self.waited = 0
+        self.reported: list[dict[str, Any]] = []
+        self.best: TrainedDelta | None = None
+
+    @property
+    def validates(self) -> bool:
+        """Whether a validation follows the step just made."""
+        return self.at % self.every == 0 or self.at == self.steps
+
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """The batches from here to the last, fewer where validation stops improving; their order depends on no seed."""
+        order = torch.Generator().manual_seed(0)
+        size, skip = self.settings.batch_size, self.at
+        for _ in range(self.settings.epochs):
+            for batch in self.data.train.batches(size, order, skip=skip, device=self.device):
+                if self.waited >= self.settings.patience:
+                    return
+                yield batch
+            skip = max(0, skip - self.data.train.batch_count(size))
+
+    def step(self, x: Tensor, residual: Tensor) -> Losses:
+        """One optimiser step."""
+        settings, at, steps = self.settings, self.at, self.steps
+        for group in self.optimiser.param_groups:
+            group["lr"] = settings.lr * _ramp(at, settings.lr_warmup_fraction * steps) * _decay(at, steps)
+        sparsity = settings.sparsity * _ramp(at, settings.sparsity_warmup_fraction * steps)
+        losses = self.model.backward(x, residual, sparsity, self.deviation)
+        clip_each(self.model.gradients(), settings.grad_clip)
+        self.optimiser.step()
+        self.at += 1
+        self.tokens += len(x)
+        return losses
+
+    def check(self, losses: Losses) -> None:
+        """Looks at a loss, which waits for the device."""
+        whole = (losses.error + losses.penalty).sum().item()
+        if not math.isfinite(whole):
+            raise DivergedError(f"the loss is {whole} by step {self.at} (lr {self.settings.lr:.2g})")
+
+    def validate(self) -> dict[str, Any]:
+        """The figures of a validation; keeps the deltas where they are the best so far."""
+        deltas = self.model.transcoders(self.deviation, self.layer, self.taps)
+        figures = {
+            **validate(deltas, self.data, self.settings.l0_budget),
+            "step": self.at,
+            "tokens": self.tokens,
+        }
+        _check_sane(figures, self.settings)
+        self.waited += 1
+        if self.best is None or figures["val_loss"] < self.best.figures["val_loss"]:
+            self.best, self.waited = TrainedDelta(deltas, figures), 0
+        self.reported.append(figures)
+        return figures
+
+    def keep(self, keeper: Keeper) -> None:
+        assert self.best is not None
+        kept = {
+            f"best/{i}/{name}": getattr(delta, name) for i, delta in enumerate(self.best.deltas) for name in WEIGHTS
+        }
+        keeper.write(
+            {**self.model.tensors(), **checkpoints.optimiser_tensors(self.optimiser), **kept},
+            {
+                "run": self._identity(),
+                "at": self.at,
+                "tokens": self.tokens,
+                "waited": self.waited,
+                "reported": self.reported,
+                "best": self.best.figures,
+            },
+        )
+
+    def restore(self, keeper: Keeper) -> list[dict[str, Any]]:
+        """Goes back to the last checkpoint, if there is one of this run; returns what had been reported."""
+        found = keeper.read(self._identity())
+        if found is None:
+            return []
+        tensors, state = found
+        for name, tensor in self.model.tensors().items():
+            tensor.copy_(tensors[name])
+        checkpoints.load_optimiser(self.optimiser, tensors)
+        self.at, self.tokens, self.waited = state["at"], state["tokens"], state["waited"]
+        self.reported = state["reported"]
+        best = [{name: tensors[f"best/{i}/{name}"] for name in WEIGHTS} for i in range(self.settings.replicas)]
+        deltas = [Transcoder(**weights, b_dec=None, layer=self.layer, taps=self.taps) for weights in best]
+        self.best = TrainedDelta([delta.to(self.device) for delta in deltas], state["best"])
+        return self.reported
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes a checkpoint one of this run."""
+        return {**asdict(self.settings), "layer": self.layer, "tokens": self.data.train.tokens}
 
 
 def _check_sane(figures: dict[str, Any], settings: DeltaSettings) -> None:
@@ -232,25 +255,6 @@ def _check_sane(figures: dict[str, Any], settings: DeltaSettings) -> None:
             f"val_fvu is {figures['val_fvu']:.3g} at step {figures['step']}, against {figures['val_fvu_base']:.3g} of "
             f"the base alone (lr {settings.lr:.2g}, sparsity {settings.sparsity:.2g})"
         )
-
-
-@torch.no_grad()
-def finished(model: _Replicas, deviation: float, layer: int, taps: Taps) -> list[Transcoder]:
-    """The replicas as transcoders in raw units."""
-    encoders = model.W_enc.split(model.d_new, dim=1)
-    biases = model.b_enc.split(model.d_new)
-    return [
-        Transcoder(
-            W_enc=encoders[index].clone(),
-            b_enc=biases[index].clone(),
-            threshold=model.log_threshold[index, 0].exp(),
-            W_dec=model.W_dec[index] * deviation,
-            b_dec=None,
-            layer=layer,
-            taps=taps,
-        )
-        for index in range(model.count)
-    ]
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
 """Number formats of training, by device.
 
-In: a device and `auto`, `fp32` or `bf16`. Out: the dtype, or an autocast context.
+In: a device and `auto`, `fp32`, `tf32` or `bf16`. Out: the dtype, or a context in which products are made so.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -20,7 +21,20 @@ def resolve_precision(precision: str, device: str) -> str:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    """The dtype of weights and activations: tf32 is a way to multiply fp32."""
+    return {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+@contextlib.contextmanager
+def number_format(device: str, precision: str) -> Iterator[torch.dtype]:
+    """Products as `precision` says, for code that casts its own operands to the dtype it is given."""
+    before = torch.get_float32_matmul_precision()
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield dtype_of(precision)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def autocast(device: str, precision: str) -> contextlib.AbstractContextManager:

@@ -5,20 +5,20 @@ import math
 import pytest
 import torch
 
+from benchmarks.plain_delta import PlainDelta, Step, train_plainly
 from models.transcoder import Taps
 from trainers.activations import Pairs
+from trainers.checkpoints import Keeper
 from trainers.delta_transcoder import (
-    BANDWIDTH,
     DeltaSettings,
     Residuals,
-    _Replicas,
-    _Step,
     output_variance,
     residual_of,
     train_delta,
     validate,
 )
 from trainers.errors import DivergedError
+from trainers.stacked_deltas import BANDWIDTH, StackedDeltas
 
 D_MODEL = 12
 SETTINGS = DeltaSettings(d_new=8, lr=1e-2, sparsity=1e-4, epochs=8, batch_size=128, l0_budget=3.0, seed=1, patience=99)
@@ -100,53 +100,106 @@ def test_features_start_at_the_l0_budget(planted):
     assert (delta.encode(x) > 0).sum(1).float().mean().item() == pytest.approx(2.0, rel=0.05)
 
 
-def plain_loss(model, x, residual):
-    """method.md section 3, element by element: squared error and sparsity of every replica."""
-    losses = []
-    for index in range(model.count):
-        columns = slice(index * model.d_new, (index + 1) * model.d_new)
-        pre = x @ model.W_enc[:, columns] + model.b_enc[columns]
-        acts = _Step.apply(pre, model.log_threshold[index].exp())
-        error = (acts @ model.W_dec[index] - residual).pow(2).mean()
-        norms = model.W_dec[index].pow(2).sum(1).clamp(min=1e-12).sqrt()
-        losses.append((error, (acts * norms).sum(1).mean()))
-    return losses
-
-
 @pytest.mark.parametrize("zero_decoder", [False, True])
-def test_feature_space_loss_and_gradients_are_the_plain_ones(zero_decoder):
+def test_feature_space_losses_and_gradients_are_the_plain_ones(zero_decoder):
     generator = torch.Generator().manual_seed(0)
     x, residual = (torch.randn(64, D_MODEL, generator=generator) for _ in range(2))
     # Set up on other tokens: a threshold that is one of these very pre-activations would be a tie that rounding breaks.
-    model = _Replicas(torch.randn(64, D_MODEL, generator=generator), DeltaSettings(d_new=5, replicas=3, l0_budget=2.0))
+    other = torch.randn(64, D_MODEL, generator=generator)
+    model = StackedDeltas(other, replicas=3, d_new=5, l0_budget=2.0, seed=0)
     if not zero_decoder:
-        with torch.no_grad():
-            model.W_dec.normal_(generator=generator)
-            model.b_enc.normal_(generator=generator).mul_(0.1)
-    parameters = list(model.parameters())
-    error, penalty = model.losses(x, residual)
-    found = torch.autograd.grad((error + 0.3 * penalty).sum(), parameters)
-    plain = plain_loss(model, x, residual)
-    expected = torch.autograd.grad(sum(one + 0.3 * other for one, other in plain), parameters)
-    torch.testing.assert_close(error, torch.stack([one for one, _ in plain]), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(penalty, torch.stack([one for _, one in plain]), rtol=1e-5, atol=1e-6)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-        assert one.isfinite().all()
-    assert found[3].abs().max() > 0, "the decoder learns, from zero too"
+        model.W_dec.normal_(generator=generator)
+        model.b_enc.normal_(generator=generator).mul_(0.1)
+    found = model.backward(x, 2 * residual, sparsity=0.3, deviation=2.0)
+    gradients = model.gradients()
+    for index in range(3):
+        plain = PlainDelta(model, index)
+        error, penalty = plain.losses(x, residual)
+        (error + 0.3 * penalty).backward()
+        assert (found.error[index] + residual.pow(2).mean()).item() == pytest.approx(error.item(), rel=1e-5)
+        assert found.penalty[index].item() == pytest.approx(penalty.item(), rel=1e-5)
+        for one, parameter in zip(gradients, plain.parameters(), strict=True):
+            torch.testing.assert_close(one[index], parameter.grad, rtol=1e-4, atol=1e-5)
+        assert gradients[3][index].abs().max() > 0, "the decoder learns, from zero too"
+        assert gradients[2][index].abs().max() > 0 or zero_decoder, "and so do the thresholds"
+
+
+def test_the_loss_curve_is_that_of_the_plain_trainer(base, planted):
+    """Step for step, from the same start on the same batches: method.md section 3 as the usual script writes it."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(1000, D_MODEL, generator=generator)
+    y = base(x) + torch.relu(x @ torch.randn(D_MODEL, D_MODEL, generator=generator) - 2)
+    data = planted._replace(train=Pairs([(x, residual_of(base, x, y))]))
+    chosen = settings(batch_size=50, epochs=1, sparsity=1e-2)
+    found: list[float] = []
+    size = data.train.shards[0][1].pow(2).sum(1) / D_MODEL / planted.variance
+    batches = Pairs([(size,)]).batches(50, torch.Generator().manual_seed(0))
+    sparsity = [1e-2 * min(1, (step + 1) / 4) for step in range(20)]
+
+    def note(losses):
+        weight = sparsity[len(found)]
+        found.append((losses.error + weight * losses.penalty).item() + next(batches)[0].mean().item())
+
+    train_delta(data, chosen, layer=3, on_step=note)
+    curve = train_plainly(base, x, y, planted.variance, chosen)
+    assert len(found) == len(curve.losses) == 20
+    assert found == pytest.approx(curve.losses, rel=1e-4)
+    assert found[-1] < 0.9 * found[0]
 
 
 def test_the_straight_through_gradient_of_the_threshold():
     """Rectangle kernel: -threshold / bandwidth within half a bandwidth of the threshold, and nothing outside it."""
-    threshold = torch.tensor([[0.5]], requires_grad=True)
+    threshold = torch.tensor([0.5], requires_grad=True)
     offsets = torch.tensor([-0.6, -0.4, 0.0, 0.4, 0.6]).unsqueeze(1) * BANDWIDTH
     pre = (0.5 + offsets).clone().requires_grad_()
     upstream = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]).unsqueeze(1)
-    output = _Step.apply(pre, threshold)
+    output = Step.apply(pre, threshold)
     output.backward(upstream)
     assert threshold.grad.item() == pytest.approx(-0.5 / BANDWIDTH * (2 + 4 + 8))
     assert pre.grad.flatten().tolist() == [0, 0, 0, 8, 16], "the input's gradient passes where the feature is on"
     assert output.flatten().tolist() == pytest.approx([0, 0, 0, 0.54, 0.56])
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(planted, tmp_path, after):
+    """Killed after its nth validation, with a checkpoint of the one before or of that very one."""
+    chosen = settings(epochs=6, replicas=2)
+    whole = []
+    expected = train_delta(planted, chosen, layer=3, report=whole.append)
+    first = []
+
+    def report(figures):
+        first.append(figures)
+        if len(first) == after:
+            raise Killed
+
+    keeper = Keeper(tmp_path / "run" / "checkpoint.safetensors", seconds=0)
+    with pytest.raises(Killed):
+        train_delta(planted, chosen, layer=3, report=report, keeper=keeper)
+    assert keeper.path.exists() == (after > 1)
+    again, steps = [], []
+    found = train_delta(planted, chosen, layer=3, report=again.append, on_step=steps.append, keeper=keeper)
+    assert again == whole, "it reports again what it had reported"
+    assert len(steps) == 15 * (6 - (after - 1)), "and does only what is left"
+    assert found.figures == expected.figures
+    for one, other in zip(found.deltas, expected.deltas, strict=True):
+        for name in ("W_enc", "b_enc", "threshold", "W_dec"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+def test_a_checkpoint_of_another_run_or_a_torn_one_is_not_used(planted, tmp_path):
+    keeper = Keeper(tmp_path / "checkpoint.safetensors", seconds=0)
+    train_delta(planted, settings(epochs=2), layer=3, keeper=keeper)
+    steps = []
+    train_delta(planted, settings(epochs=2, lr=2e-2), layer=3, on_step=steps.append, keeper=keeper)
+    assert len(steps) == 30
+    keeper.path.write_bytes(keeper.path.read_bytes()[:100])
+    train_delta(planted, settings(epochs=2, lr=2e-2), layer=3, on_step=steps.append, keeper=keeper)
+    assert len(steps) == 60
 
 
 def test_thresholds_are_trained(planted):
@@ -236,7 +289,7 @@ def test_reports_count_steps_and_tokens(planted):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(planted):
-    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step \d+ \(lr 1e\+30\)"):
+    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) by step \d+ \(lr 1e\+30\)"):
         train_delta(planted, settings(lr=1e30, grad_clip=1e9), layer=3)
 
 

@@ -1,0 +1,89 @@
+"""Checkpoints inside a run: one safetensors file that holds tensors and, in its header, the plain state beside them.
+
+In: tensors by name and JSON values. Out: a file written beside its name and renamed, and both read back. A run that was
+interrupted at any moment finds either the last whole checkpoint or none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Checkpoint(NamedTuple):
+    """What `write` was given."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Saves both as one file; `state` must be JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, beside, metadata={"state": json.dumps(state)})
+    beside.replace(path)
+
+
+def read(path: Path, run: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint under `path`; None where there is none, or where its `state["run"]` is not `run`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {})["state"])
+            if state.get("run") != json.loads(json.dumps(run)):
+                return None
+            names = list(file.keys())  # a safe_open handle is no mapping
+            return Checkpoint({name: file.get_tensor(name) for name in names}, state)
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def optimiser_tensors(optimiser: Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as tensors named `optimiser/INDEX/KEY`, by the order of its parameters."""
+    return {
+        f"optimiser/{index}/{key}": value
+        for index, state in optimiser.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def load_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts back what `optimiser_tensors` gave; the optimiser must have the same parameters in the same order."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "optimiser":
+            index, _, key = rest.partition("/")
+            state.setdefault(int(index), {})[key] = tensor
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+@dataclass
+class Keeper:
+    """Where a run keeps its checkpoint, and how often: at most every `seconds`. Without a path it keeps nothing."""
+
+    path: Path | None = None
+    seconds: float = 30.0
+    _last: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_due(self) -> bool:
+        return self.path is not None and time.monotonic() - self._last >= self.seconds
+
+    def write(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        assert self.path is not None
+        write(self.path, tensors, state)
+        self._last = time.monotonic()
+
+    def read(self, run: dict[str, Any]) -> Checkpoint | None:
+        return None if self.path is None else read(self.path, run)

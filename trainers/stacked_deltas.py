@@ -1,0 +1,138 @@
+"""Several delta transcoders side by side in stacked tensors: their start, their gradients, what they become.
+
+In: a batch (x, residual). Out: the gradients of every replica's loss, in feature space:
+`|aW - r|^2 = a(WW')a' - 2a(Wr)' + |r|^2`, so that nothing of size (replicas, tokens, d_model) is made and each product
+reads x or the residual once for all replicas.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.transcoder import Taps, Transcoder
+
+BANDWIDTH = 0.1
+"""Width of the rectangle that stands in for the step's derivative (straight-through), in units of pre-activation."""
+SMALLEST_SQUARE = 1e-12
+"""Squared norm below which a decoder row counts as having this one: its direction is not known yet."""
+
+
+class Losses(NamedTuple):
+    """Of each replica, (n,): `error`, the mean squared error a dimension less that of predicting zero, and `penalty`,
+    the mean over tokens of sum_i acts_i |W_dec_i|. Adding mean(residual^2) to `error` gives the squared error."""
+
+    error: Tensor
+    penalty: Tensor
+
+
+class StackedDeltas:
+    """n deltas: W_enc (d_model, n * d_new), b_enc and log_threshold (n * d_new,), W_dec (n, d_new, d_model).
+
+    Replica i starts from seed `seed + i`; the decoders start at zero. `sample` (tokens, d_model) fp32 sets the
+    thresholds: each feature starts above its own upper quantile, so that about `l0_budget` of them are active on a
+    token.
+    """
+
+    def __init__(self, sample: Tensor, *, replicas: int, d_new: int, l0_budget: float, seed: int) -> None:
+        d_model = sample.shape[1]
+        generators = [torch.Generator().manual_seed(seed + index) for index in range(replicas)]
+        directions = [torch.randn(d_model, d_new, generator=generator) for generator in generators]
+        self.W_enc = torch.cat([direction / direction.norm(dim=0) for direction in directions], dim=1).to(sample.device)
+        below = 1 - min(0.5, l0_budget / d_new)
+        threshold = (sample @ self.W_enc).kthvalue(max(1, round(below * len(sample))), dim=0).values.clamp(min=1e-2)
+        self.b_enc = torch.zeros_like(threshold)
+        self.log_threshold = threshold.log()
+        self.W_dec = sample.new_zeros(replicas, d_new, d_model)
+        self.count, self.d_new = replicas, d_new
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The matrices, to which weight decay applies."""
+        return [self.W_enc, self.W_dec]
+
+    @property
+    def offsets(self) -> list[Tensor]:
+        return [self.b_enc, self.log_threshold]
+
+    def gradients(self) -> list[Tensor]:
+        """Views of the gradients with the replica as first dimension."""
+        found = [one.grad for one in (self.W_enc, self.b_enc, self.log_threshold, self.W_dec) if one.grad is not None]
+        W_enc, b_enc, log_threshold, W_dec = found
+        by_replica = W_enc.view(len(W_enc), self.count, self.d_new).transpose(0, 1)
+        return [by_replica, b_enc.view(self.count, -1), log_threshold.view(self.count, -1), W_dec]
+
+    @torch.no_grad()
+    def backward(self, x: Tensor, residual: Tensor, sparsity: float, deviation: float = 1.0) -> Losses:
+        """Sets the gradients of every replica's `error + sparsity * penalty`, `residual` in units of `deviation`.
+
+        `x` and `residual` (tokens, d_model) are fp32 or bf16; the products with them are made in their dtype,
+        everything else in fp32. The threshold's gradient is the straight-through one (arXiv 2407.14435, section 3).
+        """
+        tokens, d_model = x.shape
+        rows = self.W_dec.flatten(0, 1)
+        threshold = self.log_threshold.exp()
+        pre = _product(x, self.W_enc).add_(self.b_enc)
+        along = _product(residual, rows.T).div_(deviation)
+        on = pre > threshold
+        acts = torch.where(on, pre, 0.0)
+        gram = self.W_dec @ self.W_dec.transpose(1, 2)
+        squares = gram.diagonal(dim1=1, dim2=2)
+        norms = squares.clamp(min=SMALLEST_SQUARE).sqrt().flatten()
+        total = acts.sum(0)
+        beyond = self._by_replica(self._apart(acts) @ gram).sub_(along)  # W (aW - r)'
+        per_error = 1.0 / (tokens * d_model)
+        to_acts = (beyond * (2 * per_error)).add_(norms * (sparsity / tokens))
+
+        self.W_dec.grad = self._apart(acts).transpose(1, 2) @ self._apart(acts) @ self.W_dec
+        self.W_dec.grad -= _product(acts.T, residual).view_as(self.W_dec).div_(deviation)
+        self.W_dec.grad *= 2 * per_error
+        pull = torch.where(squares.flatten() > SMALLEST_SQUARE, total / norms, 0.0) * (sparsity / tokens)
+        self.W_dec.grad += (rows * pull.unsqueeze(1)).view_as(self.W_dec)
+
+        near = (pre - threshold).abs() < BANDWIDTH / 2
+        self.log_threshold.grad = torch.where(near, to_acts, 0.0).sum(0) * threshold.square() / -BANDWIDTH
+        to_pre = torch.where(on, to_acts, 0.0)
+        self.b_enc.grad = to_pre.sum(0)
+        self.W_enc.grad = _product(x.T, to_pre)
+
+        error = (acts * beyond.sub_(along)).sum(0).view(self.count, -1).sum(1) * per_error
+        return Losses(error, (total * norms).view(self.count, -1).sum(1) / tokens)
+
+    @torch.no_grad()
+    def transcoders(self, deviation: float, layer: int, taps: Taps) -> list[Transcoder]:
+        """The replicas as transcoders in raw units."""
+        columns = [slice(index * self.d_new, (index + 1) * self.d_new) for index in range(self.count)]
+        return [
+            Transcoder(
+                W_enc=self.W_enc[:, chosen].clone(),
+                b_enc=self.b_enc[chosen].clone(),
+                threshold=self.log_threshold[chosen].exp(),
+                W_dec=self.W_dec[index] * deviation,
+                b_dec=None,
+                layer=layer,
+                taps=taps,
+            )
+            for index, chosen in enumerate(columns)
+        ]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that training changes, by name."""
+        return {name: getattr(self, name) for name in ("W_enc", "b_enc", "log_threshold", "W_dec")}
+
+    def _apart(self, stacked: Tensor) -> Tensor:
+        """(tokens, n * d_new) as (n, tokens, d_new)."""
+        return stacked.view(len(stacked), self.count, self.d_new).transpose(0, 1)
+
+    def _by_replica(self, apart: Tensor) -> Tensor:
+        """The reverse of `_apart`."""
+        return apart.transpose(0, 1).reshape(apart.shape[1], -1)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """The fp32 result of a product made in bf16 where either side is bf16."""
+    if torch.bfloat16 in (left.dtype, right.dtype):
+        return (left.bfloat16() @ right.bfloat16()).float()
+    return left @ right
