@@ -90,7 +90,7 @@ class Context:
 
     @cached_property
     def studies(self) -> optuna.storages.BaseStorage:
-        from jobs.search import open_storage
+        from jobs.studies import open_storage
 
         return open_storage(self.settings.storage.optuna_url, self.space.root)
 

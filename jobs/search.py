@@ -9,43 +9,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from jobs.addresses import without_secrets
 from jobs.cluster import Share
-from jobs.errors import RequestError
 from jobs.progress import Bar
-from jobs.workspace import read_json, write_json
-from search_spaces.schema import Choice, Dimension, Range
-
-optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-COMPLETE, STOPPED, FAILED = "COMPLETE", "STOPPED", "FAILED"
-STARTUP_TRIALS = 4
-"""Random trials of a study before TPE proposes."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Trials whose losses compare. `constants` reach the trial function beside the searched values; `study` names the
-    Optuna study, and changes with whatever makes earlier losses incomparable."""
-
-    name: str
-    folder: Path
-    space: dict[str, Dimension]
-    trials: int
-    seed: int
-    constants: dict[str, Any]
-    study: str
+from jobs.studies import COMPLETE, FAILED, STOPPED, Group, Study, trials_of
+from jobs.workspace import write_json
 
 
 @dataclass(frozen=True)
@@ -75,10 +54,10 @@ def run_search(
     `report` with `step` and `val_loss` after each validation and returns the figures of its result, `val_loss` among
     them, or `failed` with the reason. An exception is a lost worker: the trial is tried again, then it failed too.
     """
-    search = GroupedSearch(groups, storage, bar, on_trial)
+    search = GroupedSearch(groups, storage, share.at_once, bar, on_trial)
     if not search.missing:
         return
-    scheduler = _GroupedHalving(early_stopping) if early_stopping else FIFOScheduler()
+    scheduler = _GroupedHalving(early_stopping, groups) if early_stopping else FIFOScheduler()
 
     def run(config: dict[str, Any]) -> None:
         figures = trial(config, lambda values: tune.report(dict(values)))
@@ -109,38 +88,6 @@ def run_search(
     tuner.fit()
 
 
-def trials_of(group: Group) -> list[dict[str, Any]]:
-    """The finished trials of a group, by number."""
-    found = [read_json(path) for path in sorted(group.folder.glob("trial_*/result.json"))]
-    return [result for result in found if result is not None]
-
-
-def best_of(results: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The trial of lowest value among those that ran to their end."""
-    finished = [result for result in results if result["state"] == COMPLETE]
-    return min(finished, key=lambda result: (result["value"], result["trial"]), default=None)
-
-
-def open_storage(url: str | None, root: Path) -> optuna.storages.BaseStorage:
-    """The study storage: a database URL, or a journal file under `root`/optuna."""
-    if url:
-        try:
-            return optuna.storages.RDBStorage(url)
-        except Exception as error:  # each database driver raises its own
-            shown = without_secrets(f"{url} cannot be opened ({type(error).__name__}: {error})")
-            raise RequestError("storage.optuna_url: " + " ".join(shown.split())[:300]) from None
-    path = root / "optuna" / "journal.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-
-
-def forget_studies(storage: optuna.storages.BaseStorage, sweep: str) -> None:
-    """Deletes every study of a sweep that starts over."""
-    for name in optuna.get_all_study_names(storage):
-        if name.startswith(f"{sweep}/"):
-            optuna.delete_study(study_name=name, storage=storage)
-
-
 @dataclass
 class _Running:
     group: Group
@@ -150,20 +97,26 @@ class _Running:
 
 
 class GroupedSearch(Searcher):
-    """Asks one Optuna study a group, the group with the fewest trials begun first."""
+    """Asks one Optuna study a group, the group with the fewest trials begun first.
+
+    A group has no more trials running at once than keep the machine full. With as many groups as fit on it at once that
+    is one: what is proposed and what is stopped early then depends on the group's own trials alone, in their order.
+    """
 
     def __init__(
         self,
         groups: list[Group],
         storage: optuna.storages.BaseStorage,
+        at_once: int,
         bar: Bar,
         on_trial: Callable[[Group, dict[str, Any]], None],
     ) -> None:
         super().__init__(metric="val_loss", mode="min")
         self._groups = {group.name: group for group in groups}
         self._bar, self._on_trial = bar, on_trial
-        self._studies = {group.name: _study(group, storage) for group in groups}
-        self._left = {group.name: max(0, group.trials - _settle(self._studies[group.name], group)) for group in groups}
+        self._studies = {group.name: Study(group, storage) for group in groups}
+        self._left = {group.name: max(0, group.trials - self._studies[group.name].finished) for group in groups}
+        self._together = math.ceil(at_once / len(groups))
         self._running: dict[str, _Running] = {}
         self.missing = sum(self._left.values())
         bar.update(sum(group.trials for group in groups) - self.missing)
@@ -172,19 +125,21 @@ class GroupedSearch(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        name = max(self._left, key=lambda name: self._left[name])
-        if not self._left[name]:
+        if not any(self._left.values()):
             return Searcher.FINISHED
+        busy = Counter(running.group.name for running in self._running.values())
+        open_groups = [name for name, left in self._left.items() if left and busy[name] < self._together]
+        if not open_groups:
+            return None
+        name = max(open_groups, key=lambda name: self._left[name])
         self._left[name] -= 1
-        group = self._groups[name]
-        asked = self._studies[name].ask(
-            {key: _distribution(one) for key, one in group.space.items() if isinstance(one, Range | Choice)}
-        )
+        group, study = self._groups[name], self._studies[name]
+        asked = study.unfinished.pop(0) if study.unfinished else study.ask()
         self._running[trial_id] = _Running(group, asked, time.time())
         folder = group.folder / f"trial_{asked.number:04d}"
         return {
             **group.constants,
-            **_fixed(group),
+            **group.fixed,
             **asked.params,
             "group": name,
             "trial": asked.number,
@@ -200,7 +155,7 @@ class GroupedSearch(Searcher):
             return
         running.history.append(_figures(result))
         if math.isfinite(result.get("val_loss", math.nan)):
-            running.trial.report(result["val_loss"], result["step"])
+            self._studies[running.group.name].report(running.trial, result["val_loss"], result["step"])
         self._bar.note(
             f"{running.group.name} trial {running.trial.number}: step {result['step']}, "
             f"val_loss {result.get('val_loss', math.nan):.4g}"
@@ -224,7 +179,7 @@ class GroupedSearch(Searcher):
             "trial": running.trial.number,
             "state": state,
             "value": None if state == FAILED else value,
-            "params": {**_fixed(running.group), **running.trial.params},
+            "params": {**running.group.fixed, **running.trial.params},
             "figures": figures,
             "history": running.history,
             "started": running.started,
@@ -232,7 +187,7 @@ class GroupedSearch(Searcher):
             "reason": reason,
         }
         write_json(running.group.folder / f"trial_{running.trial.number:04d}" / "result.json", record)
-        _tell(self._studies[running.group.name], running.trial, record)
+        self._studies[running.group.name].tell(running.trial, record)
         self._on_trial(running.group, record)
         self._bar.advance()
 
@@ -251,27 +206,34 @@ class GroupedSearch(Searcher):
 
 
 class _GroupedHalving(FIFOScheduler):
-    """One AsyncHyperBandScheduler a group."""
+    """One AsyncHyperBandScheduler a group, which knows what the group's finished trials reported."""
 
-    def __init__(self, settings: EarlyStopping) -> None:
+    def __init__(self, settings: EarlyStopping, groups: list[Group]) -> None:
         super().__init__()
-        self._settings = settings
-        self._brackets: dict[str, AsyncHyperBandScheduler] = {}
+        self._brackets = {group.name: self._bracket_of(settings, group) for group in groups}
+
+    def _bracket_of(self, settings: EarlyStopping, group: Group) -> AsyncHyperBandScheduler:
+        bracket = AsyncHyperBandScheduler(
+            time_attr="training_iteration",
+            metric="val_loss",
+            mode="min",
+            # One less than the longest run: a rung at a trial's end would stop nothing but its good name.
+            max_t=max(settings.longest - 1, settings.grace),
+            grace_period=settings.grace,
+            reduction_factor=settings.reduction_factor,
+            stop_last_trials=False,
+        )
+        no_controller: Any = None  # these two calls do not look at it
+        for result in trials_of(group):
+            earlier: Any = SimpleNamespace(trial_id=f"earlier_{result['trial']}")
+            bracket.on_trial_add(no_controller, earlier)
+            for iteration, figures in enumerate(result["history"], start=1):
+                if math.isfinite(loss := figures.get("val_loss", math.nan)):
+                    bracket.on_trial_result(no_controller, earlier, {"training_iteration": iteration, "val_loss": loss})
+        return bracket
 
     def _bracket(self, trial: Any) -> AsyncHyperBandScheduler:
-        name = trial.config["group"]
-        if name not in self._brackets:
-            self._brackets[name] = AsyncHyperBandScheduler(
-                time_attr="training_iteration",
-                metric="val_loss",
-                mode="min",
-                # One less than the longest run: a rung at a trial's end would stop nothing but its good name.
-                max_t=max(self._settings.longest - 1, self._settings.grace),
-                grace_period=self._settings.grace,
-                reduction_factor=self._settings.reduction_factor,
-                stop_last_trials=False,
-            )
-        return self._brackets[name]
+        return self._brackets[trial.config["group"]]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._bracket(trial).on_trial_add(tune_controller, trial)
@@ -286,54 +248,6 @@ class _GroupedHalving(FIFOScheduler):
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         self._bracket(trial).on_trial_remove(tune_controller, trial)
-
-
-def _study(group: Group, storage: optuna.storages.BaseStorage) -> optuna.Study:
-    study = optuna.create_study(study_name=group.study, storage=storage, direction="minimize", load_if_exists=True)
-    begun = len(study.get_trials(deepcopy=False))
-    # A restarted study must not propose its first random points again.
-    seed = (group.seed * 1_000_003 + begun * 7919) % 2**31
-    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
-    return study
-
-
-def _settle(study: optuna.Study, group: Group) -> int:
-    """Brings the study in line with the result files; returns how many trials of the group are finished.
-
-    A trial that was running when the driver died is told as failed and its values are put first in the queue. A failed
-    trial is not finished: another one takes its place.
-    """
-    results = {result["trial"]: result for result in trials_of(group)}
-    for frozen in study.get_trials(deepcopy=False):
-        if frozen.state != optuna.trial.TrialState.RUNNING:
-            continue
-        if frozen.number in results:
-            _tell(study, frozen.number, results[frozen.number])
-        else:
-            study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
-            study.enqueue_trial(frozen.params)
-    return sum(result["state"] != FAILED for result in results.values())
-
-
-def _tell(study: optuna.Study, trial: optuna.Trial | int, record: dict[str, Any]) -> None:
-    if record["state"] == COMPLETE:
-        study.tell(trial, record["value"])
-    elif record["state"] == STOPPED:
-        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-    else:
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)
-
-
-def _distribution(dimension: Range | Choice) -> optuna.distributions.BaseDistribution:
-    if isinstance(dimension, Choice):
-        return optuna.distributions.CategoricalDistribution(dimension.choice)
-    if isinstance(dimension.low, int) and isinstance(dimension.high, int):
-        return optuna.distributions.IntDistribution(dimension.low, dimension.high, log=dimension.log)
-    return optuna.distributions.FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-
-
-def _fixed(group: Group) -> dict[str, Any]:
-    return {key: one for key, one in group.space.items() if not isinstance(one, Range | Choice)}
 
 
 _TUNE_KEYS = {

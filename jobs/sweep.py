@@ -86,7 +86,7 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
 
 def start_over(context: Context) -> None:
     """Forgets the sweep's files and studies; its MLflow runs stay, and the new ones stand beside them."""
-    from jobs.search import forget_studies
+    from jobs.studies import forget_studies
 
     context.space.clear()
     forget_studies(context.studies, context.settings.name)

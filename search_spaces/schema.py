@@ -28,6 +28,10 @@ Distinct = AfterValidator(_distinct)
 Layers = Annotated[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | Literal["all"], Distinct]
 
 
+Sampler = Literal["tpe", "gp", "random", "grid"]
+"""How a study proposes: `grid` tries every combination of choices, so it needs choices alone."""
+
+
 class Section(BaseModel):
     model_config = STRICT
 
@@ -97,6 +101,9 @@ class Lora(Section):
     grace_evals: Count = 1
     """Validations every trial gets before ASHA may stop it."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
+    sampler: Sampler = "tpe"
+    warm_start: str | None = None
+    """An earlier sweep in the same Optuna storage, the best values of whose study are tried first."""
     space: LoraSpace = LoraSpace()
 
 
@@ -148,6 +155,12 @@ class Deltas(Section):
     asha: bool = True
     grace_evals: Count = 2
     reduction_factor: Annotated[int, Field(ge=2)] = 3
+    sampler: Sampler = "tpe"
+    objectives: Literal["val_loss", "val_fvu, val_l0_delta"] = "val_loss"
+    """What a study minimises. With two objectives no trial is stopped early, the report marks the Pareto front, and the
+    delta that is kept is still the one of lowest val_loss."""
+    warm_start: str | None = None
+    """An earlier sweep in the same Optuna storage, the best values of whose studies are tried first."""
     space: DeltaSpace = DeltaSpace()
 
     @field_validator("percentiles")
@@ -198,6 +211,8 @@ class Compute(Section):
     """Trials or evaluation workers at once; null fills the machine."""
     max_retries: Annotated[int, Field(ge=0)] = 1
     """Further tries of a trial whose worker died."""
+    checkpoint_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 30.0
+    """A running trial keeps a checkpoint at most this often; a killed one goes on from there."""
 
 
 class Storage(Section):
@@ -238,6 +253,10 @@ class Sweep(Section):
                 raise ValueError(
                     f"evaluate.alpha_layers: got {stray}, must be some of transcoders.layers {bases.layers}"
                 )
+        for name, section in (("lora", self.lora), ("deltas", self.deltas)):
+            ranges = [key for key in type(section.space).model_fields if isinstance(getattr(section.space, key), Range)]
+            if section.sampler == "grid" and ranges:
+                raise ValueError(f"{name}.sampler: grid needs choices, and {name}.space.{ranges[0]} is a range")
         for key, given, allowed in (
             ("percentile", evaluate.percentile, self.deltas.percentiles),
             ("d_new", evaluate.d_new, self.deltas.d_new),

@@ -87,3 +87,8 @@ class Keeper:
 
     def read(self, run: dict[str, Any]) -> Checkpoint | None:
         return None if self.path is None else read(self.path, run)
+
+    def forget(self) -> None:
+        """The run has ended: what it kept is not needed any more."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

@@ -34,14 +34,16 @@ class ResidualTask(NamedTuple):
 
 
 def run(context: Context) -> dict[str, Any]:
-    from jobs.search import EarlyStopping, best_of, run_search, trials_of
+    from jobs.search import EarlyStopping, run_search
     from jobs.stages.records import finish_trial, record_trial
+    from jobs.studies import best_of, trials_of
 
     settings, space = context.settings, context.space
     activations = capture_model(context, "finetuned", space.lora / "merged", keys.finetuned_activations(settings))
     _residuals(context, activations)
     groups = delta_groups(context, activations)
     section = settings.deltas
+    one_objective = section.objectives == "val_loss"
     halving = EarlyStopping(section.grace_evals, section.epochs, section.reduction_factor)
     context.pool.close()
     with context.progress.bar("delta studies", section.trials * len(groups), "trials") as bar:
@@ -51,7 +53,7 @@ def run(context: Context) -> dict[str, Any]:
             storage=context.studies,
             share=context.share,
             max_retries=settings.compute.max_retries,
-            early_stopping=halving if section.asha and section.epochs > section.grace_evals else None,
+            early_stopping=halving if section.asha and one_objective and section.epochs > section.grace_evals else None,
             scratch=space.folder / ".tune" / STAGE,
             bar=bar,
             on_trial=lambda group, result: finish_trial(context, STAGE, group.name, result),
@@ -79,7 +81,7 @@ def group_name(layer: int, percentile: float, d_new: int) -> str:
 
 def delta_groups(context: Context, activations: Path) -> list[Any]:
     """One search group for each (layer, percentile, d_new)."""
-    from jobs.search import Group
+    from jobs.studies import Group
 
     settings, section = context.settings, context.settings.deltas
     fixed = section.model_dump(
@@ -102,12 +104,26 @@ def delta_groups(context: Context, activations: Path) -> list[Any]:
                     "device": context.device,
                     "precision": settings.compute.precision,
                     "threads": context.share.cpus,
+                    "checkpoint_seconds": settings.compute.checkpoint_seconds,
                     "settings": {**fixed, "d_new": d_new, "seed": settings.seed},
                 }
                 space = {one: getattr(section.space, one) for one in type(section.space).model_fields}
                 seed = int(key[:8], 16) % 2**31
                 study = f"{settings.name}/{STAGE}/{name}@{key}"
-                groups.append(Group(name, folder, space, section.trials, seed, constants, study))
+                groups.append(
+                    Group(
+                        name,
+                        folder,
+                        space,
+                        section.trials,
+                        seed,
+                        constants,
+                        study,
+                        section.sampler,
+                        tuple(section.objectives.split(", ")),
+                        section.warm_start and f"{section.warm_start}/{STAGE}/{name}",
+                    )
+                )
     return groups
 
 
@@ -117,6 +133,7 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     import torch
 
     from models.deltas import write_delta
+    from trainers.checkpoints import Keeper
     from trainers.delta_transcoder import DeltaSettings, DivergedError, train_delta
     from trainers.precision import resolve_precision
 
@@ -128,14 +145,19 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
         precision=resolve_precision(config["precision"], config["device"]),
     )
     data = read_residuals(Path(config["activations"]), Path(config["residual"]), config["layer"])
+    keeper = Keeper(Path(config["folder"]) / "checkpoint.safetensors", config["checkpoint_seconds"])
     try:
-        trained = train_delta(data, settings, layer=config["layer"], device=config["device"], report=report)
+        trained = train_delta(
+            data, settings, layer=config["layer"], device=config["device"], report=report, keeper=keeper
+        )
     except (DivergedError, torch.OutOfMemoryError) as error:
+        keeper.forget()
         return {"failed": " ".join(str(error).split())[:500]}
     losses = trained.figures["val_loss_replicas"]
     kept = losses.index(min(losses))
     facts = {"d_new": settings.d_new, "kept_replica": kept, **trained.figures}
     write_delta(trained.deltas[kept], Path(config["folder"]), facts)
+    keeper.forget()
     return trained.figures
 
 

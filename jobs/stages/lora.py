@@ -21,8 +21,9 @@ STAGE = "lora"
 
 
 def run(context: Context) -> dict[str, Any]:
-    from jobs.search import EarlyStopping, Group, best_of, run_search, trials_of
+    from jobs.search import EarlyStopping, run_search
     from jobs.stages.records import finish_trial, record_trial
+    from jobs.studies import Group, best_of, trials_of
 
     settings, space = context.settings, context.space
     folder = keyed_folder(space.lora, keys.lora_group(settings))
@@ -43,6 +44,8 @@ def run(context: Context) -> dict[str, Any]:
             "settings": section.model_dump(include={"steps", "eval_every", "warmup_fraction", "grad_clip", "loss_on"}),
         },
         study=f"{settings.name}/{STAGE}@{keys.lora_group(settings)}",
+        sampler=section.sampler,
+        warm_start=section.warm_start and f"{section.warm_start}/{STAGE}",
     )
     halving = EarlyStopping(
         section.grace_evals, math.ceil(section.steps / section.eval_every), section.reduction_factor

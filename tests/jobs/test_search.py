@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from optuna.trial import TrialState
 
 from jobs.cluster import Share
 from jobs.progress import Progress
-from jobs.search import EarlyStopping, Group, best_of, open_storage, run_search, trials_of
+from jobs.search import EarlyStopping, run_search
+from jobs.studies import Group, best_of, open_storage, pareto_front, trials_of
 from search_spaces.schema import Choice, Range
 
 
@@ -69,7 +71,7 @@ def states(root: Path, name: str) -> list[TrialState]:
 
 def test_groups_have_their_own_studies_and_early_stopping(share: Share, tmp_path: Path) -> None:
     groups = [group(tmp_path, "near", 6, 0.3), group(tmp_path, "far", 6, 100.0)]
-    told = search(tmp_path, groups, bowl, share, EarlyStopping(grace=1, longest=4, reduction_factor=2))
+    told = search(tmp_path, groups, bowl, share, EarlyStopping(grace=1, longest=4, reduction_factor=3))
     assert len(told) == 12
     for one in groups:
         results = trials_of(one)
@@ -120,16 +122,82 @@ def test_fewer_trials_than_before_leave_other_groups_their_own(share: Share, tmp
     assert [result["group"] for result in told] == ["empty", "empty"]
 
 
-def test_a_zombie_of_a_dead_driver_is_asked_again(share: Share, tmp_path: Path) -> None:
+def test_what_was_running_when_the_driver_died_goes_on_under_its_number(share: Share, tmp_path: Path) -> None:
     storage = open_storage(None, tmp_path)
     study = optuna.create_study(study_name="test/zombie", storage=storage)
-    study.ask({"x": optuna.distributions.FloatDistribution(0.0, 1.0)})
-    wanted = study.trials[0].params["x"]
+    distributions = {
+        "x": optuna.distributions.FloatDistribution(0.0, 1.0),
+        "kind": optuna.distributions.CategoricalDistribution(["a", "b"]),
+    }
+    wanted = study.ask(distributions).params
+    study.ask({"x": distributions["x"]})  # the driver died between two draws
     one = group(tmp_path, "zombie", 2)
     search(tmp_path, [one], bowl, share)
+    assert states(tmp_path, "zombie") == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    assert [result["trial"] for result in trials_of(one)] == [0, 2]
+    assert trials_of(one)[0]["params"] == {"fixed": 3, **wanted}
+    study.ask(distributions)
+    assert search(tmp_path, [one], bowl, share) == [], "nothing is missing, so a trial too many is given up"
     assert TrialState.RUNNING not in states(tmp_path, "zombie")
-    assert [result["trial"] for result in trials_of(one)] == [1, 2]
-    assert trials_of(one)[0]["params"]["x"] == pytest.approx(wanted)
+
+
+def test_proposals_and_stops_do_not_depend_on_how_often_the_driver_started(share: Share, tmp_path: Path) -> None:
+    """Six trials in one go, and one by one with a fresh search each: the same values and the same ends."""
+    halving = EarlyStopping(grace=1, longest=4, reduction_factor=3)
+    names = [f"g{number}" for number in range(share.at_once)]  # as many groups as run at once: one trial of each
+    search(tmp_path / "whole", [group(tmp_path / "whole", name, 6) for name in names], bowl, share, halving)
+    for trials in range(1, 7):
+        search(tmp_path / "cut", [group(tmp_path / "cut", name, trials) for name in names], bowl, share, halving)
+    for name in names:
+        whole, cut = (
+            [
+                (result["params"], result["state"], result["value"])
+                for result in trials_of(group(tmp_path / folder, name, 6))
+            ]
+            for folder in ("whole", "cut")
+        )
+        assert whole == cut
+        assert {state for _, state, _ in whole} == {"COMPLETE", "STOPPED"}
+
+
+def trade(config: dict[str, Any], report: Any) -> dict[str, Any]:
+    """Two figures that pull apart."""
+    report({"step": 1, "val_loss": config["x"]})
+    return {"step": 1, "val_loss": config["x"], "fvu": config["x"], "l0": 1 - config["x"] ** 2}
+
+
+def test_two_objectives_give_a_front(share: Share, tmp_path: Path) -> None:
+    one = replace(group(tmp_path, "two", 6), objectives=("fvu", "l0"), space={"x": Range(low=0.0, high=1.0)})
+    search(tmp_path, [one], trade, share)
+    study = optuna.load_study(study_name="test/two", storage=open_storage(None, tmp_path))
+    assert len(study.directions) == 2
+    assert {trial.number for trial in study.best_trials} == pareto_front(trials_of(one), one.objectives)
+    assert len(study.best_trials) == 6, "each is best at its own trade"
+
+
+def test_a_grid_is_tried_whole(share: Share, tmp_path: Path) -> None:
+    space = {"x": Choice(choice=[0.1, 0.2, 0.3]), "kind": Choice(choice=["a", "b"])}
+    one = replace(group(tmp_path, "grid", 6), sampler="grid", space=space)
+    search(tmp_path, [one], bowl, share)
+    seen = {(result["params"]["x"], result["params"]["kind"]) for result in trials_of(one)}
+    assert seen == {(x, kind) for x in (0.1, 0.2, 0.3) for kind in "ab"}
+
+
+@pytest.mark.parametrize("sampler", ["gp", "random"])
+def test_other_samplers_propose(share: Share, tmp_path: Path, sampler: str) -> None:
+    one = replace(group(tmp_path, sampler, 6), sampler=sampler)
+    search(tmp_path, [one], bowl, share)
+    assert len({result["params"]["x"] for result in trials_of(one)}) == 6
+
+
+def test_a_warm_start_tries_the_best_of_an_earlier_study_first(share: Share, tmp_path: Path) -> None:
+    earlier = replace(group(tmp_path, "earlier", 5), study="old/deltas/g@123")
+    search(tmp_path, [earlier], bowl, share)
+    best = best_of(trials_of(earlier))
+    assert best is not None
+    later = replace(group(tmp_path, "later", 4), study="new/deltas/g@456", warm_start="old/deltas/g", seed=9)
+    search(tmp_path, [later], bowl, share)
+    assert trials_of(later)[0]["params"] == best["params"]
 
 
 def test_whole_ranges_give_whole_numbers(share: Share, tmp_path: Path) -> None:
