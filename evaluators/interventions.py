@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from models.bridge import tap_names
+from models.bridge import read_input, tap_names
 from models.errors import ModelError
 from models.transcoder import Transcoder, check_fits
 
@@ -102,7 +102,7 @@ class Splice:
 
     def _reader(self, site: Site) -> Callable:
         def read(x: Tensor, hook: object) -> None:
-            self._inputs[site.layer] = x
+            self._inputs[site.layer] = read_input(site.base.taps, x)
 
         return read
 

@@ -15,8 +15,8 @@ from torch.nn import functional
 from data.encoding import Encoded, encode_prompt, encode_row, pad_left
 from evaluators.decoding import Job, Stop, decode, forward
 from evaluators.interventions import Site, spliced
-from models.bridge import device_of, tap_names
-from models.transcoder import Transcoder
+from models.bridge import device_of, read_input, tap_names
+from models.transcoder import Taps, Transcoder
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -83,13 +83,15 @@ def _features(bridge: TransformerBridge, encoded: Encoded, sites: Sequence[Site]
     batch = pad_left([encoded.ids], bridge.tokenizer.pad_token_id).to(device_of(bridge))
     seen: dict[int, Tensor] = {}
 
-    def reader(layer: int):
+    def reader(layer: int, taps: Taps):
         def read(x: Tensor, hook: object) -> None:
-            seen[layer] = x[0].float()
+            seen[layer] = read_input(taps, x[0].float())
 
         return read
 
-    with bridge.hooks(fwd_hooks=[(tap_names(site.base.taps, site.layer)[0], reader(site.layer)) for site in sites]):
+    with bridge.hooks(
+        fwd_hooks=[(tap_names(site.base.taps, site.layer)[0], reader(site.layer, site.base.taps)) for site in sites]
+    ):
         forward(bridge, batch, 1)
     tokens = [bridge.tokenizer.decode([index]) for index in encoded.ids]
     found = []

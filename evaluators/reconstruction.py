@@ -18,7 +18,7 @@ from data.encoding import by_length, encode_row, pad_left
 from data.rows import Row
 from evaluators.decoding import forward
 from evaluators.interventions import Site, spliced
-from models.bridge import device_of, tap_names
+from models.bridge import device_of, read_input, tap_names
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -67,7 +67,7 @@ def site_activations(bridge: TransformerBridge, rows: Sequence[Row], site: Site)
             batch = batch.to(device_of(bridge))
             kept = batch.editable
             forward(bridge, batch, 1)
-    return torch.cat(columns[0]), torch.cat(columns[1])
+    return read_input(site.base.taps, torch.cat(columns[0])), torch.cat(columns[1])
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.context import Context
 from jobs.errors import RequestError
 from jobs.stages.deltas import group_name
-from jobs.stages.transcoders import chosen_base, root
+from jobs.stages.transcoders import chosen_base, root, taps_of
 from jobs.workspace import read_json
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def load_sites(context: Context, layers: list[int], percentile: float, d_new: in
                 f"no kept delta under {group}; the sweep has percentiles "
                 f"{context.settings.deltas.percentiles} and d_new {context.settings.deltas.d_new}"
             )
-        base = read(root(context), chosen_base(context, layer, percentile), layer)
+        base = read(root(context), chosen_base(context, layer, percentile), layer, taps_of(context))
         sites.append(Site(layer, base, read_delta(group / f"trial_{best['trial']:04d}")))
     return sites
 
@@ -84,6 +84,7 @@ def export(context: Context, kind: str, folder: Path, percentile: float, d_new: 
         n_layers=facts["n_layers"],
         d_model=facts["d_model"],
         context_size=context.settings.activations.max_length,
+        taps=taps_of(context),
     )
     notes = {"sweep": context.settings.name, "percentile": percentile, "d_new": d_new, "alpha": alpha}
     if kind == "gemma-scope":

@@ -51,6 +51,7 @@ def lora(settings: Sweep) -> str:
 def base_activations(settings: Sweep) -> str:
     return key_of(
         "activations",
+        settings.transcoders.convention,
         data(settings),
         settings.seed,
         _dump(settings.model),
@@ -63,7 +64,7 @@ def base(settings: Sweep, layer: int) -> str:
     """Of a layer's base transcoders."""
     section = settings.transcoders
     if section.source != "train":
-        return key_of("published", section.source, section.width, layer)
+        return key_of("published", section.source, section.width, layer, section.convention)
     return key_of("base", base_activations(settings), _dump(section, "layers"), layer)
 
 

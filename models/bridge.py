@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from models.transcoder import Taps
+from models.transcoder import RESID_MID_TAPS, Taps
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,4 +39,10 @@ def device_of(bridge: TransformerBridge) -> torch.device:
 
 def tap_names(taps: Taps, layer: int) -> tuple[str, str]:
     """The full hook names of a layer's input and output taps."""
-    return f"blocks.{layer}.{taps.input}", f"blocks.{layer}.{taps.output}"
+    read = "hook_resid_mid" if taps.input == RESID_MID_TAPS.input else taps.input
+    return f"blocks.{layer}.{read}", f"blocks.{layer}.{taps.output}"
+
+
+def read_input(taps: Taps, activation: Tensor) -> Tensor:
+    """What a transcoder reads of the activation (..., d_model) at its input's hook."""
+    return activation / activation.shape[-1] ** 0.5 if taps.input == RESID_MID_TAPS.input else activation

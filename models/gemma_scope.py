@@ -20,7 +20,7 @@ import torch
 
 from models.errors import ModelError
 from models.hub import cached_snapshot, hub_errors
-from models.transcoder import GEMMA_SCOPE_TAPS, Transcoder, read_config, write_config
+from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder, read_config, write_config
 
 KEYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 _L0_FILE = re.compile(r"(average_l0_(\d+(?:\.\d+)?))/params\.npz")
@@ -70,10 +70,10 @@ def select_target_l0(found: list[Candidate], target_l0: float) -> Candidate:
     return min(sorted(found), key=lambda candidate: abs(candidate.average_l0 - target_l0))
 
 
-def read(root: str, candidate: Candidate, layer: int) -> Transcoder:
+def read(root: str, candidate: Candidate, layer: int, taps: Taps = GEMMA_SCOPE_TAPS) -> Transcoder:
     """The transcoder of `candidate`, fp32, on the CPU. Raises ModelError where it cannot be had or read."""
     if Path(root).is_dir():
-        return read_npz(Path(root) / candidate.path / "params.npz", layer)
+        return read_npz(Path(root) / candidate.path / "params.npz", layer, taps)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -82,11 +82,12 @@ def read(root: str, candidate: Candidate, layer: int) -> Transcoder:
             path = hf_hub_download(root, f"{candidate.path}/params.npz")
     except EntryNotFoundError:
         raise ModelError(f"transcoders.source: {root} has no {candidate.path}/params.npz") from None
-    return read_npz(Path(path), layer)
+    return read_npz(Path(path), layer, taps)
 
 
-def read_npz(path: Path, layer: int) -> Transcoder:
-    """Reads one params.npz as the transcoder of `layer`; pickled arrays are refused.
+def read_npz(path: Path, layer: int, taps: Taps = GEMMA_SCOPE_TAPS) -> Transcoder:
+    """Reads one params.npz as the transcoder of `layer`; pickled arrays are refused. `taps` are those of a file without
+    a config.json that names its own.
 
     Raises ModelError where the file is missing, cut short, or lacks a key, or where a shape, a dtype, a value or the
     config.json beside it is wrong.
@@ -101,7 +102,6 @@ def read_npz(path: Path, layer: int) -> Transcoder:
         if not np.isfinite(array).all():
             raise ModelError(f"{path}: {key} holds values that are not finite")
     config = path.with_name("config.json")
-    taps = GEMMA_SCOPE_TAPS
     if config.is_file():
         made_for, taps = read_config(config)
         if made_for != layer:

@@ -27,6 +27,11 @@ class Taps(NamedTuple):
 
 GEMMA_SCOPE_TAPS = Taps("ln2.hook_normalized", "hook_mlp_out")
 """Input after RMS normalisation and before the norm's gain; output as added to the residual stream."""
+RESID_MID_TAPS = Taps("resid_mid/sqrt(d_model)", "hook_mlp_out")
+"""Input is the un-normalised residual over a constant. It is not what Gemma Scope was trained on; it exists so that
+checkpoints made with it can be read, and tables name it."""
+CONVENTIONS = {taps.input: taps for taps in (GEMMA_SCOPE_TAPS, RESID_MID_TAPS)}
+"""Taps by the name that settings and tables give them, that of the input."""
 
 
 @dataclass(frozen=True)

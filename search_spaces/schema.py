@@ -119,6 +119,9 @@ class Activations(Section):
 class Transcoders(Section):
     source: str = "train"
     """`train`, a local folder, or a hub repository in Gemma Scope's layout."""
+    convention: Literal["ln2.hook_normalized", "resid_mid/sqrt(d_model)"] = "ln2.hook_normalized"
+    """What the transcoders read: the residual stream in the middle of the block over its rms, as Gemma Scope's do, or
+    over a constant, to read checkpoints that were made so. A file that names its own taps must agree."""
     layers: Layers = "all"
     width: str | Count = 16384
     """Features of a trained base transcoder, or the width label of a published one (such as 16k)."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.encoding import by_length, pad_left
-from models.bridge import device_of, tap_names
+from models.bridge import device_of, read_input, tap_names
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps
 from trainers.activations import shard_tokens, write_index, write_shard
 
@@ -140,7 +140,8 @@ def capture_batch(
 
     def reader(layer: int, column: int):
         def read(activation: Tensor, hook: object) -> None:
-            seen[layer, column] = activation[kept].to("cpu", torch.bfloat16)
+            chosen = activation[kept]
+            seen[layer, column] = (chosen if column else read_input(taps, chosen)).to("cpu", torch.bfloat16)
             if (layer, column) == (max(layers), 1):
                 raise _LastTap
 

@@ -16,6 +16,7 @@ from jobs.context import Context
 from jobs.errors import WorkFailed
 from jobs.stages.loaded import bridge
 from jobs.workspace import keyed_folder
+from models.transcoder import CONVENTIONS
 from trainers.activations import INDEX
 from trainers.capture import Plan, finish_capture, layer_folder
 
@@ -46,6 +47,7 @@ class ShardTask(NamedTuple):
     layers: tuple[int, ...]
     device: str
     precision: str
+    convention: str
 
 
 def capture_model(context: Context, name: str, model: Path, key: str) -> Path:
@@ -58,9 +60,9 @@ def capture_model(context: Context, name: str, model: Path, key: str) -> Path:
     ]
     if not layers:
         return folder
-    precision = context.settings.compute.precision
+    precision, convention = context.settings.compute.precision, context.settings.transcoders.convention
     tasks = [
-        ShardTask(text, shard, str(model), str(folder), tuple(layers), context.device, precision)
+        ShardTask(text, shard, str(model), str(folder), tuple(layers), context.device, precision, convention)
         for text in _texts(context)
         for shard in range(len(plan_of(text).shards))
     ]
@@ -70,7 +72,7 @@ def capture_model(context: Context, name: str, model: Path, key: str) -> Path:
                 raise WorkFailed(f"capture of the {name} model: {outcome.error}")
             bar.advance()
     for text in _texts(context):
-        finish_capture(plan_of(text), layers, folder / text.split)
+        finish_capture(plan_of(text), layers, folder / text.split, CONVENTIONS[convention])
     return folder
 
 
@@ -80,7 +82,8 @@ def capture_task(task: ShardTask) -> None:
     from trainers.precision import resolve_precision
 
     model = bridge(task.model, task.device, resolve_precision(task.precision, task.device))
-    capture_shard(model, plan_of(task.text), task.shard, task.layers, Path(task.folder) / task.text.split)
+    folder = Path(task.folder) / task.text.split
+    capture_shard(model, plan_of(task.text), task.shard, task.layers, folder, CONVENTIONS[task.convention])
 
 
 @lru_cache(maxsize=2)

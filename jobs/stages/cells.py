@@ -155,11 +155,12 @@ def _sites(work: Work) -> list[Any]:
     from evaluators.interventions import Site
     from models.deltas import read_delta
     from models.gemma_scope import Candidate, read
+    from models.transcoder import CONVENTIONS
 
     return [
         Site(
             plan.layer,
-            read(plan.root, Candidate(*plan.candidate), plan.layer),
+            read(plan.root, Candidate(*plan.candidate), plan.layer, CONVENTIONS[work.convention]),
             read_delta(Path(plan.delta)),
         ).to(work.device)
         for plan in work.sites

@@ -31,6 +31,7 @@ class ResidualTask(NamedTuple):
     folder: str
     key: str
     device: str
+    convention: str
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -102,6 +103,7 @@ def delta_groups(context: Context, activations: Path) -> list[Any]:
                     "activations": str(activations),
                     "residual": str(folder.parent / "residual"),
                     "device": context.device,
+                    "convention": settings.transcoders.convention,
                     "precision": settings.compute.precision,
                     "threads": context.share.cpus,
                     "checkpoint_seconds": settings.compute.checkpoint_seconds,
@@ -133,6 +135,7 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     import torch
 
     from models.deltas import write_delta
+    from models.transcoder import CONVENTIONS
     from trainers.checkpoints import Keeper
     from trainers.delta_transcoder import DeltaSettings, DivergedError, train_delta
     from trainers.precision import resolve_precision
@@ -148,7 +151,13 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     keeper = Keeper(Path(config["folder"]) / "checkpoint.safetensors", config["checkpoint_seconds"])
     try:
         trained = train_delta(
-            data, settings, layer=config["layer"], device=config["device"], report=report, keeper=keeper
+            data,
+            settings,
+            layer=config["layer"],
+            taps=CONVENTIONS[config["convention"]],
+            device=config["device"],
+            report=report,
+            keeper=keeper,
         )
     except (DivergedError, torch.OutOfMemoryError) as error:
         keeper.forget()
@@ -166,11 +175,13 @@ def compute_residual(task: ResidualTask) -> None:
     import torch
 
     from models.gemma_scope import Candidate, read
+    from models.transcoder import CONVENTIONS
     from trainers.activations import read_index, read_pairs, write_index, write_shard
     from trainers.capture import layer_folder
     from trainers.delta_transcoder import output_variance, residual_of
 
-    base = read(task.root, Candidate(*task.candidate), task.layer).to(task.device)
+    taps = CONVENTIONS[task.convention]
+    base = read(task.root, Candidate(*task.candidate), task.layer, taps).to(task.device)
     facts: dict[str, Any] = {"base": task.candidate[1]}
     for split in ("train", "validation"):
         source = layer_folder(Path(task.activations) / split, task.layer)
@@ -213,8 +224,11 @@ def _residuals(context: Context, activations: Path) -> None:
                 continue
             base = chosen_base(context, layer, percentile)
             candidate = (base.average_l0, base.path)
+            convention = context.settings.transcoders.convention
             tasks.append(
-                ResidualTask(layer, root(context), candidate, str(activations), str(folder), key, context.device)
+                ResidualTask(
+                    layer, root(context), candidate, str(activations), str(folder), key, context.device, convention
+                )
             )
     with context.progress.bar("base errors", len(tasks), "bases") as bar:
         for outcome in context.pool.run(compute_residual, tasks, context.settings.compute.max_retries):

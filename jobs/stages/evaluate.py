@@ -18,7 +18,6 @@ from jobs.stages.deltas import group_name
 from jobs.stages.records import record_cell
 from jobs.stages.transcoders import chosen_base, root
 from jobs.workspace import FINETUNED, key_of, read_json
-from models.transcoder import GEMMA_SCOPE_TAPS
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -111,7 +110,7 @@ def _shared(context: Context) -> dict[str, Any]:
         "max_new_tokens": settings.evaluate.max_new_tokens,
         "batch_size": settings.evaluate.batch_size,
         "seed": settings.seed,
-        "convention": GEMMA_SCOPE_TAPS.input,
+        "convention": settings.transcoders.convention,
     }
 
 

@@ -18,7 +18,7 @@ from jobs.workspace import finish as finish_folder
 from jobs.workspace import is_finished, keyed_folder, read_json
 from models.gemma_scope import Candidate, candidates, read, select_percentile, width_label, write
 from models.sources import model_facts
-from models.transcoder import GEMMA_SCOPE_TAPS, check_fits
+from models.transcoder import CONVENTIONS, Taps, check_fits
 
 
 class LayerTask(NamedTuple):
@@ -32,6 +32,7 @@ class LayerTask(NamedTuple):
     seed: int
     device: str
     precision: str
+    convention: str
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -51,6 +52,11 @@ def root(context: Context) -> str:
     """The folder or hub repository that holds the bases."""
     source = context.settings.transcoders.source
     return str(context.space.transcoders) if source == "train" else source
+
+
+def taps_of(context: Context) -> Taps:
+    """What the sweep's transcoders read and replace."""
+    return CONVENTIONS[context.settings.transcoders.convention]
 
 
 def chosen_base(context: Context, layer: int, percentile: float) -> Candidate:
@@ -75,6 +81,7 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
         targets,
         BaseSettings(**section, seed=task.seed, precision=resolve_precision(task.precision, task.device)),
         layer=task.layer,
+        taps=CONVENTIONS[task.convention],
         device=task.device,
     )
     folder = Path(task.folder)
@@ -110,6 +117,7 @@ def _train(context: Context) -> None:
                 seed=settings.seed,
                 device=context.device,
                 precision=settings.compute.precision,
+                convention=section.convention,
             )
             for layer in missing
         ]
@@ -132,9 +140,9 @@ def _train(context: Context) -> None:
 def _check(context: Context, candidate: Candidate, layer: int) -> None:
     facts = model_facts(context.model)
     check_fits(
-        read(root(context), candidate, layer),
+        read(root(context), candidate, layer, taps_of(context)),
         d_model=facts["d_model"],
         n_layers=facts["n_layers"],
-        taps=GEMMA_SCOPE_TAPS,
+        taps=taps_of(context),
         origin=f"{root(context)}/{candidate.path}",
     )

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from data.encoding import encode_text, pad_left
-from models.bridge import tap_names
-from models.transcoder import GEMMA_SCOPE_TAPS, Taps
+from models.bridge import read_input, tap_names
+from models.transcoder import GEMMA_SCOPE_TAPS, RESID_MID_TAPS, Taps
 
 TEXTS = ["What is 12 + 30?", "A much longer line, so that the first one is padded on the left.", "9"]
 
@@ -42,6 +42,21 @@ def test_other_taps_read_something_else(both, plain_taps):
     read, written = bridged(bridge, batch, tap_names(Taps("ln2.hook_in", "mlp.hook_in"), 1))
     assert not torch.allclose(read[batch.mask], x[batch.mask], rtol=0.1)
     assert not torch.allclose(written[batch.mask], y[batch.mask], rtol=0.1)
+
+
+def test_the_second_convention_reads_the_residual_over_a_constant(both, plain_taps):
+    """resid_mid/sqrt(d_model), read two ways: as the bridge's residual, and as plain x times its own rms."""
+    model, bridge, batch = both
+    x, y, _ = plain_taps(model, batch, 1)
+    activation, written = bridged(bridge, batch, tap_names(RESID_MID_TAPS, 1))
+    read = read_input(RESID_MID_TAPS, activation)
+    d_model = x.shape[-1]
+    torch.testing.assert_close(read * d_model**0.5, activation)
+    torch.testing.assert_close(written[batch.mask], y[batch.mask], rtol=1e-4, atol=1e-4)
+    rms = (activation.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+    torch.testing.assert_close((read * d_model**0.5 / rms)[batch.mask], x[batch.mask], rtol=1e-4, atol=1e-5)
+    assert (read - x)[batch.mask].norm() > 0.2 * x[batch.mask].norm(), "another input altogether"
+    assert read_input(GEMMA_SCOPE_TAPS, activation) is activation
 
 
 def test_wrapping_changes_no_logit(both):

@@ -107,7 +107,8 @@ BAD = {
     "transcoders.layers=[-1]": "transcoders.layers.0: got -1, must be greater than or equal to 0",
     "seed=-1": "seed: got -1, must be greater than or equal to 0",
     "activations.max_length=1": "activations.max_length: got 1, must be greater than or equal to 2",
-    "compute.precision=fp16": "compute.precision: got \"fp16\", must be 'auto', 'fp32' or 'bf16'",
+    "deltas.sampler=grid": "deltas.sampler: grid needs choices, and deltas.space.lr is a range",
+    "compute.precision=fp16": "compute.precision: got \"fp16\", must be 'auto', 'fp32', 'tf32' or 'bf16'",
     "evaluate.conditions=[raw, fulll]": "evaluate.conditions.1: got \"fulll\", must be 'raw', 'no_delta' or 'full'",
     "name=a/b": 'name: got "a/b", must be text of the form ',
     # named twice
