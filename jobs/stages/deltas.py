@@ -110,7 +110,8 @@ def delta_groups(context: Context, activations: Path) -> list[Any]:
                     "settings": {**fixed, "d_new": d_new, "seed": settings.seed},
                 }
                 space = {one: getattr(section.space, one) for one in type(section.space).model_fields}
-                seed = int(key[:8], 16) % 2**31
+                # The first, random values are the same for every d_new, so that widths compare like with like.
+                seed = int(keys.residual(settings, layer, percentile)[:8], 16) % 2**31
                 study = f"{settings.name}/{STAGE}/{name}@{key}"
                 groups.append(
                     Group(

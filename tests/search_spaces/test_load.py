@@ -23,7 +23,7 @@ def refused(config, *overrides) -> str:
 
 
 def test_every_preset_loads_and_survives_yaml_and_json():
-    assert presets() == ["gemma2_2b", "quickstart", "tiny"]
+    assert presets() == ["gemma2_2b", "quickstart", "smollm2", "tiny"]
     for name in presets():
         sweep = load(name)
         assert sweep.name == name
@@ -180,7 +180,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, monkeypatch, content, said):
 
 
 def test_a_missing_or_unreadable_file_is_one_sentence(tmp_path):
-    assert "give a YAML file or one of the presets: gemma2_2b, quickstart, tiny" in refused("quickstrat")
+    assert "give a YAML file or one of the presets: gemma2_2b, quickstart, smollm2, tiny" in refused("quickstrat")
     assert "cannot be read" in refused(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     assert "cannot be read" in refused(tmp_path / "latin.yaml")
@@ -206,9 +206,10 @@ def test_the_names_of_the_settings_are_the_trainers(section, space, trainer):
     sweep = load("tiny")
     if space:
         assert set(type(getattr(sweep, space).space).model_fields) <= known
+    search = {"trials", "asha", "grace_evals", "reduction_factor", "space", "sampler", "warm_start"}
     elsewhere = {
-        "lora": {"trials", "asha", "grace_evals", "reduction_factor", "space"},
-        "deltas": {"trials", "asha", "grace_evals", "reduction_factor", "space", "percentiles"},
-        "transcoders": {"source", "layers", "target_l0"},
+        "lora": search,
+        "deltas": search | {"percentiles", "objectives"},
+        "transcoders": {"source", "convention", "layers", "target_l0"},
     }
     assert set(type(getattr(sweep, section)).model_fields) - elsewhere[section] <= known
