@@ -1,42 +1,32 @@
 """Delta training against a trainer that does what the usual script does, side by side in one run.
 
-    python -m benchmarks.delta_training [--d-model 2304 --d-sae 16384 --d-new 128 --batch 2048]
+    python -m benchmarks.delta_training [--d-model 2304 --d-sae 16384 --d-new 128 --batch 2048 --device cuda]
 
-The reference re-runs the frozen base in every step, reads rows through a python-indexed DataLoader, trains one seed and
-materialises the reconstruction. Ours trains on residuals computed once, in feature space. Prints optimiser steps a
-second of both, their ratio, replica-steps a second of stacked seeds, and the share of the measured matmul rate.
+The reference (`plain_delta`) re-runs the frozen base in every step, reads rows through a python-indexed DataLoader,
+trains one seed and makes the whole reconstruction. Ours trains on residuals computed once, in feature space. Prints
+optimiser steps a second of both and their ratio, how far the loss curves differ, replica-steps a second of stacked
+seeds, and the share of the measured matmul rate.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import Annotated
 
 import torch
 import typer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.plain_delta import train_plainly
 from models.transcoder import Transcoder
 from trainers.activations import Pairs
 from trainers.delta_transcoder import DeltaSettings, Residuals, output_variance, residual_of, train_delta
+from trainers.precision import number_format
+from trainers.stacked_deltas import Losses
 
 VALIDATION_TOKENS = 256
-SPARSITY, LR = 1e-3, 3e-3
-
-
-class Rows(Dataset):
-    """One (x, y) pair a python index, as cached activations are usually read."""
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x, y
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.x[index], self.y[index]
 
 
 def main(
@@ -44,27 +34,41 @@ def main(
     d_sae: Annotated[int, typer.Option()] = 16384,
     d_new: Annotated[int, typer.Option()] = 128,
     batch: Annotated[int, typer.Option()] = 2048,
-    steps: Annotated[int, typer.Option(help="Timed steps of ours.")] = 24,
+    steps: Annotated[int, typer.Option(help="Steps of ours.")] = 20,
     reference_steps: Annotated[int, typer.Option(help="Timed steps of the reference.")] = 3,
     replicas: Annotated[int, typer.Option(help="Seeds stacked in the last measurement.")] = 8,
+    precision: Annotated[str, typer.Option(help="Of ours: fp32, tf32 or bf16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="Of ours and the reference's products.")] = "cpu",
 ) -> None:
     threads = torch.get_num_threads()
-    typer.echo(f"d_model {d_model}, d_sae {d_sae}, d_new {d_new}, batch {batch}, fp32, {threads} threads")
+    typer.echo(
+        f"d_model {d_model}, d_sae {d_sae}, d_new {d_new}, batch {batch}, {precision}, {device}, {threads} threads"
+    )
     base, x, y = _problem(d_model, d_sae, steps * batch)
-    peak = _matmul_rate(batch, d_model)
-    reference = _reference_rate(base, x[: (reference_steps + 1) * batch], y, batch, d_new)
     residual = residual_of(base, x, y)
     held = slice(0, VALIDATION_TOKENS)
     variance = output_variance(Pairs([(x[held], y[held])]))
     unexplained = residual[held].pow(2).mean().item() / variance
     data = Residuals(Pairs([(x, residual)]), Pairs([(x[held], residual[held])]), variance, unexplained)
-    alone = _our_rate(data, d_new, batch, steps, 1)
-    stacked = _our_rate(data, d_new, batch, steps, replicas)
+    settings = DeltaSettings(d_new=d_new, batch_size=batch, epochs=1, l0_budget=16)
+    reference = train_plainly(base, x, y, variance, settings, reference_steps + 1, device)
+    found = _curve(data, settings)[: reference_steps + 1]
+    apart = max(abs(one - other) / other for one, other in zip(found, reference.losses, strict=True))
+    settings = replace(settings, precision=precision)
+    peak = _matmul_rate(batch, d_model, device, precision)
+    alone = _steps_per_second(data, settings, device)
+    stacked = _steps_per_second(data, replace(settings, replicas=replicas), device)
+    peak = max(peak, _matmul_rate(batch, d_model, device, precision))
+    plain = reference_steps / reference.seconds
     flops = 4 * 2 * batch * d_model * d_new
-    typer.echo(f"reference          {reference:8.3f} steps/s")
-    typer.echo(f"ours, one seed     {alone:8.3f} steps/s   {alone / reference:.1f}x the reference")
+    typer.echo(f"reference          {plain:8.3f} steps/s")
+    typer.echo(f"ours, one seed     {alone:8.3f} steps/s   {alone / plain:.1f}x the reference")
+    typer.echo(f"loss curves        {apart:.1e} apart at most, relative, over {len(found)} steps (fp32)")
     typer.echo(f"ours, {replicas} stacked    {stacked:8.3f} steps/s   {stacked * replicas / alone:.2f}x a seed alone")
-    typer.echo(f"matmul peak {peak / 1e9:.0f} GFLOP/s; ours alone uses {flops * alone / peak:.2f} of it")
+    typer.echo(
+        f"matmul peak {peak / 1e9:.0f} GFLOP/s ({precision}); ours uses {flops * alone / peak:.2f} of it alone, "
+        f"{flops * replicas * stacked / peak:.2f} stacked"
+    )
 
 
 def _problem(d_model: int, d_sae: int, tokens: int) -> tuple[Transcoder, Tensor, Tensor]:
@@ -79,52 +83,46 @@ def _problem(d_model: int, d_sae: int, tokens: int) -> tuple[Transcoder, Tensor,
     return base, x, y
 
 
-def _matmul_rate(batch: int, d_model: int, tries: int = 5) -> float:
-    """FLOP/s of a large fp32 product, the best of several."""
-    left, right = torch.randn(batch, d_model), torch.randn(d_model, d_model)
-    best = math.inf
-    for _ in range(tries):
-        started = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - started)
+def _matmul_rate(batch: int, d_model: int, device: str, precision: str, tries: int = 10) -> float:
+    """FLOP/s of a large product in that format, the best of several."""
+    with number_format(device, precision) as dtype:
+        left = torch.randn(batch, d_model, device=device, dtype=dtype)
+        right = torch.randn(d_model, d_model, device=device, dtype=dtype)
+        best = math.inf
+        for _ in range(tries):
+            started = _now(device)
+            left @ right
+            best = min(best, _now(device) - started)
     return 2 * batch * d_model * d_model / best
 
 
-def _reference_rate(base: Transcoder, x: Tensor, y: Tensor, batch: int, d_new: int) -> float:
-    """Steps a second of the usual script, its first step not counted."""
-    d_model = base.d_model
-    W_enc = torch.nn.Parameter(torch.randn(d_model, d_new) / math.sqrt(d_model))
-    b_enc = torch.nn.Parameter(torch.zeros(d_new))
-    W_dec = torch.nn.Parameter(torch.zeros(d_new, d_model))
-    optimiser = torch.optim.AdamW([W_enc, b_enc, W_dec], lr=LR)
-    loader = DataLoader(Rows(x, y[: len(x)]), batch_size=batch, shuffle=True)
-    started, steps = 0.0, 0
-    for inputs, outputs in loader:
-        inputs, outputs = inputs.float(), outputs.float()
-        with torch.no_grad():
-            residual = outputs - base(inputs)
-        acts = torch.relu(inputs @ W_enc + b_enc)
-        error = (acts @ W_dec - residual).pow(2).mean()
-        penalty = (acts * W_dec.norm(dim=1)).sum(1).mean()
-        optimiser.zero_grad()
-        (error + SPARSITY * penalty).backward()
-        torch.nn.utils.clip_grad_norm_([W_enc, b_enc, W_dec], 1.0)
-        optimiser.step()
-        if not started:
-            started = time.perf_counter()
-        else:
-            steps += 1
-    return steps / (time.perf_counter() - started)
+def _curve(data: Residuals, settings: DeltaSettings) -> list[float]:
+    """The loss of every step of ours, the constant part of the squared error added."""
+    found: list[float] = []
+    squares = data.train.shards[0][1].float().pow(2).mean(1) / data.variance
+    batches = Pairs([(squares,)]).batches(settings.batch_size, torch.Generator().manual_seed(0))
+    steps = data.train.batch_count(settings.batch_size)
+
+    def note(losses: Losses) -> None:
+        warm = min(1.0, (len(found) + 1) / max(settings.sparsity_warmup_fraction * steps, 1))
+        loss = losses.error + settings.sparsity * warm * losses.penalty
+        found.append(loss.item() + next(batches)[0].mean().item())
+
+    train_delta(data, settings, layer=0, on_step=note)
+    return found
 
 
-def _our_rate(data: Residuals, d_new: int, batch: int, steps: int, replicas: int) -> float:
-    """Steps a second of `train_delta`, set-up and validation included."""
-    settings = DeltaSettings(
-        d_new=d_new, lr=LR, sparsity=SPARSITY, batch_size=batch, epochs=1, replicas=replicas, l0_budget=16
-    )
-    started = time.perf_counter()
-    train_delta(data, settings, layer=0)
-    return steps / (time.perf_counter() - started)
+def _steps_per_second(data: Residuals, settings: DeltaSettings, device: str) -> float:
+    """Of `train_delta` between its first step and its last, reading included."""
+    times: list[float] = []
+    train_delta(data, settings, layer=0, device=device, on_step=lambda losses: times.append(_now(device)))
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def _now(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -74,14 +74,20 @@ class Curve(NamedTuple):
 
 
 def train_plainly(
-    base: Transcoder, x: Tensor, y: Tensor, variance: float, settings: DeltaSettings, steps: int | None = None
+    base: Transcoder,
+    x: Tensor,
+    y: Tensor,
+    variance: float,
+    settings: DeltaSettings,
+    steps: int | None = None,
+    device: str = "cpu",
 ) -> Curve:
     """Trains for one epoch, or its first `steps` steps; batches, schedule and start are those of `train_delta`."""
+    base = base.to(device)
     numbered = Pairs([(x, torch.arange(len(x)))])
-    first = next(numbered.batches(min(4096, len(x)), torch.Generator().manual_seed(0)))[0].float()
-    model = PlainDelta(
-        StackedDeltas(first, replicas=1, d_new=settings.d_new, l0_budget=settings.l0_budget, seed=settings.seed)
-    )
+    first = next(numbered.batches(min(4096, len(x)), torch.Generator().manual_seed(0)))[0].to(device, torch.float32)
+    start = StackedDeltas(first, replicas=1, d_new=settings.d_new, l0_budget=settings.l0_budget, seed=settings.seed)
+    model = PlainDelta(start)
     batches = Pairs([(torch.arange(len(x)),)]).batches(settings.batch_size, torch.Generator().manual_seed(0))
     order = [chosen.tolist() for (chosen,) in batches]
     total, deviation = len(order), math.sqrt(variance)
@@ -89,7 +95,7 @@ def train_plainly(
     losses: list[float] = []
     started = 0.0
     for step, (inputs, outputs) in enumerate(DataLoader(Rows(x, y), batch_sampler=order[:steps])):
-        inputs, outputs = inputs.float(), outputs.float()
+        inputs, outputs = inputs.to(device, torch.float32), outputs.to(device, torch.float32)
         with torch.no_grad():
             residual = (outputs - base(inputs)) / deviation
         warm = min(1.0, (step + 1) / max(settings.lr_warmup_fraction * total, 1))
