@@ -1,0 +1,96 @@
+"""Delta training against sparsify and dictionary_learning on the pairs of a finished sweep, in one run.
+
+    python -m benchmarks.delta_rivals mlruns/sweeps/quickstart --sparsify PYTHON --dictionary-learning PYTHON
+
+The options name the interpreters of environments that hold those packages. All train one transcoder of the same width
+on the same pairs (x, residual), in fp32, with the same batches, epochs and active features a token; each of the others
+gets its best of three learning rates. Prints tokens a second, the share of the residual left on validation tokens, and
+the ratios.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from safetensors.torch import save_file
+
+from trainers.activations import Pairs, read_pairs
+from trainers.capture import layer_folder
+from trainers.delta_transcoder import DeltaSettings, Residuals, output_variance, train_delta
+
+HERE = Path(__file__).parent / "rivals"
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+
+
+def main(
+    sweep: Annotated[Path, typer.Argument(help="Folder of a sweep that has reached its deltas.")],
+    sparsify: Annotated[Path | None, typer.Option(help="Python of an environment with eai-sparsify.")] = None,
+    dictionary_learning: Annotated[Path | None, typer.Option(help="Python of one with dictionary-learning.")] = None,
+    layer: Annotated[int, typer.Option()] = 18,
+    percentile: Annotated[float, typer.Option()] = 0.75,
+    d_new: Annotated[int, typer.Option()] = 128,
+    active: Annotated[int, typer.Option(help="Active features a token.")] = 16,
+    epochs: Annotated[int, typer.Option()] = 2,
+    batch: Annotated[int, typer.Option()] = 512,
+) -> None:
+    data, energy = _pairs(sweep, layer, percentile)
+    tokens, d_model = data.train.tokens, data.train.shards[0][0].shape[1]
+    typer.echo(f"{tokens} tokens, d_model {d_model}, width {d_new}, L0 {active}, {epochs} epochs, batch {batch}, fp32")
+    rates: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = Path(folder) / "pairs.safetensors"
+        (x, residual), (held_x, held) = data.train.whole(), data.validation.whole()
+        save_file({"x": x, "residual": residual, "held_x": held_x, "held_residual": held}, pairs)
+        rivals = {"train_sparsify.py": sparsify, "train_dictionary_learning.py": dictionary_learning}
+        for script, python in rivals.items():
+            if python is not None:
+                sizes = [str(one) for one in (d_new, active, epochs, batch)]
+                runs = [_run([str(python), str(HERE / script), str(pairs), *sizes, str(lr)]) for lr in LEARNING_RATES]
+                rates[script] = max(run["tokens_per_second"] for run in runs)
+                best = min(runs, key=lambda run: run["unexplained"])
+                _say(script, rates[script], best["unexplained"], best["l0"])
+    settings = DeltaSettings(
+        d_new=d_new, lr=5e-3, sparsity=3e-4, epochs=epochs, batch_size=batch, l0_budget=float(active)
+    )
+    times: list[float] = []
+    trained = train_delta(data, settings, layer=layer, on_step=lambda losses: times.append(time.perf_counter()))
+    ours = (len(times) - 1) * batch / (times[-1] - times[0])
+    _say("ours", ours, trained.figures["val_fvu"] * energy, trained.figures["val_l0_delta"])
+    for name, rate in rates.items():
+        typer.echo(f"ours over {name}: {ours / rate:.2f}x")
+
+
+def _pairs(sweep: Path, layer: int, percentile: float) -> tuple[Residuals, float]:
+    """A sweep's residuals of one (layer, base), and the variance of y over their energy, summed on validation tokens."""
+    splits: list[Pairs] = []
+    for split in ("train", "validation"):
+        inputs = read_pairs(layer_folder(sweep / "activations" / "finetuned" / split, layer), ("x",))
+        folder = sweep / "deltas" / f"layer_{layer:02d}" / f"p{percentile:.2f}" / "residual" / split
+        both = zip(inputs.shards, read_pairs(folder, ("residual",)).shards, strict=True)
+        splits.append(Pairs([(x, residual) for (x,), (residual,) in both]))
+    outputs = read_pairs(layer_folder(sweep / "activations" / "finetuned" / "validation", layer))
+    variance = output_variance(outputs)
+    energy = sum(residual.double().pow(2).sum().item() for _, residual in splits[1].shards)
+    whole = variance * splits[1].tokens * splits[1].shards[0][1].shape[1]
+    return Residuals(splits[0], splits[1], variance, energy / whole), whole / energy
+
+
+def _run(command: list[str]) -> dict[str, Any]:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise typer.BadParameter(f"{Path(command[1]).name} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _say(name: str, rate: float, unexplained: float, l0: float) -> None:
+    typer.echo(f"{name:32s} {rate:9.0f} tokens/s, {unexplained:.4f} of the residual left, L0 {l0:.1f}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
