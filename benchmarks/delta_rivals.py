@@ -67,7 +67,7 @@ def main(
 
 
 def _pairs(sweep: Path, layer: int, percentile: float) -> tuple[Residuals, float]:
-    """A sweep's residuals of one (layer, base), and the variance of y over their energy, summed on validation tokens."""
+    """A sweep's residuals of one (layer, base), and the variance of y over their energy, of validation tokens."""
     splits: list[Pairs] = []
     for split in ("train", "validation"):
         inputs = read_pairs(layer_folder(sweep / "activations" / "finetuned" / split, layer), ("x",))
