@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from data.encoding import encode_row
 from data.rows import Row
-from evaluators.decoding import Job, Stop, generate, score
+from evaluators.decoding import Job, Scored, Stop, generate, score
 from evaluators.interventions import Site
+from evaluators.passes import ALL, Prefixes, Shortcuts
 from evaluators.scoring import score_row
 
 if TYPE_CHECKING:
@@ -38,48 +40,57 @@ def evaluate_behaviour(
     max_new_tokens: int,
     batch_size: int,
     raw_outputs: Sequence[Sequence[int]] = (),
+    whole_text: bool = False,
+    shortcuts: Shortcuts = ALL,
+    prefixes: Prefixes | None = None,
 ) -> Iterator[tuple[Ask, list[dict[str, Any]], list[dict[str, Any]]]]:
     """For each ask its per-row figures and its generations (with token ids, which later asks take as guesses).
 
-    Strengths of one condition are rows of the same batches. `raw_outputs` are raw's generated tokens, row by row.
+    Strengths of one condition are rows of the same batches. `raw_outputs` are raw's generated tokens, row by row. With
+    `whole_text` the figures hold `text_nll`, nats summed over the `n_act_tokens` tokens after BOS.
     """
-    stop = Stop(bridge.tokenizer, max_new_tokens)
     encoded = [encode_row(bridge.tokenizer, row.input, row.target) for row in rows]
-    for condition in dict.fromkeys(ask.condition for ask in asks):
-        group = [ask for ask in asks if ask.condition == condition]
+    first = [0, *accumulate(len(row.ids) - 1 for row in encoded[:-1])]
+    stop = Stop(bridge.tokenizer, max_new_tokens)
+    given: dict[str, Any] = {"shortcuts": shortcuts, "prefixes": prefixes}
+    for group in _together(asks) if shortcuts.rows_for_strengths else [[ask] for ask in asks]:
+        condition = group[0].condition
         started = time.perf_counter()
-        jobs = [Job(row, 1.0 if ask.alpha is None else ask.alpha) for ask in group for row in encoded]
-        scored = score(bridge, jobs, sites, condition, batch_size)
+        strengths = [1.0 if ask.alpha is None else ask.alpha for ask in group]
+        jobs = [Job(row, alpha, place) for alpha in strengths for row, place in zip(encoded, first, strict=True)]
+        scored = score(bridge, jobs, sites, condition, batch_size, whole_text=whole_text, **given)
         guesses = list(raw_outputs) * len(group)
-        outputs = generate(bridge, jobs, sites, condition, stop, scored, guesses, batch_size)
+        outputs = generate(bridge, jobs, sites, condition, stop, scored, guesses, batch_size, **given)
         seconds = (time.perf_counter() - started) / len(group)
         for number, ask in enumerate(group):
-            figures, texts = [], []
-            for index, row in enumerate(rows):
-                place = number * len(rows) + index
-                text = stop.text(outputs[place])
-                judged = score_row(row.target, text, row.label)
-                one = scored[place]
-                figures.append(
-                    {
-                        "index": index,
-                        "nll": one.nll,
-                        "n_tokens": one.n_tokens,
-                        "sum_abs_base_acts": one.base_acts,
-                        "sum_abs_delta_acts": one.delta_acts,
-                        "n_act_tokens": one.n_act_tokens,
-                        **judged._asdict(),
-                    }
-                )
-                texts.append(
-                    {
-                        "index": index,
-                        "input": row.input,
-                        "target": row.target,
-                        "label": row.label,
-                        "generation": text,
-                        "tokens": outputs[place],
-                        "seconds": seconds,
-                    }
-                )
-            yield ask, figures, texts
+            places = slice(number * len(rows), (number + 1) * len(rows))
+            yield ask, *_judged(rows, scored[places], outputs[places], stop, seconds)
+
+
+def _together(asks: Sequence[Ask]) -> list[list[Ask]]:
+    """The strengths of each condition."""
+    return [[ask for ask in asks if ask.condition == name] for name in dict.fromkeys(ask.condition for ask in asks)]
+
+
+def _judged(
+    rows: Sequence[Row], scored: Sequence[Scored], outputs: Sequence[list[int]], stop: Stop, seconds: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The figures and the generation of every row under one ask."""
+    figures, texts = [], []
+    for index, (row, one, tokens) in enumerate(zip(rows, scored, outputs, strict=True)):
+        text = stop.text(tokens)
+        figures.append(
+            {
+                "index": index,
+                "nll": one.nll,
+                "n_tokens": one.n_tokens,
+                "sum_abs_base_acts": one.base_acts,
+                "sum_abs_delta_acts": one.delta_acts,
+                "n_act_tokens": one.n_act_tokens,
+                **({} if one.text_nll is None else {"text_nll": one.text_nll}),
+                **score_row(row.target, text, row.label)._asdict(),
+            }
+        )
+        said = {"input": row.input, "target": row.target, "label": row.label, "generation": text}
+        texts.append({"index": index, **said, "tokens": tokens, "seconds": seconds})
+    return figures, texts

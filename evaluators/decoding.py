@@ -8,8 +8,8 @@ the first token that differs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from data.encoding import Batch, Encoded, pad_left
+from evaluators.batching import in_slices
 from evaluators.interventions import Site, Splice, spliced
+from evaluators.passes import ALL, Prefixes, Shortcuts, forward, project, resume
 from evaluators.scoring import CALL_CLOSE
 from models.bridge import device_of
 
@@ -29,17 +31,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One row to evaluate: a prompt, its target and the strength of the delta."""
+    """One row to evaluate: a prompt, its target, the strength of the delta, and the number of its first token after
+    BOS in the whole text."""
 
     encoded: Encoded
     alpha: float = 1.0
+    first: int = 0
 
 
 class Scored(NamedTuple):
     """Teacher-forced figures of a row.
 
-    nll: nats, summed over target tokens and EOS. base_acts, delta_acts: sums of |activation| over `n_act_tokens` tokens
-    of prompt and target. argmax: the model's choice at each target token.
+    nll: nats, summed over target tokens and EOS. base_acts, delta_acts: sums of |activation| over the `n_act_tokens`
+    tokens of prompt and target after BOS. argmax: the model's choice at each target token. text_nll: nats, summed over
+    those same tokens, where they were asked for.
     """
 
     nll: float
@@ -48,6 +53,7 @@ class Scored(NamedTuple):
     delta_acts: float
     n_act_tokens: int
     argmax: list[int]
+    text_nll: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,35 +85,85 @@ class Stop:
 
 @torch.inference_mode()
 def score(
-    bridge: TransformerBridge, jobs: Sequence[Job], sites: Sequence[Site], condition: str, batch_size: int = 32
+    bridge: TransformerBridge,
+    jobs: Sequence[Job],
+    sites: Sequence[Site],
+    condition: str,
+    batch_size: int = 32,
+    *,
+    whole_text: bool = False,
+    shortcuts: Shortcuts = ALL,
+    prefixes: Prefixes | None = None,
 ) -> list[Scored]:
-    """Teacher-forced pass over every row, in batches of `batch_size` rows of similar length, in the order of `jobs`."""
-    pad = bridge.tokenizer.pad_token_id
+    """Teacher-forced pass over every row, in batches of at most `batch_size` rows of similar length, in the order of
+    `jobs`. With `whole_text`, `text_nll` too. `prefixes` that hold the lowest site's layer spare its computation."""
+    shared = shortcuts.share_prefix and condition != "raw"
+    if shared and prefixes is None:
+        lowest = min(sites, key=lambda site: site.layer)
+        prefixes = Prefixes(bridge, [lowest.layer], lowest.base.taps, batch_size=batch_size)
     results: dict[int, Scored] = {}
-    order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.ids), i))
-    with spliced(bridge, sites, condition, record=True) as splice:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            rows = [jobs[i].encoded for i in chosen]
-            batch = pad_left([row.ids for row in rows], pad).to(device_of(bridge))
-            _prepare(splice, batch.editable, [jobs[i].alpha for i in chosen])
-            keep = max(len(row.target) for row in rows)
-            logits = forward(bridge, batch, keep + 1)[:, :-1]
-            labels = batch.ids[:, -keep:]
-            nll = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-            argmax = logits.argmax(-1)
-            tokens = batch.editable.sum(1).tolist()
-            for place, index in enumerate(chosen):
-                length = len(rows[place].target)
-                results[index] = Scored(
-                    nll=nll[place, -length:].sum(dtype=torch.float64).item(),
-                    n_tokens=length,
-                    base_acts=splice.base_acts[place].item(),
-                    delta_acts=splice.delta_acts[place].item(),
-                    n_act_tokens=tokens[place],
-                    argmax=argmax[place, -length:].tolist(),
-                )
+    order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.ids), jobs[i].encoded.ids, i))
+    with spliced(bridge, sites, condition, record=True, above_first=shared) as splice:
+
+        def run(chosen: Sequence[int]) -> None:
+            batch = [jobs[i] for i in chosen]
+            scored = _score_batch(bridge, batch, splice, whole_text, shortcuts, prefixes if shared else None)
+            results.update(zip(chosen, scored, strict=True))
+
+        in_slices(order, batch_size, run)
     return [results[i] for i in range(len(jobs))]
+
+
+def _score_batch(
+    bridge: TransformerBridge,
+    jobs: Sequence[Job],
+    splice: Splice,
+    whole_text: bool,
+    shortcuts: Shortcuts,
+    prefixes: Prefixes | None,
+) -> list[Scored]:
+    rows = [job.encoded for job in jobs]
+    batch = pad_left([row.ids for row in rows], bridge.tokenizer.pad_token_id).to(device_of(bridge))
+    length = batch.ids.shape[1]
+    _prepare(splice, batch, jobs)
+    # Column c is predicted from column c - 1.
+    counts = [len(row.ids) - 1 if whole_text else len(row.target) for row in rows]
+    columns = torch.cat([torch.arange(length - count, length) for count in counts]).to(batch.ids.device)
+    lines = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)).to(batch.ids.device)
+    labels = batch.ids[lines, columns]
+    if not shortcuts.target_logits and prefixes is None:
+        chunks: Iterable[Tensor] = [forward(bridge, batch, length)[lines, columns - 1]]
+    else:
+        start: tuple[int, Tensor] | tuple[None, None] = (None, None)
+        if prefixes is not None:
+            texts = list(dict.fromkeys(tuple(row.ids) for row in rows))
+            found = prefixes.get(splice.sites[0].layer, texts)
+            start = splice.sites[0].layer, splice.start(found, [texts.index(tuple(row.ids)) for row in rows], length)
+        residual = resume(bridge, batch, *start)
+        if shortcuts.target_logits:
+            chunks = project(bridge, residual[lines, columns - 1])
+        else:
+            every = torch.cat(list(project(bridge, residual.flatten(0, 1)))).view(*batch.ids.shape, -1)
+            chunks = [every[lines, columns - 1]]
+    nlls, choices, done = [], [], 0
+    for logits in chunks:
+        nlls.append(functional.cross_entropy(logits, labels[done : done + len(logits)], reduction="none"))
+        choices.append(logits.argmax(-1))
+        done += len(logits)
+    nll, argmax = torch.cat(nlls).double().cpu().split(counts), torch.cat(choices).cpu().split(counts)
+    base_acts, delta_acts = splice.base_acts.tolist(), splice.delta_acts.tolist()
+    return [
+        Scored(
+            nll=nll[place][-len(row.target) :].sum().item(),
+            n_tokens=len(row.target),
+            base_acts=base_acts[place],
+            delta_acts=delta_acts[place],
+            n_act_tokens=len(row.ids) - 1,
+            argmax=argmax[place][-len(row.target) :].tolist(),
+            text_nll=nll[place].sum().item() if whole_text else None,
+        )
+        for place, row in enumerate(rows)
+    ]
 
 
 def generate(
@@ -119,22 +175,30 @@ def generate(
     scored: Sequence[Scored],
     guesses: Sequence[Sequence[int]] = (),
     batch_size: int = 32,
+    *,
+    shortcuts: Shortcuts = ALL,
+    prefixes: Prefixes | None = None,
 ) -> list[list[int]]:
     """Greedy output tokens of every row, those that `decode` gives from the bare prompt.
 
     `scored` is the teacher-forced pass over the targets, the first guess; `guesses` (such as raw's outputs; empty where
     a row has none) are tried next. What neither proves is decoded from the first token that differs.
     """
+    if not shortcuts.verify:
+        bare = [replace(job, encoded=Encoded(job.encoded.prompt, [])) for job in jobs]
+        return decode(bridge, bare, [[]] * len(jobs), sites, condition, stop, batch_size, shortcuts=shortcuts)
     proven = [_prove(job.encoded.target, figures.argmax, stop) for job, figures in zip(jobs, scored, strict=True)]
     if guesses:
         left = [i for i, one in enumerate(proven) if not one.ended and len(guesses[i])]
-        again = [Job(Encoded(jobs[i].encoded.prompt, list(guesses[i])), jobs[i].alpha) for i in left]
-        for i, figures in zip(left, score(bridge, again, sites, condition, batch_size), strict=True):
+        again = [replace(jobs[i], encoded=Encoded(jobs[i].encoded.prompt, list(guesses[i]))) for i in left]
+        tried = score(bridge, again, sites, condition, batch_size, shortcuts=shortcuts, prefixes=prefixes)
+        for i, figures in zip(left, tried, strict=True):
             proven[i] = max(proven[i], _prove(guesses[i], figures.argmax, stop), key=lambda one: len(one.tokens))
     left = [i for i, one in enumerate(proven) if not one.ended]
-    starts = [Job(Encoded(jobs[i].encoded.prompt + proven[i].tokens, []), jobs[i].alpha) for i in left]
+    starts = [replace(jobs[i], encoded=Encoded(jobs[i].encoded.prompt + proven[i].tokens, [])) for i in left]
     begun = [proven[i].tokens for i in left]
-    decoded = dict(zip(left, decode(bridge, starts, begun, sites, condition, stop, batch_size), strict=True))
+    outputs = decode(bridge, starts, begun, sites, condition, stop, batch_size, shortcuts=shortcuts)
+    decoded = dict(zip(left, outputs, strict=True))
     return [decoded.get(i, one.tokens) for i, one in enumerate(proven)]
 
 
@@ -166,6 +230,7 @@ def decode(
     stop: Stop,
     batch_size: int = 32,
     use_cache: bool = True,
+    shortcuts: Shortcuts = ALL,
 ) -> list[list[int]]:
     """Greedy decoding token by token: the output tokens of every row, in the order of `jobs`.
 
@@ -175,65 +240,53 @@ def decode(
     results: dict[int, list[int]] = {}
     order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.prompt), i))
     with spliced(bridge, sites, condition) as splice:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            prompts = [jobs[i].encoded.prompt for i in chosen]
+
+        def run(chosen: Sequence[int]) -> None:
             outputs = [list(begun[i]) for i in chosen]
-            _decode_batch(bridge, splice, prompts, [jobs[i].alpha for i in chosen], outputs, stop, use_cache)
+            _decode_batch(bridge, splice, [jobs[i] for i in chosen], outputs, stop, use_cache, shortcuts.stop_early)
             results.update(zip(chosen, outputs, strict=True))
+
+        in_slices(order, batch_size, run)
     return [results[i] for i in range(len(jobs))]
 
 
 def _decode_batch(
     bridge: TransformerBridge,
     splice: Splice,
-    prompts: list[list[int]],
-    alphas: list[float],
+    jobs: Sequence[Job],
     outputs: list[list[int]],
     stop: Stop,
     use_cache: bool,
+    stop_early: bool,
 ) -> None:
-    """Extends `outputs` in place until every row has ended."""
+    """Extends `outputs` in place until every row has ended; without `stop_early` to the budget, and cuts afterwards."""
     from transformers import DynamicCache
 
     model: Any = bridge.original_model
-    context = pad_left(prompts, bridge.tokenizer.pad_token_id).to(model.device)
+    context = pad_left([job.encoded.prompt for job in jobs], bridge.tokenizer.pad_token_id).to(device_of(bridge))
     chunk = context
     cache = DynamicCache(config=model.config) if use_cache else None
-    open_rows = [stop.cut(output) is None for output in outputs]
+
+    def is_open(output: list[int]) -> bool:
+        return stop.cut(output) is None if stop_early else len(output) < stop.max_new_tokens
+
+    open_rows = [is_open(output) for output in outputs]
     while any(open_rows):
-        _prepare(splice, chunk.editable, alphas)
+        _prepare(splice, chunk, jobs)
         logits = forward(bridge, chunk, 1, cache=cache, mask=context.mask)
         tokens = logits[:, -1].argmax(-1)
         for row, token in enumerate(tokens.tolist()):
             if open_rows[row]:
                 outputs[row].append(token)
-                open_rows[row] = stop.cut(outputs[row]) is None
+                open_rows[row] = is_open(outputs[row])
         added = Batch(tokens.unsqueeze(1), torch.ones_like(context.mask[:, :1]), context.positions[:, -1:] + 1)
         context = Batch(*(torch.cat(pair, dim=1) for pair in zip(context, added, strict=True)))
         chunk = added if use_cache else context
+    outputs[:] = [stop.cut(output) or output for output in outputs]
 
 
-def forward(
-    bridge: TransformerBridge, batch: Batch, keep: int, cache: Any = None, mask: Tensor | None = None
-) -> Tensor:
-    """fp32 logits (batch, keep, vocabulary) at the last `keep` positions; nothing else is projected.
-
-    With a `cache`, `batch` is the chunk that it does not hold yet and `mask` covers cache and chunk.
-    """
-    model: Any = bridge.original_model
-    length = batch.ids.shape[1]
-    output = model(
-        input_ids=batch.ids,
-        attention_mask=(batch.mask if mask is None else mask).long(),
-        position_ids=batch.positions,
-        past_key_values=cache,
-        use_cache=cache is not None,
-        # Indices, not a count: a count slices, and a sliced input makes the projection copy its weight for each row.
-        logits_to_keep=torch.arange(length - keep, length, device=batch.ids.device),
-    )
-    return output.logits.float()
-
-
-def _prepare(splice: Splice, editable: Tensor, alphas: Sequence[float]) -> None:
-    splice.reset(editable, torch.tensor(alphas, dtype=torch.float32, device=editable.device))
+def _prepare(splice: Splice, chunk: Batch, jobs: Sequence[Job]) -> None:
+    device = chunk.ids.device
+    first = torch.tensor([job.first for job in jobs], device=device).unsqueeze(1)
+    alpha = torch.tensor([job.alpha for job in jobs], dtype=torch.float32, device=device)
+    splice.reset(chunk.editable, alpha, first + chunk.positions - 1)

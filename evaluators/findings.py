@@ -13,9 +13,16 @@ from evaluators.pooling import NO_LAYER, RATES, layer_order, subset_order
 from evaluators.statistics import Estimate
 
 NATS = "nats per token"
-
-
-CONDITION_NAMES = {"no_delta": "base alone (no_delta)", "full": "base and delta (full)"}
+CONDITION_NAMES = {
+    "no_delta": "base alone (no_delta)",
+    "full": "base and delta (full)",
+    "base_model_no_delta": "base alone in the model before finetuning (base_model_no_delta)",
+    "mlp_swap": "the layer's MLP as before finetuning (mlp_swap)",
+    "random_delta": "base and random directions of the delta's size (random_delta)",
+    "shuffled_delta": "base and the delta's outputs at other tokens (shuffled_delta)",
+    "dense_delta": "base and a linear map of the delta's rank (dense_delta)",
+    "error_term": "base and its own error (error_term)",
+}
 
 
 class Findings(NamedTuple):

@@ -10,66 +10,105 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from evaluators.passes import Prefix
+from evaluators.sites import Material, Site, dense_delta, random_delta, shuffled_delta
 from models.bridge import read_input, tap_names
 from models.errors import ModelError
-from models.transcoder import Transcoder, check_fits
+from models.transcoder import check_fits
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
 @dataclass(frozen=True)
-class Site:
-    """One layer where transcoders are spliced in. Raises ModelError where they are not of one kind and layer."""
-
-    layer: int
-    base: Transcoder
-    delta: Transcoder | None = None
-
-    def __post_init__(self) -> None:
-        if self.base.layer != self.layer:
-            raise ModelError(f"layer {self.layer}: the base transcoder is of layer {self.base.layer}")
-        if self.delta is None:
-            return
-        d_model, taps = self.base.d_model, self.base.taps
-        check_fits(self.delta, d_model=d_model, n_layers=self.layer + 1, taps=taps, origin=f"layer {self.layer}: delta")
-        if self.delta.layer != self.layer:
-            raise ModelError(f"layer {self.layer}: the delta transcoder is of layer {self.delta.layer}")
-
-    def to(self, device: str | torch.device) -> Site:
-        return Site(self.layer, self.base.to(device), None if self.delta is None else self.delta.to(device))
-
-
-@dataclass(frozen=True)
 class Condition:
     """How an MLP's output y is replaced: `combine(y, base(x), delta(x), alpha)`, each (tokens, d_model) in fp32, alpha
-    (tokens, 1)."""
+    (tokens, 1).
+
+    `model` is what is spliced into: the finetuned model, the base model it was finetuned from, or the finetuned model
+    with the spliced layers' MLPs taken from the base model. `stand_in` gives a site whose delta is something else.
+    """
 
     name: str
     answers: str
     combine: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     uses_delta: bool = True
+    model: Literal["finetuned", "base", "swapped"] = "finetuned"
+    stand_in: Callable[[Site, Material], Site] | None = None
+    control: bool = False
+
+
+def _raw(y: Tensor, base: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    return y
+
+
+def _base(y: Tensor, base: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    return base
+
+
+def _full(y: Tensor, base: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    return base + delta
 
 
 CONDITIONS = {
     condition.name: condition
     for condition in (
-        Condition("no_delta", "base alone", lambda y, base, delta, alpha: base, uses_delta=False),
-        Condition("full", "base and delta", lambda y, base, delta, alpha: base + delta),
+        Condition("no_delta", "base alone", _base, uses_delta=False),
+        Condition("full", "base and delta", _full),
         Condition("alpha", "dose-response", lambda y, base, delta, alpha: base + alpha * delta),
-        Condition("error_term", "must equal raw", lambda y, base, delta, alpha: base + (y - base), uses_delta=False),
-        Condition("true_output", "must equal raw exactly", lambda y, base, delta, alpha: y, uses_delta=False),
+        Condition("true_output", "must equal raw exactly", _raw, uses_delta=False),
         Condition(
             "zero_ablation", "the MLP's share", lambda y, base, delta, alpha: torch.zeros_like(y), uses_delta=False
+        ),
+        Condition(
+            "base_model_no_delta",
+            "what the base's own reconstruction error does, without any finetuning",
+            _base,
+            uses_delta=False,
+            model="base",
+            control=True,
+        ),
+        Condition(
+            "mlp_swap",
+            "what the finetuning of this layer's own MLP carries",
+            _raw,
+            uses_delta=False,
+            model="swapped",
+            control=True,
+        ),
+        Condition("random_delta", "any perturbation of that size", _full, stand_in=random_delta, control=True),
+        Condition(
+            "shuffled_delta", "a shift that does not depend on the token", _full, stand_in=shuffled_delta, control=True
+        ),
+        Condition("dense_delta", "a linear map of the same rank", _full, stand_in=dense_delta, control=True),
+        Condition(
+            "error_term",
+            "must equal raw",
+            lambda y, base, delta, alpha: base + (y - base),
+            uses_delta=False,
+            control=True,
         ),
     )
 }
 """Every condition but `raw`, which edits nothing."""
+CONTROLS = tuple(name for name, condition in CONDITIONS.items() if condition.control)
+
+
+class Outputs(NamedTuple):
+    """What a site's transcoders make of some tokens: outputs (tokens, d_model), and sums of |activation| (tokens,)."""
+
+    base: Tensor
+    delta: Tensor
+    base_acts: Tensor
+    delta_acts: Tensor
+
+    def take(self, tokens: Tensor) -> Outputs:
+        return Outputs(*(column[tokens] for column in self))
 
 
 class Splice:
@@ -81,21 +120,45 @@ class Splice:
     """
 
     def __init__(self, sites: Sequence[Site], condition: Condition, record: bool) -> None:
-        self.sites, self.condition, self.record = sites, condition, record
+        self.sites, self.condition, self.record = sorted(sites, key=lambda site: site.layer), condition, record
         self._inputs: dict[int, Tensor] = {}
 
-    def reset(self, editable: Tensor, alpha: Tensor) -> None:
-        """Prepares for a forward pass over a chunk: `editable` (batch, chunk) is True where a token is replaced, and
-        `alpha` (batch,) is the strength of each row."""
+    def reset(self, editable: Tensor, alpha: Tensor, numbers: Tensor | None = None) -> None:
+        """Prepares for a forward pass over a chunk: `editable` (batch, chunk) is True where a token is replaced,
+        `alpha` (batch,) is the strength of each row, and `numbers` (batch, chunk) are the tokens' numbers in the text
+        (0 where not given), for sites with a pool."""
         self._where = editable.nonzero(as_tuple=True)
+        self._numbers = torch.zeros_like(self._where[0]) if numbers is None else numbers[self._where]
         self._alpha = alpha[self._where[0]].unsqueeze(1)
         self.base_acts = torch.zeros(len(editable), device=editable.device)
         self.delta_acts = torch.zeros(len(editable), device=editable.device)
 
-    def hooks(self) -> list[tuple[str, Callable]]:
-        """(hook name, function) pairs that make the edit."""
+    def start(self, prefixes: Sequence[Prefix], rows: Sequence[int], length: int) -> Tensor:
+        """The residual streams (batch, length, d_model), left-padded, that leave the first site's layer.
+
+        Row i of the batch that `reset` was told is the text of `prefixes[rows[i]]`: its transcoders are evaluated once
+        a text, whatever the number of strengths.
+        """
+        site, device = self.sites[0], self._alpha.device
+        texts = [len(prefix.x) - 1 for prefix in prefixes]  # all but BOS
+        x, y = (torch.cat([prefix[column][1:] for prefix in prefixes]) for column in (0, 1))
+        numbers = torch.arange(len(x)).split(texts)
+        tokens = torch.cat([numbers[row] for row in rows]).to(device)
+        outputs = self._pooled(site, self._outputs(site, read_input(site.base.taps, x)).take(tokens))
+        streams = [prefix.output for prefix in prefixes]
+        residual = streams[0].new_zeros(len(rows), length, streams[0].shape[1])
+        for place, row in enumerate(rows):
+            residual[place, length - len(streams[row]) :] = streams[row]
+        y = y[tokens]
+        # The block adds the MLP's output to the stream, so that the edit is the difference of two outputs.
+        change = self._replaced(y, outputs) - y.float()
+        residual[self._where] = (residual[self._where].float() + change).to(residual.dtype)
+        return residual
+
+    def hooks(self, sites: Sequence[Site]) -> list[tuple[str, Callable]]:
+        """(hook name, function) pairs that make the edit at `sites`."""
         pairs: list[tuple[str, Callable]] = []
-        for site in self.sites:
+        for site in sites:
             read, write = tap_names(site.base.taps, site.layer)
             pairs += [(read, self._reader(site)), (write, self._writer(site))]
         return pairs
@@ -108,30 +171,43 @@ class Splice:
 
     def _writer(self, site: Site) -> Callable:
         def write(y: Tensor, hook: object) -> Tensor:
-            x = self._inputs.pop(site.layer)[self._where]
-            base_acts = site.base.encode(x)
-            base = site.base.decode(base_acts)
-            self._note(self.base_acts, base_acts)
-            delta = torch.zeros_like(base)
-            if self.condition.uses_delta and site.delta is not None:
-                delta_acts = site.delta.encode(x)
-                delta = site.delta.decode(delta_acts)
-                self._note(self.delta_acts, delta_acts)
-            replaced = self.condition.combine(y[self._where].float(), base, delta, self._alpha)
+            outputs = self._pooled(site, self._outputs(site, self._inputs.pop(site.layer)[self._where]))
             edited = y.clone()
-            edited[self._where] = replaced.to(y.dtype)
+            edited[self._where] = self._replaced(y[self._where], outputs).to(y.dtype)
             return edited
 
         return write
 
-    def _note(self, sums: Tensor, acts: Tensor) -> None:
+    def _outputs(self, site: Site, x: Tensor) -> Outputs:
+        base_acts = site.base.encode(x)
+        base = site.base.decode(base_acts)
+        if site.delta is None or not self.condition.uses_delta:
+            nothing = torch.zeros_like(base)
+            return Outputs(base, nothing, base_acts.abs().sum(1), nothing[:, 0])
+        delta_acts = site.delta.encode(x)
+        return Outputs(base, site.delta.decode(delta_acts), base_acts.abs().sum(1), delta_acts.abs().sum(1))
+
+    def _pooled(self, site: Site, outputs: Outputs) -> Outputs:
+        """The same, with the delta's output taken from the site's pool where it has one."""
+        if site.pool is None or not self.condition.uses_delta:
+            return outputs
+        return outputs._replace(delta=site.pool[self._numbers % len(site.pool)])
+
+    def _replaced(self, y: Tensor, outputs: Outputs) -> Tensor:
+        """(tokens, d_model) fp32 in place of `y`, for the tokens told to `reset`."""
         if self.record:
-            sums.index_add_(0, self._where[0], acts.abs().sum(1))
+            self.base_acts.index_add_(0, self._where[0], outputs.base_acts)
+            self.delta_acts.index_add_(0, self._where[0], outputs.delta_acts)
+        return self.condition.combine(y.float(), outputs.base, outputs.delta, self._alpha)
 
 
 @contextmanager
-def spliced(bridge: TransformerBridge, sites: Sequence[Site], condition: str, record: bool = False) -> Iterator[Splice]:
+def spliced(
+    bridge: TransformerBridge, sites: Sequence[Site], condition: str, record: bool = False, above_first: bool = False
+) -> Iterator[Splice]:
     """Edits every forward pass of `bridge.original_model` inside the `with`; `raw` edits nothing, whatever the sites.
+
+    With `above_first` the edit of the lowest site is left to `Splice.start`, for passes that begin above its layer.
 
     Raises ModelError where a transcoder does not fit the model, ValueError where the condition is unknown or lacks what
     it needs.
@@ -141,7 +217,7 @@ def spliced(bridge: TransformerBridge, sites: Sequence[Site], condition: str, re
         return
     _check(bridge, sites, condition)
     splice = Splice(sites, CONDITIONS[condition], record)
-    with bridge.hooks(fwd_hooks=splice.hooks()):
+    with bridge.hooks(fwd_hooks=splice.hooks(splice.sites[above_first:])):
         yield splice
 
 
@@ -154,6 +230,8 @@ def _check(bridge: TransformerBridge, sites: Sequence[Site], condition: str) -> 
     for site in sites:
         if site.delta is None and CONDITIONS[condition].uses_delta:
             raise ValueError(f"condition {condition} needs a delta transcoder, and layer {site.layer} has none")
+        if condition == "shuffled_delta" and site.pool is None:
+            raise ValueError(f"condition {condition} needs a pool of outputs, and layer {site.layer} has none")
         check_fits(
             site.base,
             d_model=bridge.cfg.d_model,

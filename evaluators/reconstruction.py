@@ -1,132 +1,131 @@
 """Reconstruction: how well base and base + delta stand in for a layer's MLP on evaluation text.
 
-In: a TransformerBridge of the finetuned model, rows, and the sites of one layer that share a base. Out: one
-reconstruction cell for each delta.
+In: a TransformerBridge of the finetuned model, rows, and the sites of one layer. Out: one reconstruction cell for each
+site.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from data.encoding import by_length, encode_row, pad_left
+from data.encoding import encode_row
 from data.rows import Row
-from evaluators.decoding import forward
-from evaluators.interventions import Site, spliced
-from models.bridge import device_of, read_input, tap_names
+from evaluators.decoding import Job, score
+from evaluators.interventions import Site
+from evaluators.passes import ALL, Prefixes, Shortcuts
+from models.bridge import read_input
+from models.transcoder import Transcoder
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-BATCH_TOKENS = 1024
-"""Padded tokens a pass: every position is projected to the vocabulary, which is what fills memory."""
+TOKENS = 4096
+"""Tokens whose feature activations are in memory at once."""
 
 
-@torch.inference_mode()
 def text_cross_entropy(
-    bridge: TransformerBridge, rows: Sequence[Row], sites: Sequence[Site], condition: str
+    bridge: TransformerBridge,
+    rows: Sequence[Row],
+    sites: Sequence[Site],
+    condition: str,
+    batch_size: int = 32,
+    *,
+    shortcuts: Shortcuts = ALL,
+    prefixes: Prefixes | None = None,
 ) -> tuple[float, int]:
     """Mean cross-entropy in nats of every token after BOS of `input + newline + target + EOS`, and their number."""
-    total, count = 0.0, 0
-    sequences = [encode_row(bridge.tokenizer, row.input, row.target).ids for row in rows]
-    with spliced(bridge, sites, condition) as splice:
-        for chosen in by_length([len(row) for row in sequences], BATCH_TOKENS):
-            batch = pad_left([sequences[i] for i in chosen], bridge.tokenizer.pad_token_id)
-            batch = batch.to(device_of(bridge))
-            splice.reset(batch.editable, torch.ones(len(chosen), device=batch.ids.device))
-            logits = forward(bridge, batch, batch.ids.shape[1])[:, :-1]
-            labels = batch.ids[:, 1:].masked_fill(~batch.editable[:, 1:], -100)
-            total += functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-            count += int((labels >= 0).sum())
-    return total / count, count
+    jobs = [Job(encode_row(bridge.tokenizer, row.input, row.target)) for row in rows]
+    given = {"whole_text": True, "shortcuts": shortcuts, "prefixes": prefixes}
+    scored = score(bridge, jobs, sites, condition, batch_size, **given)  # type: ignore[arg-type]
+    tokens = sum(one.n_act_tokens for one in scored)
+    return sum(one.text_nll or 0.0 for one in scored) / tokens, tokens
 
 
 @torch.inference_mode()
-def site_activations(bridge: TransformerBridge, rows: Sequence[Row], site: Site) -> tuple[Tensor, Tensor]:
-    """(tokens, d_model) fp32 input and output of the site's MLP on the evaluation text, without BOS and padding."""
-    sequences = [encode_row(bridge.tokenizer, row.input, row.target).ids for row in rows]
-    columns: tuple[list[Tensor], list[Tensor]] = ([], [])
-    kept = torch.zeros(0, 0, dtype=torch.bool)
-
-    def reader(column: list[Tensor]):
-        def read(activation: Tensor, hook: object) -> None:
-            column.append(activation[kept].float())
-
-        return read
-
-    names = tap_names(site.base.taps, site.layer)
-    hooks = [(name, reader(column)) for name, column in zip(names, columns, strict=True)]
-    with bridge.hooks(fwd_hooks=hooks):
-        for chosen in by_length([len(row) for row in sequences], BATCH_TOKENS):
-            batch = pad_left([sequences[i] for i in chosen], bridge.tokenizer.pad_token_id)
-            batch = batch.to(device_of(bridge))
-            kept = batch.editable
-            forward(bridge, batch, 1)
-    return read_input(site.base.taps, torch.cat(columns[0])), torch.cat(columns[1])
+def site_activations(
+    bridge: TransformerBridge, rows: Sequence[Row], site: Site, prefixes: Prefixes | None = None
+) -> tuple[Tensor, Tensor]:
+    """(tokens, d_model) what the site's transcoders read, and its MLP's output, in the raw model; without BOS."""
+    prefixes = prefixes or Prefixes(bridge, [site.layer], site.base.taps)
+    found = prefixes.get(site.layer, [encode_row(bridge.tokenizer, row.input, row.target).ids for row in rows])
+    x, y = (torch.cat([prefix[column][1:] for prefix in found]) for column in (0, 1))
+    return read_input(site.base.taps, x), y
 
 
 @torch.inference_mode()
 def evaluate_reconstruction(
-    bridge: TransformerBridge, rows: Sequence[Row], sites: Sequence[Site], ce_raw: float
-) -> list[dict[str, Any]]:
-    """The figures of every site; all sites share layer and base and differ in their delta.
+    bridge: TransformerBridge,
+    rows: Sequence[Row],
+    sites: Sequence[Site],
+    ce_raw: float,
+    batch_size: int = 32,
+    *,
+    shortcuts: Shortcuts = ALL,
+    prefixes: Prefixes | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The figures of every site, in their order; all are of one layer.
 
     `ce_recovered` is 1 - (ce - ce_raw) / (ce_zero - ce_raw), with the layer's MLP output zeroed as reference, and None
-    where zeroing it changes nothing. Raises ValueError where the sites do not share layer and base, or lack a delta.
+    where zeroing it changes nothing. Raises ValueError where the sites do not share their layer, or lack a delta.
     """
     started = time.perf_counter()
-    first = sites[0]
-    if not all(site.layer == first.layer and torch.equal(site.base.W_dec, first.base.W_dec) for site in sites):
-        raise ValueError(f"reconstruction of layer {first.layer}: the sites must share layer and base")
-    x, y = site_activations(bridge, rows, first)
-    variance = (y - y.mean(0)).pow(2).sum()
-    ce_zero, tokens = text_cross_entropy(bridge, rows, [first], "zero_ablation")
-    ce_base, _ = text_cross_entropy(bridge, rows, [first], "no_delta")
-    base_acts = first.base.encode(x)
-    base = first.base.decode(base_acts)
-    shared = {
-        **_fit("base", base, y, variance),
-        "l0_base": (base_acts > 0).sum(1).float().mean().item(),
-        "n_tokens": tokens,
-        "ce_raw": ce_raw,
-        "ce_base": ce_base,
-        "dce_base": ce_base - ce_raw,
-        "ce_zero": ce_zero,
-        "ce_recovered_base": _recovered(ce_base, ce_raw, ce_zero),
-    }
-    shared_seconds = (time.perf_counter() - started) / len(sites)
-    cells = []
+    layer = sites[0].layer
+    if any(site.layer != layer for site in sites):
+        raise ValueError(f"reconstruction: the sites must be of one layer, got {[site.layer for site in sites]}")
+    prefixes = prefixes or Prefixes(bridge, [layer], sites[0].base.taps, batch_size=batch_size)
+
+    def cross_entropy(site: Site, condition: str) -> float:
+        given = {"shortcuts": shortcuts, "prefixes": prefixes}
+        return text_cross_entropy(bridge, rows, [site], condition, batch_size, **given)[0]  # type: ignore[arg-type]
+
+    x, y = site_activations(bridge, rows, sites[0], prefixes)
+    variance = (y.float() - y.float().mean(0)).pow(2).sum().item()
+    ce_zero = cross_entropy(sites[0], "zero_ablation")
+    bases: list[tuple[Transcoder, dict[str, Any]]] = []
     for site in sites:
+        shared = next((figures for base, figures in bases if torch.equal(base.W_dec, site.base.W_dec)), None)
+        if shared is None:
+            ce_base = cross_entropy(site, "no_delta")
+            shared = {"ce_base": ce_base, "dce_base": ce_base - ce_raw}
+            shared["ce_recovered_base"] = _recovered(ce_base, ce_raw, ce_zero)
+            bases.append((site.base, shared))
+        ce_full = cross_entropy(site, "full")
+        yield {
+            **shared,
+            **_fit(site, x, y, variance),
+            "n_tokens": len(x),
+            "ce_raw": ce_raw,
+            "ce_zero": ce_zero,
+            "ce_full": ce_full,
+            "dce_full": ce_full - ce_raw,
+            "ce_recovered_full": _recovered(ce_full, ce_raw, ce_zero),
+            "seconds": time.perf_counter() - started,
+        }
         started = time.perf_counter()
-        ce_full, _ = text_cross_entropy(bridge, rows, [site], "full")
-        assert site.delta is not None  # else `full` has raised
-        delta_acts = site.delta.encode(x)
-        cells.append(
-            {
-                **shared,
-                **_fit("full", base + site.delta.decode(delta_acts), y, variance),
-                "l0_delta": (delta_acts > 0).sum(1).float().mean().item(),
-                "ce_full": ce_full,
-                "dce_full": ce_full - ce_raw,
-                "ce_recovered_full": _recovered(ce_full, ce_raw, ce_zero),
-                "seconds": shared_seconds + time.perf_counter() - started,
-            }
-        )
-    return cells
 
 
-def _fit(name: str, reconstruction: Tensor, y: Tensor, variance: Tensor) -> dict[str, float]:
-    error = reconstruction - y
-    return {
-        f"mean_cos_{name}": torch.cosine_similarity(reconstruction, y, dim=1).mean().item(),
-        f"mean_l2_{name}": (error.norm(dim=1) / y.norm(dim=1).clamp(min=1e-12)).mean().item(),
-        f"fvu_{name}": (error.pow(2).sum() / variance).item(),
-    }
+def _fit(site: Site, x: Tensor, y: Tensor, variance: float) -> dict[str, float]:
+    """Means over tokens of how close base and base + delta come to `y`, and of how many features are active."""
+    assert site.delta is not None  # else `full` has raised
+    sums: dict[str, float] = {}
+    for inputs, outputs in zip(x.split(TOKENS), y.float().split(TOKENS), strict=True):
+        base_acts, delta_acts = site.base.encode(inputs), site.delta.encode(inputs)
+        base = site.base.decode(base_acts)
+        length = outputs.norm(dim=1).clamp(min=1e-12)
+        parts = {"l0_base": (base_acts > 0).sum(1), "l0_delta": (delta_acts > 0).sum(1)}
+        for name, made in (("base", base), ("full", base + site.delta.decode(delta_acts))):
+            error = made - outputs
+            parts[f"mean_cos_{name}"] = torch.cosine_similarity(made, outputs, dim=1)
+            parts[f"mean_l2_{name}"] = error.norm(dim=1) / length
+            parts[f"fvu_{name}"] = error.pow(2).sum(1) * (len(x) / variance)
+        for name, values in parts.items():
+            sums[name] = sums.get(name, 0.0) + values.sum(dtype=torch.float64).item()
+    return {name: value / len(x) for name, value in sums.items()}
 
 
 def _recovered(ce: float, ce_raw: float, ce_zero: float) -> float | None:

@@ -7,8 +7,7 @@ the others go on.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jobs.cluster import Share
@@ -47,18 +46,31 @@ class Pool:
         self.share = share
         self._idle: list[Any] = []
 
-    def run(self, function: Callable[[Any], Any], tasks: Sequence[Any], max_retries: int = 1) -> Iterator[Outcome]:
-        """Yields outcomes in the order they finish; `tasks` should come longest first."""
+    def run(
+        self,
+        function: Callable[[Any], Any],
+        tasks: Sequence[Any],
+        max_retries: int = 1,
+        group: Callable[[Any], Any] = id,
+    ) -> Iterator[Outcome]:
+        """Yields outcomes in the order they finish; `tasks` should come longest first.
+
+        A worker goes on with the `group` of its last task, then with one that no other worker is at, then helps.
+        """
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        waiting: deque[tuple[Any, int]] = deque((task, 0) for task in tasks)
+        waiting = [(task, 0) for task in tasks]
         running: dict[Any, tuple[Any, Any, int]] = {}
+        last: dict[Any, Any] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < self.share.at_once:
-                    task, tries = waiting.popleft()
                     worker = self._idle.pop() if self._idle else self._start()
+                    others = {group(task) for _, task, _ in running.values()}
+                    chosen = next_task([group(task) for task, _ in waiting], last.get(worker), others)
+                    task, tries = waiting.pop(chosen)
+                    last[worker] = group(task)
                     running[worker.run.remote(function, task)] = (worker, task, tries)
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 worker, task, tries = running.pop(done)
@@ -92,6 +104,18 @@ class Pool:
         for worker in self._idle:
             ray.kill(worker)
         self._idle.clear()
+
+
+def next_task(waiting: Sequence[Any], own: Any, others: Collection[Any]) -> int:
+    """Which of the `waiting` tasks, given by their groups, a worker takes: of its `own` group, or of one that is not
+    among the `others` at work, or the first."""
+    for place, one in enumerate(waiting):
+        if one == own:
+            return place
+    for place, one in enumerate(waiting):
+        if one not in others:
+            return place
+    return 0
 
 
 def _reason(error: Exception) -> str:

@@ -24,7 +24,7 @@ def plan_rows(context: Context) -> Rows:
     groups = len(layers) * len(deltas.percentiles) * len(deltas.d_new)
     sets = len(layers) + (1 if evaluate.joint and len(layers) > 1 else 0)
     dosed = sets if evaluate.alpha_layers == "all" else len(evaluate.alpha_layers)
-    spliced = sets * (len(evaluate.conditions) - 1) + dosed * len(evaluate.alphas)
+    spliced = sets * (len(evaluate.conditions) - 1 + len(evaluate.controls)) + dosed * len(evaluate.alphas)
     cells = len(evaluate.subsets) * (1 + spliced) + groups
     prompts = len(evaluate.subsets) * settings.data.eval_rows
     rows = [

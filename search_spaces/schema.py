@@ -185,6 +185,11 @@ class Evaluate(Section):
         "no_delta",
         "full",
     ]
+    controls: Annotated[
+        list[Literal["base_model_no_delta", "mlp_swap", "random_delta", "shuffled_delta", "dense_delta", "error_term"]],
+        Distinct,
+    ] = []
+    """Further conditions, each of which rules out one other explanation; every one costs about as much as an alpha."""
     alphas: Annotated[list[Finite], Distinct] = [0.0, 0.25, 0.5, 0.75, 1.0]
     alpha_layers: Layers = "all"
     """Layers of the dose-response; `all` is every swept layer."""

@@ -12,12 +12,13 @@ from typing import Any
 from jobs import keys
 from jobs.context import Context
 from jobs.errors import WorkFailed
-from jobs.stages.cells import TEXT_CELL, SitePlan, Work, cell_names, evaluate, without_cells
+from jobs.stages.cells import SitePlan, Work, cells_of, evaluate, without_cells
 from jobs.stages.deltas import STAGE as DELTAS
 from jobs.stages.deltas import group_name
 from jobs.stages.records import record_cell
 from jobs.stages.transcoders import chosen_base, root
 from jobs.workspace import FINETUNED, key_of, read_json
+from models.sources import model_facts
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -33,8 +34,8 @@ def run(context: Context) -> dict[str, Any]:
     if (read_json(checks) or {}).get("key") != exactness[0].key:
         rest += exactness
     _compute(context, rest, "evaluation")
-    names = [name for work in [*first, *rest] for name in cell_names(work)]
-    done = [name for name in names if name != TEXT_CELL and (context.space.cells / f"{name}.json").is_file()]
+    names = [name for work in [*first, *rest] for name in cells_of(work)]
+    done = [name for name in names if (context.space.cells / f"{name}.json").is_file()]
     return {"percentile": percentile, "d_new": d_new, "cells": done, "exactness": exactness[0].key}
 
 
@@ -60,30 +61,41 @@ def behaviour_combination(context: Context) -> tuple[float, int]:
 def _compute(context: Context, works: list[Work], label: str) -> None:
     """Runs what is missing, longest first, and tracks every cell that is there."""
 
-    def there(work: Work, name: str) -> bool:
+    def there(name: str, key: str) -> bool:
         held = read_json(context.space.cells / f"{name}.json")
-        return held is not None and held["key"] == work.key
+        return held is not None and held["key"] == key
 
     missing: list[Work] = []
     total = finished = 0
     for work in works:
-        names = cell_names(work)
-        done = {name for name in names if there(work, name)}
+        cells = cells_of(work)
+        done = {name for name, key in cells.items() if there(name, key)}
         _track(context, sorted(done))
-        total, finished = total + len(names), finished + len(done)
-        if len(done) < len(names) or not names:
+        total, finished = total + len(cells), finished + len(done)
+        if len(done) < len(cells) or not cells:
             missing.append(without_cells(work, done))
-    missing.sort(key=lambda work: -len(work.sites) * max(len(work.strengths), 2))
+    missing.sort(key=lambda work: -_layers_to_run(context, work))
     with context.progress.bar(label, total, "cells") as bar:
         bar.update(finished)
-        for outcome in context.pool.run(evaluate, missing, context.settings.compute.max_retries):
+        retries = context.settings.compute.max_retries
+        for outcome in context.pool.run(evaluate, missing, retries, group=lambda work: work.group):
             if outcome.error:
                 context.failures.append(f"cells {outcome.task.name}: {outcome.error}")
             else:
                 _track(context, outcome.result)
-            bar.advance(len(cell_names(outcome.task)))
+            bar.advance(len(cells_of(outcome.task)))
     if label == "raw model" and context.failures:
         raise WorkFailed("the raw model could not be evaluated: " + "; ".join(context.failures))
+
+
+def _layers_to_run(context: Context, work: Work) -> int:
+    """How long a piece of work takes, in layers for each row: passes times the layers above the first splice."""
+    count = model_facts(context.model)["n_layers"]
+    above = count - work.sites[0].layer if work.sites else count
+    if work.kind == "reconstruction":  # every subset's rows, and every position is projected to the vocabulary
+        passes = 1 + len({plan.candidate for plan in work.sites}) + len(work.sites)
+        return passes * len(work.subsets) * (above + count // 4)
+    return max(1, len(work.strengths)) * above + sum(count for _ in work.controls)
 
 
 def _track(context: Context, names: list[str]) -> None:
@@ -103,8 +115,10 @@ def _shared(context: Context) -> dict[str, Any]:
     precision = "fp32" if device == "cpu" and settings.compute.precision == "auto" else settings.compute.precision
     return {
         "model": str(context.space.lora / "merged"),
+        "base_model": str(context.model),
         "folder": str(context.space.cells),
         "rows": str(context.space.data / "evaluation.jsonl"),
+        "subsets": tuple(settings.evaluate.subsets),
         "device": device,
         "precision": resolve_precision(precision, device),
         "max_new_tokens": settings.evaluate.max_new_tokens,
@@ -115,11 +129,10 @@ def _shared(context: Context) -> dict[str, Any]:
 
 
 def _raw_work(context: Context) -> list[Work]:
-    key = key_of("raw", keys.lora(context.settings), _evaluation_settings(context))
+    key = key_of("raw with text", keys.lora(context.settings), _evaluation_settings(context))
     shared = _shared(context)
     return [
-        Work("raw", f"raw_{subset}" if subset else TEXT_CELL, (), subset, (), (), None, (), key, **shared)
-        for subset in [*context.settings.evaluate.subsets, ""]
+        Work("raw", f"raw_{subset}", (), subset, (), (), key, **shared) for subset in context.settings.evaluate.subsets
     ]
 
 
@@ -132,13 +145,18 @@ def _behaviour_work(context: Context, percentile: float, d_new: int) -> list[Wor
     for layers in sets:
         dosed = settings.alpha_layers == "all" or set(layers) <= set(settings.alpha_layers)
         doses = tuple(sorted(settings.alphas)) if dosed else ()
-        conditions = tuple(one for one in settings.conditions if one != "raw")
+        conditions = tuple(one for one in [*settings.conditions, *settings.controls] if one != "raw")
+        elsewhere = tuple(one for one in conditions if one == "base_model_no_delta")
+        here = tuple(one for one in conditions if one not in elsewhere)
         sites = tuple(_site_plan(context, layer, percentile, d_new) for layer in layers)
+        key = key_of("cell", _lineage(context, sites), _evaluation_settings(context))
         for subset in settings.subsets:
             label = "+".join(f"{layer:02d}" for layer in layers)
             name = f"layer_{label}_p{percentile:.2f}_d{d_new:03d}_{subset}"
-            key = key_of("cell", _lineage(context, sites), _evaluation_settings(context))
-            works.append(Work("behaviour", name, sites, subset, conditions, doses, percentile, (d_new,), key, **shared))
+            works.append(Work("behaviour", name, sites, subset, here, doses, key, **shared))
+            if elsewhere:  # another model, so another worker's
+                base = {**shared, "model": str(context.model)}
+                works.append(Work("behaviour", name, sites, subset, elsewhere, (), key, **base))
     return works
 
 
@@ -147,28 +165,42 @@ def _reconstruction_work(context: Context) -> list[Work]:
     shared = _shared(context)
     works = []
     for layer in context.layers:
-        for percentile in settings.percentiles:
-            widths = [one for one in settings.d_new if _best(context, layer, percentile, one) is not None]
-            sites = tuple(_site_plan(context, layer, percentile, d_new) for d_new in widths)
-            name = f"reconstruction_layer_{layer:02d}_p{percentile:.2f}"
-            key = key_of("reconstruction", _lineage(context, sites), _evaluation_settings(context))
-            if sites:
-                works.append(Work("reconstruction", name, sites, "", (), (), percentile, tuple(widths), key, **shared))
+        sites = tuple(
+            _site_plan(context, layer, percentile, d_new)
+            for percentile in settings.percentiles
+            for d_new in settings.d_new
+            if _best(context, layer, percentile, d_new) is not None
+        )
+        if sites:
+            works.append(Work("reconstruction", f"reconstruction_layer_{layer:02d}", sites, "", (), (), "", **shared))
     return works
 
 
 def _exactness_work(context: Context, percentile: float, d_new: int) -> list[Work]:
     sites = tuple(_site_plan(context, layer, percentile, d_new) for layer in context.layers)
     key = key_of("exactness", _lineage(context, sites), _evaluation_settings(context))
-    return [Work("exactness", "exactness checks", sites, "", (), (), percentile, (d_new,), key, **_shared(context))]
+    return [Work("exactness", "exactness checks", sites, "", (), (), key, **_shared(context))]
 
 
 def _site_plan(context: Context, layer: int, percentile: float, d_new: int) -> SitePlan:
     base = chosen_base(context, layer, percentile)
     best = _best(context, layer, percentile, d_new)
     assert best is not None
-    delta = context.space.deltas / group_name(layer, percentile, d_new) / f"trial_{best['trial']:04d}"
-    return SitePlan(layer, root(context), (base.average_l0, base.path), str(delta))
+    group = context.space.deltas / group_name(layer, percentile, d_new)
+    plan = SitePlan(
+        layer,
+        percentile,
+        d_new,
+        root(context),
+        (base.average_l0, base.path),
+        delta=str(group / f"trial_{best['trial']:04d}"),
+        inputs=str(context.space.activations / "finetuned" / f"layer_{layer:02d}" / "train"),
+        residual=str(group.parent / "residual" / "train"),
+        key="",
+    )
+    subsets = sorted(context.settings.evaluate.subsets)
+    lineage = _lineage(context, (plan,))
+    return plan._replace(key=key_of("reconstruction", lineage, _evaluation_settings(context), subsets))
 
 
 def _best(context: Context, layer: int, percentile: float, d_new: int) -> dict[str, Any] | None:

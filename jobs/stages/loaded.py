@@ -1,6 +1,7 @@
-"""What workers keep in memory between tasks: the last model, wrapped for TransformerLens.
+"""What workers keep in memory between tasks: the last model, wrapped for TransformerLens, and its last prefixes.
 
-In: a model folder, a device and a precision. Out: a TransformerBridge; a second request for the same one is free.
+In: a model folder, a device and a precision. Out: a TransformerBridge, and what it computes up to the end of a layer; a
+second request for the same one is free.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+    from evaluators.passes import Prefixes
+
 
 @lru_cache(maxsize=1)
 def bridge(folder: str, device: str, precision: str) -> TransformerBridge:
@@ -20,4 +23,16 @@ def bridge(folder: str, device: str, precision: str) -> TransformerBridge:
     from models.sources import load_model
     from trainers.precision import dtype_of
 
+    # One model at a time: what belongs to the last one goes before the next one comes.
+    prefixes.cache_clear()
+    bridge.cache_clear()
     return wrap(*load_model(Path(folder), dtype_of(precision), device))
+
+
+@lru_cache(maxsize=1)
+def prefixes(folder: str, device: str, precision: str, layer: int, convention: str) -> Prefixes:
+    """Of the unedited model at one layer."""
+    from evaluators.passes import Prefixes
+    from models.transcoder import CONVENTIONS
+
+    return Prefixes(bridge(folder, device, precision), [layer], CONVENTIONS[convention])

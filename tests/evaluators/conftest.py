@@ -33,8 +33,10 @@ COMBINE = {
     "zero_ablation": lambda y, base, delta, alpha: 0 * y,
 }
 
-NORM = {"gemma2": "pre_feedforward_layernorm", "llama": "post_attention_layernorm"}
-WRITES = {"gemma2": "post_feedforward_layernorm", "llama": "mlp"}
+NORM = {"gemma2": "pre_feedforward_layernorm"}
+"""The norm before the MLP, where it has another name than in Llama and Qwen."""
+WRITES = {"gemma2": "post_feedforward_layernorm"}
+"""What gives the MLP's output as it is added, where that is not the MLP itself."""
 
 
 class ByHand:
@@ -80,8 +82,8 @@ class ByHand:
             edited = COMBINE[self.condition](y[0, 1:], base, delta, self.alpha)
             return torch.cat([y[:, :1], edited.unsqueeze(0)], dim=1)
 
-        yield getattr(block, NORM[kind]).register_forward_pre_hook(read)
-        yield getattr(block, WRITES[kind]).register_forward_hook(write)
+        yield getattr(block, NORM.get(kind, "post_attention_layernorm")).register_forward_pre_hook(read)
+        yield getattr(block, WRITES.get(kind, "mlp")).register_forward_hook(write)
 
     def nll(self, encoded):
         """Summed cross-entropy of the target in nats, and the argmax at each target token."""
@@ -114,6 +116,7 @@ def subject(model_folder, load, wrapped, random_transcoder):
         return Site(layer, base, random_transcoder(d_model, 12, layer, seed=50 + layer, bias=False))
 
     return SimpleNamespace(
+        folder=model_folder,
         plain=plain,
         tokenizer=tokenizer,
         bridge=wrapped(model_folder),

@@ -70,7 +70,9 @@ def test_what_the_model_says_is_what_is_scored(subject, monkeypatch):
     from evaluators import behaviour
 
     targets = [row.target[:-1] for row in subject.encoded]
-    monkeypatch.setattr(behaviour, "generate", lambda bridge, jobs, *_: [targets[i % 4] for i in range(len(jobs))])
+    monkeypatch.setattr(
+        behaviour, "generate", lambda bridge, jobs, *_, **__: [targets[i % 4] for i in range(len(jobs))]
+    )
     ((_, figures, texts),) = evaluate_behaviour(subject.bridge, subject.rows, (), [Ask("raw")], **SETTINGS)
     assert [one["generation"] for one in texts] == [row.target for row in subject.rows]
     assert [one["tool_call"] for one in figures] == [True, False, False, False]

@@ -38,10 +38,10 @@ def test_a_splice_that_spares_a_chunks_first_token_is_named(subject, monkeypatch
     """The bug that a KV cache invites: each generated token is the first of its chunk."""
     real = interventions.Splice.reset
 
-    def sparing(self, editable, alpha):
+    def sparing(self, editable, alpha, *numbers):
         editable = editable.clone()
         editable[:, 0] = False
-        real(self, editable, alpha)
+        real(self, editable, alpha, *numbers)
 
     monkeypatch.setattr(interventions.Splice, "reset", sparing)
     checks = exactness_checks(subject.bridge, subject.rows, subject.site, 8)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data.encoding import pad_left
-from evaluators.decoding import forward
 from evaluators.interventions import CONDITIONS, Site, spliced
+from evaluators.passes import forward
 from models.errors import ModelError
 from models.transcoder import Taps
 

@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from data.encoding import pad_left
+from evaluators import reconstruction
 from evaluators.interventions import Site
 from evaluators.reconstruction import evaluate_reconstruction, site_activations, text_cross_entropy
+
+
+def run(subject, sites):
+    return list(evaluate_reconstruction(subject.bridge, subject.rows, sites, 1.0))
 
 
 def loop_cross_entropy(reference, encoded):
@@ -33,7 +38,7 @@ def test_the_site_is_read_on_every_token_but_bos_and_padding(subject, plain_taps
     x, y = site_activations(subject.bridge, subject.rows, subject.site[0])
     assert len(x) == len(y) == sum(len(row.ids) - 1 for row in subject.encoded)
     wanted = []
-    for row in sorted(subject.encoded, key=lambda row: len(row.ids)):
+    for row in subject.encoded:
         wanted.append([one[0, 1:] for one in plain_taps(subject.plain, pad_left([row.ids], 0), 1)[:2]])
     torch.testing.assert_close(x, torch.cat([one for one, _ in wanted]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y, torch.cat([one for _, one in wanted]), rtol=1e-4, atol=1e-4)
@@ -43,7 +48,7 @@ def test_figures_of_two_deltas_on_one_base(subject, by_hand, random_transcoder):
     (first,) = subject.site
     second = dataclasses.replace(first, delta=random_transcoder(subject.d_model, 5, 1, seed=9, bias=False))
     ce_raw, tokens = loop_cross_entropy(by_hand(subject.plain, [first], "raw"), subject.encoded)
-    cells = evaluate_reconstruction(subject.bridge, subject.rows, [first, second], ce_raw)
+    cells = list(evaluate_reconstruction(subject.bridge, subject.rows, [first, second], ce_raw))
     x, y = site_activations(subject.bridge, subject.rows, first)
     ce_zero, _ = loop_cross_entropy(by_hand(subject.plain, [first], "zero_ablation"), subject.encoded)
     for site, cell in zip((first, second), cells, strict=True):
@@ -71,11 +76,28 @@ def test_figures_of_two_deltas_on_one_base(subject, by_hand, random_transcoder):
     assert cells[0]["fvu_full"] != cells[1]["fvu_full"]
 
 
-def test_sites_must_share_layer_and_base(subject, random_transcoder):
+def test_bases_of_one_layer_share_the_layers_zero_ablation(subject, random_transcoder, monkeypatch):
+    """Two percentiles: each base once, each delta once, the zeroed MLP once, and what each gives alone."""
     (first,) = subject.site
     other = dataclasses.replace(first, base=random_transcoder(subject.d_model, 96, 1, seed=77))
-    for sites in ([first, other], subject.sites):
-        with pytest.raises(ValueError, match="the sites must share layer and base"):
-            evaluate_reconstruction(subject.bridge, subject.rows, sites, 1.0)
+    third = dataclasses.replace(first, delta=random_transcoder(subject.d_model, 5, 1, seed=9, bias=False))
+    alone = [one for site in (first, third, other) for one in run(subject, [site])]
+    asked = []
+    real = reconstruction.score
+
+    def spy(bridge, jobs, sites, condition, *rest, **named):
+        asked.append(condition)
+        return real(bridge, jobs, sites, condition, *rest, **named)
+
+    monkeypatch.setattr(reconstruction, "score", spy)
+    together = run(subject, [first, third, other])
+    assert sorted(asked) == ["full", "full", "full", "no_delta", "no_delta", "zero_ablation"]
+    for one, two in zip(alone, together, strict=True):
+        assert {**one, "seconds": 0.0} == {**two, "seconds": 0.0}
+
+
+def test_sites_must_be_of_one_layer(subject):
+    with pytest.raises(ValueError, match=r"the sites must be of one layer, got \[0, 2\]"):
+        run(subject, subject.sites)
     with pytest.raises(ValueError, match="needs a delta transcoder"):
-        evaluate_reconstruction(subject.bridge, subject.rows, [Site(1, first.base)], 1.0)
+        run(subject, [Site(1, subject.site[0].base)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cluster import Share
-from jobs.fanout import Outcome, Pool
+from jobs.fanout import Outcome, Pool, next_task
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def always_die(task: int) -> int:
     os._exit(1)
 
 
-def process(task: int) -> int:
+def process(task: object) -> int:
     return os.getpid()
 
 
@@ -76,3 +76,17 @@ def test_a_task_that_always_kills_its_worker_is_given_up(pool: Pool) -> None:
 
 def test_no_tasks(pool: Pool) -> None:
     assert list(pool.run(square, [])) == []
+
+
+def test_a_worker_stays_with_its_group_then_helps() -> None:
+    waiting = ["a", "b", "a", "c"]
+    assert next_task(waiting, None, []) == 0
+    assert next_task(waiting, "c", ["a"]) == 3, "its own first"
+    assert next_task(waiting, None, ["a"]) == 1, "then one that nobody is at"
+    assert next_task(["a", "a"], "b", ["a"]) == 0, "then whatever is left"
+
+
+def test_grouped_tasks_are_all_done(pool: Pool) -> None:
+    tasks = [(name, number) for number in range(3) for name in ("a", "b")]
+    outcomes = list(pool.run(process, tasks, group=lambda task: task[0]))
+    assert sorted(outcome.task for outcome in outcomes) == sorted(tasks)

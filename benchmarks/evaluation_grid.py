@@ -1,0 +1,278 @@
+"""The evaluation grid three ways in one run: one prompt at a time, batched, and ours.
+
+    python -m benchmarks.evaluation_grid [quickstart storage.root=mlruns] [--layers 6,12,18] [--prompts 20]
+
+Needs a sweep that is finished up to its deltas. The grid is raw, no_delta, full and five alphas for each layer on each
+subset. The reference wraps the model once, then runs each cell for itself: a teacher-forced pass and a cached greedy
+generation with TransformerLens' own `generate`, raw again for each layer; a random sample of its cells is timed and
+scaled up. Prints the three times, their ratios, what each shortcut gives on a smaller grid, our time over that of the
+matrix products nobody can avoid at the machine's measured rate, and peak memory; fails where the figures differ.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from torch import Tensor
+
+from data.encoding import encode_row, pad_left
+from data.rows import Row, read_rows
+from evaluators.behaviour import Ask, evaluate_behaviour
+from evaluators.decoding import Stop
+from evaluators.interventions import Site
+from evaluators.passes import Prefixes, Shortcuts
+from jobs.context import Context
+from jobs.kept import combination, load_bridge, load_sites
+from models.bridge import device_of, read_input, tap_names
+from search_spaces.load import load
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+CELLS = (("raw", 0.0), ("no_delta", 0.0), ("full", 1.0), *(("alpha", alpha) for alpha in ALPHAS))
+SAMPLED_PROMPTS, SAMPLED_BATCHES = 12, 3
+ABLATED_PROMPTS = 5
+"""Prompts a subset in the grid on which each shortcut is turned off."""
+
+
+class Figures(NamedTuple):
+    """What is compared of a prompt in a cell: cross-entropy in nats a token, and the greedy output."""
+
+    ce: float
+    output: list[int]
+
+
+Table = dict[tuple[int, str, float, str, int], Figures]  # layer, condition, alpha, subset, prompt
+
+
+def ours(
+    bridge: Any,
+    rows: dict[str, list[Row]],
+    sites: Sequence[Site],
+    budget: int,
+    shortcuts: Shortcuts = Shortcuts(),  # noqa: B008
+) -> Table:
+    """The whole grid. Strengths 0 and 1 are no_delta and full: measured once, filed twice."""
+    table: Table = {}
+    settings: dict[str, Any] = {"max_new_tokens": budget, "batch_size": 32, "shortcuts": shortcuts}
+    prefixes = Prefixes(bridge, [site.layer for site in sites], sites[0].base.taps, together=shortcuts.capture_once)
+    for subset, of_subset in rows.items():
+        outputs: list[list[int]] = []
+        for site in sites:
+            if shortcuts.raw_once and outputs:
+                table |= {
+                    (site.layer, *key[1:]): figures
+                    for key, figures in list(table.items())
+                    if key[0] == sites[0].layer and key[1] == "raw" and key[3] == subset
+                }
+            else:
+                ((_, figures, texts),) = evaluate_behaviour(bridge, of_subset, (), [Ask("raw")], **settings)
+                _file(table, (site.layer, "raw", 0.0, subset), figures, texts)
+                outputs = [one["tokens"] for one in texts]
+            asked = evaluate_behaviour(
+                bridge,
+                of_subset,
+                [site],
+                [Ask("alpha", alpha) for alpha in ALPHAS],
+                raw_outputs=outputs,
+                prefixes=prefixes if shortcuts.share_prefix else None,
+                **settings,
+            )
+            for ask, figures, texts in asked:
+                for condition, alpha in CELLS[1:]:
+                    if alpha == ask.alpha:
+                        _file(table, (site.layer, condition, alpha, subset), figures, texts)
+    return table
+
+
+def _file(table: Table, place: tuple[int, str, float, str], figures: Sequence[Any], texts: Sequence[Any]) -> None:
+    for one, text in zip(figures, texts, strict=True):
+        table[*place, one["index"]] = Figures(one["nll"] / one["n_tokens"], text["tokens"])
+
+
+def plain_cell(
+    bridge: Any, rows: Sequence[Row], site: Site, condition: str, alpha: float, budget: int
+) -> list[Figures]:
+    """One cell of some prompts in one batch, as a script without any of our shortcuts computes it."""
+    encoded = [encode_row(bridge.tokenizer, row.input, row.target) for row in rows]
+    pad, device = bridge.tokenizer.pad_token_id, device_of(bridge)
+    with torch.inference_mode():
+        batch = pad_left([row.ids for row in encoded], pad).to(device)
+        with bridge.hooks(fwd_hooks=_hooks(site, condition, alpha, batch.editable)):
+            logits = bridge(
+                batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions, return_type="logits"
+            )
+        steps = logits[:, :-1].float().log_softmax(-1).gather(2, batch.ids[:, 1:, None])[..., 0]
+        ces = [-steps[i, -len(row.target) :].mean().item() for i, row in enumerate(encoded)]
+        prompts = pad_left([row.prompt for row in encoded], pad).to(device)
+        with bridge.hooks(fwd_hooks=_hooks(site, condition, alpha, prompts.editable)):
+            written = bridge.generate(
+                prompts.ids,
+                attention_mask=prompts.mask.long(),
+                max_new_tokens=budget,
+                do_sample=False,
+                return_type="tokens",
+                verbose=False,
+            )
+    stop = Stop(bridge.tokenizer, budget)
+    outputs = [written[i, prompts.ids.shape[1] :].tolist() for i in range(len(rows))]
+    return [Figures(ce, stop.cut(output) or output) for ce, output in zip(ces, outputs, strict=True)]
+
+
+def _hooks(site: Site, condition: str, alpha: float, editable: Tensor) -> list[tuple[str, Callable]]:
+    if condition == "raw":
+        return []
+    read_name, write_name = tap_names(site.base.taps, site.layer)
+    seen: dict[str, Tensor] = {}
+
+    def read(x: Tensor, hook: object) -> None:
+        seen["x"] = read_input(site.base.taps, x)
+
+    def write(y: Tensor, hook: object) -> Tensor:
+        made = site.base(seen["x"])
+        if condition != "no_delta" and site.delta is not None:
+            made = made + (1.0 if condition == "full" else alpha) * site.delta(seen["x"])
+        where = editable if y.shape[:2] == editable.shape else torch.ones_like(y[..., 0], dtype=torch.bool)
+        return torch.where(where.unsqueeze(-1), made.to(y.dtype), y)
+
+    return [(read_name, read), (write_name, write)]
+
+
+def compare(table: Table, key: tuple[int, str, float, str, int], found: Figures) -> None:
+    """Raises SystemExit where our figures are not those of the plain way."""
+    mine = table[key]
+    if mine.output != found.output or abs(mine.ce - found.ce) > 1e-4:
+        raise SystemExit(f"{key}: ours {mine}, the plain way {found}")
+
+
+def matmul_rate(device: Any, size: int = 2048, tries: int = 6) -> float:
+    """FLOP/s of a large fp32 product, the best of several."""
+    left, right = (torch.randn(size, size, device=device) for _ in range(2))
+    best = math.inf
+    for _ in range(tries):
+        best = min(best, timed(lambda: left @ right, device)[0])
+    return 2 * size**3 / best
+
+
+def unavoidable_flops(bridge: Any, rows: dict[str, list[Row]], sites: Sequence[Site], table: Table) -> float:
+    """Matrix products of weights that every exact way needs: each text once below a layer and once for each strength
+    above it, one projection for each target token, and the tokens of an output that leaves target and raw output."""
+    model = bridge.original_model
+    body = sum(one.numel() for one in bridge.blocks.parameters() if one.ndim == 2)
+    a_layer, head = body / bridge.cfg.n_layers, model.get_output_embeddings().weight.numel()
+    total = 0.0
+    for subset, of_subset in rows.items():
+        for number, row in enumerate(of_subset):
+            encoded = encode_row(bridge.tokenizer, row.input, row.target)
+            raw = table[sites[0].layer, "raw", 0.0, subset, number].output
+            new = _beyond(raw, [encoded.target])
+            total += len(encoded.ids) * body + len(encoded.target) * head + new * (body + head)
+            for site in sites:
+                above = (bridge.cfg.n_layers - 1 - site.layer) * a_layer
+                features = site.base.W_enc.numel() * 2 + (site.delta.W_enc.numel() * 2 if site.delta else 0)
+                total += (len(encoded.ids) + new) * features
+                for alpha in ALPHAS:
+                    output = table[site.layer, "alpha", alpha, subset, number].output
+                    off_target = _beyond(output, [encoded.target])
+                    off_both = _beyond(output, [encoded.target, raw])
+                    total += len(encoded.ids) * above + len(encoded.target) * head
+                    total += (off_target - off_both) * (above + head) + off_both * (body + head)
+    return 2 * total
+
+
+def _beyond(output: Sequence[int], guesses: Sequence[Sequence[int]]) -> int:
+    """Tokens of an output after the longest start that it shares with one of the guesses."""
+    shared = 0
+    for guess in guesses:
+        agreed = 0
+        while agreed < min(len(guess), len(output)) and guess[agreed] == output[agreed]:
+            agreed += 1
+        shared = max(shared, agreed)
+    return len(output) - shared
+
+
+def timed(run: Callable[[], Any], device: Any) -> tuple[float, Any]:
+    """Seconds, and what `run` returns."""
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = run()
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, result
+
+
+def main(
+    config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
+    layers: Annotated[str, typer.Option()] = "6,12,18",
+    prompts: Annotated[int, typer.Option(help="Prompts a subset.")] = 20,
+    budget: Annotated[int, typer.Option(help="New tokens.")] = 64,
+    ablate: Annotated[bool, typer.Option(help="Also time each shortcut off.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the sample of the reference.")] = 0,
+) -> None:
+    name, *overrides = config or ["quickstart"]
+    context = Context(load(name, overrides))
+    bridge = load_bridge(context)
+    device = device_of(bridge)
+    sites = [
+        site.to(device)
+        for site in load_sites(context, list(map(int, layers.split(","))), *combination(context, None, None))
+    ]
+    every = list(read_rows(str(context.space.data / "evaluation.jsonl")))
+    rows = {subset: [row for row in every if row.label == subset][:prompts] for subset in ("tool", "copy", "tool_ood")}
+    cells = [(site, *cell, subset) for site in sites for cell in CELLS for subset in rows]
+    typer.echo(
+        f"{len(cells)} cells of {prompts} prompts, {budget} new tokens, layers {layers}; {device}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    seconds, table = timed(partial(ours, bridge, rows, sites, budget), device)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    flops, rate = unavoidable_flops(bridge, rows, sites, table), matmul_rate(device)
+    typer.echo(f"ours                 {seconds:9.1f} s   {memory:.2f} GiB peak")
+    typer.echo(
+        f"unavoidable matmuls  {flops / rate:9.1f} s   {flops / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s; "
+        f"ours takes {seconds * rate / flops:.2f}x"
+    )
+    chance = random.Random(seed)
+    for label, sample, count, size in (
+        ("one by one", SAMPLED_PROMPTS, len(cells) * prompts, 1),
+        ("batched", SAMPLED_BATCHES, len(cells), prompts),
+    ):
+        spent = 0.0
+        for site, condition, alpha, subset in chance.sample(cells, sample):
+            first = chance.randrange(prompts) if size == 1 else 0
+            chosen = rows[subset][first : first + size]
+            took, found = timed(partial(plain_cell, bridge, chosen, site, condition, alpha, budget), device)
+            spent += took
+            for number, figures in enumerate(found):
+                compare(table, (site.layer, condition, alpha, subset, first + number), figures)
+        whole = spent / sample * count
+        typer.echo(
+            f"{label:<20} {whole:9.1f} s   {whole / seconds:.1f}x ours (from {sample} of {count}, equal to ours)"
+        )
+    if ablate:
+        _ablations(bridge, rows, sites, budget, device)
+
+
+def _ablations(bridge: Any, rows: dict[str, list[Row]], sites: Sequence[Site], budget: int, device: Any) -> None:
+    """Each shortcut off, on a few prompts a subset: seconds over those with all of them on."""
+    few = {subset: of_subset[:ABLATED_PROMPTS] for subset, of_subset in rows.items()}
+    on, expected = timed(partial(ours, bridge, few, sites, budget), device)
+    typer.echo(f"{ABLATED_PROMPTS} prompts a subset, all shortcuts: {on:.1f} s; time with one off, over that:")
+    for one in fields(Shortcuts):
+        shortcuts = replace(Shortcuts(), **{one.name: False})
+        off, table = timed(partial(ours, bridge, few, sites, budget, shortcuts), device)
+        for key, figures in table.items():
+            compare(expected, key, figures)
+        typer.echo(f"  {one.name:<20} {off / on:6.2f}x")
+
+
+if __name__ == "__main__":
+    typer.run(main)
