@@ -92,8 +92,16 @@ class LoraSpace(Section):
 class Lora(Section):
     trials: Count = 16
     steps: Count = 400
+    epochs: Count | None = None
+    """Passes over the training rows, in place of `steps`."""
     eval_every: Count = 50
     """Optimiser steps between validations; ASHA may stop a trial at each."""
+    patience: Count | None = None
+    """Validations without a better loss after which a trial ends itself; null never does."""
+    accumulate: Count = 1
+    """Pieces in which a batch is computed: less memory, the same steps."""
+    gradient_checkpointing: bool = False
+    """Less memory and more time, the same steps."""
     warmup_fraction: Fraction = 0.05
     grad_clip: Positive = 1.0
     loss_on: Literal["target", "everything"] = "target"

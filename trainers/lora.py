@@ -1,34 +1,38 @@
 """LoRA finetuning of a causal LM on calculator requests and copy rows.
 
 In: a model, its tokenizer, rows and `LoraSettings`. Out: validation figures through `report`, adapters through
-`keep`. Built on Accelerate and PEFT; the same function runs in a notebook, in a search trial or under
-`accelerate launch`.
+`keep`. The same function runs in a notebook, in a search trial and under `accelerate launch`; a run that was
+interrupted goes on from its last checkpoint and ends as it would have.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import nn
 
-from data.encoding import Batch, Encoded, encode_row, pad_left
+from data.encoding import Encoded, encode_row
 from data.rows import Row
-from trainers.errors import TrainingError
+from trainers import checkpoints
+from trainers.adapters import add_adapter, forward_of
+from trainers.checkpoints import Keeper
+from trainers.errors import DivergedError, TrainingError
+from trainers.fused import cross_entropy_sum
+from trainers.lora_validation import figures_of, validation_counts
+from trainers.packing import Example, example, pack, shuffled_batches
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CALL_OPEN = "<tool_call>"
-BUCKET_BATCHES = 16
-"""Batches are cut from runs of this many batches sorted by length: little padding, still shuffled."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,20 @@ class LoraSettings:
     dropout: float = 0.0
     weight_decay: float = 0.0
     batch_size: int = 8
+    """Rows of an optimiser step."""
+    accumulate: int = 1
+    """Pieces in which a batch is computed: less memory, the same step."""
+    gradient_checkpointing: bool = False
+    """Less memory and more time, the same step."""
     targets: str = "all-linear"
     """`all-linear`, or names of modules joined by commas."""
     schedule: str = "linear"
     steps: int = 100
+    epochs: int | None = None
+    """Passes over the rows, in place of `steps`."""
     eval_every: int = 25
+    patience: int | None = None
+    """Validations without a better loss after which the run ends; None never ends it early."""
     warmup_fraction: float = 0.05
     grad_clip: float = 1.0
     loss_on: str = "target"
@@ -54,11 +67,9 @@ class LoraSettings:
     seed: int = 0
 
 
-class Example(NamedTuple):
-    """A row as tokens, and how many of its last tokens bear the loss."""
-
-    ids: list[int]
-    labelled: int
+def steps_of(settings: LoraSettings, rows: int) -> int:
+    """Optimiser steps of a run over `rows` rows."""
+    return settings.steps if settings.epochs is None else settings.epochs * math.ceil(rows / settings.batch_size)
 
 
 def train_lora(
@@ -69,202 +80,228 @@ def train_lora(
     settings: LoraSettings,
     report: Callable[[dict[str, Any]], None],
     keep: Callable[[PeftModel], None],
+    keeper: Keeper | None = None,
 ) -> None:
-    """Trains for `settings.steps` optimiser steps; `model` gets the adapter in place.
+    """Trains for `steps_of(settings)` optimiser steps or until `patience` ends it; `model` gets the adapter in place.
 
     Calls `keep(adapted model)` after each validation that beats all before it, then
     `report({step, val_loss, train_loss, tool_call_precision, tool_call_recall, tool_call_f1, tokens,
     tokens_per_second})`. Losses are nats a labelled token. Under `accelerate launch` each process takes its share of
     every batch, and only the main process keeps and reports. Seeds the global generators, and is deterministic for a
-    seed. Raises TrainingError where the loss is not finite or the target modules match nothing.
+    seed. With a `keeper`, a run that was interrupted at any moment reports again what it had reported and ends with the
+    same losses and adapter.
+
+    Raises TrainingError where the target modules match nothing, a row is longer than the model's context, the
+    tokenizer has no EOS or memory runs out, and DivergedError where a loss is not finite.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
-    from transformers import get_scheduler
 
     set_seed(settings.seed)
     accelerator = Accelerator(cpu=model.device.type == "cpu")
-    adapted = add_adapter(model, settings)
-    trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
-    scheduler = get_scheduler(
-        settings.schedule, optimiser, round(settings.warmup_fraction * settings.steps), settings.steps
-    )
-    prepared, optimiser = accelerator.prepare(adapted, optimiser)
-    train = [_example(tokenizer, row, settings.loss_on) for row in train_rows]
-    validation = [encode_row(tokenizer, row.input, row.target) for row in validation_rows]
-    pad, call_token = tokenizer.pad_token_id, tokenizer(CALL_OPEN, add_special_tokens=False)["input_ids"][0]
-
-    best, tokens, summed, started = float("inf"), 0, 0.0, time.perf_counter()
-    batches = _shuffled_batches(train, settings)
-    for step in range(1, settings.steps + 1):
-        prepared.train()
-        rows = next(batches)
-        mine = rows[accelerator.process_index :: accelerator.num_processes]
-        loss = _loss(prepared, mine or rows[:1], pad) * (len(mine) > 0)
-        # Gradients are averaged over processes; the batch's loss is the sum over its labelled tokens over their number.
-        loss = loss * accelerator.num_processes / sum(row.labelled for row in rows)
-        whole = accelerator.reduce(loss.detach(), "mean").item()
-        if not math.isfinite(whole):
-            raise TrainingError(f"the training loss is {whole} at step {step} (lr {settings.lr:.2g})")
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trainable, settings.grad_clip)
-        optimiser.step()
-        scheduler.step()
-        optimiser.zero_grad()
-        summed += whole
-        tokens += sum(len(row.ids) for row in rows)
-        if step % settings.eval_every and step != settings.steps:
-            continue
-        seconds = time.perf_counter() - started
-        figures = validate(prepared, validation, pad, call_token)
-        if accelerator.is_main_process:
-            if figures["val_loss"] < best:
-                best = figures["val_loss"]
-                keep(accelerator.unwrap_model(prepared))
-            report(
-                {
-                    "step": step,
-                    **figures,
-                    "train_loss": summed / ((step - 1) % settings.eval_every + 1),
-                    "tokens": tokens,
-                    "tokens_per_second": tokens / seconds,
-                }
-            )
-        summed = 0.0
-        started = time.perf_counter() - seconds  # validation is not training time
+    run = _Run(model, tokenizer, train_rows, validation_rows, settings, accelerator)
+    keeper = keeper or Keeper()
+    with _memory(settings):
+        for figures in run.restore(keeper):
+            if accelerator.is_main_process:
+                report(figures)
+        for rows in run.batches():
+            run.step(rows)
+            if run.validates:
+                figures = run.validate()
+                if accelerator.is_main_process:
+                    if run.waited == 0:
+                        keep(run.adapted)
+                    report(figures)
+            if accelerator.is_main_process and keeper.is_due:
+                run.keep(keeper)
 
 
-def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """`model` with a fresh LoRA adapter.
+class _Run:
+    """The state of one training run between its steps."""
 
-    Raises TrainingError where the target modules match nothing that LoRA adapts, or are embeddings that the model ties.
-    """
-    from peft import LoraConfig, TaskType, get_peft_model
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        train_rows: Sequence[Row],
+        validation_rows: Sequence[Row],
+        settings: LoraSettings,
+        accelerator: Any,
+    ) -> None:
+        from transformers import get_scheduler
 
-    names = [name.strip() for name in settings.targets.split(",")]
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    tied = {name.rpartition(".")[2] for name, one in model.named_modules() if one in ends} & set(names)
-    if tied and model.config.tie_word_embeddings:
-        raise TrainingError(
-            f"lora.space.targets {settings.targets!r} names {', '.join(sorted(tied))}: the model ties its embeddings, "
-            "and merging such an adapter would change both ends; name linear layers of the blocks"
+        self.settings, self.accelerator, self.device = settings, accelerator, model.device
+        if tokenizer.eos_token_id is None:
+            raise TrainingError("the model's tokenizer has no EOS token, with which every target ends")
+        self.train = [example(tokenizer, row, settings.loss_on) for row in train_rows]
+        self.held_out = [encode_row(tokenizer, row.input, row.target) for row in validation_rows]
+        longest = _longest(model, [*train_rows, *validation_rows], [*self.train, *self.held_out])
+        self.call_token = tokenizer(CALL_OPEN, add_special_tokens=False)["input_ids"][0]
+
+        alpha = settings.alpha_over_r * settings.r
+        self.adapted = add_adapter(model, settings.targets, settings.r, alpha, settings.dropout)
+        self.forward = forward_of(self.adapted, longest, settings.gradient_checkpointing)
+        self.weights = _flatten([one for one in self.adapted.parameters() if one.requires_grad])
+        self.optimiser = torch.optim.AdamW(
+            [self.weights], lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha_over_r * settings.r,  # type: ignore[arg-type]
-        lora_dropout=settings.dropout,
-        target_modules="all-linear" if settings.targets == "all-linear" else names,
-        task_type=TaskType.CAUSAL_LM,
-    )
-    try:
-        return get_peft_model(model, config)  # type: ignore[return-value]
-    except ValueError as error:
-        linear = {name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
+        self.steps = steps_of(settings, len(self.train))
+        warmup = round(settings.warmup_fraction * self.steps)
+        # A function of the step alone, so that there is no state to restore.
+        (self.schedule,) = get_scheduler(settings.schedule, self.optimiser, warmup, self.steps).lr_lambdas
+
+        self.at = self.tokens = self.waited = self.summed_steps = 0
+        self.summed = self.seconds = 0.0
+        self.best = math.inf
+        self.reported: list[dict[str, Any]] = []
+
+    @property
+    def validates(self) -> bool:
+        """Whether a validation follows the step just made."""
+        return self.at % self.settings.eval_every == 0 or self.at == self.steps
+
+    def batches(self) -> Iterator[list[Example]]:
+        """The batches from here to the last, fewer where validation stops improving."""
+        stream = shuffled_batches(self.train, self.settings.batch_size, self.settings.seed)
+        for rows in itertools.islice(stream, self.at, self.steps):
+            if self.settings.patience is not None and self.waited >= self.settings.patience:
+                return
+            yield rows
+
+    def step(self, rows: Sequence[Example]) -> None:
+        """One optimiser step, whose loss is the mean over the labelled tokens of all processes' rows."""
+        started = time.perf_counter()
+        if not self.adapted.training:
+            self.adapted.train()
+        labelled = sum(row.labelled for row in rows)
+        total = torch.zeros((), device=self.device)
+        for piece in _pieces(rows[self.accelerator.process_index :: self.accelerator.num_processes], self.settings):
+            batch = pack(piece).to(self.device)
+            loss = cross_entropy_sum(self.forward(batch), batch.labels) / labelled
+            loss.backward()
+            total += loss.detach()
+        gradient = self.weights.grad
+        assert gradient is not None
+        if self.accelerator.num_processes > 1:
+            gradient.copy_(self.accelerator.reduce(gradient, "sum"))
+            total = self.accelerator.reduce(total, "sum")
+        whole = total.item()
+        if not math.isfinite(whole):
+            raise DivergedError(f"the training loss is {whole} at step {self.at + 1} (lr {self.settings.lr:.2g})")
+        nn.utils.clip_grad_norm_([self.weights], self.settings.grad_clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.settings.lr * self.schedule(self.at)
+        self.optimiser.step()
+        gradient.zero_()
+        self.at += 1
+        self.summed += whole
+        self.summed_steps += 1
+        self.tokens += sum(len(row.ids) for row in rows)
+        self.seconds += time.perf_counter() - started
+
+    def validate(self) -> dict[str, Any]:
+        """The figures of a validation, every process on its share of the rows."""
+        self.adapted.eval()
+        mine = self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
+        sums = validation_counts(self.forward, mine, self.call_token, self.device)
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums.to(self.device), "sum").cpu()
+        figures = {
+            "step": self.at,
+            **figures_of(sums),
+            "train_loss": self.summed / self.summed_steps,
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens / self.seconds,
+        }
+        self.summed, self.summed_steps = 0.0, 0
+        self.waited += 1
+        if figures["val_loss"] < self.best:
+            self.best, self.waited = figures["val_loss"], 0
+        if not math.isfinite(figures["val_loss"]):
+            raise DivergedError(
+                f"the validation loss is {figures['val_loss']} at step {self.at} (lr {self.settings.lr:.2g})"
+            )
+        self.reported.append(figures)
+        return figures
+
+    def keep(self, keeper: Keeper) -> None:
+        random = {"random/cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        keeper.write(
+            {"weights": self.weights, **checkpoints.optimiser_tensors(self.optimiser), **random},
+            {"run": self._identity(), **{name: getattr(self, name) for name in COUNTERS}},
+        )
+
+    def restore(self, keeper: Keeper) -> list[dict[str, Any]]:
+        """Goes back to the last checkpoint, if there is one of this run; returns what had been reported."""
+        found = keeper.read(self._identity())
+        if found is None:
+            return []
+        tensors, state = found
+        with torch.no_grad():
+            self.weights.copy_(tensors["weights"])
+        checkpoints.load_optimiser(self.optimiser, tensors)
+        torch.set_rng_state(tensors["random/cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        return self.reported
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes a checkpoint one of this run."""
+        return {**asdict(self.settings), "rows": len(self.train), "processes": self.accelerator.num_processes}
+
+
+COUNTERS = ("at", "tokens", "waited", "summed", "summed_steps", "seconds", "best", "reported")
+"""The plain part of a checkpoint."""
+
+
+def _flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+    """One flat parameter, and as its gradient one flat tensor, of which all `parameters` become views.
+
+    The optimiser, clipping and the exchange between processes then see one tensor in place of hundreds.
+    """
+    flat = nn.Parameter(torch.cat([one.detach().flatten() for one in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [one.numel() for one in parameters]
+    for one, values, gradient in zip(parameters, flat.detach().split(sizes), flat.grad.split(sizes), strict=True):
+        one.data, one.grad = values.view_as(one), gradient.view_as(one)
+    return flat
+
+
+def _pieces(rows: Sequence[Example], settings: LoraSettings) -> list[Sequence[Example]]:
+    """`rows` in at most `accumulate` pieces, none empty."""
+    size = max(1, math.ceil(len(rows) / settings.accumulate))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _longest(model: PreTrainedModel, rows: Sequence[Row], encoded: Sequence[Example | Encoded]) -> int:
+    """Tokens of the longest row; raises TrainingError where the model's context does not hold it."""
+    lengths = [len(one.ids) for one in encoded]
+    context = getattr(model.config, "max_position_embeddings", None) or max(lengths)
+    longest = max(lengths)
+    if longest > context:
+        row = rows[lengths.index(longest)]
         raise TrainingError(
-            f"lora.space.targets {settings.targets!r} cannot be adapted ({' '.join(str(error).split())[:160]}); "
-            f"allowed: all-linear, or some of {', '.join(sorted(linear))}"
-        ) from None
+            f"a row has {longest} tokens, the model's context holds {context}: leave out or shorten {row.input[:60]!r}"
+        )
+    return longest
 
 
-def validate(
-    model: Any, rows: Sequence[Encoded], pad_id: int, call_token: int, batch_size: int = 8
-) -> dict[str, float]:
-    """Validation loss (nats a target token), and how well the first token the model would say tells requests from rest.
-
-    A request is a row whose target starts with `call_token`, the first of `<tool_call>`. Leaves `model` in evaluation
-    mode.
-    """
-    model.eval()
-    total, count, called, wanted, both = 0.0, 0, 0, 0, 0
-    ordered = sorted(rows, key=lambda row: len(row.ids))
-    with torch.no_grad():
-        for start in range(0, len(ordered), batch_size):
-            chunk = ordered[start : start + batch_size]
-            batch = pad_left([row.ids for row in chunk], pad_id)
-            counts = [len(row.target) for row in chunk]
-            keep = max(counts)
-            logits = _logits(model, batch, keep + 1)[:, :-1]
-            labels = _labels(batch, counts).to(logits.device)
-            total += functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-            count += sum(counts)
-            for index, row in enumerate(chunk):
-                says = logits[index, keep - len(row.target)].argmax().item() == call_token
-                should = row.target[0] == call_token
-                called, wanted, both = called + says, wanted + should, both + (says and should)
-    precision = both / called if called else 0.0
-    recall = both / wanted if wanted else 0.0
-    f1 = 2 * precision * recall / (precision + recall) if both else 0.0
-    return {
-        "val_loss": total / max(count, 1),
-        "tool_call_precision": precision,
-        "tool_call_recall": recall,
-        "tool_call_f1": f1,
-    }
-
-
-def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """`model` with the weights of the adapter saved in `adapter` folded in, a plain transformers model again.
-
-    Load `model` in fp32: a small change is lost in the rounding of a bf16 weight. Raises TrainingError where the folder
-    holds no adapter of this model.
-    """
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
+@contextmanager
+def _memory(settings: LoraSettings) -> Iterator[None]:
+    """Says in one sentence that memory ran out, and what to change."""
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise TrainingError(f"{adapter}: no adapter of this model ({' '.join(str(error).split())[:200]})") from None
-    return adapted.merge_and_unload()  # type: ignore[operator]
-
-
-def _example(tokenizer: PreTrainedTokenizerBase, row: Row, loss_on: str) -> Example:
-    encoded = encode_row(tokenizer, row.input, row.target)
-    everything = loss_on == "everything" and row.label == "copy"
-    return Example(encoded.ids, len(encoded.ids) - 1 if everything else len(encoded.target))
-
-
-def _shuffled_batches(rows: Sequence[Example], settings: LoraSettings) -> Iterator[list[Example]]:
-    """Endless batches, reshuffled every epoch, rows of similar length together."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    size = settings.batch_size
-    while True:
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        batches = []
-        for start in range(0, len(order), size * BUCKET_BATCHES):
-            bucket = sorted(order[start : start + size * BUCKET_BATCHES], key=lambda i: len(rows[i].ids))
-            batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            yield [rows[i] for i in batches[index]]
-
-
-def _loss(model: Any, rows: Sequence[Example], pad_id: int) -> Tensor:
-    """Cross-entropy summed over the labelled tokens of a batch."""
-    batch = pad_left([row.ids for row in rows], pad_id)
-    counts = [row.labelled for row in rows]
-    logits = _logits(model, batch, max(counts) + 1)[:, :-1]
-    labels = _labels(batch, counts).to(logits.device)
-    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-
-
-def _logits(model: Any, batch: Batch, keep: int) -> Tensor:
-    """fp32 logits (batch, keep, vocabulary) of the last `keep` positions: no other position is projected."""
-    device = next(model.parameters()).device
-    batch = batch.to(device)
-    length = batch.ids.shape[1]
-    output = model(
-        input_ids=batch.ids,
-        attention_mask=batch.mask.long(),
-        position_ids=batch.positions,
-        # Indices, not a count: a count slices, and a sliced input makes the projection copy its weight for each row.
-        logits_to_keep=torch.arange(length - keep, length, device=device),
-    )
-    return output.logits.float()
-
-
-def _labels(batch: Batch, counts: Sequence[int]) -> Tensor:
-    """The last `max(counts)` tokens of every row (batch, ...), -100 before each row's own last `count`."""
-    keep = max(counts)
-    labelled = torch.arange(keep).unsqueeze(0) >= keep - torch.tensor(counts).unsqueeze(1)
-    return batch.ids[:, -keep:].masked_fill(~labelled, -100)
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in text:
+            raise
+        raise TrainingError(
+            f"memory ran out with batch_size {settings.batch_size}, accumulate {settings.accumulate}: raise "
+            "lora.accumulate, set lora.gradient_checkpointing=true, or take fewer rows a batch "
+            f"({' '.join(text.split())[:120]})"
+        ) from None

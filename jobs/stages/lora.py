@@ -16,8 +16,14 @@ from jobs.context import Context
 from jobs.errors import WorkFailed
 from jobs.workspace import FINETUNED, is_finished, key_of, keyed_folder, read_json, write_json
 from jobs.workspace import finish as finish_folder
+from search_spaces.dimensions import Choice, Range
 
 STAGE = "lora"
+PASSED_ON = {
+    *("steps", "epochs", "eval_every", "patience", "accumulate", "gradient_checkpointing"),
+    *("warmup_fraction", "grad_clip", "loss_on"),
+}
+"""Settings of the section that reach the trainer by their names."""
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -41,15 +47,14 @@ def run(context: Context) -> dict[str, Any]:
             "precision": settings.compute.precision,
             "threads": context.share.cpus,
             "seed": settings.seed,
-            "settings": section.model_dump(include={"steps", "eval_every", "warmup_fraction", "grad_clip", "loss_on"}),
+            "checkpoint_seconds": settings.compute.checkpoint_seconds,
+            "settings": section.model_dump(include=PASSED_ON),
         },
         study=f"{settings.name}/{STAGE}@{keys.lora_group(settings)}",
         sampler=section.sampler,
         warm_start=section.warm_start and f"{section.warm_start}/{STAGE}",
     )
-    halving = EarlyStopping(
-        section.grace_evals, math.ceil(section.steps / section.eval_every), section.reduction_factor
-    )
+    halving = EarlyStopping(section.grace_evals, _most_validations(context), section.reduction_factor)
     context.pool.close()
     with context.progress.bar("LoRA study", section.trials, "trials") as bar:
         run_search(
@@ -64,6 +69,8 @@ def run(context: Context) -> dict[str, Any]:
             on_trial=lambda group, result: finish_trial(context, STAGE, group.name, result),
         )
     shutil.rmtree(space.folder / ".tune", ignore_errors=True)
+    for path in folder.glob("trial_*/checkpoint.safetensors"):  # of trials that were stopped early
+        path.unlink()
     results = trials_of(group)
     for result in results:  # those that an earlier driver could not track
         record_trial(context, STAGE, STAGE, result)
@@ -76,14 +83,31 @@ def run(context: Context) -> dict[str, Any]:
     return {"best_trial": best["trial"], "val_loss": best["value"], "params": best["params"]}
 
 
+def _most_validations(context: Context) -> int:
+    """Of the longest trial that the space allows."""
+    section = context.settings.lora
+    if section.epochs is None:
+        return math.ceil(section.steps / section.eval_every)
+    size = section.space.batch_size
+    smallest = int(min(size.choice) if isinstance(size, Choice) else size.low if isinstance(size, Range) else size)
+    with (context.space.data / "train.jsonl").open("rb") as file:
+        rows = sum(1 for _ in file)
+    return math.ceil(section.epochs * math.ceil(rows / smallest) / section.eval_every)
+
+
 def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """One LoRA run; the best adapter so far lies in the trial's folder at every report."""
+    """One LoRA run; the best adapter so far lies in the trial's folder at every report.
+
+    A run whose worker was lost goes on from the checkpoint in that folder.
+    """
     environment.prepare()
     import torch
 
     from data.rows import read_rows
     from models.sources import load_model
-    from trainers.lora import LoraSettings, TrainingError, train_lora
+    from trainers.checkpoints import Keeper
+    from trainers.errors import TrainingError
+    from trainers.lora import LoraSettings, train_lora
     from trainers.precision import dtype_of, resolve_precision
 
     torch.set_num_threads(config["threads"])
@@ -104,6 +128,7 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
         report(figures)
 
     rows = Path(config["data"])
+    keeper = Keeper(Path(config["folder"]) / "checkpoint.safetensors", config["checkpoint_seconds"])
     try:
         train_lora(
             model,
@@ -113,9 +138,12 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
             LoraSettings(**config["settings"], **searched),
             note,
             keep,
+            keeper,
         )
-    except (TrainingError, torch.OutOfMemoryError) as error:
+    except TrainingError as error:
+        keeper.forget()
         return {"failed": " ".join(str(error).split())[:500]}
+    keeper.forget()
     return best
 
 
@@ -155,7 +183,7 @@ def merge_adapter(task: MergeTask) -> None:
     import torch
 
     from models.sources import load_model
-    from trainers.lora import merge
+    from trainers.adapters import merge
 
     model, tokenizer = load_model(Path(task.model), torch.float32)
     merge(model, Path(task.adapter)).save_pretrained(task.folder)

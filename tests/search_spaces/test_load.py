@@ -131,8 +131,8 @@ BAD = {
     "lora.space.schedule=linaer": "must be one of linear, cosine, constant, constant_with_warmup",
     "lora.space.targets=7": "lora.space.targets: got 7, must be text",
     # unknown keys
-    "lora.trial=3": "lora.trial: unknown key (did you mean trials?); allowed here: asha, eval_every,",
-    "lora.choice=3": "lora.choice: unknown key; allowed here: asha, eval_every,",
+    "lora.trial=3": "lora.trial: unknown key (did you mean trials?); allowed here: accumulate, asha,",
+    "lora.choice=3": "lora.choice: unknown key; allowed here: accumulate, asha,",
     "nonsense=1": "nonsense: unknown key; allowed here: activations, compute, data,",
     "lora.space.r={low: 4, high: 8, lg: true}": "lora.space.r.lg: unknown key (did you mean log?); allowed here: high,",
     "lora.space.r={choices: [1]}": "lora.space.r.choices: unknown key (did you mean choice?); allowed here: choice",

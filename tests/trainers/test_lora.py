@@ -12,11 +12,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from data.encoding import Batch, encode_row, pad_left
+from data.encoding import encode_row
 from data.rows import Row
 from trainers import lora
-from trainers.errors import TrainingError
-from trainers.lora import LoraSettings, add_adapter, merge, train_lora, validate
+from trainers.adapters import PlainForward, add_adapter, merge
+from trainers.errors import DivergedError, TrainingError
+from trainers.fused import cross_entropy_sum
+from trainers.lora import LoraSettings, train_lora
+from trainers.lora_validation import figures_of, validation_counts
+from trainers.packing import example, pack
 
 CALL = "<tool_call>calculator({})</tool_call>"
 TOOL = [Row(f"What is {n} + 2?", CALL.format(f"{n} + 2"), "tool") for n in (1, 22, 333)]
@@ -25,8 +29,10 @@ ROWS = [*TOOL, *COPY]
 SETTINGS = LoraSettings(r=2, lr=3e-3, batch_size=3, steps=6, eval_every=4, seed=1)
 
 
-def batch_of(tokenizer, rows, loss_on="target"):
-    return [lora._example(tokenizer, row, loss_on) for row in rows]
+def loss_of(model, tokenizer, rows, loss_on="target"):
+    batch = pack([example(tokenizer, row, loss_on) for row in rows])
+    with torch.no_grad():
+        return cross_entropy_sum(PlainForward(model)(batch), batch.labels).item()
 
 
 def plain_nll(model, tokenizer, row, everything=False):
@@ -62,40 +68,17 @@ def test_training_text_is_bos_input_newline_target_eos(load, gemma_folder):
 
 def test_the_loss_is_the_plain_cross_entropy_of_targets_and_eos(model_folder, load):
     model, tokenizer = load(model_folder)
-    with torch.no_grad():
-        found = lora._loss(model, batch_of(tokenizer, ROWS), tokenizer.pad_token_id).item()
+    found = loss_of(model, tokenizer, ROWS)
     assert found == pytest.approx(sum(plain_nll(model, tokenizer, row)[0] for row in ROWS), rel=1e-5)
 
 
 def test_everything_means_all_of_copy_rows_and_still_the_target_of_requests(load, gemma_folder):
     model, tokenizer = load(gemma_folder)
-    with torch.no_grad():
-        found = lora._loss(model, batch_of(tokenizer, ROWS, "everything"), tokenizer.pad_token_id).item()
+    found = loss_of(model, tokenizer, ROWS, "everything")
     expected = [plain_nll(model, tokenizer, row, everything=row.label == "copy") for row in ROWS]
     assert found == pytest.approx(sum(nll for nll, _ in expected), rel=1e-5)
-    counts = [example.labelled for example in batch_of(tokenizer, ROWS, "everything")]
+    counts = [example(tokenizer, row, "everything").labelled for row in ROWS]
     assert counts == [count for _, count in expected]
-
-
-def test_labels_hold_target_tokens_and_nothing_of_prompt_or_padding(load, gemma_folder):
-    _, tokenizer = load(gemma_folder)
-    examples = batch_of(tokenizer, ROWS)
-    batch = pad_left([example.ids for example in examples], tokenizer.pad_token_id)
-    labels = lora._labels(batch, [example.labelled for example in examples])
-    for row, found in zip(ROWS, labels, strict=True):
-        assert found[found >= 0].tolist() == encode_row(tokenizer, row.input, row.target).target
-
-
-def test_other_prompt_and_pad_tokens_change_no_label(load, gemma_folder):
-    _, tokenizer = load(gemma_folder)
-    examples = batch_of(tokenizer, ROWS)
-    batch = pad_left([example.ids for example in examples], tokenizer.pad_token_id)
-    counts = [example.labelled for example in examples]
-    labels = lora._labels(batch, counts)
-    changed = batch.ids.clone()
-    for row, count in enumerate(counts):
-        changed[row, : changed.shape[1] - count] = 77
-    assert torch.equal(lora._labels(Batch(changed, batch.mask, batch.positions), counts), labels)
 
 
 def test_the_side_and_amount_of_padding_change_no_loss(model_folder, load):
@@ -111,7 +94,7 @@ def test_the_side_and_amount_of_padding_change_no_loss(model_folder, load):
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
         right = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum").item()
-        left = lora._loss(model, batch_of(tokenizer, ROWS), tokenizer.pad_token_id).item()
+    left = loss_of(model, tokenizer, ROWS)
     assert left == pytest.approx(right, rel=1e-5)
 
 
@@ -122,23 +105,22 @@ def test_validation_is_nats_a_target_token_whatever_the_batch(load, gemma_folder
     expected = [plain_nll(model, tokenizer, row) for row in ROWS]
     mean = sum(nll for nll, _ in expected) / sum(count for _, count in expected)
     for size in (1, 2, 16):
-        figures = validate(model, rows, tokenizer.pad_token_id, call, batch_size=size)
+        figures = figures_of(validation_counts(PlainForward(model), rows, call, "cpu", batch_size=size))
         assert figures["val_loss"] == pytest.approx(mean, rel=1e-5)
 
 
-class Oracle(torch.nn.Module):
-    """Says a chosen token after every prompt's newline."""
+def oracle(says: dict[int, int], vocabulary: int):
+    """Says one token all along a row; rows are told apart by their length."""
 
-    def __init__(self, says: dict[int, int], vocabulary: int) -> None:
-        super().__init__()
-        self.says, self.vocabulary = says, vocabulary
-        self.weight = torch.nn.Parameter(torch.zeros(1))
+    def forward(batch):
+        count, longest = batch.rows.shape
+        lengths = torch.bincount(batch.places // longest, minlength=count)
+        logits = torch.zeros(len(batch.asked), vocabulary)
+        for place, row in enumerate((batch.places[batch.asked] // longest).tolist()):
+            logits[place, says[lengths[row].item()]] = 1.0
+        return logits
 
-    def forward(self, input_ids, attention_mask, position_ids, logits_to_keep):
-        logits = torch.zeros(*input_ids.shape, self.vocabulary)
-        for row, length in enumerate(attention_mask.sum(1).tolist()):
-            logits[row, :, self.says[length]] = 1.0
-        return type("Output", (), {"logits": logits[:, logits_to_keep]})
+    return forward
 
 
 def test_precision_and_recall_of_the_first_token(load, gemma_folder):
@@ -149,7 +131,7 @@ def test_precision_and_recall_of_the_first_token(load, gemma_folder):
     said = [call, call, other, other, call]
     says = {len(row.ids): token for row, token in zip(rows, said, strict=True)}
     assert len(says) == len(rows)
-    figures = validate(Oracle(says, len(tokenizer)), rows, 0, call, batch_size=2)
+    figures = figures_of(validation_counts(oracle(says, len(tokenizer)), rows, call, "cpu", batch_size=2))
     assert figures["tool_call_precision"] == pytest.approx(2 / 3)
     assert figures["tool_call_recall"] == pytest.approx(2 / 3)
     assert figures["tool_call_f1"] == pytest.approx(2 / 3)
@@ -236,7 +218,7 @@ def test_merged_is_adapter_on_base(model_folder, load, tmp_path):
 def test_bad_targets_are_one_sentence(load, gemma_folder, targets, said):
     model, _ = load(gemma_folder)
     with pytest.raises(TrainingError) as raised:
-        add_adapter(model, dataclasses.replace(SETTINGS, targets=targets))
+        add_adapter(model, targets)
     assert str(raised.value).startswith(f"lora.space.targets {targets!r} ")
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -244,7 +226,7 @@ def test_bad_targets_are_one_sentence(load, gemma_folder, targets, said):
 
 def test_targets_and_scale_reach_the_adapter(load, gemma_folder):
     model, _ = load(gemma_folder)
-    adapted = add_adapter(model, dataclasses.replace(SETTINGS, targets="q_proj, v_proj", r=4, alpha_over_r=3.0))
+    adapted = add_adapter(model, "q_proj, v_proj", r=4, alpha=12.0)
     adapted_modules = {name.split(".")[-4] for name, _ in adapted.named_parameters() if "lora_A" in name}
     assert adapted_modules == {"q_proj", "v_proj"}
     layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
@@ -256,7 +238,7 @@ def test_a_loss_that_is_not_finite_is_said(load, gemma_folder):
     model, tokenizer = load(gemma_folder)
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
-    with pytest.raises(TrainingError, match=r"the training loss is nan at step 1 \(lr 0\.003\)"):
+    with pytest.raises(DivergedError, match=r"the training loss is nan at step 1 \(lr 0\.003\)"):
         train_lora(model, tokenizer, ROWS, ROWS, SETTINGS, lambda figures: None, lambda adapted: None)
 
 
@@ -272,15 +254,6 @@ def test_an_adapter_of_another_model_is_one_sentence(load, gemma_folder, llama_f
     model, _ = load(gemma_folder)
     with pytest.raises(TrainingError, match="no adapter of this model"):
         merge(model, tmp_path)
-
-
-def test_an_epoch_is_every_row_once_in_shuffled_batches():
-    examples = [lora.Example([2] * (1 + n % 7), n) for n in range(50)]
-    settings = dataclasses.replace(SETTINGS, batch_size=4)
-    batches = lora._shuffled_batches(examples, settings)
-    epochs = [[row.labelled for _ in range(13) for row in next(batches)] for _ in range(2)]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert epochs[0] != epochs[1]
 
 
 SCRIPT = """

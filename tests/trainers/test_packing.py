@@ -1,0 +1,49 @@
+"""Packed batches: tokens, positions, places and labels of every row, and batches that are epochs."""
+
+import itertools
+
+import pytest
+import torch
+
+from trainers.packing import Example, pack, shuffled_batches
+
+ROWS = [Example([2, 11, 12, 13, 1], 2), Example([2, 21, 1], 1), Example([2, 31, 32, 1], 3)]
+
+
+def test_rows_lie_one_after_the_other_and_positions_start_at_each_bos():
+    batch = pack(ROWS)
+    assert batch.ids.tolist() == [2, 11, 12, 13, 1, 2, 21, 1, 2, 31, 32, 1]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]
+
+
+def test_labels_are_the_last_tokens_of_each_row_and_are_asked_of_the_tokens_before_them():
+    batch = pack(ROWS)
+    assert batch.labels.tolist() == [13, 1, 1, 31, 32, 1]
+    assert batch.ids[batch.asked].tolist() == [12, 13, 21, 2, 31, 32]
+
+
+def test_the_padded_view_holds_every_token_at_its_place():
+    batch = pack(ROWS)
+    padded = batch.ids[batch.rows]
+    assert padded.tolist() == [[2, 11, 12, 13, 1], [2, 21, 1, 1, 1], [2, 31, 32, 1, 1]]
+    assert torch.equal(padded.flatten()[batch.places], batch.ids)
+
+
+def test_no_rows_are_no_batch():
+    with pytest.raises(ValueError, match="at least one row"):
+        pack([])
+
+
+def test_an_epoch_is_every_row_once_in_shuffled_batches():
+    rows = [Example([2] * (1 + n % 7), n) for n in range(50)]
+    batches = shuffled_batches(rows, 4, seed=1)
+    epochs = [[row.labelled for batch in itertools.islice(batches, 13) for row in batch] for _ in range(2)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_a_batch_holds_rows_of_similar_length():
+    rows = [Example([2] * (1 + n % 64), n) for n in range(512)]
+    batches = list(itertools.islice(shuffled_batches(rows, 8, seed=1), 64))
+    padded = sum(len(batch) * max(len(row.ids) for row in batch) for batch in batches)
+    assert padded < 1.2 * sum(len(row.ids) for row in rows)

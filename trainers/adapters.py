@@ -1,0 +1,112 @@
+"""Adapters as PEFT has them, put on a model and folded into it, and the forward pass in which they train.
+
+In: a transformers model. Out: a PeftModel, or a plain model again; `forward_of` picks the fastest pass that computes
+what the PeftModel computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trainers.errors import TrainingError
+from trainers.fused import FusedForward, can_fuse
+from trainers.packing import Packed
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+Forward = Callable[[Packed], Tensor]
+"""fp32 logits (asked, vocabulary) of a packed batch."""
+
+
+def add_adapter(
+    model: PreTrainedModel, targets: str = "all-linear", r: int = 16, alpha: float = 32.0, dropout: float = 0.0
+) -> PeftModel:
+    """`model` with a fresh LoRA adapter on `targets`: `all-linear`, or names of modules joined by commas.
+
+    Raises TrainingError where they match nothing that LoRA adapts, or are embeddings that the model ties.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    names = [name.strip() for name in targets.split(",")]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    tied = {name.rpartition(".")[2] for name, one in model.named_modules() if one in ends} & set(names)
+    if tied and model.config.tie_word_embeddings:
+        raise TrainingError(
+            f"lora.space.targets {targets!r} names {', '.join(sorted(tied))}: the model ties its embeddings, "
+            "and merging such an adapter would change both ends; name linear layers of the blocks"
+        )
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules="all-linear" if targets == "all-linear" else names,
+        task_type=TaskType.CAUSAL_LM,
+    )
+    try:
+        return get_peft_model(model, config)  # type: ignore[return-value]
+    except ValueError as error:
+        linear = {name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
+        raise TrainingError(
+            f"lora.space.targets {targets!r} cannot be adapted ({' '.join(str(error).split())[:160]}); "
+            f"allowed: all-linear, or some of {', '.join(sorted(linear))}"
+        ) from None
+
+
+def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """`model` with the weights of the adapter saved in `adapter` folded in, a plain transformers model again.
+
+    Load `model` in fp32: a small change is lost in the rounding of a bf16 weight. Raises TrainingError where the folder
+    holds no adapter of this model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise TrainingError(f"{adapter}: no adapter of this model ({' '.join(str(error).split())[:200]})") from None
+    return adapted.merge_and_unload()  # type: ignore[operator]
+
+
+def forward_of(adapted: Any, longest: int, checkpointing: bool = False) -> Forward:
+    """The pass to train `adapted` by, on rows of up to `longest` tokens.
+
+    `checkpointing` keeps each block's input alone and computes the rest again in the backward pass.
+    """
+    if can_fuse(adapted, longest):
+        return FusedForward(adapted, checkpointing)
+    if checkpointing:
+        adapted.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    return PlainForward(adapted)
+
+
+class PlainForward:
+    """Any causal LM by its own forward pass, on rows padded to the longest."""
+
+    def __init__(self, adapted: Any) -> None:
+        self.adapted = adapted
+
+    def __call__(self, batch: Packed) -> Tensor:
+        count, longest = batch.rows.shape
+        row, place = batch.places // longest, batch.places % longest
+        # On the left, so that the targets of short and long rows stand in the same few columns.
+        column = place + longest - torch.bincount(row)[row]
+        ids, mask, positions = torch.zeros(3, count, longest, dtype=torch.long, device=batch.ids.device)
+        ids[row, column], mask[row, column], positions[row, column] = batch.ids, 1, batch.positions
+        columns, where = column[batch.asked].unique(return_inverse=True)
+        output = self.adapted(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            # Indices, not a count: a count slices, and a sliced input makes the projection copy its weight a row.
+            logits_to_keep=columns,
+            use_cache=False,
+        )
+        return output.logits[row[batch.asked], where].float()

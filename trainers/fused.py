@@ -1,0 +1,244 @@
+"""A LoRA-adapted Llama or Gemma-2 over packed rows, its forward and backward passes written for training speed.
+
+In: a PEFT model, whose parameters are used in place, and a `Packed` batch. Out: logits where they are asked for;
+gradients reach the adapter alone. Adapters of projections that share an input are one product, frozen weights get no
+gradient and nothing is kept for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from trainers.packed_attention import Attention, Layout, layout_of
+from trainers.packing import Packed
+
+LONGEST_ROW = 1024
+"""Attention keeps (heads, length, length) numbers of every row and layer."""
+ARCHITECTURES = ("llama", "gemma2")
+
+
+def can_fuse(adapted: Any, longest: int) -> bool:
+    """Whether `FusedForward` computes what this model computes, for rows of up to `longest` tokens."""
+    config, base = adapted.config, adapted.get_base_model()
+    return (
+        config.model_type in ARCHITECTURES
+        and longest <= LONGEST_ROW
+        and not config.attention_dropout
+        and not getattr(config, "use_bidirectional_attention", False)
+        and not any(hasattr(end, "base_layer") for end in (base.lm_head, base.model.embed_tokens))
+    )
+
+
+class FusedForward:
+    """`forward(packed)`: fp32 logits (asked, vocabulary). With `checkpointing` blocks keep their input alone, and are
+    computed again in the backward pass."""
+
+    def __init__(self, adapted: Any, checkpointing: bool = False) -> None:
+        self.adapted, self.checkpointing = adapted, checkpointing
+        self.model = adapted.get_base_model()
+        self.config = self.model.config
+        self.blocks = [_Block(layer, self.config.model_type == "gemma2") for layer in self.model.model.layers]
+        self.norm = _Norm(self.model.model.norm, self.config.model_type == "gemma2")
+
+    @property
+    def training(self) -> bool:
+        return self.adapted.training
+
+    def train(self, mode: bool = True) -> None:
+        self.adapted.train(mode)
+
+    def __call__(self, batch: Packed) -> Tensor:
+        stream = self.model.model.embed_tokens(batch.ids)
+        cos, sin = (one[0] for one in self.model.model.rotary_emb(stream, batch.positions.unsqueeze(0)))
+        layout = layout_of(batch, self.config, cos, sin)
+        for block in self.blocks:
+            block.refresh(stream.dtype)
+            if self.checkpointing and torch.is_grad_enabled():
+                stream = checkpoint(block, stream, layout, use_reentrant=False)
+            else:
+                stream = block(stream, layout)
+        logits = self.model.lm_head(self.norm(stream[batch.asked]))
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits.float() if cap is None else (logits / cap).tanh().mul(cap).float()
+
+
+class _Block:
+    """One decoder block."""
+
+    def __init__(self, layer: Any, gemma: bool) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = _Projections(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = _Projections(attention.o_proj)
+        self.gate_up = _Projections(mlp.gate_proj, mlp.up_proj)
+        self.down = _Projections(mlp.down_proj)
+        self.windowed = getattr(attention, "sliding_window", None) is not None
+        self.activation = mlp.act_fn
+        self.before_attention = _Norm(layer.input_layernorm, gemma)
+        second = layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
+        self.before_mlp = _Norm(second, gemma)
+        self.after_attention = _Norm(layer.post_attention_layernorm, gemma) if gemma else None
+        self.after_mlp = _Norm(layer.post_feedforward_layernorm, gemma) if gemma else None
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        for projections in (self.qkv, self.output, self.gate_up, self.down):
+            projections.refresh(dtype)
+
+    def __call__(self, stream: Tensor, layout: Layout) -> Tensor:
+        """The residual stream (tokens, d_model) after the block."""
+        q, k, v = self.qkv(self.before_attention(stream))
+        (added,) = self.output(Attention.apply(q, k, v, layout, layout.windowed if self.windowed else layout.causal))
+        stream = stream + (self.after_attention(added) if self.after_attention else added)
+        gate, up = self.gate_up(self.before_mlp(stream))
+        (added,) = self.down(self.activation(gate) * up)
+        return stream + (self.after_mlp(added) if self.after_mlp else added)
+
+
+class _Projections:
+    """Linear modules of one input, adapted or not."""
+
+    def __init__(self, *modules: Any) -> None:
+        bases = [getattr(module, "base_layer", module) for module in modules]
+        self.frozen = [(base.weight.detach(), None if base.bias is None else base.bias.detach()) for base in bases]
+        adapted = [hasattr(module, "base_layer") for module in modules]
+        self.adapters = [module for module, is_adapted in zip(modules, adapted, strict=True) if is_adapted]
+        order = iter(range(len(self.adapters)))
+        self.adapter_of = [next(order) if is_adapted else None for is_adapted in adapted]
+        self.weights: list[Tensor] = []
+        self.scales: list[float] = []
+        for module in self.adapters:
+            (name,) = module.active_adapters
+            self.weights += [module.lora_A[name].weight, module.lora_B[name].weight]
+            self.scales.append(module.scaling[name])
+            self.dropout: nn.Module = module.lora_dropout[name]
+        self.ranks = [len(down) for down in self.weights[::2]]
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Takes the adapters as they are now: all A under one another, and each B, in `dtype`."""
+        if self.adapters:
+            self.downs = torch.cat([down.detach() for down in self.weights[::2]]).to(dtype)
+            self.ups = [up.detach().to(dtype) for up in self.weights[1::2]]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The modules' outputs, (tokens, out) each, of x (tokens, in)."""
+        dropped = None
+        if self.adapters and isinstance(self.dropout, nn.Dropout) and self.dropout.training:
+            dropped = functional.dropout(x.expand(len(self.adapters), *x.shape), self.dropout.p)
+        return _Projected.apply(x, dropped, self, *self.weights)
+
+
+class _Projected(Function):
+    """y_i = x W_i^T + b_i + scale_i (x A_i^T) B_i^T for several i of one x, of which W_i and b_i are frozen.
+
+    With dropout, `dropped` (adapters, tokens, in) stands in for x before the adapters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropped: Tensor | None, group: _Projections, *weights: Tensor) -> Any:
+        outputs = [functional.linear(x, weight, bias) for weight, bias in group.frozen]
+        low = None
+        if weights:
+            low = functional.linear(x, group.downs) if dropped is None else _each(dropped, group.downs, group.ranks)
+            parts = low.split(group.ranks, dim=1)
+            for y, index in zip(outputs, group.adapter_of, strict=True):
+                if index is not None:
+                    y.addmm_(parts[index], group.ups[index].t(), alpha=group.scales[index])
+        ctx.group = group
+        ctx.save_for_backward(x if weights else None, dropped, low)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, dropped, low = ctx.saved_tensors
+        group = ctx.group
+        x_gradient = dropped_gradient = None
+        if ctx.needs_input_grad[0]:
+            for g, (weight, _) in zip(gradients, group.frozen, strict=True):
+                x_gradient = g @ weight if x_gradient is None else x_gradient.addmm_(g, weight)
+        if not group.adapters:
+            return x_gradient, None, None
+        low_gradient = torch.empty_like(low)
+        wanted, parts = low_gradient.split(group.ranks, dim=1), low.split(group.ranks, dim=1)
+        ups = []
+        for g, index in zip(gradients, group.adapter_of, strict=True):
+            if index is not None:
+                scale = group.scales[index]
+                torch.addmm(wanted[index], g, group.ups[index], beta=0, alpha=scale, out=wanted[index])
+                ups.append((parts[index].t() @ g).t().mul(scale))
+        if dropped is None:
+            downs = (low_gradient.t() @ x).split(group.ranks)
+            if x_gradient is not None:
+                x_gradient.addmm_(low_gradient, group.downs)
+        else:
+            downs = tuple(part.t() @ one for part, one in zip(wanted, dropped, strict=True))
+            if ctx.needs_input_grad[1]:
+                pieces = group.downs.split(group.ranks)
+                dropped_gradient = torch.stack([part @ down for part, down in zip(wanted, pieces, strict=True)])
+        kind = group.weights[0].dtype
+        found = [gradient.to(kind) for pair in zip(downs, ups, strict=True) for gradient in pair]
+        return x_gradient, dropped_gradient, None, *found
+
+
+def _each(dropped: Tensor, downs: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Every adapter's own input through its own A, side by side (tokens, sum of ranks)."""
+    pieces = downs.split(list(ranks))
+    return torch.cat([functional.linear(x, down) for x, down in zip(dropped, pieces, strict=True)], dim=1)
+
+
+class _Norm:
+    """RMS normalisation with a frozen gain, computed in fp32."""
+
+    def __init__(self, module: Any, gemma: bool) -> None:
+        weight = module.weight.detach().float()
+        self.gain = 1.0 + weight if gemma else weight
+        self.eps = module.eps if gemma else module.variance_epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _RmsNorm.apply(x, self.gain, self.eps)
+
+
+class _RmsNorm(Function):
+    """x / rms(x) * gain; keeps x and one number a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, inverse, gain)
+        return (x * inverse).mul_(gain).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        x, inverse, gain = ctx.saved_tensors
+        scaled = gradient * gain
+        unit = x * inverse
+        along = (scaled * unit).mean(-1, keepdim=True)
+        return scaled.addcmul_(unit, along, value=-1).mul_(inverse).to(x.dtype), None, None
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy summed over logits (n, vocabulary) in fp32, which it overwrites: the gradient takes their place."""
+    return _CrossEntropy.apply(logits, labels)
+
+
+class _CrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        logits = logits.detach()
+        chosen = logits.gather(1, labels.unsqueeze(1))
+        total = logits.logsumexp(-1, keepdim=True)
+        if ctx.needs_input_grad[0]:
+            probabilities = logits.sub_(total).exp_()
+            minus_one = torch.full_like(chosen, -1.0)
+            ctx.gradient = probabilities.scatter_add_(1, labels.unsqueeze(1), minus_one)
+        return (total - chosen).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.gradient.mul_(gradient), None

@@ -1,0 +1,91 @@
+"""Training rows as tokens, shuffled batches of them, and a batch laid out without padding.
+
+In: rows and a tokenizer. Out: `Example`s, an endless stream of batches, and `Packed` batches: the tokens of all rows
+one after the other, with the places at which attention alone sees them as rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.encoding import encode_row
+from data.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUCKET_BATCHES = 16
+"""Batches are cut from runs of this many batches sorted by length: attention pads little, still shuffled."""
+
+
+class Example(NamedTuple):
+    """A row as tokens, and how many of its last tokens bear the loss."""
+
+    ids: list[int]
+    labelled: int
+
+
+def example(tokenizer: PreTrainedTokenizerBase, row: Row, loss_on: str = "target") -> Example:
+    """A row's tokens. Its target bears the loss; with `everything`, all of a copy row but BOS."""
+    encoded = encode_row(tokenizer, row.input, row.target)
+    everything = loss_on == "everything" and row.label == "copy"
+    return Example(encoded.ids, len(encoded.ids) - 1 if everything else len(encoded.target))
+
+
+def shuffled_batches(rows: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
+    """Endless batches, reshuffled every epoch, rows of similar length together; the same for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        batches = []
+        for start in range(0, len(order), size * BUCKET_BATCHES):
+            bucket = sorted(order[start : start + size * BUCKET_BATCHES], key=lambda i: len(rows[i].ids))
+            batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            yield [rows[i] for i in batches[index]]
+
+
+class Packed(NamedTuple):
+    """Rows without padding. ids, positions: (tokens,), positions count from each row's BOS.
+
+    rows: (row, longest), the token at each place of a padded row, a short row's last token repeated after its end.
+    places: (tokens,), where each token stands in the flattened `rows`. asked: (labelled,), the tokens whose successor
+    bears the loss, row after row; labels: those successors.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    rows: Tensor
+    places: Tensor
+    asked: Tensor
+    labels: Tensor
+
+    def to(self, device: str | torch.device) -> Packed:
+        return Packed(*(tensor.to(device) for tensor in self))
+
+
+def pack(rows: Sequence[Example]) -> Packed:
+    """Lays rows out one after the other. Raises ValueError without rows."""
+    if not rows:
+        raise ValueError("a batch needs at least one row")
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    counts = torch.tensor([row.labelled for row in rows])
+    starts = lengths.cumsum(0) - lengths
+    ids = torch.tensor([token for row in rows for token in row.ids])
+    columns = torch.arange(int(lengths.max()))
+    row_of = torch.repeat_interleave(torch.arange(len(rows)), lengths)
+    positions = torch.arange(len(ids)) - starts[row_of]
+    left = lengths[row_of] - 1 - positions  # tokens of the row after this one
+    asked = ((left > 0) & (left <= counts[row_of])).nonzero().squeeze(1)
+    return Packed(
+        ids=ids,
+        positions=positions,
+        rows=starts[:, None] + torch.minimum(columns, lengths[:, None] - 1),
+        places=row_of * len(columns) + positions,
+        asked=asked,
+        labels=ids[asked + 1],
+    )
