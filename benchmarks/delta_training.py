@@ -48,7 +48,8 @@ def main(
     residual = residual_of(base, x, y)
     held = slice(0, VALIDATION_TOKENS)
     variance = output_variance(Pairs([(x[held], y[held])]))
-    unexplained = residual[held].pow(2).mean().item() / variance
+    unexplained = residual[held].float().pow(2).mean().item() / variance
+    residual = residual.bfloat16()  # as a sweep keeps it
     data = Residuals(Pairs([(x, residual)]), Pairs([(x[held], residual[held])]), variance, unexplained)
     settings = DeltaSettings(d_new=d_new, batch_size=batch, epochs=1, l0_budget=16)
     reference = train_plainly(base, x, y, variance, settings, reference_steps + 1, device)

@@ -71,7 +71,11 @@ class Pairs:
         Shards are shuffled and `window` of them are mixed at a time, which bounds memory. Rows that fill no batch go on
         to the next window; those of the last are left out, unless there are fewer than `size` in all. The first `skip`
         batches are not made; the others, and `generator`, are as if they had been.
+
+        A batch is valid until the next one is asked for: its memory is used again. (On a CPU, touching that much fresh
+        memory takes longer than gathering the rows.)
         """
+        held = tuple(one.new_empty(size, *one.shape[1:], device=device) for one in self.shards[0])
         order = torch.randperm(len(self.shards), generator=generator).tolist()
         left: list[tuple[Tensor, ...]] = []
         number = 0
@@ -84,8 +88,10 @@ class Pairs:
                 number += 1
                 if number > skip:
                     chosen = rows[first : first + size]
-                    yield tuple(column[chosen] for column in mixed)
-            left = [tuple(column[rows[full:]] for column in mixed)]
+                    for column, batch in zip(mixed, held, strict=True):
+                        torch.index_select(column, 0, chosen, out=batch)
+                    yield held
+            left = [tuple(column.index_select(0, rows[full:]) for column in mixed)]
         if self.tokens < size and not skip:
             yield left[0]
 

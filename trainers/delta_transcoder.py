@@ -123,7 +123,7 @@ def train_delta(
         report(figures)
     with number_format(device, settings.precision) as dtype:
         for x, residual in run.batches():
-            losses = run.step(x.to(dtype), residual.to(dtype))
+            losses = run.step(run.cast("x", x, dtype), run.cast("residual", residual, dtype))
             on_step(losses)
             if run.at == run.steps or run.at % CHECK_EVERY == 0 or run.validates:
                 run.check(losses)
@@ -158,6 +158,7 @@ class _Run:
         self.steps = per_epoch * settings.epochs
         self.every = max(1, per_epoch // settings.evals_per_epoch)
         self.at = self.tokens = self.waited = 0
+        self.casts: dict[str, Tensor] = {}
         self.reported: list[dict[str, Any]] = []
         self.best: TrainedDelta | None = None
 
@@ -176,6 +177,15 @@ class _Run:
                     return
                 yield batch
             skip = max(0, skip - self.data.train.batch_count(size))
+
+    def cast(self, name: str, batch: Tensor, dtype: torch.dtype) -> Tensor:
+        """`batch` in that dtype. Its memory is used again for the next one: on a CPU, touching that much fresh memory in
+        every step takes longer than the conversion."""
+        if batch.dtype == dtype:
+            return batch
+        if name not in self.casts or self.casts[name].shape != batch.shape:
+            self.casts[name] = torch.empty_like(batch, dtype=dtype)
+        return self.casts[name].copy_(batch)
 
     def step(self, x: Tensor, residual: Tensor) -> Losses:
         """One optimiser step."""

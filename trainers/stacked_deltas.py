@@ -72,33 +72,33 @@ class StackedDeltas:
         everything else in fp32. The threshold's gradient is the straight-through one (arXiv 2407.14435, section 3).
         """
         tokens, d_model = x.shape
+        per_error, per_token = 2.0 / (tokens * d_model), sparsity / tokens
         rows = self.W_dec.flatten(0, 1)
         threshold = self.log_threshold.exp()
         pre = _product(x, self.W_enc).add_(self.b_enc)
-        along = _product(residual, rows.T).div_(deviation)
+        along = _product(residual, (rows / deviation).T)
         on = pre > threshold
-        acts = torch.where(on, pre, 0.0)
+        acts = pre * on
+        apart = self._apart(acts)
         gram = self.W_dec @ self.W_dec.transpose(1, 2)
-        squares = gram.diagonal(dim1=1, dim2=2)
-        norms = squares.clamp(min=SMALLEST_SQUARE).sqrt().flatten()
+        squares = gram.diagonal(dim1=1, dim2=2).flatten()
+        norms = squares.clamp(min=SMALLEST_SQUARE).sqrt()
         total = acts.sum(0)
-        beyond = self._by_replica(self._apart(acts) @ gram).sub_(along)  # W (aW - r)'
-        per_error = 1.0 / (tokens * d_model)
-        to_acts = (beyond * (2 * per_error)).add_(norms * (sparsity / tokens))
+        beyond = self._by_replica(torch.baddbmm(self._apart(along), apart, gram, beta=-1))  # W (aW - r)'
+        to_acts = torch.add(norms * per_token, beyond, alpha=per_error)
 
-        self.W_dec.grad = self._apart(acts).transpose(1, 2) @ self._apart(acts) @ self.W_dec
-        self.W_dec.grad -= _product(acts.T, residual).view_as(self.W_dec).div_(deviation)
-        self.W_dec.grad *= 2 * per_error
-        pull = torch.where(squares.flatten() > SMALLEST_SQUARE, total / norms, 0.0) * (sparsity / tokens)
-        self.W_dec.grad += (rows * pull.unsqueeze(1)).view_as(self.W_dec)
+        pull = torch.where(squares > SMALLEST_SQUARE, total / norms, 0.0) * per_token
+        seen = _product(residual.T, acts).T.div(deviation).view_as(self.W_dec)  # a' r
+        expected = apart.transpose(1, 2) @ apart @ self.W_dec  # a' a W
+        self.W_dec.grad = expected.sub_(seen).mul_(per_error).add_(self.W_dec * pull.view(self.count, -1, 1))
 
-        near = (pre - threshold).abs() < BANDWIDTH / 2
-        self.log_threshold.grad = torch.where(near, to_acts, 0.0).sum(0) * threshold.square() / -BANDWIDTH
-        to_pre = torch.where(on, to_acts, 0.0)
+        near = (pre > threshold - BANDWIDTH / 2) & (pre < threshold + BANDWIDTH / 2)
+        self.log_threshold.grad = (to_acts * near).sum(0) * threshold.square() / -BANDWIDTH
+        to_pre = to_acts.mul_(on)
         self.b_enc.grad = to_pre.sum(0)
         self.W_enc.grad = _product(x.T, to_pre)
 
-        error = (acts * beyond.sub_(along)).sum(0).view(self.count, -1).sum(1) * per_error
+        error = acts.mul_(beyond.sub_(along)).sum(0).view(self.count, -1).sum(1) * (per_error / 2)
         return Losses(error, (total * norms).view(self.count, -1).sum(1) / tokens)
 
     @torch.no_grad()

@@ -13,7 +13,8 @@ def numbered(*lengths: int) -> Pairs:
 
 
 def epoch(pairs: Pairs, size: int, seed: int = 0, window: int = 4) -> list[torch.Tensor]:
-    batches = list(pairs.batches(size, torch.Generator().manual_seed(seed), window))
+    drawn = pairs.batches(size, torch.Generator().manual_seed(seed), window)
+    batches = [tuple(column.clone() for column in batch) for batch in drawn]  # their memory is used again
     assert all(torch.equal(2 * x, y) for x, y in batches), "rows of a pair stay together"
     return [x.flatten() for x, _ in batches]
 
