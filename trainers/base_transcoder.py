@@ -19,13 +19,11 @@ from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder
 from trainers.activations import Pairs
 from trainers.clipping import clip_each
 from trainers.errors import DivergedError
-from trainers.precision import autocast
+from trainers.precision import number_format
+from trainers.stacked_bases import StackedBases
 
 REPORT_EVERY = 20
 """Steps between reports and checks of the loss: each waits for the device."""
-THRESHOLD_SAMPLE = 1 << 18
-"""Pre-activations sampled to find a batch's cut: its L0 is then right to a few percent, which training does not notice;
-the final threshold is exact."""
 
 
 @dataclass(frozen=True)
@@ -74,24 +72,21 @@ def train_bases(
     """
     generator = torch.Generator().manual_seed(settings.seed)
     scale = output_scale(train)
-    state = _initial(train, target_l0, settings, generator, device)
-    optimiser = torch.optim.Adam(state.parameters, lr=settings.lr)
+    model = StackedBases(train.shards[0][0].shape[1], len(target_l0), settings.width, generator, device)
+    optimiser = torch.optim.Adam(model.parameters, lr=settings.lr, fused=True)
     steps = train.batch_count(settings.batch_size) * settings.epochs
     step = tokens = 0
     revived = [0] * len(target_l0)
     fired = torch.zeros(len(target_l0), settings.width, dtype=torch.bool, device=device)
     mean = scale.mean.to(device)
     for epoch in range(settings.epochs):
-        for x, y in train.batches(settings.batch_size, generator):
-            x = x.to(device, torch.float32)
-            y = (y.to(device, torch.float32) - mean) / scale.deviation
+        for x, y in train.batches(settings.batch_size, generator, device=device):
+            x, y = x.float(), (y.float() - mean) / scale.deviation
             for group in optimiser.param_groups:
                 group["lr"] = settings.lr * min(1.0, (steps - step) / max(steps * settings.lr_decay_fraction, 1))
-            with autocast(device, settings.precision):
-                losses, active = state.losses(x, y, target_l0, generator)
-            optimiser.zero_grad(set_to_none=True)
-            losses.sum().backward()
-            clip_each(state.gradients(), settings.grad_clip)
+            with number_format(device, settings.precision) as dtype:
+                losses, active = model.backward(x, y, target_l0, generator, dtype)
+            clip_each(model.gradients(), settings.grad_clip)
             optimiser.step()
             fired |= active
             step += 1
@@ -102,12 +97,13 @@ def train_bases(
                     raise DivergedError(f"the loss of layer {layer} is {train_fvu} at step {step} (lr {settings.lr:g})")
                 report(step, steps, {"train_fvu": train_fvu})
         if epoch < settings.epochs - 1:
-            for index, count in enumerate(state.revive(fired, x, y, target_l0, optimiser)):
+            for index, count in enumerate(model.revive(fired, x, y, target_l0, optimiser)):
                 revived[index] += count
             fired.zero_()
     results = []
     for index, target in enumerate(target_l0):
-        transcoder = state.finished(index, target, train, scale, layer, taps)
+        cut = calibrated_cut(model.W_enc[index].T, model.b_enc[index], train, target)
+        transcoder = model.transcoder(index, cut, mean, scale.deviation, layer, taps)
         figures = reconstruction_figures(transcoder, validation)
         facts = {"target_l0": target, **figures, "revived": revived[index], "tokens": tokens}
         results.append(TrainedBase(transcoder, facts))
@@ -147,113 +143,6 @@ def reconstruction_figures(transcoder: Transcoder, pairs: Pairs, batch_size: int
         "val_l0": active / tokens,
         "dead_fraction": 1.0 - fired.float().mean().item(),
     }
-
-
-class _State(NamedTuple):
-    """Stacked weights of n transcoders: W_enc (d_model, n * width), W_dec (n, width, d_model), biases to match."""
-
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return list(self)
-
-    def gradients(self) -> list[Tensor]:
-        """Views of the gradients with the transcoder as first dimension."""
-        count, width, d_model = self.W_dec.shape
-        W_enc, b_enc, W_dec, b_dec = [parameter.grad for parameter in self if parameter.grad is not None]
-        return [W_enc.view(d_model, count, width).transpose(0, 1), b_enc.view(count, width), W_dec, b_dec]
-
-    def pre(self, x: Tensor) -> list[Tensor]:
-        """Pre-activations (tokens, width) of each transcoder, from one matrix product."""
-        return list((x @ self.W_enc + self.b_enc).split(self.W_dec.shape[1], dim=1))
-
-    def losses(
-        self, x: Tensor, y: Tensor, target_l0: Sequence[float], generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """FVU-like loss (n,) of a batch, and which features fired (n, width)."""
-        losses, fired = [], []
-        for index, (pre, target) in enumerate(zip(self.pre(x), target_l0, strict=True)):
-            cut = _batch_cut(pre.detach(), target, generator)
-            acts = torch.where(pre > cut, pre, 0.0)
-            error = acts @ self.W_dec[index] + self.b_dec[index] - y
-            losses.append(error.float().pow(2).mean())
-            fired.append((acts.detach() > 0).any(0))
-        return torch.stack(losses), torch.stack(fired)
-
-    @torch.no_grad()
-    def revive(self, fired: Tensor, x: Tensor, y: Tensor, target_l0: Sequence[float], optimiser: Any) -> list[int]:
-        """Points features that fired on no token of the last epoch at the worst reconstructed tokens of a batch."""
-        counts = []
-        width = self.W_dec.shape[1]
-        for index, (pre, target) in enumerate(zip(self.pre(x), target_l0, strict=True)):
-            dead = (~fired[index]).nonzero().squeeze(1)[: len(x)]
-            counts.append(len(dead))
-            if not len(dead):
-                continue
-            cut = _batch_cut(pre, target, torch.Generator().manual_seed(0))
-            error = y - (torch.where(pre > cut, pre, 0.0) @ self.W_dec[index] + self.b_dec[index])
-            worst = error.pow(2).sum(1).topk(len(dead)).indices
-            norm = self.W_enc[:, index * width : (index + 1) * width].norm(dim=0).mean()
-            columns = index * width + dead
-            direction = x[worst] - x.mean(0)
-            self.W_enc[:, columns] = (direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-6)).T * norm
-            self.b_enc[columns] = 0.0
-            self.W_dec[index, dead] = error[worst] / x[worst].norm(dim=1, keepdim=True) / norm
-            for parameter, where in (
-                (self.W_enc, (slice(None), columns)),
-                (self.b_enc, columns),
-                (self.W_dec, (index, dead)),
-            ):
-                for key in ("exp_avg", "exp_avg_sq"):
-                    optimiser.state[parameter][key][where] = 0.0
-        return counts
-
-    @torch.no_grad()
-    def finished(self, index: int, target: float, train: Pairs, scale: Scale, layer: int, taps: Taps) -> Transcoder:
-        """The transcoder in raw units, its threshold calibrated on training tokens."""
-        width = self.W_dec.shape[1]
-        columns = slice(index * width, (index + 1) * width)
-        W_enc, b_enc = self.W_enc[:, columns].contiguous(), self.b_enc[columns].contiguous()
-        cut = calibrated_cut(W_enc, b_enc, train, target)
-        return Transcoder(
-            W_enc=W_enc.detach().clone(),
-            b_enc=b_enc.detach().clone(),
-            threshold=torch.full((width,), cut, device=W_enc.device),
-            W_dec=self.W_dec[index].detach() * scale.deviation,
-            b_dec=self.b_dec[index].detach() * scale.deviation + scale.mean.to(W_enc.device),
-            layer=layer,
-            taps=taps,
-        )
-
-
-def _initial(
-    train: Pairs,
-    target_l0: Sequence[float],
-    settings: BaseSettings,
-    generator: torch.Generator,
-    device: str,
-) -> _State:
-    """Unit-norm encoder directions, small random decoder rows, biases at zero, as y is standardised."""
-    d_model = train.shards[0][0].shape[1]
-    count = len(target_l0)
-    W_enc = torch.randn(d_model, count * settings.width, generator=generator)
-    W_enc /= W_enc.norm(dim=0)
-    W_dec = torch.randn(count, settings.width, d_model, generator=generator) * (0.1 / math.sqrt(d_model))
-    tensors = (W_enc, torch.zeros(count * settings.width), W_dec, torch.zeros(count, d_model))
-    return _State(*(tensor.to(device).requires_grad_() for tensor in tensors))
-
-
-def _batch_cut(pre: Tensor, target: float, generator: torch.Generator) -> Tensor:
-    """The value that about `target` positive pre-activations a token exceed, from a random sample of the batch."""
-    flat = pre.flatten()
-    if len(flat) > THRESHOLD_SAMPLE:
-        flat = flat[torch.randint(len(flat), (THRESHOLD_SAMPLE,), generator=generator).to(flat.device)]
-    kept = round(len(flat) * target / pre.shape[1])
-    return flat.float().kthvalue(max(1, len(flat) - kept)).values.clamp(min=0.0).to(pre.dtype)
 
 
 def calibrated_cut(

@@ -179,7 +179,7 @@ class _Run:
             skip = max(0, skip - self.data.train.batch_count(size))
 
     def cast(self, name: str, batch: Tensor, dtype: torch.dtype) -> Tensor:
-        """`batch` in that dtype. Its memory is used again for the next one: on a CPU, touching that much fresh memory in
+        """`batch` in that dtype, in memory that the next one uses again: on a CPU, touching that much fresh memory in
         every step takes longer than the conversion."""
         if batch.dtype == dtype:
             return batch

@@ -37,13 +37,6 @@ def number_format(device: str, precision: str) -> Iterator[torch.dtype]:
         torch.set_float32_matmul_precision(before)
 
 
-def autocast(device: str, precision: str) -> contextlib.AbstractContextManager:
-    """Matrix products in bf16, everything else as it is; nothing for fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.partition(":")[0], dtype=dtype_of(precision))
-
-
 def _cpu_has_bf16() -> bool:
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(supported and supported())

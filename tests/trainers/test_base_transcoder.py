@@ -16,6 +16,7 @@ from trainers.base_transcoder import (
 )
 from trainers.clipping import clip_each
 from trainers.errors import DivergedError
+from trainers.stacked_bases import StackedBases, batch_cut
 
 D_MODEL, WIDTH = 12, 64
 SETTINGS = BaseSettings(width=WIDTH, epochs=6, batch_size=128, lr=5e-3, seed=3)
@@ -41,6 +42,28 @@ def data():
 @pytest.fixture(scope="module")
 def trained(data):
     return train_bases(*data, TARGETS, SETTINGS, layer=4, taps=Taps("a", "b"))
+
+
+@pytest.mark.parametrize("cut_at", ["some", "none active"])
+def test_sparse_gradients_are_those_of_the_dense_loss(cut_at):
+    """The same loss written with dense products and left to autograd."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(50, D_MODEL, generator=generator) for _ in range(2))
+    model = StackedBases(D_MODEL, 2, WIDTH, generator, "cpu")
+    model.b_enc.normal_(generator=generator).mul_(0.1).sub_(100.0 if cut_at == "none active" else 0.0)
+    found = model.backward(x, y, TARGETS, generator, torch.float32)
+    for index, target in enumerate(TARGETS):
+        plain = [parameter[index].clone().requires_grad_() for parameter in model.parameters]
+        W_enc, b_enc, W_dec, b_dec = plain
+        pre = x @ W_enc.T + b_enc
+        acts = torch.where(pre > batch_cut(pre.detach(), target, generator), pre, 0.0)
+        loss = (acts @ W_dec + b_dec - y).pow(2).mean()
+        loss.backward()
+        assert found.losses[index].item() == pytest.approx(loss.item(), rel=1e-5)
+        assert torch.equal(found.fired[index], (acts > 0).any(0))
+        assert bool((acts > 0).any()) == (cut_at == "some")
+        for gradient, parameter in zip(model.gradients(), plain, strict=True):
+            torch.testing.assert_close(gradient[index], parameter.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_realised_l0_is_within_a_tenth_of_the_target(trained):

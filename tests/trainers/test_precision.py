@@ -23,9 +23,9 @@ def test_this_machine_answers():
     assert precision.resolve_precision("auto", "cpu") in ("fp32", "bf16")
 
 
-@pytest.mark.parametrize("asked", ["fp32", "bf16"])
-def test_products_have_the_dtype(asked):
-    one = torch.ones(2, 2)
-    with precision.autocast("cpu", asked):
-        assert (one @ one).dtype == precision.dtype_of(asked)
-    assert (one @ one).dtype == torch.float32
+@pytest.mark.parametrize(("asked", "dtype"), [("fp32", "float32"), ("tf32", "float32"), ("bf16", "bfloat16")])
+def test_a_precision_has_its_dtype_and_leaves_nothing_behind(asked, dtype):
+    before = torch.get_float32_matmul_precision()
+    with precision.number_format("cpu", asked) as found:
+        assert found == getattr(torch, dtype)
+    assert torch.get_float32_matmul_precision() == before

@@ -1,0 +1,175 @@
+"""Several base transcoders side by side: their start, their gradients, the transcoders they become.
+
+In: a batch (x, y) and the number of active features a token of each. Out: the gradients of every transcoder's squared
+error. A batch keeps its largest activations (BatchTopK, arXiv 2412.06410), one in a hundred or so: only the encoder's
+product is dense, decoding and all gradients are sparse products.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from models.transcoder import Taps, Transcoder
+
+THRESHOLD_SAMPLE = 1 << 16
+"""Pre-activations sampled to find a batch's cut: its L0 is then right to a few percent, which training does not notice;
+the final threshold is exact."""
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+
+
+class Step(NamedTuple):
+    """Of each transcoder: the mean squared error of a batch (n,), and which features fired (n, width)."""
+
+    losses: Tensor
+    fired: Tensor
+
+
+class StackedBases:
+    """n transcoders: W_enc and W_dec (n, width, d_model), b_enc (n, width), b_dec (n, d_model).
+
+    Unit-norm encoder directions, small random decoder rows, biases at zero, as y is standardised.
+    """
+
+    def __init__(self, d_model: int, count: int, width: int, generator: torch.Generator, device: str) -> None:
+        W_enc = torch.randn(count, width, d_model, generator=generator)
+        W_dec = torch.randn(count, width, d_model, generator=generator) * (0.1 / math.sqrt(d_model))
+        self.W_enc = (W_enc / W_enc.norm(dim=2, keepdim=True)).to(device)
+        self.W_dec = W_dec.to(device)
+        self.b_enc = torch.zeros(count, width, device=device)
+        self.b_dec = torch.zeros(count, d_model, device=device)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.W_enc, self.b_enc, self.W_dec, self.b_dec]
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients, each with the transcoder as first dimension."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    @torch.no_grad()
+    def backward(
+        self, x: Tensor, y: Tensor, target_l0: Sequence[float], generator: torch.Generator, dtype: torch.dtype
+    ) -> Step:
+        """Sets the gradients of every transcoder's mean squared error; `x` and `y` (tokens, d_model) are fp32.
+
+        The encoder's product is made in `dtype`, everything else in fp32.
+        """
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+        W_enc, b_enc, W_dec, b_dec = self.gradients()
+        narrow = x.to(dtype)
+        losses, fired = [], []
+        for index, target in enumerate(target_l0):
+            pre = torch.addmm(self.b_enc[index].to(dtype), narrow, self.W_enc[index].to(dtype).T)
+            active = _Active.of(pre, batch_cut(pre, target, generator))
+            error = torch.addmm(self.b_dec[index] - y, active.matrix(active.values), self.W_dec[index])
+            losses.append(error.square().mean())
+            fired.append(active.counts > 0)
+            error.mul_(2 / error.numel())
+            to_values = active.sampled(error, self.W_dec[index])
+            W_dec[index] = active.transposed(active.values) @ error
+            W_enc[index] = active.transposed(to_values) @ x
+            b_dec[index] = error.sum(0)
+            b_enc[index] = torch.zeros_like(self.b_enc[index]).index_add_(0, active.columns, to_values)
+        return Step(torch.stack(losses), torch.stack(fired))
+
+    @torch.no_grad()
+    def revive(
+        self, fired: Tensor, x: Tensor, y: Tensor, target_l0: Sequence[float], optimiser: Optimizer
+    ) -> list[int]:
+        """Points features that fired on no token of the last epoch at the worst reconstructed tokens of a batch;
+        returns how many of each transcoder."""
+        counts = []
+        for index, target in enumerate(target_l0):
+            dead = (~fired[index]).nonzero().squeeze(1)[: len(x)]
+            counts.append(len(dead))
+            if not len(dead):
+                continue
+            pre = torch.addmm(self.b_enc[index], x, self.W_enc[index].T)
+            cut = batch_cut(pre, target, torch.Generator().manual_seed(0))
+            error = y - torch.addmm(self.b_dec[index], torch.where(pre > cut, pre, 0.0), self.W_dec[index])
+            worst = error.pow(2).sum(1).topk(len(dead)).indices
+            norm = self.W_enc[index].norm(dim=1).mean()
+            direction = x[worst] - x.mean(0)
+            self.W_enc[index, dead] = direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-6) * norm
+            self.b_enc[index, dead] = 0.0
+            self.W_dec[index, dead] = error[worst] / x[worst].norm(dim=1, keepdim=True) / norm
+            for parameter in (self.W_enc, self.b_enc, self.W_dec):
+                for key in ("exp_avg", "exp_avg_sq"):
+                    optimiser.state[parameter][key][index, dead] = 0.0
+        return counts
+
+    def transcoder(self, index: int, cut: float, mean: Tensor, deviation: float, layer: int, taps: Taps) -> Transcoder:
+        """One of them with threshold `cut`, in raw units: y = standardised y * deviation + mean."""
+        return Transcoder(
+            W_enc=self.W_enc[index].T.contiguous(),
+            b_enc=self.b_enc[index].clone(),
+            threshold=torch.full_like(self.b_enc[index], cut),
+            W_dec=self.W_dec[index] * deviation,
+            b_dec=self.b_dec[index] * deviation + mean,
+            layer=layer,
+            taps=taps,
+        )
+
+
+class _Active(NamedTuple):
+    """The activations of a batch that are above the cut: where and how strong, in the order of rows.
+
+    `starts` (tokens + 1,) and `columns` (nnz,) are those of a CSR matrix (tokens, width). `counts` (width,), `order`
+    and `rows` (nnz,) make its transpose.
+    """
+
+    values: Tensor
+    starts: Tensor
+    columns: Tensor
+    rows: Tensor
+    order: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, pre: Tensor, cut: Tensor) -> _Active:
+        tokens, width = pre.shape
+        rows, columns = (pre > cut).nonzero(as_tuple=True)
+        order = torch.sort(columns, stable=True).indices
+        counts = torch.bincount(columns, minlength=width)
+        return cls(
+            pre[rows, columns].float(), _starts(torch.bincount(rows, minlength=tokens)), columns, rows, order, counts
+        )
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """`values` as a sparse (tokens, width) matrix."""
+        size = (len(self.starts) - 1, len(self.counts))
+        return torch.sparse_csr_tensor(self.starts, self.columns, values, size, check_invariants=False)
+
+    def transposed(self, values: Tensor) -> Tensor:
+        """`values` as a sparse (width, tokens) matrix."""
+        size = (len(self.counts), len(self.starts) - 1)
+        rows, values = self.rows[self.order], values[self.order]
+        return torch.sparse_csr_tensor(_starts(self.counts), rows, values, size, check_invariants=False)
+
+    def sampled(self, left: Tensor, right: Tensor) -> Tensor:
+        """`left @ right.T` (tokens, width) where there is an activation: (nnz,)."""
+        blank = self.matrix(torch.zeros_like(self.values))
+        return torch.sparse.sampled_addmm(blank, left, right.T, beta=0.0).values()
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def batch_cut(pre: Tensor, target: float, generator: torch.Generator) -> Tensor:
+    """The value that about `target` positive pre-activations a token exceed, from a random sample of the batch."""
+    flat = pre.flatten()
+    if len(flat) > THRESHOLD_SAMPLE:
+        flat = flat[torch.randint(len(flat), (THRESHOLD_SAMPLE,), generator=generator).to(flat.device)]
+    kept = round(len(flat) * target / pre.shape[1])
+    return flat.float().kthvalue(max(1, len(flat) - kept)).values.clamp(min=0.0).to(pre.dtype)
