@@ -1,0 +1,96 @@
+"""The deployment files, checked as far as they can be without a cloud: schema, names that must agree, a dry parse."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+from search_spaces.load import load
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+PINS = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line)
+
+
+@pytest.fixture(scope="module")
+def rayjob() -> dict:
+    claim, job = yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text())
+    assert (claim["kind"], job["kind"], job["apiVersion"]) == ("PersistentVolumeClaim", "RayJob", "ray.io/v1")
+    return {"claim": claim, **job["spec"]}
+
+
+def pods(rayjob: dict) -> list[dict]:
+    cluster = rayjob["rayClusterSpec"]
+    return [one["template"]["spec"] for one in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+def asked(command: str) -> tuple[str, list[str]]:
+    """The CONFIG and the overrides of a `python -m jobs sweep` command, without its options."""
+    words = shlex.split(command)
+    assert words[:4] == ["python", "-m", "jobs", "sweep"], command
+    config, *rest = words[4:]
+    if "--address" in rest:
+        at = rest.index("--address")
+        assert rest[at + 1] == "auto"
+        del rest[at : at + 2]
+    return config, rest
+
+
+def test_the_cluster_file_is_what_ray_up_takes():
+    described = yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text())
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    jsonschema.validate(described, schema)
+    with pytest.raises(jsonschema.ValidationError):  # so that the line above can fail
+        jsonschema.validate({**described, "max_workers": "eight"}, schema)
+    assert described["head_node_type"] in described["available_node_types"]
+    (start,) = [line for line in described["head_start_ray_commands"] if "ray start" in line]
+    assert "--dashboard-host=127.0.0.1" in start
+
+
+def test_the_ray_job_asks_for_a_sweep_that_exists(rayjob):
+    config, overrides = asked(rayjob["entrypoint"])
+    sweep = load(config, overrides)
+    for pod in pods(rayjob):
+        (container,) = pod["containers"]
+        (mount,) = container["volumeMounts"]
+        (volume,) = pod["volumes"]
+        assert mount["mountPath"] == sweep.storage.root, "results land on the volume"
+        assert volume["name"] == mount["name"]
+        assert volume["persistentVolumeClaim"]["claimName"] == rayjob["claim"]["metadata"]["name"]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+    assert rayjob["claim"]["spec"]["accessModes"] == ["ReadWriteMany"], "every node writes"
+
+
+def test_the_ray_job_is_safe(rayjob):
+    assert rayjob["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    for pod in pods(rayjob):
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        for variable in pod["containers"][0]["env"]:
+            assert variable["name"] != "HF_TOKEN" or "secretKeyRef" in variable["valueFrom"]
+
+
+def test_versions_agree(rayjob):
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    assert rayjob["rayClusterSpec"]["rayVersion"] == PINS["ray[default,tune]"]
+    assert "FROM python:3.11-slim" in dockerfile, "the Python of the README"
+    embedded = re.search(r"^EMBEDDED := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert embedded is not None
+    assert embedded[1] in dockerfile
+    assert "-t deltascope" in dockerfile
+    assert {pod["containers"][0]["image"] for pod in pods(rayjob)} == {"deltascope:latest"}
+
+
+def test_the_image_holds_the_repository_and_nothing_private():
+    for line in (DEPLOY / "Dockerfile").read_text().splitlines():
+        if line.startswith("COPY"):
+            assert all((ROOT / source).exists() for source in line.split()[1:-1]), line
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv", "mlruns/*"} <= set(ignored)
+    assert "USER runner" in (DEPLOY / "Dockerfile").read_text()

@@ -1,0 +1,63 @@
+"""The Slurm script on a Slurm of one node: `scontrol` and `srun` act on this machine, what they start is real."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import REPOSITORY, SMALL, environment, free_port, read
+
+SCRIPT = REPOSITORY / "deploy" / "slurm.sh"
+
+
+@pytest.fixture
+def allocation(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job on one node."""
+    tools = tmp_path / "slurm"
+    tools.mkdir()
+    # srun: options away, the rest is the command.
+    (tools / "srun").write_text('#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\nexec "$@"\n')
+    (tools / "scontrol").write_text('#!/bin/bash\necho "$3"\n')
+    (tools / "hostname").write_text("#!/bin/bash\necho 127.0.0.1\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    return {
+        **environment(),
+        "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(REPOSITORY),
+        "SLURM_JOB_NODELIST": "here",
+        "SLURM_CPUS_ON_NODE": "2",
+        "RAY_PORT": str(free_port()),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+
+
+def test_a_job_brings_ray_up_runs_the_sweep_and_leaves_nothing(allocation: dict[str, str], tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="ray") as session:  # its sockets need a short path
+        done = subprocess.run(
+            ["bash", str(SCRIPT), "tiny", f"storage.root={tmp_path / 'runs'}", *SMALL],
+            env={**allocation, "RAY_TMPDIR": session},
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "runs" / "sweeps" / "tiny" / "report" / "report.html").is_file()
+    assert read(tmp_path / "runs" / "sweeps" / "tiny" / "start.json")
+    assert not list(REPOSITORY.glob(".ray-token.*")), "the token goes with the job"
+    left = subprocess.run(
+        ["pgrep", "-f", f"port={allocation['RAY_PORT']}"], capture_output=True, text=True, check=False
+    )
+    assert left.stdout == "", "and so does Ray"
+
+
+def test_it_says_how_it_is_called(allocation: dict[str, str]) -> None:
+    done = subprocess.run(["bash", str(SCRIPT)], env=allocation, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "usage: sbatch" in done.stderr
