@@ -83,6 +83,8 @@ def base_transcoders(context: Context) -> list[dict[str, Any]]:
 
 
 def delta_trials(context: Context) -> list[dict[str, Any]]:
+    from jobs.studies import pareto_front
+
     rows = []
     section = context.settings.deltas
     for layer in context.layers:
@@ -90,6 +92,8 @@ def delta_trials(context: Context) -> list[dict[str, Any]]:
             for d_new in section.d_new:
                 folder = context.space.folder / DELTAS / group_name(layer, percentile, d_new)
                 best = read_json(folder / "best.json")
+                objectives = tuple(section.objectives.split(", "))
+                front = pareto_front(_results(folder), objectives) if len(objectives) > 1 else None
                 for one in _results(folder):
                     rows.append(
                         {
@@ -102,6 +106,7 @@ def delta_trials(context: Context) -> list[dict[str, Any]]:
                             **one["params"],
                             "seconds": one["seconds"],
                             "best": best is not None and one["trial"] == best["trial"],
+                            **({"pareto": one["trial"] in front} if front is not None else {}),
                         }
                     )
     return rows
