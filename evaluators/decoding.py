@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One row to evaluate: a prompt, its target, the strength of the delta, and the number of its first token after
-    BOS in the whole text."""
+    """One row to evaluate: a prompt, its target, the strength of the delta, the number of its first token after BOS in
+    the whole text, and the delta feature that it lacks (-1: none)."""
 
     encoded: Encoded
     alpha: float = 1.0
     first: int = 0
+    ablated: int = -1
 
 
 class Scored(NamedTuple):
@@ -289,4 +290,5 @@ def _prepare(splice: Splice, chunk: Batch, jobs: Sequence[Job]) -> None:
     device = chunk.ids.device
     first = torch.tensor([job.first for job in jobs], device=device).unsqueeze(1)
     alpha = torch.tensor([job.alpha for job in jobs], dtype=torch.float32, device=device)
-    splice.reset(chunk.editable, alpha, first + chunk.positions - 1)
+    ablated = torch.tensor([job.ablated for job in jobs], device=device)
+    splice.reset(chunk.editable, alpha, first + chunk.positions - 1, ablated)

@@ -100,12 +100,14 @@ CONTROLS = tuple(name for name, condition in CONDITIONS.items() if condition.con
 
 
 class Outputs(NamedTuple):
-    """What a site's transcoders make of some tokens: outputs (tokens, d_model), and sums of |activation| (tokens,)."""
+    """What a site's transcoders make of some tokens: outputs (tokens, d_model), sums of |activation| (tokens,), and the
+    delta's activations (tokens, d_new)."""
 
     base: Tensor
     delta: Tensor
     base_acts: Tensor
     delta_acts: Tensor
+    features: Tensor
 
     def take(self, tokens: Tensor) -> Outputs:
         return Outputs(*(column[tokens] for column in self))
@@ -123,13 +125,17 @@ class Splice:
         self.sites, self.condition, self.record = sorted(sites, key=lambda site: site.layer), condition, record
         self._inputs: dict[int, Tensor] = {}
 
-    def reset(self, editable: Tensor, alpha: Tensor, numbers: Tensor | None = None) -> None:
+    def reset(
+        self, editable: Tensor, alpha: Tensor, numbers: Tensor | None = None, ablated: Tensor | None = None
+    ) -> None:
         """Prepares for a forward pass over a chunk: `editable` (batch, chunk) is True where a token is replaced,
-        `alpha` (batch,) is the strength of each row, and `numbers` (batch, chunk) are the tokens' numbers in the text
-        (0 where not given), for sites with a pool."""
+        `alpha` (batch,) is the strength of each row, `numbers` (batch, chunk) are the tokens' numbers in the text (0
+        where not given), for sites with a pool, and `ablated` (batch,) is the delta feature that each row lacks, or
+        -1."""
         self._where = editable.nonzero(as_tuple=True)
         self._numbers = torch.zeros_like(self._where[0]) if numbers is None else numbers[self._where]
         self._alpha = alpha[self._where[0]].unsqueeze(1)
+        self._ablated = None if ablated is None or (ablated < 0).all() else ablated[self._where[0]]
         self.base_acts = torch.zeros(len(editable), device=editable.device)
         self.delta_acts = torch.zeros(len(editable), device=editable.device)
 
@@ -144,7 +150,7 @@ class Splice:
         x, y = (torch.cat([prefix[column][1:] for prefix in prefixes]) for column in (0, 1))
         numbers = torch.arange(len(x)).split(texts)
         tokens = torch.cat([numbers[row] for row in rows]).to(device)
-        outputs = self._pooled(site, self._outputs(site, read_input(site.base.taps, x)).take(tokens))
+        outputs = self._of_row(site, self._outputs(site, read_input(site.base.taps, x)).take(tokens))
         streams = [prefix.output for prefix in prefixes]
         residual = streams[0].new_zeros(len(rows), length, streams[0].shape[1])
         for place, row in enumerate(rows):
@@ -171,7 +177,7 @@ class Splice:
 
     def _writer(self, site: Site) -> Callable:
         def write(y: Tensor, hook: object) -> Tensor:
-            outputs = self._pooled(site, self._outputs(site, self._inputs.pop(site.layer)[self._where]))
+            outputs = self._of_row(site, self._outputs(site, self._inputs.pop(site.layer)[self._where]))
             edited = y.clone()
             edited[self._where] = self._replaced(y[self._where], outputs).to(y.dtype)
             return edited
@@ -183,15 +189,23 @@ class Splice:
         base = site.base.decode(base_acts)
         if site.delta is None or not self.condition.uses_delta:
             nothing = torch.zeros_like(base)
-            return Outputs(base, nothing, base_acts.abs().sum(1), nothing[:, 0])
+            return Outputs(base, nothing, base_acts.abs().sum(1), nothing[:, 0], nothing[:, :0])
         delta_acts = site.delta.encode(x)
-        return Outputs(base, site.delta.decode(delta_acts), base_acts.abs().sum(1), delta_acts.abs().sum(1))
+        delta = site.delta.decode(delta_acts)
+        return Outputs(base, delta, base_acts.abs().sum(1), delta_acts.abs().sum(1), delta_acts)
 
-    def _pooled(self, site: Site, outputs: Outputs) -> Outputs:
-        """The same, with the delta's output taken from the site's pool where it has one."""
-        if site.pool is None or not self.condition.uses_delta:
+    def _of_row(self, site: Site, outputs: Outputs) -> Outputs:
+        """The same with what differs between rows: the delta's output from the site's pool, or without a feature."""
+        if not self.condition.uses_delta:
             return outputs
-        return outputs._replace(delta=site.pool[self._numbers % len(site.pool)])
+        if site.pool is not None:
+            return outputs._replace(delta=site.pool[self._numbers % len(site.pool)])
+        if self._ablated is None or site.delta is None:
+            return outputs
+        feature = self._ablated.clamp(min=0)
+        strength = outputs.features.gather(1, feature.unsqueeze(1)) * (self._ablated >= 0).unsqueeze(1)
+        silent = outputs.delta - strength * site.delta.W_dec[feature]
+        return outputs._replace(delta=silent, delta_acts=outputs.delta_acts - strength.abs()[:, 0])
 
     def _replaced(self, y: Tensor, outputs: Outputs) -> Tensor:
         """(tokens, d_model) fp32 in place of `y`, for the tokens told to `reset`."""

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from evaluators import sections, tables
+from evaluators.feature_tables import features_section
 from evaluators.findings import number, with_interval
 from evaluators.page import Block, Gallery, Picture, render
 from evaluators.pooling import NO_LAYER, RATES, Cell, subset_order
@@ -33,9 +34,9 @@ def write_report(
     """Write everything a sweep shows into `folder` and return the path of `report.html`.
 
     Tables: `exp1_metrics.csv`; `exp1_combo_summary`, `exp2A_metrics`, `exp2B_metrics` and `exp2B_statistics`, each as
-    `.csv` and `.json` (records, null for undefined); `exp2A_delta_contrast.csv`. Pictures: `graphs/*.png`; those of an
-    earlier report are removed. Cells that failed are absent: their rows are left out, and so is a part of the page
-    that has no data. `seed` draws the bootstrap, so the same cells give the same files.
+    `.csv` and `.json` (records, null for undefined); `exp2A_delta_contrast.csv`; `features.csv`. Pictures:
+    `graphs/*.png`; those of an earlier report are removed. Cells that failed are absent: their rows are left out, and
+    so is a part of the page that has no data. `seed` draws the bootstrap, so the same cells give the same files.
     """
     folder = Path(folder)
     graphs = folder / "graphs"
@@ -50,6 +51,7 @@ def write_report(
         sections.reconstruction_section(results),
         sections.conditions_section(results, seed=seed),
         sections.dose_section(results, seed=seed),
+        features_section(results.features),
         sections.generations_section(generations),
         sections.settings_section(facts),
     ]
@@ -93,6 +95,7 @@ def _glance(conditions: pd.DataFrame) -> list[dict[str, str]]:
 def _write_tables(folder: Path, results: tables.Results) -> None:
     _write(folder / "exp1_metrics.csv", results.reconstruction.to_csv(index=False).encode())
     _write(folder / "exp2A_delta_contrast.csv", results.contrast.to_csv(index=False).encode())
+    _write(folder / "features.csv", results.features.to_csv(index=False).encode())
     for name, table in (
         ("exp1_combo_summary", results.summary),
         ("exp2A_metrics", results.conditions),

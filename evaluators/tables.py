@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from evaluators.feature_tables import features_table
 from evaluators.pooling import MEANS, METRICS, RATES, Cell, CellKey, PromptSums, of_kind, pool
 from evaluators.statistics import Estimate, paired_bootstrap, rate_difference, slope_and_spearman, wilson
 
@@ -49,6 +50,7 @@ class Results(NamedTuple):
     contrast: pd.DataFrame
     dose: pd.DataFrame
     statistics: pd.DataFrame
+    features: pd.DataFrame
 
 
 def all_tables(cells: Sequence[Cell], *, seed: int = 0) -> Results:
@@ -61,6 +63,7 @@ def all_tables(cells: Sequence[Cell], *, seed: int = 0) -> Results:
         delta_contrast_table(cells, seed=seed),
         dose_response_table(cells, seed=seed),
         dose_response_statistics(cells, seed=seed),
+        features_table(cells, seed=seed),
     )
 
 

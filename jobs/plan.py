@@ -25,7 +25,7 @@ def plan_rows(context: Context) -> Rows:
     sets = len(layers) + (1 if evaluate.joint and len(layers) > 1 else 0)
     dosed = sets if evaluate.alpha_layers == "all" else len(evaluate.alpha_layers)
     spliced = sets * (len(evaluate.conditions) - 1 + len(evaluate.controls)) + dosed * len(evaluate.alphas)
-    cells = len(evaluate.subsets) * (1 + spliced) + groups
+    cells = len(evaluate.subsets) * (1 + spliced) + groups + (len(layers) if evaluate.features else 0)
     prompts = len(evaluate.subsets) * settings.data.eval_rows
     rows = [
         ("model", f"{settings.model.source}, layers {', '.join(map(str, layers))}"),

@@ -203,6 +203,9 @@ class Evaluate(Section):
     """Layers of the dose-response; `all` is every swept layer."""
     joint: bool = True
     """Also splice all swept layers at once."""
+    features: Annotated[int, Field(ge=0)] = 4
+    """Features of each layer's delta that are ablated one at a time, those of largest estimated effect; with 0 no
+    feature is looked at."""
     percentile: Fraction | None = None
     """Base used for behaviour; null takes the (percentile, d_new) of the lowest mean validation FVU."""
     d_new: Count | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ class Work(NamedTuple):
     precision: str
     max_new_tokens: int
     batch_size: int
+    ablations: int
     seed: int
     convention: str
 
@@ -87,9 +89,7 @@ def evaluate(work: Work) -> list[str]:
     subsets = (work.subset,) if work.subset else work.subsets
     rows = [row for row in read_rows(work.rows) if row.label in subsets]
     model = bridge(work.model, work.device, work.precision)
-    return {"raw": _raw, "behaviour": _behaviour, "reconstruction": _reconstruction, "exactness": _exactness}[
-        work.kind
-    ](work, model, rows)
+    return KINDS[work.kind](work, model, rows)
 
 
 def _raw(work: Work, model: Any, rows: list[Any]) -> list[str]:
@@ -188,6 +188,27 @@ def _reconstruction(work: Work, model: Any, rows: list[Any]) -> list[str]:
     return names
 
 
+def _features(work: Work, model: Any, rows: list[Any]) -> list[str]:
+    from evaluators.features import evaluate_features
+
+    started = time.perf_counter()
+    (plan,), (site,) = work.sites, _sites(work)
+    found = evaluate_features(
+        model,
+        rows,
+        site,
+        ablations=work.ablations,
+        max_new_tokens=work.max_new_tokens,
+        batch_size=work.batch_size,
+        prefixes=_prefixes(work),
+    )
+    place = {"layer": plan.layer, "percentile": plan.percentile, "d_new": plan.d_new, "convention": work.convention}
+    seconds = time.perf_counter() - started
+    cell = {"kind": "features", **place, "seed": work.seed, "key": work.key, "seconds": seconds, "features": found}
+    write_json(Path(work.folder) / f"{work.name}.json", cell)
+    return [work.name]
+
+
 def _exactness(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from evaluators.checks import exactness_checks
 
@@ -266,7 +287,7 @@ def _read_generations(path: Path) -> list[dict[str, Any]]:
 
 def cells_of(work: Work) -> dict[str, str]:
     """The files a piece of work leaves, and the key each must hold."""
-    if work.kind == "raw":
+    if work.kind in ("raw", "features"):
         return {work.name: work.key}
     if work.kind == "reconstruction":
         return {plan.cell: plan.key for plan in work.sites}
@@ -284,3 +305,13 @@ def without_cells(work: Work, done: set[str]) -> Work:
         doses=tuple(dose for dose in work.doses if f"{work.name}_{_label('alpha', dose)}" not in done),
         conditions=tuple(one for one in work.conditions if f"{work.name}_{one}" not in done),
     )
+
+
+KINDS = {
+    "raw": _raw,
+    "behaviour": _behaviour,
+    "reconstruction": _reconstruction,
+    "features": _features,
+    "exactness": _exactness,
+}
+"""What a worker does for each kind of work; each gives the names of the cells it wrote."""

@@ -28,6 +28,7 @@ def run(context: Context) -> dict[str, Any]:
     rest = [
         *_behaviour_work(context, percentile, d_new),
         *_reconstruction_work(context),
+        *_features_work(context, percentile, d_new),
     ]
     checks = context.space.folder / "checks.json"
     exactness = _exactness_work(context, percentile, d_new)
@@ -95,6 +96,8 @@ def _layers_to_run(context: Context, work: Work) -> int:
     if work.kind == "reconstruction":  # every subset's rows, and every position is projected to the vocabulary
         passes = 1 + len({plan.candidate for plan in work.sites}) + len(work.sites)
         return passes * len(work.subsets) * (above + count // 4)
+    if work.kind == "features":  # forward, backward, and each ablation
+        return (3 + work.ablations) * len(work.subsets) * above
     return max(1, len(work.strengths)) * above + sum(count for _ in work.controls)
 
 
@@ -123,6 +126,7 @@ def _shared(context: Context) -> dict[str, Any]:
         "precision": resolve_precision(precision, device),
         "max_new_tokens": settings.evaluate.max_new_tokens,
         "batch_size": settings.evaluate.batch_size,
+        "ablations": settings.evaluate.features,
         "seed": settings.seed,
         "convention": settings.transcoders.convention,
     }
@@ -176,6 +180,18 @@ def _reconstruction_work(context: Context) -> list[Work]:
     return works
 
 
+def _features_work(context: Context, percentile: float, d_new: int) -> list[Work]:
+    """Of the deltas whose behaviour is evaluated, layer by layer; none where no feature is to be ablated."""
+    settings, shared = context.settings.evaluate, _shared(context)
+    works = []
+    for layer in context.layers if settings.features else []:
+        site = _site_plan(context, layer, percentile, d_new)
+        name = f"features_layer_{layer:02d}_p{percentile:.2f}_d{d_new:03d}"
+        key = key_of("features", site.key, settings.features)
+        works.append(Work("features", name, (site,), "", (), (), key, **shared))
+    return works
+
+
 def _exactness_work(context: Context, percentile: float, d_new: int) -> list[Work]:
     sites = tuple(_site_plan(context, layer, percentile, d_new) for layer in context.layers)
     key = key_of("exactness", _lineage(context, sites), _evaluation_settings(context))
@@ -194,7 +210,7 @@ def _site_plan(context: Context, layer: int, percentile: float, d_new: int) -> S
         root(context),
         (base.average_l0, base.path),
         delta=str(group / f"trial_{best['trial']:04d}"),
-        inputs=str(context.space.activations / "finetuned" / f"layer_{layer:02d}" / "train"),
+        inputs=str(context.space.activations / "finetuned" / "train" / f"layer_{layer:02d}"),
         residual=str(group.parent / "residual" / "train"),
         key="",
     )

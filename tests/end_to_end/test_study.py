@@ -54,6 +54,9 @@ def test_every_table_has_its_rows(sweep: Path) -> None:
     assert (conditions["n_examples"] == 4).all()
     assert conditions["delta_ce"].notna().all()
     assert (spliced["delta_ce_low"] <= spliced["delta_ce"]).all()
+    features = pd.read_csv(report / "features.csv")
+    assert len(features) == 2 * conditions["d_new"].max()
+    assert features["effect"].notna().sum() <= 2 * 4
     doses = pd.read_csv(report / "exp2B_metrics.csv")
     assert set(doses["alpha"]) == {0.0, 0.5, 1.0}
     assert len(doses) == len(LAYERS) * 3 * len(SUBSETS)
@@ -141,14 +144,21 @@ def test_a_second_run_finds_everything_done(finished: Finished, jobs: Jobs) -> N
     assert before == {path: path.stat().st_mtime_ns for path in (finished[0] / "sweeps/tiny/cells").iterdir()}
 
 
-def test_a_new_alpha_computes_new_cells_only(finished: Finished, jobs: Jobs) -> None:
+def test_a_new_alpha_and_the_controls_compute_new_cells_only(finished: Finished, jobs: Jobs) -> None:
     root, _ = finished
     sweep = root / "sweeps" / "tiny"
     kept = [sweep / "lora/best.json", sweep / "deltas/layer_01/p0.25/d004/best.json", sweep / "cells/raw_tool.json"]
     before = [path.stat().st_mtime_ns for path in kept[1:]]
     adapter = (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns
-    done = jobs("evaluate", "tiny", f"storage.root={root}", "evaluate.alphas=[0.0, 0.5, 1.0, 2.0]")
+    controls = ["base_model_no_delta", "mlp_swap", "random_delta", "shuffled_delta", "dense_delta", "error_term"]
+    more = ("evaluate.alphas=[0.0, 0.5, 1.0, 2.0]", f"evaluate.controls=[{', '.join(controls)}]")
+    done = jobs("evaluate", "tiny", f"storage.root={root}", *more)
     assert done.returncode == 0, done.stdout + done.stderr
+    for control in controls:
+        assert len(list((sweep / "cells").glob(f"layer_*_{control}.json"))) == len(LAYERS) * len(SUBSETS)
+    for path in (sweep / "cells").glob("layer_*_tool_error_term.json"):
+        for one, raw in zip(read(path)["rows"], read(sweep / "cells/raw_tool.json")["rows"], strict=True):
+            assert one["nll"] == pytest.approx(raw["nll"], rel=1e-4)
     assert len(list((sweep / "cells").glob("*_alpha2.0.json"))) == len(LAYERS) * len(SUBSETS)
     assert [path.stat().st_mtime_ns for path in kept[1:]] == before
     assert (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns == adapter

@@ -1,0 +1,237 @@
+"""What the delta learnt: each feature's firing, contexts, direct effect on tokens, and what its ablation changes.
+
+In: a TransformerBridge, rows, one site, and how many features to ablate. Out: plain values, one entry a feature. The
+features are ranked by a first-order estimate (activation times gradient); the first of them are then ablated one at a
+time, as rows of the same batches. A text on which a feature never fires is the same without it and is not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data.encoding import Encoded, encode_row, pad_left
+from data.rows import Row
+from evaluators.decoding import Job, Stop, generate, score
+from evaluators.interventions import Site, spliced
+from evaluators.passes import Prefixes, project, resume
+from evaluators.scoring import CALL_OPEN
+from models.bridge import device_of, read_input
+from models.transcoder import Transcoder
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+CONTEXTS, TOKENS = 3, 6
+"""Contexts and tokens (promoted, and suppressed) kept a feature."""
+WINDOW = 12
+"""Tokens of a context on either side of the one that fires."""
+STEP = 0.01
+"""Of the residual stream's norm: the step along a decoder direction that measures its direct effect."""
+
+
+class Text(NamedTuple):
+    """A row as it is run: its place in the subset, token ids, and the delta's activations after BOS (tokens, d_new)."""
+
+    subset: str
+    number: int
+    encoded: Encoded
+    acts: Tensor
+
+
+@torch.no_grad()  # not inference_mode: a gradient is taken within
+def evaluate_features(
+    bridge: TransformerBridge,
+    rows: Sequence[Row],
+    site: Site,
+    *,
+    ablations: int,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    prefixes: Prefixes | None = None,
+) -> list[dict[str, Any]]:
+    """One entry for every delta feature, in the order of the decoder's rows.
+
+    `firing_rate`: by subset, the share of tokens after BOS on which it fires. `contexts`: where it fires most strongly,
+    the token in guillemets. `promoted`, `suppressed`: tokens that its decoder direction moves most, through the final
+    norm and the unembedding. `attribution`: nats a target token that ablating it would add, to first order. `ablation`:
+    for the `ablations` features of largest |attribution| that fire at all, by subset one entry a prompt with `nll`,
+    `nll_full`, `n_tokens`, `tool_call`, `tool_call_full`; None for the others. Raises ValueError for a site without a
+    delta.
+    """
+    if site.delta is None:
+        raise ValueError(f"layer {site.layer} has no delta whose features could be read")
+    prefixes = prefixes or Prefixes(bridge, [site.layer], site.base.taps, batch_size=batch_size)
+    texts = _texts(bridge, rows, site, site.delta, prefixes)
+    attribution = _attribution(bridge, texts, site, batch_size, prefixes)
+    moved = _moved_tokens(bridge, texts, site, prefixes)
+    fires = torch.stack([(text.acts > 0).any(0) for text in texts]).any(0)
+    ranked = attribution.abs().masked_fill(~fires, -1.0).argsort(descending=True).tolist()
+    chosen = [feature for feature in ranked if fires[feature]][:ablations]
+    measured = _ablate(bridge, texts, site, chosen, max_new_tokens, batch_size, prefixes)
+    return [
+        {
+            "feature": feature,
+            "firing_rate": _firing_rates(texts, feature),
+            "contexts": _contexts(bridge, texts, feature),
+            "attribution": attribution[feature].item(),
+            **moved[feature],
+            "ablation": measured.get(feature),
+        }
+        for feature in range(site.delta.d_sae)
+    ]
+
+
+def _texts(
+    bridge: TransformerBridge, rows: Sequence[Row], site: Site, delta: Transcoder, prefixes: Prefixes
+) -> list[Text]:
+    encoded = [encode_row(bridge.tokenizer, row.input, row.target) for row in rows]
+    found = prefixes.get(site.layer, [row.ids for row in encoded])
+    seen: dict[str, int] = {}
+    texts = []
+    for row, tokens, prefix in zip(rows, encoded, found, strict=True):
+        index = seen.get(row.label, 0)
+        seen[row.label] = index + 1
+        texts.append(Text(row.label, index, tokens, delta.encode(read_input(site.base.taps, prefix.x[1:]))))
+    return texts
+
+
+def _firing_rates(texts: Sequence[Text], feature: int) -> dict[str, float]:
+    rates = {}
+    for subset in dict.fromkeys(text.subset for text in texts):
+        here = [text.acts[:, feature] > 0 for text in texts if text.subset == subset]
+        rates[subset] = torch.cat(here).float().mean().item()
+    return rates
+
+
+def _contexts(bridge: TransformerBridge, texts: Sequence[Text], feature: int) -> list[dict[str, Any]]:
+    """The strongest firing of each text, the strongest texts first."""
+    found = []
+    for text in texts:
+        token = int(text.acts[:, feature].argmax())
+        if (strength := text.acts[token, feature].item()) > 0:
+            found.append((strength, token + 1, text))  # BOS has no activations
+    found.sort(key=lambda one: (-one[0], one[2].subset, one[2].number))
+    shown = []
+    for strength, place, text in found[:CONTEXTS]:
+        ids = text.encoded.ids
+        before, after = ids[max(1, place - WINDOW) : place], ids[place + 1 : place + 1 + WINDOW]
+        parts = [bridge.tokenizer.decode(part) for part in (before, [ids[place]], after)]
+        shown.append({"subset": text.subset, "activation": strength, "text": f"{parts[0]}«{parts[1]}»{parts[2]}"})
+    return shown
+
+
+def _attribution(
+    bridge: TransformerBridge, texts: Sequence[Text], site: Site, batch_size: int, prefixes: Prefixes
+) -> Tensor:
+    """(d_new,) nats a target token that ablating each feature would add: minus its activation times the gradient."""
+    assert site.delta is not None
+    total = torch.zeros(site.delta.d_sae)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].encoded.ids))
+    for start in range(0, len(order), batch_size):
+        chosen = [texts[i] for i in order[start : start + batch_size]]
+        batch = pad_left([text.encoded.ids for text in chosen], bridge.tokenizer.pad_token_id).to(device_of(bridge))
+        length = batch.ids.shape[1]
+        with spliced(bridge, [site], "full", above_first=True) as splice:
+            splice.reset(batch.editable, torch.ones(len(chosen), device=batch.ids.device))
+            found = prefixes.get(site.layer, [text.encoded.ids for text in chosen])
+            residual = splice.start(found, range(len(chosen)), length)
+        columns = torch.cat([torch.arange(length - len(text.encoded.target), length) for text in chosen])
+        lines = torch.repeat_interleave(
+            torch.arange(len(chosen)), torch.tensor([len(text.encoded.target) for text in chosen])
+        )
+        gradient = _gradient(bridge, batch, site.layer, residual, lines, columns)
+        for place, text in enumerate(chosen):
+            here = gradient[place, length - len(text.acts) :] @ site.delta.W_dec.T  # (tokens, d_new)
+            total -= (text.acts * here).sum(0).cpu()
+    return total / sum(len(text.encoded.target) for text in texts)
+
+
+def _gradient(
+    bridge: TransformerBridge, batch: Any, layer: int, residual: Tensor, lines: Tensor, columns: Tensor
+) -> Tensor:
+    """Of the summed cross-entropy at (lines, columns) with respect to what leaves the layer: like `residual`, fp32."""
+    with torch.enable_grad():
+        leaf = residual.clone().requires_grad_()
+        last = resume(bridge, batch, layer, leaf)
+        labels = batch.ids[lines, columns]
+        loss, done = leaf.new_zeros(()), 0
+        for logits in project(bridge, last[lines, columns - 1]):
+            loss = loss + functional.cross_entropy(logits, labels[done : done + len(logits)], reduction="sum")
+            done += len(logits)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    return gradient.float()
+
+
+def _moved_tokens(
+    bridge: TransformerBridge, texts: Sequence[Text], site: Site, prefixes: Prefixes
+) -> list[dict[str, list[str]]]:
+    """For each feature the tokens whose logits a small step along its decoder direction raises and lowers most.
+
+    The step starts at the mean residual stream that leaves the last block at the ends of the prompts.
+    """
+    assert site.delta is not None
+    rows = [text.encoded.prompt for text in texts]
+    batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
+    at = resume(bridge, batch)[:, -1].float().mean(0)
+    directions = functional.normalize(site.delta.W_dec.to(at), dim=1) * at.norm() * STEP
+    dtype = next(iter(bridge.original_model.parameters())).dtype  # type: ignore[operator]
+    found = []
+    up, down = (torch.cat([*project(bridge, (at + sign * directions).to(dtype))]) for sign in (1, -1))
+    for moved in up - down:
+        promoted, suppressed = moved.topk(TOKENS).indices.tolist(), (-moved).topk(TOKENS).indices.tolist()
+        names = [[bridge.tokenizer.decode([token]) for token in tokens] for tokens in (promoted, suppressed)]
+        found.append({"promoted": names[0], "suppressed": names[1]})
+    return found
+
+
+def _ablate(
+    bridge: TransformerBridge,
+    texts: Sequence[Text],
+    site: Site,
+    features: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    prefixes: Prefixes,
+) -> dict[int, dict[str, list[dict[str, Any]]]]:
+    """By feature and subset, one entry a prompt: figures of `full`, and of `full` without the feature."""
+    if not features:
+        return {}
+    stop = Stop(bridge.tokenizer, max_new_tokens)
+    full = [Job(text.encoded) for text in texts]
+    scored = score(bridge, full, [site], "full", batch_size, prefixes=prefixes)
+    outputs = generate(bridge, full, [site], "full", stop, scored, batch_size=batch_size, prefixes=prefixes)
+    written = [[*text.encoded.prompt, *output] for text, output in zip(texts, outputs, strict=True)]
+    assert site.delta is not None
+    read = prefixes.get(site.layer, written)
+    fired = [(site.delta.encode(read_input(site.base.taps, one.x[1:])) > 0).any(0) for one in read]
+    # Where a feature fires neither on the target's text nor on the output's, nothing changes.
+    pairs = [
+        (feature, number)
+        for feature in features
+        for number, text in enumerate(texts)
+        if fired[number][feature] or (text.acts[:, feature] > 0).any()
+    ]
+    jobs = [Job(texts[number].encoded, ablated=feature) for feature, number in pairs]
+    without = score(bridge, jobs, [site], "full", batch_size, prefixes=prefixes)
+    guesses = [outputs[number] for _, number in pairs]
+    rewritten = generate(bridge, jobs, [site], "full", stop, without, guesses, batch_size, prefixes=prefixes)
+    changed = {pair: (one, tokens) for pair, one, tokens in zip(pairs, without, rewritten, strict=True)}
+    result: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    for feature in features:
+        for number, text in enumerate(texts):
+            one, tokens = changed.get((feature, number), (scored[number], outputs[number]))
+            entry = {
+                "index": text.number,
+                "nll": one.nll,
+                "nll_full": scored[number].nll,
+                "n_tokens": one.n_tokens,
+                "tool_call": CALL_OPEN in stop.text(tokens),
+                "tool_call_full": CALL_OPEN in stop.text(outputs[number]),
+            }
+            result.setdefault(feature, {}).setdefault(text.subset, []).append(entry)
+    return result
