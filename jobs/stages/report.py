@@ -15,6 +15,8 @@ from jobs.context import Context
 from jobs.progress import clock
 from jobs.stages.deltas import STAGE as DELTAS
 from jobs.stages.deltas import group_name
+from jobs.stages.lora import CHECKED, study_name
+from jobs.stages.lora import STAGE as LORA
 from jobs.stages.transcoders import chosen_base, root
 from jobs.workspace import MANIFEST, read_json
 
@@ -29,6 +31,7 @@ RAW_LIMITS = (
 
 def run(context: Context) -> dict[str, Any]:
     from evaluators.report import write_report
+    from jobs.study_pictures import study_pictures
 
     space = context.space
     deltas = delta_trials(context)
@@ -42,6 +45,8 @@ def run(context: Context) -> dict[str, Any]:
         checks=found,
         facts=facts(context),
         generations=generations(context),
+        finetuned=read_json(space.lora / CHECKED),
+        lora_pictures=study_pictures(study_name(context.settings), context.studies, LORA, "val_loss"),
         seed=context.settings.seed,
     )
     context.tracker.artifacts("sweep", space.report)
