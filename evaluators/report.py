@@ -4,13 +4,14 @@ In: finished cells, the trials of the searches, checks, facts and generations as
 `<sweep>/report/`, each written beside and renamed; and the short table a sweep prints at its end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import pandas as pd
 
-from evaluators import sections, tables
+from evaluators import lora_sections, sections, tables
 from evaluators.feature_tables import features_section
 from evaluators.findings import number, with_interval
 from evaluators.page import Block, Gallery, Picture, render
@@ -29,13 +30,16 @@ def write_report(
     checks: Sequence[dict[str, Any]],
     facts: dict[str, str],
     generations: Sequence[dict[str, Any]],
+    finetuned: Mapping[str, Any] | None = None,
+    lora_pictures: Mapping[str, bytes] = MappingProxyType({}),
     seed: int = 0,
 ) -> Path:
     """Write everything a sweep shows into `folder` and return the path of `report.html`.
 
     Tables: `exp1_metrics.csv`; `exp1_combo_summary`, `exp2A_metrics`, `exp2B_metrics` and `exp2B_statistics`, each as
-    `.csv` and `.json` (records, null for undefined); `exp2A_delta_contrast.csv`; `features.csv`. Pictures:
-    `graphs/*.png`; those of an earlier report are removed. Cells that failed are absent: their rows are left out, and
+    `.csv` and `.json` (records, null for undefined); `exp2A_delta_contrast.csv`; `features.csv`; `lora_validation.csv`
+    where `finetuned` holds what `finetuned.check_rows` found. Pictures: `graphs/*.png`, `lora_pictures` of the LoRA
+    study among them; those of an earlier report are removed. Cells that failed are absent: their rows are left out, and
     so is a part of the page that has no data. `seed` draws the bootstrap, so the same cells give the same files.
     """
     folder = Path(folder)
@@ -43,10 +47,12 @@ def write_report(
     graphs.mkdir(parents=True, exist_ok=True)
     results = tables.all_tables(cells, seed=seed)
     _write_tables(folder, results)
+    if finetuned:
+        _write(folder / "lora_validation.csv", pd.DataFrame([finetuned["figures"]]).to_csv(index=False).encode())
     page = [
         sections.checks_section(checks),
         sections.findings_section(results, _glance(results.conditions)),
-        sections.lora_section(pd.DataFrame(lora_trials)),
+        lora_sections.completed(sections.lora_section(pd.DataFrame(lora_trials)), finetuned, lora_pictures),
         sections.transcoders_section(pd.DataFrame(base_transcoders), pd.DataFrame(delta_trials)),
         sections.reconstruction_section(results),
         sections.conditions_section(results, seed=seed),

@@ -144,6 +144,20 @@ def probe(
 
 
 @app.command()
+def chat(
+    config: Config,
+    overrides: Overrides = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 64,
+) -> None:
+    """Talk to the finetuned model, one request a line; its calculator calls are evaluated."""
+    from jobs.chat import chat as run
+    from jobs.context import Context
+    from search_spaces.load import load
+
+    run(Context(load(config, overrides or [])), max_new_tokens)
+
+
+@app.command()
 def export(
     config: Config,
     folder: Annotated[str, typer.Option("--to", help="A folder that does not exist yet.")],

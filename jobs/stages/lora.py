@@ -17,13 +17,20 @@ from jobs.errors import WorkFailed
 from jobs.workspace import FINETUNED, is_finished, key_of, keyed_folder, read_json, write_json
 from jobs.workspace import finish as finish_folder
 from search_spaces.dimensions import Choice, Range
+from search_spaces.schema import Sweep
 
 STAGE = "lora"
+CHECKED = "validation.json"
+"""What the merged model says to the validation rows."""
 PASSED_ON = {
     *("steps", "epochs", "eval_every", "patience", "accumulate", "gradient_checkpointing"),
     *("warmup_fraction", "grad_clip", "loss_on"),
 }
 """Settings of the section that reach the trainer by their names."""
+
+
+def study_name(settings: Sweep) -> str:
+    return f"{settings.name}/{STAGE}@{keys.lora_group(settings)}"
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -50,7 +57,7 @@ def run(context: Context) -> dict[str, Any]:
             "checkpoint_seconds": settings.compute.checkpoint_seconds,
             "settings": section.model_dump(include=PASSED_ON),
         },
-        study=f"{settings.name}/{STAGE}@{keys.lora_group(settings)}",
+        study=study_name(settings),
         sampler=section.sampler,
         warm_start=section.warm_start and f"{section.warm_start}/{STAGE}",
     )
@@ -80,7 +87,8 @@ def run(context: Context) -> dict[str, Any]:
     write_json(folder / "best.json", best)
     _replace_finetuned(context, key_of(best["trial"], best["started"]))
     merge_best(context, folder / f"trial_{best['trial']:04d}" / "adapter", key_of(best["trial"], best["started"]))
-    return {"best_trial": best["trial"], "val_loss": best["value"], "params": best["params"]}
+    checked = read_json(folder / CHECKED) or {"figures": {}}
+    return {"best_trial": best["trial"], "val_loss": best["value"], "params": best["params"], **checked["figures"]}
 
 
 def _most_validations(context: Context) -> int:
@@ -158,11 +166,13 @@ def _replace_finetuned(context: Context, identity: str) -> None:
 
 
 class MergeTask(NamedTuple):
-    """A model, an adapter and where the merged model goes, as a worker is given them."""
+    """A model, an adapter, where the merged model goes, and the rows it is checked on, as a worker is given them."""
 
     model: str
     adapter: str
     folder: str
+    rows: str
+    device: str
 
 
 def merge_best(context: Context, adapter: Path, key: str) -> None:
@@ -171,7 +181,8 @@ def merge_best(context: Context, adapter: Path, key: str) -> None:
     if is_finished(merged, key):
         return
     keyed_folder(merged, key)
-    task = MergeTask(str(context.model), str(adapter), str(merged))
+    rows = context.space.data / "validation.jsonl"
+    task = MergeTask(str(context.model), str(adapter), str(merged), str(rows), context.device)
     for outcome in context.pool.run(merge_adapter, [task], context.settings.compute.max_retries):
         if outcome.error:
             raise WorkFailed(f"merging {adapter}: {outcome.error}")
@@ -179,12 +190,17 @@ def merge_best(context: Context, adapter: Path, key: str) -> None:
 
 
 def merge_adapter(task: MergeTask) -> None:
-    """Runs on a worker: the driver stays small."""
+    """Runs on a worker: the driver stays small. The merged model's answers go to `validation.json` beside it."""
     import torch
 
+    from data.rows import read_rows
+    from evaluators.finetuned import check_rows
     from models.sources import load_model
     from trainers.adapters import merge
 
     model, tokenizer = load_model(Path(task.model), torch.float32)
     merge(model, Path(task.adapter)).save_pretrained(task.folder)
     tokenizer.save_pretrained(task.folder)
+    # Read back, as everything that follows reads it.
+    merged, tokenizer = load_model(Path(task.folder), torch.float32, task.device)
+    write_json(Path(task.folder).parent / CHECKED, check_rows(merged, tokenizer, read_rows(task.rows)))
