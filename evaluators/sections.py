@@ -141,7 +141,8 @@ def transcoders_section(base: pd.DataFrame, deltas: pd.DataFrame) -> Section | N
         help = f"{better} of {len(kept)} kept deltas explain more held-out variance than their base alone."
         blocks.append(table_block(kept, columns, "Kept deltas", help))
         columns = {"layer": "layer", "percentile": "percentile", "d_new": "d_new", "trial": "trial", "state": "state"}
-        columns |= {name: name for name in ("val_loss", "val_fvu", "val_l0_delta", "lr", "sparsity", "seconds")}
+        figures_of = ("val_loss", "val_fvu", "val_l0_delta", "pareto", "lr", "sparsity", "seconds")
+        columns |= {name: name for name in figures_of if name in deltas}
         help = "Every delta trial; losses compare only within one layer and percentile."
         blocks.append(table_block(deltas, columns, "All delta trials", help))
     intro = "A base transcoder stands in for an MLP of the un-finetuned model; a delta adds d_new features to it."

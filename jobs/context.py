@@ -106,7 +106,7 @@ class Context:
         bases = 0
         if settings.transcoders.source == "train" and isinstance(settings.transcoders.width, int):
             bases = len(self.layers) * len(settings.transcoders.target_l0) * settings.transcoders.width * width * 8
-        return a_tensor * (2 * captures + len(settings.deltas.percentiles)) + 2 * weights + bases
+        return a_tensor * (2 * captures + len(settings.deltas.selections)) + 2 * weights + bases
 
     def check_bases(self) -> None:
         """Published transcoders are there for every swept layer, before hours are spent on what comes before them."""

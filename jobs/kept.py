@@ -13,6 +13,7 @@ from jobs.errors import RequestError
 from jobs.stages.deltas import group_name
 from jobs.stages.transcoders import chosen_base, root, taps_of
 from jobs.workspace import read_json
+from models.gemma_scope import selection_label
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -38,17 +39,17 @@ def load_bridge(context: Context) -> TransformerBridge:
     return bridge(str(finetuned(context)), device, "fp32")
 
 
-def combination(context: Context, percentile: float | None, d_new: int | None) -> tuple[float, int]:
+def combination(context: Context, percentile: float | None, d_new: int | None) -> tuple[float | None, int]:
     """The (percentile, d_new) asked for, or the one whose behaviour was evaluated."""
     evaluated = read_json(context.space.cells / "manifest.json") or {}
     percentile = percentile if percentile is not None else evaluated.get("percentile")
     d_new = d_new if d_new is not None else evaluated.get("d_new")
-    if percentile is None or d_new is None:
+    if d_new is None or (percentile is None and None not in context.settings.deltas.selections):
         raise RequestError("--percentile and --d-new: the sweep is not evaluated yet, so both must be given")
     return percentile, d_new
 
 
-def load_sites(context: Context, layers: list[int], percentile: float, d_new: int) -> list[Site]:
+def load_sites(context: Context, layers: list[int], percentile: float | None, d_new: int) -> list[Site]:
     """The sites of `layers`; raises RequestError for a layer that was not swept or a group without a kept delta."""
     from evaluators.interventions import Site
     from models.deltas import read_delta
@@ -70,7 +71,7 @@ def load_sites(context: Context, layers: list[int], percentile: float, d_new: in
     return sites
 
 
-def export(context: Context, kind: str, folder: Path, percentile: float, d_new: int, alpha: float) -> list[Path]:
+def export(context: Context, kind: str, folder: Path, percentile: float | None, d_new: int, alpha: float) -> list[Path]:
     """Base and delta fused, in another tool's format; raises RequestError for an unknown one."""
     from models import exports
     from models.fuse import fuse
@@ -96,14 +97,12 @@ def export(context: Context, kind: str, folder: Path, percentile: float, d_new: 
     raise RequestError(f"--format: got {kind!r}, allowed are gemma-scope, saelens and circuit-tracer")
 
 
-def _average_l0(context: Context, percentile: float, d_new: int) -> dict[int, float]:
+def _average_l0(context: Context, percentile: float | None, d_new: int) -> dict[int, float]:
     """Active features a token of base and delta together, as measured on the evaluation text or in training."""
     found: dict[int, float] = {}
     for layer in context.layers:
-        cell: dict[str, Any] = (
-            read_json(context.space.cells / f"reconstruction_layer_{layer:02d}_p{percentile:.2f}_d{d_new:03d}.json")
-            or {}
-        )
+        name = f"reconstruction_layer_{layer:02d}_{selection_label(percentile)}_d{d_new:03d}.json"
+        cell: dict[str, Any] = read_json(context.space.cells / name) or {}
         best = read_json(context.space.deltas / group_name(layer, percentile, d_new) / "best.json")
         base = cell.get("l0_base", chosen_base(context, layer, percentile).average_l0)
         found[layer] = base + cell.get("l0_delta", best["figures"]["val_l0_delta"])

@@ -69,24 +69,25 @@ def base(settings: Sweep, layer: int) -> str:
 
 
 def transcoders(settings: Sweep, layers: list[int]) -> str:
-    return key_of([base(settings, layer) for layer in layers], settings.deltas.percentiles)
+    return key_of([base(settings, layer) for layer in layers], settings.deltas.selections, settings.deltas.target_l0)
 
 
 def finetuned_activations(settings: Sweep) -> str:
     return key_of("finetuned", lora(settings), base_activations(settings))
 
 
-def residual(settings: Sweep, layer: int, percentile: float) -> str:
-    return key_of("residual", finetuned_activations(settings), base(settings, layer), percentile)
+def residual(settings: Sweep, layer: int, percentile: float | None) -> str:
+    which = settings.deltas.target_l0 if percentile is None else percentile
+    return key_of("residual", finetuned_activations(settings), base(settings, layer), which)
 
 
-def delta_group(settings: Sweep, layer: int, percentile: float, d_new: int) -> str:
+def delta_group(settings: Sweep, layer: int, percentile: float | None, d_new: int) -> str:
     return key_of(
         "delta",
         residual(settings, layer, percentile),
         d_new,
         settings.seed,
-        _dump(settings.deltas, "percentiles", "d_new", "trials"),
+        _dump(settings.deltas, "percentiles", "target_l0", "d_new", "trials"),
         settings.compute.precision,
     )
 
@@ -96,7 +97,7 @@ def deltas(settings: Sweep, layers: list[int]) -> str:
     groups = [
         delta_group(settings, layer, percentile, d_new)
         for layer in layers
-        for percentile in section.percentiles
+        for percentile in section.selections
         for d_new in section.d_new
     ]
     return key_of(groups, section.trials)

@@ -9,9 +9,10 @@ from typing import Any
 
 from jobs.context import Context
 from jobs.progress import clock
+from jobs.stages.transcoders import chosen_base
 from jobs.sweep import STAGES
 from jobs.workspace import MANIFEST, read_json
-from models.gemma_scope import candidates, select_percentile
+from models.gemma_scope import selection_label
 
 Rows = list[tuple[str, str]]
 
@@ -21,7 +22,7 @@ def plan_rows(context: Context) -> Rows:
     context.check_request()
     settings = context.settings
     layers, deltas, evaluate = context.layers, settings.deltas, settings.evaluate
-    groups = len(layers) * len(deltas.percentiles) * len(deltas.d_new)
+    groups = len(layers) * len(deltas.selections) * len(deltas.d_new)
     sets = len(layers) + (1 if evaluate.joint and len(layers) > 1 else 0)
     dosed = sets if evaluate.alpha_layers == "all" else len(evaluate.alpha_layers)
     spliced = sets * (len(evaluate.conditions) - 1 + len(evaluate.controls)) + dosed * len(evaluate.alphas)
@@ -30,7 +31,7 @@ def plan_rows(context: Context) -> Rows:
     rows = [
         ("model", f"{settings.model.source}, layers {', '.join(map(str, layers))}"),
         ("LoRA", f"{settings.lora.trials} trials of {settings.lora.steps} steps"),
-        ("delta groups", f"{groups} (layers x percentiles x d_new), {groups * deltas.trials} trials"),
+        ("delta groups", f"{groups} (layers x bases x d_new), {groups * deltas.trials} trials"),
         ("evaluation", f"{cells} cells, {prompts} prompts"),
         ("disk", f"{context.bytes_needed / 1e9:.2f} GB"),
         *_bases(context),
@@ -52,8 +53,8 @@ def status_rows(context: Context) -> Rows:
             rows.append((stage.name, "to do"))
     results = [read_json(path) for path in sorted(space.folder.glob("lora/trial_*/result.json"))]
     rows.append(("LoRA trials", _counts(results, settings.lora.trials)))
-    groups = len(context.layers) * len(settings.deltas.percentiles) * len(settings.deltas.d_new)
-    results = [read_json(path) for path in sorted(space.deltas.glob("layer_*/p*/d*/trial_*/result.json"))]
+    groups = len(context.layers) * len(settings.deltas.selections) * len(settings.deltas.d_new)
+    results = [read_json(path) for path in sorted(space.deltas.glob("layer_*/*/d*/trial_*/result.json"))]
     rows.append(("delta trials", _counts(results, groups * settings.deltas.trials)))
     cells = [path for path in space.cells.glob("*.json") if path.name != MANIFEST]
     rows.append(("cells", f"{len(cells)} on disk"))
@@ -68,17 +69,16 @@ def _counts(results: list[dict[str, Any]], total: int) -> str:
 
 
 def _bases(context: Context) -> Rows:
-    """Which published base each percentile selects; trained ones are not known before."""
+    """Which published base each percentile, or the target L0, selects; trained ones are not known before."""
     section = context.settings.transcoders
     if section.source == "train":
         targets = ", ".join(f"{target:g}" for target in section.target_l0)
         return [("bases", f"trained here, width {section.width}, target L0 {targets}")]
     rows = []
     for layer in context.layers:
-        found = candidates(section.source, layer, section.width)
         chosen = [
-            f"p{percentile:.2f} {select_percentile(found, percentile).path}"
-            for percentile in context.settings.deltas.percentiles
+            f"{selection_label(percentile)} {chosen_base(context, layer, percentile).path}"
+            for percentile in context.settings.deltas.selections
         ]
         rows.append((f"bases of layer {layer}", ", ".join(chosen)))
     return rows

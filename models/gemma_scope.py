@@ -70,6 +70,19 @@ def select_target_l0(found: list[Candidate], target_l0: float) -> Candidate:
     return min(sorted(found), key=lambda candidate: abs(candidate.average_l0 - target_l0))
 
 
+def select(found: list[Candidate], percentile: float | None, target_l0: float | None) -> Candidate:
+    """The candidate at that percentile; where it is None, the one nearest to `target_l0`."""
+    if percentile is not None:
+        return select_percentile(found, percentile)
+    assert target_l0 is not None
+    return select_target_l0(found, target_l0)
+
+
+def selection_label(percentile: float | None) -> str:
+    """How file and group names call a selection: `p0.25`, or `l0` where a target L0 selects."""
+    return "l0" if percentile is None else f"p{percentile:.2f}"
+
+
 def read(root: str, candidate: Candidate, layer: int, taps: Taps = GEMMA_SCOPE_TAPS) -> Transcoder:
     """The transcoder of `candidate`, fp32, on the CPU. Raises ModelError where it cannot be had or read."""
     if Path(root).is_dir():

@@ -146,8 +146,11 @@ class DeltaSpace(Section):
 
 
 class Deltas(Section):
-    percentiles: Annotated[list[Fraction], Field(min_length=1), Distinct] = [0.25, 0.5, 0.75]
+    percentiles: Annotated[list[Fraction], Distinct] = [0.25, 0.5, 0.75]
     """Which base of a layer: index min(n - 1, int(n * p)) among its n candidates by ascending L0."""
+    target_l0: Positive | None = None
+    """Also the base whose L0 is nearest to this one: unlike a percentile it means the same sparsity on every layer. Its
+    rows have no percentile."""
     d_new: Annotated[list[Count], Field(min_length=1), Distinct] = [32, 64, 128]
     trials: Count = 8
     """Trials of each (layer, percentile, d_new) group."""
@@ -173,6 +176,11 @@ class Deltas(Section):
     warm_start: str | None = None
     """An earlier sweep in the same Optuna storage, the best values of whose studies are tried first."""
     space: DeltaSpace = DeltaSpace()
+
+    @property
+    def selections(self) -> list[float | None]:
+        """The percentiles, and None where a base is chosen by its target L0."""
+        return [*self.percentiles, *([None] if self.target_l0 is not None else [])]
 
     @field_validator("percentiles")
     @classmethod
@@ -261,6 +269,8 @@ class Sweep(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Sweep:
         bases, evaluate = self.transcoders, self.evaluate
+        if not self.deltas.selections:
+            raise ValueError("deltas.percentiles: got [], must hold one at least where deltas.target_l0 is not set")
         if bases.source == "train":
             if not isinstance(bases.width, int):
                 raise ValueError(f"transcoders.width: got {bases.width!r}, must be a whole number for trained bases")

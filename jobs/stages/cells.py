@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from data.rows import read_rows
 from jobs.stages.loaded import bridge, prefixes
 from jobs.workspace import read_json, write_json
+from models.gemma_scope import selection_label
 
 CHECK_ROWS = 2
 """Rows of each subset in the exactness checks."""
@@ -31,7 +32,7 @@ class SitePlan(NamedTuple):
     reconstruction cell."""
 
     layer: int
-    percentile: float
+    percentile: float | None
     d_new: int
     root: str
     candidate: tuple[float, str]
@@ -42,7 +43,7 @@ class SitePlan(NamedTuple):
 
     @property
     def cell(self) -> str:
-        return f"reconstruction_layer_{self.layer:02d}_p{self.percentile:.2f}_d{self.d_new:03d}"
+        return f"reconstruction_layer_{self.layer:02d}_{selection_label(self.percentile)}_d{self.d_new:03d}"
 
 
 class Work(NamedTuple):

@@ -17,6 +17,7 @@ from jobs.stages.activations import capture_model
 from jobs.stages.transcoders import chosen_base, root
 from jobs.workspace import finish as finish_folder
 from jobs.workspace import is_finished, keyed_folder, read_json, write_json
+from models.gemma_scope import selection_label
 
 STAGE = "deltas"
 
@@ -76,8 +77,8 @@ def run(context: Context) -> dict[str, Any]:
     return {"kept": kept}
 
 
-def group_name(layer: int, percentile: float, d_new: int) -> str:
-    return f"layer_{layer:02d}/p{percentile:.2f}/d{d_new:03d}"
+def group_name(layer: int, percentile: float | None, d_new: int) -> str:
+    return f"layer_{layer:02d}/{selection_label(percentile)}/d{d_new:03d}"
 
 
 def delta_groups(context: Context, activations: Path) -> list[Any]:
@@ -93,7 +94,7 @@ def delta_groups(context: Context, activations: Path) -> list[Any]:
     )  # fmt: skip
     groups = []
     for layer in context.layers:
-        for percentile in section.percentiles:
+        for percentile in section.selections:
             for d_new in section.d_new:
                 key = keys.delta_group(settings, layer, percentile, d_new)
                 name = group_name(layer, percentile, d_new)
@@ -218,9 +219,9 @@ def read_residuals(activations: Path, residual: Path, layer: int) -> Any:
 def _residuals(context: Context, activations: Path) -> None:
     tasks = []
     for layer in context.layers:
-        for percentile in context.settings.deltas.percentiles:
+        for percentile in context.settings.deltas.selections:
             key = keys.residual(context.settings, layer, percentile)
-            folder = context.space.deltas / f"layer_{layer:02d}" / f"p{percentile:.2f}" / "residual"
+            folder = context.space.deltas / f"layer_{layer:02d}" / selection_label(percentile) / "residual"
             if is_finished(keyed_folder(folder, key), key):
                 continue
             base = chosen_base(context, layer, percentile)

@@ -18,6 +18,7 @@ from jobs.stages.deltas import group_name
 from jobs.stages.records import record_cell
 from jobs.stages.transcoders import chosen_base, root
 from jobs.workspace import FINETUNED, key_of, read_json
+from models.gemma_scope import selection_label
 from models.sources import model_facts
 
 
@@ -40,14 +41,13 @@ def run(context: Context) -> dict[str, Any]:
     return {"percentile": percentile, "d_new": d_new, "cells": done, "exactness": exactness[0].key}
 
 
-def behaviour_combination(context: Context) -> tuple[float, int]:
+def behaviour_combination(context: Context) -> tuple[float | None, int]:
     """The (percentile, d_new) whose deltas are spliced: as set, or of the lowest mean validation FVU over layers."""
     settings = context.settings
-    percentiles = (
-        [settings.evaluate.percentile] if settings.evaluate.percentile is not None else settings.deltas.percentiles
-    )
+    chosen = settings.evaluate.percentile
+    percentiles = [chosen] if chosen is not None else settings.deltas.selections
     widths = [settings.evaluate.d_new] if settings.evaluate.d_new is not None else settings.deltas.d_new
-    means: dict[tuple[float, int], float] = {}
+    means: dict[tuple[float | None, int], float] = {}
     for percentile in percentiles:
         for d_new in widths:
             best = [_best(context, layer, percentile, d_new) for layer in context.layers]
@@ -56,7 +56,7 @@ def behaviour_combination(context: Context) -> tuple[float, int]:
                 means[percentile, d_new] = sum(values) / len(values)
     if not means:
         raise WorkFailed("no (percentile, d_new) has a delta on every layer: " + "; ".join(context.failures))
-    return min(means, key=lambda pair: (means[pair], pair))
+    return min(means, key=lambda pair: (means[pair], pair[0] or 0.0, pair[1]))
 
 
 def _compute(context: Context, works: list[Work], label: str) -> None:
@@ -140,7 +140,7 @@ def _raw_work(context: Context) -> list[Work]:
     ]
 
 
-def _behaviour_work(context: Context, percentile: float, d_new: int) -> list[Work]:
+def _behaviour_work(context: Context, percentile: float | None, d_new: int) -> list[Work]:
     settings = context.settings.evaluate
     shared = _shared(context)
     single = [[layer] for layer in context.layers]
@@ -156,7 +156,7 @@ def _behaviour_work(context: Context, percentile: float, d_new: int) -> list[Wor
         key = key_of("cell", _lineage(context, sites), _evaluation_settings(context))
         for subset in settings.subsets:
             label = "+".join(f"{layer:02d}" for layer in layers)
-            name = f"layer_{label}_p{percentile:.2f}_d{d_new:03d}_{subset}"
+            name = f"layer_{label}_{selection_label(percentile)}_d{d_new:03d}_{subset}"
             works.append(Work("behaviour", name, sites, subset, here, doses, key, **shared))
             if elsewhere:  # another model, so another worker's
                 base = {**shared, "model": str(context.model)}
@@ -171,7 +171,7 @@ def _reconstruction_work(context: Context) -> list[Work]:
     for layer in context.layers:
         sites = tuple(
             _site_plan(context, layer, percentile, d_new)
-            for percentile in settings.percentiles
+            for percentile in settings.selections
             for d_new in settings.d_new
             if _best(context, layer, percentile, d_new) is not None
         )
@@ -180,25 +180,25 @@ def _reconstruction_work(context: Context) -> list[Work]:
     return works
 
 
-def _features_work(context: Context, percentile: float, d_new: int) -> list[Work]:
+def _features_work(context: Context, percentile: float | None, d_new: int) -> list[Work]:
     """Of the deltas whose behaviour is evaluated, layer by layer; none where no feature is to be ablated."""
     settings, shared = context.settings.evaluate, _shared(context)
     works = []
     for layer in context.layers if settings.features else []:
         site = _site_plan(context, layer, percentile, d_new)
-        name = f"features_layer_{layer:02d}_p{percentile:.2f}_d{d_new:03d}"
+        name = f"features_layer_{layer:02d}_{selection_label(percentile)}_d{d_new:03d}"
         key = key_of("features", site.key, settings.features)
         works.append(Work("features", name, (site,), "", (), (), key, **shared))
     return works
 
 
-def _exactness_work(context: Context, percentile: float, d_new: int) -> list[Work]:
+def _exactness_work(context: Context, percentile: float | None, d_new: int) -> list[Work]:
     sites = tuple(_site_plan(context, layer, percentile, d_new) for layer in context.layers)
     key = key_of("exactness", _lineage(context, sites), _evaluation_settings(context))
     return [Work("exactness", "exactness checks", sites, "", (), (), key, **_shared(context))]
 
 
-def _site_plan(context: Context, layer: int, percentile: float, d_new: int) -> SitePlan:
+def _site_plan(context: Context, layer: int, percentile: float | None, d_new: int) -> SitePlan:
     base = chosen_base(context, layer, percentile)
     best = _best(context, layer, percentile, d_new)
     assert best is not None
@@ -219,7 +219,7 @@ def _site_plan(context: Context, layer: int, percentile: float, d_new: int) -> S
     return plan._replace(key=key_of("reconstruction", lineage, _evaluation_settings(context), subsets))
 
 
-def _best(context: Context, layer: int, percentile: float, d_new: int) -> dict[str, Any] | None:
+def _best(context: Context, layer: int, percentile: float | None, d_new: int) -> dict[str, Any] | None:
     return read_json(context.space.folder / DELTAS / group_name(layer, percentile, d_new) / "best.json")
 
 

@@ -52,5 +52,6 @@ def _place(group: str) -> dict[str, Any]:
     parts = group.split("/")
     if len(parts) != 3:
         return {}
-    layer, percentile, d_new = parts
-    return {"layer": int(layer[6:]), "percentile": float(percentile[1:]), "d_new": int(d_new[1:])}
+    layer, selection, d_new = parts
+    base = {"percentile": float(selection[1:])} if selection.startswith("p") else {}
+    return {"layer": int(layer[6:]), **base, "d_new": int(d_new[1:])}

@@ -78,7 +78,7 @@ def base_transcoders(context: Context) -> list[dict[str, Any]]:
     """One row for each (layer, percentile): what was chosen, and its figures where it was trained here."""
     rows = []
     for layer in context.layers:
-        for percentile in context.settings.deltas.percentiles:
+        for percentile in context.settings.deltas.selections:
             base = chosen_base(context, layer, percentile)
             trained = read_json(Path(root(context)) / base.path / "config.json") or {}
             names = ("target_l0", "val_l0", "val_fvu", "dead_fraction", "revived", "tokens")
@@ -93,7 +93,7 @@ def delta_trials(context: Context) -> list[dict[str, Any]]:
     rows = []
     section = context.settings.deltas
     for layer in context.layers:
-        for percentile in section.percentiles:
+        for percentile in section.selections:
             for d_new in section.d_new:
                 folder = context.space.folder / DELTAS / group_name(layer, percentile, d_new)
                 best = read_json(folder / "best.json")

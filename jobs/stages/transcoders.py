@@ -16,7 +16,7 @@ from jobs.stages.activations import capture_model
 from jobs.stages.loaded import bridge
 from jobs.workspace import finish as finish_folder
 from jobs.workspace import is_finished, keyed_folder, read_json
-from models.gemma_scope import Candidate, candidates, read, select_percentile, width_label, write
+from models.gemma_scope import Candidate, candidates, read, select, selection_label, width_label, write
 from models.sources import model_facts
 from models.transcoder import CONVENTIONS, Taps, check_fits
 
@@ -41,10 +41,10 @@ def run(context: Context) -> dict[str, Any]:
     chosen: dict[str, dict[str, str]] = {}
     for layer in context.layers:
         found = candidates(root(context), layer, context.settings.transcoders.width)
-        for percentile in context.settings.deltas.percentiles:
-            candidate = select_percentile(found, percentile)
+        for percentile in context.settings.deltas.selections:
+            candidate = select(found, percentile, context.settings.deltas.target_l0)
             _check(context, candidate, layer)
-            chosen.setdefault(str(layer), {})[f"{percentile:.2f}"] = candidate.path
+            chosen.setdefault(str(layer), {})[selection_label(percentile).removeprefix("p")] = candidate.path
     return {"source": context.settings.transcoders.source, "chosen": chosen}
 
 
@@ -59,9 +59,11 @@ def taps_of(context: Context) -> Taps:
     return CONVENTIONS[context.settings.transcoders.convention]
 
 
-def chosen_base(context: Context, layer: int, percentile: float) -> Candidate:
-    """The base that a percentile selects for a layer."""
-    return select_percentile(candidates(root(context), layer, context.settings.transcoders.width), percentile)
+def chosen_base(context: Context, layer: int, percentile: float | None) -> Candidate:
+    """The base that a percentile, or the target L0, selects for a layer."""
+    settings = context.settings
+    found = candidates(root(context), layer, settings.transcoders.width)
+    return select(found, percentile, settings.deltas.target_l0)
 
 
 def train_layer(task: LayerTask) -> dict[str, Any]:

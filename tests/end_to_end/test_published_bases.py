@@ -70,6 +70,42 @@ def test_the_full_study_runs_on_published_transcoders(jobs: Jobs, tmp_path: Path
     assert set(doses["alpha"]) == {0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0}
 
 
+def test_a_target_l0_selects_and_another_convention_is_named_in_every_table(jobs: Jobs, tmp_path: Path) -> None:
+    build_tiny_gemma2(tmp_path / "gemma", seed=0)
+    publish(tmp_path / "scope")
+    common = (
+        "gemma2_2b",
+        f"model.source={tmp_path / 'gemma'}",
+        f"transcoders.source={tmp_path / 'scope'}",
+        f"storage.root={tmp_path / 'runs'}",
+        *SCALED_DOWN,
+        "transcoders.convention=resid_mid/sqrt(d_model)",
+        "transcoders.layers=[1, 2]",
+        "deltas.percentiles=[]",
+        "deltas.target_l0=12",
+        "deltas.objectives=val_fvu, val_l0_delta",
+        "deltas.trials=2",
+    )
+    planned = jobs("plan", *common)
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    assert "l0 layer_2/width_16k/average_l0_13" in planned.stdout
+    done = jobs("sweep", *common)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sweep = tmp_path / "runs" / "sweeps" / "gemma2_2b"
+    chosen = read(sweep / "transcoders" / "manifest.json")["chosen"]
+    assert chosen == {
+        "1": {"l0": "layer_1/width_16k/average_l0_9"},
+        "2": {"l0": "layer_2/width_16k/average_l0_13"},
+    }
+    for table in ("exp1_metrics.csv", "exp2A_metrics.csv", "exp2B_metrics.csv"):
+        rows = pd.read_csv(sweep / "report" / table)
+        spliced = rows if "condition" not in rows else rows[rows["condition"] != "raw"]
+        assert len(spliced)
+        assert set(spliced["convention"]) == {"resid_mid/sqrt(d_model)"}, table
+        assert spliced["percentile"].isna().all()
+    assert '<th scope="col">pareto' in (sweep / "report" / "report.html").read_text()
+
+
 def test_a_missing_layer_is_named(jobs: Jobs, tmp_path: Path) -> None:
     build_tiny_gemma2(tmp_path / "gemma", seed=0)
     publish(tmp_path / "scope")

@@ -103,7 +103,7 @@ BAD = {
     # out of bounds
     "lora.trials=0": "lora.trials: got 0, must be greater than or equal to 1",
     "deltas.percentiles=[1.5]": "deltas.percentiles.0: got 1.5, must be less than or equal to 1",
-    "deltas.percentiles=[]": "deltas.percentiles: got [], must be a list of at least 1",
+    "deltas.percentiles=[]": "deltas.percentiles: got [], must hold one at least where deltas.target_l0 is not set",
     "transcoders.layers=[-1]": "transcoders.layers.0: got -1, must be greater than or equal to 0",
     "seed=-1": "seed: got -1, must be greater than or equal to 0",
     "activations.max_length=1": "activations.max_length: got 1, must be greater than or equal to 2",
@@ -209,7 +209,7 @@ def test_the_names_of_the_settings_are_the_trainers(section, space, trainer):
     search = {"trials", "asha", "grace_evals", "reduction_factor", "space", "sampler", "warm_start"}
     elsewhere = {
         "lora": search,
-        "deltas": search | {"percentiles", "objectives"},
+        "deltas": search | {"percentiles", "target_l0", "objectives"},
         "transcoders": {"source", "convention", "layers", "target_l0"},
     }
     assert set(type(getattr(sweep, section)).model_fields) - elsewhere[section] <= known
