@@ -83,6 +83,10 @@ def share_of(compute: Compute) -> Share:
             f"compute: a trial asks for {compute.cpus_per_trial} CPUs and {each:g} GPUs, "
             f"the cluster has {cpus} CPUs and {gpus:g} GPUs"
         )
+    if compute.precision == "tf32" and not each:
+        raise RequestError(
+            "compute.precision: got tf32, which takes a GPU for each trial; allowed here: auto, fp32, bf16"
+        )
     return Share(compute.cpus_per_trial, each, min(at_once, compute.max_concurrent or at_once))
 
 

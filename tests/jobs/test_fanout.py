@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cluster import Share
+from jobs.cluster import Share, share_of
+from jobs.errors import RequestError
 from jobs.fanout import Outcome, Pool, next_task
+from search_spaces.schema import Compute
 
 
 @pytest.fixture
@@ -17,6 +19,11 @@ def pool(share: Share) -> Iterator[Pool]:
     pool = Pool(share)
     yield pool
     pool.close()
+
+
+def test_tf32_without_a_gpu_is_one_sentence(share: Share) -> None:
+    with pytest.raises(RequestError, match="compute.precision: got tf32, which takes a GPU"):
+        share_of(Compute(precision="tf32", gpus_per_trial=0))
 
 
 def square(task: int) -> int:
