@@ -22,7 +22,7 @@ def pool(share: Share) -> Iterator[Pool]:
 
 
 def test_tf32_without_a_gpu_is_one_sentence(share: Share) -> None:
-    with pytest.raises(RequestError, match="compute.precision: got tf32, which takes a GPU"):
+    with pytest.raises(RequestError, match=r"compute\.precision: got tf32, which takes a GPU"):
         share_of(Compute(precision="tf32", gpus_per_trial=0))
 
 
