@@ -53,9 +53,9 @@ def main(
     data = Residuals(Pairs([(x, residual)]), Pairs([(x[held], residual[held])]), variance, unexplained)
     settings = DeltaSettings(d_new=d_new, batch_size=batch, epochs=1, l0_budget=16)
     reference = train_plainly(base, x, y, variance, settings, reference_steps + 1, device)
-    found = _curve(data, settings)[: reference_steps + 1]
-    apart = max(abs(one - other) / other for one, other in zip(found, reference.losses, strict=True))
     settings = replace(settings, precision=precision)
+    found = _curve(data, settings, device)[: reference_steps + 1]
+    apart = max(abs(one - other) / other for one, other in zip(found, reference.losses, strict=True))
     peak = _matmul_rate(batch, d_model, device, precision)
     alone = _steps_per_second(data, settings, device)
     stacked = _steps_per_second(data, replace(settings, replicas=replicas), device)
@@ -64,7 +64,7 @@ def main(
     flops = 4 * 2 * batch * d_model * d_new
     typer.echo(f"reference          {plain:8.3f} steps/s")
     typer.echo(f"ours, one seed     {alone:8.3f} steps/s   {alone / plain:.1f}x the reference")
-    typer.echo(f"loss curves        {apart:.1e} apart at most, relative, over {len(found)} steps (fp32)")
+    typer.echo(f"loss curves        {apart:.1e} apart at most, relative, over {len(found)} steps")
     typer.echo(f"ours, {replicas} stacked    {stacked:8.3f} steps/s   {stacked * replicas / alone:.2f}x a seed alone")
     typer.echo(
         f"matmul peak {peak / 1e9:.0f} GFLOP/s ({precision}); ours uses {flops * alone / peak:.2f} of it alone, "
@@ -97,7 +97,7 @@ def _matmul_rate(batch: int, d_model: int, device: str, precision: str, tries: i
     return 2 * batch * d_model * d_model / best
 
 
-def _curve(data: Residuals, settings: DeltaSettings) -> list[float]:
+def _curve(data: Residuals, settings: DeltaSettings, device: str) -> list[float]:
     """The loss of every step of ours, the constant part of the squared error added."""
     found: list[float] = []
     squares = data.train.shards[0][1].float().pow(2).mean(1) / data.variance
@@ -109,7 +109,7 @@ def _curve(data: Residuals, settings: DeltaSettings) -> list[float]:
         loss = losses.error + settings.sparsity * warm * losses.penalty
         found.append(loss.item() + next(batches)[0].mean().item())
 
-    train_delta(data, settings, layer=0, on_step=note)
+    train_delta(data, settings, layer=0, device=device, on_step=note)
     return found
 
 

@@ -75,7 +75,7 @@ class StackedDeltas:
         per_error, per_token = 2.0 / (tokens * d_model), sparsity / tokens
         rows = self.W_dec.flatten(0, 1)
         threshold = self.log_threshold.exp()
-        pre = _product(x, self.W_enc).add_(self.b_enc)
+        pre = _product(x, _by_columns(self.W_enc, x.dtype)).add_(self.b_enc)
         along = _product(residual, (rows / deviation).T)
         on = pre > threshold
         acts = pre * on
@@ -136,3 +136,9 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     if torch.bfloat16 in (left.dtype, right.dtype):
         return (left.bfloat16() @ right.bfloat16()).float()
     return left @ right
+
+
+def _by_columns(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weights` as the right side of a product in `dtype`: laid out by columns where that is bf16, which a CPU
+    multiplies twice as fast."""
+    return weights if dtype == torch.float32 else weights.T.contiguous().to(dtype).T
