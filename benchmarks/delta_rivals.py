@@ -4,7 +4,7 @@
 
 The options name the interpreters of environments that hold those packages. All train one transcoder of the same width
 on the same pairs (x, residual) with the same batch size, epochs and active features a token (ours: at most as many);
-each gets its best of three learning rates. The others train in fp32, as they do on a CPU; ours in each precision that
+each gets its best of four learning rates. The others train in fp32, as they do on a CPU; ours in each precision that
 this machine has. Prints tokens a second, the share of the residual left on validation tokens, and the ratios.
 """
 
@@ -27,7 +27,7 @@ from trainers.delta_transcoder import DeltaSettings, Residuals, output_variance,
 from trainers.precision import resolve_precision
 
 HERE = Path(__file__).parent / "rivals"
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (1e-3, 3e-3, 5e-3, 1e-2)
 
 
 def main(

@@ -51,7 +51,7 @@ def main(
     unexplained = residual[held].float().pow(2).mean().item() / variance
     residual = residual.bfloat16()  # as a sweep keeps it
     data = Residuals(Pairs([(x, residual)]), Pairs([(x[held], residual[held])]), variance, unexplained)
-    settings = DeltaSettings(d_new=d_new, batch_size=batch, epochs=1, l0_budget=16)
+    settings = DeltaSettings(d_new=d_new, batch_size=batch, epochs=1, l0_budget=16, threshold="learned")
     reference = train_plainly(base, x, y, variance, settings, reference_steps + 1, device)
     settings = replace(settings, precision=precision)
     found = _curve(data, settings, device)[: reference_steps + 1]

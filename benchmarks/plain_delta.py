@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from models.transcoder import Transcoder
 from trainers.activations import Pairs
-from trainers.delta_transcoder import DeltaSettings
+from trainers.delta_transcoder import DeltaSettings, starting_sample
 from trainers.stacked_deltas import BANDWIDTH, StackedDeltas
 
 
@@ -84,9 +84,9 @@ def train_plainly(
 ) -> Curve:
     """Trains for one epoch, or its first `steps` steps; batches, schedule and start are those of `train_delta`."""
     base = base.to(device)
-    numbered = Pairs([(x, torch.arange(len(x)))])
-    first = next(numbered.batches(min(4096, len(x)), torch.Generator().manual_seed(0)))[0].to(device, torch.float32)
-    start = StackedDeltas(first, replicas=1, d_new=settings.d_new, l0_budget=settings.l0_budget, seed=settings.seed)
+    inputs, outputs = starting_sample(Pairs([(x, y)]), device)
+    sizes = {"d_new": settings.d_new, "l0_budget": settings.l0_budget, "seed": settings.seed}
+    start = StackedDeltas(inputs, outputs - base(inputs), replicas=1, **sizes)
     model = PlainDelta(start)
     batches = Pairs([(torch.arange(len(x)),)]).batches(settings.batch_size, torch.Generator().manual_seed(0))
     order = [chosen.tolist() for (chosen,) in batches]

@@ -160,6 +160,9 @@ class Deltas(Section):
     batch_size: Count = 2048
     l0_budget: Positive = 16.0
     """Active delta features a token above which `val_loss` is penalised."""
+    threshold: Literal["learned", "calibrated"] = "calibrated"
+    """Moved at every step so that nearly all of the L0 budget is spent, which makes deltas comparable at equal L0, or
+    learned by a straight-through gradient, where `sparsity` decides how much of it is."""
     sparsity_warmup_fraction: Fraction = 0.2
     lr_warmup_fraction: Fraction = 0.05
     weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
@@ -271,6 +274,11 @@ class Sweep(Section):
         bases, evaluate = self.transcoders, self.evaluate
         if not self.deltas.selections:
             raise ValueError("deltas.percentiles: got [], must hold one at least where deltas.target_l0 is not set")
+        if self.deltas.objectives != "val_loss" and self.deltas.threshold == "calibrated":
+            raise ValueError(
+                "deltas.threshold: got calibrated, must be learned with two objectives: calibrated deltas all spend the "
+                "same L0"
+            )
         if bases.source == "train":
             if not isinstance(bases.width, int):
                 raise ValueError(f"transcoders.width: got {bases.width!r}, must be a whole number for trained bases")

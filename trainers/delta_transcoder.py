@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from trainers.stacked_deltas import Losses, StackedDeltas
 CHECK_EVERY = 20
 """Steps between looks at the loss: each waits for the device."""
 WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec")
+CALIBRATED = 0.95
+"""Share of the L0 budget that calibrated thresholds aim at, so that validation tokens stay within it."""
 DIVERGED = 10.0
 """A validation FVU this many times that of the base alone ends the run."""
 
@@ -58,6 +60,8 @@ class DeltaSettings:
     evals_per_epoch: int = 1
     seed: int = 0
     precision: str = "fp32"
+    threshold: Literal["learned", "calibrated"] = "calibrated"
+    """Learned by a straight-through gradient, or moved so that `CALIBRATED` of the L0 budget is spent."""
 
 
 class Residuals(NamedTuple):
@@ -89,6 +93,12 @@ def residual_of(base: Transcoder, x: Tensor, y: Tensor, batch_size: int = 4096) 
         residual = outputs.to(device, torch.float32) - base(inputs.to(device, torch.float32))
         parts.append(residual.cpu())
     return torch.cat(parts)
+
+
+def starting_sample(train: Pairs, device: str, tokens: int = 4096) -> tuple[Tensor, Tensor]:
+    """x and residual (tokens, d_model), fp32 on `device`: what the features start from, the same for every seed."""
+    x, residual = next(train.batches(min(tokens, train.tokens), torch.Generator().manual_seed(0)))
+    return x.to(device, torch.float32), residual.to(device, torch.float32)
 
 
 def output_variance(pairs: Pairs) -> float:
@@ -141,9 +151,8 @@ class _Run:
     def __init__(self, data: Residuals, settings: DeltaSettings, layer: int, taps: Taps, device: str) -> None:
         self.data, self.settings, self.layer, self.taps, self.device = data, settings, layer, taps, device
         self.deviation = math.sqrt(data.variance)
-        first = next(data.train.batches(min(4096, data.train.tokens), torch.Generator().manual_seed(0)))[0]
         self.model = StackedDeltas(
-            first.to(device, torch.float32),
+            *starting_sample(data.train, device),
             replicas=settings.replicas,
             d_new=settings.d_new,
             l0_budget=settings.l0_budget,
@@ -194,8 +203,12 @@ class _Run:
             group["lr"] = settings.lr * _ramp(at, settings.lr_warmup_fraction * steps) * _decay(at, steps)
         sparsity = settings.sparsity * _ramp(at, settings.sparsity_warmup_fraction * steps)
         losses = self.model.backward(x, residual, sparsity, self.deviation)
+        if calibrated := settings.threshold == "calibrated":
+            self.model.log_threshold.grad = torch.zeros_like(self.model.log_threshold)
         clip_each(self.model.gradients(), settings.grad_clip)
         self.optimiser.step()
+        if calibrated:
+            self.model.steer(losses.active, CALIBRATED * settings.l0_budget)
         self.at += 1
         self.tokens += len(x)
         return losses

@@ -18,34 +18,41 @@ BANDWIDTH = 0.1
 """Width of the rectangle that stands in for the step's derivative (straight-through), in units of pre-activation."""
 SMALLEST_SQUARE = 1e-12
 """Squared norm below which a decoder row counts as having this one: its direction is not known yet."""
+RIDGE = 0.1
+"""Of the regression that the encoders start from, in units of the mean variance of x."""
+STEER = 0.3
+"""How far a threshold's logarithm moves in a step for each unit of relative error of L0."""
 
 
 class Losses(NamedTuple):
     """Of each replica, (n,): `error`, the mean squared error a dimension less that of predicting zero, and `penalty`,
-    the mean over tokens of sum_i acts_i |W_dec_i|. Adding mean(residual^2) to `error` gives the squared error."""
+    the mean over tokens of sum_i acts_i |W_dec_i|. Adding mean(residual^2) to `error` gives the squared error.
+    `active` is the mean number of active features a token."""
 
     error: Tensor
     penalty: Tensor
+    active: Tensor
 
 
 class StackedDeltas:
     """n deltas: W_enc (d_model, n * d_new), b_enc and log_threshold (n * d_new,), W_dec (n, d_new, d_model).
 
-    Replica i starts from seed `seed + i`; the decoders start at zero. `sample` (tokens, d_model) fp32 sets the
-    thresholds: each feature starts above its own upper quantile, so that about `l0_budget` of them are active on a
-    token.
+    They start from a sample `x` and `residual` (tokens, d_model), fp32: each feature reads a random mixture, drawn from
+    `seed + replica`, of the directions from which ridge regression predicts the residual; its bias takes away the mean
+    of what it reads, and its threshold is its own upper quantile, so that about `l0_budget` features are active on a
+    token. The decoders start at zero.
     """
 
-    def __init__(self, sample: Tensor, *, replicas: int, d_new: int, l0_budget: float, seed: int) -> None:
-        d_model = sample.shape[1]
+    def __init__(self, x: Tensor, residual: Tensor, *, replicas: int, d_new: int, l0_budget: float, seed: int) -> None:
+        d_model = x.shape[1]
         generators = [torch.Generator().manual_seed(seed + index) for index in range(replicas)]
-        directions = [torch.randn(d_model, d_new, generator=generator) for generator in generators]
-        self.W_enc = torch.cat([direction / direction.norm(dim=0) for direction in directions], dim=1).to(sample.device)
-        below = 1 - min(0.5, l0_budget / d_new)
-        threshold = (sample @ self.W_enc).kthvalue(max(1, round(below * len(sample))), dim=0).values.clamp(min=1e-2)
-        self.b_enc = torch.zeros_like(threshold)
-        self.log_threshold = threshold.log()
-        self.W_dec = sample.new_zeros(replicas, d_new, d_model)
+        drawn = [torch.randn(d_model, d_new, generator=generator) for generator in generators]
+        self.W_enc = _predictive(x, residual, torch.cat(drawn, dim=1).to(x.device))
+        pre = x @ self.W_enc
+        self.b_enc = -pre.mean(0)
+        below = max(1, round((1 - min(0.5, l0_budget / d_new)) * len(x)))
+        self.log_threshold = (pre + self.b_enc).kthvalue(below, dim=0).values.clamp(min=1e-2).log()
+        self.W_dec = x.new_zeros(replicas, d_new, d_model)
         self.count, self.d_new = replicas, d_new
 
     @property
@@ -99,7 +106,14 @@ class StackedDeltas:
         self.W_enc.grad = _product(x.T, to_pre)
 
         error = acts.mul_(beyond.sub_(along)).sum(0).view(self.count, -1).sum(1) * (per_error / 2)
-        return Losses(error, (total * norms).view(self.count, -1).sum(1) / tokens)
+        penalty = (total * norms).view(self.count, -1).sum(1) / tokens
+        return Losses(error, penalty, on.sum(0).view(self.count, -1).sum(1) / tokens)
+
+    @torch.no_grad()
+    def steer(self, active: Tensor, target: float) -> None:
+        """Moves the thresholds of each replica together, so that its `active` (n,) features a token near `target`."""
+        error = (active / target - 1).clamp(max=1)
+        self.log_threshold += STEER * error.repeat_interleave(self.d_new)
 
     @torch.no_grad()
     def transcoders(self, deviation: float, layer: int, taps: Taps) -> list[Transcoder]:
@@ -129,6 +143,17 @@ class StackedDeltas:
     def _by_replica(self, apart: Tensor) -> Tensor:
         """The reverse of `_apart`."""
         return apart.transpose(0, 1).reshape(apart.shape[1], -1)
+
+
+def _predictive(x: Tensor, residual: Tensor, mixtures: Tensor) -> Tensor:
+    """Unit columns `(cov(x) + ridge)^-1 cov(x, residual) mixtures`; a column that would be zero stays as drawn."""
+    apart = x - x.mean(0)
+    covariance = apart.T @ apart / len(x)
+    ridge = (RIDGE * covariance.diagonal().mean()).clamp(min=1e-6)
+    crossed = apart.T @ ((residual - residual.mean(0)) @ mixtures) / len(x)
+    found = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance), device=x.device), crossed)
+    found = torch.where(found.norm(dim=0) > 1e-12, found, mixtures)
+    return (found / found.norm(dim=0)).contiguous()  # the fused optimiser takes the layout of its gradient for granted
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

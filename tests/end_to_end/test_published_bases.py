@@ -84,6 +84,7 @@ def test_a_target_l0_selects_and_another_convention_is_named_in_every_table(jobs
         "deltas.percentiles=[]",
         "deltas.target_l0=12",
         "deltas.objectives=val_fvu, val_l0_delta",
+        "deltas.threshold=learned",
         "deltas.trials=2",
     )
     planned = jobs("plan", *common)

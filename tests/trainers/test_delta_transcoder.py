@@ -106,7 +106,7 @@ def test_feature_space_losses_and_gradients_are_the_plain_ones(zero_decoder):
     x, residual = (torch.randn(64, D_MODEL, generator=generator) for _ in range(2))
     # Set up on other tokens: a threshold that is one of these very pre-activations would be a tie that rounding breaks.
     other = torch.randn(64, D_MODEL, generator=generator)
-    model = StackedDeltas(other, replicas=3, d_new=5, l0_budget=2.0, seed=0)
+    model = StackedDeltas(other, torch.randn_like(other), replicas=3, d_new=5, l0_budget=2.0, seed=0)
     if not zero_decoder:
         model.W_dec.normal_(generator=generator)
         model.b_enc.normal_(generator=generator).mul_(0.1)
@@ -130,7 +130,7 @@ def test_the_loss_curve_is_that_of_the_plain_trainer(base, planted):
     x = torch.randn(1000, D_MODEL, generator=generator)
     y = base(x) + torch.relu(x @ torch.randn(D_MODEL, D_MODEL, generator=generator) - 2)
     data = planted._replace(train=Pairs([(x, residual_of(base, x, y))]))
-    chosen = settings(batch_size=50, epochs=1, sparsity=1e-2)
+    chosen = settings(batch_size=50, epochs=1, sparsity=1e-2, threshold="learned")
     found: list[float] = []
     size = data.train.shards[0][1].pow(2).sum(1) / D_MODEL / planted.variance
     batches = Pairs([(size,)]).batches(50, torch.Generator().manual_seed(0))
@@ -253,10 +253,32 @@ def test_above_the_l0_budget_the_loss_is_penalised(trained, planted):
     assert above["val_loss"] == pytest.approx(above["val_fvu"] + above["val_l0_delta"] / 0.1 - 1)
 
 
-def test_sparsity_lowers_l0(planted):
-    dense, sparse = (train_delta(planted, settings(sparsity=s), layer=3).figures for s in (0.0, 0.3))
+def test_sparsity_lowers_the_l0_of_learned_thresholds(planted):
+    dense, sparse = (
+        train_delta(planted, settings(sparsity=s, threshold="learned"), layer=3).figures for s in (0.0, 0.3)
+    )
     assert sparse["val_l0_delta"] < 0.7 * dense["val_l0_delta"]
     assert sparse["val_fvu"] > dense["val_fvu"]
+
+
+@pytest.mark.parametrize("budget", [1.0, 3.0])
+def test_calibrated_thresholds_spend_the_budget(planted, budget):
+    figures = train_delta(planted, settings(l0_budget=budget, replicas=2), layer=3).figures
+    for l0 in figures["val_l0_delta_replicas"]:
+        assert l0 == pytest.approx(0.95 * budget, rel=0.2)
+
+
+def test_features_start_where_the_residual_can_be_predicted(planted):
+    """The planted change reads one direction: every encoder column leans towards it; where nothing changed, none does."""
+    x, residual = (column.float() for column in planted.train.whole())
+    sizes = {"replicas": 1, "d_new": 8, "l0_budget": 2.0, "seed": 0}
+    regression = torch.linalg.lstsq(x - x.mean(0), residual - residual.mean(0)).solution
+    readable = torch.linalg.svd(regression).U[:, 0]
+    found = StackedDeltas(x, residual, **sizes)
+    nothing = StackedDeltas(x, torch.zeros_like(residual), **sizes)
+    assert (readable @ found.W_enc).abs().mean() > 2 * (readable @ nothing.W_enc).abs().mean()
+    assert torch.allclose(nothing.W_enc.norm(dim=0), torch.ones(8))
+    assert found.W_enc.is_contiguous(), "as the fused optimiser needs it"
 
 
 def test_the_scale_of_a_layer_does_not_matter(planted, trained):

@@ -268,6 +268,8 @@ model, tokenizer = load_model(Path(sys.argv[1]), torch.float32)
 reports = []
 train_lora(model, tokenizer, rows, rows, LoraSettings(**json.loads(sys.argv[3])), reports.append, lambda adapted: None)
 Path(sys.argv[4], os.environ["RANK"]).write_text(json.dumps(reports))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # left to the end of Python, gloo's threads abort the process now and then
 """
 
 
