@@ -276,8 +276,8 @@ class Sweep(Section):
             raise ValueError("deltas.percentiles: got [], must hold one at least where deltas.target_l0 is not set")
         if self.deltas.objectives != "val_loss" and self.deltas.threshold == "calibrated":
             raise ValueError(
-                "deltas.threshold: got calibrated, must be learned with two objectives: calibrated deltas all spend the "
-                "same L0"
+                "deltas.threshold: got calibrated, must be learned with two objectives: "
+                "calibrated deltas all spend the same L0"
             )
         if bases.source == "train":
             if not isinstance(bases.width, int):

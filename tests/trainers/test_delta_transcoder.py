@@ -269,7 +269,7 @@ def test_calibrated_thresholds_spend_the_budget(planted, budget):
 
 
 def test_features_start_where_the_residual_can_be_predicted(planted):
-    """The planted change reads one direction: every encoder column leans towards it; where nothing changed, none does."""
+    """The planted change reads one direction: the columns lean towards it, unless nothing changed."""
     x, residual = (column.float() for column in planted.train.whole())
     sizes = {"replicas": 1, "d_new": 8, "l0_budget": 2.0, "seed": 0}
     regression = torch.linalg.lstsq(x - x.mean(0), residual - residual.mean(0)).solution
