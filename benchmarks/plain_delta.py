@@ -85,8 +85,8 @@ def train_plainly(
     """Trains for one epoch, or its first `steps` steps; batches, schedule and start are those of `train_delta`."""
     base = base.to(device)
     inputs, outputs = starting_sample(Pairs([(x, y)]), device)
-    sizes = {"d_new": settings.d_new, "l0_budget": settings.l0_budget, "seed": settings.seed}
-    start = StackedDeltas(inputs, outputs - base(inputs), replicas=1, **sizes)
+    residual, seed = outputs - base(inputs), settings.seed
+    start = StackedDeltas(inputs, residual, replicas=1, d_new=settings.d_new, l0_budget=settings.l0_budget, seed=seed)
     model = PlainDelta(start)
     batches = Pairs([(torch.arange(len(x)),)]).batches(settings.batch_size, torch.Generator().manual_seed(0))
     order = [chosen.tolist() for (chosen,) in batches]

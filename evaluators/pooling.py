@@ -1,4 +1,4 @@
-"""Finished behaviour cells become per-prompt sums, replicas averaged.
+"""Finished behaviour cells become per-prompt sums, replica by replica.
 
 In: cells as the evaluation writes them (`rows`: one entry per prompt). Out: `{CellKey: PromptSums}` in table order;
 every metric is a ratio of two sums over prompts, which is what the bootstrap resamples.
@@ -30,7 +30,7 @@ METRICS = (*MEANS, *RATES)
 
 
 class CellKey(NamedTuple):
-    """What distinguishes a table row; cells with equal keys are replicas (other seeds) and are averaged."""
+    """What distinguishes a table row; cells with equal keys and other seeds are replicas of it."""
 
     layer: str
     percentile: float | None
@@ -42,17 +42,20 @@ class CellKey(NamedTuple):
 
 
 class PromptSums(NamedTuple):
-    """Per-prompt sums of every metric; `metric = tops.sum(0) / bottoms.sum(0)`. Averaged over replicas."""
+    """Per-prompt sums of every metric; `metric = tops.sum((0, 1)) / bottoms.sum((0, 1))`."""
 
     prompts: NDArray[np.int64]  # (prompt,), ascending: the prompt's number within its subset
-    tops: NDArray[np.float64]  # (prompt, metric), columns in the order of METRICS
-    bottoms: NDArray[np.float64]  # (prompt, metric): tokens for means, 1 or 0 (undefined) for rates
-    replicas: int
+    tops: NDArray[np.float64]  # (replica, prompt, metric), columns in the order of METRICS
+    bottoms: NDArray[np.float64]  # (replica, prompt, metric): tokens for means, 1 or 0 (undefined) for rates
+
+    @property
+    def replicas(self) -> int:
+        return len(self.tops)
 
     def take(self, shared: NDArray[np.int64]) -> "PromptSums":
         """The same sums over the prompts in `shared` (sorted, all present)."""
         rows = np.searchsorted(self.prompts, shared)
-        return PromptSums(shared, self.tops[rows], self.bottoms[rows], self.replicas)
+        return PromptSums(shared, self.tops[:, rows], self.bottoms[:, rows])
 
 
 def layer_label(layers: Sequence[int]) -> str:
@@ -78,24 +81,22 @@ def condition_order(condition: str) -> tuple[int, str]:
 
 
 def pool(cells: Iterable[Cell]) -> dict[CellKey, PromptSums]:
-    """Behaviour cells as per-prompt sums by key, in table order; replicas are averaged prompt by prompt.
+    """Behaviour cells as per-prompt sums by key, in table order; cells of one seed are averaged.
 
-    Raises ValueError when replicas of a cell hold different prompts.
+    Raises ValueError when cells of a key hold different prompts.
     """
-    gathered: dict[CellKey, list[PromptSums]] = {}
-    seeds: dict[CellKey, set[int]] = {}
+    gathered: dict[CellKey, dict[int, list[PromptSums]]] = {}
     for cell in of_kind(cells, "behaviour"):
-        key = _key(cell)
-        gathered.setdefault(key, []).append(_prompt_sums(cell["rows"]))
-        seeds.setdefault(key, set()).add(cell["seed"])
+        gathered.setdefault(_key(cell), {}).setdefault(cell["seed"], []).append(_prompt_sums(cell["rows"]))
     pooled = {}
     for key in sorted(gathered, key=_order):
-        replicas = gathered[key]
-        if any(not np.array_equal(replica.prompts, replicas[0].prompts) for replica in replicas):
+        seeds = [gathered[key][seed] for seed in sorted(gathered[key])]
+        prompts = seeds[0][0].prompts
+        if any(not np.array_equal(one.prompts, prompts) for same in seeds for one in same):
             raise ValueError(f"replicas of the cell {key} hold different prompts; evaluate it again with --fresh")
-        tops = np.mean([replica.tops for replica in replicas], axis=0)
-        bottoms = np.mean([replica.bottoms for replica in replicas], axis=0)
-        pooled[key] = PromptSums(replicas[0].prompts, tops, bottoms, len(seeds[key]))
+        tops = np.concatenate([np.mean([one.tops for one in same], axis=0) for same in seeds])
+        bottoms = np.concatenate([np.mean([one.bottoms for one in same], axis=0) for same in seeds])
+        pooled[key] = PromptSums(prompts, tops, bottoms)
     return pooled
 
 
@@ -138,7 +139,7 @@ def _prompt_sums(rows: list[dict[str, Any]]) -> PromptSums:
         for column, field in enumerate(RATES.values(), start=len(MEANS)):
             if row.get(field) is not None:
                 tops[line, column], bottoms[line, column] = float(row[field]), 1.0
-    return PromptSums(np.array([row["index"] for row in rows], dtype=np.int64), tops, bottoms, 1)
+    return PromptSums(np.array([row["index"] for row in rows], dtype=np.int64), tops[None], bottoms[None])
 
 
 def cell_metrics(cell: Cell) -> dict[str, float]:
@@ -146,6 +147,6 @@ def cell_metrics(cell: Cell) -> dict[str, float]:
     if cell["kind"] != "behaviour":
         return {name: value for name, value in cell.items() if isinstance(value, float)}
     sums = _prompt_sums(cell["rows"])
-    tops, bottoms = sums.tops.sum(0), sums.bottoms.sum(0)
+    tops, bottoms = sums.tops.sum((0, 1)), sums.bottoms.sum((0, 1))
     found = {name: top / bottom for name, top, bottom in zip(METRICS, tops, bottoms, strict=True) if bottom}
     return {**found, "n_examples": float(len(sums.prompts)), "n_tokens": float(bottoms[0])}

@@ -1,7 +1,7 @@
-"""Interval estimates: Wilson for rates, bootstrap over prompts for differences and dose-response.
+"""Interval estimates: Wilson for rates, bootstrap over prompts and replicas for differences and dose-response.
 
-In: counts, or per-prompt sums as numpy arrays. Out: a value with the ends of its 95% interval; NaN where
-the data cannot say (no prompts, no spread to resample).
+In: counts, or per-prompt sums as numpy arrays, of one replica or several. Out: a value with the ends of its 95%
+interval; NaN where the data cannot say (no prompts, no spread to resample).
 """
 
 import math
@@ -67,32 +67,40 @@ def paired_bootstrap(
 ) -> Estimate:
     """Difference of two ratios of sums over the same prompts, with its percentile bootstrap interval.
 
-    All arrays are `(prompt,)` and position i is the same prompt in all four. The statistic is
-    `sum(numerators) / sum(denominators) - sum(baseline_numerators) / sum(baseline_denominators)`:
+    All arrays are `(prompt,)`, or `(replica, prompt)` where a condition was measured with several seeds; position i is
+    the same prompt in all four. The statistic is
+    `sum(numerators) / sum(denominators) - sum(baseline_numerators) / sum(baseline_denominators)`, sums being means
+    over replicas:
 
     - token-weighted mean, e.g. CE: numerators are summed nats per prompt, denominators token counts;
     - plain rate: numerators are 0 or 1, denominators 1, or 0 where the outcome is undefined for that prompt.
 
-    Prompts are resampled whole, the same draw for condition and baseline. Same seed and number of prompts
+    Prompts are resampled whole, the same draw for condition and baseline, and so are replicas, independently of the
+    prompts: the interval covers other prompts and other seeds. Same seed and number of prompts
     give the same draws, so equal data give equal intervals. The ends are NaN for fewer than two prompts.
     Raises ValueError when the lengths differ.
     """
     columns = [
-        np.asarray(column, dtype=np.float64)
+        np.atleast_2d(np.asarray(column, dtype=np.float64))
         for column in (numerators, denominators, baseline_numerators, baseline_denominators)
     ]
-    if len({column.shape for column in columns}) != 1 or columns[0].ndim != 1:
+    try:
+        replicas = np.broadcast_shapes(*(column.shape[:1] for column in columns))[0]
+    except ValueError:
+        replicas = 0
+    if not replicas or len({column.shape[1:] for column in columns}) != 1 or columns[0].ndim != 2:
         shapes = ", ".join(str(column.shape) for column in columns)
         raise ValueError(f"paired_bootstrap needs four arrays of one entry per prompt, got shapes {shapes}")
-    stacked = np.stack(columns, axis=1)  # (prompt, 4)
+    prompts = columns[0].shape[1]
+    stacked = np.stack([np.broadcast_to(column, (replicas, prompts)) for column in columns])  # (4, replica, prompt)
 
     def difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         return _ratio(sums[:, 0], sums[:, 1]) - _ratio(sums[:, 2], sums[:, 3])
 
-    value = float(difference(stacked.sum(axis=0, keepdims=True))[0])
-    if len(stacked) < 2:
+    value = float(difference(stacked.mean(axis=1).sum(axis=1)[None, :])[0])
+    if prompts < 2:
         return Estimate(value, math.nan, math.nan)
-    return _interval(value, difference(_resample_counts(len(stacked), seed, resamples) @ stacked))
+    return _interval(value, difference(_resampled_sums(stacked, seed, resamples)))
 
 
 def rate_difference(
@@ -111,7 +119,8 @@ def rate_difference(
     """
     arrays = (numerators, denominators, baseline_numerators, baseline_denominators)
     estimate = paired_bootstrap(*arrays, seed=seed, resamples=resamples)
-    top, bottom, base_top, base_bottom = (np.asarray(array, dtype=np.float64) for array in arrays)
+    whole = (np.atleast_2d(np.asarray(array, dtype=np.float64)).mean(axis=0) for array in arrays)
+    top, bottom, base_top, base_bottom = whole
     both = (bottom > 0) & (base_bottom > 0)
     steps = top[both] - base_top[both]
     if len(steps) < 2 or np.ptp(steps) > 0:
@@ -129,21 +138,22 @@ def slope_and_spearman(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> tuple[Estimate, Estimate]:
-    """Least-squares slope and Spearman rho of a metric against alpha, with bootstrap intervals over prompts.
+    """Least-squares slope and Spearman rho of a metric against alpha, bootstrapped over prompts and replicas.
 
-    `alpha` is `(dose,)`; `numerators` and `denominators` are `(dose, prompt)`, the same prompts in every row;
+    `alpha` is `(dose,)`; `numerators` and `denominators` are `(dose, prompt)` or `(dose, replica, prompt)`, the same
+    prompts in every row;
     the metric at a dose is `sum(numerators) / sum(denominators)`. The slope is in metric units per unit
     of alpha. Both are NaN for fewer than two distinct alphas; rho is NaN for a metric that never changes.
     Raises ValueError when the shapes do not match.
     """
     doses = np.asarray(alpha, dtype=np.float64)
-    tops = np.asarray(numerators, dtype=np.float64)
-    bottoms = np.asarray(denominators, dtype=np.float64)
-    if tops.ndim != 2 or tops.shape != bottoms.shape or len(tops) != len(doses):
+    tops, bottoms = (np.asarray(sums, dtype=np.float64) for sums in (numerators, denominators))
+    if tops.ndim not in (2, 3) or tops.shape != bottoms.shape or len(tops) != len(doses):
         raise ValueError(
-            "slope_and_spearman needs (dose, prompt) arrays matching alpha, got "
+            "slope_and_spearman needs (dose, prompt) or (dose, replica, prompt) arrays matching alpha, got "
             f"{doses.shape}, {tops.shape} and {bottoms.shape}"
         )
+    tops, bottoms = (sums.reshape(len(doses), -1, sums.shape[-1]) for sums in (tops, bottoms))
     if len(np.unique(doses)) < 2:
         nothing = Estimate(math.nan, math.nan, math.nan)
         return nothing, nothing
@@ -160,18 +170,27 @@ def slope_and_spearman(
         y = rankdata(metric, axis=1, nan_policy="propagate") - (len(doses) + 1) / 2
         return _ratio(y @ x, np.sqrt((x @ x) * (y * y).sum(axis=1)))
 
-    point = _ratio(tops.sum(axis=1), bottoms.sum(axis=1))[None, :]  # (1, dose)
+    point = _ratio(tops.mean(axis=1).sum(axis=1), bottoms.mean(axis=1).sum(axis=1))[None, :]  # (1, dose)
     slope, rho = float(slopes(point)[0]), float(rhos(point)[0])
-    if tops.shape[1] < 2:
+    if tops.shape[2] < 2:
         return Estimate(slope, math.nan, math.nan), Estimate(rho, math.nan, math.nan)
-    counts = _resample_counts(tops.shape[1], seed, resamples)
-    drawn = _ratio(counts @ tops.T, counts @ bottoms.T)  # (resample, dose)
+    drawn = _ratio(*(_resampled_sums(sums, seed, resamples) for sums in (tops, bottoms)))  # (resample, dose)
     return _interval(slope, slopes(drawn)), _interval(rho, rhos(drawn))
+
+
+def _resampled_sums(stacked: NDArray[np.float64], seed: int, resamples: int) -> NDArray[np.float64]:
+    """Sums over resampled prompts, means over replicas: (quantity, replica, prompt) -> (resample, quantity)."""
+    quantities, replicas, prompts = stacked.shape
+    sums = _resample_counts(prompts, seed, resamples) @ stacked.reshape(-1, prompts).T
+    if replicas == 1:
+        return sums
+    shares = _resample_counts(replicas, seed + 1, resamples) / replicas
+    return np.einsum("bqr,br->bq", sums.reshape(-1, quantities, replicas), shares)
 
 
 @lru_cache(maxsize=4)
 def _resample_counts(n: int, seed: int, resamples: int) -> NDArray[np.float64]:
-    """How often each of `n` prompts is drawn in each bootstrap resample, `(resamples, n)`; read-only.
+    """How often each of `n` prompts (or replicas) is drawn in each bootstrap resample, `(resamples, n)`; read-only.
 
     A resampled sum is then one matrix product, and the draws are shared by every table row with `n` prompts.
     """

@@ -118,6 +118,7 @@ def dose_response_statistics(cells: Iterable[Cell], *, seed: int = 0) -> pd.Data
             groups.setdefault(key._replace(alpha=None), []).append((key.alpha, sums))
     rows = []
     for key, doses in groups.items():
+        replicas = max(sums.replicas for _, sums in doses)  # at alpha 0 they are all the same one
         shared = doses[0][1].prompts
         for _, sums in doses[1:]:
             shared = np.intersect1d(shared, sums.prompts)
@@ -126,8 +127,10 @@ def dose_response_statistics(cells: Iterable[Cell], *, seed: int = 0) -> pd.Data
         alphas = [alpha for alpha, _ in doses]
         taken = [sums.take(shared) for _, sums in doses]
         for column, metric in enumerate(METRICS):
-            tops = np.stack([sums.tops[:, column] for sums in taken])
-            bottoms = np.stack([sums.bottoms[:, column] for sums in taken])
+            tops, bottoms = (
+                np.stack([np.broadcast_to(sums[..., column], (replicas, len(shared))) for sums in one])
+                for one in ([sums.tops for sums in taken], [sums.bottoms for sums in taken])
+            )
             slope, rho = slope_and_spearman(alphas, tops, bottoms, seed=seed)
             if math.isnan(slope.value):
                 continue
@@ -173,15 +176,15 @@ def _behaviour_table(cells: Iterable[Cell], *, dose: bool, seed: int) -> pd.Data
 
 def _behaviour_row(key: CellKey, sums: PromptSums, raw: PromptSums | None, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = key._asdict()
-    row |= {"n_examples": len(sums.prompts), "n_tokens": round(float(sums.bottoms[:, 0].sum()))}
+    row |= {"n_examples": len(sums.prompts), "n_tokens": round(float(sums.bottoms.mean(0)[:, 0].sum()))}
     row |= {"n_replicas": sums.replicas}
     zeros, ones = np.zeros(len(sums.prompts)), np.ones(len(sums.prompts))
     for column, metric in enumerate(METRICS):
-        tops, bottoms = sums.tops[:, column], sums.bottoms[:, column]
+        tops, bottoms = sums.tops[..., column], sums.bottoms[..., column]
         if metric in MEANS:
             row |= _columns(metric, paired_bootstrap(tops, bottoms, zeros, ones, seed=seed))
         else:
-            successes, n = float(tops.sum()), round(float(bottoms.sum()))
+            successes, n = float(tops.mean(0).sum()), round(float(bottoms.mean(0).sum()))
             row |= _columns(metric, Estimate(successes / n if n else math.nan, *wilson(successes, n)))
             if metric == "math_correct_rate":
                 row["n_math_correct"] = n
@@ -197,7 +200,7 @@ def _differences(sums: PromptSums, baseline: PromptSums, seed: int) -> dict[str,
     row: dict[str, float] = {}
     for column, metric in enumerate(METRICS):
         data = (ours.tops, ours.bottoms, theirs.tops, theirs.bottoms)
-        arrays = [values[:, column] for values in data]
+        arrays = [values[..., column] for values in data]
         if metric == "mean_ce":
             row |= _columns("delta_ce", paired_bootstrap(*arrays, seed=seed))
         elif metric in RATES:

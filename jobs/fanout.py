@@ -7,6 +7,7 @@ the others go on.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,31 @@ class _Worker:
             return Outcome(task, error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
 
 
+class Queue:
+    """Tasks that wait, each with how often it was tried, by the group they belong to."""
+
+    def __init__(self, group: Callable[[Any], Any]) -> None:
+        self._group = group
+        self._groups: dict[Any, deque[tuple[Any, int]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def add(self, task: Any, tries: int) -> None:
+        self._groups.setdefault(self._group(task), deque()).append((task, tries))
+
+    def take(self, own: Any, others: Collection[Any]) -> tuple[Any, int]:
+        """The next task of a worker's `own` group, or of the first that is not among the `others` at work, or of the
+        first."""
+        chosen = own
+        if own not in self._groups:
+            chosen = next((one for one in self._groups if one not in others), next(iter(self._groups)))
+        taken = self._groups[chosen].popleft()
+        if not self._groups[chosen]:
+            del self._groups[chosen]
+        return taken
+
+
 class Pool:
     """Workers that stay alive between fan-outs, until `close` gives their share of the machine back."""
 
@@ -60,7 +86,9 @@ class Pool:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        waiting = [(task, 0) for task in tasks]
+        waiting = Queue(group)
+        for task in tasks:
+            waiting.add(task, 0)
         running: dict[Any, tuple[Any, Any, int]] = {}
         last: dict[Any, Any] = {}
         try:
@@ -68,8 +96,7 @@ class Pool:
                 while waiting and len(running) < self.share.at_once:
                     worker = self._idle.pop() if self._idle else self._start()
                     others = {group(task) for _, task, _ in running.values()}
-                    chosen = next_task([group(task) for task, _ in waiting], last.get(worker), others)
-                    task, tries = waiting.pop(chosen)
+                    task, tries = waiting.take(last.get(worker), others)
                     last[worker] = group(task)
                     running[worker.run.remote(function, task)] = (worker, task, tries)
                 (done,), _ = ray.wait(list(running), num_returns=1)
@@ -78,7 +105,7 @@ class Pool:
                     outcome = ray.get(done)
                 except RayActorError as error:
                     if tries < max_retries:
-                        waiting.append((task, tries + 1))
+                        waiting.add(task, tries + 1)
                         continue
                     outcome = Outcome(task, error=f"its worker died {tries + 1} times ({_reason(error)})")
                 except RayTaskError as error:  # such as a task that cannot be unpickled
@@ -104,18 +131,6 @@ class Pool:
         for worker in self._idle:
             ray.kill(worker)
         self._idle.clear()
-
-
-def next_task(waiting: Sequence[Any], own: Any, others: Collection[Any]) -> int:
-    """Which of the `waiting` tasks, given by their groups, a worker takes: of its `own` group, or of one that is not
-    among the `others` at work, or the first."""
-    for place, one in enumerate(waiting):
-        if one == own:
-            return place
-    for place, one in enumerate(waiting):
-        if one not in others:
-            return place
-    return 0
 
 
 def _reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from evaluators.interventions import CONDITIONS
 from jobs.context import Context
 from jobs.progress import clock
 from jobs.stages.transcoders import chosen_base
@@ -26,6 +27,11 @@ def plan_rows(context: Context) -> Rows:
     sets = len(layers) + (1 if evaluate.joint and len(layers) > 1 else 0)
     dosed = sets if evaluate.alpha_layers == "all" else len(evaluate.alpha_layers)
     spliced = sets * (len(evaluate.conditions) - 1 + len(evaluate.controls)) + dosed * len(evaluate.alphas)
+    seeded = sets * sum(
+        CONDITIONS[one].uses_delta for one in [*evaluate.conditions, *evaluate.controls] if one != "raw"
+    )
+    seeded += dosed * sum(alpha != 0 for alpha in evaluate.alphas)
+    spliced += (evaluate.replicas - 1) * seeded
     cells = len(evaluate.subsets) * (1 + spliced) + groups + (len(layers) if evaluate.features else 0)
     prompts = len(evaluate.subsets) * settings.data.eval_rows
     rows = [

@@ -217,6 +217,9 @@ class Evaluate(Section):
     features: Annotated[int, Field(ge=0)] = 4
     """Features of each layer's delta that are ablated one at a time, those of largest estimated effect; with 0 no
     feature is looked at."""
+    replicas: Count = 1
+    """Seeds of each kept trial whose behaviour is measured, the best first; intervals then cover seeds as well as
+    prompts."""
     percentile: Fraction | None = None
     """Base used for behaviour; null takes the (percentile, d_new) of the lowest mean validation FVU."""
     d_new: Count | None = None
@@ -279,6 +282,9 @@ class Sweep(Section):
                 "deltas.threshold: got calibrated, must be learned with two objectives: "
                 "calibrated deltas all spend the same L0"
             )
+        if evaluate.replicas > self.deltas.replicas:
+            few = f"at most deltas.replicas {self.deltas.replicas}"
+            raise ValueError(f"evaluate.replicas: got {evaluate.replicas}, must be {few}")
         if bases.source == "train":
             if not isinstance(bases.width, int):
                 raise ValueError(f"transcoders.width: got {bases.width!r}, must be a whole number for trained bases")

@@ -132,7 +132,7 @@ def delta_groups(context: Context, activations: Path) -> list[Any]:
 
 
 def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """One delta run; the best replica lies in the trial's folder when it ends."""
+    """One delta run; the best replica lies in the trial's folder when it ends, the others in `replica_1` and so on."""
     environment.prepare()
     import torch
 
@@ -165,11 +165,17 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
         keeper.forget()
         return {"failed": " ".join(str(error).split())[:500]}
     losses = trained.figures["val_loss_replicas"]
-    kept = losses.index(min(losses))
-    facts = {"d_new": settings.d_new, "kept_replica": kept, **trained.figures}
-    write_delta(trained.deltas[kept], Path(config["folder"]), facts)
+    ranked = sorted(range(len(losses)), key=losses.__getitem__)
+    for rank, index in reversed(list(enumerate(ranked))):
+        facts = {"d_new": settings.d_new, "kept_replica": index, **trained.figures}
+        write_delta(trained.deltas[index], replica_folder(Path(config["folder"]), rank), facts)
     keeper.forget()
     return trained.figures
+
+
+def replica_folder(trial: Path, rank: int) -> Path:
+    """Of a trial's seeds ordered by validation loss; the best, rank 0, lies in the trial's own folder."""
+    return trial / f"replica_{rank}" if rank else trial
 
 
 def compute_residual(task: ResidualTask) -> None:

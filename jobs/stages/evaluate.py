@@ -14,7 +14,7 @@ from jobs.context import Context
 from jobs.errors import WorkFailed
 from jobs.stages.cells import SitePlan, Work, cells_of, evaluate, without_cells
 from jobs.stages.deltas import STAGE as DELTAS
-from jobs.stages.deltas import group_name
+from jobs.stages.deltas import group_name, replica_folder
 from jobs.stages.records import record_cell
 from jobs.stages.transcoders import chosen_base, root
 from jobs.workspace import FINETUNED, key_of, read_json
@@ -27,7 +27,7 @@ def run(context: Context) -> dict[str, Any]:
     first = _raw_work(context)
     _compute(context, first, "raw model")
     rest = [
-        *_behaviour_work(context, percentile, d_new),
+        *behaviour_work(context, percentile, d_new),
         *_reconstruction_work(context),
         *_features_work(context, percentile, d_new),
     ]
@@ -140,7 +140,7 @@ def _raw_work(context: Context) -> list[Work]:
     ]
 
 
-def _behaviour_work(context: Context, percentile: float | None, d_new: int) -> list[Work]:
+def behaviour_work(context: Context, percentile: float | None, d_new: int) -> list[Work]:
     settings = context.settings.evaluate
     shared = _shared(context)
     single = [[layer] for layer in context.layers]
@@ -153,15 +153,31 @@ def _behaviour_work(context: Context, percentile: float | None, d_new: int) -> l
         elsewhere = tuple(one for one in conditions if one == "base_model_no_delta")
         here = tuple(one for one in conditions if one not in elsewhere)
         sites = tuple(_site_plan(context, layer, percentile, d_new) for layer in layers)
-        key = key_of("cell", _lineage(context, sites), _evaluation_settings(context))
+        cell = ("cell", _lineage(context, sites), _evaluation_settings(context))
+        key = key_of(*cell)
         for subset in settings.subsets:
             label = "+".join(f"{layer:02d}" for layer in layers)
             name = f"layer_{label}_{selection_label(percentile)}_d{d_new:03d}_{subset}"
-            works.append(Work("behaviour", name, sites, subset, here, doses, key, **shared))
+            work = Work("behaviour", name, sites, subset, here, doses, key, **shared)
+            works += [work, *(_of_replica(work, rank, key_of(*cell, rank)) for rank in range(1, settings.replicas))]
             if elsewhere:  # another model, so another worker's
                 base = {**shared, "model": str(context.model)}
                 works.append(Work("behaviour", name, sites, subset, elsewhere, (), key, **base))
     return works
+
+
+def _of_replica(work: Work, rank: int, key: str) -> Work:
+    """The same cells for the kept trials' next best seeds, less those in which the delta plays no part."""
+    from evaluators.interventions import CONDITIONS
+
+    return work._replace(
+        name=f"{work.name}_s{rank}",
+        key=key,
+        sites=tuple(site._replace(delta=str(replica_folder(Path(site.delta), rank))) for site in work.sites),
+        conditions=tuple(one for one in work.conditions if CONDITIONS[one].uses_delta),
+        doses=tuple(dose for dose in work.doses if dose),
+        seed=work.seed + rank,
+    )
 
 
 def _reconstruction_work(context: Context) -> list[Work]:

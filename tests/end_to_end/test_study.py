@@ -152,14 +152,21 @@ def test_a_new_alpha_and_the_controls_compute_new_cells_only(finished: Finished,
     adapter = (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns
     controls = ["base_model_no_delta", "mlp_swap", "random_delta", "shuffled_delta", "dense_delta", "error_term"]
     more = ("evaluate.alphas=[0.0, 0.5, 1.0, 2.0]", f"evaluate.controls=[{', '.join(controls)}]")
+    more += ("evaluate.replicas=2",)
     done = jobs("evaluate", "tiny", f"storage.root={root}", *more)
     assert done.returncode == 0, done.stdout + done.stderr
     for control in controls:
-        assert len(list((sweep / "cells").glob(f"layer_*_{control}.json"))) == len(LAYERS) * len(SUBSETS)
+        of_best = [path for path in (sweep / "cells").glob(f"layer_*_{control}.json") if "_s1_" not in path.name]
+        assert len(of_best) == len(LAYERS) * len(SUBSETS)
     for path in (sweep / "cells").glob("layer_*_tool_error_term.json"):
         for one, raw in zip(read(path)["rows"], read(sweep / "cells/raw_tool.json")["rows"], strict=True):
             assert one["nll"] == pytest.approx(raw["nll"], rel=1e-4)
-    assert len(list((sweep / "cells").glob("*_alpha2.0.json"))) == len(LAYERS) * len(SUBSETS)
+    assert len(list((sweep / "cells").glob("*_alpha2.0.json"))) == 2 * len(LAYERS) * len(SUBSETS)
+    seeds = [read(path) for path in (sweep / "cells").glob("*_s1_*.json")]
+    assert {one["condition"] for one in seeds} == {"full", "alpha", "random_delta", "shuffled_delta", "dense_delta"}
+    conditions = pd.read_csv(sweep / "report/exp2A_metrics.csv")
+    assert set(conditions[conditions.condition == "full"].n_replicas) == {2}
+    assert set(conditions[conditions.condition == "no_delta"].n_replicas) == {1}
     assert [path.stat().st_mtime_ns for path in kept[1:]] == before
     assert (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns == adapter
     _, runs = runs_of(root)

@@ -97,6 +97,21 @@ def test_shapes_must_match():
         slope_and_spearman([0, 1], [[1, 2]], [[1, 1]])
 
 
+def test_replicas_are_resampled_too():
+    """Equal replicas change nothing; replicas that differ widen the interval, around the mean over them."""
+    generator = np.random.default_rng(3)
+    values, ones, zeros = generator.normal(1, 0.5, 30), np.ones(30), np.zeros(30)
+    alone = paired_bootstrap(values, ones, zeros, ones)
+    same = paired_bootstrap(np.stack([values] * 3), ones, zeros, ones)
+    assert same == pytest.approx(alone, rel=1e-12)
+    apart = paired_bootstrap(np.stack([values - 1, values, values + 1]), ones, zeros, ones)
+    assert apart.value == pytest.approx(alone.value)
+    assert apart.high - apart.low > 2 * (alone.high - alone.low)
+    tops = np.stack([np.zeros((3, 30)), np.stack([values - 1, values, values + 1])])
+    slope, _ = slope_and_spearman([0, 1], tops, np.ones_like(tops))
+    assert slope == pytest.approx(apart)
+
+
 def test_slope_and_spearman_agree_with_scipy():
     alpha = [0.0, 0.25, 0.5, 1.0]
     generator = np.random.default_rng(7)

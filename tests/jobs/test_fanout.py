@@ -10,7 +10,7 @@ import pytest
 
 from jobs.cluster import Share, share_of
 from jobs.errors import RequestError
-from jobs.fanout import Outcome, Pool, next_task
+from jobs.fanout import Outcome, Pool, Queue
 from search_spaces.schema import Compute
 
 
@@ -86,11 +86,16 @@ def test_no_tasks(pool: Pool) -> None:
 
 
 def test_a_worker_stays_with_its_group_then_helps() -> None:
-    waiting = ["a", "b", "a", "c"]
-    assert next_task(waiting, None, []) == 0
-    assert next_task(waiting, "c", ["a"]) == 3, "its own first"
-    assert next_task(waiting, None, ["a"]) == 1, "then one that nobody is at"
-    assert next_task(["a", "a"], "b", ["a"]) == 0, "then whatever is left"
+    waiting = Queue(group=lambda task: task[0])
+    for task in ("a1", "b1", "a2", "c1", "c2"):
+        waiting.add(task, 0)
+    assert waiting.take(None, []) == ("a1", 0)
+    assert waiting.take("c", ["a"]) == ("c1", 0), "its own first"
+    assert waiting.take(None, ["a"]) == ("b1", 0), "then one that nobody is at"
+    assert waiting.take("b", ["a", "c"]) == ("a2", 0), "then whatever is left"
+    assert bool(waiting)
+    assert waiting.take("b", ["c"]) == ("c2", 0)
+    assert not waiting
 
 
 def test_grouped_tasks_are_all_done(pool: Pool) -> None:

@@ -1,0 +1,244 @@
+"""What the engine costs beside training and evaluation, against plain tools, each comparison in one run.
+
+    python -m benchmarks.engine trials [--trials 200]
+    python -m benchmarks.engine cells [--cells 10000]
+    python -m benchmarks.engine workers [quickstart storage.root=mlruns]
+    python -m benchmarks.engine share mlruns/sweeps/quickstart
+
+`trials`: seconds a short trial costs over its own time, with our search and tracking, with Ray Tune as its
+documentation shows it (defaults, MLflowLoggerCallback), and with Optuna alone on joblib processes. `cells`: trivial
+cells a second through the fan-out and as bare Ray tasks. `workers`: behaviour cells of a finished sweep by one worker
+and by two, a thread each. `share`: how much of a finished sweep's time was spent outside training and evaluation.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs import cluster, environment
+
+environment.prepare()
+
+TRAINER_SECONDS = 0.05
+"""How long each of a short trial's reports takes to come."""
+REPORTS = 3
+
+app = typer.Typer(add_completion=False)
+
+
+def loss_of(lr: float, step: int) -> float:
+    return (lr - 0.3) ** 2 + 1 / step
+
+
+def our_trial(config: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    for step in range(1, REPORTS + 1):
+        time.sleep(TRAINER_SECONDS)
+        report({"step": step, "val_loss": loss_of(config["lr"], step)})
+    return {"val_loss": loss_of(config["lr"], REPORTS)}
+
+
+@app.command()
+def trials(number: Annotated[int, typer.Option("--trials")] = 200) -> None:
+    with _ray() as share, tempfile.TemporaryDirectory() as folder:
+        slots = share.at_once
+        seconds = {}
+        for name, run in (("ours", _ours), ("Ray Tune", _plain_tune), ("Optuna, joblib", _optuna)):
+            run(Path(folder) / name.replace(" ", "_") / "warm", 2 * slots, share)
+            started = time.perf_counter()
+            run(Path(folder) / name.replace(" ", "_") / "timed", number, share)
+            seconds[name] = (time.perf_counter() - started) * slots / number - REPORTS * TRAINER_SECONDS
+    typer.echo(f"{number} trials of {REPORTS * TRAINER_SECONDS:.2f} s, {slots} at once; seconds over that a trial:")
+    for name, over in seconds.items():
+        typer.echo(f"  {name:<16} {over:.3f} s   {over / seconds['ours']:.2f}x ours")
+
+
+def _ours(folder: Path, number: int, share: cluster.Share) -> None:
+    from jobs.progress import Progress
+    from jobs.search import run_search
+    from jobs.studies import Group, open_storage
+    from jobs.tracking import Tracker
+    from search_spaces.dimensions import Range
+
+    folder.mkdir(parents=True)
+    tracker = Tracker(f"sqlite:///{folder / 'mlflow.db'}", "engine", folder / "artifacts")
+    tracker.open("search", "search")
+    group = Group(
+        "one", folder / "one", {"lr": Range(low=0.0, high=1.0)}, number, 0, {}, "engine/one", sampler="random"
+    )
+
+    def track(group: Group, result: dict[str, Any]) -> None:
+        name = f"trial_{result['trial']:04d}"
+        kept = {key: result[key] for key in ("history", "started", "seconds", "params")}
+        tracker.record(f"search/{name}", name, "search", metrics=result["figures"], **kept)
+
+    with Progress().bar("search", number, "trials") as bar:
+        run_search(
+            [group],
+            our_trial,
+            storage=open_storage(None, folder),
+            share=share,
+            max_retries=1,
+            early_stopping=None,
+            scratch=folder / "scratch",
+            bar=bar,
+            on_trial=track,
+        )
+    assert len(list((folder / "one").glob("trial_*/result.json"))) == number
+
+
+def _plain_tune(folder: Path, number: int, share: cluster.Share) -> None:
+    from ray import tune
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    folder.mkdir(parents=True)
+
+    def train(config: dict[str, Any]) -> None:
+        our_trial(config, lambda values: tune.report(values))
+
+    logger = MLflowLoggerCallback(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}", experiment_name="engine")
+    tuner = tune.Tuner(
+        train,
+        param_space={"lr": tune.uniform(0.0, 1.0)},
+        tune_config=tune.TuneConfig(metric="val_loss", mode="min", num_samples=number),
+        run_config=tune.RunConfig(name="plain", storage_path=str(folder), callbacks=[logger], verbose=0),
+    )
+    assert not tuner.fit().errors
+
+
+def _optuna(folder: Path, number: int, share: cluster.Share) -> None:
+    from joblib import Parallel, delayed
+
+    folder.mkdir(parents=True)
+    each = [number // share.at_once + (place < number % share.at_once) for place in range(share.at_once)]
+    Parallel(n_jobs=share.at_once)(delayed(optimise)(str(folder / "journal.log"), count) for count in each)
+
+
+def optimise(journal: str, count: int) -> None:
+    """Some trials of a study that several processes share."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = optuna.storages.JournalStorage(JournalFileBackend(journal))
+    study = optuna.create_study(
+        storage=storage, study_name="engine", load_if_exists=True, sampler=optuna.samplers.RandomSampler()
+    )
+
+    def objective(trial: optuna.Trial) -> float:
+        config = {"lr": trial.suggest_float("lr", 0.0, 1.0)}
+        return our_trial(config, lambda values: trial.report(values["val_loss"], values["step"]))["val_loss"]
+
+    study.optimize(objective, n_trials=count)
+
+
+def nothing(task: int) -> int:
+    return task
+
+
+@app.command()
+def cells(number: Annotated[int, typer.Option("--cells")] = 10_000) -> None:
+    import ray
+
+    from jobs.fanout import Pool
+
+    with _ray() as share:
+        bare = ray.remote(num_cpus=1)(nothing)
+        ray.get([bare.remote(task) for task in range(100)])
+        pool = Pool(share)
+        list(pool.run(nothing, range(100)))
+        started = time.perf_counter()
+        found = sorted(outcome.result for outcome in pool.run(nothing, range(number), group=lambda task: task // 8))
+        ours = number / (time.perf_counter() - started)
+        pool.close()
+        started = time.perf_counter()
+        expected = ray.get([bare.remote(task) for task in range(number)])
+        plain = number / (time.perf_counter() - started)
+    assert found == expected
+    typer.echo(
+        f"{number} cells: {ours:.0f} a second through the fan-out, {plain:.0f} as bare Ray tasks: {ours / plain:.2f}x"
+    )
+
+
+@app.command()
+def workers(config: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    from jobs.context import Context
+    from jobs.fanout import Pool
+    from jobs.stages.cells import evaluate
+    from jobs.stages.evaluate import behaviour_combination, behaviour_work
+    from search_spaces.load import load
+
+    name, *overrides = config or ["quickstart"]
+    context = Context(load(name, overrides))
+    with _ray() as share, tempfile.TemporaryDirectory() as folder:
+        seconds = {}
+        for count in (1, 2):
+            place = Path(folder) / str(count)
+            shutil.copytree(context.space.generations, place / "generations", ignore=_all_but_raw)
+            works = [
+                work._replace(folder=str(place / "cells"))
+                for work in behaviour_work(context, *behaviour_combination(context))
+                if len(work.sites) == 1
+            ]
+            works.sort(key=lambda work: work.sites[0].layer)
+            pool = Pool(cluster.Share(1, share.gpus, count))
+            list(pool.run(evaluate, works[:1] * count))  # the model is loaded
+            started = time.perf_counter()
+            outcomes = list(pool.run(evaluate, works, group=lambda work: work.group))
+            seconds[count] = time.perf_counter() - started
+            pool.close()
+            assert not any(outcome.error for outcome in outcomes), outcomes
+        written = [sorted((Path(folder) / str(count) / "cells").iterdir()) for count in seconds]
+        assert [path.name for path in written[0]] == [path.name for path in written[1]]
+    typer.echo(f"{len(written[0])} cells: {seconds[1]:.1f} s by one worker, {seconds[2]:.1f} s by two, a thread each")
+    typer.echo(f"two over one: {seconds[1] / seconds[2]:.2f}x")
+
+
+def _all_but_raw(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if not name.startswith("raw_")]
+
+
+@app.command()
+def share(sweep: Annotated[Path, typer.Argument(help="Folder of a finished sweep.")]) -> None:
+    from jobs.workspace import MANIFEST, read_json
+
+    spent = {path.parent.name: read_json(path)["seconds"] for path in sweep.glob(f"*/{MANIFEST}")}
+    whole = sum(spent.values())
+    slots = 2
+    work = {
+        "lora": _seconds(sweep.glob("lora/trial_*/result.json")),
+        "deltas": _seconds(sweep.glob("deltas/layer_*/*/d*/trial_*/result.json")),
+    }
+    typer.echo(
+        f"stages: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in spent.items())}; {whole:.0f} s in all"
+    )
+    for name, seconds in work.items():
+        typer.echo(f"  {name}: trials ran {seconds:.0f} s of {spent[name] * slots:.0f} s on {slots} workers")
+
+
+def _seconds(paths: Iterator[Path]) -> float:
+    from jobs.workspace import read_json
+
+    return sum(read_json(path)["seconds"] for path in paths)
+
+
+@contextmanager
+def _ray() -> Iterator[cluster.Share]:
+    from search_spaces.schema import Compute
+
+    cluster.connect(None)
+    try:
+        yield cluster.share_of(Compute())
+    finally:
+        cluster.disconnect()
+
+
+if __name__ == "__main__":
+    app()
