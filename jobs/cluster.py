@@ -33,7 +33,20 @@ class Share:
 
     @property
     def resources(self) -> dict[str, float]:
+        if not self.cpus:
+            return {"memory": 1}  # a byte, because Tune takes no empty request
         return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
+
+    def of_several(self, workers: int) -> Share:
+        """Of trials that only start workers, each of which takes this share; raises RequestError where they do not
+        fit."""
+        if workers == 1:
+            return self
+        if workers > self.at_once:
+            raise RequestError(
+                f"lora.workers_per_trial: got {workers}, the cluster has room for {self.at_once} at once"
+            )
+        return Share(0, 0.0, self.at_once // workers)
 
 
 def connect(address: str | None) -> None:

@@ -105,6 +105,8 @@ class Lora(Section):
     warmup_fraction: Fraction = 0.05
     grad_clip: Positive = 1.0
     loss_on: Literal["target", "everything"] = "target"
+    workers_per_trial: Count = 1
+    """Processes that share each batch of a trial; each takes the CPUs and GPUs that a trial takes otherwise."""
     asha: bool = True
     grace_evals: Count = 1
     """Validations every trial gets before ASHA may stop it."""

@@ -84,12 +84,12 @@ def train_lora(
 ) -> None:
     """Trains for `steps_of(settings)` optimiser steps or until `patience` ends it; `model` gets the adapter in place.
 
-    Calls `keep(adapted model)` after each validation that beats all before it, then
-    `report({step, val_loss, train_loss, tool_call_precision, tool_call_recall, tool_call_f1, tokens,
-    tokens_per_second})`. Losses are nats a labelled token. Under `accelerate launch` each process takes its share of
-    every batch, and only the main process keeps and reports. Seeds the global generators, and is deterministic for a
-    seed. With a `keeper`, a run that was interrupted at any moment reports again what it had reported and ends with the
-    same losses and adapter.
+    Calls `keep(adapted model)` after each validation that beats all before it, then `report({step, val_loss,
+    train_loss, tool_call_precision, tool_call_recall, tool_call_f1, tokens, tokens_per_second})`. Losses are nats a
+    labelled token. In a process group, such as that of `accelerate launch` or of a Ray Train worker, each process
+    takes its share of every batch; all report, and the first one keeps. Seeds the global generators, and is
+    deterministic for a seed. With a `keeper`, a run that was interrupted at any moment reports again what it had
+    reported and ends with the same losses and adapter.
 
     Raises TrainingError where the target modules match nothing, a row is longer than the model's context, the
     tokenizer has no EOS or memory runs out, and DivergedError where a loss is not finite.
@@ -103,16 +103,14 @@ def train_lora(
     keeper = keeper or Keeper()
     with _memory(settings):
         for figures in run.restore(keeper):
-            if accelerator.is_main_process:
-                report(figures)
+            report(figures)
         for rows in run.batches():
             run.step(rows)
             if run.validates:
                 figures = run.validate()
-                if accelerator.is_main_process:
-                    if run.waited == 0:
-                        keep(run.adapted)
-                    report(figures)
+                if run.waited == 0 and accelerator.is_main_process:
+                    keep(run.adapted)
+                report(figures)
             if accelerator.is_main_process and keeper.is_due:
                 run.keep(keeper)
 

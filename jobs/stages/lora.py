@@ -20,6 +20,8 @@ from search_spaces.dimensions import Choice, Range
 from search_spaces.schema import Sweep
 
 STAGE = "lora"
+OUTCOME = "outcome.json"
+"""What the workers of a trial leave for it."""
 CHECKED = "validation.json"
 """What the merged model says to the validation rows."""
 PASSED_ON = {
@@ -53,6 +55,8 @@ def run(context: Context) -> dict[str, Any]:
             "device": context.device,
             "precision": settings.compute.precision,
             "threads": context.share.cpus,
+            "workers": section.workers_per_trial,
+            "resources": context.share.resources,
             "seed": settings.seed,
             "checkpoint_seconds": settings.compute.checkpoint_seconds,
             "settings": section.model_dump(include=PASSED_ON),
@@ -68,7 +72,7 @@ def run(context: Context) -> dict[str, Any]:
             [group],
             trial,
             storage=context.studies,
-            share=context.share,
+            share=context.share.of_several(section.workers_per_trial),
             max_retries=settings.compute.max_retries,
             early_stopping=halving if section.asha else None,
             scratch=space.folder / ".tune" / STAGE,
@@ -104,11 +108,49 @@ def _most_validations(context: Context) -> int:
 
 
 def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """One LoRA run; the best adapter so far lies in the trial's folder at every report.
+    """One LoRA run, here or by several workers; the best adapter so far lies in the trial's folder at every report.
 
     A run whose worker was lost goes on from the checkpoint in that folder.
     """
     environment.prepare()
+    return train(config, report) if config["workers"] == 1 else train_together(config)
+
+
+def train_together(config: dict[str, Any]) -> dict[str, Any]:
+    """The same run as a Ray Train job of several workers, whose reports reach Tune through its callback."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    folder = Path(config["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = TorchTrainer(
+        train_as_worker,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=config["workers"], use_gpu=config["device"] == "cuda", resources_per_worker=config["resources"]
+        ),
+        run_config=RunConfig(name=".train", storage_path=str(folder), callbacks=[TuneReportCallback()]),
+    )
+    trainer.fit()
+    shutil.rmtree(folder / ".train", ignore_errors=True)
+    outcome = read_json(folder / OUTCOME)
+    (folder / OUTCOME).unlink()
+    return outcome
+
+
+def train_as_worker(config: dict[str, Any]) -> None:
+    """What each worker of a Ray Train job runs; the first one leaves the outcome in the trial's folder."""
+    environment.prepare()
+    import ray.train
+
+    outcome = train(config, lambda figures: ray.train.report(dict(figures)))
+    if ray.train.get_context().get_world_rank() == 0:
+        write_json(Path(config["folder"]) / OUTCOME, outcome)
+
+
+def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
+    """The run itself, in one process or in each of several; returns the best figures, or why it failed."""
     import torch
 
     from data.rows import read_rows

@@ -164,6 +164,8 @@ def test_a_new_alpha_and_the_controls_compute_new_cells_only(finished: Finished,
     assert len(list((sweep / "cells").glob("*_alpha2.0.json"))) == 2 * len(LAYERS) * len(SUBSETS)
     seeds = [read(path) for path in (sweep / "cells").glob("*_s1_*.json")]
     assert {one["condition"] for one in seeds} == {"full", "alpha", "random_delta", "shuffled_delta", "dense_delta"}
+    reported = jobs("report", "tiny", f"storage.root={root}", *more)
+    assert reported.returncode == 0, reported.stdout + reported.stderr
     conditions = pd.read_csv(sweep / "report/exp2A_metrics.csv")
     assert set(conditions[conditions.condition == "full"].n_replicas) == {2}
     assert set(conditions[conditions.condition == "no_delta"].n_replicas) == {1}
@@ -172,3 +174,17 @@ def test_a_new_alpha_and_the_controls_compute_new_cells_only(finished: Finished,
     _, runs = runs_of(root)
     keys = [run.data.tags["deltascope.key"] for run in runs]
     assert len(keys) == len(set(keys))
+
+
+def test_two_workers_a_lora_trial_are_one_trial(jobs: Jobs, tmp_path: Path) -> None:
+    """The same rows, steps and losses as one worker's; both are processes of a Ray Train job inside the Tune trial."""
+    small = (f"storage.root={tmp_path}", "lora.trials=1", "compute.precision=fp32")
+    values = []
+    for workers in (1, 2):
+        done = jobs("lora", "tiny", f"name=workers{workers}", f"lora.workers_per_trial={workers}", *small)
+        assert done.returncode == 0, done.stdout + done.stderr
+        result = read(tmp_path / f"sweeps/workers{workers}/lora/trial_0000/result.json")
+        values.append([entry["val_loss"] for entry in result["history"]])
+        assert result["state"] == "COMPLETE"
+    assert values[1] == pytest.approx(values[0], rel=1e-4)
+    assert len(values[0]) > 1
