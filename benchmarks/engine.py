@@ -168,7 +168,10 @@ def cells(number: Annotated[int, typer.Option("--cells")] = 10_000) -> None:
 
 
 @app.command()
-def workers(config: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+def workers(
+    config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
+    above: Annotated[int, typer.Option(help="Lowest layer whose cells are computed.")] = 18,
+) -> None:
     from jobs.context import Context
     from jobs.fanout import Pool
     from jobs.stages.cells import evaluate
@@ -185,7 +188,7 @@ def workers(config: Annotated[list[str] | None, typer.Argument()] = None) -> Non
             works = [
                 work._replace(folder=str(place / "cells"))
                 for work in behaviour_work(context, *behaviour_combination(context))
-                if len(work.sites) == 1
+                if len(work.sites) == 1 and work.sites[0].layer >= above
             ]
             works.sort(key=lambda work: work.sites[0].layer)
             pool = Pool(cluster.Share(1, share.gpus, count))
