@@ -18,9 +18,6 @@ from data.rows import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BUCKET_BATCHES = 16
-"""Batches are cut from runs of this many batches sorted by length: attention pads little, still shuffled."""
-
 
 class Example(NamedTuple):
     """A row as tokens, and how many of its last tokens bear the loss."""
@@ -37,16 +34,15 @@ def example(tokenizer: PreTrainedTokenizerBase, row: Row, loss_on: str = "target
 
 
 def shuffled_batches(rows: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
-    """Endless batches, reshuffled every epoch, rows of similar length together; the same for a seed."""
+    """Endless batches, reshuffled every epoch, the same for a seed.
+
+    Rows of similar length are not kept together: nothing is padded but attention, and on two kinds of rows of unlike
+    length that made nearly every batch one of a kind, at half again the validation loss.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        batches = []
-        for start in range(0, len(order), size * BUCKET_BATCHES):
-            bucket = sorted(order[start : start + size * BUCKET_BATCHES], key=lambda i: len(rows[i].ids))
-            batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            yield [rows[i] for i in batches[index]]
+        for chosen in torch.randperm(len(rows), generator=generator).split(size):
+            yield [rows[index] for index in chosen.tolist()]
 
 
 class Packed(NamedTuple):
