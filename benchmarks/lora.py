@@ -2,10 +2,11 @@
 
     python -m benchmarks.lora [--dtype bf16] [--rows FILE.jsonl] [--rounds 2]
 
-In: a model and JSONL rows {input, target} (default: generated ones). The reference is set up as its documentation
-does: dynamic padding, -100 on every label off the target, AdamW, the same steps, schedule and clipping over the same
-rows. Each side runs in a process of its own, in turns. Out: real tokens a second, peak memory, the held-out loss of
-both by one plain pass, their ratios, and the share of the measured matmul rate that the model's products make.
+In: a model and JSONL rows {input, target} (default: generated ones). The reference is set up as its documentation does:
+dynamic padding, -100 on every label off the target, AdamW, the same steps, schedule and clipping over the same batches
+from the same adapter. Each side runs in a process of its own, in turns. Out: real tokens a second, peak memory, the
+held-out loss of both by one plain pass, their ratios, and the share of the measured matmul rate that the model's
+products make.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from torch.utils.data import SequentialSampler
 
 from data.copy_grammar import copy_sentences
 from data.encoding import Encoded, encode_row
@@ -31,6 +34,7 @@ from data.requests import RequestOptions, tool_rows
 from data.rows import Row, make_row
 from models.sources import load_model, resolve
 from trainers.lora import LoraSettings, train_lora
+from trainers.packing import Example, shuffled_batches
 from trainers.precision import dtype_of
 
 BATCH = 8
@@ -115,7 +119,9 @@ def run_side(side: str, folder: Path, path: str | None, steps: int, dtype: torch
     head = model.get_output_embeddings().weight.numel() * sum(len(row.target) for row in encoded) / tokens
     before = time.process_time()
     if side == "reference":
-        trained, seconds = train_reference(model, tokenizer, encoded, settings)
+        examples = [Example(row.ids, place) for place, row in enumerate(encoded)]
+        order = [row.labelled for batch in islice(shuffled_batches(examples, BATCH, 0), steps) for row in batch]
+        trained, seconds = train_reference(model, tokenizer, [encoded[place] for place in order], settings)
     else:
         trained, seconds = train_ours(model, tokenizer, train, settings)
     return {
@@ -138,9 +144,14 @@ def train_ours(model: Any, tokenizer: Any, rows: Sequence[Row], settings: LoraSe
 
 
 def train_reference(model: Any, tokenizer: Any, rows: Sequence[Encoded], settings: LoraSettings) -> tuple[Any, float]:
-    """As `train_ours`, by transformers' Trainer on a PEFT model."""
+    """As `train_ours`, by transformers' Trainer on a PEFT model, from the same adapter on the same batches."""
+    from accelerate.utils import set_seed
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+            return SequentialSampler(rows)
 
     class Clock(TrainerCallback):
         started = seconds = 0.0
@@ -159,6 +170,7 @@ def train_reference(model: Any, tokenizer: Any, rows: Sequence[Encoded], setting
         task_type=TaskType.CAUSAL_LM,
     )
     clock = Clock()
+    set_seed(settings.seed)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -177,7 +189,7 @@ def train_reference(model: Any, tokenizer: Any, rows: Sequence[Encoded], setting
             logging_strategy="no",
             dataloader_pin_memory=False,
         )
-        trainer = Trainer(
+        trainer = InOrder(
             model=get_peft_model(model, config),
             args=arguments,
             train_dataset=[{"input_ids": row.ids, "labels": [-100] * len(row.prompt) + row.target} for row in rows],  # type: ignore[arg-type]
