@@ -20,6 +20,9 @@ from models.gemma_scope import Candidate, candidates, read, select, selection_la
 from models.sources import model_facts
 from models.transcoder import CONVENTIONS, Taps, check_fits
 
+TOLERATED = 0.1
+"""Share by which a base may miss the L0 asked for without a word."""
+
 
 class LayerTask(NamedTuple):
     """The base transcoders of one layer, as a worker is given them."""
@@ -130,6 +133,11 @@ def _train(context: Context) -> None:
                 bar.advance()
     for layer, folder in folders.items():
         for base in read_json(folder / "manifest.json")["bases"]:
+            if abs(base["val_l0"] / base["target_l0"] - 1) > TOLERATED:
+                context.progress.line(
+                    f"  layer {layer}: L0 is {base['val_l0']:.1f} where {base['target_l0']:g} was asked for, "
+                    f"{base['dead_fraction']:.0%} of the features are dead (val_fvu {base['val_fvu']:.3f})"
+                )
             context.tracker.record(
                 f"transcoders/{base['path']}@{keys.base(settings, layer)}",
                 base["path"],
