@@ -130,7 +130,7 @@ def train_together(config: dict[str, Any]) -> dict[str, Any]:
         scaling_config=ScalingConfig(
             num_workers=config["workers"], use_gpu=config["device"] == "cuda", resources_per_worker=config["resources"]
         ),
-        run_config=RunConfig(name=".train", storage_path=str(folder), callbacks=[TuneReportCallback()]),
+        run_config=RunConfig(name=".train", storage_path=str(folder), callbacks=[TuneReportCallback()]),  # type: ignore[list-item]
     )
     trainer.fit()
     shutil.rmtree(folder / ".train", ignore_errors=True)
