@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Config = Annotated[str, typer.Argument(help="A settings file, or a preset: quickstart, tiny, gemma2_2b.")]
+Config = Annotated[str, typer.Argument(help="A settings file, or a preset: quickstart, tiny, smollm2, gemma2_2b.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
 ]
@@ -34,18 +34,26 @@ Address = Annotated[
     str | None,
     typer.Option(help="A running Ray cluster: auto or HOST:PORT. Default: Ray on this machine."),
 ]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster that others reach without a token.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what this sweep has left and start over.")]
 
 
 def _stage_command(name: str, help: str) -> None:
-    def command(config: Config, overrides: Overrides = None, address: Address = None, fresh: Fresh = False) -> None:
+    def command(
+        config: Config,
+        overrides: Overrides = None,
+        address: Address = None,
+        insecure: Insecure = False,
+        fresh: Fresh = False,
+    ) -> None:
         from jobs.context import Context
         from jobs.sweep import run_sweep
         from search_spaces.load import load
 
         environment.prepare(address)
         until = "report" if name == "sweep" else name
-        run_sweep(Context(load(config, overrides or []), address=address), until=until, fresh=fresh)
+        context = Context(load(config, overrides or []), address=address, insecure=insecure)
+        run_sweep(context, until=until, fresh=fresh)
 
     app.command(name, help=help)(command)
 
@@ -77,6 +85,16 @@ def status(config: Config, overrides: Overrides = None) -> None:
     from search_spaces.load import load
 
     _print_rows(status_rows(Context(load(config, overrides or []))))
+
+
+@app.command()
+def track(config: Config, overrides: Overrides = None) -> None:
+    """Send a sweep's results from disk to MLflow: after a server was away, or to another one. Sends nothing twice."""
+    from jobs.context import Context
+    from jobs.track import track as send
+    from search_spaces.load import load
+
+    send(Context(load(config, overrides or [])))
 
 
 @app.command()

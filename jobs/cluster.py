@@ -6,8 +6,11 @@ In: an address and what one unit of work needs. Out: a running Ray and how many 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
+import os
 import socket
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 256 * 2**20
 """Results travel as files; only small messages go through the object store."""
 CONNECT_SECONDS = 5.0
+STORAGE_SECONDS = 60.0
 NOT_UPLOADED = [".git", ".venv", "mlruns", "**/__pycache__", "*.log", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
 
 
@@ -49,11 +53,13 @@ class Share:
         return Share(0, 0.0, self.at_once // workers)
 
 
-def connect(address: str | None) -> None:
+def connect(address: str | None, insecure: bool = False) -> None:
     """Starts Ray on this machine (loopback only), or joins the cluster at `address`.
 
-    Inside a submitted job the job's own cluster is joined. Raises RequestError where the address does not answer.
+    Inside a submitted job the job's own cluster is joined. Raises RequestError where the address does not answer, and
+    where it is one that others reach without a token, unless `insecure` says that this is meant.
     """
+    asked = address
     address = address or environment.cluster_address() or "local"
     import ray
 
@@ -72,6 +78,24 @@ def connect(address: str | None) -> None:
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         raise RequestError(f"--address: no Ray cluster answers at {address} ({_first_line(error)})") from None
     environment.take_signals()
+    if asked and not insecure:
+        try:
+            check_closed(ray.get_runtime_context().gcs_address)
+        except RequestError:
+            disconnect()
+            raise
+
+
+def check_closed(gcs: str) -> None:
+    """Raises RequestError for a control store at HOST:PORT that anyone on its network may use: not on loopback, and
+    joined without a token."""
+    host = gcs.rpartition(":")[0].strip("[]")
+    if os.environ.get(environment.TOKENS) == "token" or ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
+        return
+    raise RequestError(
+        f"--address: the cluster at {gcs} runs the code of whoever reaches it; start it with "
+        f"{environment.TOKENS}=token and set that here too, or say --insecure"
+    )
 
 
 def disconnect() -> None:
@@ -101,6 +125,41 @@ def share_of(compute: Compute) -> Share:
             "compute.precision: got tf32, which takes a GPU for each trial; allowed here: auto, fp32, bf16"
         )
     return Share(compute.cpus_per_trial, each, min(at_once, compute.max_concurrent or at_once))
+
+
+def check_storage(root: Path) -> None:
+    """Every node sees what the driver writes under `root` and may write there; raises RequestError, naming the node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    marker = root / f".seen_{uuid.uuid4().hex}"
+    marker.write_text("")
+    look = ray.remote(num_cpus=0, max_retries=0)(_may_write_beside)
+    try:
+        asked = {
+            node["NodeManagerAddress"]: look.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(str(marker))
+            for node in nodes
+        }
+        blind = [address for address, answer in asked.items() if not ray.get(answer, timeout=STORAGE_SECONDS)]
+    except ray.exceptions.RayError as error:
+        raise RequestError(f"storage.root: a node did not say whether it sees {root} ({_first_line(error)})") from None
+    finally:
+        marker.unlink()
+    if blind:
+        raise RequestError(
+            f"storage.root: node {', '.join(blind)} cannot read and write {root}; give a folder that every node shares"
+        )
+
+
+def _may_write_beside(marker: str) -> bool:
+    """Runs on each node."""
+    return Path(marker).is_file() and os.access(Path(marker).parent, os.W_OK)
 
 
 def check_answers(address: str) -> None:

@@ -30,6 +30,8 @@ class Context:
     settings: Sweep
     progress: Progress = field(default_factory=Progress)
     address: str | None = None
+    insecure: bool = False
+    """Join a cluster that others reach without a token."""
     failures: list[str] = field(default_factory=list)
     """Trials and cells that failed, each with its reason; they are named at the end."""
 
@@ -62,8 +64,9 @@ class Context:
 
     @cached_property
     def share(self) -> cluster.Share:
-        """What one worker gets; asking for it starts or joins the cluster."""
-        cluster.connect(self.address)
+        """What one worker gets; asking for it starts or joins the cluster, whose nodes must share the storage."""
+        cluster.connect(self.address, self.insecure)
+        cluster.check_storage(self.space.root)
         return cluster.share_of(self.settings.compute)
 
     @cached_property

@@ -120,9 +120,7 @@ def _run_stage(context: Context, stage: Stage) -> None:
     # What follows from this stage is out of date from here on, however this run ends.
     for later in STAGES[NAMES.index(stage.name) :]:
         (later.folder(context) / MANIFEST).unlink(missing_ok=True)
-    parameters = {name: getattr(context.settings, name).model_dump(mode="json") for name in stage.parameters}
-    flat = {f"{section}.{key}": value for section, values in parameters.items() for key, value in values.items()}
-    context.tracker.open(stage.name, stage.name, parent="sweep", params=flat)
+    open_stage(context, stage)
     status = "FAILED"
     try:
         module = importlib.import_module(f"jobs.stages.{stage.name}")
@@ -140,6 +138,13 @@ def _run_stage(context: Context, stage: Stage) -> None:
         raise
     finally:
         context.tracker.close(stage.name, {"seconds": time.time() - started}, status=status)
+
+
+def open_stage(context: Context, stage: Stage) -> None:
+    """The stage's run in MLflow, with the settings that the stage reads."""
+    parameters = {name: getattr(context.settings, name).model_dump(mode="json") for name in stage.parameters}
+    flat = {f"{section}.{key}": value for section, values in parameters.items() for key, value in values.items()}
+    context.tracker.open(stage.name, stage.name, parent="sweep", params=flat)
 
 
 def write_settings(context: Context) -> None:

@@ -38,7 +38,7 @@ def _guarded(method: Callable[..., None]) -> Callable[..., None]:
             method(self, *arguments, **options)
         except (MlflowException, OSError, SQLAlchemyError) as error:
             self.lost = True
-            self._say(f"  MLflow stopped answering ({_short(error)}); the same command tracks the results later")
+            self._say(f"  MLflow stopped answering ({_short(error)}); nothing is lost: `python -m jobs track` sends it")
 
     return call
 
@@ -101,6 +101,13 @@ class Tracker:
             self._runs[key] = run.info.run_id
         else:
             self._client.update_run(self._runs[key], status="RUNNING")
+
+    def is_finished(self, key: str) -> bool:
+        """Whether there is a run of `key` that has ended well."""
+        try:
+            return key in self._runs and self._client.get_run(self._runs[key]).info.status == "FINISHED"
+        except (MlflowException, OSError, SQLAlchemyError):
+            return False  # whatever is sent next says so
 
     @_guarded
     def log(self, key: str, metrics: dict[str, Any]) -> None:

@@ -28,12 +28,7 @@ def run(context: Context) -> dict[str, Any]:
 def _say(context: Context, report: dict[str, Any]) -> None:
     """Counts, rejects and the leakage check, on the terminal and in MLflow."""
     leakage = report["leakage"]
-    metrics: dict[str, Any] = {"leakage_ok": float(leakage["ok"]), "leakage_left_out": leakage["left_out"]}
-    for split, counts in report["counts"].items():
-        values = counts.items() if isinstance(counts, dict) else [("lines", counts)]
-        metrics |= {f"{split}_{label}": count for label, count in values}
     for key, account in report["files"].items():
-        metrics[f"{key}_rejected"] = account["rejected"]
         context.progress.line(f"  {key}: " + ", ".join(f"{name} {value}" for name, value in _numbers(account)))
         for example in account["first"]:
             context.progress.line(f"    {example}")
@@ -41,7 +36,17 @@ def _say(context: Context, report: dict[str, Any]) -> None:
         f"  leakage between train, validation and evaluation: {'none' if leakage['ok'] else leakage['pairs']}"
         + (f" ({leakage['left_out']} leaking lines of yours left out)" if leakage["left_out"] else "")
     )
-    context.tracker.log("data", metrics)
+    context.tracker.log("data", metrics_of(report))
+
+
+def metrics_of(report: dict[str, Any]) -> dict[str, float]:
+    """What of the stage's report goes to MLflow."""
+    leakage = report["leakage"]
+    metrics = {"leakage_ok": float(leakage["ok"]), "leakage_left_out": leakage["left_out"]}
+    for split, counts in report["counts"].items():
+        values = counts.items() if isinstance(counts, dict) else [("lines", counts)]
+        metrics |= {f"{split}_{label}": count for label, count in values}
+    return metrics | {f"{key}_rejected": account["rejected"] for key, account in report["files"].items()}
 
 
 def _numbers(account: dict[str, Any]) -> list[tuple[str, int]]:

@@ -15,7 +15,7 @@ from jobs.errors import WorkFailed
 from jobs.stages.cells import SitePlan, Work, cells_of, evaluate, without_cells
 from jobs.stages.deltas import STAGE as DELTAS
 from jobs.stages.deltas import group_name, replica_folder
-from jobs.stages.records import record_cell
+from jobs.stages.records import record_cells
 from jobs.stages.transcoders import chosen_base, root
 from jobs.workspace import FINETUNED, key_of, read_json
 from models.gemma_scope import selection_label
@@ -71,7 +71,7 @@ def _compute(context: Context, works: list[Work], label: str) -> None:
     for work in works:
         cells = cells_of(work)
         done = {name for name, key in cells.items() if there(name, key)}
-        _track(context, sorted(done))
+        record_cells(context, sorted(done))
         total, finished = total + len(cells), finished + len(done)
         if len(done) < len(cells) or not cells:
             missing.append(without_cells(work, done))
@@ -83,7 +83,7 @@ def _compute(context: Context, works: list[Work], label: str) -> None:
             if outcome.error:
                 context.failures.append(f"cells {outcome.task.name}: {outcome.error}")
             else:
-                _track(context, outcome.result)
+                record_cells(context, outcome.result)
             bar.advance(len(cells_of(outcome.task)))
     if label == "raw model" and context.failures:
         raise WorkFailed("the raw model could not be evaluated: " + "; ".join(context.failures))
@@ -99,14 +99,6 @@ def _layers_to_run(context: Context, work: Work) -> int:
     if work.kind == "features":  # forward, backward, and each ablation
         return (3 + work.ablations) * len(work.subsets) * above
     return max(1, len(work.strengths)) * above + sum(count for _ in work.controls)
-
-
-def _track(context: Context, names: list[str]) -> None:
-    from evaluators.pooling import cell_metrics
-
-    for name in names:
-        cell = read_json(context.space.cells / f"{name}.json")
-        record_cell(context, name, cell, cell_metrics(cell))
 
 
 def _shared(context: Context) -> dict[str, Any]:

@@ -6,9 +6,11 @@ said once; the results stay on disk and are tracked by the next run of the same 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from jobs.context import Context
+from jobs.workspace import read_json
 
 STATUS = {"COMPLETE": "FINISHED", "STOPPED": "KILLED", "FAILED": "FAILED"}
 
@@ -33,6 +35,24 @@ def record_trial(context: Context, stage: str, group: str, result: dict[str, Any
         started=result["started"],
         seconds=result["seconds"],
     )
+
+
+def record_base(context: Context, layer: int, key: str, base: dict[str, Any]) -> None:
+    context.tracker.record(
+        f"transcoders/{base['path']}@{key}",
+        base["path"],
+        "transcoders",
+        params={"layer": layer, "target_l0": base["target_l0"], "path": base["path"]},
+        metrics=base,
+    )
+
+
+def record_cells(context: Context, names: Iterable[str]) -> None:
+    from evaluators.pooling import cell_metrics
+
+    for name in names:
+        cell = read_json(context.space.cells / f"{name}.json")
+        record_cell(context, name, cell, cell_metrics(cell))
 
 
 def record_cell(context: Context, name: str, cell: dict[str, Any], metrics: dict[str, Any]) -> None:

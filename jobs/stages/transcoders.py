@@ -14,6 +14,7 @@ from jobs.context import Context
 from jobs.errors import WorkFailed
 from jobs.stages.activations import capture_model
 from jobs.stages.loaded import bridge
+from jobs.stages.records import record_base
 from jobs.workspace import finish as finish_folder
 from jobs.workspace import is_finished, keyed_folder, read_json
 from models.gemma_scope import Candidate, candidates, read, select, selection_label, width_label, write
@@ -138,13 +139,7 @@ def _train(context: Context) -> None:
                     f"  layer {layer}: L0 is {base['val_l0']:.1f} where {base['target_l0']:g} was asked for, "
                     f"{base['dead_fraction']:.0%} of the features are dead (val_fvu {base['val_fvu']:.3f})"
                 )
-            context.tracker.record(
-                f"transcoders/{base['path']}@{keys.base(settings, layer)}",
-                base["path"],
-                "transcoders",
-                params={"layer": layer, "target_l0": base["target_l0"], "path": base["path"]},
-                metrics=base,
-            )
+            record_base(context, layer, keys.base(settings, layer), base)
 
 
 def _check(context: Context, candidate: Candidate, layer: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -142,6 +143,27 @@ def test_a_second_run_finds_everything_done(finished: Finished, jobs: Jobs) -> N
     assert "everything is done already" in again.stdout
     assert "report.html" in again.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (finished[0] / "sweeps/tiny/cells").iterdir()}
+
+
+def test_another_server_gets_everything_from_disk(finished: Finished, jobs: Jobs, tmp_path: Path) -> None:
+    """The store is gone: `track` sends the same runs with the same metrics, and nothing when asked again."""
+    copied = tmp_path / "mlruns"
+    shutil.copytree(finished[0], copied)
+    (copied / "mlflow.db").unlink()
+    for _ in range(2):
+        sent = jobs("track", "tiny", f"storage.root={copied}", timeout=120)
+        assert sent.returncode == 0, sent.stdout + sent.stderr
+        assert "everything of tiny is in MLflow" in sent.stdout
+        expected, found = (
+            {run.data.tags["deltascope.key"]: run for run in runs_of(root)[1]} for root in (finished[0], copied)
+        )
+        assert set(found) == set(expected)
+        assert len(runs_of(copied)[1]) == len(found)
+        for key, run in expected.items():
+            assert found[key].info.status == run.info.status
+            assert set(found[key].data.metrics) == set(run.data.metrics)
+            assert found[key].data.metrics.get("val_loss") == run.data.metrics.get("val_loss")
+    assert jobs("track", "tiny", f"storage.root={tmp_path / 'nothing'}").returncode == 2
 
 
 def test_a_new_alpha_and_the_controls_compute_new_cells_only(finished: Finished, jobs: Jobs) -> None:
