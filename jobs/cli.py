@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -68,13 +69,18 @@ _stage_command("report", "Run the study up to its report.")
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None) -> None:
-    """Print what a sweep would do: trials, cells, disk, bases, time where it is known. Runs nothing."""
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Also forecast this many workers.", min=1)] = None,
+    measured: Annotated[Path | None, typer.Option(help="A sweep's folder whose costs count; default: its own.")] = None,
+) -> None:
+    """Print what a sweep would do: trials, cells, disk, bases, and its time at measured costs. Runs nothing."""
     from jobs.context import Context
     from jobs.plan import plan_rows
     from search_spaces.load import load
 
-    _print_rows(plan_rows(Context(load(config, overrides or []))))
+    _print_rows(plan_rows(Context(load(config, overrides or [])), measured, gpus))
 
 
 @app.command()

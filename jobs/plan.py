@@ -5,11 +5,14 @@ In: a `Context`. Out: rows of text. Nothing is trained and nothing is written bu
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from evaluators.interventions import CONDITIONS
 from jobs.context import Context
+from jobs.errors import RequestError
 from jobs.progress import clock
+from jobs.schedule import schedule_rows
 from jobs.stages.transcoders import chosen_base
 from jobs.sweep import STAGES
 from jobs.workspace import MANIFEST, read_json
@@ -18,8 +21,10 @@ from models.gemma_scope import selection_label
 Rows = list[tuple[str, str]]
 
 
-def plan_rows(context: Context) -> Rows:
-    """What the whole sweep consists of; raises RequestError or ModelError as the sweep itself would."""
+def plan_rows(context: Context, measured: Path | None = None, workers: int | None = None) -> Rows:
+    """What the whole sweep consists of, and its time on 1, 8, 64, 512 and `workers` workers at the costs that the sweep
+    in the folder `measured` had (default: the one of this name); raises RequestError or ModelError as the sweep would.
+    """
     context.check_request()
     settings = context.settings
     layers, deltas, evaluate = context.layers, settings.deltas, settings.evaluate
@@ -42,9 +47,11 @@ def plan_rows(context: Context) -> Rows:
         ("disk", f"{context.bytes_needed / 1e9:.2f} GB"),
         *_bases(context),
     ]
-    measured = _measured(context)
-    rows += measured or [("time", "not known: no sweep of this name has been measured under this root")]
-    return rows
+    rows += _measured(context)
+    forecast = schedule_rows(context, measured or context.space.folder, workers)
+    if measured and not forecast:
+        raise RequestError(f"--measured: {measured} holds no sweep that has trials and cells of these widths")
+    return rows + (forecast or [("time on more workers", "not known: run it once, or name a sweep with --measured")])
 
 
 def status_rows(context: Context) -> Rows:

@@ -128,7 +128,9 @@ def _run_stage(context: Context, stage: Stage) -> None:
         seconds = time.time() - started
         # After a failure nothing counts as finished: the next run of the same command goes on from there.
         if not context.failures:
-            finish(stage.folder(context), stage.key(context), {**facts, "seconds": seconds})
+            workers = context.share.at_once if "share" in vars(context) else 1  # a stage without work starts no Ray
+            facts |= {"seconds": seconds, "workers": workers}
+            finish(stage.folder(context), stage.key(context), facts)
         else:
             write_json(stage.folder(context) / MANIFEST, {"key": "incomplete", **facts, "seconds": seconds})
         status = "FINISHED"

@@ -6,6 +6,7 @@ Scope's layout where they are trained here, and which candidate each percentile 
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
     from trainers.capture import layer_folder
     from trainers.precision import resolve_precision
 
+    started = time.perf_counter()
     bridge.cache_clear()  # the model of the capture is not needed any more
     section = dict(task.section)
     targets = section.pop("target_l0")
@@ -99,7 +101,7 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
         path = folder / width_label(section["width"]) / name
         write(one.transcoder, path, one.facts)
         facts.append({"layer": task.layer, "path": str(path.relative_to(folder.parent)), **one.facts})
-    finish_folder(folder, task.key, {"bases": facts})
+    finish_folder(folder, task.key, {"bases": facts, "seconds": time.perf_counter() - started})
     return {"layer": task.layer, "bases": facts}
 
 

@@ -210,3 +210,14 @@ def test_two_workers_a_lora_trial_are_one_trial(jobs: Jobs, tmp_path: Path) -> N
         assert result["state"] == "COMPLETE"
     assert values[1] == pytest.approx(values[0], rel=1e-4)
     assert len(values[0]) > 1
+
+
+def test_a_plan_forecasts_more_workers_from_a_finished_sweep(finished: Finished, jobs: Jobs) -> None:
+    planned = jobs("plan", "tiny", f"storage.root={finished[0]}", "--gpus", "3")
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    for workers in (1, 3, 8, 64, 512):
+        assert f"on {workers} workers" in planned.stdout
+    assert "% busy; most lost in" in planned.stdout
+    elsewhere = jobs("plan", "tiny", "--measured", str(finished[0]))
+    assert elsewhere.returncode == 2
+    assert "holds no sweep" in elsewhere.stdout + elsewhere.stderr
