@@ -22,6 +22,7 @@ def config(folder, model, data):
         "device": "cpu",
         "precision": "fp32",
         "threads": 1,
+        "workers": 1,
         "seed": 0,
         "checkpoint_seconds": 0.0,
         "settings": {"steps": 6, "eval_every": 2},
