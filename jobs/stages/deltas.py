@@ -20,6 +20,11 @@ from jobs.workspace import is_finished, keyed_folder, read_json, write_json
 from models.gemma_scope import selection_label
 
 STAGE = "deltas"
+PASSED_ON = {
+    *("replicas", "epochs", "batch_size", "l0_budget", "threshold", "sparsity_warmup_fraction", "lr_warmup_fraction"),
+    *("weight_decay", "grad_clip", "patience"),
+}
+"""Settings of the section that reach the trainer by their names."""
 
 
 class ResidualTask(NamedTuple):
@@ -86,12 +91,7 @@ def delta_groups(context: Context, activations: Path) -> list[Any]:
     from jobs.studies import Group
 
     settings, section = context.settings, context.settings.deltas
-    fixed = section.model_dump(
-        include={
-            "replicas", "epochs", "batch_size", "l0_budget", "sparsity_warmup_fraction", "lr_warmup_fraction",
-            "weight_decay", "grad_clip", "patience",
-        }
-    )  # fmt: skip
+    fixed = section.model_dump(include=PASSED_ON)
     groups = []
     for layer in context.layers:
         for percentile in section.selections:

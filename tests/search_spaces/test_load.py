@@ -7,6 +7,7 @@ import json
 import pytest
 import yaml
 
+from jobs.stages import deltas, lora
 from search_spaces.load import SettingsError, load, presets
 from search_spaces.schema import Choice, Range, Sweep
 from trainers.base_transcoder import BaseSettings
@@ -208,8 +209,11 @@ def test_the_names_of_the_settings_are_the_trainers(section, space, trainer):
         assert set(type(getattr(sweep, space).space).model_fields) <= known
     search = {"trials", "asha", "grace_evals", "reduction_factor", "space", "sampler", "warm_start"}
     elsewhere = {
-        "lora": search,
+        "lora": search | {"workers_per_trial"},
         "deltas": search | {"percentiles", "target_l0", "objectives"},
         "transcoders": {"source", "convention", "layers", "target_l0"},
     }
-    assert set(type(getattr(sweep, section)).model_fields) - elsewhere[section] <= known
+    meant = set(type(getattr(sweep, section)).model_fields) - elsewhere[section]
+    assert meant <= known
+    passed_on = {"lora": lora.PASSED_ON, "deltas": deltas.PASSED_ON | {"d_new"}}
+    assert passed_on.get(section, meant) == meant
