@@ -10,8 +10,6 @@ import ipaddress
 import logging
 import os
 import socket
-import sys
-import threading
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +67,6 @@ def connect(address: str | None, insecure: bool = False) -> None:
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address == "local":
-        _leave_with_the_raylet()
         ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         environment.take_signals()
         return
@@ -101,40 +98,9 @@ def check_closed(gcs: str) -> None:
     )
 
 
-def _leave_with_the_raylet() -> None:
-    """Ends this process when the raylet that it is about to start dies: Ray itself would wait for it for ever.
-
-    What is finished lies on disk, as after any kill.
-    """
-    import psutil
-
-    ours = psutil.Process()
-    _leaving.clear()
-
-    def watch() -> None:
-        raylets: list[psutil.Process] = []
-        while not raylets and not _leaving.wait(0.2):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                raylets = [child for child in ours.children(recursive=True) if child.name() == "raylet"]
-        psutil.wait_procs(raylets)
-        if not _leaving.is_set():
-            print("error: Ray's node manager has died; the same command goes on from here", file=sys.stderr, flush=True)
-            for child in ours.children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-            os._exit(1)
-
-    threading.Thread(target=watch, name="raylet", daemon=True).start()
-
-
-_leaving = threading.Event()
-"""Set when Ray is shut down on purpose."""
-
-
 def disconnect() -> None:
     import ray
 
-    _leaving.set()
     with contextlib.suppress(Exception):
         ray.shutdown()
 
