@@ -5,7 +5,9 @@ In: arguments. Out: an exit status: 0 done, 1 some trials or cells failed, 2 the
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -254,6 +256,11 @@ def main() -> None:
         raise
     if status == INTERRUPTED:
         _say("stopped; the same command goes on from here")
+        # Everything is put away. Taking the interpreter down as well, with threads of Ray's in it that an interrupt cut
+        # short, ends in a segmentation fault now and then.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)
     sys.exit(status or 0)
 
 
