@@ -3,12 +3,11 @@
     python -m benchmarks.engine trials [--trials 200]
     python -m benchmarks.engine cells [--cells 10000]
     python -m benchmarks.engine workers [quickstart storage.root=mlruns]
-    python -m benchmarks.engine share mlruns/sweeps/quickstart
 
 `trials`: seconds a short trial costs over its own time, with our search and tracking, with Ray Tune as its
 documentation shows it (defaults, MLflowLoggerCallback), and with Optuna alone on joblib processes. `cells`: trivial
 cells a second through the fan-out and as bare Ray tasks. `workers`: behaviour cells of a finished sweep by one worker
-and by two, a thread each. `share`: how much of a finished sweep's time was spent outside training and evaluation.
+and by two, a thread each.
 """
 
 from __future__ import annotations
@@ -206,30 +205,6 @@ def workers(
 
 def _all_but_raw(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if not name.startswith("raw_")]
-
-
-@app.command()
-def share(sweep: Annotated[Path, typer.Argument(help="Folder of a finished sweep.")]) -> None:
-    from jobs.workspace import MANIFEST, read_json
-
-    spent = {path.parent.name: read_json(path)["seconds"] for path in sweep.glob(f"*/{MANIFEST}")}
-    whole = sum(spent.values())
-    slots = 2
-    work = {
-        "lora": _seconds(sweep.glob("lora/trial_*/result.json")),
-        "deltas": _seconds(sweep.glob("deltas/layer_*/*/d*/trial_*/result.json")),
-    }
-    typer.echo(
-        f"stages: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in spent.items())}; {whole:.0f} s in all"
-    )
-    for name, seconds in work.items():
-        typer.echo(f"  {name}: trials ran {seconds:.0f} s of {spent[name] * slots:.0f} s on {slots} workers")
-
-
-def _seconds(paths: Iterator[Path]) -> float:
-    from jobs.workspace import read_json
-
-    return sum(read_json(path)["seconds"] for path in paths)
 
 
 @contextmanager
