@@ -74,6 +74,23 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
     return Batch(ids, positions >= 0, positions.clamp(min=0))
 
 
+def pad_right(rows: Sequence[Sequence[int]], starts: Sequence[int], pad_id: int) -> Batch:
+    """What follows in rows that have begun, as one batch padded on the right to the longest; row i goes on at position
+    `starts[i]`. Padding is masked. Raises ValueError without rows."""
+    if not rows:
+        raise ValueError("a batch needs at least one row")
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([list(row) + [pad_id] * (longest - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    columns = torch.arange(longest).unsqueeze(0)
+    return Batch(ids, columns < lengths, torch.tensor(starts).unsqueeze(1) + columns)
+
+
+def beside(left: Batch, right: Batch) -> Batch:
+    """The columns of two batches of the same rows."""
+    return Batch(*(torch.cat(pair, dim=1) for pair in zip(left, right, strict=True)))
+
+
 def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Row indices in batches of similar length, each at most `batch_tokens` padded tokens (or one row)."""
     batch: list[int] = []

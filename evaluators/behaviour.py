@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from data.encoding import encode_row
 from data.rows import Row
-from evaluators.decoding import Job, Scored, Stop, generate, score
+from evaluators.decoding import Stop, generate
 from evaluators.interventions import Site
 from evaluators.passes import ALL, Prefixes, Shortcuts
 from evaluators.scoring import score_row
+from evaluators.teacher_forcing import Job, Scored, score
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -52,15 +53,19 @@ def evaluate_behaviour(
     encoded = [encode_row(bridge.tokenizer, row.input, row.target) for row in rows]
     first = [0, *accumulate(len(row.ids) - 1 for row in encoded[:-1])]
     stop = Stop(bridge.tokenizer, max_new_tokens)
-    given: dict[str, Any] = {"shortcuts": shortcuts, "prefixes": prefixes}
     for group in _together(asks) if shortcuts.rows_for_strengths else [[ask] for ask in asks]:
         condition = group[0].condition
         started = time.perf_counter()
         strengths = [1.0 if ask.alpha is None else ask.alpha for ask in group]
-        jobs = [Job(row, alpha, place) for alpha in strengths for row, place in zip(encoded, first, strict=True)]
-        scored = score(bridge, jobs, sites, condition, batch_size, whole_text=whole_text, **given)
-        guesses = list(raw_outputs) * len(group)
-        outputs = generate(bridge, jobs, sites, condition, stop, scored, guesses, batch_size, **given)
+        jobs = [
+            Job(row, alpha, place, guess=guess)
+            for alpha in strengths
+            for row, place, guess in zip(encoded, first, raw_outputs or [()] * len(encoded), strict=True)
+        ]
+        scored = score(
+            bridge, jobs, sites, condition, batch_size, whole_text=whole_text, shortcuts=shortcuts, prefixes=prefixes
+        )
+        outputs = generate(bridge, jobs, sites, condition, stop, scored, batch_size, shortcuts=shortcuts)
         seconds = (time.perf_counter() - started) / len(group)
         for number, ask in enumerate(group):
             places = slice(number * len(rows), (number + 1) * len(rows))

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from data.encoding import Encoded, encode_row, pad_left
 from data.rows import Row
-from evaluators.decoding import Job, Stop, decode, score
+from evaluators.decoding import Stop, decode
 from evaluators.interventions import Site, spliced
 from evaluators.passes import Shortcuts, forward
+from evaluators.teacher_forcing import Job, score
 from models.bridge import device_of
 
 if TYPE_CHECKING:

@@ -1,60 +1,37 @@
-"""Teacher-forced scoring and greedy generation under an intervention.
+"""Greedy generation under an intervention.
 
-In: a TransformerBridge, encoded prompts and targets, sites and a condition with one strength a row. Out: for each row
-its cross-entropy, activation sums and greedy output. Greedy decoding is deterministic, so a teacher-forced pass over a
-guess proves the output as far as each guessed token is the argmax; only rows that leave the guess are decoded, from
-the first token that differs.
+In: a TransformerBridge, prompts, sites and a condition with one strength a row, and what teacher forcing has shown.
+Out: the greedy output of each row. Greedy decoding is deterministic, so a teacher-forced pass over a guess proves the
+output as far as each guessed token is the argmax; only rows that leave their guesses are decoded, from the first token
+that differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from transformers import DynamicCache
 
-from data.encoding import Batch, Encoded, pad_left
+from data.encoding import Batch, Encoded, beside, pad_left, pad_right
 from evaluators.batching import in_slices
 from evaluators.interventions import Site, Splice, spliced
-from evaluators.passes import ALL, Prefixes, Shortcuts, forward, project, resume
+from evaluators.passes import ALL, Shortcuts, forward
 from evaluators.scoring import CALL_CLOSE
+from evaluators.teacher_forcing import Job, Scored, agreed, prepare
 from models.bridge import device_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class Job:
-    """One row to evaluate: a prompt, its target, the strength of the delta, the number of its first token after BOS in
-    the whole text, and the delta feature that it lacks (-1: none)."""
-
-    encoded: Encoded
-    alpha: float = 1.0
-    first: int = 0
-    ablated: int = -1
-
-
-class Scored(NamedTuple):
-    """Teacher-forced figures of a row.
-
-    nll: nats, summed over target tokens and EOS. base_acts, delta_acts: sums of |activation| over the `n_act_tokens`
-    tokens of prompt and target after BOS. argmax: the model's choice at each target token. text_nll: nats, summed over
-    those same tokens, where they were asked for.
-    """
-
-    nll: float
-    n_tokens: int
-    base_acts: float
-    delta_acts: float
-    n_act_tokens: int
-    argmax: list[int]
-    text_nll: float | None = None
+DRAFTED = 16
+"""Tokens a step may try ahead, over all its rows: about as many as take no longer than one, since a step reads every
+weight anyway."""
 
 
 @dataclass(frozen=True)
@@ -84,89 +61,6 @@ class Stop:
         return frozenset(index for token, index in self.tokenizer.get_vocab().items() if CALL_CLOSE[-1] in token)
 
 
-@torch.inference_mode()
-def score(
-    bridge: TransformerBridge,
-    jobs: Sequence[Job],
-    sites: Sequence[Site],
-    condition: str,
-    batch_size: int = 32,
-    *,
-    whole_text: bool = False,
-    shortcuts: Shortcuts = ALL,
-    prefixes: Prefixes | None = None,
-) -> list[Scored]:
-    """Teacher-forced pass over every row, in batches of at most `batch_size` rows of similar length, in the order of
-    `jobs`. With `whole_text`, `text_nll` too. `prefixes` that hold the lowest site's layer spare its computation."""
-    shared = shortcuts.share_prefix and condition != "raw"
-    if shared and prefixes is None:
-        lowest = min(sites, key=lambda site: site.layer)
-        prefixes = Prefixes(bridge, [lowest.layer], lowest.base.taps, batch_size=batch_size)
-    results: dict[int, Scored] = {}
-    order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.ids), jobs[i].encoded.ids, i))
-    with spliced(bridge, sites, condition, record=True, above_first=shared) as splice:
-
-        def run(chosen: Sequence[int]) -> None:
-            batch = [jobs[i] for i in chosen]
-            scored = _score_batch(bridge, batch, splice, whole_text, shortcuts, prefixes if shared else None)
-            results.update(zip(chosen, scored, strict=True))
-
-        in_slices(order, batch_size, run)
-    return [results[i] for i in range(len(jobs))]
-
-
-def _score_batch(
-    bridge: TransformerBridge,
-    jobs: Sequence[Job],
-    splice: Splice,
-    whole_text: bool,
-    shortcuts: Shortcuts,
-    prefixes: Prefixes | None,
-) -> list[Scored]:
-    rows = [job.encoded for job in jobs]
-    batch = pad_left([row.ids for row in rows], bridge.tokenizer.pad_token_id).to(device_of(bridge))
-    length = batch.ids.shape[1]
-    _prepare(splice, batch, jobs)
-    # Column c is predicted from column c - 1.
-    counts = [len(row.ids) - 1 if whole_text else len(row.target) for row in rows]
-    columns = torch.cat([torch.arange(length - count, length) for count in counts]).to(batch.ids.device)
-    lines = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)).to(batch.ids.device)
-    labels = batch.ids[lines, columns]
-    if not shortcuts.target_logits and prefixes is None:
-        chunks: Iterable[Tensor] = [forward(bridge, batch, length)[lines, columns - 1]]
-    else:
-        start: tuple[int, Tensor] | tuple[None, None] = (None, None)
-        if prefixes is not None:
-            texts = list(dict.fromkeys(tuple(row.ids) for row in rows))
-            found = prefixes.get(splice.sites[0].layer, texts)
-            start = splice.sites[0].layer, splice.start(found, [texts.index(tuple(row.ids)) for row in rows], length)
-        residual = resume(bridge, batch, *start)
-        if shortcuts.target_logits:
-            chunks = project(bridge, residual[lines, columns - 1])
-        else:
-            every = torch.cat(list(project(bridge, residual.flatten(0, 1)))).view(*batch.ids.shape, -1)
-            chunks = [every[lines, columns - 1]]
-    nlls, choices, done = [], [], 0
-    for logits in chunks:
-        nlls.append(functional.cross_entropy(logits, labels[done : done + len(logits)], reduction="none"))
-        choices.append(logits.argmax(-1))
-        done += len(logits)
-    nll, argmax = torch.cat(nlls).double().cpu().split(counts), torch.cat(choices).cpu().split(counts)
-    base_acts, delta_acts = splice.base_acts.tolist(), splice.delta_acts.tolist()
-    return [
-        Scored(
-            nll=nll[place][-len(row.target) :].sum().item(),
-            n_tokens=len(row.target),
-            base_acts=base_acts[place],
-            delta_acts=delta_acts[place],
-            n_act_tokens=len(row.ids) - 1,
-            argmax=argmax[place][-len(row.target) :].tolist(),
-            text_nll=nll[place].sum().item() if whole_text else None,
-        )
-        for place, row in enumerate(rows)
-    ]
-
-
 def generate(
     bridge: TransformerBridge,
     jobs: Sequence[Job],
@@ -174,29 +68,28 @@ def generate(
     condition: str,
     stop: Stop,
     scored: Sequence[Scored],
-    guesses: Sequence[Sequence[int]] = (),
     batch_size: int = 32,
     *,
     shortcuts: Shortcuts = ALL,
-    prefixes: Prefixes | None = None,
 ) -> list[list[int]]:
     """Greedy output tokens of every row, those that `decode` gives from the bare prompt.
 
-    `scored` is the teacher-forced pass over the targets, the first guess; `guesses` (such as raw's outputs; empty where
-    a row has none) are tried next. What neither proves is decoded from the first token that differs.
+    `scored` is the teacher-forced pass over the targets and, where they are not the output, the rows' guesses. What
+    neither proves is decoded from the first token that differs.
     """
     if not shortcuts.verify:
-        bare = [replace(job, encoded=Encoded(job.encoded.prompt, [])) for job in jobs]
+        bare = [replace(job, encoded=Encoded(job.encoded.prompt, []), guess=()) for job in jobs]
         return decode(bridge, bare, [[]] * len(jobs), sites, condition, stop, batch_size, shortcuts=shortcuts)
-    proven = [_prove(job.encoded.target, figures.argmax, stop) for job, figures in zip(jobs, scored, strict=True)]
-    if guesses:
-        left = [i for i, one in enumerate(proven) if not one.ended and len(guesses[i])]
-        again = [replace(jobs[i], encoded=Encoded(jobs[i].encoded.prompt, list(guesses[i]))) for i in left]
-        tried = score(bridge, again, sites, condition, batch_size, shortcuts=shortcuts, prefixes=prefixes)
-        for i, figures in zip(left, tried, strict=True):
-            proven[i] = max(proven[i], _prove(guesses[i], figures.argmax, stop), key=lambda one: len(one.tokens))
+    proven = [_prove(job, figures, stop) for job, figures in zip(jobs, scored, strict=True)]
     left = [i for i, one in enumerate(proven) if not one.ended]
-    starts = [replace(jobs[i], encoded=Encoded(jobs[i].encoded.prompt + proven[i].tokens, [])) for i in left]
+    starts = [
+        replace(
+            jobs[i],
+            encoded=Encoded(jobs[i].encoded.prompt + proven[i].tokens, []),
+            guess=[*jobs[i].encoded.ids, *jobs[i].guess],
+        )
+        for i in left
+    ]
     begun = [proven[i].tokens for i in left]
     outputs = decode(bridge, starts, begun, sites, condition, stop, batch_size, shortcuts=shortcuts)
     decoded = dict(zip(left, outputs, strict=True))
@@ -210,13 +103,11 @@ class _Proven(NamedTuple):
     ended: bool
 
 
-def _prove(guess: Sequence[int], argmax: Sequence[int], stop: Stop) -> _Proven:
-    """What a teacher-forced pass over `guess` proves: the guess as far as each token is the argmax, and the argmax that
-    replaces the first one that is not."""
-    agreed = 0
-    while agreed < len(guess) and guess[agreed] == argmax[agreed]:
-        agreed += 1
-    tokens = [*guess[:agreed], *argmax[agreed : agreed + 1]]
+def _prove(job: Job, scored: Scored, stop: Stop) -> _Proven:
+    """What the teacher-forced pass proves of a row's output."""
+    tokens = agreed(job.encoded.target, scored.argmax)
+    if scored.guessed and stop.cut(tokens) is None:
+        tokens = agreed(job.guess, scored.guessed)
     output = stop.cut(tokens)
     return _Proven(tokens, False) if output is None else _Proven(output, True)
 
@@ -235,8 +126,8 @@ def decode(
 ) -> list[list[int]]:
     """Greedy decoding token by token: the output tokens of every row, in the order of `jobs`.
 
-    Each job's prompt ends with the row's tokens of `begun`, with which its output opens. `use_cache` spares work and
-    changes no token.
+    Each job's prompt ends with the row's tokens of `begun`, with which its output opens; its guess is a text that may
+    hold pieces of what follows. `use_cache` spares work and changes no token.
     """
     results: dict[int, list[int]] = {}
     order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.prompt), i))
@@ -261,34 +152,56 @@ def _decode_batch(
     stop_early: bool,
 ) -> None:
     """Extends `outputs` in place until every row has ended; without `stop_early` to the budget, and cuts afterwards."""
-    from transformers import DynamicCache
-
     model: Any = bridge.original_model
-    context = pad_left([job.encoded.prompt for job in jobs], bridge.tokenizer.pad_token_id).to(device_of(bridge))
-    chunk = context
-    cache = DynamicCache(config=model.config) if use_cache else None
+    pad = bridge.tokenizer.pad_token_id
+    cache: Any = DynamicCache(config=model.config) if use_cache else None
+    window = _window(cache) if use_cache else 0
+    said = [list(job.encoded.prompt) for job in jobs]
+    fed = pad_left(said, pad).to(device_of(bridge))
+    seen = Batch(*(column[:, :0] for column in fed))
 
     def is_open(output: list[int]) -> bool:
         return stop.cut(output) is None if stop_early else len(output) < stop.max_new_tokens
 
     open_rows = [is_open(output) for output in outputs]
     while any(open_rows):
-        _prepare(splice, chunk, jobs)
-        logits = forward(bridge, chunk, 1, cache=cache, mask=context.mask)
-        tokens = logits[:, -1].argmax(-1)
-        for row, token in enumerate(tokens.tolist()):
-            if open_rows[row]:
-                outputs[row].append(token)
-                open_rows[row] = is_open(outputs[row])
-        added = Batch(tokens.unsqueeze(1), torch.ones_like(context.mask[:, :1]), context.positions[:, -1:] + 1)
-        context = Batch(*(torch.cat(pair, dim=1) for pair in zip(context, added, strict=True)))
-        chunk = added if use_cache else context
+        most = DRAFTED // sum(open_rows)
+        # The column of a rejected token stays behind, masked: a sliding window would count it.
+        if seen.ids.shape[1] + fed.ids.shape[1] + most > window:
+            most = 0
+        drafts = [_draft(said[row], job.guess, most * open_rows[row]) for row, job in enumerate(jobs)]
+        ahead = max(map(len, drafts))
+        last = fed.positions[:, -1:]
+        if ahead:
+            fed = beside(fed, pad_right(drafts, (last[:, 0] + 1).tolist(), pad).to(last.device))
+        seen = beside(seen, fed)
+        chunk = fed if use_cache else seen
+        prepare(splice, chunk, jobs)
+        choices = forward(bridge, chunk, 1 + ahead, cache=cache, mask=seen.mask).argmax(-1)
+        accepted = []
+        for row, (draft, argmax) in enumerate(zip(drafts, choices.tolist(), strict=True)):
+            tokens = agreed(draft, argmax)
+            accepted.append(len(tokens) - 1)
+            for token in tokens:
+                if open_rows[row]:
+                    said[row].append(token)
+                    outputs[row].append(token)
+                    open_rows[row] = is_open(outputs[row])
+        good = torch.tensor(accepted, device=last.device).unsqueeze(1)
+        seen.mask[:, seen.mask.shape[1] - ahead :] &= torch.arange(ahead, device=last.device) < good
+        fed = Batch(choices.gather(1, good), torch.ones_like(good, dtype=torch.bool), last + good + 1)
     outputs[:] = [stop.cut(output) or output for output in outputs]
 
 
-def _prepare(splice: Splice, chunk: Batch, jobs: Sequence[Job]) -> None:
-    device = chunk.ids.device
-    first = torch.tensor([job.first for job in jobs], device=device).unsqueeze(1)
-    alpha = torch.tensor([job.alpha for job in jobs], dtype=torch.float32, device=device)
-    ablated = torch.tensor([job.ablated for job in jobs], device=device)
-    splice.reset(chunk.editable, alpha, first + chunk.positions - 1, ablated)
+def _window(cache: Any) -> float:
+    """How many columns every layer attends to."""
+    return min((layer.sliding_window for layer in cache.layers if layer.is_sliding), default=math.inf)
+
+
+def _draft(said: Sequence[int], hints: Sequence[int], most: int) -> list[int]:
+    """At most `most` tokens that may follow: those after the last two of `said` where `hints` has these two last
+    (prompt lookup decoding, Saxena 2023)."""
+    for place in range(len(hints) - 1, 1, -1) if most else ():
+        if list(hints[place - 2 : place]) == list(said[-2:]):
+            return list(hints[place : place + most])
+    return []

@@ -16,10 +16,11 @@ from torch.nn import functional
 
 from data.encoding import Encoded, encode_row, pad_left
 from data.rows import Row
-from evaluators.decoding import Job, Stop, generate, score
+from evaluators.decoding import Stop, generate
 from evaluators.interventions import Site, spliced
 from evaluators.passes import Prefixes, project, resume
 from evaluators.scoring import CALL_OPEN
+from evaluators.teacher_forcing import Job, score
 from models.bridge import device_of, read_input
 from models.transcoder import Transcoder
 
@@ -204,7 +205,7 @@ def _ablate(
     stop = Stop(bridge.tokenizer, max_new_tokens)
     full = [Job(text.encoded) for text in texts]
     scored = score(bridge, full, [site], "full", batch_size, prefixes=prefixes)
-    outputs = generate(bridge, full, [site], "full", stop, scored, batch_size=batch_size, prefixes=prefixes)
+    outputs = generate(bridge, full, [site], "full", stop, scored, batch_size)
     written = [[*text.encoded.prompt, *output] for text, output in zip(texts, outputs, strict=True)]
     assert site.delta is not None
     read = prefixes.get(site.layer, written)
@@ -216,10 +217,9 @@ def _ablate(
         for number, text in enumerate(texts)
         if fired[number][feature] or (text.acts[:, feature] > 0).any()
     ]
-    jobs = [Job(texts[number].encoded, ablated=feature) for feature, number in pairs]
+    jobs = [Job(texts[number].encoded, ablated=feature, guess=outputs[number]) for feature, number in pairs]
     without = score(bridge, jobs, [site], "full", batch_size, prefixes=prefixes)
-    guesses = [outputs[number] for _, number in pairs]
-    rewritten = generate(bridge, jobs, [site], "full", stop, without, guesses, batch_size, prefixes=prefixes)
+    rewritten = generate(bridge, jobs, [site], "full", stop, without, batch_size)
     changed = {pair: (one, tokens) for pair, one, tokens in zip(pairs, without, rewritten, strict=True)}
     result: dict[int, dict[str, list[dict[str, Any]]]] = {}
     for feature in features:

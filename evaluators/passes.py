@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from data.encoding import Batch, pad_left
 from models.bridge import device_of, tap_names
@@ -153,18 +154,43 @@ def read_prefixes(
     }
 
 
-def resume(bridge: TransformerBridge, batch: Batch, after: int | None = None, residual: Tensor | None = None) -> Tensor:
+def resume(
+    bridge: TransformerBridge,
+    batch: Batch,
+    after: int | None = None,
+    residual: Tensor | None = None,
+    cache: Any = None,
+    mask: Tensor | None = None,
+) -> Tensor:
     """The residual stream (batch, position, d_model) that leaves the last block.
 
-    With `residual`, the stream that leaves block `after`, only the blocks above it run.
+    With `residual`, the stream that leaves block `after`, only the blocks above it run. A `cache` is filled by those;
+    where it holds something already, `batch` is what follows and `mask` covers both.
     """
     last = bridge.cfg.n_layers - 1
     if residual is None or after is None:
-        return _last_output(bridge, batch, last)
+        return _last_output(bridge, batch, last, cache=cache, mask=mask)
     if after == last:
         return residual
     with _handed_through(bridge, after, residual):
-        return _last_output(bridge, batch, last)
+        return _last_output(bridge, batch, last, cache=cache, mask=mask)
+
+
+def first_tokens(cache: Any, batch: Batch, rows: Sequence[int], counts: Sequence[int]) -> tuple[Any, Tensor]:
+    """The part of `cache`, filled by a pass over `batch`, that is of the first `counts[i]` tokens of `rows[i]`: padded
+    on the left, with its mask (row, position)."""
+    chosen, kept = (torch.tensor(one, device=batch.ids.device).unsqueeze(1) for one in (rows, counts))
+    positions = torch.arange(max(counts), device=batch.ids.device) - (max(counts) - kept)
+    bos = batch.mask.int().argmax(1)[chosen]
+    columns = bos + positions.clamp(min=0)
+    part = DynamicCache()
+    for number, layer in enumerate(cache.layers):
+        if layer.is_initialized:
+            keys, values = (one[chosen, :, columns].transpose(1, 2) for one in (layer.keys, layer.values))
+        else:  # below the first block that ran; the library takes a cache's length from its first layer
+            keys = values = torch.zeros(len(rows), 1, max(counts), 1, device=batch.ids.device)
+        part.update(keys, values, number)
+    return part, positions >= 0
 
 
 def project(bridge: TransformerBridge, residual: Tensor) -> Iterator[Tensor]:
@@ -184,7 +210,12 @@ class _Reached(Exception):
 
 
 def _last_output(
-    bridge: TransformerBridge, batch: Batch, layer: int, hooks: Sequence[tuple[str, Callable]] = ()
+    bridge: TransformerBridge,
+    batch: Batch,
+    layer: int,
+    hooks: Sequence[tuple[str, Callable]] = (),
+    cache: Any = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """What leaves block `layer`; the pass ends there."""
     model: Any = bridge.original_model
@@ -197,7 +228,11 @@ def _last_output(
     try:
         with bridge.hooks(fwd_hooks=[*hooks, (f"blocks.{layer}.hook_out", stop)]):
             model.base_model(
-                input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions, use_cache=False
+                input_ids=batch.ids,
+                attention_mask=(batch.mask if mask is None else mask).long(),
+                position_ids=batch.positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
             )
     except _Reached:
         pass

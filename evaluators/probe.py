@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from data.encoding import Encoded, encode_prompt, encode_row, pad_left
-from evaluators.decoding import Job, Stop, decode
+from evaluators.decoding import Stop, decode
 from evaluators.interventions import Site, spliced
 from evaluators.passes import forward
+from evaluators.teacher_forcing import Job
 from models.bridge import device_of, read_input, tap_names
 from models.transcoder import Taps, Transcoder
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from data.encoding import encode_row
 from data.rows import Row
-from evaluators.decoding import Job, score
 from evaluators.interventions import Site
 from evaluators.passes import ALL, Prefixes, Shortcuts
+from evaluators.teacher_forcing import Job, score
 from models.bridge import read_input
 from models.transcoder import Transcoder
 

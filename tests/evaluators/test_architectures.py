@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from data.encoding import Encoded, encode_row
-from evaluators.decoding import Job, Stop, decode, generate, score
+from evaluators.decoding import Stop, decode, generate
 from evaluators.interventions import Site
 from evaluators.passes import Shortcuts
+from evaluators.teacher_forcing import Job, score
 from models.sources import load_model
 
 BUDGET = 5
@@ -67,16 +68,16 @@ def test_figures_and_tokens_are_those_of_the_splice_by_hand(folder, wrapped, ran
     bridge, sites, alpha = wrapped(folder), sites_of(random_transcoder, layers), 0.7
     rows = [encode_row(tokenizer, text, text[::-1]) for text in ("12 + 30?", "Seven times a lot of words", "x")]
     reference = by_hand(plain, sites, "alpha", alpha)
-    jobs = [Job(row, alpha) for row in rows]
     stop = Stop(tokenizer, BUDGET)
     expected = [reference.greedy(row.prompt, {tokenizer.eos_token_id}, BUDGET) for row in rows]
+    jobs = [Job(row, alpha, guess=output) for row, output in zip(rows, expected, strict=True)]
     for shortcuts in (Shortcuts(), Shortcuts.none()):
         scored = score(bridge, jobs, sites, "alpha", shortcuts=shortcuts)
         for row, found in zip(rows, scored, strict=True):
             nll, argmax = reference.nll(row)
             assert found.nll == pytest.approx(nll, rel=1e-4)
             assert found.argmax == argmax.tolist()
-        assert generate(bridge, jobs, sites, "alpha", stop, scored, expected, shortcuts=shortcuts) == expected
+        assert generate(bridge, jobs, sites, "alpha", stop, scored, shortcuts=shortcuts) == expected
 
 
 def test_bfloat16_runs_every_way(folder, wrapped, random_transcoder):

@@ -4,7 +4,8 @@ import pytest
 
 from data.encoding import Encoded
 from evaluators.behaviour import Ask, evaluate_behaviour
-from evaluators.decoding import Job, Stop, decode, score
+from evaluators.decoding import Stop, decode
+from evaluators.teacher_forcing import Job, score
 
 SETTINGS = {"max_new_tokens": 5, "batch_size": 3}
 ASKS = [Ask("no_delta"), Ask("alpha", 0.0), Ask("full"), Ask("alpha", 0.5), Ask("alpha", 1.0)]

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from evaluators.behaviour import Ask, evaluate_behaviour
-from evaluators.decoding import Job, Stop, decode, score
+from evaluators.decoding import Stop, decode
 from evaluators.interventions import CONDITIONS, CONTROLS, spliced
 from evaluators.passes import Shortcuts
 from evaluators.reconstruction import site_activations
 from evaluators.sites import Material, Site, dense_delta, random_delta, reduced_rank_regression, shuffled_delta
+from evaluators.teacher_forcing import Job, score
 from models.errors import ModelError
 from models.swap import read_tensors, swapped_mlps
 from search_spaces.schema import Evaluate

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from data.encoding import Encoded, pad_left
-from evaluators import decoding
-from evaluators.decoding import Job, Stop, decode, forward, generate, score
+from evaluators import decoding, teacher_forcing
+from evaluators.decoding import Stop, decode, forward, generate
 from evaluators.interventions import CONDITIONS, spliced
+from evaluators.teacher_forcing import Job, score
 
 BUDGET = 7
 PLACES = ("site", "sites")
@@ -127,10 +128,17 @@ def test_every_way_to_generate_gives_the_tokens_of_the_splice_by_hand(subject, s
     assert decode(subject.bridge, prompts, begun, *asked, use_cache=False) == expected
     assert decode(subject.bridge, prompts, begun, *asked, batch_size=1) == expected
     full = jobs(subject, alpha)
-    scored = score(subject.bridge, full, sites, condition)
-    assert generate(subject.bridge, full, *asked, scored) == expected
-    for guesses in (expected, [one[:3] for one in expected], [[7] * 4 for _ in expected], [[], *expected[1:]]):
-        assert generate(subject.bridge, full, *asked, scored, guesses) == expected
+    for guesses in (
+        [()] * len(expected),
+        expected,
+        [one[:3] for one in expected],
+        [[*one[:2], 7, 8] for one in expected],
+        [[7] * 4 for _ in expected],
+        [[], *expected[1:]],
+    ):
+        guessing = [dataclasses.replace(job, guess=guess) for job, guess in zip(full, guesses, strict=True)]
+        scored = score(subject.bridge, guessing, sites, condition)
+        assert generate(subject.bridge, guessing, *asked, scored) == expected
 
 
 def test_raw_output_is_what_transformers_generates(subject, stop):
@@ -162,7 +170,6 @@ def test_generated_tokens_are_edited(subject, stop):
 def test_what_a_guess_proves_is_not_decoded(subject, stop, monkeypatch):
     prompts, begun = bare(subject)
     outputs = decode(subject.bridge, prompts, begun, subject.site, "full", stop)
-    scored = score(subject.bridge, jobs(subject), subject.site, "full")
     decoded = []
     real = decoding.decode
 
@@ -171,11 +178,68 @@ def test_what_a_guess_proves_is_not_decoded(subject, stop, monkeypatch):
         return real(bridge, jobs, begun, *rest, **named)
 
     monkeypatch.setattr(decoding, "decode", spy)
-    asked = (subject.bridge, jobs(subject), subject.site, "full", stop, scored)
     wrong = [*outputs[0][:4], (outputs[0][4] + 1) % 200, *outputs[0][5:]]
-    assert generate(*asked, outputs) == outputs
-    assert generate(*asked, [wrong, *outputs[1:]]) == outputs
+    for guesses in (outputs, [wrong, *outputs[1:]]):
+        guessing = [dataclasses.replace(job, guess=one) for job, one in zip(jobs(subject), guesses, strict=True)]
+        scored = score(subject.bridge, guessing, subject.site, "full")
+        assert generate(subject.bridge, guessing, subject.site, "full", stop, scored) == outputs
     assert decoded == [[], [outputs[0][:5]]], "all proven; then one row goes on from the first token that differs"
+
+
+def test_a_guess_goes_on_where_it_leaves_the_target(subject, stop, monkeypatch):
+    """Prompts and what the guess shares with the target are not computed again."""
+    prompts, begun = bare(subject)
+    outputs = decode(subject.bridge, prompts, begun, subject.sites, "full", stop)
+    targets = [[*output[:3], (output[3] + 1) % 200, 5, 6] for output in outputs]
+    guessing = [
+        Job(Encoded(row.prompt, target), guess=output)
+        for row, target, output in zip(subject.encoded, targets, outputs, strict=True)
+    ]
+    passes = []
+    real = teacher_forcing.resume
+
+    def spy(bridge, batch, *rest, **named):
+        passes.append(batch.mask.sum(1).tolist())
+        return real(bridge, batch, *rest, **named)
+
+    monkeypatch.setattr(teacher_forcing, "resume", spy)
+    scored = score(subject.bridge, guessing, subject.sites, "full")
+    whole, tails = passes
+    assert sorted(whole) == sorted(len(job.encoded.ids) for job in guessing)
+    assert tails == [BUDGET - 3] * len(guessing)
+    assert [one.guessed for one in scored] == outputs
+    assert [one.argmax[:4] for one in scored] == [output[:4] for output in outputs]
+
+
+def test_hints_are_tried_ahead_and_change_no_token(subject, stop, monkeypatch):
+    """Right ones spare steps, wrong ones are taken back; beside a sliding window nothing is tried."""
+    short = [row for row in subject.encoded if len(row.prompt) < 40]
+    prompts, begun = [Job(Encoded(row.prompt, [])) for row in short], [[] for _ in short]
+    asked = (subject.site, "full", stop)
+    expected = decode(subject.bridge, prompts, begun, *asked)
+    steps = []
+    real = decoding.forward
+
+    def spy(*given, **named):
+        steps.append(given)
+        return real(*given, **named)
+
+    monkeypatch.setattr(decoding, "forward", spy)
+    right = [[*job.encoded.prompt, *output] for job, output in zip(prompts, expected, strict=True)]
+    halves = [[*hint[:-3], 7, 8, 9] for hint in right]
+    wrong = [[*job.encoded.prompt[-2:], 7, 8, 9] for job in prompts]
+    needed = {}
+    for name, hints in {"right": right, "halves": halves, "wrong": wrong, "mixed": [right[0], *wrong[1:]]}.items():
+        steps.clear()
+        hinted = [dataclasses.replace(job, guess=hint) for job, hint in zip(prompts, hints, strict=True)]
+        assert decode(subject.bridge, hinted, begun, *asked) == expected
+        needed[name] = len(steps)
+    assert needed["wrong"] == needed["mixed"] == BUDGET
+    assert needed["right"] < needed["halves"] < BUDGET
+    monkeypatch.setattr(decoding, "_window", lambda cache: 20)
+    steps.clear()
+    assert decode(subject.bridge, hinted, begun, *asked) == expected
+    assert len(steps) == BUDGET
 
 
 def test_bos_and_padding_are_never_edited(subject):

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from evaluators import features
-from evaluators.decoding import Job, Stop, decode, score
+from evaluators.decoding import Stop, decode
 from evaluators.features import evaluate_features
 from evaluators.interventions import Site
 from evaluators.reconstruction import site_activations
+from evaluators.teacher_forcing import Job, score
 
 BUDGET = 5
 

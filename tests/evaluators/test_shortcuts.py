@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from data.encoding import pad_left
-from evaluators import decoding, passes
+from evaluators import decoding, passes, teacher_forcing
 from evaluators.batching import in_slices
 from evaluators.behaviour import Ask, evaluate_behaviour
-from evaluators.decoding import Job, score
 from evaluators.passes import Prefixes, Shortcuts, forward, project, read_prefixes, resume
 from evaluators.reconstruction import evaluate_reconstruction, text_cross_entropy
+from evaluators.teacher_forcing import Job, score
 
 PLACES = ("site", "sites")
 ASKS = [Ask("no_delta"), Ask("full"), *(Ask("alpha", alpha) for alpha in (0.0, 0.5, 2.0))]
@@ -64,7 +64,8 @@ def test_a_shortcut_that_is_off_is_not_taken(subject, monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("a shortcut was taken")
 
-    for module, name in ((decoding, "project"), (decoding, "resume"), (decoding, "_prove"), (passes, "read_prefixes")):
+    taken = ((teacher_forcing, "project"), (teacher_forcing, "resume"), (decoding, "_prove"), (passes, "read_prefixes"))
+    for module, name in taken:
         monkeypatch.setattr(module, name, forbidden)
     stepped = []
     real = decoding.forward
@@ -73,7 +74,8 @@ def test_a_shortcut_that_is_off_is_not_taken(subject, monkeypatch):
         stepped.append(keep)
         return real(bridge, batch, keep, **named)
 
-    monkeypatch.setattr(decoding, "forward", counted)
+    for module in (decoding, teacher_forcing):
+        monkeypatch.setattr(module, "forward", counted)
     cells(subject, "site", Shortcuts.none())
     batches = 2 * len(ASKS)  # four rows in threes
     assert sum(keep == 1 for keep in stepped) == 6 * batches, "every row is decoded to the budget"
@@ -195,14 +197,14 @@ def test_other_errors_are_not_retried():
 
 def test_memory_that_runs_out_in_the_model_changes_no_figure(subject, monkeypatch):
     expected = score(subject.bridge, [Job(row) for row in subject.encoded], subject.sites, "full")
-    real = decoding.resume
+    real = teacher_forcing.resume
 
-    def cramped(bridge, batch, *rest):
+    def cramped(bridge, batch, *rest, **named):
         if len(batch.ids) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(bridge, batch, *rest)
+        return real(bridge, batch, *rest, **named)
 
-    monkeypatch.setattr(decoding, "resume", cramped)
+    monkeypatch.setattr(teacher_forcing, "resume", cramped)
     found = score(subject.bridge, [Job(row) for row in subject.encoded], subject.sites, "full")
     for one, other in zip(found, expected, strict=True):
         assert one.nll == pytest.approx(other.nll, rel=1e-5)
