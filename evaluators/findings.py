@@ -16,6 +16,7 @@ NATS = "nats per token"
 CONDITION_NAMES = {
     "no_delta": "base alone (no_delta)",
     "full": "base and delta (full)",
+    "base_model_raw": "the model before finetuning (base_model_raw)",
     "base_model_no_delta": "base alone in the model before finetuning (base_model_no_delta)",
     "mlp_swap": "the layer's MLP as before finetuning (mlp_swap)",
     "random_delta": "base and random directions of the delta's size (random_delta)",

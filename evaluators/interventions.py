@@ -41,6 +41,8 @@ class Condition:
     model: Literal["finetuned", "base", "swapped"] = "finetuned"
     stand_in: Callable[[Site, Material], Site] | None = None
     control: bool = False
+    baseline: str = "raw"
+    """The condition that its differences are taken from."""
 
 
 def _raw(y: Tensor, base: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
@@ -72,6 +74,7 @@ CONDITIONS = {
             uses_delta=False,
             model="base",
             control=True,
+            baseline="base_model_raw",
         ),
         Condition(
             "mlp_swap",
@@ -95,7 +98,9 @@ CONDITIONS = {
         ),
     )
 }
-"""Every condition but `raw`, which edits nothing."""
+"""Every condition but those of `UNEDITED`."""
+UNEDITED = ("raw", "base_model_raw")
+"""Nothing is replaced: in the finetuned model, and in the model that it was finetuned from."""
 CONTROLS = tuple(name for name, condition in CONDITIONS.items() if condition.control)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from evaluators.feature_tables import features_table
+from evaluators.interventions import CONDITIONS, UNEDITED
 from evaluators.pooling import MEANS, METRICS, RATES, Cell, CellKey, PromptSums, of_kind, pool
 from evaluators.statistics import Estimate, paired_bootstrap, rate_difference, slope_and_spearman, wilson
 
@@ -95,7 +96,8 @@ def conditions_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
     """Layers x conditions x subsets: raw, no_delta, full and controls, columns BEHAVIOUR_COLUMNS.
 
     Rates carry Wilson intervals over prompts, means and differences from raw bootstrap intervals over prompts
-    (`seed`). A difference is NaN where raw was not evaluated on that subset. `layer` is a label, see `layer_label`.
+    (`seed`); of a condition in the un-finetuned model, from that model's own raw. A difference is NaN where its raw was
+    not evaluated on that subset. `layer` is a label, see `layer_label`.
     """
     return _behaviour_table(cells, dose=False, seed=seed)
 
@@ -165,9 +167,9 @@ def delta_contrast_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFram
 
 def _behaviour_table(cells: Iterable[Cell], *, dose: bool, seed: int) -> pd.DataFrame:
     pooled = pool(cells)
-    raw = {key.subset: sums for key, sums in pooled.items() if key.condition == "raw"}
+    unedited = {(key.condition, key.subset): sums for key, sums in pooled.items() if key.condition in UNEDITED}
     rows = [
-        _behaviour_row(key, sums, raw.get(key.subset), seed)
+        _behaviour_row(key, sums, unedited.get((_baseline(key.condition), key.subset)), seed)
         for key, sums in pooled.items()
         if (key.condition == "alpha") == dose
     ]
@@ -206,6 +208,10 @@ def _differences(sums: PromptSums, baseline: PromptSums, seed: int) -> dict[str,
         elif metric in RATES:
             row |= _columns(f"delta_{metric}", rates(*arrays, seed=seed))
     return row
+
+
+def _baseline(condition: str) -> str:
+    return CONDITIONS[condition].baseline if condition in CONDITIONS else "raw"
 
 
 def _names(key: CellKey) -> dict[str, Any]:

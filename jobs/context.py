@@ -62,6 +62,16 @@ class Context:
                 raise RequestError(f"{key}: got {outside[0]}, {self.settings.model.source} has layers 0 to {count - 1}")
         return sorted(asked) if isinstance(asked, list) else list(range(count))
 
+    @property
+    def spliced(self) -> dict[tuple[int, ...], tuple[float, ...]]:
+        """The strengths that each layer, and the set of them all, is measured at beside the conditions."""
+        settings = self.settings.evaluate
+        sets: list[tuple[int, ...]] = [(layer,) for layer in self.layers]
+        if settings.joint and len(sets) > 1:
+            sets.append(tuple(self.layers))
+        dosed = self.layers if settings.alpha_layers == "all" else settings.alpha_layers
+        return {one: tuple(sorted(settings.alphas)) if set(one) <= set(dosed) else () for one in sets}
+
     @cached_property
     def share(self) -> cluster.Share:
         """What one worker gets; asking for it starts or joins the cluster, whose nodes must share the storage."""

@@ -29,15 +29,13 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     settings = context.settings
     layers, deltas, evaluate = context.layers, settings.deltas, settings.evaluate
     groups = len(layers) * len(deltas.selections) * len(deltas.d_new)
-    sets = len(layers) + (1 if evaluate.joint and len(layers) > 1 else 0)
-    dosed = sets if evaluate.alpha_layers == "all" else len(evaluate.alpha_layers)
-    spliced = sets * (len(evaluate.conditions) - 1 + len(evaluate.controls)) + dosed * len(evaluate.alphas)
-    seeded = sets * sum(
-        CONDITIONS[one].uses_delta for one in [*evaluate.conditions, *evaluate.controls] if one != "raw"
-    )
-    seeded += dosed * sum(alpha != 0 for alpha in evaluate.alphas)
-    spliced += (evaluate.replicas - 1) * seeded
-    cells = len(evaluate.subsets) * (1 + spliced) + groups + (len(layers) if evaluate.features else 0)
+    conditions = [CONDITIONS[one] for one in [*evaluate.conditions, *evaluate.controls] if one != "raw"]
+    seeded = sum(one.uses_delta for one in conditions)
+    behaviour = 1 + any(one.model == "base" for one in conditions)
+    for doses in context.spliced.values():
+        behaviour += len(conditions) + len(doses)
+        behaviour += (evaluate.replicas - 1) * (seeded + sum(dose != 0 for dose in doses))
+    cells = len(evaluate.subsets) * behaviour + groups + (len(layers) if evaluate.features else 0)
     prompts = len(evaluate.subsets) * settings.data.eval_rows
     rows = [
         ("model", f"{settings.model.source}, layers {', '.join(map(str, layers))}"),

@@ -76,12 +76,10 @@ def measured_loads(context: Context, folder: Path) -> list[Load]:
     if not all(needed):
         return []
     groups = layers * len(deltas.selections)
-    sets = layers + (1 if evaluate.joint and layers > 1 else 0)
-    dosed = sets if evaluate.alpha_layers == "all" else len(evaluate.alpha_layers)
     # A piece of work is a set of layers on one subset: its strengths are rows of the same batches.
-    piece = _mean(behaviour) * (len(evaluate.alphas) * dosed / sets + len(evaluate.controls) + 1)
+    pieces = [_mean(behaviour) * (len(doses) + len(evaluate.controls) + 1) for doses in context.spliced.values()]
     delta_units = [_mean(seconds) for seconds in of_width.values() for _ in range(groups * deltas.trials)]
-    cells = [piece] * (sets * len(evaluate.subsets) * evaluate.replicas)
+    cells = pieces * (len(evaluate.subsets) * evaluate.replicas)
     cells += [_mean(reconstruction) * groups / layers * len(deltas.d_new)] * layers
     cells += [_mean(features)] * (layers if evaluate.features else 0)
     return [

@@ -98,13 +98,14 @@ def _raw(work: Work, model: Any, rows: list[Any]) -> list[str]:
 
     settings: dict[str, Any] = {"max_new_tokens": work.max_new_tokens, "batch_size": work.batch_size}
     ((_, figures, texts),) = evaluate_behaviour(model, rows, (), [Ask("raw")], **settings, whole_text=True)
-    return [_write_behaviour(work, "raw", None, figures, texts)]
+    return [_write_behaviour(work, work.conditions[0], None, figures, texts)]
 
 
 def _behaviour(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from evaluators.behaviour import Ask, evaluate_behaviour
 
-    raw = _read_generations(_generations(work) / f"raw_{work.subset}.jsonl")
+    unedited = "base_model_raw" if work.model == work.base_model else "raw"
+    raw = _read_generations(_generations(work) / f"{unedited}_{work.subset}.jsonl")
     settings: dict[str, Any] = {
         "max_new_tokens": work.max_new_tokens,
         "batch_size": work.batch_size,
@@ -251,14 +252,14 @@ def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: l
     from evaluators.interventions import CONDITIONS
 
     layers = [plan.layer for plan in work.sites]
-    name = f"raw_{work.subset}" if condition == "raw" else f"{work.name}_{_label(condition, alpha)}"
+    name = f"{work.name}_{_label(condition, alpha)}" if work.sites else work.name
     place = {"layers": layers, "condition": condition, "alpha": alpha, "subset": work.subset}
     cell = {
         "kind": "behaviour",
         **place,
         "percentile": work.sites[0].percentile if work.sites else None,
-        "d_new": work.sites[0].d_new if condition != "raw" and CONDITIONS[condition].uses_delta else None,
-        "convention": "" if condition == "raw" else work.convention,
+        "d_new": work.sites[0].d_new if work.sites and CONDITIONS[condition].uses_delta else None,
+        "convention": work.convention if work.sites else "",
         "seed": work.seed,
         "seconds": texts[0]["seconds"] if texts else 0.0,
         "key": work.key,

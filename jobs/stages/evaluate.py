@@ -125,24 +125,30 @@ def _shared(context: Context) -> dict[str, Any]:
 
 
 def _raw_work(context: Context) -> list[Work]:
+    """Nothing spliced: the finetuned model, and the one before finetuning where a control is measured against it."""
+    from evaluators.interventions import CONDITIONS
+
     key = key_of("raw with text", keys.lora(context.settings), _evaluation_settings(context))
-    shared = _shared(context)
+    settings, shared = context.settings.evaluate, _shared(context)
+    models = {"raw": shared["model"]}
+    models |= {
+        CONDITIONS[one].baseline: str(context.model) for one in settings.controls if CONDITIONS[one].model == "base"
+    }
     return [
-        Work("raw", f"raw_{subset}", (), subset, (), (), key, **shared) for subset in context.settings.evaluate.subsets
+        Work("raw", f"{name}_{subset}", (), subset, (name,), (), key, **{**shared, "model": model})
+        for name, model in models.items()
+        for subset in settings.subsets
     ]
 
 
 def behaviour_work(context: Context, percentile: float | None, d_new: int) -> list[Work]:
-    settings = context.settings.evaluate
-    shared = _shared(context)
-    single = [[layer] for layer in context.layers]
-    sets = [*single, context.layers] if settings.joint and len(context.layers) > 1 else single
+    from evaluators.interventions import CONDITIONS
+
+    settings, shared = context.settings.evaluate, _shared(context)
     works = []
-    for layers in sets:
-        dosed = settings.alpha_layers == "all" or set(layers) <= set(settings.alpha_layers)
-        doses = tuple(sorted(settings.alphas)) if dosed else ()
+    for layers, doses in context.spliced.items():
         conditions = tuple(one for one in [*settings.conditions, *settings.controls] if one != "raw")
-        elsewhere = tuple(one for one in conditions if one == "base_model_no_delta")
+        elsewhere = tuple(one for one in conditions if CONDITIONS[one].model == "base")
         here = tuple(one for one in conditions if one not in elsewhere)
         sites = tuple(_site_plan(context, layer, percentile, d_new) for layer in layers)
         cell = ("cell", _lineage(context, sites), _evaluation_settings(context))

@@ -191,6 +191,12 @@ def test_a_new_alpha_and_the_controls_compute_new_cells_only(finished: Finished,
     conditions = pd.read_csv(sweep / "report/exp2A_metrics.csv")
     assert set(conditions[conditions.condition == "full"].n_replicas) == {2}
     assert set(conditions[conditions.condition == "no_delta"].n_replicas) == {1}
+    ce = conditions.set_index(["condition", "subset"]).mean_ce
+    for row in conditions[conditions.condition == "base_model_no_delta"].itertuples():
+        assert row.delta_ce == pytest.approx(row.mean_ce - ce["base_model_raw", row.subset])
+    for row in conditions[conditions.condition == "base_model_raw"].itertuples():
+        assert row.delta_ce == pytest.approx(row.mean_ce - ce["raw", row.subset])
+        assert row.delta_ce > 0, "finetuning has changed something"
     assert [path.stat().st_mtime_ns for path in kept[1:]] == before
     assert (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns == adapter
     _, runs = runs_of(root)

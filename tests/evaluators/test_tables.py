@@ -34,7 +34,7 @@ def prompt(index, nll, tool_call=True, *, tokens=10, math_correct=True, copy_exa
 
 
 def behaviour(condition, rows, *, layers=(8,), alpha=None, subset="tool", percentile=0.5, d_new=128, seed=0):
-    raw = condition == "raw"
+    raw = condition in ("raw", "base_model_raw")
     return {
         "kind": "behaviour",
         "layers": [] if raw else list(layers),
@@ -78,6 +78,15 @@ def reconstruction(layer, percentile, d_new, dce_full, **changes):
 
 
 RAW = behaviour("raw", [prompt(0, 10.0), prompt(1, 40.0, tokens=20)])
+
+
+def test_a_condition_of_the_base_model_is_held_against_that_model():
+    before = behaviour("base_model_raw", [prompt(0, 30.0), prompt(1, 60.0, tokens=20)])
+    spliced = behaviour("base_model_no_delta", [prompt(0, 33.0), prompt(1, 72.0, tokens=20)])
+    table = conditions_table([RAW, before, spliced]).set_index("condition")
+    assert table.delta_ce["base_model_no_delta"] == pytest.approx((105 - 90) / 30)
+    assert table.delta_ce["base_model_raw"] == pytest.approx((90 - 50) / 30)
+    assert math.isnan(conditions_table([RAW, spliced]).set_index("condition").delta_ce["base_model_no_delta"])
 
 
 def test_reconstruction_is_sorted_and_summarised_over_layers():
