@@ -80,6 +80,8 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
         if until == "report":
             show_results(context)
         progress.line(f"took {clock(time.monotonic() - started)}")
+        if "tracker" in vars(context) and (context.tracker.lost or context.tracker.refused):
+            progress.line("MLflow has not got everything: the rest lies on disk until `python -m jobs track` sends it")
     if context.failures:
         raise WorkFailed(f"{len(context.failures)} trials or cells failed:\n  " + "\n  ".join(context.failures))
 
@@ -113,6 +115,7 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
     finally:
         tracker.close("sweep", status=status)
         cluster.disconnect()
+        tracker.finish()
 
 
 def _run_stage(context: Context, stage: Stage) -> None:

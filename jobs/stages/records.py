@@ -1,7 +1,6 @@
 """What a finished trial or cell becomes in MLflow.
 
-In: results as they lie on disk. Out: runs under their stage, named like their files. A store that stops answering is
-said once; the results stay on disk and are tracked by the next run of the same command.
+In: results as they lie on disk. Out: runs under their stage, named like their files.
 """
 
 from __future__ import annotations
