@@ -124,7 +124,7 @@ def _run_stage(context: Context, stage: Stage) -> None:
     for later in STAGES[NAMES.index(stage.name) :]:
         (later.folder(context) / MANIFEST).unlink(missing_ok=True)
     open_stage(context, stage)
-    status = "FAILED"
+    status, seconds = "FAILED", 0.0
     try:
         module = importlib.import_module(f"jobs.stages.{stage.name}")
         facts: dict[str, Any] = module.run(context)
@@ -142,7 +142,7 @@ def _run_stage(context: Context, stage: Stage) -> None:
         status = "KILLED"
         raise
     finally:
-        context.tracker.close(stage.name, {"seconds": time.time() - started}, status=status)
+        context.tracker.close(stage.name, {"seconds": seconds or time.time() - started}, status=status)
 
 
 def open_stage(context: Context, stage: Stage) -> None:
