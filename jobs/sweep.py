@@ -20,6 +20,7 @@ from jobs import cluster, keys
 from jobs.addresses import without_secrets
 from jobs.context import Context
 from jobs.errors import WorkFailed
+from jobs.mirror import mirrored
 from jobs.progress import clock
 from jobs.workspace import MANIFEST, finish, is_finished, read_json, write_json
 from search_spaces.schema import Sweep
@@ -62,7 +63,7 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
     started = time.monotonic()
     context.check_request()
     space.create()
-    with space.locked():
+    with space.locked(), mirrored(context.settings.storage.mirror, space.folder, fresh, progress.line):
         progress.line(f"sweep {space.name} in {space.folder}")
         if not Path(context.settings.model.source).is_dir():
             progress.line(f"model {context.settings.model.source}")
@@ -167,7 +168,7 @@ def write_settings(context: Context) -> None:
 def public_settings(settings: Sweep) -> dict[str, Any]:
     """The settings as plain values, URLs without user and password."""
     values = settings.model_dump(mode="json")
-    for key in ("tracking_uri", "optuna_url"):
+    for key in ("mirror", "tracking_uri", "optuna_url"):
         if values["storage"][key]:
             values["storage"][key] = without_secrets(values["storage"][key])
     return values
