@@ -90,6 +90,7 @@ def _ours(folder: Path, number: int, share: cluster.Share) -> None:
             bar=bar,
             on_trial=track,
         )
+    tracker.finish()
     assert len(list((folder / "one").glob("trial_*/result.json"))) == number
 
 

@@ -31,9 +31,11 @@ UNLESS_SET = {
     "RAY_DEDUP_LOGS": "0",
     # One raylet on one machine needs no other interface than loopback.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # A tracking server that is away must not hold a sweep for MLflow's own minutes.
     "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    # A server's client prints the address of every run that ends.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # A tracking server that is away must not hold a sweep's end for MLflow's own minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MPLBACKEND": "Agg",
 }

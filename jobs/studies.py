@@ -7,6 +7,7 @@ that lost the race against a kill is mended from them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,8 @@ class Study:
             load_if_exists=True,
         )
         results = {result["trial"]: result for result in trials_of(group)}
+        for number in range(len(self._study.get_trials(deepcopy=False)), max(results, default=-1) + 1):
+            self._study.add_trial(_retold(group, results.get(number)))  # the files outlived the storage
         self.unfinished: list[optuna.Trial] = []
         for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if frozen.number in results:
@@ -162,6 +165,29 @@ class Study:
             self._study.tell(trial, state=TrialState.PRUNED)
         else:
             self._study.tell(trial, state=TrialState.FAIL)
+
+
+def _retold(group: Group, record: dict[str, Any] | None) -> optuna.trial.FrozenTrial:
+    """A trial as its result file tells it; one without a file was never finished, and only keeps its number."""
+    if record is None:
+        return optuna.trial.create_trial(state=TrialState.FAIL)
+    values = None
+    if record["state"] == COMPLETE:
+        figures = {**record["figures"], "val_loss": record["value"]}
+        values = [figures[name] for name in group.objectives]
+    elif record["state"] == STOPPED:
+        values = [record["value"]]
+    return optuna.trial.create_trial(
+        state={COMPLETE: TrialState.COMPLETE, STOPPED: TrialState.PRUNED, FAILED: TrialState.FAIL}[record["state"]],
+        values=values,
+        params={name: record["params"][name] for name in group.searched},
+        distributions={name: _distribution(one) for name, one in group.searched.items()},
+        intermediate_values={
+            entry["step"]: entry["val_loss"]
+            for entry in record["history"]
+            if len(group.objectives) == 1 and math.isfinite(entry.get("val_loss", math.nan))
+        },
+    )
 
 
 _BEGUN = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)

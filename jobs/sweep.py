@@ -20,6 +20,7 @@ from jobs import cluster, keys
 from jobs.addresses import without_secrets
 from jobs.context import Context
 from jobs.errors import WorkFailed
+from jobs.mirror import mirrored
 from jobs.progress import clock
 from jobs.workspace import MANIFEST, finish, is_finished, read_json, write_json
 from search_spaces.schema import Sweep
@@ -62,7 +63,7 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
     started = time.monotonic()
     context.check_request()
     space.create()
-    with space.locked():
+    with space.locked(), mirrored(context.settings.storage.mirror, space.folder, fresh, progress.line):
         progress.line(f"sweep {space.name} in {space.folder}")
         if not Path(context.settings.model.source).is_dir():
             progress.line(f"model {context.settings.model.source}")
@@ -80,6 +81,8 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
         if until == "report":
             show_results(context)
         progress.line(f"took {clock(time.monotonic() - started)}")
+        if "tracker" in vars(context) and (context.tracker.lost or context.tracker.refused):
+            progress.line("MLflow has not got everything: the rest lies on disk until `python -m jobs track` sends it")
     if context.failures:
         raise WorkFailed(f"{len(context.failures)} trials or cells failed:\n  " + "\n  ".join(context.failures))
 
@@ -113,6 +116,7 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
     finally:
         tracker.close("sweep", status=status)
         cluster.disconnect()
+        tracker.finish()
 
 
 def _run_stage(context: Context, stage: Stage) -> None:
@@ -121,7 +125,7 @@ def _run_stage(context: Context, stage: Stage) -> None:
     for later in STAGES[NAMES.index(stage.name) :]:
         (later.folder(context) / MANIFEST).unlink(missing_ok=True)
     open_stage(context, stage)
-    status = "FAILED"
+    status, seconds = "FAILED", 0.0
     try:
         module = importlib.import_module(f"jobs.stages.{stage.name}")
         facts: dict[str, Any] = module.run(context)
@@ -139,7 +143,7 @@ def _run_stage(context: Context, stage: Stage) -> None:
         status = "KILLED"
         raise
     finally:
-        context.tracker.close(stage.name, {"seconds": time.time() - started}, status=status)
+        context.tracker.close(stage.name, {"seconds": seconds or time.time() - started}, status=status)
 
 
 def open_stage(context: Context, stage: Stage) -> None:
@@ -164,7 +168,7 @@ def write_settings(context: Context) -> None:
 def public_settings(settings: Sweep) -> dict[str, Any]:
     """The settings as plain values, URLs without user and password."""
     values = settings.model_dump(mode="json")
-    for key in ("tracking_uri", "optuna_url"):
+    for key in ("mirror", "tracking_uri", "optuna_url"):
         if values["storage"][key]:
             values["storage"][key] = without_secrets(values["storage"][key])
     return values

@@ -33,10 +33,13 @@ def track(context: Context) -> None:
                 known = metrics_of(manifest["report"]) if stage.name == "data" else {}
                 open_stage(context, stage)
                 tracker.close(stage.name, {**known, "seconds": manifest["seconds"]})
-            if not tracker.lost and stage.name in SENT:
+            if stage.name in SENT:
                 SENT[stage.name](context)
+        tracker.finish()
     if tracker.lost:
         raise WorkFailed("MLflow stopped answering before everything was sent; run the same command again")
+    if tracker.refused:
+        raise WorkFailed(f"MLflow did not take {tracker.refused} of the runs it was sent, for the reason above")
     context.progress.line(f"everything of {space.name} is in MLflow")
 
 

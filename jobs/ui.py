@@ -5,7 +5,9 @@ In: a storage root and a port. Out: a server on loopback until it is interrupted
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from jobs.errors import RequestError
 from jobs.workspace import storage_root
 
 HOST = "127.0.0.1"
+AS_A_TREE = "runs?workflowType=machine_learning&orderByKey=attributes.start_time&orderByAsc=true"
+"""MLflow reads a hundred runs at first, the latest unless told otherwise, and the sweep's own run is the earliest."""
 
 
 def command(root: str, port: int, studies: bool) -> list[str]:
@@ -28,14 +32,37 @@ def command(root: str, port: int, studies: bool) -> list[str]:
             raise RequestError(f"--root: no studies under {folder}; run a sweep first")
         program = os.path.join(os.path.dirname(sys.executable), "optuna-dashboard")
         return [program, "--host", HOST, "--port", str(port), str(journal)]
-    database = folder / "mlflow.db"
-    if not database.is_file():
+    if not (folder / "mlflow.db").is_file():
         raise RequestError(f"--root: no tracked sweeps under {folder}; run a sweep first")
-    store = f"sqlite:///{database.resolve()}"
-    return [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--host", HOST, "--port", str(port)]
+    server = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", _store(root)]
+    return [*server, "--host", HOST, "--port", str(port)]
 
 
 def serve(root: str, port: int, studies: bool = False) -> None:
     arguments = command(root, port, studies)
-    print(f"http://{HOST}:{port} (Ctrl-C stops it)", flush=True)
-    subprocess.run(arguments, check=False)
+    address = f"http://{HOST}:{port}"
+    print(f"{address} (Ctrl-C stops it)", flush=True)
+    if not studies:
+        for name, number in experiments(root):
+            print(f"  {name}: {address}/#/experiments/{number}/{AS_A_TREE}", flush=True)
+    # MLflow's server would start a dozen processes for jobs that others may send it, and none are sent to this one.
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = subprocess.Popen(arguments, env=quiet | dict(os.environ), start_new_session=True)
+    try:
+        server.wait()
+    finally:  # the servers have processes of their own, which would hold the port
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def experiments(root: str) -> list[tuple[str, str]]:
+    """The name and the number of every sweep that is tracked under `root`."""
+    from mlflow import MlflowClient
+
+    found = MlflowClient(_store(root)).search_experiments(order_by=["name"])
+    return [(one.name, one.experiment_id) for one in found if one.name != "Default"]
+
+
+def _store(root: str) -> str:
+    return f"sqlite:///{(storage_root(root) / 'mlflow.db').resolve()}"

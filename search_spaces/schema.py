@@ -253,6 +253,9 @@ class Compute(Section):
 class Storage(Section):
     root: str = "mlruns"
     """Folder of everything a sweep leaves behind; on a cluster it must be the same folder on every node."""
+    mirror: str | None = None
+    """Where results are also kept: an fsspec URL (s3://bucket/runs). Sent as they land; a machine that has none of them
+    fetches them and goes on. On a cluster the root must be shared all the same."""
     tracking_uri: str | None = None
     """MLflow tracking server; null is sqlite:///ROOT/mlflow.db."""
     optuna_url: str | None = None

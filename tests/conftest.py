@@ -1,11 +1,14 @@
-"""What every test shares: quiet, offline libraries, and two small random models saved once a session.
+"""What every test shares: quiet, offline libraries, and, once a session, two small random models and a finished sweep.
 
-In: nothing. Out: folders of a Gemma-2 and a Llama whose norm gains are far from 1, and loaders of fresh copies of them.
+In: nothing. Out: folders of a Gemma-2 and a Llama whose norm gains are far from 1, loaders of fresh copies of them, the
+command line, and what the tiny preset left.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -144,3 +147,20 @@ def plain_taps():
         return x, seen["after"] - middle, seen["gained"]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def jobs() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python -m jobs` with these arguments, in a process of its own."""
+    from tests.end_to_end.conftest import run
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, jobs) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The tiny preset, run once from nothing: its storage root and what it printed."""
+    root = tmp_path_factory.mktemp("finished")
+    done = jobs("sweep", "tiny", f"storage.root={root}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root, done

@@ -1,7 +1,6 @@
 """What a finished trial or cell becomes in MLflow.
 
-In: results as they lie on disk. Out: runs under their stage, named like their files. A store that stops answering is
-said once; the results stay on disk and are tracked by the next run of the same command.
+In: results as they lie on disk. Out: runs under their stage, named like their files.
 """
 
 from __future__ import annotations
@@ -61,10 +60,15 @@ def record_cell(context: Context, name: str, cell: dict[str, Any], metrics: dict
         f"evaluate/{name}@{cell['key']}",
         name,
         "evaluate",
-        params={key: cell[key] for key in places if cell.get(key) is not None},
+        params={key: _shown(cell[key]) for key in places if cell.get(key) is not None},
         metrics=metrics,
         seconds=cell["seconds"],
     )
+
+
+def _shown(value: Any) -> Any:
+    """Several layers as `1+2`, as in the names of files; MLflow's pages break a list into lines."""
+    return "+".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _place(group: str) -> dict[str, Any]:

@@ -7,11 +7,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
+import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Jobs = Callable[..., subprocess.CompletedProcess[str]]
@@ -34,7 +37,7 @@ def environment() -> dict[str, str]:
 
 def run(*arguments: str, timeout: float = 400, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jobs", *arguments]
-    settings = {"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True} | options
+    settings: dict[str, Any] = {"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True} | options
     return subprocess.run(command, timeout=timeout, check=False, **settings)
 
 
@@ -44,18 +47,33 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
-def jobs() -> Jobs:
-    return run
+@contextmanager
+def served(root: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`python -m jobs ui` while it is needed: its address and its process."""
+    port = free_port()
+    command = [sys.executable, "-m", "jobs", "ui", "--root", str(root), "--port", str(port), *options]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not _answers(f"http://127.0.0.1:{port}/"):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            one.kill()
+        process.wait()
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The tiny preset, run once from nothing: its storage root and what it printed."""
-    root = tmp_path_factory.mktemp("finished")
-    done = run("sweep", "tiny", f"storage.root={root}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return root, done
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=20):
+            return True
+    except OSError:
+        return False
 
 
 def read(path: Path) -> Any:

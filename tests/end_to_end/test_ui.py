@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
-import time
 import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.end_to_end.conftest import REPOSITORY, Jobs, environment, free_port
+from tests.end_to_end.conftest import Jobs, free_port, served
 
 
 def fetch(url: str, body: dict | None = None) -> str:
@@ -34,33 +31,15 @@ def fetch(url: str, body: dict | None = None) -> str:
 def test_the_page_shows_the_sweep(
     finished: tuple[Path, object], options: tuple[str, ...], path: str, body: dict | None, expected: str
 ) -> None:
-    port = free_port()
-    command = [sys.executable, "-m", "jobs", "ui", "--root", str(finished[0]), "--port", str(port), *options]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                answer = fetch(f"http://127.0.0.1:{port}{path}", body)
-                break
-            except OSError:
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.5)
-        assert expected in answer
+    with served(finished[0], *options) as (address, process):
+        assert expected in fetch(f"{address}{path}", body)
         listening = [
             one.laddr.ip
             for child in psutil.Process(process.pid).children(recursive=True)
             for one in child.net_connections()
-            if one.status == psutil.CONN_LISTEN and one.laddr.port == port
+            if one.status == psutil.CONN_LISTEN and address.endswith(f":{one.laddr.port}")
         ]
         assert set(listening) == {"127.0.0.1"}
-    finally:
-        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            one.kill()
-        process.wait()
 
 
 def test_a_port_in_use_and_a_missing_store_are_sentences(jobs: Jobs, tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""The web pages on a finished tiny sweep in a real browser, as a user opens them: what they show, and pictures of it.
+
+In: the finished sweep, and Chromium of the system (`apt-get install chromium`). Out: `test-output/*.png`. Without
+Chromium the tests are skipped, but under CI that is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import optuna
+import pytest
+from optuna.storages.journal import JournalFileBackend
+from playwright.sync_api import Page, expect, sync_playwright
+
+from evaluators.pooling import cell_metrics
+from tests.end_to_end.conftest import REPOSITORY, read, served
+
+PICTURES = REPOSITORY / "test-output"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+STAGES = ("data", "lora", "transcoders", "deltas", "evaluate", "report")
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        assert not os.environ.get("CI"), f"CI must have a browser: none of {', '.join(BROWSERS)} is installed"
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (apt-get install chromium)")
+    PICTURES.mkdir(exist_ok=True)
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=found) as browser:
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.set_default_timeout(60_000)
+        expect.set_options(timeout=60_000)
+        # MLflow's assistant opens by itself on a first visit, over a quarter of the page.
+        page.add_init_script("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
+        yield page
+
+
+@pytest.fixture(scope="module")
+def mlflow(finished: tuple[Path, object]) -> Iterator[str]:
+    """The address that `python -m jobs ui` prints for the sweep."""
+    with served(finished[0]) as (_, process):
+        assert process.stdout is not None
+        yield next(line.split()[1] for line in process.stdout if line.strip().startswith("tiny: "))
+
+
+def row(page: Page, name: str):
+    return page.locator(".ag-row", has=page.get_by_role("link", name=name, exact=True))
+
+
+def open_row(page: Page, name: str) -> None:
+    row(page, name).get_by_role("button").first.click()
+
+
+def test_the_run_tree(page: Page, mlflow: str) -> None:
+    page.goto(mlflow)
+    expect(row(page, "tiny")).to_be_visible()
+    expect(row(page, "lora")).to_have_count(0)
+    open_row(page, "tiny")
+    for stage in STAGES[:4]:
+        expect(row(page, stage)).to_be_visible()
+    open_row(page, "lora")
+    for number in range(4):
+        expect(row(page, f"trial_{number:04d}")).to_be_visible()
+    page.screenshot(path=PICTURES / "mlflow_run_tree.png")
+
+
+def test_the_compare_page_of_two_cells(page: Page, mlflow: str, finished: tuple[Path, object]) -> None:
+    cells = finished[0] / "sweeps" / "tiny" / "cells"
+    names = sorted(path.stem for path in cells.glob("layer_01_*_tool_*.json") if "_s1_" not in path.name)
+    names = [name for name in names if name.endswith(("_tool_full", "_tool_no_delta"))]
+    assert len(names) == 2
+    page.goto(f"{mlflow}&searchFilter={quote('attributes.run_name LIKE %r' % (names[0][:-5] + '%'))}")
+    open_row(page, "evaluate")
+    for name in names:
+        row(page, name).get_by_role("checkbox").check()
+    page.get_by_role("button", name="Compare").click()
+    expect(page.get_by_role("heading", name=re.compile("Comparing 2 Runs"))).to_be_visible()
+    for name in names:
+        expect(page.get_by_text(name, exact=True).first).to_be_visible()
+    metric = page.get_by_role("link", name="mean_ce", exact=True)
+    expect(metric).to_be_visible()
+    values = [f"{cell_metrics(read(cells / f'{name}.json'))['mean_ce']:.4g}" for name in names]
+    assert values[0] != values[1]
+    for value in values:
+        expect(page.get_by_text(value, exact=True)).to_be_visible()
+    page.screenshot(path=PICTURES / "mlflow_compare.png")
+    metric.scroll_into_view_if_needed()
+    page.screenshot(path=PICTURES / "mlflow_compare_metrics.png")
+
+
+def test_the_dashboard_lists_the_studies(page: Page, finished: tuple[Path, object]) -> None:
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(finished[0] / "optuna" / "journal.log")))
+    names = optuna.get_all_study_names(storage)
+    with served(finished[0], "--studies") as (address, _):
+        page.goto(address)
+        for name in names:
+            expect(page.get_by_text(name).first).to_be_visible()
+        page.screenshot(path=PICTURES / "optuna_studies.png", full_page=True)
+        lora = next(name for name in names if name.startswith("tiny/lora@"))
+        page.get_by_text(lora).first.click()
+        expect(page.get_by_role("heading", name="History")).to_be_visible()
+        page.screenshot(path=PICTURES / "optuna_study.png")

@@ -1,0 +1,159 @@
+"""A tracking server that goes away in the middle of a sweep: once for a while, then for good."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from jobs.environment import prepare
+from jobs.tracking import Tracker
+from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment, free_port
+
+prepare()  # MLflow's own patience is minutes
+
+
+class Server:
+    """A real `mlflow server` on a SQLite store of its own, which can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        store, artifacts = f"sqlite:///{folder / 'server.db'}", str(folder / "server_artifacts")
+        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        self._command += ["--workers", "1", "--backend-store-uri", store, "--artifacts-destination", artifacts]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            self._command,
+            env={**environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        wait_until(self.answers)
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                return True
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    one = Server(tmp_path)
+    one.start()
+    yield one
+    one.kill()
+
+
+def wait_until(reached: Callable[[], bool], seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def runs_at(uri: str) -> tuple[MlflowClient, list[Run]]:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    return client, list(client.search_runs([experiment.experiment_id], max_results=1000))
+
+
+def histories(uri: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Every run's metrics, point by point, by the run's key; fails where a key is there twice."""
+    client, runs = runs_at(uri)
+    found = {
+        run.data.tags["deltascope.key"]: {
+            name: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
+            for name in run.data.metrics
+        }
+        for run in runs
+    }
+    assert len(found) == len(runs), "a run is there twice"
+    return found
+
+
+def test_a_server_that_goes_away_loses_nothing(server: Server, jobs: Jobs, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweeps" / "tiny"
+    arguments = ("tiny", f"storage.root={tmp_path}", *SMALL)
+    tracked = (*arguments, f"storage.tracking_uri={server.url}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs", "sweep", *tracked],
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        # Away while trials end, and back: what it missed arrives while the sweep goes on.
+        wait_until(lambda: any(sweep.glob("lora/trial_*/result.json")))
+        server.kill()
+        wait_until(lambda: (sweep / "lora/manifest.json").is_file())
+        server.start()
+        wait_until(lambda: sum("/trial_" in key for key in histories(server.url)) >= 2)
+        assert process.poll() is None, "the sweep ended before the server was back"
+        # Away for good, before the sweep ends.
+        wait_until(lambda: (sweep / "cells/key.json").is_file() or any(sweep.glob("cells/*.json")))
+        server.kill()
+        output, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert "MLflow answers again" in output
+    assert output.count("MLflow stopped answering") == 2
+    assert "the rest lies on disk until `python -m jobs track` sends it" in output
+    assert "report.html" in output
+
+    server.start()
+    for _ in range(2):
+        sent = jobs("track", *tracked, timeout=120)
+        assert sent.returncode == 0, sent.stdout + sent.stderr
+    assert {run.info.status for run in runs_at(server.url)[1]} <= {"FINISHED", "KILLED"}
+    elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    assert jobs("track", *arguments, f"storage.tracking_uri={elsewhere}", timeout=120).returncode == 0
+    expected, found = histories(elsewhere), histories(server.url)
+    assert set(found) == set(expected)
+    for key, metrics in expected.items():
+        assert set(found[key]) == set(metrics), key
+        for name, points in metrics.items():
+            assert [step for step, _ in found[key][name]] == [step for step, _ in points], (key, name)
+    client, runs = runs_at(server.url)
+    root = next(run for run in runs if run.info.run_name == "tiny")
+    assert "report.html" in {entry.path for entry in client.list_artifacts(root.info.run_id)}
+
+
+def test_a_server_that_hangs_costs_the_end_some_seconds(server: Server, tmp_path: Path) -> None:
+    """It takes connections and answers nothing: the worst way of being away."""
+    one = Tracker(server.url, "study", tmp_path)
+    one.open("sweep", "study")
+    one.finish()
+    assert server._process is not None
+    os.killpg(server._process.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    for number in range(100):
+        one.record(f"sweep/{number}", str(number), "sweep", params={}, metrics={"loss": 1.0})
+    assert time.monotonic() - began < 1
+    one.finish()
+    assert one.lost
+    assert time.monotonic() - began < 50
