@@ -3,19 +3,22 @@
     python -m benchmarks.engine trials [--trials 200]
     python -m benchmarks.engine cells [--cells 10000]
     python -m benchmarks.engine workers [quickstart storage.root=mlruns]
+    python -m benchmarks.engine outside [quickstart storage.root=mlruns]
 
 `trials`: seconds a short trial costs over its own time, with our search and tracking, with Ray Tune as its
 documentation shows it (defaults, MLflowLoggerCallback), and with Optuna alone on joblib processes. `cells`: trivial
 cells a second through the fan-out and as bare Ray tasks. `workers`: behaviour cells of a finished sweep by one worker
-and by two, a thread each.
+and by two, a thread each. `outside`: the share of a finished sweep's wall time in which no worker trained, captured,
+merged or evaluated anything.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -202,6 +205,42 @@ def workers(
         assert [path.name for path in written[0]] == [path.name for path in written[1]]
     typer.echo(f"{len(written[0])} cells: {seconds[1]:.1f} s by one worker, {seconds[2]:.1f} s by two, a thread each")
     typer.echo(f"two over one: {seconds[1] / seconds[2]:.2f}x")
+
+
+@app.command()
+def outside(
+    config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
+) -> None:
+    from jobs.context import Context
+    from jobs.sweep import STAGES
+    from jobs.workspace import MANIFEST, TIMELINE, read_json
+    from search_spaces.load import load
+
+    name, *overrides = config or ["quickstart"]
+    context = Context(load(name, overrides))
+    folder = context.space.folder
+    done = [json.loads(line) for line in (folder / TIMELINE).read_text().splitlines()]
+    for pattern in ("lora/trial_*/result.json", "deltas/layer_*/*/d*/trial_*/result.json"):
+        done += [read_json(path) for path in folder.glob(pattern)]
+    work = [(one["started"], one["started"] + one["seconds"]) for one in done]
+    total = spent = 0.0
+    for stage in STAGES:
+        path = stage.folder(context) / MANIFEST
+        seconds = (read_json(path) or {})["seconds"]
+        begun = path.stat().st_mtime - seconds
+        busy = covered([(max(start, begun), min(end, begun + seconds)) for start, end in work])
+        total, spent = total + seconds, spent + seconds - busy
+        typer.echo(f"  {stage.name:<12} {seconds:8.1f} s   {seconds - busy:6.1f} s of it without any worker's work")
+    typer.echo(f"{spent:.1f} of {total:.1f} s outside: {spent / total:.1%}")
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """The length of the union of spans (start, end); those that end before they start are empty."""
+    length, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
 
 
 def _all_but_raw(folder: str, names: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from jobs import cluster
 from jobs.errors import RequestError
 from jobs.fanout import Pool
 from jobs.progress import Progress
-from jobs.workspace import Workspace, storage_root
+from jobs.workspace import TIMELINE, Workspace, storage_root
 from models.sources import check_hub, check_source, model_facts, resolve
 from search_spaces.schema import Sweep
 
@@ -82,7 +82,7 @@ class Context:
     @cached_property
     def pool(self) -> Pool:
         """Workers of the fan-outs; closed before a search, which needs the machine for its trials."""
-        return Pool(self.share)
+        return Pool(self.share, self.space.folder / TIMELINE)
 
     @property
     def device(self) -> str:

@@ -7,19 +7,24 @@ the others go on.
 
 from __future__ import annotations
 
+import json
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs.cluster import Share
 
 
 class Outcome(NamedTuple):
-    """A finished task: its result, or why it has none."""
+    """A finished task: its result, or why it has none; when its worker began it, and its seconds there."""
 
     task: Any
     result: Any = None
     error: str | None = None
+    started: float = 0.0
+    seconds: float = 0.0
 
 
 class _Worker:
@@ -34,10 +39,12 @@ class _Worker:
         torch.set_num_threads(threads)
 
     def run(self, function: Callable[[Any], Any], task: Any) -> Outcome:
+        started = time.time()
         try:
-            return Outcome(task, function(task))
+            outcome = Outcome(task, function(task))
         except Exception as error:
-            return Outcome(task, error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            outcome = Outcome(task, error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        return outcome._replace(started=started, seconds=time.time() - started)
 
 
 class Queue:
@@ -66,10 +73,13 @@ class Queue:
 
 
 class Pool:
-    """Workers that stay alive between fan-outs, until `close` gives their share of the machine back."""
+    """Workers that stay alive between fan-outs, until `close` gives their share of the machine back.
 
-    def __init__(self, share: Share) -> None:
-        self.share = share
+    `timeline` is a file to which each task adds a line: what it was, when it began, its seconds.
+    """
+
+    def __init__(self, share: Share, timeline: Path | None = None) -> None:
+        self.share, self._timeline = share, timeline
         self._idle: list[Any] = []
 
     def run(
@@ -113,10 +123,17 @@ class Pool:
                     outcome = Outcome(task, error=_reason(error))
                 else:
                     self._idle.append(worker)
+                    self._note(function, outcome)
                 yield outcome
         finally:
             for worker, _, _ in running.values():
                 ray.kill(worker)
+
+    def _note(self, function: Callable[[Any], Any], outcome: Outcome) -> None:
+        if self._timeline is not None:
+            line = {"work": function.__name__, "started": outcome.started, "seconds": outcome.seconds}
+            with self._timeline.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def _start(self) -> Any:
         import ray

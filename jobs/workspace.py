@@ -24,6 +24,8 @@ FORMAT = 1
 """Part of every key: raised when results on disk mean something else than before."""
 KEY = "key.json"
 START = "start.json"
+TIMELINE = "timeline.jsonl"
+"""What the workers of the fan-outs did when."""
 FINETUNED = "finetuned.json"
 MANIFEST = "manifest.json"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from jobs.cluster import Share, share_of
 from jobs.errors import RequestError
-from jobs.fanout import Outcome, Pool, Queue
+from jobs.fanout import Pool, Queue
 from search_spaces.schema import Compute
 
 
@@ -57,6 +59,16 @@ def test_every_task_is_done_once(pool: Pool) -> None:
     assert sorted(outcome.result for outcome in outcomes) == [n * n for n in range(20)]
 
 
+def test_the_timeline_tells_when_each_task_ran(share: Share, tmp_path: Path) -> None:
+    pool, before = Pool(share, tmp_path / "timeline.jsonl"), time.time()
+    outcomes = list(pool.run(fail_on_three, range(5)))
+    pool.close()
+    lines = [json.loads(line) for line in (tmp_path / "timeline.jsonl").read_text().splitlines()]
+    assert {line["work"] for line in lines} == {"fail_on_three"}
+    assert [line["started"] for line in lines] == [outcome.started for outcome in outcomes]
+    assert all(before <= line["started"] <= line["started"] + line["seconds"] <= time.time() for line in lines)
+
+
 def test_workers_are_kept_between_tasks(pool: Pool) -> None:
     pids = {outcome.result for outcome in pool.run(process, range(12))}
     assert len(pids) <= pool.share.at_once
@@ -65,7 +77,7 @@ def test_workers_are_kept_between_tasks(pool: Pool) -> None:
 
 def test_a_task_that_raises_is_recorded_and_the_others_go_on(pool: Pool) -> None:
     outcomes = {outcome.task: outcome for outcome in pool.run(fail_on_three, range(6))}
-    assert outcomes[3] == Outcome(3, None, "ValueError: three is not wanted")
+    assert outcomes[3][:3] == (3, None, "ValueError: three is not wanted")
     assert all(outcome.error is None for task, outcome in outcomes.items() if task != 3)
     assert len(outcomes) == 6
 
