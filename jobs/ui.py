@@ -23,9 +23,8 @@ AS_A_TREE = "runs?workflowType=machine_learning&orderByKey=attributes.start_time
 def command(root: str, port: int, studies: bool) -> list[str]:
     """What to run; raises RequestError where there is nothing to show or the port is taken."""
     folder = storage_root(root)
-    with socket.socket() as probe:
-        if probe.connect_ex((HOST, port)) == 0:
-            raise RequestError(f"--port: {port} is in use on {HOST}; give another one")
+    if listens(port):
+        raise RequestError(f"--port: {port} is in use on {HOST}; give another one")
     if studies:
         journal = folder / "optuna" / "journal.log"
         if not journal.is_file():
@@ -36,6 +35,11 @@ def command(root: str, port: int, studies: bool) -> list[str]:
         raise RequestError(f"--root: no tracked sweeps under {folder}; run a sweep first")
     server = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", _store(root)]
     return [*server, "--host", HOST, "--port", str(port)]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
 
 
 def serve(root: str, port: int, studies: bool = False) -> None:
