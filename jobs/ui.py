@@ -13,11 +13,10 @@ import subprocess
 import sys
 
 from jobs.errors import RequestError
+from jobs.run_view import page_of
 from jobs.workspace import storage_root
 
 HOST = "127.0.0.1"
-AS_A_TREE = "runs?workflowType=machine_learning&orderByKey=attributes.start_time&orderByAsc=true"
-"""MLflow reads a hundred runs at first, the latest unless told otherwise, and the sweep's own run is the earliest."""
 
 
 def command(root: str, port: int, studies: bool) -> list[str]:
@@ -48,7 +47,7 @@ def serve(root: str, port: int, studies: bool = False) -> None:
     print(f"{address} (Ctrl-C stops it)", flush=True)
     if not studies:
         for name, number in experiments(root):
-            print(f"  {name}: {address}/#/experiments/{number}/{AS_A_TREE}", flush=True)
+            print(f"  {name}: {address}{page_of(number)}", flush=True)
     # MLflow's server would start a dozen processes for jobs that others may send it, and none are sent to this one.
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(arguments, env=quiet | dict(os.environ), start_new_session=True)
