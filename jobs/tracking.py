@@ -7,6 +7,7 @@ holds nothing up: what it has missed is sent when it is back, or later from the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 import threading
@@ -142,7 +143,8 @@ class Tracker:
     def _check_answers(self) -> None:
         """In seconds, where MLflow itself would wait for a server that hangs as long as for one that computes."""
         if self._uri.startswith("http"):
-            requests.get(f"{self._uri.rstrip('/')}/health", timeout=ANSWER_SECONDS)
+            with contextlib.suppress(requests.exceptions.SSLError):  # it answers; MLflow has certificates of its own
+                requests.get(f"{self._uri.rstrip('/')}/health", timeout=ANSWER_SECONDS)
 
     def _read_again(self) -> None:
         """What the server has of all it was sent; a trial or cell that was being written goes."""
