@@ -36,7 +36,7 @@ UNLESS_SET = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # A tracking server that is away must not hold a sweep's end for MLflow's own minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MPLBACKEND": "Agg",
 }
 

@@ -7,6 +7,7 @@ holds nothing up: what it has missed is sent when it is back, or later from the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 import threading
@@ -24,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.addresses import without_secrets
 from jobs.errors import RequestError
+from jobs.run_view import TAGS
 
 KEY_TAG = "deltascope.key"
 BATCH = 1000
@@ -33,8 +35,6 @@ PARAM_CHARACTERS = 500
 LONGEST_WAIT = 30.0
 """Seconds between two looks at a server that is away; the first look comes after two."""
 ANSWER_SECONDS = 3.0
-TRAINING = {"mlflow.experimentKind": "custom_model_development"}
-"""Without it MLflow's pages take the experiment for one of prompts and traces, and open on an empty chart."""
 
 
 def _queued(method: Callable[..., None]) -> Callable[..., None]:
@@ -80,12 +80,15 @@ class Tracker:
             if found is None:
                 location = (artifacts / experiment).resolve().as_uri() if uri.startswith("sqlite") else None
                 self.experiment = self._client.create_experiment(
-                    experiment, artifact_location=location, tags=dict(TRAINING)
+                    experiment, artifact_location=location, tags=dict(TAGS)
                 )
             else:
                 self.experiment = found.experiment_id
                 if found.lifecycle_stage == "deleted":
                     self._client.restore_experiment(self.experiment)
+                for name, value in TAGS.items():
+                    if found.tags.get(name) != value:
+                        self._client.set_experiment_tag(self.experiment, name, value)
             self._runs = {key: run.info.run_id for key, run in self._known()}
         except Exception as error:
             raise RequestError(
@@ -140,7 +143,8 @@ class Tracker:
     def _check_answers(self) -> None:
         """In seconds, where MLflow itself would wait for a server that hangs as long as for one that computes."""
         if self._uri.startswith("http"):
-            requests.get(f"{self._uri.rstrip('/')}/health", timeout=ANSWER_SECONDS)
+            with contextlib.suppress(requests.exceptions.SSLError):  # it answers; MLflow has certificates of its own
+                requests.get(f"{self._uri.rstrip('/')}/health", timeout=ANSWER_SECONDS)
 
     def _read_again(self) -> None:
         """What the server has of all it was sent; a trial or cell that was being written goes."""

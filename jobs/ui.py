@@ -13,19 +13,17 @@ import subprocess
 import sys
 
 from jobs.errors import RequestError
+from jobs.run_view import page_of
 from jobs.workspace import storage_root
 
 HOST = "127.0.0.1"
-AS_A_TREE = "runs?workflowType=machine_learning&orderByKey=attributes.start_time&orderByAsc=true"
-"""MLflow reads a hundred runs at first, the latest unless told otherwise, and the sweep's own run is the earliest."""
 
 
 def command(root: str, port: int, studies: bool) -> list[str]:
     """What to run; raises RequestError where there is nothing to show or the port is taken."""
     folder = storage_root(root)
-    with socket.socket() as probe:
-        if probe.connect_ex((HOST, port)) == 0:
-            raise RequestError(f"--port: {port} is in use on {HOST}; give another one")
+    if listens(port):
+        raise RequestError(f"--port: {port} is in use on {HOST}; give another one")
     if studies:
         journal = folder / "optuna" / "journal.log"
         if not journal.is_file():
@@ -38,13 +36,18 @@ def command(root: str, port: int, studies: bool) -> list[str]:
     return [*server, "--host", HOST, "--port", str(port)]
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
+
+
 def serve(root: str, port: int, studies: bool = False) -> None:
     arguments = command(root, port, studies)
     address = f"http://{HOST}:{port}"
     print(f"{address} (Ctrl-C stops it)", flush=True)
     if not studies:
         for name, number in experiments(root):
-            print(f"  {name}: {address}/#/experiments/{number}/{AS_A_TREE}", flush=True)
+            print(f"  {name}: {address}{page_of(number)}", flush=True)
     # MLflow's server would start a dozen processes for jobs that others may send it, and none are sent to this one.
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(arguments, env=quiet | dict(os.environ), start_new_session=True)

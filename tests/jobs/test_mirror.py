@@ -103,11 +103,14 @@ def test_what_is_emptied_here_goes_there_too(url: str, folder: Path, tmp_path: P
 
 def test_files_arrive_in_the_order_they_were_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    files = fsspec.filesystem("memory")
-    put = type(files).put_file
-    monkeypatch.setattr(
-        type(files), "put_file", lambda self, *names, **rest: (order.append(names[0]), put(self, *names, **rest))[1]
-    )
+    kind = type(fsspec.filesystem("memory"))
+    put = kind.put_file
+
+    def note(self: fsspec.AbstractFileSystem, path: str, target: str, **options: object) -> None:
+        order.append(path)
+        put(self, path, target, **options)
+
+    monkeypatch.setattr(kind, "put_file", note)
     for number, name in enumerate(["deltas/layer_01/trial_0000/result.json", START, "deltas/layer_01/key.json"]):
         os.utime(folder / name, ns=(number, number))
     opened("memory://ordered", folder).send()

@@ -9,13 +9,13 @@ import pytest
 
 from jobs.studies import COMPLETE, FAILED, STOPPED, Group, Study, open_storage
 from jobs.workspace import write_json
-from search_spaces.schema import Choice, Range
+from search_spaces.schema import Choice, Dimension, Range
 
 STATES = (COMPLETE, COMPLETE, STOPPED, COMPLETE, FAILED, COMPLETE, COMPLETE, STOPPED, COMPLETE)
 
 
 def group(root: Path) -> Group:
-    space = {"x": Range(low=0.0, high=1.0), "kind": Choice(choice=["a", "b"]), "fixed": 3}
+    space: dict[str, Dimension] = {"x": Range(low=0.0, high=1.0), "kind": Choice(choice=["a", "b"]), "fixed": 3}
     return Group("one", root / "results", space, 20, seed=1, constants={}, study="test/one")
 
 

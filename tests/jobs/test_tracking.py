@@ -20,7 +20,9 @@ def tracker(root: Path) -> Tracker:
 
 def runs(root: Path) -> tuple[MlflowClient, list[Run]]:
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
-    return client, list(client.search_runs([client.get_experiment_by_name("study").experiment_id]))
+    experiment = client.get_experiment_by_name("study")
+    assert experiment is not None
+    return client, list(client.search_runs([experiment.experiment_id]))
 
 
 def record(one: Tracker) -> None:
