@@ -1,7 +1,7 @@
 """Process-wide switches of the libraries, set before any of them is imported.
 
 In: nothing. Out: environment variables: telemetry off, Ray on loopback, no pickles read from results, quiet bars.
-Values that a user has set win, but for telemetry.
+Values that a user has set win, but for telemetry. And what SIGINT and SIGTERM do.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ UNLESS_SET = {
 }
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
+AGAIN_SECONDS = 1.0
+_heard = threading.Event()
+
 TOKENS = "RAY_AUTH_MODE"
 _USERS_TOKENS = os.environ.get(TOKENS)
 
@@ -73,5 +77,31 @@ def take_signals() -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    for one in (signal.SIGINT, signal.SIGTERM):
+    for one in STOPS:
         signal.signal(one, signal.default_int_handler)
+
+
+def insist_on_signals() -> None:
+    """A stop that has come is sent again every `AGAIN_SECONDS` until someone says `heard`.
+
+    Python drops an exception that a signal raises while it forks or tidies up, and forks are what Ray starts with: the
+    sweep would go on as if nobody had asked.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def insist() -> None:
+        while os.read(reading, 1)[0] not in STOPS:
+            pass
+        while not _heard.wait(AGAIN_SECONDS):
+            signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=insist, name="signals", daemon=True).start()
+
+
+def heard() -> None:
+    """The stop has been taken up: what is left is to put everything away, undisturbed."""
+    _heard.set()

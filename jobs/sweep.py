@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from jobs import cluster, keys
+from jobs import cluster, environment, keys
 from jobs.addresses import without_secrets
 from jobs.context import Context
 from jobs.errors import WorkFailed
@@ -108,6 +108,7 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
             _run_stage(context, stage)
         status = "FINISHED"
     except KeyboardInterrupt:
+        environment.heard()
         status = "KILLED"
         raise
     finally:
@@ -136,6 +137,7 @@ def _run_stage(context: Context, stage: Stage) -> None:
         status = "FINISHED"
         context.progress.line(f"  {stage.name} took {clock(seconds)}")
     except KeyboardInterrupt:
+        environment.heard()
         status = "KILLED"
         raise
     finally:
