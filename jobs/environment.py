@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import warnings
+from typing import Any
 
 ALWAYS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -94,11 +96,16 @@ def insist_on_signals() -> None:
     assert main is not None
 
     def insist() -> None:
-        while os.read(reading, 1)[0] not in STOPS:
+        while (number := os.read(reading, 1)[0]) not in STOPS:
             pass
         while not _heard.wait(AGAIN_SECONDS):
-            signal.pthread_kill(main, signal.SIGINT)
+            signal.pthread_kill(main, number)  # the same one: while it waits to be handled it counts once
 
+    def tell(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt | SystemExit):
+            sys.__unraisablehook__(dropped)
+
+    sys.unraisablehook = tell
     threading.Thread(target=insist, name="signals", daemon=True).start()
 
 
