@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -232,12 +231,11 @@ def main() -> None:
     from search_spaces.load import SettingsError
 
     environment.take_signals()
+    environment.insist_on_signals()
     try:
         status = app(standalone_mode=False)  # Typer returns a status where the command left by an exit
     except (typer.Abort, KeyboardInterrupt):
         status = INTERRUPTED
-    except SystemExit as stop:  # Ray answers SIGTERM so while it starts
-        status = INTERRUPTED if stop.code == signal.SIGTERM else stop.code
     except (RequestError, ModelError, DataError, SettingsError) as error:
         _say(str(error))
         sys.exit(2)
@@ -255,6 +253,7 @@ def main() -> None:
             sys.exit(2)
         raise
     if status == INTERRUPTED:
+        environment.heard()
         _say("stopped; the same command goes on from here")
         # Everything is put away. Taking the interpreter down as well, with threads of Ray's in it that an interrupt cut
         # short, ends in a segmentation fault now and then.

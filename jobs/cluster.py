@@ -12,11 +12,12 @@ import os
 import socket
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs import environment
-from jobs.errors import RequestError
+from jobs import environment, raylet
+from jobs.errors import RequestError, WorkFailed
 from search_spaces.schema import Compute
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -57,7 +58,8 @@ def connect(address: str | None, insecure: bool = False) -> None:
     """Starts Ray on this machine (loopback only), or joins the cluster at `address`.
 
     Inside a submitted job the job's own cluster is joined. Raises RequestError where the address does not answer, and
-    where it is one that others reach without a token, unless `insecure` says that this is meant.
+    where it is one that others reach without a token, unless `insecure` says that this is meant; WorkFailed where Ray
+    does not start here. Ends the process where the raylet of this machine dies later.
     """
     asked = address
     address = address or environment.cluster_address() or "local"
@@ -65,25 +67,56 @@ def connect(address: str | None, insecure: bool = False) -> None:
 
     if ray.is_initialized():
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    if address == "local":
-        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-        environment.take_signals()
-        return
-    check_answers(address)
-    in_job = "runtime_resources" in Path.cwd().parts
-    runtime = {} if in_job else {"working_dir": str(REPOSITORY), "excludes": NOT_UPLOADED}
     try:
-        ray.init(address=address, runtime_env=runtime, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
-        raise RequestError(f"--address: no Ray cluster answers at {address} ({_first_line(error)})") from None
-    environment.take_signals()
+        if address == "local":
+            _start()
+        else:
+            _join(address)
+        environment.take_signals()
+    except (KeyboardInterrupt, SystemExit):  # so Ray answers SIGTERM while it starts
+        environment.heard()
+        disconnect()
+        raise KeyboardInterrupt from None
+    except Exception:
+        disconnect()
+        raise
     if asked and not insecure:
         try:
             check_closed(ray.get_runtime_context().gcs_address)
         except RequestError:
             disconnect()
             raise
+
+
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+_watches: list[raylet.Watch] = []
+
+
+def _start() -> None:
+    import ray
+
+    _watches.append(raylet.Watch(raylet.child))
+    try:
+        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **QUIET)
+    except Exception as error:  # Ray has no class of its own for this
+        raise WorkFailed(
+            f"Ray did not start on this machine ({_first_line(error)}); run the same command again"
+        ) from None
+
+
+def _join(address: str) -> None:
+    import ray
+
+    check_answers(address)
+    in_job = "runtime_resources" in Path.cwd().parts
+    runtime = {} if in_job else {"working_dir": str(REPOSITORY), "excludes": NOT_UPLOADED}
+    try:
+        ray.init(address=address, runtime_env=runtime, **QUIET)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+        raise RequestError(f"--address: no Ray cluster answers at {address} ({_first_line(error)})") from None
+    here = ray.get_runtime_context().get_node_id()
+    (socket_name,) = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == here]
+    _watches.append(raylet.Watch(partial(raylet.at, socket_name)))
 
 
 def check_closed(gcs: str) -> None:
@@ -101,6 +134,8 @@ def check_closed(gcs: str) -> None:
 def disconnect() -> None:
     import ray
 
+    while _watches:
+        _watches.pop().end()
     with contextlib.suppress(Exception):
         ray.shutdown()
 

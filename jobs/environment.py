@@ -1,15 +1,17 @@
 """Process-wide switches of the libraries, set before any of them is imported.
 
 In: nothing. Out: environment variables: telemetry off, Ray on loopback, no pickles read from results, quiet bars.
-Values that a user has set win, but for telemetry.
+Values that a user has set win, but for telemetry. And what SIGINT and SIGTERM do.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import warnings
+from typing import Any
 
 ALWAYS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -40,6 +42,10 @@ UNLESS_SET = {
     "MPLBACKEND": "Agg",
 }
 
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+AGAIN_SECONDS = 1.0
+_heard = threading.Event()
 
 TOKENS = "RAY_AUTH_MODE"
 _USERS_TOKENS = os.environ.get(TOKENS)
@@ -75,5 +81,36 @@ def take_signals() -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    for one in (signal.SIGINT, signal.SIGTERM):
+    for one in STOPS:
         signal.signal(one, signal.default_int_handler)
+
+
+def insist_on_signals() -> None:
+    """A stop that has come is sent again every `AGAIN_SECONDS` until someone says `heard`.
+
+    Python drops an exception that a signal raises while it forks or tidies up, and forks are what Ray starts with: the
+    sweep would go on as if nobody had asked.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def insist() -> None:
+        while (number := os.read(reading, 1)[0]) not in STOPS:
+            pass
+        while not _heard.wait(AGAIN_SECONDS):
+            signal.pthread_kill(main, number)  # the same one: while it waits to be handled it counts once
+
+    def tell(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt | SystemExit):
+            sys.__unraisablehook__(dropped)
+
+    sys.unraisablehook = tell
+    threading.Thread(target=insist, name="signals", daemon=True).start()
+
+
+def heard() -> None:
+    """The stop has been taken up: what is left is to put everything away, undisturbed."""
+    _heard.set()

@@ -145,9 +145,10 @@ class Study:
                 self._study.enqueue_trial(params)
 
     def ask(self) -> optuna.Trial:
-        """The next trial. Its values depend on the group's seed, its number and the finished trials, not on how often
-        the driver was started."""
-        number = len(self._study.get_trials(deepcopy=False, states=_BEGUN))
+        """The next trial. Its values depend on the group's seed, how many were begun and the finished trials, not on
+        how often the driver was started."""
+        begun = self._study.get_trials(deepcopy=False, states=_BEGUN)
+        number = sum(set(trial.params) == set(self._group.searched) for trial in begun)
         self._study.sampler = _sampler(self._group, (self._group.seed * 1_000_003 + number * 7919) % 2**31)
         return self._study.ask({name: _distribution(one) for name, one in self._group.searched.items()})
 

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from jobs import cluster, keys
+from jobs import cluster, environment, keys
 from jobs.addresses import without_secrets
 from jobs.context import Context
 from jobs.errors import WorkFailed
 from jobs.mirror import mirrored
 from jobs.progress import clock
-from jobs.workspace import MANIFEST, finish, is_finished, read_json, write_json
+from jobs.workspace import MANIFEST, is_finished, read_json, write_json
 from search_spaces.schema import Sweep
 
 
@@ -108,18 +108,25 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
                 context.progress.line(f"{label}: done already")
                 continue
             context.progress.line(label)
-            _run_stage(context, stage)
-        status = "FINISHED"
+            manifest = _run_stage(context, stage)
+            if stage is stages[-1]:
+                status = "FINISHED"
+                tracker.close("sweep")
+            # The manifest comes last: whoever finds all of them has nothing left to do, in MLflow neither.
+            write_json(stage.folder(context) / MANIFEST, manifest)
     except KeyboardInterrupt:
+        environment.heard()
         status = "KILLED"
         raise
     finally:
-        tracker.close("sweep", status=status)
+        if status != "FINISHED":
+            tracker.close("sweep", status=status)
         cluster.disconnect()
         tracker.finish()
 
 
-def _run_stage(context: Context, stage: Stage) -> None:
+def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
+    """Returns the stage's manifest."""
     started = time.time()
     # What follows from this stage is out of date from here on, however this run ends.
     for later in STAGES[NAMES.index(stage.name) :]:
@@ -133,13 +140,14 @@ def _run_stage(context: Context, stage: Stage) -> None:
         # After a failure nothing counts as finished: the next run of the same command goes on from there.
         if not context.failures:
             workers = context.share.at_once if "share" in vars(context) else 1  # a stage without work starts no Ray
-            facts |= {"seconds": seconds, "workers": workers}
-            finish(stage.folder(context), stage.key(context), facts)
+            manifest = {"key": stage.key(context), **facts, "seconds": seconds, "workers": workers}
         else:
-            write_json(stage.folder(context) / MANIFEST, {"key": "incomplete", **facts, "seconds": seconds})
+            manifest = {"key": "incomplete", **facts, "seconds": seconds}
         status = "FINISHED"
         context.progress.line(f"  {stage.name} took {clock(seconds)}")
+        return manifest
     except KeyboardInterrupt:
+        environment.heard()
         status = "KILLED"
         raise
     finally:

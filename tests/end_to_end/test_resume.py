@@ -20,25 +20,43 @@ from optuna.trial import TrialState
 from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment
 
 
-def start(*arguments: str) -> subprocess.Popen[bytes]:
+def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "jobs", *arguments]
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
 
 
-def kill_when(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
-    """SIGKILL of the driver and of what it started, as when a machine goes down."""
+def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 300
     while not reached():
         assert process.poll() is None, "the sweep ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def kill_raylet_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    """SIGKILL of Ray's node manager alone: the driver ends by itself and takes everything along."""
+    wait_until(reached, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    (raylet,) = [child for child in family if child.name() == "raylet"]
+    raylet.kill()
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1] == "error: Ray's raylet has died; the same command goes on from here"
+    left = psutil.wait_procs(family, timeout=10)[1]
+    assert all(one.status() == psutil.STATUS_ZOMBIE for one in left), left
+
+
+def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    """SIGKILL of the driver and of what it started, as when a machine goes down."""
+    wait_until(reached, process)
     everything = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
     for pid in everything:
         try:
@@ -57,7 +75,7 @@ def test_a_killed_sweep_goes_on(jobs: Jobs, tmp_path: Path) -> None:
 
     kill_when(start(*arguments), lambda: len(results()) >= 1)
     kept = {path: path.stat().st_mtime_ns for path in [*results(), *sweep.glob("lora/trial_*/result.json")]}
-    kill_when(start(*arguments), lambda: len(list(sweep.glob("cells/layer_*.json"))) >= 1)
+    kill_raylet_when(start(*arguments), lambda: len(list(sweep.glob("cells/layer_*.json"))) >= 1)
     cells = {path: path.stat().st_mtime_ns for path in sweep.glob("cells/*.json")}
 
     done = jobs(*arguments)

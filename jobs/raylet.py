@@ -1,0 +1,71 @@
+"""When this machine's raylet (Ray's node manager) dies, the driver ends too, which Ray would leave waiting for ever.
+
+In: how to find the raylet. Out: one sentence and exit status 1 within a second of its death. What is finished lies on
+disk, as after any kill: this is one, of the driver and of all its children.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Callable
+
+import psutil
+
+PERIOD_SECONDS = 0.25
+NAME = "raylet"
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class Watch:
+    """A thread that waits for the raylet that `find` gives, from its first appearance to its death or to `end`."""
+
+    def __init__(self, find: Callable[[], psutil.Process | None]) -> None:
+        self._find = find
+        self._ended = threading.Event()
+        # A dead raylet's workers go on for half a minute and write; as the driver's children they can be found.
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        threading.Thread(target=self._wait, name=NAME, daemon=True).start()
+        atexit.register(self.end)  # Ray registered its own shutdown before, which therefore comes after this
+
+    def end(self) -> None:
+        """Ray is about to be shut down on purpose."""
+        self._ended.set()
+        atexit.unregister(self.end)
+
+    def _wait(self) -> None:
+        raylet = None
+        while raylet is None:
+            if self._ended.wait(PERIOD_SECONDS):
+                return
+            with contextlib.suppress(psutil.NoSuchProcess):
+                raylet = self._find()
+        while not self._ended.is_set():
+            with contextlib.suppress(psutil.TimeoutExpired):
+                raylet.wait(PERIOD_SECONDS)
+                break
+        if not self._ended.is_set():
+            _leave()
+
+
+def child() -> psutil.Process | None:
+    """The raylet that this process has started."""
+    return next((one for one in psutil.Process().children() if one.name() == NAME), None)
+
+
+def at(socket: str) -> psutil.Process | None:
+    """The raylet of this machine that answers at `socket`."""
+    asked = f"--raylet_socket_name={socket}"
+    return next((one for one in psutil.process_iter(["cmdline"]) if asked in (one.info["cmdline"] or ())), None)
+
+
+def _leave() -> None:
+    print("error: Ray's raylet has died; the same command goes on from here", file=sys.stderr, flush=True)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(1)
