@@ -28,7 +28,8 @@ class Watch:
         self._find = find
         self._ended = threading.Event()
         # A dead raylet's workers go on for half a minute and write; as the driver's children they can be found.
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         threading.Thread(target=self._wait, name=NAME, daemon=True).start()
         atexit.register(self.end)  # Ray registered its own shutdown before, which therefore comes after this
 
