@@ -96,6 +96,8 @@ def start_over(context: Context) -> None:
 
 
 def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
+    from jobs.track import send
+
     tracker = context.tracker
     write_settings(context)
     tracker.sweep_orphans()
@@ -106,12 +108,14 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
             label = f"[{number}/{len(stages)}] {stage.name}"
             if stage.finished(context):
                 context.progress.line(f"{label}: done already")
+                send(context, stage)  # what a kill, or a server that was away, has kept from MLflow
                 continue
             context.progress.line(label)
             manifest = _run_stage(context, stage)
             if stage is stages[-1]:
                 status = "FINISHED"
                 tracker.close("sweep")
+                tracker.finish()
             # The manifest comes last: whoever finds all of them has nothing left to do, in MLflow neither.
             write_json(stage.folder(context) / MANIFEST, manifest)
     except KeyboardInterrupt:

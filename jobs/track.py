@@ -12,7 +12,7 @@ from jobs.context import Context
 from jobs.errors import RequestError, WorkFailed
 from jobs.stages.data import metrics_of
 from jobs.stages.records import record_base, record_cells, record_trial
-from jobs.sweep import STAGES, open_stage
+from jobs.sweep import STAGES, Stage, open_stage
 from jobs.workspace import MANIFEST, read_json
 
 
@@ -28,19 +28,24 @@ def track(context: Context) -> None:
             tracker.open("sweep", context.settings.name, params={"seed": context.settings.seed})
             tracker.close("sweep")
         for stage in reached:
-            if not tracker.is_finished(stage.name):
-                manifest = read_json(stage.folder(context) / MANIFEST)
-                known = metrics_of(manifest["report"]) if stage.name == "data" else {}
-                open_stage(context, stage)
-                tracker.close(stage.name, {**known, "seconds": manifest["seconds"]})
-            if stage.name in SENT:
-                SENT[stage.name](context)
+            send(context, stage)
         tracker.finish()
     if tracker.lost:
         raise WorkFailed("MLflow stopped answering before everything was sent; run the same command again")
     if tracker.refused:
         raise WorkFailed(f"MLflow did not take {tracker.refused} of the runs it was sent, for the reason above")
     context.progress.line(f"everything of {space.name} is in MLflow")
+
+
+def send(context: Context, stage: Stage) -> None:
+    """What MLflow lacks of a finished stage."""
+    if not context.tracker.is_finished(stage.name):
+        manifest = read_json(stage.folder(context) / MANIFEST)
+        known = metrics_of(manifest["report"]) if stage.name == "data" else {}
+        open_stage(context, stage)
+        context.tracker.close(stage.name, {**known, "seconds": manifest["seconds"]})
+    if stage.name in SENT:
+        SENT[stage.name](context)
 
 
 def _lora(context: Context) -> None:
