@@ -44,10 +44,8 @@ class Watch:
                 return
             with contextlib.suppress(psutil.NoSuchProcess):
                 raylet = self._find()
-        while not self._ended.is_set():
-            with contextlib.suppress(psutil.TimeoutExpired):
-                raylet.wait(PERIOD_SECONDS)
-                break
+        while not _ends(raylet) and not self._ended.is_set():
+            pass
         if not self._ended.is_set():
             _leave()
 
@@ -61,6 +59,16 @@ def at(socket: str) -> psutil.Process | None:
     """The raylet of this machine that answers at `socket`."""
     asked = f"--raylet_socket_name={socket}"
     return next((one for one in psutil.process_iter(["cmdline"]) if asked in (one.info["cmdline"] or ())), None)
+
+
+def _ends(process: psutil.Process) -> bool:
+    """Whether it ends within a period; one that is dead but not yet reaped by who started it has ended too."""
+    try:
+        process.wait(PERIOD_SECONDS)
+    except psutil.TimeoutExpired:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def _leave() -> None:
