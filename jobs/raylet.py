@@ -25,7 +25,7 @@ class Watch:
     """A thread that waits for the raylet that `find` gives, from its first appearance to its death or to `end`."""
 
     def __init__(self, find: Callable[[], psutil.Process | None]) -> None:
-        self._find = find
+        self._find, self._raylet = find, find()
         self._ended = threading.Event()
         # A dead raylet's workers go on for half a minute and write; as the driver's children they can be found.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -38,13 +38,11 @@ class Watch:
         atexit.unregister(self.end)
 
     def _wait(self) -> None:
-        raylet = None
-        while raylet is None:
+        while self._raylet is None:
             if self._ended.wait(PERIOD_SECONDS):
                 return
-            with contextlib.suppress(psutil.NoSuchProcess):
-                raylet = self._find()
-        while not _ends(raylet) and not self._ended.is_set():
+            self._raylet = self._find()
+        while not _ends(self._raylet) and not self._ended.is_set():
             pass
         if not self._ended.is_set():
             _leave()
@@ -52,7 +50,9 @@ class Watch:
 
 def child() -> psutil.Process | None:
     """The raylet that this process has started."""
-    return next((one for one in psutil.Process().children() if one.name() == NAME), None)
+    with contextlib.suppress(psutil.NoSuchProcess):  # a child that ends while it is asked
+        return next((one for one in psutil.Process().children() if one.name() == NAME), None)
+    return None
 
 
 def at(socket: str) -> psutil.Process | None:
