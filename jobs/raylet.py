@@ -49,9 +49,11 @@ class Watch:
 
 
 def child() -> psutil.Process | None:
-    """The raylet that this process has started."""
+    """The raylet that this process has started, and no dead one of an earlier start."""
     with contextlib.suppress(psutil.NoSuchProcess):  # a child that ends while it is asked
-        return next((one for one in psutil.Process().children() if one.name() == NAME), None)
+        for one in psutil.Process().children():
+            if one.name() == NAME and one.status() != psutil.STATUS_ZOMBIE:
+                return one
     return None
 
 
