@@ -23,9 +23,12 @@ from search_spaces.schema import Compute
 REPOSITORY = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 256 * 2**20
 """Results travel as files; only small messages go through the object store."""
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
 CONNECT_SECONDS = 5.0
 STORAGE_SECONDS = 60.0
 NOT_UPLOADED = [".git", ".venv", "mlruns", "**/__pycache__", "*.log", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
+_watches: list[raylet.Watch] = []
+"""Of the raylet that this driver depends on, while it is connected."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,6 @@ def connect(address: str | None, insecure: bool = False) -> None:
         except RequestError:
             disconnect()
             raise
-
-
-QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-_watches: list[raylet.Watch] = []
 
 
 def _start() -> None:

@@ -25,7 +25,7 @@ class Watch:
     """A thread that waits for the raylet that `find` gives, from its first appearance to its death or to `end`."""
 
     def __init__(self, find: Callable[[], psutil.Process | None]) -> None:
-        self._find = find
+        self._find, self._raylet = find, find()
         self._ended = threading.Event()
         # A dead raylet's workers go on for half a minute and write; as the driver's children they can be found.
         if sys.platform == "linux":
@@ -39,29 +39,39 @@ class Watch:
         atexit.unregister(self.end)
 
     def _wait(self) -> None:
-        raylet = None
-        while raylet is None:
+        while self._raylet is None:
             if self._ended.wait(PERIOD_SECONDS):
                 return
-            with contextlib.suppress(psutil.NoSuchProcess):
-                raylet = self._find()
-        while not self._ended.is_set():
-            with contextlib.suppress(psutil.TimeoutExpired):
-                raylet.wait(PERIOD_SECONDS)
-                break
+            self._raylet = self._find()
+        while not _ends(self._raylet) and not self._ended.is_set():
+            pass
         if not self._ended.is_set():
             _leave()
 
 
 def child() -> psutil.Process | None:
-    """The raylet that this process has started."""
-    return next((one for one in psutil.Process().children() if one.name() == NAME), None)
+    """The raylet that this process has started, and no dead one of an earlier start."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # a child that ends while it is asked
+        for one in psutil.Process().children():
+            if one.name() == NAME and one.status() != psutil.STATUS_ZOMBIE:
+                return one
+    return None
 
 
 def at(socket: str) -> psutil.Process | None:
     """The raylet of this machine that answers at `socket`."""
     asked = f"--raylet_socket_name={socket}"
     return next((one for one in psutil.process_iter(["cmdline"]) if asked in (one.info["cmdline"] or ())), None)
+
+
+def _ends(process: psutil.Process) -> bool:
+    """Whether it ends within a period; one that is dead but not yet reaped by who started it has ended too."""
+    try:
+        process.wait(PERIOD_SECONDS)
+    except psutil.TimeoutExpired:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def _leave() -> None:

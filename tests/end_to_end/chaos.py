@@ -37,7 +37,7 @@ SETTINGS = (*SMALL, "lora.asha=false", "compute.max_retries=100", "compute.check
 DURING = {"local": ("worker",), "cluster": ("worker", "node", "node")}
 AT_LAST = {"local": ("machine", "driver", "raylet"), "cluster": ("driver",)}
 KILLS_A_START = (3, 5)
-WORKS_SECONDS = 1.0
+WORKS_SECONDS = 0.7
 """From a sign of work to the kill, at most."""
 STARTS_SECONDS = 8.0
 STARTING = 0.1
@@ -138,8 +138,8 @@ class Start:
             assert time.monotonic() < deadline, "the sweep hangs:\n" + self.said
         return True
 
-    def kill(self, victim: str, chance: random.Random) -> int:
-        """How many were killed: one, or none where there was no such process."""
+    def kill(self, victim: str, most: int, chance: random.Random) -> int:
+        """How many were killed: one, several workers at once, or none where there was no such process."""
         if victim == "node":
             assert self.nodes is not None
             self.nodes.replace()
@@ -150,7 +150,7 @@ class Start:
         chosen = {
             "machine": [own, *family],
             "driver": [own],
-            "worker": [chance.choice(workers)] if workers else [],
+            "worker": chance.sample(workers, min(len(workers), chance.randint(1, most))),
             "raylet": [one for one in family if one.name() == "raylet"],
         }[victim]
         for one in chosen:
@@ -163,7 +163,7 @@ class Start:
                 assert "the same command goes on from here" in self.said
                 left = psutil.wait_procs(family, timeout=ENDS_SECONDS)[1]
                 assert all(one.status() == psutil.STATUS_ZOMBIE for one in left), left
-        return int(bool(chosen))
+        return len(chosen) if victim == "worker" else int(bool(chosen))
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -195,7 +195,7 @@ def harass(start: Start, kills: int, chance: random.Random) -> collections.Count
         elif not start.works() or start.ends_in(chance.uniform(0, WORKS_SECONDS)):
             break
         victim = chance.choice((AT_LAST if done.total() == kills - 1 else DURING)[where])
-        done[victim] += start.kill(victim, chance)
+        done[victim] += start.kill(victim, kills - done.total(), chance)
         print(f"{time.monotonic() - BEGAN:.0f} s: {victim} ({where})", flush=True)
     return done
 

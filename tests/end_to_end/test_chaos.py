@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
-from tests.end_to_end.chaos import chaos
+from tests.end_to_end.chaos import chaos, two_nodes
+from tests.end_to_end.conftest import REPOSITORY
+
+JOINED = """
+import sys, time
+from jobs import environment
+environment.prepare(sys.argv[1])
+from jobs import cluster
+cluster.connect(sys.argv[1])
+print("joined", flush=True)
+time.sleep(60)
+"""
 
 
 def test_twenty_kills_change_no_table(tmp_path: Path) -> None:
     assert "20 kills" in chaos(tmp_path, kills=20, seed=0)
+
+
+def test_a_driver_whose_node_of_a_cluster_dies_ends(tmp_path: Path) -> None:
+    with two_nodes(tmp_path) as nodes:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", JOINED, nodes.address],
+            cwd=REPOSITORY,
+            env=nodes.variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "joined\n"
+        for one in nodes.family:
+            if one.name() == "raylet":
+                one.kill()
+        _, errors = driver.communicate(timeout=10)
+    assert driver.returncode == 1
+    assert errors.splitlines()[-1] == "error: Ray's raylet has died; the same command goes on from here"
