@@ -13,8 +13,9 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar o
 sweep: setup
 	$(PY) -m jobs sweep $(CONFIG) $(ARGS)
 
+# Two at a time: much of a whole sweep on a tiny model is waiting for processes to start.
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile --durations 12
 
 # Format, lint and types, as CI runs them.
 check: setup
