@@ -15,7 +15,7 @@ sweep: setup
 
 # Two at a time: much of a whole sweep on a tiny model is waiting for processes to start.
 test: setup
-	$(PY) -m pytest -n 2 --dist loadfile --durations 12
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 12
 
 # Format, lint and types, as CI runs them.
 check: setup
