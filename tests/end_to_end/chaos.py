@@ -247,10 +247,10 @@ def _table(path: Path) -> str:
 
 
 def _results(root: Path) -> list[str]:
-    """The trials that ended, as names of their folders."""
+    """The group of each trial that ended. Their numbers may differ: one that a kill left half drawn keeps its own."""
     sweep = root / "sweeps/tiny"
     found = [*sweep.glob("lora/trial_*/result.json"), *sweep.glob("deltas/layer_*/*/d*/trial_*/result.json")]
-    return sorted(str(path.parent.relative_to(sweep)) for path in found)
+    return sorted(str(path.parent.parent.relative_to(sweep)) for path in found)
 
 
 def chaos(place: Path, kills: int, seed: int) -> str:
