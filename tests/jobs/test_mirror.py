@@ -28,8 +28,8 @@ def s3() -> Iterator[str]:
         for name, value in {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
             patch.setenv(name, value)
         files = fsspec.filesystem("s3", skip_instance_cache=True)
-        files.mkdir("bucket")
-        yield "s3://bucket/runs"
+        files.mkdir("mirrored")  # a process has one set of buckets, whatever the server
+        yield "s3://mirrored/runs"
         fsspec.filesystem("s3").clear_instance_cache()
     server.stop()
 
