@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from data.encoding import Batch, pad_left
 from models.bridge import device_of, tap_names
@@ -179,6 +178,8 @@ def resume(
 def first_tokens(cache: Any, batch: Batch, rows: Sequence[int], counts: Sequence[int]) -> tuple[Any, Tensor]:
     """The part of `cache`, filled by a pass over `batch`, that is of the first `counts[i]` tokens of `rows[i]`: padded
     on the left, with its mask (row, position)."""
+    from transformers import DynamicCache  # here: the command line imports this file, and that one takes seconds
+
     chosen, kept = (torch.tensor(one, device=batch.ids.device).unsqueeze(1) for one in (rows, counts))
     positions = torch.arange(max(counts), device=batch.ids.device) - (max(counts) - kept)
     bos = batch.mask.int().argmax(1)[chosen]
