@@ -49,6 +49,10 @@ class Bar:
     def note(self, text: str) -> None:
         self.update(self.done, text)
 
+    def line(self, text: str) -> None:
+        """Says `text` on a line of its own, to stay."""
+        self._show.line(f"  {text}")
+
 
 class Progress:
     """The one place that writes to the terminal during a sweep."""

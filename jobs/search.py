@@ -7,6 +7,7 @@ repeated call runs only the trials that are missing.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from typing import Any
 
 import optuna
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -52,12 +54,16 @@ def run_search(
 
     `trial(config, report)` gets the constants, the searched values, `trial` (its number) and `folder`; it calls
     `report` with `step` and `val_loss` after each validation and returns the figures of its result, `val_loss` among
-    them, or `failed` with the reason. An exception is a lost worker: the trial is tried again, then it failed too.
+    them, or `failed` with the reason. An exception is a lost worker: the trial is tried again, up to `max_retries`
+    times, then it failed too.
     """
-    search = GroupedSearch(groups, storage, share.at_once, bar, on_trial)
+    search = GroupedSearch(groups, storage, share.at_once, max_retries, bar, on_trial)
     if not search.missing:
         return
     scheduler = _GroupedHalving(early_stopping, groups) if early_stopping else FIFOScheduler()
+
+    logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it lists tries that failed, not trials
 
     def run(config: dict[str, Any]) -> None:
         figures = trial(config, lambda values: tune.report(dict(values)))
@@ -71,7 +77,7 @@ def run_search(
             mode="min",
             search_alg=search,
             scheduler=scheduler,
-            num_samples=search.missing,
+            num_samples=-1,  # as many as the search proposes
             max_concurrent_trials=share.at_once,
             reuse_actors=True,
             trial_dirname_creator=lambda one: one.trial_id,
@@ -80,7 +86,8 @@ def run_search(
             name="tune",
             storage_path=str(scratch),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=max_retries),
+            # Tune (2.60) can count the death of a reused worker twice and give its trial up: the search retries.
+            failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(),
             callbacks=[],
         ),
@@ -94,6 +101,7 @@ class _Running:
     trial: optuna.Trial
     started: float
     history: list[dict[str, Any]] = field(default_factory=list)
+    deaths: int = 0
 
 
 class GroupedSearch(Searcher):
@@ -108,16 +116,18 @@ class GroupedSearch(Searcher):
         groups: list[Group],
         storage: optuna.storages.BaseStorage,
         at_once: int,
+        max_retries: int,
         bar: Bar,
         on_trial: Callable[[Group, dict[str, Any]], None],
     ) -> None:
         super().__init__(metric="val_loss", mode="min")
         self._groups = {group.name: group for group in groups}
-        self._bar, self._on_trial = bar, on_trial
+        self._max_retries, self._bar, self._on_trial = max_retries, bar, on_trial
         self._studies = {group.name: Study(group, storage) for group in groups}
         self._left = {group.name: max(0, group.trials - self._studies[group.name].finished) for group in groups}
         self._together = math.ceil(at_once / len(groups))
         self._running: dict[str, _Running] = {}
+        self._again: list[_Running] = []
         self.missing = sum(self._left.values())
         bar.update(sum(group.trials for group in groups) - self.missing)
 
@@ -125,26 +135,30 @@ class GroupedSearch(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        if not any(self._left.values()):
-            return Searcher.FINISHED
+        running = self._again.pop() if self._again else self._next()
+        if running is None:
+            return None if self._running else Searcher.FINISHED
+        self._running[trial_id] = running
+        group, number = running.group, running.trial.number
+        return {
+            **group.constants,
+            **group.fixed,
+            **running.trial.params,
+            "group": group.name,
+            "trial": number,
+            "folder": str(group.folder / f"trial_{number:04d}"),
+        }
+
+    def _next(self) -> _Running | None:
+        """A trial that was not begun yet, if there is one whose turn it is."""
         busy = Counter(running.group.name for running in self._running.values())
         open_groups = [name for name, left in self._left.items() if left and busy[name] < self._together]
         if not open_groups:
             return None
         name = max(open_groups, key=lambda name: self._left[name])
         self._left[name] -= 1
-        group, study = self._groups[name], self._studies[name]
-        asked = study.unfinished.pop(0) if study.unfinished else study.ask()
-        self._running[trial_id] = _Running(group, asked, time.time())
-        folder = group.folder / f"trial_{asked.number:04d}"
-        return {
-            **group.constants,
-            **group.fixed,
-            **asked.params,
-            "group": name,
-            "trial": asked.number,
-            "folder": str(folder),
-        }
+        study = self._studies[name]
+        return _Running(self._groups[name], study.unfinished.pop(0) if study.unfinished else study.ask(), time.time())
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         running = self._running.get(trial_id)
@@ -166,6 +180,14 @@ class GroupedSearch(Searcher):
             self.on_trial_result(trial_id, result)
         running = self._running.pop(trial_id, None)
         if running is None:
+            return
+        if error and running.deaths < self._max_retries:
+            running.deaths += 1
+            self._again.append(running)
+            tries = f"{running.deaths} of {self._max_retries}"
+            self._bar.line(
+                f"{running.group.name} trial {running.trial.number}: its worker died, trying again ({tries})"
+            )
             return
         figures = _figures(result or {})
         value = figures.get("val_loss")
@@ -223,31 +245,36 @@ class _GroupedHalving(FIFOScheduler):
             reduction_factor=settings.reduction_factor,
             stop_last_trials=False,
         )
-        no_controller: Any = None  # these two calls do not look at it
         for result in trials_of(group):
-            earlier: Any = SimpleNamespace(trial_id=f"earlier_{result['trial']}")
-            bracket.on_trial_add(no_controller, earlier)
+            earlier = _named(result["trial"])
+            bracket.on_trial_add(NO_CONTROLLER, earlier)
             for iteration, figures in enumerate(result["history"], start=1):
                 if math.isfinite(loss := figures.get("val_loss", math.nan)):
-                    bracket.on_trial_result(no_controller, earlier, {"training_iteration": iteration, "val_loss": loss})
+                    bracket.on_trial_result(NO_CONTROLLER, earlier, {"training_iteration": iteration, "val_loss": loss})
         return bracket
 
-    def _bracket(self, trial: Any) -> AsyncHyperBandScheduler:
-        return self._brackets[trial.config["group"]]
-
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self._bracket(trial).on_trial_add(tune_controller, trial)
+        self._brackets[trial.config["group"]].on_trial_add(tune_controller, _named(trial.config["trial"]))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if result.get("final"):
             return TrialScheduler.CONTINUE
-        return self._bracket(trial).on_trial_result(tune_controller, trial, result)
+        bracket = self._brackets[trial.config["group"]]
+        return bracket.on_trial_result(tune_controller, _named(trial.config["trial"]), result)
 
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        self._bracket(trial).on_trial_complete(tune_controller, trial, result)
 
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        self._bracket(trial).on_trial_remove(tune_controller, trial)
+NO_CONTROLLER: Any = None
+"""In Tune's place: what is called here of a bracket does not look at it."""
+
+
+def _named(number: int) -> Any:
+    """A trial under its own number, which it keeps where it is tried again; Tune gives every try another name."""
+    return SimpleNamespace(trial_id=str(number))
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of Tune's is more than the traceback of a worker's death, which the search says in a line."""
+    return not (record.exc_info and isinstance(record.exc_info[1], RayActorError))
 
 
 _TUNE_KEYS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,30 @@ def troubled(config: dict[str, Any], report: Any) -> dict[str, Any]:
     return {"val_loss": config["x"], "step": 1}
 
 
+def dying(config: dict[str, Any], report: Any) -> dict[str, Any]:
+    """Its worker dies soon after its end, so at any moment of a reuse, on a trial's first try."""
+    report({"step": 1, "val_loss": config["x"]})
+    marker = Path(config["folder"]).parent / f"tried_{config['trial']}"
+    if not marker.exists():
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        threading.Timer(config["trial"] * 0.002, os._exit, [1]).start()
+    return {"step": 1, "val_loss": config["x"]}
+
+
 def group(root: Path, name: str, trials: int, centre: float = 0.3) -> Group:
     space = {"x": Range(low=0.0, high=1.0), "kind": Choice(choice=["a", "b"]), "fixed": 3}
     return Group(name, root / name, space, trials, seed=1, constants={"centre": centre}, study=f"test/{name}")
 
 
-def search(root: Path, groups: list[Group], trial: Any, share: Share, halving: EarlyStopping | None = None) -> list:
+def search(
+    root: Path,
+    groups: list[Group],
+    trial: Any,
+    share: Share,
+    halving: EarlyStopping | None = None,
+    max_retries: int = 1,
+) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = []
     with Progress().bar("trials", sum(one.trials for one in groups), "trials") as bar:
         run_search(
@@ -54,7 +73,7 @@ def search(root: Path, groups: list[Group], trial: Any, share: Share, halving: E
             trial,
             storage=open_storage(None, root),
             share=share,
-            max_retries=1,
+            max_retries=max_retries,
             early_stopping=halving,
             scratch=root / ".tune",
             bar=bar,
@@ -104,6 +123,17 @@ def test_failures_are_told_with_their_reason_and_deaths_are_retried(share: Share
         TrialState.COMPLETE,
         TrialState.COMPLETE,
     ]
+
+
+def test_a_death_counts_once_whenever_it_comes(share: Share, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    one = group(tmp_path, "dying", 16)
+    search(tmp_path, [one], dying, share, EarlyStopping(1, 2, 2), max_retries=16)
+    results = trials_of(one)
+    assert [result["trial"] for result in results] == list(range(16))
+    assert {result["state"] for result in results} <= {"COMPLETE", "STOPPED"}
+    said = capfd.readouterr()
+    assert "its worker died, trying again (1 of 16)" in said.out
+    assert "Traceback" not in said.err
 
 
 def test_a_repeated_search_runs_what_is_missing(share: Share, tmp_path: Path) -> None:
