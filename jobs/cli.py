@@ -34,7 +34,10 @@ Overrides = Annotated[
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="A running Ray cluster: auto or HOST:PORT. Default: Ray on this machine."),
+    typer.Option(
+        help="A running Ray cluster: auto or HOST:PORT on one of its nodes, ray://HOST:PORT from outside. "
+        "Default: Ray on this machine."
+    ),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster that others reach without a token.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what this sweep has left and start over.")]
@@ -53,8 +56,13 @@ def _stage_command(name: str, help: str) -> None:
         from search_spaces.load import load
 
         environment.prepare(address)
+        settings = load(config, overrides or [])
+        if address and address.startswith("ray://"):
+            from jobs.remote import run_there
+
+            raise typer.Exit(run_there(address, name, config, overrides or [], fresh, insecure))
         until = "report" if name == "sweep" else name
-        context = Context(load(config, overrides or []), address=address, insecure=insecure)
+        context = Context(settings, address=address, insecure=insecure)
         run_sweep(context, until=until, fresh=fresh)
 
     app.command(name, help=help)(command)

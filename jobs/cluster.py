@@ -99,7 +99,7 @@ def _start() -> None:
         ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **QUIET)
     except Exception as error:  # Ray has no class of its own for this
         raise WorkFailed(
-            f"Ray did not start on this machine ({_first_line(error)}); run the same command again"
+            f"Ray did not start on this machine ({first_line(error)}); run the same command again"
         ) from None
 
 
@@ -112,7 +112,7 @@ def _join(address: str) -> None:
     try:
         ray.init(address=address, runtime_env=runtime, **QUIET)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
-        raise RequestError(f"--address: no Ray cluster answers at {address} ({_first_line(error)})") from None
+        raise RequestError(f"--address: no Ray cluster answers at {address} ({first_line(error)})") from None
     here = ray.get_runtime_context().get_node_id()
     (socket_name,) = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == here]
     _watches.append(raylet.Watch(partial(raylet.at, socket_name)))
@@ -182,7 +182,7 @@ def check_storage(root: Path) -> None:
         }
         blind = [address for address, answer in asked.items() if not ray.get(answer, timeout=STORAGE_SECONDS)]
     except ray.exceptions.RayError as error:
-        raise RequestError(f"storage.root: a node did not say whether it sees {root} ({_first_line(error)})") from None
+        raise RequestError(f"storage.root: a node did not say whether it sees {root} ({first_line(error)})") from None
     finally:
         marker.unlink()
     if blind:
@@ -200,19 +200,15 @@ def check_answers(address: str) -> None:
     """A TCP connection within seconds, so that a wrong address does not hang for Ray's own minutes."""
     if address == "auto":
         return
-    if address.startswith("ray://"):
-        raise RequestError(
-            f"--address: got {address}; a search cannot run through Ray Client: start the command on a node of the "
-            "cluster with auto or HOST:PORT, or submit it with `ray job submit`"
-        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise RequestError(f"--address: {address!r} is not auto or HOST:PORT")
+        raise RequestError(f"--address: {address!r} is not auto, HOST:PORT or ray://HOST:PORT")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise RequestError(f"--address: no Ray cluster answers at {address} ({error})") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception says, as far as it fits into a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

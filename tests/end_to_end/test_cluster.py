@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,7 +24,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     """`ray start --head` on loopback with a token of its own; yields the environment to reach it."""
     with tempfile.TemporaryDirectory(prefix="ray") as session:  # its sockets need a short path
-        dashboard = free_port()
+        dashboard, client = free_port(), free_port()
         home = tmp_path / "home"
         home.mkdir()
         token = tmp_path / "token"
@@ -38,12 +40,13 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
             "RAY_TMPDIR": session,
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
             "HOME": str(home),
+            "CLIENT": f"ray://127.0.0.1:{client}",
         }
         start = [
             RAY, "start", "--head", "--block", f"--port={free_port()}", "--node-ip-address=127.0.0.1",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=2", "--disable-usage-stats",
             f"--dashboard-agent-listen-port={free_port()}",
-            "--object-store-memory=200000000",
+            "--object-store-memory=200000000", f"--ray-client-server-port={client}",
         ]  # fmt: skip
         with (tmp_path / "head.log").open("w") as log:
             process = subprocess.Popen(start, env=variables, stdout=log, stderr=log)
@@ -87,3 +90,58 @@ def test_a_submitted_job_runs_the_study(head: dict[str, str]) -> None:
     folders = [path for path in packages if path.is_dir()]
     assert folders
     assert not any((folder / name).exists() for folder in folders for name in (".venv", ".git", "mlruns/mlflow.db"))
+
+
+def test_a_command_from_outside_the_cluster_runs_on_it(head: dict[str, str], tmp_path: Path) -> None:
+    """Its lines and its status come back, and Ctrl-C reaches it; a shared folder holds the results."""
+    head = dict(head)
+    del head["RAY_API_SERVER_ADDRESS"]  # the address given is enough
+    command = [sys.executable, "-m", "jobs", "lora", "tiny", f"storage.root={tmp_path}", *SMALL]
+    asked = [*command, "--address", head["CLIENT"]]
+    options: dict[str, Any] = {"cwd": REPOSITORY, "env": head, "text": True}
+    said = tmp_path / "stopped.log"
+    with said.open("w") as log:
+        process = subprocess.Popen([*asked, "lora.steps=4000"], stdout=log, stderr=log, **options)
+        try:
+            deadline = time.monotonic() + 200
+            while "LoRA study" not in said.read_text():
+                assert process.poll() is None, said.read_text()
+                assert time.monotonic() < deadline, said.read_text()
+                time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130, said.read_text()
+        finally:
+            process.kill()
+    # Once from the job, which has put everything away, once from here.
+    assert said.read_text().count("stopped; the same command goes on from here") == 2, said.read_text()
+    done = subprocess.run(asked, capture_output=True, timeout=300, check=False, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[2/2] lora" in done.stdout
+    assert (tmp_path / "sweeps/tiny/lora/best.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (["tiny"], "no Ray cluster answers"),
+        (["{outside}"], "must lie under"),
+        (["tiny", "storage.optuna_url=postgresql://me:secret@host/studies"], "without a password"),
+    ],
+)
+def test_a_wrong_request_from_outside_is_one_sentence(tmp_path: Path, request_: list[str], sentence: str) -> None:
+    outside = tmp_path / "mine.yaml"
+    outside.write_text((REPOSITORY / "search_spaces/tiny.yaml").read_text())
+    command = [sys.executable, "-m", "jobs", "sweep", *(one.format(outside=outside) for one in request_)]
+    done = subprocess.run(
+        [*command, "--address", "ray://127.0.0.1:1"],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "secret" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
