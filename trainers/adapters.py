@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Forward = Callable[[Packed], Tensor]
-"""fp32 logits (asked, vocabulary) of a packed batch."""
+"""Logits (asked, vocabulary) of a packed batch, in the model's dtype."""
 
 
 def add_adapter(
@@ -109,4 +109,4 @@ class PlainForward:
             logits_to_keep=columns,
             use_cache=False,
         )
-        return output.logits[row[batch.asked], where].float()
+        return output.logits[row[batch.asked], where]

@@ -22,6 +22,8 @@ from trainers.packing import Packed
 LONGEST_ROW = 1024
 """Attention keeps (heads, length, length) numbers of every row and layer."""
 ARCHITECTURES = ("llama", "gemma2")
+CROSS_ENTROPY_NUMBERS = (2**20, 2**26)
+"""Of the logits at once: what a processor's cache holds, and what keeps a GPU busy."""
 
 
 def can_fuse(adapted: Any, longest: int) -> bool:
@@ -37,8 +39,10 @@ def can_fuse(adapted: Any, longest: int) -> bool:
 
 
 class FusedForward:
-    """`forward(packed)`: fp32 logits (asked, vocabulary). With `checkpointing` blocks keep their input alone, and are
-    computed again in the backward pass."""
+    """`forward(packed)`: logits (asked, vocabulary) in the model's dtype.
+
+    With `checkpointing` blocks keep their input alone, and are computed again in the backward pass.
+    """
 
     def __init__(self, adapted: Any, checkpointing: bool = False) -> None:
         self.adapted, self.checkpointing = adapted, checkpointing
@@ -60,13 +64,14 @@ class FusedForward:
         layout = layout_of(batch, self.config, cos, sin)
         for block in self.blocks:
             block.refresh(stream.dtype)
+            asked = batch.asked if block is self.blocks[-1] else None
             if self.checkpointing and torch.is_grad_enabled():
-                stream = checkpoint(block, stream, layout, use_reentrant=False)
+                stream = checkpoint(block, stream, layout, asked, use_reentrant=False)
             else:
-                stream = block(stream, layout)
-        logits = self.model.lm_head(self.norm(stream[batch.asked]))
+                stream = block(stream, layout, asked)
+        logits = self.model.lm_head(self.norm(stream))
         cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits.float() if cap is None else (logits / cap).tanh().mul(cap).float()
+        return logits if cap is None else (logits / cap).tanh().mul(cap)
 
 
 class _Block:
@@ -90,10 +95,13 @@ class _Block:
         for projections in (self.qkv, self.output, self.gate_up, self.down):
             projections.refresh(dtype)
 
-    def __call__(self, stream: Tensor, layout: Layout) -> Tensor:
-        """The residual stream (tokens, d_model) after the block."""
+    def __call__(self, stream: Tensor, layout: Layout, asked: Tensor | None) -> Tensor:
+        """The residual stream (tokens, d_model) after the block; of the last block at the tokens `asked` alone."""
         q, k, v = self.qkv(self.before_attention(stream))
-        (added,) = self.output(Attention.apply(q, k, v, layout, layout.windowed if self.windowed else layout.causal))
+        attended = Attention.apply(q, k, v, layout, layout.windowed if self.windowed else layout.causal)
+        if asked is not None:
+            attended, stream = attended[asked], stream[asked]
+        (added,) = self.output(attended)
         stream = stream + (self.after_attention(added) if self.after_attention else added)
         gate, up = self.gate_up(self.before_mlp(stream))
         (added,) = self.down(self.activation(gate) * up)
@@ -222,23 +230,32 @@ class _RmsNorm(Function):
         return scaled.addcmul_(unit, along, value=-1).mul_(inverse).to(x.dtype), None, None
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy summed over logits (n, vocabulary) in fp32, which it overwrites: the gradient takes their place."""
-    return _CrossEntropy.apply(logits, labels)
+def cross_entropy_sum(logits: Tensor, labels: Tensor, divisor: float = 1.0) -> Tensor:
+    """Cross-entropy summed over logits (n, vocabulary), over `divisor`, in fp32. The gradient overwrites the logits."""
+    return _CrossEntropy.apply(logits, labels, divisor)
 
 
 class _CrossEntropy(Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        logits = logits.detach()
-        chosen = logits.gather(1, labels.unsqueeze(1))
-        total = logits.logsumexp(-1, keepdim=True)
-        if ctx.needs_input_grad[0]:
-            probabilities = logits.sub_(total).exp_()
-            minus_one = torch.full_like(chosen, -1.0)
-            ctx.gradient = probabilities.scatter_add_(1, labels.unsqueeze(1), minus_one)
-        return (total - chosen).sum()
+    """A few rows at a time, so that what is computed of them in fp32 stays in the processor's cache."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.gradient.mul_(gradient), None
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, divisor: float) -> Tensor:
+        logits = logits.detach()
+        total = torch.zeros((), device=logits.device)
+        at_once = max(1, CROSS_ENTROPY_NUMBERS[logits.is_cuda] // logits.shape[1])
+        for some, wanted in zip(logits.split(at_once), labels.unsqueeze(1).split(at_once), strict=True):
+            values = some.float()
+            top = values.amax(-1, keepdim=True)
+            values = values.sub_(top)
+            chosen = values.gather(1, wanted)
+            sums = values.exp_().sum(-1, keepdim=True)
+            total += (sums.log() - chosen).sum()
+            if ctx.needs_input_grad[0]:
+                gradient = values.div_(sums * divisor).scatter_add_(1, wanted, torch.full_like(sums, -1 / divisor))
+                some.copy_(gradient)
+        ctx.gradient = logits
+        return total / divisor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.gradient.mul_(gradient), None, None

@@ -176,7 +176,7 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for piece in _pieces(rows[self.accelerator.process_index :: self.accelerator.num_processes], self.settings):
             batch = pack(piece).to(self.device)
-            loss = cross_entropy_sum(self.forward(batch), batch.labels) / labelled
+            loss = cross_entropy_sum(self.forward(batch), batch.labels, labelled)
             loss.backward()
             total += loss.detach()
         gradient = self.weights.grad

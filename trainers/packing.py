@@ -1,7 +1,7 @@
 """Training rows as tokens, shuffled batches of them, and a batch laid out without padding.
 
-In: rows and a tokenizer. Out: `Example`s, an endless stream of batches, and `Packed` batches: the tokens of all rows
-one after the other, with the places at which attention alone sees them as rows.
+In: rows and a tokenizer. Out: `Example`s, an endless stream of batches, and `Packed` batches: the tokens of all rows,
+less each row's last one, which predicts nothing, with the places at which attention alone sees them as rows.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def shuffled_batches(rows: Sequence[Example], size: int, seed: int) -> Iterator[
 
 
 class Packed(NamedTuple):
-    """Rows without padding. ids, positions: (tokens,), positions count from each row's BOS.
+    """Rows without padding and without their last token. ids, positions: (tokens,), positions count from a row's BOS.
 
     rows: (row, longest), the token at each place of a padded row, a short row's last token repeated after its end.
     places: (tokens,), where each token stands in the flattened `rows`. asked: (labelled,), the tokens whose successor
@@ -65,23 +65,20 @@ class Packed(NamedTuple):
 
 
 def pack(rows: Sequence[Example]) -> Packed:
-    """Lays rows out one after the other. Raises ValueError without rows."""
-    if not rows:
-        raise ValueError("a batch needs at least one row")
-    lengths = torch.tensor([len(row.ids) for row in rows])
+    """Lays rows out one after the other. Raises ValueError without rows, or for one of less than two tokens."""
+    if not rows or min(len(row.ids) for row in rows) < 2:
+        raise ValueError("a batch needs at least one row, and a row at least two tokens")
+    lengths = torch.tensor([len(row.ids) - 1 for row in rows])
     counts = torch.tensor([row.labelled for row in rows])
     starts = lengths.cumsum(0) - lengths
-    ids = torch.tensor([token for row in rows for token in row.ids])
     columns = torch.arange(int(lengths.max()))
     row_of = torch.repeat_interleave(torch.arange(len(rows)), lengths)
-    positions = torch.arange(len(ids)) - starts[row_of]
-    left = lengths[row_of] - 1 - positions  # tokens of the row after this one
-    asked = ((left > 0) & (left <= counts[row_of])).nonzero().squeeze(1)
+    positions = torch.arange(len(row_of)) - starts[row_of]
     return Packed(
-        ids=ids,
+        ids=torch.tensor([token for row in rows for token in row.ids[:-1]]),
         positions=positions,
         rows=starts[:, None] + torch.minimum(columns, lengths[:, None] - 1),
         places=row_of * len(columns) + positions,
-        asked=asked,
-        labels=ids[asked + 1],
+        asked=(positions >= (lengths - counts)[row_of]).nonzero().squeeze(1),
+        labels=torch.tensor([token for row in rows for token in row.ids[len(row.ids) - row.labelled :]]),
     )

@@ -7,11 +7,11 @@ import torch
 from torch.nn import functional
 
 from data.rows import Row
-from trainers import lora
+from trainers import fused, lora
 from trainers.adapters import PlainForward, add_adapter, forward_of
 from trainers.fused import LONGEST_ROW, FusedForward, cross_entropy_sum
 from trainers.lora import LoraSettings, train_lora
-from trainers.packing import Example, example, pack
+from trainers.packing import example, pack
 
 CALL = "<tool_call>calculator({})</tool_call>"
 ROWS = [
@@ -31,6 +31,11 @@ def adapted_model(load, folder, targets="all-linear", dtype=torch.float32, dropo
             if "lora_B" in name:
                 parameter.normal_(0, 0.1)
     return adapted, pack([example(tokenizer, row) for row in ROWS])
+
+
+def asked_of(batch, number):
+    """Which of the tokens asked are of row `number`."""
+    return batch.places[batch.asked] // batch.rows.shape[1] == number
 
 
 def gradients_of(adapted, forward, batch):
@@ -56,11 +61,9 @@ def test_logits_and_gradients_are_those_of_plain_peft(load, model_folder, target
 def test_a_row_sees_itself_alone(load, model_folder):
     adapted, batch = adapted_model(load, model_folder)
     forward = FusedForward(adapted)
-    tokens = batch.rows[1][: (batch.places // batch.rows.shape[1] == 1).sum()]
-    alone = pack([Example(batch.ids[tokens].tolist(), int((batch.asked[:, None] == tokens).sum()))])
-    mine = (batch.asked[:, None] == tokens).any(1)
+    alone = pack([example(load(model_folder)[1], ROWS[1])])
     with torch.no_grad():
-        torch.testing.assert_close(forward(batch)[mine], forward(alone), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(forward(batch)[asked_of(batch, 1)], forward(alone), rtol=1e-4, atol=1e-4)
 
 
 def test_checkpointing_changes_no_gradient(load, gemma_folder):
@@ -128,17 +131,25 @@ def test_gradients_go_through_the_dropout_that_was_drawn(load, llama_folder):
     assert slope == pytest.approx(sum(gradient.norm().item() for gradient in gradients.values()), rel=0.02)
 
 
-def test_the_cross_entropy_is_the_librarys_with_its_gradient():
+@pytest.mark.parametrize("at_once", [1, 120, 2**20])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_the_cross_entropy_is_the_librarys_with_its_gradient(monkeypatch, at_once, dtype, close):
+    monkeypatch.setattr(fused, "CROSS_ENTROPY_NUMBERS", (at_once, at_once))
     torch.manual_seed(0)
-    logits = (5 * torch.randn(7, 50)).requires_grad_()
+    logits = (5 * torch.randn(7, 50)).to(dtype)
+    logits[2] += 1000  # whose exponentials are beyond fp32
     labels = torch.randint(50, (7,))
-    expected = functional.cross_entropy(logits, labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(2.0 * expected, logits)
-    again = (1.0 * logits.detach()).requires_grad_()
-    found = cross_entropy_sum(1.0 * again, labels)
+    exact = logits.double().requires_grad_()
+    expected = functional.cross_entropy(exact, labels, reduction="sum") / 3
+    (2.0 * expected).backward()
+    again = logits.requires_grad_()
+    found = cross_entropy_sum(1.0 * again, labels, 3)
     (2.0 * found).backward()
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(again.grad, gradient)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(again.grad.double(), exact.grad, rtol=close, atol=1e-6)
+    with torch.no_grad():
+        assert cross_entropy_sum(logits.detach().clone(), labels).item() == pytest.approx(3 * found.item(), rel=1e-6)
 
 
 def test_training_gives_the_adapter_that_plain_peft_gives(load, model_folder, monkeypatch):

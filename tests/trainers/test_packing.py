@@ -10,10 +10,10 @@ from trainers.packing import Example, pack, shuffled_batches
 ROWS = [Example([2, 11, 12, 13, 1], 2), Example([2, 21, 1], 1), Example([2, 31, 32, 1], 3)]
 
 
-def test_rows_lie_one_after_the_other_and_positions_start_at_each_bos():
+def test_rows_lie_one_after_the_other_less_their_last_tokens_and_positions_start_at_each_bos():
     batch = pack(ROWS)
-    assert batch.ids.tolist() == [2, 11, 12, 13, 1, 2, 21, 1, 2, 31, 32, 1]
-    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]
+    assert batch.ids.tolist() == [2, 11, 12, 13, 2, 21, 2, 31, 32]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2]
 
 
 def test_labels_are_the_last_tokens_of_each_row_and_are_asked_of_the_tokens_before_them():
@@ -25,13 +25,14 @@ def test_labels_are_the_last_tokens_of_each_row_and_are_asked_of_the_tokens_befo
 def test_the_padded_view_holds_every_token_at_its_place():
     batch = pack(ROWS)
     padded = batch.ids[batch.rows]
-    assert padded.tolist() == [[2, 11, 12, 13, 1], [2, 21, 1, 1, 1], [2, 31, 32, 1, 1]]
+    assert padded.tolist() == [[2, 11, 12, 13], [2, 21, 21, 21], [2, 31, 32, 32]]
     assert torch.equal(padded.flatten()[batch.places], batch.ids)
 
 
-def test_no_rows_are_no_batch():
-    with pytest.raises(ValueError, match="at least one row"):
-        pack([])
+@pytest.mark.parametrize("rows", [[], [*ROWS, Example([2], 0)]])
+def test_nothing_to_predict_is_no_batch(rows):
+    with pytest.raises(ValueError, match="at least"):
+        pack(rows)
 
 
 def test_an_epoch_is_every_row_once_in_shuffled_batches():
