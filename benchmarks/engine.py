@@ -20,12 +20,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from jobs import cluster, environment
+from jobs.cluster import connection as cluster
+from jobs.cluster import environment
 
 environment.prepare()
 
@@ -64,9 +66,9 @@ def trials(number: Annotated[int, typer.Option("--trials")] = 200) -> None:
 
 def _ours(folder: Path, number: int, share: cluster.Share) -> None:
     from jobs.progress import Progress
-    from jobs.search import run_search
-    from jobs.studies import Group, open_storage
-    from jobs.tracking import Tracker
+    from jobs.search.grouped import run_search
+    from jobs.search.studies import Group, open_storage
+    from jobs.tracking.writer import Tracker
     from search_spaces.dimensions import Range
 
     folder.mkdir(parents=True)
@@ -150,7 +152,7 @@ def nothing(task: int) -> int:
 def cells(number: Annotated[int, typer.Option("--cells")] = 10_000) -> None:
     import ray
 
-    from jobs.fanout import Pool
+    from jobs.cluster.fanout import Pool
 
     with _ray() as share:
         bare = ray.remote(num_cpus=1)(nothing)
@@ -175,10 +177,10 @@ def workers(
     config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
     above: Annotated[int, typer.Option(help="Lowest layer whose cells are computed.")] = 18,
 ) -> None:
-    from jobs.context import Context
-    from jobs.fanout import Pool
-    from jobs.stages.cells import evaluate
-    from jobs.stages.evaluate import behaviour_combination, behaviour_work
+    from jobs.cluster.fanout import Pool
+    from jobs.study.context import Context
+    from jobs.study.stages.cells import evaluate
+    from jobs.study.stages.evaluate import behaviour_combination, behaviour_work
     from search_spaces.load import load
 
     name, *overrides = config or ["quickstart"]
@@ -189,7 +191,7 @@ def workers(
             place = Path(folder) / str(count)
             shutil.copytree(context.space.generations, place / "generations", ignore=_all_but_raw)
             works = [
-                work._replace(folder=str(place / "cells"))
+                replace(work, shared=replace(work.shared, cells=str(place / "cells")))
                 for work in behaviour_work(context, *behaviour_combination(context))
                 if len(work.sites) == 1 and work.sites[0].layer >= above
             ]
@@ -211,9 +213,10 @@ def workers(
 def outside(
     config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
 ) -> None:
-    from jobs.context import Context
-    from jobs.sweep import STAGES
-    from jobs.workspace import MANIFEST, TIMELINE, read_json
+    from jobs.files import MANIFEST, read_json
+    from jobs.study.context import Context
+    from jobs.study.stage_list import STAGES
+    from jobs.study.workspace import TIMELINE
     from search_spaces.load import load
 
     name, *overrides = config or ["quickstart"]

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from data.encoding import encode_row, pad_left
 from data.rows import Row, read_rows
-from evaluators.behaviour import Ask, evaluate_behaviour
-from evaluators.decoding import Stop
-from evaluators.interventions import Site
-from evaluators.passes import Prefixes, Shortcuts
-from jobs.context import Context
-from jobs.kept import combination, load_bridge, load_sites
+from evaluators.measures.behaviour import Ask, evaluate_behaviour
+from evaluators.splice.decoding import Stop
+from evaluators.splice.interventions import Site
+from evaluators.splice.passes import Passes, Prefixes, Shortcuts
+from jobs.commands.finished import combination, load_bridge, load_sites
+from jobs.study.context import Context
 from models.bridge import device_of, read_input, tap_names
 from search_spaces.load import load
 
@@ -61,7 +61,7 @@ def ours(
 ) -> Table:
     """The whole grid. Strengths 0 and 1 are no_delta and full: measured once, filed twice."""
     table: Table = {}
-    settings: dict[str, Any] = {"max_new_tokens": budget, "batch_size": 32, "shortcuts": shortcuts}
+    plain = Passes(bridge, shortcuts=shortcuts)
     prefixes = Prefixes(bridge, [site.layer for site in sites], sites[0].base.taps, together=shortcuts.capture_once)
     for subset, of_subset in rows.items():
         outputs: list[list[int]] = []
@@ -73,17 +73,16 @@ def ours(
                     if key[0] == sites[0].layer and key[1] == "raw" and key[3] == subset
                 }
             else:
-                ((_, figures, texts),) = evaluate_behaviour(bridge, of_subset, (), [Ask("raw")], **settings)
+                ((_, figures, texts),) = evaluate_behaviour(plain, (), of_subset, [Ask("raw")], max_new_tokens=budget)
                 _file(table, (site.layer, "raw", 0.0, subset), figures, texts)
                 outputs = [one["tokens"] for one in texts]
             asked = evaluate_behaviour(
-                bridge,
-                of_subset,
+                replace(plain, prefixes=prefixes if shortcuts.share_prefix else None),
                 [site],
+                of_subset,
                 [Ask("alpha", alpha) for alpha in ALPHAS],
+                max_new_tokens=budget,
                 raw_outputs=outputs,
-                prefixes=prefixes if shortcuts.share_prefix else None,
-                **settings,
             )
             for ask, figures, texts in asked:
                 for condition, alpha in CELLS[1:]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from data.copy_grammar import copy_sentences
 from data.requests import RequestOptions, tool_rows
 from data.rows import Row, make_row
-from evaluators.scoring import score_file, score_row
+from evaluators.measures.scoring import score_file, score_row
 
 
 def realistic_rows(count: int) -> list[tuple[Row, str]]:

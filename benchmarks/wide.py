@@ -21,7 +21,8 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs import environment, ui
+from jobs.cluster import environment
+from jobs.commands import ui
 
 environment.prepare()
 

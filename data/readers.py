@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data.rows import LABELS, DataError, Row, make_row
+from data.rows import CALL_OPEN, LABELS, DataError, Row, make_row
 
 LABEL_NAMES = {"positive": "tool", "negative": "copy"} | {label: label for label in LABELS}
 MAX_LINE_BYTES = 1 << 20
@@ -121,7 +121,7 @@ def _stream(log: LineLog, parse: Callable[[str], T]) -> Iterator[T]:
 
 def implied_label(target: str) -> str:
     """The label of a row that has none: a target that holds a tool call makes a tool row."""
-    return "tool" if "<tool_call>" in target else "copy"
+    return "tool" if CALL_OPEN in target else "copy"
 
 
 def raw_lines(path: str, limit: int = MAX_LINE_BYTES) -> Iterator[bytes]:

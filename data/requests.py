@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from data.rows import DataError, Row, make_row
+from data.rows import CALL_CLOSE, CALL_OPEN, DataError, Row, make_row
 
 # `{e}` is an expression in symbols; these serve every operator and every length.
 SYMBOL_REQUESTS = (
@@ -163,7 +163,7 @@ class RequestOptions:
 
 def call_target(expression: str) -> str:
     """The answer to a request: one calculator call, spaces removed from the expression."""
-    return f"<tool_call>calculator({expression.replace(' ', '')})</tool_call>"
+    return f"{CALL_OPEN}calculator({expression.replace(' ', '')}){CALL_CLOSE}"
 
 
 def tool_rows(rng: random.Random, options: RequestOptions) -> Iterator[Row]:

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 LABELS = ("tool", "copy", "tool_ood")
+CALL_OPEN = "<tool_call>"
+CALL_CLOSE = "</tool_call>"
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")

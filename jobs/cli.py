@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from jobs import environment
+from jobs.cluster import environment
 
 environment.prepare()
 
@@ -51,14 +51,14 @@ def _stage_command(name: str, help: str) -> None:
         insecure: Insecure = False,
         fresh: Fresh = False,
     ) -> None:
-        from jobs.context import Context
-        from jobs.sweep import run_sweep
+        from jobs.study.context import Context
+        from jobs.study.sweep import run_sweep
         from search_spaces.load import load
 
         environment.prepare(address)
         settings = load(config, overrides or [])
         if address and address.startswith("ray://"):
-            from jobs.remote import run_there
+            from jobs.cluster.submission import run_there
 
             raise typer.Exit(run_there(address, name, config, overrides or [], fresh, insecure))
         until = "report" if name == "sweep" else name
@@ -85,8 +85,8 @@ def plan(
     measured: Annotated[Path | None, typer.Option(help="A sweep's folder whose costs count; default: its own.")] = None,
 ) -> None:
     """Print what a sweep would do: trials, cells, disk, bases, and its time at measured costs. Runs nothing."""
-    from jobs.context import Context
-    from jobs.plan import plan_rows
+    from jobs.commands.plan import plan_rows
+    from jobs.study.context import Context
     from search_spaces.load import load
 
     _print_rows(plan_rows(Context(load(config, overrides or [])), measured, gpus))
@@ -95,8 +95,8 @@ def plan(
 @app.command()
 def status(config: Config, overrides: Overrides = None) -> None:
     """Print what a sweep has done and has left."""
-    from jobs.context import Context
-    from jobs.plan import status_rows
+    from jobs.commands.plan import status_rows
+    from jobs.study.context import Context
     from search_spaces.load import load
 
     _print_rows(status_rows(Context(load(config, overrides or []))))
@@ -105,8 +105,8 @@ def status(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def track(config: Config, overrides: Overrides = None) -> None:
     """Send a sweep's results from disk to MLflow: after a server was away, or to another one. Sends nothing twice."""
-    from jobs.context import Context
-    from jobs.track import track as send
+    from jobs.commands.track import track as send
+    from jobs.study.context import Context
     from search_spaces.load import load
 
     send(Context(load(config, overrides or [])))
@@ -115,7 +115,7 @@ def track(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def doctor(root: Annotated[str, typer.Option(help="The storage root.")] = "mlruns") -> None:
     """Check this machine: packages, devices, models, storage."""
-    from jobs.doctor import OPTIONAL, examine
+    from jobs.commands.doctor import OPTIONAL, examine
 
     findings = examine(root)
     _print_rows([(name, ("" if well else "NOT WELL: ") + found) for name, found, well in findings])
@@ -130,13 +130,13 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Behaviour metrics of a file of generations, with Wilson 95% intervals."""
-    from evaluators.scoring import score_file
+    from evaluators.measures.scoring import score_file
 
     groups = score_file(file, by)
     if as_json:
         print(json.dumps(groups))
         return
-    from jobs.show import show_scores
+    from jobs.commands.show import show_scores
 
     show_scores(by, groups)
 
@@ -155,9 +155,9 @@ def probe(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """One prompt under raw, no_delta, full and any alpha: CE, next tokens, output, active features."""
-    from evaluators.probe import probe as run
-    from jobs.context import Context
-    from jobs.kept import combination, load_bridge, load_sites
+    from evaluators.measures.probe import probe as run
+    from jobs.commands.finished import combination, load_bridge, load_sites
+    from jobs.study.context import Context
     from models.bridge import device_of
     from search_spaces.load import load
 
@@ -171,7 +171,7 @@ def probe(
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
-    from jobs.show import show_probe
+    from jobs.commands.show import show_probe
 
     show_probe(found)
 
@@ -183,8 +183,8 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 64,
 ) -> None:
     """Talk to the finetuned model, one request a line; its calculator calls are evaluated."""
-    from jobs.chat import chat as run
-    from jobs.context import Context
+    from jobs.commands.chat import chat as run
+    from jobs.study.context import Context
     from search_spaces.load import load
 
     run(Context(load(config, overrides or [])), max_new_tokens)
@@ -203,9 +203,9 @@ def export(
     """Write base and delta as one transcoder a layer, in another tool's format."""
     from pathlib import Path
 
-    from jobs.context import Context
-    from jobs.kept import combination
-    from jobs.kept import export as run
+    from jobs.commands.finished import combination
+    from jobs.commands.finished import export as run
+    from jobs.study.context import Context
     from search_spaces.load import load
 
     context = Context(load(config, overrides or []))
@@ -220,7 +220,7 @@ def ui(
     studies: Annotated[bool, typer.Option("--studies", help="The Optuna dashboard instead of MLflow.")] = False,
 ) -> None:
     """Open the MLflow UI on the sweeps of this machine, on loopback."""
-    from jobs.ui import serve
+    from jobs.commands.ui import serve
 
     serve(root, port, studies)
 

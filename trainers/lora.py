@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from data.encoding import Encoded, encode_row
-from data.rows import Row
+from data.rows import CALL_OPEN, Row
 from trainers import checkpoints
 from trainers.adapters import add_adapter, forward_of
 from trainers.checkpoints import Keeper
@@ -31,8 +31,6 @@ from trainers.packing import Example, example, pack, shuffled_batches
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CALL_OPEN = "<tool_call>"
 
 
 @dataclass(frozen=True)

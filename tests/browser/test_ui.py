@@ -17,7 +17,7 @@ import pytest
 from optuna.storages.journal import JournalFileBackend
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
-from evaluators.pooling import cell_metrics
+from evaluators.tables.pooling import cell_metrics
 from tests.end_to_end.conftest import REPOSITORY, read, served
 
 PICTURES = REPOSITORY / "test-output"

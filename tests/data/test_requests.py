@@ -11,8 +11,8 @@ import pytest
 from data import requests
 from data.requests import RequestOptions, tool_ood_rows, tool_rows
 from data.rows import DataError, Row
-from evaluators.arithmetic import evaluate
-from evaluators.scoring import first_expression
+from evaluators.measures.arithmetic import evaluate
+from evaluators.measures.scoring import first_expression
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 

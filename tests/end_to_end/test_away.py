@@ -15,8 +15,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from jobs.environment import prepare
-from jobs.tracking import Tracker
+from jobs.cluster.environment import prepare
+from jobs.tracking.writer import Tracker
 from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment, free_port
 
 prepare()  # MLflow's own patience is minutes

@@ -11,9 +11,9 @@ from tests.end_to_end.conftest import REPOSITORY
 
 JOINED = """
 import sys, time
-from jobs import environment
+from jobs.cluster import environment
 environment.prepare(sys.argv[1])
-from jobs import cluster
+from jobs.cluster import connection as cluster
 cluster.connect(sys.argv[1])
 print("joined", flush=True)
 time.sleep(60)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from jobs import environment
+from jobs.cluster import environment
 
 environment.prepare()
 

@@ -13,7 +13,8 @@ import torch
 
 from data.encoding import encode_row
 from data.rows import Row
-from evaluators.interventions import Site
+from evaluators.splice.interventions import Site
+from evaluators.splice.passes import Passes
 
 CALL = "<tool_call>calculator({})</tool_call>"
 ROWS = [
@@ -109,7 +110,7 @@ def by_hand():
 def subject(model_folder, load, wrapped, random_transcoder):
     """One architecture: its plain model, its bridge, encoded rows, one site and a set of sites."""
     plain, tokenizer = load(model_folder)
-    d_model = plain.config.hidden_size
+    d_model, bridge = plain.config.hidden_size, wrapped(model_folder)
 
     def site(layer: int) -> Site:
         base = random_transcoder(d_model, 96, layer, seed=layer)
@@ -119,7 +120,8 @@ def subject(model_folder, load, wrapped, random_transcoder):
         folder=model_folder,
         plain=plain,
         tokenizer=tokenizer,
-        bridge=wrapped(model_folder),
+        bridge=bridge,
+        passes=Passes(bridge),
         rows=ROWS,
         encoded=[encode_row(tokenizer, row.input, row.target) for row in ROWS],
         site=[site(1)],

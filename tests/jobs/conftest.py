@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobs import environment
+from jobs.cluster import environment
 
 environment.prepare()
 
-from jobs import cluster  # noqa: E402
+from jobs.cluster import connection as cluster  # noqa: E402
 from search_spaces.schema import Compute  # noqa: E402
 
 

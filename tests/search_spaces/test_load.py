@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from jobs.stages import deltas, lora
+from jobs.study.stages import deltas, lora
 from search_spaces.load import SettingsError, load, presets
 from search_spaces.schema import Choice, Range, Sweep
 from trainers.base_transcoder import BaseSettings

@@ -1,0 +1,94 @@
+"""Behaviour cells: cross-entropy, tool calls and activations of one subset under one condition.
+
+In: a model's passes, sites, rows and the conditions asked for. Out: cell dictionaries (one a condition, strength and
+subset) with one entry a row, and the generated texts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from data.encoding import encode_row
+from data.rows import Row
+from evaluators.measures.scoring import score_row
+from evaluators.splice.decoding import Stop, generate
+from evaluators.splice.interventions import Edit, Site
+from evaluators.splice.passes import Passes
+from evaluators.splice.teacher_forcing import Job, Scored, score
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A condition, and its strength where it has one."""
+
+    condition: str
+    alpha: float | None = None
+
+
+def evaluate_behaviour(
+    passes: Passes,
+    sites: Sequence[Site],
+    rows: Sequence[Row],
+    asks: Sequence[Ask],
+    *,
+    max_new_tokens: int,
+    raw_outputs: Sequence[Sequence[int]] = (),
+    whole_text: bool = False,
+) -> Iterator[tuple[Ask, list[dict[str, Any]], list[dict[str, Any]]]]:
+    """For each ask its per-row figures and its generations (with token ids, which later asks take as guesses).
+
+    Strengths of one condition are rows of the same batches. `raw_outputs` are raw's generated tokens, row by row. With
+    `whole_text` the figures hold `text_nll`, nats summed over the `n_act_tokens` tokens after BOS.
+    """
+    tokenizer = passes.bridge.tokenizer
+    encoded = [encode_row(tokenizer, row.input, row.target) for row in rows]
+    first = [0, *accumulate(len(row.ids) - 1 for row in encoded[:-1])]
+    stop = Stop(tokenizer, max_new_tokens)
+    for group in _together(asks) if passes.shortcuts.rows_for_strengths else [[ask] for ask in asks]:
+        edit = Edit(sites, group[0].condition)
+        started = time.perf_counter()
+        strengths = [1.0 if ask.alpha is None else ask.alpha for ask in group]
+        jobs = [
+            Job(row, alpha, place, guess=guess)
+            for alpha in strengths
+            for row, place, guess in zip(encoded, first, raw_outputs or [()] * len(encoded), strict=True)
+        ]
+        scored = score(passes, edit, jobs, whole_text=whole_text)
+        outputs = generate(passes, edit, jobs, scored, stop)
+        seconds = (time.perf_counter() - started) / len(group)
+        for number, ask in enumerate(group):
+            places = slice(number * len(rows), (number + 1) * len(rows))
+            yield ask, *_judged(rows, scored[places], outputs[places], stop, seconds)
+
+
+def _together(asks: Sequence[Ask]) -> list[list[Ask]]:
+    """The strengths of each condition."""
+    return [[ask for ask in asks if ask.condition == name] for name in dict.fromkeys(ask.condition for ask in asks)]
+
+
+def _judged(
+    rows: Sequence[Row], scored: Sequence[Scored], outputs: Sequence[list[int]], stop: Stop, seconds: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The figures and the generation of every row under one ask."""
+    figures, texts = [], []
+    for index, (row, one, tokens) in enumerate(zip(rows, scored, outputs, strict=True)):
+        text = stop.text(tokens)
+        figures.append(
+            {
+                "index": index,
+                "nll": one.nll,
+                "n_tokens": one.n_tokens,
+                "sum_abs_base_acts": one.base_acts,
+                "sum_abs_delta_acts": one.delta_acts,
+                "n_act_tokens": one.n_act_tokens,
+                **({} if one.text_nll is None else {"text_nll": one.text_nll}),
+                **score_row(row.target, text, row.label)._asdict(),
+            }
+        )
+        said = {"input": row.input, "target": row.target, "label": row.label, "generation": text}
+        texts.append({"index": index, **said, "tokens": tokens, "seconds": seconds})
+    return figures, texts

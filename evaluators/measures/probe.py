@@ -1,0 +1,118 @@
+"""One prompt under every condition: cross-entropy, next tokens, and which features are active where.
+
+In: a TransformerBridge, a prompt, maybe its target, and sites. Out: plain values, ready for a terminal or JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data.encoding import Encoded, encode_prompt, encode_row, pad_left
+from evaluators.splice.decoding import Stop, decode
+from evaluators.splice.interventions import Edit, Site, spliced
+from evaluators.splice.passes import Passes, forward
+from evaluators.splice.teacher_forcing import Job
+from models.bridge import device_of, read_input, tap_names
+from models.transcoder import Taps, Transcoder
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+@torch.inference_mode()
+def probe(
+    bridge: TransformerBridge,
+    text: str,
+    target: str | None,
+    sites: Sequence[Site],
+    alphas: Sequence[float],
+    *,
+    top: int = 5,
+    max_new_tokens: int = 64,
+) -> dict[str, Any]:
+    """`conditions`: for raw, no_delta, full and each further alpha its `ce` (nats a target token; without a target, of
+    raw's own greedy output), `delta_ce`, the `top` next tokens with their probabilities, and the greedy `output`.
+    `features`: for each site and token the `top` active base and delta features, strongest first, in the raw run."""
+    passes, stop = Passes(bridge), Stop(bridge.tokenizer, max_new_tokens)
+    prompt = encode_prompt(bridge.tokenizer, text)
+    start = [Job(Encoded(prompt, []))]
+    if target is None:
+        (answer,) = decode(passes, Edit(), start, [[]], stop)
+        encoded = Encoded(prompt, answer)
+    else:
+        encoded = encode_row(bridge.tokenizer, text, target)
+    asks = [("raw", "raw", 1.0), ("no_delta", "no_delta", 0.0), ("full", "full", 1.0)]
+    asks += [(f"alpha {alpha:g}", "alpha", alpha) for alpha in alphas]
+    conditions: list[dict[str, Any]] = []
+    for name, condition, alpha in asks:
+        edit = Edit(sites, condition)
+        logits = _logits(bridge, encoded, edit, alpha)
+        ce = functional.cross_entropy(logits[:-1], torch.tensor(encoded.target, device=logits.device)).item()
+        chances = logits[0].softmax(-1).topk(min(top, logits.shape[-1]))
+        (output,) = decode(passes, edit, [Job(Encoded(prompt, []), alpha)], [[]], stop)
+        conditions.append(
+            {
+                "condition": name,
+                "ce": ce,
+                "delta_ce": ce - (conditions[0]["ce"] if conditions else ce),
+                "next_tokens": [
+                    {"token": bridge.tokenizer.decode([index]), "probability": chance}
+                    for chance, index in zip(chances.values.tolist(), chances.indices.tolist(), strict=True)
+                ],
+                "output": stop.text(output),
+            }
+        )
+    return {
+        "target": stop.text(encoded.target),
+        "conditions": conditions,
+        "features": _features(bridge, encoded, sites, top),
+    }
+
+
+def _logits(bridge: TransformerBridge, encoded: Encoded, edit: Edit, alpha: float) -> Tensor:
+    """(target tokens + 1, vocabulary): what predicts each target token, and what follows them."""
+    batch = pad_left([encoded.ids], bridge.tokenizer.pad_token_id).to(device_of(bridge))
+    with spliced(bridge, edit) as splice:
+        splice.reset(batch.editable, torch.tensor([alpha], device=batch.ids.device))
+        return forward(bridge, batch, len(encoded.target) + 1)[0]
+
+
+def _features(bridge: TransformerBridge, encoded: Encoded, sites: Sequence[Site], top: int) -> list[dict[str, Any]]:
+    batch = pad_left([encoded.ids], bridge.tokenizer.pad_token_id).to(device_of(bridge))
+    seen: dict[int, Tensor] = {}
+
+    def reader(layer: int, taps: Taps):
+        def read(x: Tensor, hook: object) -> None:
+            seen[layer] = read_input(taps, x[0].float())
+
+        return read
+
+    with bridge.hooks(
+        fwd_hooks=[(tap_names(site.base.taps, site.layer)[0], reader(site.layer, site.base.taps)) for site in sites]
+    ):
+        forward(bridge, batch, 1)
+    tokens = [bridge.tokenizer.decode([index]) for index in encoded.ids]
+    found = []
+    for site in sites:
+        base = _strongest(site.base, seen[site.layer], top)
+        delta = _strongest(site.delta, seen[site.layer], top) if site.delta is not None else [[] for _ in tokens]
+        found += [
+            {"layer": site.layer, "position": place, "token": token, "base": base[place], "delta": delta[place]}
+            for place, token in enumerate(tokens)
+            if place > 0  # BOS is never read
+        ]
+    return found
+
+
+def _strongest(transcoder: Transcoder, x: Tensor, top: int) -> list[list[dict[str, Any]]]:
+    """For each token its `top` active features as {feature, strength}."""
+    values, indices = transcoder.encode(x).topk(min(top, transcoder.d_sae), dim=1)
+    return [
+        [{"feature": feature, "strength": value} for value, feature in zip(row, place, strict=True) if value > 0]
+        for row, place in zip(values.tolist(), indices.tolist(), strict=True)
+    ]

@@ -1,0 +1,111 @@
+"""Reconstruction: how well base and base + delta stand in for a layer's MLP on evaluation text.
+
+In: the finetuned model's passes, the sites of one layer, and rows. Out: one reconstruction cell for each
+site.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.encoding import encode_row
+from data.rows import Row
+from evaluators.splice.interventions import Edit, Site
+from evaluators.splice.passes import Passes
+from evaluators.splice.teacher_forcing import Job, score
+from models.bridge import read_input
+from models.transcoder import Transcoder
+
+TOKENS = 4096
+"""Tokens whose feature activations are in memory at once."""
+
+
+def text_cross_entropy(passes: Passes, edit: Edit, rows: Sequence[Row]) -> tuple[float, int]:
+    """Mean cross-entropy in nats of every token after BOS of `input + newline + target + EOS`, and their number."""
+    jobs = [Job(encode_row(passes.bridge.tokenizer, row.input, row.target)) for row in rows]
+    scored = score(passes, edit, jobs, whole_text=True)
+    tokens = sum(one.n_act_tokens for one in scored)
+    return sum(one.text_nll or 0.0 for one in scored) / tokens, tokens
+
+
+@torch.inference_mode()
+def site_activations(passes: Passes, site: Site, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """(tokens, d_model) what the site's transcoders read, and its MLP's output, in the raw model; without BOS."""
+    prefixes = passes.with_prefixes(site.layer, site.base.taps)
+    encoded = [encode_row(passes.bridge.tokenizer, row.input, row.target).ids for row in rows]
+    found = prefixes.get(site.layer, encoded)
+    x, y = (torch.cat([prefix[column][1:] for prefix in found]) for column in (0, 1))
+    return read_input(site.base.taps, x), y
+
+
+@torch.inference_mode()
+def evaluate_reconstruction(
+    passes: Passes, sites: Sequence[Site], rows: Sequence[Row], ce_raw: float
+) -> Iterator[dict[str, Any]]:
+    """The figures of every site, in their order; all are of one layer.
+
+    `ce_recovered` is 1 - (ce - ce_raw) / (ce_zero - ce_raw), with the layer's MLP output zeroed as reference, and None
+    where zeroing it changes nothing. Raises ValueError where the sites do not share their layer, or lack a delta.
+    """
+    started = time.perf_counter()
+    layer = sites[0].layer
+    if any(site.layer != layer for site in sites):
+        raise ValueError(f"reconstruction: the sites must be of one layer, got {[site.layer for site in sites]}")
+    passes = replace(passes, prefixes=passes.with_prefixes(layer, sites[0].base.taps))
+
+    def cross_entropy(site: Site, condition: str) -> float:
+        return text_cross_entropy(passes, Edit((site,), condition), rows)[0]
+
+    x, y = site_activations(passes, sites[0], rows)
+    variance = (y.float() - y.float().mean(0)).pow(2).sum().item()
+    ce_zero = cross_entropy(sites[0], "zero_ablation")
+    bases: list[tuple[Transcoder, dict[str, Any]]] = []
+    for site in sites:
+        shared = next((figures for base, figures in bases if torch.equal(base.W_dec, site.base.W_dec)), None)
+        if shared is None:
+            ce_base = cross_entropy(site, "no_delta")
+            shared = {"ce_base": ce_base, "dce_base": ce_base - ce_raw}
+            shared["ce_recovered_base"] = _recovered(ce_base, ce_raw, ce_zero)
+            bases.append((site.base, shared))
+        ce_full = cross_entropy(site, "full")
+        yield {
+            **shared,
+            **_fit(site, x, y, variance),
+            "n_tokens": len(x),
+            "ce_raw": ce_raw,
+            "ce_zero": ce_zero,
+            "ce_full": ce_full,
+            "dce_full": ce_full - ce_raw,
+            "ce_recovered_full": _recovered(ce_full, ce_raw, ce_zero),
+            "seconds": time.perf_counter() - started,
+        }
+        started = time.perf_counter()
+
+
+def _fit(site: Site, x: Tensor, y: Tensor, variance: float) -> dict[str, float]:
+    """Means over tokens of how close base and base + delta come to `y`, and of how many features are active."""
+    assert site.delta is not None  # else `full` has raised
+    sums: dict[str, float] = {}
+    for inputs, outputs in zip(x.split(TOKENS), y.float().split(TOKENS), strict=True):
+        base_acts, delta_acts = site.base.encode(inputs), site.delta.encode(inputs)
+        base = site.base.decode(base_acts)
+        length = outputs.norm(dim=1).clamp(min=1e-12)
+        parts = {"l0_base": (base_acts > 0).sum(1), "l0_delta": (delta_acts > 0).sum(1)}
+        for name, made in (("base", base), ("full", base + site.delta.decode(delta_acts))):
+            error = made - outputs
+            parts[f"mean_cos_{name}"] = torch.cosine_similarity(made, outputs, dim=1)
+            parts[f"mean_l2_{name}"] = error.norm(dim=1) / length
+            parts[f"fvu_{name}"] = error.pow(2).sum(1) * (len(x) / variance)
+        for name, values in parts.items():
+            sums[name] = sums.get(name, 0.0) + values.sum(dtype=torch.float64).item()
+    return {name: value / len(x) for name, value in sums.items()}
+
+
+def _recovered(ce: float, ce_raw: float, ce_zero: float) -> float | None:
+    return 1 - (ce - ce_raw) / (ce_zero - ce_raw) if ce_zero != ce_raw else None

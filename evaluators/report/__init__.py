@@ -1,0 +1,4 @@
+"""The report: findings, figures and pages.
+
+Tables come in, files come out. No model is ever loaded.
+"""

@@ -1,0 +1,46 @@
+"""The section of the report on single features.
+
+In: the features table. Out: a section of the page, the features of largest effect first.
+"""
+
+import pandas as pd
+
+from evaluators.report.page import Section, Table, table_block
+from evaluators.tables.pooling import subset_order
+
+SHOWN = 40
+"""Features on the page; the others are in features.csv."""
+
+
+def features_section(table: pd.DataFrame) -> Section | None:
+    """What single features do, the strongest first."""
+    if table.empty:
+        return None
+    subsets = sorted((name[12:] for name in table if name.startswith("firing_rate_")), key=subset_order)
+    columns = {"layer": "layer", "feature": "feature"}
+    columns |= {f"firing_rate_{subset}": f"fires on {subset}" for subset in subsets}
+    columns |= {f"delta_ce_{subset}": f"CE, ablated - full, {subset}" for subset in subsets}
+    columns |= {f"delta_tool_call_rate_{subset}": f"tool_call_rate, ablated - full, {subset}" for subset in subsets}
+    columns |= {"attribution": "estimate"}
+    measured = table[table["effect"].notna()]
+    help = (
+        f"{len(measured)} of {len(table)} features were ablated alone under full, those of the largest estimate; "
+        "differences with paired 95% intervals over prompts, strongest first. The estimate is activation times "
+        "gradient, nats a target token over all subsets; firing is the share of tokens."
+    )
+    effects = table_block(table.head(SHOWN), columns, "Effect of single features", help)
+    read = table[table["contexts"] != ""].head(SHOWN)
+    meanings = Table(
+        "What they read and write",
+        "Tokens that the decoder direction promotes and suppresses through the unembedding, and the strongest contexts "
+        "with the firing token in guillemets.",
+        ["layer", "feature", "promotes", "suppresses", "strongest contexts"],
+        [
+            [str(row["layer"]), str(row["feature"]), row["promoted"], row["suppressed"], row["contexts"]]
+            for _, row in read.iterrows()
+        ],
+        wide_text=True,
+        folded=True,
+    )
+    intro = "Each delta feature on its own: where it fires, which tokens it moves, and what is missing without it."
+    return Section("features", "Features", intro, [effects, meanings])

@@ -1,0 +1,130 @@
+"""The report of a sweep: tables as CSV and JSON, graphs as PNG, and report.html that shows them all.
+
+In: finished cells, the trials of the searches, checks, facts and generations as plain data. Out: the files of
+`<sweep>/report/`, each written beside and renamed; and the short table a sweep prints at its end.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import pandas as pd
+
+from evaluators.report import lora_sections, sections
+from evaluators.report.feature_section import features_section
+from evaluators.report.findings import number, with_interval
+from evaluators.report.page import Block, Gallery, Picture, render
+from evaluators.tables import tables
+from evaluators.tables.pooling import NO_LAYER, RATES, Cell, subset_order
+
+Rows: TypeAlias = pd.DataFrame | Sequence[dict[str, Any]]
+
+
+def write_report(
+    folder: Path,
+    *,
+    cells: Sequence[Cell],
+    lora_trials: Rows,
+    base_transcoders: Rows,
+    delta_trials: Rows,
+    checks: Sequence[dict[str, Any]],
+    facts: dict[str, str],
+    generations: Sequence[dict[str, Any]],
+    finetuned: Mapping[str, Any] | None = None,
+    lora_pictures: Mapping[str, bytes] = MappingProxyType({}),
+    seed: int = 0,
+) -> Path:
+    """Write everything a sweep shows into `folder` and return the path of `report.html`.
+
+    Tables: `exp1_metrics.csv`; `exp1_combo_summary`, `exp2A_metrics`, `exp2B_metrics` and `exp2B_statistics`, each as
+    `.csv` and `.json` (records, null for undefined); `exp2A_delta_contrast.csv`; `features.csv`; `lora_validation.csv`
+    where `finetuned` holds what `finetuned.check_rows` found. Pictures: `graphs/*.png`, `lora_pictures` of the LoRA
+    study among them; those of an earlier report are removed. Cells that failed are absent: their rows are left out, and
+    so is a part of the page that has no data. `seed` draws the bootstrap, so the same cells give the same files.
+    """
+    folder = Path(folder)
+    graphs = folder / "graphs"
+    graphs.mkdir(parents=True, exist_ok=True)
+    results = tables.all_tables(cells, seed=seed)
+    _write_tables(folder, results)
+    if finetuned:
+        _write(folder / "lora_validation.csv", pd.DataFrame([finetuned["figures"]]).to_csv(index=False).encode())
+    page = [
+        sections.checks_section(checks),
+        sections.findings_section(results, _glance(results.conditions)),
+        lora_sections.completed(sections.lora_section(pd.DataFrame(lora_trials)), finetuned, lora_pictures),
+        sections.transcoders_section(pd.DataFrame(base_transcoders), pd.DataFrame(delta_trials)),
+        sections.reconstruction_section(results),
+        sections.conditions_section(results, seed=seed),
+        sections.dose_section(results, seed=seed),
+        features_section(results.features),
+        sections.generations_section(generations),
+        sections.settings_section(facts),
+    ]
+    shown = [section for section in page if section is not None]
+    pictures = {picture.name: picture.png for section in shown for picture in _pictures(section.blocks)}
+    for name, png in pictures.items():
+        _write(graphs / f"{name}.png", png)
+    for stale in graphs.glob("*.png"):
+        if stale.stem not in pictures:
+            stale.unlink()
+    html = folder / "report.html"
+    _write(html, render("Delta transcoders: sweep report", shown).encode())
+    return html
+
+
+def summary_table(cells: Sequence[Cell], *, seed: int = 0) -> list[dict[str, str]]:
+    """The short table at the end of a sweep, as rows of text with equal keys: layer, condition, one key per subset.
+
+    Raw rows hold rates; the others CE minus raw CE in nats per target token with its 95% interval. Percentile and
+    d_new are keys of their own where the cells hold several. No rows without behaviour cells.
+    """
+    return _glance(tables.conditions_table(cells, seed=seed))
+
+
+def _glance(conditions: pd.DataFrame) -> list[dict[str, str]]:
+    subsets = sorted(conditions["subset"].unique(), key=subset_order)
+    several = [name for name in ("percentile", "d_new") if conditions[name].nunique() > 1]
+    rows: dict[tuple, dict[str, str]] = {}
+    for _, row in conditions.iterrows():
+        which = {name: "-" if pd.isna(row[name]) else f"{row[name]:g}" for name in several}
+        names = {"layer": row["layer"], "condition": row["condition"], **which}
+        line = rows.setdefault(tuple(names.values()), names | dict.fromkeys(subsets, "-"))
+        if row["layer"] == NO_LAYER:
+            rates = [f"{rate} {number(row[rate])}" for rate in RATES if not pd.isna(row[rate])]
+            line[row["subset"]] = ", ".join(rate for rate in rates if not rate.startswith("valid"))
+        else:
+            line[row["subset"]] = with_interval(row, "delta_ce", signed=True)
+    return list(rows.values())
+
+
+def _write_tables(folder: Path, results: tables.Results) -> None:
+    _write(folder / "exp1_metrics.csv", results.reconstruction.to_csv(index=False).encode())
+    _write(folder / "exp2A_delta_contrast.csv", results.contrast.to_csv(index=False).encode())
+    _write(folder / "features.csv", results.features.to_csv(index=False).encode())
+    for name, table in (
+        ("exp1_combo_summary", results.summary),
+        ("exp2A_metrics", results.conditions),
+        ("exp2B_metrics", results.dose),
+        ("exp2B_statistics", results.statistics),
+    ):
+        _write(folder / f"{name}.csv", table.to_csv(index=False).encode())
+        _write(folder / f"{name}.json", table.to_json(orient="records", indent=1, double_precision=15).encode() + b"\n")
+
+
+def _pictures(blocks: Sequence[Block]) -> list[Picture]:
+    found: list[Picture] = []
+    for block in blocks:
+        if isinstance(block, Gallery):
+            found += block.pictures
+        elif isinstance(block, Picture):
+            found.append(block)
+    return found
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write beside and rename, so that a reader never sees half a file."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_bytes(content)
+    beside.replace(path)

@@ -1,0 +1,300 @@
+"""The sections of the report, one function each, in the order in which the page shows them.
+
+In: the tables of a sweep and plain data about its searches. Out: `page.Section`s; a part without data gives None.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from evaluators.report import figures, findings
+from evaluators.report.page import Block, Gallery, Picture, Section, Sentences, Table, table_block
+from evaluators.tables.pooling import NO_LAYER, RATES, condition_order, layer_label, layer_order, subset_order
+from evaluators.tables.tables import RECONSTRUCTION_COLUMNS, SUMMARY_METRICS, Results
+
+GENERATIONS_SHOWN = 3  # raw examples a subset, and changed examples a subset
+TEXT_SHOWN = 240  # characters of a text in the samples
+BEHAVIOUR_SHOWN = {
+    "layer": "layer",
+    "percentile": "percentile",
+    "d_new": "d_new",
+    "condition": "condition",
+    "alpha": "alpha",
+    "subset": "subset",
+    "mean_ce": "CE (nats per token)",
+    "delta_ce": "CE - raw",
+    **{rate: rate for rate in RATES},
+    "mean_abs_base_acts": "base |acts|",
+    "mean_abs_delta_acts": "delta |acts|",
+    "delta_tool_call_rate": "tool_call_rate - raw",
+    "delta_math_correct_rate": "math_correct_rate - raw",
+    "n_examples": "prompts",
+    "n_tokens": "target tokens",
+}
+
+
+def checks_section(checks: Sequence[dict[str, Any]]) -> Section | None:
+    """Which of the sweep's own checks held: `{"name", "passed", "detail"}` each."""
+    if not checks:
+        return None
+    failed = sum(not check["passed"] for check in checks)
+    table = Table(
+        f"{len(checks) - failed} of {len(checks)} hold",
+        "Each check is computed from this sweep's own numbers; one that fails says what was seen instead.",
+        ["", "check", "what was seen"],
+        [["holds" if check["passed"] else "FAILS", check["name"], str(check["detail"])] for check in checks],
+        marks=["passed" if check["passed"] else "failed" for check in checks],
+        wide_text=True,
+    )
+    return Section("checks", "Checks", "What has to be true of a sweep before its findings mean anything.", [table])
+
+
+def settings_section(facts: dict[str, str]) -> Section | None:
+    """What ran, where, and how long it took."""
+    if not facts:
+        return None
+    rows = [[name, str(value)] for name, value in facts.items()]
+    table = Table("Settings and machine", "What is needed to run this sweep again.", [], rows, wide_text=True)
+    return Section("settings", "Settings", "What the numbers above were computed with.", [table])
+
+
+def findings_section(results: Results, glance: Sequence[dict[str, str]]) -> Section | None:
+    """The short table and the sentences: raw, the questions over all layers, then layer by layer."""
+    if results.conditions.empty and results.dose.empty:
+        return None
+    summary = Table(
+        "At a glance",
+        "First what the finetuned model does (raw), then CE minus raw CE in nats per target token for each spliced "
+        "layer or set, with its 95% interval; an interval that covers 0 is compatible with no difference.",
+        list(glance[0]) if glance else [],
+        [list(row.values()) for row in glance],
+    )
+    general = [
+        findings.raw_findings(results.conditions),
+        *findings.overview(results.conditions, results.contrast, results.statistics),
+    ]
+    layers = findings.layer_findings(results.conditions, results.contrast, results.dose, results.statistics)
+    return Section(
+        "findings",
+        "Findings",
+        "Sentences computed from the tables below. A difference is claimed only where its 95% interval leaves out "
+        "zero; elsewhere the sentence gives the largest effect the data still allow. Each interval stands alone: of "
+        "twenty true zeros, one is expected to be left out by chance.",
+        [summary, Sentences([item for item in general if item.sentences]), Sentences(layers, folded=True)],
+    )
+
+
+def lora_section(trials: pd.DataFrame) -> Section | None:
+    """The search for the finetuned model."""
+    if trials.empty:
+        return None
+    parameters = {name: name.removeprefix("lora.") for name in trials.columns if name.startswith("lora.")}
+    columns = {
+        "trial": "trial",
+        "state": "state",
+        "value": "val_loss",
+        "step": "steps",
+        **parameters,
+        "seconds": "seconds",
+    }
+    help = "Each point is one trial's held-out loss; the line is the best so far, which gave the finetuned model."
+    return Section(
+        "lora",
+        "LoRA search",
+        "Optuna proposed these adapters, weak ones were stopped early, and the lowest validation loss was kept.",
+        [
+            _picture("lora_search", figures.search_history(trials), "Search history", help),
+            table_block(
+                trials, columns, "Trials", "One row per trial; val_loss in nats per target token, lower is better."
+            ),
+        ],
+    )
+
+
+def transcoders_section(base: pd.DataFrame, deltas: pd.DataFrame) -> Section | None:
+    """The base transcoders and the search for the deltas."""
+    blocks: list[Block] = []
+    if len(base):
+        columns = {
+            name: name for name in ("layer", "percentile", "target_l0", "val_l0", "val_fvu", "dead_fraction", "path")
+        }
+        help = "FVU: share of the un-finetuned MLP's output variance left unexplained on held-out text; 0 is perfect."
+        blocks.append(table_block(base, columns, "Base transcoders", help))
+    if len(deltas) and deltas["best"].astype(bool).any():
+        kept = deltas[deltas["best"].astype(bool)].sort_values(["layer", "percentile", "d_new"], kind="stable")
+        help = (
+            "Lower is better; the gap between a solid line and the dashed line of its colour is what the delta repairs."
+        )
+        blocks.append(_picture("delta_fvu", figures.unexplained_variance(deltas), "Kept deltas on held-out text", help))
+        columns = {
+            name: name
+            for name in (
+                *("layer", "percentile", "d_new", "val_fvu", "val_fvu_base", "val_l0_delta", "val_cos", "val_l2_ratio"),
+                *("dead_fraction", "tokens", "lr", "sparsity", "trial", "seconds"),
+            )
+        }
+        better = int((kept["val_fvu"] < kept["val_fvu_base"]).sum())
+        help = f"{better} of {len(kept)} kept deltas explain more held-out variance than their base alone."
+        blocks.append(table_block(kept, columns, "Kept deltas", help))
+        columns = {"layer": "layer", "percentile": "percentile", "d_new": "d_new", "trial": "trial", "state": "state"}
+        figures_of = ("val_loss", "val_fvu", "val_l0_delta", "pareto", "lr", "sparsity", "seconds")
+        columns |= {name: name for name in figures_of if name in deltas}
+        help = "Every delta trial; losses compare only within one layer and percentile."
+        blocks.append(table_block(deltas, columns, "All delta trials", help))
+    intro = "A base transcoder stands in for an MLP of the un-finetuned model; a delta adds d_new features to it."
+    return _section("transcoders", "Transcoders", intro, blocks)
+
+
+def reconstruction_section(results: Results) -> Section | None:
+    """How well base and base + delta stand in for the finetuned MLPs (experiment 1)."""
+    if results.reconstruction.empty:
+        return None
+    pictures = [
+        _picture(
+            f"heatmap_{column}",
+            figures.combination_heatmap(results.summary, column),
+            column,
+            "One square per d_new and percentile, over layers; "
+            + ("higher is better." if "cos" in column else "lower is better."),
+        )
+        for column in SUMMARY_METRICS
+    ]
+    table = table_block(
+        results.reconstruction,
+        {name: name for name in RECONSTRUCTION_COLUMNS if name not in ("seconds", "convention")},
+        "Reconstruction by layer",
+        "dce: CE increase over raw with this layer alone replaced; ce_recovered: 1 for raw, 0 for a zeroed MLP.",
+    )
+    layers = results.reconstruction.groupby(["d_new", "percentile"], dropna=False)["layer"].nunique()
+    missing = " Some combinations lack layers, so their averages compare badly." if layers.nunique() > 1 else ""
+    return Section(
+        "reconstruction",
+        "Reconstruction",
+        f"How closely the transcoders match the finetuned MLP's output on evaluation text.{missing}",
+        [Gallery(pictures), table],
+    )
+
+
+def conditions_section(results: Results, *, seed: int) -> Section | None:
+    """Behaviour by layer, condition and subset (experiment 2A)."""
+    table = results.conditions
+    if table.empty:
+        return None
+    spliced = table[table["layer"] != NO_LAYER]
+    is_set = spliced["layer"].str.contains("+", regex=False)
+    blocks: list[Block] = []
+    help = "Points above 0 predict the target worse than raw; a bar that crosses 0 is compatible with no difference."
+    for name, rows, title in (
+        ("delta_ce_by_layer", spliced[~is_set], "CE increase, one layer spliced"),
+        ("delta_ce_layer_sets", spliced if is_set.any() else spliced[is_set], "CE increase, layers and sets"),
+    ):
+        if rows["delta_ce"].notna().any():
+            blocks.append(_picture(name, figures.delta_ce_by_layer(rows, seed=seed), title, help))
+    for subset in sorted(spliced["subset"].unique(), key=subset_order):
+        help = "The dotted line is raw on the same prompts; the table below gives each paired difference from it."
+        figure = figures.tool_metrics_by_layer(table, subset)
+        blocks.append(_picture(f"tool_metrics_{subset}", figure, f"Behaviour on {subset}", help))
+    if (spliced["condition"] == "full").any():
+        figure = figures.activations_by_layer(table, seed=seed)
+        help = "How strongly base and delta fire; a delta that fires more on tool than on copy is selective."
+        blocks.append(_picture("activations_by_layer", figure, "Mean activations", help))
+    help = "One row per layer, condition and subset; values with [95% interval]: Wilson for rates, bootstrap otherwise."
+    blocks.append(table_block(table, BEHAVIOUR_SHOWN, "Conditions", help))
+    if len(results.contrast):
+        columns = {name: name for name in ("layer", "percentile", "d_new", "subset", "delta_ce", "n_examples")}
+        columns |= {f"delta_{rate}": f"change of {rate}" for rate in RATES}
+        help = "What adding the delta changes on the same prompts: negative delta_ce means the delta repairs CE."
+        blocks.append(table_block(results.contrast, columns, "full minus no_delta", help))
+    intro = (
+        "The layer's MLP output is replaced by the base alone (no_delta), by base and delta (full), or by a control."
+    )
+    return Section("conditions", "Conditions", intro, blocks)
+
+
+def dose_section(results: Results, *, seed: int) -> Section | None:
+    """Behaviour against the strength of the delta (experiment 2B)."""
+    table = results.dose
+    if table.empty:
+        return None
+    blocks: list[Block] = []
+    help = "A knob is a line that moves with alpha beyond its band; alpha 0 is the base alone, 1 the delta as trained."
+    several = [name for name in ("percentile", "d_new") if table[name].nunique() > 1]
+    for layer in sorted(table["layer"].unique(), key=layer_order):
+        groups = table[table["layer"] == layer].groupby(["percentile", "d_new"], dropna=False)
+        for values, rows in groups:
+            which = [
+                f"{name} {value:g}"
+                for name, value in zip(("percentile", "d_new"), values, strict=True)
+                if name in several
+            ]
+            title = ", ".join([f"Layer {layer}", *which])
+            label = layer if "+" in layer else f"{int(layer):02d}"
+            name = "_".join(["dose_response_layer", label, *(text.replace(" ", "_") for text in which)])
+            blocks.append(_picture(name, figures.dose_response(rows, seed=seed), title, help))
+    columns = {"layer": "layer", "percentile": "percentile", "d_new": "d_new", "subset": "subset", "metric": "metric"}
+    columns |= {
+        "slope": "slope per unit of alpha",
+        "spearman": "Spearman rho",
+        "n_alphas": "alphas",
+        "n_examples": "prompts",
+    }
+    help = "A slope whose interval leaves out 0 moves with alpha; a rate no prompt changed has no interval or rho."
+    blocks.append(table_block(results.statistics, columns, "Slope and rank correlation", help))
+    help = "One row per layer, alpha and subset; columns as in the conditions table."
+    blocks.append(table_block(table, BEHAVIOUR_SHOWN, "Dose-response", help))
+    intro = "The layer's MLP output is replaced by base + alpha * delta: does the behaviour follow alpha?"
+    return Section("dose-response", "Dose-response", intro, blocks)
+
+
+def generations_section(generations: Sequence[dict[str, Any]]) -> Section | None:
+    """A sample of what the model wrote: raw, and where a splice changed the text."""
+    if not generations:
+        return None
+    rows = sorted(
+        ({**row, "layer": layer_label(row["layers"])} for row in generations),
+        key=lambda row: (
+            *(subset_order(row["subset"]), row["index"]),
+            *(condition_order(row["condition"]), layer_order(row["layer"]), row["alpha"] or 0.0),
+        ),
+    )
+    raw = {(row["subset"], row["index"]): row["generation"] for row in rows if row["layer"] == NO_LAYER}
+    spliced = [row for row in rows if row["layer"] != NO_LAYER and (row["subset"], row["index"]) in raw]
+    changed = [row for row in spliced if row["generation"] != raw[row["subset"], row["index"]]]
+    help = (
+        f"{len(changed)} of {len(spliced)} texts written under a splice differ from raw's for the same prompt; at most "
+        f"{GENERATIONS_SHOWN} raw texts and {GENERATIONS_SHOWN} changed ones a subset are shown."
+    )
+    shown = []
+    for subset in sorted({row["subset"] for row in rows}, key=subset_order):
+        for source in ([row for row in rows if row["layer"] == NO_LAYER], changed):
+            shown += [row for row in source if row["subset"] == subset][:GENERATIONS_SHOWN]
+    header = ["subset", "prompt", "layer", "condition", "alpha", "input", "target", "generated"]
+    lines = [
+        [
+            *(row["subset"], str(row["index"]), row["layer"], row["condition"]),
+            "-" if row["alpha"] is None else f"{row['alpha']:g}",
+            *(_shorten(row[name]) for name in ("input", "target", "generation")),
+        ]
+        for row in shown
+    ]
+    table = Table("Samples", help, header, lines, wide_text=True)
+    intro = "Every generated text is kept as JSONL in the sweep's generations folder; a sample is shown here."
+    return Section("generations", "Generations", intro, [table])
+
+
+def _section(anchor: str, title: str, intro: str, blocks: Sequence[Block]) -> Section | None:
+    return Section(anchor, title, intro, blocks) if blocks else None
+
+
+def _picture(name: str, figure: Figure, title: str, help: str) -> Picture:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)  # savefig would lay the figure out and draw it twice
+    return Picture(name, buffer.getvalue(), title, help)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= TEXT_SHOWN else text[: TEXT_SHOWN - 3] + "..."

@@ -1,0 +1,188 @@
+"""Greedy generation under an intervention.
+
+In: a model's passes, an edit, prompts with one strength a row, and what teacher forcing has shown. Out: the
+greedy output of each row. Greedy decoding is deterministic, so a teacher-forced pass over a guess proves the output as
+far as each guessed token is the argmax; only rows that leave their guesses are decoded, from the first token that
+differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers import DynamicCache
+
+from data.encoding import Batch, Encoded, beside, pad_left, pad_right
+from data.rows import CALL_CLOSE
+from evaluators.splice.batching import in_slices
+from evaluators.splice.interventions import Edit, Splice, spliced
+from evaluators.splice.passes import Passes, forward
+from evaluators.splice.teacher_forcing import Job, Scored, agreed, prepare
+from models.bridge import device_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DRAFTED = 16
+"""Tokens a step may try ahead, over all its rows: about as many as take no longer than one, since a step reads every
+weight anyway."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a generation ends: EOS, the text that closes an answer, or the token budget."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    closing: str = CALL_CLOSE
+
+    def cut(self, tokens: Sequence[int]) -> list[int] | None:
+        """`tokens` up to the end of the generation, or None where it has not ended yet."""
+        for position, token in enumerate(tokens):
+            if token == self.tokenizer.eos_token_id or position + 1 == self.max_new_tokens:
+                return list(tokens[: position + 1])
+            if token in self._may_close and self.closing in self.text(tokens[: position + 1]):
+                return list(tokens[: position + 1])
+        return None
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What `tokens` say, without BOS, EOS and padding."""
+        tokenizer: Any = self.tokenizer
+        return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @cached_property
+    def _may_close(self) -> frozenset[int]:
+        """Tokens that hold the last character of the closing text: no other can complete it."""
+        return frozenset(index for token, index in self.tokenizer.get_vocab().items() if self.closing[-1] in token)
+
+
+def generate(passes: Passes, edit: Edit, jobs: Sequence[Job], scored: Sequence[Scored], stop: Stop) -> list[list[int]]:
+    """Greedy output tokens of every row, those that `decode` gives from the bare prompt.
+
+    `scored` is the teacher-forced pass over the targets and, where they are not the output, the rows' guesses. What
+    neither proves is decoded from the first token that differs.
+    """
+    if not passes.shortcuts.verify:
+        bare = [replace(job, encoded=Encoded(job.encoded.prompt, [])) for job in jobs]
+        return decode(passes, edit, bare, [[]] * len(jobs), stop)
+    proven = [_prove(job, figures, stop) for job, figures in zip(jobs, scored, strict=True)]
+    left = [i for i, one in enumerate(proven) if not one.ended]
+    starts = [
+        replace(
+            jobs[i],
+            encoded=Encoded(jobs[i].encoded.prompt + proven[i].tokens, []),
+            hints=[*jobs[i].encoded.ids, *jobs[i].guess],
+        )
+        for i in left
+    ]
+    outputs = decode(passes, edit, starts, [proven[i].tokens for i in left], stop)
+    decoded = dict(zip(left, outputs, strict=True))
+    return [decoded.get(i, one.tokens) for i, one in enumerate(proven)]
+
+
+class _Proven(NamedTuple):
+    """The first tokens of a greedy output, and whether they are all of it."""
+
+    tokens: list[int]
+    ended: bool
+
+
+def _prove(job: Job, scored: Scored, stop: Stop) -> _Proven:
+    """What the teacher-forced pass proves of a row's output."""
+    tokens = agreed(job.encoded.target, scored.argmax)
+    if scored.guessed and stop.cut(tokens) is None:
+        tokens = agreed(job.guess, scored.guessed)
+    output = stop.cut(tokens)
+    return _Proven(tokens, False) if output is None else _Proven(output, True)
+
+
+@torch.inference_mode()
+def decode(
+    passes: Passes,
+    edit: Edit,
+    jobs: Sequence[Job],
+    begun: Sequence[Sequence[int]],
+    stop: Stop,
+    use_cache: bool = True,
+) -> list[list[int]]:
+    """Greedy decoding token by token: the output tokens of every row, in the order of `jobs`.
+
+    Each job's prompt ends with the row's tokens of `begun`, with which its output opens. Hints and `use_cache` spare
+    work and change no token.
+    """
+    results: dict[int, list[int]] = {}
+    order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.prompt), i))
+    with spliced(passes.bridge, edit) as splice:
+
+        def run(chosen: Sequence[int]) -> None:
+            outputs = [list(begun[i]) for i in chosen]
+            _decode_batch(passes, splice, [jobs[i] for i in chosen], outputs, stop, use_cache)
+            results.update(zip(chosen, outputs, strict=True))
+
+        in_slices(order, passes.batch_size, run)
+    return [results[i] for i in range(len(jobs))]
+
+
+def _decode_batch(
+    passes: Passes, splice: Splice, jobs: Sequence[Job], outputs: list[list[int]], stop: Stop, use_cache: bool
+) -> None:
+    """Extends `outputs` in place until every row has ended; without `stop_early` to the budget, and cuts afterwards."""
+    bridge, stop_early = passes.bridge, passes.shortcuts.stop_early
+    model: Any = bridge.original_model
+    pad = bridge.tokenizer.pad_token_id
+    cache: Any = DynamicCache(config=model.config) if use_cache else None
+    window = _window(cache) if use_cache else 0
+    said = [list(job.encoded.prompt) for job in jobs]
+    fed = pad_left(said, pad).to(device_of(bridge))
+    seen = Batch(*(column[:, :0] for column in fed))
+
+    def is_open(output: list[int]) -> bool:
+        return stop.cut(output) is None if stop_early else len(output) < stop.max_new_tokens
+
+    open_rows = [is_open(output) for output in outputs]
+    while any(open_rows):
+        most = DRAFTED // sum(open_rows)
+        # The column of a rejected token stays behind, masked: a sliding window would count it.
+        if seen.ids.shape[1] + fed.ids.shape[1] + most > window:
+            most = 0
+        drafts = [_draft(said[row], job.hints, most * open_rows[row]) for row, job in enumerate(jobs)]
+        ahead = max(map(len, drafts))
+        last = fed.positions[:, -1:]
+        if ahead:
+            fed = beside(fed, pad_right(drafts, (last[:, 0] + 1).tolist(), pad).to(last.device))
+        seen = beside(seen, fed)
+        chunk = fed if use_cache else seen
+        prepare(splice, chunk, jobs)
+        choices = forward(bridge, chunk, 1 + ahead, cache=cache, mask=seen.mask).argmax(-1)
+        accepted = []
+        for row, (draft, argmax) in enumerate(zip(drafts, choices.tolist(), strict=True)):
+            tokens = agreed(draft, argmax)
+            accepted.append(len(tokens) - 1)
+            for token in tokens:
+                if open_rows[row]:
+                    said[row].append(token)
+                    outputs[row].append(token)
+                    open_rows[row] = is_open(outputs[row])
+        good = torch.tensor(accepted, device=last.device).unsqueeze(1)
+        seen.mask[:, seen.mask.shape[1] - ahead :] &= torch.arange(ahead, device=last.device) < good
+        fed = Batch(choices.gather(1, good), torch.ones_like(good, dtype=torch.bool), last + good + 1)
+    outputs[:] = [stop.cut(output) or output for output in outputs]
+
+
+def _window(cache: Any) -> float:
+    """How many columns every layer attends to."""
+    return min((layer.sliding_window for layer in cache.layers if layer.is_sliding), default=math.inf)
+
+
+def _draft(said: Sequence[int], hints: Sequence[int], most: int) -> list[int]:
+    """At most `most` tokens that may follow: those after the last two of `said` where `hints` has these two last
+    (prompt lookup decoding, Saxena 2023)."""
+    for place in range(len(hints) - 1, 1, -1) if most else ():
+        if list(hints[place - 2 : place]) == list(said[-2:]):
+            return list(hints[place : place + most])
+    return []

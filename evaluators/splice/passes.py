@@ -1,0 +1,271 @@
+"""Passes of the model: whole, up to the end of a layer, onwards from there, and the projection of chosen tokens.
+
+In: a TransformerBridge, rows of token ids, residual streams. Out: logits of chosen positions, and what the unedited
+model computes up to the end of a layer, which every condition and strength spliced in there shares. Nothing here knows
+an architecture: a pass from a layer on is the model's own, with the blocks below handing the residual stream through.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.encoding import Batch, pad_left
+from models.bridge import device_of, tap_names
+from models.transcoder import Taps
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+PROJECTED = 256
+"""Tokens projected to the vocabulary at once: fewer read the projection's weights too often, more fill memory."""
+HELD_BYTES = 1 << 30
+"""Memory for the prefixes that are kept."""
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """The exact shortcuts of an evaluation; each spares work and changes no figure beyond rounding, no token at all."""
+
+    raw_once: bool = True
+    """One raw pass serves every layer, condition and strength."""
+    share_prefix: bool = True
+    """Rows of one prompt share what is below the first splice; else every row runs through the whole model."""
+    capture_once: bool = True
+    """One raw pass reads every layer; else each layer has its own."""
+    target_logits: bool = True
+    """Only positions that are asked for are projected to the vocabulary."""
+    verify: bool = True
+    """A teacher-forced pass over a guess proves greedy output; else every output is decoded from its prompt."""
+    rows_for_strengths: bool = True
+    """Strengths of a condition are rows of the same batches; else each is a run of its own."""
+    stop_early: bool = True
+    """Decoding a row ends with EOS or a closed call; else every row is decoded to the budget and cut afterwards."""
+
+    @classmethod
+    def none(cls) -> Shortcuts:
+        """Everything the plain way, to hold the shortcuts against."""
+        return cls(**{one.name: False for one in fields(cls)})
+
+
+ALL = Shortcuts()
+
+
+class Prefix(NamedTuple):
+    """What the unedited model computes of one row at a layer: the activations at the input and output taps, and the
+    residual stream that leaves the block; (length, d_model) each, without padding."""
+
+    x: Tensor
+    y: Tensor
+    output: Tensor
+
+
+class Prefixes:
+    """The prefixes of rows at some layers, computed when they are first asked for and kept as long as memory allows."""
+
+    def __init__(
+        self,
+        bridge: TransformerBridge,
+        layers: Sequence[int],
+        taps: Taps,
+        *,
+        together: bool = True,
+        batch_size: int = 32,
+    ) -> None:
+        self.bridge, self.layers, self.taps, self.batch_size = bridge, sorted(set(layers)), taps, batch_size
+        self.together = together
+        self._held: OrderedDict[tuple[int, tuple[int, ...]], Prefix] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, layer: int, rows: Sequence[Sequence[int]]) -> list[Prefix]:
+        """The prefixes at `layer` of rows of token ids, in their order."""
+        missing = [row for row in dict.fromkeys(map(tuple, rows)) if (layer, row) not in self._held]
+        missing.sort(key=len)
+        wanted = [one for one in self.layers if one >= layer] if self.together else [layer]
+        found = {}
+        for start in range(0, len(missing), self.batch_size):
+            batch = missing[start : start + self.batch_size]
+            for place, prefixes in read_prefixes(self.bridge, batch, wanted, self.taps).items():
+                found.update({(place, row): prefix for row, prefix in zip(batch, prefixes, strict=True)})
+        for row in rows:
+            if (layer, tuple(row)) in self._held:
+                self._held.move_to_end((layer, tuple(row)))
+                found[layer, tuple(row)] = self._held[layer, tuple(row)]
+        for key, prefix in found.items():
+            self._keep(key, prefix)
+        return [found[layer, tuple(row)] for row in rows]
+
+    def _keep(self, key: tuple[int, tuple[int, ...]], prefix: Prefix) -> None:
+        if key not in self._held:
+            self._held[key] = prefix
+            self._bytes += sum(tensor.nbytes for tensor in prefix)
+        while self._bytes > HELD_BYTES:
+            _, gone = self._held.popitem(last=False)
+            self._bytes -= sum(tensor.nbytes for tensor in gone)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A model, and how passes of it are made: rows at once, shortcuts, and the prefixes that are kept from earlier
+    ones."""
+
+    bridge: TransformerBridge
+    batch_size: int = 32
+    shortcuts: Shortcuts = ALL
+    prefixes: Prefixes | None = None
+
+    def with_prefixes(self, layer: int, taps: Taps) -> Prefixes:
+        """The prefixes at `layer` that are kept, or new ones."""
+        return self.prefixes or Prefixes(self.bridge, [layer], taps, batch_size=self.batch_size)
+
+
+def forward(
+    bridge: TransformerBridge, batch: Batch, keep: int, cache: Any = None, mask: Tensor | None = None
+) -> Tensor:
+    """fp32 logits (batch, keep, vocabulary) at the last `keep` positions; nothing else is projected.
+
+    With a `cache`, `batch` is the chunk that it does not hold yet and `mask` covers cache and chunk.
+    """
+    model: Any = bridge.original_model
+    length = batch.ids.shape[1]
+    output = model(
+        input_ids=batch.ids,
+        attention_mask=(batch.mask if mask is None else mask).long(),
+        position_ids=batch.positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        # Indices, not a count: a count slices, and a sliced input makes the projection copy its weight for each row.
+        logits_to_keep=torch.arange(length - keep, length, device=batch.ids.device),
+    )
+    return output.logits.float()
+
+
+def read_prefixes(
+    bridge: TransformerBridge, rows: Sequence[Sequence[int]], layers: Sequence[int], taps: Taps
+) -> dict[int, list[Prefix]]:
+    """The prefixes of `rows` at each of `layers`, from one pass that ends after the last of them."""
+    batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
+    seen: dict[str, Tensor] = {}
+    names = {layer: (*tap_names(taps, layer), f"blocks.{layer}.hook_out") for layer in layers}
+
+    def note(name: str) -> Callable:
+        def read(activation: Tensor, hook: object) -> None:
+            seen[name] = activation
+
+        return read
+
+    hooks = [(name, note(name)) for of_layer in names.values() for name in of_layer]
+    _last_output(bridge, batch, max(layers), hooks)
+    return {  # copies: a slice would keep its whole batch in memory
+        layer: [Prefix(*(seen[name][i, -len(row) :].clone() for name in of_layer)) for i, row in enumerate(rows)]
+        for layer, of_layer in names.items()
+    }
+
+
+def resume(
+    bridge: TransformerBridge,
+    batch: Batch,
+    after: int | None = None,
+    residual: Tensor | None = None,
+    cache: Any = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The residual stream (batch, position, d_model) that leaves the last block.
+
+    With `residual`, the stream that leaves block `after`, only the blocks above it run. A `cache` is filled by those;
+    where it holds something already, `batch` is what follows and `mask` covers both.
+    """
+    last = bridge.cfg.n_layers - 1
+    if residual is None or after is None:
+        return _last_output(bridge, batch, last, cache=cache, mask=mask)
+    if after == last:
+        return residual
+    with _handed_through(bridge, after, residual):
+        return _last_output(bridge, batch, last, cache=cache, mask=mask)
+
+
+def first_tokens(cache: Any, batch: Batch, rows: Sequence[int], counts: Sequence[int]) -> tuple[Any, Tensor]:
+    """The part of `cache`, filled by a pass over `batch`, that is of the first `counts[i]` tokens of `rows[i]`: padded
+    on the left, with its mask (row, position)."""
+    from transformers import DynamicCache  # here: the command line imports this file, and that one takes seconds
+
+    chosen, kept = (torch.tensor(one, device=batch.ids.device).unsqueeze(1) for one in (rows, counts))
+    positions = torch.arange(max(counts), device=batch.ids.device) - (max(counts) - kept)
+    bos = batch.mask.int().argmax(1)[chosen]
+    columns = bos + positions.clamp(min=0)
+    part = DynamicCache()
+    for number, layer in enumerate(cache.layers):
+        if layer.is_initialized:
+            keys, values = (one[chosen, :, columns].transpose(1, 2) for one in (layer.keys, layer.values))
+        else:  # below the first block that ran; the library takes a cache's length from its first layer
+            keys = values = torch.zeros(len(rows), 1, max(counts), 1, device=batch.ids.device)
+        part.update(keys, values, number)
+    return part, positions >= 0
+
+
+def project(bridge: TransformerBridge, residual: Tensor) -> Iterator[Tensor]:
+    """fp32 logits (at most PROJECTED tokens, vocabulary) of `residual` (tokens, d_model), what leaves the last block.
+
+    The model itself applies its final norm, projection and soft-capping, whatever they are.
+    """
+    model: Any = bridge.original_model
+    for chunk in residual.split(PROJECTED):
+        nothing = torch.zeros(1, len(chunk), dtype=torch.long, device=chunk.device)
+        with _handed_through(bridge, bridge.cfg.n_layers - 1, chunk.unsqueeze(0)):
+            yield model(input_ids=nothing, use_cache=False).logits[0].float()
+
+
+class _Reached(Exception):
+    """Ends a pass: nothing above this layer is needed."""
+
+
+def _last_output(
+    bridge: TransformerBridge,
+    batch: Batch,
+    layer: int,
+    hooks: Sequence[tuple[str, Callable]] = (),
+    cache: Any = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """What leaves block `layer`; the pass ends there."""
+    model: Any = bridge.original_model
+    reached: list[Tensor] = []
+
+    def stop(activation: Tensor, hook: object) -> None:
+        reached.append(activation)
+        raise _Reached
+
+    try:
+        with bridge.hooks(fwd_hooks=[*hooks, (f"blocks.{layer}.hook_out", stop)]):
+            model.base_model(
+                input_ids=batch.ids,
+                attention_mask=(batch.mask if mask is None else mask).long(),
+                position_ids=batch.positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+    except _Reached:
+        pass
+    return reached[0]
+
+
+@contextmanager
+def _handed_through(bridge: TransformerBridge, after: int, residual: Tensor) -> Iterator[None]:
+    """Block `after` gives `residual`, and the blocks below it do nothing."""
+    blocks: Any = bridge.blocks
+    skipped = [blocks[layer] for layer in range(after + 1)]
+    try:
+        # In the instance's own dictionary: assignment would reach the module that the bridge's block wraps.
+        for block in skipped[:-1]:
+            block.__dict__["forward"] = lambda hidden_states, *_, **__: hidden_states
+        skipped[-1].__dict__["forward"] = lambda *_, **__: residual
+        yield
+    finally:
+        for block in skipped:
+            block.__dict__.pop("forward", None)

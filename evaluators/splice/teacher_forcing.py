@@ -1,0 +1,206 @@
+"""Teacher-forced scoring under an intervention.
+
+In: a model's passes, an edit, and encoded prompts and targets with one strength a row. Out: for each row its
+cross-entropy, its activation sums, and the model's choice at each token of its target; where the target is not the
+greedy output, also at each token of a guess that may be, from where it leaves the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache
+
+from data.encoding import Batch, Encoded, pad_left, pad_right
+from evaluators.splice.batching import in_slices
+from evaluators.splice.interventions import Edit, Splice, spliced
+from evaluators.splice.passes import Passes, Prefixes, first_tokens, forward, project, resume
+from models.bridge import device_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to evaluate: a prompt, its target, the strength of the delta, the number of its first token after BOS in
+    the whole text, and the delta feature that it lacks (-1: none).
+
+    `guess` is what the output may be where it is not the target, such as raw's (empty: no idea); scoring tests it.
+    `hints` is a text that may hold pieces of the output; decoding looks up there what may follow.
+    """
+
+    encoded: Encoded
+    alpha: float = 1.0
+    first: int = 0
+    ablated: int = -1
+    guess: Sequence[int] = ()
+    hints: Sequence[int] = ()
+
+
+class Scored(NamedTuple):
+    """Teacher-forced figures of a row.
+
+    nll: nats, summed over target tokens and EOS. base_acts, delta_acts: sums of |activation| over the `n_act_tokens`
+    tokens of prompt and target after BOS. argmax: the model's choice at each target token. text_nll: nats, summed over
+    those same tokens, where they were asked for. guessed: the model's choice at each token of the row's guess, where
+    the target is not its output and the guess may be.
+    """
+
+    nll: float
+    n_tokens: int
+    base_acts: float
+    delta_acts: float
+    n_act_tokens: int
+    argmax: list[int]
+    text_nll: float | None = None
+    guessed: list[int] = []  # noqa: RUF012
+
+
+@torch.inference_mode()
+def score(passes: Passes, edit: Edit, jobs: Sequence[Job], *, whole_text: bool = False) -> list[Scored]:
+    """Teacher-forced pass over every row, in batches of rows of similar length, in the order of `jobs`.
+
+    With `whole_text`, `text_nll` too. Prefixes that hold the lowest site's layer spare its computation.
+    """
+    if passes.shortcuts.share_prefix and edit.condition != "raw":
+        lowest = min(edit.sites, key=lambda site: site.layer)
+        passes = replace(passes, prefixes=passes.with_prefixes(lowest.layer, lowest.base.taps))
+    else:
+        passes = replace(passes, prefixes=None)
+    results: dict[int, Scored] = {}
+    order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.ids), jobs[i].encoded.ids, i))
+    with spliced(passes.bridge, edit, record=True, above_first=passes.prefixes is not None) as splice:
+
+        def run(chosen: Sequence[int]) -> None:
+            scored = _score_batch(passes, splice, [jobs[i] for i in chosen], whole_text)
+            results.update(zip(chosen, scored, strict=True))
+
+        in_slices(order, passes.batch_size, run)
+    return [results[i] for i in range(len(jobs))]
+
+
+def _score_batch(passes: Passes, splice: Splice, jobs: Sequence[Job], whole_text: bool) -> list[Scored]:
+    bridge, shortcuts, prefixes = passes.bridge, passes.shortcuts, passes.prefixes
+    rows = [job.encoded for job in jobs]
+    batch = pad_left([row.ids for row in rows], bridge.tokenizer.pad_token_id).to(device_of(bridge))
+    length = batch.ids.shape[1]
+    prepare(splice, batch, jobs)
+    # Column c is predicted from column c - 1.
+    counts = [len(row.ids) - 1 if whole_text else len(row.target) for row in rows]
+    columns = torch.cat([torch.arange(length - count, length) for count in counts]).to(batch.ids.device)
+    lines = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)).to(batch.ids.device)
+    labels = batch.ids[lines, columns]
+    cache = DynamicCache() if shortcuts.verify and any(job.guess for job in jobs) else None
+    if not shortcuts.target_logits and prefixes is None:
+        chunks: Iterable[Tensor] = [forward(bridge, batch, length, cache=cache)[lines, columns - 1]]
+    else:
+        after, start = _start(splice, prefixes, rows, length)
+        residual = resume(bridge, batch, after, start, cache)
+        chunks = _logits(passes, residual, lines, columns - 1)
+    nlls, choices, done = [], [], 0
+    for logits in chunks:
+        nlls.append(functional.cross_entropy(logits, labels[done : done + len(logits)], reduction="none"))
+        choices.append(logits.argmax(-1))
+        done += len(logits)
+    nll, argmax = torch.cat(nlls).double().cpu().split(counts), torch.cat(choices).cpu().split(counts)
+    base_acts, delta_acts = splice.base_acts.tolist(), splice.delta_acts.tolist()
+    scored = [
+        Scored(
+            nll=nll[place][-len(row.target) :].sum().item(),
+            n_tokens=len(row.target),
+            base_acts=base_acts[place],
+            delta_acts=delta_acts[place],
+            n_act_tokens=len(row.ids) - 1,
+            argmax=argmax[place][-len(row.target) :].tolist(),
+            text_nll=nll[place].sum().item() if whole_text else None,
+        )
+        for place, row in enumerate(rows)
+    ]
+    if cache is not None:
+        found = _follow_guesses(passes, splice, jobs, scored, batch, cache)
+        scored = [one._replace(guessed=found.get(place, [])) for place, one in enumerate(scored)]
+    return scored
+
+
+def _follow_guesses(
+    passes: Passes, splice: Splice, jobs: Sequence[Job], scored: Sequence[Scored], batch: Batch, cache: Any
+) -> dict[int, list[int]]:
+    """By place in the batch, the model's choice at each token of the guesses that open with what the target proves.
+
+    `cache` holds what the pass over prompts and targets, `batch`, has attended to: a guess goes on from where it leaves
+    the target.
+    """
+    bridge = passes.bridge
+    openings = [agreed(job.encoded.target, one.argmax) for job, one in zip(jobs, scored, strict=True)]
+    places = [place for place, job in enumerate(jobs) if _opens(openings[place], job.guess)]
+    if not places:
+        return {}
+    chosen = [jobs[place] for place in places]
+    rows = [Encoded(job.encoded.prompt, list(job.guess)) for job in chosen]
+    # The last token that is proven differs from the target's: from there on nothing was computed yet.
+    shared = [len(openings[place]) - 1 for place in places]
+    tails = [row.target[count:] for row, count in zip(rows, shared, strict=True)]
+    kept = [len(row.prompt) + count for row, count in zip(rows, shared, strict=True)]
+    chunk = pad_right(tails, kept, bridge.tokenizer.pad_token_id).to(batch.ids.device)
+    context, mask = first_tokens(cache, batch, places, kept)
+    whole = pad_left([row.ids for row in rows], bridge.tokenizer.pad_token_id).to(batch.ids.device)
+    prepare(splice, whole, chosen)
+    after, residual = _start(splice, passes.prefixes, rows, whole.ids.shape[1])
+    if residual is not None:
+        lengths = chunk.mask.sum(1, keepdim=True)
+        columns = whole.ids.shape[1] - lengths + torch.arange(chunk.ids.shape[1], device=lengths.device)
+        residual = residual[torch.arange(len(rows)).unsqueeze(1), columns.clamp(max=whole.ids.shape[1] - 1)]
+    prepare(splice, chunk, chosen)
+    residual = resume(bridge, chunk, after, residual, cache=context, mask=torch.cat([mask, chunk.mask], dim=1))
+    counts = [len(tail) - 1 for tail in tails]
+    lines = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
+    columns = torch.cat([torch.arange(count) for count in counts])
+    logits = _logits(passes, residual, lines, columns)
+    argmax = torch.cat([one.argmax(-1) for one in logits]).cpu().split(counts)
+    return {
+        place: [*row.target[: count + 1], *found.tolist()]
+        for place, row, count, found in zip(places, rows, shared, argmax, strict=True)
+    }
+
+
+def _start(
+    splice: Splice, prefixes: Prefixes | None, rows: Sequence[Encoded], length: int
+) -> tuple[int, Tensor] | tuple[None, None]:
+    """The lowest spliced layer and what leaves it, (row, length, d_model), where prefixes are shared."""
+    if prefixes is None:
+        return None, None
+    texts = list(dict.fromkeys(tuple(row.ids) for row in rows))
+    found = prefixes.get(splice.sites[0].layer, texts)
+    return splice.sites[0].layer, splice.start(found, [texts.index(tuple(row.ids)) for row in rows], length)
+
+
+def _logits(passes: Passes, residual: Tensor, lines: Tensor, columns: Tensor) -> Iterable[Tensor]:
+    """The logits of some positions of what leaves the last block, (row, position, d_model), in chunks."""
+    if passes.shortcuts.target_logits:
+        return project(passes.bridge, residual[lines, columns])
+    every = torch.cat(list(project(passes.bridge, residual.flatten(0, 1)))).view(*residual.shape[:2], -1)
+    return [every[lines, columns]]
+
+
+def agreed(guess: Sequence[int], argmax: Sequence[int]) -> list[int]:
+    """The guess as far as each token is the argmax, and the argmax that replaces the first one that is not."""
+    agreed = 0
+    while agreed < len(guess) and guess[agreed] == argmax[agreed]:
+        agreed += 1
+    return [*guess[:agreed], *argmax[agreed : agreed + 1]]
+
+
+def _opens(proven: Sequence[int], guess: Sequence[int]) -> bool:
+    """Whether a guess begins with what is proven and goes on."""
+    return len(guess) > len(proven) and list(guess[: len(proven)]) == list(proven)
+
+
+def prepare(splice: Splice, chunk: Batch, jobs: Sequence[Job]) -> None:
+    device = chunk.ids.device
+    first = torch.tensor([job.first for job in jobs], device=device).unsqueeze(1)
+    alpha = torch.tensor([job.alpha for job in jobs], dtype=torch.float32, device=device)
+    ablated = torch.tensor([job.ablated for job in jobs], device=device)
+    splice.reset(chunk.editable, alpha, first + chunk.positions - 1, ablated)

@@ -1,0 +1,214 @@
+"""The Ray cluster a sweep runs on: its own on this machine, or one that is there.
+
+In: an address and what one unit of work needs. Out: a running Ray and how many units fit at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+import uuid
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jobs.cluster import environment, raylet_watch
+from jobs.errors import RequestError, WorkFailed
+from search_spaces.schema import Compute
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Results travel as files; only small messages go through the object store."""
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+CONNECT_SECONDS = 5.0
+STORAGE_SECONDS = 60.0
+NOT_UPLOADED = [".git", ".venv", "mlruns", "**/__pycache__", "*.log", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
+_watches: list[raylet_watch.Watch] = []
+"""Of the raylet that this driver depends on, while it is connected."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one trial or worker gets."""
+
+    cpus: int
+    gpus: float
+    at_once: int
+
+    @property
+    def resources(self) -> dict[str, float]:
+        if not self.cpus:
+            return {"memory": 1}  # a byte, because Tune takes no empty request
+        return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
+
+    def of_several(self, workers: int) -> Share:
+        """Of trials that only start workers, each of which takes this share; raises RequestError where they do not
+        fit."""
+        if workers == 1:
+            return self
+        if workers > self.at_once:
+            raise RequestError(
+                f"lora.workers_per_trial: got {workers}, the cluster has room for {self.at_once} at once"
+            )
+        return Share(0, 0.0, self.at_once // workers)
+
+
+def connect(address: str | None, insecure: bool = False) -> None:
+    """Starts Ray on this machine (loopback only), or joins the cluster at `address`.
+
+    Inside a submitted job the job's own cluster is joined. Raises RequestError where the address does not answer, and
+    where it is one that others reach without a token, unless `insecure` says that this is meant; WorkFailed where Ray
+    does not start here. Ends the process where the raylet of this machine dies later.
+    """
+    asked = address
+    address = address or environment.cluster_address() or "local"
+    import ray
+
+    if ray.is_initialized():
+        return
+    try:
+        if address == "local":
+            _start()
+        else:
+            _join(address)
+        environment.take_signals()
+    except (KeyboardInterrupt, SystemExit):  # so Ray answers SIGTERM while it starts
+        environment.heard()
+        disconnect()
+        raise KeyboardInterrupt from None
+    except Exception:
+        disconnect()
+        raise
+    if asked and not insecure:
+        try:
+            check_closed(ray.get_runtime_context().gcs_address)
+        except RequestError:
+            disconnect()
+            raise
+
+
+def _start() -> None:
+    import ray
+
+    _watches.append(raylet_watch.Watch(raylet_watch.child))
+    try:
+        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **QUIET)
+    except Exception as error:  # Ray has no class of its own for this
+        raise WorkFailed(
+            f"Ray did not start on this machine ({first_line(error)}); run the same command again"
+        ) from None
+
+
+def _join(address: str) -> None:
+    import ray
+
+    check_answers(address)
+    in_job = "runtime_resources" in Path.cwd().parts
+    runtime = {} if in_job else {"working_dir": str(REPOSITORY), "excludes": NOT_UPLOADED}
+    try:
+        ray.init(address=address, runtime_env=runtime, **QUIET)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+        raise RequestError(f"--address: no Ray cluster answers at {address} ({first_line(error)})") from None
+    here = ray.get_runtime_context().get_node_id()
+    (socket_name,) = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == here]
+    _watches.append(raylet_watch.Watch(partial(raylet_watch.at, socket_name)))
+
+
+def check_closed(gcs: str) -> None:
+    """Raises RequestError for a control store at HOST:PORT that anyone on its network may use: not on loopback, and
+    joined without a token."""
+    host = gcs.rpartition(":")[0].strip("[]")
+    if os.environ.get(environment.TOKENS) == "token" or ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
+        return
+    raise RequestError(
+        f"--address: the cluster at {gcs} runs the code of whoever reaches it; start it with "
+        f"{environment.TOKENS}=token and set that here too, or say --insecure"
+    )
+
+
+def disconnect() -> None:
+    import ray
+
+    while _watches:
+        _watches.pop().end()
+    with contextlib.suppress(Exception):
+        ray.shutdown()
+
+
+def share_of(compute: Compute) -> Share:
+    """How the cluster is divided; raises RequestError where not even one unit fits."""
+    import ray
+
+    have = ray.cluster_resources()
+    cpus, gpus = int(have.get("CPU", 0)), have.get("GPU", 0.0)
+    each = compute.gpus_per_trial if compute.gpus_per_trial is not None else (1.0 if gpus else 0.0)
+    at_once = cpus // compute.cpus_per_trial
+    if each:
+        at_once = min(at_once, int(gpus / each))
+    if at_once < 1:
+        raise RequestError(
+            f"compute: a trial asks for {compute.cpus_per_trial} CPUs and {each:g} GPUs, "
+            f"the cluster has {cpus} CPUs and {gpus:g} GPUs"
+        )
+    if compute.precision == "tf32" and not each:
+        raise RequestError(
+            "compute.precision: got tf32, which takes a GPU for each trial; allowed here: auto, fp32, bf16"
+        )
+    return Share(compute.cpus_per_trial, each, min(at_once, compute.max_concurrent or at_once))
+
+
+def check_storage(root: Path) -> None:
+    """Every node sees what the driver writes under `root` and may write there; raises RequestError, naming the node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    marker = root / f".seen_{uuid.uuid4().hex}"
+    marker.write_text("")
+    look = ray.remote(num_cpus=0, max_retries=0)(_may_write_beside)
+    try:
+        asked = {
+            node["NodeManagerAddress"]: look.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(str(marker))
+            for node in nodes
+        }
+        blind = [address for address, answer in asked.items() if not ray.get(answer, timeout=STORAGE_SECONDS)]
+    except ray.exceptions.RayError as error:
+        raise RequestError(f"storage.root: a node did not say whether it sees {root} ({first_line(error)})") from None
+    finally:
+        marker.unlink()
+    if blind:
+        raise RequestError(
+            f"storage.root: node {', '.join(blind)} cannot read and write {root}; give a folder that every node shares"
+        )
+
+
+def _may_write_beside(marker: str) -> bool:
+    """Runs on each node."""
+    return Path(marker).is_file() and os.access(Path(marker).parent, os.W_OK)
+
+
+def check_answers(address: str) -> None:
+    """A TCP connection within seconds, so that a wrong address does not hang for Ray's own minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise RequestError(f"--address: {address!r} is not auto, HOST:PORT or ray://HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise RequestError(f"--address: no Ray cluster answers at {address} ({error})") from None
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, as far as it fits into a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

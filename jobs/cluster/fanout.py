@@ -1,0 +1,155 @@
+"""Fan-out: tasks over Ray actors that keep what they have loaded.
+
+In: the share of the machine each worker gets, then module-level functions and their tasks. Out: each task's result as
+it finishes. A worker's death loses its task only, which is tried again elsewhere; a task that raises is recorded and
+the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jobs.cluster.connection import Share
+
+
+class Outcome(NamedTuple):
+    """A finished task: its result, or why it has none; when its worker began it, and its seconds there."""
+
+    task: Any
+    result: Any = None
+    error: str | None = None
+    started: float = 0.0
+    seconds: float = 0.0
+
+
+class _Worker:
+    """Runs tasks one after the other; models stay loaded in the process between them."""
+
+    def __init__(self, threads: int) -> None:
+        from jobs.cluster import environment
+
+        environment.prepare()
+        import torch
+
+        torch.set_num_threads(threads)
+
+    def run(self, function: Callable[[Any], Any], task: Any) -> Outcome:
+        started = time.time()
+        try:
+            outcome = Outcome(task, function(task))
+        except Exception as error:
+            outcome = Outcome(task, error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        return outcome._replace(started=started, seconds=time.time() - started)
+
+
+class Queue:
+    """Tasks that wait, each with how often it was tried, by the group they belong to."""
+
+    def __init__(self, group: Callable[[Any], Any]) -> None:
+        self._group = group
+        self._groups: dict[Any, deque[tuple[Any, int]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def add(self, task: Any, tries: int) -> None:
+        self._groups.setdefault(self._group(task), deque()).append((task, tries))
+
+    def take(self, own: Any, others: Collection[Any]) -> tuple[Any, int]:
+        """The next task of a worker's `own` group, or of the first that is not among the `others` at work, or of the
+        first."""
+        chosen = own
+        if own not in self._groups:
+            chosen = next((one for one in self._groups if one not in others), next(iter(self._groups)))
+        taken = self._groups[chosen].popleft()
+        if not self._groups[chosen]:
+            del self._groups[chosen]
+        return taken
+
+
+class Pool:
+    """Workers that stay alive between fan-outs, until `close` gives their share of the machine back.
+
+    `timeline` is a file to which each task adds a line: what it was, when it began, its seconds.
+    """
+
+    def __init__(self, share: Share, timeline: Path | None = None) -> None:
+        self.share, self._timeline = share, timeline
+        self._idle: list[Any] = []
+
+    def run(
+        self,
+        function: Callable[[Any], Any],
+        tasks: Sequence[Any],
+        max_retries: int = 1,
+        group: Callable[[Any], Any] = id,
+    ) -> Iterator[Outcome]:
+        """Yields outcomes in the order they finish; `tasks` should come longest first.
+
+        A worker goes on with the `group` of its last task, then with one that no other worker is at, then helps.
+        """
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        waiting = Queue(group)
+        for task in tasks:
+            waiting.add(task, 0)
+        running: dict[Any, tuple[Any, Any, int]] = {}
+        last: dict[Any, Any] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.share.at_once:
+                    worker = self._idle.pop() if self._idle else self._start()
+                    others = {group(task) for _, task, _ in running.values()}
+                    task, tries = waiting.take(last.get(worker), others)
+                    last[worker] = group(task)
+                    running[worker.run.remote(function, task)] = (worker, task, tries)
+                (done,), _ = ray.wait(list(running), num_returns=1)
+                worker, task, tries = running.pop(done)
+                try:
+                    outcome = ray.get(done)
+                except RayActorError as error:
+                    if tries < max_retries:
+                        waiting.add(task, tries + 1)
+                        continue
+                    outcome = Outcome(task, error=f"its worker died {tries + 1} times ({_reason(error)})")
+                except RayTaskError as error:  # such as a task that cannot be unpickled
+                    self._idle.append(worker)
+                    outcome = Outcome(task, error=_reason(error))
+                else:
+                    self._idle.append(worker)
+                    self._note(function, outcome)
+                yield outcome
+        finally:
+            for worker, _, _ in running.values():
+                ray.kill(worker)
+
+    def _note(self, function: Callable[[Any], Any], outcome: Outcome) -> None:
+        if self._timeline is not None:
+            line = {"work": function.__name__, "started": outcome.started, "seconds": outcome.seconds}
+            with self._timeline.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _start(self) -> Any:
+        import ray
+
+        options = {"num_cpus": self.share.cpus, "num_gpus": self.share.gpus, "max_restarts": 0}
+        return ray.remote(_Worker).options(**options).remote(self.share.cpus)
+
+    def close(self) -> None:
+        """Ends the idle workers; a later `run` starts new ones."""
+        import ray
+
+        for worker in self._idle:
+            ray.kill(worker)
+        self._idle.clear()
+
+
+def _reason(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,77 @@
+"""Is this machine ready? Devices, versions, the embedded model, the stores.
+
+In: a storage root. Out: rows of (what, what was found, whether it is well).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from jobs.cluster.connection import REPOSITORY
+from jobs.study.workspace import storage_root
+from models.errors import ModelError
+from models.sources import EMBEDDED, check_hub, check_source
+
+Finding = tuple[str, str, bool]
+OPTIONAL = "google/gemma-2-2b"
+
+
+def examine(root: str) -> list[Finding]:
+    findings = [("python", platform.python_version(), sys.version_info >= (3, 11))]
+    findings += _packages()
+    findings += _devices()
+    for name in EMBEDDED:
+        findings.append(_source(name, lambda name=name: check_source(name)))
+    findings.append(_source(f"{OPTIONAL} (only the gemma2_2b preset needs it)", _gemma))
+    folder = storage_root(root)
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    findings.append(("storage", f"{folder}, {free / 1e9:.0f} GB free", os.access(parent, os.W_OK) and free > 5e9))
+    return findings
+
+
+def _packages() -> list[Finding]:
+    """The pinned packages, against what is installed."""
+    wrong, count = [], 0
+    for line in (REPOSITORY / "requirements.txt").read_text().splitlines():
+        name, _, pinned = line.partition("==")
+        if not pinned or line.startswith("#"):
+            continue
+        count += 1
+        try:
+            found = version(name.partition("[")[0]).partition("+")[0]
+        except PackageNotFoundError:
+            found = "missing"
+        if found != pinned:
+            wrong.append(f"{name} {found}, pinned {pinned}")
+    return [("packages", "; ".join(wrong) or f"{count} as pinned", not wrong)]
+
+
+def _devices() -> list[Finding]:
+    import torch
+
+    from trainers.precision import resolve_precision
+
+    findings: list[Finding] = [("cpu", f"{os.cpu_count()} cores, training in {resolve_precision('auto', 'cpu')}", True)]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        findings.append((f"gpu {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB", True))
+    if not torch.cuda.is_available():
+        findings.append(("gpu", "none; everything runs on the CPU", True))
+    return findings
+
+
+def _gemma() -> None:
+    check_hub("google/gemma-2-2b", "hub")
+
+
+def _source(name: str, check) -> Finding:
+    try:
+        check()
+    except ModelError as error:
+        return (name, str(error), False)
+    return (name, "there", True)

@@ -1,0 +1,105 @@
+"""What a sweep would do: trials, cells, disk, which bases; and how far one has come.
+
+In: a `Context`. Out: rows of text. Nothing is trained and nothing is written but the base model's own folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evaluators.conditions import CONDITIONS
+from jobs.commands.forecast import schedule_rows
+from jobs.errors import RequestError
+from jobs.files import MANIFEST, read_json
+from jobs.progress import clock
+from jobs.study.context import Context
+from jobs.study.stage_list import STAGES
+from jobs.study.stages.transcoders import chosen_base
+from models.gemma_scope import selection_label
+
+Rows = list[tuple[str, str]]
+
+
+def plan_rows(context: Context, measured: Path | None = None, workers: int | None = None) -> Rows:
+    """What the whole sweep consists of, and its time on 1, 8, 64, 512 and `workers` workers at the costs that the sweep
+    in the folder `measured` had (default: the one of this name); raises RequestError or ModelError as the sweep would.
+    """
+    context.check_request()
+    settings = context.settings
+    layers, deltas, evaluate = context.layers, settings.deltas, settings.evaluate
+    groups = len(layers) * len(deltas.selections) * len(deltas.d_new)
+    conditions = [CONDITIONS[one] for one in [*evaluate.conditions, *evaluate.controls] if one != "raw"]
+    seeded = sum(one.uses_delta for one in conditions)
+    behaviour = 1 + any(one.model == "base" for one in conditions)
+    for doses in context.spliced.values():
+        behaviour += len(conditions) + len(doses)
+        behaviour += (evaluate.replicas - 1) * (seeded + sum(dose != 0 for dose in doses))
+    cells = len(evaluate.subsets) * behaviour + groups + (len(layers) if evaluate.features else 0)
+    prompts = len(evaluate.subsets) * settings.data.eval_rows
+    rows = [
+        ("model", f"{settings.model.source}, layers {', '.join(map(str, layers))}"),
+        ("LoRA", f"{settings.lora.trials} trials of {settings.lora.steps} steps"),
+        ("delta groups", f"{groups} (layers x bases x d_new), {groups * deltas.trials} trials"),
+        ("evaluation", f"{cells} cells, {prompts} prompts"),
+        ("disk", f"{context.bytes_needed / 1e9:.2f} GB"),
+        *_bases(context),
+    ]
+    rows += _measured(context)
+    forecast = schedule_rows(context, measured or context.space.folder, workers)
+    if measured and not forecast:
+        raise RequestError(f"--measured: {measured} holds no sweep that has trials and cells of these widths")
+    return rows + (forecast or [("time on more workers", "not known: run it once, or name a sweep with --measured")])
+
+
+def status_rows(context: Context) -> Rows:
+    """How far the sweep of these settings has come."""
+    space, settings = context.space, context.settings
+    rows: Rows = []
+    for stage in STAGES:
+        manifest = read_json(stage.folder(context) / MANIFEST)
+        if stage.finished(context):
+            rows.append((stage.name, f"done in {clock(manifest['seconds'])}"))
+        else:
+            rows.append((stage.name, "to do"))
+    results = [read_json(path) for path in sorted(space.folder.glob("lora/trial_*/result.json"))]
+    rows.append(("LoRA trials", _counts(results, settings.lora.trials)))
+    groups = len(context.layers) * len(settings.deltas.selections) * len(settings.deltas.d_new)
+    results = [read_json(path) for path in sorted(space.deltas.glob("layer_*/*/d*/trial_*/result.json"))]
+    rows.append(("delta trials", _counts(results, groups * settings.deltas.trials)))
+    cells = [path for path in space.cells.glob("*.json") if path.name != MANIFEST]
+    rows.append(("cells", f"{len(cells)} on disk"))
+    rows += [("failed", f"{one['group']} trial {one['trial']}: {one['reason']}") for one in results if one["reason"]]
+    return rows
+
+
+def _counts(results: list[dict[str, Any]], total: int) -> str:
+    states = [one["state"] for one in results]
+    named = [f"{states.count(state)} {state.lower()}" for state in ("COMPLETE", "STOPPED", "FAILED") if state in states]
+    return f"{len(results)} of {total}" + (f" ({', '.join(named)})" if named else "")
+
+
+def _bases(context: Context) -> Rows:
+    """Which published base each percentile, or the target L0, selects; trained ones are not known before."""
+    section = context.settings.transcoders
+    if section.source == "train":
+        targets = ", ".join(f"{target:g}" for target in section.target_l0)
+        return [("bases", f"trained here, width {section.width}, target L0 {targets}")]
+    rows = []
+    for layer in context.layers:
+        chosen = [
+            f"{selection_label(percentile)} {chosen_base(context, layer, percentile).path}"
+            for percentile in context.settings.deltas.selections
+        ]
+        rows.append((f"bases of layer {layer}", ", ".join(chosen)))
+    return rows
+
+
+def _measured(context: Context) -> Rows:
+    """Stage times of an earlier run under the same name."""
+    manifests = {stage.name: read_json(stage.folder(context) / MANIFEST) for stage in STAGES}
+    known = {name: one["seconds"] for name, one in manifests.items() if one and "seconds" in one}
+    if not known:
+        return []
+    listed = ", ".join(f"{name} {clock(seconds)}" for name, seconds in known.items())
+    return [("time", f"{clock(sum(known.values()))} when last run ({listed})")]

@@ -1,0 +1,63 @@
+"""The web pages on a sweep's results: MLflow's, or Optuna's dashboard.
+
+In: a storage root and a port. Out: a server on loopback until it is interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+from jobs.errors import RequestError
+from jobs.study.workspace import storage_root
+from jobs.tracking.opening_view import pages
+
+HOST = "127.0.0.1"
+
+
+def command(root: str, port: int, studies: bool) -> list[str]:
+    """What to run; raises RequestError where there is nothing to show or the port is taken."""
+    folder = storage_root(root)
+    if listens(port):
+        raise RequestError(f"--port: {port} is in use on {HOST}; give another one")
+    if studies:
+        journal = folder / "optuna" / "journal.log"
+        if not journal.is_file():
+            raise RequestError(f"--root: no studies under {folder}; run a sweep first")
+        program = os.path.join(os.path.dirname(sys.executable), "optuna-dashboard")
+        return [program, "--host", HOST, "--port", str(port), str(journal)]
+    if not (folder / "mlflow.db").is_file():
+        raise RequestError(f"--root: no tracked sweeps under {folder}; run a sweep first")
+    server = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", _store(root)]
+    return [*server, "--host", HOST, "--port", str(port)]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
+
+
+def serve(root: str, port: int, studies: bool = False) -> None:
+    arguments = command(root, port, studies)
+    address = f"http://{HOST}:{port}"
+    print(f"{address} (Ctrl-C stops it)", flush=True)
+    if not studies:
+        for name, page in pages(_store(root)):
+            print(f"  {name}: {address}{page}", flush=True)
+    # MLflow's server would start a dozen processes for jobs that others may send it, and none are sent to this one.
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = subprocess.Popen(arguments, env=quiet | dict(os.environ), start_new_session=True)
+    try:
+        server.wait()
+    finally:  # the servers have processes of their own, which would hold the port
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def _store(root: str) -> str:
+    return f"sqlite:///{(storage_root(root) / 'mlflow.db').resolve()}"

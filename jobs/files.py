@@ -1,0 +1,60 @@
+"""JSON files of results, and the keys and manifests that say what they hold.
+
+In: values and folders. Out: files written beside and renamed, so that a reader never sees half of one, and folders that
+carry the key of the settings that made them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+"""Part of every key: raised when results on disk mean something else than before."""
+KEY = "key.json"
+MANIFEST = "manifest.json"
+
+
+def key_of(*parts: Any) -> str:
+    """A short hash of JSON-like values; equal values give equal keys on any machine."""
+    text = json.dumps([FORMAT, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.write_text(json.dumps(value, indent=1, sort_keys=True))
+    beside.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The value, or None where the file is missing."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def keyed_folder(folder: Path, key: str) -> Path:
+    """`folder`, emptied first if it holds the result of another key."""
+    held = read_json(folder / KEY)
+    if held is None or held["key"] != key:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(folder / KEY, {"key": key})
+    return folder
+
+
+def is_finished(folder: Path, key: str) -> bool:
+    """Whether a manifest of this key stands in `folder`."""
+    manifest = read_json(folder / MANIFEST)
+    return manifest is not None and manifest["key"] == key
+
+
+def finish(folder: Path, key: str, facts: dict[str, Any]) -> None:
+    write_json(folder / MANIFEST, {"key": key, **facts})

@@ -1,0 +1,289 @@
+"""Search over groups: one Optuna study and one early-stopping bracket a group, all trials in one Ray Tune pool.
+
+In: groups (a space, a number of trials, constants) and a trial function. Out: `trial_NNNN/result.json` in each group's
+folder and the trials of every group. Losses compare only inside a group, so groups share nothing but the machine; a
+repeated call runs only the trials that are missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+from ray import tune
+from ray.exceptions import RayActorError
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from jobs.cluster.connection import Share
+from jobs.files import write_json
+from jobs.progress import Bar
+from jobs.search.studies import COMPLETE, FAILED, STOPPED, Group, Storage, Study, trials_of
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Asynchronous successive halving (arXiv 1810.05934); `grace` and `longest` count validations."""
+
+    grace: int
+    longest: int
+    reduction_factor: int
+
+
+def run_search(
+    groups: list[Group],
+    trial: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], dict[str, Any]],
+    *,
+    storage: Storage,
+    share: Share,
+    max_retries: int,
+    early_stopping: EarlyStopping | None,
+    scratch: Path,
+    bar: Bar,
+    on_trial: Callable[[Group, dict[str, Any]], None] = lambda group, result: None,
+) -> None:
+    """Runs what is missing of every group's trials.
+
+    `trial(config, report)` gets the constants, the searched values, `trial` (its number) and `folder`; it calls
+    `report` with `step` and `val_loss` after each validation and returns the figures of its result, `val_loss` among
+    them, or `failed` with the reason. An exception is a lost worker: the trial is tried again, up to `max_retries`
+    times, then it failed too.
+    """
+    search = GroupedSearch(groups, storage, share.at_once, max_retries, bar, on_trial)
+    if not search.missing:
+        return
+    scheduler = _GroupedHalving(early_stopping, groups) if early_stopping else FIFOScheduler()
+
+    logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it lists tries that failed, not trials
+
+    def run(config: dict[str, Any]) -> None:
+        figures = trial(config, lambda values: tune.report(dict(values)))
+        tune.report({"val_loss": math.inf, **figures, "final": True})
+
+    resources = {key.lower(): value for key, value in share.resources.items()}
+    tuner = tune.Tuner(
+        tune.with_resources(run, resources),
+        tune_config=tune.TuneConfig(
+            metric="val_loss",
+            mode="min",
+            search_alg=search,
+            scheduler=scheduler,
+            num_samples=-1,  # as many as the search proposes
+            max_concurrent_trials=share.at_once,
+            reuse_actors=True,
+            trial_dirname_creator=lambda one: one.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(scratch),
+            verbose=0,
+            # Tune (2.60) can count the death of a reused worker twice and give its trial up: the search retries.
+            failure_config=tune.FailureConfig(max_failures=0),
+            checkpoint_config=tune.CheckpointConfig(),
+            callbacks=[],
+        ),
+    )
+    tuner.fit()
+
+
+@dataclass
+class _Running:
+    group: Group
+    trial: optuna.Trial
+    started: float
+    history: list[dict[str, Any]] = field(default_factory=list)
+    deaths: int = 0
+
+
+class GroupedSearch(Searcher):
+    """Asks one Optuna study a group, the group with the fewest trials begun first.
+
+    A group has no more trials running at once than keep the machine full. With as many groups as fit on it at once that
+    is one: what is proposed and what is stopped early then depends on the group's own trials alone, in their order.
+    """
+
+    def __init__(
+        self,
+        groups: list[Group],
+        storage: Storage,
+        at_once: int,
+        max_retries: int,
+        bar: Bar,
+        on_trial: Callable[[Group, dict[str, Any]], None],
+    ) -> None:
+        super().__init__(metric="val_loss", mode="min")
+        self._groups = {group.name: group for group in groups}
+        self._max_retries, self._bar, self._on_trial = max_retries, bar, on_trial
+        self._studies = {group.name: Study(group, storage) for group in groups}
+        self._left = {group.name: max(0, group.trials - self._studies[group.name].finished) for group in groups}
+        self._together = math.ceil(at_once / len(groups))
+        self._running: dict[str, _Running] = {}
+        self._again: list[_Running] = []
+        self.missing = sum(self._left.values())
+        bar.update(sum(group.trials for group in groups) - self.missing)
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        running = self._again.pop() if self._again else self._next()
+        if running is None:
+            return None if self._running else Searcher.FINISHED
+        self._running[trial_id] = running
+        group, number = running.group, running.trial.number
+        return {
+            **group.constants,
+            **group.fixed,
+            **running.trial.params,
+            "group": group.name,
+            "trial": number,
+            "folder": str(group.folder / f"trial_{number:04d}"),
+        }
+
+    def _next(self) -> _Running | None:
+        """A trial that was not begun yet, if there is one whose turn it is."""
+        busy = Counter(running.group.name for running in self._running.values())
+        open_groups = [name for name, left in self._left.items() if left and busy[name] < self._together]
+        if not open_groups:
+            return None
+        name = max(open_groups, key=lambda name: self._left[name])
+        self._left[name] -= 1
+        study = self._studies[name]
+        return _Running(self._groups[name], study.unfinished.pop(0) if study.unfinished else study.ask(), time.time())
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        running = self._running.get(trial_id)
+        if running is None or result.get("final") or "step" not in result:
+            return
+        seen = {entry["step"] for entry in running.history}
+        if result["step"] in seen:  # a retried trial reports its steps again
+            return
+        running.history.append(_figures(result))
+        if math.isfinite(result.get("val_loss", math.nan)):
+            self._studies[running.group.name].report(running.trial, result["val_loss"], result["step"])
+        self._bar.note(
+            f"{running.group.name} trial {running.trial.number}: step {result['step']}, "
+            f"val_loss {result.get('val_loss', math.nan):.4g}"
+        )
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if result:
+            self.on_trial_result(trial_id, result)
+        running = self._running.pop(trial_id, None)
+        if running is None:
+            return
+        if error and running.deaths < self._max_retries:
+            running.deaths += 1
+            self._again.append(running)
+            tries = f"{running.deaths} of {self._max_retries}"
+            self._bar.line(
+                f"{running.group.name} trial {running.trial.number}: its worker died, trying again ({tries})"
+            )
+            return
+        figures = _figures(result or {})
+        value = figures.get("val_loss")
+        reason = figures.pop("failed", None)
+        if error or reason or value is None or not math.isfinite(value):
+            state, reason = FAILED, reason or ("its worker died" if error else f"val_loss is {value}")
+        else:
+            state = COMPLETE if result and result.get("final") else STOPPED
+        record = {
+            "group": running.group.name,
+            "trial": running.trial.number,
+            "state": state,
+            "value": None if state == FAILED else value,
+            "params": {**running.group.fixed, **running.trial.params},
+            "figures": figures,
+            "history": running.history,
+            "started": running.started,
+            "seconds": time.time() - running.started,
+            "reason": reason,
+        }
+        write_json(running.group.folder / f"trial_{running.trial.number:04d}" / "result.json", record)
+        self._studies[running.group.name].tell(running.trial, record)
+        self._on_trial(running.group, record)
+        self._bar.advance()
+
+    def __deepcopy__(self, memo: dict) -> GroupedSearch:
+        return self
+
+    def __reduce__(self) -> tuple:
+        """Tune snapshots its configuration by pickle; nothing of this object, such as a database URL, belongs there."""
+        return (Searcher, ())
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: studies and result files are the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as `save`."""
+
+
+class _GroupedHalving(FIFOScheduler):
+    """One AsyncHyperBandScheduler a group, which knows what the group's finished trials reported."""
+
+    def __init__(self, settings: EarlyStopping, groups: list[Group]) -> None:
+        super().__init__()
+        self._brackets = {group.name: self._bracket_of(settings, group) for group in groups}
+
+    def _bracket_of(self, settings: EarlyStopping, group: Group) -> AsyncHyperBandScheduler:
+        bracket = AsyncHyperBandScheduler(
+            time_attr="training_iteration",
+            metric="val_loss",
+            mode="min",
+            # One less than the longest run: a rung at a trial's end would stop nothing but its good name.
+            max_t=max(settings.longest - 1, settings.grace),
+            grace_period=settings.grace,
+            reduction_factor=settings.reduction_factor,
+            stop_last_trials=False,
+        )
+        for result in trials_of(group):
+            earlier = _named(result["trial"])
+            bracket.on_trial_add(NO_CONTROLLER, earlier)
+            for iteration, figures in enumerate(result["history"], start=1):
+                if math.isfinite(loss := figures.get("val_loss", math.nan)):
+                    bracket.on_trial_result(NO_CONTROLLER, earlier, {"training_iteration": iteration, "val_loss": loss})
+        return bracket
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._brackets[trial.config["group"]].on_trial_add(tune_controller, _named(trial.config["trial"]))
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result.get("final"):
+            return TrialScheduler.CONTINUE
+        bracket = self._brackets[trial.config["group"]]
+        return bracket.on_trial_result(tune_controller, _named(trial.config["trial"]), result)
+
+
+NO_CONTROLLER: Any = None
+"""In Tune's place: what is called here of a bracket does not look at it."""
+
+
+def _named(number: int) -> Any:
+    """A trial under its own number, which it keeps where it is tried again; Tune gives every try another name."""
+    return SimpleNamespace(trial_id=str(number))
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of Tune's is more than the traceback of a worker's death, which the search says in a line."""
+    return not (record.exc_info and isinstance(record.exc_info[1], RayActorError))
+
+
+_TUNE_KEYS = {
+    "timestamp", "time_this_iter_s", "time_total_s", "training_iteration", "pid", "hostname", "node_ip", "date",
+    "trial_id", "time_since_restore", "iterations_since_restore", "done", "final", "checkpoint_dir_name",
+    "should_checkpoint", "experiment_tag",
+}  # fmt: skip
+
+
+def _figures(result: dict[str, Any]) -> dict[str, Any]:
+    """What the trial itself reported."""
+    return {key: value for key, value in result.items() if key not in _TUNE_KEYS and not key.startswith("config/")}

@@ -1,0 +1,237 @@
+"""Groups of trials whose losses compare, and the Optuna study of each.
+
+In: a group (a space, a number of trials, constants, a sampler) and an Optuna storage. Out: proposals by trial number,
+results told, and a study that agrees with the result files whatever died before. The files are what counts; a study
+that lost the race against a kill is mended from them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from jobs.addresses import without_secrets
+from jobs.errors import RequestError
+from jobs.files import read_json
+from search_spaces.schema import Choice, Dimension, Range
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+Storage = optuna.storages.BaseStorage
+COMPLETE, STOPPED, FAILED = "COMPLETE", "STOPPED", "FAILED"
+STARTUP_TRIALS = 4
+"""Random trials of a study before a sampler that learns proposes."""
+WARM_STARTS = 3
+"""Best trials of an earlier study that a new one tries first."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trials whose losses compare. `constants` reach the trial function beside the searched values; `study` names the
+    Optuna study, and changes with whatever makes earlier losses incomparable.
+
+    `objectives` are the figures that the study minimises; with more than one nothing is stopped early. `warm_start` is
+    the beginning of the names of earlier studies whose best values are tried first.
+    """
+
+    name: str
+    folder: Path
+    space: dict[str, Dimension]
+    trials: int
+    seed: int
+    constants: dict[str, Any]
+    study: str
+    sampler: str = "tpe"
+    objectives: tuple[str, ...] = ("val_loss",)
+    warm_start: str | None = None
+
+    @property
+    def searched(self) -> dict[str, Range | Choice]:
+        return {key: one for key, one in self.space.items() if isinstance(one, Range | Choice)}
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        return {key: one for key, one in self.space.items() if not isinstance(one, Range | Choice)}
+
+
+def trials_of(group: Group) -> list[dict[str, Any]]:
+    """The finished trials of a group, by number."""
+    found = [read_json(path) for path in sorted(group.folder.glob("trial_*/result.json"))]
+    return [result for result in found if result is not None]
+
+
+def best_of(results: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The trial of lowest value among those that ran to their end."""
+    finished = [result for result in results if result["state"] == COMPLETE]
+    return min(finished, key=lambda result: (result["value"], result["trial"]), default=None)
+
+
+def pareto_front(results: Iterable[dict[str, Any]], objectives: tuple[str, ...]) -> set[int]:
+    """Numbers of the finished trials that no other one beats in one objective without losing in another."""
+    finished = {
+        result["trial"]: [result["figures"][name] for name in objectives]
+        for result in results
+        if result["state"] == COMPLETE
+    }
+
+    def beaten(values: list[float]) -> bool:
+        return any(
+            other != values and all(theirs <= mine for theirs, mine in zip(other, values, strict=True))
+            for other in finished.values()
+        )
+
+    return {number for number, values in finished.items() if not beaten(values)}
+
+
+def open_storage(url: str | None, root: Path) -> Storage:
+    """The study storage: a database URL, or a journal file under `root`/optuna."""
+    if url:
+        try:
+            return optuna.storages.RDBStorage(url)
+        except Exception as error:  # each database driver raises its own
+            shown = without_secrets(f"{url} cannot be opened ({type(error).__name__}: {error})")
+            raise RequestError("storage.optuna_url: " + " ".join(shown.split())[:300]) from None
+    path = root / "optuna" / "journal.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+
+
+def forget_studies(storage: Storage, sweep: str) -> None:
+    """Deletes every study of a sweep that starts over."""
+    for name in optuna.get_all_study_names(storage):
+        if name.startswith(f"{sweep}/"):
+            optuna.delete_study(study_name=name, storage=storage)
+
+
+class Study:
+    """One group's Optuna study, opened and brought in line with the result files.
+
+    `finished` counts trials that need no other in their place; `unfinished` are those that were running when an earlier
+    driver died, to be taken up under their own numbers.
+    """
+
+    def __init__(self, group: Group, storage: Storage) -> None:
+        self._group = group
+        self._study = optuna.create_study(
+            study_name=group.study,
+            storage=storage,
+            directions=["minimize"] * len(group.objectives),
+            load_if_exists=True,
+        )
+        results = {result["trial"]: result for result in trials_of(group)}
+        for number in range(len(self._study.get_trials(deepcopy=False)), max(results, default=-1) + 1):
+            self._study.add_trial(_retold(group, results.get(number)))  # the files outlived the storage
+        self.unfinished: list[optuna.Trial] = []
+        for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if frozen.number in results:
+                self.tell(frozen.number, results[frozen.number])
+            elif set(frozen.params) == set(group.searched):
+                self.unfinished.append(optuna.Trial(self._study, frozen._trial_id))
+            else:  # the driver died between two draws of this trial's values
+                self._study.tell(frozen.number, state=TrialState.FAIL)
+        self.finished = sum(result["state"] != FAILED for result in results.values())
+        room = max(0, group.trials - self.finished)  # fewer trials may be asked for than before
+        for left_over in self.unfinished[room:]:
+            self._study.tell(left_over, state=TrialState.FAIL)
+        del self.unfinished[room:]
+        if group.warm_start and not self._study.get_trials(deepcopy=False):
+            for params in _best_values(group, storage):
+                self._study.enqueue_trial(params)
+
+    def ask(self) -> optuna.Trial:
+        """The next trial. Its values depend on the group's seed, how many were begun and the finished trials, not on
+        how often the driver was started."""
+        begun = self._study.get_trials(deepcopy=False, states=_BEGUN)
+        number = sum(set(trial.params) == set(self._group.searched) for trial in begun)
+        self._study.sampler = _sampler(self._group, (self._group.seed * 1_000_003 + number * 7919) % 2**31)
+        return self._study.ask({name: _distribution(one) for name, one in self._group.searched.items()})
+
+    def report(self, trial: optuna.Trial, value: float, step: int) -> None:
+        """An intermediate value; studies with several objectives have none."""
+        if len(self._group.objectives) == 1:
+            trial.report(value, step)
+
+    def tell(self, trial: optuna.Trial | int, record: dict[str, Any]) -> None:
+        """Passes on how a trial ended."""
+        if record["state"] == COMPLETE:
+            figures = {**record["figures"], "val_loss": record["value"]}
+            self._study.tell(trial, [figures[name] for name in self._group.objectives])
+        elif record["state"] == STOPPED:
+            self._study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial, state=TrialState.FAIL)
+
+
+def _retold(group: Group, record: dict[str, Any] | None) -> optuna.trial.FrozenTrial:
+    """A trial as its result file tells it; one without a file was never finished, and only keeps its number."""
+    if record is None:
+        return optuna.trial.create_trial(state=TrialState.FAIL)
+    values = None
+    if record["state"] == COMPLETE:
+        figures = {**record["figures"], "val_loss": record["value"]}
+        values = [figures[name] for name in group.objectives]
+    elif record["state"] == STOPPED:
+        values = [record["value"]]
+    return optuna.trial.create_trial(
+        state={COMPLETE: TrialState.COMPLETE, STOPPED: TrialState.PRUNED, FAILED: TrialState.FAIL}[record["state"]],
+        values=values,
+        params={name: record["params"][name] for name in group.searched},
+        distributions={name: _distribution(one) for name, one in group.searched.items()},
+        intermediate_values={
+            entry["step"]: entry["val_loss"]
+            for entry in record["history"]
+            if len(group.objectives) == 1 and math.isfinite(entry.get("val_loss", math.nan))
+        },
+    )
+
+
+_BEGUN = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def _sampler(group: Group, seed: int) -> optuna.samplers.BaseSampler:
+    if group.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if group.sampler == "gp":
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+    if group.sampler == "grid":
+        grid = {name: list(one.choice) for name, one in group.searched.items() if isinstance(one, Choice)}
+        return optuna.samplers.GridSampler(grid, seed=group.seed)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+
+
+def _best_values(group: Group, storage: Storage) -> list[dict[str, Any]]:
+    """Searched values of the best trials of an earlier study of this group, as far as they lie in this space."""
+    found: list[tuple[float, dict[str, Any]]] = []
+    for name in optuna.get_all_study_names(storage):
+        if name.startswith(f"{group.warm_start}@"):
+            earlier = optuna.load_study(study_name=name, storage=storage)
+            done = earlier.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            found += [(trial.values[0], trial.params) for trial in done]
+    found.sort(key=lambda one: one[0])
+    return [
+        {name: params[name] for name, one in group.searched.items() if name in params and _holds(one, params[name])}
+        for _, params in found[:WARM_STARTS]
+    ]
+
+
+def _holds(dimension: Range | Choice, value: Any) -> bool:
+    distribution = _distribution(dimension)
+    try:
+        return distribution._contains(distribution.to_internal_repr(value))
+    except ValueError:
+        return False
+
+
+def _distribution(dimension: Range | Choice) -> optuna.distributions.BaseDistribution:
+    if isinstance(dimension, Choice):
+        return optuna.distributions.CategoricalDistribution(dimension.choice)
+    if isinstance(dimension.low, int) and isinstance(dimension.high, int):
+        return optuna.distributions.IntDistribution(dimension.low, dimension.high, log=dimension.log)
+    return optuna.distributions.FloatDistribution(dimension.low, dimension.high, log=dimension.log)

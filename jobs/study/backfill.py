@@ -1,0 +1,73 @@
+"""What MLflow lacks of stages whose results lie on disk, and the run that each stage has there.
+
+In: a `Context` and a stage. Out: runs in MLflow; a run that is complete there stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from jobs.files import MANIFEST, read_json
+from jobs.study.context import Context
+from jobs.study.stage_list import Stage
+from jobs.study.stages.data import metrics_of
+from jobs.tracking.records import record_base, record_cells, record_trial
+
+
+def open_stage(context: Context, stage: Stage) -> None:
+    """The stage's run in MLflow, with the settings that the stage reads."""
+    parameters = {name: getattr(context.settings, name).model_dump(mode="json") for name in stage.parameters}
+    flat = {f"{section}.{key}": value for section, values in parameters.items() for key, value in values.items()}
+    context.tracker.open(stage.name, stage.name, parent="sweep", params=flat)
+
+
+def send_missing(context: Context, stage: Stage) -> None:
+    """What MLflow lacks of a finished stage."""
+    if not context.tracker.is_finished(stage.name):
+        manifest = read_json(stage.folder(context) / MANIFEST)
+        known = metrics_of(manifest["report"]) if stage.name == "data" else {}
+        open_stage(context, stage)
+        context.tracker.close(stage.name, {**known, "seconds": manifest["seconds"]})
+    if stage.name in SENT:
+        SENT[stage.name](context)
+
+
+def _lora(context: Context) -> None:
+    for path in sorted(context.space.lora.glob("trial_*/result.json")):
+        record_trial(context.tracker, "lora", "lora", read_json(path))
+
+
+def _bases(context: Context) -> None:
+    for path in sorted(context.space.transcoders.glob(f"layer_*/{MANIFEST}")):
+        manifest = read_json(path)
+        for base in manifest["bases"]:
+            record_base(context.tracker, base["layer"], manifest["key"], base)
+
+
+def _deltas(context: Context) -> None:
+    for path in sorted(context.space.deltas.glob("layer_*/*/d*/trial_*/result.json")):
+        record_trial(context.tracker, "deltas", str(path.parents[1].relative_to(context.space.deltas)), read_json(path))
+
+
+def _cells(context: Context) -> None:
+    record_cells(context.tracker, context.space.cells, sorted(path.stem for path in _json_files(context.space.cells)))
+
+
+def _json_files(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.json") if path.name != MANIFEST]
+
+
+def _report(context: Context) -> None:
+    context.tracker.artifacts("sweep", context.space.report)
+    context.tracker.artifacts("sweep", context.space.generations, "generations")
+
+
+SENT: dict[str, Callable[[Context], None]] = {
+    "lora": _lora,
+    "transcoders": _bases,
+    "deltas": _deltas,
+    "evaluate": _cells,
+    "report": _report,
+}
+"""What of each stage goes to MLflow beside the stage's own run."""

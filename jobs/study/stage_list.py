@@ -1,0 +1,42 @@
+"""The stages of a study, in their order: where each leaves its results, and the key that says whether they are current.
+
+In: a `Context`. Out: folders and keys; nothing is run here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from jobs.files import is_finished
+from jobs.study import keys
+from jobs.study.context import Context
+
+
+class Stage(NamedTuple):
+    """One step of a study; `module.run(context)` does it, and its manifest in `folder` holds `key`."""
+
+    name: str
+    folder: Callable[[Context], Path]
+    key: Callable[[Context], str]
+    parameters: tuple[str, ...] = ()
+
+    def finished(self, context: Context) -> bool:
+        return is_finished(self.folder(context), self.key(context))
+
+
+STAGES = (
+    Stage("data", lambda c: c.space.data, lambda c: keys.data(c.settings), ("data",)),
+    Stage("lora", lambda c: c.space.lora, lambda c: keys.lora(c.settings), ("lora",)),
+    Stage(
+        "transcoders",
+        lambda c: c.space.transcoders,
+        lambda c: keys.transcoders(c.settings, c.layers),
+        ("activations", "transcoders"),
+    ),
+    Stage("deltas", lambda c: c.space.deltas, lambda c: keys.deltas(c.settings, c.layers), ("deltas",)),
+    Stage("evaluate", lambda c: c.space.cells, lambda c: keys.evaluate(c.settings, c.layers), ("evaluate",)),
+    Stage("report", lambda c: c.space.report, lambda c: keys.report(c.settings, c.layers)),
+)
+NAMES = tuple(stage.name for stage in STAGES)

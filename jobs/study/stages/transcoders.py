@@ -1,0 +1,155 @@
+"""Stage 3, transcoders: the frozen base transcoders of every swept layer.
+
+In: the un-finetuned model and text, or published transcoders. Out: `transcoders/layer_L/width_W/average_l0_N/` in Gemma
+Scope's layout where they are trained here, and which candidate each percentile selects.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jobs.errors import WorkFailed
+from jobs.files import finish as finish_folder
+from jobs.files import is_finished, keyed_folder, read_json
+from jobs.study import keys
+from jobs.study.context import Context
+from jobs.study.stages.activations import capture_model
+from jobs.study.stages.worker_memory import bridge
+from jobs.tracking.records import record_base
+from models.gemma_scope import Candidate, candidates, read, select, selection_label, width_label, write
+from models.sources import model_facts
+from models.transcoder import CONVENTIONS, Taps, check_fits
+
+TOLERATED = 0.1
+"""Share by which a base may miss the L0 asked for without a word."""
+
+
+class LayerTask(NamedTuple):
+    """The base transcoders of one layer, as a worker is given them."""
+
+    layer: int
+    activations: str
+    folder: str
+    key: str
+    section: dict[str, Any]
+    seed: int
+    device: str
+    precision: str
+    convention: str
+
+
+def run(context: Context) -> dict[str, Any]:
+    if context.settings.transcoders.source == "train":
+        _train(context)
+    chosen: dict[str, dict[str, str]] = {}
+    for layer in context.layers:
+        found = candidates(root(context), layer, context.settings.transcoders.width)
+        for percentile in context.settings.deltas.selections:
+            candidate = select(found, percentile, context.settings.deltas.target_l0)
+            _check(context, candidate, layer)
+            chosen.setdefault(str(layer), {})[selection_label(percentile).removeprefix("p")] = candidate.path
+    return {"source": context.settings.transcoders.source, "chosen": chosen}
+
+
+def root(context: Context) -> str:
+    """The folder or hub repository that holds the bases."""
+    source = context.settings.transcoders.source
+    return str(context.space.transcoders) if source == "train" else source
+
+
+def taps_of(context: Context) -> Taps:
+    """What the sweep's transcoders read and replace."""
+    return CONVENTIONS[context.settings.transcoders.convention]
+
+
+def chosen_base(context: Context, layer: int, percentile: float | None) -> Candidate:
+    """The base that a percentile, or the target L0, selects for a layer."""
+    settings = context.settings
+    found = candidates(root(context), layer, settings.transcoders.width)
+    return select(found, percentile, settings.deltas.target_l0)
+
+
+def train_layer(task: LayerTask) -> dict[str, Any]:
+    """Trains one layer's bases side by side; writes them and a manifest."""
+    from trainers.activations import read_pairs
+    from trainers.base_transcoder import BaseSettings, train_bases
+    from trainers.capture import layer_folder
+    from trainers.precision import resolve_precision
+
+    started = time.perf_counter()
+    bridge.cache_clear()  # the model of the capture is not needed any more
+    section = dict(task.section)
+    targets = section.pop("target_l0")
+    splits = [layer_folder(Path(task.activations) / split, task.layer) for split in ("train", "validation")]
+    trained = train_bases(
+        read_pairs(splits[0]),
+        read_pairs(splits[1]),
+        targets,
+        BaseSettings(**section, seed=task.seed, precision=resolve_precision(task.precision, task.device)),
+        layer=task.layer,
+        taps=CONVENTIONS[task.convention],
+        device=task.device,
+    )
+    folder = Path(task.folder)
+    facts: list[dict[str, Any]] = []
+    for one in trained:
+        name = f"average_l0_{one.facts['val_l0']:.0f}"
+        if any(fact["path"].endswith(name) for fact in facts):
+            name = f"average_l0_{one.facts['val_l0']:.2f}"
+        path = folder / width_label(section["width"]) / name
+        write(one.transcoder, path, one.facts)
+        facts.append({"layer": task.layer, "path": str(path.relative_to(folder.parent)), **one.facts})
+    finish_folder(folder, task.key, {"bases": facts, "seconds": time.perf_counter() - started})
+    return {"layer": task.layer, "bases": facts}
+
+
+def _train(context: Context) -> None:
+    settings, space = context.settings, context.space
+    section = settings.transcoders
+    folders = {
+        layer: keyed_folder(space.transcoders / f"layer_{layer}", keys.base(settings, layer))
+        for layer in context.layers
+    }
+    missing = [layer for layer, folder in folders.items() if not is_finished(folder, keys.base(settings, layer))]
+    if missing:
+        activations = capture_model(context, "base", context.model, keys.base_activations(settings))
+        tasks = [
+            LayerTask(
+                layer=layer,
+                activations=str(activations),
+                folder=str(folders[layer]),
+                key=keys.base(settings, layer),
+                section=section.model_dump(include={"width", "target_l0", "epochs", "batch_size", "lr"}),
+                seed=settings.seed,
+                device=context.device,
+                precision=settings.compute.precision,
+                convention=section.convention,
+            )
+            for layer in missing
+        ]
+        with context.progress.bar("base transcoders", len(tasks), "layers") as bar:
+            for outcome in context.pool.run(train_layer, tasks, settings.compute.max_retries):
+                if outcome.error:
+                    raise WorkFailed(f"base transcoders of layer {outcome.task.layer}: {outcome.error}")
+                bar.advance()
+    for layer, folder in folders.items():
+        for base in read_json(folder / "manifest.json")["bases"]:
+            if abs(base["val_l0"] / base["target_l0"] - 1) > TOLERATED:
+                context.progress.line(
+                    f"  layer {layer}: L0 is {base['val_l0']:.1f} where {base['target_l0']:g} was asked for, "
+                    f"{base['dead_fraction']:.0%} of the features are dead (val_fvu {base['val_fvu']:.3f})"
+                )
+            record_base(context.tracker, layer, keys.base(settings, layer), base)
+
+
+def _check(context: Context, candidate: Candidate, layer: int) -> None:
+    facts = model_facts(context.model)
+    check_fits(
+        read(root(context), candidate, layer, taps_of(context)),
+        d_model=facts["d_model"],
+        n_layers=facts["n_layers"],
+        taps=taps_of(context),
+        origin=f"{root(context)}/{candidate.path}",
+    )

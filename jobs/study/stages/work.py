@@ -1,0 +1,111 @@
+"""A piece of evaluation as plain values: what a worker is asked, of which model, and the names of what it will leave.
+
+In: paths, layers, conditions and strengths, filled in by the evaluate stage. Out: the cells that the piece stands for,
+each with the key it must hold; nothing is loaded or computed here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from models.gemma_scope import selection_label
+
+
+class ModelSpec(NamedTuple):
+    """A model folder, and how a worker loads it and reads its layers."""
+
+    folder: str
+    device: str
+    precision: str
+    convention: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What every piece of a sweep's evaluation shares. `cells` is a folder, `rows` a file, `base_model` the folder of
+    the un-finetuned model; `ablations` counts features a layer."""
+
+    cells: str
+    rows: str
+    base_model: str
+    subsets: tuple[str, ...]
+    max_new_tokens: int
+    batch_size: int
+    ablations: int
+
+
+class SitePlan(NamedTuple):
+    """A site as files: where its base and delta lie, and what the delta was trained on. `key` is that of the site's
+    reconstruction cell."""
+
+    layer: int
+    percentile: float | None
+    d_new: int
+    root: str
+    candidate: tuple[float, str]
+    delta: str
+    inputs: str
+    residual: str
+    key: str
+
+    @property
+    def cell(self) -> str:
+        return f"reconstruction_layer_{self.layer:02d}_{selection_label(self.percentile)}_d{self.d_new:03d}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker is given: sites that share a model, and the cells asked of them. Without a `subset` all count."""
+
+    kind: str
+    name: str
+    key: str
+    model: ModelSpec
+    shared: Evaluation
+    sites: tuple[SitePlan, ...] = ()
+    subset: str = ""
+    conditions: tuple[str, ...] = ()
+    doses: tuple[float, ...] = ()
+    seed: int = 0
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Every alpha that has to be measured: the doses, 0 for no_delta and 1 for full."""
+        named = {"no_delta": 0.0, "full": 1.0}
+        return tuple(sorted({*self.doses, *(named[one] for one in self.conditions if one in named)}))
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        return tuple(one for one in self.conditions if one not in ("no_delta", "full"))
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """Work of one group shares a model and what it computes below the first spliced layer."""
+        return (self.model.folder, self.sites[0].layer) if self.sites else (self.model.folder, self.name)
+
+    def cells(self) -> dict[str, str]:
+        """The cells it leaves, by name, and the key each must hold."""
+        if self.kind in ("raw", "features"):
+            return {self.name: self.key}
+        if self.kind == "reconstruction":
+            return {plan.cell: plan.key for plan in self.sites}
+        if self.kind == "exactness":
+            return {}
+        asked = [*(("alpha", dose) for dose in self.doses), *((condition, None) for condition in self.conditions)]
+        return {self.cell_name(*one): self.key for one in asked}
+
+    def cell_name(self, condition: str, alpha: float | None) -> str:
+        if not self.sites:
+            return self.name
+        return f"{self.name}_{f'alpha{alpha!r}' if condition == 'alpha' else condition}"
+
+    def without(self, done: set[str]) -> Work:
+        """The same work without the cells in `done`."""
+        if self.kind == "reconstruction":
+            return replace(self, sites=tuple(plan for plan in self.sites if plan.cell not in done))
+        return replace(
+            self,
+            doses=tuple(dose for dose in self.doses if self.cell_name("alpha", dose) not in done),
+            conditions=tuple(one for one in self.conditions if self.cell_name(one, None) not in done),
+        )

@@ -1,0 +1,185 @@
+"""A whole study: the stages in order, what is finished already, and how it ends.
+
+In: a `Context` and the last stage wanted. Out: results on disk and in MLflow; a raised error says what stopped it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import subprocess
+import time
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs.addresses import without_secrets
+from jobs.cluster import connection as cluster
+from jobs.cluster import environment
+from jobs.errors import WorkFailed
+from jobs.files import MANIFEST, read_json, write_json
+from jobs.progress import clock
+from jobs.study.backfill import open_stage, send_missing
+from jobs.study.context import Context
+from jobs.study.mirror import mirrored
+from jobs.study.stage_list import NAMES, STAGES, Stage
+from search_spaces.schema import Sweep
+
+
+def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> None:
+    """Runs every stage up to `until` that is not finished.
+
+    Raises RequestError for a request that cannot be met, WorkFailed where trials or cells failed.
+    """
+    space, progress = context.space, context.progress
+    started = time.monotonic()
+    context.check_request()
+    space.create()
+    with space.locked(), mirrored(context.settings.storage.mirror, space.folder, fresh, progress.line):
+        progress.line(f"sweep {space.name} in {space.folder}")
+        if not Path(context.settings.model.source).is_dir():
+            progress.line(f"model {context.settings.model.source}")
+        _ = context.model, context.layers
+        stages = STAGES[: NAMES.index(until) + 1]
+        if fresh or not context.space.data.is_dir():
+            space.check_space(context.bytes_needed)
+        if fresh:
+            start_over(context)
+        if all(stage.finished(context) for stage in stages):
+            progress.line("everything is done already; --fresh starts over")
+        else:
+            context.check_bases()
+            _run_stages(context, stages)
+        if until == "report":
+            show_results(context)
+        progress.line(f"took {clock(time.monotonic() - started)}")
+        if "tracker" in vars(context) and (context.tracker.lost or context.tracker.refused):
+            progress.line("MLflow has not got everything: the rest lies on disk until `python -m jobs track` sends it")
+    if context.failures:
+        raise WorkFailed(f"{len(context.failures)} trials or cells failed:\n  " + "\n  ".join(context.failures))
+
+
+def start_over(context: Context) -> None:
+    """Forgets the sweep's files and studies; its MLflow runs stay, and the new ones stand beside them."""
+    from jobs.search.studies import forget_studies
+
+    context.space.clear()
+    forget_studies(context.studies, context.settings.name)
+
+
+def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
+    tracker = context.tracker
+    write_settings(context)
+    tracker.sweep_orphans()
+    tracker.open("sweep", context.settings.name, params={"seed": context.settings.seed})
+    status = "FAILED"
+    try:
+        for number, stage in enumerate(stages, start=1):
+            label = f"[{number}/{len(stages)}] {stage.name}"
+            if stage.finished(context):
+                context.progress.line(f"{label}: done already")
+                send_missing(context, stage)  # what a kill, or a server that was away, has kept from MLflow
+                continue
+            context.progress.line(label)
+            manifest = _run_stage(context, stage)
+            if stage is stages[-1]:
+                status = "FINISHED"
+                tracker.close("sweep")
+                tracker.finish()
+            # The manifest comes last: whoever finds all of them has nothing left to do, in MLflow neither.
+            write_json(stage.folder(context) / MANIFEST, manifest)
+    except KeyboardInterrupt:
+        environment.heard()
+        status = "KILLED"
+        raise
+    finally:
+        if status != "FINISHED":
+            tracker.close("sweep", status=status)
+        cluster.disconnect()
+        tracker.finish()
+
+
+def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
+    """Returns the stage's manifest."""
+    started = time.time()
+    # What follows from this stage is out of date from here on, however this run ends.
+    for later in STAGES[NAMES.index(stage.name) :]:
+        (later.folder(context) / MANIFEST).unlink(missing_ok=True)
+    open_stage(context, stage)
+    status, seconds = "FAILED", 0.0
+    try:
+        module = importlib.import_module(f"jobs.study.stages.{stage.name}")
+        facts: dict[str, Any] = module.run(context)
+        seconds = time.time() - started
+        # After a failure nothing counts as finished: the next run of the same command goes on from there.
+        if not context.failures:
+            workers = context.share.at_once if "share" in vars(context) else 1  # a stage without work starts no Ray
+            manifest = {"key": stage.key(context), **facts, "seconds": seconds, "workers": workers}
+        else:
+            manifest = {"key": "incomplete", **facts, "seconds": seconds}
+        status = "FINISHED"
+        context.progress.line(f"  {stage.name} took {clock(seconds)}")
+        return manifest
+    except KeyboardInterrupt:
+        environment.heard()
+        status = "KILLED"
+        raise
+    finally:
+        context.tracker.close(stage.name, {"seconds": seconds or time.time() - started}, status=status)
+
+
+def write_settings(context: Context) -> None:
+    """`sweep.yaml` (the resolved settings, without secrets) and `versions.json` in the sweep's folder."""
+    values = public_settings(context.settings)
+    (context.space.folder / "sweep.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    versions = {
+        "python": platform.python_version(),
+        "git commit": _git_commit(),
+        **{one.metadata["Name"]: one.version for one in distributions()},
+    }
+    write_json(context.space.folder / "versions.json", versions)
+
+
+def public_settings(settings: Sweep) -> dict[str, Any]:
+    """The settings as plain values, URLs without user and password."""
+    values = settings.model_dump(mode="json")
+    for key in ("mirror", "tracking_uri", "optuna_url"):
+        if values["storage"][key]:
+            values["storage"][key] = without_secrets(values["storage"][key])
+    return values
+
+
+def show_results(context: Context) -> None:
+    """The short table at the end, the checks that failed, and where the report lies."""
+    from rich.table import Table
+
+    from evaluators.report.report import summary_table
+    from jobs.study.stages.report import load_cells
+
+    rows = summary_table(load_cells(context), seed=context.settings.seed)
+    if rows:
+        table = Table(
+            *rows[0], title="CE minus raw CE in nats a target token, with 95% intervals", title_justify="left"
+        )
+        for row in rows:
+            table.add_row(*row.values())
+        context.progress.console.print(table)
+    facts = read_json(context.space.report / MANIFEST)
+    if facts:
+        failed = [check for check in facts["checks"] if not check["passed"]]
+        context.progress.line(f"checks: {len(facts['checks']) - len(failed)} of {len(facts['checks'])} hold")
+        for check in failed:
+            context.progress.line(f"  FAILS: {check['name']}: {check['detail']}")
+        context.progress.line(f"report: {context.space.folder / facts['report']}")
+
+
+def _git_commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(cluster.REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,105 @@
+"""A sweep's folder on disk.
+
+In: a storage root and a sweep's name. Out: the paths of everything in it, a lock, and checks that it can be written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from jobs.errors import RequestError
+from jobs.files import read_json, write_json
+
+START = "start.json"
+TIMELINE = "timeline.jsonl"
+"""What the workers of the fan-outs did when."""
+FINETUNED = "finetuned.json"
+
+
+class Workspace:
+    """Paths of one sweep under a storage root."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.root = root
+        self.name = name
+        self.folder = root / "sweeps" / name
+        self.models = root / "models"
+        self.data = self.folder / "data"
+        self.lora = self.folder / "lora"
+        self.activations = self.folder / "activations"
+        self.transcoders = self.folder / "transcoders"
+        self.deltas = self.folder / "deltas"
+        self.cells = self.folder / "cells"
+        self.generations = self.folder / "generations"
+        self.report = self.folder / "report"
+
+    @property
+    def start(self) -> str:
+        """What tells this start of the sweep from the one before `--fresh`; made when the folder is."""
+        held = read_json(self.folder / START)
+        if held is None:
+            held = {"start": uuid.uuid4().hex[:12]}
+            write_json(self.folder / START, held)
+        return held["start"]
+
+    def create(self) -> None:
+        """Makes the folder; raises RequestError where it cannot be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".probe.{os.getpid()}"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise RequestError(f"storage.root: {self.folder} cannot be written ({error.strerror})") from None
+
+    def check_space(self, needed: int) -> None:
+        """Raises RequestError where less than `needed` bytes are free."""
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise RequestError(
+                f"storage.root: the sweep needs about {needed / 1e9:.1f} GB under {self.root}, "
+                f"{free / 1e9:.1f} GB are free"
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Held by one driver at a time; a second one is refused."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RequestError(
+                f"another process is running the sweep in {self.folder}; wait for it or stop it"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def clear(self) -> None:
+        """Removes every result of the sweep (its lock stays)."""
+        for path in self.folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def storage_root(root: str) -> Path:
+    """`root` as an absolute path.
+
+    A submitted job runs in a copy of the repository that Ray deletes afterwards, so there a relative root lies in the
+    home folder instead.
+    """
+    path = Path(root).expanduser()
+    if path.is_absolute():
+        return path
+    here = Path.cwd()
+    if "runtime_resources" in here.parts:
+        return Path.home() / "deltascope" / path
+    return here / path

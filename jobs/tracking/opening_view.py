@@ -1,0 +1,43 @@
+"""How MLflow's page of a sweep opens: as a tree of runs, with the columns that tell them apart.
+
+In: a store. Out: tags of the experiment, which MLflow's pages read, and the end of the address that opens the view.
+Left to itself MLflow opens a chart of prompts and traces, and reads the last hundred runs, often without their stages.
+"""
+
+from __future__ import annotations
+
+import json
+
+NAME = "deltascope"
+COLUMNS = (
+    "attributes.`Duration`",
+    *(f"metrics.`{name}`" for name in ("val_loss", "val_fvu", "mean_ce", "tool_call_rate")),
+    *(f"params.`{name}`" for name in ("layer", "layers", "percentile", "d_new", "condition", "alpha", "subset")),
+)
+VIEW = {
+    "searchFilter": "",
+    "orderByKey": "attributes.start_time",
+    "orderByAsc": True,
+    "startTime": "ALL",
+    "lifecycleFilter": "Active",
+    "modelVersionFilter": "All Runs",
+    "datasetsFilter": [],
+    "selectedColumns": list(COLUMNS),
+}
+TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    f"mlflow.sharedViewState.{NAME}": json.dumps(VIEW, sort_keys=True),
+}
+
+
+def page_of(experiment: str) -> str:
+    """What follows the server's address."""
+    return f"/#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={NAME}"
+
+
+def pages(store: str) -> list[tuple[str, str]]:
+    """The name of every sweep that is tracked in a store, and what follows the server's address for it."""
+    from mlflow import MlflowClient
+
+    found = MlflowClient(store).search_experiments(order_by=["name"])
+    return [(one.name, page_of(one.experiment_id)) for one in found if one.name != "Default"]

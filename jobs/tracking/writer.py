@@ -1,0 +1,288 @@
+"""MLflow tracking: one writer, a thread of the driver, that brings the store in line with the results on disk.
+
+In: records of stages, trials and cells, each with a key of its own. Out: a tree of runs, sweep -> stage -> trial or
+cell. A record that is tracked already is left alone, so a repeated sweep adds nothing. A store that does not answer
+holds nothing up: what it has missed is sent when it is back, or later from the results on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import requests
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from jobs.addresses import without_secrets
+from jobs.errors import RequestError
+from jobs.tracking.opening_view import TAGS
+
+KEY_TAG = "deltascope.key"
+BATCH = 1000
+PARAM_CHARACTERS = 500
+
+
+LONGEST_WAIT = 30.0
+"""Seconds between two looks at a server that is away; the first look comes after two."""
+ANSWER_SECONDS = 3.0
+
+
+def _queued(method: Callable[..., None]) -> Callable[..., None]:
+    """The caller goes on at once; the writer makes the calls in their order."""
+
+    @wraps(method)
+    def call(self: Tracker, *arguments: Any, **options: Any) -> None:
+        self._calls.put(partial(method, self, *arguments, **options))
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write, name="mlflow writer", daemon=True)
+            self._writer.start()
+
+    return call
+
+
+class Tracker:
+    """Runs of one experiment, found by their key.
+
+    `lost` says, after `finish`, that the server is away and has missed something, `refused` how often it took nothing.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        artifacts: Path,
+        scope: str = "",
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Opens the store (creating it); raises RequestError where the address does not answer.
+
+        `scope` tells one start from nothing from the next: runs of another scope are left alone.
+        """
+        self.lost = False
+        self.refused = 0
+        self._uri, self._scope, self._say = uri, scope, say
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._writer: threading.Thread | None = None
+        self._finishing = threading.Event()
+        try:
+            self._client = MlflowClient(tracking_uri=uri)
+            found = self._client.get_experiment_by_name(experiment)
+            if found is None:
+                location = (artifacts / experiment).resolve().as_uri() if uri.startswith("sqlite") else None
+                self.experiment = self._client.create_experiment(
+                    experiment, artifact_location=location, tags=dict(TAGS)
+                )
+            else:
+                self.experiment = found.experiment_id
+                if found.lifecycle_stage == "deleted":
+                    self._client.restore_experiment(self.experiment)
+                for name, value in TAGS.items():
+                    if found.tags.get(name) != value:
+                        self._client.set_experiment_tag(self.experiment, name, value)
+            self._runs = {key: run.info.run_id for key, run in self._known()}
+        except Exception as error:
+            raise RequestError(
+                f"storage.tracking_uri: {without_secrets(uri)} does not answer ({_short(error)})"
+            ) from None
+
+    def finish(self) -> None:
+        """Waits until everything is sent. A server that is away is given one more chance."""
+        if self._writer is not None:
+            self._finishing.set()
+            self._calls.put(None)
+            self._writer.join()
+            self._writer = None
+            self._finishing.clear()
+
+    def _write(self) -> None:
+        while (call := self._calls.get()) is not None:
+            if not self.lost:
+                self._make(call)
+
+    def _make(self, call: Callable[[], None]) -> None:
+        """One call, until it has gone through: those after it depend on it, such as a trial on its stage."""
+        tries = 0
+        while True:
+            last = tries > 0 and self._finishing.is_set()
+            try:
+                if tries:
+                    self._check_answers()
+                    self._read_again()
+                call()
+            except Exception as error:  # the writer outlives whatever a call meets
+                if not _may_pass(error):
+                    self._refuse(error)
+                    return
+                if last:
+                    self.lost = True
+                    return
+                if not tries:
+                    self._say(f"  MLflow stopped answering ({_short(error)}); what it misses is sent when it is back")
+            else:
+                if tries:
+                    self._say("  MLflow answers again; what it has missed is being sent")
+                return
+            tries += 1
+            self._finishing.wait(min(2.0**tries, LONGEST_WAIT))
+
+    def _refuse(self, error: Exception) -> None:
+        if not self.refused:
+            self._say(f"  MLflow does not take what it is sent: {_short(error)}")
+        self.refused += 1
+
+    def _check_answers(self) -> None:
+        """In seconds, where MLflow itself would wait for a server that hangs as long as for one that computes."""
+        if self._uri.startswith("http"):
+            with contextlib.suppress(requests.exceptions.SSLError):  # it answers; MLflow has certificates of its own
+                requests.get(f"{self._uri.rstrip('/')}/health", timeout=ANSWER_SECONDS)
+
+    def _read_again(self) -> None:
+        """What the server has of all it was sent; a trial or cell that was being written goes."""
+        self._runs = {}
+        for key, run in self._known():
+            if "/" in key and run.info.status == "RUNNING":
+                self._client.delete_run(run.info.run_id)
+            else:
+                self._runs[key] = run.info.run_id
+
+    def _known(self) -> Iterable[tuple[str, Run]]:
+        token = None
+        while True:
+            page = self._client.search_runs([self.experiment], max_results=1000, page_token=token)
+            for run in page:
+                key, _, scope = run.data.tags.get(KEY_TAG, "").rpartition("#")
+                if key and scope == self._scope:
+                    yield key, run
+            token = page.token
+            if not token:
+                return
+
+    @_queued
+    def open(self, key: str, name: str, parent: str | None = None, params: dict[str, Any] | None = None) -> None:
+        """The run of `key` is RUNNING, created RUNNING under the run of key `parent` if there is none.
+
+        It carries the parameters of its first start: MLflow does not let them change.
+        """
+        have: dict[str, str] = {}
+        if key not in self._runs:
+            tags = {KEY_TAG: f"{key}#{self._scope}", "mlflow.runName": name}
+            if parent is not None:
+                tags["mlflow.parentRunId"] = self._runs[parent]
+            self._runs[key] = self._client.create_run(self.experiment, tags=tags, run_name=name).info.run_id
+        else:
+            have = self._client.get_run(self._runs[key]).data.params
+            self._client.update_run(self._runs[key], status="RUNNING")
+        if missing := {one: value for one, value in (params or {}).items() if one not in have}:
+            self._batch(self._runs[key], params=_params(missing))
+
+    def is_finished(self, key: str) -> bool:
+        """Whether there is a run of `key` that has ended well."""
+        try:
+            return key in self._runs and self._client.get_run(self._runs[key]).info.status == "FINISHED"
+        except (MlflowException, OSError, SQLAlchemyError):
+            return False  # whatever is sent next says so
+
+    @_queued
+    def log(self, key: str, metrics: dict[str, Any]) -> None:
+        """Metrics of a run that was opened."""
+        self._log(key, metrics)
+
+    @_queued
+    def close(self, key: str, metrics: dict[str, Any] | None = None, status: str = "FINISHED") -> None:
+        """A run that was opened has ended."""
+        if metrics:
+            self._log(key, metrics)
+        self._client.set_terminated(self._runs[key], status=status)
+
+    @_queued
+    def record(
+        self,
+        key: str,
+        name: str,
+        parent: str,
+        *,
+        params: dict[str, Any],
+        metrics: dict[str, Any],
+        history: Iterable[dict[str, Any]] = (),
+        status: str = "FINISHED",
+        started: float | None = None,
+        seconds: float = 0.0,
+    ) -> None:
+        """One finished trial or cell as one run; `history` entries carry a `step`."""
+        if key in self._runs:
+            return
+        begin = time.time() - seconds if started is None else started
+        tags = {KEY_TAG: f"{key}#{self._scope}", "mlflow.runName": name, "mlflow.parentRunId": self._runs[parent]}
+        run = self._client.create_run(self.experiment, start_time=int(begin * 1000), tags=tags, run_name=name)
+        points = [metric for entry in history for metric in _metrics(entry, entry["step"])]
+        last = max((entry["step"] for entry in history), default=0)
+        self._batch(run.info.run_id, metrics=[*points, *_metrics(metrics, last)], params=_params(params))
+        self._client.set_terminated(run.info.run_id, status=status, end_time=int((begin + seconds) * 1000))
+        self._runs[key] = run.info.run_id
+
+    @_queued
+    def artifacts(self, key: str, folder: Path, below: str | None = None) -> None:
+        """Uploads a folder of tables and figures to the run of `key`."""
+        self._client.log_artifacts(self._runs[key], str(folder), below)
+
+    @_queued
+    def sweep_orphans(self) -> None:
+        """What a driver that died left RUNNING: stages are marked KILLED and reopened when needed; a trial or cell that
+        was being written is deleted and written again."""
+        for run in self._client.search_runs([self.experiment], "attributes.status = 'RUNNING'", max_results=1000):
+            key = run.data.tags.get(KEY_TAG, "").rpartition("#")[0]
+            if "/" in key:
+                self._client.delete_run(run.info.run_id)
+                self._runs.pop(key, None)
+            else:
+                self._client.set_terminated(run.info.run_id, status="KILLED")
+
+    def _log(self, key: str, metrics: dict[str, Any]) -> None:
+        """What the run has already, from a call that was cut short, is not logged twice."""
+        have = self._client.get_run(self._runs[key]).data.metrics
+        self._batch(self._runs[key], metrics=[one for one in _metrics(metrics, 0) if have.get(one.key) != one.value])
+
+    def _batch(self, run: str, metrics: list[Metric] | None = None, params: list[Param] | None = None) -> None:
+        if not metrics and not params:
+            return
+        metrics = list({(metric.key, metric.step): metric for metric in metrics or []}.values())
+        for start in range(0, max(len(metrics), 1), BATCH):
+            self._client.log_batch(
+                run, metrics=metrics[start : start + BATCH], params=(params or []) if start == 0 else [], tags=[]
+            )
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same call may go through later: the server was away or overwhelmed, not of another opinion."""
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+        return status >= 500 or status in (408, 429)
+    return isinstance(error, OSError | SQLAlchemyError)
+
+
+def _metrics(values: dict[str, Any], step: int) -> list[Metric]:
+    now = int(time.time() * 1000)
+    return [
+        Metric(key, float(value), now, int(step))
+        for key, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and key != "step"
+    ]
+
+
+def _params(values: dict[str, Any]) -> list[Param]:
+    return [Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in values.items() if value is not None]
+
+
+def _short(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return without_secrets(first)[:200]

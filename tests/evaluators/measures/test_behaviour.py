@@ -1,0 +1,82 @@
+"""Behaviour cells: each ask's figures are those of a run of its own, and guesses change no output."""
+
+import pytest
+
+from data.encoding import Encoded
+from evaluators.measures.behaviour import Ask, evaluate_behaviour
+from evaluators.splice.decoding import Stop, decode
+from evaluators.splice.interventions import Edit
+from evaluators.splice.teacher_forcing import Job, score
+
+SETTINGS = {"max_new_tokens": 5}
+ASKS = [Ask("no_delta"), Ask("alpha", 0.0), Ask("full"), Ask("alpha", 0.5), Ask("alpha", 1.0)]
+
+
+@pytest.fixture(scope="module")
+def raw(subject):
+    ((ask, figures, texts),) = evaluate_behaviour(subject.passes, (), subject.rows, [Ask("raw")], **SETTINGS)
+    assert ask == Ask("raw")
+    return figures, texts
+
+
+@pytest.fixture(scope="module")
+def cells(subject, raw):
+    outputs = [one["tokens"] for one in raw[1]]
+    asked = evaluate_behaviour(subject.passes, subject.site, subject.rows, ASKS, raw_outputs=outputs, **SETTINGS)
+    return {ask: (figures, texts) for ask, figures, texts in asked}
+
+
+def test_every_ask_is_answered_once(cells):
+    assert set(cells) == set(ASKS)
+    for figures, texts in cells.values():
+        assert [one["index"] for one in figures] == [one["index"] for one in texts] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("ask", ASKS, ids=str)
+def test_an_ask_is_a_run_of_its_own(subject, cells, ask):
+    alpha = 1.0 if ask.alpha is None else ask.alpha
+    figures, texts = cells[ask]
+    scored = score(subject.passes, Edit(subject.site, ask.condition), [Job(row, alpha) for row in subject.encoded])
+    for one, expected in zip(figures, scored, strict=True):
+        assert one["nll"] == pytest.approx(expected.nll, rel=1e-5)
+        assert one["sum_abs_base_acts"] == pytest.approx(expected.base_acts, rel=1e-5)
+        assert one["sum_abs_delta_acts"] == pytest.approx(expected.delta_acts, rel=1e-5)
+        assert (one["n_tokens"], one["n_act_tokens"]) == (expected.n_tokens, expected.n_act_tokens)
+    stop = Stop(subject.tokenizer, SETTINGS["max_new_tokens"])
+    prompts = [Job(Encoded(row.prompt, []), alpha) for row in subject.encoded]
+    outputs = decode(subject.passes, Edit(subject.site, ask.condition), prompts, [[] for _ in prompts], stop)
+    assert [one["tokens"] for one in texts] == outputs
+    assert [one["generation"] for one in texts] == [stop.text(output) for output in outputs]
+
+
+def test_raw_has_no_activations_and_its_own_outputs(subject, raw):
+    figures, texts = raw
+    assert all(one["sum_abs_base_acts"] == one["sum_abs_delta_acts"] == 0 for one in figures)
+    assert [(one["input"], one["target"], one["label"]) for one in texts] == [
+        (row.input, row.target, row.label) for row in subject.rows
+    ]
+
+
+def test_generations_are_scored_by_the_subsets_rules(subject, raw):
+    """Copy rows have no arithmetic to get right; requests with a value can be wrong."""
+    figures, _ = raw
+    by_label = {row.label: one for row, one in zip(subject.rows, figures, strict=True)}
+    assert by_label["copy"]["math_correct"] is None
+    assert by_label["copy"]["copy_exact"] is False
+    assert by_label["tool"]["math_correct"] is False
+    assert all(one["tool_call"] is False and one["valid_format"] is False for one in figures)
+
+
+def test_what_the_model_says_is_what_is_scored(subject, monkeypatch):
+    """A model that answers every row with its target scores full marks."""
+    from evaluators.measures import behaviour
+
+    targets = [row.target[:-1] for row in subject.encoded]
+    monkeypatch.setattr(
+        behaviour, "generate", lambda passes, edit, jobs, *_: [targets[i % 4] for i in range(len(jobs))]
+    )
+    ((_, figures, texts),) = evaluate_behaviour(subject.passes, (), subject.rows, [Ask("raw")], **SETTINGS)
+    assert [one["generation"] for one in texts] == [row.target for row in subject.rows]
+    assert [one["tool_call"] for one in figures] == [True, False, False, False]
+    assert [one["math_correct"] for one in figures] == [True, None, None, None]
+    assert [one["copy_exact"] for one in figures] == [None, True, None, True]

@@ -1,0 +1,292 @@
+"""The report of small invented sweeps: files, sentences, and what the page may not contain."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from evaluators.report import figures, findings
+from evaluators.report.page import table_block
+from evaluators.report.report import summary_table, write_report
+from evaluators.tables import tables
+from evaluators.tables.statistics import Estimate
+
+CHECKS = [{"name": "alpha 0 equals no_delta", "passed": True, "detail": "largest difference 0"}]
+SUBSETS = ("tool", "copy", "tool_ood")
+
+
+def rows_of(subset, shift=0.0, prompts=12, called=1.0):
+    """Prompts of 10 tokens; `shift` adds to CE with a little spread, `called` is the share with a tool call."""
+    generator = np.random.default_rng(prompts)
+    noise = generator.normal(0, 0.01, prompts) if shift else np.zeros(prompts)
+    return [
+        {
+            "index": index,
+            "nll": 10 * (0.5 + 0.1 * index + shift + noise[index]),
+            "n_tokens": 10,
+            "sum_abs_base_acts": 100.0 + index,
+            "sum_abs_delta_acts": 5.0 + index,
+            "n_act_tokens": 20,
+            "tool_call": subset != "copy" and index < called * prompts,
+            "valid_format": subset != "copy" and index < called * prompts,
+            "math_correct": None if subset == "copy" else index < called * prompts,
+            "copy_exact": True if subset == "copy" else None,
+        }
+        for index in range(prompts)
+    ]
+
+
+def behaviour(condition, subset, layers, alpha=None, d_new=32, percentile=0.5, **effect):
+    return {
+        "kind": "behaviour",
+        "layers": list(layers),
+        "percentile": percentile if layers else None,
+        "d_new": d_new if layers else None,
+        "condition": condition,
+        "alpha": alpha,
+        "subset": subset,
+        "convention": "ln2.hook_normalized",
+        "seconds": 1.0,
+        "seed": 0,
+        "rows": rows_of(subset, **effect),
+    }
+
+
+def reconstruction(layer, d_new, percentile=0.5):
+    numbers = dict.fromkeys(tables.RECONSTRUCTION_COLUMNS[6:], 0.1 * d_new / 32)
+    labels = {"base": "layer_1/width_64/average_l0_8", "convention": "ln2.hook_normalized", "n_tokens": 100}
+    return {"kind": "reconstruction", "layer": layer, "percentile": percentile, "d_new": d_new} | labels | numbers
+
+
+def sweep(layer_sets=((1,), (2,), (1, 2)), subsets=SUBSETS, alphas=(0.0, 0.5, 1.0), percentile=0.5):
+    """Single layers do nothing; a set of layers raises CE by 0.2 without the delta and loses half the calls."""
+    cells = [behaviour("raw", subset, ()) for subset in subsets]
+    for layers in layer_sets:
+        strong = len(layers) > 1
+        for subset in subsets:
+            place = {"subset": subset, "layers": layers, "percentile": percentile}
+            broken = {"shift": 0.2, "called": 0.25} if strong else {}
+            cells.append(behaviour("no_delta", alpha=0.0, **place, **broken))
+            cells.append(behaviour("full", alpha=1.0, **place, **({"shift": 0.05} if strong else {})))
+            for alpha in alphas:
+                shift = 0.2 - 0.15 * alpha if strong else 0.0
+                cells.append(behaviour("alpha", alpha=alpha, **place, shift=shift))
+    return cells
+
+
+def inputs(cells, **changes):
+    deltas = [
+        {"layer": layer, "percentile": 0.5, "d_new": width, "trial": f"t{width}", "state": "COMPLETE", "val_loss": 0.2}
+        | {"val_fvu": 0.4 - width / 320, "val_fvu_base": 0.4, "val_l0_delta": 3.0, "tokens": 5000, "lr": 0.0015}
+        | {"val_fvu_replicas": [0.2, 0.3], "best": True, "seconds": 2.0, "sparsity": 1e-4}
+        for layer in (1, 2)
+        for width in (32, 64)
+    ]
+    lora = [
+        {"trial": "t0", "state": "COMPLETE", "value": 0.5, "step": 10, "lora.rank": 8, "seconds": 3.0},
+        {"trial": "t1", "state": "FAIL", "value": None, "step": 3, "lora.rank": 16, "seconds": 1.0},
+    ]
+    base = [{"layer": 1, "percentile": 0.5, "target_l0": 8, "val_l0": 8.2, "val_fvu": 0.3, "path": "layer_1"}]
+    texts = [
+        {"layers": layers, "condition": name, "alpha": None, "subset": "tool", "index": 0, "target": "t"}
+        | {"input": "<script>alert(1)</script>", "generation": text}
+        for layers, name, text in (([], "raw", "same"), ([1], "full", "same"), ([2], "full", "other <b>text</b>"))
+    ]
+    return {
+        "cells": cells,
+        "lora_trials": lora,
+        "base_transcoders": base,
+        "delta_trials": deltas,
+        "checks": CHECKS,
+        "facts": {"model": "tiny"},
+        "generations": texts,
+        "seed": 0,
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    cells = [*sweep(), *(reconstruction(layer, width) for layer in (1, 2) for width in (32, 64))]
+    return write_report(folder, **inputs(cells))
+
+
+def test_every_promised_file_is_there(report):
+    names = {path.name for path in report.parent.iterdir()}
+    promised = {"exp1_metrics.csv", "report.html"} | {
+        f"{name}.{kind}"
+        for name in ("exp1_combo_summary", "exp2A_metrics", "exp2B_metrics")
+        for kind in ("csv", "json")
+    }
+    assert promised <= names
+    assert not [name for name in names if name.endswith(".part")]
+    graphs = {path.stem for path in (report.parent / "graphs").glob("*.png")}
+    assert {f"heatmap_{column}" for column in tables.SUMMARY_METRICS} <= graphs
+    assert {"delta_ce_by_layer", "delta_ce_layer_sets", "activations_by_layer", "delta_fvu", "lora_search"} <= graphs
+    assert {"tool_metrics_tool", "dose_response_layer_01", "dose_response_layer_1+2"} <= graphs
+
+
+def test_tables_read_back_and_undefined_is_null(report):
+    frame = pd.read_csv(report.parent / "exp2A_metrics.csv")
+    records = json.loads((report.parent / "exp2A_metrics.json").read_text())
+    assert list(records[0]) == list(frame.columns) == tables.BEHAVIOUR_COLUMNS
+    assert len(records) == len(frame) == 3 + 3 * 2 * 3
+    copy = next(record for record in records if record["subset"] == "copy" and record["condition"] == "full")
+    assert copy["math_correct_rate"] is None
+    assert copy["copy_exact_rate"] == 1.0
+    both = next(r for r in records if r["layer"] == "1+2" and r["condition"] == "no_delta" and r["subset"] == "tool")
+    assert both["delta_ce"] == pytest.approx(0.2, abs=0.01)
+    assert both["tool_call_rate"] == 0.25
+    assert frame.loc[frame["layer"] == "1+2", "delta_ce"].iloc[0] == pytest.approx(both["delta_ce"], rel=1e-12)
+
+
+def test_page_asks_for_nothing_and_escapes_generated_text(report):
+    page = report.read_text()
+    assert not re.search(r"(?:src|href)\s*=\s*[\"'](?!data:image/png;base64,|#)", page)
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "1 of 2 texts written under a splice differ" in page
+    assert page.count("<img ") == len(list((report.parent / "graphs").glob("*.png")))
+
+
+def test_every_picture_and_table_has_reading_help(report):
+    page = report.read_text()
+    captions = re.findall(r"<figcaption><strong>[^<]+</strong> ([^<]+)</figcaption>", page)
+    assert len(captions) == page.count("<img ")
+    assert all(caption.endswith(".") and len(caption) > 20 for caption in captions)
+    assert page.count("<table") == page.count('<p class="help">')
+
+
+def test_same_input_gives_the_same_page_and_old_graphs_go(tmp_path):
+    cells = sweep(((1,),), subsets=("tool",), alphas=())
+    (tmp_path / "graphs").mkdir()
+    (tmp_path / "graphs" / "dose_response_layer_99.png").write_bytes(b"old")
+    first = write_report(tmp_path, **inputs(cells, delta_trials=[])).read_text()
+    assert write_report(tmp_path, **inputs(cells, delta_trials=[])).read_text() == first
+    assert not (tmp_path / "graphs" / "dose_response_layer_99.png").exists()
+
+
+PAIR = ((1, 2),)  # one set of layers
+NOTHING = {"lora_trials": [], "base_transcoders": [], "delta_trials": [], "checks": [], "facts": {}, "generations": []}
+
+
+@pytest.mark.parametrize(
+    ("cells", "absent"),
+    [
+        ([], "Findings"),
+        (sweep(layer_sets=((3,),), subsets=("tool",), alphas=(0.5,)), "copy_exact_rate"),
+        (sweep(PAIR, alphas=()), "Dose-response"),
+        ([cell for cell in sweep(PAIR) if cell["condition"] != "raw"], "nothing spliced (raw)?"),
+        ([cell for cell in sweep(PAIR) if cell["condition"] == "raw"], "Dose-response"),
+        ([cell for cell in sweep(PAIR) if cell["condition"] == "alpha"], "full minus no_delta"),
+        (sweep(PAIR, percentile=None), "base percentile"),
+        ([reconstruction(1, 32), reconstruction(2, 64, percentile=None)], "Conditions"),
+    ],
+)
+def test_missing_parts_still_give_a_report(tmp_path, cells, absent):
+    page = write_report(tmp_path, **inputs(cells, **NOTHING)).read_text()
+    assert absent not in page
+    assert json.loads((tmp_path / "exp2A_metrics.json").read_text()) is not None
+    assert summary_table(cells) == [] or summary_table(cells)[0]["layer"]
+
+
+def test_findings_claim_an_effect_only_where_the_interval_says_so():
+    results = tables.all_tables(sweep())
+    questions = {item.title: item.sentences for item in findings.overview(*results[2:4], results.statistics)}
+    (tool, *_) = questions["Does replacing the MLP by the base alone change CE?"]
+    assert "the interval covers zero at all 2 single layers: exactly 0 nats per token on every prompt" in tool
+    assert re.search(r"layers 1\+2 at once \+0\.2\d\d nats per token \(\+0\.\d+ to \+0\.\d+\)\.$", tool)
+    (calls, copy, _) = questions["Does the delta change how often the tool is called (full minus no_delta)?"]
+    assert "layers 1+2 at once +0.750 in tool_call_rate (+0.500 to +0.9" in calls
+    assert "no effect larger than 0.221 in tool_call_rate is compatible with these data" in copy  # 1 - 0.05 ** (1 / 12)
+
+
+def test_layer_findings_name_conditions_alphas_and_slope():
+    results = tables.all_tables(sweep())
+    found = findings.layer_findings(results.conditions, results.contrast, results.dose, results.statistics)
+    assert [item.title for item in found] == [
+        "Layer 1, base percentile 0.5",
+        "Layer 2, base percentile 0.5",
+        "Layers 1+2 at once, base percentile 0.5",
+    ]
+    base, full, contrast, doses, slope, calls, *others = found[2].sentences
+    assert base.startswith("tool: base alone (no_delta) minus raw, CE +0.2")
+    assert full.startswith("tool: base and delta (full) minus raw, CE +0.05")
+    assert contrast.startswith("tool: full minus no_delta, CE -0.15")
+    assert re.match(r"tool: CE minus raw by alpha: 0: \+0\.\d+ \[.*\], 0\.5: .*, 1: .*\.$", doses)
+    assert slope.startswith("tool: slope of CE against alpha -0.150 nats per token per unit of alpha (")
+    assert calls.startswith("tool: tool_call_rate: no_delta 0.250 [")
+    assert {text.split(":")[0] for text in others} == {"copy", "tool_ood"}
+    nothing = found[0].sentences[0]
+    assert nothing == "tool: base alone (no_delta) minus raw, CE exactly 0 nats per token on every prompt."
+
+
+def test_null_results_are_reported_as_bounds():
+    text = findings.difference_sentence(Estimate(0.01, -0.03, 0.05), "nats")
+    assert text == "+0.010 nats (-0.030 to +0.050), no effect larger than 0.050 nats is compatible with these data"
+    assert findings.difference_sentence(Estimate(0.1, 0.05, 0.2), "nats") == "+0.100 nats (+0.050 to +0.200)"
+    assert "too few prompts" in findings.difference_sentence(Estimate(0.1, np.nan, np.nan), "nats")
+    assert findings.difference_sentence(Estimate(np.nan, np.nan, np.nan), "nats") == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0.000"), (0.95, "0.950"), (0.00021, "2.1e-04"), (123.45, "123.5"), (None, "-")]
+)
+def test_number(value, text):
+    assert findings.number(value) == text
+
+
+def test_summary_table_is_short_and_in_order():
+    rows = summary_table(sweep())
+    assert [(row["layer"], row["condition"]) for row in rows] == [
+        ("none", "raw"),
+        *((layer, condition) for layer in ("1", "2", "1+2") for condition in ("no_delta", "full")),
+    ]
+    assert rows[0]["tool"] == "tool_call_rate 1.000, math_correct_rate 1.000"
+    assert rows[0]["copy"] == "tool_call_rate 0.000, copy_exact_rate 1.000"
+    assert rows[5]["tool"].startswith("+0.2")
+    assert "percentile" not in rows[0]
+
+
+def test_several_widths_and_percentiles_are_told_apart():
+    cells = [behaviour("raw", "tool", ())]
+    for percentile in (0.25, 0.75):
+        cells.append(behaviour("no_delta", "tool", (1,), 0.0, None, percentile, shift=0.1))
+        cells += [behaviour("full", "tool", (1,), 1.0, width, percentile, shift=0.05) for width in (32, 64)]
+    rows = summary_table(cells)
+    assert [(row["percentile"], row["d_new"]) for row in rows[1:]] == [
+        *(("0.25", "-"), ("0.25", "32"), ("0.25", "64")),
+        *(("0.75", "-"), ("0.75", "32"), ("0.75", "64")),
+    ]
+    figure = figures.delta_ce_by_layer(tables.conditions_table(cells), seed=0)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "no_delta p0.25" in labels
+    assert "full p0.75 d64" in labels
+
+
+def test_figures_show_the_numbers():
+    results = tables.all_tables(sweep())
+    figure = figures.delta_ce_by_layer(results.conditions, seed=7)
+    assert [axes.get_title() for axes in figure.axes] == ["tool", "copy", "tool_ood"]
+    container = figure.axes[0].containers[0]  # no_delta on tool
+    expected = results.conditions.query("subset == 'tool' and condition == 'no_delta'")["delta_ce"]
+    assert container.lines[0].get_ydata() == pytest.approx(expected.to_numpy())
+    note = figure.get_supxlabel()
+    assert "n = 12 prompts" in note
+    assert "seed 7" in note
+    heat = figures.combination_heatmap(
+        tables.combination_summary(tables.reconstruction_table([reconstruction(1, 32), reconstruction(1, 64)])),
+        "mean_dce_full",
+    )
+    assert [text.get_text() for text in heat.axes[0].texts] == ["0.1", "0.2"]
+
+
+def test_table_block_merges_intervals_and_drops_empty_columns():
+    frame = pd.DataFrame({"alpha": [0.25], "rate": [0.5], "rate_low": [0.2], "rate_high": [0.8], "none": [np.nan]})
+    block = table_block(frame, {"alpha": "alpha", "rate": "share", "none": "none", "absent": "absent"}, "T", "H")
+    assert block.header == ["alpha", "share"]
+    assert block.rows == [["0.25", "0.500 [0.200, 0.800]"]]

@@ -1,0 +1,96 @@
+"""Other architectures than the two that every test runs on: Qwen2 and Qwen3 shapes made on the spot, and bfloat16."""
+
+import pytest
+import torch
+
+from data.encoding import Encoded, encode_row
+from evaluators.splice.decoding import Stop, decode, generate
+from evaluators.splice.interventions import Edit, Site
+from evaluators.splice.passes import Passes, Shortcuts
+from evaluators.splice.teacher_forcing import Job, score
+from models.sources import load_model
+
+BUDGET = 5
+
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+def folder(request, tmp_path_factory):
+    """A random model of three layers: biased queries and keys in Qwen2, normalised ones in Qwen3."""
+    import transformers
+
+    from models.tiny import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    config_class, model_class = {
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }[request.param]
+    config = config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = model_class(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.uniform_(0.3, 3.0)
+                elif "bias" in name:
+                    parameter.normal_()
+                else:
+                    parameter.mul_(6.0)
+    path = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def sites_of(random_transcoder, layers):
+    return [
+        Site(layer, random_transcoder(24, 48, layer, layer), random_transcoder(24, 6, layer, 50 + layer, bias=False))
+        for layer in layers
+    ]
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 2)])
+def test_figures_and_tokens_are_those_of_the_splice_by_hand(folder, wrapped, random_transcoder, by_hand, layers):
+    plain, tokenizer = load_model(folder, torch.float32)
+    bridge, sites, alpha = wrapped(folder), sites_of(random_transcoder, layers), 0.7
+    rows = [encode_row(tokenizer, text, text[::-1]) for text in ("12 + 30?", "Seven times a lot of words", "x")]
+    reference = by_hand(plain, sites, "alpha", alpha)
+    stop = Stop(tokenizer, BUDGET)
+    expected = [reference.greedy(row.prompt, {tokenizer.eos_token_id}, BUDGET) for row in rows]
+    jobs = [Job(row, alpha, guess=output) for row, output in zip(rows, expected, strict=True)]
+    for shortcuts in (Shortcuts(), Shortcuts.none()):
+        scored = score(Passes(bridge, shortcuts=shortcuts), Edit(sites, "alpha"), jobs)
+        for row, found in zip(rows, scored, strict=True):
+            nll, argmax = reference.nll(row)
+            assert found.nll == pytest.approx(nll, rel=1e-4)
+            assert found.argmax == argmax.tolist()
+        assert generate(Passes(bridge, shortcuts=shortcuts), Edit(sites, "alpha"), jobs, scored, stop) == expected
+
+
+def test_bfloat16_runs_every_way(folder, wrapped, random_transcoder):
+    """The transcoders stay in fp32; rounding differs between the ways, so the figures agree only roughly."""
+    bridge, sites = wrapped(folder, torch.bfloat16), sites_of(random_transcoder, (1,))
+    rows = [encode_row(bridge.tokenizer, text, "abc") for text in ("12 + 30?", "Seven")]
+    jobs = [Job(row) for row in rows]
+    fast, slow = (
+        score(Passes(bridge, shortcuts=one), Edit(sites, "full"), jobs) for one in (Shortcuts(), Shortcuts.none())
+    )
+    for one, other in zip(fast, slow, strict=True):
+        assert one.nll == pytest.approx(other.nll, rel=0.05)
+        assert one.base_acts == pytest.approx(other.base_acts, rel=0.05)
+    starts = [Job(Encoded(row.prompt, [])) for row in rows]
+    outputs = decode(Passes(bridge), Edit(sites, "full"), starts, [[], []], Stop(bridge.tokenizer, BUDGET))
+    assert all(len(output) >= 1 for output in outputs)

@@ -1,0 +1,169 @@
+"""The controls: what replaces a delta is what it says, and every control can be evaluated like any condition."""
+
+from typing import get_args
+
+import pytest
+import torch
+
+from evaluators.conditions import CONDITIONS, CONTROLS
+from evaluators.measures.behaviour import Ask, evaluate_behaviour
+from evaluators.measures.reconstruction import site_activations
+from evaluators.splice.decoding import Stop, decode
+from evaluators.splice.interventions import Edit, spliced
+from evaluators.splice.passes import Passes, Shortcuts
+from evaluators.splice.sites import (
+    SUBSTITUTES,
+    Material,
+    Site,
+    dense_delta,
+    random_delta,
+    reduced_rank_regression,
+    shuffled_delta,
+)
+from evaluators.splice.teacher_forcing import Job, score
+from models.errors import ModelError
+from models.swap import read_tensors, swapped_mlps
+from search_spaces.schema import Evaluate
+
+
+def no_pairs():
+    raise AssertionError("this control is not fitted to pairs")
+
+
+@pytest.fixture(scope="module")
+def material(subject):
+    def make(site, pairs=no_pairs, seed=3):
+        return Material(site_activations(subject.passes, site, subject.rows)[0], pairs, seed)
+
+    return make
+
+
+def run(subject, sites, condition, shortcuts=Shortcuts(), batch_size=3):  # noqa: B008
+    passes = Passes(subject.bridge, batch_size, shortcuts)
+    ((_, figures, texts),) = evaluate_behaviour(passes, sites, subject.rows, [Ask(condition)], max_new_tokens=5)
+    return [one["nll"] for one in figures], [one["tokens"] for one in texts]
+
+
+def test_the_settings_allow_every_control_there_is():
+    (names, *_) = get_args(Evaluate.model_fields["controls"].annotation)
+    assert set(get_args(names)) == set(CONTROLS)
+    assert set(CONTROLS) <= set(CONDITIONS)
+    assert set(SUBSTITUTES) == {name for name, one in CONDITIONS.items() if one.substitute}
+
+
+def test_a_random_delta_keeps_features_and_size_and_turns_their_directions(subject, material):
+    (site,) = subject.site
+    made = material(site)
+    other = random_delta(site, made)
+    assert torch.equal(other.delta.encode(made.x), site.delta.encode(made.x))
+    assert other.delta(made.x).norm().item() == pytest.approx(site.delta(made.x).norm().item(), rel=1e-5)
+    cosines = torch.cosine_similarity(other.delta.W_dec, site.delta.W_dec, dim=1)
+    assert cosines.abs().max() < 0.9
+    assert torch.equal(random_delta(site, made).delta.W_dec, other.delta.W_dec)
+    assert not torch.equal(random_delta(site, made._replace(seed=4)).delta.W_dec, other.delta.W_dec)
+
+
+def test_a_shuffled_delta_gives_each_token_the_output_of_another(subject, material):
+    (site,) = subject.site
+    made = material(site)
+    pool = shuffled_delta(site, made).pool
+    outputs = site.delta(made.x)
+    assert not torch.equal(pool, outputs)
+    torch.testing.assert_close(pool.sort(dim=0).values, outputs.sort(dim=0).values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("place", ["site", "sites"])
+def test_a_shuffled_delta_is_the_same_however_it_is_computed(subject, material, place):
+    sites = [shuffled_delta(site, material(site)) for site in getattr(subject, place)]
+    nlls, tokens = run(subject, sites, "shuffled_delta")
+    for shortcuts, batch_size in ((Shortcuts.none(), 4), (Shortcuts(), 1)):
+        other, written = run(subject, sites, "shuffled_delta", shortcuts, batch_size)
+        assert other == pytest.approx(nlls, rel=1e-4)
+        assert written == tokens
+    assert run(subject, getattr(subject, place), "full")[0] != pytest.approx(nlls, rel=1e-3)
+    starts = [Job(job.encoded._replace(target=[]), 1.0, job.first) for job in placed(subject)]
+    stop = Stop(subject.tokenizer, 5)
+    begun = [[] for _ in starts]
+    for use_cache in (True, False):
+        assert decode(subject.passes, Edit(sites, "shuffled_delta"), starts, begun, stop, use_cache=use_cache) == tokens
+
+
+def placed(subject):
+    first, found = 0, []
+    for row in subject.encoded:
+        found.append(Job(row, 1.0, first))
+        first += len(row.ids) - 1
+    return found
+
+
+def test_a_dense_delta_is_the_linear_map_of_its_rank_that_fits_best(subject, material):
+    (site,) = subject.site
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, subject.d_model, generator=generator)
+    true = torch.randn(subject.d_model, 3, generator=generator) @ torch.randn(3, subject.d_model, generator=generator)
+    other = dense_delta(site, material(site, lambda: [(x[:200], x[:200] @ true), (x[200:], x[200:] @ true)]))
+    torch.testing.assert_close(other.delta(x), x @ true, rtol=1e-3, atol=1e-2)
+    assert torch.linalg.matrix_rank(other.delta(torch.eye(subject.d_model)), tol=1e-3) == 3
+    assert run(subject, [other], "dense_delta")[0] != pytest.approx(run(subject, [site], "full")[0], rel=1e-3)
+
+
+def test_reduced_rank_regression_beats_other_maps_of_its_rank():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(400, 6, generator=generator) @ torch.diag(torch.tensor([9.0, 3, 1, 1, 0.3, 0.1]))
+    y = x @ torch.randn(6, 5, generator=generator) + torch.randn(400, 5, generator=generator)
+    encoder, decoder = reduced_rank_regression([(x[:100], y[:100]), (x[100:], y[100:])], 2)
+    assert encoder.shape == (6, 2)
+    assert decoder.shape == (2, 5)
+    best = (x.double() @ encoder @ decoder - y).square().sum()
+    for _ in range(20):
+        nudged = encoder + 0.01 * torch.randn(6, 2, generator=generator)
+        assert (x.double() @ nudged @ decoder - y).square().sum() > best
+    full = torch.linalg.lstsq(x, y).solution
+    u, s, v = torch.linalg.svd(full)
+    truncated = u[:, :2] @ torch.diag(s[:2]) @ v[:2]
+    assert (x @ truncated - y).square().sum() > best, "truncating the full map is not optimal for these inputs"
+    with pytest.raises(ValueError, match="at least one pair"):
+        reduced_rank_regression([], 2)
+
+
+def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, model_folder, load, tmp_path):
+    other, tokenizer = load(model_folder)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    other.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    jobs = [Job(row) for row in subject.encoded]
+    before = score(subject.passes, Edit(subject.site, "mlp_swap"), jobs)
+    assert [one.nll for one in before] == pytest.approx(
+        [one.nll for one in score(subject.passes, Edit((), "raw"), jobs)]
+    )
+    with swapped_mlps(subject.bridge, [1], tmp_path):
+        swapped = score(subject.passes, Edit(subject.site, "mlp_swap"), jobs)
+    by_hand, _ = load(model_folder)
+    mine, theirs = by_hand.model.layers[1].mlp, other.model.layers[1].mlp
+    mine.load_state_dict(theirs.state_dict())
+    for row, one in zip(subject.encoded, swapped, strict=True):
+        with torch.no_grad():
+            logits = by_hand(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        first = len(row.prompt)
+        nll = -sum(logits[first - 1 + place, token].item() for place, token in enumerate(row.target))
+        assert one.nll == pytest.approx(nll, rel=1e-4)
+    assert score(subject.passes, Edit(subject.site, "mlp_swap"), jobs) == before
+
+
+def test_weights_that_are_not_there_are_named(subject, tmp_path):
+    with pytest.raises(ModelError, match="is missing"), swapped_mlps(subject.bridge, [1], tmp_path):
+        pass
+    with pytest.raises(ModelError, match=r"lack nothing\.weight"):
+        read_tensors(subject.folder, ["nothing.weight"])
+
+
+def test_a_control_without_what_it_needs_is_refused(subject):
+    with (
+        pytest.raises(ValueError, match="needs a pool of outputs, and layer 1 has none"),
+        spliced(subject.bridge, Edit(subject.site, "shuffled_delta")),
+    ):
+        pass
+    with pytest.raises(ValueError, match="has no delta that another could replace"):
+        random_delta(Site(1, subject.site[0].base), Material(torch.zeros(1, subject.d_model), no_pairs, 0))

@@ -1,0 +1,37 @@
+"""A request to stop is never lost, in processes of their own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import os, signal, sys, time
+from jobs.cluster import environment
+environment.take_signals()
+environment.insist_on_signals()
+os.register_at_fork(after_in_parent=lambda: signal.raise_signal(int(sys.argv[1])))
+try:
+    if os.fork() == 0:
+        os._exit(0)
+    print("dropped", flush=True)
+    time.sleep(30)
+except KeyboardInterrupt:
+    environment.heard()
+    print("heard", flush=True)
+    time.sleep(3 * environment.AGAIN_SECONDS)
+    print("undisturbed", flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_stop_that_python_drops_is_sent_again_until_it_is_heard(how: signal.Signals) -> None:
+    repository = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", SCRIPT, str(int(how))]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["dropped", "heard", "undisturbed"]

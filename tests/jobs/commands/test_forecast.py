@@ -1,0 +1,32 @@
+"""The simulated schedule against bounds that hold for any schedule, and small cases by hand."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.commands.forecast import Load, forecast, makespan
+
+UNITS = st.lists(st.floats(min_value=0.1, max_value=1e4), min_size=1, max_size=40)
+
+
+@given(UNITS, st.integers(min_value=1, max_value=64))
+def test_no_schedule_beats_its_bounds_and_ours_is_near_them(units: list[float], workers: int) -> None:
+    """Longest first is within 4/3 of the best (Graham 1969), which is at least the mean load and the longest unit."""
+    least = max(sum(units) / workers, max(units))
+    found = makespan(units, workers)
+    assert least * (1 - 1e-9) <= found <= sum(units) * (1 + 1e-9)
+    assert found <= least * (1 + 1e-9) + max(units) * (1 - 1 / workers)
+
+
+def test_the_stage_that_loses_most_is_named() -> None:
+    loads = [Load("lora", [100.0] * 4), Load("deltas", [10.0] * 400, alone=20.0)]
+    one = forecast(loads, 1)
+    assert one.seconds == pytest.approx(4420)
+    assert one.busy == pytest.approx(4400 / 4420)
+    many = forecast(loads, 400)
+    assert many.seconds == pytest.approx(130)
+    assert many.limit == "lora: 4 units for 400 workers"
+    assert "20s that are not shared out" in forecast(loads[1:], 400).limit
+    assert "its longest unit takes 1m40s" in forecast(loads[:1], 3).limit

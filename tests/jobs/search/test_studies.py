@@ -1,0 +1,72 @@
+"""A study and the result files it must agree with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.files import write_json
+from jobs.search.studies import COMPLETE, FAILED, STOPPED, Group, Study, open_storage
+from search_spaces.schema import Choice, Dimension, Range
+
+STATES = (COMPLETE, COMPLETE, STOPPED, COMPLETE, FAILED, COMPLETE, COMPLETE, STOPPED, COMPLETE)
+
+
+def group(root: Path) -> Group:
+    space: dict[str, Dimension] = {"x": Range(low=0.0, high=1.0), "kind": Choice(choice=["a", "b"]), "fixed": 3}
+    return Group("one", root / "results", space, 20, seed=1, constants={}, study="test/one")
+
+
+def finish(study: Study, root: Path, state: str) -> None:
+    """One trial asked, told and written, as the search does it."""
+    trial = study.ask()
+    loss = (trial.params["x"] - 0.3) ** 2
+    history = [{"step": step, "val_loss": loss + 1 / step} for step in (1, 2)]
+    for entry in history:
+        study.report(trial, entry["val_loss"], int(entry["step"]))
+    record: dict[str, Any] = {
+        "trial": trial.number,
+        "state": state,
+        "value": None if state == FAILED else history[-1]["val_loss"],
+        "params": {"fixed": 3, **trial.params},
+        "figures": {},
+        "history": history,
+        "reason": None,
+    }
+    write_json(root / "results" / f"trial_{trial.number:04d}" / "result.json", record)
+    study.tell(trial, record)
+
+
+@pytest.mark.parametrize("unfinished", [0, 1], ids=["all finished", "one never finished"])
+def test_a_storage_that_is_lost_is_told_again_from_the_files(tmp_path: Path, unfinished: int) -> None:
+    storage = open_storage(None, tmp_path / "first")
+    study = Study(group(tmp_path), storage)
+    for state in STATES[:5]:
+        finish(study, tmp_path, state)
+    for _ in range(unfinished):
+        study.ask()
+    for state in STATES[5:]:
+        finish(study, tmp_path, state)
+
+    again = Study(group(tmp_path), open_storage(None, tmp_path / "second"))
+    assert again.finished == len(STATES) - 1
+    assert again.unfinished == []
+    before, after = study._study.trials, again._study.trials
+    assert [trial.number for trial in after] == [trial.number for trial in before]
+    told = [trial.number for trial in before if trial.state.is_finished()]
+    for one, other in ((before[number], after[number]) for number in told):
+        assert (one.state, one.values, one.params) == (other.state, other.values, other.params)
+        assert one.intermediate_values == other.intermediate_values
+    if not unfinished:  # what is proposed next is what would have been proposed
+        assert again.ask().params == study.ask().params
+
+
+def test_a_storage_that_knows_more_than_the_files_is_left_alone(tmp_path: Path) -> None:
+    study = Study(group(tmp_path), open_storage(None, tmp_path))
+    finish(study, tmp_path, COMPLETE)
+    study.ask()
+    again = Study(group(tmp_path), open_storage(None, tmp_path))
+    assert len(again._study.trials) == 2
+    assert [trial.number for trial in again.unfinished] == [1]

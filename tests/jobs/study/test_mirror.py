@@ -1,0 +1,182 @@
+"""Results at a URL: in memory, in a folder, and on an S3 server in this process."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from jobs.errors import RequestError
+from jobs.files import write_json
+from jobs.study import mirror as module
+from jobs.study.mirror import Mirror, mirrored
+from jobs.study.workspace import START
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
+            patch.setenv(name, value)
+        files = fsspec.filesystem("s3", skip_instance_cache=True)
+        files.mkdir("mirrored")  # a process has one set of buckets, whatever the server
+        yield "s3://mirrored/runs"
+        fsspec.filesystem("s3").clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "s3":
+        yield request.getfixturevalue("s3") + f"/{tmp_path.name}"
+    else:
+        yield f"file://{tmp_path / 'elsewhere'}" if request.param == "file" else f"memory://{tmp_path.name}/runs"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sweep that has come as far as one trial."""
+    one = tmp_path / "here" / "tiny"
+    write_json(one / START, {"start": "abc"})
+    write_json(one / "deltas/layer_01/key.json", {"key": "1"})
+    write_json(one / "deltas/layer_01/trial_0000/result.json", {"value": 1})
+    write_json(one / "deltas/layer_01/residual/manifest.json", {"key": "1"})
+    write_json(one / "activations/base/manifest.json", {"key": "1"})
+    (one / ".lock").touch()
+    return one
+
+
+SENT = {START, "deltas/layer_01/key.json", "deltas/layer_01/trial_0000/result.json"}
+
+
+def names(folder: Path) -> set[str]:
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def fetched(url: str, tmp_path: Path, name: str) -> Path:
+    folder = tmp_path / name / "tiny"
+    Mirror(url, folder).open()
+    return folder
+
+
+def opened(url: str, folder: Path) -> Mirror:
+    one = Mirror(url, folder)
+    one.open()
+    return one
+
+
+def test_a_machine_that_has_nothing_gets_everything_that_cannot_be_made_again(
+    url: str, folder: Path, tmp_path: Path
+) -> None:
+    opened(url, folder).send()
+    there = fetched(url, tmp_path, "there")
+    assert names(there) == SENT
+    for name in SENT:
+        assert (there / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_what_is_emptied_here_goes_there_too(url: str, folder: Path, tmp_path: Path) -> None:
+    """Trials of other settings must not come back into a folder of these."""
+    one = opened(url, folder)
+    one.send()
+    (folder / "deltas/layer_01/trial_0000/result.json").unlink()
+    write_json(folder / "deltas/layer_01/key.json", {"key": "2"})
+    again = opened(url, folder)  # and after a restart
+    again.send()
+    there = fetched(url, tmp_path, "there")
+    assert names(there) == SENT - {"deltas/layer_01/trial_0000/result.json"}
+    assert (there / "deltas/layer_01/key.json").read_text() == (folder / "deltas/layer_01/key.json").read_text()
+
+
+def test_files_arrive_in_the_order_they_were_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    kind = type(fsspec.filesystem("memory"))
+    put = kind.put_file
+
+    def note(self: fsspec.AbstractFileSystem, path: str, target: str, **options: object) -> None:
+        order.append(path)
+        put(self, path, target, **options)
+
+    monkeypatch.setattr(kind, "put_file", note)
+    for number, name in enumerate(["deltas/layer_01/trial_0000/result.json", START, "deltas/layer_01/key.json"]):
+        os.utime(folder / name, ns=(number, number))
+    opened("memory://ordered", folder).send()
+    assert [Path(name).name for name in order] == ["result.json", START, "key.json"]
+
+
+def test_results_of_another_machine_are_not_overwritten(url: str, folder: Path, tmp_path: Path) -> None:
+    opened(url, folder).send()
+    there = tmp_path / "there" / "tiny"
+    opened(url, there).send()
+    with pytest.raises(RequestError, match=r"storage\.mirror: .* another machine sent since"):
+        opened(url, folder)
+    opened(url, there).send()  # the one who sent last goes on
+    fresh = Mirror(url, folder)
+    fresh.open(fresh=True)
+    for path in sorted(folder.rglob("*.json")):
+        path.unlink()
+    write_json(folder / START, {"start": "new"})
+    fresh.send()
+    assert names(fetched(url, tmp_path, "third")) == {START}
+
+
+def test_a_fetch_that_was_cut_short_is_done_again(url: str, folder: Path, tmp_path: Path) -> None:
+    opened(url, folder).send()
+    there = fetched(url, tmp_path, "there")
+    for name in (START, ".mirror.json", "deltas/layer_01/key.json"):
+        (there / name).unlink()
+    opened(url, there)
+    assert names(there) == SENT
+
+
+def test_a_url_that_goes_away_does_not_stop_the_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PASS_SECONDS", 0.05)
+    said: list[str] = []
+    failing = threading.Event()
+    put = Mirror.send
+
+    def send(self: Mirror) -> None:
+        if failing.is_set():
+            raise OSError("no route")
+        put(self)
+
+    monkeypatch.setattr(Mirror, "send", send)
+    failing.set()
+    with mirrored("memory://gone", folder, False, said.append):
+        while not said:
+            threading.Event().wait(0.05)
+        failing.clear()
+    assert len(said) == 1
+    assert "no route" in said[0]
+    assert fsspec.filesystem("memory").exists("/gone/tiny/start.json")
+    failing.set()
+    with mirrored("memory://gone", folder, False, said.append):
+        pass
+    assert "the next run of the same command sends it" in said[-1]
+
+
+@pytest.mark.parametrize("url", ["nosuch://bucket/x", "http://127.0.0.1:9/x"])
+def test_a_url_that_cannot_be_used_is_a_sentence(url: str, folder: Path) -> None:
+    with pytest.raises(RequestError, match=r"storage\.mirror: "), mirrored(url, folder, False, print):
+        pass
+
+
+def test_without_a_url_nothing_happens(folder: Path) -> None:
+    before = threading.active_count()
+    with mirrored(None, folder, False, print):
+        assert threading.active_count() == before
+    assert not (folder / ".mirror.json").exists()

@@ -1,0 +1,101 @@
+"""Keys, keyed folders, manifests and the lock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.errors import RequestError
+from jobs.files import finish, is_finished, key_of, keyed_folder, read_json, write_json
+from jobs.study import keys
+from jobs.study.workspace import Workspace, storage_root
+from search_spaces.load import load
+
+
+def test_equal_values_give_equal_keys() -> None:
+    assert key_of({"a": 1, "b": [2.0]}) == key_of({"b": [2.0], "a": 1})
+    assert key_of({"a": 1}) != key_of({"a": 2})
+
+
+def test_a_keyed_folder_is_emptied_by_another_key_only(tmp_path: Path) -> None:
+    folder = keyed_folder(tmp_path / "results", "one")
+    (folder / "result").write_text("kept")
+    assert (keyed_folder(folder, "one") / "result").is_file()
+    assert not (keyed_folder(folder, "two") / "result").exists()
+
+
+def test_a_manifest_counts_for_its_key(tmp_path: Path) -> None:
+    assert not is_finished(tmp_path, "one")
+    finish(tmp_path, "one", {"seconds": 1.0})
+    assert is_finished(tmp_path, "one")
+    assert not is_finished(tmp_path, "two")
+
+
+def test_a_replaced_file_leaves_nothing_beside(tmp_path: Path) -> None:
+    write_json(tmp_path / "value.json", 1)
+    write_json(tmp_path / "value.json", 2)
+    assert read_json(tmp_path / "value.json") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
+    assert read_json(tmp_path / "absent.json") is None
+
+
+def test_the_second_driver_is_refused(tmp_path: Path) -> None:
+    space = Workspace(tmp_path, "one")
+    space.create()
+    with space.locked(), pytest.raises(RequestError, match="another process"), Workspace(tmp_path, "one").locked():
+        pass
+    with Workspace(tmp_path, "one").locked():
+        pass
+
+
+def test_too_little_room_is_a_sentence(tmp_path: Path) -> None:
+    space = Workspace(tmp_path, "one")
+    space.create()
+    with pytest.raises(RequestError, match="GB are free"):
+        space.check_space(10**18)
+
+
+def test_a_job_keeps_its_results_out_of_the_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    upload = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    upload.mkdir(parents=True)
+    monkeypatch.chdir(upload)
+    assert storage_root("mlruns") == tmp_path / "home" / "deltascope" / "mlruns"
+    assert storage_root("/shared/runs") == Path("/shared/runs")
+    monkeypatch.chdir(tmp_path)
+    assert storage_root("mlruns") == tmp_path / "mlruns"
+
+
+LAYERS = [1, 2]
+
+
+def changed(*overrides: str) -> set[str]:
+    """The stages that settings with `overrides` would redo."""
+    one, other = load("tiny"), load("tiny", overrides)
+    stages = {
+        "data": keys.data,
+        "lora": keys.lora,
+        "lora trials": keys.lora_group,
+        "base activations": keys.base_activations,
+        "transcoders": lambda settings: keys.transcoders(settings, LAYERS),
+        "delta group": lambda settings: keys.delta_group(settings, 1, 0.25, 4),
+        "deltas": lambda settings: keys.deltas(settings, LAYERS),
+        "evaluate": lambda settings: keys.evaluate(settings, LAYERS),
+        "report": lambda settings: keys.report(settings, LAYERS),
+    }
+    return {name for name, key in stages.items() if key(one) != key(other)}
+
+
+def test_a_changed_setting_redoes_exactly_what_depends_on_it() -> None:
+    late = {"evaluate", "report"}
+    assert changed("evaluate.alphas=[0.0, 2.0]") == late
+    assert changed("deltas.trials=9") == {"deltas", *late}
+    assert changed("deltas.d_new=[4, 8, 16]") == {"deltas", *late}
+    assert changed("deltas.epochs=9") == {"deltas", "delta group", *late}
+    assert changed("transcoders.epochs=9") == {"transcoders", "deltas", "delta group", *late}
+    assert changed("lora.trials=9") == {"lora", "deltas", "delta group", *late}
+    assert changed("lora.steps=9") == {"lora", "lora trials", "deltas", "delta group", *late}
+    assert len(changed("data.tool_rows=61")) == 9
+    assert changed("compute.max_concurrent=1") == set()
+    assert changed("storage.root=elsewhere") == set()
