@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from trainers.activations import Pairs, read_pairs
 from trainers.capture import layer_folder
-from trainers.delta_transcoder import DeltaSettings, Residuals, output_variance, train_delta
+from trainers.delta_data import DeltaData, output_variance
+from trainers.delta_transcoder import DeltaSettings, train_delta
 from trainers.precision import resolve_precision
 
 HERE = Path(__file__).parent / "rivals"
@@ -61,7 +62,7 @@ def main(
         settings = DeltaSettings(
             d_new=d_new, sparsity=1e-4, epochs=epochs, batch_size=batch, l0_budget=float(active), precision=precision
         )
-        runs = [_ours(data, replace(settings, lr=lr), layer) for lr in LEARNING_RATES]
+        runs = [_ours(data, replace(settings, lr=lr)) for lr in LEARNING_RATES]
         ours = max(run["tokens_per_second"] for run in runs)
         best = min(runs, key=lambda run: run["val_loss"])
         _say(f"ours, {precision}", ours, best["val_fvu"] * energy, best["val_l0_delta"])
@@ -69,14 +70,14 @@ def main(
             typer.echo(f"  over {name}: {ours / rate:.2f}x")
 
 
-def _ours(data: Residuals, settings: DeltaSettings, layer: int) -> dict[str, Any]:
+def _ours(data: DeltaData, settings: DeltaSettings) -> dict[str, Any]:
     """The figures of a run, and its tokens a second between the first step and the last."""
     times: list[float] = []
-    trained = train_delta(data, settings, layer=layer, on_step=lambda losses: times.append(time.perf_counter()))
+    trained = train_delta(data, settings, on_step=lambda losses: times.append(time.perf_counter()))
     return {**trained.figures, "tokens_per_second": (len(times) - 1) * settings.batch_size / (times[-1] - times[0])}
 
 
-def _pairs(sweep: Path, layer: int, percentile: float) -> tuple[Residuals, float]:
+def _pairs(sweep: Path, layer: int, percentile: float) -> tuple[DeltaData, float]:
     """A sweep's residuals of one (layer, base), and the variance of y over their energy, of validation tokens."""
     splits: list[Pairs] = []
     for split in ("train", "validation"):
@@ -88,7 +89,7 @@ def _pairs(sweep: Path, layer: int, percentile: float) -> tuple[Residuals, float
     variance = output_variance(outputs)
     energy = sum(residual.double().pow(2).sum().item() for _, residual in splits[1].shards)
     whole = variance * splits[1].tokens * splits[1].shards[0][1].shape[1]
-    return Residuals(splits[0], splits[1], variance, energy / whole), whole / energy
+    return DeltaData(splits[0], splits[1], variance, energy / whole, layer), whole / energy
 
 
 def _run(command: list[str]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from torch import Tensor
 from benchmarks.plain_delta import train_plainly
 from models.transcoder import Transcoder
 from trainers.activations import Pairs
-from trainers.delta_transcoder import DeltaSettings, Residuals, output_variance, residual_of, train_delta
+from trainers.delta_data import DeltaData, output_variance, residual_of
+from trainers.delta_transcoder import DeltaSettings, train_delta
 from trainers.precision import number_format
 from trainers.stacked_deltas import Losses
 
@@ -50,7 +51,7 @@ def main(
     variance = output_variance(Pairs([(x[held], y[held])]))
     unexplained = residual[held].float().pow(2).mean().item() / variance
     residual = residual.bfloat16()  # as a sweep keeps it
-    data = Residuals(Pairs([(x, residual)]), Pairs([(x[held], residual[held])]), variance, unexplained)
+    data = DeltaData(Pairs([(x, residual)]), Pairs([(x[held], residual[held])]), variance, unexplained, layer=0)
     settings = DeltaSettings(d_new=d_new, batch_size=batch, epochs=1, l0_budget=16, threshold="learned")
     reference = train_plainly(base, x, y, variance, settings, reference_steps + 1, device)
     settings = replace(settings, precision=precision)
@@ -97,7 +98,7 @@ def _matmul_rate(batch: int, d_model: int, device: str, precision: str, tries: i
     return 2 * batch * d_model * d_model / best
 
 
-def _curve(data: Residuals, settings: DeltaSettings, device: str) -> list[float]:
+def _curve(data: DeltaData, settings: DeltaSettings, device: str) -> list[float]:
     """The loss of every step of ours, the constant part of the squared error added."""
     found: list[float] = []
     squares = data.train.shards[0][1].float().pow(2).mean(1) / data.variance
@@ -109,14 +110,14 @@ def _curve(data: Residuals, settings: DeltaSettings, device: str) -> list[float]
         loss = losses.error + settings.sparsity * warm * losses.penalty
         found.append(loss.item() + next(batches)[0].mean().item())
 
-    train_delta(data, settings, layer=0, device=device, on_step=note)
+    train_delta(data, settings, device=device, on_step=note)
     return found
 
 
-def _steps_per_second(data: Residuals, settings: DeltaSettings, device: str) -> float:
+def _steps_per_second(data: DeltaData, settings: DeltaSettings, device: str) -> float:
     """Of `train_delta` between its first step and its last, reading included."""
     times: list[float] = []
-    train_delta(data, settings, layer=0, device=device, on_step=lambda losses: times.append(_now(device)))
+    train_delta(data, settings, device=device, on_step=lambda losses: times.append(_now(device)))
     return (len(times) - 1) / (times[-1] - times[0])
 
 

@@ -66,9 +66,9 @@ def trials(number: Annotated[int, typer.Option("--trials")] = 200) -> None:
 
 def _ours(folder: Path, number: int, share: cluster.Share) -> None:
     from jobs.progress import Progress
-    from jobs.search.grouped import run_search
+    from jobs.search.grouped import Runtime, run_search
     from jobs.search.studies import Group, open_storage
-    from jobs.tracking.writer import Tracker
+    from jobs.tracking.writer import Record, Tracker
     from search_spaces.dimensions import Range
 
     folder.mkdir(parents=True)
@@ -81,17 +81,14 @@ def _ours(folder: Path, number: int, share: cluster.Share) -> None:
     def track(group: Group, result: dict[str, Any]) -> None:
         name = f"trial_{result['trial']:04d}"
         kept = {key: result[key] for key in ("history", "started", "seconds", "params")}
-        tracker.record(f"search/{name}", name, "search", metrics=result["figures"], **kept)
+        tracker.record(Record(f"search/{name}", name, "search", metrics=result["figures"], **kept))
 
     with Progress().bar("search", number, "trials") as bar:
         run_search(
             [group],
             our_trial,
-            storage=open_storage(None, folder),
-            share=share,
-            max_retries=1,
+            Runtime(open_storage(None, folder), share, 1, folder / "scratch"),
             early_stopping=None,
-            scratch=folder / "scratch",
             bar=bar,
             on_trial=track,
         )

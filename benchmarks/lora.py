@@ -33,7 +33,7 @@ from data.encoding import Encoded, encode_row
 from data.requests import RequestOptions, tool_rows
 from data.rows import Row, make_row
 from models.sources import load_model, resolve
-from trainers.lora import LoraSettings, train_lora
+from trainers.lora import LoraSettings, Splits, train_lora
 from trainers.packing import Example, shuffled_batches
 from trainers.precision import dtype_of
 
@@ -139,7 +139,7 @@ def train_ours(model: Any, tokenizer: Any, rows: Sequence[Row], settings: LoraSe
     """The adapted model and the seconds of its steps."""
     reports: list[dict[str, Any]] = []
     kept: list[Any] = []
-    train_lora(model, tokenizer, rows, rows[:1], settings, reports.append, kept.append)
+    train_lora(model, tokenizer, Splits(rows, rows[:1]), settings, reports.append, kept.append)
     return kept[-1], reports[-1]["tokens"] / reports[-1]["tokens_per_second"]
 
 

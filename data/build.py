@@ -10,6 +10,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,45 +28,54 @@ DRAWS_PER_ROW = 50
 """Generated rows looked at for one row used, before giving up: repeats are rare unless operands are few."""
 
 
-def build_dataset(
-    folder: Path,
-    *,
-    seed: int,
-    tool_rows: int,
-    copy_rows: int,
-    validation_rows: int,
-    eval_rows: int,
-    text_train_lines: int,
-    text_validation_lines: int,
-    rows_file: str | None = None,
-    text_train_file: str | None = None,
-    text_validation_file: str | None = None,
-    copy_source: str = "shipped",
-    max_reject_fraction: float = 0.05,
-    max_tokens: int | None = None,
-    count_tokens: Callable[[str], int] | None = None,
-    operators: str = "+-*/",
-    operand_min: int = 1,
-    operand_max: int = 999,
-    ood_operand_min: int = 1000,
-    ood_operand_max: int = 99999,
-    decimals: bool = False,
-    negatives: bool = False,
-    parentheses: bool = False,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What a sweep's data is: counts, a user's own files in place of generated rows and text, and the generator's
+    options, from `operators` to `parentheses` those of `data.requests.RequestOptions`.
+
+    `max_tokens` is the model's context, BOS and EOS included; `count_tokens` counts a text's tokens without them.
+    """
+
+    seed: int
+    tool_rows: int
+    copy_rows: int
+    validation_rows: int
+    eval_rows: int
+    text_train_lines: int
+    text_validation_lines: int
+    rows_file: str | None = None
+    text_train_file: str | None = None
+    text_validation_file: str | None = None
+    copy_source: str = "shipped"
+    max_reject_fraction: float = 0.05
+    max_tokens: int | None = None
+    count_tokens: Callable[[str], int] | None = None
+    operators: str = "+-*/"
+    operand_min: int = 1
+    operand_max: int = 999
+    ood_operand_min: int = 1000
+    ood_operand_max: int = 99999
+    decimals: bool = False
+    negatives: bool = False
+    parentheses: bool = False
+
+    @property
+    def requests(self) -> requests.RequestOptions:
+        names = [one.name for one in fields(requests.RequestOptions)]
+        return requests.RequestOptions(**{name: getattr(self, name) for name in names})
+
+
+def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
     """Write a sweep's data into `folder` and return the report, which is also written as `report.json`.
 
     The train split has `tool_rows` tool and `copy_rows` copy rows, the validation split `validation_rows` rows, half
     of each; the evaluation split `eval_rows` rows of each of tool, copy and tool_ood. Text files have half requests
-    and half copy sentences. Generated data is byte-identical for a seed on any machine; the options from `operators`
-    to `parentheses` are those of `data.requests.RequestOptions`.
+    and half copy sentences. Generated data is byte-identical for a seed on any machine.
 
     `rows_file` (JSON lines) replaces the generated rows, see `data.user_files.split_user_rows`; tool_ood rows are
     generated when it has none. `text_train_file` and `text_validation_file` replace the text; with the first alone,
     the validation lines come out of it too. Lines of a user's file that would leak are left out on the less precious
     side (evaluation is kept before validation before training, rows before text) and counted in the report.
-
-    `max_tokens` is the model's context, BOS and EOS included; `count_tokens` counts a text's tokens without them.
 
     The report: `files` (an account of each user's file), `counts` per split and label, `leakage` (`ok`, `left_out`,
     and for each pair of training, validation and evaluation what they share), `sha256` of each file.
@@ -73,28 +83,27 @@ def build_dataset(
     Raises `DataError` when a file cannot be read, has more than `max_reject_fraction` unusable lines or too few rows,
     or when settings contradict each other.
     """
-    if copy_source not in COPY_SOURCES:
-        raise DataError(f"copy_source is {copy_source!r}; allowed are {' and '.join(COPY_SOURCES)}")
-    if text_validation_file and not text_train_file:
-        raise DataError(f"text_validation_file is {text_validation_file} but text_train_file is not set; set both")
-    options = requests.RequestOptions(
-        operators, operand_min, operand_max, ood_operand_min, ood_operand_max, decimals, negatives, parentheses
-    )
+    if options.copy_source not in COPY_SOURCES:
+        raise DataError(f"copy_source is {options.copy_source!r}; allowed are {' and '.join(COPY_SOURCES)}")
+    if options.text_validation_file and not options.text_train_file:
+        raise DataError(
+            f"text_validation_file is {options.text_validation_file} but text_train_file is not set; set both"
+        )
     folder = Path(folder)
-    fits = _context_check(max_tokens, count_tokens)
-    reading: dict[str, Any] = {"seed": seed, "fits": fits, "max_reject_fraction": max_reject_fraction}
+    fits = _context_check(options.max_tokens, options.count_tokens)
+    reading: dict[str, Any] = {"seed": options.seed, "fits": fits, "max_reject_fraction": options.max_reject_fraction}
     sizes = {
-        "tool": (eval_rows, validation_rows - validation_rows // 2, tool_rows),
-        "copy": (eval_rows, validation_rows // 2, copy_rows),
-        "tool_ood": (eval_rows, 0, 0),
+        "tool": (options.eval_rows, options.validation_rows - options.validation_rows // 2, options.tool_rows),
+        "copy": (options.eval_rows, options.validation_rows // 2, options.copy_rows),
+        "tool_ood": (options.eval_rows, 0, 0),
     }
     files: dict[str, Any] = {}
-    generator = _Generator(seed, options, copy_source, fits)
+    generator = _Generator(options, fits)
 
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
     generated = set(sizes)
-    if rows_file:
-        splits, files["rows_file"] = split_user_rows(rows_file, sizes, **reading)
+    if options.rows_file:
+        splits, files["rows_file"] = split_user_rows(options.rows_file, sizes, **reading)
         generator.avoid(row.input for rows in splits.values() for row in rows)
         has_ood = any(row.label == "tool_ood" for row in splits["evaluation"])
         generated = set() if has_ood else {"tool_ood"}
@@ -102,11 +111,11 @@ def build_dataset(
         for split, count in zip(SPLITS, sizes[label], strict=True):
             splits[split] += generator.rows(label, split, count)
     for split in ("validation", "train"):
-        random.Random(f"{seed}/order/{split}").shuffle(splits[split])
+        random.Random(f"{options.seed}/order/{split}").shuffle(splits[split])
 
-    lines = {"validation": text_validation_lines, "train": text_train_lines}
-    if text_train_file:
-        paths = {"validation": text_validation_file, "train": text_train_file}
+    lines = {"validation": options.text_validation_lines, "train": options.text_train_lines}
+    if options.text_train_file:
+        paths = {"validation": options.text_validation_file, "train": options.text_train_file}
         texts = _user_texts(paths, lines, splits, files, reading)
     else:
         texts = {split: generator.texts(f"text_{split}", lines[split]) for split in TEXT_SPLITS}
@@ -116,10 +125,10 @@ def build_dataset(
     for split in TEXT_SPLITS:
         write_lines(folder / f"text_{split}.txt", texts[split])
     report: dict[str, Any] = {
-        "seed": seed,
-        "rows": rows_file or "generated",
-        "text": text_train_file or "generated",
-        "copy_source": copy_source,
+        "seed": options.seed,
+        "rows": options.rows_file or "generated",
+        "text": options.text_train_file or "generated",
+        "copy_source": options.copy_source,
         "files": files,
         **_inspect(folder),
     }
@@ -135,11 +144,9 @@ class _Generator:
     earlier.
     """
 
-    def __init__(
-        self, seed: int, options: requests.RequestOptions, copy_source: str, fits: Callable[[str], bool]
-    ) -> None:
-        self.seed, self.options, self.fits = seed, options, fits
-        self.copies = _copy_rows(seed, copy_source)
+    def __init__(self, options: DataOptions, fits: Callable[[str], bool]) -> None:
+        self.seed, self.options, self.fits = options.seed, options.requests, fits
+        self.copies = _copy_rows(options.seed, options.copy_source)
         self.taken: set[int] = set()
 
     def avoid(self, texts: Iterable[str]) -> None:

@@ -6,34 +6,13 @@ Every default here is the default of the tool; the presets beside this file only
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from search_spaces.dimensions import STRICT, Choice, Dimension, Finite, Range, real, text, whole
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-
-
-def _distinct(values: Any) -> Any:
-    if isinstance(values, list) and len(set(values)) != len(values):
-        raise ValueError(f"one is named twice in {values}")
-    return values
-
-
-Distinct = AfterValidator(_distinct)
-"""No entry of a list twice: two groups or cells of one name would overwrite each other."""
-Layers = Annotated[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | Literal["all"], Distinct]
-
-
-Sampler = Literal["tpe", "gp", "random", "grid"]
-"""How a study proposes: `grid` tries every combination of choices, so it needs choices alone."""
-
-
-class Section(BaseModel):
-    model_config = STRICT
+from search_spaces.dimensions import Finite, Range
+from search_spaces.sections import Count, Distinct, Fraction, Layers, Section
+from search_spaces.training import Activations, Deltas, Lora, Transcoders
 
 
 class Model(Section):
@@ -73,126 +52,6 @@ class Data(Section):
             if getattr(self, low) >= getattr(self, high):
                 raise ValueError(f"{low} ({getattr(self, low)}) must be below {high} ({getattr(self, high)})")
         return self
-
-
-class LoraSpace(Section):
-    """The LoRA study's dimensions. `alpha_over_r` scales the adapter: alpha = alpha_over_r * r."""
-
-    r: Annotated[Dimension, whole(1)] = Choice(choice=[8, 16, 32])
-    alpha_over_r: Annotated[Dimension, real(above=0)] = Choice(choice=[1.0, 2.0])
-    lr: Annotated[Dimension, real(above=0)] = Range(low=1e-4, high=1e-3, log=True)
-    dropout: Annotated[Dimension, real(below=1)] = 0.0
-    weight_decay: Annotated[Dimension, real()] = 0.0
-    batch_size: Annotated[Dimension, whole(1)] = 8
-    targets: Annotated[Dimension, text()] = "all-linear"
-    """PEFT target modules: `all-linear`, or names joined by commas."""
-    schedule: Annotated[Dimension, text("linear", "cosine", "constant", "constant_with_warmup")] = "linear"
-
-
-class Lora(Section):
-    trials: Count = 16
-    steps: Count = 400
-    epochs: Count | None = None
-    """Passes over the training rows, in place of `steps`."""
-    eval_every: Count = 50
-    """Optimiser steps between validations; ASHA may stop a trial at each."""
-    patience: Count | None = None
-    """Validations without a better loss after which a trial ends itself; null never does."""
-    accumulate: Count = 1
-    """Pieces in which a batch is computed: less memory, the same steps."""
-    gradient_checkpointing: bool = False
-    """Less memory and more time, the same steps."""
-    warmup_fraction: Fraction = 0.05
-    grad_clip: Positive = 1.0
-    loss_on: Literal["target", "everything"] = "target"
-    workers_per_trial: Count = 1
-    """Processes that share each batch of a trial; each takes the CPUs and GPUs that a trial takes otherwise."""
-    asha: bool = True
-    grace_evals: Count = 1
-    """Validations every trial gets before ASHA may stop it."""
-    reduction_factor: Annotated[int, Field(ge=2)] = 3
-    sampler: Sampler = "tpe"
-    warm_start: str | None = None
-    """An earlier sweep in the same Optuna storage, the best values of whose study are tried first."""
-    space: LoraSpace = LoraSpace()
-
-
-class Activations(Section):
-    train_tokens: Count = 1_000_000
-    validation_tokens: Count = 50_000
-    batch_tokens: Count = 4096
-    """Padded tokens in one forward pass of the capture."""
-    max_length: Annotated[int, Field(ge=2)] = 256
-    """Tokens after which a captured text is cut."""
-
-
-class Transcoders(Section):
-    source: str = "train"
-    """`train`, a local folder, or a hub repository in Gemma Scope's layout."""
-    convention: Literal["ln2.hook_normalized", "resid_mid/sqrt(d_model)"] = "ln2.hook_normalized"
-    """What the transcoders read: the residual stream in the middle of the block over its rms, as Gemma Scope's do, or
-    over a constant, to read checkpoints that were made so. A file that names its own taps must agree."""
-    layers: Layers = "all"
-    width: str | Count = 16384
-    """Features of a trained base transcoder, or the width label of a published one (such as 16k)."""
-    target_l0: Annotated[list[Positive], Field(min_length=1), Distinct] = [16.0, 32.0, 64.0]
-    """Mean active features a token of the trained bases; one base for each."""
-    epochs: Count = 4
-    batch_size: Count = 2048
-    lr: Positive = 1e-3
-
-
-class DeltaSpace(Section):
-    lr: Annotated[Dimension, real(above=0)] = Range(low=1e-3, high=1e-2, log=True)
-    sparsity: Annotated[Dimension, real()] = Range(low=1e-4, high=1e-2, log=True)
-
-
-class Deltas(Section):
-    percentiles: Annotated[list[Fraction], Distinct] = [0.25, 0.5, 0.75]
-    """Which base of a layer: index min(n - 1, int(n * p)) among its n candidates by ascending L0."""
-    target_l0: Positive | None = None
-    """Also the base whose L0 is nearest to this one: unlike a percentile it means the same sparsity on every layer. Its
-    rows have no percentile."""
-    d_new: Annotated[list[Count], Field(min_length=1), Distinct] = [32, 64, 128]
-    trials: Count = 8
-    """Trials of each (layer, percentile, d_new) group."""
-    replicas: Count = 1
-    """Seeds trained side by side in every trial; the trial's value is their mean."""
-    epochs: Count = 4
-    batch_size: Count = 2048
-    l0_budget: Positive = 16.0
-    """Active delta features a token above which `val_loss` is penalised."""
-    threshold: Literal["learned", "calibrated"] = "calibrated"
-    """Moved at every step so that nearly all of the L0 budget is spent, which makes deltas comparable at equal L0, or
-    learned by a straight-through gradient, where `sparsity` decides how much of it is."""
-    sparsity_warmup_fraction: Fraction = 0.2
-    lr_warmup_fraction: Fraction = 0.05
-    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
-    grad_clip: Positive = 1.0
-    patience: Count = 4
-    """Validations without improvement after which a trial stops itself."""
-    asha: bool = True
-    grace_evals: Count = 2
-    reduction_factor: Annotated[int, Field(ge=2)] = 3
-    sampler: Sampler = "tpe"
-    objectives: Literal["val_loss", "val_fvu, val_l0_delta"] = "val_loss"
-    """What a study minimises. With two objectives no trial is stopped early, the report marks the Pareto front, and the
-    delta that is kept is still the one of lowest val_loss."""
-    warm_start: str | None = None
-    """An earlier sweep in the same Optuna storage, the best values of whose studies are tried first."""
-    space: DeltaSpace = DeltaSpace()
-
-    @property
-    def selections(self) -> list[float | None]:
-        """The percentiles, and None where a base is chosen by its target L0."""
-        return [*self.percentiles, *([None] if self.target_l0 is not None else [])]
-
-    @field_validator("percentiles")
-    @classmethod
-    def _two_decimals(cls, percentiles: list[float]) -> list[float]:
-        if any(round(percentile, 2) != percentile for percentile in percentiles):
-            raise ValueError(f"must have at most two decimals, got {percentiles}")
-        return percentiles
 
 
 class Evaluate(Section):

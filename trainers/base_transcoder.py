@@ -28,6 +28,10 @@ REPORT_EVERY = 20
 
 @dataclass(frozen=True)
 class BaseSettings:
+    """Hyperparameters of the transcoders of one layer."""
+
+    target_l0: Sequence[float]
+    """Mean active features a token; one transcoder for each."""
     width: int = 16384
     epochs: int = 4
     batch_size: int = 2048
@@ -55,7 +59,6 @@ class TrainedBase(NamedTuple):
 def train_bases(
     train: Pairs,
     validation: Pairs,
-    target_l0: Sequence[float],
     settings: BaseSettings,
     *,
     layer: int,
@@ -63,14 +66,14 @@ def train_bases(
     device: str = "cpu",
     report: Callable[[int, int, dict[str, Any]], None] = lambda step, steps, figures: None,
 ) -> list[TrainedBase]:
-    """Trains `len(target_l0)` transcoders side by side on the same batches; deterministic for a seed.
+    """Trains a transcoder for each of `settings.target_l0`, all on the same batches; deterministic for a seed.
 
     `train` and `validation` hold x and y, each (tokens, d_model). `report(step, steps, figures)` is called every
     REPORT_EVERY steps. Facts of each transcoder: `target_l0, val_l0, val_fvu, dead_fraction, revived, tokens`; features
     that fired on no token of an epoch are revived once an epoch, those still silent on validation tokens are dead.
     Raises DivergedError where the loss is not finite.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator, target_l0 = torch.Generator().manual_seed(settings.seed), settings.target_l0
     scale = output_scale(train)
     model = StackedBases(train.shards[0][0].shape[1], len(target_l0), settings.width, generator, device)
     optimiser = torch.optim.Adam(model.parameters, lr=settings.lr, fused=True)

@@ -15,12 +15,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder
+from models.transcoder import Transcoder
 from trainers import checkpoints
 from trainers.activations import Pairs
-from trainers.base_transcoder import output_scale
 from trainers.checkpoints import Keeper
 from trainers.clipping import clip_each
+from trainers.delta_data import DeltaData, validate
 from trainers.errors import DivergedError
 from trainers.precision import number_format
 from trainers.stacked_deltas import Losses, StackedDeltas
@@ -64,35 +64,11 @@ class DeltaSettings:
     """Learned by a straight-through gradient, or moved so that `CALIBRATED` of the L0 budget is spent."""
 
 
-class Residuals(NamedTuple):
-    """What every trial of a (layer, base) shares.
-
-    train and validation: Pairs of (x, residual). variance: mean over dimensions of the variance of y on validation
-    tokens. val_fvu_base: share of it that the base alone leaves.
-    """
-
-    train: Pairs
-    validation: Pairs
-    variance: float
-    val_fvu_base: float
-
-
 class TrainedDelta(NamedTuple):
     """One transcoder a seed, and the figures of the best validation (means over seeds, lists as `*_replicas`)."""
 
     deltas: list[Transcoder]
     figures: dict[str, Any]
-
-
-@torch.no_grad()
-def residual_of(base: Transcoder, x: Tensor, y: Tensor, batch_size: int = 4096) -> Tensor:
-    """`y - base(x)` (tokens, d_model), fp32 on the CPU, the part of the finetuned output that the base misses."""
-    device = base.W_enc.device
-    parts = []
-    for inputs, outputs in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        residual = outputs.to(device, torch.float32) - base(inputs.to(device, torch.float32))
-        parts.append(residual.cpu())
-    return torch.cat(parts)
 
 
 def starting_sample(train: Pairs, device: str, tokens: int = 4096) -> tuple[Tensor, Tensor]:
@@ -101,17 +77,10 @@ def starting_sample(train: Pairs, device: str, tokens: int = 4096) -> tuple[Tens
     return x.to(device, torch.float32), residual.to(device, torch.float32)
 
 
-def output_variance(pairs: Pairs) -> float:
-    """Mean over dimensions of the variance of the second column."""
-    return output_scale(pairs).deviation ** 2
-
-
 def train_delta(
-    data: Residuals,
+    data: DeltaData,
     settings: DeltaSettings,
     *,
-    layer: int,
-    taps: Taps = GEMMA_SCOPE_TAPS,
     device: str = "cpu",
     report: Callable[[dict[str, Any]], None] = lambda figures: None,
     on_step: Callable[[Losses], None] = lambda losses: None,
@@ -127,7 +96,7 @@ def train_delta(
     and ends as it would have. `on_step` gets the losses of every step from there.
     Raises DivergedError where a loss is not finite or the deltas make the reconstruction far worse.
     """
-    run = _Run(data, settings, layer, taps, device)
+    run = _Run(data, settings, device)
     keeper = keeper or Keeper()
     for figures in run.restore(keeper):
         report(figures)
@@ -148,8 +117,8 @@ def train_delta(
 class _Run:
     """The state of one training run between its steps."""
 
-    def __init__(self, data: Residuals, settings: DeltaSettings, layer: int, taps: Taps, device: str) -> None:
-        self.data, self.settings, self.layer, self.taps, self.device = data, settings, layer, taps, device
+    def __init__(self, data: DeltaData, settings: DeltaSettings, device: str) -> None:
+        self.data, self.settings, self.device = data, settings, device
         self.deviation = math.sqrt(data.variance)
         self.model = StackedDeltas(
             *starting_sample(data.train, device),
@@ -221,7 +190,7 @@ class _Run:
 
     def validate(self) -> dict[str, Any]:
         """The figures of a validation; keeps the deltas where they are the best so far."""
-        deltas = self.model.transcoders(self.deviation, self.layer, self.taps)
+        deltas = self.model.transcoders(self.deviation, self.data.layer, self.data.taps)
         figures = {
             **validate(deltas, self.data, self.settings.l0_budget),
             "step": self.at,
@@ -263,13 +232,13 @@ class _Run:
         self.at, self.tokens, self.waited = state["at"], state["tokens"], state["waited"]
         self.reported = state["reported"]
         best = [{name: tensors[f"best/{i}/{name}"] for name in WEIGHTS} for i in range(self.settings.replicas)]
-        deltas = [Transcoder(**weights, b_dec=None, layer=self.layer, taps=self.taps) for weights in best]
+        deltas = [Transcoder(**weights, b_dec=None, layer=self.data.layer, taps=self.data.taps) for weights in best]
         self.best = TrainedDelta([delta.to(self.device) for delta in deltas], state["best"])
         return self.reported
 
     def _identity(self) -> dict[str, Any]:
         """What makes a checkpoint one of this run."""
-        return {**asdict(self.settings), "layer": self.layer, "tokens": self.data.train.tokens}
+        return {**asdict(self.settings), "layer": self.data.layer, "tokens": self.data.train.tokens}
 
 
 def _check_sane(figures: dict[str, Any], settings: DeltaSettings) -> None:
@@ -278,52 +247,6 @@ def _check_sane(figures: dict[str, Any], settings: DeltaSettings) -> None:
             f"val_fvu is {figures['val_fvu']:.3g} at step {figures['step']}, against {figures['val_fvu_base']:.3g} of "
             f"the base alone (lr {settings.lr:.2g}, sparsity {settings.sparsity:.2g})"
         )
-
-
-@torch.no_grad()
-def validate(deltas: list[Transcoder], data: Residuals, l0_budget: float, batch_size: int = 8192) -> dict[str, Any]:
-    """Validation figures; `val_loss = val_fvu + max(0, val_l0_delta / l0_budget - 1)`, means over replicas.
-
-    `val_cos` and `val_l2_ratio` compare delta(x) with the residual it is to explain.
-    """
-    device = deltas[0].W_enc.device
-    tokens = data.validation.tokens
-    fvu, l0, dead, cosines, ratios = [], [], [], [], []
-    for delta in deltas:
-        error = active = cosine = ratio = 0.0
-        fired = torch.zeros(delta.d_sae, dtype=torch.bool, device=device)
-        for x, residual in data.validation.in_order(batch_size):
-            residual = residual.to(device, torch.float32)
-            acts = delta.encode(x.to(device, torch.float32))
-            output = delta.decode(acts)
-            left = output - residual
-            error += left.pow(2).sum(dtype=torch.float64).item()
-            active += (acts > 0).sum().item()
-            fired |= (acts > 0).any(0)
-            cosine += torch.cosine_similarity(output, residual, dim=1).sum().item()
-            ratio += (left.norm(dim=1) / residual.norm(dim=1).clamp(min=1e-12)).sum().item()
-        fvu.append(error / (tokens * delta.d_model * data.variance))
-        l0.append(active / tokens)
-        dead.append(1.0 - fired.float().mean().item())
-        cosines.append(cosine / tokens)
-        ratios.append(ratio / tokens)
-    losses = [one + max(0.0, other / l0_budget - 1) for one, other in zip(fvu, l0, strict=True)]
-    return {
-        "val_loss": _mean(losses),
-        "val_fvu": _mean(fvu),
-        "val_fvu_base": data.val_fvu_base,
-        "val_l0_delta": _mean(l0),
-        "dead_fraction": _mean(dead),
-        "val_cos": _mean(cosines),
-        "val_l2_ratio": _mean(ratios),
-        "val_loss_replicas": losses,
-        "val_fvu_replicas": fvu,
-        "val_l0_delta_replicas": l0,
-    }
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _ramp(step: int, length: float) -> float:

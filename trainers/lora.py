@@ -11,9 +11,8 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +22,7 @@ from data.rows import CALL_OPEN, Row
 from trainers import checkpoints
 from trainers.adapters import add_adapter, forward_of
 from trainers.checkpoints import Keeper
-from trainers.errors import DivergedError, TrainingError
+from trainers.errors import DivergedError, TrainingError, memory_error_named
 from trainers.fused import cross_entropy_sum
 from trainers.lora_validation import figures_of, validation_counts
 from trainers.packing import Example, example, pack, shuffled_batches
@@ -31,6 +30,13 @@ from trainers.packing import Example, example, pack, shuffled_batches
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Splits(NamedTuple):
+    """Rows to train on, and held-out ones."""
+
+    train: Sequence[Row]
+    validation: Sequence[Row]
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,7 @@ def steps_of(settings: LoraSettings, rows: int) -> int:
 def train_lora(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_rows: Sequence[Row],
-    validation_rows: Sequence[Row],
+    rows: Splits,
     settings: LoraSettings,
     report: Callable[[dict[str, Any]], None],
     keep: Callable[[PeftModel], None],
@@ -97,13 +102,13 @@ def train_lora(
 
     set_seed(settings.seed)
     accelerator = Accelerator(cpu=model.device.type == "cpu")
-    run = _Run(model, tokenizer, train_rows, validation_rows, settings, accelerator)
+    run = _Run(model, tokenizer, rows, settings, accelerator)
     keeper = keeper or Keeper()
-    with _memory(settings):
+    with memory_error_named(settings.batch_size, settings.accumulate):
         for figures in run.restore(keeper):
             report(figures)
-        for rows in run.batches():
-            run.step(rows)
+        for batch in run.batches():
+            run.step(batch)
             if run.validates:
                 figures = run.validate()
                 if run.waited == 0 and accelerator.is_main_process:
@@ -120,8 +125,7 @@ class _Run:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        train_rows: Sequence[Row],
-        validation_rows: Sequence[Row],
+        rows: Splits,
         settings: LoraSettings,
         accelerator: Any,
     ) -> None:
@@ -130,9 +134,9 @@ class _Run:
         self.settings, self.accelerator, self.device = settings, accelerator, model.device
         if tokenizer.eos_token_id is None:
             raise TrainingError("the model's tokenizer has no EOS token, with which every target ends")
-        self.train = [example(tokenizer, row, settings.loss_on) for row in train_rows]
-        self.held_out = [encode_row(tokenizer, row.input, row.target) for row in validation_rows]
-        longest = _longest(model, [*train_rows, *validation_rows], [*self.train, *self.held_out])
+        self.train = [example(tokenizer, row, settings.loss_on) for row in rows.train]
+        self.held_out = [encode_row(tokenizer, row.input, row.target) for row in rows.validation]
+        longest = _longest(model, [*rows.train, *rows.validation], [*self.train, *self.held_out])
         self.call_token = tokenizer(CALL_OPEN, add_special_tokens=False)["input_ids"][0]
 
         alpha = settings.alpha_over_r * settings.r
@@ -285,19 +289,3 @@ def _longest(model: PreTrainedModel, rows: Sequence[Row], encoded: Sequence[Exam
             f"a row has {longest} tokens, the model's context holds {context}: leave out or shorten {row.input[:60]!r}"
         )
     return longest
-
-
-@contextmanager
-def _memory(settings: LoraSettings) -> Iterator[None]:
-    """Says in one sentence that memory ran out, and what to change."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in text:
-            raise
-        raise TrainingError(
-            f"memory ran out with batch_size {settings.batch_size}, accumulate {settings.accumulate}: raise "
-            "lora.accumulate, set lora.gradient_checkpointing=true, or take fewer rows a batch "
-            f"({' '.join(text.split())[:120]})"
-        ) from None

@@ -5,8 +5,8 @@ In: finished cells, the trials of the searches, checks, facts and generations as
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -21,46 +21,51 @@ from evaluators.tables.pooling import NO_LAYER, RATES, Cell, subset_order
 Rows: TypeAlias = pd.DataFrame | Sequence[dict[str, Any]]
 
 
-def write_report(
-    folder: Path,
-    *,
-    cells: Sequence[Cell],
-    lora_trials: Rows,
-    base_transcoders: Rows,
-    delta_trials: Rows,
-    checks: Sequence[dict[str, Any]],
-    facts: dict[str, str],
-    generations: Sequence[dict[str, Any]],
-    finetuned: Mapping[str, Any] | None = None,
-    lora_pictures: Mapping[str, bytes] = MappingProxyType({}),
-    seed: int = 0,
-) -> Path:
+@dataclass(frozen=True)
+class SweepData:
+    """What a sweep has found, as plain data: cells, trials, checks, facts and generations; `finetuned` is what
+    `finetuned.check_rows` found, `lora_pictures` are PNGs of the LoRA study by name."""
+
+    cells: Sequence[Cell]
+    lora_trials: Rows
+    base_transcoders: Rows
+    delta_trials: Rows
+    checks: Sequence[dict[str, Any]]
+    facts: dict[str, str]
+    generations: Sequence[dict[str, Any]]
+    finetuned: Mapping[str, Any] | None = None
+    lora_pictures: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     """Write everything a sweep shows into `folder` and return the path of `report.html`.
 
     Tables: `exp1_metrics.csv`; `exp1_combo_summary`, `exp2A_metrics`, `exp2B_metrics` and `exp2B_statistics`, each as
     `.csv` and `.json` (records, null for undefined); `exp2A_delta_contrast.csv`; `features.csv`; `lora_validation.csv`
-    where `finetuned` holds what `finetuned.check_rows` found. Pictures: `graphs/*.png`, `lora_pictures` of the LoRA
-    study among them; those of an earlier report are removed. Cells that failed are absent: their rows are left out, and
-    so is a part of the page that has no data. `seed` draws the bootstrap, so the same cells give the same files.
+    where `data.finetuned` is given. Pictures: `graphs/*.png`; those of an earlier report are removed. Cells that failed
+    are absent: their rows are left out, and so is a part of the page that has no data. `seed` draws the bootstrap, so
+    the same cells give the same files.
     """
     folder = Path(folder)
     graphs = folder / "graphs"
     graphs.mkdir(parents=True, exist_ok=True)
-    results = tables.all_tables(cells, seed=seed)
+    results = tables.all_tables(data.cells, seed=seed)
     _write_tables(folder, results)
-    if finetuned:
-        _write(folder / "lora_validation.csv", pd.DataFrame([finetuned["figures"]]).to_csv(index=False).encode())
+    if data.finetuned:
+        _write(folder / "lora_validation.csv", pd.DataFrame([data.finetuned["figures"]]).to_csv(index=False).encode())
     page = [
-        sections.checks_section(checks),
+        sections.checks_section(data.checks),
         sections.findings_section(results, _glance(results.conditions)),
-        lora_sections.completed(sections.lora_section(pd.DataFrame(lora_trials)), finetuned, lora_pictures),
-        sections.transcoders_section(pd.DataFrame(base_transcoders), pd.DataFrame(delta_trials)),
+        lora_sections.completed(
+            sections.lora_section(pd.DataFrame(data.lora_trials)), data.finetuned, data.lora_pictures
+        ),
+        sections.transcoders_section(pd.DataFrame(data.base_transcoders), pd.DataFrame(data.delta_trials)),
         sections.reconstruction_section(results),
         sections.conditions_section(results, seed=seed),
         sections.dose_section(results, seed=seed),
         features_section(results.features),
-        sections.generations_section(generations),
-        sections.settings_section(facts),
+        sections.generations_section(data.generations),
+        sections.settings_section(data.facts),
     ]
     shown = [section for section in page if section is not None]
     pictures = {picture.name: picture.png for section in shown for picture in _pictures(section.blocks)}

@@ -38,15 +38,23 @@ class EarlyStopping:
     reduction_factor: int
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """Where a search runs: the Optuna storage, what each trial gets of the machine, how often a trial whose worker died
+    is tried again, and a folder for Tune's own files."""
+
+    storage: Storage
+    share: Share
+    max_retries: int
+    scratch: Path
+
+
 def run_search(
     groups: list[Group],
     trial: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], dict[str, Any]],
+    runtime: Runtime,
     *,
-    storage: Storage,
-    share: Share,
-    max_retries: int,
     early_stopping: EarlyStopping | None,
-    scratch: Path,
     bar: Bar,
     on_trial: Callable[[Group, dict[str, Any]], None] = lambda group, result: None,
 ) -> None:
@@ -54,10 +62,11 @@ def run_search(
 
     `trial(config, report)` gets the constants, the searched values, `trial` (its number) and `folder`; it calls
     `report` with `step` and `val_loss` after each validation and returns the figures of its result, `val_loss` among
-    them, or `failed` with the reason. An exception is a lost worker: the trial is tried again, up to `max_retries`
-    times, then it failed too.
+    them, or `failed` with the reason. An exception is a lost worker: the trial is tried again, up to
+    `max_retries` times, then it failed too.
     """
-    search = GroupedSearch(groups, storage, share.at_once, max_retries, bar, on_trial)
+    share = runtime.share
+    search = GroupedSearch(groups, runtime, bar, on_trial)
     if not search.missing:
         return
     scheduler = _GroupedHalving(early_stopping, groups) if early_stopping else FIFOScheduler()
@@ -84,7 +93,7 @@ def run_search(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(scratch),
+            storage_path=str(runtime.scratch),
             verbose=0,
             # Tune (2.60) can count the death of a reused worker twice and give its trial up: the search retries.
             failure_config=tune.FailureConfig(max_failures=0),
@@ -114,18 +123,16 @@ class GroupedSearch(Searcher):
     def __init__(
         self,
         groups: list[Group],
-        storage: Storage,
-        at_once: int,
-        max_retries: int,
+        runtime: Runtime,
         bar: Bar,
         on_trial: Callable[[Group, dict[str, Any]], None],
     ) -> None:
         super().__init__(metric="val_loss", mode="min")
         self._groups = {group.name: group for group in groups}
-        self._max_retries, self._bar, self._on_trial = max_retries, bar, on_trial
-        self._studies = {group.name: Study(group, storage) for group in groups}
+        self._max_retries, self._bar, self._on_trial = runtime.max_retries, bar, on_trial
+        self._studies = {group.name: Study(group, runtime.storage) for group in groups}
         self._left = {group.name: max(0, group.trials - self._studies[group.name].finished) for group in groups}
-        self._together = math.ceil(at_once / len(groups))
+        self._together = math.ceil(runtime.share.at_once / len(groups))
         self._running: dict[str, _Running] = {}
         self._again: list[_Running] = []
         self.missing = sum(self._left.values())

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from jobs.addresses import without_secrets
 from jobs.errors import RequestError
 from jobs.files import read_json
-from search_spaces.schema import Choice, Dimension, Range
+from search_spaces.dimensions import Choice, Dimension, Range
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 

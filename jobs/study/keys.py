@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from jobs.files import key_of
-from search_spaces.schema import Section, Sweep
+from search_spaces.schema import Sweep
+from search_spaces.sections import Section
 
 
 def _dump(section: Section, *leave_out: str) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.files import read_json
-from jobs.tracking.writer import Tracker
+from jobs.tracking.writer import Record, Tracker
 
 STATUS = {"COMPLETE": "FINISHED", "STOPPED": "KILLED", "FAILED": "FAILED"}
 
@@ -18,25 +18,29 @@ STATUS = {"COMPLETE": "FINISHED", "STOPPED": "KILLED", "FAILED": "FAILED"}
 def record_trial(tracker: Tracker, stage: str, group: str, result: dict[str, Any]) -> None:
     name = f"trial_{result['trial']:04d}" if group == stage else f"{group}/trial_{result['trial']:04d}"
     tracker.record(
-        f"{stage}/{name}@{result['started']:.3f}",
-        name,
-        stage,
-        params={**result["params"], **_place(group), "state": result["state"], "reason": result["reason"]},
-        metrics=result["figures"],
-        history=result["history"],
-        status=STATUS[result["state"]],
-        started=result["started"],
-        seconds=result["seconds"],
+        Record(
+            f"{stage}/{name}@{result['started']:.3f}",
+            name,
+            stage,
+            params={**result["params"], **_place(group), "state": result["state"], "reason": result["reason"]},
+            metrics=result["figures"],
+            history=result["history"],
+            status=STATUS[result["state"]],
+            started=result["started"],
+            seconds=result["seconds"],
+        )
     )
 
 
 def record_base(tracker: Tracker, layer: int, key: str, base: dict[str, Any]) -> None:
     tracker.record(
-        f"transcoders/{base['path']}@{key}",
-        base["path"],
-        "transcoders",
-        params={"layer": layer, "target_l0": base["target_l0"], "path": base["path"]},
-        metrics=base,
+        Record(
+            f"transcoders/{base['path']}@{key}",
+            base["path"],
+            "transcoders",
+            params={"layer": layer, "target_l0": base["target_l0"], "path": base["path"]},
+            metrics=base,
+        )
     )
 
 
@@ -51,12 +55,14 @@ def record_cells(tracker: Tracker, folder: Path, names: Iterable[str]) -> None:
 def record_cell(tracker: Tracker, name: str, cell: dict[str, Any], metrics: dict[str, Any]) -> None:
     places = ("kind", "layers", "layer", "percentile", "d_new", "condition", "alpha", "subset", "base", "convention")
     tracker.record(
-        f"evaluate/{name}@{cell['key']}",
-        name,
-        "evaluate",
-        params={key: _shown(cell[key]) for key in places if cell.get(key) is not None},
-        metrics=metrics,
-        seconds=cell["seconds"],
+        Record(
+            f"evaluate/{name}@{cell['key']}",
+            name,
+            "evaluate",
+            params={key: _shown(cell[key]) for key in places if cell.get(key) is not None},
+            metrics=metrics,
+            seconds=cell["seconds"],
+        )
     )
 
 

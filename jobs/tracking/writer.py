@@ -12,7 +12,8 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,22 @@ def _queued(method: Callable[..., None]) -> Callable[..., None]:
             self._writer.start()
 
     return call
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished trial or cell: its own key, its name, the key of its parent's run, and what is logged of it; `history`
+    entries carry a `step`."""
+
+    key: str
+    name: str
+    parent: str
+    params: dict[str, Any]
+    metrics: dict[str, Any]
+    history: Sequence[dict[str, Any]] = ()
+    status: str = "FINISHED"
+    started: float | None = None
+    seconds: float = 0.0
 
 
 class Tracker:
@@ -205,30 +222,24 @@ class Tracker:
         self._client.set_terminated(self._runs[key], status=status)
 
     @_queued
-    def record(
-        self,
-        key: str,
-        name: str,
-        parent: str,
-        *,
-        params: dict[str, Any],
-        metrics: dict[str, Any],
-        history: Iterable[dict[str, Any]] = (),
-        status: str = "FINISHED",
-        started: float | None = None,
-        seconds: float = 0.0,
-    ) -> None:
-        """One finished trial or cell as one run; `history` entries carry a `step`."""
-        if key in self._runs:
+    def record(self, record: Record) -> None:
+        """One finished trial or cell as one run."""
+        if record.key in self._runs:
             return
-        begin = time.time() - seconds if started is None else started
-        tags = {KEY_TAG: f"{key}#{self._scope}", "mlflow.runName": name, "mlflow.parentRunId": self._runs[parent]}
-        run = self._client.create_run(self.experiment, start_time=int(begin * 1000), tags=tags, run_name=name)
-        points = [metric for entry in history for metric in _metrics(entry, entry["step"])]
-        last = max((entry["step"] for entry in history), default=0)
-        self._batch(run.info.run_id, metrics=[*points, *_metrics(metrics, last)], params=_params(params))
-        self._client.set_terminated(run.info.run_id, status=status, end_time=int((begin + seconds) * 1000))
-        self._runs[key] = run.info.run_id
+        begin = time.time() - record.seconds if record.started is None else record.started
+        tags = {
+            KEY_TAG: f"{record.key}#{self._scope}",
+            "mlflow.runName": record.name,
+            "mlflow.parentRunId": self._runs[record.parent],
+        }
+        run = self._client.create_run(self.experiment, start_time=int(begin * 1000), tags=tags, run_name=record.name)
+        points = [metric for entry in record.history for metric in _metrics(entry, entry["step"])]
+        last = max((entry["step"] for entry in record.history), default=0)
+        metrics = [*points, *_metrics(record.metrics, last)]
+        self._batch(run.info.run_id, metrics=metrics, params=_params(record.params))
+        end = int((begin + record.seconds) * 1000)
+        self._client.set_terminated(run.info.run_id, status=record.status, end_time=end)
+        self._runs[record.key] = run.info.run_id
 
     @_queued
     def artifacts(self, key: str, folder: Path, below: str | None = None) -> None:

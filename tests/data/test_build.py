@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data import build
-from data.build import build_dataset
+from data.build import DataOptions, build_dataset
 from data.rows import DataError, read_lines, read_rows, request_identity, sha256_of
 
 SMALL: dict[str, Any] = {
@@ -26,7 +26,7 @@ FILES = ["evaluation.jsonl", "text_train.txt", "text_validation.txt", "train.jso
 
 
 def small(folder: Path, **changes: Any) -> dict[str, Any]:
-    return build_dataset(folder, **SMALL | changes)
+    return build_dataset(folder, DataOptions(**SMALL | changes))
 
 
 def test_sizes_and_labels(tmp_path: Path) -> None:

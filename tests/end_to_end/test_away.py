@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from jobs.cluster.environment import prepare
-from jobs.tracking.writer import Tracker
+from jobs.tracking.writer import Record, Tracker
 from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment, free_port
 
 prepare()  # MLflow's own patience is minutes
@@ -152,7 +152,7 @@ def test_a_server_that_hangs_costs_the_end_some_seconds(server: Server, tmp_path
     os.killpg(server._process.pid, signal.SIGSTOP)
     began = time.monotonic()
     for number in range(100):
-        one.record(f"sweep/{number}", str(number), "sweep", params={}, metrics={"loss": 1.0})
+        one.record(Record(f"sweep/{number}", str(number), "sweep", params={}, metrics={"loss": 1.0}))
     assert time.monotonic() - began < 1
     one.finish()
     assert one.lost

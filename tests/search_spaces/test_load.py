@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from jobs.study.stages import deltas, lora
+from search_spaces.dimensions import Choice, Range
 from search_spaces.load import SettingsError, load, presets
-from search_spaces.schema import Choice, Range, Sweep
+from search_spaces.schema import Sweep
 from trainers.base_transcoder import BaseSettings
 from trainers.delta_transcoder import DeltaSettings
 from trainers.lora import LoraSettings

@@ -1,6 +1,7 @@
 """Base transcoders: the L0 asked for, a better fit with more features active, the same weights for a seed."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from trainers.errors import DivergedError
 from trainers.stacked_bases import StackedBases, batch_cut
 
 D_MODEL, WIDTH = 12, 64
-SETTINGS = BaseSettings(width=WIDTH, epochs=6, batch_size=128, lr=5e-3, seed=3)
 TARGETS = [2.0, 6.0]
+SETTINGS = BaseSettings(TARGETS, width=WIDTH, epochs=6, batch_size=128, lr=5e-3, seed=3)
 
 
 def sparse_pairs(tokens: int, seed: int, shards: int = 3) -> Pairs:
@@ -41,7 +42,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def trained(data):
-    return train_bases(*data, TARGETS, SETTINGS, layer=4, taps=Taps("a", "b"))
+    return train_bases(*data, SETTINGS, layer=4, taps=Taps("a", "b"))
 
 
 @pytest.mark.parametrize("cut_at", ["some", "none active"])
@@ -74,7 +75,7 @@ def test_realised_l0_is_within_a_tenth_of_the_target(trained):
 
 def test_training_explains_the_output_and_more_features_explain_more(trained, data):
     few, many = (one.facts["val_fvu"] for one in trained)
-    (untrained, _) = train_bases(*data, TARGETS, BaseSettings(width=WIDTH, epochs=1, batch_size=3001, lr=1e-9), layer=4)
+    (untrained, _) = train_bases(*data, BaseSettings(TARGETS, width=WIDTH, epochs=1, batch_size=3001, lr=1e-9), layer=4)
     assert many < few < 0.7 * untrained.facts["val_fvu"]
     assert many < 0.25
 
@@ -94,8 +95,8 @@ def test_facts_are_those_of_the_transcoder_that_is_returned(trained, data):
 
 
 def test_a_seed_gives_one_transcoder(trained, data):
-    again = train_bases(*data, TARGETS, SETTINGS, layer=4)
-    other = train_bases(*data, TARGETS, BaseSettings(**{**vars(SETTINGS), "seed": 4}), layer=4)
+    again = train_bases(*data, SETTINGS, layer=4)
+    other = train_bases(*data, BaseSettings(**{**vars(SETTINGS), "seed": 4}), layer=4)
     for one, two, three in zip(trained, again, other, strict=True):
         assert all(
             torch.equal(getattr(one.transcoder, name), getattr(two.transcoder, name))
@@ -106,7 +107,7 @@ def test_a_seed_gives_one_transcoder(trained, data):
 
 
 def test_bf16_comes_close(trained, data):
-    half = train_bases(*data, TARGETS, BaseSettings(**{**vars(SETTINGS), "precision": "bf16"}), layer=4)
+    half = train_bases(*data, BaseSettings(**{**vars(SETTINGS), "precision": "bf16"}), layer=4)
     for one, two in zip(trained, half, strict=True):
         assert two.transcoder.W_enc.dtype == torch.float32
         assert two.facts["val_fvu"] < one.facts["val_fvu"] + 0.05
@@ -115,16 +116,16 @@ def test_bf16_comes_close(trained, data):
 
 def test_silent_features_are_revived(data):
     """With many more features than the data needs and few active at once, some die in the first epoch."""
-    sparse = BaseSettings(width=512, epochs=2, batch_size=128, lr=5e-3)
-    (one,) = train_bases(*data, [1.0], sparse, layer=0)
-    (never,) = train_bases(*data, [1.0], BaseSettings(**{**vars(sparse), "epochs": 1}), layer=0)
+    sparse = BaseSettings([1.0], width=512, epochs=2, batch_size=128, lr=5e-3)
+    (one,) = train_bases(*data, sparse, layer=0)
+    (never,) = train_bases(*data, BaseSettings(**{**vars(sparse), "epochs": 1}), layer=0)
     assert one.facts["revived"] > 0
     assert never.facts["revived"] == 0
 
 
 def test_reports_count_every_step(data):
     seen = []
-    train_bases(*data, [4.0], SETTINGS, layer=0, report=lambda *one: seen.append(one))
+    train_bases(*data, replace(SETTINGS, target_l0=[4.0]), layer=0, report=lambda *one: seen.append(one))
     assert [step for step, *_ in seen][-1] == seen[-1][1] == 6 * 23
     assert seen[-1][2]["train_fvu"] < seen[0][2]["train_fvu"]
 
@@ -133,7 +134,7 @@ def test_a_loss_that_is_not_finite_ends_training(data):
     x, y = data[0].whole()
     broken = Pairs([(x, y.clone().index_fill_(0, torch.tensor([7]), torch.nan))])
     with pytest.raises(DivergedError, match="the loss of layer 9 is nan"):
-        train_bases(broken, data[1], TARGETS, SETTINGS, layer=9)
+        train_bases(broken, data[1], SETTINGS, layer=9)
 
 
 def test_scale_is_the_mean_and_the_overall_deviation(data):

@@ -9,14 +9,8 @@ from benchmarks.plain_delta import PlainDelta, Step, train_plainly
 from models.transcoder import Taps
 from trainers.activations import Pairs
 from trainers.checkpoints import Keeper
-from trainers.delta_transcoder import (
-    DeltaSettings,
-    Residuals,
-    output_variance,
-    residual_of,
-    train_delta,
-    validate,
-)
+from trainers.delta_data import DeltaData, output_variance, residual_of, validate
+from trainers.delta_transcoder import DeltaSettings, train_delta
 from trainers.errors import DivergedError
 from trainers.stacked_deltas import BANDWIDTH, StackedDeltas
 
@@ -31,7 +25,7 @@ def base(random_transcoder):
 
 @pytest.fixture(scope="module")
 def planted(base):
-    """(train pairs of x and y, validation pairs, Residuals): y is the base's output and three sparse features more."""
+    """(train pairs of x and y, validation pairs, DeltaData): y is the base's output and three sparse features more."""
     weights = torch.Generator().manual_seed(0)
     directions = torch.randn(D_MODEL, 3, generator=weights)
     directions /= directions.norm(dim=0)
@@ -47,11 +41,11 @@ def planted(base):
     return residuals(pairs(2000, 1), pairs(700, 2), base)
 
 
-def residuals(train: Pairs, validation: Pairs, base) -> Residuals:
+def residuals(train: Pairs, validation: Pairs, base) -> DeltaData:
     made = [Pairs([(x, residual_of(base, x, y)) for x, y in split.shards]) for split in (train, validation)]
     variance = output_variance(validation)
     error = sum(residual.pow(2).sum().item() for _, residual in made[1].shards)
-    return Residuals(*made, variance, error / (validation.tokens * D_MODEL * variance))
+    return DeltaData(*made, variance, error / (validation.tokens * D_MODEL * variance), layer=3)
 
 
 def settings(**changed) -> DeltaSettings:
@@ -60,7 +54,7 @@ def settings(**changed) -> DeltaSettings:
 
 @pytest.fixture(scope="module")
 def trained(planted):
-    return train_delta(planted, SETTINGS, layer=3)
+    return train_delta(planted, SETTINGS)
 
 
 def test_the_residual_is_what_the_base_misses(base):
@@ -79,14 +73,14 @@ def test_a_planted_change_is_found(trained, planted):
 
 
 def test_the_delta_has_no_bias_and_knows_its_place(planted):
-    (delta,) = train_delta(planted, settings(epochs=1), layer=3, taps=Taps("a", "b")).deltas
+    (delta,) = train_delta(planted._replace(taps=Taps("a", "b")), settings(epochs=1)).deltas
     assert (delta.b_dec, delta.layer, delta.taps, delta.d_sae) == (None, 3, Taps("a", "b"), 8)
     assert (delta.threshold > 0).all()
 
 
 def test_before_training_the_delta_is_exactly_nothing(planted):
     """A step of learning rate zero leaves the decoder where it starts."""
-    trained = train_delta(planted, settings(lr=0.0, epochs=1), layer=3)
+    trained = train_delta(planted, settings(lr=0.0, epochs=1))
     (delta,) = trained.deltas
     x = planted.validation.whole()[0].float()
     assert (delta.encode(x) > 0).any(), "features are active, and yet"
@@ -95,7 +89,7 @@ def test_before_training_the_delta_is_exactly_nothing(planted):
 
 
 def test_features_start_at_the_l0_budget(planted):
-    (delta,) = train_delta(planted, settings(lr=0.0, epochs=1, l0_budget=2.0), layer=3).deltas
+    (delta,) = train_delta(planted, settings(lr=0.0, epochs=1, l0_budget=2.0)).deltas
     x = planted.train.whole()[0].float()
     assert (delta.encode(x) > 0).sum(1).float().mean().item() == pytest.approx(2.0, rel=0.05)
 
@@ -140,7 +134,7 @@ def test_the_loss_curve_is_that_of_the_plain_trainer(base, planted):
         weight = sparsity[len(found)]
         found.append((losses.error + weight * losses.penalty).item() + next(batches)[0].mean().item())
 
-    train_delta(data, chosen, layer=3, on_step=note)
+    train_delta(data, chosen, on_step=note)
     curve = train_plainly(base, x, y, planted.variance, chosen)
     assert len(found) == len(curve.losses) == 20
     assert found == pytest.approx(curve.losses, rel=1e-4)
@@ -169,7 +163,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(planted, tmp_path, after)
     """Killed after its nth validation, with a checkpoint of the one before or of that very one."""
     chosen = settings(epochs=6, replicas=2)
     whole = []
-    expected = train_delta(planted, chosen, layer=3, report=whole.append)
+    expected = train_delta(planted, chosen, report=whole.append)
     first = []
 
     def report(figures):
@@ -179,10 +173,10 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(planted, tmp_path, after)
 
     keeper = Keeper(tmp_path / "run" / "checkpoint.safetensors", seconds=0)
     with pytest.raises(Killed):
-        train_delta(planted, chosen, layer=3, report=report, keeper=keeper)
+        train_delta(planted, chosen, report=report, keeper=keeper)
     assert keeper.path.exists() == (after > 1)
     again, steps = [], []
-    found = train_delta(planted, chosen, layer=3, report=again.append, on_step=steps.append, keeper=keeper)
+    found = train_delta(planted, chosen, report=again.append, on_step=steps.append, keeper=keeper)
     assert again == whole, "it reports again what it had reported"
     assert len(steps) == 15 * (6 - (after - 1)), "and does only what is left"
     assert found.figures == expected.figures
@@ -193,18 +187,18 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(planted, tmp_path, after)
 
 def test_a_checkpoint_of_another_run_or_a_torn_one_is_not_used(planted, tmp_path):
     keeper = Keeper(tmp_path / "checkpoint.safetensors", seconds=0)
-    train_delta(planted, settings(epochs=2), layer=3, keeper=keeper)
+    train_delta(planted, settings(epochs=2), keeper=keeper)
     steps = []
-    train_delta(planted, settings(epochs=2, lr=2e-2), layer=3, on_step=steps.append, keeper=keeper)
+    train_delta(planted, settings(epochs=2, lr=2e-2), on_step=steps.append, keeper=keeper)
     assert len(steps) == 30
     keeper.path.write_bytes(keeper.path.read_bytes()[:100])
-    train_delta(planted, settings(epochs=2, lr=2e-2), layer=3, on_step=steps.append, keeper=keeper)
+    train_delta(planted, settings(epochs=2, lr=2e-2), on_step=steps.append, keeper=keeper)
     assert len(steps) == 60
 
 
 def test_thresholds_are_trained(planted):
-    lasting = train_delta(planted, SETTINGS, layer=3).deltas[0].threshold
-    start = train_delta(planted, settings(lr=0.0, epochs=1), layer=3).deltas[0].threshold
+    lasting = train_delta(planted, SETTINGS).deltas[0].threshold
+    start = train_delta(planted, settings(lr=0.0, epochs=1)).deltas[0].threshold
     assert (lasting - start).abs().max() > 0.05
 
 
@@ -212,10 +206,10 @@ def test_a_replica_trains_as_it_would_alone(planted):
     """Replica i of seed s is seed s + i alone: same start, same batches, its own clipping."""
     together, alone = [], {}
     # A limit that always bites, and a decoder that grows: were gradients clipped together, replicas would differ.
-    train_delta(planted, settings(replicas=3, grad_clip=0.02), layer=3, report=together.append)
+    train_delta(planted, settings(replicas=3, grad_clip=0.02), report=together.append)
     for seed in (1, 2, 3):
         alone[seed] = []
-        train_delta(planted, settings(seed=seed, grad_clip=0.02), layer=3, report=alone[seed].append)
+        train_delta(planted, settings(seed=seed, grad_clip=0.02), report=alone[seed].append)
     assert len(together) == 8
     for step, figures in enumerate(together):
         apart = [alone[seed][step] for seed in (1, 2, 3)]
@@ -226,14 +220,14 @@ def test_a_replica_trains_as_it_would_alone(planted):
 
 
 def test_a_seed_gives_one_delta(trained, planted):
-    again = train_delta(planted, SETTINGS, layer=3)
+    again = train_delta(planted, SETTINGS)
     for name in ("W_enc", "b_enc", "threshold", "W_dec"):
         assert torch.equal(getattr(trained.deltas[0], name), getattr(again.deltas[0], name))
     assert trained.figures == again.figures
 
 
 def test_figures_are_those_of_the_deltas_that_are_returned(planted):
-    trained = train_delta(planted, settings(replicas=2, epochs=3), layer=3)
+    trained = train_delta(planted, settings(replicas=2, epochs=3))
     x, residual = planted.validation.whole()
     losses = []
     for index, delta in enumerate(trained.deltas):
@@ -254,16 +248,14 @@ def test_above_the_l0_budget_the_loss_is_penalised(trained, planted):
 
 
 def test_sparsity_lowers_the_l0_of_learned_thresholds(planted):
-    dense, sparse = (
-        train_delta(planted, settings(sparsity=s, threshold="learned"), layer=3).figures for s in (0.0, 0.3)
-    )
+    dense, sparse = (train_delta(planted, settings(sparsity=s, threshold="learned")).figures for s in (0.0, 0.3))
     assert sparse["val_l0_delta"] < 0.7 * dense["val_l0_delta"]
     assert sparse["val_fvu"] > dense["val_fvu"]
 
 
 @pytest.mark.parametrize("budget", [1.0, 3.0])
 def test_calibrated_thresholds_spend_the_budget(planted, budget):
-    figures = train_delta(planted, settings(l0_budget=budget, replicas=2), layer=3).figures
+    figures = train_delta(planted, settings(l0_budget=budget, replicas=2)).figures
     for l0 in figures["val_l0_delta_replicas"]:
         assert l0 == pytest.approx(0.95 * budget, rel=0.2)
 
@@ -284,41 +276,41 @@ def test_features_start_where_the_residual_can_be_predicted(planted):
 def test_the_scale_of_a_layer_does_not_matter(planted, trained):
     """Everything 1000 times larger is the same problem: lr and sparsity mean the same on every layer."""
     scaled = [Pairs([(x, 1000 * residual) for x, residual in split.shards]) for split in planted[:2]]
-    large = train_delta(Residuals(*scaled, 1e6 * planted.variance, planted.val_fvu_base), SETTINGS, layer=3)
+    large = train_delta(DeltaData(*scaled, 1e6 * planted.variance, planted.val_fvu_base, 3), SETTINGS)
     assert large.figures["val_fvu"] == pytest.approx(trained.figures["val_fvu"], rel=1e-3)
     torch.testing.assert_close(large.deltas[0].W_dec, 1000 * trained.deltas[0].W_dec, rtol=1e-2, atol=1.0)
 
 
 def test_training_stops_when_nothing_improves(planted):
     seen = []
-    best = train_delta(planted, settings(lr=1e-12, patience=2, epochs=50), layer=3, report=seen.append)
+    best = train_delta(planted, settings(lr=1e-12, patience=2, epochs=50), report=seen.append)
     assert len(seen) <= 6
     assert best.figures == min(seen, key=lambda figures: figures["val_loss"])
 
 
 def test_the_best_validation_is_returned_not_the_last(planted):
     seen = []
-    best = train_delta(planted, settings(lr=0.1, epochs=12), layer=3, report=seen.append)
+    best = train_delta(planted, settings(lr=0.1, epochs=12), report=seen.append)
     assert best.figures["val_loss"] == min(figures["val_loss"] for figures in seen)
     assert validate(best.deltas, planted, SETTINGS.l0_budget)["val_loss"] == best.figures["val_loss"]
 
 
 def test_reports_count_steps_and_tokens(planted):
     seen = []
-    train_delta(planted, settings(epochs=2, evals_per_epoch=3), layer=3, report=seen.append)
+    train_delta(planted, settings(epochs=2, evals_per_epoch=3), report=seen.append)
     assert [figures["step"] for figures in seen] == [5, 10, 15, 20, 25, 30], "15 full batches in 2000 tokens"
     assert [figures["tokens"] for figures in seen] == [128 * figures["step"] for figures in seen]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(planted):
     with pytest.raises(DivergedError, match=r"the loss is (nan|inf) by step \d+ \(lr 1e\+30\)"):
-        train_delta(planted, settings(lr=1e30, grad_clip=1e9), layer=3)
+        train_delta(planted, settings(lr=1e30, grad_clip=1e9))
 
 
 def test_a_delta_far_worse_than_the_base_alone_ends_the_run(planted):
     good_base = planted._replace(val_fvu_base=0.001)  # whatever a first epoch learns on this data leaves more than 0.01
     with pytest.raises(DivergedError, match=r"val_fvu is 0\.\d+ at step 15, against 0\.001 of the base alone"):
-        train_delta(good_base, SETTINGS, layer=3)
+        train_delta(good_base, SETTINGS)
 
 
 def test_a_nan_in_the_data_ends_the_run(planted):
@@ -329,11 +321,11 @@ def test_a_nan_in_the_data_ends_the_run(planted):
 
 
 def test_bf16_comes_close(planted, trained):
-    half = train_delta(planted, settings(precision="bf16"), layer=3)
+    half = train_delta(planted, settings(precision="bf16"))
     assert half.deltas[0].W_dec.dtype == torch.float32
     assert half.figures["val_fvu"] == pytest.approx(trained.figures["val_fvu"], rel=0.15)
 
 
 def test_weight_decay_shrinks_the_weights(planted, trained):
-    decayed = train_delta(planted, settings(weight_decay=1.0), layer=3)
+    decayed = train_delta(planted, settings(weight_decay=1.0))
     assert decayed.deltas[0].W_dec.norm() < trained.deltas[0].W_dec.norm()

@@ -10,7 +10,7 @@ from data.rows import Row
 from trainers import fused, lora
 from trainers.adapters import PlainForward, add_adapter, forward_of
 from trainers.fused import LONGEST_ROW, FusedForward, cross_entropy_sum
-from trainers.lora import LoraSettings, train_lora
+from trainers.lora import LoraSettings, Splits, train_lora
 from trainers.packing import example, pack
 
 CALL = "<tool_call>calculator({})</tool_call>"
@@ -161,7 +161,7 @@ def test_training_gives_the_adapter_that_plain_peft_gives(load, model_folder, mo
                 patch.setattr(lora, "forward_of", lambda adapted, *_: PlainForward(adapted))
             model, tokenizer = load(model_folder)
             reports, kept = [], []
-            train_lora(model, tokenizer, ROWS, ROWS, settings, reports.append, kept.append)
+            train_lora(model, tokenizer, Splits(ROWS, ROWS), settings, reports.append, kept.append)
         losses.append([(one["train_loss"], one["val_loss"], one["tool_call_f1"]) for one in reports])
         adapters.append({name: p.detach() for name, p in kept[-1].named_parameters() if "lora_" in name})
     assert losses[1] == [pytest.approx(one, rel=1e-4) for one in losses[0]]
@@ -187,7 +187,7 @@ def test_less_memory_is_the_same_training(load, gemma_folder, change):
     for name, one in {"plain": settings, "changed": dataclasses.replace(settings, **change)}.items():
         model, tokenizer = load(gemma_folder)
         reports[name] = []
-        train_lora(model, tokenizer, ROWS, ROWS, one, reports[name].append, lambda adapted: None)
+        train_lora(model, tokenizer, Splits(ROWS, ROWS), one, reports[name].append, lambda adapted: None)
     for one, other in zip(reports["plain"], reports["changed"], strict=True):
         assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
         assert other["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)

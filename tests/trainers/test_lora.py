@@ -18,7 +18,7 @@ from trainers import lora
 from trainers.adapters import PlainForward, add_adapter, merge
 from trainers.errors import DivergedError, TrainingError
 from trainers.fused import cross_entropy_sum
-from trainers.lora import LoraSettings, train_lora
+from trainers.lora import LoraSettings, Splits, train_lora
 from trainers.lora_validation import figures_of, validation_counts
 from trainers.packing import example, pack
 
@@ -50,7 +50,7 @@ def plain_nll(model, tokenizer, row, everything=False):
 def train(load, folder, settings=SETTINGS, rows=ROWS):
     model, tokenizer = load(folder)
     reports, kept = [], []
-    train_lora(model, tokenizer, rows, ROWS, settings, reports.append, lambda adapted: kept.append(adapted))
+    train_lora(model, tokenizer, Splits(rows, ROWS), settings, reports.append, lambda adapted: kept.append(adapted))
     return reports, kept
 
 
@@ -239,7 +239,7 @@ def test_a_loss_that_is_not_finite_is_said(load, gemma_folder):
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
     with pytest.raises(DivergedError, match=r"the training loss is nan at step 1 \(lr 0\.003\)"):
-        train_lora(model, tokenizer, ROWS, ROWS, SETTINGS, lambda figures: None, lambda adapted: None)
+        train_lora(model, tokenizer, Splits(ROWS, ROWS), SETTINGS, lambda figures: None, lambda adapted: None)
 
 
 def test_an_adapter_that_is_not_there_is_one_sentence(load, gemma_folder, tmp_path):
@@ -262,11 +262,12 @@ from pathlib import Path
 import torch
 from data.rows import Row
 from models.sources import load_model
-from trainers.lora import LoraSettings, train_lora
+from trainers.lora import LoraSettings, Splits, train_lora
 rows = [Row(*row) for row in json.loads(sys.argv[2])]
 model, tokenizer = load_model(Path(sys.argv[1]), torch.float32)
 reports = []
-train_lora(model, tokenizer, rows, rows, LoraSettings(**json.loads(sys.argv[3])), reports.append, lambda adapted: None)
+settings = LoraSettings(**json.loads(sys.argv[3]))
+train_lora(model, tokenizer, Splits(rows, rows), settings, reports.append, lambda adapted: None)
 Path(sys.argv[4], os.environ["RANK"]).write_text(json.dumps(reports))
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()  # left to the end of Python, gloo's threads abort the process now and then

@@ -9,7 +9,7 @@ from data.rows import Row
 from trainers import lora
 from trainers.checkpoints import Keeper
 from trainers.errors import TrainingError
-from trainers.lora import LoraSettings, train_lora
+from trainers.lora import LoraSettings, Splits, train_lora
 
 CALL = "<tool_call>calculator({})</tool_call>"
 ROWS = [Row(f"What is {n} + 2?", CALL.format(f"{n} + 2"), "tool") for n in (1, 22, 333)]
@@ -37,7 +37,7 @@ def train(load, folder, settings=SETTINGS, keeper=None, kill_before=None):
 
     original, lora._Run = lora._Run, Run
     try:
-        train_lora(model, tokenizer, ROWS, ROWS, settings, reports.append, keep, keeper)
+        train_lora(model, tokenizer, Splits(ROWS, ROWS), settings, reports.append, keep, keeper)
     finally:
         lora._Run = original
     return [{key: value for key, value in one.items() if key != "tokens_per_second"} for one in reports], kept
@@ -91,14 +91,14 @@ def test_a_row_beyond_the_context_is_named(load, gemma_folder):
     model, tokenizer = load(gemma_folder)
     model.config.max_position_embeddings = 40
     with pytest.raises(TrainingError, match=r"a row has \d+ tokens, the model's context holds 40: .*'What is 333"):
-        train_lora(model, tokenizer, ROWS, ROWS[:1], SETTINGS, lambda figures: None, lambda adapted: None)
+        train_lora(model, tokenizer, Splits(ROWS, ROWS[:1]), SETTINGS, lambda figures: None, lambda adapted: None)
 
 
 def test_a_tokenizer_without_eos_is_said(load, gemma_folder):
     model, tokenizer = load(gemma_folder)
     tokenizer.eos_token = None
     with pytest.raises(TrainingError, match="no EOS token"):
-        train_lora(model, tokenizer, ROWS, ROWS, SETTINGS, lambda figures: None, lambda adapted: None)
+        train_lora(model, tokenizer, Splits(ROWS, ROWS), SETTINGS, lambda figures: None, lambda adapted: None)
 
 
 def test_memory_that_runs_out_is_a_sentence_with_what_to_change(load, gemma_folder):
@@ -108,4 +108,4 @@ def test_memory_that_runs_out_is_a_sentence_with_what_to_change(load, gemma_fold
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     with pytest.raises(TrainingError, match=r"memory ran out with batch_size 2.*lora\.accumulate"):
-        train_lora(model, tokenizer, ROWS, ROWS, SETTINGS, report, lambda adapted: None)
+        train_lora(model, tokenizer, Splits(ROWS, ROWS), SETTINGS, report, lambda adapted: None)

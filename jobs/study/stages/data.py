@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from data.build import build_dataset
+from data.build import DataOptions, build_dataset
 from jobs.errors import WorkFailed
 from jobs.study.context import Context
 
@@ -18,7 +18,7 @@ def run(context: Context) -> dict[str, Any]:
     options = settings.model_dump()
     if settings.rows_file or settings.text_train_file:
         options |= _context_limit(context)
-    report = build_dataset(context.space.data, seed=context.settings.seed, **options)
+    report = build_dataset(context.space.data, DataOptions(seed=context.settings.seed, **options))
     _say(context, report)
     if not report["leakage"]["ok"]:
         raise WorkFailed(f"the data leaks between train, validation and evaluation: {report['leakage']['pairs']}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs.cluster import environment
 from jobs.errors import WorkFailed
@@ -19,6 +19,10 @@ from jobs.study.context import Context
 from jobs.study.stages.activations import capture_model
 from jobs.study.stages.transcoders import chosen_base, root
 from models.gemma_scope import selection_label
+
+if TYPE_CHECKING:
+    from models.transcoder import Taps
+    from trainers.delta_data import DeltaData
 
 STAGE = "deltas"
 PASSED_ON = {
@@ -42,7 +46,7 @@ class ResidualTask(NamedTuple):
 
 
 def run(context: Context) -> dict[str, Any]:
-    from jobs.search.grouped import EarlyStopping, run_search
+    from jobs.search.grouped import EarlyStopping, Runtime, run_search
     from jobs.search.studies import best_of, trials_of
     from jobs.tracking.records import record_trial
 
@@ -58,11 +62,8 @@ def run(context: Context) -> dict[str, Any]:
         run_search(
             groups,
             trial,
-            storage=context.studies,
-            share=context.share,
-            max_retries=settings.compute.max_retries,
+            Runtime(context.studies, context.share, settings.compute.max_retries, space.folder / ".tune" / STAGE),
             early_stopping=halving if section.asha and one_objective and section.epochs > section.grace_evals else None,
-            scratch=space.folder / ".tune" / STAGE,
             bar=bar,
             on_trial=lambda group, result: context.finish_trial(STAGE, group.name, result),
         )
@@ -150,14 +151,13 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
         sparsity=config["sparsity"],
         precision=resolve_precision(config["precision"], config["device"]),
     )
-    data = read_residuals(Path(config["activations"]), Path(config["residual"]), config["layer"])
+    taps = CONVENTIONS[config["convention"]]
+    data = read_residuals(Path(config["activations"]), Path(config["residual"]), config["layer"], taps)
     keeper = Keeper(Path(config["folder"]) / "checkpoint.safetensors", config["checkpoint_seconds"])
     try:
         trained = train_delta(
             data,
             settings,
-            layer=config["layer"],
-            taps=CONVENTIONS[config["convention"]],
             device=config["device"],
             report=report,
             keeper=keeper,
@@ -187,7 +187,7 @@ def compute_residual(task: ResidualTask) -> None:
     from models.transcoder import CONVENTIONS
     from trainers.activations import read_index, read_pairs, write_index, write_shard
     from trainers.capture import layer_folder
-    from trainers.delta_transcoder import output_variance, residual_of
+    from trainers.delta_data import output_variance, residual_of
 
     taps = CONVENTIONS[task.convention]
     base = read(task.root, Candidate(*task.candidate), task.layer, taps).to(task.device)
@@ -207,11 +207,11 @@ def compute_residual(task: ResidualTask) -> None:
     finish_folder(Path(task.folder), task.key, facts)
 
 
-def read_residuals(activations: Path, residual: Path, layer: int) -> Any:
+def read_residuals(activations: Path, residual: Path, layer: int, taps: Taps) -> DeltaData:
     """The (x, residual) pairs of a (layer, base), memory-mapped."""
     from trainers.activations import Pairs, read_pairs
     from trainers.capture import layer_folder
-    from trainers.delta_transcoder import Residuals
+    from trainers.delta_data import DeltaData
 
     facts = read_json(residual / "manifest.json")
     pairs = {}
@@ -220,7 +220,7 @@ def read_residuals(activations: Path, residual: Path, layer: int) -> Any:
         targets = read_pairs(residual / split, ("residual",))
         both = zip(inputs.shards, targets.shards, strict=True)
         pairs[split] = Pairs([(x, target) for (x,), (target,) in both])
-    return Residuals(pairs["train"], pairs["validation"], facts["variance"], facts["val_fvu_base"])
+    return DeltaData(pairs["train"], pairs["validation"], facts["variance"], facts["val_fvu_base"], layer, taps)
 
 
 def _residuals(context: Context, activations: Path) -> None:

@@ -36,7 +36,7 @@ def study_name(settings: Sweep) -> str:
 
 
 def run(context: Context) -> dict[str, Any]:
-    from jobs.search.grouped import EarlyStopping, run_search
+    from jobs.search.grouped import EarlyStopping, Runtime, run_search
     from jobs.search.studies import Group, best_of, trials_of
     from jobs.tracking.records import record_trial
 
@@ -71,11 +71,13 @@ def run(context: Context) -> dict[str, Any]:
         run_search(
             [group],
             trial,
-            storage=context.studies,
-            share=context.share.of_several(section.workers_per_trial),
-            max_retries=settings.compute.max_retries,
+            Runtime(
+                context.studies,
+                context.share.of_several(section.workers_per_trial),
+                settings.compute.max_retries,
+                space.folder / ".tune" / STAGE,
+            ),
             early_stopping=halving if section.asha else None,
-            scratch=space.folder / ".tune" / STAGE,
             bar=bar,
             on_trial=lambda group, result: context.finish_trial(STAGE, group.name, result),
         )
@@ -128,7 +130,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     from models.sources import load_model
     from trainers.checkpoints import Keeper
     from trainers.errors import TrainingError
-    from trainers.lora import LoraSettings, train_lora
+    from trainers.lora import LoraSettings, Splits, train_lora
     from trainers.precision import dtype_of, resolve_precision
 
     torch.set_num_threads(config["threads"])
@@ -154,8 +156,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
         train_lora(
             model,
             tokenizer,
-            read_rows(rows / "train.jsonl"),
-            read_rows(rows / "validation.jsonl"),
+            Splits(read_rows(rows / "train.jsonl"), read_rows(rows / "validation.jsonl")),
             LoraSettings(**config["settings"], **searched),
             note,
             keep,

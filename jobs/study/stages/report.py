@@ -30,14 +30,13 @@ RAW_LIMITS = (
 
 
 def run(context: Context) -> dict[str, Any]:
-    from evaluators.report.report import write_report
+    from evaluators.report.report import SweepData, write_report
     from jobs.search.pictures import study_pictures
 
     space = context.space
     deltas = delta_trials(context)
     found = checks(context, deltas)
-    path = write_report(
-        space.report,
+    data = SweepData(
         cells=load_cells(context),
         lora_trials=lora_trials(context),
         base_transcoders=base_transcoders(context),
@@ -47,8 +46,8 @@ def run(context: Context) -> dict[str, Any]:
         generations=generations(context),
         finetuned=read_json(space.lora / CHECKED),
         lora_pictures=study_pictures(study_name(context.settings), context.studies, LORA, "val_loss"),
-        seed=context.settings.seed,
     )
+    path = write_report(space.report, data, seed=context.settings.seed)
     context.tracker.artifacts("sweep", space.report)
     context.tracker.artifacts("sweep", space.generations, "generations")
     return {"report": str(path.relative_to(space.folder)), "checks": found}

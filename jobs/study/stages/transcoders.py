@@ -81,12 +81,10 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
     started = time.perf_counter()
     bridge.cache_clear()  # the model of the capture is not needed any more
     section = dict(task.section)
-    targets = section.pop("target_l0")
     splits = [layer_folder(Path(task.activations) / split, task.layer) for split in ("train", "validation")]
     trained = train_bases(
         read_pairs(splits[0]),
         read_pairs(splits[1]),
-        targets,
         BaseSettings(**section, seed=task.seed, precision=resolve_precision(task.precision, task.device)),
         layer=task.layer,
         taps=CONVENTIONS[task.convention],

@@ -9,7 +9,7 @@ import pytest
 
 from evaluators.report import figures, findings
 from evaluators.report.page import table_block
-from evaluators.report.report import summary_table, write_report
+from evaluators.report.report import SweepData, summary_table, write_report
 from evaluators.tables import tables
 from evaluators.tables.statistics import Estimate
 
@@ -94,7 +94,7 @@ def inputs(cells, **changes):
         | {"input": "<script>alert(1)</script>", "generation": text}
         for layers, name, text in (([], "raw", "same"), ([1], "full", "same"), ([2], "full", "other <b>text</b>"))
     ]
-    return {
+    given = {
         "cells": cells,
         "lora_trials": lora,
         "base_transcoders": base,
@@ -102,15 +102,15 @@ def inputs(cells, **changes):
         "checks": CHECKS,
         "facts": {"model": "tiny"},
         "generations": texts,
-        "seed": 0,
-    } | changes
+    }
+    return SweepData(**given | changes)
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     cells = [*sweep(), *(reconstruction(layer, width) for layer in (1, 2) for width in (32, 64))]
-    return write_report(folder, **inputs(cells))
+    return write_report(folder, inputs(cells))
 
 
 def test_every_promised_file_is_there(report):
@@ -165,8 +165,8 @@ def test_same_input_gives_the_same_page_and_old_graphs_go(tmp_path):
     cells = sweep(((1,),), subsets=("tool",), alphas=())
     (tmp_path / "graphs").mkdir()
     (tmp_path / "graphs" / "dose_response_layer_99.png").write_bytes(b"old")
-    first = write_report(tmp_path, **inputs(cells, delta_trials=[])).read_text()
-    assert write_report(tmp_path, **inputs(cells, delta_trials=[])).read_text() == first
+    first = write_report(tmp_path, inputs(cells, delta_trials=[])).read_text()
+    assert write_report(tmp_path, inputs(cells, delta_trials=[])).read_text() == first
     assert not (tmp_path / "graphs" / "dose_response_layer_99.png").exists()
 
 
@@ -188,7 +188,7 @@ NOTHING = {"lora_trials": [], "base_transcoders": [], "delta_trials": [], "check
     ],
 )
 def test_missing_parts_still_give_a_report(tmp_path, cells, absent):
-    page = write_report(tmp_path, **inputs(cells, **NOTHING)).read_text()
+    page = write_report(tmp_path, inputs(cells, **NOTHING)).read_text()
     assert absent not in page
     assert json.loads((tmp_path / "exp2A_metrics.json").read_text()) is not None
     assert summary_table(cells) == [] or summary_table(cells)[0]["layer"]

@@ -15,9 +15,9 @@ from optuna.trial import TrialState
 
 from jobs.cluster.connection import Share
 from jobs.progress import Progress
-from jobs.search.grouped import EarlyStopping, run_search
+from jobs.search.grouped import EarlyStopping, Runtime, run_search
 from jobs.search.studies import Group, best_of, open_storage, pareto_front, trials_of
-from search_spaces.schema import Choice, Range
+from search_spaces.dimensions import Choice, Range
 
 
 def bowl(config: dict[str, Any], report: Any) -> dict[str, Any]:
@@ -71,11 +71,8 @@ def search(
         run_search(
             groups,
             trial,
-            storage=open_storage(None, root),
-            share=share,
-            max_retries=max_retries,
+            Runtime(open_storage(None, root), share, max_retries, root / ".tune"),
             early_stopping=halving,
-            scratch=root / ".tune",
             bar=bar,
             on_trial=lambda group, result: told.append(result),
         )

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.files import write_json
 from jobs.search.studies import COMPLETE, FAILED, STOPPED, Group, Study, open_storage
-from search_spaces.schema import Choice, Dimension, Range
+from search_spaces.dimensions import Choice, Dimension, Range
 
 STATES = (COMPLETE, COMPLETE, STOPPED, COMPLETE, FAILED, COMPLETE, COMPLETE, STOPPED, COMPLETE)
 

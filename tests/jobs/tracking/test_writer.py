@@ -11,7 +11,7 @@ from mlflow.entities import Run
 
 from jobs.addresses import without_secrets
 from jobs.errors import RequestError
-from jobs.tracking.writer import KEY_TAG, Tracker
+from jobs.tracking.writer import KEY_TAG, Record, Tracker
 
 
 def tracker(root: Path) -> Tracker:
@@ -27,13 +27,15 @@ def runs(root: Path) -> tuple[MlflowClient, list[Run]]:
 
 def record(one: Tracker) -> None:
     one.record(
-        "deltas/trial_0000",
-        "trial_0000",
-        "deltas",
-        params={"lr": 0.1, "reason": None},
-        metrics={"val_loss": 0.5, "name": "not a number", "bad": float("nan")},
-        history=[{"step": 1, "val_loss": 0.9}, {"step": 2, "val_loss": 0.5}],
-        seconds=3.0,
+        Record(
+            "deltas/trial_0000",
+            "trial_0000",
+            "deltas",
+            params={"lr": 0.1, "reason": None},
+            metrics={"val_loss": 0.5, "name": "not a number", "bad": float("nan")},
+            history=[{"step": 1, "val_loss": 0.9}, {"step": 2, "val_loss": 0.5}],
+            seconds=3.0,
+        )
     )
 
 
