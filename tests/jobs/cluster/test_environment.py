@@ -30,7 +30,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_stop_that_python_drops_is_sent_again_until_it_is_heard(how: signal.Signals) -> None:
-    repository = Path(__file__).resolve().parents[2]
+    repository = Path(__file__).resolve().parents[3]
     command = [sys.executable, "-c", SCRIPT, str(int(how))]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

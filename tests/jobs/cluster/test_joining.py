@@ -52,7 +52,7 @@ def test_a_cluster_that_others_reach_needs_a_token(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_folder_that_nodes_do_not_share_is_named(tmp_path: Path) -> None:
-    repository = Path(__file__).resolve().parents[2]
+    repository = Path(__file__).resolve().parents[3]
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
