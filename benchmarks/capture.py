@@ -20,7 +20,7 @@ from data.copy_text import shipped_copy_texts
 from data.encoding import encode_text, pad_left
 from models.bridge import wrap
 from models.sources import load_model, resolve
-from trainers.capture import Plan, capture
+from trainers.capture import Columns, Plan, capture
 from trainers.precision import dtype_of, resolve_precision
 
 
@@ -51,7 +51,7 @@ def main(
         bare.append(time.perf_counter() - started)
         with tempfile.TemporaryDirectory() as shards:
             started = time.perf_counter()
-            capture(bridge, plan, chosen, Path(shards))
+            capture(bridge, plan, dict.fromkeys(chosen, Columns()), Path(shards))
             ours.append(time.perf_counter() - started)
     typer.echo(f"{model}, {held} tokens, {precision}, layers {layers}, {torch.get_num_threads()} threads")
     typer.echo(f"bare forward  {held / min(bare):8.0f} tokens/s")

@@ -101,7 +101,7 @@ def _matmul_rate(batch: int, d_model: int, device: str, precision: str, tries: i
 def _curve(data: DeltaData, settings: DeltaSettings, device: str) -> list[float]:
     """The loss of every step of ours, the constant part of the squared error added."""
     found: list[float] = []
-    squares = data.train.shards[0][1].float().pow(2).mean(1) / data.variance
+    squares = data.train.shards[0][1].float().pow(2).mean(1) / data.unit
     batches = Pairs([(squares,)]).batches(settings.batch_size, torch.Generator().manual_seed(0))
     steps = data.train.batch_count(settings.batch_size)
 

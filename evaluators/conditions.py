@@ -14,41 +14,58 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+TARGETS = ("change", "residual")
+"""What a delta is trained on: the MLP's own change, or the residual that a base transcoder leaves."""
+
+
 @dataclass(frozen=True)
 class Condition:
-    """How an MLP's output y is replaced: `combine(y, base(x), delta(x), alpha)`, each (tokens, d_model) in fp32, alpha
-    (tokens, 1).
+    """How an MLP's output y is replaced: `combine(y, ground(x), delta(x), alpha)`, each (tokens, d_model) in fp32,
+    alpha (tokens, 1). The ground is a base transcoder or the un-finetuned MLP, as the delta's target says.
 
-    `model` is what is spliced into: the finetuned model, the base model it was finetuned from, or the finetuned model
-    with the spliced layers' MLPs taken from the base model. With `substitute`, the site's delta is replaced by the one
-    that `splice.sites.SUBSTITUTES` makes under the condition's name.
+    `model` is what is spliced into: the finetuned model, the base model it was finetuned from, the finetuned model with
+    the spliced layers' MLPs taken from the base model, or with weights between the two. With `substitute`, the site's
+    delta is replaced by the one that `splice.sites.SUBSTITUTES` makes under the condition's name. `targets` are those
+    of the deltas that the condition makes sense for.
     """
 
     name: str
     answers: str
     combine: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     uses_delta: bool = True
-    model: Literal["finetuned", "base", "swapped"] = "finetuned"
+    uses_ground: bool = True
+    model: Literal["finetuned", "base", "swapped", "scaled"] = "finetuned"
     substitute: bool = False
     control: bool = False
+    dosed: bool = False
+    """Measured at every alpha."""
+    targets: tuple[str, ...] = TARGETS
     baseline: str = "raw"
     """The condition that its differences are taken from."""
 
 
-def _raw(y: Tensor, base: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+def _raw(y: Tensor, ground: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
     return y
 
 
-def _base(y: Tensor, base: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
-    return base
+def _ground(y: Tensor, ground: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    return ground
 
 
-def _full(y: Tensor, base: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
-    return base + delta
+def _full(y: Tensor, ground: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    return ground + delta
 
 
-def _zero(y: Tensor, base: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+def _alpha(y: Tensor, ground: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    return ground + alpha * delta
+
+
+def _zero(y: Tensor, ground: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
     return y.new_zeros(y.shape)
+
+
+def _error(y: Tensor, ground: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    return ground + (y - ground)
 
 
 def _control(name: str, answers: str, combine: Callable[..., Tensor], **options: object) -> Condition:
@@ -58,30 +75,43 @@ def _control(name: str, answers: str, combine: Callable[..., Tensor], **options:
 CONDITIONS = {
     condition.name: condition
     for condition in (
-        Condition("no_delta", "base alone", _base, uses_delta=False),
-        Condition("full", "base and delta", _full),
-        Condition("alpha", "dose-response", lambda y, base, delta, alpha: base + alpha * delta),
-        Condition("true_output", "must equal raw exactly", _raw, uses_delta=False),
-        Condition("zero_ablation", "the MLP's share", _zero, uses_delta=False),
+        Condition("no_delta", "the ground alone", _ground, uses_delta=False),
+        Condition("full", "ground and delta", _full),
+        Condition("alpha", "dose-response", _alpha, dosed=True),
+        Condition("true_output", "must equal raw exactly", _raw, uses_delta=False, uses_ground=False),
+        Condition("zero_ablation", "the MLP's share", _zero, uses_delta=False, uses_ground=False),
         _control(
             "base_model_no_delta",
             "what the base's own reconstruction error does, without any finetuning",
-            _base,
+            _ground,
             uses_delta=False,
             model="base",
             baseline="base_model_raw",
+            targets=("residual",),
         ),
         _control(
             "mlp_swap",
-            "what the finetuning of this layer's own MLP carries",
+            "what the finetuning of these MLPs carries",
             _raw,
             uses_delta=False,
+            uses_ground=False,
             model="swapped",
+            targets=("residual",),
+        ),
+        _control(
+            "scaled_weights",
+            "the dense knob: the MLPs' weights between un-finetuned and finetuned",
+            _raw,
+            uses_delta=False,
+            uses_ground=False,
+            model="scaled",
+            dosed=True,
+            targets=("change",),
         ),
         _control("random_delta", "any perturbation of that size", _full, substitute=True),
         _control("shuffled_delta", "a shift that does not depend on the token", _full, substitute=True),
         _control("dense_delta", "a linear map of the same rank", _full, substitute=True),
-        _control("error_term", "must equal raw", lambda y, base, delta, alpha: base + (y - base), uses_delta=False),
+        _control("error_term", "must equal raw", _error, uses_delta=False, targets=("residual",)),
     )
 }
 """Every condition but those of `UNEDITED`."""

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from search_spaces.dimensions import Finite, Range
-from search_spaces.sections import Count, Distinct, Fraction, Layers, Section
+from search_spaces.sections import Count, Distinct, Fraction, LayerSet, Section, Sets
 from search_spaces.training import Activations, Deltas, Lora, Transcoders
 
 
@@ -54,6 +54,14 @@ class Data(Section):
         return self
 
 
+CONTROLS_OF_ONE_TARGET = {
+    "scaled_weights": "change",
+    "mlp_swap": "residual",
+    "base_model_no_delta": "residual",
+    "error_term": "residual",
+}
+
+
 class Evaluate(Section):
     subsets: Annotated[list[Literal["tool", "copy", "tool_ood"]], Field(min_length=1), Distinct] = [
         "tool",
@@ -66,23 +74,35 @@ class Evaluate(Section):
         "full",
     ]
     controls: Annotated[
-        list[Literal["base_model_no_delta", "mlp_swap", "random_delta", "shuffled_delta", "dense_delta", "error_term"]],
+        list[
+            Literal[
+                "random_delta",
+                "scaled_weights",
+                "shuffled_delta",
+                "dense_delta",
+                "mlp_swap",
+                "base_model_no_delta",
+                "error_term",
+            ]
+        ],
         Distinct,
     ] = []
-    """Further conditions, each of which rules out one other explanation; every one costs about as much as an alpha."""
+    """Further conditions, each of which rules out one other explanation; every one costs about as much as an alpha.
+    `scaled_weights` belongs to change deltas, the last three to residual ones."""
     alphas: Annotated[list[Finite], Distinct] = [0.0, 0.25, 0.5, 0.75, 1.0]
-    alpha_layers: Layers = "all"
-    """Layers of the dose-response; `all` is every swept layer."""
-    joint: bool = True
-    """Also splice all swept layers at once."""
+    sets: Sets = [LayerSet(layers="all"), LayerSet(layers="each")]
+    """Sets of layers that are spliced at once, of each target's layers: `all`, `thirds`, `each`, or a list of layers. An
+    entry {layers: each, alphas: []} says its own alphas. A later entry of the same layers wins."""
     features: Annotated[int, Field(ge=0)] = 4
-    """Features of each layer's delta that are ablated one at a time, those of largest estimated effect; with 0 no
-    feature is looked at."""
+    """Features of each layer's residual delta that are ablated one at a time, those of largest estimated effect; with 0
+    no feature is looked at."""
+    curve: bool = True
+    """With change deltas: also keep only the k most effective features of all layers, k = 1, 2, 4 and so on."""
     replicas: Count = 1
     """Seeds of each kept trial whose behaviour is measured, the best first; intervals then cover seeds as well as
     prompts."""
     percentile: Fraction | None = None
-    """Base used for behaviour; null takes the (percentile, d_new) of the lowest mean validation FVU."""
+    """Base used for behaviour; null takes the (percentile, d_new) of the lowest mean validation error."""
     d_new: Count | None = None
     max_new_tokens: Count = 64
     batch_size: Count = 32
@@ -139,8 +159,17 @@ class Sweep(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Sweep:
         bases, evaluate = self.transcoders, self.evaluate
-        if not self.deltas.selections:
+        targets = self.deltas.targets
+        if "residual" in targets and not self.deltas.selections:
             raise ValueError("deltas.percentiles: got [], must hold one at least where deltas.target_l0 is not set")
+        if "change" in targets and bases.convention != "ln2.hook_normalized":
+            raise ValueError(
+                f"transcoders.convention: got {bases.convention}, must be ln2.hook_normalized where deltas.targets holds "
+                "change: a change is a function of what the MLP itself reads"
+            )
+        for control, target in CONTROLS_OF_ONE_TARGET.items():
+            if control in evaluate.controls and target not in targets:
+                raise ValueError(f"evaluate.controls: {control} needs {target} among deltas.targets, got {targets}")
         if self.deltas.objectives != "val_loss" and self.deltas.threshold == "calibrated":
             raise ValueError(
                 "deltas.threshold: got calibrated, must be learned with two objectives: "
@@ -149,17 +178,17 @@ class Sweep(Section):
         if evaluate.replicas > self.deltas.replicas:
             few = f"at most deltas.replicas {self.deltas.replicas}"
             raise ValueError(f"evaluate.replicas: got {evaluate.replicas}, must be {few}")
-        if bases.source == "train":
+        if "residual" in targets and bases.source == "train":
             if not isinstance(bases.width, int):
                 raise ValueError(f"transcoders.width: got {bases.width!r}, must be a whole number for trained bases")
             if (most := max(bases.target_l0)) >= bases.width:
                 raise ValueError(f"transcoders.target_l0: got {most:g}, must be below transcoders.width {bases.width}")
-        if isinstance(bases.layers, list) and isinstance(evaluate.alpha_layers, list):
-            stray = sorted(set(evaluate.alpha_layers) - set(bases.layers))
-            if stray:
-                raise ValueError(
-                    f"evaluate.alpha_layers: got {stray}, must be some of transcoders.layers {bases.layers}"
-                )
+        named = {"change": self.deltas.layers, "residual": bases.layers}
+        lists = [named[target] for target in targets]
+        known = None if "all" in lists else {layer for layers in lists for layer in layers}
+        for one in evaluate.sets if known is not None else ():
+            if isinstance(one.layers, list) and (stray := sorted(set(one.layers) - known)):
+                raise ValueError(f"evaluate.sets: got layer {stray[0]}, the deltas have layers {sorted(known)}")
         for name, section in (("lora", self.lora), ("deltas", self.deltas)):
             ranges = [key for key in type(section.space).model_fields if isinstance(getattr(section.space, key), Range)]
             if section.sampler == "grid" and ranges:

@@ -71,6 +71,7 @@ class Transcoders(Section):
     """What the transcoders read: the residual stream in the middle of the block over its rms, as Gemma Scope's do, or
     over a constant, to read checkpoints that were made so. A file that names its own taps must agree."""
     layers: Layers = "all"
+    """Layers that get base transcoders, and residual deltas on them."""
     width: str | Count = 16384
     """Features of a trained base transcoder, or the width label of a published one (such as 16k)."""
     target_l0: Annotated[list[Positive], Field(min_length=1), Distinct] = [16.0, 32.0, 64.0]
@@ -86,6 +87,11 @@ class DeltaSpace(Section):
 
 
 class Deltas(Section):
+    targets: Annotated[list[Literal["change", "residual"]], Field(min_length=1), Distinct] = ["change"]
+    """What deltas are trained on: `change`, what finetuning changed in the MLP, or `residual`, what a base transcoder
+    leaves of the finetuned MLP (the reference study's way, which needs base transcoders)."""
+    layers: Layers = "all"
+    """Layers of the change deltas; residual deltas have those of the base transcoders."""
     percentiles: Annotated[list[Fraction], Distinct] = [0.25, 0.5, 0.75]
     """Which base of a layer: index min(n - 1, int(n * p)) among its n candidates by ascending L0."""
     target_l0: Positive | None = None
@@ -93,7 +99,7 @@ class Deltas(Section):
     rows have no percentile."""
     d_new: Annotated[list[Count], Field(min_length=1), Distinct] = [32, 64, 128]
     trials: Count = 8
-    """Trials of each (layer, percentile, d_new) group."""
+    """Trials of each group: layer, target, d_new, and base where there is one."""
     replicas: Count = 1
     """Seeds trained side by side in every trial; the trial's value is their mean."""
     epochs: Count = 4
@@ -113,9 +119,10 @@ class Deltas(Section):
     grace_evals: Count = 2
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     sampler: Sampler = "tpe"
-    objectives: Literal["val_loss", "val_fvu, val_l0_delta"] = "val_loss"
-    """What a study minimises. With two objectives no trial is stopped early, the report marks the Pareto front, and the
-    delta that is kept is still the one of lowest val_loss."""
+    objectives: Literal["val_loss", "val_error, val_l0_delta"] = "val_loss"
+    """What a study minimises; `val_error` is `val_unexplained` of change deltas, `val_fvu` of residual ones. With two
+    objectives no trial is stopped early, the report marks the Pareto front, and the delta that is kept is still the one
+    of lowest val_loss."""
     warm_start: str | None = None
     """An earlier sweep in the same Optuna storage, the best values of whose studies are tried first."""
     space: DeltaSpace = DeltaSpace()

@@ -27,14 +27,14 @@ INNER = {
     "jobs/study": {"jobs.study", "jobs.search", "jobs.tracking", "jobs.cluster", *GROUND},
     "jobs/commands": {"jobs.commands", "jobs.study", "jobs.tracking", "jobs.cluster", *GROUND},
     "evaluators/splice": {"evaluators.splice", "evaluators.conditions"},
-    "evaluators/tables": {"evaluators.tables", "evaluators.conditions"},
+    "evaluators/tables": {"evaluators.tables", "evaluators.conditions", "evaluators.layer_sets"},
     "evaluators/measures": {
         "evaluators.measures",
         "evaluators.splice",
         "evaluators.tables",
         "evaluators.conditions",
     },
-    "evaluators/report": {"evaluators.report", "evaluators.tables"},
+    "evaluators/report": {"evaluators.report", "evaluators.tables", "evaluators.layer_sets"},
 }
 ONLY_IN = {
     "mlflow": {"jobs/tracking"},

@@ -32,7 +32,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 def shard_tokens(path: Path) -> int:
     """How many tokens a shard holds, read from its header alone."""
     with safe_open(path, framework="pt") as file:
-        return file.get_slice(next(iter(file.keys()))).get_shape()[0]
+        return file.get_slice("x").get_shape()[0]
 
 
 def write_index(folder: Path, shards: list[dict[str, Any]], facts: dict[str, Any]) -> None:

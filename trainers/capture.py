@@ -1,20 +1,22 @@
 """Activation capture: one pass of a model over texts, every swept layer at once, streamed to disk.
 
-In: a TransformerBridge and token sequences. Out: `FOLDER/layer_LL/shard_*.safetensors` with `x` and `y` of every token
-but BOS and padding. Memory holds one shard; an interrupted capture goes on from its last shard.
+In: a TransformerBridge, token sequences, and which columns are wanted of which layer. Out:
+`FOLDER/layer_LL/shard_*.safetensors` with `x`, `y` or `change` of every token but BOS and padding. Memory holds one
+shard; an interrupted capture goes on from its last shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from data.encoding import by_length, pad_left
+from models.blocks import BlockPath
 from models.bridge import device_of, read_input, tap_names
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps
 from trainers.activations import shard_tokens, write_index, write_shard
@@ -32,6 +34,16 @@ class _LastTap(Exception):
 def layer_folder(folder: Path, layer: int) -> Path:
     """Where a capture under `folder` keeps a layer."""
     return folder / f"layer_{layer:02d}"
+
+
+class Columns(NamedTuple):
+    """What is kept of a layer beside its input x: its output y, and the change c = y - y_un(x), where `unfinetuned` is
+    the un-finetuned block's own path, in fp32 (with `finetuned` the y in it is that path's, where the model itself runs
+    in less than fp32)."""
+
+    y: bool = True
+    unfinetuned: BlockPath | None = None
+    finetuned: BlockPath | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class Plan:
 def capture(
     bridge: TransformerBridge,
     plan: Plan,
-    layers: Sequence[int],
+    layers: Mapping[int, Columns],
     folder: Path,
     *,
     taps: Taps = GEMMA_SCOPE_TAPS,
@@ -83,28 +95,29 @@ def capture(
     for number in range(len(plan.shards)):
         capture_shard(bridge, plan, number, layers, folder, taps)
         report(number + 1, len(plan.shards))
-    finish_capture(plan, layers, folder, taps)
+    finish_capture(plan, list(layers), folder, taps)
 
 
 def capture_shard(
     bridge: TransformerBridge,
     plan: Plan,
     number: int,
-    layers: Sequence[int],
+    layers: Mapping[int, Columns],
     folder: Path,
     taps: Taps = GEMMA_SCOPE_TAPS,
 ) -> None:
     """Writes one shard of the bf16 activations of `layers`, unless all of it is there."""
     if all((layer_folder(folder, layer) / _shard_name(number)).is_file() for layer in layers):
         return
-    held: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+    held: dict[int, list[dict[str, Tensor]]] = {layer: [] for layer in layers}
     for batch in plan.shards[number]:
         rows = [plan.sequences[i] for i in batch]
-        for layer, pair in capture_batch(bridge, rows, layers, taps).items():
-            held[layer].append(pair)
-    for layer, pairs in held.items():
-        x, y = (torch.cat(column) for column in zip(*pairs, strict=True))
-        write_shard(layer_folder(folder, layer) / _shard_name(number), {"x": x, "y": y})
+        for layer, columns in capture_batch(bridge, rows, layers, taps).items():
+            held[layer].append(columns)
+    for layer, parts in held.items():
+        whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if not name.startswith("sum")}
+        sums = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0] if name.startswith("sum")}
+        write_shard(layer_folder(folder, layer) / _shard_name(number), whole | sums)
 
 
 def finish_capture(plan: Plan, layers: Sequence[int], folder: Path, taps: Taps = GEMMA_SCOPE_TAPS) -> None:
@@ -130,24 +143,34 @@ def _shard_name(number: int) -> str:
 
 @torch.inference_mode()
 def capture_batch(
-    bridge: TransformerBridge, rows: Sequences, layers: Sequence[int], taps: Taps = GEMMA_SCOPE_TAPS
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """For each layer `x` and `y`, (tokens, d_model) bf16 on the CPU, row by row, without BOS and padding."""
+    bridge: TransformerBridge, rows: Sequences, layers: Mapping[int, Columns], taps: Taps = GEMMA_SCOPE_TAPS
+) -> dict[int, dict[str, Tensor]]:
+    """For each layer its columns, (tokens, d_model) bf16 on the CPU, row by row, without BOS and padding.
+
+    Beside `change` also `sum` and `sum_of_squares`, (d_model,) fp64, of y, from which follows its variance.
+    """
     model: Any = bridge.original_model
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     kept = batch.editable
-    seen: dict[tuple[int, int], Tensor] = {}
+    inputs: dict[int, Tensor] = {}
+    found: dict[int, dict[str, Tensor]] = {}
 
-    def reader(layer: int, column: int):
+    def reader(layer: int):
         def read(activation: Tensor, hook: object) -> None:
-            chosen = activation[kept]
-            seen[layer, column] = (chosen if column else read_input(taps, chosen)).to("cpu", torch.bfloat16)
-            if (layer, column) == (max(layers), 1):
-                raise _LastTap
+            inputs[layer] = read_input(taps, activation[kept])
 
         return read
 
-    hooks = [(name, reader(layer, i)) for layer in layers for i, name in enumerate(tap_names(taps, layer))]
+    def writer(layer: int):
+        def write(activation: Tensor, hook: object) -> None:
+            found[layer] = _columns(layers[layer], inputs.pop(layer), activation[kept])
+            if layer == max(layers):
+                raise _LastTap
+
+        return write
+
+    names = {layer: tap_names(taps, layer) for layer in layers}
+    hooks = [(name, make(layer)) for layer in layers for name, make in zip(names[layer], (reader, writer), strict=True)]
     try:
         with bridge.hooks(fwd_hooks=hooks):
             model.base_model(
@@ -158,4 +181,15 @@ def capture_batch(
             )
     except _LastTap:
         pass
-    return {layer: (seen[layer, 0], seen[layer, 1]) for layer in layers}
+    return found
+
+
+def _columns(wanted: Columns, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """x and y (tokens, d_model) as they are kept."""
+    kept = {"x": x} | ({"y": y} if wanted.y else {})
+    sums = {}
+    if wanted.unfinetuned is not None:
+        finetuned = y if wanted.finetuned is None else wanted.finetuned(x)
+        kept["change"] = finetuned.float() - wanted.unfinetuned(x).float()
+        sums = {"sum": y.double().sum(0).cpu(), "sum_of_squares": y.double().pow(2).sum(0).cpu()}
+    return {name: tensor.to("cpu", torch.bfloat16) for name, tensor in kept.items()} | sums

@@ -1,33 +1,57 @@
 """What a delta is trained on and held against: pairs of one layer, and the figures of a delta on the held-out ones.
 
-In: activations of a layer and a base transcoder. Out: residuals, their unit, and validation figures.
+In: activations of a layer. Out: what a delta is to explain there, its unit, and validation figures.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder
-from trainers.activations import Pairs
+from trainers.activations import Pairs, read_pairs
 from trainers.base_transcoder import output_scale
 
 
 class DeltaData(NamedTuple):
-    """What every trial of a (layer, base) shares.
+    """What every trial of a layer and target shares.
 
-    train and validation: Pairs of (x, residual). variance: mean over dimensions of the variance of y on validation
-    tokens. val_fvu_base: share of it that the base alone leaves. layer and taps: where x and y are read.
+    train and validation: Pairs of x and what the delta is to explain: the residual y - base(x) that a base transcoder
+    leaves, or the change y - y_un(x) that finetuning made. unit: the mean square a dimension that errors are measured
+    in on validation tokens: the variance of y for a residual, the mean square of the change itself for a change. alone:
+    the error without a delta in that unit: the base's FVU, and 1. change_share: the change's mean square over the
+    variance of y, where it is known. layer and taps: where x and y are read.
     """
 
     train: Pairs
     validation: Pairs
-    variance: float
-    val_fvu_base: float
+    unit: float
+    alone: float
     layer: int
+    target: Literal["change", "residual"] = "residual"
+    change_share: float | None = None
     taps: Taps = GEMMA_SCOPE_TAPS
+
+    @property
+    def error_name(self) -> str:
+        """What the part that a delta leaves is called: FVU is a share of y's variance, unexplained one of the
+        change."""
+        return "val_unexplained" if self.target == "change" else "val_fvu"
+
+
+def read_change(activations: Path, layer: int, taps: Taps) -> DeltaData:
+    """The (x, change) pairs of a layer, captured under `activations`, memory-mapped."""
+    folders = {split: activations / split / f"layer_{layer:02d}" for split in ("train", "validation")}
+    train, validation = (read_pairs(folders[split], ("x", "change")) for split in ("train", "validation"))
+    squares = sum(change.float().pow(2).sum(dtype=torch.float64).item() for _, change in validation.shards)
+    unit = squares / (validation.tokens * validation.shards[0][1].shape[1])
+    totals = read_pairs(folders["validation"], ("sum", "sum_of_squares")).shards
+    mean, square = (torch.stack(column).sum(0) / validation.tokens for column in zip(*totals, strict=True))
+    share = unit / (square - mean.pow(2)).mean().item()
+    return DeltaData(train, validation, unit, 1.0, layer, "change", share, taps)
 
 
 @torch.no_grad()
@@ -48,42 +72,43 @@ def output_variance(pairs: Pairs) -> float:
 
 @torch.no_grad()
 def validate(deltas: list[Transcoder], data: DeltaData, l0_budget: float, batch_size: int = 8192) -> dict[str, Any]:
-    """Validation figures; `val_loss = val_fvu + max(0, val_l0_delta / l0_budget - 1)`, means over replicas.
+    """Validation figures, means over replicas; `val_loss = error + max(0, val_l0_delta / l0_budget - 1)`.
 
-    `val_cos` and `val_l2_ratio` compare delta(x) with the residual it is to explain.
+    The error is `val_fvu` of a residual delta (beside `val_fvu_base`) and `val_unexplained` of a change delta (beside
+    `change_share`). `val_cos` and `val_l2_ratio` compare delta(x) with what it is to explain.
     """
     device = deltas[0].W_enc.device
     tokens = data.validation.tokens
-    fvu, l0, dead, cosines, ratios = [], [], [], [], []
+    left_over, l0, dead, cosines, ratios = [], [], [], [], []
     for delta in deltas:
         error = active = cosine = ratio = 0.0
         fired = torch.zeros(delta.d_sae, dtype=torch.bool, device=device)
-        for x, residual in data.validation.in_order(batch_size):
-            residual = residual.to(device, torch.float32)
+        for x, target in data.validation.in_order(batch_size):
+            target = target.to(device, torch.float32)
             acts = delta.encode(x.to(device, torch.float32))
             output = delta.decode(acts)
-            left = output - residual
+            left = output - target
             error += left.pow(2).sum(dtype=torch.float64).item()
             active += (acts > 0).sum().item()
             fired |= (acts > 0).any(0)
-            cosine += torch.cosine_similarity(output, residual, dim=1).sum().item()
-            ratio += (left.norm(dim=1) / residual.norm(dim=1).clamp(min=1e-12)).sum().item()
-        fvu.append(error / (tokens * delta.d_model * data.variance))
+            cosine += torch.cosine_similarity(output, target, dim=1).sum().item()
+            ratio += (left.norm(dim=1) / target.norm(dim=1).clamp(min=1e-12)).sum().item()
+        left_over.append(error / (tokens * delta.d_model * data.unit))
         l0.append(active / tokens)
         dead.append(1.0 - fired.float().mean().item())
         cosines.append(cosine / tokens)
         ratios.append(ratio / tokens)
-    losses = [one + max(0.0, other / l0_budget - 1) for one, other in zip(fvu, l0, strict=True)]
+    losses = [one + max(0.0, other / l0_budget - 1) for one, other in zip(left_over, l0, strict=True)]
     return {
         "val_loss": _mean(losses),
-        "val_fvu": _mean(fvu),
-        "val_fvu_base": data.val_fvu_base,
+        data.error_name: _mean(left_over),
+        **({"val_fvu_base": data.alone} if data.target == "residual" else {"change_share": data.change_share}),
         "val_l0_delta": _mean(l0),
         "dead_fraction": _mean(dead),
         "val_cos": _mean(cosines),
         "val_l2_ratio": _mean(ratios),
         "val_loss_replicas": losses,
-        "val_fvu_replicas": fvu,
+        f"{data.error_name}_replicas": left_over,
         "val_l0_delta_replicas": l0,
     }
 

@@ -1,8 +1,8 @@
 """Delta transcoders: a few new sparse features that explain what finetuning changed in one layer's MLP.
 
-In: (x, residual) pairs, where residual = y_finetuned - base(x) is computed once for a (layer, base), and settings. Out:
-for each seed one JumpReLU transcoder without decoder bias, and its validation figures. Several seeds (`replicas`) train
-side by side on the same batches.
+In: pairs of x and what is to be explained, computed once for a layer (and base), and settings. Out: for each seed one
+JumpReLU transcoder without decoder bias, and its validation figures. Several seeds (`replicas`) train side by side on
+the same batches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec")
 CALIBRATED = 0.95
 """Share of the L0 budget that calibrated thresholds aim at, so that validation tokens stay within it."""
 DIVERGED = 10.0
-"""A validation FVU this many times that of the base alone ends the run."""
+"""A validation error this many times that without a delta ends the run."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,9 @@ def train_delta(
 ) -> TrainedDelta:
     """Trains `settings.replicas` deltas; reports figures after each validation; returns the best validation's.
 
-    The loss of a replica is `mean((delta(x) - r)^2) / var(y) + sparsity * mean_tokens(sum_i acts_i |W_dec_i|)`, with
-    W_dec in units of the standard deviation of y, so that `lr` and `sparsity` mean the same on every layer. A replica
+    The loss of a replica is `mean((delta(x) - r)^2) / unit + sparsity * mean_tokens(sum_i acts_i |W_dec_i|)`, r being
+    the residual or the change and W_dec in units of `sqrt(unit)`, so that `lr` and `sparsity` mean the same on every
+    layer. A replica
     trains as it would alone: only early stopping and the choice of the best validation look at the replicas' mean.
 
     With a `keeper` a run that was interrupted goes on from its last checkpoint: it reports again what it had reported,
@@ -119,7 +120,7 @@ class _Run:
 
     def __init__(self, data: DeltaData, settings: DeltaSettings, device: str) -> None:
         self.data, self.settings, self.device = data, settings, device
-        self.deviation = math.sqrt(data.variance)
+        self.deviation = math.sqrt(data.unit)
         self.model = StackedDeltas(
             *starting_sample(data.train, device),
             replicas=settings.replicas,
@@ -196,7 +197,7 @@ class _Run:
             "step": self.at,
             "tokens": self.tokens,
         }
-        _check_sane(figures, self.settings)
+        _check_sane(figures, self.data, self.settings)
         self.waited += 1
         if self.best is None or figures["val_loss"] < self.best.figures["val_loss"]:
             self.best, self.waited = TrainedDelta(deltas, figures), 0
@@ -241,11 +242,12 @@ class _Run:
         return {**asdict(self.settings), "layer": self.data.layer, "tokens": self.data.train.tokens}
 
 
-def _check_sane(figures: dict[str, Any], settings: DeltaSettings) -> None:
-    if not figures["val_fvu"] <= DIVERGED * figures["val_fvu_base"]:  # also true of NaN
+def _check_sane(figures: dict[str, Any], data: DeltaData, settings: DeltaSettings) -> None:
+    name = data.error_name
+    if not figures[name] <= DIVERGED * data.alone:  # also true of NaN
         raise DivergedError(
-            f"val_fvu is {figures['val_fvu']:.3g} at step {figures['step']}, against {figures['val_fvu_base']:.3g} of "
-            f"the base alone (lr {settings.lr:.2g}, sparsity {settings.sparsity:.2g})"
+            f"{name} is {figures[name]:.3g} at step {figures['step']}, against {data.alone:.3g} without a delta "
+            f"(lr {settings.lr:.2g}, sparsity {settings.sparsity:.2g})"
         )
 
 

@@ -64,7 +64,7 @@ def evaluate_features(
     """
     if site.delta is None:
         raise ValueError(f"layer {site.layer} has no delta whose features could be read")
-    passes = replace(passes, prefixes=passes.with_prefixes(site.layer, site.base.taps))
+    passes = replace(passes, prefixes=passes.with_prefixes(site.layer, site.taps))
     bridge = passes.bridge
     texts = _texts(passes, site, site.delta, rows)
     attribution = _attribution(passes, site, site.delta, texts)
@@ -88,13 +88,13 @@ def evaluate_features(
 
 def _texts(passes: Passes, site: Site, delta: Transcoder, rows: Sequence[Row]) -> list[Text]:
     encoded = [encode_row(passes.bridge.tokenizer, row.input, row.target) for row in rows]
-    found = passes.with_prefixes(site.layer, site.base.taps).get(site.layer, [row.ids for row in encoded])
+    found = passes.with_prefixes(site.layer, site.taps).get(site.layer, [row.ids for row in encoded])
     seen: dict[str, int] = {}
     texts = []
     for row, tokens, prefix in zip(rows, encoded, found, strict=True):
         index = seen.get(row.label, 0)
         seen[row.label] = index + 1
-        texts.append(Text(row.label, index, tokens, delta.encode(read_input(site.base.taps, prefix.x[1:]))))
+        texts.append(Text(row.label, index, tokens, delta.encode(read_input(site.taps, prefix.x[1:]))))
     return texts
 
 
@@ -125,7 +125,7 @@ def _contexts(bridge: TransformerBridge, texts: Sequence[Text], feature: int) ->
 
 def _attribution(passes: Passes, site: Site, delta: Transcoder, texts: Sequence[Text]) -> Tensor:
     """(d_new,) nats a target token that ablating each feature would add: minus its activation times the gradient."""
-    bridge, prefixes = passes.bridge, passes.with_prefixes(site.layer, site.base.taps)
+    bridge, prefixes = passes.bridge, passes.with_prefixes(site.layer, site.taps)
     total = torch.zeros(delta.d_sae)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].encoded.ids))
     for start in range(0, len(order), passes.batch_size):
@@ -194,8 +194,8 @@ def _ablate(
     outputs = generate(passes, edit, full, scored, stop)
     written = [[*text.encoded.prompt, *output] for text, output in zip(texts, outputs, strict=True)]
     assert site.delta is not None
-    read = passes.with_prefixes(site.layer, site.base.taps).get(site.layer, written)
-    fired = [(site.delta.encode(read_input(site.base.taps, one.x[1:])) > 0).any(0) for one in read]
+    read = passes.with_prefixes(site.layer, site.taps).get(site.layer, written)
+    fired = [(site.delta.encode(read_input(site.taps, one.x[1:])) > 0).any(0) for one in read]
     # Where a feature fires neither on the target's text nor on the output's, nothing changes.
     pairs = [
         (feature, number)

@@ -93,7 +93,7 @@ def _features(bridge: TransformerBridge, encoded: Encoded, sites: Sequence[Site]
         return read
 
     with bridge.hooks(
-        fwd_hooks=[(tap_names(site.base.taps, site.layer)[0], reader(site.layer, site.base.taps)) for site in sites]
+        fwd_hooks=[(tap_names(site.taps, site.layer)[0], reader(site.layer, site.taps)) for site in sites]
     ):
         forward(bridge, batch, 1)
     tokens = [bridge.tokenizer.decode([index]) for index in encoded.ids]

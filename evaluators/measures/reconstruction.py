@@ -37,11 +37,11 @@ def text_cross_entropy(passes: Passes, edit: Edit, rows: Sequence[Row]) -> tuple
 @torch.inference_mode()
 def site_activations(passes: Passes, site: Site, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """(tokens, d_model) what the site's transcoders read, and its MLP's output, in the raw model; without BOS."""
-    prefixes = passes.with_prefixes(site.layer, site.base.taps)
+    prefixes = passes.with_prefixes(site.layer, site.taps)
     encoded = [encode_row(passes.bridge.tokenizer, row.input, row.target).ids for row in rows]
     found = prefixes.get(site.layer, encoded)
     x, y = (torch.cat([prefix[column][1:] for prefix in found]) for column in (0, 1))
-    return read_input(site.base.taps, x), y
+    return read_input(site.taps, x), y
 
 
 @torch.inference_mode()
@@ -57,7 +57,7 @@ def evaluate_reconstruction(
     layer = sites[0].layer
     if any(site.layer != layer for site in sites):
         raise ValueError(f"reconstruction: the sites must be of one layer, got {[site.layer for site in sites]}")
-    passes = replace(passes, prefixes=passes.with_prefixes(layer, sites[0].base.taps))
+    passes = replace(passes, prefixes=passes.with_prefixes(layer, sites[0].taps))
 
     def cross_entropy(site: Site, condition: str) -> float:
         return text_cross_entropy(passes, Edit((site,), condition), rows)[0]

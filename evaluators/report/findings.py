@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from evaluators.tables.pooling import NO_LAYER, RATES, layer_order, subset_order
+from evaluators.tables.pooling import RATES, subset_order
+from evaluators.layer_sets import is_set, NO_LAYER, layer_order
 from evaluators.tables.statistics import Estimate
 
 NATS = "nats per token"
@@ -128,7 +129,7 @@ def layer_findings(
     for layer, percentile in sorted(unique, key=lambda place: (layer_order(place[0]), place[1] or 0.0)):
         tables = [_at(table, layer, percentile) for table in (spliced, contrast, dose, statistics)]
         subsets = {subset for table in tables if len(table) for subset in table["subset"]}
-        title = f"Layer {layer}" if "+" not in layer else f"Layers {layer} at once"
+        title = f"Layer {layer}" if not is_set(layer) else f"Layers {layer} at once"
         found.append(
             Findings(
                 title + ("" if percentile is None else f", base percentile {percentile:g}"),
@@ -185,7 +186,7 @@ def _counted(rows: pd.DataFrame, column: str, unit: str) -> list[str]:
     sentences = []
     for subset in sorted(rows["subset"].unique(), key=subset_order) if len(rows) else []:
         here = _of(rows, subset)
-        is_set = here["layer"].str.contains("+", regex=False)
+        is_set = here["layer"].map(is_set)
         single = [(_place(row, rows), estimate(row, column)) for _, row in here[~is_set].iterrows()]
         parts = _single_layers([pair for pair in single if not math.isnan(pair[1].low)], unit)
         for _, row in here[is_set].iterrows():

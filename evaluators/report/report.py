@@ -16,7 +16,8 @@ from evaluators.report.feature_section import features_section
 from evaluators.report.findings import number, with_interval
 from evaluators.report.page import Block, Gallery, Picture, render
 from evaluators.tables import tables
-from evaluators.tables.pooling import NO_LAYER, RATES, Cell, subset_order
+from evaluators.tables.pooling import RATES, Cell, subset_order
+from evaluators.layer_sets import NO_LAYER
 
 Rows: TypeAlias = pd.DataFrame | Sequence[dict[str, Any]]
 

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from evaluators.report import figures, findings
 from evaluators.report.page import Block, Gallery, Picture, Section, Sentences, Table, table_block
-from evaluators.tables.pooling import NO_LAYER, RATES, condition_order, layer_label, layer_order, subset_order
+from evaluators.tables.pooling import RATES, condition_order, subset_order
+from evaluators.layer_sets import is_set, NO_LAYER, layer_label, layer_order
 from evaluators.tables.tables import RECONSTRUCTION_COLUMNS, SUMMARY_METRICS, Results
 
 GENERATIONS_SHOWN = 3  # raw examples a subset, and changed examples a subset
@@ -185,7 +186,7 @@ def conditions_section(results: Results, *, seed: int) -> Section | None:
     if table.empty:
         return None
     spliced = table[table["layer"] != NO_LAYER]
-    is_set = spliced["layer"].str.contains("+", regex=False)
+    is_set = spliced["layer"].map(is_set)
     blocks: list[Block] = []
     help = "Points above 0 predict the target worse than raw; a bar that crosses 0 is compatible with no difference."
     for name, rows, title in (
@@ -232,7 +233,7 @@ def dose_section(results: Results, *, seed: int) -> Section | None:
                 if name in several
             ]
             title = ", ".join([f"Layer {layer}", *which])
-            label = layer if "+" in layer else f"{int(layer):02d}"
+            label = layer if is_set(layer) else f"{int(layer):02d}"
             name = "_".join(["dose_response_layer", label, *(text.replace(" ", "_") for text in which)])
             blocks.append(_picture(name, figures.dose_response(rows, seed=seed), title, help))
     columns = {"layer": "layer", "percentile": "percentile", "d_new": "d_new", "subset": "subset", "metric": "metric"}

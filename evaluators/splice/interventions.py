@@ -1,7 +1,7 @@
 """Interventions: the hooks that replace a layer's MLP output.
 
-In: a TransformerBridge and an `Edit`: sites (layer, base, delta) and a condition's name. Out: a context in which every
-forward pass of the model is edited, prompt and generated tokens alike, BOS and padding never.
+In: a TransformerBridge and an `Edit`: sites (layer, ground, delta) and a condition's name. Out: a context in which
+every forward pass of the model is edited, prompt and generated tokens alike; deltas never on BOS and padding.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from evaluators.conditions import CONDITIONS, Condition
 from evaluators.splice.passes import Prefix
 from evaluators.splice.sites import Site
+from models.blocks import exchanged
 from models.bridge import read_input, tap_names
 from models.errors import ModelError
 from models.transcoder import check_fits
@@ -35,10 +36,10 @@ class Edit:
 
 
 class Outputs(NamedTuple):
-    """What a site's transcoders make of some tokens: outputs (tokens, d_model), sums of |activation| (tokens,), and the
-    delta's activations (tokens, d_new)."""
+    """What a site makes of some tokens: outputs of ground and delta (tokens, d_model), sums of |activation| (tokens,),
+    and the delta's activations (tokens, d_new)."""
 
-    base: Tensor
+    ground: Tensor
     delta: Tensor
     base_acts: Tensor
     delta_acts: Tensor
@@ -48,94 +49,131 @@ class Outputs(NamedTuple):
         return Outputs(*(column[tokens] for column in self))
 
 
+class RowEdits(NamedTuple):
+    """What differs between the rows of a batch beside their strength.
+
+    `numbers` (batch, chunk): the tokens' numbers in the text, for sites with a pool (0 where not given). `ablated`
+    (batch,): the delta feature that each row lacks, or -1. `kept` (batch,): how many of all sites' features each row
+    keeps, by rank, or -1.
+    """
+
+    numbers: Tensor | None = None
+    ablated: Tensor | None = None
+    kept: Tensor | None = None
+
+
+NO_ROW_EDITS = RowEdits()
+
+
 class Splice:
     """The state of an edit while it is active.
 
     Before each forward pass the caller says with `reset` which tokens are replaced and how strong each row's delta is.
     With `record`, `base_acts` and `delta_acts` (batch,) are then the sums of |activation| over those tokens and all
-    sites.
+    sites. `gates` by layer (d_new,) multiply the activations of a delta's features: what a gradient is taken of.
     """
 
     def __init__(self, sites: Sequence[Site], condition: Condition, record: bool) -> None:
         self.sites, self.condition, self.record = sorted(sites, key=lambda site: site.layer), condition, record
+        self.gates: dict[int, Tensor] = {}
         self._inputs: dict[int, Tensor] = {}
 
-    def reset(
-        self, editable: Tensor, alpha: Tensor, numbers: Tensor | None = None, ablated: Tensor | None = None
-    ) -> None:
+    def reset(self, editable: Tensor, alpha: Tensor, rows: RowEdits = NO_ROW_EDITS) -> None:
         """Prepares for a forward pass over a chunk: `editable` (batch, chunk) is True where a token is replaced,
-        `alpha` (batch,) is the strength of each row, `numbers` (batch, chunk) are the tokens' numbers in the text (0
-        where not given), for sites with a pool, and `ablated` (batch,) is the delta feature that each row lacks, or
-        -1."""
+        `alpha` (batch,) is the strength of each row, and `rows` is what else differs between rows."""
         self._where = editable.nonzero(as_tuple=True)
-        self._numbers = torch.zeros_like(self._where[0]) if numbers is None else numbers[self._where]
-        self._alpha = alpha[self._where[0]].unsqueeze(1)
-        self._ablated = None if ablated is None or (ablated < 0).all() else ablated[self._where[0]]
+        lines = self._where[0]
+        self._alpha = alpha[lines].unsqueeze(1)
+        self._numbers = torch.zeros_like(lines) if rows.numbers is None else rows.numbers[self._where]
+        self._ablated = None if rows.ablated is None or (rows.ablated < 0).all() else rows.ablated[lines]
+        self._kept = None if rows.kept is None or (rows.kept < 0).all() else rows.kept[lines]
         self.base_acts = torch.zeros(len(editable), device=editable.device)
         self.delta_acts = torch.zeros(len(editable), device=editable.device)
 
     def start(self, prefixes: Sequence[Prefix], rows: Sequence[int], length: int) -> Tensor:
         """The residual streams (batch, length, d_model), left-padded, that leave the first site's layer.
 
-        Row i of the batch that `reset` was told is the text of `prefixes[rows[i]]`: its transcoders are evaluated once
-        a text, whatever the number of strengths.
+        Row i of the batch that `reset` was told is the text of `prefixes[rows[i]]`: its site is evaluated once a text,
+        whatever the number of strengths.
         """
         site, device = self.sites[0], self._alpha.device
-        texts = [len(prefix.x) - 1 for prefix in prefixes]  # all but BOS
-        x, y = (torch.cat([prefix[column][1:] for prefix in prefixes]) for column in (0, 1))
-        numbers = torch.arange(len(x)).split(texts)
-        tokens = torch.cat([numbers[row] for row in rows]).to(device)
-        outputs = self._of_row(site, self._outputs(site, read_input(site.base.taps, x)).take(tokens))
+        lengths = [len(prefix.x) for prefix in prefixes]
+        x, y = (torch.cat([prefix[column] for prefix in prefixes]) for column in (0, 1))
+        x = read_input(site.taps, x)
         streams = [prefix.output for prefix in prefixes]
+        if site.path is not None and self.condition.uses_ground:
+            ground = site.path(x)
+            # The block adds the MLP's output to the stream, so that an edit is the difference of two outputs.
+            moved = torch.cat(streams).float() + (ground.float() - y.float())
+            streams, y = list(moved.to(y.dtype).split(lengths)), ground
         residual = streams[0].new_zeros(len(rows), length, streams[0].shape[1])
         for place, row in enumerate(rows):
             residual[place, length - len(streams[row]) :] = streams[row]
+        after_bos = torch.cat([torch.arange(1, count) + sum(lengths[:i]) for i, count in enumerate(lengths)]).to(device)
+        x, y = x[after_bos], y[after_bos]
+        numbers = torch.arange(len(x)).split([count - 1 for count in lengths])
+        tokens = torch.cat([numbers[row] for row in rows]).to(device)
+        outputs = self._of_row(site, self._outputs(site, x, y).take(tokens))
         y = y[tokens]
-        # The block adds the MLP's output to the stream, so that the edit is the difference of two outputs.
         change = self._replaced(y, outputs) - y.float()
         residual[self._where] = (residual[self._where].float() + change).to(residual.dtype)
         return residual
 
     def hooks(self, sites: Sequence[Site]) -> list[tuple[str, Callable]]:
-        """(hook name, function) pairs that make the edit at `sites`."""
+        """(hook name, function) pairs that make the edit at `sites`; none where exchanged weights are all of it."""
         pairs: list[tuple[str, Callable]] = []
         for site in sites:
-            read, write = tap_names(site.base.taps, site.layer)
+            if site.path is not None and self.condition.uses_ground and not self.condition.uses_delta:
+                continue
+            read, write = tap_names(site.taps, site.layer)
             pairs += [(read, self._reader(site)), (write, self._writer(site))]
         return pairs
 
     def _reader(self, site: Site) -> Callable:
         def read(x: Tensor, hook: object) -> None:
-            self._inputs[site.layer] = read_input(site.base.taps, x)
+            self._inputs[site.layer] = read_input(site.taps, x)
 
         return read
 
     def _writer(self, site: Site) -> Callable:
         def write(y: Tensor, hook: object) -> Tensor:
-            outputs = self._of_row(site, self._outputs(site, self._inputs.pop(site.layer)[self._where]))
+            x, here = self._inputs.pop(site.layer)[self._where], y[self._where]
+            outputs = self._of_row(site, self._outputs(site, x, here))
             edited = y.clone()
-            edited[self._where] = self._replaced(y[self._where], outputs).to(y.dtype)
+            edited[self._where] = self._replaced(here, outputs).to(y.dtype)
             return edited
 
         return write
 
-    def _outputs(self, site: Site, x: Tensor) -> Outputs:
-        base_acts = site.base.encode(x)
-        base = site.base.decode(base_acts)
+    def _outputs(self, site: Site, x: Tensor, y: Tensor) -> Outputs:
+        """At tokens (tokens, d_model); where the ground is a path, `y` is its output already."""
+        if site.base is None:
+            ground, ground_acts = y.float(), y.new_zeros(len(y), dtype=torch.float32)
+        else:
+            acts = site.base.encode(x)
+            ground, ground_acts = site.base.decode(acts), acts.abs().sum(1)
         if site.delta is None or not self.condition.uses_delta:
-            nothing = torch.zeros_like(base)
-            return Outputs(base, nothing, base_acts.abs().sum(1), nothing[:, 0], nothing[:, :0])
+            nothing = torch.zeros_like(ground)
+            return Outputs(ground, nothing, ground_acts, nothing[:, 0], nothing[:, :0])
         delta_acts = site.delta.encode(x)
-        delta = site.delta.decode(delta_acts)
-        return Outputs(base, delta, base_acts.abs().sum(1), delta_acts.abs().sum(1), delta_acts)
+        if site.layer in self.gates:
+            delta_acts = delta_acts * self.gates[site.layer]
+        return Outputs(ground, site.delta.decode(delta_acts), ground_acts, delta_acts.abs().sum(1), delta_acts)
 
     def _of_row(self, site: Site, outputs: Outputs) -> Outputs:
-        """The same with what differs between rows: the delta's output from the site's pool, or without a feature."""
+        """The same with what differs between rows: the delta's output from the site's pool, without a feature, or with
+        the first features alone."""
         if not self.condition.uses_delta:
             return outputs
         if site.pool is not None:
             return outputs._replace(delta=site.pool[self._numbers % len(site.pool)])
-        if self._ablated is None or site.delta is None:
+        if site.delta is None or (self._ablated is None and self._kept is None):
+            return outputs
+        if self._kept is not None:
+            assert site.ranks is not None
+            acts = outputs.features * (site.ranks < self._kept.unsqueeze(1))
+            outputs = outputs._replace(delta=site.delta.decode(acts), delta_acts=acts.abs().sum(1), features=acts)
+        if self._ablated is None:
             return outputs
         feature = self._ablated.clamp(min=0)
         strength = outputs.features.gather(1, feature.unsqueeze(1)) * (self._ablated >= 0).unsqueeze(1)
@@ -147,7 +185,7 @@ class Splice:
         if self.record:
             self.base_acts.index_add_(0, self._where[0], outputs.base_acts)
             self.delta_acts.index_add_(0, self._where[0], outputs.delta_acts)
-        return self.condition.combine(y.float(), outputs.base, outputs.delta, self._alpha)
+        return self.condition.combine(y.float(), outputs.ground, outputs.delta, self._alpha)
 
 
 @contextmanager
@@ -156,6 +194,7 @@ def spliced(
 ) -> Iterator[Splice]:
     """Makes the edit in every forward pass of `bridge.original_model` inside the `with`.
 
+    Where the ground is the un-finetuned path, the model runs with its weights, BOS included, and the delta is added.
     With `above_first` the edit of the lowest site is left to `Splice.start`, for passes that begin above its layer.
 
     Raises ModelError where a transcoder does not fit the model, ValueError where the condition is unknown or lacks what
@@ -166,7 +205,9 @@ def spliced(
         return
     _check(bridge, edit)
     splice = Splice(edit.sites, CONDITIONS[edit.condition], record)
-    with bridge.hooks(fwd_hooks=splice.hooks(splice.sites[above_first:])):
+    edited = splice.sites[above_first:]
+    paths = [site.path for site in edited if site.path is not None and splice.condition.uses_ground]
+    with exchanged(bridge, paths), bridge.hooks(fwd_hooks=splice.hooks(edited)):
         yield splice
 
 
@@ -182,13 +223,9 @@ def _check(bridge: TransformerBridge, edit: Edit) -> None:
             raise ValueError(f"condition {condition} needs a delta transcoder, and layer {site.layer} has none")
         if condition == "shuffled_delta" and site.pool is None:
             raise ValueError(f"condition {condition} needs a pool of outputs, and layer {site.layer} has none")
-        check_fits(
-            site.base,
-            d_model=bridge.cfg.d_model,
-            n_layers=bridge.cfg.n_layers,
-            taps=site.base.taps,
-            origin=f"layer {site.layer}: base",
-        )
-        for name in tap_names(site.base.taps, site.layer):
+        if site.base is not None:
+            shape = {"d_model": bridge.cfg.d_model, "n_layers": bridge.cfg.n_layers}
+            check_fits(site.base, **shape, taps=site.taps, origin=f"layer {site.layer}: base")
+        for name in tap_names(site.taps, site.layer):
             if name not in bridge.hook_dict:
                 raise ModelError(f"layer {site.layer}: this model has no {name}, which the transcoder needs")

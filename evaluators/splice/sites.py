@@ -1,7 +1,7 @@
-"""Where transcoders are spliced in, and what takes a delta's place in the controls.
+"""Where deltas are spliced in, on what ground, and what takes a delta's place in the controls.
 
-In: transcoders of one layer; for the controls also activations. Out: a checked `Site`, and sites whose delta is random,
-shuffled or dense.
+In: a delta of one layer and the ground under it; for the controls also activations. Out: a checked `Site`, and sites
+whose delta is random, shuffled or dense.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.blocks import BlockPath
 from models.errors import ModelError
-from models.transcoder import Transcoder, check_fits
+from models.transcoder import Taps, Transcoder, check_fits
 
 RIDGE = 1e-6
 """Of the mean squared input, added to each direction: the regression has a solution where inputs are degenerate."""
@@ -22,33 +23,52 @@ RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class Site:
-    """One layer where transcoders are spliced in. Raises ModelError where they are not of one kind and layer.
+    """One layer where a delta is spliced in. Raises ModelError where its parts are not of one kind and layer.
 
-    `pool` (tokens, d_model) holds delta outputs in shuffled order, for the condition that reads them by token number.
+    `ground` is what lies under the delta: a base transcoder, under a delta trained on the residual that it leaves, or
+    the un-finetuned block's own path, under a delta trained on what finetuning changed. `pool` (tokens, d_model) holds
+    delta outputs in shuffled order, for the condition that reads them by token number. `ranks` (d_new,) are the
+    features' places among those of all sites, the most effective first, for rows that keep only the first of them.
     """
 
     layer: int
-    base: Transcoder
+    ground: Transcoder | BlockPath
     delta: Transcoder | None = None
     pool: Tensor | None = None
+    ranks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.base.layer != self.layer:
-            raise ModelError(f"layer {self.layer}: the base transcoder is of layer {self.base.layer}")
+        if self.ground.layer != self.layer:
+            raise ModelError(f"layer {self.layer}: what lies under the delta is of layer {self.ground.layer}")
         if self.delta is None:
             return
-        d_model, taps = self.base.d_model, self.base.taps
+        d_model, taps = self.ground.d_model, self.taps
         check_fits(self.delta, d_model=d_model, n_layers=self.layer + 1, taps=taps, origin=f"layer {self.layer}: delta")
         if self.delta.layer != self.layer:
             raise ModelError(f"layer {self.layer}: the delta transcoder is of layer {self.delta.layer}")
 
+    @property
+    def taps(self) -> Taps:
+        return self.ground.taps
+
+    @property
+    def base(self) -> Transcoder | None:
+        """The base transcoder, where that is the ground."""
+        return self.ground if isinstance(self.ground, Transcoder) else None
+
+    @property
+    def path(self) -> BlockPath | None:
+        """The un-finetuned path, where that is the ground."""
+        return self.ground if isinstance(self.ground, BlockPath) else None
+
     def to(self, device: str | torch.device) -> Site:
-        return replace(self, base=self.base.to(device), delta=None if self.delta is None else self.delta.to(device))
+        delta = None if self.delta is None else self.delta.to(device)
+        return replace(self, ground=self.ground.to(device), delta=delta)
 
 
 class Material(NamedTuple):
     """What substitutes are made from: `x` (tokens, d_model), what the site's transcoders read of the text in the raw
-    model, token by token; training pairs (x, residual) of the delta, in batches; and a seed."""
+    model, token by token; training pairs of the delta, (x, residual) or (x, change), in batches; and a seed."""
 
     x: Tensor
     pairs: Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -74,7 +94,7 @@ def shuffled_delta(site: Site, material: Material) -> Site:
 
 
 def dense_delta(site: Site, material: Material) -> Site:
-    """The linear map of rank d_new that fits the residuals best (reduced-rank regression, in closed form)."""
+    """The linear map of rank d_new that best fits what the delta was trained on (reduced-rank regression)."""
     delta = _delta_of(site)
     encoder, decoder = reduced_rank_regression(material.pairs(), delta.d_sae)
     encoder, decoder = encoder.to(delta.W_enc), decoder.to(delta.W_dec)

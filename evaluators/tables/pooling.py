@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.layer_sets import layer_label, layer_order
+
 Cell = dict[str, Any]
 
-NO_LAYER = "none"  # the `layer` of raw: nothing is spliced
 SUBSETS = ("tool", "copy", "tool_ood")  # display order; other subsets follow by name
 RATES = {  # table column -> per-prompt field; null in the field means undefined for that prompt
     "tool_call_rate": "tool_call",
@@ -56,17 +57,6 @@ class PromptSums(NamedTuple):
         """The same sums over the prompts in `shared` (sorted, all present)."""
         rows = np.searchsorted(self.prompts, shared)
         return PromptSums(shared, self.tops[:, rows], self.bottoms[:, rows])
-
-
-def layer_label(layers: Sequence[int]) -> str:
-    """`[8]` -> `"8"`, `[16, 8]` -> `"8+16"`, `[]` -> `"none"`."""
-    return "+".join(str(layer) for layer in sorted(layers)) or NO_LAYER
-
-
-def layer_order(label: str) -> tuple[int, list[int]]:
-    """Sort key of a layer label: nothing, single layers by number, then sets by size."""
-    layers = [] if label == NO_LAYER else [int(part) for part in label.split("+")]
-    return len(layers), layers
 
 
 def subset_order(subset: str) -> tuple[int, str]:

@@ -6,10 +6,10 @@ import torch
 from data.encoding import encode_text, pad_left
 from trainers import capture as module
 from trainers.activations import read_index, read_pairs
-from trainers.capture import Plan, capture, capture_batch, finish_capture, layer_folder
+from trainers.capture import Columns, Plan, capture, capture_batch, finish_capture, layer_folder
 
 TEXTS = ["one", "a longer text than that", "12 + 30", "", "x" * 90, "what is 7 times 8?", "nine", "the end of it"]
-LAYERS = (0, 2)
+LAYERS = {0: Columns(), 2: Columns()}
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +56,9 @@ def test_captured_rows_are_the_plain_models(model_folder, load, wrapped, plain_t
     rows = [encode_text(tokenizer, text) for text in TEXTS]
     batch = pad_left(rows, tokenizer.pad_token_id)
     layers = range(model.config.num_hidden_layers)
-    captured = capture_batch(wrapped(model_folder), rows, list(layers))
+    captured = capture_batch(wrapped(model_folder), rows, dict.fromkeys(layers, Columns()))
     for layer in layers:
-        for found, expected in zip(captured[layer], plain_taps(model, batch, layer)[:2], strict=True):
+        for found, expected in zip(captured[layer].values(), plain_taps(model, batch, layer)[:2], strict=True):
             assert found.dtype == torch.bfloat16
             assert len(found) == sum(len(row) - 1 for row in rows)
             wanted = torch.cat(
@@ -71,7 +71,7 @@ def test_a_row_alone_gives_what_it_gives_in_a_batch(bridge, sequences):
     together = capture_batch(bridge, sequences, LAYERS)
     alone = [capture_batch(bridge, [row], LAYERS) for row in sequences]
     for layer in LAYERS:
-        for column in (0, 1):
+        for column in ("x", "y"):
             apart = torch.cat([one[layer][column] for one in alone]).float()
             torch.testing.assert_close(together[layer][column].float(), apart, rtol=1e-2, atol=1e-2)
 
@@ -83,16 +83,18 @@ def test_shards_hold_the_plan_in_order(captured, bridge, plan, sequences):
         index = read_index(layer_folder(captured, layer))
         assert (index["layer"], index["taps"]) == (layer, ["ln2.hook_normalized", "hook_mlp_out"])
         assert index["tokens"] == sum(len(row) - 1 for row in sequences)
-        first = [capture_batch(bridge, [sequences[i] for i in batch], [layer])[layer] for batch in plan.shards[0]]
-        assert torch.equal(pairs.shards[0][0], torch.cat([x for x, _ in first]))
-        assert torch.equal(pairs.shards[0][1], torch.cat([y for _, y in first]))
+        first = [
+            capture_batch(bridge, [sequences[i] for i in batch], {layer: Columns()})[layer] for batch in plan.shards[0]
+        ]
+        assert torch.equal(pairs.shards[0][0], torch.cat([one["x"] for one in first]))
+        assert torch.equal(pairs.shards[0][1], torch.cat([one["y"] for one in first]))
 
 
 def test_layers_above_the_last_swept_are_not_run(bridge, sequences):
     ran = []
     blocks = bridge.original_model.model.layers
     handles = [block.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, block in enumerate(blocks)]
-    capture_batch(bridge, sequences, [0, 1])
+    capture_batch(bridge, sequences, {0: Columns(), 1: Columns()})
     for handle in handles:
         handle.remove()
     assert set(ran) <= {0, 1}
@@ -127,4 +129,4 @@ def test_an_interrupted_capture_goes_on_from_its_last_shard(tmp_path, captured, 
 def test_shards_of_another_plan_are_refused(captured, plan, sequences):
     other = Plan.make(sequences[:-2], batch_tokens=64, shard_tokens=30, seed=5)
     with pytest.raises(ValueError, match=r"shard_\d+\.safetensors holds \d+ tokens where the plan has \d+; delete"):
-        finish_capture(other, LAYERS, captured)
+        finish_capture(other, list(LAYERS), captured)

@@ -66,7 +66,7 @@ def test_the_residual_is_what_the_base_misses(base):
 
 def test_a_planted_change_is_found(trained, planted):
     figures = trained.figures
-    assert figures["val_fvu_base"] == planted.val_fvu_base
+    assert figures["val_fvu_base"] == planted.alone
     assert figures["val_fvu"] < 0.3 * figures["val_fvu_base"]
     assert 0.3 < figures["val_cos"] <= 1, "most tokens have nothing but noise to explain"
     assert 0 < figures["val_l0_delta"] < SETTINGS.l0_budget
@@ -85,7 +85,7 @@ def test_before_training_the_delta_is_exactly_nothing(planted):
     x = planted.validation.whole()[0].float()
     assert (delta.encode(x) > 0).any(), "features are active, and yet"
     assert torch.equal(delta(x), torch.zeros_like(x))
-    assert trained.figures["val_fvu"] == pytest.approx(planted.val_fvu_base, rel=1e-6)
+    assert trained.figures["val_fvu"] == pytest.approx(planted.alone, rel=1e-6)
 
 
 def test_features_start_at_the_l0_budget(planted):
@@ -126,7 +126,7 @@ def test_the_loss_curve_is_that_of_the_plain_trainer(base, planted):
     data = planted._replace(train=Pairs([(x, residual_of(base, x, y))]))
     chosen = settings(batch_size=50, epochs=1, sparsity=1e-2, threshold="learned")
     found: list[float] = []
-    size = data.train.shards[0][1].pow(2).sum(1) / D_MODEL / planted.variance
+    size = data.train.shards[0][1].pow(2).sum(1) / D_MODEL / planted.unit
     batches = Pairs([(size,)]).batches(50, torch.Generator().manual_seed(0))
     sparsity = [1e-2 * min(1, (step + 1) / 4) for step in range(20)]
 
@@ -135,7 +135,7 @@ def test_the_loss_curve_is_that_of_the_plain_trainer(base, planted):
         found.append((losses.error + weight * losses.penalty).item() + next(batches)[0].mean().item())
 
     train_delta(data, chosen, on_step=note)
-    curve = train_plainly(base, x, y, planted.variance, chosen)
+    curve = train_plainly(base, x, y, planted.unit, chosen)
     assert len(found) == len(curve.losses) == 20
     assert found == pytest.approx(curve.losses, rel=1e-4)
     assert found[-1] < 0.9 * found[0]
@@ -232,7 +232,7 @@ def test_figures_are_those_of_the_deltas_that_are_returned(planted):
     losses = []
     for index, delta in enumerate(trained.deltas):
         acts = delta.encode(x.float())
-        error = (acts @ delta.W_dec - residual).pow(2).mean().item() / planted.variance
+        error = (acts @ delta.W_dec - residual).pow(2).mean().item() / planted.unit
         l0 = (acts > 0).sum(1).float().mean().item()
         losses.append(error + max(0.0, l0 / SETTINGS.l0_budget - 1))
         assert trained.figures["val_fvu_replicas"][index] == pytest.approx(error, rel=1e-4)
@@ -276,7 +276,7 @@ def test_features_start_where_the_residual_can_be_predicted(planted):
 def test_the_scale_of_a_layer_does_not_matter(planted, trained):
     """Everything 1000 times larger is the same problem: lr and sparsity mean the same on every layer."""
     scaled = [Pairs([(x, 1000 * residual) for x, residual in split.shards]) for split in planted[:2]]
-    large = train_delta(DeltaData(*scaled, 1e6 * planted.variance, planted.val_fvu_base, 3), SETTINGS)
+    large = train_delta(DeltaData(*scaled, 1e6 * planted.unit, planted.alone, 3), SETTINGS)
     assert large.figures["val_fvu"] == pytest.approx(trained.figures["val_fvu"], rel=1e-3)
     torch.testing.assert_close(large.deltas[0].W_dec, 1000 * trained.deltas[0].W_dec, rtol=1e-2, atol=1.0)
 
@@ -308,8 +308,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(planted):
 
 
 def test_a_delta_far_worse_than_the_base_alone_ends_the_run(planted):
-    good_base = planted._replace(val_fvu_base=0.001)  # whatever a first epoch learns on this data leaves more than 0.01
-    with pytest.raises(DivergedError, match=r"val_fvu is 0\.\d+ at step 15, against 0\.001 of the base alone"):
+    good_base = planted._replace(alone=0.001)  # whatever a first epoch learns on this data leaves more than 0.01
+    with pytest.raises(DivergedError, match=r"val_fvu is 0\.\d+ at step 15, against 0\.001 without a delta"):
         train_delta(good_base, SETTINGS)
 
 

@@ -1,0 +1,176 @@
+"""A block's own path from a transcoder's input tap to what it adds to the residual stream, as plain modules.
+
+In: a TransformerBridge, which says where an architecture keeps the parts of the path, and the folder of a model of
+that architecture. Out: for each layer a `BlockPath`: its norm's gain, its MLP, and the norm after the MLP if any. This
+is the one place that knows how a block is built between the taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import ModelError
+from models.tensors import read_tensors
+from models.transcoder import GEMMA_SCOPE_TAPS, Taps
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+PARTS = ("ln2", "mlp", "ln2_post")
+"""The bridge's names of what lies on the path; Gemma-2 has all three."""
+
+
+@dataclass(frozen=True)
+class BlockPath:
+    """What a block makes of x at `ln2.hook_normalized`: `post(mlp(x * gain + bias))`, its `hook_mlp_out`."""
+
+    layer: int
+    norm: nn.Module
+    mlp: nn.Module
+    post: nn.Module | None = None
+    taps: Taps = GEMMA_SCOPE_TAPS
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., d_model), in the dtype of the weights."""
+        inner = x.to(self.gain.dtype) * self.gain
+        output = self.mlp(inner if self.bias is None else inner + self.bias)
+        return output if self.post is None else self.post(output)
+
+    @property
+    def gain(self) -> Tensor:
+        """What the norm multiplies its normalised input with, (d_model,): 1 + weight in Gemma's norms."""
+        weight: Any = self.norm.weight
+        return weight + 1 if "Gemma" in type(self.norm).__name__ else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.norm, "bias", None)
+
+    @property
+    def d_model(self) -> int:
+        return len(self.gain)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By part and name, such as `mlp.up_proj.weight`."""
+        parts = zip(PARTS, (self.norm, self.mlp, self.post), strict=True)
+        return {
+            f"{part}.{name}": parameter
+            for part, module in parts
+            if module is not None
+            for name, parameter in module.named_parameters()
+        }
+
+    def to(self, device: str | torch.device) -> BlockPath:
+        """The same path on `device`; its modules are moved in place."""
+        for module in (self.norm, self.mlp, self.post):
+            if module is not None:
+                module.to(device)
+        return self
+
+
+def read_paths(
+    bridge: TransformerBridge, folder: Path, layers: Sequence[int], dtype: torch.dtype | None = None
+) -> dict[int, BlockPath]:
+    """The paths of the model in `folder`, on the bridge's device, in its dtype or in `dtype`.
+
+    Only the tensors of those layers are read. Raises ModelError where the folder lacks one or its shape differs.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    paths = {}
+    for layer in layers:
+        parts = _parts(bridge, layer)
+        modules = {part: skeleton.get_submodule(place) for part, place in _places(bridge, layer).items()}
+        names = {
+            f"{place}.{name}": (part, name)
+            for part, place in _places(bridge, layer).items()
+            for name, _ in modules[part].named_parameters()
+        }
+        found = read_tensors(folder, list(names))
+        states: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+        for full, (part, name) in names.items():
+            ours = _plain_parameters(parts[part])[name]
+            if found[full].shape != ours.shape:
+                raise ModelError(f"{folder}: {full} is {tuple(found[full].shape)}, expected {tuple(ours.shape)}")
+            states[part][name] = found[full].to(ours.device, dtype or ours.dtype)
+        for part, module in modules.items():
+            module.load_state_dict(states[part], assign=True)
+            module.eval().requires_grad_(False)
+        paths[layer] = BlockPath(layer, modules["ln2"], modules["mlp"], modules.get("ln2_post"))
+    return paths
+
+
+@contextmanager
+def exchanged(bridge: TransformerBridge, paths: Sequence[BlockPath]) -> Iterator[None]:
+    """The bridge runs with the weights of `paths` while the `with` lasts, and `paths` hold the bridge's.
+
+    Tensors change places, none is copied, so this costs nothing and every strength can be a row of one batch.
+    """
+    pairs = []
+    for path in paths:
+        parts = _parts(bridge, path.layer)
+        ours = {f"{part}.{name}": one for part in parts for name, one in _plain_parameters(parts[part]).items()}
+        pairs += [(ours[name], theirs) for name, theirs in path.parameters().items()]
+    _exchange(pairs)
+    try:
+        yield
+    finally:
+        _exchange(pairs)
+
+
+@contextmanager
+def interpolated(bridge: TransformerBridge, paths: Sequence[BlockPath], alpha: float) -> Iterator[None]:
+    """The bridge runs with weights `W + alpha (W' - W)`, W of `paths` and W' its own, while the `with` lasts."""
+    held: list[tuple[nn.Parameter, Tensor]] = []
+    for path in paths:
+        parts = _parts(bridge, path.layer)
+        ours = {f"{part}.{name}": one for part in parts for name, one in _plain_parameters(parts[part]).items()}
+        for name, start in path.parameters().items():
+            held.append((ours[name], ours[name].data))
+            ours[name].data = torch.lerp(start.data, ours[name].data, alpha)
+    try:
+        yield
+    finally:
+        for parameter, data in held:
+            parameter.data = data
+
+
+def _exchange(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    for one, other in pairs:
+        one.data, other.data = other.data, one.data
+
+
+def _parts(bridge: TransformerBridge, layer: int) -> dict[str, Any]:
+    """The bridge's components on the path of a layer."""
+    blocks: Any = bridge.blocks
+    found = {part: getattr(blocks[layer], part, None) for part in PARTS}
+    return {part: component for part, component in found.items() if component is not None}
+
+
+def _places(bridge: TransformerBridge, layer: int) -> dict[str, str]:
+    """Where a plain model of the architecture keeps each part, such as `model.layers.3.mlp`."""
+    model: Any = bridge.original_model
+    named = {id(parameter): _plain(name) for name, parameter in model.named_parameters()}
+    places = {}
+    for part, component in _parts(bridge, layer).items():
+        inner, parameter = next(iter(_plain_parameters(component).items()))
+        places[part] = named[id(parameter)].removesuffix(f".{inner}")
+    return places
+
+
+def _plain_parameters(component: nn.Module) -> dict[str, nn.Parameter]:
+    return {_plain(name): parameter for name, parameter in component.named_parameters()}
+
+
+def _plain(name: str) -> str:
+    """A parameter's name before wrapping."""
+    return name.replace("_original_component.", "")

@@ -1,0 +1,35 @@
+"""Single tensors out of a model's safetensors files.
+
+In: a model's folder and the names of tensors. Out: those tensors; nothing else is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from models.errors import ModelError
+
+
+def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of these names from a model's safetensors files. Raises ModelError where one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    else:
+        files = dict.fromkeys(names, "model.safetensors")
+    found: dict[str, Tensor] = {}
+    for file in sorted({files[name] for name in names if name in files}):
+        if not (folder / file).is_file():
+            raise ModelError(f"{folder}: {file} is missing, which holds the model's weights")
+        with safe_open(folder / file, framework="pt") as opened:
+            here = set(opened.keys())
+            found |= {name: opened.get_tensor(name) for name in names if name in here}
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ModelError(f"{folder}: the model's files lack {missing[0]}")
+    return found
