@@ -91,7 +91,7 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
             # The manifest comes last: whoever finds all of them has nothing left to do, in MLflow neither.
             write_json(stage.folder(context) / MANIFEST, manifest)
     except KeyboardInterrupt:
-        environment.heard()
+        environment.acknowledge_stop()
         status = "KILLED"
         raise
     finally:
@@ -123,7 +123,7 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         context.progress.line(f"  {stage.name} took {clock(seconds)}")
         return manifest
     except KeyboardInterrupt:
-        environment.heard()
+        environment.acknowledge_stop()
         status = "KILLED"
         raise
     finally:
