@@ -122,7 +122,7 @@ def test_a_server_that_goes_away_loses_nothing(server: Server, jobs: Jobs, tmp_p
     assert process.returncode == 0, output
     assert "MLflow answers again" in output
     assert output.count("MLflow stopped answering") == 2
-    assert "the rest lies on disk until `python -m jobs track` sends it" in output
+    assert "they are on disk, and `python -m jobs track` sends them" in output
     assert "report.html" in output
 
     server.start()
