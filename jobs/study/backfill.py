@@ -29,8 +29,8 @@ def send_missing(context: Context, stage: Stage) -> None:
         known = metrics_of(manifest["report"]) if stage.name == "data" else {}
         open_stage(context, stage)
         context.tracker.close(stage.name, {**known, "seconds": manifest["seconds"]})
-    if stage.name in SENT:
-        SENT[stage.name](context)
+    if stage.name in SENDERS:
+        SENDERS[stage.name](context)
 
 
 def _lora(context: Context) -> None:
@@ -63,7 +63,7 @@ def _report(context: Context) -> None:
     context.tracker.artifacts("sweep", context.space.generations, "generations")
 
 
-SENT: dict[str, Callable[[Context], None]] = {
+SENDERS: dict[str, Callable[[Context], None]] = {
     "lora": _lora,
     "transcoders": _bases,
     "deltas": _deltas,
