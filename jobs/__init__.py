@@ -1,1 +1,1 @@
-"""The command line, and every line that speaks to Ray, Optuna or MLflow."""
+"""The command line, and all the code that talks to Ray, Optuna or MLflow."""

@@ -1,6 +1,7 @@
-"""Addresses of stores, as they may be shown.
+"""Addresses of stores, made safe to show.
 
-In: a URL. Out: the same without user and password. Apart from `tracking`, so that nothing heavy is imported for it.
+In: a URL. Out: the same URL without user, password and query. Kept apart from `tracking` so that using it imports
+nothing heavy.
 """
 
 from __future__ import annotations
@@ -12,5 +13,5 @@ _QUERY = re.compile(r"(://[^\s?]*)\?\S*")
 
 
 def without_secrets(text: str) -> str:
-    """`text` with `user:password@` and `?...` taken out of every URL in it."""
+    """`text` with `user:password@` and `?...` removed from every URL in it."""
     return _QUERY.sub(r"\1", _CREDENTIALS.sub("", text))

@@ -1,6 +1,6 @@
 """The command line: `python -m jobs COMMAND`, each with `--help`.
 
-In: arguments. Out: an exit status: 0 done, 1 some trials or cells failed, 2 the request was wrong, 130 interrupted.
+In: arguments. Out: an exit status: 0 done, 1 some trials or cells failed, 2 invalid request, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="python -m jobs",
-    help="Sweeps of delta transcoders: what finetuning changed in a model's MLPs, found, spliced in and measured.",
+    help="Sweeps of delta transcoders: find what finetuning changed in a model's MLPs, splice it in and measure it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,17 +30,17 @@ app = typer.Typer(
 
 Config = Annotated[str, typer.Argument(help="A settings file, or a preset: quickstart, tiny, smollm2, gemma2_2b.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override those in the file.")
 ]
 Address = Annotated[
     str | None,
     typer.Option(
         help="A running Ray cluster: auto or HOST:PORT on one of its nodes, ray://HOST:PORT from outside. "
-        "Default: Ray on this machine."
+        "Default: start Ray on this machine."
     ),
 ]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster that others reach without a token.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what this sweep has left and start over.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster that others can use without a token.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete this sweep's earlier results and start over.")]
 
 
 def _stage_command(name: str, help: str) -> None:
@@ -68,21 +68,23 @@ def _stage_command(name: str, help: str) -> None:
     app.command(name, help=help)(command)
 
 
-_stage_command("sweep", "Run the whole study; what is finished already is kept.")
-_stage_command("data", "Run the study up to its data.")
-_stage_command("lora", "Run the study up to the finetuned model.")
-_stage_command("transcoders", "Run the study up to the base transcoders.")
-_stage_command("deltas", "Run the study up to the delta transcoders.")
-_stage_command("evaluate", "Run the study up to the evaluation cells.")
-_stage_command("report", "Run the study up to its report.")
+_stage_command("sweep", "Run the whole study; finished work is kept.")
+_stage_command("data", "Run the study up to and including the data.")
+_stage_command("lora", "Run the study up to and including the finetuned model.")
+_stage_command("transcoders", "Run the study up to and including the base transcoders.")
+_stage_command("deltas", "Run the study up to and including the delta transcoders.")
+_stage_command("evaluate", "Run the study up to and including the evaluation cells.")
+_stage_command("report", "Run the study up to and including the report.")
 
 
 @app.command()
 def plan(
     config: Config,
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(help="Also forecast this many workers.", min=1)] = None,
-    measured: Annotated[Path | None, typer.Option(help="A sweep's folder whose costs count; default: its own.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Also forecast for this many workers.", min=1)] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Take costs from this sweep's folder; default: its own.")
+    ] = None,
 ) -> None:
     """Print what a sweep would do: trials, cells, disk, bases, and its time at measured costs. Runs nothing."""
     from jobs.commands.plan import plan_rows
@@ -94,7 +96,7 @@ def plan(
 
 @app.command()
 def status(config: Config, overrides: Overrides = None) -> None:
-    """Print what a sweep has done and has left."""
+    """Print what a sweep has done and what is left to do."""
     from jobs.commands.plan import status_rows
     from jobs.study.context import Context
     from search_spaces.load import load
@@ -104,7 +106,7 @@ def status(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def track(config: Config, overrides: Overrides = None) -> None:
-    """Send a sweep's results from disk to MLflow: after a server was away, or to another one. Sends nothing twice."""
+    """Send a sweep's results from disk to MLflow: after a server outage, or to another server. Sends nothing twice."""
     from jobs.commands.track import track as send
     from jobs.study.context import Context
     from search_spaces.load import load
@@ -118,14 +120,14 @@ def doctor(root: Annotated[str, typer.Option(help="The storage root.")] = "mlrun
     from jobs.commands.doctor import OPTIONAL, examine
 
     findings = examine(root)
-    _print_rows([(name, ("" if well else "NOT WELL: ") + found) for name, found, well in findings])
-    if not all(well for name, _, well in findings if not name.startswith(OPTIONAL)):
+    _print_rows([(name, ("" if good else "problem: ") + found) for name, found, good in findings])
+    if not all(good for name, _, good in findings if not name.startswith(OPTIONAL)):
         raise typer.Exit(1)
 
 
 @app.command()
 def score(
-    file: Annotated[str, typer.Argument(help="JSON lines of {input, target, generation, label}; label may be absent.")],
+    file: Annotated[str, typer.Argument(help="JSON lines of {input, target, generation, label}; label is optional.")],
     by: Annotated[str, typer.Option(help="The column to group by.")] = "label",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
@@ -144,11 +146,11 @@ def score(
 @app.command()
 def probe(
     config: Config,
-    prompt: Annotated[str, typer.Option(help="What the model is asked.")],
+    prompt: Annotated[str, typer.Option(help="The prompt to give the model.")],
     overrides: Overrides = None,
     target: Annotated[str | None, typer.Option(help="The answer to score; default: the finetuned model's own.")] = None,
     layer: Annotated[list[int] | None, typer.Option(help="A layer to splice, repeatable; default: all swept.")] = None,
-    alpha: Annotated[list[float] | None, typer.Option(help="A further strength, repeatable.")] = None,
+    alpha: Annotated[list[float] | None, typer.Option(help="Another strength to try, repeatable.")] = None,
     percentile: Annotated[float | None, typer.Option(help="Which base; default: the evaluated one.")] = None,
     d_new: Annotated[int | None, typer.Option("--d-new", help="Which delta; default: the evaluated one.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many next tokens and features to show.")] = 5,
@@ -180,7 +182,7 @@ def probe(
 def chat(
     config: Config,
     overrides: Overrides = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 64,
 ) -> None:
     """Talk to the finetuned model, one request a line; its calculator calls are evaluated."""
     from jobs.commands.chat import chat as run
@@ -196,11 +198,11 @@ def export(
     folder: Annotated[str, typer.Option("--to", help="A folder that does not exist yet.")],
     overrides: Overrides = None,
     kind: Annotated[str, typer.Option("--format", help="gemma-scope, saelens or circuit-tracer.")] = "saelens",
-    alpha: Annotated[float, typer.Option(help="Strength folded into the delta's decoder.")] = 1.0,
+    alpha: Annotated[float, typer.Option(help="Strength to fold into the delta's decoder.")] = 1.0,
     percentile: Annotated[float | None, typer.Option(help="Which base; default: the evaluated one.")] = None,
     d_new: Annotated[int | None, typer.Option("--d-new", help="Which delta; default: the evaluated one.")] = None,
 ) -> None:
-    """Write base and delta as one transcoder a layer, in another tool's format."""
+    """Write base and delta as one transcoder per layer, in another tool's format."""
     from pathlib import Path
 
     from jobs.commands.finished import combination
@@ -217,9 +219,9 @@ def export(
 def ui(
     root: Annotated[str, typer.Option(help="The storage root.")] = "mlruns",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on loopback.")] = 5000,
-    studies: Annotated[bool, typer.Option("--studies", help="The Optuna dashboard instead of MLflow.")] = False,
+    studies: Annotated[bool, typer.Option("--studies", help="Serve the Optuna dashboard instead of MLflow.")] = False,
 ) -> None:
-    """Open the MLflow UI on the sweeps of this machine, on loopback."""
+    """Serve the MLflow UI for this machine's sweeps, on loopback."""
     from jobs.commands.ui import serve
 
     serve(root, port, studies)
@@ -232,16 +234,16 @@ def _print_rows(rows: list[tuple[str, str]]) -> None:
 
 
 def main() -> None:
-    """Runs a command and turns its errors into one line and an exit status."""
+    """Runs a command, and turns its errors into one line and an exit status."""
     from data.rows import DataError
     from jobs.errors import RequestError, WorkFailed
     from models.errors import ModelError
     from search_spaces.load import SettingsError
 
-    environment.take_signals()
-    environment.insist_on_signals()
+    environment.install_stop_handlers()
+    environment.repeat_stops_until_acknowledged()
     try:
-        status = app(standalone_mode=False)  # Typer returns a status where the command left by an exit
+        status = app(standalone_mode=False)  # Typer returns a status if the command raised an exit
     except (typer.Abort, KeyboardInterrupt):
         status = INTERRUPTED
     except (RequestError, ModelError, DataError, SettingsError) as error:
@@ -253,7 +255,7 @@ def main() -> None:
     except OSError as error:
         if error.errno != 28:
             raise
-        _say("the disk is full; make room and run the same command again, it goes on from here")
+        _say("the disk is full; free some space and run the same command to continue from here")
         sys.exit(1)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
@@ -261,10 +263,10 @@ def main() -> None:
             sys.exit(2)
         raise
     if status == INTERRUPTED:
-        environment.heard()
-        _say("stopped; the same command goes on from here")
-        # Everything is put away. Taking the interpreter down as well, with threads of Ray's in it that an interrupt cut
-        # short, ends in a segmentation fault now and then.
+        environment.acknowledge_stop()
+        _say("stopped; run the same command to continue from here")
+        # Everything is cleaned up. A full interpreter shutdown, with Ray's threads cut short by an interrupt, now and
+        # then ends in a segmentation fault.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(INTERRUPTED)

@@ -1,7 +1,7 @@
-"""JSON files of results, and the keys and manifests that say what they hold.
+"""JSON result files, and the keys and manifests that say what they hold.
 
-In: values and folders. Out: files written beside and renamed, so that a reader never sees half of one, and folders that
-carry the key of the settings that made them.
+In: values and folders. Out: files written under a temporary name and then renamed, so that a reader never sees half a
+file, and folders marked with the key of the settings that made them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
-"""Part of every key: raised when results on disk mean something else than before."""
+"""Part of every key; raised when the meaning of results on disk changes."""
 KEY = "key.json"
 MANIFEST = "manifest.json"
 
@@ -26,7 +26,7 @@ def key_of(*parts: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomic: a reader sees the old file or the whole new one."""
+    """Atomic: a reader sees either the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     beside.write_text(json.dumps(value, indent=1, sort_keys=True))
@@ -34,7 +34,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value, or None where the file is missing."""
+    """The value, or None if the file is missing."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -42,7 +42,7 @@ def read_json(path: Path) -> Any:
 
 
 def keyed_folder(folder: Path, key: str) -> Path:
-    """`folder`, emptied first if it holds the result of another key."""
+    """`folder`, emptied first if it holds results for another key."""
     held = read_json(folder / KEY)
     if held is None or held["key"] != key:
         shutil.rmtree(folder, ignore_errors=True)
@@ -51,7 +51,7 @@ def keyed_folder(folder: Path, key: str) -> Path:
 
 
 def is_finished(folder: Path, key: str) -> bool:
-    """Whether a manifest of this key stands in `folder`."""
+    """Whether `folder` has a manifest with this key."""
     manifest = read_json(folder / MANIFEST)
     return manifest is not None and manifest["key"] == key
 

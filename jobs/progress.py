@@ -1,6 +1,6 @@
-"""Progress on the terminal: stage, units done, time left; plain lines where the output is not a terminal.
+"""Progress on the terminal: stage, units done, time left; plain lines if the output is not a terminal.
 
-In: counts from the stages. Out: text. Nothing else of the project prints while a sweep runs.
+In: counts from the stages. Out: text. Nothing else in the project prints while a sweep runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Bar:
         self.update(self.done + count)
 
     def update(self, done: int, note: str = "") -> None:
-        """`note` says what is going on between two units, such as a running trial's loss."""
+        """`note` says what is happening between two units, such as a running trial's loss."""
         self.done = done
         if self._show.bars is not None and self._task is not None:
             self._show.bars.update(self._task, completed=done, note=note)
@@ -50,7 +50,7 @@ class Bar:
         self.update(self.done, text)
 
     def line(self, text: str) -> None:
-        """Says `text` on a line of its own, to stay."""
+        """Prints `text` on a line of its own, which stays on screen."""
         self._show.line(f"  {text}")
 
 

@@ -1,6 +1,6 @@
-"""The Ray cluster a sweep runs on: its own on this machine, or one that is there.
+"""The Ray cluster a sweep runs on: one it starts on this machine, or an existing one.
 
-In: an address and what one unit of work needs. Out: a running Ray and how many units fit at once.
+In: an address and what one unit of work needs. Out: a running Ray, and how many units fit on it at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONNECT_SECONDS = 5.0
 STORAGE_SECONDS = 60.0
 NOT_UPLOADED = [".git", ".venv", "mlruns", "**/__pycache__", "*.log", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
 _watches: list[raylet_watch.Watch] = []
-"""Of the raylet that this driver depends on, while it is connected."""
+"""Watches of the raylet that this driver depends on, while it is connected."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class Share:
     @property
     def resources(self) -> dict[str, float]:
         if not self.cpus:
-            return {"memory": 1}  # a byte, because Tune takes no empty request
+            return {"memory": 1}  # one byte, because Tune accepts no empty request
         return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
 
     def of_several(self, workers: int) -> Share:
-        """Of trials that only start workers, each of which takes this share; raises RequestError where they do not
-        fit."""
+        """The share of a trial that only starts workers, each of which takes this share; raises RequestError if they do
+        not fit."""
         if workers == 1:
             return self
         if workers > self.at_once:
             raise RequestError(
-                f"lora.workers_per_trial: got {workers}, the cluster has room for {self.at_once} at once"
+                f"lora.workers_per_trial: got {workers}, but the cluster only has room for {self.at_once} at once"
             )
         return Share(0, 0.0, self.at_once // workers)
 
@@ -60,11 +60,11 @@ class Share:
 def connect(address: str | None, insecure: bool = False) -> None:
     """Starts Ray on this machine (loopback only), or joins the cluster at `address`.
 
-    Inside a submitted job the job's own cluster is joined. Raises RequestError where the address does not answer, and
-    where it is one that others reach without a token, unless `insecure` says that this is meant; WorkFailed where Ray
-    does not start here. Ends the process where the raylet of this machine dies later.
+    Inside a submitted job, joins the job's own cluster. Raises RequestError if the address does not answer, or if
+    others can use the cluster without a token and `insecure` does not allow that; WorkFailed if Ray does not start
+    here. If this machine's raylet dies later, the process ends.
     """
-    asked = address
+    given = address
     address = address or environment.cluster_address() or "local"
     import ray
 
@@ -75,15 +75,15 @@ def connect(address: str | None, insecure: bool = False) -> None:
             _start()
         else:
             _join(address)
-        environment.take_signals()
-    except (KeyboardInterrupt, SystemExit):  # so Ray answers SIGTERM while it starts
-        environment.heard()
+        environment.install_stop_handlers()
+    except (KeyboardInterrupt, SystemExit):  # Ray raises SystemExit on a SIGTERM while it starts
+        environment.acknowledge_stop()
         disconnect()
         raise KeyboardInterrupt from None
     except Exception:
         disconnect()
         raise
-    if asked and not insecure:
+    if given and not insecure:
         try:
             check_closed(ray.get_runtime_context().gcs_address)
         except RequestError:
@@ -97,7 +97,7 @@ def _start() -> None:
     _watches.append(raylet_watch.Watch(raylet_watch.child))
     try:
         ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **QUIET)
-    except Exception as error:  # Ray has no class of its own for this
+    except Exception as error:  # Ray has no specific class for this
         raise WorkFailed(
             f"Ray did not start on this machine ({first_line(error)}); run the same command again"
         ) from None
@@ -119,14 +119,14 @@ def _join(address: str) -> None:
 
 
 def check_closed(gcs: str) -> None:
-    """Raises RequestError for a control store at HOST:PORT that anyone on its network may use: not on loopback, and
-    joined without a token."""
+    """Raises RequestError if anyone on the network can use the control store at HOST:PORT: it is not on loopback, and
+    no token is needed to join."""
     host = gcs.rpartition(":")[0].strip("[]")
-    if os.environ.get(environment.TOKENS) == "token" or ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
+    if os.environ.get(environment.AUTH_MODE) == "token" or ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
         return
     raise RequestError(
-        f"--address: the cluster at {gcs} runs the code of whoever reaches it; start it with "
-        f"{environment.TOKENS}=token and set that here too, or say --insecure"
+        f"--address: the cluster at {gcs} runs code for anyone who can reach it; start it with "
+        f"{environment.AUTH_MODE}=token and set that here too, or pass --insecure"
     )
 
 
@@ -140,7 +140,7 @@ def disconnect() -> None:
 
 
 def share_of(compute: Compute) -> Share:
-    """How the cluster is divided; raises RequestError where not even one unit fits."""
+    """How the cluster is divided; raises RequestError if not even one unit fits."""
     import ray
 
     have = ray.cluster_resources()
@@ -151,18 +151,19 @@ def share_of(compute: Compute) -> Share:
         at_once = min(at_once, int(gpus / each))
     if at_once < 1:
         raise RequestError(
-            f"compute: a trial asks for {compute.cpus_per_trial} CPUs and {each:g} GPUs, "
-            f"the cluster has {cpus} CPUs and {gpus:g} GPUs"
+            f"compute: a trial needs {compute.cpus_per_trial} CPUs and {each:g} GPUs, "
+            f"but the cluster has {cpus} CPUs and {gpus:g} GPUs"
         )
     if compute.precision == "tf32" and not each:
         raise RequestError(
-            "compute.precision: got tf32, which takes a GPU for each trial; allowed here: auto, fp32, bf16"
+            "compute.precision: got tf32, which needs a GPU for each trial; allowed here: auto, fp32, bf16"
         )
     return Share(compute.cpus_per_trial, each, min(at_once, compute.max_concurrent or at_once))
 
 
 def check_storage(root: Path) -> None:
-    """Every node sees what the driver writes under `root` and may write there; raises RequestError, naming the node."""
+    """Checks that every node sees what the driver writes under `root` and can write there; raises RequestError, naming
+    the nodes that cannot."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -174,20 +175,20 @@ def check_storage(root: Path) -> None:
     marker.write_text("")
     look = ray.remote(num_cpus=0, max_retries=0)(_may_write_beside)
     try:
-        asked = {
+        answers = {
             node["NodeManagerAddress"]: look.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             ).remote(str(marker))
             for node in nodes
         }
-        blind = [address for address, answer in asked.items() if not ray.get(answer, timeout=STORAGE_SECONDS)]
+        blind = [address for address, answer in answers.items() if not ray.get(answer, timeout=STORAGE_SECONDS)]
     except ray.exceptions.RayError as error:
-        raise RequestError(f"storage.root: a node did not say whether it sees {root} ({first_line(error)})") from None
+        raise RequestError(f"storage.root: could not check whether a node sees {root} ({first_line(error)})") from None
     finally:
         marker.unlink()
     if blind:
         raise RequestError(
-            f"storage.root: node {', '.join(blind)} cannot read and write {root}; give a folder that every node shares"
+            f"storage.root: node {', '.join(blind)} cannot read and write {root}; use a folder that all nodes share"
         )
 
 
@@ -197,7 +198,7 @@ def _may_write_beside(marker: str) -> bool:
 
 
 def check_answers(address: str) -> None:
-    """A TCP connection within seconds, so that a wrong address does not hang for Ray's own minutes."""
+    """Tries a TCP connection for a few seconds, so that a wrong address does not hang for as long as Ray would wait."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -210,5 +211,5 @@ def check_answers(address: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, as far as it fits into a sentence."""
+    """The first line of an exception's message, to put into a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

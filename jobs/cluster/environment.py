@@ -1,7 +1,7 @@
 """Process-wide switches of the libraries, set before any of them is imported.
 
-In: nothing. Out: environment variables: telemetry off, Ray on loopback, no pickles read from results, quiet bars.
-Values that a user has set win, but for telemetry. And what SIGINT and SIGTERM do.
+In: nothing. Out: environment variables (telemetry off, Ray on loopback, no pickles read from results, no progress bars)
+and handlers for SIGINT and SIGTERM. A user's own values win, except for telemetry and pickles.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ ALWAYS = {
     "DO_NOT_TRACK": "1",
     "WANDB_MODE": "disabled",
 }
-UNLESS_SET = {
+DEFAULTS = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Tune would swallow the first Ctrl-C and let the sweep go on.
+    # Tune would swallow the first Ctrl-C and let the sweep continue.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_MAX_PENDING_TRIALS_PG": "16",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "0",
-    # One raylet on one machine needs no other interface than loopback.
+    # A single raylet on one machine needs no interface but loopback.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
-    # A server's client prints the address of every run that ends.
+    # Otherwise the client of a server prints the address of every run that ends.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # A tracking server that is away must not hold a sweep's end for MLflow's own minutes.
+    # An unreachable tracking server must not delay the end of a sweep for the minutes that MLflow would wait.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MPLBACKEND": "Agg",
@@ -44,40 +44,40 @@ UNLESS_SET = {
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
-AGAIN_SECONDS = 1.0
-_heard = threading.Event()
+REPEAT_SECONDS = 1.0
+_acknowledged = threading.Event()
 
-TOKENS = "RAY_AUTH_MODE"
-_USERS_TOKENS = os.environ.get(TOKENS)
+AUTH_MODE = "RAY_AUTH_MODE"
+_USERS_AUTH_MODE = os.environ.get(AUTH_MODE)
 
 
 def prepare(address: str | None = None) -> None:
-    """Idempotent; called first by the driver and by every worker, before Ray is imported.
+    """Sets the variables; the driver and every worker call it first, before importing Ray. Safe to repeat.
 
-    A Ray of our own asks for a token; the cluster at `address` (or RAY_ADDRESS) has a mode of its own.
+    A Ray that we start requires a token; an existing cluster at `address` (or RAY_ADDRESS) has its own mode.
     """
     os.environ.update(ALWAYS)
-    for name, value in UNLESS_SET.items():
+    for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if address or cluster_address():
-        if _USERS_TOKENS is None:
-            os.environ.pop(TOKENS, None)
+        if _USERS_AUTH_MODE is None:
+            os.environ.pop(AUTH_MODE, None)
     else:
-        os.environ.setdefault(TOKENS, "token")
+        os.environ.setdefault(AUTH_MODE, "token")
     warnings.filterwarnings("ignore")
 
 
 def cluster_address() -> str | None:
-    """RAY_ADDRESS where it names a cluster; for job submission it holds an http address."""
+    """RAY_ADDRESS if it names a cluster; for job submission it holds an http address instead."""
     address = os.environ.get("RAY_ADDRESS", "")
     return None if not address or address.startswith("http") else address
 
 
-def take_signals() -> None:
-    """SIGINT and SIGTERM (`kill`, `ray job stop`) both raise KeyboardInterrupt.
+def install_stop_handlers() -> None:
+    """Makes SIGINT and SIGTERM (`kill`, `ray job stop`) both raise KeyboardInterrupt.
 
-    Called by the driver at its start, because a shell's background jobs ignore SIGINT, and after Ray has started,
-    because Ray takes SIGTERM for itself.
+    The driver calls it when it starts, because a shell's background jobs ignore SIGINT, and again once Ray has started,
+    because Ray installs its own SIGTERM handler.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -85,11 +85,11 @@ def take_signals() -> None:
         signal.signal(one, signal.default_int_handler)
 
 
-def insist_on_signals() -> None:
-    """A stop that has come is sent again every `AGAIN_SECONDS` until someone says `heard`.
+def repeat_stops_until_acknowledged() -> None:
+    """Sends a stop signal that has arrived again every `REPEAT_SECONDS` until `acknowledge_stop` is called.
 
-    Python drops an exception that a signal raises while it forks or tidies up, and forks are what Ray starts with: the
-    sweep would go on as if nobody had asked.
+    Python drops an exception that a signal raises during a fork or garbage collection, and Ray forks as it starts: the
+    sweep would carry on as if nobody had stopped it.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -97,20 +97,20 @@ def insist_on_signals() -> None:
     main = threading.main_thread().ident
     assert main is not None
 
-    def insist() -> None:
+    def repeat() -> None:
         while (number := os.read(reading, 1)[0]) not in STOPS:
             pass
-        while not _heard.wait(AGAIN_SECONDS):
-            signal.pthread_kill(main, number)  # the same one: while it waits to be handled it counts once
+        while not _acknowledged.wait(REPEAT_SECONDS):
+            signal.pthread_kill(main, number)  # the same signal: it counts once while it is still pending
 
-    def tell(dropped: Any) -> None:
+    def report(dropped: Any) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt | SystemExit):
             sys.__unraisablehook__(dropped)
 
-    sys.unraisablehook = tell
-    threading.Thread(target=insist, name="signals", daemon=True).start()
+    sys.unraisablehook = report
+    threading.Thread(target=repeat, name="signals", daemon=True).start()
 
 
-def heard() -> None:
-    """The stop has been taken up: what is left is to put everything away, undisturbed."""
-    _heard.set()
+def acknowledge_stop() -> None:
+    """Ends the repetition: the stop is being handled, and cleaning up must not be interrupted."""
+    _acknowledged.set()

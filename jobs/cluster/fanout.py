@@ -1,8 +1,8 @@
-"""Fan-out: tasks over Ray actors that keep what they have loaded.
+"""Fan-out: runs tasks on Ray actors that keep what they have loaded.
 
 In: the share of the machine each worker gets, then module-level functions and their tasks. Out: each task's result as
-it finishes. A worker's death loses its task only, which is tried again elsewhere; a task that raises is recorded and
-the others go on.
+it finishes. When a worker dies, only its task is lost and is retried on another worker; a task that raises is recorded
+and the others continue.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jobs.cluster.connection import Share
 
 
 class Outcome(NamedTuple):
-    """A finished task: its result, or why it has none; when its worker began it, and its seconds there."""
+    """A finished task: its result, or why it has none; when its worker started it, and how many seconds it took."""
 
     task: Any
     result: Any = None
@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
 
 
 class _Worker:
-    """Runs tasks one after the other; models stay loaded in the process between them."""
+    """Runs tasks one after another; models stay loaded in the process between them."""
 
     def __init__(self, threads: int) -> None:
         from jobs.cluster import environment
@@ -48,7 +48,7 @@ class _Worker:
 
 
 class Queue:
-    """Tasks that wait, each with how often it was tried, by the group they belong to."""
+    """Waiting tasks by group, each with the number of times it has been tried."""
 
     def __init__(self, group: Callable[[Any], Any]) -> None:
         self._group = group
@@ -61,8 +61,8 @@ class Queue:
         self._groups.setdefault(self._group(task), deque()).append((task, tries))
 
     def take(self, own: Any, others: Collection[Any]) -> tuple[Any, int]:
-        """The next task of a worker's `own` group, or of the first that is not among the `others` at work, or of the
-        first."""
+        """The next task of the worker's `own` group; failing that, of the first group that none of the `others` is
+        working on; failing that, of the first group."""
         chosen = own
         if own not in self._groups:
             chosen = next((one for one in self._groups if one not in others), next(iter(self._groups)))
@@ -73,9 +73,9 @@ class Queue:
 
 
 class Pool:
-    """Workers that stay alive between fan-outs, until `close` gives their share of the machine back.
+    """Workers that stay alive between fan-outs, until `close` frees their share of the machine.
 
-    `timeline` is a file to which each task adds a line: what it was, when it began, its seconds.
+    `timeline` is a file to which each task adds a line: what it was, when it started and how many seconds it took.
     """
 
     def __init__(self, share: Share, timeline: Path | None = None) -> None:
@@ -89,9 +89,9 @@ class Pool:
         max_retries: int = 1,
         group: Callable[[Any], Any] = id,
     ) -> Iterator[Outcome]:
-        """Yields outcomes in the order they finish; `tasks` should come longest first.
+        """Yields outcomes in the order they finish; pass the longest tasks first.
 
-        A worker goes on with the `group` of its last task, then with one that no other worker is at, then helps.
+        A worker stays with the `group` of its last task, then takes a group that no other worker is on, then helps out.
         """
         import ray
         from ray.exceptions import RayActorError, RayTaskError
@@ -142,7 +142,7 @@ class Pool:
         return ray.remote(_Worker).options(**options).remote(self.share.cpus)
 
     def close(self) -> None:
-        """Ends the idle workers; a later `run` starts new ones."""
+        """Stops the idle workers; a later `run` starts new ones."""
         import ray
 
         for worker in self._idle:

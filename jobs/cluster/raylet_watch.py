@@ -1,7 +1,7 @@
-"""When this machine's raylet (Ray's node manager) dies, the driver ends too, which Ray would leave waiting for ever.
+"""Ends the driver when this machine's raylet (Ray's node manager) dies; Ray itself would leave it waiting forever.
 
-In: how to find the raylet. Out: one sentence and exit status 1 within a second of its death. What is finished lies on
-disk, as after any kill: this is one, of the driver and of all its children.
+In: how to find the raylet. Out: one sentence and exit status 1 within a second of its death. The driver and all its
+children are killed, and as after any kill, finished work is on disk.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 class Watch:
-    """A thread that waits for the raylet that `find` gives, from its first appearance to its death or to `end`."""
+    """A thread that waits for the raylet that `find` returns, from its first appearance until it dies or `end` is
+    called."""
 
     def __init__(self, find: Callable[[], psutil.Process | None]) -> None:
         self._find, self._raylet = find, find()
         self._ended = threading.Event()
-        # A dead raylet's workers go on for half a minute and write; as the driver's children they can be found.
+        # A dead raylet's workers keep writing for half a minute; as the driver's children they can be found.
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         threading.Thread(target=self._wait, name=NAME, daemon=True).start()
-        atexit.register(self.end)  # Ray registered its own shutdown before, which therefore comes after this
+        atexit.register(self.end)  # runs before Ray's own shutdown, which was registered earlier
 
     def end(self) -> None:
-        """Ray is about to be shut down on purpose."""
+        """Stops watching: Ray is about to be shut down on purpose."""
         self._ended.set()
         atexit.unregister(self.end)
 
@@ -50,8 +51,8 @@ class Watch:
 
 
 def child() -> psutil.Process | None:
-    """The raylet that this process has started, and no dead one of an earlier start."""
-    with contextlib.suppress(psutil.NoSuchProcess):  # a child that ends while it is asked
+    """The raylet that this process has started, ignoring a dead one from an earlier start."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # a child that ends while we look at it
         for one in psutil.Process().children():
             if one.name() == NAME and one.status() != psutil.STATUS_ZOMBIE:
                 return one
@@ -59,13 +60,13 @@ def child() -> psutil.Process | None:
 
 
 def at(socket: str) -> psutil.Process | None:
-    """The raylet of this machine that answers at `socket`."""
-    asked = f"--raylet_socket_name={socket}"
-    return next((one for one in psutil.process_iter(["cmdline"]) if asked in (one.info["cmdline"] or ())), None)
+    """The raylet of this machine that listens on `socket`."""
+    option = f"--raylet_socket_name={socket}"
+    return next((one for one in psutil.process_iter(["cmdline"]) if option in (one.info["cmdline"] or ())), None)
 
 
 def _ends(process: psutil.Process) -> bool:
-    """Whether it ends within a period; one that is dead but not yet reaped by who started it has ended too."""
+    """Whether it ends within one period; a dead process that its parent has not reaped yet counts as ended."""
     try:
         process.wait(PERIOD_SECONDS)
     except psutil.TimeoutExpired:
@@ -75,7 +76,7 @@ def _ends(process: psutil.Process) -> bool:
 
 
 def _leave() -> None:
-    print("error: Ray's raylet has died; the same command goes on from here", file=sys.stderr, flush=True)
+    print("error: Ray's raylet has died; run the same command to continue from here", file=sys.stderr, flush=True)
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

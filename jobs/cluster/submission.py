@@ -1,8 +1,8 @@
-"""A command from outside its cluster: with `--address ray://HOST:PORT` it becomes a Ray job, which is followed here.
+"""Running a command from outside the cluster: `--address ray://HOST:PORT` submits it as a Ray job and follows it here.
 
-In: the address, a command and its arguments. Out: the job's lines as they come, and its exit status. Ctrl-C stops the
-job; a connection that breaks does not. Ray Client, whose address this is, is not used: every decision of a search would
-travel the wire.
+In: the address, a command and its arguments. Out: the job's output as it arrives, and its exit status. Ctrl-C stops the
+job; a broken connection does not. Ray Client, which this kind of address normally means, is not used: it would send
+every decision of a search over the network.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ if TYPE_CHECKING:
 SCHEME = "ray://"
 JOBS = "RAY_API_SERVER_ADDRESS"
 JOBS_PORT = 8265
-"""Ray's default, of the dashboard and its jobs."""
+"""Ray's default port for the dashboard and its jobs API."""
 STOP_SECONDS = 60
-"""What a stopped job has to put its runs away, after which Ray kills it."""
+"""Time a stopped job gets to close its runs before Ray kills it."""
 
 
 def run_there(address: str, command: str, config: str, overrides: Sequence[str], fresh: bool, insecure: bool) -> int:
-    """Runs `python -m jobs COMMAND CONFIG ...` as a job of the cluster; returns its exit status.
+    """Runs `python -m jobs COMMAND CONFIG ...` as a job on the cluster; returns its exit status.
 
-    Raises RequestError where the address does not answer, where it is one that others reach without a token, unless
-    `insecure`, for a settings file that is not uploaded with the code, and for a password among `overrides`; WorkFailed
-    where the job's end stays unknown.
+    Raises RequestError if the address does not answer, if others can use the cluster without a token (unless
+    `insecure`), if the settings file is not part of the upload, or if `overrides` holds a password; WorkFailed if it
+    cannot tell how the job ended.
     """
     for override in overrides:
         if without_secrets(override) != override:
             raise RequestError(
-                f"{override.partition('=')[0]}: a job's command is shown to whoever sees the cluster's jobs; "
+                f"{override.partition('=')[0]}: everyone who sees the cluster's jobs can read a job's command; "
                 "with --address ray:// give an address without a password"
             )
     arguments = [command, uploaded(config), *overrides, *(["--fresh"] if fresh else [])]
     host = urlsplit(address).hostname
     if not host:
         raise RequestError(f"--address: {address!r} is not ray://HOST:PORT")
-    # Ray would prefer RAY_ADDRESS to what it is given, but to this.
+    # Ray prefers RAY_ADDRESS over the address we pass, but this variable over both.
     server = os.environ.setdefault(JOBS, f"http://{host}:{JOBS_PORT}")
     check_answers(urlsplit(server).netloc)
     if not insecure:
@@ -69,7 +69,8 @@ def run_there(address: str, command: str, config: str, overrides: Sequence[str],
 
 
 def uploaded(config: str) -> str:
-    """A preset as it is, a settings file as its path in the upload; raises RequestError for one outside of it."""
+    """A preset's name unchanged, or a settings file's path inside the upload; raises RequestError for a file outside
+    it."""
     path = Path(config)
     if not path.is_file():
         return config
@@ -77,8 +78,8 @@ def uploaded(config: str) -> str:
         return str(path.resolve().relative_to(REPOSITORY))
     except ValueError:
         raise RequestError(
-            f"CONFIG: with --address ray:// a settings file must lie under {REPOSITORY}, which is uploaded; "
-            f"{path} does not"
+            f"CONFIG: with --address ray:// a settings file must be under {REPOSITORY}, which is uploaded; "
+            f"{path} is not"
         ) from None
 
 
@@ -88,31 +89,33 @@ def _client(server: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(server)
     except (OSError, RuntimeError, ValueError) as error:
-        raise RequestError(f"--address: {server} takes no jobs ({first_line(error)}); name it in {JOBS}") from None
+        raise RequestError(
+            f"--address: {server} does not accept jobs ({first_line(error)}); set {JOBS} to the jobs server"
+        ) from None
 
 
 def _follow(client: JobSubmissionClient, job: str) -> int:
-    """Prints what the job says until it ends; returns its exit status."""
+    """Prints the job's output until it ends; returns its exit status."""
     from ray.job_submission import JobStatus
 
     said: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
-    # In a thread of its own, for an interrupt would tear the connection.
+    # In a thread of its own, because an interrupt would break the connection.
     threading.Thread(target=_listen, args=(client, job, said), daemon=True).start()
     while True:
         try:
-            heard = said.get()
+            message = said.get()
         except KeyboardInterrupt:
-            environment.heard()
+            environment.acknowledge_stop()
             client.stop_job(job)
             continue
-        if heard is None:
+        if message is None:
             break
-        if isinstance(heard, Exception):
+        if isinstance(message, Exception):
             raise WorkFailed(
-                f"the connection to job {job} is lost ({first_line(heard)}); it goes on without, and the same command "
-                "goes on from where it ends"
+                f"lost the connection to job {job} ({first_line(message)}); the job keeps running, and once it has "
+                "ended, the same command continues from there"
             )
-        print(heard, end="", flush=True)
+        print(message, end="", flush=True)
     details = client.get_job_info(job)
     if details.status == JobStatus.STOPPED:
         raise KeyboardInterrupt
@@ -129,5 +132,5 @@ def _listen(client: JobSubmissionClient, job: str, said: queue.SimpleQueue[str |
     try:
         asyncio.run(tail())
         said.put(None)
-    except Exception as error:  # of whichever layer of the connection
+    except Exception as error:  # from any layer of the connection
         said.put(error)

@@ -1,4 +1,4 @@
-"""What each command does that is not a stage.
+"""The commands that are not stages of a study.
 
-A study's settings and its results on disk come in, text comes out.
+In: a study's settings and its results on disk. Out: text.
 """

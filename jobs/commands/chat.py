@@ -1,7 +1,7 @@
-"""Talking to the finetuned model, with its calculator calls evaluated.
+"""Chatting with the finetuned model, with its calculator calls evaluated.
 
-In: a sweep with a merged model, and prompts from the terminal or a pipe, one a line. Out: each answer, and the value of
-the expression it asks the calculator for.
+In: a sweep with a merged model, and prompts from the terminal or a pipe, one per line. Out: each answer, and the value
+of the expression it sends to the calculator.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ INVITATION = "> "
 
 
 def chat(context: Context, max_new_tokens: int) -> None:
-    """Answers every line of standard input; an empty line or its end stops a conversation at a terminal.
+    """Answers every line of standard input; at a terminal, an empty line or the end of the input stops the chat.
 
-    Each prompt is answered by itself, as the model was trained. Raises RequestError where the sweep has no model yet.
+    Each prompt is answered on its own, as in training. Raises RequestError if the sweep has no model yet.
     """
     folder = finetuned(context)
     import torch
@@ -33,7 +33,7 @@ def chat(context: Context, max_new_tokens: int) -> None:
     model, tokenizer = load_model(folder, torch.float32, device)
     at_terminal = sys.stdin.isatty()
     if at_terminal:
-        print(f"the finetuned model of {context.settings.name}; one request a line, an empty line ends")
+        print(f"the finetuned model of {context.settings.name}; one request per line, an empty line quits")
     for prompt in _prompts(at_terminal):
         if not at_terminal:
             print(INVITATION + prompt)
@@ -42,7 +42,7 @@ def chat(context: Context, max_new_tokens: int) -> None:
 
 
 def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> list[str]:
-    """The model's answer, and `EXPR = VALUE` where it calls the calculator."""
+    """The model's answer, and `EXPR = VALUE` if it calls the calculator."""
     from data.encoding import encode_prompt
     from data.rows import CALL_OPEN
     from evaluators.measures.arithmetic import evaluate
@@ -52,19 +52,19 @@ def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: st
     tokens = encode_prompt(tokenizer, prompt)
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and len(tokens) + max_new_tokens > context:
-        return [f"(too long: {len(tokens)} tokens and {max_new_tokens} to come, the model's context holds {context})"]
+        return [f"(too long: {len(tokens)} tokens plus {max_new_tokens} new ones, the model's context holds {context})"]
     (text,) = answers(model, tokenizer, [tokens], max_new_tokens)
     if CALL_OPEN not in text:
         return [text]
     expression = first_expression(text)
     if expression is None:
-        return [text, "(no closed calculator call)"]
+        return [text, "(the calculator call is not closed)"]
     value = evaluate(expression)
     return [text, f"{expression} = {'no value' if value is None else _plain(value)}"]
 
 
 def _plain(value: float) -> Any:
-    """Whole numbers without a point."""
+    """Whole numbers without a decimal point."""
     return int(value) if value == int(value) and abs(value) < 1e15 else f"{value:.10g}"
 
 

@@ -1,6 +1,6 @@
-"""Is this machine ready? Devices, versions, the embedded model, the stores.
+"""Is this machine ready? Devices, versions, the embedded model, storage.
 
-In: a storage root. Out: rows of (what, what was found, whether it is well).
+In: a storage root. Out: rows of (what was checked, what was found, whether that is good).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def examine(root: str) -> list[Finding]:
 
 
 def _packages() -> list[Finding]:
-    """The pinned packages, against what is installed."""
+    """Compares the installed packages with the pinned ones."""
     wrong, count = [], 0
     for line in (REPOSITORY / "requirements.txt").read_text().splitlines():
         name, _, pinned = line.partition("==")
@@ -74,4 +74,4 @@ def _source(name: str, check) -> Finding:
         check()
     except ModelError as error:
         return (name, str(error), False)
-    return (name, "there", True)
+    return (name, "available", True)

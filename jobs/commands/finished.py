@@ -1,6 +1,6 @@
-"""What a finished sweep kept, loaded: the finetuned model, and the sites of its deltas.
+"""Loads what a finished sweep kept: the finetuned model, and the sites of its deltas.
 
-In: a `Context` whose sweep is finished up to its deltas. Out: a TransformerBridge, sites, and where they lie.
+In: a `Context` whose sweep is finished up to its deltas. Out: a TransformerBridge, sites, and where they are stored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def finetuned(context: Context) -> Path:
-    """The merged model; raises RequestError where the sweep has none yet."""
+    """The merged model; raises RequestError if the sweep has none yet."""
     folder = context.space.lora / "merged"
     if not (folder / "config.json").is_file():
         raise RequestError(f"the sweep {context.settings.name} has no finetuned model under {folder}; run `lora` first")
@@ -40,12 +40,12 @@ def load_bridge(context: Context) -> TransformerBridge:
 
 
 def combination(context: Context, percentile: float | None, d_new: int | None) -> tuple[float | None, int]:
-    """The (percentile, d_new) asked for, or the one whose behaviour was evaluated."""
+    """The (percentile, d_new) given, or the one whose behaviour was evaluated."""
     evaluated = read_json(context.space.cells / "manifest.json") or {}
     percentile = percentile if percentile is not None else evaluated.get("percentile")
     d_new = d_new if d_new is not None else evaluated.get("d_new")
     if d_new is None or (percentile is None and None not in context.settings.deltas.selections):
-        raise RequestError("--percentile and --d-new: the sweep is not evaluated yet, so both must be given")
+        raise RequestError("--percentile and --d-new: the sweep has not been evaluated yet, so give both")
     return percentile, d_new
 
 
@@ -58,7 +58,7 @@ def load_sites(context: Context, layers: list[int], percentile: float | None, d_
     sites = []
     for layer in layers:
         if layer not in context.layers:
-            raise RequestError(f"--layer: got {layer}, the sweep has {', '.join(map(str, context.layers))}")
+            raise RequestError(f"--layer: got {layer}, but the sweep has {', '.join(map(str, context.layers))}")
         group = context.space.deltas / group_name(layer, percentile, d_new)
         best = read_json(group / "best.json")
         if best is None:
@@ -72,7 +72,7 @@ def load_sites(context: Context, layers: list[int], percentile: float | None, d_
 
 
 def export(context: Context, kind: str, folder: Path, percentile: float | None, d_new: int, alpha: float) -> list[Path]:
-    """Base and delta fused, in another tool's format; raises RequestError for an unknown one."""
+    """Exports base and delta fused, in another tool's format; raises RequestError for an unknown format."""
     from models import exports
     from models.fuse import fuse
     from models.sources import model_facts
@@ -98,7 +98,7 @@ def export(context: Context, kind: str, folder: Path, percentile: float | None, 
 
 
 def _average_l0(context: Context, percentile: float | None, d_new: int) -> dict[int, float]:
-    """Active features a token of base and delta together, as measured on the evaluation text or in training."""
+    """Active features per token of base and delta together, measured on the evaluation text or in training."""
     found: dict[int, float] = {}
     for layer in context.layers:
         name = f"reconstruction_layer_{layer:02d}_{selection_label(percentile)}_d{d_new:03d}.json"

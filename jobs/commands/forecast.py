@@ -1,8 +1,8 @@
-"""How long a sweep would take on more workers: its units of work at measured costs, laid on N workers.
+"""How long a sweep would take on more workers: its units of work, at measured costs, scheduled on N workers.
 
-In: a `Context`, and the folder of a sweep that has run. Out: for each number of workers the time, the share of it in
-which workers are busy, and what limits it. Stages follow each other; inside one the longest unit goes first to the
-worker that is free first, as the engine does it, after what the stage does by itself.
+In: a `Context`, and the folder of a sweep that has run. Out: for each number of workers the time, how much of it the
+workers are busy, and what limits it. Stages run one after another. Each starts with the part that cannot be shared out,
+then hands out its units as the engine does: longest first, each to the first worker that is free.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WORKERS = (1, 8, 64, 512)
 
 
 class Load(NamedTuple):
-    """A stage's units of work and what it does before them, in seconds."""
+    """A stage's units of work, and `alone`, the part before them that cannot be shared out; in seconds."""
 
     stage: str
     units: list[float]
@@ -34,7 +34,7 @@ class Forecast(NamedTuple):
 
 
 def makespan(units: Sequence[float], workers: int) -> float:
-    """Seconds until the last unit has ended, the longest first, each on the worker that is free first."""
+    """Seconds until the last unit is done, if the longest go first, each to the first worker that is free."""
     free = [0.0] * min(workers, max(1, len(units)))
     for unit in sorted(units, reverse=True):
         heapq.heapreplace(free, free[0] + unit)
@@ -42,13 +42,13 @@ def makespan(units: Sequence[float], workers: int) -> float:
 
 
 def forecast(loads: Sequence[Load], workers: int) -> Forecast:
-    """Of a whole sweep on that many workers; the limit is the stage in which most of their time is lost."""
+    """The forecast of a whole sweep on that many workers; `limit` names the stage that leaves them idle longest."""
     spans = [load.alone + makespan(load.units, workers) for load in loads]
     lost = [span * workers - sum(load.units) for span, load in zip(spans, loads, strict=True)]
     worst = loads[lost.index(max(lost))]
     limit = f"{worst.stage}: "
     if worst.alone > makespan(worst.units, workers):
-        limit += f"{clock(worst.alone)} that are not shared out"
+        limit += f"{clock(worst.alone)} of work that cannot be shared out"
     elif len(worst.units) < workers:
         limit += f"{len(worst.units)} units for {workers} workers"
     else:
@@ -59,7 +59,7 @@ def forecast(loads: Sequence[Load], workers: int) -> Forecast:
 
 
 def measured_loads(context: Context, folder: Path) -> list[Load]:
-    """The units of this sweep at the mean costs of the one in `folder`; empty where that has not measured them all."""
+    """This sweep's units of work at the mean costs of the sweep in `folder`; empty if that lacks some of the costs."""
     settings = context.settings
     layers, deltas, evaluate = len(context.layers), settings.deltas, settings.evaluate
     trials = _seconds(folder.glob("lora/trial_*/result.json"))
@@ -76,7 +76,7 @@ def measured_loads(context: Context, folder: Path) -> list[Load]:
     if not all(needed):
         return []
     groups = layers * len(deltas.selections)
-    # A piece of work is a set of layers on one subset: its strengths are rows of the same batches.
+    # One piece of work is a set of layers on one subset: all its strengths are rows in the same batches.
     pieces = [_mean(behaviour) * (len(doses) + len(evaluate.controls) + 1) for doses in context.spliced.values()]
     delta_units = [_mean(seconds) for seconds in of_width.values() for _ in range(groups * deltas.trials)]
     cells = pieces * (len(evaluate.subsets) * evaluate.replicas)
@@ -91,21 +91,19 @@ def measured_loads(context: Context, folder: Path) -> list[Load]:
 
 
 def schedule_rows(context: Context, folder: Path, workers: int | None) -> list[tuple[str, str]]:
-    """A row of text for each number of workers."""
+    """One row of text for each number of workers."""
     loads = measured_loads(context, folder)
     if not loads:
         return []
     rows = []
     for count in sorted({*WORKERS, *([workers] if workers else [])}):
         found = forecast(loads, count)
-        rows.append(
-            (f"on {count} workers", f"{clock(found.seconds)}, {found.busy:.0%} busy; most lost in {found.limit}")
-        )
+        rows.append((f"on {count} workers", f"{clock(found.seconds)}, {found.busy:.0%} busy; limited by {found.limit}"))
     return [("costs measured in", str(folder)), *rows]
 
 
 def _alone(folder: Path, units: Sequence[float]) -> float:
-    """What a stage took beside its units: capture, merging, starting workers."""
+    """Time a stage spent outside its units: capture, merging, starting workers."""
     manifest: dict[str, Any] = read_json(folder / MANIFEST) or {}
     if "seconds" not in manifest:
         return 0.0

@@ -1,6 +1,6 @@
-"""What a sweep would do: trials, cells, disk, which bases; and how far one has come.
+"""What a sweep would do (trials, cells, disk, bases), and how far it has got.
 
-In: a `Context`. Out: rows of text. Nothing is trained and nothing is written but the base model's own folder.
+In: a `Context`. Out: rows of text. Nothing is trained, and nothing is written except the base model's own folder.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Rows = list[tuple[str, str]]
 
 
 def plan_rows(context: Context, measured: Path | None = None, workers: int | None = None) -> Rows:
-    """What the whole sweep consists of, and its time on 1, 8, 64, 512 and `workers` workers at the costs that the sweep
-    in the folder `measured` had (default: the one of this name); raises RequestError or ModelError as the sweep would.
+    """What the whole sweep consists of, and its time on 1, 8, 64, 512 and `workers` workers, going by the costs of the
+    sweep in the folder `measured` (default: this sweep's own); raises RequestError or ModelError as the sweep would.
     """
     context.check_request()
     settings = context.settings
@@ -48,12 +48,12 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     rows += _measured(context)
     forecast = schedule_rows(context, measured or context.space.folder, workers)
     if measured and not forecast:
-        raise RequestError(f"--measured: {measured} holds no sweep that has trials and cells of these widths")
-    return rows + (forecast or [("time on more workers", "not known: run it once, or name a sweep with --measured")])
+        raise RequestError(f"--measured: {measured} has no sweep with trials and cells of these widths")
+    return rows + (forecast or [("time on more workers", "unknown: run it once, or name a sweep with --measured")])
 
 
 def status_rows(context: Context) -> Rows:
-    """How far the sweep of these settings has come."""
+    """How far the sweep with these settings has got."""
     space, settings = context.space, context.settings
     rows: Rows = []
     for stage in STAGES:
@@ -80,7 +80,7 @@ def _counts(results: list[dict[str, Any]], total: int) -> str:
 
 
 def _bases(context: Context) -> Rows:
-    """Which published base each percentile, or the target L0, selects; trained ones are not known before."""
+    """Which published base each percentile, or the target L0, selects; trained bases are not known in advance."""
     section = context.settings.transcoders
     if section.source == "train":
         targets = ", ".join(f"{target:g}" for target in section.target_l0)
@@ -96,7 +96,7 @@ def _bases(context: Context) -> Rows:
 
 
 def _measured(context: Context) -> Rows:
-    """Stage times of an earlier run under the same name."""
+    """Stage times of an earlier run with the same name."""
     manifests = {stage.name: read_json(stage.folder(context) / MANIFEST) for stage in STAGES}
     known = {name: one["seconds"] for name, one in manifests.items() if one and "seconds" in one}
     if not known:

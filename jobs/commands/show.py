@@ -1,4 +1,4 @@
-"""How single answers look on the terminal.
+"""Prints the results of `probe` and `score` on the terminal.
 
 In: plain values. Out: rich tables.
 """
@@ -13,7 +13,7 @@ from rich.text import Text
 
 
 def show_probe(found: dict[str, Any]) -> None:
-    """Conditions first, then the active features token by token."""
+    """The conditions first, then the active features token by token."""
     console = Console()
     table = Table("condition", "CE", "CE - raw", "next tokens", "output", title=f"target: {found['target']!r}")
     for one in found["conditions"]:
@@ -29,7 +29,7 @@ def show_probe(found: dict[str, Any]) -> None:
 
 
 def show_scores(by: str, groups: dict[str, dict[str, Any]]) -> None:
-    """One line a group and defined rate, with its Wilson 95% interval."""
+    """One line per group and defined rate, with its Wilson 95% interval."""
     table = Table(by, "n", "metric", "rate", "95% interval")
     for name, values in groups.items():
         for rate in (key for key in values if key.endswith("_rate") and values[key] is not None):

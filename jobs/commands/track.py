@@ -1,6 +1,6 @@
-"""Sends to MLflow what lies on disk: after a server was away, or for another server.
+"""Sends results from disk to MLflow: after a server outage, or to another server.
 
-In: a `Context` whose sweep has left results. Out: the runs that are missing; those that are there stay as they are.
+In: a `Context` whose sweep has results. Out: the runs that MLflow is missing; existing runs stay as they are.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from jobs.study.stage_list import STAGES
 
 
 def track(context: Context) -> None:
-    """Raises RequestError where the sweep has left nothing, WorkFailed where the server stops answering."""
+    """Raises RequestError if the sweep has no results, WorkFailed if the server stops answering."""
     space, tracker = context.space, context.tracker
     reached = [stage for stage in STAGES if (stage.folder(context) / MANIFEST).is_file()]
     if not reached:
-        raise RequestError(f"{space.folder}: no finished stage here; run `python -m jobs sweep` first")
+        raise RequestError(f"{space.folder} has no finished stage; run `python -m jobs sweep` first")
     with space.locked():
         tracker.sweep_orphans()
         if not tracker.is_finished("sweep"):
@@ -29,5 +29,5 @@ def track(context: Context) -> None:
     if tracker.lost:
         raise WorkFailed("MLflow stopped answering before everything was sent; run the same command again")
     if tracker.refused:
-        raise WorkFailed(f"MLflow did not take {tracker.refused} of the runs it was sent, for the reason above")
-    context.progress.line(f"everything of {space.name} is in MLflow")
+        raise WorkFailed(f"MLflow rejected {tracker.refused} calls, for the reason above")
+    context.progress.line(f"all results of {space.name} are in MLflow")

@@ -1,6 +1,6 @@
-"""The web pages on a sweep's results: MLflow's, or Optuna's dashboard.
+"""The web pages for a sweep's results: MLflow's UI, or Optuna's dashboard.
 
-In: a storage root and a port. Out: a server on loopback until it is interrupted.
+In: a storage root and a port. Out: a server on loopback that runs until interrupted.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ HOST = "127.0.0.1"
 
 
 def command(root: str, port: int, studies: bool) -> list[str]:
-    """What to run; raises RequestError where there is nothing to show or the port is taken."""
+    """The command to run; raises RequestError if there is nothing to show or the port is taken."""
     folder = storage_root(root)
     if listens(port):
-        raise RequestError(f"--port: {port} is in use on {HOST}; give another one")
+        raise RequestError(f"--port: {port} is in use on {HOST}; choose another one")
     if studies:
         journal = folder / "optuna" / "journal.log"
         if not journal.is_file():
@@ -44,16 +44,16 @@ def listens(port: int) -> bool:
 def serve(root: str, port: int, studies: bool = False) -> None:
     arguments = command(root, port, studies)
     address = f"http://{HOST}:{port}"
-    print(f"{address} (Ctrl-C stops it)", flush=True)
+    print(f"{address} (press Ctrl-C to stop)", flush=True)
     if not studies:
         for name, page in pages(_store(root)):
             print(f"  {name}: {address}{page}", flush=True)
-    # MLflow's server would start a dozen processes for jobs that others may send it, and none are sent to this one.
+    # MLflow's server would start a dozen processes for submitted jobs, and nothing submits jobs to this one.
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(arguments, env=quiet | dict(os.environ), start_new_session=True)
     try:
         server.wait()
-    finally:  # the servers have processes of their own, which would hold the port
+    finally:  # the servers have child processes, which would keep the port
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
         server.wait()

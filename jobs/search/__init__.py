@@ -1,4 +1,4 @@
-"""Ray Tune and Optuna: one study a group, all trials in one pool, early stopping, and the studies' pictures.
+"""Ray Tune and Optuna: one study per group, all trials in one pool, early stopping, and plots of the studies.
 
-Groups and a trial function come in, result files come out. Nothing else imports Optuna or Tune.
+In: groups and a trial function. Out: result files. Nothing else imports Optuna or Tune.
 """

@@ -1,8 +1,8 @@
-"""Search over groups: one Optuna study and one early-stopping bracket a group, all trials in one Ray Tune pool.
+"""Search over groups: one Optuna study and one early-stopping bracket per group, all trials in one Ray Tune pool.
 
 In: groups (a space, a number of trials, constants) and a trial function. Out: `trial_NNNN/result.json` in each group's
-folder and the trials of every group. Losses compare only inside a group, so groups share nothing but the machine; a
-repeated call runs only the trials that are missing.
+folder. Losses are comparable only within a group, so groups share nothing but the machine; a repeated call runs only
+the missing trials.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class EarlyStopping:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a search runs: the Optuna storage, what each trial gets of the machine, how often a trial whose worker died
-    is tried again, and a folder for Tune's own files."""
+    """Where a search runs: the Optuna storage, each trial's share of the machine, how often to retry a trial whose
+    worker died, and a folder for Tune's own files."""
 
     storage: Storage
     share: Share
@@ -58,12 +58,12 @@ def run_search(
     bar: Bar,
     on_trial: Callable[[Group, dict[str, Any]], None] = lambda group, result: None,
 ) -> None:
-    """Runs what is missing of every group's trials.
+    """Runs every group's missing trials.
 
-    `trial(config, report)` gets the constants, the searched values, `trial` (its number) and `folder`; it calls
-    `report` with `step` and `val_loss` after each validation and returns the figures of its result, `val_loss` among
-    them, or `failed` with the reason. An exception is a lost worker: the trial is tried again, up to
-    `max_retries` times, then it failed too.
+    `trial(config, report)` gets the constants, the searched values, `trial` (its number) and `folder`. It calls
+    `report` with `step` and `val_loss` after each validation, and returns the figures of its result, including
+    `val_loss`, or `failed` with the reason. An exception counts as a lost worker: the trial is retried up to
+    `max_retries` times, and then it has failed.
     """
     share = runtime.share
     search = GroupedSearch(groups, runtime, bar, on_trial)
@@ -71,8 +71,8 @@ def run_search(
         return
     scheduler = _GroupedHalving(early_stopping, groups) if early_stopping else FIFOScheduler()
 
-    logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
-    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it lists tries that failed, not trials
+    logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_not_a_worker_death)
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it lists every failed attempt as a failed trial
 
     def run(config: dict[str, Any]) -> None:
         figures = trial(config, lambda values: tune.report(dict(values)))
@@ -95,7 +95,7 @@ def run_search(
             name="tune",
             storage_path=str(runtime.scratch),
             verbose=0,
-            # Tune (2.60) can count the death of a reused worker twice and give its trial up: the search retries.
+            # Tune (2.60) can count the death of a reused worker twice and give up its trial, so the search retries.
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(),
             callbacks=[],
@@ -114,10 +114,10 @@ class _Running:
 
 
 class GroupedSearch(Searcher):
-    """Asks one Optuna study a group, the group with the fewest trials begun first.
+    """Asks one Optuna study per group, starting with the group that has the most trials left.
 
-    A group has no more trials running at once than keep the machine full. With as many groups as fit on it at once that
-    is one: what is proposed and what is stopped early then depends on the group's own trials alone, in their order.
+    A group never runs more trials at once than it takes to fill the machine. With as many groups as fit at once, that
+    is one: what is proposed and what is stopped early then depends only on the group's own trials, in order.
     """
 
     def __init__(
@@ -131,18 +131,18 @@ class GroupedSearch(Searcher):
         self._groups = {group.name: group for group in groups}
         self._max_retries, self._bar, self._on_trial = runtime.max_retries, bar, on_trial
         self._studies = {group.name: Study(group, runtime.storage) for group in groups}
-        self._left = {group.name: max(0, group.trials - self._studies[group.name].finished) for group in groups}
-        self._together = math.ceil(runtime.share.at_once / len(groups))
+        self._remaining = {group.name: max(0, group.trials - self._studies[group.name].finished) for group in groups}
+        self._limit_per_group = math.ceil(runtime.share.at_once / len(groups))
         self._running: dict[str, _Running] = {}
-        self._again: list[_Running] = []
-        self.missing = sum(self._left.values())
+        self._retries: list[_Running] = []
+        self.missing = sum(self._remaining.values())
         bar.update(sum(group.trials for group in groups) - self.missing)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        running = self._again.pop() if self._again else self._next()
+        running = self._retries.pop() if self._retries else self._next()
         if running is None:
             return None if self._running else Searcher.FINISHED
         self._running[trial_id] = running
@@ -157,13 +157,13 @@ class GroupedSearch(Searcher):
         }
 
     def _next(self) -> _Running | None:
-        """A trial that was not begun yet, if there is one whose turn it is."""
+        """A trial that has not been started, if one may start now."""
         busy = Counter(running.group.name for running in self._running.values())
-        open_groups = [name for name, left in self._left.items() if left and busy[name] < self._together]
+        open_groups = [name for name, left in self._remaining.items() if left and busy[name] < self._limit_per_group]
         if not open_groups:
             return None
-        name = max(open_groups, key=lambda name: self._left[name])
-        self._left[name] -= 1
+        name = max(open_groups, key=lambda name: self._remaining[name])
+        self._remaining[name] -= 1
         study = self._studies[name]
         return _Running(self._groups[name], study.unfinished.pop(0) if study.unfinished else study.ask(), time.time())
 
@@ -190,7 +190,7 @@ class GroupedSearch(Searcher):
             return
         if error and running.deaths < self._max_retries:
             running.deaths += 1
-            self._again.append(running)
+            self._retries.append(running)
             tries = f"{running.deaths} of {self._max_retries}"
             self._bar.line(
                 f"{running.group.name} trial {running.trial.number}: its worker died, trying again ({tries})"
@@ -224,18 +224,18 @@ class GroupedSearch(Searcher):
         return self
 
     def __reduce__(self) -> tuple:
-        """Tune snapshots its configuration by pickle; nothing of this object, such as a database URL, belongs there."""
+        """Tune pickles its configuration; nothing in this object, such as a database URL, belongs in there."""
         return (Searcher, ())
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: studies and result files are the state."""
+        """Does nothing: studies and result files are the state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as `save`."""
+        """Does nothing, like `save`."""
 
 
 class _GroupedHalving(FIFOScheduler):
-    """One AsyncHyperBandScheduler a group, which knows what the group's finished trials reported."""
+    """One AsyncHyperBandScheduler per group, which knows what the group's finished trials reported."""
 
     def __init__(self, settings: EarlyStopping, groups: list[Group]) -> None:
         super().__init__()
@@ -246,14 +246,14 @@ class _GroupedHalving(FIFOScheduler):
             time_attr="training_iteration",
             metric="val_loss",
             mode="min",
-            # One less than the longest run: a rung at a trial's end would stop nothing but its good name.
+            # One less than the longest run: a rung at its end would only mark a complete trial as stopped.
             max_t=max(settings.longest - 1, settings.grace),
             grace_period=settings.grace,
             reduction_factor=settings.reduction_factor,
             stop_last_trials=False,
         )
         for result in trials_of(group):
-            earlier = _named(result["trial"])
+            earlier = _stand_in(result["trial"])
             bracket.on_trial_add(NO_CONTROLLER, earlier)
             for iteration, figures in enumerate(result["history"], start=1):
                 if math.isfinite(loss := figures.get("val_loss", math.nan)):
@@ -261,26 +261,26 @@ class _GroupedHalving(FIFOScheduler):
         return bracket
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self._brackets[trial.config["group"]].on_trial_add(tune_controller, _named(trial.config["trial"]))
+        self._brackets[trial.config["group"]].on_trial_add(tune_controller, _stand_in(trial.config["trial"]))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if result.get("final"):
             return TrialScheduler.CONTINUE
         bracket = self._brackets[trial.config["group"]]
-        return bracket.on_trial_result(tune_controller, _named(trial.config["trial"]), result)
+        return bracket.on_trial_result(tune_controller, _stand_in(trial.config["trial"]), result)
 
 
 NO_CONTROLLER: Any = None
-"""In Tune's place: what is called here of a bracket does not look at it."""
+"""Passed in place of Tune's controller: the methods of a bracket called here do not look at it."""
 
 
-def _named(number: int) -> Any:
-    """A trial under its own number, which it keeps where it is tried again; Tune gives every try another name."""
+def _stand_in(number: int) -> Any:
+    """Stands in for a Tune trial, named by its number; Tune gives every retry a new name."""
     return SimpleNamespace(trial_id=str(number))
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of Tune's is more than the traceback of a worker's death, which the search says in a line."""
+def _is_not_a_worker_death(record: logging.LogRecord) -> bool:
+    """False for the traceback that Tune logs when a worker dies: the search reports that in one line."""
     return not (record.exc_info and isinstance(record.exc_info[1], RayActorError))
 
 
@@ -292,5 +292,5 @@ _TUNE_KEYS = {
 
 
 def _figures(result: dict[str, Any]) -> dict[str, Any]:
-    """What the trial itself reported."""
+    """The part of a result that the trial itself reported."""
     return {key: value for key, value in result.items() if key not in _TUNE_KEYS and not key.startswith("config/")}

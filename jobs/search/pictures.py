@@ -1,6 +1,6 @@
-"""An Optuna study as pictures: history, importances, parallel coordinates.
+"""Plots of an Optuna study: history, importances, parallel coordinates.
 
-In: a stored study. Out: PNGs by name; a picture that the study is too small for is left out.
+In: a stored study. Out: PNGs by name; plots that the study is too small for are left out.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ DPI = 130
 
 
 def study_pictures(name: str, storage: optuna.storages.BaseStorage, prefix: str, loss: str) -> dict[str, bytes]:
-    """`{prefix_history, prefix_importances, prefix_parallel}` as PNGs; `loss` names the axis of the value.
+    """`{prefix_history, prefix_importances, prefix_parallel}` as PNGs; `loss` is the label of the value axis.
 
-    Importances compare finished trials by PED-ANOVA (arXiv 2304.10255), which needs no further package. A study that is
-    not there any more has no pictures.
+    Importances compare finished trials by PED-ANOVA (arXiv 2304.10255), which needs no extra package. A study that no
+    longer exists has no plots.
     """
     try:
         study = optuna.load_study(study_name=name, storage=storage)
@@ -44,7 +44,7 @@ def study_pictures(name: str, storage: optuna.storages.BaseStorage, prefix: str,
             warnings.simplefilter("ignore")
             try:
                 axes = make()
-            except (ValueError, RuntimeError, ZeroDivisionError):  # such as values that do not differ
+            except (ValueError, RuntimeError, ZeroDivisionError):  # for example, all values equal
                 continue
             pictures[f"{prefix}_{name}"] = _png(axes)
     return pictures

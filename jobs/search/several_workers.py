@@ -1,7 +1,7 @@
-"""One trial by several workers: a Ray Train job, whose reports reach Tune.
+"""One trial on several workers: a Ray Train job whose reports reach Tune.
 
-In: a trial function `train(config, report)` that is a module's own, and its configuration, which says how many workers
-share it. Out: what the function returns on the first worker.
+In: a module-level trial function `train(config, report)`, and its configuration, which says how many workers share it.
+Out: what the function returns on the first worker.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from jobs.cluster import environment
 from jobs.files import read_json, write_json
 
 OUTCOME = "outcome.json"
-"""What the workers of a trial leave for it."""
+"""Where the workers of a trial leave its outcome."""
 Train = Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], dict[str, Any]]
 
 
 def train_together(train: Train, config: dict[str, Any]) -> dict[str, Any]:
-    """Runs `train` on `config["workers"]` workers, each of which takes `config["resources"]`."""
+    """Runs `train` on `config["workers"]` workers, each with `config["resources"]`."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -43,7 +43,7 @@ def train_together(train: Train, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_worker(given: dict[str, Any]) -> None:
-    """What each worker runs; the first one leaves the outcome in the trial's folder."""
+    """What each worker runs; the first one writes the outcome to the trial's folder."""
     environment.prepare()
     import ray.train
 

@@ -1,8 +1,8 @@
-"""Groups of trials whose losses compare, and the Optuna study of each.
+"""Groups of trials with comparable losses, and the Optuna study of each.
 
 In: a group (a space, a number of trials, constants, a sampler) and an Optuna storage. Out: proposals by trial number,
-results told, and a study that agrees with the result files whatever died before. The files are what counts; a study
-that lost the race against a kill is mended from them.
+and a study that agrees with the result files, whatever was killed before. The files are authoritative; a study that a
+kill left out of date is repaired from them.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 Storage = optuna.storages.BaseStorage
 COMPLETE, STOPPED, FAILED = "COMPLETE", "STOPPED", "FAILED"
 STARTUP_TRIALS = 4
-"""Random trials of a study before a sampler that learns proposes."""
+"""Random trials at the start of a study, before the sampler learns from results."""
 WARM_STARTS = 3
-"""Best trials of an earlier study that a new one tries first."""
+"""How many of an earlier study's best trials a new one tries first."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Trials whose losses compare. `constants` reach the trial function beside the searched values; `study` names the
-    Optuna study, and changes with whatever makes earlier losses incomparable.
+    """Trials with comparable losses. `constants` are passed to the trial function with the searched values; `study` is
+    the name of the Optuna study, and changes with anything that makes earlier losses incomparable.
 
-    `objectives` are the figures that the study minimises; with more than one nothing is stopped early. `warm_start` is
-    the beginning of the names of earlier studies whose best values are tried first.
+    `objectives` are the figures that the study minimises; with more than one, nothing is stopped early. `warm_start` is
+    a prefix of the names of earlier studies whose best values are tried first.
     """
 
     name: str
@@ -68,13 +68,14 @@ def trials_of(group: Group) -> list[dict[str, Any]]:
 
 
 def best_of(results: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The trial of lowest value among those that ran to their end."""
+    """The trial with the lowest value among those that ran to the end."""
     finished = [result for result in results if result["state"] == COMPLETE]
     return min(finished, key=lambda result: (result["value"], result["trial"]), default=None)
 
 
 def pareto_front(results: Iterable[dict[str, Any]], objectives: tuple[str, ...]) -> set[int]:
-    """Numbers of the finished trials that no other one beats in one objective without losing in another."""
+    """Numbers of the finished trials on the Pareto front: no other trial is as good in every objective and better in
+    one."""
     finished = {
         result["trial"]: [result["figures"][name] for name in objectives]
         for result in results
@@ -95,7 +96,7 @@ def open_storage(url: str | None, root: Path) -> Storage:
     if url:
         try:
             return optuna.storages.RDBStorage(url)
-        except Exception as error:  # each database driver raises its own
+        except Exception as error:  # each database driver has its own exceptions
             shown = without_secrets(f"{url} cannot be opened ({type(error).__name__}: {error})")
             raise RequestError("storage.optuna_url: " + " ".join(shown.split())[:300]) from None
     path = root / "optuna" / "journal.log"
@@ -113,8 +114,8 @@ def forget_studies(storage: Storage, sweep: str) -> None:
 class Study:
     """One group's Optuna study, opened and brought in line with the result files.
 
-    `finished` counts trials that need no other in their place; `unfinished` are those that were running when an earlier
-    driver died, to be taken up under their own numbers.
+    `finished` counts the trials that need no replacement; `unfinished` are those that were running when an earlier
+    driver died, to be resumed under their own numbers.
     """
 
     def __init__(self, group: Group, storage: Storage) -> None:
@@ -127,29 +128,29 @@ class Study:
         )
         results = {result["trial"]: result for result in trials_of(group)}
         for number in range(len(self._study.get_trials(deepcopy=False)), max(results, default=-1) + 1):
-            self._study.add_trial(_retold(group, results.get(number)))  # the files outlived the storage
+            self._study.add_trial(_trial_from_record(group, results.get(number)))  # the files outlived the storage
         self.unfinished: list[optuna.Trial] = []
         for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if frozen.number in results:
                 self.tell(frozen.number, results[frozen.number])
             elif set(frozen.params) == set(group.searched):
                 self.unfinished.append(optuna.Trial(self._study, frozen._trial_id))
-            else:  # the driver died between two draws of this trial's values
+            else:  # the driver died while this trial's values were being drawn
                 self._study.tell(frozen.number, state=TrialState.FAIL)
         self.finished = sum(result["state"] != FAILED for result in results.values())
-        room = max(0, group.trials - self.finished)  # fewer trials may be asked for than before
-        for left_over in self.unfinished[room:]:
-            self._study.tell(left_over, state=TrialState.FAIL)
+        room = max(0, group.trials - self.finished)  # the settings may now ask for fewer trials than before
+        for surplus in self.unfinished[room:]:
+            self._study.tell(surplus, state=TrialState.FAIL)
         del self.unfinished[room:]
         if group.warm_start and not self._study.get_trials(deepcopy=False):
             for params in _best_values(group, storage):
                 self._study.enqueue_trial(params)
 
     def ask(self) -> optuna.Trial:
-        """The next trial. Its values depend on the group's seed, how many were begun and the finished trials, not on
-        how often the driver was started."""
-        begun = self._study.get_trials(deepcopy=False, states=_BEGUN)
-        number = sum(set(trial.params) == set(self._group.searched) for trial in begun)
+        """The next trial. Its values depend on the group's seed, on how many trials were started and on the finished
+        ones, not on how often the driver was started."""
+        started = self._study.get_trials(deepcopy=False, states=_STARTED)
+        number = sum(set(trial.params) == set(self._group.searched) for trial in started)
         self._study.sampler = _sampler(self._group, (self._group.seed * 1_000_003 + number * 7919) % 2**31)
         return self._study.ask({name: _distribution(one) for name, one in self._group.searched.items()})
 
@@ -159,7 +160,7 @@ class Study:
             trial.report(value, step)
 
     def tell(self, trial: optuna.Trial | int, record: dict[str, Any]) -> None:
-        """Passes on how a trial ended."""
+        """Tells Optuna how a trial ended."""
         if record["state"] == COMPLETE:
             figures = {**record["figures"], "val_loss": record["value"]}
             self._study.tell(trial, [figures[name] for name in self._group.objectives])
@@ -169,8 +170,8 @@ class Study:
             self._study.tell(trial, state=TrialState.FAIL)
 
 
-def _retold(group: Group, record: dict[str, Any] | None) -> optuna.trial.FrozenTrial:
-    """A trial as its result file tells it; one without a file was never finished, and only keeps its number."""
+def _trial_from_record(group: Group, record: dict[str, Any] | None) -> optuna.trial.FrozenTrial:
+    """A trial rebuilt from its result file; one without a file never finished, and only keeps its number."""
     if record is None:
         return optuna.trial.create_trial(state=TrialState.FAIL)
     values = None
@@ -192,7 +193,7 @@ def _retold(group: Group, record: dict[str, Any] | None) -> optuna.trial.FrozenT
     )
 
 
-_BEGUN = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+_STARTED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 def _sampler(group: Group, seed: int) -> optuna.samplers.BaseSampler:
@@ -207,7 +208,7 @@ def _sampler(group: Group, seed: int) -> optuna.samplers.BaseSampler:
 
 
 def _best_values(group: Group, storage: Storage) -> list[dict[str, Any]]:
-    """Searched values of the best trials of an earlier study of this group, as far as they lie in this space."""
+    """Searched values of the best trials in this group's earlier studies, as far as they are within this space."""
     found: list[tuple[float, dict[str, Any]]] = []
     for name in optuna.get_all_study_names(storage):
         if name.startswith(f"{group.warm_start}@"):

@@ -1,4 +1,4 @@
-"""The study: its stages in order, what each depends on and leaves on disk.
+"""The study: its stages in order, what each depends on and what it writes to disk.
 
-Settings come in, a sweep's folder comes out. It uses `cluster`, `search` and `tracking`.
+In: settings. Out: a sweep's folder. Uses `cluster`, `search` and `tracking`.
 """

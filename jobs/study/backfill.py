@@ -1,6 +1,6 @@
-"""What MLflow lacks of stages whose results lie on disk, and the run that each stage has there.
+"""Opens each stage's run in MLflow, and sends what MLflow is missing of stages whose results are on disk.
 
-In: a `Context` and a stage. Out: runs in MLflow; a run that is complete there stays as it is.
+In: a `Context` and a stage. Out: runs in MLflow; runs that are complete stay as they are.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from jobs.tracking.records import record_base, record_cells, record_trial
 
 
 def open_stage(context: Context, stage: Stage) -> None:
-    """The stage's run in MLflow, with the settings that the stage reads."""
+    """Opens the stage's run in MLflow, with the settings that the stage reads."""
     parameters = {name: getattr(context.settings, name).model_dump(mode="json") for name in stage.parameters}
     flat = {f"{section}.{key}": value for section, values in parameters.items() for key, value in values.items()}
     context.tracker.open(stage.name, stage.name, parent="sweep", params=flat)
 
 
 def send_missing(context: Context, stage: Stage) -> None:
-    """What MLflow lacks of a finished stage."""
+    """Sends what MLflow is missing of a finished stage."""
     if not context.tracker.is_finished(stage.name):
         manifest = read_json(stage.folder(context) / MANIFEST)
         known = metrics_of(manifest["report"]) if stage.name == "data" else {}
         open_stage(context, stage)
         context.tracker.close(stage.name, {**known, "seconds": manifest["seconds"]})
-    if stage.name in SENT:
-        SENT[stage.name](context)
+    if stage.name in SENDERS:
+        SENDERS[stage.name](context)
 
 
 def _lora(context: Context) -> None:
@@ -63,11 +63,11 @@ def _report(context: Context) -> None:
     context.tracker.artifacts("sweep", context.space.generations, "generations")
 
 
-SENT: dict[str, Callable[[Context], None]] = {
+SENDERS: dict[str, Callable[[Context], None]] = {
     "lora": _lora,
     "transcoders": _bases,
     "deltas": _deltas,
     "evaluate": _cells,
     "report": _report,
 }
-"""What of each stage goes to MLflow beside the stage's own run."""
+"""What each stage sends to MLflow besides its own run."""

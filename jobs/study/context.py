@@ -1,7 +1,7 @@
 """What every stage of a sweep is given.
 
-In: settings and where to run. Out: one object with the workspace, progress, tracking and the cluster; what is heavy is
-made when it is first asked for, so that a sweep that is done already says so without starting anything.
+In: settings and where to run. Out: one object with the workspace, progress, tracking and the cluster. Heavy parts are
+built lazily, so that a finished sweep can say so without starting anything.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Context:
     progress: Progress = field(default_factory=Progress)
     address: str | None = None
     insecure: bool = False
-    """Join a cluster that others reach without a token."""
+    """Join a cluster that others can use without a token."""
     failures: list[str] = field(default_factory=list)
-    """Trials and cells that failed, each with its reason; they are named at the end."""
+    """Trials and cells that failed, each with its reason; they are listed at the end."""
 
     @cached_property
     def space(self) -> Workspace:
@@ -51,19 +51,20 @@ class Context:
 
     @cached_property
     def layers(self) -> list[int]:
-        """The swept layers, ascending; raises RequestError where the model lacks one."""
-        asked = self.settings.transcoders.layers
+        """The swept layers, ascending; raises RequestError if the model does not have one of them."""
+        swept = self.settings.transcoders.layers
         count = model_facts(self.model)["n_layers"]
         dosed = self.settings.evaluate.alpha_layers
-        for key, named in (("transcoders.layers", asked), ("evaluate.alpha_layers", dosed)):
-            outside = [layer for layer in named if not 0 <= layer < count] if isinstance(named, list) else []
+        for key, given in (("transcoders.layers", swept), ("evaluate.alpha_layers", dosed)):
+            outside = [layer for layer in given if not 0 <= layer < count] if isinstance(given, list) else []
             if outside:
-                raise RequestError(f"{key}: got {outside[0]}, {self.settings.model.source} has layers 0 to {count - 1}")
-        return sorted(asked) if isinstance(asked, list) else list(range(count))
+                source = self.settings.model.source
+                raise RequestError(f"{key}: got {outside[0]}, but {source} has layers 0 to {count - 1}")
+        return sorted(swept) if isinstance(swept, list) else list(range(count))
 
     @property
     def spliced(self) -> dict[tuple[int, ...], tuple[float, ...]]:
-        """The strengths that each layer, and the set of them all, is measured at beside the conditions."""
+        """For each layer, and for all of them together: the strengths to measure besides the conditions."""
         settings = self.settings.evaluate
         sets: list[tuple[int, ...]] = [(layer,) for layer in self.layers]
         if settings.joint and len(sets) > 1:
@@ -73,14 +74,14 @@ class Context:
 
     @cached_property
     def share(self) -> cluster.Share:
-        """What one worker gets; asking for it starts or joins the cluster, whose nodes must share the storage."""
+        """What one worker gets. The first access starts or joins the cluster, whose nodes must share the storage."""
         cluster.connect(self.address, self.insecure)
         cluster.check_storage(self.space.root)
         return cluster.share_of(self.settings.compute)
 
     @cached_property
     def pool(self) -> Pool:
-        """Workers of the fan-outs; closed before a search, which needs the machine for its trials."""
+        """The workers for fan-outs; close it before a search, which needs the machine for its trials."""
         return Pool(self.share, self.space.folder / TIMELINE)
 
     @property
@@ -107,7 +108,7 @@ class Context:
         return open_storage(self.settings.storage.optuna_url, self.space.root)
 
     def finish_trial(self, stage: str, group: str, result: dict[str, Any]) -> None:
-        """Tracks a trial that has just ended, and remembers a failed one for the end of the sweep."""
+        """Tracks a trial that has just ended; a failed one is remembered for the end of the sweep."""
         from jobs.tracking.records import record_trial
 
         if result["state"] == "FAILED":
@@ -116,7 +117,7 @@ class Context:
 
     @property
     def bytes_needed(self) -> int:
-        """Disk of a whole sweep, but for small files: activations, base errors, adapters and the merged model."""
+        """Disk space for a whole sweep, small files aside: activations, base errors, adapters and the merged model."""
         settings = self.settings
         width = model_facts(self.model)["d_model"]
         tokens = settings.activations.train_tokens + settings.activations.validation_tokens
@@ -129,7 +130,7 @@ class Context:
         return a_tensor * (2 * captures + len(settings.deltas.selections)) + 2 * weights + bases
 
     def check_bases(self) -> None:
-        """Published transcoders are there for every swept layer, before hours are spent on what comes before them."""
+        """Checks that published transcoders exist for every swept layer, before hours go into earlier stages."""
         if self.settings.transcoders.source != "train":
             from models.gemma_scope import candidates
 
@@ -137,13 +138,14 @@ class Context:
                 candidates(self.settings.transcoders.source, layer, self.settings.transcoders.width)
 
     def check_request(self) -> None:
-        """Everything about the request that can be known in a second, before anything is written."""
+        """Checks everything about the request that can be known within a second, before anything is written."""
         check_source(self.settings.model.source, self.settings.model.revision)
         source = self.settings.transcoders.source
         if source != "train" and not Path(source).is_dir():
             if source.startswith((".", "/", "~")) or source.count("/") != 1:
                 raise RequestError(
-                    f"transcoders.source: no folder {source!r}; give train, a folder, or a hub repository OWNER/NAME"
+                    f"transcoders.source: there is no folder {source!r}; "
+                    "give train, a folder, or a hub repository OWNER/NAME"
                 )
             check_hub(source, "transcoders.source")
         data = self.settings.data
@@ -160,7 +162,7 @@ class Context:
 
 
 def tracking_uri(settings: Sweep, root: Path) -> str:
-    """The configured server, MLFLOW_TRACKING_URI, or the SQLite file under the storage root."""
+    """The configured server, else MLFLOW_TRACKING_URI, else the SQLite file under the storage root."""
     import os
 
     return (

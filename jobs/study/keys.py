@@ -1,7 +1,7 @@
 """What each result on disk depends on, as a short hash.
 
-In: settings. Out: keys. Two settings that give the same result give the same key; a key holds those it builds on, so a
-changed setting changes exactly what depends on it.
+In: settings. Out: keys. Settings that give the same result give the same key; each key includes the keys it builds on,
+so a changed setting changes the keys of exactly what depends on it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ def _dump(section: Section, *leave_out: str) -> dict:
 
 
 def data(settings: Sweep) -> str:
-    # A user's rows are checked against the model's context, so they depend on the model too.
+    # A user's rows are checked against the model's context length, so they depend on the model too.
     model = settings.model.source if settings.data.rows_file or settings.data.text_train_file else None
     files = (settings.data.rows_file, settings.data.text_train_file, settings.data.text_validation_file)
     return key_of("data", settings.seed, _dump(settings.data), model, [_stamp(path) for path in files if path])
 
 
 def _stamp(path: str) -> list[int]:
-    """Size and time of a user's file: an edited one is read again."""
+    """Size and modification time of a user's file, so that an edited file is read again."""
     try:
         stat = Path(path).stat()
     except FileNotFoundError:
@@ -34,7 +34,7 @@ def _stamp(path: str) -> list[int]:
 
 
 def lora_group(settings: Sweep) -> str:
-    """Of a single LoRA trial: the number of trials does not enter."""
+    """The key of a single LoRA trial: the number of trials is not part of it."""
     return key_of(
         "lora",
         data(settings),
@@ -62,7 +62,7 @@ def base_activations(settings: Sweep) -> str:
 
 
 def base(settings: Sweep, layer: int) -> str:
-    """Of a layer's base transcoders."""
+    """The key of a layer's base transcoders."""
     section = settings.transcoders
     if section.source != "train":
         return key_of("published", section.source, section.width, layer, section.convention)

@@ -1,8 +1,8 @@
-"""A sweep's results at a URL too: sent there as they land, fetched from there by a machine that has none of them.
+"""A copy of a sweep's results at a URL: sent as they are written, and fetched by a machine that has none of them.
 
-In: a sweep's folder and a URL that fsspec knows (s3://bucket/runs, gs://..., file:///...). Out: URL/NAME holds the
-folder's files but for activations and base errors, which a later stage makes again where it needs them. Files go in the
-order they were written, so what says that something is finished never arrives before it.
+In: a sweep's folder and a URL that fsspec understands (s3://bucket/runs, gs://..., file:///...). Out: URL/NAME holds
+the folder's files, except activations and base errors, which a later stage recomputes if it needs them. Files are sent
+in the order they were written, so a file that marks something as finished never arrives before the thing itself.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from jobs.study.workspace import START
 
 PASS_SECONDS = 20.0
 LEDGER = ".mirror.json"
-"""What was sent of this folder, each file with its size and time, and under which writer's name."""
+"""Which files of this folder were sent, each with its size and time, and under which writer's name."""
 WRITER = "writer.json"
-"""Who sent last; at the URL only."""
-LEFT_OUT = {"activations", "residual"}
+"""Who sent last; exists at the URL only."""
+NOT_SENT = {"activations", "residual"}
 
 
 @contextmanager
 def mirrored(url: str | None, folder: Path, fresh: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """While a sweep runs in `folder`, what it finishes is sent to `url`; before, a folder without results is filled.
+    """While a sweep runs in `folder`, sends its results to `url`; a folder without results is first filled from there.
 
-    Raises RequestError where the URL cannot be used, or holds results that another machine sent since this one did;
+    Raises RequestError if the URL cannot be used, or if another machine has sent results to it since this one last did;
     `fresh` replaces whatever is there. A URL that stops answering does not stop the sweep.
     """
     if url is None:
@@ -68,53 +68,53 @@ class Mirror:
         self._root = f"{root.rstrip('/')}/{folder.name}"
 
     def open(self, fresh: bool = False) -> None:
-        """Fetches what is there if nothing of it is here, and signs as the one who sends from now on."""
+        """Fetches the results at the URL if there are none here, and signs as the machine that sends from now on."""
         try:
-            there, writer = self._there(), self._signed()
+            remote, writer = self._remote_names(), self._current_writer()
             ledger = read_json(self._folder / LEDGER) or {"writer": None, "sent": {}}
-            self._sent = dict.fromkeys(there)
+            self._sent = dict.fromkeys(remote)
             if writer is not None and not fresh:
                 if writer == ledger["writer"]:
                     self._sent |= ledger["sent"]
                 elif (self._folder / START).is_file():
                     raise RequestError(
-                        f"{self._shown} holds results of {self._folder.name} that another machine sent since this one "
-                        f"did; remove {self._folder} to go on from them, or say --fresh to replace them"
+                        f"{self._shown} holds newer results of {self._folder.name}, sent by another machine; "
+                        f"remove {self._folder} to continue from them, or pass --fresh to replace them"
                     )
                 else:
-                    self._fetch(there)
+                    self._fetch(remote)
             self._files.makedirs(self._root, exist_ok=True)
             self._files.pipe_file(f"{self._root}/{WRITER}", json.dumps({"writer": self._writer}).encode())
             self._note()
         except RequestError:
             raise
-        except Exception as error:  # each file system raises its own
+        except Exception as error:  # each file system has its own exceptions
             raise RequestError(f"{self._shown} does not answer ({type(error).__name__}: {error})") from None
 
     def follow(self, ended: threading.Event) -> None:
-        """Sends until the sweep has ended, and once more then."""
-        away = last = False
+        """Sends until the sweep has ended, and once more after that."""
+        failing = last = False
         while not last:
             last = ended.wait(PASS_SECONDS)
             try:
-                if self._signed() != self._writer:
-                    self._say(f"  {self._shown} is written by another machine now; nothing more is sent from here")
+                if self._current_writer() != self._writer:
+                    self._say(f"  another machine is now writing to {self._shown}; this one stops sending")
                     return
                 self.send()
-                away = False
-            except Exception as error:  # each file system raises its own, and none of them stops a sweep
-                if not away or last:
-                    later = "the next run of the same command sends it" if last else "it is tried again"
-                    self._say(f"  {self._shown} does not take results ({type(error).__name__}: {error}); {later}")
-                away = True
+                failing = False
+            except Exception as error:  # each file system has its own exceptions, and none of them stops a sweep
+                if not failing or last:
+                    later = "the next run of the same command will send them" if last else "will try again"
+                    self._say(f"  {self._shown}: could not send results ({type(error).__name__}: {error}); {later}")
+                failing = True
 
     def send(self) -> None:
-        """Brings the URL in line with the folder: first what is gone here, then what is new, oldest first."""
-        here = self._here()
-        for name in [name for name in self._sent if name not in here]:
+        """Brings the URL in line with the folder: deletes what is gone here, then sends what is new, oldest first."""
+        local = self._local_files()
+        for name in [name for name in self._sent if name not in local]:
             self._files.rm_file(f"{self._root}/{name}")
             del self._sent[name]
-        for name, stamp in sorted(here.items(), key=lambda item: item[1][1]):
+        for name, stamp in sorted(local.items(), key=lambda item: item[1][1]):
             if self._sent.get(name) == stamp:
                 continue
             path, target = self._folder / name, f"{self._root}/{name}"
@@ -124,17 +124,17 @@ class Mirror:
             except FileNotFoundError:
                 if path.exists():
                     raise
-                continue  # replaced or emptied since it was listed
+                continue  # replaced or removed since it was listed
             self._sent[name] = stamp
         self._note()
 
     def _note(self) -> None:
         write_json(self._folder / LEDGER, {"writer": self._writer, "sent": self._sent})
 
-    def _here(self) -> dict[str, list[int]]:
+    def _local_files(self) -> dict[str, list[int]]:
         found = {}
         for parent, folders, names in os.walk(self._folder):
-            folders[:] = [one for one in folders if one not in LEFT_OUT and not one.startswith(".")]
+            folders[:] = [one for one in folders if one not in NOT_SENT and not one.startswith(".")]
             for name in names:
                 path = Path(parent) / name
                 if name.startswith(".") or name.endswith(".tmp"):
@@ -146,14 +146,14 @@ class Mirror:
                 found[path.relative_to(self._folder).as_posix()] = [stat.st_size, stat.st_mtime_ns]
         return found
 
-    def _there(self) -> list[str]:
+    def _remote_names(self) -> list[str]:
         self._files.invalidate_cache()
         if not self._files.exists(self._root):
             return []
         names = [path[path.index(self._root) + len(self._root) + 1 :] for path in self._files.find(self._root)]
         return [name for name in names if name != WRITER]
 
-    def _signed(self) -> str | None:
+    def _current_writer(self) -> str | None:
         try:
             held: dict[str, Any] = json.loads(self._files.cat_file(f"{self._root}/{WRITER}"))
         except FileNotFoundError:
@@ -161,7 +161,7 @@ class Mirror:
         return held["writer"]
 
     def _fetch(self, names: list[str]) -> None:
-        """The file that tells a begun sweep comes last: a fetch that was cut short is done again."""
+        """Fetches the file that marks a sweep as started last, so that an interrupted fetch is repeated."""
         self._say(f"fetching {len(names)} files from {self._shown.partition(' ')[2]}")
         for name in sorted(names, key=lambda name: name == START):
             path = self._folder / name

@@ -1,4 +1,4 @@
-"""The stages of a study, in their order: where each leaves its results, and the key that says whether they are current.
+"""The stages of a study, in order: where each writes its results, and the key that says whether they are up to date.
 
 In: a `Context`. Out: folders and keys; nothing is run here.
 """
@@ -15,7 +15,8 @@ from jobs.study.context import Context
 
 
 class Stage(NamedTuple):
-    """One step of a study; `module.run(context)` does it, and its manifest in `folder` holds `key`."""
+    """One step of a study, run by `run(context)` in the module of its name; when done, its manifest in `folder` holds
+    `key`."""
 
     name: str
     folder: Callable[[Context], Path]

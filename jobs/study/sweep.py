@@ -1,6 +1,6 @@
-"""A whole study: the stages in order, what is finished already, and how it ends.
+"""Runs a whole study: the stages in order, skipping finished ones, and the summary at the end.
 
-In: a `Context` and the last stage wanted. Out: results on disk and in MLflow; a raised error says what stopped it.
+In: a `Context` and the last stage to run. Out: results on disk and in MLflow; an error says what stopped it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from search_spaces.schema import Sweep
 
 
 def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> None:
-    """Runs every stage up to `until` that is not finished.
+    """Runs every unfinished stage up to and including `until`.
 
-    Raises RequestError for a request that cannot be met, WorkFailed where trials or cells failed.
+    Raises RequestError for a request that cannot be met, WorkFailed if trials or cells failed.
     """
     space, progress = context.space, context.progress
     started = time.monotonic()
@@ -56,13 +56,13 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
             show_results(context)
         progress.line(f"took {clock(time.monotonic() - started)}")
         if "tracker" in vars(context) and (context.tracker.lost or context.tracker.refused):
-            progress.line("MLflow has not got everything: the rest lies on disk until `python -m jobs track` sends it")
+            progress.line("MLflow is missing some results; they are on disk, and `python -m jobs track` sends them")
     if context.failures:
         raise WorkFailed(f"{len(context.failures)} trials or cells failed:\n  " + "\n  ".join(context.failures))
 
 
 def start_over(context: Context) -> None:
-    """Forgets the sweep's files and studies; its MLflow runs stay, and the new ones stand beside them."""
+    """Deletes the sweep's files and studies; its MLflow runs stay, and the new ones are added beside them."""
     from jobs.search.studies import forget_studies
 
     context.space.clear()
@@ -80,7 +80,7 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
             label = f"[{number}/{len(stages)}] {stage.name}"
             if stage.finished(context):
                 context.progress.line(f"{label}: done already")
-                send_missing(context, stage)  # what a kill, or a server that was away, has kept from MLflow
+                send_missing(context, stage)  # whatever a kill or a server outage kept from MLflow
                 continue
             context.progress.line(label)
             manifest = _run_stage(context, stage)
@@ -88,10 +88,10 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
                 status = "FINISHED"
                 tracker.close("sweep")
                 tracker.finish()
-            # The manifest comes last: whoever finds all of them has nothing left to do, in MLflow neither.
+            # The manifest comes last: once all of them exist there is nothing left to do, in MLflow either.
             write_json(stage.folder(context) / MANIFEST, manifest)
     except KeyboardInterrupt:
-        environment.heard()
+        environment.acknowledge_stop()
         status = "KILLED"
         raise
     finally:
@@ -104,7 +104,7 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
 def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
     """Returns the stage's manifest."""
     started = time.time()
-    # What follows from this stage is out of date from here on, however this run ends.
+    # From here on everything that depends on this stage is out of date, however this run ends.
     for later in STAGES[NAMES.index(stage.name) :]:
         (later.folder(context) / MANIFEST).unlink(missing_ok=True)
     open_stage(context, stage)
@@ -113,9 +113,9 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         module = importlib.import_module(f"jobs.study.stages.{stage.name}")
         facts: dict[str, Any] = module.run(context)
         seconds = time.time() - started
-        # After a failure nothing counts as finished: the next run of the same command goes on from there.
+        # After a failure the stage does not count as finished: the next run of the same command continues it.
         if not context.failures:
-            workers = context.share.at_once if "share" in vars(context) else 1  # a stage without work starts no Ray
+            workers = context.share.at_once if "share" in vars(context) else 1  # a stage with no work starts no Ray
             manifest = {"key": stage.key(context), **facts, "seconds": seconds, "workers": workers}
         else:
             manifest = {"key": "incomplete", **facts, "seconds": seconds}
@@ -123,7 +123,7 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         context.progress.line(f"  {stage.name} took {clock(seconds)}")
         return manifest
     except KeyboardInterrupt:
-        environment.heard()
+        environment.acknowledge_stop()
         status = "KILLED"
         raise
     finally:
@@ -143,7 +143,7 @@ def write_settings(context: Context) -> None:
 
 
 def public_settings(settings: Sweep) -> dict[str, Any]:
-    """The settings as plain values, URLs without user and password."""
+    """The settings as plain values, with user, password and query removed from URLs."""
     values = settings.model_dump(mode="json")
     for key in ("mirror", "tracking_uri", "optuna_url"):
         if values["storage"][key]:
@@ -152,7 +152,7 @@ def public_settings(settings: Sweep) -> dict[str, Any]:
 
 
 def show_results(context: Context) -> None:
-    """The short table at the end, the checks that failed, and where the report lies."""
+    """Shows the short final table, the checks that failed, and where the report is."""
     from rich.table import Table
 
     from evaluators.report.report import summary_table
@@ -161,7 +161,7 @@ def show_results(context: Context) -> None:
     rows = summary_table(load_cells(context), seed=context.settings.seed)
     if rows:
         table = Table(
-            *rows[0], title="CE minus raw CE in nats a target token, with 95% intervals", title_justify="left"
+            *rows[0], title="CE minus raw CE in nats per target token, with 95% intervals", title_justify="left"
         )
         for row in rows:
             table.add_row(*row.values())
@@ -169,9 +169,9 @@ def show_results(context: Context) -> None:
     facts = read_json(context.space.report / MANIFEST)
     if facts:
         failed = [check for check in facts["checks"] if not check["passed"]]
-        context.progress.line(f"checks: {len(facts['checks']) - len(failed)} of {len(facts['checks'])} hold")
+        context.progress.line(f"checks: {len(facts['checks']) - len(failed)} of {len(facts['checks'])} passed")
         for check in failed:
-            context.progress.line(f"  FAILS: {check['name']}: {check['detail']}")
+            context.progress.line(f"  FAILED: {check['name']}: {check['detail']}")
         context.progress.line(f"report: {context.space.folder / facts['report']}")
 
 

@@ -1,6 +1,6 @@
 """A sweep's folder on disk.
 
-In: a storage root and a sweep's name. Out: the paths of everything in it, a lock, and checks that it can be written.
+In: a storage root and a sweep's name. Out: the paths of everything in it, a lock, and checks that it is writable.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from jobs.files import read_json, write_json
 
 START = "start.json"
 TIMELINE = "timeline.jsonl"
-"""What the workers of the fan-outs did when."""
+"""What the fan-out workers did when."""
 FINETUNED = "finetuned.json"
 
 
 class Workspace:
-    """Paths of one sweep under a storage root."""
+    """The paths of one sweep under a storage root."""
 
     def __init__(self, root: Path, name: str) -> None:
         self.root = root
@@ -42,7 +42,7 @@ class Workspace:
 
     @property
     def start(self) -> str:
-        """What tells this start of the sweep from the one before `--fresh`; made when the folder is."""
+        """Tells this start of the sweep from the one before `--fresh`; created together with the folder."""
         held = read_json(self.folder / START)
         if held is None:
             held = {"start": uuid.uuid4().hex[:12]}
@@ -50,7 +50,7 @@ class Workspace:
         return held["start"]
 
     def create(self) -> None:
-        """Makes the folder; raises RequestError where it cannot be written."""
+        """Creates the folder; raises RequestError if it cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f".probe.{os.getpid()}"
@@ -60,17 +60,17 @@ class Workspace:
             raise RequestError(f"storage.root: {self.folder} cannot be written ({error.strerror})") from None
 
     def check_space(self, needed: int) -> None:
-        """Raises RequestError where less than `needed` bytes are free."""
+        """Raises RequestError if less than `needed` bytes are free."""
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise RequestError(
                 f"storage.root: the sweep needs about {needed / 1e9:.1f} GB under {self.root}, "
-                f"{free / 1e9:.1f} GB are free"
+                f"but only {free / 1e9:.1f} GB are free"
             )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Held by one driver at a time; a second one is refused."""
+        """A lock that one driver at a time can hold; a second one is refused."""
         lock = FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -93,8 +93,8 @@ class Workspace:
 def storage_root(root: str) -> Path:
     """`root` as an absolute path.
 
-    A submitted job runs in a copy of the repository that Ray deletes afterwards, so there a relative root lies in the
-    home folder instead.
+    A submitted job runs in a copy of the repository that Ray deletes afterwards, so there a relative root is taken
+    relative to `~/deltascope`.
     """
     path = Path(root).expanduser()
     if path.is_absolute():

@@ -1,4 +1,4 @@
-"""MLflow: one writer, what a trial or cell becomes there, and how its page opens.
+"""MLflow: one writer, what a trial or cell becomes there, and how a sweep's page opens.
 
-Results as they lie on disk come in, runs come out. Nothing else imports MLflow.
+In: results as stored on disk. Out: MLflow runs. Nothing else imports MLflow.
 """

@@ -1,7 +1,7 @@
-"""How MLflow's page of a sweep opens: as a tree of runs, with the columns that tell them apart.
+"""How a sweep's MLflow page opens: as a tree of runs, with the columns that tell them apart.
 
-In: a store. Out: tags of the experiment, which MLflow's pages read, and the end of the address that opens the view.
-Left to itself MLflow opens a chart of prompts and traces, and reads the last hundred runs, often without their stages.
+In: a store. Out: experiment tags, which MLflow's pages read, and the end of the URL that opens the view. By default
+MLflow would open a chart of prompts and traces, and read only the last hundred runs, often without their stages.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ TAGS = {
 
 
 def page_of(experiment: str) -> str:
-    """What follows the server's address."""
+    """The part of the page's URL after the server's address."""
     return f"/#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={NAME}"
 
 
 def pages(store: str) -> list[tuple[str, str]]:
-    """The name of every sweep that is tracked in a store, and what follows the server's address for it."""
+    """The name of every sweep tracked in a store, and its page's URL after the server's address."""
     from mlflow import MlflowClient
 
     found = MlflowClient(store).search_experiments(order_by=["name"])

@@ -1,6 +1,6 @@
 """What a finished trial or cell becomes in MLflow.
 
-In: results as they lie on disk. Out: runs under their stage, named like their files.
+In: results as stored on disk. Out: runs under their stage, named like the files.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def record_cell(tracker: Tracker, name: str, cell: dict[str, Any], metrics: dict
 
 
 def _shown(value: Any) -> Any:
-    """Several layers as `1+2`, as in the names of files; MLflow's pages break a list into lines."""
+    """Several layers as `1+2`, as in file names; MLflow's pages would break a list into lines."""
     return "+".join(map(str, value)) if isinstance(value, list) else value
 
 

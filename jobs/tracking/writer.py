@@ -1,8 +1,8 @@
 """MLflow tracking: one writer, a thread of the driver, that brings the store in line with the results on disk.
 
-In: records of stages, trials and cells, each with a key of its own. Out: a tree of runs, sweep -> stage -> trial or
-cell. A record that is tracked already is left alone, so a repeated sweep adds nothing. A store that does not answer
-holds nothing up: what it has missed is sent when it is back, or later from the results on disk.
+In: records of stages, trials and cells, each with its own key. Out: a tree of runs, sweep -> stage -> trial or cell.
+Records that are already tracked are left alone, so a repeated sweep adds nothing. An unreachable store delays nothing:
+what it missed is sent when it is back, or later from the results on disk.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ PARAM_CHARACTERS = 500
 
 
 LONGEST_WAIT = 30.0
-"""Seconds between two looks at a server that is away; the first look comes after two."""
+"""Most seconds between two attempts to reach a server that is down; the first is after two seconds."""
 ANSWER_SECONDS = 3.0
 
 
 def _queued(method: Callable[..., None]) -> Callable[..., None]:
-    """The caller goes on at once; the writer makes the calls in their order."""
+    """The caller continues at once; the writer makes the calls in order."""
 
     @wraps(method)
     def call(self: Tracker, *arguments: Any, **options: Any) -> None:
@@ -53,8 +53,8 @@ def _queued(method: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class Record:
-    """A finished trial or cell: its own key, its name, the key of its parent's run, and what is logged of it; `history`
-    entries carry a `step`."""
+    """A finished trial or cell: its key, its name, the key of its parent's run, and what to log; each `history` entry
+    has a `step`."""
 
     key: str
     name: str
@@ -70,7 +70,8 @@ class Record:
 class Tracker:
     """Runs of one experiment, found by their key.
 
-    `lost` says, after `finish`, that the server is away and has missed something, `refused` how often it took nothing.
+    After `finish`, `lost` says whether the server is down and has missed something, `refused` how many calls it
+    rejected.
     """
 
     def __init__(
@@ -81,9 +82,9 @@ class Tracker:
         scope: str = "",
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Opens the store (creating it); raises RequestError where the address does not answer.
+        """Opens the store, creating it if needed; raises RequestError if the address does not answer.
 
-        `scope` tells one start from nothing from the next: runs of another scope are left alone.
+        `scope` tells a fresh start from the ones before it: runs of another scope are left alone.
         """
         self.lost = False
         self.refused = 0
@@ -106,14 +107,14 @@ class Tracker:
                 for name, value in TAGS.items():
                     if found.tags.get(name) != value:
                         self._client.set_experiment_tag(self.experiment, name, value)
-            self._runs = {key: run.info.run_id for key, run in self._known()}
+            self._runs = {key: run.info.run_id for key, run in self._tracked_runs()}
         except Exception as error:
             raise RequestError(
                 f"storage.tracking_uri: {without_secrets(uri)} does not answer ({_short(error)})"
             ) from None
 
     def finish(self) -> None:
-        """Waits until everything is sent. A server that is away is given one more chance."""
+        """Waits until everything is sent. A server that is down gets one more chance."""
         if self._writer is not None:
             self._finishing.set()
             self._calls.put(None)
@@ -127,16 +128,16 @@ class Tracker:
                 self._make(call)
 
     def _make(self, call: Callable[[], None]) -> None:
-        """One call, until it has gone through: those after it depend on it, such as a trial on its stage."""
+        """Repeats one call until it succeeds: later calls depend on it, as a trial does on its stage."""
         tries = 0
         while True:
             last = tries > 0 and self._finishing.is_set()
             try:
                 if tries:
                     self._check_answers()
-                    self._read_again()
+                    self._reload_runs()
                 call()
-            except Exception as error:  # the writer outlives whatever a call meets
+            except Exception as error:  # no failed call may end the writer
                 if not _may_pass(error):
                     self._refuse(error)
                     return
@@ -144,35 +145,35 @@ class Tracker:
                     self.lost = True
                     return
                 if not tries:
-                    self._say(f"  MLflow stopped answering ({_short(error)}); what it misses is sent when it is back")
+                    self._say(f"  MLflow stopped answering ({_short(error)}); what it misses is sent once it is back")
             else:
                 if tries:
-                    self._say("  MLflow answers again; what it has missed is being sent")
+                    self._say("  MLflow is answering again; sending what it missed")
                 return
             tries += 1
             self._finishing.wait(min(2.0**tries, LONGEST_WAIT))
 
     def _refuse(self, error: Exception) -> None:
         if not self.refused:
-            self._say(f"  MLflow does not take what it is sent: {_short(error)}")
+            self._say(f"  MLflow rejected a call: {_short(error)}")
         self.refused += 1
 
     def _check_answers(self) -> None:
-        """In seconds, where MLflow itself would wait for a server that hangs as long as for one that computes."""
+        """Raises within seconds if the server hangs; MLflow itself would wait as long as for a slow answer."""
         if self._uri.startswith("http"):
-            with contextlib.suppress(requests.exceptions.SSLError):  # it answers; MLflow has certificates of its own
+            with contextlib.suppress(requests.exceptions.SSLError):  # it answers; MLflow has its own certificates
                 requests.get(f"{self._uri.rstrip('/')}/health", timeout=ANSWER_SECONDS)
 
-    def _read_again(self) -> None:
-        """What the server has of all it was sent; a trial or cell that was being written goes."""
+    def _reload_runs(self) -> None:
+        """Looks up which runs the server has; a half-written trial or cell is deleted."""
         self._runs = {}
-        for key, run in self._known():
+        for key, run in self._tracked_runs():
             if "/" in key and run.info.status == "RUNNING":
                 self._client.delete_run(run.info.run_id)
             else:
                 self._runs[key] = run.info.run_id
 
-    def _known(self) -> Iterable[tuple[str, Run]]:
+    def _tracked_runs(self) -> Iterable[tuple[str, Run]]:
         token = None
         while True:
             page = self._client.search_runs([self.experiment], max_results=1000, page_token=token)
@@ -186,9 +187,9 @@ class Tracker:
 
     @_queued
     def open(self, key: str, name: str, parent: str | None = None, params: dict[str, Any] | None = None) -> None:
-        """The run of `key` is RUNNING, created RUNNING under the run of key `parent` if there is none.
+        """Marks the run of `key` as RUNNING; if there is none, creates it under the run of key `parent`.
 
-        It carries the parameters of its first start: MLflow does not let them change.
+        It keeps the parameters of its first start: MLflow does not let them change.
         """
         have: dict[str, str] = {}
         if key not in self._runs:
@@ -203,27 +204,27 @@ class Tracker:
             self._batch(self._runs[key], params=_params(missing))
 
     def is_finished(self, key: str) -> bool:
-        """Whether there is a run of `key` that has ended well."""
+        """Whether there is a run of `key` that ended successfully."""
         try:
             return key in self._runs and self._client.get_run(self._runs[key]).info.status == "FINISHED"
         except (MlflowException, OSError, SQLAlchemyError):
-            return False  # whatever is sent next says so
+            return False  # the next call will report the error
 
     @_queued
     def log(self, key: str, metrics: dict[str, Any]) -> None:
-        """Metrics of a run that was opened."""
+        """Logs metrics to an open run."""
         self._log(key, metrics)
 
     @_queued
     def close(self, key: str, metrics: dict[str, Any] | None = None, status: str = "FINISHED") -> None:
-        """A run that was opened has ended."""
+        """Ends an open run."""
         if metrics:
             self._log(key, metrics)
         self._client.set_terminated(self._runs[key], status=status)
 
     @_queued
     def record(self, record: Record) -> None:
-        """One finished trial or cell as one run."""
+        """Writes one finished trial or cell as one run."""
         if record.key in self._runs:
             return
         begin = time.time() - record.seconds if record.started is None else record.started
@@ -242,14 +243,14 @@ class Tracker:
         self._runs[record.key] = run.info.run_id
 
     @_queued
-    def artifacts(self, key: str, folder: Path, below: str | None = None) -> None:
+    def artifacts(self, key: str, folder: Path, subfolder: str | None = None) -> None:
         """Uploads a folder of tables and figures to the run of `key`."""
-        self._client.log_artifacts(self._runs[key], str(folder), below)
+        self._client.log_artifacts(self._runs[key], str(folder), subfolder)
 
     @_queued
     def sweep_orphans(self) -> None:
-        """What a driver that died left RUNNING: stages are marked KILLED and reopened when needed; a trial or cell that
-        was being written is deleted and written again."""
+        """Cleans up runs that a dead driver left RUNNING: stages are marked KILLED and reopened when needed; a
+        half-written trial or cell is deleted and written again."""
         for run in self._client.search_runs([self.experiment], "attributes.status = 'RUNNING'", max_results=1000):
             key = run.data.tags.get(KEY_TAG, "").rpartition("#")[0]
             if "/" in key:
@@ -259,7 +260,7 @@ class Tracker:
                 self._client.set_terminated(run.info.run_id, status="KILLED")
 
     def _log(self, key: str, metrics: dict[str, Any]) -> None:
-        """What the run has already, from a call that was cut short, is not logged twice."""
+        """Skips metrics that the run already has from an interrupted call."""
         have = self._client.get_run(self._runs[key]).data.metrics
         self._batch(self._runs[key], metrics=[one for one in _metrics(metrics, 0) if have.get(one.key) != one.value])
 
@@ -274,7 +275,7 @@ class Tracker:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same call may go through later: the server was away or overwhelmed, not of another opinion."""
+    """Whether the same call may succeed later: the server was down or overloaded, and did not reject it."""
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
         return status >= 500 or status in (408, 429)

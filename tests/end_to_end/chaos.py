@@ -160,7 +160,7 @@ class Start:
             assert self.ends_in(ENDS_SECONDS), f"the driver hangs after the death of its {victim}:\n{self.said}"
             if victim == "raylet":
                 assert self.process.returncode == 1
-                assert "the same command goes on from here" in self.said
+                assert "run the same command to continue from here" in self.said
                 left = psutil.wait_procs(family, timeout=ENDS_SECONDS)[1]
                 assert all(one.status() == psutil.STATUS_ZOMBIE for one in left), left
         return len(chosen) if victim == "worker" else int(bool(chosen))

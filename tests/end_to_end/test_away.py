@@ -1,4 +1,4 @@
-"""A tracking server that goes away in the middle of a sweep: once for a while, then for good."""
+"""A tracking server that goes down in the middle of a sweep: once for a while, then for good."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def runs_at(uri: str) -> tuple[MlflowClient, list[Run]]:
 
 
 def histories(uri: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Every run's metrics, point by point, by the run's key; fails where a key is there twice."""
+    """Every run's metrics, point by point, by the run's key; fails if two runs share a key."""
     client, runs = runs_at(uri)
     found = {
         run.data.tags["deltascope.key"]: {
@@ -120,9 +120,9 @@ def test_a_server_that_goes_away_loses_nothing(server: Server, jobs: Jobs, tmp_p
     finally:
         process.kill()
     assert process.returncode == 0, output
-    assert "MLflow answers again" in output
+    assert "MLflow is answering again" in output
     assert output.count("MLflow stopped answering") == 2
-    assert "the rest lies on disk until `python -m jobs track` sends it" in output
+    assert "they are on disk, and `python -m jobs track` sends them" in output
     assert "report.html" in output
 
     server.start()
@@ -144,7 +144,7 @@ def test_a_server_that_goes_away_loses_nothing(server: Server, jobs: Jobs, tmp_p
 
 
 def test_a_server_that_hangs_costs_the_end_some_seconds(server: Server, tmp_path: Path) -> None:
-    """It takes connections and answers nothing: the worst way of being away."""
+    """It accepts connections and never answers: the worst kind of outage."""
     one = Tracker(server.url, "study", tmp_path)
     one.open("sweep", "study")
     one.finish()

@@ -41,4 +41,4 @@ def test_a_driver_whose_node_of_a_cluster_dies_ends(tmp_path: Path) -> None:
                 one.kill()
         _, errors = driver.communicate(timeout=10)
     assert driver.returncode == 1
-    assert errors.splitlines()[-1] == "error: Ray's raylet has died; the same command goes on from here"
+    assert errors.splitlines()[-1] == "error: Ray's raylet has died; run the same command to continue from here"

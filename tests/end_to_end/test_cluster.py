@@ -109,8 +109,8 @@ def test_a_command_from_outside_the_cluster_runs_on_it(head: dict[str, str], tmp
             assert process.wait(60) == 130, said.read_text()
         finally:
             process.kill()
-    # Once from the job, which has put everything away, once from here.
-    assert said.read_text().count("stopped; the same command goes on from here") == 2, said.read_text()
+    # Once from the job, which has cleaned up, and once from here.
+    assert said.read_text().count("stopped; run the same command to continue from here") == 2, said.read_text()
     done = subprocess.run(asked, capture_output=True, timeout=300, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[2/2] lora" in done.stdout
@@ -121,7 +121,7 @@ def test_a_command_from_outside_the_cluster_runs_on_it(head: dict[str, str], tmp
     ("request_", "sentence"),
     [
         (["tiny"], "no Ray cluster answers"),
-        (["{outside}"], "must lie under"),
+        (["{outside}"], "must be under"),
         (["tiny", "storage.optuna_url=postgresql://me:secret@host/studies"], "without a password"),
     ],
 )

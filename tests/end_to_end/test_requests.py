@@ -1,4 +1,5 @@
-"""Wrong requests: exit status 2, one sentence that names the key, what was given and what is allowed, no traceback."""
+"""Invalid requests: exit status 2, and one sentence that names the key, what was given and what is allowed; no
+traceback."""
 
 from __future__ import annotations
 

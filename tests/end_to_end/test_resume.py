@@ -49,7 +49,7 @@ def kill_raylet_when(process: subprocess.Popen[str], reached: Callable[[], bool]
     raylet.kill()
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 1
-    assert errors.splitlines()[-1] == "error: Ray's raylet has died; the same command goes on from here"
+    assert errors.splitlines()[-1] == "error: Ray's raylet has died; run the same command to continue from here"
     left = psutil.wait_procs(family, timeout=10)[1]
     assert all(one.status() == psutil.STATUS_ZOMBIE for one in left), left
 
@@ -111,7 +111,7 @@ def test_an_interrupt_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, how: s
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on" in errors
+    assert "run the same command to continue" in errors
     assert "Traceback" not in errors
 
 

@@ -1,4 +1,4 @@
-"""A real Ray on this machine, shared by the tests of this folder."""
+"""A real Ray on this machine, shared by the tests in this folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activation capture over the cluster: each worker runs some shards of the same plan.
+"""Activation capture across the cluster: each worker runs some shards of the same plan.
 
 In: a model folder and the data stage's text and rows. Out: `activations/{base,finetuned}/{train,validation}/layer_LL`.
 """
@@ -22,11 +22,11 @@ from trainers.capture import Plan, finish_capture, layer_folder
 
 SPLITS = ("train", "validation")
 SHARD_TOKENS = 16384
-"""Tokens a shard: the unit of work, of resuming and of memory."""
+"""Tokens per shard: the unit of work, of resuming and of memory."""
 
 
 class Text(NamedTuple):
-    """What a split's capture reads."""
+    """The text that the capture of one split reads."""
 
     split: str
     tokens: int
@@ -38,7 +38,7 @@ class Text(NamedTuple):
 
 
 class ShardTask(NamedTuple):
-    """One shard, as a worker is given it."""
+    """One shard, as passed to a worker."""
 
     text: Text
     shard: int
@@ -51,7 +51,7 @@ class ShardTask(NamedTuple):
 
 
 def capture_model(context: Context, name: str, model: Path, key: str) -> Path:
-    """Captures every swept layer that is missing; returns the folder that holds the splits."""
+    """Captures every swept layer that is still missing; returns the folder that holds the splits."""
     folder = keyed_folder(context.space.activations / name, key)
     layers = [
         layer
@@ -77,7 +77,7 @@ def capture_model(context: Context, name: str, model: Path, key: str) -> Path:
 
 
 def capture_task(task: ShardTask) -> None:
-    """One shard of every layer, unless it lies on disk already."""
+    """Captures one shard of every layer, unless it is already on disk."""
     from trainers.capture import capture_shard
     from trainers.precision import resolve_precision
 
@@ -88,7 +88,7 @@ def capture_task(task: ShardTask) -> None:
 
 @lru_cache(maxsize=2)
 def plan_of(text: Text) -> Plan:
-    """The token sequences of a split, rows and text lines in turn up to the token budget, and their shards."""
+    """The token sequences of a split (rows and text lines, alternating, up to the token budget) and their shards."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(text.tokenizer)

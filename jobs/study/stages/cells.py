@@ -1,7 +1,7 @@
 """One piece of evaluation, as a worker computes it: cells that share a model and its sites.
 
-In: a `Work`, all of it paths and plain values. Out: `cells/NAME.json` and `generations/NAME.jsonl`, each written beside
-and renamed, and their names.
+In: a `Work`, which holds only paths and plain values. Out: `cells/NAME.json` and `generations/NAME.jsonl`, each written
+under a temporary name and renamed, and their names.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from jobs.study.stages.work import SitePlan, Work
 from jobs.study.stages.worker_memory import bridge, prefixes
 
 CHECK_ROWS = 2
-"""Rows of each subset in the exactness checks."""
+"""Rows of each subset that the exactness checks use."""
 PAIRS = 8192
-"""Training pairs that the regression of dense_delta reads at once."""
+"""Training pairs that the regression for dense_delta reads at a time."""
 
 
 def evaluate(work: Work) -> list[str]:
@@ -79,7 +79,7 @@ def _behaviour(work: Work, model: Any, rows: list[Any]) -> list[str]:
 
 @contextmanager
 def _subject(work: Work, control: str, model: Any, rows: list[Any], sites: list[Any]) -> Iterator[tuple[Any, Any]]:
-    """The passes and the sites of a control; nothing is kept of a model that differs below the first site."""
+    """The passes and the sites of a control; for a model that differs below the first site, nothing is kept."""
     from evaluators.conditions import CONDITIONS
     from evaluators.measures.reconstruction import site_activations
     from evaluators.splice.sites import SUBSTITUTES, Material
@@ -102,7 +102,7 @@ def _subject(work: Work, control: str, model: Any, rows: list[Any], sites: list[
 
 
 def _training_pairs(work: Work, plan: SitePlan) -> Iterator[tuple[Any, Any]]:
-    """(x, residual) of the delta's training, in batches, on the worker's device."""
+    """The (x, residual) pairs the delta was trained on, in batches, on the worker's device."""
     from models.bridge import read_input
     from models.transcoder import CONVENTIONS
     from trainers.activations import read_pairs
@@ -179,7 +179,7 @@ def _exactness(work: Work, model: Any, rows: list[Any]) -> list[str]:
 
 
 def _passes(work: Work, model: Any, kept: bool = True) -> Any:
-    """Passes of the model. With `kept` they share what this worker keeps of the raw model at the first spliced layer,
+    """Passes of the model. With `kept`, they reuse what this worker keeps of the raw model at the first spliced layer
     from one piece of work to the next."""
     from evaluators.splice.passes import Passes
 
@@ -249,4 +249,4 @@ KINDS = {
     "features": _features,
     "exactness": _exactness,
 }
-"""What a worker does for each kind of work; each gives the names of the cells it wrote."""
+"""What a worker does for each kind of work; each function returns the names of the cells it wrote."""

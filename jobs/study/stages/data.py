@@ -1,4 +1,4 @@
-"""Stage 1, data: rows to train, validate and evaluate on, and text for the transcoders.
+"""Stage 1, data: rows for training, validation and evaluation, and text for the transcoders.
 
 In: the data settings. Out: `data/*.jsonl`, `data/text_*.txt` and `data/report.json`.
 """
@@ -26,7 +26,7 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _say(context: Context, report: dict[str, Any]) -> None:
-    """Counts, rejects and the leakage check, on the terminal and in MLflow."""
+    """Shows counts, rejected lines and the leakage check on the terminal and in MLflow."""
     leakage = report["leakage"]
     for key, account in report["files"].items():
         context.progress.line(f"  {key}: " + ", ".join(f"{name} {value}" for name, value in _numbers(account)))
@@ -34,13 +34,13 @@ def _say(context: Context, report: dict[str, Any]) -> None:
             context.progress.line(f"    {example}")
     context.progress.line(
         f"  leakage between train, validation and evaluation: {'none' if leakage['ok'] else leakage['pairs']}"
-        + (f" ({leakage['left_out']} leaking lines of yours left out)" if leakage["left_out"] else "")
+        + (f" ({leakage['left_out']} lines of your files would leak and were left out)" if leakage["left_out"] else "")
     )
     context.tracker.log("data", metrics_of(report))
 
 
 def metrics_of(report: dict[str, Any]) -> dict[str, float]:
-    """What of the stage's report goes to MLflow."""
+    """The figures of the stage's report that go to MLflow."""
     leakage = report["leakage"]
     metrics = {"leakage_ok": float(leakage["ok"]), "leakage_left_out": leakage["left_out"]}
     for split, counts in report["counts"].items():
@@ -54,7 +54,7 @@ def _numbers(account: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def _context_limit(context: Context) -> dict[str, Any]:
-    """A user's rows must fit the model: its context in tokens, and how its tokenizer counts."""
+    """The model's context in tokens, and how its tokenizer counts: a user's rows must fit."""
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(context.model)

@@ -29,11 +29,11 @@ PASSED_ON = {
     *("replicas", "epochs", "batch_size", "l0_budget", "threshold", "sparsity_warmup_fraction", "lr_warmup_fraction"),
     *("weight_decay", "grad_clip", "patience"),
 }
-"""Settings of the section that reach the trainer by their names."""
+"""Settings of the section that are passed to the trainer under the same names."""
 
 
 class ResidualTask(NamedTuple):
-    """The base's errors on one layer's activations, as a worker is given them."""
+    """The base's errors on one layer's activations, as passed to a worker."""
 
     layer: int
     root: str
@@ -71,7 +71,7 @@ def run(context: Context) -> dict[str, Any]:
     kept = {}
     for group in groups:
         results = trials_of(group)
-        for result in results:  # those that an earlier driver could not track
+        for result in results:  # an earlier driver may have died before tracking them
             record_trial(context.tracker, STAGE, group.name, result)
         best = best_of(results)
         if best is None:
@@ -113,7 +113,7 @@ def delta_groups(context: Context, activations: Path) -> list[Any]:
                     "settings": {**fixed, "d_new": d_new, "seed": settings.seed},
                 }
                 space = {one: getattr(section.space, one) for one in type(section.space).model_fields}
-                # The first, random values are the same for every d_new, so that widths compare like with like.
+                # The first, random values are the same for every d_new, so that widths are compared like for like.
                 seed = int(keys.residual(settings, layer, percentile)[:8], 16) % 2**31
                 study = f"{settings.name}/{STAGE}/{name}@{key}"
                 groups.append(
@@ -134,7 +134,7 @@ def delta_groups(context: Context, activations: Path) -> list[Any]:
 
 
 def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """One delta run; the best replica lies in the trial's folder when it ends, the others in `replica_1` and so on."""
+    """One delta run; at the end the best replica is in the trial's folder, the others in `replica_1` and so on."""
     environment.prepare()
     import torch
 
@@ -175,12 +175,12 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
 
 
 def replica_folder(trial: Path, rank: int) -> Path:
-    """Of a trial's seeds ordered by validation loss; the best, rank 0, lies in the trial's own folder."""
+    """The folder of one of a trial's seeds, ranked by validation loss; the best, rank 0, has the trial's own."""
     return trial / f"replica_{rank}" if rank else trial
 
 
 def compute_residual(task: ResidualTask) -> None:
-    """Writes y - base(x) of both splits in bf16, shard by shard beside the activations' shards."""
+    """Writes y - base(x) of both splits in bf16, one shard for each shard of the activations."""
     import torch
 
     from models.gemma_scope import Candidate, read
@@ -208,7 +208,7 @@ def compute_residual(task: ResidualTask) -> None:
 
 
 def read_residuals(activations: Path, residual: Path, layer: int, taps: Taps) -> DeltaData:
-    """The (x, residual) pairs of a (layer, base), memory-mapped."""
+    """The (x, residual) pairs of one (layer, base), memory-mapped."""
     from trainers.activations import Pairs, read_pairs
     from trainers.capture import layer_folder
     from trainers.delta_data import DeltaData

@@ -1,7 +1,7 @@
 """Stage 5, evaluate: reconstruction of every kept delta, and behaviour over layers, conditions and strengths.
 
 In: the finetuned model, bases, kept deltas and evaluation rows. Out: `cells/*.json` and `generations/*.jsonl`, one file
-a finished cell, and `checks.json`. Cells that are there with the same key are not computed again.
+per finished cell, and `checks.json`. Existing cells with the same key are not computed again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def behaviour_combination(context: Context) -> tuple[float | None, int]:
-    """The (percentile, d_new) whose deltas are spliced: as set, or of the lowest mean validation FVU over layers."""
+    """The (percentile, d_new) whose deltas are spliced: as set, or the one with the lowest mean validation FVU over
+    layers."""
     settings = context.settings
     chosen = settings.evaluate.percentile
     percentiles = [chosen] if chosen is not None else settings.deltas.selections
@@ -63,7 +64,7 @@ def behaviour_combination(context: Context) -> tuple[float | None, int]:
 
 
 def _compute(context: Context, works: list[Work], label: str) -> None:
-    """Runs what is missing, longest first, and tracks every cell that is there."""
+    """Runs the missing work, longest first, and tracks every existing cell."""
 
     def there(name: str, key: str) -> bool:
         held = read_json(context.space.cells / f"{name}.json")
@@ -93,10 +94,10 @@ def _compute(context: Context, works: list[Work], label: str) -> None:
 
 
 def _layers_to_run(context: Context, work: Work) -> int:
-    """How long a piece of work takes, in layers for each row: passes times the layers above the first splice."""
+    """How long a piece of work takes, in layers per row: passes times the layers above the first splice."""
     count = model_facts(context.model)["n_layers"]
     above = count - work.sites[0].layer if work.sites else count
-    if work.kind == "reconstruction":  # every subset's rows, and every position is projected to the vocabulary
+    if work.kind == "reconstruction":  # the rows of every subset, and every position is projected to the vocabulary
         passes = 1 + len({plan.candidate for plan in work.sites}) + len(work.sites)
         return passes * len(work.shared.subsets) * (above + count // 4)
     if work.kind == "features":  # forward, backward, and each ablation
@@ -122,7 +123,7 @@ def _model(context: Context, folder: Path | None = None) -> ModelSpec:
     from trainers.precision import resolve_precision
 
     settings, device = context.settings, context.device
-    # On a CPU bf16 saves nothing that exactness would not miss; it has to be asked for.
+    # On a CPU, bf16 is not worth the loss of exactness, so it must be set explicitly.
     precision = "fp32" if device == "cpu" and settings.compute.precision == "auto" else settings.compute.precision
     return ModelSpec(
         str(folder or context.space.lora / "merged"),
@@ -139,7 +140,7 @@ def _work(context: Context, kind: str, name: str, key: str, **asked: Any) -> Wor
 
 
 def _raw_work(context: Context) -> list[Work]:
-    """Nothing spliced: the finetuned model, and the one before finetuning where a control is measured against it."""
+    """Nothing spliced: the finetuned model, and also the un-finetuned one if a control is measured against it."""
     from evaluators.conditions import CONDITIONS
 
     key = key_of("raw with text", keys.lora(context.settings), _evaluation_settings(context))
@@ -175,14 +176,14 @@ def behaviour_work(context: Context, percentile: float | None, d_new: int) -> li
             asked = {"sites": sites, "subset": subset}
             work = _work(context, "behaviour", name, key, **asked, conditions=here, doses=doses)
             works += [work, *(_of_replica(work, rank, key_of(*cell, rank)) for rank in range(1, settings.replicas))]
-            if elsewhere:  # another model, so another worker's
+            if elsewhere:  # another model, so separate work
                 model = _model(context, context.model)
                 works.append(_work(context, "behaviour", name, key, **asked, conditions=elsewhere, model=model))
     return works
 
 
 def _of_replica(work: Work, rank: int, key: str) -> Work:
-    """The same cells for the kept trials' next best seeds, less those in which the delta plays no part."""
+    """The same cells for the kept trials' next best seeds, without those that do not use the delta."""
     from evaluators.conditions import CONDITIONS
 
     return replace(
@@ -212,7 +213,7 @@ def _reconstruction_work(context: Context) -> list[Work]:
 
 
 def _features_work(context: Context, percentile: float | None, d_new: int) -> list[Work]:
-    """Of the deltas whose behaviour is evaluated, layer by layer; none where no feature is to be ablated."""
+    """Features of the deltas whose behaviour is evaluated, layer by layer; none if no feature is to be ablated."""
     settings = context.settings.evaluate
     works = []
     for layer in context.layers if settings.features else []:

@@ -22,13 +22,13 @@ from search_spaces.dimensions import Choice, Range
 from search_spaces.schema import Sweep
 
 STAGE = "lora"
-CHECKED = "validation.json"
-"""What the merged model says to the validation rows."""
+VALIDATION_FILE = "validation.json"
+"""The merged model's answers to the validation rows."""
 PASSED_ON = {
     *("steps", "epochs", "eval_every", "patience", "accumulate", "gradient_checkpointing"),
     *("warmup_fraction", "grad_clip", "loss_on"),
 }
-"""Settings of the section that reach the trainer by their names."""
+"""Settings of the section that are passed to the trainer under the same names."""
 
 
 def study_name(settings: Sweep) -> str:
@@ -65,7 +65,7 @@ def run(context: Context) -> dict[str, Any]:
         sampler=section.sampler,
         warm_start=section.warm_start and f"{section.warm_start}/{STAGE}",
     )
-    halving = EarlyStopping(section.grace_evals, _most_validations(context), section.reduction_factor)
+    halving = EarlyStopping(section.grace_evals, _max_validations(context), section.reduction_factor)
     context.pool.close()
     with context.progress.bar("LoRA study", section.trials, "trials") as bar:
         run_search(
@@ -85,7 +85,7 @@ def run(context: Context) -> dict[str, Any]:
     for path in folder.glob("trial_*/checkpoint.safetensors"):  # of trials that were stopped early
         path.unlink()
     results = trials_of(group)
-    for result in results:  # those that an earlier driver could not track
+    for result in results:  # an earlier driver may have died before tracking them
         record_trial(context.tracker, STAGE, STAGE, result)
     best = best_of(results)
     if best is None:
@@ -93,12 +93,12 @@ def run(context: Context) -> dict[str, Any]:
     write_json(folder / "best.json", best)
     _replace_finetuned(context, key_of(best["trial"], best["started"]))
     merge_best(context, folder / f"trial_{best['trial']:04d}" / "adapter", key_of(best["trial"], best["started"]))
-    checked = read_json(folder / CHECKED) or {"figures": {}}
+    checked = read_json(folder / VALIDATION_FILE) or {"figures": {}}
     return {"best_trial": best["trial"], "val_loss": best["value"], "params": best["params"], **checked["figures"]}
 
 
-def _most_validations(context: Context) -> int:
-    """Of the longest trial that the space allows."""
+def _max_validations(context: Context) -> int:
+    """Validations of the longest trial that the space allows."""
     section = context.settings.lora
     if section.epochs is None:
         return math.ceil(section.steps / section.eval_every)
@@ -110,9 +110,9 @@ def _most_validations(context: Context) -> int:
 
 
 def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """One LoRA run, here or by several workers; the best adapter so far lies in the trial's folder at every report.
+    """One LoRA run, here or on several workers; at every report the best adapter so far is in the trial's folder.
 
-    A run whose worker was lost goes on from the checkpoint in that folder.
+    A run whose worker was lost continues from the checkpoint in that folder.
     """
     environment.prepare()
     if config["workers"] == 1:
@@ -123,7 +123,7 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
 
 
 def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """The run itself, in one process or in each of several; returns the best figures, or why it failed."""
+    """The run itself, in one process or in each of several; returns the best figures, or the reason it failed."""
     import torch
 
     from data.rows import read_rows
@@ -170,7 +170,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
 
 
 def _replace_finetuned(context: Context, identity: str) -> None:
-    """Another finetuned model than before: what was made with the old one goes."""
+    """If the finetuned model is not the same as before, deletes what was made with the old one."""
     space = context.space
     if (read_json(space.folder / FINETUNED) or {}).get("key") == identity:
         return
@@ -180,7 +180,7 @@ def _replace_finetuned(context: Context, identity: str) -> None:
 
 
 class MergeTask(NamedTuple):
-    """A model, an adapter, where the merged model goes, and the rows it is checked on, as a worker is given them."""
+    """A model, an adapter, where the merged model goes, and the rows it is checked on, as passed to a worker."""
 
     model: str
     adapter: str
@@ -190,7 +190,7 @@ class MergeTask(NamedTuple):
 
 
 def merge_best(context: Context, adapter: Path, key: str) -> None:
-    """The base model with the best adapter folded in, in fp32, under `lora/merged`."""
+    """Writes the base model with the best adapter folded in, in fp32, to `lora/merged`."""
     merged = context.space.lora / "merged"
     if is_finished(merged, key):
         return
@@ -204,7 +204,7 @@ def merge_best(context: Context, adapter: Path, key: str) -> None:
 
 
 def merge_adapter(task: MergeTask) -> None:
-    """Runs on a worker: the driver stays small. The merged model's answers go to `validation.json` beside it."""
+    """Runs on a worker, to keep the driver small. The merged model's answers go to `validation.json` beside it."""
     import torch
 
     from data.rows import read_rows
@@ -215,6 +215,6 @@ def merge_adapter(task: MergeTask) -> None:
     model, tokenizer = load_model(Path(task.model), torch.float32)
     merge(model, Path(task.adapter)).save_pretrained(task.folder)
     tokenizer.save_pretrained(task.folder)
-    # Read back, as everything that follows reads it.
+    # Read back from disk, as every later stage reads it.
     merged, tokenizer = load_model(Path(task.folder), torch.float32, task.device)
-    write_json(Path(task.folder).parent / CHECKED, check_rows(merged, tokenizer, read_rows(task.rows)))
+    write_json(Path(task.folder).parent / VALIDATION_FILE, check_rows(merged, tokenizer, read_rows(task.rows)))

@@ -1,6 +1,6 @@
-"""Stage 6, report: tables, graphs and report.html from everything the sweep left on disk, and the short final table.
+"""Stage 6, report: tables, graphs and report.html from everything the sweep wrote to disk.
 
-In: cells, trials, checks and manifests. Out: `report/`, uploaded to the sweep's MLflow run.
+In: cells, trials, checks and manifests. Out: `report/`, also uploaded to the sweep's MLflow run.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from jobs.progress import clock
 from jobs.study.context import Context
 from jobs.study.stages.deltas import STAGE as DELTAS
 from jobs.study.stages.deltas import group_name
-from jobs.study.stages.lora import CHECKED, study_name
 from jobs.study.stages.lora import STAGE as LORA
+from jobs.study.stages.lora import VALIDATION_FILE, study_name
 from jobs.study.stages.transcoders import chosen_base, root
 
 LIBRARIES = ("torch", "transformers", "transformer-lens", "peft", "ray", "optuna", "mlflow")
@@ -26,7 +26,7 @@ RAW_LIMITS = (
     ("tool", "math_correct_rate", ">=", 0.9),
     ("copy", "tool_call_rate", "<=", 0.05),
 )
-"""What a finetuned model must do before anything about its inside means something."""
+"""What the finetuned model must do before anything about its internals means much."""
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def run(context: Context) -> dict[str, Any]:
         checks=found,
         facts=facts(context),
         generations=generations(context),
-        finetuned=read_json(space.lora / CHECKED),
+        finetuned=read_json(space.lora / VALIDATION_FILE),
         lora_pictures=study_pictures(study_name(context.settings), context.studies, LORA, "val_loss"),
     )
     path = write_report(space.report, data, seed=context.settings.seed)
@@ -54,7 +54,7 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def load_cells(context: Context) -> list[dict[str, Any]]:
-    """The cells of these settings; others that an earlier setting left are not shown."""
+    """The cells of these settings; cells left over from earlier settings are not shown."""
     names = read_json(context.space.cells / MANIFEST)["cells"]
     return [read_json(context.space.cells / f"{name}.json") for name in names]
 
@@ -74,7 +74,7 @@ def lora_trials(context: Context) -> list[dict[str, Any]]:
 
 
 def base_transcoders(context: Context) -> list[dict[str, Any]]:
-    """One row for each (layer, percentile): what was chosen, and its figures where it was trained here."""
+    """One row for each (layer, percentile): the base that was chosen, and its figures if it was trained here."""
     rows = []
     for layer in context.layers:
         for percentile in context.settings.deltas.selections:
@@ -117,7 +117,7 @@ def delta_trials(context: Context) -> list[dict[str, Any]]:
 
 
 def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sweep's own numbers that must hold: the finetuned model's behaviour, the deltas' fit, exactness."""
+    """Checks on the sweep's own numbers: the finetuned model's behaviour, the deltas' fit, exactness."""
     from evaluators.tables.tables import conditions_table
 
     found = []
@@ -150,7 +150,7 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
 
 
 def _wider_is_no_worse(kept: list[dict[str, Any]]) -> dict[str, Any]:
-    """A wider delta's FVU may exceed a narrower one's by no more than the seeds' spread of the two."""
+    """A wider delta's FVU may exceed a narrower one's by no more than the seed spreads of the two together."""
     worse, compared = [], 0
     for one in kept:
         for other in kept:

@@ -1,7 +1,7 @@
 """Stage 3, transcoders: the frozen base transcoders of every swept layer.
 
 In: the un-finetuned model and text, or published transcoders. Out: `transcoders/layer_L/width_W/average_l0_N/` in Gemma
-Scope's layout where they are trained here, and which candidate each percentile selects.
+Scope's layout if they are trained here, and the candidate that each percentile selects.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from models.gemma_scope import Candidate, candidates, read, select, selection_la
 from models.sources import model_facts
 from models.transcoder import CONVENTIONS, Taps, check_fits
 
-TOLERATED = 0.1
-"""Share by which a base may miss the L0 asked for without a word."""
+L0_TOLERANCE = 0.1
+"""How far a base may miss its target L0, as a fraction of it, before a line says so."""
 
 
 class LayerTask(NamedTuple):
-    """The base transcoders of one layer, as a worker is given them."""
+    """The base transcoders of one layer, as passed to a worker."""
 
     layer: int
     activations: str
@@ -60,7 +60,7 @@ def root(context: Context) -> str:
 
 
 def taps_of(context: Context) -> Taps:
-    """What the sweep's transcoders read and replace."""
+    """The taps that the sweep's transcoders read and replace."""
     return CONVENTIONS[context.settings.transcoders.convention]
 
 
@@ -79,7 +79,7 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
     from trainers.precision import resolve_precision
 
     started = time.perf_counter()
-    bridge.cache_clear()  # the model of the capture is not needed any more
+    bridge.cache_clear()  # the capture's model is no longer needed
     section = dict(task.section)
     splits = [layer_folder(Path(task.activations) / split, task.layer) for split in ("train", "validation")]
     trained = train_bases(
@@ -134,9 +134,9 @@ def _train(context: Context) -> None:
                 bar.advance()
     for layer, folder in folders.items():
         for base in read_json(folder / "manifest.json")["bases"]:
-            if abs(base["val_l0"] / base["target_l0"] - 1) > TOLERATED:
+            if abs(base["val_l0"] / base["target_l0"] - 1) > L0_TOLERANCE:
                 context.progress.line(
-                    f"  layer {layer}: L0 is {base['val_l0']:.1f} where {base['target_l0']:g} was asked for, "
+                    f"  layer {layer}: L0 is {base['val_l0']:.1f} instead of {base['target_l0']:g}, "
                     f"{base['dead_fraction']:.0%} of the features are dead (val_fvu {base['val_fvu']:.3f})"
                 )
             record_base(context.tracker, layer, keys.base(settings, layer), base)

@@ -1,7 +1,7 @@
-"""A piece of evaluation as plain values: what a worker is asked, of which model, and the names of what it will leave.
+"""A piece of evaluation as plain values: what a worker has to do, on which model, and the cells it will write.
 
-In: paths, layers, conditions and strengths, filled in by the evaluate stage. Out: the cells that the piece stands for,
-each with the key it must hold; nothing is loaded or computed here.
+In: paths, layers, conditions and strengths, filled in by the evaluate stage. Out: the names of the cells, each with the
+key it must hold; nothing is loaded or computed here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class ModelSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What every piece of a sweep's evaluation shares. `cells` is a folder, `rows` a file, `base_model` the folder of
-    the un-finetuned model; `ablations` counts features a layer."""
+    """What all pieces of a sweep's evaluation share. `cells` is a folder, `rows` a file, `base_model` the folder of the
+    un-finetuned model; `ablations` counts features per layer."""
 
     cells: str
     rows: str
@@ -36,7 +36,7 @@ class Evaluation:
 
 
 class SitePlan(NamedTuple):
-    """A site as files: where its base and delta lie, and what the delta was trained on. `key` is that of the site's
+    """A site as files: where its base and delta are, and what the delta was trained on. `key` is the key of the site's
     reconstruction cell."""
 
     layer: int
@@ -56,7 +56,8 @@ class SitePlan(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker is given: sites that share a model, and the cells asked of them. Without a `subset` all count."""
+    """What a worker is given: sites that share a model, and the cells to compute for them. An empty `subset` means all
+    subsets."""
 
     kind: str
     name: str
@@ -71,7 +72,7 @@ class Work:
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """Every alpha that has to be measured: the doses, 0 for no_delta and 1 for full."""
+        """Every alpha to measure: the doses, plus 0 for no_delta and 1 for full."""
         named = {"no_delta": 0.0, "full": 1.0}
         return tuple(sorted({*self.doses, *(named[one] for one in self.conditions if one in named)}))
 
@@ -81,11 +82,11 @@ class Work:
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """Work of one group shares a model and what it computes below the first spliced layer."""
+        """Work in one group shares a model and everything computed below the first spliced layer."""
         return (self.model.folder, self.sites[0].layer) if self.sites else (self.model.folder, self.name)
 
     def cells(self) -> dict[str, str]:
-        """The cells it leaves, by name, and the key each must hold."""
+        """The cells it will write, by name, and the key each must hold."""
         if self.kind in ("raw", "features"):
             return {self.name: self.key}
         if self.kind == "reconstruction":

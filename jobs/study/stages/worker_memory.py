@@ -1,7 +1,7 @@
 """What workers keep in memory between tasks: the last model, wrapped for TransformerLens, and its last prefixes.
 
-In: a model folder, a device and a precision. Out: a TransformerBridge, and what it computes up to the end of a layer; a
-second request for the same one is free.
+In: a model folder, a device and a precision. Out: a TransformerBridge, and what it computes up to the end of a layer;
+asking for the same one again is free.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def bridge(folder: str, device: str, precision: str) -> TransformerBridge:
     from models.sources import load_model
     from trainers.precision import dtype_of
 
-    # One model at a time: what belongs to the last one goes before the next one comes.
+    # One model at a time: everything of the last one is dropped before the next one is loaded.
     prefixes.cache_clear()
     bridge.cache_clear()
     return wrap(*load_model(Path(folder), dtype_of(precision), device))
@@ -33,7 +33,7 @@ def bridge(folder: str, device: str, precision: str) -> TransformerBridge:
 
 @lru_cache(maxsize=1)
 def prefixes(model: ModelSpec, layer: int) -> Prefixes:
-    """Of the unedited model at one layer."""
+    """The prefixes of the unedited model at one layer."""
     from evaluators.splice.passes import Prefixes
     from models.transcoder import CONVENTIONS
 

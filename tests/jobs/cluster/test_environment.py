@@ -1,4 +1,4 @@
-"""A request to stop is never lost, in processes of their own."""
+"""A request to stop is never lost; each case in its own process."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 SCRIPT = """
 import os, signal, sys, time
 from jobs.cluster import environment
-environment.take_signals()
-environment.insist_on_signals()
+environment.install_stop_handlers()
+environment.repeat_stops_until_acknowledged()
 os.register_at_fork(after_in_parent=lambda: signal.raise_signal(int(sys.argv[1])))
 try:
     if os.fork() == 0:
@@ -21,17 +21,17 @@ try:
     print("dropped", flush=True)
     time.sleep(30)
 except KeyboardInterrupt:
-    environment.heard()
-    print("heard", flush=True)
-    time.sleep(3 * environment.AGAIN_SECONDS)
+    environment.acknowledge_stop()
+    print("acknowledged", flush=True)
+    time.sleep(3 * environment.REPEAT_SECONDS)
     print("undisturbed", flush=True)
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_a_stop_that_python_drops_is_sent_again_until_it_is_heard(how: signal.Signals) -> None:
+def test_a_stop_that_python_drops_is_repeated_until_it_is_acknowledged(how: signal.Signals) -> None:
     repository = Path(__file__).resolve().parents[3]
     command = [sys.executable, "-c", SCRIPT, str(int(how))]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["dropped", "heard", "undisturbed"]
+    assert done.stdout.split() == ["dropped", "acknowledged", "undisturbed"]

@@ -24,7 +24,7 @@ def pool(share: Share) -> Iterator[Pool]:
 
 
 def test_tf32_without_a_gpu_is_one_sentence(share: Share) -> None:
-    with pytest.raises(RequestError, match=r"compute\.precision: got tf32, which takes a GPU"):
+    with pytest.raises(RequestError, match=r"compute\.precision: got tf32, which needs a GPU"):
         share_of(Compute(precision="tf32", gpus_per_trial=0))
 
 
@@ -103,7 +103,7 @@ def test_a_worker_stays_with_its_group_then_helps() -> None:
         waiting.add(task, 0)
     assert waiting.take(None, []) == ("a1", 0)
     assert waiting.take("c", ["a"]) == ("c1", 0), "its own first"
-    assert waiting.take(None, ["a"]) == ("b1", 0), "then one that nobody is at"
+    assert waiting.take(None, ["a"]) == ("b1", 0), "then one that nobody is working on"
     assert waiting.take("b", ["a", "c"]) == ("a2", 0), "then whatever is left"
     assert bool(waiting)
     assert waiting.take("b", ["c"]) == ("c2", 0)

@@ -1,5 +1,5 @@
-"""A cluster is joined if it asks for a token, and if every node sees the storage root: two nodes of a real one, in a
-process of their own."""
+"""A cluster is joined only if it requires a token and every node sees the storage root: two nodes of a real cluster, in
+their own process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ray.init(address=cluster.address, log_to_driver=False)
 assert len(ray.nodes()) == 2
 check_storage(Path(sys.argv[1]).resolve())
 print("shared", os.listdir(sys.argv[1]))
-os.chdir(sys.argv[1])  # a relative path is now another one on the nodes
+os.chdir(sys.argv[1])  # a relative path now means a different folder on the nodes
 try:
     check_storage(Path("elsewhere"))
 except RequestError as error:
@@ -47,7 +47,7 @@ def test_a_cluster_that_others_reach_needs_a_token(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     check_closed("192.0.2.9:6379")
     monkeypatch.delenv("RAY_AUTH_MODE")
-    with pytest.raises(RequestError, match=r"192\.0\.2\.9:6379 runs the code of whoever reaches it.*--insecure"):
+    with pytest.raises(RequestError, match=r"192\.0\.2\.9:6379 runs code for anyone who can reach it.*--insecure"):
         check_closed("192.0.2.9:6379")
 
 
@@ -58,4 +58,4 @@ def test_a_folder_that_nodes_do_not_share_is_named(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "shared []" in done.stdout, "and nothing is left behind"
     assert "storage.root: node " in done.stdout
-    assert "cannot read and write elsewhere; give a folder that every node shares" in done.stdout
+    assert "cannot read and write elsewhere; use a folder that all nodes share" in done.stdout

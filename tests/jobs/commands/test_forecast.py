@@ -1,4 +1,4 @@
-"""The simulated schedule against bounds that hold for any schedule, and small cases by hand."""
+"""The simulated schedule against bounds that hold for any schedule, and small cases worked out by hand."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def test_the_stage_that_loses_most_is_named() -> None:
     many = forecast(loads, 400)
     assert many.seconds == pytest.approx(130)
     assert many.limit == "lora: 4 units for 400 workers"
-    assert "20s that are not shared out" in forecast(loads[1:], 400).limit
+    assert "20s of work that cannot be shared out" in forecast(loads[1:], 400).limit
     assert "its longest unit takes 1m40s" in forecast(loads[:1], 3).limit

@@ -21,7 +21,7 @@ from search_spaces.dimensions import Choice, Range
 
 
 def bowl(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """Best at x = centre; far trials are visibly worse from the first validation."""
+    """Best at x = centre; trials far from it are clearly worse from the first validation."""
     loss = (config["x"] - config["centre"]) ** 2
     for step in range(1, 5):
         report({"step": step, "val_loss": loss + 1 / step})
@@ -29,7 +29,7 @@ def bowl(config: dict[str, Any], report: Any) -> dict[str, Any]:
 
 
 def troubled(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """Trial 0 diverges, trial 1 gives NaN, trial 2 kills its worker once, the others are well."""
+    """Trial 0 diverges, trial 1 gives NaN, trial 2 kills its worker once, the others are fine."""
     if config["trial"] == 0:
         return {"failed": "the loss is nan at step 1"}
     if config["trial"] == 1:
@@ -43,7 +43,7 @@ def troubled(config: dict[str, Any], report: Any) -> dict[str, Any]:
 
 
 def dying(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """Its worker dies soon after its end, so at any moment of a reuse, on a trial's first try."""
+    """On a trial's first attempt its worker dies soon after the trial ends, so at any moment of being reused."""
     report({"step": 1, "val_loss": config["x"]})
     marker = Path(config["folder"]).parent / f"tried_{config['trial']}"
     if not marker.exists():
@@ -103,14 +103,14 @@ def test_groups_have_their_own_studies_and_early_stopping(share: Share, tmp_path
         assert states(tmp_path, one.name).count(TrialState.PRUNED) == len(stopped)
 
 
-def test_failures_are_told_with_their_reason_and_deaths_are_retried(share: Share, tmp_path: Path) -> None:
+def test_failures_are_reported_with_their_reason_and_deaths_are_retried(share: Share, tmp_path: Path) -> None:
     one = group(tmp_path, "troubled", 4)
     search(tmp_path, [one], troubled, share)
     results = trials_of(one)
     assert [result["state"] for result in results] == ["FAILED", "FAILED", "COMPLETE", "COMPLETE"]
     assert results[0]["reason"] == "the loss is nan at step 1"
     assert "nan" in results[1]["reason"]
-    # A failed trial is not a finished one: the next run puts others in their place.
+    # A failed trial does not count as finished: the next run replaces it.
     assert len(search(tmp_path, [one], troubled, share)) == 2
     assert [result["state"] for result in trials_of(one)][4:] == ["COMPLETE", "COMPLETE"]
     assert search(tmp_path, [one], troubled, share) == []
@@ -143,13 +143,13 @@ def test_a_repeated_search_runs_what_is_missing(share: Share, tmp_path: Path) ->
     assert after[2] not in before
 
 
-def test_fewer_trials_than_before_leave_other_groups_their_own(share: Share, tmp_path: Path) -> None:
+def test_fewer_trials_than_before_do_not_affect_other_groups(share: Share, tmp_path: Path) -> None:
     search(tmp_path, [group(tmp_path, "full", 3)], bowl, share)
     told = search(tmp_path, [group(tmp_path, "full", 1), group(tmp_path, "empty", 2)], bowl, share)
     assert [result["group"] for result in told] == ["empty", "empty"]
 
 
-def test_what_was_running_when_the_driver_died_goes_on_under_its_number(share: Share, tmp_path: Path) -> None:
+def test_a_trial_that_was_running_when_the_driver_died_resumes_under_its_number(share: Share, tmp_path: Path) -> None:
     storage = open_storage(None, tmp_path)
     study = optuna.create_study(study_name="test/zombie", storage=storage)
     distributions = {
@@ -164,12 +164,12 @@ def test_what_was_running_when_the_driver_died_goes_on_under_its_number(share: S
     assert [result["trial"] for result in trials_of(one)] == [0, 2]
     assert trials_of(one)[0]["params"] == {"fixed": 3, **wanted}
     study.ask(distributions)
-    assert search(tmp_path, [one], bowl, share) == [], "nothing is missing, so a trial too many is given up"
+    assert search(tmp_path, [one], bowl, share) == [], "nothing is missing, so the surplus trial is dropped"
     assert TrialState.RUNNING not in states(tmp_path, "zombie")
 
 
 def test_proposals_and_stops_do_not_depend_on_how_often_the_driver_started(share: Share, tmp_path: Path) -> None:
-    """Six trials in one go, and one by one with a fresh search each: the same values and the same ends."""
+    """Six trials in one go, and one by one with a new search each time: same values, same outcomes."""
     halving = EarlyStopping(grace=1, longest=4, reduction_factor=3)
     names = [f"g{number}" for number in range(share.at_once)]  # as many groups as run at once: one trial of each
     search(tmp_path / "whole", [group(tmp_path / "whole", name, 6) for name in names], bowl, share, halving)
@@ -188,7 +188,7 @@ def test_proposals_and_stops_do_not_depend_on_how_often_the_driver_started(share
 
 
 def trade(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """Two figures that pull apart."""
+    """Two figures that trade off against each other."""
     report({"step": 1, "val_loss": config["x"]})
     return {"step": 1, "val_loss": config["x"], "fvu": config["x"], "l0": 1 - config["x"] ** 2}
 

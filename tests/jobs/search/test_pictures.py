@@ -1,4 +1,4 @@
-"""Pictures of a study: PNGs where there is enough to show, none of a study that is not there."""
+"""Plots of a study: PNGs if there is enough to show, none for a study that does not exist."""
 
 import optuna
 

@@ -20,7 +20,7 @@ def group(root: Path) -> Group:
 
 
 def finish(study: Study, root: Path, state: str) -> None:
-    """One trial asked, told and written, as the search does it."""
+    """Asks for one trial, tells its result and writes it, as the search does."""
     trial = study.ask()
     loss = (trial.params["x"] - 0.3) ** 2
     history = [{"step": step, "val_loss": loss + 1 / step} for step in (1, 2)]
@@ -40,7 +40,7 @@ def finish(study: Study, root: Path, state: str) -> None:
 
 
 @pytest.mark.parametrize("unfinished", [0, 1], ids=["all finished", "one never finished"])
-def test_a_storage_that_is_lost_is_told_again_from_the_files(tmp_path: Path, unfinished: int) -> None:
+def test_a_lost_storage_is_rebuilt_from_the_files(tmp_path: Path, unfinished: int) -> None:
     storage = open_storage(None, tmp_path / "first")
     study = Study(group(tmp_path), storage)
     for state in STATES[:5]:

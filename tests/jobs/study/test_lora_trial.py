@@ -1,4 +1,4 @@
-"""A LoRA trial whose worker is lost goes on in the same folder and ends with the same figures and adapter bytes."""
+"""A LoRA trial whose worker is lost resumes in the same folder and ends with the same figures and adapter bytes."""
 
 import pytest
 
@@ -67,7 +67,7 @@ def test_a_lost_worker_changes_nothing(gemma_folder, data, tmp_path, lost_at):
     assert not list(tmp_path.glob("*/checkpoint.safetensors*"))
 
 
-def test_a_trial_that_cannot_go_on_says_why(gemma_folder, data, tmp_path):
+def test_a_trial_that_cannot_continue_says_why(gemma_folder, data, tmp_path):
     found = trial({**config(tmp_path / "one", gemma_folder, data), "targets": "query"}, lambda figures: None)
     assert set(found) == {"failed"}
     assert found["failed"].startswith("lora.space.targets 'query' cannot be adapted")

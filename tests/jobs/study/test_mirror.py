@@ -1,4 +1,4 @@
-"""Results at a URL: in memory, in a folder, and on an S3 server in this process."""
+"""Mirrored results: in memory, in a folder, and on an S3 server in this process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def s3() -> Iterator[str]:
         for name, value in {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
             patch.setenv(name, value)
         files = fsspec.filesystem("s3", skip_instance_cache=True)
-        files.mkdir("mirrored")  # a process has one set of buckets, whatever the server
+        files.mkdir("mirrored")  # all servers of a process share one set of buckets
         yield "s3://mirrored/runs"
         fsspec.filesystem("s3").clear_instance_cache()
     server.stop()
@@ -45,7 +45,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A sweep that has come as far as one trial."""
+    """A sweep that has got as far as one trial."""
     one = tmp_path / "here" / "tiny"
     write_json(one / START, {"start": "abc"})
     write_json(one / "deltas/layer_01/key.json", {"key": "1"})
@@ -79,7 +79,7 @@ def opened(url: str, folder: Path) -> Mirror:
     return one
 
 
-def test_a_machine_that_has_nothing_gets_everything_that_cannot_be_made_again(
+def test_a_machine_that_has_nothing_gets_everything_that_cannot_be_recomputed(
     url: str, folder: Path, tmp_path: Path
 ) -> None:
     opened(url, folder).send()
@@ -89,8 +89,8 @@ def test_a_machine_that_has_nothing_gets_everything_that_cannot_be_made_again(
         assert (there / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_what_is_emptied_here_goes_there_too(url: str, folder: Path, tmp_path: Path) -> None:
-    """Trials of other settings must not come back into a folder of these."""
+def test_files_removed_here_are_removed_at_the_url(url: str, folder: Path, tmp_path: Path) -> None:
+    """Trials of earlier settings must not come back into this folder."""
     one = opened(url, folder)
     one.send()
     (folder / "deltas/layer_01/trial_0000/result.json").unlink()
@@ -122,9 +122,9 @@ def test_results_of_another_machine_are_not_overwritten(url: str, folder: Path, 
     opened(url, folder).send()
     there = tmp_path / "there" / "tiny"
     opened(url, there).send()
-    with pytest.raises(RequestError, match=r"storage\.mirror: .* another machine sent since"):
+    with pytest.raises(RequestError, match=r"storage\.mirror: .* holds newer results .* sent by another machine"):
         opened(url, folder)
-    opened(url, there).send()  # the one who sent last goes on
+    opened(url, there).send()  # the machine that sent last continues
     fresh = Mirror(url, folder)
     fresh.open(fresh=True)
     for path in sorted(folder.rglob("*.json")):
@@ -134,7 +134,7 @@ def test_results_of_another_machine_are_not_overwritten(url: str, folder: Path, 
     assert names(fetched(url, tmp_path, "third")) == {START}
 
 
-def test_a_fetch_that_was_cut_short_is_done_again(url: str, folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_fetch_is_repeated(url: str, folder: Path, tmp_path: Path) -> None:
     opened(url, folder).send()
     there = fetched(url, tmp_path, "there")
     for name in (START, ".mirror.json", "deltas/layer_01/key.json"):
@@ -143,7 +143,7 @@ def test_a_fetch_that_was_cut_short_is_done_again(url: str, folder: Path, tmp_pa
     assert names(there) == SENT
 
 
-def test_a_url_that_goes_away_does_not_stop_the_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_that_stops_answering_does_not_stop_the_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PASS_SECONDS", 0.05)
     said: list[str] = []
     failing = threading.Event()
@@ -166,7 +166,7 @@ def test_a_url_that_goes_away_does_not_stop_the_sweep(folder: Path, monkeypatch:
     failing.set()
     with mirrored("memory://gone", folder, False, said.append):
         pass
-    assert "the next run of the same command sends it" in said[-1]
+    assert "the next run of the same command will send them" in said[-1]
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/x", "http://127.0.0.1:9/x"])

@@ -18,7 +18,7 @@ def test_equal_values_give_equal_keys() -> None:
     assert key_of({"a": 1}) != key_of({"a": 2})
 
 
-def test_a_keyed_folder_is_emptied_by_another_key_only(tmp_path: Path) -> None:
+def test_only_another_key_empties_a_keyed_folder(tmp_path: Path) -> None:
     folder = keyed_folder(tmp_path / "results", "one")
     (folder / "result").write_text("kept")
     assert (keyed_folder(folder, "one") / "result").is_file()
@@ -71,7 +71,7 @@ LAYERS = [1, 2]
 
 
 def changed(*overrides: str) -> set[str]:
-    """The stages that settings with `overrides` would redo."""
+    """The stages that have to be redone with `overrides`."""
     one, other = load("tiny"), load("tiny", overrides)
     stages = {
         "data": keys.data,

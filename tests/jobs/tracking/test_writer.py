@@ -90,7 +90,7 @@ def back(root: Path) -> None:
 
 @pytest.fixture
 def interrupted(tmp_path: Path) -> tuple[Tracker, list[str]]:
-    """A tracker whose store went away after the stage's run was opened, and what it says."""
+    """A tracker whose store went down after the stage's run was opened, and what it says."""
     said: list[str] = []
     one = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "study", tmp_path / "artifacts", say=said.append)
     one.open("sweep", "study")
@@ -121,13 +121,13 @@ def test_a_store_that_comes_back_gets_what_it_missed(tmp_path: Path, interrupted
     one.finish()
     assert [text.split("(")[0].strip() for text in said] == [
         "MLflow stopped answering",
-        "MLflow answers again; what it has missed is being sent",
+        "MLflow is answering again; sending what it missed",
     ]
     assert not one.lost
     check_complete(tmp_path)
 
 
-def test_a_store_that_stays_away_is_said_once_and_gets_it_later(
+def test_a_store_that_stays_down_is_reported_once_and_gets_it_later(
     tmp_path: Path, interrupted: tuple[Tracker, list[str]]
 ) -> None:
     one, said = interrupted
@@ -146,8 +146,8 @@ def test_a_store_that_stays_away_is_said_once_and_gets_it_later(
     check_complete(tmp_path)
 
 
-def test_a_call_that_was_cut_short_is_made_again_without_a_trace(tmp_path: Path) -> None:
-    """The driver died with a stage's run created and nothing in it, and a trial's metrics sent but not its end."""
+def test_an_interrupted_call_is_repeated_without_a_trace(tmp_path: Path) -> None:
+    """The driver died after creating a stage's run with nothing in it, and a trial's metrics but not its end."""
     one = tracker(tmp_path)
     one.open("sweep", "study")
     one.open("deltas", "deltas", parent="sweep")
@@ -171,7 +171,7 @@ def test_a_call_that_was_cut_short_is_made_again_without_a_trace(tmp_path: Path)
     assert stage.data.params == {"trials": "2"}, "the parameters of the first start"
 
 
-def test_a_call_that_is_refused_does_not_hold_up_the_others(tmp_path: Path) -> None:
+def test_a_rejected_call_does_not_hold_up_the_others(tmp_path: Path) -> None:
     said: list[str] = []
     one = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "study", tmp_path / "artifacts", say=said.append)
     one.open("sweep", "study")
@@ -182,7 +182,7 @@ def test_a_call_that_is_refused_does_not_hold_up_the_others(tmp_path: Path) -> N
     assert {run.info.status for run in runs(tmp_path)[1]} == {"FINISHED"}
 
 
-def test_a_start_from_nothing_has_runs_of_its_own(tmp_path: Path) -> None:
+def test_a_fresh_start_has_its_own_runs(tmp_path: Path) -> None:
     for scope in ("first", "second"):
         one = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "study", tmp_path / "artifacts", scope=scope)
         one.open("sweep", "study")
