@@ -6,6 +6,7 @@ In: layers and the names of sets. Out: tuples of layers, labels such as `6`, `6+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 NO_LAYER = "none"
 """The label of raw: nothing is spliced."""
@@ -24,7 +25,7 @@ def layers_of(name: str | Sequence[int], layers: Sequence[int]) -> list[tuple[in
         return [(layer,) for layer in every]
     if name == "thirds":
         ends = [round(len(every) * share / 3) for share in range(4)]
-        return [every[low:high] for low, high in zip(ends, ends[1:], strict=False)] if len(every) >= 3 else []
+        return [every[low:high] for low, high in pairwise(ends)] if len(every) >= 3 else []
     chosen = tuple(sorted(int(layer) for layer in name))
     return [chosen] if set(chosen) <= set(every) else []
 

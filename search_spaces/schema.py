@@ -91,8 +91,8 @@ class Evaluate(Section):
     `scaled_weights` belongs to change deltas, the last three to residual ones."""
     alphas: Annotated[list[Finite], Distinct] = [0.0, 0.25, 0.5, 0.75, 1.0]
     sets: Sets = [LayerSet(layers="all"), LayerSet(layers="each")]
-    """Sets of layers that are spliced at once, of each target's layers: `all`, `thirds`, `each`, or a list of layers. An
-    entry {layers: each, alphas: []} says its own alphas. A later entry of the same layers wins."""
+    """Sets of layers that are spliced at once, of each target's layers: `all`, `thirds`, `each`, or a list of layers.
+    An entry {layers: each, alphas: []} has alphas of its own. A later entry of the same layers wins."""
     features: Annotated[int, Field(ge=0)] = 4
     """Features of each layer's residual delta that are ablated one at a time, those of largest estimated effect; with 0
     no feature is looked at."""
@@ -164,8 +164,8 @@ class Sweep(Section):
             raise ValueError("deltas.percentiles: got [], must hold one at least where deltas.target_l0 is not set")
         if "change" in targets and bases.convention != "ln2.hook_normalized":
             raise ValueError(
-                f"transcoders.convention: got {bases.convention}, must be ln2.hook_normalized where deltas.targets holds "
-                "change: a change is a function of what the MLP itself reads"
+                f"transcoders.convention: got {bases.convention}, must be ln2.hook_normalized where deltas.targets "
+                "holds change: a change is a function of what the MLP itself reads"
             )
         for control, target in CONTROLS_OF_ONE_TARGET.items():
             if control in evaluate.controls and target not in targets:
@@ -185,10 +185,10 @@ class Sweep(Section):
                 raise ValueError(f"transcoders.target_l0: got {most:g}, must be below transcoders.width {bases.width}")
         named = {"change": self.deltas.layers, "residual": bases.layers}
         lists = [named[target] for target in targets]
-        known = None if "all" in lists else {layer for layers in lists for layer in layers}
-        for one in evaluate.sets if known is not None else ():
-            if isinstance(one.layers, list) and (stray := sorted(set(one.layers) - known)):
-                raise ValueError(f"evaluate.sets: got layer {stray[0]}, the deltas have layers {sorted(known)}")
+        known = sorted({int(layer) for layers in lists if isinstance(layers, list) for layer in layers})
+        for one in evaluate.sets if "all" not in lists else ():
+            if isinstance(one.layers, list) and (stray := sorted(set(one.layers) - set(known))):
+                raise ValueError(f"evaluate.sets: got layer {stray[0]}, the deltas have layers {known}")
         for name, section in (("lora", self.lora), ("deltas", self.deltas)):
             ranges = [key for key in type(section.space).model_fields if isinstance(getattr(section.space, key), Range)]
             if section.sampler == "grid" and ranges:

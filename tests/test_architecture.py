@@ -33,6 +33,7 @@ INNER = {
         "evaluators.splice",
         "evaluators.tables",
         "evaluators.conditions",
+        "evaluators.layer_sets",
     },
     "evaluators/report": {"evaluators.report", "evaluators.tables", "evaluators.layer_sets"},
 }

@@ -111,6 +111,14 @@ def read_pairs(folder: Path, names: tuple[str, ...] = ("x", "y")) -> Pairs:
     return Pairs(shards)
 
 
+def captured_columns(folder: Path) -> set[str]:
+    """The names of what a finished folder holds; nothing where it is not finished."""
+    if not (folder / INDEX).is_file():
+        return set()
+    with safe_open(folder / read_index(folder)["shards"][0]["file"], framework="pt") as file:
+        return set(file.keys())
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """`shards`, `tokens` and the facts that `write_index` wrote."""
     return json.loads((folder / INDEX).read_text())

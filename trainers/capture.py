@@ -95,7 +95,7 @@ def capture(
     for number in range(len(plan.shards)):
         capture_shard(bridge, plan, number, layers, folder, taps)
         report(number + 1, len(plan.shards))
-    finish_capture(plan, list(layers), folder, taps)
+    finish_capture(plan, layers, folder, taps)
 
 
 def capture_shard(
@@ -120,7 +120,7 @@ def capture_shard(
         write_shard(layer_folder(folder, layer) / _shard_name(number), whole | sums)
 
 
-def finish_capture(plan: Plan, layers: Sequence[int], folder: Path, taps: Taps = GEMMA_SCOPE_TAPS) -> None:
+def finish_capture(plan: Plan, layers: Mapping[int, object], folder: Path, taps: Taps = GEMMA_SCOPE_TAPS) -> None:
     """Marks the layers' folders as complete.
 
     Raises ValueError where a shard is not of this plan, as a folder that an earlier, different capture used has them.

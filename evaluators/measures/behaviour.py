@@ -18,6 +18,7 @@ from evaluators.measures.scoring import score_row
 from evaluators.splice.decoding import Stop, generate
 from evaluators.splice.interventions import Edit, Site
 from evaluators.splice.passes import Passes
+from evaluators.splice.reference import Reference
 from evaluators.splice.teacher_forcing import Job, Scored, score
 
 
@@ -37,12 +38,12 @@ def evaluate_behaviour(
     *,
     max_new_tokens: int,
     raw_outputs: Sequence[Sequence[int]] = (),
-    whole_text: bool = False,
+    reference: Reference | None = None,
 ) -> Iterator[tuple[Ask, list[dict[str, Any]], list[dict[str, Any]]]]:
     """For each ask its per-row figures and its generations (with token ids, which later asks take as guesses).
 
     Strengths of one condition are rows of the same batches. `raw_outputs` are raw's generated tokens, row by row. With
-    `whole_text` the figures hold `text_nll`, nats summed over the `n_act_tokens` tokens after BOS.
+    a `reference` the figures hold `kl`; raw's hold `text_nll`, nats summed over the `n_act_tokens` tokens after BOS.
     """
     tokenizer = passes.bridge.tokenizer
     encoded = [encode_row(tokenizer, row.input, row.target) for row in rows]
@@ -57,7 +58,8 @@ def evaluate_behaviour(
             for alpha in strengths
             for row, place, guess in zip(encoded, first, raw_outputs or [()] * len(encoded), strict=True)
         ]
-        scored = score(passes, edit, jobs, whole_text=whole_text)
+        whole_text = edit.condition == "raw"
+        scored = score(passes, edit, jobs, whole_text=whole_text, reference=None if whole_text else reference)
         outputs = generate(passes, edit, jobs, scored, stop)
         seconds = (time.perf_counter() - started) / len(group)
         for number, ask in enumerate(group):
@@ -86,6 +88,7 @@ def _judged(
                 "sum_abs_delta_acts": one.delta_acts,
                 "n_act_tokens": one.n_act_tokens,
                 **({} if one.text_nll is None else {"text_nll": one.text_nll}),
+                **({} if one.kl is None else {"kl": one.kl}),
                 **score_row(row.target, text, row.label)._asdict(),
             }
         )

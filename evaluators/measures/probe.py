@@ -99,7 +99,7 @@ def _features(bridge: TransformerBridge, encoded: Encoded, sites: Sequence[Site]
     tokens = [bridge.tokenizer.decode([index]) for index in encoded.ids]
     found = []
     for site in sites:
-        base = _strongest(site.base, seen[site.layer], top)
+        base = _strongest(site.base, seen[site.layer], top) if site.base is not None else [[] for _ in tokens]
         delta = _strongest(site.delta, seen[site.layer], top) if site.delta is not None else [[] for _ in tokens]
         found += [
             {"layer": site.layer, "position": place, "token": token, "base": base[place], "delta": delta[place]}

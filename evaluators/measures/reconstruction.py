@@ -57,6 +57,8 @@ def evaluate_reconstruction(
     layer = sites[0].layer
     if any(site.layer != layer for site in sites):
         raise ValueError(f"reconstruction: the sites must be of one layer, got {[site.layer for site in sites]}")
+    if any(site.base is None for site in sites):
+        raise ValueError("reconstruction: the ground must be a base transcoder; a path leaves no error of its own")
     passes = replace(passes, prefixes=passes.with_prefixes(layer, sites[0].taps))
 
     def cross_entropy(site: Site, condition: str) -> float:
@@ -67,6 +69,7 @@ def evaluate_reconstruction(
     ce_zero = cross_entropy(sites[0], "zero_ablation")
     bases: list[tuple[Transcoder, dict[str, Any]]] = []
     for site in sites:
+        assert site.base is not None
         shared = next((figures for base, figures in bases if torch.equal(base.W_dec, site.base.W_dec)), None)
         if shared is None:
             ce_base = cross_entropy(site, "no_delta")
@@ -90,7 +93,7 @@ def evaluate_reconstruction(
 
 def _fit(site: Site, x: Tensor, y: Tensor, variance: float) -> dict[str, float]:
     """Means over tokens of how close base and base + delta come to `y`, and of how many features are active."""
-    assert site.delta is not None  # else `full` has raised
+    assert site.base is not None and site.delta is not None  # noqa: PT018
     sums: dict[str, float] = {}
     for inputs, outputs in zip(x.split(TOKENS), y.float().split(TOKENS), strict=True):
         base_acts, delta_acts = site.base.encode(inputs), site.delta.encode(inputs)

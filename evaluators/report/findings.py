@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from evaluators.layer_sets import NO_LAYER, is_set, layer_order
 from evaluators.tables.pooling import RATES, subset_order
-from evaluators.layer_sets import is_set, NO_LAYER, layer_order
 from evaluators.tables.statistics import Estimate
 
 NATS = "nats per token"
@@ -186,10 +186,10 @@ def _counted(rows: pd.DataFrame, column: str, unit: str) -> list[str]:
     sentences = []
     for subset in sorted(rows["subset"].unique(), key=subset_order) if len(rows) else []:
         here = _of(rows, subset)
-        is_set = here["layer"].map(is_set)
-        single = [(_place(row, rows), estimate(row, column)) for _, row in here[~is_set].iterrows()]
+        several = here["layer"].map(is_set)
+        single = [(_place(row, rows), estimate(row, column)) for _, row in here[~several].iterrows()]
         parts = _single_layers([pair for pair in single if not math.isnan(pair[1].low)], unit)
-        for _, row in here[is_set].iterrows():
+        for _, row in here[several].iterrows():
             value = estimate(row, column)
             if not math.isnan(value.value):
                 parts.append(f"{_place(row, rows)} {difference_sentence(value, unit)}")

@@ -11,13 +11,13 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
+from evaluators.layer_sets import NO_LAYER
 from evaluators.report import lora_sections, sections
 from evaluators.report.feature_section import features_section
 from evaluators.report.findings import number, with_interval
 from evaluators.report.page import Block, Gallery, Picture, render
 from evaluators.tables import tables
 from evaluators.tables.pooling import RATES, Cell, subset_order
-from evaluators.layer_sets import NO_LAYER
 
 Rows: TypeAlias = pd.DataFrame | Sequence[dict[str, Any]]
 

@@ -11,10 +11,10 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from evaluators.layer_sets import NO_LAYER, is_set, layer_label, layer_order
 from evaluators.report import figures, findings
 from evaluators.report.page import Block, Gallery, Picture, Section, Sentences, Table, table_block
 from evaluators.tables.pooling import RATES, condition_order, subset_order
-from evaluators.layer_sets import is_set, NO_LAYER, layer_label, layer_order
 from evaluators.tables.tables import RECONSTRUCTION_COLUMNS, SUMMARY_METRICS, Results
 
 GENERATIONS_SHOWN = 3  # raw examples a subset, and changed examples a subset
@@ -186,12 +186,12 @@ def conditions_section(results: Results, *, seed: int) -> Section | None:
     if table.empty:
         return None
     spliced = table[table["layer"] != NO_LAYER]
-    is_set = spliced["layer"].map(is_set)
+    several = spliced["layer"].map(is_set)
     blocks: list[Block] = []
     help = "Points above 0 predict the target worse than raw; a bar that crosses 0 is compatible with no difference."
     for name, rows, title in (
-        ("delta_ce_by_layer", spliced[~is_set], "CE increase, one layer spliced"),
-        ("delta_ce_layer_sets", spliced if is_set.any() else spliced[is_set], "CE increase, layers and sets"),
+        ("delta_ce_by_layer", spliced[~several], "CE increase, one layer spliced"),
+        ("delta_ce_layer_sets", spliced if several.any() else spliced[several], "CE increase, layers and sets"),
     ):
         if rows["delta_ce"].notna().any():
             blocks.append(_picture(name, figures.delta_ce_by_layer(rows, seed=seed), title, help))

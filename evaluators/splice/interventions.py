@@ -123,6 +123,8 @@ class Splice:
         """(hook name, function) pairs that make the edit at `sites`; none where exchanged weights are all of it."""
         pairs: list[tuple[str, Callable]] = []
         for site in sites:
+            if self.condition.model in ("swapped", "scaled"):
+                continue  # the caller has put other weights in place: nothing is left to edit
             if site.path is not None and self.condition.uses_ground and not self.condition.uses_delta:
                 continue
             read, write = tap_names(site.taps, site.layer)

@@ -66,6 +66,34 @@ class Site:
         return replace(self, ground=self.ground.to(device), delta=delta)
 
 
+@dataclass(frozen=True)
+class TrueChange:
+    """In a delta's place, and with as much of a transcoder's shape as a splice looks at: the change itself,
+    y_finetuned(x) - y_un(x), computed by both paths."""
+
+    unfinetuned: BlockPath
+    finetuned: BlockPath
+    b_dec: None = None
+
+    @property
+    def layer(self) -> int:
+        return self.finetuned.layer
+
+    @property
+    def d_model(self) -> int:
+        return self.finetuned.d_model
+
+    @property
+    def taps(self) -> Taps:
+        return self.finetuned.taps
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.finetuned(x).float() - self.unfinetuned(x).float()
+
+
 class Material(NamedTuple):
     """What substitutes are made from: `x` (tokens, d_model), what the site's transcoders read of the text in the raw
     model, token by token; training pairs of the delta, (x, residual) or (x, change), in batches; and a seed."""

@@ -20,6 +20,7 @@ from data.encoding import Batch, Encoded, pad_left, pad_right
 from evaluators.splice.batching import in_slices
 from evaluators.splice.interventions import Edit, RowEdits, Splice, spliced
 from evaluators.splice.passes import Passes, Prefixes, first_tokens, forward, project, resume
+from evaluators.splice.reference import Reference
 from models.bridge import device_of
 
 
@@ -46,7 +47,8 @@ class Scored(NamedTuple):
 
     nll: nats, summed over target tokens and EOS. base_acts, delta_acts: sums of |activation| over the `n_act_tokens`
     tokens of prompt and target after BOS. argmax: the model's choice at each target token. text_nll: nats, summed over
-    those same tokens, where they were asked for. guessed: the model's choice at each token of the row's guess, where
+    those same tokens, where they were asked for. kl: KL(raw || spliced) in nats, summed over target tokens and EOS,
+    where there is a reference. guessed: the model's choice at each token of the row's guess, where
     the target is not its output and the guess may be.
     """
 
@@ -57,15 +59,26 @@ class Scored(NamedTuple):
     n_act_tokens: int
     argmax: list[int]
     text_nll: float | None = None
+    kl: float | None = None
     guessed: list[int] = []  # noqa: RUF012
 
 
 @torch.inference_mode()
-def score(passes: Passes, edit: Edit, jobs: Sequence[Job], *, whole_text: bool = False) -> list[Scored]:
+def score(
+    passes: Passes,
+    edit: Edit,
+    jobs: Sequence[Job],
+    *,
+    whole_text: bool = False,
+    reference: Reference | None = None,
+) -> list[Scored]:
     """Teacher-forced pass over every row, in batches of rows of similar length, in the order of `jobs`.
 
-    With `whole_text`, `text_nll` too. Prefixes that hold the lowest site's layer spare its computation.
+    With `whole_text`, `text_nll` too; with a `reference`, `kl`, but not both. Prefixes that hold the lowest site's
+    layer spare its computation.
     """
+    if reference is not None:
+        reference.add([job.encoded for job in jobs])
     if passes.shortcuts.share_prefix and edit.condition != "raw":
         lowest = min(edit.sites, key=lambda site: site.layer)
         passes = replace(passes, prefixes=passes.with_prefixes(lowest.layer, lowest.taps))
@@ -76,14 +89,16 @@ def score(passes: Passes, edit: Edit, jobs: Sequence[Job], *, whole_text: bool =
     with spliced(passes.bridge, edit, record=True, above_first=passes.prefixes is not None) as splice:
 
         def run(chosen: Sequence[int]) -> None:
-            scored = _score_batch(passes, splice, [jobs[i] for i in chosen], whole_text)
+            scored = _score_batch(passes, splice, [jobs[i] for i in chosen], whole_text, reference)
             results.update(zip(chosen, scored, strict=True))
 
         in_slices(order, passes.batch_size, run)
     return [results[i] for i in range(len(jobs))]
 
 
-def _score_batch(passes: Passes, splice: Splice, jobs: Sequence[Job], whole_text: bool) -> list[Scored]:
+def _score_batch(
+    passes: Passes, splice: Splice, jobs: Sequence[Job], whole_text: bool, reference: Reference | None
+) -> list[Scored]:
     bridge, shortcuts, prefixes = passes.bridge, passes.shortcuts, passes.prefixes
     rows = [job.encoded for job in jobs]
     batch = pad_left([row.ids for row in rows], bridge.tokenizer.pad_token_id).to(device_of(bridge))
@@ -102,10 +117,13 @@ def _score_batch(passes: Passes, splice: Splice, jobs: Sequence[Job], whole_text
         residual = resume(bridge, batch, after, start, cache)
         chunks = _logits(passes, residual, lines, columns - 1)
     nlls, choices, done = [], [], 0
+    divergence = None if reference is None else reference.divergence(rows)
     for logits in chunks:
         nlls.append(functional.cross_entropy(logits, labels[done : done + len(logits)], reduction="none"))
         choices.append(logits.argmax(-1))
         done += len(logits)
+        if divergence is not None:
+            divergence.take(logits)
     nll, argmax = torch.cat(nlls).double().cpu().split(counts), torch.cat(choices).cpu().split(counts)
     base_acts, delta_acts = splice.base_acts.tolist(), splice.delta_acts.tolist()
     scored = [
@@ -117,6 +135,7 @@ def _score_batch(passes: Passes, splice: Splice, jobs: Sequence[Job], whole_text
             n_act_tokens=len(row.ids) - 1,
             argmax=argmax[place][-len(row.target) :].tolist(),
             text_nll=nll[place].sum().item() if whole_text else None,
+            kl=None if divergence is None else divergence.of_row(place),
         )
         for place, row in enumerate(rows)
     ]

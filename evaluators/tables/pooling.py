@@ -5,7 +5,7 @@ every metric is a ratio of two sums over prompts, which is what the bootstrap re
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,15 +24,19 @@ RATES = {  # table column -> per-prompt field; null in the field means undefined
 }
 MEANS = {  # table column -> (per-prompt sum, per-prompt token count)
     "mean_ce": ("nll", "n_tokens"),
+    "kl": ("kl", "n_tokens"),
     "mean_abs_base_acts": ("sum_abs_base_acts", "n_act_tokens"),
     "mean_abs_delta_acts": ("sum_abs_delta_acts", "n_act_tokens"),
 }
 METRICS = (*MEANS, *RATES)
+TARGETS = ("", "change", "residual")
+"""Of the deltas in a cell, in the order in which tables show them; none with nothing spliced."""
 
 
 class CellKey(NamedTuple):
     """What distinguishes a table row; cells with equal keys and other seeds are replicas of it."""
 
+    target: str
     layer: str
     percentile: float | None
     d_new: int | None
@@ -79,7 +83,7 @@ def pool(cells: Iterable[Cell]) -> dict[CellKey, PromptSums]:
     for cell in of_kind(cells, "behaviour"):
         gathered.setdefault(_key(cell), {}).setdefault(cell["seed"], []).append(_prompt_sums(cell["rows"]))
     pooled = {}
-    for key in sorted(gathered, key=_order):
+    for key in sorted(gathered, key=table_order):
         seeds = [gathered[key][seed] for seed in sorted(gathered[key])]
         prompts = seeds[0][0].prompts
         if any(not np.array_equal(one.prompts, prompts) for same in seeds for one in same):
@@ -102,6 +106,7 @@ def _key(cell: Cell) -> CellKey:
     elif condition == "full":
         alpha = 1.0
     return CellKey(
+        cell["target"],
         layer_label(cell["layers"]),
         cell["percentile"],
         d_new,
@@ -112,10 +117,20 @@ def _key(cell: Cell) -> CellKey:
     )
 
 
-def _order(key: CellKey) -> tuple:
+def table_order(key: CellKey) -> tuple:
+    """Sort key of table rows."""
     numbers = tuple(-math.inf if value is None else value for value in (key.percentile, key.d_new, key.alpha))
     layers, subset = layer_order(key.layer), subset_order(key.subset)
-    return layers, numbers[0], condition_order(key.condition), numbers[1], numbers[2], subset, str(key.convention)
+    return (
+        TARGETS.index(key.target),
+        layers,
+        numbers[0],
+        condition_order(key.condition),
+        numbers[1],
+        numbers[2],
+        subset,
+        str(key.convention),
+    )
 
 
 def _prompt_sums(rows: list[dict[str, Any]]) -> PromptSums:

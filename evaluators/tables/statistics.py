@@ -103,6 +103,33 @@ def paired_bootstrap(
     return _interval(value, difference(_resampled_sums(stacked, seed, resamples)))
 
 
+def recovered_share(
+    ground: tuple[ArrayLike, ArrayLike],
+    spliced: tuple[ArrayLike, ArrayLike],
+    raw: tuple[ArrayLike, ArrayLike],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """(m(ground) - m(spliced)) / (m(ground) - m(raw)) with its paired percentile bootstrap interval.
+
+    Each argument holds numerators and denominators of the metric m, `(prompt,)` or `(replica, prompt)`, of the same
+    prompts; m is a ratio of sums, as in `paired_bootstrap`, with the same draws. NaN where m(ground) equals m(raw).
+    """
+    columns = [np.atleast_2d(np.asarray(part, dtype=np.float64)) for pair in (ground, spliced, raw) for part in pair]
+    shape = (max(len(column) for column in columns), columns[0].shape[1])
+    stacked = np.stack([np.broadcast_to(column, shape) for column in columns])  # (6, replica, prompt)
+
+    def share(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        start, here, end = (_ratio(sums[:, place], sums[:, place + 1]) for place in (0, 2, 4))
+        return _ratio(start - here, start - end)
+
+    value = float(share(stacked.mean(axis=1).sum(axis=1)[None, :])[0])
+    if shape[1] < 2:
+        return Estimate(value, math.nan, math.nan)
+    return _interval(value, share(_resampled_sums(stacked, seed, resamples)))
+
+
 def rate_difference(
     numerators: ArrayLike,
     denominators: ArrayLike,

@@ -12,15 +12,16 @@ import numpy as np
 import pandas as pd
 
 from evaluators.conditions import CONDITIONS, UNEDITED
+from evaluators.tables import recovery
 from evaluators.tables.feature_tables import features_table
-from evaluators.tables.pooling import MEANS, METRICS, RATES, Cell, CellKey, PromptSums, of_kind, pool
+from evaluators.tables.pooling import MEANS, METRICS, RATES, Cell, CellKey, PromptSums, of_kind, pool, table_order
 from evaluators.tables.statistics import Estimate, paired_bootstrap, rate_difference, slope_and_spearman, wilson
 
 BEHAVIOUR_COLUMNS = [  # the reference study's columns, in its order; ours follow
     *("layer", "subset", "condition", "alpha", "d_new", "percentile", "mean_ce", "delta_ce"),
     *("tool_call_rate", "valid_tool_format_rate", "math_correct_rate"),
     *("mean_abs_base_acts", "mean_abs_delta_acts", "n_examples", "n_tokens"),
-    "copy_exact_rate",
+    *("target", "kl", "copy_exact_rate"),
     *(f"delta_{rate}" for rate in RATES),
     *(
         f"{name}_{end}"
@@ -45,6 +46,11 @@ SUMMARY_METRICS = [
 class Results(NamedTuple):
     """Every table of one sweep."""
 
+    gaps: pd.DataFrame
+    recovered: pd.DataFrame
+    curve: pd.DataFrame
+    ranking: pd.DataFrame
+    change: pd.DataFrame
     reconstruction: pd.DataFrame
     summary: pd.DataFrame
     conditions: pd.DataFrame
@@ -58,6 +64,11 @@ def all_tables(cells: Sequence[Cell], *, seed: int = 0) -> Results:
     """Every table of the functions below, from the cells of one sweep."""
     reconstruction = reconstruction_table(cells)
     return Results(
+        recovery.gap_table(cells, seed=seed),
+        recovery.recovered_table(cells, seed=seed),
+        recovery.curve_table(cells, seed=seed),
+        recovery.ranking_table(cells),
+        recovery.change_table(cells, seed=seed),
         reconstruction,
         combination_summary(reconstruction),
         conditions_table(cells, seed=seed),
@@ -103,7 +114,8 @@ def conditions_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
 
 
 def dose_response_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
-    """Layers x alpha x subsets: the `alpha` cells, same columns and intervals as `conditions_table`."""
+    """Layers x alpha x subsets: the `alpha` cells, and those of controls at every alpha, same columns and intervals as
+    `conditions_table`."""
     return _behaviour_table(cells, dose=True, seed=seed)
 
 
@@ -115,8 +127,8 @@ def dose_response_statistics(cells: Iterable[Cell], *, seed: int = 0) -> pd.Data
     prompt changes at any alpha has slope 0 without an interval.
     """
     groups: dict[CellKey, list[tuple[float, PromptSums]]] = {}
-    for key, sums in pool(cells).items():
-        if key.condition == "alpha" and key.alpha is not None:
+    for key, sums in _with_ends(pool(cells)).items():
+        if _dosed(key.condition) and key.alpha is not None:
             groups.setdefault(key._replace(alpha=None), []).append((key.alpha, sums))
     rows = []
     for key, doses in groups.items():
@@ -146,7 +158,7 @@ def dose_response_statistics(cells: Iterable[Cell], *, seed: int = 0) -> pd.Data
                 | {"n_alphas": len(doses), "n_examples": len(shared)}
             )
     names = ["slope", "slope_low", "slope_high", "spearman", "spearman_low", "spearman_high"]
-    keys = ["layer", "subset", "d_new", "percentile", "metric"]
+    keys = ["target", "layer", "subset", "condition", "d_new", "percentile", "metric"]
     return pd.DataFrame(rows, columns=[*keys, *names, "n_alphas", "n_examples"])
 
 
@@ -166,14 +178,25 @@ def delta_contrast_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFram
 
 
 def _behaviour_table(cells: Iterable[Cell], *, dose: bool, seed: int) -> pd.DataFrame:
-    pooled = pool(cells)
+    pooled = _with_ends(pool(cells))
     unedited = {(key.condition, key.subset): sums for key, sums in pooled.items() if key.condition in UNEDITED}
     rows = [
         _behaviour_row(key, sums, unedited.get((_baseline(key.condition), key.subset)), seed)
         for key, sums in pooled.items()
-        if (key.condition == "alpha") == dose
+        if _dosed(key.condition) == dose
     ]
     return pd.DataFrame(rows, columns=BEHAVIOUR_COLUMNS).astype(KEY_TYPES)
+
+
+def _with_ends(pooled: dict[CellKey, PromptSums]) -> dict[CellKey, PromptSums]:
+    """With the ends of `scaled_weights`, which are measured under other names: at 0 no_delta, at 1 raw."""
+    found = dict(pooled)
+    for key in pooled:
+        if key.condition == "scaled_weights":
+            start = pooled.get(key._replace(condition="no_delta", alpha=0.0))
+            raw = (sums for one, sums in pooled.items() if (one.condition, one.subset) == ("raw", key.subset))
+            found |= {key._replace(alpha=alpha): one for alpha, one in ((0.0, start), (1.0, next(raw, None))) if one is not None}
+    return {key: found[key] for key in sorted(found, key=table_order)}
 
 
 def _behaviour_row(key: CellKey, sums: PromptSums, raw: PromptSums | None, seed: int) -> dict[str, Any]:
@@ -210,12 +233,17 @@ def _differences(sums: PromptSums, baseline: PromptSums, seed: int) -> dict[str,
     return row
 
 
+def _dosed(condition: str) -> bool:
+    return condition in CONDITIONS and CONDITIONS[condition].dosed
+
+
 def _baseline(condition: str) -> str:
     return CONDITIONS[condition].baseline if condition in CONDITIONS else "raw"
 
 
 def _names(key: CellKey) -> dict[str, Any]:
-    return {"layer": key.layer, "subset": key.subset, "d_new": key.d_new, "percentile": key.percentile}
+    names = ("target", "layer", "subset", "d_new", "percentile", "condition")
+    return {name: getattr(key, name) for name in names}
 
 
 def _columns(name: str, estimate: Estimate) -> dict[str, float]:

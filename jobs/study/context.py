@@ -11,10 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluators.layer_sets import layers_of
 from jobs.cluster import connection as cluster
 from jobs.cluster.fanout import Pool
 from jobs.errors import RequestError
 from jobs.progress import Progress
+from jobs.study.grounds import DeltaGroup, grounds_of
 from jobs.study.workspace import TIMELINE, Workspace, storage_root
 from models.sources import check_hub, check_source, model_facts, resolve
 from search_spaces.schema import Sweep
@@ -51,26 +53,45 @@ class Context:
 
     @cached_property
     def layers(self) -> list[int]:
-        """The swept layers, ascending; raises RequestError if the model does not have one of them."""
-        swept = self.settings.transcoders.layers
-        count = model_facts(self.model)["n_layers"]
-        dosed = self.settings.evaluate.alpha_layers
-        for key, given in (("transcoders.layers", swept), ("evaluate.alpha_layers", dosed)):
-            outside = [layer for layer in given if not 0 <= layer < count] if isinstance(given, list) else []
-            if outside:
-                source = self.settings.model.source
-                raise RequestError(f"{key}: got {outside[0]}, but {source} has layers 0 to {count - 1}")
-        return sorted(swept) if isinstance(swept, list) else list(range(count))
+        """Every layer that gets deltas, ascending."""
+        return sorted({layer for target in self.settings.deltas.targets for layer in self.layers_of(target)})
+
+    def layers_of(self, target: str) -> list[int]:
+        """The layers of a target's deltas, ascending, none where the target is not asked for; raises RequestError where
+        the model lacks one."""
+        settings = self.settings
+        if target not in settings.deltas.targets:
+            return []
+        key, section = ("deltas", settings.deltas) if target == "change" else ("transcoders", settings.transcoders)
+        asked, count = section.layers, model_facts(self.model)["n_layers"]
+        if not isinstance(asked, list):
+            return list(range(count))
+        outside = [layer for layer in asked if not 0 <= layer < count]
+        if outside:
+            raise RequestError(f"{key}.layers: got {outside[0]}, {settings.model.source} has layers 0 to {count - 1}")
+        return sorted(asked)
 
     @property
-    def spliced(self) -> dict[tuple[int, ...], tuple[float, ...]]:
-        """For each layer, and for all of them together: the strengths to measure besides the conditions."""
+    def delta_groups(self) -> list[DeltaGroup]:
+        """Every group of deltas, those of one layer and ground side by side."""
+        section = self.settings.deltas
+        return [
+            DeltaGroup(layer, ground, d_new)
+            for target in section.targets
+            for layer in self.layers_of(target)
+            for ground in grounds_of(section, target)
+            for d_new in section.d_new
+        ]
+
+    def sets_of(self, target: str) -> dict[tuple[int, ...], tuple[float, ...]]:
+        """The sets of layers in which a target's deltas are spliced at once, and the strengths measured there."""
         settings = self.settings.evaluate
-        sets: list[tuple[int, ...]] = [(layer,) for layer in self.layers]
-        if settings.joint and len(sets) > 1:
-            sets.append(tuple(self.layers))
-        dosed = self.layers if settings.alpha_layers == "all" else settings.alpha_layers
-        return {one: tuple(sorted(settings.alphas)) if set(one) <= set(dosed) else () for one in sets}
+        found: dict[tuple[int, ...], tuple[float, ...]] = {}
+        for entry in settings.sets:
+            alphas = settings.alphas if entry.alphas is None else entry.alphas
+            for layers in layers_of(entry.layers, self.layers_of(target)):
+                found[layers] = tuple(sorted(alphas))
+        return found
 
     @cached_property
     def share(self) -> cluster.Share:
@@ -121,26 +142,27 @@ class Context:
         settings = self.settings
         width = model_facts(self.model)["d_model"]
         tokens = settings.activations.train_tokens + settings.activations.validation_tokens
-        a_tensor = tokens * len(self.layers) * width * 2
-        captures = 2 if settings.transcoders.source == "train" else 1
+        change, residual = (self.layers_of(target) for target in ("change", "residual"))
+        trained = settings.transcoders.source == "train" and bool(residual)
+        tensors = 2 * len(change) + len(residual) * (2 + 2 * trained + len(settings.deltas.selections))
         weights = sum(path.stat().st_size for path in self.model.glob("*.safetensors"))
         bases = 0
-        if settings.transcoders.source == "train" and isinstance(settings.transcoders.width, int):
-            bases = len(self.layers) * len(settings.transcoders.target_l0) * settings.transcoders.width * width * 8
-        return a_tensor * (2 * captures + len(settings.deltas.selections)) + 2 * weights + bases
+        if trained and isinstance(settings.transcoders.width, int):
+            bases = len(residual) * len(settings.transcoders.target_l0) * settings.transcoders.width * width * 8
+        return tensors * tokens * width * 2 + 2 * weights + bases
 
     def check_bases(self) -> None:
         """Checks that published transcoders exist for every swept layer, before hours go into earlier stages."""
         if self.settings.transcoders.source != "train":
             from models.gemma_scope import candidates
 
-            for layer in self.layers:
+            for layer in self.layers_of("residual"):
                 candidates(self.settings.transcoders.source, layer, self.settings.transcoders.width)
 
     def check_request(self) -> None:
         """Checks everything about the request that can be known within a second, before anything is written."""
         check_source(self.settings.model.source, self.settings.model.revision)
-        source = self.settings.transcoders.source
+        source = self.settings.transcoders.source if "residual" in self.settings.deltas.targets else "train"
         if source != "train" and not Path(source).is_dir():
             if source.startswith((".", "/", "~")) or source.count("/") != 1:
                 raise RequestError(

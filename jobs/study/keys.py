@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jobs.files import key_of
+from jobs.study.grounds import DeltaGroup, Ground
 from search_spaces.schema import Sweep
 from search_spaces.sections import Section
 
@@ -74,39 +75,37 @@ def transcoders(settings: Sweep, layers: list[int]) -> str:
 
 
 def finetuned_activations(settings: Sweep) -> str:
-    return key_of("finetuned", lora(settings), base_activations(settings))
+    exact = "change" in settings.deltas.targets  # then nothing is captured in less than fp32 on a CPU
+    return key_of("finetuned", lora(settings), base_activations(settings), exact)
 
 
-def residual(settings: Sweep, layer: int, percentile: float | None) -> str:
-    which = settings.deltas.target_l0 if percentile is None else percentile
-    return key_of("residual", finetuned_activations(settings), base(settings, layer), which)
+def delta_data(settings: Sweep, layer: int, ground: Ground) -> str:
+    """The key of what a ground's deltas are trained on in a layer."""
+    activations = finetuned_activations(settings)
+    if ground.target == "change":
+        return key_of("change", activations, layer)
+    which = settings.deltas.target_l0 if ground.percentile is None else ground.percentile
+    return key_of("residual", activations, base(settings, layer), which)
 
 
-def delta_group(settings: Sweep, layer: int, percentile: float | None, d_new: int) -> str:
+def delta_group(settings: Sweep, group: DeltaGroup) -> str:
     return key_of(
         "delta",
-        residual(settings, layer, percentile),
-        d_new,
+        delta_data(settings, group.layer, group.ground),
+        group.d_new,
         settings.seed,
-        _dump(settings.deltas, "percentiles", "target_l0", "d_new", "trials"),
+        _dump(settings.deltas, "targets", "layers", "percentiles", "target_l0", "d_new", "trials"),
         settings.compute.precision,
     )
 
 
-def deltas(settings: Sweep, layers: list[int]) -> str:
-    section = settings.deltas
-    groups = [
-        delta_group(settings, layer, percentile, d_new)
-        for layer in layers
-        for percentile in section.selections
-        for d_new in section.d_new
-    ]
-    return key_of(groups, section.trials)
+def deltas(settings: Sweep, groups: list[DeltaGroup]) -> str:
+    return key_of([delta_group(settings, group) for group in groups], settings.deltas.trials)
 
 
-def evaluate(settings: Sweep, layers: list[int]) -> str:
-    return key_of("evaluate", deltas(settings, layers), _dump(settings.evaluate))
+def evaluate(settings: Sweep, groups: list[DeltaGroup]) -> str:
+    return key_of("evaluate", deltas(settings, groups), _dump(settings.evaluate))
 
 
-def report(settings: Sweep, layers: list[int]) -> str:
-    return key_of("report", evaluate(settings, layers), settings.name)
+def report(settings: Sweep, groups: list[DeltaGroup]) -> str:
+    return key_of("report", evaluate(settings, groups), settings.name)

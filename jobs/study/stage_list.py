@@ -33,11 +33,11 @@ STAGES = (
     Stage(
         "transcoders",
         lambda c: c.space.transcoders,
-        lambda c: keys.transcoders(c.settings, c.layers),
+        lambda c: keys.transcoders(c.settings, c.layers_of("residual")),
         ("activations", "transcoders"),
     ),
-    Stage("deltas", lambda c: c.space.deltas, lambda c: keys.deltas(c.settings, c.layers), ("deltas",)),
-    Stage("evaluate", lambda c: c.space.cells, lambda c: keys.evaluate(c.settings, c.layers), ("evaluate",)),
-    Stage("report", lambda c: c.space.report, lambda c: keys.report(c.settings, c.layers)),
+    Stage("deltas", lambda c: c.space.deltas, lambda c: keys.deltas(c.settings, c.delta_groups), ("deltas",)),
+    Stage("evaluate", lambda c: c.space.cells, lambda c: keys.evaluate(c.settings, c.delta_groups), ("evaluate",)),
+    Stage("report", lambda c: c.space.report, lambda c: keys.report(c.settings, c.delta_groups)),
 )
 NAMES = tuple(stage.name for stage in STAGES)

@@ -5,6 +5,7 @@ In: a model folder and the data stage's text and rows. Out: `activations/{base,f
 
 from __future__ import annotations
 
+import shutil
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
@@ -14,10 +15,12 @@ from data.encoding import encode_row, encode_text
 from data.rows import read_lines, read_rows
 from jobs.errors import WorkFailed
 from jobs.files import keyed_folder
+from jobs.study import keys
 from jobs.study.context import Context
-from jobs.study.stages.worker_memory import bridge
+from jobs.study.stages.work import ModelSpec
+from jobs.study.stages.worker_memory import bridge, exact_paths
 from models.transcoder import CONVENTIONS
-from trainers.activations import INDEX
+from trainers.activations import captured_columns
 from trainers.capture import Plan, finish_capture, layer_folder
 
 SPLITS = ("train", "validation")
@@ -38,31 +41,60 @@ class Text(NamedTuple):
 
 
 class ShardTask(NamedTuple):
-    """One shard, as passed to a worker."""
+    """One shard, as passed to a worker; `layers` with the columns wanted of each beside x."""
 
     text: Text
     shard: int
-    model: str
+    model: ModelSpec
+    base_model: str
     folder: str
-    layers: tuple[int, ...]
-    device: str
-    precision: str
-    convention: str
+    layers: tuple[tuple[int, frozenset[str]], ...]
 
 
-def capture_model(context: Context, name: str, model: Path, key: str) -> Path:
-    """Captures every swept layer that is still missing; returns the folder that holds the splits."""
+def capture_base(context: Context) -> Path:
+    """x and y of the un-finetuned model in every layer that gets base transcoders; returns the splits' folder."""
+    layers = dict.fromkeys(context.layers_of("residual"), frozenset({"y"}))
+    spec = _spec(context, context.model, context.settings.compute.precision)
+    return _capture(context, "base", spec, layers, keys.base_activations(context.settings))
+
+
+def capture_finetuned(context: Context) -> Path:
+    """What the deltas are trained on, of every layer, from one pass of the finetuned model; returns the splits' folder.
+
+    A change is a small difference of two outputs, so that on a CPU everything runs in fp32 where one is wanted.
+    """
+    wanted: dict[int, set[str]] = {}
+    for target, column in (("change", "change"), ("residual", "y")):
+        for layer in context.layers_of(target):
+            wanted.setdefault(layer, set()).add(column)
+    exact = context.device == "cpu" and bool(context.layers_of("change"))
+    spec = _spec(context, context.space.lora / "merged", "fp32" if exact else context.settings.compute.precision)
+    layers = {layer: frozenset(wanted[layer]) for layer in sorted(wanted)}
+    return _capture(context, "finetuned", spec, layers, keys.finetuned_activations(context.settings))
+
+
+def _spec(context: Context, model: Path, precision: str) -> ModelSpec:
+    from trainers.precision import resolve_precision
+
+    convention = context.settings.transcoders.convention
+    return ModelSpec(str(model), context.device, resolve_precision(precision, context.device), convention)
+
+
+def _capture(context: Context, name: str, model: ModelSpec, wanted: dict[int, frozenset[str]], key: str) -> Path:
+    """Captures every layer that lacks a wanted column."""
     folder = keyed_folder(context.space.activations / name, key)
-    layers = [
-        layer
-        for layer in context.layers
-        if not all((layer_folder(folder / split, layer) / INDEX).is_file() for split in SPLITS)
-    ]
+    layers = {
+        layer: columns
+        for layer, columns in wanted.items()
+        if not all(columns <= captured_columns(layer_folder(folder / split, layer)) for split in SPLITS)
+    }
     if not layers:
         return folder
-    precision, convention = context.settings.compute.precision, context.settings.transcoders.convention
+    for layer in layers:  # shards of it may hold other columns
+        for split in SPLITS:
+            shutil.rmtree(layer_folder(folder / split, layer), ignore_errors=True)
     tasks = [
-        ShardTask(text, shard, str(model), str(folder), tuple(layers), context.device, precision, convention)
+        ShardTask(text, shard, model, str(context.model), str(folder), tuple(layers.items()))
         for text in _texts(context)
         for shard in range(len(plan_of(text).shards))
     ]
@@ -72,18 +104,24 @@ def capture_model(context: Context, name: str, model: Path, key: str) -> Path:
                 raise WorkFailed(f"capture of the {name} model: {outcome.error}")
             bar.advance()
     for text in _texts(context):
-        finish_capture(plan_of(text), layers, folder / text.split, CONVENTIONS[convention])
+        finish_capture(plan_of(text), layers, folder / text.split, CONVENTIONS[model.convention])
     return folder
 
 
 def capture_task(task: ShardTask) -> None:
     """Captures one shard of every layer, unless it is already on disk."""
-    from trainers.capture import capture_shard
-    from trainers.precision import resolve_precision
+    from trainers.capture import Columns, capture_shard
 
-    model = bridge(task.model, task.device, resolve_precision(task.precision, task.device))
+    loaded = bridge(task.model.folder, task.model.device, task.model.precision)
+    changed = tuple(layer for layer, columns in task.layers if "change" in columns)
+    before = exact_paths(task.model, task.base_model, changed) if changed else {}
+    after = exact_paths(task.model, task.model.folder, changed) if changed and task.model.precision != "fp32" else {}
+    layers = {
+        layer: Columns(y="y" in columns, unfinetuned=before.get(layer), finetuned=after.get(layer))
+        for layer, columns in task.layers
+    }
     folder = Path(task.folder) / task.text.split
-    capture_shard(model, plan_of(task.text), task.shard, task.layers, folder, CONVENTIONS[task.convention])
+    capture_shard(loaded, plan_of(task.text), task.shard, layers, folder, CONVENTIONS[task.model.convention])
 
 
 @lru_cache(maxsize=2)

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from typing import Any
 from data.rows import read_rows
 from jobs.files import read_json, write_json
 from jobs.study.stages.work import SitePlan, Work
-from jobs.study.stages.worker_memory import bridge, prefixes
+from jobs.study.stages.worker_memory import bridge, exact_paths, paths, prefixes, reference
 
 CHECK_ROWS = 2
 """Rows of each subset that the exactness checks use."""
+RANKING_ROWS = 16
+"""Held-out rows of each label on which features are ranked."""
 PAIRS = 8192
 """Training pairs that the regression for dense_delta reads at a time."""
 
@@ -38,30 +41,27 @@ def evaluate(work: Work) -> list[str]:
 def _raw(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from evaluators.measures.behaviour import Ask, evaluate_behaviour
 
-    ((_, figures, texts),) = evaluate_behaviour(
-        _passes(work, model, kept=False),
-        (),
-        rows,
-        [Ask("raw")],
-        max_new_tokens=work.shared.max_new_tokens,
-        whole_text=True,
-    )
+    budget = work.shared.max_new_tokens
+    ((_, figures, texts),) = evaluate_behaviour(_passes(work, model), (), rows, [Ask("raw")], max_new_tokens=budget)
+    if work.conditions[0] == "raw":
+        figures = [{**one, "kl": 0.0} for one in figures]
     return [_write_behaviour(work, work.conditions[0], None, figures, texts)]
 
 
 def _behaviour(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from evaluators.measures.behaviour import Ask, evaluate_behaviour
 
-    unedited = "base_model_raw" if work.model.folder == work.shared.base_model else "raw"
-    raw = _read_generations(_generations(work) / f"{unedited}_{work.subset}.jsonl")
+    is_base = work.model.folder == work.shared.base_model
+    raw = _read_generations(_generations(work) / f"{'base_model_raw' if is_base else 'raw'}_{work.subset}.jsonl")
     settings: dict[str, Any] = {
         "max_new_tokens": work.shared.max_new_tokens,
         "raw_outputs": [one["tokens"] for one in raw],
+        "reference": None if is_base else reference(work.model, work.shared.rows, work.subset),
     }
     sites = _sites(work)
     asks = [Ask("alpha", strength) for strength in work.strengths]
     names = []
-    for ask, figures, texts in evaluate_behaviour(_passes(work, model), sites, rows, asks, **settings):
+    for ask, figures, texts in evaluate_behaviour(_kept_passes(work, model), sites, rows, asks, **settings):
         if ask.alpha in work.doses:
             names.append(_write_behaviour(work, "alpha", ask.alpha, figures, texts))
         # Strengths 0 and 1 are no_delta and full to the last bit (checks.json): measured once, filed twice.
@@ -70,47 +70,54 @@ def _behaviour(work: Work, model: Any, rows: list[Any]) -> list[str]:
             names.append(_write_behaviour(work, "no_delta", 0.0, silent, texts))
         if ask.alpha == 1.0 and "full" in work.conditions:
             names.append(_write_behaviour(work, "full", 1.0, figures, texts))
-    for control in work.controls:
-        with _subject(work, control, model, rows, sites) as (passes, spliced):
-            asked = evaluate_behaviour(passes, spliced, rows, [Ask(control)], **settings)
-            names += [_write_behaviour(work, control, None, figures, texts) for _, figures, texts in asked]
+    for control, alpha in work.asked:
+        if control in work.controls:
+            with _subject(work, (control, alpha), model, rows, sites) as (passes, spliced):
+                asked = evaluate_behaviour(passes, spliced, rows, [Ask(control, alpha)], **settings)
+                names += [_write_behaviour(work, control, alpha, figures, texts) for _, figures, texts in asked]
     return names
 
 
 @contextmanager
-def _subject(work: Work, control: str, model: Any, rows: list[Any], sites: list[Any]) -> Iterator[tuple[Any, Any]]:
-    """The passes and the sites of a control; for a model that differs below the first site, nothing is kept."""
+def _subject(
+    work: Work, asked: tuple[str, float | None], model: Any, rows: list[Any], sites: list[Any]
+) -> Iterator[tuple[Any, Any]]:
+    """The passes and the sites of a control; nothing is kept of a model whose weights are others for a while."""
     from evaluators.conditions import CONDITIONS
     from evaluators.measures.reconstruction import site_activations
+    from evaluators.splice.passes import Prefixes
     from evaluators.splice.sites import SUBSTITUTES, Material
-    from models.swap import swapped_mlps
+    from models.blocks import exchanged, interpolated
 
-    condition = CONDITIONS[control]
+    control, alpha = asked
+    condition, plain = CONDITIONS[control], _passes(work, model)
     if condition.substitute:
-        plain = _passes(work, model, kept=False)
+        raw = replace(plain, prefixes=Prefixes(model, [site.layer for site in sites], sites[0].taps))
         sites = [
             SUBSTITUTES[control](
-                site, Material(site_activations(plain, site, rows)[0], partial(_training_pairs, work, plan), work.seed)
+                site, Material(site_activations(raw, site, rows)[0], partial(_training_pairs, work, plan), work.seed)
             )
             for site, plan in zip(sites, work.sites, strict=True)
         ]
-    if condition.model == "swapped":
-        with swapped_mlps(model, [site.layer for site in sites], Path(work.shared.base_model)):
-            yield _passes(work, model, kept=False), sites
+    if condition.model in ("swapped", "scaled"):
+        before = paths(work.model, work.shared.base_model, tuple(site.layer for site in sites))
+        other = exchanged(model, list(before.values()))
+        with other if alpha is None else interpolated(model, list(before.values()), alpha):
+            yield plain, sites
     else:
-        yield _passes(work, model), sites
+        yield _kept_passes(work, model), sites
 
 
 def _training_pairs(work: Work, plan: SitePlan) -> Iterator[tuple[Any, Any]]:
-    """The (x, residual) pairs the delta was trained on, in batches, on the worker's device."""
+    """The pairs the delta was trained on, (x, residual) or (x, change), in batches, on the worker's device."""
     from models.bridge import read_input
     from models.transcoder import CONVENTIONS
     from trainers.activations import read_pairs
 
     taps = CONVENTIONS[work.model.convention]
-    inputs, residuals = read_pairs(Path(plan.inputs), ("x",)), read_pairs(Path(plan.residual), ("residual",))
-    for (x,), (residual,) in zip(inputs.in_order(PAIRS), residuals.in_order(PAIRS), strict=True):
-        yield read_input(taps, x.to(work.model.device).float()), residual.to(work.model.device).float()
+    inputs, targets = read_pairs(Path(plan.inputs), ("x",)), read_pairs(Path(plan.targets), (plan.ground.target,))
+    for (x,), (target,) in zip(inputs.in_order(PAIRS), targets.in_order(PAIRS), strict=True):
+        yield read_input(taps, x.to(work.model.device).float()), target.to(work.model.device).float()
 
 
 def _reconstruction(work: Work, model: Any, rows: list[Any]) -> list[str]:
@@ -120,22 +127,44 @@ def _reconstruction(work: Work, model: Any, rows: list[Any]) -> list[str]:
     texts = [row for cell in raw for row in cell]
     ce_raw = sum(row["text_nll"] for row in texts) / sum(row["n_act_tokens"] for row in texts)
     names = []
-    asked = evaluate_reconstruction(_passes(work, model), _sites(work), rows, ce_raw)
+    asked = evaluate_reconstruction(_kept_passes(work, model), _sites(work), rows, ce_raw)
     for plan, figures in zip(work.sites, asked, strict=True):
-        cell = {
-            "kind": "reconstruction",
-            "layer": plan.layer,
-            "percentile": plan.percentile,
-            "d_new": plan.d_new,
-            "base": plan.candidate[1],
-            "convention": work.model.convention,
-            "seed": work.seed,
-            "key": plan.key,
-            **figures,
-        }
+        assert plan.candidate is not None
+        cell = {"kind": "reconstruction", **_place(work, plan), "base": plan.candidate[1], "key": plan.key, **figures}
         names.append(plan.cell)
         write_json(_cell(work, plan.cell), cell)
     return names
+
+
+def _change(work: Work, model: Any, rows: list[Any]) -> list[str]:
+    from evaluators.measures.change_fit import evaluate_change
+
+    started = time.perf_counter()
+    found = evaluate_change(_passes(work, model), _sites(work), rows)
+    layers = [{"layer": plan.layer, "rows": entries} for plan, entries in zip(work.sites, found, strict=True)]
+    return _write(work, {"d_new": work.sites[0].d_new, "layers": layers}, started)
+
+
+def _ranking(work: Work, model: Any, rows: list[Any]) -> list[str]:
+    from evaluators.measures.curve import rank_features
+
+    started = time.perf_counter()
+    held_out = list(read_rows(work.shared.ranking_rows))
+    labels = dict.fromkeys(row.label for row in held_out)
+    chosen = [row for label in labels for row in [one for one in held_out if one.label == label][:RANKING_ROWS]]
+    ranked = rank_features(_passes(work, model), _sites(work), chosen)
+    return _write(work, {"n_rows": len(chosen), "features": [one._asdict() for one in ranked]}, started)
+
+
+def _curve(work: Work, model: Any, rows: list[Any]) -> list[str]:
+    from evaluators.measures.curve import Ranked, evaluate_curve
+
+    started = time.perf_counter()
+    ranked = [Ranked(**one) for one in read_json(_cell(work, work.ranking))["features"]]
+    compared = reference(work.model, work.shared.rows, work.subset)
+    found = evaluate_curve(_kept_passes(work, model), _sites(work), rows, ranked, compared)
+    counts = [{"k": count, "rows": entries} for count, entries in found.items()]
+    return _write(work, {"subset": work.subset, "counts": counts}, started)
 
 
 def _features(work: Work, model: Any, rows: list[Any]) -> list[str]:
@@ -144,47 +173,74 @@ def _features(work: Work, model: Any, rows: list[Any]) -> list[str]:
     started = time.perf_counter()
     (plan,), (site,) = work.sites, _sites(work)
     found = evaluate_features(
-        _passes(work, model),
+        _kept_passes(work, model),
         site,
         rows,
         ablations=work.shared.ablations,
         max_new_tokens=work.shared.max_new_tokens,
     )
-    place = {
+    return _write(work, {**_place(work, plan), "features": found}, started)
+
+
+def _place(work: Work, plan: SitePlan) -> dict[str, Any]:
+    """What names a cell of one site."""
+    return {
         "layer": plan.layer,
-        "percentile": plan.percentile,
+        "target": plan.ground.target,
+        "percentile": plan.ground.percentile,
         "d_new": plan.d_new,
         "convention": work.model.convention,
+        "seed": work.seed,
     }
-    seconds = time.perf_counter() - started
-    cell = {"kind": "features", **place, "seed": work.seed, "key": work.key, "seconds": seconds, "features": found}
+
+
+def _write(work: Work, found: dict[str, Any], started: float) -> list[str]:
+    """A cell that is all of its piece of work."""
+    layers = [plan.layer for plan in work.sites]
+    ground = work.sites[0].ground
+    cell = {
+        "kind": work.kind,
+        "target": ground.target,
+        "layers": layers,
+        "percentile": ground.percentile,
+        "d_new": work.sites[0].d_new,
+        "seed": work.seed,
+        "key": work.key,
+        "seconds": time.perf_counter() - started,
+        **found,
+    }
     write_json(_cell(work, work.name), cell)
     return [work.name]
 
 
 def _exactness(work: Work, model: Any, rows: list[Any]) -> list[str]:
-    from evaluators.measures.checks import exactness_checks
+    from evaluators.measures.checks import change_checks, exactness_checks
 
     chosen: dict[str, list[Any]] = defaultdict(list)
     for row in rows:
         chosen[row.label].append(row)
     few = [row for subset in chosen.values() for row in subset[:CHECK_ROWS]]
     sites = _sites(work)
-    checks = [
-        *exactness_checks(model, few, sites[:1], work.shared.max_new_tokens),
-        *(exactness_checks(model, few, sites, work.shared.max_new_tokens) if len(sites) > 1 else []),
-    ]
-    write_json(Path(work.shared.cells).parent / "checks.json", {"key": work.key, "checks": checks})
+    sets = [sites[:1], sites] if len(sites) > 1 else [sites]
+    checks = [one for chosen in sets for one in exactness_checks(model, few, chosen, work.shared.max_new_tokens)]
+    if work.sites[0].ground.target == "change":
+        folders = (work.shared.base_model, work.model.folder)
+        layers = tuple(site.layer for site in sites)
+        before, after = (exact_paths(work.model, folder, layers) for folder in folders)
+        checks += [one for chosen in sets for one in change_checks(model, few, chosen, before, after)]
+    write_json(Path(work.shared.cells).parent / f"{work.name}.json", {"key": work.key, "checks": checks})
     return []
 
 
-def _passes(work: Work, model: Any, kept: bool = True) -> Any:
-    """Passes of the model. With `kept`, they reuse what this worker keeps of the raw model at the first spliced layer
-    from one piece of work to the next."""
+def _passes(work: Work, model: Any) -> Any:
     from evaluators.splice.passes import Passes
 
-    held = prefixes(work.model, work.sites[0].layer) if kept else None
-    return Passes(model, work.shared.batch_size, prefixes=held)
+    return Passes(model, work.shared.batch_size)
+
+
+def _kept_passes(work: Work, model: Any) -> Any:
+    """Passes that reuse what this worker keeps of the raw model at the first spliced layer."""
+    return replace(_passes(work, model), prefixes=prefixes(work.model, work.sites[0].layer))
 
 
 def _sites(work: Work) -> list[Any]:
@@ -193,14 +249,14 @@ def _sites(work: Work) -> list[Any]:
     from models.gemma_scope import Candidate, read
     from models.transcoder import CONVENTIONS
 
-    return [
-        Site(
-            plan.layer,
-            read(plan.root, Candidate(*plan.candidate), plan.layer, CONVENTIONS[work.model.convention]),
-            read_delta(Path(plan.delta)),
-        ).to(work.model.device)
-        for plan in work.sites
-    ]
+    taps = CONVENTIONS[work.model.convention]
+    layers = tuple(plan.layer for plan in work.sites if plan.candidate is None)
+    before = paths(work.model, work.shared.base_model, layers) if layers else {}
+    sites = []
+    for plan in work.sites:
+        base = None if plan.candidate is None else read(plan.root, Candidate(*plan.candidate), plan.layer, taps)
+        sites.append(Site(plan.layer, base or before[plan.layer], read_delta(Path(plan.delta))).to(work.model.device))
+    return sites
 
 
 def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: list[dict], texts: list[dict]) -> str:
@@ -212,7 +268,8 @@ def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: l
     cell = {
         "kind": "behaviour",
         **place,
-        "percentile": work.sites[0].percentile if work.sites else None,
+        "target": work.sites[0].ground.target if work.sites else "",
+        "percentile": work.sites[0].ground.percentile if work.sites else None,
         "d_new": work.sites[0].d_new if work.sites and CONDITIONS[condition].uses_delta else None,
         "convention": work.model.convention if work.sites else "",
         "seed": work.seed,
@@ -246,6 +303,9 @@ KINDS = {
     "raw": _raw,
     "behaviour": _behaviour,
     "reconstruction": _reconstruction,
+    "change": _change,
+    "ranking": _ranking,
+    "curve": _curve,
     "features": _features,
     "exactness": _exactness,
 }

@@ -1,7 +1,8 @@
-"""Stage 4, deltas: the delta transcoders of every (layer, percentile, d_new).
+"""Stage 4, deltas: the delta transcoders of every layer, target, base and d_new.
 
-In: the finetuned model, the bases and text. Out: `deltas/layer_LL/pP/residual/` (base errors, computed once),
-`deltas/layer_LL/pP/dNNN/trial_NNNN/{delta.safetensors,config.json,result.json}` and each group's `best.json`.
+In: the finetuned model, the un-finetuned one, the bases and text. Out: for every group, `deltas/layer_LL/change/dNNN/`
+or `deltas/layer_LL/pP/dNNN/`, the trials' `trial_NNNN/{delta.safetensors,config.json,result.json}` and `best.json`;
+`deltas/layer_LL/pP/residual/` holds the errors of a base, computed once.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json, write_json
 from jobs.study import keys
 from jobs.study.context import Context
-from jobs.study.stages.activations import capture_model
+from jobs.study.grounds import grounds_of
+from jobs.study.stages.activations import capture_finetuned
 from jobs.study.stages.transcoders import chosen_base, root
-from models.gemma_scope import selection_label
 
 if TYPE_CHECKING:
     from models.transcoder import Taps
@@ -51,7 +52,7 @@ def run(context: Context) -> dict[str, Any]:
     from jobs.tracking.records import record_trial
 
     settings, space = context.settings, context.space
-    activations = capture_model(context, "finetuned", space.lora / "merged", keys.finetuned_activations(settings))
+    activations = capture_finetuned(context)
     _residuals(context, activations)
     groups = delta_groups(context, activations)
     section = settings.deltas
@@ -84,52 +85,45 @@ def run(context: Context) -> dict[str, Any]:
     return {"kept": kept}
 
 
-def group_name(layer: int, percentile: float | None, d_new: int) -> str:
-    return f"layer_{layer:02d}/{selection_label(percentile)}/d{d_new:03d}"
-
-
 def delta_groups(context: Context, activations: Path) -> list[Any]:
-    """One search group for each (layer, percentile, d_new)."""
+    """One search group for each layer, ground and d_new."""
     from jobs.search.studies import Group
 
     settings, section = context.settings, context.settings.deltas
     fixed = section.model_dump(include=PASSED_ON)
+    space = {one: getattr(section.space, one) for one in type(section.space).model_fields}
     groups = []
-    for layer in context.layers:
-        for percentile in section.selections:
-            for d_new in section.d_new:
-                key = keys.delta_group(settings, layer, percentile, d_new)
-                name = group_name(layer, percentile, d_new)
-                folder = keyed_folder(context.space.deltas / name, key)
-                constants = {
-                    "layer": layer,
-                    "activations": str(activations),
-                    "residual": str(folder.parent / "residual"),
-                    "device": context.device,
-                    "convention": settings.transcoders.convention,
-                    "precision": settings.compute.precision,
-                    "threads": context.share.cpus,
-                    "checkpoint_seconds": settings.compute.checkpoint_seconds,
-                    "settings": {**fixed, "d_new": d_new, "seed": settings.seed},
-                }
-                space = {one: getattr(section.space, one) for one in type(section.space).model_fields}
+    for one in context.delta_groups:
+        key = keys.delta_group(settings, one)
+        folder = keyed_folder(context.space.deltas / one.name, key)
+        constants = {
+            "layer": one.layer,
+            "target": one.ground.target,
+            "activations": str(activations),
+            "residual": str(folder.parent / "residual"),
+            "device": context.device,
+            "convention": settings.transcoders.convention,
+            "precision": settings.compute.precision,
+            "threads": context.share.cpus,
+            "checkpoint_seconds": settings.compute.checkpoint_seconds,
+            "settings": {**fixed, "d_new": one.d_new, "seed": settings.seed},
+        }
+        error = "val_unexplained" if one.ground.target == "change" else "val_fvu"
+        groups.append(
+            Group(
+                one.name,
+                folder,
+                space,
+                section.trials,
                 # The first, random values are the same for every d_new, so that widths are compared like for like.
-                seed = int(keys.residual(settings, layer, percentile)[:8], 16) % 2**31
-                study = f"{settings.name}/{STAGE}/{name}@{key}"
-                groups.append(
-                    Group(
-                        name,
-                        folder,
-                        space,
-                        section.trials,
-                        seed,
-                        constants,
-                        study,
-                        section.sampler,
-                        tuple(section.objectives.split(", ")),
-                        section.warm_start and f"{section.warm_start}/{STAGE}/{name}",
-                    )
-                )
+                int(keys.delta_data(settings, one.layer, one.ground)[:8], 16) % 2**31,
+                constants,
+                f"{settings.name}/{STAGE}/{one.name}@{key}",
+                section.sampler,
+                tuple(section.objectives.replace("val_error", error).split(", ")),
+                section.warm_start and f"{section.warm_start}/{STAGE}/{one.name}",
+            )
+        )
     return groups
 
 
@@ -141,6 +135,7 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     from models.deltas import write_delta
     from models.transcoder import CONVENTIONS
     from trainers.checkpoints import Keeper
+    from trainers.delta_data import read_change
     from trainers.delta_transcoder import DeltaSettings, DivergedError, train_delta
     from trainers.precision import resolve_precision
 
@@ -152,7 +147,11 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
         precision=resolve_precision(config["precision"], config["device"]),
     )
     taps = CONVENTIONS[config["convention"]]
-    data = read_residuals(Path(config["activations"]), Path(config["residual"]), config["layer"], taps)
+    activations, layer = Path(config["activations"]), config["layer"]
+    if config["target"] == "change":
+        data = read_change(activations, layer, taps)
+    else:
+        data = read_residuals(activations, Path(config["residual"]), layer, taps)
     keeper = Keeper(Path(config["folder"]) / "checkpoint.safetensors", config["checkpoint_seconds"])
     try:
         trained = train_delta(
@@ -168,7 +167,7 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     losses = trained.figures["val_loss_replicas"]
     ranked = sorted(range(len(losses)), key=losses.__getitem__)
     for rank, index in reversed(list(enumerate(ranked))):
-        facts = {"d_new": settings.d_new, "kept_replica": index, **trained.figures}
+        facts = {"target": config["target"], "d_new": settings.d_new, "kept_replica": index, **trained.figures}
         write_delta(trained.deltas[index], replica_folder(Path(config["folder"]), rank), facts)
     keeper.forget()
     return trained.figures
@@ -225,13 +224,13 @@ def read_residuals(activations: Path, residual: Path, layer: int, taps: Taps) ->
 
 def _residuals(context: Context, activations: Path) -> None:
     tasks = []
-    for layer in context.layers:
-        for percentile in context.settings.deltas.selections:
-            key = keys.residual(context.settings, layer, percentile)
-            folder = context.space.deltas / f"layer_{layer:02d}" / selection_label(percentile) / "residual"
+    for layer in context.layers_of("residual"):
+        for ground in grounds_of(context.settings.deltas, "residual"):
+            key = keys.delta_data(context.settings, layer, ground)
+            folder = context.space.deltas / f"layer_{layer:02d}" / ground.label / "residual"
             if is_finished(keyed_folder(folder, key), key):
                 continue
-            base = chosen_base(context, layer, percentile)
+            base = chosen_base(context, layer, ground.percentile)
             candidate = (base.average_l0, base.path)
             convention = context.settings.transcoders.convention
             tasks.append(

@@ -8,59 +8,75 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from evaluators.conditions import CONDITIONS
+from evaluators.layer_sets import layer_label
 from jobs.errors import WorkFailed
 from jobs.files import key_of, read_json
 from jobs.study import keys
 from jobs.study.context import Context
+from jobs.study.grounds import DeltaGroup, Ground, grounds_of
 from jobs.study.stages.cells import evaluate
-from jobs.study.stages.deltas import STAGE as DELTAS
-from jobs.study.stages.deltas import group_name, replica_folder
+from jobs.study.stages.deltas import replica_folder
 from jobs.study.stages.transcoders import chosen_base, root
 from jobs.study.stages.work import Evaluation, ModelSpec, SitePlan, Work
 from jobs.study.workspace import FINETUNED
 from jobs.tracking.records import record_cells
-from models.gemma_scope import selection_label
 from models.sources import model_facts
 
 
+class Combination(NamedTuple):
+    """The deltas of a target whose behaviour is evaluated."""
+
+    ground: Ground
+    d_new: int
+
+
 def run(context: Context) -> dict[str, Any]:
-    percentile, d_new = behaviour_combination(context)
-    first = _raw_work(context)
+    chosen = {target: combination(context, target) for target in context.settings.deltas.targets}
+    ranking = _ranking_work(context, chosen)
+    first = [*_raw_work(context), *ranking]
     _compute(context, first, "raw model")
     rest = [
-        *behaviour_work(context, percentile, d_new),
+        *(work for target in chosen for work in behaviour_work(context, target, chosen[target])),
+        *_curve_work(context, ranking),
+        *_change_work(context),
         *_reconstruction_work(context),
-        *_features_work(context, percentile, d_new),
+        *_features_work(context, chosen),
     ]
-    checks = context.space.folder / "checks.json"
-    exactness = _exactness_work(context, percentile, d_new)
-    if (read_json(checks) or {}).get("key") != exactness[0].key:
-        rest += exactness
+    checks = _exactness_work(context, chosen)
+    rest += [one for one in checks if (read_json(checks_file(context, one.name)) or {}).get("key") != one.key]
     _compute(context, rest, "evaluation")
     names = [name for work in [*first, *rest] for name in work.cells()]
     done = [name for name in names if (context.space.cells / f"{name}.json").is_file()]
-    return {"percentile": percentile, "d_new": d_new, "cells": done, "exactness": exactness[0].key}
+    kept = {target: {"percentile": one.ground.percentile, "d_new": one.d_new} for target, one in chosen.items()}
+    return {"chosen": kept, "cells": done, "exactness": {one.name: one.key for one in checks}}
 
 
-def behaviour_combination(context: Context) -> tuple[float | None, int]:
-    """The (percentile, d_new) whose deltas are spliced: as set, or the one with the lowest mean validation FVU over
+def checks_file(context: Context, name: str) -> Path:
+    return context.space.folder / f"{name}.json"
+
+
+def combination(context: Context, target: str) -> Combination:
+    """The base and d_new of a target whose deltas are spliced: as set, or of the lowest mean validation error over
     layers."""
     settings = context.settings
-    chosen = settings.evaluate.percentile
-    percentiles = [chosen] if chosen is not None else settings.deltas.selections
+    grounds = grounds_of(settings.deltas, target)
+    if target == "residual" and settings.evaluate.percentile is not None:
+        grounds = [Ground(target, settings.evaluate.percentile)]
     widths = [settings.evaluate.d_new] if settings.evaluate.d_new is not None else settings.deltas.d_new
-    means: dict[tuple[float | None, int], float] = {}
-    for percentile in percentiles:
+    error = "val_unexplained" if target == "change" else "val_fvu"
+    means: dict[Combination, float] = {}
+    for ground in grounds:
         for d_new in widths:
-            best = [_best(context, layer, percentile, d_new) for layer in context.layers]
-            values = [one["figures"]["val_fvu"] for one in best if one is not None]
+            best = [_best(context, DeltaGroup(layer, ground, d_new)) for layer in context.layers_of(target)]
+            values = [one["figures"][error] for one in best if one is not None]
             if len(values) == len(best):
-                means[percentile, d_new] = sum(values) / len(values)
+                means[Combination(ground, d_new)] = sum(values) / len(values)
     if not means:
-        raise WorkFailed("no (percentile, d_new) has a delta on every layer: " + "; ".join(context.failures))
-    return min(means, key=lambda pair: (means[pair], pair[0] or 0.0, pair[1]))
+        raise WorkFailed(f"no {target} deltas of one width on every layer: " + "; ".join(context.failures))
+    return min(means, key=lambda one: (means[one], one.ground.percentile or 0.0, one.d_new))
 
 
 def _compute(context: Context, works: list[Work], label: str) -> None:
@@ -94,15 +110,20 @@ def _compute(context: Context, works: list[Work], label: str) -> None:
 
 
 def _layers_to_run(context: Context, work: Work) -> int:
-    """How long a piece of work takes, in layers per row: passes times the layers above the first splice."""
+    """How long a piece of work takes, in layers for each row: passes times the layers above the first splice."""
     count = model_facts(context.model)["n_layers"]
     above = count - work.sites[0].layer if work.sites else count
-    if work.kind == "reconstruction":  # the rows of every subset, and every position is projected to the vocabulary
+    if work.kind == "reconstruction":  # every subset's rows, and every position is projected to the vocabulary
         passes = 1 + len({plan.candidate for plan in work.sites}) + len(work.sites)
         return passes * len(work.shared.subsets) * (above + count // 4)
     if work.kind == "features":  # forward, backward, and each ablation
         return (3 + work.shared.ablations) * len(work.shared.subsets) * above
-    return max(1, len(work.strengths)) * above + sum(count for _ in work.controls)
+    if work.kind in ("ranking", "exactness"):
+        return 8 * above
+    if work.kind == "curve":
+        return above * sum(plan.d_new for plan in work.sites).bit_length()
+    controls = sum(asked[0] in work.controls for asked in work.asked) if work.kind == "behaviour" else 0
+    return max(1, len(work.strengths)) * above + controls * count
 
 
 def _shared(context: Context) -> Evaluation:
@@ -110,6 +131,7 @@ def _shared(context: Context) -> Evaluation:
     return Evaluation(
         cells=str(context.space.cells),
         rows=str(context.space.data / "evaluation.jsonl"),
+        ranking_rows=str(context.space.data / "validation.jsonl"),
         base_model=str(context.model),
         subsets=tuple(section.subsets),
         max_new_tokens=section.max_new_tokens,
@@ -140,17 +162,12 @@ def _work(context: Context, kind: str, name: str, key: str, **asked: Any) -> Wor
 
 
 def _raw_work(context: Context) -> list[Work]:
-    """Nothing spliced: the finetuned model, and also the un-finetuned one if a control is measured against it."""
-    from evaluators.conditions import CONDITIONS
-
+    """Nothing spliced: the finetuned model, and the one before finetuning where something is measured against it."""
     key = key_of("raw with text", keys.lora(context.settings), _evaluation_settings(context))
     settings = context.settings.evaluate
     models = {"raw": _model(context)}
-    models |= {
-        CONDITIONS[one].baseline: _model(context, context.model)
-        for one in settings.controls
-        if CONDITIONS[one].model == "base"
-    }
+    if "change" in context.settings.deltas.targets or any(CONDITIONS[one].model == "base" for one in settings.controls):
+        models["base_model_raw"] = _model(context, context.model)
     return [
         _work(context, "raw", f"{name}_{subset}", key, subset=subset, conditions=(name,), model=model)
         for name, model in models.items()
@@ -158,34 +175,37 @@ def _raw_work(context: Context) -> list[Work]:
     ]
 
 
-def behaviour_work(context: Context, percentile: float | None, d_new: int) -> list[Work]:
-    from evaluators.conditions import CONDITIONS
-
+def behaviour_work(context: Context, target: str, chosen: Combination) -> list[Work]:
     settings = context.settings.evaluate
     works = []
-    for layers, doses in context.spliced.items():
-        conditions = tuple(one for one in [*settings.conditions, *settings.controls] if one != "raw")
-        elsewhere = tuple(one for one in conditions if CONDITIONS[one].model == "base")
-        here = tuple(one for one in conditions if one not in elsewhere)
-        sites = tuple(_site_plan(context, layer, percentile, d_new) for layer in layers)
+    conditions = tuple(
+        one for one in [*settings.conditions, *settings.controls] if one != "raw" and target in CONDITIONS[one].targets
+    )
+    elsewhere = tuple(one for one in conditions if CONDITIONS[one].model == "base")
+    here = tuple(one for one in conditions if one not in elsewhere)
+    for layers, doses in context.sets_of(target).items():
+        sites = _site_plans(context, layers, chosen)
         cell = ("cell", _lineage(context, sites), _evaluation_settings(context))
         key = key_of(*cell)
         for subset in settings.subsets:
-            label = "+".join(f"{layer:02d}" for layer in layers)
-            name = f"layer_{label}_{selection_label(percentile)}_d{d_new:03d}_{subset}"
+            name = f"{_name(layers, chosen)}_{subset}"
             asked = {"sites": sites, "subset": subset}
-            work = _work(context, "behaviour", name, key, **asked, conditions=here, doses=doses)
+            # At 0 and 1 weights in between are those of no_delta and of raw.
+            between = tuple(dose for dose in doses if dose not in (0.0, 1.0))
+            work = _work(context, "behaviour", name, key, **asked, conditions=here, doses=doses, control_doses=between)
             works += [work, *(_of_replica(work, rank, key_of(*cell, rank)) for rank in range(1, settings.replicas))]
-            if elsewhere:  # another model, so separate work
+            if elsewhere:  # another model, so another worker's
                 model = _model(context, context.model)
                 works.append(_work(context, "behaviour", name, key, **asked, conditions=elsewhere, model=model))
     return works
 
 
-def _of_replica(work: Work, rank: int, key: str) -> Work:
-    """The same cells for the kept trials' next best seeds, without those that do not use the delta."""
-    from evaluators.conditions import CONDITIONS
+def _name(layers: tuple[int, ...], chosen: Combination) -> str:
+    return f"layer_{layer_label(layers, digits=2)}_{chosen.ground.label}_d{chosen.d_new:03d}"
 
+
+def _of_replica(work: Work, rank: int, key: str) -> Work:
+    """The same cells for the kept trials' next best seeds, without those in which the delta plays no part."""
     return replace(
         work,
         name=f"{work.name}_s{rank}",
@@ -197,62 +217,105 @@ def _of_replica(work: Work, rank: int, key: str) -> Work:
     )
 
 
-def _reconstruction_work(context: Context) -> list[Work]:
-    settings = context.settings.deltas
+def _ranking_work(context: Context, chosen: dict[str, Combination]) -> list[Work]:
+    """The order of the features of the change deltas of all layers."""
+    if "change" not in chosen or not context.settings.evaluate.curve:
+        return []
+    layers = tuple(context.layers_of("change"))
+    sites = _site_plans(context, layers, chosen["change"])
+    key = key_of("ranking", _lineage(context, sites), _evaluation_settings(context))
+    return [_work(context, "ranking", f"ranking_{_name(layers, chosen['change'])}", key, sites=sites)]
+
+
+def _curve_work(context: Context, ranking: list[Work]) -> list[Work]:
+    """The first k features of a ranking, subset by subset."""
+    return [
+        _work(
+            context,
+            "curve",
+            f"{one.name.replace('ranking', 'curve')}_{subset}",
+            key_of("curve", one.key),
+            sites=one.sites,
+            subset=subset,
+            ranking=one.name,
+        )
+        for one in ranking
+        for subset in context.settings.evaluate.subsets
+    ]
+
+
+def _change_work(context: Context) -> list[Work]:
+    """How much each MLP changed and what the deltas of each width leave of it."""
+    layers = tuple(context.layers_of("change"))
+    subsets = sorted(context.settings.evaluate.subsets)
     works = []
-    for layer in context.layers:
+    for d_new in context.settings.deltas.d_new if layers else ():
+        one = Combination(Ground("change"), d_new)
+        kept = tuple(layer for layer in layers if _best(context, DeltaGroup(layer, *one)) is not None)
+        sites = _site_plans(context, kept, one)
+        key = key_of("change", _lineage(context, sites), _evaluation_settings(context), subsets)
+        works.append(_work(context, "change", f"change_{_name(layers, one)}", key, sites=sites))
+    return works
+
+
+def _reconstruction_work(context: Context) -> list[Work]:
+    works = []
+    for layer in context.layers_of("residual"):
         sites = tuple(
-            _site_plan(context, layer, percentile, d_new)
-            for percentile in settings.selections
-            for d_new in settings.d_new
-            if _best(context, layer, percentile, d_new) is not None
+            _site_plan(context, DeltaGroup(layer, ground, d_new))
+            for ground in grounds_of(context.settings.deltas, "residual")
+            for d_new in context.settings.deltas.d_new
+            if _best(context, DeltaGroup(layer, ground, d_new)) is not None
         )
         if sites:
             works.append(_work(context, "reconstruction", f"reconstruction_layer_{layer:02d}", "", sites=sites))
     return works
 
 
-def _features_work(context: Context, percentile: float | None, d_new: int) -> list[Work]:
-    """Features of the deltas whose behaviour is evaluated, layer by layer; none if no feature is to be ablated."""
+def _features_work(context: Context, chosen: dict[str, Combination]) -> list[Work]:
+    """Of the residual deltas whose behaviour is evaluated, layer by layer; none where no feature is to be ablated."""
     settings = context.settings.evaluate
     works = []
-    for layer in context.layers if settings.features else []:
-        site = _site_plan(context, layer, percentile, d_new)
-        name = f"features_layer_{layer:02d}_{selection_label(percentile)}_d{d_new:03d}"
+    for layer in context.layers_of("residual") if settings.features else []:
+        site = _site_plan(context, DeltaGroup(layer, *chosen["residual"]))
         key = key_of("features", site.key, settings.features)
-        works.append(_work(context, "features", name, key, sites=(site,)))
+        works.append(_work(context, "features", f"features_{_name((layer,), chosen['residual'])}", key, sites=(site,)))
     return works
 
 
-def _exactness_work(context: Context, percentile: float | None, d_new: int) -> list[Work]:
-    sites = tuple(_site_plan(context, layer, percentile, d_new) for layer in context.layers)
-    key = key_of("exactness", _lineage(context, sites), _evaluation_settings(context))
-    return [_work(context, "exactness", "exactness checks", key, sites=sites)]
+def _exactness_work(context: Context, chosen: dict[str, Combination]) -> list[Work]:
+    works = []
+    for target, one in chosen.items():
+        sites = _site_plans(context, tuple(context.layers_of(target)), one)
+        key = key_of("exactness", _lineage(context, sites), _evaluation_settings(context))
+        works.append(_work(context, "exactness", f"checks_{target}", key, sites=sites))
+    return works
 
 
-def _site_plan(context: Context, layer: int, percentile: float | None, d_new: int) -> SitePlan:
-    base = chosen_base(context, layer, percentile)
-    best = _best(context, layer, percentile, d_new)
+def _site_plans(context: Context, layers: tuple[int, ...], one: Combination) -> tuple[SitePlan, ...]:
+    return tuple(_site_plan(context, DeltaGroup(layer, *one)) for layer in layers)
+
+
+def _site_plan(context: Context, group: DeltaGroup) -> SitePlan:
+    best = _best(context, group)
     assert best is not None
-    group = context.space.deltas / group_name(layer, percentile, d_new)
-    plan = SitePlan(
-        layer,
-        percentile,
-        d_new,
-        root(context),
-        (base.average_l0, base.path),
-        delta=str(group / f"trial_{best['trial']:04d}"),
-        inputs=str(context.space.activations / "finetuned" / "train" / f"layer_{layer:02d}"),
-        residual=str(group.parent / "residual" / "train"),
-        key="",
-    )
+    folder = context.space.deltas / group.name
+    inputs = str(context.space.activations / "finetuned" / "train" / f"layer_{group.layer:02d}")
+    plan = SitePlan(*group, delta=str(folder / f"trial_{best['trial']:04d}"), inputs=inputs, targets=inputs)
+    if group.ground.target == "residual":
+        base = chosen_base(context, group.layer, group.ground.percentile)
+        plan = plan._replace(
+            targets=str(folder.parent / "residual" / "train"),
+            root=root(context),
+            candidate=(base.average_l0, base.path),
+        )
     subsets = sorted(context.settings.evaluate.subsets)
     lineage = _lineage(context, (plan,))
     return plan._replace(key=key_of("reconstruction", lineage, _evaluation_settings(context), subsets))
 
 
-def _best(context: Context, layer: int, percentile: float | None, d_new: int) -> dict[str, Any] | None:
-    return read_json(context.space.folder / DELTAS / group_name(layer, percentile, d_new) / "best.json")
+def _best(context: Context, group: DeltaGroup) -> dict[str, Any] | None:
+    return read_json(context.space.deltas / group.name / "best.json")
 
 
 def _lineage(context: Context, sites: tuple[SitePlan, ...]) -> list[Any]:

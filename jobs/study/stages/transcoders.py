@@ -15,7 +15,7 @@ from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json
 from jobs.study import keys
 from jobs.study.context import Context
-from jobs.study.stages.activations import capture_model
+from jobs.study.stages.activations import capture_base
 from jobs.study.stages.worker_memory import bridge
 from jobs.tracking.records import record_base
 from models.gemma_scope import Candidate, candidates, read, select, selection_label, width_label, write
@@ -41,10 +41,10 @@ class LayerTask(NamedTuple):
 
 
 def run(context: Context) -> dict[str, Any]:
-    if context.settings.transcoders.source == "train":
+    if context.settings.transcoders.source == "train" and context.layers_of("residual"):
         _train(context)
     chosen: dict[str, dict[str, str]] = {}
-    for layer in context.layers:
+    for layer in context.layers_of("residual"):
         found = candidates(root(context), layer, context.settings.transcoders.width)
         for percentile in context.settings.deltas.selections:
             candidate = select(found, percentile, context.settings.deltas.target_l0)
@@ -108,11 +108,11 @@ def _train(context: Context) -> None:
     section = settings.transcoders
     folders = {
         layer: keyed_folder(space.transcoders / f"layer_{layer}", keys.base(settings, layer))
-        for layer in context.layers
+        for layer in context.layers_of("residual")
     }
     missing = [layer for layer, folder in folders.items() if not is_finished(folder, keys.base(settings, layer))]
     if missing:
-        activations = capture_model(context, "base", context.model, keys.base_activations(settings))
+        activations = capture_base(context)
         tasks = [
             LayerTask(
                 layer=layer,

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from models.gemma_scope import selection_label
+from evaluators.conditions import CONDITIONS
+from jobs.study.grounds import Ground
 
 
 class ModelSpec(NamedTuple):
@@ -36,22 +37,22 @@ class Evaluation:
 
 
 class SitePlan(NamedTuple):
-    """A site as files: where its base and delta are, and what the delta was trained on. `key` is the key of the site's
-    reconstruction cell."""
+    """A site as files: the delta's folder, what it was trained on (folders of x and of what it explains), and, where
+    the ground is a base transcoder, where that is. `key` is that of the site's reconstruction cell."""
 
     layer: int
-    percentile: float | None
+    ground: Ground
     d_new: int
-    root: str
-    candidate: tuple[float, str]
     delta: str
     inputs: str
-    residual: str
-    key: str
+    targets: str
+    root: str = ""
+    candidate: tuple[float, str] | None = None
+    key: str = ""
 
     @property
     def cell(self) -> str:
-        return f"reconstruction_layer_{self.layer:02d}_{selection_label(self.percentile)}_d{self.d_new:03d}"
+        return f"reconstruction_layer_{self.layer:02d}_{self.ground.label}_d{self.d_new:03d}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Work:
     subset: str = ""
     conditions: tuple[str, ...] = ()
     doses: tuple[float, ...] = ()
+    control_doses: tuple[float, ...] = ()
+    """Strengths of the controls that have one."""
+    ranking: str = ""
+    """The cell that ranks the sites' features."""
     seed: int = 0
 
     @property
@@ -87,19 +92,29 @@ class Work:
 
     def cells(self) -> dict[str, str]:
         """The cells it will write, by name, and the key each must hold."""
-        if self.kind in ("raw", "features"):
+        if self.kind in ("raw", "features", "ranking", "curve", "change"):
             return {self.name: self.key}
         if self.kind == "reconstruction":
             return {plan.cell: plan.key for plan in self.sites}
         if self.kind == "exactness":
             return {}
-        asked = [*(("alpha", dose) for dose in self.doses), *((condition, None) for condition in self.conditions)]
-        return {self.cell_name(*one): self.key for one in asked}
+        return {self.cell_name(*one): self.key for one in self.asked}
+
+    @property
+    def asked(self) -> list[tuple[str, float | None]]:
+        """Every condition of a behaviour cell, with its strength where it has one."""
+        dosed = [("alpha", dose) for dose in self.doses]
+        for condition in self.conditions:
+            if CONDITIONS[condition].dosed:
+                dosed += [(condition, dose) for dose in self.control_doses]
+            else:
+                dosed.append((condition, None))
+        return dosed
 
     def cell_name(self, condition: str, alpha: float | None) -> str:
         if not self.sites:
             return self.name
-        return f"{self.name}_{f'alpha{alpha!r}' if condition == 'alpha' else condition}"
+        return f"{self.name}_{condition}{alpha!r}" if CONDITIONS[condition].dosed else f"{self.name}_{condition}"
 
     def without(self, done: set[str]) -> Work:
         """The same work without the cells in `done`."""
@@ -108,5 +123,9 @@ class Work:
         return replace(
             self,
             doses=tuple(dose for dose in self.doses if self.cell_name("alpha", dose) not in done),
-            conditions=tuple(one for one in self.conditions if self.cell_name(one, None) not in done),
+            conditions=tuple(
+                one
+                for one in self.conditions
+                if not all(self.cell_name(*asked) in done for asked in self.asked if asked[0] == one)
+            ),
         )

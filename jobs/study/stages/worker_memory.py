@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from evaluators.splice.passes import Prefixes
+    from evaluators.splice.reference import Reference
+    from models.blocks import BlockPath
 
 
 @lru_cache(maxsize=1)
@@ -27,8 +29,38 @@ def bridge(folder: str, device: str, precision: str) -> TransformerBridge:
 
     # One model at a time: everything of the last one is dropped before the next one is loaded.
     prefixes.cache_clear()
+    paths.cache_clear()
+    exact_paths.cache_clear()
+    reference.cache_clear()
     bridge.cache_clear()
     return wrap(*load_model(Path(folder), dtype_of(precision), device))
+
+
+@lru_cache(maxsize=2)
+def paths(model: ModelSpec, folder: str, layers: tuple[int, ...]) -> dict[int, BlockPath]:
+    """The paths of the model in another folder, beside the model that is loaded and in its dtype."""
+    from models.blocks import read_paths
+
+    return read_paths(bridge(model.folder, model.device, model.precision), Path(folder), layers)
+
+
+@lru_cache(maxsize=2)
+def exact_paths(model: ModelSpec, folder: str, layers: tuple[int, ...]) -> dict[int, BlockPath]:
+    """The same in fp32: a change is a small difference of two outputs."""
+    import torch
+
+    from models.blocks import read_paths
+
+    loaded = bridge(model.folder, model.device, model.precision)
+    return read_paths(loaded, Path(folder), layers, torch.float32)
+
+
+@lru_cache(maxsize=1)
+def reference(model: ModelSpec, rows: str, subset: str) -> Reference:
+    """What the raw model predicts for rows of one subset."""
+    from evaluators.splice.reference import Reference
+
+    return Reference(bridge(model.folder, model.device, model.precision))
 
 
 @lru_cache(maxsize=1)

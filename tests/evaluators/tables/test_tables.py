@@ -5,8 +5,8 @@ import math
 import pandas as pd
 import pytest
 
-from evaluators.tables.pooling import pool, subset_order
 from evaluators.layer_sets import layer_order
+from evaluators.tables.pooling import pool, subset_order
 from evaluators.tables.statistics import wilson
 from evaluators.tables.tables import (
     BEHAVIOUR_COLUMNS,

@@ -1,0 +1,60 @@
+"""How much finetuning changed each MLP, and what the deltas leave of it, on evaluation text.
+
+In: the finetuned model's passes, sites on un-finetuned paths, and rows. Out: for each site, sums over the tokens of
+every row, those of prompts and of targets apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from data.encoding import Encoded, encode_row
+from data.rows import Row
+from evaluators.splice.interventions import Site
+from evaluators.splice.passes import Passes, read_prefixes
+
+
+@torch.inference_mode()
+def evaluate_change(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) -> list[list[dict[str, Any]]]:
+    """For each site one entry a row and part (`prompt`, `target`), in the order of the rows.
+
+    `change`: sum of |c|^2 over the part's tokens after BOS, c = y - y_un(x) at the raw model's own x; `left`: sum of
+    |c - delta(x)|^2; `active`: features that fire, summed over tokens; `n_tokens`. Raises ValueError for a site whose
+    ground is not a path, or without a delta.
+    """
+    for site in sites:
+        if site.path is None or site.delta is None:
+            raise ValueError(f"layer {site.layer}: a change is read where the ground is a path, and a delta is there")
+    encoded = [encode_row(passes.bridge.tokenizer, row.input, row.target) for row in rows]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+    found: list[dict[int, list[dict[str, Any]]]] = [{} for _ in sites]
+    for start in range(0, len(order), passes.batch_size):
+        chosen = order[start : start + passes.batch_size]
+        batch = [encoded[i].ids for i in chosen]
+        captured = read_prefixes(passes.bridge, batch, [site.layer for site in sites], sites[0].taps)
+        for number, site in enumerate(sites):
+            for i, prefix in zip(chosen, captured[site.layer], strict=True):
+                found[number][i] = _row(site, rows[i], encoded[i], prefix.x[1:], prefix.y[1:].float())
+    return [[entry for i in range(len(rows)) for entry in of_site[i]] for of_site in found]
+
+
+def _row(site: Site, row: Row, encoded: Encoded, x: torch.Tensor, y: torch.Tensor) -> list[dict[str, Any]]:
+    assert site.path is not None and site.delta is not None  # noqa: PT018
+    change = y - site.path(x).float()
+    acts = site.delta.encode(x)
+    left = change - site.delta.decode(acts)
+    parts = {"prompt": slice(0, len(encoded.prompt) - 1), "target": slice(len(encoded.prompt) - 1, None)}
+    return [
+        {
+            "subset": row.label,
+            "part": part,
+            "change": change[where].pow(2).sum().item(),
+            "left": left[where].pow(2).sum().item(),
+            "active": (acts[where] > 0).sum().item(),
+            "n_tokens": len(x[where]),
+        }
+        for part, where in parts.items()
+    ]

@@ -1,0 +1,207 @@
+"""The ceiling first, then what of it comes back: gaps between the ground and the finetuned model, and recovered shares.
+
+In: finished cells. Out: a table of gaps, one of recovered shares, one of the few-features curve, and one of what deltas
+leave of each MLP's change. Where the interval of a gap holds zero there is nothing to recover, and no share is given.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evaluators.layer_sets import layer_label
+from evaluators.tables.pooling import METRICS, RATES, Cell, CellKey, PromptSums, of_kind, pool
+from evaluators.tables.statistics import Estimate, paired_bootstrap, rate_difference, recovered_share
+
+RECOVERABLE = ("mean_ce", "kl", *RATES)
+ENOUGH = 0.9
+"""The share of the CE gap that the headline's number of features recovers."""
+PLACE = ("target", "layer", "percentile", "d_new", "subset")
+GAP_COLUMNS = [
+    *("target", "layer", "subset", "metric", "raw", "ground"),
+    *("gap", "gap_low", "gap_high", "unfinetuned", "share", "share_low", "share_high", "n_examples"),
+]
+RECOVERED_COLUMNS = [
+    *(*PLACE, "metric", "condition", "alpha", "value", "gap", "gap_low", "gap_high"),
+    *("recovered", "recovered_low", "recovered_high", "n_examples"),
+]
+CURVE_COLUMNS = ["layer", "d_new", "subset", "k", "mean_ce", "kl", "recovered", "recovered_low", "recovered_high"]
+CHANGE_COLUMNS = ["layer", "d_new", "subset", "part", "unexplained", "unexplained_low", "unexplained_high"]
+
+
+def gap_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
+    """Ground minus raw of each metric: one row for each (target, set of layers, subset, metric).
+
+    `unfinetuned` is the same metric of the model before finetuning, and `share` what of the whole effect, un-finetuned
+    against raw, the swap of the MLPs reaches; for the target `change`, where the whole effect's interval leaves out
+    zero.
+    """
+    pooled = pool(cells)
+    rows = []
+    for key, ground in pooled.items():
+        if key.condition != "no_delta":
+            continue
+        raw = _raw(pooled, key, "raw")
+        before = _raw(pooled, key, "base_model_raw") if key.target == "change" else None
+        if raw is None:
+            continue
+        for metric in RECOVERABLE:
+            gap = _difference(ground, raw, metric, seed)
+            if math.isnan(gap.value):
+                continue
+            row: dict[str, Any] = {"target": key.target, "layer": key.layer, "subset": key.subset, "metric": metric}
+            row |= {"raw": _value(raw, metric), "ground": _value(ground, metric)} | _columns("gap", gap)
+            if before is not None and metric != "kl":
+                row["unfinetuned"] = _value(before, metric)
+                if _excludes_zero(_difference(before, raw, metric, seed)):
+                    # 1 - what is left of the whole effect where the MLPs' part is taken out of it.
+                    left = _recovered(before, ground, raw, metric, seed)
+                    row |= _columns("share", Estimate(1 - left.value, 1 - left.high, 1 - left.low))
+            rows.append(row | {"n_examples": len(ground.prompts)})
+    return pd.DataFrame(rows, columns=GAP_COLUMNS)
+
+
+def recovered_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
+    """Of each gap the share that a condition recovers: (ground - condition) / (ground - raw), over the same prompts.
+
+    One row for each condition and strength but the ground's own. `recovered` is NaN where the gap's interval holds
+    zero.
+    """
+    pooled = pool(cells)
+    rows = []
+    for key, sums in pooled.items():
+        ground = pooled.get(key._replace(condition="no_delta", alpha=0.0, d_new=None))
+        raw = _raw(pooled, key, "raw")
+        if ground is None or raw is None or key.condition == "no_delta" or key.alpha == 0.0:
+            continue
+        for metric in RECOVERABLE:
+            gap = _difference(ground, raw, metric, seed)
+            value = _value(sums, metric)
+            if math.isnan(gap.value) or math.isnan(value):
+                continue
+            found = Estimate(math.nan, math.nan, math.nan)
+            if _excludes_zero(gap):
+                found = _recovered(ground, sums, raw, metric, seed)
+            row: dict[str, Any] = {name: getattr(key, name) for name in PLACE}
+            row |= {"metric": metric, "condition": key.condition, "alpha": key.alpha, "value": value}
+            rows.append(row | _columns("gap", gap) | _columns("recovered", found) | {"n_examples": len(sums.prompts)})
+    return pd.DataFrame(rows, columns=RECOVERED_COLUMNS)
+
+
+def curve_table(cells: Sequence[Cell], *, seed: int = 0) -> pd.DataFrame:
+    """Recovered CE with only the k most effective features on, one row for each (set of layers, subset, k)."""
+    raw = {cell["subset"]: cell["rows"] for cell in of_kind(cells, "behaviour") if cell["condition"] == "raw"}
+    rows = []
+    for cell in of_kind(cells, "curve"):
+        tokens = np.array([row["n_tokens"] for row in cell["counts"][0]["rows"]], dtype=np.float64)
+        nll = {entry["k"]: np.array([row["nll"] for row in entry["rows"]]) for entry in cell["counts"]}
+        reference = np.array([row["nll"] for row in raw[cell["subset"]]])
+        gap = paired_bootstrap(nll[0], tokens, reference, tokens, seed=seed)
+        for entry in cell["counts"]:
+            found = Estimate(math.nan, math.nan, math.nan)
+            if _excludes_zero(gap):
+                pairs = [(nll[0], tokens), (nll[entry["k"]], tokens), (reference, tokens)]
+                found = recovered_share(*pairs, seed=seed)
+            row = {"layer": layer_label(cell["layers"]), "d_new": cell["d_new"], "subset": cell["subset"]}
+            row |= {"k": entry["k"], "mean_ce": nll[entry["k"]].sum() / tokens.sum()}
+            row |= {"kl": sum(one["kl"] for one in entry["rows"]) / tokens.sum()} | _columns("recovered", found)
+            rows.append(row)
+    return pd.DataFrame(rows, columns=CURVE_COLUMNS)
+
+
+def features_needed(curve: pd.DataFrame, subset: str) -> int | None:
+    """The smallest k that recovers `ENOUGH` of the CE gap; None where none does or there is no gap."""
+    enough = curve[(curve["subset"] == subset) & (curve["recovered"] >= ENOUGH)]
+    return None if enough.empty else int(enough["k"].min())
+
+
+def ranking_table(cells: Iterable[Cell]) -> pd.DataFrame:
+    """Every feature of the change deltas in the order in which the curve adds them."""
+    rows = [
+        {"rank": rank, **one, "d_new": cell["d_new"]}
+        for cell in of_kind(cells, "ranking")
+        for rank, one in enumerate(cell["features"], start=1)
+    ]
+    return pd.DataFrame(rows, columns=["rank", "layer", "feature", "effect", "d_new"])
+
+
+def change_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
+    """What a layer's delta leaves of the change, |c - delta(x)|^2 over |c|^2, by subset and by tokens of prompts and of
+    targets, with intervals over prompts."""
+    rows = []
+    for cell in of_kind(cells, "change"):
+        for layer in cell["layers"]:
+            entries = pd.DataFrame(layer["rows"])
+            for (subset, part), of_part in entries.groupby(["subset", "part"], sort=False):
+                nothing = np.zeros(len(of_part)), np.ones(len(of_part))
+                left = paired_bootstrap(of_part["left"], of_part["change"], *nothing, seed=seed)
+                row = {"layer": layer["layer"], "d_new": cell["d_new"], "subset": subset, "part": part}
+                row |= _columns("unexplained", left)
+                tokens = of_part["n_tokens"].sum()
+                rows.append(row | {"l0": of_part["active"].sum() / tokens, "n_tokens": tokens})
+    return pd.DataFrame(rows, columns=[*CHANGE_COLUMNS, "l0", "n_tokens"])
+
+
+def headlines(gaps: pd.DataFrame, recovered: pd.DataFrame, curve: pd.DataFrame) -> dict[str, float]:
+    """The figures by which sweeps compare, by name: of the change deltas in the largest set of layers, on each subset
+    the gap in CE, what the deltas and the random control recover of it, and how many features recover `ENOUGH`."""
+    found: dict[str, float] = {}
+    of_change = gaps[gaps["target"] == "change"]
+    if of_change.empty:
+        return found
+    widest = widest_set(of_change)
+    for _, row in of_change[of_change["layer"] == widest].iterrows():
+        if row["metric"] == "mean_ce":
+            found |= {f"gap_ce_{row['subset']}": row["gap"], f"mlp_share_ce_{row['subset']}": row["share"]}
+    here = recovered[(recovered["target"] == "change") & (recovered["layer"] == widest)]
+    for _, row in here[here["metric"] == "mean_ce"].iterrows():
+        if row["condition"] in ("full", "random_delta"):
+            name = "recovered_ce" if row["condition"] == "full" else "recovered_ce_random"
+            for end in ("", "_low", "_high"):
+                found[f"{name}_{row['subset']}{end}"] = row[f"recovered{end}"]
+    for subset in curve["subset"].unique():
+        if (count := features_needed(curve, subset)) is not None:
+            found[f"features_for_90_percent_{subset}"] = float(count)
+    return {name: float(value) for name, value in found.items() if not pd.isna(value)}
+
+
+def widest_set(table: pd.DataFrame) -> str:
+    """The label of the set of most layers in a table."""
+    from evaluators.layer_sets import layers_in
+
+    return max(table["layer"].unique(), key=lambda label: len(layers_in(label)))
+
+
+def _raw(pooled: dict[CellKey, PromptSums], key: CellKey, condition: str) -> PromptSums | None:
+    """The sums of an unedited model on the subset of `key`."""
+    found = (sums for one, sums in pooled.items() if (one.condition, one.subset) == (condition, key.subset))
+    return next(found, None)
+
+
+def _pair(sums: PromptSums, metric: str) -> tuple[Any, Any]:
+    column = METRICS.index(metric)
+    return sums.tops[..., column], sums.bottoms[..., column]
+
+
+def _value(sums: PromptSums, metric: str) -> float:
+    top, bottom = (part.mean(0).sum() for part in _pair(sums, metric))
+    return float(top / bottom) if bottom else math.nan
+
+
+def _difference(one: PromptSums, other: PromptSums, metric: str, seed: int) -> Estimate:
+    how = rate_difference if metric in RATES else paired_bootstrap
+    return how(*_pair(one, metric), *_pair(other, metric), seed=seed)
+
+
+def _recovered(ground: PromptSums, sums: PromptSums, raw: PromptSums, metric: str, seed: int) -> Estimate:
+    return recovered_share(_pair(ground, metric), _pair(sums, metric), _pair(raw, metric), seed=seed)
+
+
+def _excludes_zero(value: Estimate) -> bool:
+    return value.low > 0 or value.high < 0
+
+
+def _columns(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
