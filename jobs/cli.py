@@ -40,6 +40,9 @@ Address = Annotated[
     ),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster that others can use without a token.")]
+DeltaTarget = Annotated[
+    str | None, typer.Option(help="Which deltas, change or residual; default: the first of deltas.targets.")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete this sweep's earlier results and start over.")]
 
 
@@ -151,6 +154,7 @@ def probe(
     target: Annotated[str | None, typer.Option(help="The answer to score; default: the finetuned model's own.")] = None,
     layer: Annotated[list[int] | None, typer.Option(help="A layer to splice, repeatable; default: all swept.")] = None,
     alpha: Annotated[list[float] | None, typer.Option(help="Another strength to try, repeatable.")] = None,
+    deltas: DeltaTarget = None,
     percentile: Annotated[float | None, typer.Option(help="Which base; default: the evaluated one.")] = None,
     d_new: Annotated[int | None, typer.Option("--d-new", help="Which delta; default: the evaluated one.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many next tokens and features to show.")] = 5,
@@ -158,14 +162,14 @@ def probe(
 ) -> None:
     """One prompt under raw, no_delta, full and any alpha: CE, next tokens, output, active features."""
     from evaluators.measures.probe import probe as run
-    from jobs.commands.finished import combination, load_bridge, load_sites
+    from jobs.commands.finished import Asked, combination, load_bridge, load_sites
     from jobs.study.context import Context
     from models.bridge import device_of
     from search_spaces.load import load
 
     context = Context(load(config, overrides or []))
     model = load_bridge(context)
-    sites = load_sites(context, layer or context.layers, *combination(context, percentile, d_new))
+    sites = load_sites(context, layer, combination(context, Asked(deltas, percentile, d_new)), model)
     sites = [site.to(device_of(model)) for site in sites]
     found = run(
         model, prompt, target, sites, alpha or [], top=top, max_new_tokens=context.settings.evaluate.max_new_tokens
@@ -183,13 +187,18 @@ def chat(
     config: Config,
     overrides: Overrides = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 64,
+    alpha: Annotated[
+        float | None, typer.Option(help="Talk to the model with its deltas spliced in at this strength; 0 is no delta.")
+    ] = None,
+    deltas: DeltaTarget = None,
+    layer: Annotated[list[int] | None, typer.Option(help="A layer to splice, repeatable; default: all.")] = None,
 ) -> None:
     """Talk to the finetuned model, one request a line; its calculator calls are evaluated."""
     from jobs.commands.chat import chat as run
     from jobs.study.context import Context
     from search_spaces.load import load
 
-    run(Context(load(config, overrides or [])), max_new_tokens)
+    run(Context(load(config, overrides or [])), max_new_tokens, alpha, deltas, layer)
 
 
 @app.command()
@@ -199,20 +208,37 @@ def export(
     overrides: Overrides = None,
     kind: Annotated[str, typer.Option("--format", help="gemma-scope, saelens or circuit-tracer.")] = "saelens",
     alpha: Annotated[float, typer.Option(help="Strength to fold into the delta's decoder.")] = 1.0,
+    deltas: DeltaTarget = None,
     percentile: Annotated[float | None, typer.Option(help="Which base; default: the evaluated one.")] = None,
     d_new: Annotated[int | None, typer.Option("--d-new", help="Which delta; default: the evaluated one.")] = None,
 ) -> None:
-    """Write base and delta as one transcoder per layer, in another tool's format."""
+    """Write change deltas, or bases and residual deltas fused, as one transcoder per layer in another tool's format."""
     from pathlib import Path
 
-    from jobs.commands.finished import combination
+    from jobs.commands.finished import Asked
     from jobs.commands.finished import export as run
     from jobs.study.context import Context
     from search_spaces.load import load
 
     context = Context(load(config, overrides or []))
-    for path in run(context, kind, Path(folder), *combination(context, percentile, d_new), alpha):
+    for path in run(context, kind, Path(folder), Asked(deltas, percentile, d_new), alpha):
         print(path)
+
+
+@app.command()
+def features(
+    config: Config,
+    overrides: Overrides = None,
+    top: Annotated[int | None, typer.Option(min=1, help="How many; default: as many as the headline needs.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Print how few features of the change deltas carry the effect, and which they are."""
+    from jobs.commands.few_features import few_features, show
+    from jobs.study.context import Context
+    from search_spaces.load import load
+
+    found = few_features(Context(load(config, overrides or [])), top)
+    print(json.dumps(found)) if as_json else show(found)
 
 
 @app.command()

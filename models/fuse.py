@@ -6,11 +6,19 @@ In: both, and the strength of the delta. Out: one JumpReLU transcoder that needs
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from models.errors import ModelError
 from models.transcoder import Transcoder
+
+
+def scaled(delta: Transcoder, alpha: float) -> Transcoder:
+    """The delta at a strength: `alpha` scales its decoder rows. Raises ModelError where `alpha` is not finite."""
+    if not math.isfinite(alpha):
+        raise ModelError(f"alpha is {alpha}, expected a finite number")
+    return replace(delta, W_dec=alpha * delta.W_dec)
 
 
 def fuse(base: Transcoder, delta: Transcoder, alpha: float = 1.0) -> Transcoder:

@@ -46,12 +46,17 @@ def read_change(activations: Path, layer: int, taps: Taps) -> DeltaData:
     """The (x, change) pairs of a layer, captured under `activations`, memory-mapped."""
     folders = {split: activations / split / f"layer_{layer:02d}" for split in ("train", "validation")}
     train, validation = (read_pairs(folders[split], ("x", "change")) for split in ("train", "validation"))
-    squares = sum(change.float().pow(2).sum(dtype=torch.float64).item() for _, change in validation.shards)
-    unit = squares / (validation.tokens * validation.shards[0][1].shape[1])
+    unit = mean_square(read_pairs(folders["validation"], ("change",)))
     totals = read_pairs(folders["validation"], ("sum", "sum_of_squares")).shards
     mean, square = (torch.stack(column).sum(0) / validation.tokens for column in zip(*totals, strict=True))
     share = unit / (square - mean.pow(2)).mean().item()
     return DeltaData(train, validation, unit, 1.0, layer, "change", share, taps)
+
+
+def mean_square(pairs: Pairs) -> float:
+    """Mean over tokens and dimensions of the square of the only column."""
+    squares = sum(column.float().pow(2).sum(dtype=torch.float64).item() for (column,) in pairs.shards)
+    return squares / (pairs.tokens * pairs.shards[0][0].shape[1])
 
 
 @torch.no_grad()
@@ -102,7 +107,8 @@ def validate(deltas: list[Transcoder], data: DeltaData, l0_budget: float, batch_
     return {
         "val_loss": _mean(losses),
         data.error_name: _mean(left_over),
-        **({"val_fvu_base": data.alone} if data.target == "residual" else {"change_share": data.change_share}),
+        **({"val_fvu_base": data.alone} if data.target == "residual" else {}),
+        **({} if data.change_share is None else {"change_share": data.change_share}),
         "val_l0_delta": _mean(l0),
         "dead_fraction": _mean(dead),
         "val_cos": _mean(cosines),

@@ -195,7 +195,11 @@ def _with_ends(pooled: dict[CellKey, PromptSums]) -> dict[CellKey, PromptSums]:
         if key.condition == "scaled_weights":
             start = pooled.get(key._replace(condition="no_delta", alpha=0.0))
             raw = (sums for one, sums in pooled.items() if (one.condition, one.subset) == ("raw", key.subset))
-            found |= {key._replace(alpha=alpha): one for alpha, one in ((0.0, start), (1.0, next(raw, None))) if one is not None}
+            found |= {
+                key._replace(alpha=alpha): one
+                for alpha, one in ((0.0, start), (1.0, next(raw, None)))
+                if one is not None
+            }
     return {key: found[key] for key in sorted(found, key=table_order)}
 
 

@@ -5,20 +5,22 @@ In: a `Context` whose sweep is finished up to its deltas. Out: a TransformerBrid
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluators.layer_sets import layer_label
 from jobs.errors import RequestError
-from jobs.files import read_json
+from jobs.files import MANIFEST, read_json
 from jobs.study.context import Context
-from jobs.study.stages.deltas import group_name
+from jobs.study.grounds import DeltaGroup, Ground
 from jobs.study.stages.transcoders import chosen_base, root, taps_of
-from models.gemma_scope import selection_label
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from evaluators.splice.interventions import Site
+    from models.transcoder import Transcoder
 
 
 def finetuned(context: Context) -> Path:
@@ -31,54 +33,105 @@ def finetuned(context: Context) -> Path:
 
 def load_bridge(context: Context) -> TransformerBridge:
     """The finetuned model in fp32 on this machine's first device."""
-    import torch
-
     from jobs.study.stages.worker_memory import bridge
 
-    device = "cuda" if torch.cuda.is_available() and context.settings.compute.gpus_per_trial != 0 else "cpu"
-    return bridge(str(finetuned(context)), device, "fp32")
+    return bridge(str(finetuned(context)), device_for(context), "fp32")
 
 
-def combination(context: Context, percentile: float | None, d_new: int | None) -> tuple[float | None, int]:
-    """The (percentile, d_new) given, or the one whose behaviour was evaluated."""
-    evaluated = read_json(context.space.cells / "manifest.json") or {}
-    percentile = percentile if percentile is not None else evaluated.get("percentile")
-    d_new = d_new if d_new is not None else evaluated.get("d_new")
-    if d_new is None or (percentile is None and None not in context.settings.deltas.selections):
-        raise RequestError("--percentile and --d-new: the sweep has not been evaluated yet, so give both")
-    return percentile, d_new
+def device_for(context: Context) -> str:
+    """This machine's first device that the settings allow."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and context.settings.compute.gpus_per_trial != 0 else "cpu"
 
 
-def load_sites(context: Context, layers: list[int], percentile: float | None, d_new: int) -> list[Site]:
-    """The sites of `layers`; raises RequestError for a layer that was not swept or a group without a kept delta."""
+@dataclass(frozen=True)
+class Asked:
+    """Which deltas a command was asked for; what is None is as the sweep evaluated it."""
+
+    target: str | None = None
+    percentile: float | None = None
+    d_new: int | None = None
+
+
+def combination(context: Context, asked: Asked) -> tuple[Ground, int]:
+    """The ground and d_new asked for, or those whose behaviour was evaluated."""
+    targets = context.settings.deltas.targets
+    target = asked.target or targets[0]
+    if target not in targets:
+        raise RequestError(f"--target: got {target}, but the sweep has {' and '.join(targets)}")
+    evaluated = (read_json(context.space.cells / MANIFEST) or {}).get("chosen", {}).get(target, {})
+    percentile = asked.percentile if asked.percentile is not None else evaluated.get("percentile")
+    d_new = asked.d_new if asked.d_new is not None else evaluated.get("d_new")
+    needs_base = target == "residual" and percentile is None and None not in context.settings.deltas.selections
+    if d_new is None or needs_base:
+        both = "--d-new" if target == "change" else "--percentile and --d-new"
+        raise RequestError(f"{both}: the sweep has not been evaluated yet, so this must be given")
+    return Ground(target, percentile if target == "residual" else None), d_new
+
+
+def load_sites(
+    context: Context, layers: list[int] | None, chosen: tuple[Ground, int], bridge: TransformerBridge | None = None
+) -> list[Site]:
+    """The sites of `layers` (None: all of the target); a change delta's ground is read beside the `bridge`'s model.
+
+    Raises RequestError for a layer without deltas, or a group without a kept one.
+    """
     from evaluators.splice.interventions import Site
-    from models.deltas import read_delta
+    from models.blocks import read_paths
     from models.gemma_scope import read
 
-    sites = []
+    ground, _ = chosen
+    known = context.layers_of(ground.target)
+    for layer in layers or []:
+        if layer not in known:
+            raise RequestError(f"--layer: got {layer}, but the {ground.target} deltas have {layer_label(known)}")
+    deltas = load_deltas(context, layers or known, chosen)
+    if ground.target == "change":
+        paths = read_paths(bridge or load_bridge(context), context.model, list(deltas))
+        return [Site(layer, paths[layer], delta) for layer, delta in deltas.items()]
+    bases = {layer: chosen_base(context, layer, ground.percentile) for layer in deltas}
+    return [
+        Site(layer, read(root(context), bases[layer], layer, taps_of(context)), delta)
+        for layer, delta in deltas.items()
+    ]
+
+
+def load_deltas(context: Context, layers: list[int], chosen: tuple[Ground, int]) -> dict[int, Transcoder]:
+    """The kept deltas of `layers`."""
+    from models.deltas import read_delta
+
+    found = {}
     for layer in layers:
-        if layer not in context.layers:
-            raise RequestError(f"--layer: got {layer}, but the sweep has {', '.join(map(str, context.layers))}")
-        group = context.space.deltas / group_name(layer, percentile, d_new)
+        group = context.space.deltas / DeltaGroup(layer, *chosen).name
         best = read_json(group / "best.json")
         if best is None:
+            section = context.settings.deltas
             raise RequestError(
-                f"no kept delta under {group}; the sweep has percentiles "
-                f"{context.settings.deltas.percentiles} and d_new {context.settings.deltas.d_new}"
+                f"no kept delta under {group}; the sweep has targets {section.targets}, percentiles "
+                f"{section.percentiles} and d_new {section.d_new}"
             )
-        base = read(root(context), chosen_base(context, layer, percentile), layer, taps_of(context))
-        sites.append(Site(layer, base, read_delta(group / f"trial_{best['trial']:04d}")))
-    return sites
+        found[layer] = read_delta(group / f"trial_{best['trial']:04d}")
+    return found
 
 
-def export(context: Context, kind: str, folder: Path, percentile: float | None, d_new: int, alpha: float) -> list[Path]:
-    """Exports base and delta fused, in another tool's format; raises RequestError for an unknown format."""
+def export(context: Context, kind: str, folder: Path, asked: Asked, alpha: float) -> list[Path]:
+    """Exports deltas in another tool's format: a residual delta fused with its base, a change delta by itself.
+
+    A change delta joins a base transcoder of any kind as `base(x) + error(x) + alpha * delta(x)`, with the error node
+    `error(x) = y_un(x) - base(x)`, which the notes say. Raises RequestError for an unknown format.
+    """
     from models import exports
-    from models.fuse import fuse
+    from models.fuse import fuse, scaled
     from models.sources import model_facts
 
-    sites = load_sites(context, context.layers, percentile, d_new)
-    fused = {site.layer: fuse(site.base, site.delta, alpha) for site in sites if site.delta is not None}
+    chosen = ground, d_new = combination(context, asked)
+    layers = context.layers_of(ground.target)
+    if ground.target == "change":
+        fused = {layer: scaled(delta, alpha) for layer, delta in load_deltas(context, layers, chosen).items()}
+    else:
+        sites = load_sites(context, layers, chosen)
+        fused = {site.layer: fuse(site.base, site.delta, alpha) for site in sites if site.base and site.delta}
     facts = model_facts(context.model)
     model = exports.ExportedModel(
         name=str(finetuned(context)),
@@ -87,9 +140,11 @@ def export(context: Context, kind: str, folder: Path, percentile: float | None, 
         context_size=context.settings.activations.max_length,
         taps=taps_of(context),
     )
-    notes = {"sweep": context.settings.name, "percentile": percentile, "d_new": d_new, "alpha": alpha}
+    notes = {"sweep": context.settings.name, **ground._asdict(), "d_new": d_new, "alpha": alpha}
+    if ground.target == "change":
+        notes["use"] = "add to the un-finetuned MLP's output, or to base(x) + error(x), error(x) = y_un(x) - base(x)"
     if kind == "gemma-scope":
-        return exports.write_gemma_scope(fused, model, folder, _average_l0(context, percentile, d_new), notes)
+        return exports.write_gemma_scope(fused, model, folder, _average_l0(context, ground, d_new), notes)
     if kind == "saelens":
         return exports.write_saelens(fused, model, folder, notes)
     if kind == "circuit-tracer":
@@ -97,13 +152,15 @@ def export(context: Context, kind: str, folder: Path, percentile: float | None, 
     raise RequestError(f"--format: got {kind!r}, allowed are gemma-scope, saelens and circuit-tracer")
 
 
-def _average_l0(context: Context, percentile: float | None, d_new: int) -> dict[int, float]:
-    """Active features per token of base and delta together, measured on the evaluation text or in training."""
+def _average_l0(context: Context, ground: Ground, d_new: int) -> dict[int, float]:
+    """Active features per token of what is exported, measured on the evaluation text or in training."""
     found: dict[int, float] = {}
-    for layer in context.layers:
-        name = f"reconstruction_layer_{layer:02d}_{selection_label(percentile)}_d{d_new:03d}.json"
-        cell: dict[str, Any] = read_json(context.space.cells / name) or {}
-        best = read_json(context.space.deltas / group_name(layer, percentile, d_new) / "best.json")
-        base = cell.get("l0_base", chosen_base(context, layer, percentile).average_l0)
-        found[layer] = base + cell.get("l0_delta", best["figures"]["val_l0_delta"])
+    for layer in context.layers_of(ground.target):
+        best = read_json(context.space.deltas / DeltaGroup(layer, ground, d_new).name / "best.json")
+        found[layer] = best["figures"]["val_l0_delta"]
+        if ground.target == "residual":
+            name = f"reconstruction_layer_{layer:02d}_{ground.label}_d{d_new:03d}.json"
+            cell: dict[str, Any] = read_json(context.space.cells / name) or {}
+            base = cell.get("l0_base", chosen_base(context, layer, ground.percentile).average_l0)
+            found[layer] = base + cell.get("l0_delta", found[layer])
     return found

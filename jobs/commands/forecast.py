@@ -61,33 +61,59 @@ def forecast(loads: Sequence[Load], workers: int) -> Forecast:
 def measured_loads(context: Context, folder: Path) -> list[Load]:
     """This sweep's units of work at the mean costs of the sweep in `folder`; empty if that lacks some of the costs."""
     settings = context.settings
-    layers, deltas, evaluate = len(context.layers), settings.deltas, settings.evaluate
+    deltas, evaluate = settings.deltas, settings.evaluate
+    residual, trained = len(context.layers_of("residual")), settings.transcoders.source == "train"
     trials = _seconds(folder.glob("lora/trial_*/result.json"))
     bases = _seconds(folder.glob(f"transcoders/layer_*/{MANIFEST}"))
-    of_width = {
-        d_new: _seconds(folder.glob(f"deltas/layer_*/*/d{d_new:03d}/trial_*/result.json")) for d_new in deltas.d_new
-    }
-    behaviour = _seconds(folder.glob("cells/layer_*.json"))
-    reconstruction = _seconds(folder.glob("cells/reconstruction_*.json"))
-    features = _seconds(folder.glob("cells/features_*.json"))
-    trained = settings.transcoders.source == "train"
-    needed = [trials, *of_width.values(), behaviour, reconstruction]
-    needed += [bases] * trained + [features] * bool(evaluate.features)
+    of_kind = {}
+    for group in context.delta_groups:
+        kind = "change" if group.ground.target == "change" else "[pl]*"
+        of_kind[kind, group.d_new] = _seconds(
+            folder.glob(f"deltas/layer_*/{kind}/d{group.d_new:03d}/trial_*/result.json")
+        )
+    behaviour = {target: _seconds(_cells_of(folder, target)) for target in deltas.targets}
+    others = {name: _seconds(folder.glob(f"cells/{name}_*.json")) for name in _other_kinds(context)}
+    needed = [trials, *of_kind.values(), *behaviour.values(), *others.values()]
+    needed += [bases] * (trained and bool(residual))
     if not all(needed):
         return []
-    groups = layers * len(deltas.selections)
     # One piece of work is a set of layers on one subset: all its strengths are rows in the same batches.
-    pieces = [_mean(behaviour) * (len(doses) + len(evaluate.controls) + 1) for doses in context.spliced.values()]
-    delta_units = [_mean(seconds) for seconds in of_width.values() for _ in range(groups * deltas.trials)]
+    pieces = [
+        _mean(behaviour[target]) * (len(doses) + len(evaluate.controls) + 1)
+        for target in deltas.targets
+        for doses in context.sets_of(target).values()
+    ]
+    delta_units = []
+    for group in context.delta_groups:
+        kind = "change" if group.ground.target == "change" else "[pl]*"
+        delta_units += [_mean(of_kind[kind, group.d_new])] * deltas.trials
     cells = pieces * (len(evaluate.subsets) * evaluate.replicas)
-    cells += [_mean(reconstruction) * groups / layers * len(deltas.d_new)] * layers
-    cells += [_mean(features)] * (layers if evaluate.features else 0)
+    cells += [_mean(seconds) for name, seconds in others.items() for _ in range(_other_kinds(context)[name])]
+    every = [one for seconds in of_kind.values() for one in seconds]
+    layers = residual
     return [
         Load("lora", [_mean(trials)] * settings.lora.trials, _alone(folder / "lora", trials)),
         Load("transcoders", [_mean(bases)] * layers if trained else [], _alone(folder / "transcoders", bases)),
-        Load("deltas", delta_units, _alone(folder / "deltas", [one for of in of_width.values() for one in of])),
+        Load("deltas", delta_units, _alone(folder / "deltas", every)),
         Load("evaluate", cells),
     ]
+
+
+def _other_kinds(context: Context) -> dict[str, int]:
+    """How many cells of each kind beside behaviour a sweep evaluates."""
+    settings, residual = context.settings, len(context.layers_of("residual"))
+    found = {"reconstruction": residual * len(settings.deltas.selections) * len(settings.deltas.d_new)}
+    found["features"] = residual * bool(settings.evaluate.features)
+    if "change" in settings.deltas.targets:
+        found["change"] = len(settings.deltas.d_new)
+        found["ranking"] = int(settings.evaluate.curve)
+        found["curve"] = settings.evaluate.curve * len(settings.evaluate.subsets)
+    return {name: count for name, count in found.items() if count}
+
+
+def _cells_of(folder: Path, target: str) -> list[Path]:
+    """Behaviour cells of a target's deltas."""
+    return [path for path in folder.glob("cells/layer_*.json") if ("_change_" in path.name) == (target == "change")]
 
 
 def schedule_rows(context: Context, folder: Path, workers: int | None) -> list[tuple[str, str]]:

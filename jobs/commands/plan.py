@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.conditions import CONDITIONS
+from evaluators.layer_sets import layer_label
 from jobs.commands.forecast import schedule_rows
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
@@ -27,21 +28,15 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     """
     context.check_request()
     settings = context.settings
-    layers, deltas, evaluate = context.layers, settings.deltas, settings.evaluate
-    groups = len(layers) * len(deltas.selections) * len(deltas.d_new)
-    conditions = [CONDITIONS[one] for one in [*evaluate.conditions, *evaluate.controls] if one != "raw"]
-    seeded = sum(one.uses_delta for one in conditions)
-    behaviour = 1 + any(one.model == "base" for one in conditions)
-    for doses in context.spliced.values():
-        behaviour += len(conditions) + len(doses)
-        behaviour += (evaluate.replicas - 1) * (seeded + sum(dose != 0 for dose in doses))
-    cells = len(evaluate.subsets) * behaviour + groups + (len(layers) if evaluate.features else 0)
+    deltas, evaluate = settings.deltas, settings.evaluate
+    groups = len(context.delta_groups)
     prompts = len(evaluate.subsets) * settings.data.eval_rows
     rows = [
-        ("model", f"{settings.model.source}, layers {', '.join(map(str, layers))}"),
+        ("model", settings.model.source),
         ("LoRA", f"{settings.lora.trials} trials of {settings.lora.steps} steps"),
-        ("delta groups", f"{groups} (layers x bases x d_new), {groups * deltas.trials} trials"),
-        ("evaluation", f"{cells} cells, {prompts} prompts"),
+        *((f"{target} deltas", _deltas(context, target)) for target in deltas.targets),
+        ("delta groups", f"{groups}, {groups * deltas.trials} trials"),
+        ("evaluation", f"{_cells(context)} cells, {prompts} prompts"),
         ("disk", f"{context.bytes_needed / 1e9:.2f} GB"),
         *_bases(context),
     ]
@@ -50,6 +45,32 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     if measured and not forecast:
         raise RequestError(f"--measured: {measured} has no sweep with trials and cells of these widths")
     return rows + (forecast or [("time on more workers", "unknown: run it once, or name a sweep with --measured")])
+
+
+def _deltas(context: Context, target: str) -> str:
+    sets = ", ".join(layer_label(layers) for layers in context.sets_of(target) if len(layers) > 1)
+    widths = ", ".join(map(str, context.settings.deltas.d_new))
+    return f"layers {layer_label(context.layers_of(target))}, d_new {widths}" + (f"; sets {sets}" if sets else "")
+
+
+def _cells(context: Context) -> int:
+    """Cells of the evaluation, counted as the stage makes them."""
+    evaluate, deltas = context.settings.evaluate, context.settings.deltas
+    asked = [one for one in [*evaluate.conditions, *evaluate.controls] if one != "raw"]
+    change = "change" in deltas.targets
+    behaviour = 1 + (change or any(CONDITIONS[one].model == "base" for one in asked))
+    for target in deltas.targets:
+        conditions = [CONDITIONS[one] for one in asked if target in CONDITIONS[one].targets]
+        seeded = sum(one.uses_delta for one in conditions)
+        for doses in context.sets_of(target).values():
+            between = sum(dose not in (0.0, 1.0) for dose in doses)
+            behaviour += len(doses) + sum(between if one.dosed else 1 for one in conditions)
+            behaviour += (evaluate.replicas - 1) * (seeded + sum(dose != 0 for dose in doses))
+    residual = len(context.layers_of("residual"))
+    others = residual * (len(deltas.selections) * len(deltas.d_new) + bool(evaluate.features))
+    if change:
+        others += len(deltas.d_new) + evaluate.curve * (1 + len(evaluate.subsets))
+    return len(evaluate.subsets) * behaviour + others
 
 
 def status_rows(context: Context) -> Rows:
@@ -64,7 +85,7 @@ def status_rows(context: Context) -> Rows:
             rows.append((stage.name, "to do"))
     results = [read_json(path) for path in sorted(space.folder.glob("lora/trial_*/result.json"))]
     rows.append(("LoRA trials", _counts(results, settings.lora.trials)))
-    groups = len(context.layers) * len(settings.deltas.selections) * len(settings.deltas.d_new)
+    groups = len(context.delta_groups)
     results = [read_json(path) for path in sorted(space.deltas.glob("layer_*/*/d*/trial_*/result.json"))]
     rows.append(("delta trials", _counts(results, groups * settings.deltas.trials)))
     cells = [path for path in space.cells.glob("*.json") if path.name != MANIFEST]
@@ -82,11 +103,13 @@ def _counts(results: list[dict[str, Any]], total: int) -> str:
 def _bases(context: Context) -> Rows:
     """Which published base each percentile, or the target L0, selects; trained bases are not known in advance."""
     section = context.settings.transcoders
+    if "residual" not in context.settings.deltas.targets:
+        return []
     if section.source == "train":
         targets = ", ".join(f"{target:g}" for target in section.target_l0)
         return [("bases", f"trained here, width {section.width}, target L0 {targets}")]
     rows = []
-    for layer in context.layers:
+    for layer in context.layers_of("residual"):
         chosen = [
             f"{selection_label(percentile)} {chosen_base(context, layer, percentile).path}"
             for percentile in context.settings.deltas.selections

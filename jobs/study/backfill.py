@@ -12,6 +12,7 @@ from jobs.files import MANIFEST, read_json
 from jobs.study.context import Context
 from jobs.study.stage_list import Stage
 from jobs.study.stages.data import metrics_of
+from jobs.study.stages.report import headlines
 from jobs.tracking.records import record_base, record_cells, record_trial
 
 
@@ -59,6 +60,7 @@ def _json_files(folder: Path) -> list[Path]:
 
 
 def _report(context: Context) -> None:
+    context.tracker.log("sweep", headlines(context))
     context.tracker.artifacts("sweep", context.space.report)
     context.tracker.artifacts("sweep", context.space.generations, "generations")
 

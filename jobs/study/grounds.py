@@ -36,6 +36,11 @@ class DeltaGroup(NamedTuple):
         return f"layer_{self.layer:02d}/{self.ground.label}/d{self.d_new:03d}"
 
 
+def error_name(target: str) -> str:
+    """What a target's deltas leave is called: a share of the change, or of the output's variance."""
+    return "val_unexplained" if target == "change" else "val_fvu"
+
+
 def grounds_of(section: Deltas, target: str) -> list[Ground]:
     """The grounds of one target; none where it is not asked for."""
     if target not in section.targets:

@@ -19,7 +19,7 @@ from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.stages.work import ModelSpec
 from jobs.study.stages.worker_memory import bridge, exact_paths
-from models.transcoder import CONVENTIONS
+from models.transcoder import CONVENTIONS, GEMMA_SCOPE_TAPS
 from trainers.activations import captured_columns
 from trainers.capture import Plan, finish_capture, layer_folder
 
@@ -51,26 +51,37 @@ class ShardTask(NamedTuple):
     layers: tuple[tuple[int, frozenset[str]], ...]
 
 
+Wanted = dict[str, dict[int, frozenset[str]]]
+"""By split and layer, the columns beside x."""
+
+
 def capture_base(context: Context) -> Path:
     """x and y of the un-finetuned model in every layer that gets base transcoders; returns the splits' folder."""
     layers = dict.fromkeys(context.layers_of("residual"), frozenset({"y"}))
     spec = _spec(context, context.model, context.settings.compute.precision)
-    return _capture(context, "base", spec, layers, keys.base_activations(context.settings))
+    wanted = dict.fromkeys(SPLITS, layers)
+    return _capture(context, "base", spec, wanted, keys.base_activations(context.settings))
 
 
 def capture_finetuned(context: Context) -> Path:
     """What the deltas are trained on, of every layer, from one pass of the finetuned model; returns the splits' folder.
 
-    A change is a small difference of two outputs, so that on a CPU everything runs in fp32 where one is wanted.
+    Held-out text also gets the change where residual deltas are trained, to say how much of a residual it is. A change
+    is a small difference of two outputs, so where deltas are trained on it, everything runs in fp32 on a CPU.
     """
-    wanted: dict[int, set[str]] = {}
-    for target, column in (("change", "change"), ("residual", "y")):
-        for layer in context.layers_of(target):
-            wanted.setdefault(layer, set()).add(column)
-    exact = context.device == "cpu" and bool(context.layers_of("change"))
+    change, residual = (set(context.layers_of(target)) for target in ("change", "residual"))
+    # A path reads what the MLP reads, and nothing else.
+    readable = CONVENTIONS[context.settings.transcoders.convention] == GEMMA_SCOPE_TAPS
+    wanted: Wanted = {}
+    for split in SPLITS:
+        with_change = change if split == "train" or not readable else change | residual
+        columns = (("change", with_change), ("y", residual))
+        wanted[split] = {
+            layer: frozenset(name for name, layers in columns if layer in layers) for layer in sorted(change | residual)
+        }
+    exact = context.device == "cpu" and bool(change)
     spec = _spec(context, context.space.lora / "merged", "fp32" if exact else context.settings.compute.precision)
-    layers = {layer: frozenset(wanted[layer]) for layer in sorted(wanted)}
-    return _capture(context, "finetuned", spec, layers, keys.finetuned_activations(context.settings))
+    return _capture(context, "finetuned", spec, wanted, keys.finetuned_activations(context.settings))
 
 
 def _spec(context: Context, model: Path, precision: str) -> ModelSpec:
@@ -80,31 +91,35 @@ def _spec(context: Context, model: Path, precision: str) -> ModelSpec:
     return ModelSpec(str(model), context.device, resolve_precision(precision, context.device), convention)
 
 
-def _capture(context: Context, name: str, model: ModelSpec, wanted: dict[int, frozenset[str]], key: str) -> Path:
+def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key: str) -> Path:
     """Captures every layer that lacks a wanted column."""
     folder = keyed_folder(context.space.activations / name, key)
-    layers = {
-        layer: columns
-        for layer, columns in wanted.items()
-        if not all(columns <= captured_columns(layer_folder(folder / split, layer)) for split in SPLITS)
+    missing = {
+        split: {
+            layer: columns
+            for layer, columns in layers.items()
+            if not columns <= captured_columns(layer_folder(folder / split, layer))
+        }
+        for split, layers in wanted.items()
     }
-    if not layers:
-        return folder
-    for layer in layers:  # shards of it may hold other columns
-        for split in SPLITS:
-            shutil.rmtree(layer_folder(folder / split, layer), ignore_errors=True)
+    for split, layers in missing.items():
+        for layer in layers:  # its shards may hold other columns
+            if captured_columns(layer_folder(folder / split, layer)):
+                shutil.rmtree(layer_folder(folder / split, layer))
     tasks = [
-        ShardTask(text, shard, model, str(context.model), str(folder), tuple(layers.items()))
+        ShardTask(text, shard, model, str(context.model), str(folder), tuple(missing[text.split].items()))
         for text in _texts(context)
-        for shard in range(len(plan_of(text).shards))
+        for shard in range(len(plan_of(text).shards) if missing[text.split] else 0)
     ]
+    if not tasks:
+        return folder
     with context.progress.bar(f"capture of the {name} model", len(tasks), "shards") as bar:
         for outcome in context.pool.run(capture_task, tasks, context.settings.compute.max_retries):
             if outcome.error:
                 raise WorkFailed(f"capture of the {name} model: {outcome.error}")
             bar.advance()
     for text in _texts(context):
-        finish_capture(plan_of(text), layers, folder / text.split, CONVENTIONS[model.convention])
+        finish_capture(plan_of(text), missing[text.split], folder / text.split, CONVENTIONS[model.convention])
     return folder
 
 

@@ -17,7 +17,7 @@ from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json, write_json
 from jobs.study import keys
 from jobs.study.context import Context
-from jobs.study.grounds import grounds_of
+from jobs.study.grounds import error_name, grounds_of
 from jobs.study.stages.activations import capture_finetuned
 from jobs.study.stages.transcoders import chosen_base, root
 
@@ -108,7 +108,6 @@ def delta_groups(context: Context, activations: Path) -> list[Any]:
             "checkpoint_seconds": settings.compute.checkpoint_seconds,
             "settings": {**fixed, "d_new": one.d_new, "seed": settings.seed},
         }
-        error = "val_unexplained" if one.ground.target == "change" else "val_fvu"
         groups.append(
             Group(
                 one.name,
@@ -120,7 +119,7 @@ def delta_groups(context: Context, activations: Path) -> list[Any]:
                 constants,
                 f"{settings.name}/{STAGE}/{one.name}@{key}",
                 section.sampler,
-                tuple(section.objectives.replace("val_error", error).split(", ")),
+                tuple(section.objectives.replace("val_error", error_name(one.ground.target)).split(", ")),
                 section.warm_start and f"{section.warm_start}/{STAGE}/{one.name}",
             )
         )
@@ -184,9 +183,9 @@ def compute_residual(task: ResidualTask) -> None:
 
     from models.gemma_scope import Candidate, read
     from models.transcoder import CONVENTIONS
-    from trainers.activations import read_index, read_pairs, write_index, write_shard
+    from trainers.activations import captured_columns, read_index, read_pairs, write_index, write_shard
     from trainers.capture import layer_folder
-    from trainers.delta_data import output_variance, residual_of
+    from trainers.delta_data import mean_square, output_variance, residual_of
 
     taps = CONVENTIONS[task.convention]
     base = read(task.root, Candidate(*task.candidate), task.layer, taps).to(task.device)
@@ -203,6 +202,8 @@ def compute_residual(task: ResidualTask) -> None:
         if split == "validation":
             facts["variance"] = output_variance(read_pairs(source))
             facts["val_fvu_base"] = error / (index["tokens"] * base.d_model * facts["variance"])
+            captured = "change" in captured_columns(source)
+            facts["change_share"] = captured and mean_square(read_pairs(source, ("change",))) / facts["variance"]
     finish_folder(Path(task.folder), task.key, facts)
 
 
@@ -219,7 +220,16 @@ def read_residuals(activations: Path, residual: Path, layer: int, taps: Taps) ->
         targets = read_pairs(residual / split, ("residual",))
         both = zip(inputs.shards, targets.shards, strict=True)
         pairs[split] = Pairs([(x, target) for (x,), (target,) in both])
-    return DeltaData(pairs["train"], pairs["validation"], facts["variance"], facts["val_fvu_base"], layer, taps)
+    return DeltaData(
+        pairs["train"],
+        pairs["validation"],
+        facts["variance"],
+        facts["val_fvu_base"],
+        layer,
+        "residual",
+        facts["change_share"],
+        taps,
+    )
 
 
 def _residuals(context: Context, activations: Path) -> None:

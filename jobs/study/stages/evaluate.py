@@ -16,7 +16,7 @@ from jobs.errors import WorkFailed
 from jobs.files import key_of, read_json
 from jobs.study import keys
 from jobs.study.context import Context
-from jobs.study.grounds import DeltaGroup, Ground, grounds_of
+from jobs.study.grounds import DeltaGroup, Ground, error_name, grounds_of
 from jobs.study.stages.cells import evaluate
 from jobs.study.stages.deltas import replica_folder
 from jobs.study.stages.transcoders import chosen_base, root
@@ -34,7 +34,7 @@ class Combination(NamedTuple):
 
 
 def run(context: Context) -> dict[str, Any]:
-    chosen = {target: combination(context, target) for target in context.settings.deltas.targets}
+    chosen: dict[str, Combination] = {one: combination(context, one) for one in context.settings.deltas.targets}
     ranking = _ranking_work(context, chosen)
     first = [*_raw_work(context), *ranking]
     _compute(context, first, "raw model")
@@ -66,12 +66,11 @@ def combination(context: Context, target: str) -> Combination:
     if target == "residual" and settings.evaluate.percentile is not None:
         grounds = [Ground(target, settings.evaluate.percentile)]
     widths = [settings.evaluate.d_new] if settings.evaluate.d_new is not None else settings.deltas.d_new
-    error = "val_unexplained" if target == "change" else "val_fvu"
     means: dict[Combination, float] = {}
     for ground in grounds:
         for d_new in widths:
             best = [_best(context, DeltaGroup(layer, ground, d_new)) for layer in context.layers_of(target)]
-            values = [one["figures"][error] for one in best if one is not None]
+            values = [one["figures"][error_name(target)] for one in best if one is not None]
             if len(values) == len(best):
                 means[Combination(ground, d_new)] = sum(values) / len(values)
     if not means:

@@ -11,11 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from evaluators.layer_sets import layer_label
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
 from jobs.study.context import Context
-from jobs.study.stages.deltas import STAGE as DELTAS
-from jobs.study.stages.deltas import group_name
+from jobs.study.grounds import Ground, error_name
+from jobs.study.stages.evaluate import checks_file
 from jobs.study.stages.lora import STAGE as LORA
 from jobs.study.stages.lora import VALIDATION_FILE, study_name
 from jobs.study.stages.transcoders import chosen_base, root
@@ -48,9 +49,19 @@ def run(context: Context) -> dict[str, Any]:
         lora_pictures=study_pictures(study_name(context.settings), context.studies, LORA, "val_loss"),
     )
     path = write_report(space.report, data, seed=context.settings.seed)
+    context.tracker.log("sweep", headlines(context))
     context.tracker.artifacts("sweep", space.report)
     context.tracker.artifacts("sweep", space.generations, "generations")
     return {"report": str(path.relative_to(space.folder)), "checks": found}
+
+
+def headlines(context: Context) -> dict[str, float]:
+    """The figures by which sweeps compare, which go to the sweep's own run in MLflow."""
+    from evaluators.tables import recovery
+
+    cells, seed = load_cells(context), context.settings.seed
+    gaps, recovered = (make(cells, seed=seed) for make in (recovery.gap_table, recovery.recovered_table))
+    return recovery.headlines(gaps, recovered, recovery.curve_table(cells, seed=seed))
 
 
 def load_cells(context: Context) -> list[dict[str, Any]]:
@@ -76,7 +87,7 @@ def lora_trials(context: Context) -> list[dict[str, Any]]:
 def base_transcoders(context: Context) -> list[dict[str, Any]]:
     """One row for each (layer, percentile): the base that was chosen, and its figures if it was trained here."""
     rows = []
-    for layer in context.layers:
+    for layer in context.layers_of("residual"):
         for percentile in context.settings.deltas.selections:
             base = chosen_base(context, layer, percentile)
             trained = read_json(Path(root(context)) / base.path / "config.json") or {}
@@ -91,28 +102,27 @@ def delta_trials(context: Context) -> list[dict[str, Any]]:
 
     rows = []
     section = context.settings.deltas
-    for layer in context.layers:
-        for percentile in section.selections:
-            for d_new in section.d_new:
-                folder = context.space.folder / DELTAS / group_name(layer, percentile, d_new)
-                best = read_json(folder / "best.json")
-                objectives = tuple(section.objectives.split(", "))
-                front = pareto_front(_results(folder), objectives) if len(objectives) > 1 else None
-                for one in _results(folder):
-                    rows.append(
-                        {
-                            "layer": layer,
-                            "percentile": percentile,
-                            "d_new": d_new,
-                            "trial": one["trial"],
-                            "state": one["state"],
-                            **one["figures"],
-                            **one["params"],
-                            "seconds": one["seconds"],
-                            "best": best is not None and one["trial"] == best["trial"],
-                            **({"pareto": one["trial"] in front} if front is not None else {}),
-                        }
-                    )
+    for group in context.delta_groups:
+        folder = context.space.deltas / group.name
+        best = read_json(folder / "best.json")
+        objectives = tuple(section.objectives.replace("val_error", error_name(group.ground.target)).split(", "))
+        front = pareto_front(_results(folder), objectives) if len(objectives) > 1 else None
+        for one in _results(folder):
+            rows.append(
+                {
+                    "target": group.ground.target,
+                    "layer": group.layer,
+                    "percentile": group.ground.percentile,
+                    "d_new": group.d_new,
+                    "trial": one["trial"],
+                    "state": one["state"],
+                    **one["figures"],
+                    **one["params"],
+                    "seconds": one["seconds"],
+                    "best": best is not None and one["trial"] == best["trial"],
+                    **({"pareto": one["trial"] in front} if front is not None else {}),
+                }
+            )
     return rows
 
 
@@ -132,35 +142,47 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
         name = f"the finetuned model on {subset}: {metric} {relation} {limit}"
         found.append({"name": name, "passed": bool(passed), "detail": detail})
     kept = [one for one in deltas if one["best"]]
-    better = [one for one in kept if one["val_fvu"] < one["val_fvu_base"]]
-    found.append(
-        {
-            "name": "every kept delta lowers the FVU of its base on held-out text",
-            "passed": bool(kept) and len(better) == len(kept),
-            "detail": f"{len(better)} of {len(kept)}",
-        }
-    )
+    found += _fits(kept)
     found.append(_wider_is_no_worse(kept))
-    exactness = read_json(context.space.folder / "checks.json") or {"key": None}
-    if exactness["key"] == read_json(context.space.cells / MANIFEST)["exactness"]:
-        found += exactness["checks"]
-    else:
-        found.append({"name": "exactness checks", "passed": False, "detail": "they could not be computed"})
+    for name, key in read_json(context.space.cells / MANIFEST)["exactness"].items():
+        exactness = read_json(checks_file(context, name)) or {"key": None}
+        if exactness["key"] == key:
+            found += exactness["checks"]
+        else:
+            found.append({"name": f"exactness: {name}", "passed": False, "detail": "they could not be computed"})
+    return found
+
+
+def _fits(kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A delta explains part of what it was trained on, on held-out text."""
+    names = {
+        "change": ("every kept change delta explains part of its MLP's change on held-out text", lambda one: 1.0),
+        "residual": ("every kept residual delta lowers the FVU of its base", lambda one: one["val_fvu_base"]),
+    }
+    found = []
+    for target, (name, alone) in names.items():
+        here = [one for one in kept if one["target"] == target]
+        better = [one for one in here if one[error_name(target)] < alone(one)]
+        if here:
+            passed = len(better) == len(here)
+            found.append({"name": name, "passed": passed, "detail": f"{len(better)} of {len(here)}"})
     return found
 
 
 def _wider_is_no_worse(kept: list[dict[str, Any]]) -> dict[str, Any]:
-    """A wider delta's FVU may exceed a narrower one's by no more than the seed spreads of the two together."""
+    """A wider delta's error may exceed a narrower one's by no more than the seed spreads of the two together."""
     worse, compared = [], 0
     for one in kept:
+        name = error_name(one["target"])
         for other in kept:
-            same = (one["layer"], one["percentile"]) == (other["layer"], other["percentile"])
+            same = all(one[key] == other[key] for key in ("target", "layer", "percentile"))
             if not same or one["d_new"] >= other["d_new"]:
                 continue
             compared += 1
-            spread = sum(max(x["val_fvu_replicas"]) - min(x["val_fvu_replicas"]) for x in (one, other))
-            if other["val_fvu"] > one["val_fvu"] + spread:
-                worse.append(f"layer {one['layer']} p{one['percentile']}: d{other['d_new']} above d{one['d_new']}")
+            spread = sum(max(x[f"{name}_replicas"]) - min(x[f"{name}_replicas"]) for x in (one, other))
+            if other[name] > one[name] + spread:
+                where = f"layer {one['layer']} {Ground(one['target'], one['percentile']).label}"
+                worse.append(f"{where}: d{other['d_new']} above d{one['d_new']}")
     return {
         "name": "a wider delta is not worse than a narrower one beyond their seeds' spread",
         "passed": not worse,
@@ -170,18 +192,21 @@ def _wider_is_no_worse(kept: list[dict[str, Any]]) -> dict[str, Any]:
 
 def facts(context: Context) -> dict[str, str]:
     settings, space = context.settings, context.space
-    chosen = read_json(space.cells / MANIFEST)
+    chosen = read_json(space.cells / MANIFEST)["chosen"]
     stages = {name: read_json(getattr(space, folder) / MANIFEST) for name, folder in STAGE_FOLDERS.items()}
     seconds = {name: manifest["seconds"] for name, manifest in stages.items() if manifest and "seconds" in manifest}
     leaks = read_json(space.data / "report.json")["leakage"]
     return {
         "sweep": settings.name,
         "model": settings.model.source,
-        "base transcoders": settings.transcoders.source,
-        "layers": ", ".join(map(str, context.layers)),
-        "spliced for behaviour": f"percentile {chosen['percentile']}, d_new {chosen['d_new']} (lowest mean val_fvu)"
-        if settings.evaluate.percentile is None or settings.evaluate.d_new is None
-        else f"percentile {chosen['percentile']}, d_new {chosen['d_new']} (as set)",
+        **{
+            f"{target} deltas": f"layers {layer_label(context.layers_of(target))}, d_new "
+            + ", ".join(map(str, settings.deltas.d_new))
+            for target in settings.deltas.targets
+        },
+        "spliced for behaviour": "; ".join(
+            f"{Ground(target, one['percentile']).label}, d_new {one['d_new']}" for target, one in chosen.items()
+        ),
         "seed": str(settings.seed),
         "leakage check": json.dumps(leaks)[:300],
         "time by stage": ", ".join(f"{name} {clock(value)}" for name, value in seconds.items()),

@@ -29,6 +29,7 @@ class Evaluation:
 
     cells: str
     rows: str
+    ranking_rows: str
     base_model: str
     subsets: tuple[str, ...]
     max_new_tokens: int
@@ -103,7 +104,7 @@ class Work:
     @property
     def asked(self) -> list[tuple[str, float | None]]:
         """Every condition of a behaviour cell, with its strength where it has one."""
-        dosed = [("alpha", dose) for dose in self.doses]
+        dosed: list[tuple[str, float | None]] = [("alpha", dose) for dose in self.doses]
         for condition in self.conditions:
             if CONDITIONS[condition].dosed:
                 dosed += [(condition, dose) for dose in self.control_doses]
@@ -120,6 +121,8 @@ class Work:
         """The same work without the cells in `done`."""
         if self.kind == "reconstruction":
             return replace(self, sites=tuple(plan for plan in self.sites if plan.cell not in done))
+        if self.kind != "behaviour":
+            return self
         return replace(
             self,
             doses=tuple(dose for dose in self.doses if self.cell_name("alpha", dose) not in done),

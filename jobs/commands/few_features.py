@@ -1,0 +1,53 @@
+"""How few features carry the effect of finetuning, and which they are.
+
+In: a `Context` whose sweep has evaluated its few-features curve. Out: for each subset the number of features that
+recover most of the CE gap, and the first features of the order in which the curve adds them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.errors import RequestError
+from jobs.files import MANIFEST
+from jobs.study.context import Context
+from jobs.study.stages.report import load_cells
+
+SHOWN = 10
+"""Features that are listed where no subset has a number of its own."""
+
+
+def few_features(context: Context, top: int | None) -> dict[str, Any]:
+    """`curve` rows, `needed` by subset, and the `features` up to `top`; raises RequestError where there is no curve."""
+    from evaluators.tables import recovery
+
+    cells = load_cells(context) if (context.space.cells / MANIFEST).is_file() else []
+    curve = recovery.curve_table(cells, seed=context.settings.seed)
+    if curve.empty:
+        raise RequestError(
+            f"the sweep {context.settings.name} has no few-features curve; it takes change deltas and evaluate.curve"
+        )
+    needed = {subset: recovery.features_needed(curve, subset) for subset in curve["subset"].unique()}
+    count = top or max((one for one in needed.values() if one), default=SHOWN)
+    ranking = recovery.ranking_table(cells)
+    return {
+        "enough": recovery.ENOUGH,
+        "needed": needed,
+        "total": len(ranking),
+        "features": ranking.head(count)[["rank", "layer", "feature", "effect"]].to_dict("records"),
+        "curve": curve[["subset", "k", "mean_ce", "recovered"]].to_dict("records"),
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for subset, count in found["needed"].items():
+        said = "no number of them does" if count is None else f"{count} of {found['total']} features do"
+        console.print(f"{subset}: to recover {found['enough']:.0%} of the CE gap, {said}", highlight=False)
+    table = Table("rank", "layer", "feature", "effect (nats a target token)")
+    for one in found["features"]:
+        table.add_row(str(one["rank"]), str(one["layer"]), str(one["feature"]), f"{one['effect']:+.4f}")
+    console.print(table)
