@@ -1,7 +1,7 @@
-"""One model's MLPs inside another of the same architecture, for as long as a `with` lasts.
+"""Puts one model's MLPs into another of the same architecture, for the length of a `with` block.
 
-In: a TransformerBridge, layers, and the folder of the model whose weights are taken. Out: the bridge, its MLPs swapped
-and put back at the end; only the tensors of those layers are read.
+In: a TransformerBridge, layers, and the folder of the model to take weights from. Out: the bridge with those MLPs
+swapped, and restored at the end; only the tensors of those layers are read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def swapped_mlps(bridge: TransformerBridge, layers: Sequence[int], folder: Path) -> Iterator[None]:
-    """The weights of `folder`'s MLPs in `layers`. Raises ModelError where the folder lacks one or its shape differs."""
+    """Puts the weights of `folder`'s MLPs into `layers`. Raises ModelError if one is missing or its shape differs."""
     model: Any = bridge.original_model
     blocks: Any = bridge.blocks
     ours = {id(parameter) for layer in layers for parameter in blocks[layer].mlp.parameters()}
@@ -31,7 +31,9 @@ def swapped_mlps(bridge: TransformerBridge, layers: Sequence[int], folder: Path)
     weights = read_tensors(folder, list(parameters))
     for name, parameter in parameters.items():
         if weights[name].shape != parameter.shape:
-            raise ModelError(f"{folder}: {name} is {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}")
+            raise ModelError(
+                f"{folder}: {name} has shape {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}"
+            )
     held = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
@@ -43,7 +45,7 @@ def swapped_mlps(bridge: TransformerBridge, layers: Sequence[int], folder: Path)
 
 
 def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of these names from a model's safetensors files. Raises ModelError where one is missing."""
+    """The tensors with these names from a model's safetensors files. Raises ModelError if one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -52,7 +54,7 @@ def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for file in sorted({files[name] for name in names if name in files}):
         if not (folder / file).is_file():
-            raise ModelError(f"{folder}: {file} is missing, which holds the model's weights")
+            raise ModelError(f"{folder}: {file}, which holds the model's weights, is missing")
         with safe_open(folder / file, framework="pt") as opened:
             here = set(opened.keys())
             found |= {name: opened.get_tensor(name) for name in names if name in here}
@@ -63,5 +65,5 @@ def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _plain(name: str) -> str:
-    """A parameter's name before wrapping."""
+    """A parameter's name before the model was wrapped."""
     return name.replace("_original_component.", "")
