@@ -1,4 +1,4 @@
-"""What a delta is trained on and held against: pairs of one layer, and the figures of a delta on the held-out ones.
+"""What a delta is trained and validated on: pairs of one layer, and a delta's figures on the held-out pairs.
 
 In: activations of a layer and a base transcoder. Out: residuals, their unit, and validation figures.
 """
@@ -19,7 +19,7 @@ class DeltaData(NamedTuple):
     """What every trial of a (layer, base) shares.
 
     train and validation: Pairs of (x, residual). variance: mean over dimensions of the variance of y on validation
-    tokens. val_fvu_base: share of it that the base alone leaves. layer and taps: where x and y are read.
+    tokens. val_fvu_base: fraction of it that the base alone leaves unexplained. layer and taps: where x and y are read.
     """
 
     train: Pairs
@@ -32,7 +32,7 @@ class DeltaData(NamedTuple):
 
 @torch.no_grad()
 def residual_of(base: Transcoder, x: Tensor, y: Tensor, batch_size: int = 4096) -> Tensor:
-    """`y - base(x)` (tokens, d_model), fp32 on the CPU, the part of the finetuned output that the base misses."""
+    """`y - base(x)` (tokens, d_model), fp32 on the CPU: the part of the finetuned output that the base misses."""
     device = base.W_enc.device
     parts = []
     for inputs, outputs in zip(x.split(batch_size), y.split(batch_size), strict=True):
@@ -50,7 +50,7 @@ def output_variance(pairs: Pairs) -> float:
 def validate(deltas: list[Transcoder], data: DeltaData, l0_budget: float, batch_size: int = 8192) -> dict[str, Any]:
     """Validation figures; `val_loss = val_fvu + max(0, val_l0_delta / l0_budget - 1)`, means over replicas.
 
-    `val_cos` and `val_l2_ratio` compare delta(x) with the residual it is to explain.
+    `val_cos` and `val_l2_ratio` compare delta(x) with the residual it should explain.
     """
     device = deltas[0].W_enc.device
     tokens = data.validation.tokens
