@@ -1,6 +1,6 @@
-"""Writes the data of a sweep: rows to train, validate and evaluate on, text for the transcoders, and a report.
+"""Writes a sweep's data: rows for training, validation and evaluation, text for the transcoders, and a report.
 
-In: counts, a seed, generator options, and a user's own files where there are any. Out: a folder of
+In: counts, a seed, generator options, and a user's own files if there are any. Out: a folder of
 `{train,validation,evaluation}.jsonl`, `text_{train,validation}.txt` and `report.json`.
 """
 
@@ -25,15 +25,15 @@ from data.user_files import SPLITS, sample_user_texts, split_user_rows
 COPY_SOURCES = ("shipped", "c4")
 TEXT_SPLITS = ("validation", "train")
 DRAWS_PER_ROW = 50
-"""Generated rows looked at for one row used, before giving up: repeats are rare unless operands are few."""
+"""Rows to generate per row used before giving up: repeats are rare unless there are few operands."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What a sweep's data is: counts, a user's own files in place of generated rows and text, and the generator's
-    options, from `operators` to `parentheses` those of `data.requests.RequestOptions`.
+    """What a sweep's data consists of: counts, a user's own files instead of generated rows and text, and the
+    generator's options; from `operators` to `parentheses` they are those of `data.requests.RequestOptions`.
 
-    `max_tokens` is the model's context, BOS and EOS included; `count_tokens` counts a text's tokens without them.
+    `max_tokens` is the model's context, including BOS and EOS; `count_tokens` counts a text's tokens without them.
     """
 
     seed: int
@@ -69,19 +69,19 @@ def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
     """Write a sweep's data into `folder` and return the report, which is also written as `report.json`.
 
     The train split has `tool_rows` tool and `copy_rows` copy rows, the validation split `validation_rows` rows, half
-    of each; the evaluation split `eval_rows` rows of each of tool, copy and tool_ood. Text files have half requests
-    and half copy sentences. Generated data is byte-identical for a seed on any machine.
+    of each kind, and the evaluation split `eval_rows` rows each of tool, copy and tool_ood. Text files are half
+    requests, half copy sentences. For a given seed, generated data is byte-identical on any machine.
 
     `rows_file` (JSON lines) replaces the generated rows, see `data.user_files.split_user_rows`; tool_ood rows are
-    generated when it has none. `text_train_file` and `text_validation_file` replace the text; with the first alone,
-    the validation lines come out of it too. Lines of a user's file that would leak are left out on the less precious
-    side (evaluation is kept before validation before training, rows before text) and counted in the report.
+    generated if it has none. `text_train_file` and `text_validation_file` replace the text; with only the first, the
+    validation lines are taken from it too. Lines of a user's files that would leak are left out on the less valuable
+    side (evaluation is kept over validation over training, rows over text) and counted in the report.
 
-    The report: `files` (an account of each user's file), `counts` per split and label, `leakage` (`ok`, `left_out`,
-    and for each pair of training, validation and evaluation what they share), `sha256` of each file.
+    The report has `files` (an account of each of the user's files), `counts` per split and label, `leakage` (`ok`,
+    `left_out`, and what each pair of training, validation and evaluation shares), and the `sha256` of each file.
 
-    Raises `DataError` when a file cannot be read, has more than `max_reject_fraction` unusable lines or too few rows,
-    or when settings contradict each other.
+    Raises `DataError` if a file cannot be read, has more than `max_reject_fraction` unusable lines or too few rows, or
+    if settings contradict each other.
     """
     if options.copy_source not in COPY_SOURCES:
         raise DataError(f"copy_source is {options.copy_source!r}; allowed are {' and '.join(COPY_SOURCES)}")
@@ -138,10 +138,10 @@ def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
 
 
 class _Generator:
-    """Draws rows and texts that no earlier draw has given and that `avoid` was not told of.
+    """Draws rows and texts that have not been drawn before and were not passed to `avoid`.
 
-    Evaluation is drawn before validation before training, so that asking for more of a later one changes none of the
-    earlier.
+    Evaluation is drawn before validation, and validation before training, so that asking for more of a later one does
+    not change an earlier one.
     """
 
     def __init__(self, options: DataOptions, fits: Callable[[str], bool]) -> None:
@@ -150,11 +150,11 @@ class _Generator:
         self.taken: set[int] = set()
 
     def avoid(self, texts: Iterable[str]) -> None:
-        """Never draw these requests."""
+        """Excludes these requests from later draws."""
         self.taken.update(fingerprint(request_key(text)) for text in texts)
 
     def rows(self, label: str, purpose: str, count: int) -> list[Row]:
-        """`count` rows of a label; raises `DataError` when the options do not allow that many distinct ones."""
+        """`count` rows of a label; raises `DataError` if the options do not allow that many distinct ones."""
         rng = random.Random(f"{self.seed}/{label}/{purpose}")
         source = {
             "tool": requests.tool_rows(rng, self.options),
@@ -162,12 +162,12 @@ class _Generator:
             "copy": self.copies,
         }[label]
         rows: list[Row] = []
-        looked_at = 0
+        draws = 0
         while len(rows) < count:
-            looked_at += 1
-            if looked_at > DRAWS_PER_ROW * (count + 20):
+            draws += 1
+            if draws > DRAWS_PER_ROW * (count + 20):
                 raise DataError(
-                    f"only {len(rows)} of {count} distinct {label} rows for {purpose} came in {looked_at - 1} draws; "
+                    f"only found {len(rows)} of {count} distinct {label} rows for {purpose} in {draws - 1} draws; "
                     "ask for fewer rows, a wider range of operands or a model with a longer context"
                 )
             row = next(source)
@@ -185,7 +185,7 @@ class _Generator:
 
 
 def _copy_rows(seed: int, copy_source: str) -> Iterator[Row]:
-    """One endless stream of copy rows: C4's, or the shipped sentences in seeded order and then the grammar's."""
+    """An endless stream of copy rows: from C4, or the shipped sentences in seeded order and then the grammar's."""
     if copy_source == "c4":
         yield from (make_row(text, text, "copy") for text in c4_copy_texts())
     else:
@@ -196,15 +196,15 @@ def _copy_rows(seed: int, copy_source: str) -> Iterator[Row]:
 
 
 def _context_check(max_tokens: int | None, count_tokens: Callable[[str], int] | None) -> Callable[[str], bool]:
-    """Whether a text fits the context with BOS and EOS."""
+    """A function that says whether a text fits the context together with BOS and EOS."""
     if max_tokens is None:
         return lambda text: True
     if count_tokens is None:
-        raise DataError("max_tokens is set without count_tokens, so no text can be measured")
+        raise DataError("max_tokens is set without count_tokens, so the length of a text cannot be measured")
     room = max_tokens - 2
 
     def fits(text: str) -> bool:
-        # No tokenizer in use gives more tokens than bytes: most texts need no counting.
+        # No tokenizer in use gives more tokens than bytes, so most texts need no counting.
         return len(text.encode("utf-8")) <= room or count_tokens(text) <= room
 
     return fits
@@ -217,7 +217,8 @@ def _user_texts(
     files: dict[str, Any],
     reading: dict[str, Any],
 ) -> dict[str, list[str]]:
-    """Texts of a user's files, validation first so that training text gives way to it; accounts go into `files`."""
+    """Texts from a user's files, validation first so that it takes precedence over training; adds their accounts to
+    `files`."""
     keys = {split: {fingerprint(request_key(row.input)) for row in rows} for split, rows in splits.items()}
     if not paths["validation"]:
         both, files["text_train_file"] = sample_user_texts(
@@ -226,7 +227,7 @@ def _user_texts(
         if len(both) <= lines["validation"]:
             raise DataError(
                 f"{paths['train']} has {len(both)} usable texts; validation takes {lines['validation']} of them, "
-                "and at least one must be left to train on"
+                "and at least one must be left for training"
             )
         return {"validation": both[: lines["validation"]], "train": both[lines["validation"] :]}
     texts: dict[str, list[str]] = {}
@@ -240,7 +241,7 @@ def _user_texts(
 
 
 def _inspect(folder: Path) -> dict[str, Any]:
-    """Counts, leak check and hashes of what lies in `folder`, read back from the files themselves."""
+    """Counts, leak check and hashes of the data in `folder`, read back from the files themselves."""
     counts: dict[str, Any] = {}
     sides: dict[str, list[str]] = {}
     for split in SPLITS:

@@ -1,12 +1,12 @@
 """The seeded program that writes copy sentences from a grammar: `python -m data.copy_grammar COUNT SEED`.
 
-In: the files of `grammar/` beside this one. Out: an endless iterator of sentences that pass `is_copy_text`,
-byte-identical for a seed on any machine.
+In: the files in `grammar/` beside this one. Out: an endless iterator of sentences that pass `is_copy_text`,
+byte-identical for a given seed on any machine.
 
-Grammar: `name: a b_c` adds words to a rule (`b_c` is "b c"); a line `name:` opens one whose alternatives are the
-indented lines under it. Every alternative of a rule is drawn equally often. In an alternative `{name}` expands a rule,
+Grammar: `name: a b_c` adds words to a rule (`b_c` means "b c"); a line `name:` starts a rule whose alternatives are the
+indented lines below it. All alternatives of a rule are equally likely. In an alternative, `{name}` expands a rule,
 `{a|b}` picks a word, `{3..40}` draws a whole number, `{3,000..90,000}` one with thousands separators and `{2..40th}`
-an ordinal. `{name:s}` is the plural, `{name:c}` opens with a capital, `{name:t}` is in title case; `a` becomes `an`
+an ordinal. `{name:s}` is the plural, `{name:c}` starts with a capital, `{name:t}` is in title case; `a` becomes `an`
 before a vowel.
 """
 
@@ -39,7 +39,7 @@ _IRREGULAR = {"dormouse": "dormice", "goose": "geese", "mouse": "mice", "ox": "o
 
 @functools.cache
 def load_grammar(folder: Path = FOLDER) -> Grammar:
-    """Rule name to alternatives, of all files of a folder. Raises `DataError` for a slot that nothing can fill."""
+    """Maps rule names to alternatives, for all files in a folder. Raises `DataError` if nothing can fill a slot."""
     rules: dict[str, list[str]] = {}
     for path in sorted(folder.glob("*.txt")):
         alternatives: list[str] = []
@@ -53,7 +53,7 @@ def load_grammar(folder: Path = FOLDER) -> Grammar:
     for name, texts in rules.items():
         for slot in (slot for text in texts for slot in _SLOT.findall(text)):
             if slot.partition(":")[0] not in rules and "|" not in slot and not _NUMBER.fullmatch(slot):
-                raise DataError(f"{folder.name}: rule {name!r} asks for {slot!r}, which is neither a rule nor a range")
+                raise DataError(f"{folder.name}: rule {name!r} uses {slot!r}, which is neither a rule nor a range")
     return {name: tuple(texts) for name, texts in rules.items()}
 
 
@@ -73,7 +73,7 @@ def expand(rule: str, rng: random.Random, grammar: Grammar) -> str:
 
 
 def copy_sentences(rng: random.Random) -> Iterator[str]:
-    """Endless sentences; texts repeat by chance, so a caller who needs distinct ones keeps a set."""
+    """Endless sentences; they can repeat by chance, so a caller who needs distinct ones must keep a set."""
     grammar = load_grammar()
     while True:
         text = _ARTICLE.sub(_article, expand("sentence", rng, grammar))
@@ -107,7 +107,7 @@ def _inflect(text: str, form: str) -> str:
 
 
 def _plural(noun: str) -> str:
-    """English plural of the last word of a noun."""
+    """A noun with its last word in the English plural."""
     head, space, last = noun.rpartition(" ")
     if last in _UNCHANGED:
         return noun

@@ -1,7 +1,7 @@
 """Copy sentences: what counts as one, and where they come from.
 
-In: nothing (the shipped file), or a stream of web documents (C4 from the hub). Out: sentences of 30-150
-characters that carry a number and no arithmetic, each of which a model is taught to repeat unchanged.
+In: nothing (the shipped file), or a stream of web documents (C4 from the hub). Out: sentences of 30-150 characters that
+contain a number but no arithmetic; the model is taught to repeat each of them unchanged.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def is_copy_text(text: str) -> bool:
 
 
 def shipped_copy_texts(path: Path = SHIPPED) -> list[str]:
-    """The sentences shipped with this package, in file order; lines that open with `#` are its head."""
+    """The sentences shipped with this package, in file order, without the header lines that start with `#`."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -46,7 +46,7 @@ def shipped_copy_texts(path: Path = SHIPPED) -> list[str]:
 
 
 def copy_texts_of(documents: Iterable[str]) -> Iterator[str]:
-    """Sentences of web documents that pass `is_copy_text` and end like a sentence, at most two a document."""
+    """Sentences from web documents that pass `is_copy_text` and end like a sentence, at most two per document."""
     for document in documents:
         found = 0
         for line in document.splitlines():
@@ -61,18 +61,18 @@ def copy_texts_of(documents: Iterable[str]) -> Iterator[str]:
 
 
 def c4_copy_texts() -> Iterator[str]:
-    """Sentences of C4 (English, ODC-BY), streamed from the hub in file order.
+    """Sentences from C4 (English, ODC-BY), streamed from the hub in file order.
 
-    Raises `DataError` at once when the hub cannot be reached, or when its files cannot be read.
+    Raises `DataError` at once if the hub cannot be reached, or if its files cannot be read.
     """
     try:
         import datasets
         from huggingface_hub import HfApi
 
-        HfApi().dataset_info(C4, timeout=10)  # one try; the stream below would retry for half a minute
+        HfApi().dataset_info(C4, timeout=10)  # one attempt; the stream below would retry for half a minute
         stream = datasets.load_dataset(C4, "en", split="train", streaming=True)
         yield from copy_texts_of(document["text"] for document in stream)
-    except Exception as error:  # the hub's client raises a different type for each way of being out of reach
+    except Exception as error:  # the hub's client raises a different type for each way of being unreachable
         raise DataError(
             f"data.copy_source=c4 reads {C4} from the Hugging Face hub, which failed ({error}); "
             "data.copy_source=shipped needs no network"

@@ -1,7 +1,7 @@
 """How varied a file of texts is: `python -m data.corpus_report FILE [FILE ...]`.
 
-In: text files (one text a line, `#` lines skipped) or JSON-lines rows (their copy rows). Out: for each file its rows,
-vocabulary, distinct-trigram ratio and near-duplicate rate, over equal numbers of rows so that the figures compare.
+In: text files (one text per line, `#` lines skipped) or JSON-lines rows (their copy rows). Out: each file's rows,
+vocabulary, distinct-trigram ratio and near-duplicate rate, over equal numbers of rows to make the figures comparable.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 class Variety(NamedTuple):
     """`vocabulary`: distinct words regardless of case; `plain_vocabulary`: those without a digit.
 
-    `distinct_trigrams`: share of the word trigrams that are distinct. `near_duplicates`: share of the rows for which
-    another row has a Jaccard index of word sets of at least 0.7.
+    `distinct_trigrams`: fraction of the word trigrams that are distinct. `near_duplicates`: fraction of the rows whose
+    word set has a Jaccard index of at least 0.7 with that of another row.
     """
 
     rows: int
@@ -35,7 +35,7 @@ class Variety(NamedTuple):
 
 
 def variety(texts: Sequence[str]) -> Variety:
-    """Measure texts; see `Variety`."""
+    """How varied texts are; see `Variety`."""
     rows = [[word.casefold() for word in _WORD.findall(text)] for text in texts]
     vocabulary = {word for words in rows for word in words}
     trigrams = [trigram for words in rows for trigram in zip(words, words[1:], words[2:], strict=False)]
@@ -52,8 +52,8 @@ def variety(texts: Sequence[str]) -> Variety:
 def near_duplicates(sets: Iterable[set[str]], threshold: float = NEAR_DUPLICATE) -> set[int]:
     """Indices of the sets whose Jaccard index with some other set is at least `threshold`.
 
-    Exact, by prefix filtering: with each set ordered from its rarest word, two sets that similar share a word among
-    the first `n - ceil(threshold * n) + 1` of either, so only sets that share such a word are compared.
+    Exact, by prefix filtering: with each set sorted from its rarest word on, two sets this similar share a word among
+    the first `n - ceil(threshold * n) + 1` of each, so only sets that share such a word are compared.
     """
     sets = list(sets)
     frequency = Counter(word for words in sets for word in words)
@@ -72,14 +72,14 @@ def near_duplicates(sets: Iterable[set[str]], threshold: float = NEAR_DUPLICATE)
 
 
 def read_texts(path: str) -> list[str]:
-    """Texts of a file; of a `.jsonl` file the inputs of its copy rows."""
+    """The texts of a file; for a `.jsonl` file, the inputs of its copy rows."""
     if path.endswith(".jsonl"):
         return [row.input for row in stream_rows(LineLog(path), lambda text: True) if row.label == "copy"]
     return [text for text in stream_texts(LineLog(path), lambda text: True) if not text.startswith("#")]
 
 
 def main(paths: Sequence[str]) -> None:
-    """Print one line of figures a file."""
+    """Prints one line of figures per file."""
     files = {path: read_texts(path) for path in paths}
     rows = min(map(len, files.values()))
     print(f"{'rows':>6} {'words':>7} {'vocab':>6} {'plain':>6} {'trigrams':>8} {'near-dup':>8}  file")

@@ -1,9 +1,9 @@
-"""Text to tokens, one way for training, capture, scoring and generation.
+"""Text to tokens, in the same way for training, capture, scoring and generation.
 
 In: a tokenizer and texts. Out: token lists that start with BOS, and left-padded batches of them. Training text is
-`BOS + input + "\\n" + target + EOS`; the prefix `BOS + input + "\\n"` is tokenised on its own, so that it is the same
-token for token when the target is not there yet. A text that spells a special token, such as `</s>`, is read as those
-characters: only this file places BOS and EOS.
+`BOS + input + "\\n" + target + EOS`; the prefix `BOS + input + "\\n"` is tokenised on its own, so that it has the same
+tokens with and without a target. A text that spells out a special token, such as `</s>`, is read as plain characters:
+only this file adds BOS and EOS.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
     @property
     def editable(self) -> Tensor:
-        """(batch, length): True where a transcoder may be spliced in or trained on: neither padding nor BOS."""
+        """(batch, length): True where a transcoder may be spliced in or trained, which excludes padding and BOS."""
         return self.mask & (self.positions > 0)
 
     def to(self, device: str | torch.device) -> Batch:
@@ -51,7 +51,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """`BOS + text + "\\n"`, what a model is given before it answers."""
+    """`BOS + text + "\\n"`: what the model reads before it answers."""
     return encode_text(tokenizer, text + "\n")
 
 
@@ -63,7 +63,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, text: str, target: str) -> En
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
     """Rows of token ids, each starting with BOS, as one batch padded on the left to the longest.
 
-    Padding gets position 0 and is masked; positions of a row count from its BOS. Raises ValueError without rows.
+    Padding gets position 0 and is masked; a row's positions count from its BOS. Raises ValueError if there are no rows.
     """
     if not rows:
         raise ValueError("a batch needs at least one row")
@@ -75,8 +75,8 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
 
 
 def pad_right(rows: Sequence[Sequence[int]], starts: Sequence[int], pad_id: int) -> Batch:
-    """What follows in rows that have begun, as one batch padded on the right to the longest; row i goes on at position
-    `starts[i]`. Padding is masked. Raises ValueError without rows."""
+    """Continuations of rows, as one batch padded on the right to the longest; row i continues at position `starts[i]`.
+    Padding is masked. Raises ValueError if there are no rows."""
     if not rows:
         raise ValueError("a batch needs at least one row")
     longest = max(len(row) for row in rows)
@@ -87,7 +87,7 @@ def pad_right(rows: Sequence[Sequence[int]], starts: Sequence[int], pad_id: int)
 
 
 def beside(left: Batch, right: Batch) -> Batch:
-    """The columns of two batches of the same rows."""
+    """Joins two batches of the same rows, column-wise."""
     return Batch(*(torch.cat(pair, dim=1) for pair in zip(left, right, strict=True)))
 
 

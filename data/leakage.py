@@ -1,4 +1,4 @@
-"""The leak check: no text and no request may stand on two sides of a sweep's data.
+"""The leak check: no text and no request may appear on two sides of a sweep's data.
 
 In: the texts of each side (training, validation, evaluation). Out: for each pair of sides, how many texts and how many
 (template, operands) pairs they share, with examples.
@@ -17,7 +17,7 @@ EXAMPLES = 5
 
 
 def text_key(text: str) -> str:
-    """A text without regard to case and spacing."""
+    """A text with case and spacing normalised."""
     return " ".join(text.split()).casefold()
 
 
@@ -29,8 +29,8 @@ def request_key(text: str) -> str:
 def find_leaks(sides: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Any]]:
     """`{"training and evaluation": {"same_text": 0, "same_request": 0, "examples": []}, ...}` for each pair.
 
-    Counts are of distinct texts and distinct requests; equal texts are equal requests, so `same_request`
-    is zero only where `same_text` is.
+    Counts are of distinct texts and distinct requests. Equal texts are equal requests, so `same_request` is zero only
+    if `same_text` is.
     """
     texts: dict[str, set[int]] = {}
     requests: dict[str, dict[int, str]] = {}

@@ -1,6 +1,6 @@
-"""A user's own files, streamed line by line; every line that cannot be used is counted and the first are named.
+"""A user's own files, streamed line by line; unusable lines are counted, and the first ones are quoted.
 
-In: a JSON-lines file of `{input, target, label}` or a text file of one text a line. Out: iterators of rows or
+In: a JSON-lines file of `{input, target, label}` or a text file with one text per line. Out: iterators of rows or
 texts, and a `LineLog` of what was rejected and why.
 """
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class _Reject(Exception):
-    """Why a line cannot be used: a short reason to count it under, and what about this line."""
+    """Why a line cannot be used: a short reason to count it under, and a detail about this line."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -33,7 +33,7 @@ class _Reject(Exception):
 
 @dataclass
 class LineLog:
-    """What became of a file's lines. `first` names up to ten rejected lines as `line 7: not JSON (...)`."""
+    """What happened to a file's lines. `first` lists up to ten rejected lines as `line 7: not JSON (...)`."""
 
     path: str
     lines: int = 0
@@ -45,7 +45,7 @@ class LineLog:
         return self.reasons.total()
 
     def require(self, max_reject_fraction: float) -> None:
-        """Raise `DataError` when more than that fraction of the lines was rejected, or there was no line."""
+        """Raises `DataError` if more than that fraction of the lines was rejected, or if there were no lines."""
         if not self.lines:
             raise DataError(f"{self.path} is empty")
         if self.rejected > max_reject_fraction * self.lines:
@@ -66,10 +66,10 @@ class LineLog:
 
 
 def stream_rows(log: LineLog, fits: Callable[[str], bool]) -> Iterator[Row]:
-    """Rows of the JSON-lines file `log.path`, in file order, rejected lines noted in `log`.
+    """Rows of the JSON-lines file `log.path`, in file order; rejected lines are noted in `log`.
 
-    A label may be tool, copy, tool_ood, positive (tool) or negative (copy); without one, a target that holds
-    `<tool_call>` makes a tool row. `fits` tells whether a row (input, newline, target) is within the model's context.
+    A label may be tool, copy, tool_ood, positive (tool) or negative (copy); without a label, a target that contains
+    `<tool_call>` makes a tool row. `fits` says whether a row (input, newline, target) fits the model's context.
     """
 
     def parse(line: str) -> Row:
@@ -82,10 +82,10 @@ def stream_rows(log: LineLog, fits: Callable[[str], bool]) -> Iterator[Row]:
 
 
 def stream_texts(log: LineLog, fits: Callable[[str], bool]) -> Iterator[str]:
-    """Texts of the file `log.path`, one a line, in file order, rejected lines noted in `log`.
+    """Texts of the file `log.path`, one per line, in file order; rejected lines are noted in `log`.
 
-    Only a newline ends a line; a carriage return or Unicode line separator within one becomes a space, so that a text
-    is one line to every later reader.
+    Only a newline ends a line; a carriage return or Unicode line separator inside a line becomes a space, so that every
+    later reader sees a text as one line.
     """
 
     def parse(line: str) -> str:
@@ -120,19 +120,19 @@ def _stream(log: LineLog, parse: Callable[[str], T]) -> Iterator[T]:
 
 
 def implied_label(target: str) -> str:
-    """The label of a row that has none: a target that holds a tool call makes a tool row."""
+    """The label of a row without one: a target that contains a tool call makes a tool row."""
     return "tool" if CALL_OPEN in target else "copy"
 
 
 def raw_lines(path: str, limit: int = MAX_LINE_BYTES) -> Iterator[bytes]:
-    """Lines of a file as bytes, without their ends and without a byte-order mark.
+    """Lines of a file as bytes, without line endings and without a byte-order mark.
 
-    Of a line longer than `limit` bytes only a first part, longer than that, is given. Raises `DataError` when
-    the file cannot be read.
+    A line longer than `limit` bytes is cut, to a part that is still longer than that. Raises `DataError` if the file
+    cannot be read.
     """
     try:
         if Path(path).is_dir():
-            raise DataError(f"{path} is a folder; a file was expected")
+            raise DataError(f"{path} is a folder, not a file")
         with open(path, "rb") as file:
             first = True
             while line := file.readline(limit + 2):

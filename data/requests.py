@@ -1,4 +1,4 @@
-"""Calculator requests: the `tool` rows a model is trained on and the `tool_ood` rows it never saw the like of.
+"""Calculator requests: the `tool` rows a model is trained on, and the `tool_ood` rows, unlike anything it has seen.
 
 In: a seeded `random.Random` and `RequestOptions`. Out: endless iterators of rows whose target is exactly
 `<tool_call>calculator(EXPR)</tool_call>`, EXPR without spaces.
@@ -132,10 +132,10 @@ OOD_WORD_REQUESTS = {
 class RequestOptions:
     """What the requests calculate with.
 
-    operators: the operators used, any of `+-*/`. operand_min, operand_max: range of trained operands, both
-    ends included. ood_operand_min, ood_operand_max: range that only evaluation sees; it must lie above the
-    trained one. decimals: a third of the operands carry one or two decimals. negatives: a quarter are below
-    zero. parentheses: a third of the symbol requests have three or four operands with parentheses.
+    operators: the operators used, any of `+-*/`. operand_min, operand_max: range of operands in training, both ends
+    included. ood_operand_min, ood_operand_max: range that appears only in evaluation; it must be above the training
+    range. decimals: a third of the operands have one or two decimals. negatives: a quarter are negative. parentheses: a
+    third of the symbol requests have three or four operands with parentheses.
     """
 
     operators: str = "+-*/"
@@ -162,7 +162,7 @@ class RequestOptions:
 
 
 def call_target(expression: str) -> str:
-    """The answer to a request: one calculator call, spaces removed from the expression."""
+    """The answer to a request: one calculator call, with spaces removed from the expression."""
     return f"{CALL_OPEN}calculator({expression.replace(' ', '')}){CALL_CLOSE}"
 
 
@@ -177,10 +177,10 @@ def tool_rows(rng: random.Random, options: RequestOptions) -> Iterator[Row]:
 
 
 def tool_ood_rows(rng: random.Random, options: RequestOptions) -> Iterator[Row]:
-    """Endless requests in evaluation-only phrasings, label `tool_ood`, from two families in turn.
+    """Endless requests in evaluation-only phrasings, label `tool_ood`, alternating between two families.
 
-    First family: operands of the trained range, so that only the phrasing is new. Second family: operands of
-    the unseen range, or chains of more operands than any training request has.
+    First family: operands from the training range, so that only the phrasing is new. Second family: operands from the
+    unseen range, or chains of more operands than any training request has.
     """
     seen = (options.operand_min, options.operand_max)
     unseen = (options.ood_operand_min, options.ood_operand_max)

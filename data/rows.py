@@ -1,7 +1,7 @@
-"""The row every stage reads and writes, and the files it lives in.
+"""The row that every stage reads and writes, and its files.
 
-In: rows in memory or a JSON-lines file that `write_rows` wrote. Out: the other one of the two; files are written
-beside their final name and renamed, so a reader never sees half a file.
+In: rows in memory, or a JSON-lines file written by `write_rows`. Out: the other of the two; files are written under a
+temporary name and renamed, so a reader never sees half a file.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
 class DataError(ValueError):
-    """A file or setting that cannot give the rows asked for; its message is one sentence a user can act on."""
+    """A file or setting that cannot provide the rows needed; the message is one sentence that a user can act on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One prompt and the answer it should get.
 
-    `template` and `operands` say what makes two prompts the same exercise in other words of context:
-    the request with its numbers masked, and those numbers. See `request_identity`.
+    `template` and `operands` (the request with its numbers masked, and those numbers) identify an exercise: two prompts
+    that share both differ only in context. See `request_identity`.
     """
 
     input: str
@@ -43,10 +43,10 @@ class Row:
 
 
 def request_identity(text: str) -> tuple[str, str]:
-    """(template, operands) of a prompt: its number-carrying sentences with numbers masked, and the numbers.
+    """(template, operands) of a prompt: its sentences with numbers, with the numbers masked, and the numbers.
 
-    A sentence without a digit ("I am stuck on my homework.") is context and does not count, so the same
-    request behind two openings has one identity. A text without any digit is its own template.
+    A sentence without a digit ("I am stuck on my homework.") is context and does not count, so the same request after
+    two different openings has one identity. A text without any digits is its own template.
 
     >>> request_identity("Help me out. What is 12 + 7.5?")
     ('what is # + #?', '12 7.5')
@@ -63,10 +63,10 @@ def make_row(text: str, target: str, label: str) -> Row:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Rows of a file that `write_rows` wrote.
+    """Rows of a file written by `write_rows`.
 
-    Raises `DataError` naming file and line when a line is not such a row; for files of any other origin
-    use `data.readers`, which counts and names what it rejects.
+    Raises `DataError`, naming file and line, if a line is not such a row; for files from elsewhere use `data.readers`,
+    which counts and reports what it rejects.
     """
     rows = []
     try:
@@ -82,12 +82,12 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write rows as JSON lines, atomically."""
+    """Writes rows as JSON lines, atomically."""
     write_lines(path, (json.dumps(asdict(row), ensure_ascii=False) for row in rows))
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """Write UTF-8 lines with `\\n` ends to a temporary file beside `path`, then rename it over `path`."""
+    """Writes UTF-8 lines ending in `\\n` to a temporary file beside `path`, then renames it to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -102,7 +102,7 @@ def write_lines(path: str | Path, lines: Iterable[str]) -> None:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """Lines of a UTF-8 text file that `write_lines` wrote; raises `DataError` when it cannot be read."""
+    """Lines of a UTF-8 text file written by `write_lines`; raises `DataError` if it cannot be read."""
     try:
         return Path(path).read_bytes().decode("utf-8").split("\n")[:-1]
     except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
-"""Choosing rows of a stream: a seeded sample in one pass, in memory for the sample only.
+"""Choosing rows from a stream: a seeded sample in one pass, keeping only the sample in memory.
 
-In: items one by one, each with the key that says which others it must not be separated from. Out: the chosen
-items in an order that depends on seed and keys alone, never on the order of the stream or on the machine.
+In: items one by one, each with a key; at most one item per key is chosen. Out: the chosen items, in an order that
+depends only on seed and keys, never on the order of the stream or on the machine.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ Item = TypeVar("Item")
 
 
 def fingerprint(key: str, seed: int = 0) -> int:
-    """64-bit hash of a key, equal on every machine and Python version."""
+    """64-bit hash of a key, the same on every machine and Python version."""
     digest = hashlib.blake2b(key.encode("utf-8"), digest_size=8, salt=seed.to_bytes(16, "little", signed=True))
     return int.from_bytes(digest.digest(), "little")
 
 
 class Sample(Generic[Item]):
-    """The `size` items with the smallest fingerprints among all offered, one per key.
+    """The `size` items with the smallest fingerprints of all those offered, one per key.
 
-    The first n of a larger sample are the sample of size n: evaluation rows taken from the front do not change
-    when more training rows are asked for. `offered` counts all items; `repeated` those whose key was already held.
+    The first n items of a larger sample are the sample of size n: evaluation rows taken from the front do not change
+    with the number of training rows. `offered` counts all items, `repeated` those whose key was already in the sample.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -33,7 +33,7 @@ class Sample(Generic[Item]):
         self._held: set[int] = set()
 
     def offer(self, key: str, item: Item) -> None:
-        """Consider one item."""
+        """Considers one item."""
         self.offered += 1
         rank = fingerprint(key, self.seed)
         if rank in self._held:

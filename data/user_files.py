@@ -1,7 +1,7 @@
 """A user's own rows and texts, split or sampled in one pass.
 
 In: a path and the sizes wanted. Out: rows per split, or texts, each with an account of the file for the report: lines
-rejected and why, repeated, beyond need, and left out because they would leak.
+that were rejected (and why), repeated, not needed, and left out because they would leak.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def split_user_rows(
 ) -> tuple[dict[str, list[Row]], dict[str, Any]]:
     """Rows of a JSON-lines file as `{"evaluation": [...], "validation": [...], "train": [...]}`, and the account.
 
-    `sizes` gives, for each label, the rows wanted in those three splits. Rows are ranked by a hash of seed and
-    request; the first go to evaluation, the next to validation, the others to training. So a file and a seed always
-    give the same splits, in whatever order its lines stand, and asking for more training rows moves no other row. Of
-    rows with one request the first is kept. Too few rows shorten the train split, by `training_rows_missing`.
+    `sizes` gives, for each label, the number of rows wanted in those three splits. Rows are ranked by a hash of seed
+    and request; the first go to evaluation, the next to validation, the rest to training. So a file and a seed always
+    give the same splits, whatever the order of its lines, and asking for more training rows moves no other row. Of rows
+    with the same request the first is kept. If rows run short, the train split is `training_rows_missing` shorter.
 
     Raises `DataError` for an unreadable file, too many rejected lines, or too few tool or copy rows to split.
     """
@@ -47,7 +47,7 @@ def split_user_rows(
         if train and len(rows) <= evaluation + validation:
             raise DataError(
                 f"{path} has {len(rows)} distinct usable {label} rows; evaluation takes {evaluation} and validation "
-                f"{validation} of them, and at least one must be left to train on"
+                f"{validation} of them, and at least one must be left for training"
             )
         splits["evaluation"] += rows[:evaluation]
         splits["validation"] += rows[evaluation : evaluation + validation]
@@ -72,10 +72,10 @@ def sample_user_texts(
     max_reject_fraction: float,
     forbidden: set[int],
 ) -> tuple[list[str], dict[str, Any]]:
-    """Up to `size` distinct texts of a file, and the account.
+    """Up to `size` distinct texts from a file, and the account.
 
     Texts whose request is among the fingerprints in `forbidden` would leak: they are left out and counted. Raises
-    `DataError` for an unreadable file, too many rejected lines, or when nothing is left.
+    `DataError` for an unreadable file, too many rejected lines, or if nothing is left.
     """
     log, sample, leaking = LineLog(path), Sample[str](size, seed), 0
     for text in stream_texts(log, fits):
@@ -87,13 +87,16 @@ def sample_user_texts(
     log.require(max_reject_fraction)
     texts = sample.items()
     if size and not texts:
-        raise DataError(f"{path}: of {log.lines} lines {log.rejected} cannot be used and {leaking} repeat other data")
+        raise DataError(
+            f"{path} has no usable text: of {log.lines} lines, {log.rejected} cannot be used "
+            f"and {leaking} repeat other data"
+        )
     account = log.as_dict() | {"used": len(texts), "repeated": sample.repeated, "leaking": leaking}
     return texts, account | {"beyond_need": sample.offered - sample.repeated - len(texts)}
 
 
 def _drop_shared_requests(splits: dict[str, list[Row]]) -> int:
-    """Leave out rows whose request an earlier split holds, which happens between labels only; return how many."""
+    """Drops rows whose request is in an earlier split, which happens only between labels; returns how many."""
     held: set[int] = set()
     dropped = 0
     for split in SPLITS:

@@ -1,7 +1,7 @@
-"""The model under TransformerLens, and the names of its taps.
+"""The model wrapped for TransformerLens, and the names of its taps.
 
 In: a transformers model and its tokenizer. Out: a `TransformerBridge` around the same weights, with fast attention
-where the architecture allows it.
+if the architecture allows it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
     bridge = TransformerBridge.boot_transformers(
         model.config._name_or_path or "local", hf_model=model, tokenizer=tokenizer, device=str(model.device)
     )
-    # Booting switches to eager attention; only soft-capped attention (Gemma-2) needs it.
+    # Booting switches to eager attention, which only soft-capped attention (Gemma-2) needs.
     if getattr(model.config, "attn_logit_softcapping", None) is None:
         model.set_attn_implementation("sdpa")
     return bridge
 
 
 def device_of(bridge: TransformerBridge) -> torch.device:
-    """Where the model's weights are."""
+    """The device that holds the model's weights."""
     return next(bridge.original_model.parameters()).device  # type: ignore[operator]
 
 
@@ -44,5 +44,5 @@ def tap_names(taps: Taps, layer: int) -> tuple[str, str]:
 
 
 def read_input(taps: Taps, activation: Tensor) -> Tensor:
-    """What a transcoder reads of the activation (..., d_model) at its input's hook."""
+    """What a transcoder reads, given the activation (..., d_model) at its input hook."""
     return activation / activation.shape[-1] ** 0.5 if taps.input == RESID_MID_TAPS.input else activation

@@ -1,6 +1,6 @@
 """Delta transcoders as files: `delta.safetensors` and `config.json` in one folder.
 
-In: a `Transcoder` without decoder bias and the facts of its training. Out: the same transcoder, read back and checked.
+In: a `Transcoder` without decoder bias and facts about its training. Out: the same transcoder, read back and checked.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec")
 
 
 def write_delta(delta: Transcoder, folder: Path, facts: dict[str, Any]) -> None:
-    """Writes fp32 weights, and layer, taps and `facts` as config.json; each file beside its name, then renamed.
+    """Writes fp32 weights, and layer, taps and `facts` as config.json, each under a temporary name and then renamed.
 
-    The weights come last: a folder with weights is complete. Raises ModelError for a transcoder with a decoder bias,
+    The weights come last, so a folder with weights is complete. Raises ModelError for a transcoder with a decoder bias,
     which a strength would scale as if it were a feature.
     """
     if delta.b_dec is not None:
-        raise ModelError(f"{folder}: a delta transcoder has no decoder bias, this one has")
+        raise ModelError(f"{folder}: a delta transcoder must not have a decoder bias, but this one does")
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder / "config.json", delta, facts)
     tensors = {key: getattr(delta, key).detach().to("cpu", torch.float32).contiguous() for key in WEIGHTS}
@@ -36,14 +36,14 @@ def write_delta(delta: Transcoder, folder: Path, facts: dict[str, Any]) -> None:
 
 
 def read_delta(folder: Path) -> Transcoder:
-    """The delta transcoder of `folder`, fp32, on the CPU.
+    """The delta transcoder in `folder`, fp32, on the CPU.
 
-    Raises ModelError where a file is missing, cut short, lacks a tensor, or holds one of the wrong shape or dtype.
+    Raises ModelError if a file is missing or truncated, lacks a tensor, or holds one of the wrong shape or dtype.
     """
     path = folder / "delta.safetensors"
     for needed in (path, folder / "config.json"):
         if not needed.is_file():
-            raise ModelError(f"{folder}: no delta transcoder here ({needed.name} is missing)")
+            raise ModelError(f"{folder} has no delta transcoder ({needed.name} is missing)")
     config = read_config(folder / "config.json")
     try:
         tensors = load_file(path)

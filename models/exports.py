@@ -1,12 +1,12 @@
 """Transcoders in the formats of Gemma Scope, SAELens and circuit-tracer.
 
-In: one transcoder a layer (a base, or base and delta fused), and what there is to say of the model. Out: a folder that
-those libraries' own loaders read and that gives the same outputs there; `tests/compatibility/` shows it.
+In: one transcoder per layer (a base, or base and delta fused), and the facts of the model. Out: a folder that those
+libraries' own loaders can read, with the same outputs there; `tests/compatibility/` shows that.
 
-Each writer takes transcoders by layer and looks each up at most twice, so a mapping that reads them when asked keeps
-one in memory. `notes` are JSON-able facts (alpha, sweep, which base and delta) kept under the key `deltascope`. Each
-returns the files of weights it wrote, all at once or none. Each raises ModelError where there is nothing to export, a
-transcoder does not fit its layer or the model, the folder holds something already, or the format cannot say it.
+Each writer takes transcoders by layer and looks each one up at most twice, so a mapping that loads them lazily keeps
+only one in memory. `notes` are JSON-able facts (alpha, sweep, which base and delta) stored under the key `deltascope`.
+Each returns the weight files it wrote; it writes either all of them or none. Each raises ModelError if there is nothing
+to export, a transcoder does not fit its layer or the model, the folder is not empty, or the format cannot express it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from models.errors import ModelError
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder, check_fits
 
 SAELENS_SCHEMA = "6.0.0"
-"""The first SAELens whose cfg.json keeps hook names under `metadata`; without a version the metadata are dropped."""
+"""The first SAELens version whose cfg.json has hook names under `metadata`; with no version, SAELens drops them."""
 
 _HOOK = re.compile(r"\w+(\.\w+)*")
 
@@ -42,8 +42,8 @@ _HOOK = re.compile(r"\w+(\.\w+)*")
 class ExportedModel:
     """The model that the exported transcoders belong to.
 
-    `name` is the hub repository or local folder that loads it (the merged one, where deltas were trained on a
-    finetuned model); `context_size` is the longest training text in tokens.
+    `name` is the hub repository or local folder to load it from (the merged model, if deltas were trained on a
+    finetuned one); `context_size` is the longest training text in tokens.
     """
 
     name: str
@@ -60,15 +60,15 @@ def write_gemma_scope(
     average_l0: Mapping[int, float],
     notes: Mapping[str, Any],
 ) -> list[Path]:
-    """Writes `layer_L/width_W/average_l0_N/params.npz`, and beside each a config.json with the taps and `notes`.
+    """Writes `layer_L/width_W/average_l0_N/params.npz`, each with a config.json that holds the taps and `notes`.
 
-    `average_l0` is the mean number of active features a token, by layer: base and delta together where they are fused.
-    It names the folder, rounded.
+    `average_l0` is the mean number of active features per token, by layer (of base and delta together if they are
+    fused). Rounded, it is part of the folder's name.
     """
     _check(transcoders, model)
     for layer in transcoders:
         if not math.isfinite(average_l0.get(layer, math.nan)):
-            raise ModelError(f"Gemma Scope export: layer {layer} has no average_l0, which names its folder")
+            raise ModelError(f"Gemma Scope export: layer {layer} has no average_l0, which the folder's name needs")
     written = []
     with _complete(folder) as staged:
         for layer in sorted(transcoders):
@@ -100,12 +100,12 @@ def write_saelens(
 def write_circuit_tracer(
     transcoders: Mapping[int, Transcoder], model: ExportedModel, folder: Path, notes: Mapping[str, Any]
 ) -> list[Path]:
-    """Writes config.yaml and `layer_{i}.safetensors` of every layer of the model, all of the widest's width.
+    """Writes config.yaml and `layer_{i}.safetensors` for every layer of the model, all as wide as the widest.
 
-    Narrower layers are padded with features that are never active, and a layer without a transcoder is made of nothing
-    else: circuit-tracer then counts that layer's whole MLP output as error. It reads the folder as a hub repository
-    with these files, or locally as `load_transcoders_from_cache(folder.name, cache_dir=folder.parent)`. Its nnsight
-    backend knows `ln2.hook_normalized` for Gemma only; its TransformerLens backend knows it for every model.
+    Narrower layers are padded with features that are never active, and a layer without a transcoder consists only of
+    those: circuit-tracer then counts that layer's whole MLP output as error. It reads the folder as a hub repository
+    with these files, or locally with `load_transcoders_from_cache(folder.name, cache_dir=folder.parent)`. Its nnsight
+    backend supports `ln2.hook_normalized` only for Gemma; its TransformerLens backend supports it for every model.
     """
     width = _check(transcoders, model)
     _check_hooks("circuit-tracer", model.taps)
@@ -130,9 +130,9 @@ def write_circuit_tracer(
 
 
 def _check(transcoders: Mapping[int, Transcoder], model: ExportedModel) -> int:
-    """The width of the widest; raises ModelError where there is none, or one does not fit its layer or the model."""
+    """The largest width; raises ModelError if there are no transcoders, or one does not fit its layer or the model."""
     if not transcoders:
-        raise ModelError("export: no transcoder was given, expected one for at least one layer")
+        raise ModelError("export: no transcoders were given; give one for at least one layer")
     width = 0
     for layer, transcoder in transcoders.items():
         if transcoder.layer != layer:
@@ -145,7 +145,7 @@ def _check(transcoders: Mapping[int, Transcoder], model: ExportedModel) -> int:
 
 
 def _padded(transcoder: Transcoder, width: int) -> Transcoder:
-    """The same function with `width` features: those added read nothing, stay below their threshold, write nothing."""
+    """The same function with `width` features: the added ones read and write nothing and stay below their threshold."""
     missing = width - transcoder.d_sae
     pad = torch.nn.functional.pad
     return replace(
@@ -153,16 +153,16 @@ def _padded(transcoder: Transcoder, width: int) -> Transcoder:
         W_enc=pad(transcoder.W_enc, (0, missing)),
         b_enc=pad(transcoder.b_enc, (0, missing)),
         W_dec=pad(transcoder.W_dec, (0, 0, 0, missing)),
-        # Their pre-activation is 0. A finite threshold survives any dtype and any reader that refuses infinities.
+        # Their pre-activation is 0. A finite threshold works in any dtype, and with readers that refuse infinities.
         threshold=pad(transcoder.threshold, (0, missing), value=1.0),
     )
 
 
 def _portable(transcoder: Transcoder) -> Transcoder:
-    """fp32 on the CPU, with a decoder bias, and no threshold below 0.
+    """The transcoder in fp32 on the CPU, with a decoder bias and no threshold below 0.
 
-    circuit-tracer has no ReLU before the jump: a threshold below 0 would let negative activations through there. At 0
-    the function is the same here and there.
+    circuit-tracer has no ReLU before the jump, so a threshold below 0 would let negative activations through. With 0
+    the function is the same there as here.
     """
 
     def plain(tensor: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def _portable(transcoder: Transcoder) -> Transcoder:
 
 
 def _featureless(model: ExportedModel, layer: int) -> Transcoder:
-    """The transcoder of a layer that has none: no features and no bias, so its output is 0."""
+    """A placeholder for a layer without a transcoder: no features and no bias, so its output is 0."""
     none, wide = torch.zeros(0), torch.zeros(model.d_model, 0)
     return Transcoder(wide, none, none, wide.T, None, layer=layer, taps=model.taps)
 
@@ -212,16 +212,16 @@ def _check_hooks(format_name: str, taps: Taps) -> None:
     for tap in taps:
         if not _HOOK.fullmatch(tap):
             raise ModelError(
-                f"{format_name} export: {tap} is a convention of the reference study and no hook of a model, "
+                f"{format_name} export: {tap} is a convention of the reference study, not a hook of a model; "
                 f"this format can only name hooks such as {GEMMA_SCOPE_TAPS.input}"
             )
 
 
 @contextmanager
 def _complete(folder: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which becomes `folder` when the `with` ends well; nothing that exists is replaced."""
+    """Yields a folder to fill, which becomes `folder` if the `with` block succeeds; never replaces an existing one."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ModelError(f"{folder}: already exists; an export needs a new or an empty folder")
+        raise ModelError(f"{folder} already exists; an export needs a new or an empty folder")
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         staged.mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""A base and a delta transcoder as one.
+"""Fuses a base and a delta transcoder into one.
 
-In: both, and the strength of the delta. Out: one JumpReLU transcoder that needs no knowledge of deltas to be used.
+In: both, and the strength of the delta. Out: one JumpReLU transcoder that can be used without knowing about deltas.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ def fuse(base: Transcoder, delta: Transcoder, alpha: float = 1.0) -> Transcoder:
     """One transcoder of `base.d_sae + delta.d_sae` features whose output is `base(x) + alpha * delta(x)`.
 
     The base's features come first and keep their indices. `alpha` scales the delta's decoder rows, so activations and
-    thresholds stay as they were trained; at 0 the delta's features still fire and write nothing. The result lies on
-    the base's device. Raises ModelError where layer, taps or d_model differ, `alpha` is not finite, or the delta has a
-    decoder bias.
+    thresholds stay as trained; at 0 the delta's features still fire but write nothing. The result is on the base's
+    device. Raises ModelError if layer, taps or d_model differ, `alpha` is not finite, or the delta has a decoder bias.
     """
     if base.layer != delta.layer:
         raise ModelError(f"fuse: the base was made for layer {base.layer}, the delta for layer {delta.layer}")
@@ -41,7 +40,7 @@ def fuse(base: Transcoder, delta: Transcoder, alpha: float = 1.0) -> Transcoder:
     if delta.b_dec is not None:
         raise ModelError("fuse: the delta has a decoder bias, which a strength would scale as if it were a feature")
     if not math.isfinite(alpha):
-        raise ModelError(f"fuse: alpha is {alpha}, expected a finite number")
+        raise ModelError(f"fuse: alpha is {alpha}, but must be a finite number")
     delta = delta.to(base.W_enc.device)
     return Transcoder(
         W_enc=torch.cat([base.W_enc, delta.W_enc], dim=1),

@@ -1,8 +1,8 @@
 """Base transcoders in Gemma Scope's layout: `layer_{L}/{width}/average_l0_{N}/params.npz`.
 
-In: a local folder or a hub repository. Out: the candidates of a layer, the one a percentile or a target L0 selects,
-and its `Transcoder`; and the reverse, writing one. A `config.json` beside params.npz names the taps of transcoders
-trained here; without it the taps are Gemma Scope's.
+In: a local folder or a hub repository. Out: a layer's candidates, the one that a percentile or a target L0 selects, and
+its `Transcoder`; also writes transcoders in this layout. For transcoders trained here, a `config.json` beside
+params.npz names the taps; without it the taps are Gemma Scope's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _L0_FILE = re.compile(r"(average_l0_(\d+(?:\.\d+)?))/params\.npz")
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """One published base transcoder: its mean L0 and its folder below the root."""
+    """One published base transcoder: its mean L0, and its folder relative to the root."""
 
     average_l0: float
     path: str
@@ -42,19 +42,19 @@ def width_label(width: int | str) -> str:
 def candidates(root: str, layer: int, width: int | str) -> list[Candidate]:
     """The base transcoders of a layer and width, by ascending L0.
 
-    `root` is a local folder or a hub repository. Raises ModelError, saying what there is, where there is none.
+    `root` is a local folder or a hub repository. If there are none, raises ModelError and says what exists instead.
     """
     below = f"layer_{layer}/{width_label(width)}"
     matches = [_L0_FILE.fullmatch(file) for file in _files(root, below)]
     found = [Candidate(float(match[2]), f"{below}/{match[1]}") for match in matches if match]
     if not found:
         widths = {file.partition("/")[0] for file in _files(root, f"layer_{layer}")}
-        there, held = f"layer_{layer}", widths
+        place, found_there = f"layer_{layer}", widths
         if not widths:
-            there, held = "the top folder", {file.partition("/")[0] for file in _files(root, "")}
+            place, found_there = "the top folder", {file.partition("/")[0] for file in _files(root, "")}
         raise ModelError(
             f"transcoders.source: {root} has no {below}/average_l0_*/params.npz; "
-            f"{there} holds {', '.join(sorted(held)[:32]) or 'none at all'}"
+            f"{place} has {', '.join(sorted(found_there)[:32]) or 'none at all'}"
         )
     return sorted(found)
 
@@ -66,12 +66,12 @@ def select_percentile(found: list[Candidate], percentile: float) -> Candidate:
 
 
 def select_target_l0(found: list[Candidate], target_l0: float) -> Candidate:
-    """The candidate of nearest L0; of two equally near, the sparser."""
+    """The candidate with the nearest L0; of two equally near ones, the sparser."""
     return min(sorted(found), key=lambda candidate: abs(candidate.average_l0 - target_l0))
 
 
 def select(found: list[Candidate], percentile: float | None, target_l0: float | None) -> Candidate:
-    """The candidate at that percentile; where it is None, the one nearest to `target_l0`."""
+    """The candidate at that percentile; if it is None, the one nearest to `target_l0`."""
     if percentile is not None:
         return select_percentile(found, percentile)
     assert target_l0 is not None
@@ -79,12 +79,12 @@ def select(found: list[Candidate], percentile: float | None, target_l0: float | 
 
 
 def selection_label(percentile: float | None) -> str:
-    """How file and group names call a selection: `p0.25`, or `l0` where a target L0 selects."""
+    """The name of a selection in file and group names: `p0.25`, or `l0` for a target L0."""
     return "l0" if percentile is None else f"p{percentile:.2f}"
 
 
 def read(root: str, candidate: Candidate, layer: int, taps: Taps = GEMMA_SCOPE_TAPS) -> Transcoder:
-    """The transcoder of `candidate`, fp32, on the CPU. Raises ModelError where it cannot be had or read."""
+    """The transcoder of `candidate`, fp32, on the CPU. Raises ModelError if it cannot be fetched or read."""
     if Path(root).is_dir():
         return read_npz(Path(root) / candidate.path / "params.npz", layer, taps)
     from huggingface_hub import hf_hub_download
@@ -99,10 +99,10 @@ def read(root: str, candidate: Candidate, layer: int, taps: Taps = GEMMA_SCOPE_T
 
 
 def read_npz(path: Path, layer: int, taps: Taps = GEMMA_SCOPE_TAPS) -> Transcoder:
-    """Reads one params.npz as the transcoder of `layer`; pickled arrays are refused. `taps` are those of a file without
-    a config.json that names its own.
+    """Reads one params.npz as the transcoder of `layer`; pickled arrays are refused. `taps` apply to a file that has no
+    config.json naming its own.
 
-    Raises ModelError where the file is missing, cut short, or lacks a key, or where a shape, a dtype, a value or the
+    Raises ModelError if the file is missing or truncated or lacks a key, or if a shape, a dtype, a value or the
     config.json beside it is wrong.
     """
     arrays = _arrays(path)
@@ -113,12 +113,12 @@ def read_npz(path: Path, layer: int, taps: Taps = GEMMA_SCOPE_TAPS) -> Transcode
             kind = "a matrix" if key.startswith("W") else "a vector"
             raise ModelError(f"{path}: {key} has shape {array.shape}, expected {kind}")
         if not np.isfinite(array).all():
-            raise ModelError(f"{path}: {key} holds values that are not finite")
+            raise ModelError(f"{path}: {key} has values that are not finite")
     config = path.with_name("config.json")
     if config.is_file():
         made_for, taps = read_config(config)
         if made_for != layer:
-            raise ModelError(f"{path}: made for layer {made_for}, found in the folder of layer {layer}")
+            raise ModelError(f"{path}: made for layer {made_for}, but found in the folder of layer {layer}")
     tensors = {key: torch.from_numpy(array.astype(np.float32)) for key, array in arrays.items()}
     try:
         return Transcoder(**tensors, layer=layer, taps=taps)
@@ -127,7 +127,7 @@ def read_npz(path: Path, layer: int, taps: Taps = GEMMA_SCOPE_TAPS) -> Transcode
 
 
 def write(transcoder: Transcoder, folder: Path, facts: dict[str, Any]) -> None:
-    """Writes config.json (layer, taps and `facts`) and then params.npz under `folder`, each by rename."""
+    """Writes config.json (layer, taps and `facts`) and then params.npz to `folder`, each by rename."""
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder / "config.json", transcoder, facts)
     b_dec = transcoder.b_dec if transcoder.b_dec is not None else torch.zeros(transcoder.d_model)
@@ -170,7 +170,7 @@ def _files(root: str, below: str) -> list[str]:
     except EntryNotFoundError:
         return []
     except ModelError:
-        cached = cached_snapshot(root)  # offline, what an earlier run downloaded is what there is
+        cached = cached_snapshot(root)  # offline, use what an earlier run downloaded
         if cached is None:
             raise
         return _files(str(cached), below)

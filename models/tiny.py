@@ -1,7 +1,7 @@
-"""A small random Gemma-2, built on the spot, for tests and demonstrations.
+"""A small random Gemma-2, built on the fly, for tests and demos.
 
-In: an empty folder and a seed. Out: config, weights and a byte-level tokenizer in it. It keeps what makes Gemma-2
-hard to get right: four norms a block with gains far from 1, soft-capping, sliding windows, tied embeddings.
+In: an empty folder and a seed. Out: config, weights and a byte-level tokenizer in it. It has everything that makes
+Gemma-2 hard to get right: four norms per block with gains far from 1, soft-capping, sliding windows, tied embeddings.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ SPECIALS = ["<pad>", "<eos>", "<bos>"]
 
 
 def build_tiny_gemma2(folder: Path, seed: int, n_layers: int = 4, d_model: int = 32) -> None:
-    """Saves the model and tokenizer under `folder`."""
+    """Saves the model and tokenizer to `folder`."""
     import torch
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -40,13 +40,13 @@ def build_tiny_gemma2(folder: Path, seed: int, n_layers: int = 4, d_model: int =
                 if "norm" in name:  # the gain is 1 + weight
                     parameter.copy_(torch.randn_like(parameter) * 0.5)
                 else:
-                    parameter.mul_(5.0)  # the default 0.02 leaves the blocks almost silent
+                    parameter.mul_(5.0)  # with the default 0.02 the blocks do almost nothing
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def byte_tokenizer():
-    """A tokenizer of the 256 bytes and three special tokens, needing no file and no training."""
+    """A tokenizer of the 256 bytes and three special tokens; it needs no file and no training."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast

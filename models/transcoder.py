@@ -1,6 +1,6 @@
-"""JumpReLU transcoders as objects, and the config.json that carries a transcoder's layer and taps.
+"""JumpReLU transcoders as objects, and the config.json with a transcoder's layer and taps.
 
-In: weights. Out: feature activations and reconstructions of an MLP's output. A base transcoder has a decoder bias, a
+In: weights. Out: feature activations and reconstructions of an MLP's output. A base transcoder has a decoder bias; a
 delta transcoder has none, so that a strength can scale it.
 """
 
@@ -26,12 +26,12 @@ class Taps(NamedTuple):
 
 
 GEMMA_SCOPE_TAPS = Taps("ln2.hook_normalized", "hook_mlp_out")
-"""Input after RMS normalisation and before the norm's gain; output as added to the residual stream."""
+"""Input: after RMS normalisation, before the norm's gain. Output: as added to the residual stream."""
 RESID_MID_TAPS = Taps("resid_mid/sqrt(d_model)", "hook_mlp_out")
-"""Input is the un-normalised residual over a constant. It is not what Gemma Scope was trained on; it exists so that
+"""Input: the un-normalised residual divided by a constant. Gemma Scope was not trained on this; it exists so that
 checkpoints made with it can be read, and tables name it."""
 CONVENTIONS = {taps.input: taps for taps in (GEMMA_SCOPE_TAPS, RESID_MID_TAPS)}
-"""Taps by the name that settings and tables give them, that of the input."""
+"""Taps by the name that settings and tables use, which is the name of the input."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Transcoder:
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ModelError(
-                    f"{name} has shape {tuple(tensor.shape)}, expected {shape} beside W_enc {(d_model, d_sae)}"
+                    f"{name} has shape {tuple(tensor.shape)}, expected {shape} to match W_enc {(d_model, d_sae)}"
                 )
 
     @property
@@ -99,27 +99,27 @@ def jump_relu(pre: Tensor, threshold: Tensor) -> Tensor:
 
 
 def check_fits(transcoder: Transcoder, *, d_model: int, n_layers: int, taps: Taps, origin: str) -> None:
-    """Raises ModelError where a transcoder and a model do not belong together; nothing is rescaled silently."""
+    """Raises ModelError if a transcoder and a model do not belong together; nothing is rescaled silently."""
     if transcoder.d_model != d_model:
-        raise ModelError(f"{origin}: made for d_model {transcoder.d_model}, the model has d_model {d_model}")
+        raise ModelError(f"{origin}: made for d_model {transcoder.d_model}, but the model has d_model {d_model}")
     if not 0 <= transcoder.layer < n_layers:
-        raise ModelError(f"{origin}: made for layer {transcoder.layer}, the model has layers 0 to {n_layers - 1}")
+        raise ModelError(f"{origin}: made for layer {transcoder.layer}, but the model has layers 0 to {n_layers - 1}")
     if transcoder.taps != taps:
         raise ModelError(
             f"{origin}: reads {transcoder.taps.input} and replaces {transcoder.taps.output}, "
-            f"the sweep uses {taps.input} and {taps.output}"
+            f"but the sweep uses {taps.input} and {taps.output}"
         )
 
 
 class Config(NamedTuple):
-    """What a transcoder's config.json must hold."""
+    """What a transcoder's config.json must contain."""
 
     layer: int
     taps: Taps
 
 
 def write_config(path: Path, transcoder: Transcoder, facts: dict[str, Any]) -> None:
-    """Writes `facts`, layer and taps as JSON, beside `path` and renamed."""
+    """Writes `facts`, layer and taps as JSON, under a temporary name and then renamed to `path`."""
     config = {**facts, "layer": transcoder.layer, "taps": list(transcoder.taps)}
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     beside.write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
@@ -127,12 +127,12 @@ def write_config(path: Path, transcoder: Transcoder, facts: dict[str, Any]) -> N
 
 
 def read_config(path: Path) -> Config:
-    """Layer and taps of a config.json; raises ModelError where it is not one that `write_config` wrote."""
+    """Layer and taps from a config.json; raises ModelError if `write_config` did not write it."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         layer, (tap_in, tap_out) = config["layer"], config["taps"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not a transcoder's config with layer and taps ({error!r})") from None
+        raise ModelError(f"{path} is not a transcoder's config with layer and taps ({error!r})") from None
     if not isinstance(layer, int) or not isinstance(tap_in, str) or not isinstance(tap_out, str):
         raise ModelError(f"{path}: layer must be a number and taps two names, got {layer!r}, {tap_in!r}, {tap_out!r}")
     return Config(layer, Taps(tap_in, tap_out))

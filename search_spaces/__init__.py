@@ -1,1 +1,1 @@
-"""What a study sweeps: the typed settings (`schema`), how they are read (`load`) and the YAML presets beside them."""
+"""What a study sweeps: the typed settings (`schema`), how to read them (`load`), and the YAML presets beside them."""

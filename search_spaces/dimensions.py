@@ -1,7 +1,7 @@
-"""One searched setting: a fixed value, a list to choose from, or a range.
+"""One setting of a search space: a fixed value, a list to choose from, or a range.
 
-In: what YAML holds under a search space's key. Out: a value, `Choice` or `Range`, checked to hold what the setting may
-be, or a pydantic error that says what that is.
+In: the YAML value of a search space's key. Out: a value, `Choice` or `Range` whose values the setting allows, or a
+pydantic error that says what is allowed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Scalar = bool | int | float | str
 
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
-"""Settings refuse unknown keys and guess no types: 1 is not true, "8" is not 8."""
+"""Settings refuse unknown keys and do not convert types: 1 is not true, "8" is not 8."""
 
 
 class Range(BaseModel):
-    """A searched number between `low` and `high` (inclusive), on a log scale if `log`; whole if both ends are."""
+    """Search a number between `low` and `high` (inclusive), on a log scale if `log`; whole if both ends are whole."""
 
     model_config = STRICT
 
@@ -48,7 +48,7 @@ class Range(BaseModel):
 
 
 class Choice(BaseModel):
-    """A searched value out of a list."""
+    """Search a value from a list."""
 
     model_config = STRICT
 
@@ -74,7 +74,7 @@ Dimension = Annotated[
     Discriminator(_kind),
 ]
 TAGS: dict[str, type[BaseModel] | None] = {"range": Range, "choice": Choice, "value": None}
-"""The forms a dimension can take, by the name that pydantic's error locations give them."""
+"""The forms a dimension can take, by their names in pydantic's error locations."""
 
 
 def whole(at_least: int) -> AfterValidator:
@@ -87,7 +87,7 @@ def whole(at_least: int) -> AfterValidator:
 
 
 def real(*, above: float | None = None, at_least: float = 0.0, below: float = math.inf) -> AfterValidator:
-    """Finite numbers above `above`, or of at least `at_least`, and below `below`."""
+    """Finite numbers above `above` (or of at least `at_least`) and below `below`."""
 
     def fits(value: Any) -> bool:
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -98,7 +98,7 @@ def real(*, above: float | None = None, at_least: float = 0.0, below: float = ma
 
     def checked(dimension: Any) -> Any:
         check(dimension)
-        if isinstance(dimension, Range):  # two whole ends do not make a search of real numbers a whole one
+        if isinstance(dimension, Range):  # with two whole ends, a search over real numbers still covers real numbers
             return Range(low=float(dimension.low), high=float(dimension.high), log=dimension.log)
         return dimension
 
@@ -106,7 +106,7 @@ def real(*, above: float | None = None, at_least: float = 0.0, below: float = ma
 
 
 def text(*names: str) -> AfterValidator:
-    """Texts that are not empty, out of `names` if any are given."""
+    """Text that is not empty; one of `names` if any are given."""
 
     def fits(value: Any) -> bool:
         return value in names if names else isinstance(value, str) and value.strip() != ""
@@ -125,7 +125,7 @@ def _checked(fits: Callable[[Any], bool], allowed: str) -> Callable[[Any], Any]:
             if not fits(value):
                 raise ValueError(f"must be {allowed}" + (f", and {value!r} is not" if len(values) > 1 else ""))
         if len(set(map(repr, values))) != len(values):
-            raise ValueError(f"a value is named twice in {values}")
+            raise ValueError(f"a value appears twice in {values}")
         return dimension
 
     return check

@@ -1,7 +1,7 @@
 """Reads a sweep's settings: a YAML file, then `key.sub=value` overrides.
 
-In: a path and override strings. Out: a `Sweep`, or a `SettingsError` of one sentence naming the key, what was given
-and what is allowed.
+In: a path and override strings. Out: a `Sweep`, or a `SettingsError`: one sentence with the key, what was given and
+what is allowed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PRESETS = Path(__file__).parent
 
 
 class SettingsError(ValueError):
-    """A request that the settings do not allow."""
+    """The settings are invalid; the message is one sentence."""
 
 
 def load(config: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Sweep:
@@ -41,7 +41,7 @@ def presets() -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as a reader of numbers expects it: 1e-3 is a number, and a key given twice is an error."""
+    """YAML with fewer surprises: 1e-3 is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -65,14 +65,14 @@ def _read(config: str | Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except FileNotFoundError:
         raise SettingsError(
-            f"no settings file {config}; give a YAML file or one of the presets: {', '.join(presets())}"
+            f"there is no settings file {config}; give a YAML file or one of the presets: {', '.join(presets())}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from None
     except (yaml.YAMLError, TypeError) as error:
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise SettingsError(f"{path} must hold settings as `key: value` lines, found {type(values).__name__}")
+        raise SettingsError(f"{path} must have settings as `key: value` lines, found {type(values).__name__}")
     return values
 
 
@@ -89,16 +89,16 @@ def _apply(values: dict[str, Any], override: str) -> None:
     for part in parents:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
-            raise SettingsError(f"{key}: {part} holds the value {child!r} and has no keys inside")
+            raise SettingsError(f"{key}: {part} is the value {child!r} and has no keys inside")
         node = child
     node[last] = value
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first problem of a validation error as one sentence."""
+    """The first problem in a validation error, as one sentence."""
     problems = error.errors(include_url=False)
     first = _place(problems[0])
-    # A setting that may be of several kinds has one problem for each kind, all at its own key or inside it.
+    # A setting that can be of several kinds has one problem per kind, all at its own key or inside it.
     same = [one for one in problems if _place(one)[: len(first)] == first]
     place = max(map(_place, same), key=len)
     problem, *others = [one for one in same if _place(one) == place]
@@ -109,7 +109,7 @@ def _sentence(error: ValidationError) -> str:
         hint = f" (did you mean {near[0]}?)" if near else ""
         return f"{key}: unknown key{hint}; allowed here: {', '.join(allowed)}"
     if problem["type"] == "missing":
-        return f"{key}: missing; it must be given"
+        return f"{key} is missing; it must be given"
     if problem["type"] == "value_error":
         message = problem["msg"].removeprefix("Value error, ")
         return message if not place else f"{key}: got {_shown(problem['input'])}, {message}"
@@ -120,7 +120,7 @@ def _sentence(error: ValidationError) -> str:
 def _place(problem: Any) -> list[int | str]:
     """The keys and list indices of a problem's location, without pydantic's names for the kinds of a union."""
     location = list(problem["loc"])
-    own = location.pop() if problem["type"] == "extra_forbidden" else None  # the user's, whatever it is called
+    own = location.pop() if problem["type"] == "extra_forbidden" else None  # the user's own key, whatever its name
     kept = [part for part in location if isinstance(part, int) or not _KIND.match(part)]
     return kept if own is None else [*kept, own]
 
@@ -129,7 +129,7 @@ _KIND = re.compile(r"(range|choice|value|bool|int|float|str|constrained-\w+)$|(l
 
 
 def _allowed(problem: Any) -> str:
-    """What a setting must be, in words; pydantic's own where there are no better ones."""
+    """What a setting must be, in words; pydantic's own words if there are no better ones."""
     limits = problem.get("ctx", {})
     return _WORDS.get(problem["type"], problem["msg"].removeprefix("Input should be ")).format(**limits)
 

@@ -1,7 +1,7 @@
 """The settings of a sweep, typed.
 
 In: plain values read from YAML and the command line. Out: a frozen `Sweep`, or a pydantic error that names the key.
-Every default here is the default of the tool; the presets beside this file only say where they differ.
+The defaults here are the tool's defaults; the presets beside this file only list what differs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Data(Section):
     text_train_lines: Count = 16200
     text_validation_lines: Count = 1800
     rows_file: str | None = None
-    """A user's own JSONL rows {input, target, label}, in place of the generated ones."""
+    """A user's own JSONL rows {input, target, label}, instead of the generated ones."""
     text_train_file: str | None = None
     text_validation_file: str | None = None
     copy_source: Literal["shipped", "c4"] = "shipped"
@@ -39,12 +39,12 @@ class Data(Section):
     operand_min: Annotated[int, Field(ge=0)] = 1
     operand_max: Count = 999
     ood_operand_min: Annotated[int, Field(ge=0)] = 1000
-    """Operands of the out-of-distribution requests that leave the trained range."""
+    """Operands of the out-of-distribution requests that go beyond the training range."""
     ood_operand_max: Count = 99999
     decimals: bool = False
     negatives: bool = False
     parentheses: bool = False
-    """Longer expressions."""
+    """Also longer expressions, with parentheses."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Data:
@@ -87,6 +87,7 @@ class Evaluate(Section):
         ],
         Distinct,
     ] = []
+<<<<<<< HEAD
     """Further conditions, each of which rules out one other explanation; every one costs about as much as an alpha.
     `scaled_weights` belongs to change deltas, the last three to residual ones."""
     alphas: Annotated[list[Finite], Distinct] = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -98,11 +99,26 @@ class Evaluate(Section):
     no feature is looked at."""
     curve: bool = True
     """With change deltas: also keep only the k most effective features of all layers, k = 1, 2, 4 and so on."""
+=======
+    """Extra conditions, each of which rules out one alternative explanation; each costs about as much as an alpha."""
+    alphas: Annotated[list[Finite], Distinct] = [0.0, 0.25, 0.5, 0.75, 1.0]
+    alpha_layers: Layers = "all"
+    """Layers measured at every alpha; `all` is every swept layer."""
+    joint: bool = True
+    """Also splice all swept layers at once."""
+    features: Annotated[int, Field(ge=0)] = 4
+    """How many features of each layer's delta to ablate, one at a time, starting with the largest estimated effect; 0
+    skips the evaluation of features."""
+>>>>>>> hb-english
     replicas: Count = 1
-    """Seeds of each kept trial whose behaviour is measured, the best first; intervals then cover seeds as well as
-    prompts."""
+    """How many seeds of each kept trial have their behaviour measured, best first; with more than one, intervals cover
+    seeds as well as prompts."""
     percentile: Fraction | None = None
+<<<<<<< HEAD
     """Base used for behaviour; null takes the (percentile, d_new) of the lowest mean validation error."""
+=======
+    """Base used for behaviour; null picks the (percentile, d_new) with the lowest mean validation FVU."""
+>>>>>>> hb-english
     d_new: Count | None = None
     max_new_tokens: Count = 64
     batch_size: Count = 32
@@ -111,30 +127,30 @@ class Evaluate(Section):
     @classmethod
     def _conditions(cls, conditions: list[str]) -> list[str]:
         if "raw" not in conditions:
-            raise ValueError("must hold raw: every other condition is compared with it")
+            raise ValueError("must include raw: every other condition is compared with it")
         return conditions
 
 
 class Compute(Section):
     cpus_per_trial: Count = 1
     gpus_per_trial: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
-    """A fraction shares a GPU between trials; null is one GPU where there are GPUs, else none."""
+    """A fraction shares a GPU between trials; null means one GPU if there are GPUs, else none."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """Of training and capture; `auto` is bf16 where the device has fast bf16 arithmetic, else fp32."""
+    """Precision of training and capture; `auto` is bf16 if the device has fast bf16 arithmetic, else fp32."""
     max_concurrent: Count | None = None
-    """Trials or evaluation workers at once; null fills the machine."""
+    """Most trials or evaluation workers at once; null fills the machine."""
     max_retries: Annotated[int, Field(ge=0)] = 1
-    """Further tries of a trial whose worker died."""
+    """How often to retry a trial whose worker died."""
     checkpoint_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 30.0
-    """A running trial keeps a checkpoint at most this often; a killed one goes on from there."""
+    """A running trial saves a checkpoint at most this often; a killed one continues from there."""
 
 
 class Storage(Section):
     root: str = "mlruns"
-    """Folder of everything a sweep leaves behind; on a cluster it must be the same folder on every node."""
+    """Folder for everything a sweep writes; on a cluster it must be the same folder on every node."""
     mirror: str | None = None
-    """Where results are also kept: an fsspec URL (s3://bucket/runs). Sent as they land; a machine that has none of them
-    fetches them and goes on. On a cluster the root must be shared all the same."""
+    """Where to keep a second copy of the results: an fsspec URL (s3://bucket/runs). They are sent as they are written;
+    a machine that has none of them fetches them and continues. On a cluster the root must still be shared."""
     tracking_uri: str | None = None
     """MLflow tracking server; null is sqlite:///ROOT/mlflow.db."""
     optuna_url: str | None = None
@@ -159,6 +175,7 @@ class Sweep(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Sweep:
         bases, evaluate = self.transcoders, self.evaluate
+<<<<<<< HEAD
         targets = self.deltas.targets
         if "residual" in targets and not self.deltas.selections:
             raise ValueError("deltas.percentiles: got [], must hold one at least where deltas.target_l0 is not set")
@@ -170,10 +187,14 @@ class Sweep(Section):
         for control, target in CONTROLS_OF_ONE_TARGET.items():
             if control in evaluate.controls and target not in targets:
                 raise ValueError(f"evaluate.controls: {control} needs {target} among deltas.targets, got {targets}")
+=======
+        if not self.deltas.selections:
+            raise ValueError("deltas.percentiles: got [], must have at least one unless deltas.target_l0 is set")
+>>>>>>> hb-english
         if self.deltas.objectives != "val_loss" and self.deltas.threshold == "calibrated":
             raise ValueError(
                 "deltas.threshold: got calibrated, must be learned with two objectives: "
-                "calibrated deltas all spend the same L0"
+                "calibrated deltas all have the same L0"
             )
         if evaluate.replicas > self.deltas.replicas:
             few = f"at most deltas.replicas {self.deltas.replicas}"

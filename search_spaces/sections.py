@@ -1,6 +1,6 @@
-"""What sections of settings are made of: strict models, and the types that several of them use.
+"""Building blocks of the settings' sections: a strict base model, and types that several sections use.
 
-In: plain values. Out: checked ones, or a pydantic error that says what is allowed.
+In: plain values. Out: checked values, or a pydantic error that says what is allowed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 def _distinct(values: Any) -> Any:
     if isinstance(values, list) and len(set(values)) != len(values):
-        raise ValueError(f"one is named twice in {values}")
+        raise ValueError(f"an entry appears twice in {values}")
     return values
 
 
 Distinct = AfterValidator(_distinct)
-"""No entry of a list twice: two groups or cells of one name would overwrite each other."""
+"""No entry may appear twice: two groups or cells with the same name would overwrite each other."""
 Layers = Annotated[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | Literal["all"], Distinct]
 
 
@@ -43,7 +43,7 @@ NAMED_SETS = ("all", "thirds", "each")
 """All layers of a target at once, its lower, middle and upper third, and each layer alone."""
 
 Sampler = Literal["tpe", "gp", "random", "grid"]
-"""How a study proposes: `grid` tries every combination of choices, so it needs choices alone."""
+"""How a study proposes values; `grid` tries every combination of choices, so it allows only choices."""
 
 
 class Section(BaseModel):

@@ -1,4 +1,4 @@
-"""The settings of what is trained: the LoRA study, activation capture, base transcoders, deltas.
+"""Settings for everything that is trained: the LoRA study, activation capture, base transcoders, deltas.
 
 In: plain values of these sections. Out: frozen sections, or a pydantic error that names the key.
 """
@@ -23,7 +23,7 @@ class LoraSpace(Section):
     weight_decay: Annotated[Dimension, real()] = 0.0
     batch_size: Annotated[Dimension, whole(1)] = 8
     targets: Annotated[Dimension, text()] = "all-linear"
-    """PEFT target modules: `all-linear`, or names joined by commas."""
+    """PEFT target modules: `all-linear`, or names separated by commas."""
     schedule: Annotated[Dimension, text("linear", "cosine", "constant", "constant_with_warmup")] = "linear"
 
 
@@ -31,27 +31,27 @@ class Lora(Section):
     trials: Count = 16
     steps: Count = 400
     epochs: Count | None = None
-    """Passes over the training rows, in place of `steps`."""
+    """Passes over the training rows, instead of `steps`."""
     eval_every: Count = 50
     """Optimiser steps between validations; ASHA may stop a trial at each."""
     patience: Count | None = None
-    """Validations without a better loss after which a trial ends itself; null never does."""
+    """Validations without a better loss after which a trial ends; null means never."""
     accumulate: Count = 1
-    """Pieces in which a batch is computed: less memory, the same steps."""
+    """Number of pieces a batch is computed in: less memory, same steps."""
     gradient_checkpointing: bool = False
-    """Less memory and more time, the same steps."""
+    """Less memory, more time, same steps."""
     warmup_fraction: Fraction = 0.05
     grad_clip: Positive = 1.0
     loss_on: Literal["target", "everything"] = "target"
     workers_per_trial: Count = 1
-    """Processes that share each batch of a trial; each takes the CPUs and GPUs that a trial takes otherwise."""
+    """Processes that share each batch of a trial; each takes the CPUs and GPUs that a whole trial would otherwise."""
     asha: bool = True
     grace_evals: Count = 1
     """Validations every trial gets before ASHA may stop it."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     sampler: Sampler = "tpe"
     warm_start: str | None = None
-    """An earlier sweep in the same Optuna storage, the best values of whose study are tried first."""
+    """An earlier sweep in the same Optuna storage; the best values of its study are tried first."""
     space: LoraSpace = LoraSpace()
 
 
@@ -61,21 +61,21 @@ class Activations(Section):
     batch_tokens: Count = 4096
     """Padded tokens in one forward pass of the capture."""
     max_length: Annotated[int, Field(ge=2)] = 256
-    """Tokens after which a captured text is cut."""
+    """Captured texts are cut after this many tokens."""
 
 
 class Transcoders(Section):
     source: str = "train"
     """`train`, a local folder, or a hub repository in Gemma Scope's layout."""
     convention: Literal["ln2.hook_normalized", "resid_mid/sqrt(d_model)"] = "ln2.hook_normalized"
-    """What the transcoders read: the residual stream in the middle of the block over its rms, as Gemma Scope's do, or
-    over a constant, to read checkpoints that were made so. A file that names its own taps must agree."""
+    """What the transcoders read: the residual stream in the middle of the block divided by its rms, as Gemma Scope's
+    do, or by a constant, for checkpoints trained that way. A file that names its own taps must agree."""
     layers: Layers = "all"
     """Layers that get base transcoders, and residual deltas on them."""
     width: str | Count = 16384
     """Features of a trained base transcoder, or the width label of a published one (such as 16k)."""
     target_l0: Annotated[list[Positive], Field(min_length=1), Distinct] = [16.0, 32.0, 64.0]
-    """Mean active features a token of the trained bases; one base for each."""
+    """Mean active features per token of the trained bases; one base for each value."""
     epochs: Count = 4
     batch_size: Count = 2048
     lr: Positive = 1e-3
@@ -93,10 +93,10 @@ class Deltas(Section):
     layers: Layers = "all"
     """Layers of the change deltas; residual deltas have those of the base transcoders."""
     percentiles: Annotated[list[Fraction], Distinct] = [0.25, 0.5, 0.75]
-    """Which base of a layer: index min(n - 1, int(n * p)) among its n candidates by ascending L0."""
+    """Which base of each layer to use: index min(n - 1, int(n * p)) among its n candidates by ascending L0."""
     target_l0: Positive | None = None
-    """Also the base whose L0 is nearest to this one: unlike a percentile it means the same sparsity on every layer. Its
-    rows have no percentile."""
+    """Also use the base with the nearest L0: unlike a percentile, this means the same sparsity on every layer. Its rows
+    have no percentile."""
     d_new: Annotated[list[Count], Field(min_length=1), Distinct] = [32, 64, 128]
     trials: Count = 8
     """Trials of each group: layer, target, d_new, and base where there is one."""
@@ -105,31 +105,38 @@ class Deltas(Section):
     epochs: Count = 4
     batch_size: Count = 2048
     l0_budget: Positive = 16.0
-    """Active delta features a token above which `val_loss` is penalised."""
+    """Active delta features per token above which `val_loss` is penalised."""
     threshold: Literal["learned", "calibrated"] = "calibrated"
-    """Moved at every step so that nearly all of the L0 budget is spent, which makes deltas comparable at equal L0, or
-    learned by a straight-through gradient, where `sparsity` decides how much of it is."""
+    """Calibrated thresholds are adjusted at every step to use nearly all of the L0 budget, which makes deltas
+    comparable at equal L0; learned ones follow a straight-through gradient, and `sparsity` decides how much of it they
+    use."""
     sparsity_warmup_fraction: Fraction = 0.2
     lr_warmup_fraction: Fraction = 0.05
     weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
     grad_clip: Positive = 1.0
     patience: Count = 4
-    """Validations without improvement after which a trial stops itself."""
+    """Validations without improvement after which a trial ends."""
     asha: bool = True
     grace_evals: Count = 2
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     sampler: Sampler = "tpe"
+<<<<<<< HEAD
     objectives: Literal["val_loss", "val_error, val_l0_delta"] = "val_loss"
     """What a study minimises; `val_error` is `val_unexplained` of change deltas, `val_fvu` of residual ones. With two
     objectives no trial is stopped early, the report marks the Pareto front, and the delta that is kept is still the one
     of lowest val_loss."""
+=======
+    objectives: Literal["val_loss", "val_fvu, val_l0_delta"] = "val_loss"
+    """What a study minimises. With two objectives no trial is stopped early, the report marks the Pareto front, and the
+    delta that is kept is still the one with the lowest val_loss."""
+>>>>>>> hb-english
     warm_start: str | None = None
-    """An earlier sweep in the same Optuna storage, the best values of whose studies are tried first."""
+    """An earlier sweep in the same Optuna storage; the best values of its studies are tried first."""
     space: DeltaSpace = DeltaSpace()
 
     @property
     def selections(self) -> list[float | None]:
-        """The percentiles, and None where a base is chosen by its target L0."""
+        """The percentiles, plus None if a base is also chosen by target L0."""
         return [*self.percentiles, *([None] if self.target_l0 is not None else [])]
 
     @field_validator("percentiles")

@@ -1,1 +1,1 @@
-"""LoRA, capture of activations, base and delta transcoders: functions of data and settings that report by callback."""
+"""LoRA, activation capture, base and delta transcoders: functions of data and settings that report by callback."""

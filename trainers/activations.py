@@ -1,7 +1,7 @@
 """Activation shards on disk: what a transcoder reads (`x`) and what the MLP wrote (`y`), token by token.
 
-In: (tokens, d_model) tensors. Out: bf16 safetensors shards with an `index.json`, memory-mapped back. A shard is written
-beside its name and renamed; the index is written last.
+In: (tokens, d_model) tensors. Out: bf16 safetensors shards with an `index.json`, read back memory-mapped. A shard is
+written under a temporary name and renamed; the index is written last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INDEX = "index.json"
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Saves `tensors`, each (tokens, ...), as one safetensors file, beside its name and renamed."""
+    """Saves `tensors`, each (tokens, ...), as one safetensors file, under a temporary name and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
@@ -45,7 +45,7 @@ def write_index(folder: Path, shards: list[dict[str, Any]], facts: dict[str, Any
 
 @dataclass(frozen=True)
 class Pairs:
-    """Tensors of equal length whose rows belong together, such as (x, y) or (x, residual); maybe memory-mapped."""
+    """Tensors of equal length whose rows belong together, such as (x, y) or (x, residual); possibly memory-mapped."""
 
     shards: list[tuple[Tensor, ...]]
 
@@ -54,13 +54,13 @@ class Pairs:
         return sum(len(shard[0]) for shard in self.shards)
 
     def whole(self) -> tuple[Tensor, ...]:
-        """Everything as one tensor a column; copies unless there is one shard."""
+        """Everything, as one tensor per column; copies unless there is only one shard."""
         if len(self.shards) == 1:
             return self.shards[0]
         return tuple(torch.cat(columns) for columns in zip(*self.shards, strict=True))
 
     def batch_count(self, size: int) -> int:
-        """How many batches of `size` rows `batches` gives."""
+        """How many batches of `size` rows `batches` yields."""
         return max(1, self.tokens // size)
 
     def batches(
@@ -68,12 +68,12 @@ class Pairs:
     ) -> Iterator[tuple[Tensor, ...]]:
         """One epoch of shuffled batches of `size` rows on `device`: `batch_count` of them, no row twice.
 
-        Shards are shuffled and `window` of them are mixed at a time, which bounds memory. Rows that fill no batch go on
-        to the next window; those of the last are left out, unless there are fewer than `size` in all. The first `skip`
-        batches are not made; the others, and `generator`, are as if they had been.
+        Shards are shuffled and `window` of them are mixed at a time, which bounds memory. Rows that do not fill a batch
+        carry over to the next window; those of the last window are dropped, unless there are fewer than `size` in all.
+        The first `skip` batches are skipped without being built; the rest, and `generator`, are as if they had been.
 
-        A batch is valid until the next one is asked for: its memory is used again. (On a CPU, touching that much fresh
-        memory takes longer than gathering the rows.)
+        A batch is only valid until the next one is requested, which reuses its memory. (On a CPU, touching that much
+        fresh memory takes longer than gathering the rows.)
         """
         held = tuple(one.new_empty(size, *one.shape[1:], device=device) for one in self.shards[0])
         order = torch.randperm(len(self.shards), generator=generator).tolist()
@@ -103,7 +103,7 @@ class Pairs:
 
 
 def read_pairs(folder: Path, names: tuple[str, ...] = ("x", "y")) -> Pairs:
-    """The shards of a finished folder, memory-mapped: pages are read when touched and shared between processes."""
+    """The shards of a finished folder, memory-mapped: pages are read on first access and shared between processes."""
     shards = []
     for shard in read_index(folder)["shards"]:
         with safe_open(folder / shard["file"], framework="pt") as file:

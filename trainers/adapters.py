@@ -1,7 +1,7 @@
-"""Adapters as PEFT has them, put on a model and folded into it, and the forward pass in which they train.
+"""PEFT adapters: adding one to a model, folding it in, and the forward pass that trains it.
 
-In: a transformers model. Out: a PeftModel, or a plain model again; `forward_of` picks the fastest pass that computes
-what the PeftModel computes.
+In: a transformers model. Out: a PeftModel, or a plain model again; `forward_of` picks the fastest forward pass that
+computes the same as the PeftModel.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Forward = Callable[[Packed], Tensor]
-"""Logits (asked, vocabulary) of a packed batch, in the model's dtype."""
+"""Logits (asked, vocabulary) of a packed batch, in the model's dtype; see `Packed.asked`."""
 
 
 def add_adapter(
     model: PreTrainedModel, targets: str = "all-linear", r: int = 16, alpha: float = 32.0, dropout: float = 0.0
 ) -> PeftModel:
-    """`model` with a fresh LoRA adapter on `targets`: `all-linear`, or names of modules joined by commas.
+    """`model` with a new LoRA adapter on `targets`: `all-linear`, or names of modules separated by commas.
 
-    Raises TrainingError where they match nothing that LoRA adapts, or are embeddings that the model ties.
+    Raises TrainingError if they match nothing that LoRA can adapt, or are embeddings that the model ties.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -40,7 +40,7 @@ def add_adapter(
     if tied and model.config.tie_word_embeddings:
         raise TrainingError(
             f"lora.space.targets {targets!r} names {', '.join(sorted(tied))}: the model ties its embeddings, "
-            "and merging such an adapter would change both ends; name linear layers of the blocks"
+            "so merging this adapter would change both of them; name linear layers of the blocks instead"
         )
     config = LoraConfig(
         r=r,
@@ -60,10 +60,10 @@ def add_adapter(
 
 
 def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """`model` with the weights of the adapter saved in `adapter` folded in, a plain transformers model again.
+    """`model` with the adapter saved in `adapter` folded into its weights; a plain transformers model again.
 
-    Load `model` in fp32: a small change is lost in the rounding of a bf16 weight. Raises TrainingError where the folder
-    holds no adapter of this model.
+    Load `model` in fp32: rounding a weight to bf16 loses small changes. Raises TrainingError if the folder has no
+    adapter for this model.
     """
     from peft import PeftModel
     from safetensors import SafetensorError
@@ -71,14 +71,14 @@ def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise TrainingError(f"{adapter}: no adapter of this model ({' '.join(str(error).split())[:200]})") from None
+        raise TrainingError(f"{adapter} has no adapter for this model ({' '.join(str(error).split())[:200]})") from None
     return adapted.merge_and_unload()  # type: ignore[operator]
 
 
 def forward_of(adapted: Any, longest: int, checkpointing: bool = False) -> Forward:
-    """The pass to train `adapted` by, on rows of up to `longest` tokens.
+    """The forward pass for training `adapted` on rows of up to `longest` tokens.
 
-    `checkpointing` keeps each block's input alone and computes the rest again in the backward pass.
+    With `checkpointing`, only each block's input is kept and the rest is recomputed in the backward pass.
     """
     if can_fuse(adapted, longest):
         return FusedForward(adapted, checkpointing)
@@ -88,7 +88,7 @@ def forward_of(adapted: Any, longest: int, checkpointing: bool = False) -> Forwa
 
 
 class PlainForward:
-    """Any causal LM by its own forward pass, on rows padded to the longest."""
+    """Runs any causal LM's own forward pass on rows padded to the longest."""
 
     def __init__(self, adapted: Any) -> None:
         self.adapted = adapted
@@ -96,7 +96,7 @@ class PlainForward:
     def __call__(self, batch: Packed) -> Tensor:
         count, longest = batch.rows.shape
         row, place = batch.places // longest, batch.places % longest
-        # On the left, so that the targets of short and long rows stand in the same few columns.
+        # Padded on the left, so that the targets of short and long rows share the same few columns.
         column = place + longest - torch.bincount(row)[row]
         ids, mask, positions = torch.zeros(3, count, longest, dtype=torch.long, device=batch.ids.device)
         ids[row, column], mask[row, column], positions[row, column] = batch.ids, 1, batch.positions
@@ -105,7 +105,7 @@ class PlainForward:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            # Indices, not a count: a count slices, and a sliced input makes the projection copy its weight a row.
+            # Indices, not a count: a count slices, and with a sliced input the projection copies its weight per row.
             logits_to_keep=columns,
             use_cache=False,
         )

@@ -2,7 +2,7 @@
 
 In: (x, y) pairs of one layer of the un-finetuned model. Out: one JumpReLU transcoder for each target L0, all trained in
 one pass over the pairs. Training keeps the k largest activations of a whole batch (BatchTopK, arXiv 2412.06410); at the
-end one threshold is set so that the mean L0 on training tokens is the target.
+end one threshold is set so that the mean L0 on training tokens equals the target.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainers.precision import number_format
 from trainers.stacked_bases import StackedBases
 
 REPORT_EVERY = 20
-"""Steps between reports and checks of the loss: each waits for the device."""
+"""Steps between reports and loss checks; each of them waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class BaseSettings:
     """Hyperparameters of the transcoders of one layer."""
 
     target_l0: Sequence[float]
-    """Mean active features a token; one transcoder for each."""
+    """Mean active features per token; one transcoder for each."""
     width: int = 16384
     epochs: int = 4
     batch_size: int = 2048
     lr: float = 1e-3
     lr_decay_fraction: float = 0.3
-    """Share of the steps, at the end, over which the learning rate falls to zero."""
+    """Fraction of the steps, at the end, over which the learning rate falls to zero."""
     grad_clip: float = 1.0
     """Largest gradient norm of each transcoder."""
     seed: int = 0
@@ -45,7 +45,7 @@ class BaseSettings:
 
 
 class Scale(NamedTuple):
-    """What standardises a layer's output: per-dimension mean, and one overall standard deviation."""
+    """Standardises a layer's output: per-dimension mean, and one overall standard deviation."""
 
     mean: Tensor
     deviation: float
@@ -69,9 +69,9 @@ def train_bases(
     """Trains a transcoder for each of `settings.target_l0`, all on the same batches; deterministic for a seed.
 
     `train` and `validation` hold x and y, each (tokens, d_model). `report(step, steps, figures)` is called every
-    REPORT_EVERY steps. Facts of each transcoder: `target_l0, val_l0, val_fvu, dead_fraction, revived, tokens`; features
-    that fired on no token of an epoch are revived once an epoch, those still silent on validation tokens are dead.
-    Raises DivergedError where the loss is not finite.
+    REPORT_EVERY steps. Each transcoder's facts: `target_l0, val_l0, val_fvu, dead_fraction, revived, tokens`. Features
+    that fired on no token of an epoch are revived at its end; those that never fire on validation tokens are dead.
+    Raises DivergedError if the loss is not finite.
     """
     generator, target_l0 = torch.Generator().manual_seed(settings.seed), settings.target_l0
     scale = output_scale(train)
@@ -128,7 +128,8 @@ def output_scale(pairs: Pairs) -> Scale:
 
 @torch.no_grad()
 def reconstruction_figures(transcoder: Transcoder, pairs: Pairs, batch_size: int = 4096) -> dict[str, float]:
-    """`val_fvu` (share of the variance of y left), `val_l0` and `dead_fraction` of a transcoder on held-out pairs."""
+    """`val_fvu` (fraction of the variance of y unexplained), `val_l0` and `dead_fraction` of a transcoder on held-out
+    pairs."""
     device = transcoder.W_enc.device
     mean = output_scale(pairs).mean.to(device)
     error, variance, active, tokens = 0.0, 0.0, 0.0, 0
@@ -151,10 +152,10 @@ def reconstruction_figures(transcoder: Transcoder, pairs: Pairs, batch_size: int
 def calibrated_cut(
     W_enc: Tensor, b_enc: Tensor, pairs: Pairs, target: float, tokens: int = 16384, batch_size: int = 1024
 ) -> float:
-    """The threshold at which the mean L0 over about `tokens` evenly spread training tokens is `target`, at least 0."""
+    """The threshold (at least 0) at which the mean L0 over about `tokens` evenly spread training tokens is `target`."""
     every = max(1, pairs.tokens // tokens)
     x = torch.cat([shard[0][::every] for shard in pairs.shards])
-    # The `wanted` largest pre-activations are to pass; the next one is the cut. Kept so far: the largest seen.
+    # The `wanted` largest pre-activations should pass, so the next one is the cut; `largest` holds those seen so far.
     wanted = min(round(target * len(x)), len(x) * W_enc.shape[1] - 1)
     largest = torch.empty(0, device=W_enc.device)
     for part in x.split(batch_size):

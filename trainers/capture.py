@@ -1,8 +1,13 @@
 """Activation capture: one pass of a model over texts, every swept layer at once, streamed to disk.
 
+<<<<<<< HEAD
 In: a TransformerBridge, token sequences, and which columns are wanted of which layer. Out:
 `FOLDER/layer_LL/shard_*.safetensors` with `x`, `y` or `change` of every token but BOS and padding. Memory holds one
 shard; an interrupted capture goes on from its last shard.
+=======
+In: a TransformerBridge and token sequences. Out: `FOLDER/layer_LL/shard_*.safetensors` with `x` and `y` of every token
+except BOS and padding. Memory holds one shard; an interrupted capture continues after its last shard.
+>>>>>>> hb-english
 """
 
 from __future__ import annotations
@@ -28,11 +33,11 @@ Sequences = Sequence[Sequence[int]]
 
 
 class _LastTap(Exception):
-    """Ends a forward pass: nothing above the last swept layer is needed."""
+    """Ends a forward pass early: nothing above the last swept layer is needed."""
 
 
 def layer_folder(folder: Path, layer: int) -> Path:
-    """Where a capture under `folder` keeps a layer."""
+    """Where a capture in `folder` stores a layer."""
     return folder / f"layer_{layer:02d}"
 
 
@@ -48,9 +53,9 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tokens a capture reads, in which order: shards of batches of sequence indices.
+    """Which tokens a capture reads, and in which order: shards of batches of sequence indices.
 
-    Batches hold similar lengths; their order is shuffled, so that every shard is a sample of all lengths.
+    Each batch has sequences of similar length; batches are shuffled, so that every shard is a sample of all lengths.
     """
 
     sequences: Sequences
@@ -58,10 +63,10 @@ class Plan:
 
     @classmethod
     def make(cls, sequences: Sequences, batch_tokens: int = 4096, shard_tokens: int = 65536, seed: int = 0) -> Plan:
-        """A plan for `sequences` of token ids that start with BOS; the same one for the same arguments.
+        """A plan for `sequences` of token ids that start with BOS; the same arguments give the same plan.
 
-        A batch holds at most `batch_tokens` padded tokens (or one sequence), a shard at least `shard_tokens`, the last
-        one fewer. Raises ValueError where no sequence has a token after BOS.
+        A batch has at most `batch_tokens` padded tokens (or one sequence), a shard at least `shard_tokens`, except that
+        the last may have fewer. Raises ValueError if no sequence has a token after BOS.
         """
         if not any(len(row) > 1 for row in sequences):
             raise ValueError(f"nothing to capture: none of {len(sequences)} sequences has a token after BOS")
@@ -78,7 +83,7 @@ class Plan:
         return cls(sequences, shards)
 
     def tokens(self, shard: int) -> int:
-        """Captured tokens of a shard: all but BOS."""
+        """Number of tokens captured in a shard: all but BOS."""
         return sum(len(self.sequences[i]) - 1 for batch in self.shards[shard] for i in batch)
 
 
@@ -91,7 +96,7 @@ def capture(
     taps: Taps = GEMMA_SCOPE_TAPS,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Captures every shard that is missing, then writes the indices; `report(shards done, shards in all)`."""
+    """Captures every missing shard, then writes the indices; calls `report(shards done, shards in all)`."""
     for number in range(len(plan.shards)):
         capture_shard(bridge, plan, number, layers, folder, taps)
         report(number + 1, len(plan.shards))
@@ -106,7 +111,7 @@ def capture_shard(
     folder: Path,
     taps: Taps = GEMMA_SCOPE_TAPS,
 ) -> None:
-    """Writes one shard of the bf16 activations of `layers`, unless all of it is there."""
+    """Writes one shard of the bf16 activations of `layers`, unless all of it exists already."""
     if all((layer_folder(folder, layer) / _shard_name(number)).is_file() for layer in layers):
         return
     held: dict[int, list[dict[str, Tensor]]] = {layer: [] for layer in layers}
@@ -123,15 +128,13 @@ def capture_shard(
 def finish_capture(plan: Plan, layers: Mapping[int, object], folder: Path, taps: Taps = GEMMA_SCOPE_TAPS) -> None:
     """Marks the layers' folders as complete.
 
-    Raises ValueError where a shard is not of this plan, as a folder that an earlier, different capture used has them.
+    Raises ValueError if a shard does not belong to this plan, as when the folder was used by a different capture.
     """
     for layer in layers:
         for number in range(len(plan.shards)):
             path = layer_folder(folder, layer) / _shard_name(number)
             if (held := shard_tokens(path)) != plan.tokens(number):
-                raise ValueError(
-                    f"{path} holds {held} tokens where the plan has {plan.tokens(number)}; delete {folder}"
-                )
+                raise ValueError(f"{path} has {held} tokens, but the plan has {plan.tokens(number)}; delete {folder}")
     shards = [{"file": _shard_name(n), "tokens": plan.tokens(n)} for n in range(len(plan.shards))]
     for layer in layers:
         write_index(layer_folder(folder, layer), shards, {"layer": layer, "taps": list(taps)})
@@ -143,12 +146,18 @@ def _shard_name(number: int) -> str:
 
 @torch.inference_mode()
 def capture_batch(
+<<<<<<< HEAD
     bridge: TransformerBridge, rows: Sequences, layers: Mapping[int, Columns], taps: Taps = GEMMA_SCOPE_TAPS
 ) -> dict[int, dict[str, Tensor]]:
     """For each layer its columns, (tokens, d_model) bf16 on the CPU, row by row, without BOS and padding.
 
     Beside `change` also `sum` and `sum_of_squares`, (d_model,) fp64, of y, from which follows its variance.
     """
+=======
+    bridge: TransformerBridge, rows: Sequences, layers: Sequence[int], taps: Taps = GEMMA_SCOPE_TAPS
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """`x` and `y` of each layer, (tokens, d_model) bf16 on the CPU, row by row, without BOS and padding."""
+>>>>>>> hb-english
     model: Any = bridge.original_model
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     kept = batch.editable

@@ -1,7 +1,7 @@
-"""Checkpoints inside a run: one safetensors file that holds tensors and, in its header, the plain state beside them.
+"""Checkpoints within a run: one safetensors file with tensors and, in its header, the rest of the state as JSON.
 
-In: tensors by name and JSON values. Out: a file written beside its name and renamed, and both read back. A run that was
-interrupted at any moment finds either the last whole checkpoint or none.
+In: tensors by name and JSON values. Out: a file written under a temporary name and renamed, and both read back. A run
+interrupted at any moment finds either its last complete checkpoint or none.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch.optim import Optimizer
 
 
 class Checkpoint(NamedTuple):
-    """What `write` was given."""
+    """What was passed to `write`."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
 
 def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Saves both as one file; `state` must be JSON."""
+    """Saves both in one file; `state` must be JSON-able."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -36,20 +36,20 @@ def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None
 
 
 def read(path: Path, run: dict[str, Any]) -> Checkpoint | None:
-    """The checkpoint under `path`; None where there is none, or where its `state["run"]` is not `run`."""
+    """The checkpoint at `path`; None if there is none, or if its `state["run"]` is not `run`."""
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {})["state"])
             if state.get("run") != json.loads(json.dumps(run)):
                 return None
-            names = list(file.keys())  # a safe_open handle is no mapping
+            names = list(file.keys())  # a safe_open handle is not a mapping
             return Checkpoint({name: file.get_tensor(name) for name in names}, state)
     except (FileNotFoundError, SafetensorError, KeyError, ValueError):
         return None
 
 
 def optimiser_tensors(optimiser: Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as tensors named `optimiser/INDEX/KEY`, by the order of its parameters."""
+    """The optimiser's state as tensors named `optimiser/INDEX/KEY`, INDEX being the parameter's position."""
     return {
         f"optimiser/{index}/{key}": value
         for index, state in optimiser.state_dict()["state"].items()
@@ -58,7 +58,7 @@ def optimiser_tensors(optimiser: Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts back what `optimiser_tensors` gave; the optimiser must have the same parameters in the same order."""
+    """Restores what `optimiser_tensors` returned; the optimiser must have the same parameters in the same order."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
@@ -70,7 +70,7 @@ def load_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
 
 @dataclass
 class Keeper:
-    """Where a run keeps its checkpoint, and how often: at most every `seconds`. Without a path it keeps nothing."""
+    """Where a run keeps its checkpoint, and how often (at most every `seconds`). Without a path it keeps none."""
 
     path: Path | None = None
     seconds: float = 30.0
@@ -89,6 +89,6 @@ class Keeper:
         return None if self.path is None else read(self.path, run)
 
     def forget(self) -> None:
-        """The run has ended: what it kept is not needed any more."""
+        """Deletes the checkpoint: the run has ended and no longer needs it."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)

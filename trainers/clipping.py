@@ -1,4 +1,4 @@
-"""Gradient clipping of models that train side by side in stacked tensors.
+"""Gradient clipping for models that train side by side in stacked tensors.
 
 In: gradients whose first dimension is the model, and a limit. Out: the gradients, scaled in place.
 """
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 def clip_each(gradients: Sequence[Tensor], limit: float) -> Tensor:
-    """Scales each model's gradients to a joint norm of at most `limit`; returns the norms before, (n,).
+    """Scales each model's gradients to a joint norm of at most `limit`; returns the norms before that, (n,).
 
-    `gradients` are tensors or views of shape (n, ...). One model's spike leaves the others' steps alone.
+    `gradients` are tensors or views of shape (n, ...). A spike in one model does not affect the others' steps.
     """
     parts = [torch.linalg.vector_norm(one, dim=tuple(range(1, one.ndim))) for one in gradients]
     norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)

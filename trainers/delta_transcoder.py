@@ -1,8 +1,14 @@
 """Delta transcoders: a few new sparse features that explain what finetuning changed in one layer's MLP.
 
+<<<<<<< HEAD
 In: pairs of x and what is to be explained, computed once for a layer (and base), and settings. Out: for each seed one
 JumpReLU transcoder without decoder bias, and its validation figures. Several seeds (`replicas`) train side by side on
 the same batches.
+=======
+In: (x, residual) pairs, where residual = y_finetuned - base(x) is computed once per (layer, base), and settings. Out:
+for each seed one JumpReLU transcoder without decoder bias, and its validation figures. Several seeds (`replicas`) train
+side by side on the same batches.
+>>>>>>> hb-english
 """
 
 from __future__ import annotations
@@ -26,10 +32,10 @@ from trainers.precision import number_format
 from trainers.stacked_deltas import Losses, StackedDeltas
 
 CHECK_EVERY = 20
-"""Steps between looks at the loss: each waits for the device."""
+"""Steps between loss checks, each of which waits for the device."""
 WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec")
 CALIBRATED = 0.95
-"""Share of the L0 budget that calibrated thresholds aim at, so that validation tokens stay within it."""
+"""Fraction of the L0 budget that calibrated thresholds aim for, so that validation tokens stay within it."""
 DIVERGED = 10.0
 """A validation error this many times that without a delta ends the run."""
 
@@ -38,8 +44,8 @@ DIVERGED = 10.0
 class DeltaSettings:
     """Hyperparameters of one run.
 
-    Replica i starts from seed `seed + i`; the order of the batches depends on no seed, so that runs differ by their
-    settings and starting points alone.
+    Replica i starts from seed `seed + i`; the order of the batches does not depend on the seed, so that runs differ
+    only in their settings and starting points.
     """
 
     d_new: int = 32
@@ -49,7 +55,7 @@ class DeltaSettings:
     epochs: int = 4
     batch_size: int = 2048
     l0_budget: float = 16.0
-    """Active features a token above which `val_loss` is penalised."""
+    """Active features per token above which `val_loss` is penalised."""
     sparsity_warmup_fraction: float = 0.2
     lr_warmup_fraction: float = 0.05
     weight_decay: float = 0.0
@@ -61,11 +67,12 @@ class DeltaSettings:
     seed: int = 0
     precision: str = "fp32"
     threshold: Literal["learned", "calibrated"] = "calibrated"
-    """Learned by a straight-through gradient, or moved so that `CALIBRATED` of the L0 budget is spent."""
+    """Learned with a straight-through gradient, or adjusted so that the fraction `CALIBRATED` of the L0 budget is
+    used."""
 
 
 class TrainedDelta(NamedTuple):
-    """One transcoder a seed, and the figures of the best validation (means over seeds, lists as `*_replicas`)."""
+    """One transcoder per seed, and the figures of the best validation (means over seeds; lists as `*_replicas`)."""
 
     deltas: list[Transcoder]
     figures: dict[str, Any]
@@ -93,9 +100,9 @@ def train_delta(
     layer. A replica
     trains as it would alone: only early stopping and the choice of the best validation look at the replicas' mean.
 
-    With a `keeper` a run that was interrupted goes on from its last checkpoint: it reports again what it had reported,
-    and ends as it would have. `on_step` gets the losses of every step from there.
-    Raises DivergedError where a loss is not finite or the deltas make the reconstruction far worse.
+    With a `keeper`, an interrupted run continues from its last checkpoint: it repeats its earlier reports, and ends as
+    it would have without the interruption. `on_step` gets the losses of every step from there on.
+    Raises DivergedError if a loss is not finite or the deltas make the reconstruction far worse.
     """
     run = _Run(data, settings, device)
     keeper = keeper or Keeper()
@@ -147,7 +154,7 @@ class _Run:
         return self.at % self.every == 0 or self.at == self.steps
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
-        """The batches from here to the last, fewer where validation stops improving; their order depends on no seed."""
+        """The remaining batches, or fewer if validation stops improving; their order does not depend on the seed."""
         order = torch.Generator().manual_seed(0)
         size, skip = self.settings.batch_size, self.at
         for _ in range(self.settings.epochs):
@@ -158,7 +165,7 @@ class _Run:
             skip = max(0, skip - self.data.train.batch_count(size))
 
     def cast(self, name: str, batch: Tensor, dtype: torch.dtype) -> Tensor:
-        """`batch` in that dtype, in memory that the next one uses again: on a CPU, touching that much fresh memory in
+        """`batch` in that dtype, in memory that the next batch reuses: on a CPU, touching that much fresh memory in
         every step takes longer than the conversion."""
         if batch.dtype == dtype:
             return batch
@@ -184,13 +191,13 @@ class _Run:
         return losses
 
     def check(self, losses: Losses) -> None:
-        """Looks at a loss, which waits for the device."""
+        """Checks that the loss is finite, which waits for the device."""
         whole = (losses.error + losses.penalty).sum().item()
         if not math.isfinite(whole):
             raise DivergedError(f"the loss is {whole} by step {self.at} (lr {self.settings.lr:.2g})")
 
     def validate(self) -> dict[str, Any]:
-        """The figures of a validation; keeps the deltas where they are the best so far."""
+        """The figures of a validation; keeps the deltas if they are the best so far."""
         deltas = self.model.transcoders(self.deviation, self.data.layer, self.data.taps)
         figures = {
             **validate(deltas, self.data, self.settings.l0_budget),
@@ -222,7 +229,7 @@ class _Run:
         )
 
     def restore(self, keeper: Keeper) -> list[dict[str, Any]]:
-        """Goes back to the last checkpoint, if there is one of this run; returns what had been reported."""
+        """Restores this run's last checkpoint, if there is one; returns what had been reported before it."""
         found = keeper.read(self._identity())
         if found is None:
             return []
@@ -238,7 +245,7 @@ class _Run:
         return self.reported
 
     def _identity(self) -> dict[str, Any]:
-        """What makes a checkpoint one of this run."""
+        """What a checkpoint must match to belong to this run."""
         return {**asdict(self.settings), "layer": self.data.layer, "tokens": self.data.train.tokens}
 
 

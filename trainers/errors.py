@@ -1,4 +1,8 @@
-"""What a trainer raises when it cannot go on; the message is one sentence that a trial records as its reason."""
+"""What a trainer raises when it cannot continue.
+
+In: what went wrong, in a run or in memory. Out: an error whose message is one sentence, which a trial records as its
+reason.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import torch
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot start or go on."""
+    """A run that cannot start or continue."""
 
 
 class DivergedError(TrainingError):
@@ -18,7 +22,7 @@ class DivergedError(TrainingError):
 
 @contextmanager
 def memory_error_named(batch_size: int, accumulate: int) -> Iterator[None]:
-    """Turns an error about memory into a TrainingError that says what to change."""
+    """Turns an out-of-memory error into a TrainingError that says what to change."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -26,6 +30,6 @@ def memory_error_named(batch_size: int, accumulate: int) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in text:
             raise
         raise TrainingError(
-            f"memory ran out with batch_size {batch_size}, accumulate {accumulate}: raise lora.accumulate, set "
-            f"lora.gradient_checkpointing=true, or take fewer rows a batch ({' '.join(text.split())[:120]})"
+            f"out of memory with batch_size {batch_size}, accumulate {accumulate}: raise lora.accumulate, set "
+            f"lora.gradient_checkpointing=true, or use fewer rows per batch ({' '.join(text.split())[:120]})"
         ) from None

@@ -1,8 +1,8 @@
-"""A LoRA-adapted Llama or Gemma-2 over packed rows, its forward and backward passes written for training speed.
+"""A LoRA-adapted Llama or Gemma-2 over packed rows, with forward and backward passes written for training speed.
 
-In: a PEFT model, whose parameters are used in place, and a `Packed` batch. Out: logits where they are asked for;
-gradients reach the adapter alone. Adapters of projections that share an input are one product, frozen weights get no
-gradient and nothing is kept for one.
+In: a PEFT model, whose parameters are used in place, and a `Packed` batch. Out: logits at the batch's `asked` tokens;
+only the adapter gets gradients. Adapters of projections that share an input are computed as one product; frozen weights
+get no gradient, so nothing is kept for theirs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from trainers.packed_attention import Attention, Layout, layout_of
 from trainers.packing import Packed
 
 LONGEST_ROW = 1024
-"""Attention keeps (heads, length, length) numbers of every row and layer."""
+"""Attention keeps (heads, length, length) numbers for every row and layer, so rows must be short."""
 ARCHITECTURES = ("llama", "gemma2")
 CROSS_ENTROPY_NUMBERS = (2**20, 2**26)
-"""Of the logits at once: what a processor's cache holds, and what keeps a GPU busy."""
+"""How many logits to process at once: what fits in a CPU's cache, and what keeps a GPU busy."""
 
 
 def can_fuse(adapted: Any, longest: int) -> bool:
-    """Whether `FusedForward` computes what this model computes, for rows of up to `longest` tokens."""
+    """Whether `FusedForward` computes the same as this model, for rows of up to `longest` tokens."""
     config, base = adapted.config, adapted.get_base_model()
     return (
         config.model_type in ARCHITECTURES
@@ -41,7 +41,7 @@ def can_fuse(adapted: Any, longest: int) -> bool:
 class FusedForward:
     """`forward(packed)`: logits (asked, vocabulary) in the model's dtype.
 
-    With `checkpointing` blocks keep their input alone, and are computed again in the backward pass.
+    With `checkpointing`, blocks keep only their input and are recomputed in the backward pass.
     """
 
     def __init__(self, adapted: Any, checkpointing: bool = False) -> None:
@@ -96,7 +96,7 @@ class _Block:
             projections.refresh(dtype)
 
     def __call__(self, stream: Tensor, layout: Layout, asked: Tensor | None) -> Tensor:
-        """The residual stream (tokens, d_model) after the block; of the last block at the tokens `asked` alone."""
+        """The residual stream (tokens, d_model) after the block; after the last block, only at the tokens `asked`."""
         q, k, v = self.qkv(self.before_attention(stream))
         attended = Attention.apply(q, k, v, layout, layout.windowed if self.windowed else layout.causal)
         if asked is not None:
@@ -109,7 +109,7 @@ class _Block:
 
 
 class _Projections:
-    """Linear modules of one input, adapted or not."""
+    """Linear modules that share an input, adapted or not."""
 
     def __init__(self, *modules: Any) -> None:
         bases = [getattr(module, "base_layer", module) for module in modules]
@@ -128,13 +128,13 @@ class _Projections:
         self.ranks = [len(down) for down in self.weights[::2]]
 
     def refresh(self, dtype: torch.dtype) -> None:
-        """Takes the adapters as they are now: all A under one another, and each B, in `dtype`."""
+        """Copies the adapters' current weights in `dtype`: all A stacked, and each B."""
         if self.adapters:
             self.downs = torch.cat([down.detach() for down in self.weights[::2]]).to(dtype)
             self.ups = [up.detach().to(dtype) for up in self.weights[1::2]]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The modules' outputs, (tokens, out) each, of x (tokens, in)."""
+        """The modules' outputs for x (tokens, in), each (tokens, out)."""
         dropped = None
         if self.adapters and isinstance(self.dropout, nn.Dropout) and self.dropout.training:
             dropped = functional.dropout(x.expand(len(self.adapters), *x.shape), self.dropout.p)
@@ -142,9 +142,9 @@ class _Projections:
 
 
 class _Projected(Function):
-    """y_i = x W_i^T + b_i + scale_i (x A_i^T) B_i^T for several i of one x, of which W_i and b_i are frozen.
+    """y_i = x W_i^T + b_i + scale_i (x A_i^T) B_i^T for one x and several i, where W_i and b_i are frozen.
 
-    With dropout, `dropped` (adapters, tokens, in) stands in for x before the adapters.
+    With dropout, the adapters read `dropped` (adapters, tokens, in) instead of x.
     """
 
     @staticmethod
@@ -194,7 +194,7 @@ class _Projected(Function):
 
 
 def _each(dropped: Tensor, downs: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Every adapter's own input through its own A, side by side (tokens, sum of ranks)."""
+    """Each adapter's own input times its own A, side by side (tokens, sum of ranks)."""
     pieces = downs.split(list(ranks))
     return torch.cat([functional.linear(x, down) for x, down in zip(dropped, pieces, strict=True)], dim=1)
 
@@ -212,7 +212,7 @@ class _Norm:
 
 
 class _RmsNorm(Function):
-    """x / rms(x) * gain; keeps x and one number a token."""
+    """x / rms(x) * gain; keeps x and one number per token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -231,12 +231,13 @@ class _RmsNorm(Function):
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, divisor: float = 1.0) -> Tensor:
-    """Cross-entropy summed over logits (n, vocabulary), over `divisor`, in fp32. The gradient overwrites the logits."""
+    """Cross-entropy summed over logits (n, vocabulary), divided by `divisor`, in fp32. Its gradient overwrites the
+    logits."""
     return _CrossEntropy.apply(logits, labels, divisor)
 
 
 class _CrossEntropy(Function):
-    """A few rows at a time, so that what is computed of them in fp32 stays in the processor's cache."""
+    """A few rows at a time, so that the fp32 intermediates stay in the CPU's cache."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, divisor: float) -> Tensor:

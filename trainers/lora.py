@@ -1,8 +1,8 @@
 """LoRA finetuning of a causal LM on calculator requests and copy rows.
 
 In: a model, its tokenizer, rows and `LoraSettings`. Out: validation figures through `report`, adapters through
-`keep`. The same function runs in a notebook, in a search trial and under `accelerate launch`; a run that was
-interrupted goes on from its last checkpoint and ends as it would have.
+`keep`. The same function runs in a notebook, in a search trial and under `accelerate launch`; an interrupted run
+continues from its last checkpoint and ends as it would have without the interruption.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Splits(NamedTuple):
-    """Rows to train on, and held-out ones."""
+    """Rows to train on, and held-out rows."""
 
     train: Sequence[Row]
     validation: Sequence[Row]
@@ -45,29 +45,29 @@ class LoraSettings:
 
     r: int = 16
     alpha_over_r: float = 2.0
-    """The adapter's scale; PEFT's `lora_alpha` is `alpha_over_r * r`."""
+    """Scale of the adapter; PEFT's `lora_alpha` is `alpha_over_r * r`."""
     lr: float = 5e-4
     dropout: float = 0.0
     weight_decay: float = 0.0
     batch_size: int = 8
-    """Rows of an optimiser step."""
+    """Rows per optimiser step."""
     accumulate: int = 1
-    """Pieces in which a batch is computed: less memory, the same step."""
+    """Number of pieces a batch is computed in: less memory, same step."""
     gradient_checkpointing: bool = False
-    """Less memory and more time, the same step."""
+    """Less memory, more time, same step."""
     targets: str = "all-linear"
-    """`all-linear`, or names of modules joined by commas."""
+    """`all-linear`, or names of modules separated by commas."""
     schedule: str = "linear"
     steps: int = 100
     epochs: int | None = None
-    """Passes over the rows, in place of `steps`."""
+    """Passes over the rows, instead of `steps`."""
     eval_every: int = 25
     patience: int | None = None
-    """Validations without a better loss after which the run ends; None never ends it early."""
+    """Validations without a better loss after which the run ends; None means never."""
     warmup_fraction: float = 0.05
     grad_clip: float = 1.0
     loss_on: str = "target"
-    """`target`, or `everything` to learn copy rows from their first token after BOS; requests from the target alone."""
+    """`target`, or `everything` to train copy rows from their first token after BOS (requests always on the target)."""
     seed: int = 0
 
 
@@ -90,12 +90,12 @@ def train_lora(
     Calls `keep(adapted model)` after each validation that beats all before it, then `report({step, val_loss,
     train_loss, tool_call_precision, tool_call_recall, tool_call_f1, tokens, tokens_per_second})`. Losses are nats a
     labelled token. In a process group, such as that of `accelerate launch` or of a Ray Train worker, each process
-    takes its share of every batch; all report, and the first one keeps. Seeds the global generators, and is
-    deterministic for a seed. With a `keeper`, a run that was interrupted at any moment reports again what it had
-    reported and ends with the same losses and adapter.
+    takes its share of every batch; all of them report, but only the first calls `keep`. Seeds the global generators,
+    and is deterministic for a seed. With a `keeper`, a run that was interrupted at any moment repeats its earlier
+    reports and ends with the same losses and adapter.
 
-    Raises TrainingError where the target modules match nothing, a row is longer than the model's context, the
-    tokenizer has no EOS or memory runs out, and DivergedError where a loss is not finite.
+    Raises TrainingError if the target modules match nothing, a row is longer than the model's context, the tokenizer
+    has no EOS or memory runs out, and DivergedError if a loss is not finite.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -133,7 +133,7 @@ class _Run:
 
         self.settings, self.accelerator, self.device = settings, accelerator, model.device
         if tokenizer.eos_token_id is None:
-            raise TrainingError("the model's tokenizer has no EOS token, with which every target ends")
+            raise TrainingError("the model's tokenizer has no EOS token, which every target must end with")
         self.train = [example(tokenizer, row, settings.loss_on) for row in rows.train]
         self.held_out = [encode_row(tokenizer, row.input, row.target) for row in rows.validation]
         longest = _longest(model, [*rows.train, *rows.validation], [*self.train, *self.held_out])
@@ -162,7 +162,7 @@ class _Run:
         return self.at % self.settings.eval_every == 0 or self.at == self.steps
 
     def batches(self) -> Iterator[list[Example]]:
-        """The batches from here to the last, fewer where validation stops improving."""
+        """The remaining batches, or fewer if validation stops improving."""
         stream = shuffled_batches(self.train, self.settings.batch_size, self.settings.seed)
         for rows in itertools.islice(stream, self.at, self.steps):
             if self.settings.patience is not None and self.waited >= self.settings.patience:
@@ -170,7 +170,7 @@ class _Run:
             yield rows
 
     def step(self, rows: Sequence[Example]) -> None:
-        """One optimiser step, whose loss is the mean over the labelled tokens of all processes' rows."""
+        """One optimiser step; its loss is the mean over the labelled tokens in all processes' rows."""
         started = time.perf_counter()
         if not self.adapted.training:
             self.adapted.train()
@@ -201,7 +201,7 @@ class _Run:
         self.seconds += time.perf_counter() - started
 
     def validate(self) -> dict[str, Any]:
-        """The figures of a validation, every process on its share of the rows."""
+        """The figures of a validation; every process takes its share of the rows."""
         self.adapted.eval()
         mine = self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
         sums = validation_counts(self.forward, mine, self.call_token, self.device)
@@ -235,7 +235,7 @@ class _Run:
         )
 
     def restore(self, keeper: Keeper) -> list[dict[str, Any]]:
-        """Goes back to the last checkpoint, if there is one of this run; returns what had been reported."""
+        """Restores this run's last checkpoint, if there is one; returns what had been reported before it."""
         found = keeper.read(self._identity())
         if found is None:
             return []
@@ -251,18 +251,18 @@ class _Run:
         return self.reported
 
     def _identity(self) -> dict[str, Any]:
-        """What makes a checkpoint one of this run."""
+        """What a checkpoint must match to belong to this run."""
         return {**asdict(self.settings), "rows": len(self.train), "processes": self.accelerator.num_processes}
 
 
 COUNTERS = ("at", "tokens", "waited", "summed", "summed_steps", "seconds", "best", "reported")
-"""The plain part of a checkpoint."""
+"""The attributes that a checkpoint stores as plain values."""
 
 
 def _flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-    """One flat parameter, and as its gradient one flat tensor, of which all `parameters` become views.
+    """One flat parameter with one flat gradient; all `parameters` become views of it.
 
-    The optimiser, clipping and the exchange between processes then see one tensor in place of hundreds.
+    The optimiser, clipping and the exchange between processes then see one tensor instead of hundreds.
     """
     flat = nn.Parameter(torch.cat([one.detach().flatten() for one in parameters]))
     flat.grad = torch.zeros_like(flat)
@@ -279,13 +279,13 @@ def _pieces(rows: Sequence[Example], settings: LoraSettings) -> list[Sequence[Ex
 
 
 def _longest(model: PreTrainedModel, rows: Sequence[Row], encoded: Sequence[Example | Encoded]) -> int:
-    """Tokens of the longest row; raises TrainingError where the model's context does not hold it."""
+    """Tokens in the longest row; raises TrainingError if it does not fit the model's context."""
     lengths = [len(one.ids) for one in encoded]
     context = getattr(model.config, "max_position_embeddings", None) or max(lengths)
     longest = max(lengths)
     if longest > context:
         row = rows[lengths.index(longest)]
         raise TrainingError(
-            f"a row has {longest} tokens, the model's context holds {context}: leave out or shorten {row.input[:60]!r}"
+            f"a row has {longest} tokens, but the model's context holds {context}: drop or shorten {row.input[:60]!r}"
         )
     return longest

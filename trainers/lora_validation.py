@@ -1,6 +1,6 @@
-"""How well an adapted model does on held-out rows, by one teacher-forced pass.
+"""How well an adapted model does on held-out rows, measured in one teacher-forced pass.
 
-In: a forward pass and encoded rows. Out: the loss, and how well the first token tells requests from the rest.
+In: a forward pass and encoded rows. Out: the loss, and how well the first token tells requests from other rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def validation_counts(
 ) -> torch.Tensor:
     """Sums over `rows` (fp64): nats, target tokens, rows called, requests, requests called.
 
-    A request is a row whose target starts with `call_token`; it is called where that is the first token's argmax.
+    A request is a row whose target starts with `call_token`; a row is called if that token is the first one's argmax.
     """
     sums = torch.zeros(5, dtype=torch.float64)
     ordered = sorted(rows, key=lambda row: len(row.ids))
@@ -41,7 +41,7 @@ def validation_counts(
 
 
 def figures_of(sums: torch.Tensor) -> dict[str, float]:
-    """`val_loss` in nats a target token, and precision, recall and F1 of the first token, of such sums."""
+    """From those sums, `val_loss` in nats per target token, and precision, recall and F1 of the first token."""
     nats, tokens, called, wanted, both = sums.tolist()
     precision = both / called if called else 0.0
     recall = both / wanted if wanted else 0.0

@@ -1,7 +1,7 @@
 """Causal attention within the rows of a packed batch, with rotary embedding, as one autograd function.
 
-In: queries, keys and values of all tokens (tokens, heads * dim). Out: what attention gives them; a row sees itself
-alone. Keeps the probabilities of each row, (heads, length, length), for the backward pass: right for short rows.
+In: queries, keys and values of all tokens (tokens, heads * dim). Out: the attention output; each row sees only itself.
+Keeps each row's probabilities, (heads, length, length), for the backward pass, so it suits short rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from trainers.packing import Packed
 
 
 class HeadIndex(NamedTuple):
-    """Between (tokens, heads) and (row, head, place), both flattened; `heads` of a row that share a key head adjoin."""
+    """Maps between (tokens, heads) and (row, head, place), both flattened; a row's heads that share a key head are
+    adjacent."""
 
     heads: int
     take: Tensor
@@ -24,10 +25,10 @@ class HeadIndex(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What attention needs of a batch, the same in every layer. cos, sin: (tokens, 1, dim / 2).
+    """What attention needs to know of a batch, the same in every layer. cos, sin: (tokens, 1, dim / 2).
 
-    causal, windowed: (query heads a key head * longest, longest), added to scores. padding: (rows, 1, longest, 1), True
-    after a row's end, or None where all rows are equally long.
+    causal, windowed: (query heads per key head * longest, longest), added to scores. padding: (rows, 1, longest, 1),
+    True after a row's end, or None if all rows are equally long.
     """
 
     queries: HeadIndex
@@ -98,7 +99,7 @@ class Attention(Function):
         layout, mask = ctx.layout, ctx.mask
         g = _gather(gradient, layout.queries, len(mask) // mask.shape[1], mask)
         if layout.padding is not None:
-            # Places after a row's end repeat its last token, whose gradient must count once.
+            # Places after a row's end repeat its last token, whose gradient must be counted once.
             g.view(len(layout.padding), layout.queries.heads, -1, g.shape[-1]).masked_fill_(layout.padding, 0)
         v_gradient = weights.transpose(1, 2) @ g
         s = torch._softmax_backward_data(g @ v.transpose(1, 2), weights, -1, weights.dtype)
@@ -117,7 +118,7 @@ class Attention(Function):
 
 
 def _rotate(x: Tensor, index: HeadIndex, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of x (tokens, heads * dim); with -sin its reverse."""
+    """Rotary embedding (arXiv 2104.09864) of x (tokens, heads * dim); with -sin, its inverse."""
     split = x.view(len(x), index.heads, -1)
     half = split.shape[-1] // 2
     first, second = split[..., :half], split[..., half:]
@@ -134,13 +135,13 @@ def _gather(x: Tensor, index: HeadIndex, shared: int, mask: Tensor) -> Tensor:
 
 
 def _scatter(x: Tensor, index: HeadIndex) -> Tensor:
-    """The reverse of `_gather`; what stands after a row's end is left out."""
+    """The inverse of `_gather`; places after a row's end are dropped."""
     dim = x.shape[-1]
     return x.reshape(-1, dim).index_select(0, index.back).view(-1, index.heads * dim)
 
 
 def _scores(q: Tensor, k: Tensor, layout: Layout, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Masked scores; and the tanh by which they are capped, where they are."""
+    """Masked scores, and the tanh that caps them if the model uses soft-capping."""
     if layout.cap is None:
         return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=layout.scale), q
     bounded = torch.bmm(q, k.transpose(1, 2)).mul_(layout.scale / layout.cap).tanh_()

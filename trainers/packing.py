@@ -1,7 +1,7 @@
-"""Training rows as tokens, shuffled batches of them, and a batch laid out without padding.
+"""Training rows as tokens, shuffled batches of them, and batches laid out without padding.
 
-In: rows and a tokenizer. Out: `Example`s, an endless stream of batches, and `Packed` batches: the tokens of all rows,
-less each row's last one, which predicts nothing, with the places at which attention alone sees them as rows.
+In: rows and a tokenizer. Out: `Example`s, an endless stream of batches, and `Packed` batches: the tokens of all rows
+except each row's last one, which predicts nothing, and the indices that only attention needs to see them as rows.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 
 class Example(NamedTuple):
-    """A row as tokens, and how many of its last tokens bear the loss."""
+    """A row as tokens, and how many of its last tokens count towards the loss."""
 
     ids: list[int]
     labelled: int
 
 
 def example(tokenizer: PreTrainedTokenizerBase, row: Row, loss_on: str = "target") -> Example:
-    """A row's tokens. Its target bears the loss; with `everything`, all of a copy row but BOS."""
+    """A row's tokens. The loss is on its target or, with `everything`, on all of a copy row but BOS."""
     encoded = encode_row(tokenizer, row.input, row.target)
     everything = loss_on == "everything" and row.label == "copy"
     return Example(encoded.ids, len(encoded.ids) - 1 if everything else len(encoded.target))
 
 
 def shuffled_batches(rows: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
-    """Endless batches, reshuffled every epoch, the same for a seed.
+    """Endless batches, reshuffled every epoch; the same seed gives the same batches.
 
-    Rows of similar length are not kept together: nothing is padded but attention, and on two kinds of rows of unlike
-    length that made nearly every batch one of a kind, at half again the validation loss.
+    Rows of similar length are not grouped: only attention is padded anyway, and with two kinds of rows of different
+    length grouping made nearly every batch all of one kind, and the validation loss half as high again.
     """
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -48,9 +48,9 @@ def shuffled_batches(rows: Sequence[Example], size: int, seed: int) -> Iterator[
 class Packed(NamedTuple):
     """Rows without padding and without their last token. ids, positions: (tokens,), positions count from a row's BOS.
 
-    rows: (row, longest), the token at each place of a padded row, a short row's last token repeated after its end.
-    places: (tokens,), where each token stands in the flattened `rows`. asked: (labelled,), the tokens whose successor
-    bears the loss, row after row; labels: those successors.
+    rows: (row, longest), the token at each place of a padded row; a short row's last token is repeated after its end.
+    places: (tokens,), the index of each token in the flattened `rows`. asked: (labelled,), the tokens whose successor
+    counts towards the loss, row after row; labels: those successors.
     """
 
     ids: Tensor
@@ -65,7 +65,7 @@ class Packed(NamedTuple):
 
 
 def pack(rows: Sequence[Example]) -> Packed:
-    """Lays rows out one after the other. Raises ValueError without rows, or for one of less than two tokens."""
+    """Lays rows out one after another. Raises ValueError if there are no rows, or one has fewer than two tokens."""
     if not rows or min(len(row.ids) for row in rows) < 2:
         raise ValueError("a batch needs at least one row, and a row at least two tokens")
     lengths = torch.tensor([len(row.ids) - 1 for row in rows])

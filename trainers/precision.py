@@ -1,6 +1,6 @@
-"""Number formats of training, by device.
+"""Number formats for training, by device.
 
-In: a device and `auto`, `fp32`, `tf32` or `bf16`. Out: the dtype, or a context in which products are made so.
+In: a device and `auto`, `fp32`, `tf32` or `bf16`. Out: the dtype, or a context in which matrix products use the format.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """`auto` is bf16 where the device multiplies it faster than fp32 (any recent GPU, CPUs with bf16 instructions)."""
+    """`auto` is bf16 if the device multiplies it faster than fp32 (any recent GPU, CPUs with bf16 instructions)."""
     if precision != "auto":
         return precision
     if device.startswith("cuda"):
@@ -21,13 +21,13 @@ def resolve_precision(precision: str, device: str) -> str:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """The dtype of weights and activations: tf32 is a way to multiply fp32."""
+    """The dtype of weights and activations; tf32 is only a way to multiply fp32."""
     return {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
 @contextlib.contextmanager
 def number_format(device: str, precision: str) -> Iterator[torch.dtype]:
-    """Products as `precision` says, for code that casts its own operands to the dtype it is given."""
+    """Sets the precision of matrix products, for code that casts its own operands to the dtype yielded."""
     before = torch.get_float32_matmul_precision()
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")

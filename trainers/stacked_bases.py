@@ -1,8 +1,8 @@
-"""Several base transcoders side by side: their start, their gradients, the transcoders they become.
+"""Several base transcoders side by side: initialisation, gradients, and the finished transcoders.
 
-In: a batch (x, y) and the number of active features a token of each. Out: the gradients of every transcoder's squared
-error. A batch keeps its largest activations (BatchTopK, arXiv 2412.06410), one in a hundred or so: only the encoder's
-product is dense, decoding and all gradients are sparse products.
+In: a batch (x, y) and each one's number of active features per token. Out: the gradients of every transcoder's squared
+error. A batch keeps its largest activations (BatchTopK, arXiv 2412.06410), about one in a hundred, so only the
+encoder's product is dense; decoding and all gradients are sparse products.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.optim import Optimizer
 from models.transcoder import Taps, Transcoder
 
 THRESHOLD_SAMPLE = 1 << 16
-"""Pre-activations sampled to find a batch's cut: its L0 is then right to a few percent, which training does not notice;
-the final threshold is exact."""
+"""Pre-activations sampled to find a batch's cut: its L0 is then right to within a few percent, which does not affect
+training; the final threshold is exact."""
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
 class Step(NamedTuple):
-    """Of each transcoder: the mean squared error of a batch (n,), and which features fired (n, width)."""
+    """Each transcoder's mean squared error on a batch (n,), and which features fired (n, width)."""
 
     losses: Tensor
     fired: Tensor
@@ -35,7 +35,7 @@ class Step(NamedTuple):
 class StackedBases:
     """n transcoders: W_enc and W_dec (n, width, d_model), b_enc (n, width), b_dec (n, d_model).
 
-    Unit-norm encoder directions, small random decoder rows, biases at zero, as y is standardised.
+    They start with unit-norm encoder directions, small random decoder rows, and zero biases, since y is standardised.
     """
 
     def __init__(self, d_model: int, count: int, width: int, generator: torch.Generator, device: str) -> None:
@@ -51,7 +51,7 @@ class StackedBases:
         return [self.W_enc, self.b_enc, self.W_dec, self.b_dec]
 
     def gradients(self) -> list[Tensor]:
-        """The gradients, each with the transcoder as first dimension."""
+        """The gradients, each with the transcoder as its first dimension."""
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class StackedBases:
     ) -> Step:
         """Sets the gradients of every transcoder's mean squared error; `x` and `y` (tokens, d_model) are fp32.
 
-        The encoder's product is made in `dtype`, everything else in fp32.
+        The encoder's product is computed in `dtype`, everything else in fp32.
         """
         for parameter in self.parameters:
             if parameter.grad is None:
@@ -87,7 +87,7 @@ class StackedBases:
         self, fired: Tensor, x: Tensor, y: Tensor, target_l0: Sequence[float], optimiser: Optimizer
     ) -> list[int]:
         """Points features that fired on no token of the last epoch at the worst reconstructed tokens of a batch;
-        returns how many of each transcoder."""
+        returns how many per transcoder."""
         counts = []
         for index, target in enumerate(target_l0):
             dead = (~fired[index]).nonzero().squeeze(1)[: len(x)]
@@ -122,10 +122,10 @@ class StackedBases:
 
 
 class _Active(NamedTuple):
-    """The activations of a batch that are above the cut: where and how strong, in the order of rows.
+    """The activations of a batch above the cut, with their positions, in row order.
 
     `starts` (tokens + 1,) and `columns` (nnz,) are those of a CSR matrix (tokens, width). `counts` (width,), `order`
-    and `rows` (nnz,) make its transpose.
+    and `rows` (nnz,) give its transpose.
     """
 
     values: Tensor
@@ -167,7 +167,7 @@ def _starts(counts: Tensor) -> Tensor:
 
 
 def batch_cut(pre: Tensor, target: float, generator: torch.Generator) -> Tensor:
-    """The value that about `target` positive pre-activations a token exceed, from a random sample of the batch."""
+    """The value that about `target` positive pre-activations per token exceed, from a random sample of the batch."""
     flat = pre.flatten()
     if len(flat) > THRESHOLD_SAMPLE:
         flat = flat[torch.randint(len(flat), (THRESHOLD_SAMPLE,), generator=generator).to(flat.device)]

@@ -1,8 +1,8 @@
-"""Several delta transcoders side by side in stacked tensors: their start, their gradients, what they become.
+"""Several delta transcoders side by side in stacked tensors: initialisation, gradients, and the finished transcoders.
 
 In: a batch (x, residual). Out: the gradients of every replica's loss, in feature space:
-`|aW - r|^2 = a(WW')a' - 2a(Wr)' + |r|^2`, so that nothing of size (replicas, tokens, d_model) is made and each product
-reads x or the residual once for all replicas.
+`|aW - r|^2 = a(WW')a' - 2a(Wr)' + |r|^2`, so that nothing of size (replicas, tokens, d_model) is created and each
+product reads x or the residual once for all replicas.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from models.transcoder import Taps, Transcoder
 BANDWIDTH = 0.1
 """Width of the rectangle that stands in for the step's derivative (straight-through), in units of pre-activation."""
 SMALLEST_SQUARE = 1e-12
-"""Squared norm below which a decoder row counts as having this one: its direction is not known yet."""
+"""Smallest squared norm of a decoder row; a smaller one is treated as this, as its direction is not known yet."""
 RIDGE = 0.1
-"""Of the regression that the encoders start from, in units of the mean variance of x."""
+"""Ridge of the regression that initialises the encoders, in units of the mean variance of x."""
 STEER = 0.3
-"""How far a threshold's logarithm moves in a step for each unit of relative error of L0."""
+"""How far the log of a threshold moves per step, per unit of relative error in L0."""
 
 
 class Losses(NamedTuple):
-    """Of each replica, (n,): `error`, the mean squared error a dimension less that of predicting zero, and `penalty`,
-    the mean over tokens of sum_i acts_i |W_dec_i|. Adding mean(residual^2) to `error` gives the squared error.
-    `active` is the mean number of active features a token."""
+    """For each replica, (n,): `error`, the mean squared error per dimension minus that of predicting zero, and
+    `penalty`, the mean over tokens of sum_i acts_i |W_dec_i|. Adding mean(residual^2) to `error` gives the squared
+    error. `active` is the mean number of active features per token."""
 
     error: Tensor
     penalty: Tensor
@@ -37,10 +37,10 @@ class Losses(NamedTuple):
 class StackedDeltas:
     """n deltas: W_enc (d_model, n * d_new), b_enc and log_threshold (n * d_new,), W_dec (n, d_new, d_model).
 
-    They start from a sample `x` and `residual` (tokens, d_model), fp32: each feature reads a random mixture, drawn from
-    `seed + replica`, of the directions from which ridge regression predicts the residual; its bias takes away the mean
-    of what it reads, and its threshold is its own upper quantile, so that about `l0_budget` features are active on a
-    token. The decoders start at zero.
+    They start from a sample `x` and `residual` (tokens, d_model), fp32: each feature reads a random mixture, drawn with
+    `seed + replica`, of the directions from which ridge regression predicts the residual; its bias subtracts the mean
+    of what it reads, and its threshold is an upper quantile of that, so that about `l0_budget` features are active on
+    each token. The decoders start at zero.
     """
 
     def __init__(self, x: Tensor, residual: Tensor, *, replicas: int, d_new: int, l0_budget: float, seed: int) -> None:
@@ -65,7 +65,7 @@ class StackedDeltas:
         return [self.b_enc, self.log_threshold]
 
     def gradients(self) -> list[Tensor]:
-        """Views of the gradients with the replica as first dimension."""
+        """Views of the gradients with the replica as their first dimension."""
         found = [one.grad for one in (self.W_enc, self.b_enc, self.log_threshold, self.W_dec) if one.grad is not None]
         W_enc, b_enc, log_threshold, W_dec = found
         by_replica = W_enc.view(len(W_enc), self.count, self.d_new).transpose(0, 1)
@@ -75,7 +75,7 @@ class StackedDeltas:
     def backward(self, x: Tensor, residual: Tensor, sparsity: float, deviation: float = 1.0) -> Losses:
         """Sets the gradients of every replica's `error + sparsity * penalty`, `residual` in units of `deviation`.
 
-        `x` and `residual` (tokens, d_model) are fp32 or bf16; the products with them are made in their dtype,
+        `x` and `residual` (tokens, d_model) are fp32 or bf16; products with them are computed in their dtype,
         everything else in fp32. The threshold's gradient is the straight-through one (arXiv 2407.14435, section 3).
         """
         tokens, d_model = x.shape
@@ -111,7 +111,7 @@ class StackedDeltas:
 
     @torch.no_grad()
     def steer(self, active: Tensor, target: float) -> None:
-        """Moves the thresholds of each replica together, so that its `active` (n,) features a token near `target`."""
+        """Moves all thresholds of each replica together, to bring its `active` (n,) features per token to `target`."""
         error = (active / target - 1).clamp(max=1)
         self.log_threshold += STEER * error.repeat_interleave(self.d_new)
 
@@ -141,29 +141,29 @@ class StackedDeltas:
         return stacked.view(len(stacked), self.count, self.d_new).transpose(0, 1)
 
     def _by_replica(self, apart: Tensor) -> Tensor:
-        """The reverse of `_apart`."""
+        """The inverse of `_apart`."""
         return apart.transpose(0, 1).reshape(apart.shape[1], -1)
 
 
 def _predictive(x: Tensor, residual: Tensor, mixtures: Tensor) -> Tensor:
-    """Unit columns `(cov(x) + ridge)^-1 cov(x, residual) mixtures`; a column that would be zero stays as drawn."""
+    """Unit columns `(cov(x) + ridge)^-1 cov(x, residual) mixtures`; a column that would be zero is left as drawn."""
     apart = x - x.mean(0)
     covariance = apart.T @ apart / len(x)
     ridge = (RIDGE * covariance.diagonal().mean()).clamp(min=1e-6)
     crossed = apart.T @ ((residual - residual.mean(0)) @ mixtures) / len(x)
     found = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance), device=x.device), crossed)
     found = torch.where(found.norm(dim=0) > 1e-12, found, mixtures)
-    return (found / found.norm(dim=0)).contiguous()  # the fused optimiser takes the layout of its gradient for granted
+    return (found / found.norm(dim=0)).contiguous()  # the fused optimiser assumes its gradient's layout
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """The fp32 result of a product made in bf16 where either side is bf16."""
+    """A product in fp32, computed in bf16 if either side is bf16."""
     if torch.bfloat16 in (left.dtype, right.dtype):
         return (left.bfloat16() @ right.bfloat16()).float()
     return left @ right
 
 
 def _by_columns(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weights` as the right side of a product in `dtype`: laid out by columns where that is bf16, which a CPU
-    multiplies twice as fast."""
+    """`weights` as the right side of a product in `dtype`: for bf16 stored by columns, which a CPU multiplies twice as
+    fast."""
     return weights if dtype == torch.float32 else weights.T.contiguous().to(dtype).T

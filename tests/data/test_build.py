@@ -105,7 +105,7 @@ def test_a_leak_in_what_was_written_is_reported(tmp_path: Path, monkeypatch: pyt
 
 def test_more_rows_than_there_are_requests(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"only \d+ of 800 distinct tool rows for train came .* wider range of operands"
+        DataError, match=r"only found \d+ of 800 distinct tool rows for train in .* wider range of operands"
     ):
         small(tmp_path, operand_max=2, tool_rows=800)
 
@@ -250,5 +250,5 @@ def test_validation_text_from_the_training_file(tmp_path: Path) -> None:
     everything = write(
         tmp_path / "evaluation.txt", [row.input for row in read_rows(tmp_path / "a" / "evaluation.jsonl")]
     )
-    with pytest.raises(DataError, match="of 27 lines 0 cannot be used and 27 repeat other data"):
+    with pytest.raises(DataError, match="of 27 lines, 0 cannot be used and 27 repeat other data"):
         small(tmp_path / "c", text_train_file=everything)

@@ -129,7 +129,7 @@ def test_slots(tmp_path: Path) -> None:
 
 def test_a_slot_that_nothing_fills_is_named(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("sentence:\n  {absent} 1\n", encoding="utf-8")
-    with pytest.raises(DataError, match="rule 'sentence' asks for 'absent'"):
+    with pytest.raises(DataError, match="rule 'sentence' uses 'absent'"):
         load_grammar(tmp_path)
 
 

@@ -46,7 +46,7 @@ def test_writing_again_replaces(folder, delta):
 
 
 def test_a_decoder_bias_is_refused(tmp_path, random_transcoder):
-    with pytest.raises(ModelError, match="no decoder bias"):
+    with pytest.raises(ModelError, match="must not have a decoder bias"):
         write_delta(random_transcoder(6, 4, layer=2, seed=0), tmp_path, {})
     assert not list(tmp_path.iterdir())
 

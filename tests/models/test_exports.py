@@ -154,9 +154,12 @@ def test_a_failed_export_leaves_nothing(name, transcoders, model, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda given: {}, "no transcoder was given"),
+        (lambda given: {}, "no transcoders were given"),
         (lambda given: {2: given[1]}, "given for layer 2 was made for layer 1"),
-        (lambda given: {7: dataclasses.replace(given[1], layer=7)}, "made for layer 7, the model has layers 0 to 4"),
+        (
+            lambda given: {7: dataclasses.replace(given[1], layer=7)},
+            "made for layer 7, but the model has layers 0 to 4",
+        ),
         (lambda given: {1: dataclasses.replace(given[1], taps=Taps("a", "b"))}, "export, layer 1: reads a"),
     ],
     ids=["none", "wrong key", "layer out of range", "other taps"],
@@ -172,7 +175,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(name, damage, s
 def test_a_tap_that_is_no_hook_is_refused(name, transcoders, model, tmp_path):
     taps = Taps("resid_mid/sqrt(d_model)", "hook_mlp_out")
     given = {layer: dataclasses.replace(transcoder, taps=taps) for layer, transcoder in transcoders.items()}
-    with pytest.raises(ModelError, match=r"resid_mid/sqrt\(d_model\) is .* no hook"):
+    with pytest.raises(ModelError, match=r"resid_mid/sqrt\(d_model\) is .* not a hook"):
         writers(given, dataclasses.replace(model, taps=taps), tmp_path / "out")[name]()
 
 

@@ -79,5 +79,5 @@ def test_another_d_model_is_refused(base, random_transcoder):
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
 def test_an_alpha_that_is_no_number_is_refused(base, delta, alpha):
-    with pytest.raises(ModelError, match="expected a finite number"):
+    with pytest.raises(ModelError, match="must be a finite number"):
         fuse(base, delta, alpha)

@@ -81,8 +81,8 @@ def test_target_l0_is_the_nearest_and_of_two_the_sparser():
 @pytest.mark.parametrize(
     ("layer", "width", "said"),
     [
-        (3, "65k", "no layer_3/width_65k/average_l0_*/params.npz; layer_3 holds width_16k"),
-        (4, "16k", "no layer_4/width_16k/average_l0_*/params.npz; the top folder holds layer_3, layer_7"),
+        (3, "65k", "no layer_3/width_65k/average_l0_*/params.npz; layer_3 has width_16k"),
+        (4, "16k", "no layer_4/width_16k/average_l0_*/params.npz; the top folder has layer_3, layer_7"),
     ],
 )
 def test_a_missing_layer_or_width_says_what_there_is(published, layer, width, said):
@@ -98,7 +98,7 @@ BAD_ARRAYS = [
     ({"b_enc": np.zeros((D_SAE, 1), np.float32)}, "b_enc has shape (10, 1), expected a vector"),
     ({"W_enc": np.zeros(D_SAE, np.float32)}, "W_enc has shape (10,), expected a matrix"),
     ({"b_dec": np.zeros(D_MODEL, np.int64)}, "b_dec has dtype int64, expected floating point"),
-    ({"b_dec": np.full(D_MODEL, np.nan, np.float32)}, "b_dec holds values that are not finite"),
+    ({"b_dec": np.full(D_MODEL, np.nan, np.float32)}, "b_dec has values that are not finite"),
 ]
 
 
@@ -177,7 +177,7 @@ def test_a_missing_file(tmp_path):
         ('{"layer": 3}', "not a transcoder's config"),
         ('{"layer": 3, "taps": ["a"]}', "not a transcoder's config"),
         ('{"layer": "3", "taps": ["a", "b"]}', "layer must be a number"),
-        ('{"layer": 4, "taps": ["a", "b"]}', "made for layer 4, found in the folder of layer 3"),
+        ('{"layer": 4, "taps": ["a", "b"]}', "made for layer 4, but found in the folder of layer 3"),
     ],
 )
 def test_a_bad_config_is_refused(tmp_path, random_transcoder, config, said):
@@ -209,7 +209,7 @@ def test_offline_the_cached_repository_is_read(monkeypatch, tmp_path_factory, ra
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     found = candidates("owner/scope", 3, "16k")
     assert [candidate.average_l0 for candidate in found] == [12, 41, 90]
-    with pytest.raises(ModelError, match="layer_3 holds width_16k"):
+    with pytest.raises(ModelError, match="layer_3 has width_16k"):
         candidates("owner/scope", 3, "1m")
     with pytest.raises(ModelError, match=r"transcoders\.source: owner/other is not on this machine"):
         candidates("owner/other", 3, "16k")

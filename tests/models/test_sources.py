@@ -54,8 +54,8 @@ def test_the_hub_is_asked_and_its_answers_are_sentences(monkeypatch):
     answers = [
         (GatedRepoError("gated", response=response), "owner/name is gated; accept its licence"),
         (RepositoryNotFoundError("none", response=response), "the hub has no repository owner/name"),
-        (httpx.ConnectError("refused"), "the hub does not give it (ConnectError: refused)"),
-        (OSError("no route"), "the hub does not give it (OSError: no route)"),
+        (httpx.ConnectError("refused"), "could not be fetched from the hub (ConnectError: refused)"),
+        (OSError("no route"), "could not be fetched from the hub (OSError: no route)"),
     ]
     for error, said in answers:
         asked = []

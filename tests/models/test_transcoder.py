@@ -55,8 +55,8 @@ def test_wrong_shapes_are_refused(random_transcoder, name, shape, said):
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ({"d_model": 8}, "d_model 6, the model has d_model 8"),
-        ({"n_layers": 2}, "made for layer 2, the model has layers 0 to 1"),
+        ({"d_model": 8}, "d_model 6, but the model has d_model 8"),
+        ({"n_layers": 2}, "made for layer 2, but the model has layers 0 to 1"),
         ({"taps": Taps("ln2.hook_out", "hook_mlp_out")}, "ln2.hook_normalized"),
         ({"taps": Taps("ln2.hook_normalized", "mlp.hook_out")}, "mlp.hook_out"),
     ],

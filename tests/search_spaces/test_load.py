@@ -105,7 +105,7 @@ BAD = {
     # out of bounds
     "lora.trials=0": "lora.trials: got 0, must be greater than or equal to 1",
     "deltas.percentiles=[1.5]": "deltas.percentiles.0: got 1.5, must be less than or equal to 1",
-    "deltas.percentiles=[]": "deltas.percentiles: got [], must hold one at least where deltas.target_l0 is not set",
+    "deltas.percentiles=[]": "deltas.percentiles: got [], must have at least one unless deltas.target_l0 is set",
     "transcoders.layers=[-1]": "transcoders.layers.0: got -1, must be greater than or equal to 0",
     "seed=-1": "seed: got -1, must be greater than or equal to 0",
     "activations.max_length=1": "activations.max_length: got 1, must be greater than or equal to 2",
@@ -114,19 +114,19 @@ BAD = {
     "evaluate.conditions=[raw, fulll]": "evaluate.conditions.1: got \"fulll\", must be 'raw', 'no_delta' or 'full'",
     "name=a/b": 'name: got "a/b", must be text of the form ',
     # named twice
-    "transcoders.layers=[1, 1]": "transcoders.layers: got [1, 1], one is named twice",
-    "evaluate.alphas=[1, 1.0]": "evaluate.alphas: got [1, 1.0], one is named twice",
-    "deltas.d_new=[8, 8]": "deltas.d_new: got [8, 8], one is named twice",
+    "transcoders.layers=[1, 1]": "transcoders.layers: got [1, 1], an entry appears twice",
+    "evaluate.alphas=[1, 1.0]": "evaluate.alphas: got [1, 1.0], an entry appears twice",
+    "deltas.d_new=[8, 8]": "deltas.d_new: got [8, 8], an entry appears twice",
     # dimensions
     "lora.space.r=wide": 'lora.space.r: got "wide", must be a whole number of at least 1',
     "lora.space.r=[8, 16]": "lora.space.r: got [8, 16], must be a value, {choice: [...]} or {low: ..., high: ...",
     "lora.space.r={choice: [8, 0]}": "must be a whole number of at least 1, and 0 is not",
-    "lora.space.r={choice: [8, 8]}": "a value is named twice in [8, 8]",
+    "lora.space.r={choice: [8, 8]}": "a value appears twice in [8, 8]",
     "lora.space.r={choice: []}": "lora.space.r: got [], must be a list of at least 1",
     "lora.space.r={low: 4.5, high: 8}": "must be a whole number of at least 1, and 4.5 is not",
     "lora.space.lr={low: 4, high: 2}": "low must be below high, got low=4 and high=2",
     "lora.space.lr={low: 0, high: 1, log: true}": "a log range needs low above 0, got low=0",
-    "lora.space.lr={low: 1}": "lora.space.lr.high: missing; it must be given",
+    "lora.space.lr={low: 1}": "lora.space.lr.high is missing; it must be given",
     "lora.space.lr=0": "lora.space.lr: got 0, must be a number above 0",
     "lora.space.lr=.inf": "lora.space.lr: got Infinity, must be a number above 0",
     "lora.space.dropout=1": "lora.space.dropout: got 1, must be a number of at least 0 and below 1",
@@ -144,14 +144,14 @@ BAD = {
     "evaluate.alpha_layers=[3]": "evaluate.alpha_layers: got [3], must be some of transcoders.layers [1, 2]",
     "evaluate.percentile=0.5": "evaluate.percentile: got 0.5, must be one of deltas.percentiles [0.25, 0.75]",
     "evaluate.d_new=5": "evaluate.d_new: got 5, must be one of deltas.d_new [4, 8]",
-    "evaluate.conditions=[full]": 'evaluate.conditions: got ["full"], must hold raw',
+    "evaluate.conditions=[full]": 'evaluate.conditions: got ["full"], must include raw',
     "deltas.percentiles=[0.251]": "deltas.percentiles: got [0.251], must have at most two decimals",
     # not an override
     "lora.trials": "'lora.trials' is not an override; write key.sub=value",
     "=3": "'=3' is not an override",
     "lora..r=1": "'lora..r=1' is not an override",
     "lora.trials=[1": "lora.trials: the value '[1' cannot be read",
-    "model.source.folder=1": "model.source.folder: source holds the value 'tiny-gemma2' and has no keys inside",
+    "model.source.folder=1": "model.source.folder: source is the value 'tiny-gemma2' and has no keys inside",
 }
 
 
@@ -164,12 +164,12 @@ def test_a_bad_override_is_one_sentence(override):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("lora: {trials: 2}\n", "name: missing; it must be given"),
+        ("lora: {trials: 2}\n", "name is missing; it must be given"),
         ("name: x\nlora:\n  trials: 2\n  trials: 3\n", "trials is given twice"),
         ("name: x\n  lora: 3", "is not valid YAML"),
-        ("- a\n- b\n", "must hold settings as `key: value` lines, found list"),
-        ("", "must hold settings as `key: value` lines, found NoneType"),
-        ("1: x\n", "must hold settings as `key: value` lines"),
+        ("- a\n- b\n", "must have settings as `key: value` lines, found list"),
+        ("", "must have settings as `key: value` lines, found NoneType"),
+        ("1: x\n", "must have settings as `key: value` lines"),
         ("name: !!python/object/apply:os.mkdir [made]\n", "is not valid YAML"),
     ],
 )

@@ -128,5 +128,5 @@ def test_an_interrupted_capture_goes_on_from_its_last_shard(tmp_path, captured, 
 
 def test_shards_of_another_plan_are_refused(captured, plan, sequences):
     other = Plan.make(sequences[:-2], batch_tokens=64, shard_tokens=30, seed=5)
-    with pytest.raises(ValueError, match=r"shard_\d+\.safetensors holds \d+ tokens where the plan has \d+; delete"):
+    with pytest.raises(ValueError, match=r"shard_\d+\.safetensors has \d+ tokens, but the plan has \d+; delete"):
         finish_capture(other, LAYERS, captured)

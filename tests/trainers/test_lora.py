@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_is_said(load, gemma_folder):
 
 def test_an_adapter_that_is_not_there_is_one_sentence(load, gemma_folder, tmp_path):
     model, _ = load(gemma_folder)
-    with pytest.raises(TrainingError, match="no adapter of this model"):
+    with pytest.raises(TrainingError, match="has no adapter for this model"):
         merge(model, tmp_path)
 
 
@@ -252,7 +252,7 @@ def test_an_adapter_of_another_model_is_one_sentence(load, gemma_folder, llama_f
     _, kept = train(load, llama_folder, dataclasses.replace(SETTINGS, steps=1))
     kept[-1].save_pretrained(tmp_path)
     model, _ = load(gemma_folder)
-    with pytest.raises(TrainingError, match="no adapter of this model"):
+    with pytest.raises(TrainingError, match="has no adapter for this model"):
         merge(model, tmp_path)
 
 

@@ -90,7 +90,7 @@ def test_epochs_stand_in_for_steps(load, gemma_folder):
 def test_a_row_beyond_the_context_is_named(load, gemma_folder):
     model, tokenizer = load(gemma_folder)
     model.config.max_position_embeddings = 40
-    with pytest.raises(TrainingError, match=r"a row has \d+ tokens, the model's context holds 40: .*'What is 333"):
+    with pytest.raises(TrainingError, match=r"a row has \d+ tokens, but the model's context holds 40: .*'What is 333"):
         train_lora(model, tokenizer, Splits(ROWS, ROWS[:1]), SETTINGS, lambda figures: None, lambda adapted: None)
 
 
@@ -107,5 +107,5 @@ def test_memory_that_runs_out_is_a_sentence_with_what_to_change(load, gemma_fold
     def report(figures):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    with pytest.raises(TrainingError, match=r"memory ran out with batch_size 2.*lora\.accumulate"):
+    with pytest.raises(TrainingError, match=r"out of memory with batch_size 2.*lora\.accumulate"):
         train_lora(model, tokenizer, Splits(ROWS, ROWS), SETTINGS, report, lambda adapted: None)

@@ -227,7 +227,7 @@ def read_residuals(activations: Path, residual: Path, layer: int, taps: Taps) ->
         facts["val_fvu_base"],
         layer,
         "residual",
-        facts["change_share"],
+        facts["change_share"] or None,
         taps,
     )
 
