@@ -87,7 +87,6 @@ class Evaluate(Section):
         ],
         Distinct,
     ] = []
-<<<<<<< HEAD
     """Further conditions, each of which rules out one other explanation; every one costs about as much as an alpha.
     `scaled_weights` belongs to change deltas, the last three to residual ones."""
     alphas: Annotated[list[Finite], Distinct] = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -99,26 +98,11 @@ class Evaluate(Section):
     no feature is looked at."""
     curve: bool = True
     """With change deltas: also keep only the k most effective features of all layers, k = 1, 2, 4 and so on."""
-=======
-    """Extra conditions, each of which rules out one alternative explanation; each costs about as much as an alpha."""
-    alphas: Annotated[list[Finite], Distinct] = [0.0, 0.25, 0.5, 0.75, 1.0]
-    alpha_layers: Layers = "all"
-    """Layers measured at every alpha; `all` is every swept layer."""
-    joint: bool = True
-    """Also splice all swept layers at once."""
-    features: Annotated[int, Field(ge=0)] = 4
-    """How many features of each layer's delta to ablate, one at a time, starting with the largest estimated effect; 0
-    skips the evaluation of features."""
->>>>>>> hb-english
     replicas: Count = 1
     """How many seeds of each kept trial have their behaviour measured, best first; with more than one, intervals cover
     seeds as well as prompts."""
     percentile: Fraction | None = None
-<<<<<<< HEAD
     """Base used for behaviour; null takes the (percentile, d_new) of the lowest mean validation error."""
-=======
-    """Base used for behaviour; null picks the (percentile, d_new) with the lowest mean validation FVU."""
->>>>>>> hb-english
     d_new: Count | None = None
     max_new_tokens: Count = 64
     batch_size: Count = 32
@@ -175,7 +159,6 @@ class Sweep(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Sweep:
         bases, evaluate = self.transcoders, self.evaluate
-<<<<<<< HEAD
         targets = self.deltas.targets
         if "residual" in targets and not self.deltas.selections:
             raise ValueError("deltas.percentiles: got [], must hold one at least where deltas.target_l0 is not set")
@@ -187,10 +170,6 @@ class Sweep(Section):
         for control, target in CONTROLS_OF_ONE_TARGET.items():
             if control in evaluate.controls and target not in targets:
                 raise ValueError(f"evaluate.controls: {control} needs {target} among deltas.targets, got {targets}")
-=======
-        if not self.deltas.selections:
-            raise ValueError("deltas.percentiles: got [], must have at least one unless deltas.target_l0 is set")
->>>>>>> hb-english
         if self.deltas.objectives != "val_loss" and self.deltas.threshold == "calibrated":
             raise ValueError(
                 "deltas.threshold: got calibrated, must be learned with two objectives: "

@@ -120,16 +120,10 @@ class Deltas(Section):
     grace_evals: Count = 2
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     sampler: Sampler = "tpe"
-<<<<<<< HEAD
     objectives: Literal["val_loss", "val_error, val_l0_delta"] = "val_loss"
     """What a study minimises; `val_error` is `val_unexplained` of change deltas, `val_fvu` of residual ones. With two
     objectives no trial is stopped early, the report marks the Pareto front, and the delta that is kept is still the one
     of lowest val_loss."""
-=======
-    objectives: Literal["val_loss", "val_fvu, val_l0_delta"] = "val_loss"
-    """What a study minimises. With two objectives no trial is stopped early, the report marks the Pareto front, and the
-    delta that is kept is still the one with the lowest val_loss."""
->>>>>>> hb-english
     warm_start: str | None = None
     """An earlier sweep in the same Optuna storage; the best values of its studies are tried first."""
     space: DeltaSpace = DeltaSpace()

@@ -1,13 +1,8 @@
 """Activation capture: one pass of a model over texts, every swept layer at once, streamed to disk.
 
-<<<<<<< HEAD
 In: a TransformerBridge, token sequences, and which columns are wanted of which layer. Out:
 `FOLDER/layer_LL/shard_*.safetensors` with `x`, `y` or `change` of every token but BOS and padding. Memory holds one
 shard; an interrupted capture goes on from its last shard.
-=======
-In: a TransformerBridge and token sequences. Out: `FOLDER/layer_LL/shard_*.safetensors` with `x` and `y` of every token
-except BOS and padding. Memory holds one shard; an interrupted capture continues after its last shard.
->>>>>>> hb-english
 """
 
 from __future__ import annotations
@@ -146,18 +141,12 @@ def _shard_name(number: int) -> str:
 
 @torch.inference_mode()
 def capture_batch(
-<<<<<<< HEAD
     bridge: TransformerBridge, rows: Sequences, layers: Mapping[int, Columns], taps: Taps = GEMMA_SCOPE_TAPS
 ) -> dict[int, dict[str, Tensor]]:
     """For each layer its columns, (tokens, d_model) bf16 on the CPU, row by row, without BOS and padding.
 
     Beside `change` also `sum` and `sum_of_squares`, (d_model,) fp64, of y, from which follows its variance.
     """
-=======
-    bridge: TransformerBridge, rows: Sequences, layers: Sequence[int], taps: Taps = GEMMA_SCOPE_TAPS
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """`x` and `y` of each layer, (tokens, d_model) bf16 on the CPU, row by row, without BOS and padding."""
->>>>>>> hb-english
     model: Any = bridge.original_model
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     kept = batch.editable

@@ -19,16 +19,11 @@ from trainers.base_transcoder import output_scale
 class DeltaData(NamedTuple):
     """What every trial of a layer and target shares.
 
-    <<<<<<< HEAD
-        train and validation: Pairs of x and what the delta is to explain: the residual y - base(x) that a base transcoder
-        leaves, or the change y - y_un(x) that finetuning made. unit: the mean square a dimension that errors are measured
-        in on validation tokens: the variance of y for a residual, the mean square of the change itself for a change. alone:
-        the error without a delta in that unit: the base's FVU, and 1. change_share: the change's mean square over the
-        variance of y, where it is known. layer and taps: where x and y are read.
-    =======
-        train and validation: Pairs of (x, residual). variance: mean over dimensions of the variance of y on validation
-        tokens. val_fvu_base: fraction of it that the base alone leaves unexplained. layer and taps: where x and y are read.
-    >>>>>>> hb-english
+    train and validation: Pairs of x and what the delta is to explain: the residual y - base(x) that a base transcoder
+    leaves, or the change y - y_un(x) that finetuning made. unit: the mean square a dimension that errors are measured
+    in on validation tokens: the variance of y for a residual, the mean square of the change itself for a change. alone:
+    the error without a delta in that unit: the base's FVU, and 1. change_share: the change's mean square over the
+    variance of y, where it is known. layer and taps: where x and y are read.
     """
 
     train: Pairs
@@ -84,12 +79,8 @@ def output_variance(pairs: Pairs) -> float:
 def validate(deltas: list[Transcoder], data: DeltaData, l0_budget: float, batch_size: int = 8192) -> dict[str, Any]:
     """Validation figures, means over replicas; `val_loss = error + max(0, val_l0_delta / l0_budget - 1)`.
 
-    <<<<<<< HEAD
-        The error is `val_fvu` of a residual delta (beside `val_fvu_base`) and `val_unexplained` of a change delta (beside
-        `change_share`). `val_cos` and `val_l2_ratio` compare delta(x) with what it is to explain.
-    =======
-        `val_cos` and `val_l2_ratio` compare delta(x) with the residual it should explain.
-    >>>>>>> hb-english
+    The error is `val_fvu` of a residual delta (beside `val_fvu_base`) and `val_unexplained` of a change delta (beside
+    `change_share`). `val_cos` and `val_l2_ratio` compare delta(x) with what it is to explain.
     """
     device = deltas[0].W_enc.device
     tokens = data.validation.tokens

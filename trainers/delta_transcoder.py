@@ -1,14 +1,8 @@
 """Delta transcoders: a few new sparse features that explain what finetuning changed in one layer's MLP.
 
-<<<<<<< HEAD
 In: pairs of x and what is to be explained, computed once for a layer (and base), and settings. Out: for each seed one
 JumpReLU transcoder without decoder bias, and its validation figures. Several seeds (`replicas`) train side by side on
 the same batches.
-=======
-In: (x, residual) pairs, where residual = y_finetuned - base(x) is computed once per (layer, base), and settings. Out:
-for each seed one JumpReLU transcoder without decoder bias, and its validation figures. Several seeds (`replicas`) train
-side by side on the same batches.
->>>>>>> hb-english
 """
 
 from __future__ import annotations
