@@ -213,8 +213,6 @@ def export(
     d_new: Annotated[int | None, typer.Option("--d-new", help="Which delta; default: the evaluated one.")] = None,
 ) -> None:
     """Write change deltas, or bases and residual deltas fused, as one transcoder per layer in another tool's format."""
-    from pathlib import Path
-
     from jobs.commands.finished import Asked
     from jobs.commands.finished import export as run
     from jobs.study.context import Context
@@ -254,9 +252,8 @@ def ui(
 
 
 def _print_rows(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        print(f"{name:<{width}}  {text}")
+        print(f"{name:<{max(len(one) for one, _ in rows)}}  {text}")
 
 
 def main() -> None:

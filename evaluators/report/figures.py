@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from evaluators.layer_sets import NO_LAYER, layer_order
+from evaluators.layer_sets import NO_LAYER, is_set, layer_order, layers_in
 from evaluators.tables.pooling import RATES, subset_order
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -34,15 +34,15 @@ HEATMAP_TITLES = {
 
 
 def short_layer(label: str) -> str:
-    """Axis text of a layer label: sets of more than three layers are counted, not listed."""
-    layers = label.split("+")
-    return label if len(layers) <= 3 else f"{len(layers)}\nlayers"
+    """Axis text of a layer label: long sets are counted, not listed."""
+    count = len(layers_in(label))
+    return label if len(label) <= 8 else f"{count}\nlayers"
 
 
 def combination_heatmap(summary: pd.DataFrame, column: str) -> Figure:
     """One column of the reconstruction summary as (d_new x percentile), the value written in each cell."""
     grid = summary.pivot_table(index="d_new", columns="percentile", values=column, dropna=False)
-    figure, (axes,) = _panels(1, width=4.0, height=3.1)
+    figure, (axes,) = panels(1, width=4.0, height=3.1)
     image = axes.imshow(grid.to_numpy(dtype=float), cmap="cividis", aspect="auto")
     axes.grid(False)
     axes.set_xticks(range(grid.shape[1]), [f"{value:g}" for value in grid.columns])
@@ -60,41 +60,41 @@ def delta_ce_by_layer(conditions: pd.DataFrame, *, seed: int) -> Figure:
     """CE minus raw against layer, one panel per subset on one scale, one series per condition; zero is raw."""
     table = _spliced(conditions)
     subsets = sorted(table["subset"].unique(), key=subset_order)
-    figure, panels = _panels(len(subsets), sharey=True)
-    for axes, subset in zip(panels, subsets, strict=True):
+    figure, grid = panels(len(subsets), sharey=True)
+    for axes, subset in zip(grid, subsets, strict=True):
         _by_layer(axes, table[table["subset"] == subset], "delta_ce")
         axes.axhline(0, color=MUTED, linewidth=1)
         axes.set(title=subset, xlabel="spliced layer")
-    panels[0].set_ylabel("CE - raw CE (nats per target token)")
-    return _finish(figure, panels[0], f"{_count(table)}; bars: paired bootstrap 95% over prompts, seed {seed}")
+    grid[0].set_ylabel("CE - raw CE (nats per target token)")
+    return finish(figure, grid[0], f"{_count(table)}; bars: paired bootstrap 95% over prompts, seed {seed}")
 
 
 def tool_metrics_by_layer(conditions: pd.DataFrame, subset: str) -> Figure:
     """Every rate defined on one subset against layer, with Wilson bars; the dotted line is raw."""
     table = conditions[conditions["subset"] == subset]
     rates = [rate for rate in RATES if table[rate].notna().any()]
-    figure, panels = _panels(len(rates))
+    figure, grid = panels(len(rates))
     raw = table[table["layer"] == NO_LAYER]
-    for axes, rate in zip(panels, rates, strict=True):
+    for axes, rate in zip(grid, rates, strict=True):
         _by_layer(axes, _spliced(table), rate)
         if len(raw):
             axes.axhline(float(raw[rate].iloc[0]), color="black", linestyle=":", linewidth=1.2, label="raw")
         axes.set(title=rate, xlabel="spliced layer", ylim=(-0.05, 1.05))
-    panels[0].set_ylabel(f"share of {subset} prompts")
-    return _finish(figure, panels[0], f"{_count(table)}; bars: Wilson 95%")
+    grid[0].set_ylabel(f"share of {subset} prompts")
+    return finish(figure, grid[0], f"{_count(table)}; bars: Wilson 95%")
 
 
 def activations_by_layer(conditions: pd.DataFrame, *, seed: int) -> Figure:
     """Mean sum of |activation| per token of base and delta against layer, under `full`, one series per subset."""
     table = conditions[conditions["condition"] == "full"]
     columns = {"mean_abs_base_acts": "base transcoder", "mean_abs_delta_acts": "delta transcoder"}
-    figure, panels = _panels(2)
-    for axes, (column, title) in zip(panels, columns.items(), strict=True):
+    figure, grid = panels(2)
+    for axes, (column, title) in zip(grid, columns.items(), strict=True):
         _by_layer(axes, table, column, series="subset")
         axes.set(title=title, xlabel="spliced layer")
         axes.set_ylim(bottom=0)
-    panels[0].set_ylabel("sum of |activation| per token")
-    return _finish(figure, panels[0], f"{_count(table)}; bars: bootstrap 95% over prompts, seed {seed}")
+    grid[0].set_ylabel("sum of |activation| per token")
+    return finish(figure, grid[0], f"{_count(table)}; bars: bootstrap 95% over prompts, seed {seed}")
 
 
 def dose_response(table: pd.DataFrame, *, seed: int) -> Figure:
@@ -103,12 +103,12 @@ def dose_response(table: pd.DataFrame, *, seed: int) -> Figure:
     `table` is the part of the dose-response table with one layer, percentile and d_new.
     """
     metrics = ["delta_ce", *(rate for rate in RATES if table[rate].notna().any())]
-    figure, panels = _panels(len(metrics), columns=3)
+    figure, grid = panels(len(metrics), columns=3)
     subsets = sorted(table["subset"].unique(), key=subset_order)
-    for axes, metric in zip(panels, metrics, strict=True):
+    for axes, metric in zip(grid, metrics, strict=True):
         for number, subset in enumerate(subsets):
             rows = table[table["subset"] == subset].dropna(subset=[metric]).sort_values("alpha")
-            _band(axes, rows, metric, label=subset, number=number)
+            band(axes, rows, metric, label=subset, number=number)
         if metric == "delta_ce":
             axes.axhline(0, color=MUTED, linewidth=1)
             axes.set(title="CE - raw CE", ylabel="nats per target token")
@@ -117,7 +117,7 @@ def dose_response(table: pd.DataFrame, *, seed: int) -> Figure:
         axes.set_xlabel("alpha (strength of the delta)")
     layer = f"layer {table['layer'].iloc[0]}"
     note = f"bands: paired bootstrap (CE, seed {seed}) and Wilson (rates) 95%"
-    return _finish(figure, panels[0], f"{layer}; {_count(table)}; {note}")
+    return finish(figure, grid[0], f"{layer}; {_count(table)}; {note}")
 
 
 def unexplained_variance(delta_trials: pd.DataFrame) -> Figure:
@@ -128,11 +128,11 @@ def unexplained_variance(delta_trials: pd.DataFrame) -> Figure:
     kept = delta_trials[delta_trials["best"].astype(bool)]
     layers = sorted(kept["layer"].unique())
     widths = sorted(kept["d_new"].unique())
-    figure, panels = _panels(len(layers), columns=4, width=2.9)
-    for axes, layer in zip(panels, layers, strict=True):
+    figure, grid = panels(len(layers), columns=4, width=2.9)
+    for axes, layer in zip(grid, layers, strict=True):
         groups = kept[kept["layer"] == layer].sort_values("d_new").groupby("percentile", dropna=False)
         for number, (percentile, rows) in enumerate(groups):
-            colour, marker = _look(number)
+            colour, marker = look(number)
             places = [widths.index(width) for width in rows["d_new"]]
             label = "base + delta" if pd.isna(percentile) else f"percentile {percentile:g}"
             axes.plot(places, rows["val_fvu"], color=colour, marker=marker, label=label)
@@ -143,16 +143,16 @@ def unexplained_variance(delta_trials: pd.DataFrame) -> Figure:
         axes.set_xticks(range(len(widths)), [str(width) for width in widths])
         axes.set(title=f"layer {layer}", xlabel="d_new")
         axes.set_ylim(bottom=0)
-    panels[0].set_ylabel("FVU on held-out tokens")
-    return _finish(figure, panels[0], "solid: base + delta; dots: its seeds; dashed: base alone")
+    grid[0].set_ylabel("FVU on held-out tokens")
+    return finish(figure, grid[0], "solid: base + delta; dots: its seeds; dashed: base alone")
 
 
 def search_history(trials: pd.DataFrame) -> Figure:
     """Validation loss of each LoRA trial in the order proposed, by end state, and the best so far."""
     table = trials.sort_values("trial").reset_index(drop=True).astype({"value": "float64"})
-    figure, (axes,) = _panels(1, width=6.0, height=3.2)
+    figure, (axes,) = panels(1, width=6.0, height=3.2)
     for number, (state, rows) in enumerate(table.groupby("state", sort=True)):
-        colour, marker = _look(number)
+        colour, marker = look(number)
         label = f"{state}".lower() + (" (no value)" if rows["value"].isna().all() else "")
         axes.plot(rows.index, rows["value"], marker, color=colour, label=label)
     best = table["value"].where(np.isfinite(table["value"])).cummin().ffill()
@@ -160,10 +160,10 @@ def search_history(trials: pd.DataFrame) -> Figure:
     axes.set_xticks(table.index, [str(trial) for trial in table["trial"]])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     axes.set(title="LoRA search", xlabel="trial", ylabel="validation loss (nats per target token)")
-    return _finish(figure, axes, f"{len(table)} trials")
+    return finish(figure, axes, f"{len(table)} trials")
 
 
-def _panels(
+def panels(
     count: int, *, columns: int = 3, width: float = INCHES_PER_PANEL, height: float = 3.0, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels, `columns` a row, unused places left empty."""
@@ -180,7 +180,7 @@ def _panels(
     return figure, list(grid[:count])
 
 
-def _finish(figure: Figure, legend_of: Axes, note: str) -> Figure:
+def finish(figure: Figure, legend_of: Axes, note: str) -> Figure:
     """One legend above the panels and the note (n, intervals, seed) below them."""
     handles, labels = legend_of.get_legend_handles_labels()
     if handles:
@@ -218,30 +218,30 @@ def _by_layer(axes: Axes, table: pd.DataFrame, column: str, *, series: str = "co
     for number, (name, rows) in enumerate(groups):
         shift = (number - (len(groups) - 1) / 2) * min(0.14, 0.7 / len(groups))
         x = np.array([places[layer] + shift for layer in rows["layer"]])
-        single = np.array(["+" not in layer for layer in rows["layer"]], dtype=bool)
+        single = np.array([not is_set(layer) for layer in rows["layer"]], dtype=bool)
         y = rows[column].to_numpy(dtype=float)
-        colour, marker = _look(number)
+        colour, marker = look(number)
         axes.plot(x[single], y[single], color=colour, linewidth=1, alpha=0.5)
         axes.errorbar(
-            x, y, yerr=_whiskers(rows, column), label=name, color=colour, capsize=2, elinewidth=1.1, linestyle="none",
+            x, y, yerr=whiskers(rows, column), label=name, color=colour, capsize=2, elinewidth=1.1, linestyle="none",
             marker=marker, markersize=4.5,
         )  # fmt: skip
     axes.set_xticks(range(len(places)), [short_layer(layer) for layer in places], fontsize=8 if len(places) > 8 else 9)
 
 
-def _look(number: int) -> tuple[str, str]:
+def look(number: int) -> tuple[str, str]:
     """Colour and marker of a series; pairs repeat only after 49 series."""
     return COLOURS[number % len(COLOURS)], MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
 
 
-def _band(axes: Axes, rows: pd.DataFrame, column: str, *, label: str, number: int) -> None:
-    colour, marker = _look(number)
+def band(axes: Axes, rows: pd.DataFrame, column: str, *, label: str, number: int) -> None:
+    colour, marker = look(number)
     axes.plot(rows["alpha"], rows[column], color=colour, marker=marker, markersize=4.5, label=label)
     low, high = (rows[f"{column}_{end}"].to_numpy(dtype=float) for end in ("low", "high"))
     axes.fill_between(rows["alpha"], low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _whiskers(rows: pd.DataFrame, column: str) -> Sequence[np.ndarray]:
+def whiskers(rows: pd.DataFrame, column: str) -> Sequence[np.ndarray]:
     """Distances from the value down and up to its interval's ends, as errorbar wants them."""
     value, low, high = (rows[name].to_numpy(dtype=float) for name in (column, f"{column}_low", f"{column}_high"))
     return [np.maximum(value - low, 0), np.maximum(high - value, 0)]

@@ -186,7 +186,7 @@ def _counted(rows: pd.DataFrame, column: str, unit: str) -> list[str]:
     sentences = []
     for subset in sorted(rows["subset"].unique(), key=subset_order) if len(rows) else []:
         here = _of(rows, subset)
-        several = here["layer"].map(is_set)
+        several = here["layer"].map(is_set).astype(bool)
         single = [(_place(row, rows), estimate(row, column)) for _, row in here[~several].iterrows()]
         parts = _single_layers([pair for pair in single if not math.isnan(pair[1].low)], unit)
         for _, row in here[several].iterrows():
@@ -216,7 +216,7 @@ def _single_layers(known: list[tuple[str, Estimate]], unit: str) -> list[str]:
 
 
 def _place(row: pd.Series, table: pd.DataFrame) -> str:
-    text = f"layer {row['layer']}" if "+" not in row["layer"] else f"layers {row['layer']} at once"
+    text = f"layer {row['layer']}" if not is_set(row["layer"]) else f"layers {row['layer']} at once"
     return text + _which(row, table)
 
 

@@ -5,6 +5,7 @@ its content policy forbids requests. Readable on a phone and in dark mode.
 """
 
 import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from evaluators.report import figures
 from evaluators.report.findings import Findings, number, with_interval
@@ -87,6 +90,12 @@ class Section:
     title: str
     intro: str
     blocks: Sequence[Block] = field(default_factory=tuple)
+
+
+def picture(name: str, figure: Figure, title: str, help: str) -> Picture:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)  # savefig would lay the figure out and draw it twice
+    return Picture(name, buffer.getvalue(), title, help)
 
 
 def table_block(frame: pd.DataFrame, columns: Mapping[str, str], title: str, help: str) -> Table:

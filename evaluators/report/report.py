@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from evaluators.layer_sets import NO_LAYER
-from evaluators.report import lora_sections, sections
+from evaluators.report import lora_sections, sections, training_sections
 from evaluators.report.feature_section import features_section
 from evaluators.report.findings import number, with_interval
+from evaluators.report.knob_section import headline_rows, knob_section
 from evaluators.report.page import Block, Gallery, Picture, render
 from evaluators.tables import tables
 from evaluators.tables.pooling import RATES, Cell, subset_order
@@ -54,16 +55,19 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     _write_tables(folder, results)
     if data.finetuned:
         _write(folder / "lora_validation.csv", pd.DataFrame([data.finetuned["figures"]]).to_csv(index=False).encode())
+    deltas = pd.DataFrame(data.delta_trials)
+    reference = of_residuals(results)
     page = [
         sections.checks_section(data.checks),
-        sections.findings_section(results, _glance(results.conditions)),
+        knob_section(results, deltas, seed=seed),
+        sections.findings_section(reference, _glance(reference.conditions)),
         lora_sections.completed(
-            sections.lora_section(pd.DataFrame(data.lora_trials)), data.finetuned, data.lora_pictures
+            training_sections.lora_section(pd.DataFrame(data.lora_trials)), data.finetuned, data.lora_pictures
         ),
-        sections.transcoders_section(pd.DataFrame(data.base_transcoders), pd.DataFrame(data.delta_trials)),
+        training_sections.transcoders_section(pd.DataFrame(data.base_transcoders), deltas),
         sections.reconstruction_section(results),
-        sections.conditions_section(results, seed=seed),
-        sections.dose_section(results, seed=seed),
+        sections.conditions_section(reference, seed=seed),
+        sections.dose_section(reference, seed=seed),
         features_section(results.features),
         sections.generations_section(data.generations),
         sections.settings_section(data.facts),
@@ -80,13 +84,24 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     return html
 
 
+def of_residuals(results: tables.Results) -> tables.Results:
+    """The tables without change deltas, which have a section of their own."""
+    kept = {name: getattr(results, name) for name in ("conditions", "contrast", "dose", "statistics")}
+    return results._replace(
+        **{name: table[table["target"] != "change"] for name, table in kept.items() if "target" in table}
+    )
+
+
 def summary_table(cells: Sequence[Cell], *, seed: int = 0) -> list[dict[str, str]]:
-    """The short table at the end of a sweep, as rows of text with equal keys: layer, condition, one key per subset.
+    """The short table at the end of a sweep, as rows of text with equal keys.
+
+    With change deltas their headline, one row a subset; else layer, condition, one key per subset.
 
     Raw rows hold rates; the others CE minus raw CE in nats per target token with its 95% interval. Percentile and
     d_new are keys of their own where the cells hold several. No rows without behaviour cells.
     """
-    return _glance(tables.conditions_table(cells, seed=seed))
+    results = tables.all_tables(cells, seed=seed)
+    return headline_rows(results) or _glance(results.conditions)
 
 
 def _glance(conditions: pd.DataFrame) -> list[dict[str, str]]:
@@ -108,12 +123,17 @@ def _glance(conditions: pd.DataFrame) -> list[dict[str, str]]:
 def _write_tables(folder: Path, results: tables.Results) -> None:
     _write(folder / "exp1_metrics.csv", results.reconstruction.to_csv(index=False).encode())
     _write(folder / "exp2A_delta_contrast.csv", results.contrast.to_csv(index=False).encode())
+    _write(folder / "feature_ranking.csv", results.ranking.to_csv(index=False).encode())
+    _write(folder / "change_by_subset.csv", results.change.to_csv(index=False).encode())
     _write(folder / "features.csv", results.features.to_csv(index=False).encode())
     for name, table in (
         ("exp1_combo_summary", results.summary),
         ("exp2A_metrics", results.conditions),
         ("exp2B_metrics", results.dose),
         ("exp2B_statistics", results.statistics),
+        ("gaps", results.gaps),
+        ("recovered", results.recovered),
+        ("few_features", results.curve),
     ):
         _write(folder / f"{name}.csv", table.to_csv(index=False).encode())
         _write(folder / f"{name}.json", table.to_json(orient="records", indent=1, double_precision=15).encode() + b"\n")

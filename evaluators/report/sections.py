@@ -3,17 +3,12 @@
 In: the tables of a sweep and plain data about its searches. Out: `page.Section`s; a part without data gives None.
 """
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from evaluators.layer_sets import NO_LAYER, is_set, layer_label, layer_order
 from evaluators.report import figures, findings
-from evaluators.report.page import Block, Gallery, Picture, Section, Sentences, Table, table_block
+from evaluators.report.page import Block, Gallery, Section, Sentences, Table, picture, table_block
 from evaluators.tables.pooling import RATES, condition_order, subset_order
 from evaluators.tables.tables import RECONSTRUCTION_COLUMNS, SUMMARY_METRICS, Results
 
@@ -89,73 +84,12 @@ def findings_section(results: Results, glance: Sequence[dict[str, str]]) -> Sect
     )
 
 
-def lora_section(trials: pd.DataFrame) -> Section | None:
-    """The search for the finetuned model."""
-    if trials.empty:
-        return None
-    parameters = {name: name.removeprefix("lora.") for name in trials.columns if name.startswith("lora.")}
-    columns = {
-        "trial": "trial",
-        "state": "state",
-        "value": "val_loss",
-        "step": "steps",
-        **parameters,
-        "seconds": "seconds",
-    }
-    help = "Each point is one trial's held-out loss; the line is the best so far, which gave the finetuned model."
-    return Section(
-        "lora",
-        "LoRA search",
-        "Optuna proposed these adapters, weak ones were stopped early, and the lowest validation loss was kept.",
-        [
-            _picture("lora_search", figures.search_history(trials), "Search history", help),
-            table_block(
-                trials, columns, "Trials", "One row per trial; val_loss in nats per target token, lower is better."
-            ),
-        ],
-    )
-
-
-def transcoders_section(base: pd.DataFrame, deltas: pd.DataFrame) -> Section | None:
-    """The base transcoders and the search for the deltas."""
-    blocks: list[Block] = []
-    if len(base):
-        columns = {
-            name: name for name in ("layer", "percentile", "target_l0", "val_l0", "val_fvu", "dead_fraction", "path")
-        }
-        help = "FVU: share of the un-finetuned MLP's output variance left unexplained on held-out text; 0 is perfect."
-        blocks.append(table_block(base, columns, "Base transcoders", help))
-    if len(deltas) and deltas["best"].astype(bool).any():
-        kept = deltas[deltas["best"].astype(bool)].sort_values(["layer", "percentile", "d_new"], kind="stable")
-        help = (
-            "Lower is better; the gap between a solid line and the dashed line of its colour is what the delta repairs."
-        )
-        blocks.append(_picture("delta_fvu", figures.unexplained_variance(deltas), "Kept deltas on held-out text", help))
-        columns = {
-            name: name
-            for name in (
-                *("layer", "percentile", "d_new", "val_fvu", "val_fvu_base", "val_l0_delta", "val_cos", "val_l2_ratio"),
-                *("dead_fraction", "tokens", "lr", "sparsity", "trial", "seconds"),
-            )
-        }
-        better = int((kept["val_fvu"] < kept["val_fvu_base"]).sum())
-        help = f"{better} of {len(kept)} kept deltas explain more held-out variance than their base alone."
-        blocks.append(table_block(kept, columns, "Kept deltas", help))
-        columns = {"layer": "layer", "percentile": "percentile", "d_new": "d_new", "trial": "trial", "state": "state"}
-        figures_of = ("val_loss", "val_fvu", "val_l0_delta", "pareto", "lr", "sparsity", "seconds")
-        columns |= {name: name for name in figures_of if name in deltas}
-        help = "Every delta trial; losses compare only within one layer and percentile."
-        blocks.append(table_block(deltas, columns, "All delta trials", help))
-    intro = "A base transcoder stands in for an MLP of the un-finetuned model; a delta adds d_new features to it."
-    return _section("transcoders", "Transcoders", intro, blocks)
-
-
 def reconstruction_section(results: Results) -> Section | None:
     """How well base and base + delta stand in for the finetuned MLPs (experiment 1)."""
     if results.reconstruction.empty:
         return None
     pictures = [
-        _picture(
+        picture(
             f"heatmap_{column}",
             figures.combination_heatmap(results.summary, column),
             column,
@@ -186,7 +120,7 @@ def conditions_section(results: Results, *, seed: int) -> Section | None:
     if table.empty:
         return None
     spliced = table[table["layer"] != NO_LAYER]
-    several = spliced["layer"].map(is_set)
+    several = spliced["layer"].map(is_set).astype(bool)
     blocks: list[Block] = []
     help = "Points above 0 predict the target worse than raw; a bar that crosses 0 is compatible with no difference."
     for name, rows, title in (
@@ -194,15 +128,15 @@ def conditions_section(results: Results, *, seed: int) -> Section | None:
         ("delta_ce_layer_sets", spliced if several.any() else spliced[several], "CE increase, layers and sets"),
     ):
         if rows["delta_ce"].notna().any():
-            blocks.append(_picture(name, figures.delta_ce_by_layer(rows, seed=seed), title, help))
+            blocks.append(picture(name, figures.delta_ce_by_layer(rows, seed=seed), title, help))
     for subset in sorted(spliced["subset"].unique(), key=subset_order):
         help = "The dotted line is raw on the same prompts; the table below gives each paired difference from it."
         figure = figures.tool_metrics_by_layer(table, subset)
-        blocks.append(_picture(f"tool_metrics_{subset}", figure, f"Behaviour on {subset}", help))
+        blocks.append(picture(f"tool_metrics_{subset}", figure, f"Behaviour on {subset}", help))
     if (spliced["condition"] == "full").any():
         figure = figures.activations_by_layer(table, seed=seed)
         help = "How strongly base and delta fire; a delta that fires more on tool than on copy is selective."
-        blocks.append(_picture("activations_by_layer", figure, "Mean activations", help))
+        blocks.append(picture("activations_by_layer", figure, "Mean activations", help))
     help = "One row per layer, condition and subset; values with [95% interval]: Wilson for rates, bootstrap otherwise."
     blocks.append(table_block(table, BEHAVIOUR_SHOWN, "Conditions", help))
     if len(results.contrast):
@@ -235,7 +169,7 @@ def dose_section(results: Results, *, seed: int) -> Section | None:
             title = ", ".join([f"Layer {layer}", *which])
             label = layer if is_set(layer) else f"{int(layer):02d}"
             name = "_".join(["dose_response_layer", label, *(text.replace(" ", "_") for text in which)])
-            blocks.append(_picture(name, figures.dose_response(rows, seed=seed), title, help))
+            blocks.append(picture(name, figures.dose_response(rows, seed=seed), title, help))
     columns = {"layer": "layer", "percentile": "percentile", "d_new": "d_new", "subset": "subset", "metric": "metric"}
     columns |= {
         "slope": "slope per unit of alpha",
@@ -289,12 +223,6 @@ def generations_section(generations: Sequence[dict[str, Any]]) -> Section | None
 
 def _section(anchor: str, title: str, intro: str, blocks: Sequence[Block]) -> Section | None:
     return Section(anchor, title, intro, blocks) if blocks else None
-
-
-def _picture(name: str, figure: Figure, title: str, help: str) -> Picture:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)  # savefig would lay the figure out and draw it twice
-    return Picture(name, buffer.getvalue(), title, help)
 
 
 def _shorten(text: str) -> str:

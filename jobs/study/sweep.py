@@ -160,9 +160,10 @@ def show_results(context: Context) -> None:
 
     rows = summary_table(load_cells(context), seed=context.settings.seed)
     if rows:
-        table = Table(
-            *rows[0], title="CE minus raw CE in nats per target token, with 95% intervals", title_justify="left"
-        )
+        title = "What the MLPs' change carries, CE in nats per target token, with 95% intervals"
+        if "recovered" not in rows[0]:
+            title = "CE minus raw CE in nats per target token, with 95% intervals"
+        table = Table(*rows[0], title=title, title_justify="left")
         for row in rows:
             table.add_row(*row.values())
         context.progress.console.print(table)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from evaluators.conditions import CONDITIONS
 from evaluators.layer_sets import layer_label
@@ -16,21 +16,21 @@ from jobs.errors import WorkFailed
 from jobs.files import key_of, read_json
 from jobs.study import keys
 from jobs.study.context import Context
-from jobs.study.grounds import DeltaGroup, Ground, error_name, grounds_of
+from jobs.study.grounds import DeltaGroup, Ground, grounds_of
 from jobs.study.stages.cells import evaluate
 from jobs.study.stages.deltas import replica_folder
-from jobs.study.stages.transcoders import chosen_base, root
-from jobs.study.stages.work import Evaluation, ModelSpec, SitePlan, Work
-from jobs.study.workspace import FINETUNED
+from jobs.study.stages.site_plans import (
+    Combination,
+    best_of_group,
+    combination,
+    evaluation_settings,
+    lineage,
+    site_plan,
+    site_plans,
+)
+from jobs.study.stages.work import Evaluation, ModelSpec, Work
 from jobs.tracking.records import record_cells
 from models.sources import model_facts
-
-
-class Combination(NamedTuple):
-    """The deltas of a target whose behaviour is evaluated."""
-
-    ground: Ground
-    d_new: int
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -56,26 +56,6 @@ def run(context: Context) -> dict[str, Any]:
 
 def checks_file(context: Context, name: str) -> Path:
     return context.space.folder / f"{name}.json"
-
-
-def combination(context: Context, target: str) -> Combination:
-    """The base and d_new of a target whose deltas are spliced: as set, or of the lowest mean validation error over
-    layers."""
-    settings = context.settings
-    grounds = grounds_of(settings.deltas, target)
-    if target == "residual" and settings.evaluate.percentile is not None:
-        grounds = [Ground(target, settings.evaluate.percentile)]
-    widths = [settings.evaluate.d_new] if settings.evaluate.d_new is not None else settings.deltas.d_new
-    means: dict[Combination, float] = {}
-    for ground in grounds:
-        for d_new in widths:
-            best = [_best(context, DeltaGroup(layer, ground, d_new)) for layer in context.layers_of(target)]
-            values = [one["figures"][error_name(target)] for one in best if one is not None]
-            if len(values) == len(best):
-                means[Combination(ground, d_new)] = sum(values) / len(values)
-    if not means:
-        raise WorkFailed(f"no {target} deltas of one width on every layer: " + "; ".join(context.failures))
-    return min(means, key=lambda one: (means[one], one.ground.percentile or 0.0, one.d_new))
 
 
 def _compute(context: Context, works: list[Work], label: str) -> None:
@@ -162,7 +142,7 @@ def _work(context: Context, kind: str, name: str, key: str, **asked: Any) -> Wor
 
 def _raw_work(context: Context) -> list[Work]:
     """Nothing spliced: the finetuned model, and the one before finetuning where something is measured against it."""
-    key = key_of("raw with text", keys.lora(context.settings), _evaluation_settings(context))
+    key = key_of("raw with text", keys.lora(context.settings), evaluation_settings(context))
     settings = context.settings.evaluate
     models = {"raw": _model(context)}
     if "change" in context.settings.deltas.targets or any(CONDITIONS[one].model == "base" for one in settings.controls):
@@ -183,8 +163,8 @@ def behaviour_work(context: Context, target: str, chosen: Combination) -> list[W
     elsewhere = tuple(one for one in conditions if CONDITIONS[one].model == "base")
     here = tuple(one for one in conditions if one not in elsewhere)
     for layers, doses in context.sets_of(target).items():
-        sites = _site_plans(context, layers, chosen)
-        cell = ("cell", _lineage(context, sites), _evaluation_settings(context))
+        sites = site_plans(context, layers, chosen)
+        cell = ("cell", lineage(context, sites), evaluation_settings(context))
         key = key_of(*cell)
         for subset in settings.subsets:
             name = f"{_name(layers, chosen)}_{subset}"
@@ -221,8 +201,8 @@ def _ranking_work(context: Context, chosen: dict[str, Combination]) -> list[Work
     if "change" not in chosen or not context.settings.evaluate.curve:
         return []
     layers = tuple(context.layers_of("change"))
-    sites = _site_plans(context, layers, chosen["change"])
-    key = key_of("ranking", _lineage(context, sites), _evaluation_settings(context))
+    sites = site_plans(context, layers, chosen["change"])
+    key = key_of("ranking", lineage(context, sites), evaluation_settings(context))
     return [_work(context, "ranking", f"ranking_{_name(layers, chosen['change'])}", key, sites=sites)]
 
 
@@ -250,9 +230,9 @@ def _change_work(context: Context) -> list[Work]:
     works = []
     for d_new in context.settings.deltas.d_new if layers else ():
         one = Combination(Ground("change"), d_new)
-        kept = tuple(layer for layer in layers if _best(context, DeltaGroup(layer, *one)) is not None)
-        sites = _site_plans(context, kept, one)
-        key = key_of("change", _lineage(context, sites), _evaluation_settings(context), subsets)
+        kept = tuple(layer for layer in layers if best_of_group(context, DeltaGroup(layer, *one)) is not None)
+        sites = site_plans(context, kept, one)
+        key = key_of("change", lineage(context, sites), evaluation_settings(context), subsets)
         works.append(_work(context, "change", f"change_{_name(layers, one)}", key, sites=sites))
     return works
 
@@ -261,10 +241,10 @@ def _reconstruction_work(context: Context) -> list[Work]:
     works = []
     for layer in context.layers_of("residual"):
         sites = tuple(
-            _site_plan(context, DeltaGroup(layer, ground, d_new))
+            site_plan(context, DeltaGroup(layer, ground, d_new))
             for ground in grounds_of(context.settings.deltas, "residual")
             for d_new in context.settings.deltas.d_new
-            if _best(context, DeltaGroup(layer, ground, d_new)) is not None
+            if best_of_group(context, DeltaGroup(layer, ground, d_new)) is not None
         )
         if sites:
             works.append(_work(context, "reconstruction", f"reconstruction_layer_{layer:02d}", "", sites=sites))
@@ -276,7 +256,7 @@ def _features_work(context: Context, chosen: dict[str, Combination]) -> list[Wor
     settings = context.settings.evaluate
     works = []
     for layer in context.layers_of("residual") if settings.features else []:
-        site = _site_plan(context, DeltaGroup(layer, *chosen["residual"]))
+        site = site_plan(context, DeltaGroup(layer, *chosen["residual"]))
         key = key_of("features", site.key, settings.features)
         works.append(_work(context, "features", f"features_{_name((layer,), chosen['residual'])}", key, sites=(site,)))
     return works
@@ -285,47 +265,7 @@ def _features_work(context: Context, chosen: dict[str, Combination]) -> list[Wor
 def _exactness_work(context: Context, chosen: dict[str, Combination]) -> list[Work]:
     works = []
     for target, one in chosen.items():
-        sites = _site_plans(context, tuple(context.layers_of(target)), one)
-        key = key_of("exactness", _lineage(context, sites), _evaluation_settings(context))
+        sites = site_plans(context, tuple(context.layers_of(target)), one)
+        key = key_of("exactness", lineage(context, sites), evaluation_settings(context))
         works.append(_work(context, "exactness", f"checks_{target}", key, sites=sites))
     return works
-
-
-def _site_plans(context: Context, layers: tuple[int, ...], one: Combination) -> tuple[SitePlan, ...]:
-    return tuple(_site_plan(context, DeltaGroup(layer, *one)) for layer in layers)
-
-
-def _site_plan(context: Context, group: DeltaGroup) -> SitePlan:
-    best = _best(context, group)
-    assert best is not None
-    folder = context.space.deltas / group.name
-    inputs = str(context.space.activations / "finetuned" / "train" / f"layer_{group.layer:02d}")
-    plan = SitePlan(*group, delta=str(folder / f"trial_{best['trial']:04d}"), inputs=inputs, targets=inputs)
-    if group.ground.target == "residual":
-        base = chosen_base(context, group.layer, group.ground.percentile)
-        plan = plan._replace(
-            targets=str(folder.parent / "residual" / "train"),
-            root=root(context),
-            candidate=(base.average_l0, base.path),
-        )
-    subsets = sorted(context.settings.evaluate.subsets)
-    lineage = _lineage(context, (plan,))
-    return plan._replace(key=key_of("reconstruction", lineage, _evaluation_settings(context), subsets))
-
-
-def _best(context: Context, group: DeltaGroup) -> dict[str, Any] | None:
-    return read_json(context.space.deltas / group.name / "best.json")
-
-
-def _lineage(context: Context, sites: tuple[SitePlan, ...]) -> list[Any]:
-    """What the sites' weights depend on, without the paths of this machine."""
-    return [
-        (site.layer, site.candidate, Path(site.delta).name, read_json(Path(site.delta).parent / "key.json"))
-        for site in sites
-    ]
-
-
-def _evaluation_settings(context: Context) -> list[Any]:
-    settings = context.settings
-    finetuned = read_json(context.space.folder / FINETUNED)
-    return [keys.lora(settings), finetuned, settings.evaluate.max_new_tokens, settings.compute.precision]

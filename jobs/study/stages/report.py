@@ -15,7 +15,7 @@ from evaluators.layer_sets import layer_label
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
 from jobs.study.context import Context
-from jobs.study.grounds import Ground, error_name
+from jobs.study.grounds import DeltaGroup, Ground, error_name
 from jobs.study.stages.evaluate import checks_file
 from jobs.study.stages.lora import STAGE as LORA
 from jobs.study.stages.lora import VALIDATION_FILE, study_name
@@ -118,12 +118,21 @@ def delta_trials(context: Context) -> list[dict[str, Any]]:
                     "state": one["state"],
                     **one["figures"],
                     **one["params"],
+                    "val_fvu_base_unfinetuned": _before(context, group),
                     "seconds": one["seconds"],
                     "best": best is not None and one["trial"] == best["trial"],
                     **({"pareto": one["trial"] in front} if front is not None else {}),
                 }
             )
     return rows
+
+
+def _before(context: Context, group: DeltaGroup) -> float | None:
+    """What the base under a residual delta leaves of the un-finetuned model's output, where it was trained here."""
+    if group.ground.target == "change":
+        return None
+    base = chosen_base(context, group.layer, group.ground.percentile)
+    return (read_json(Path(root(context)) / base.path / "config.json") or {}).get("val_fvu")
 
 
 def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -79,7 +79,7 @@ def test_figures_of_two_deltas_on_one_base(subject, by_hand, random_transcoder):
 def test_bases_of_one_layer_share_the_layers_zero_ablation(subject, random_transcoder, monkeypatch):
     """Two percentiles: each base once, each delta once, the zeroed MLP once, and what each gives alone."""
     (first,) = subject.site
-    other = dataclasses.replace(first, base=random_transcoder(subject.d_model, 96, 1, seed=77))
+    other = dataclasses.replace(first, ground=random_transcoder(subject.d_model, 96, 1, seed=77))
     third = dataclasses.replace(first, delta=random_transcoder(subject.d_model, 5, 1, seed=9, bias=False))
     alone = [one for site in (first, third, other) for one in run(subject, [site])]
     asked = []

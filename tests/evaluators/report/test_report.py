@@ -41,6 +41,7 @@ def rows_of(subset, shift=0.0, prompts=12, called=1.0):
 def behaviour(condition, subset, layers, alpha=None, d_new=32, percentile=0.5, **effect):
     return {
         "kind": "behaviour",
+        "target": "residual" if layers else "",
         "layers": list(layers),
         "percentile": percentile if layers else None,
         "d_new": d_new if layers else None,
@@ -78,7 +79,15 @@ def sweep(layer_sets=((1,), (2,), (1, 2)), subsets=SUBSETS, alphas=(0.0, 0.5, 1.
 
 def inputs(cells, **changes):
     deltas = [
-        {"layer": layer, "percentile": 0.5, "d_new": width, "trial": f"t{width}", "state": "COMPLETE", "val_loss": 0.2}
+        {
+            "target": "residual",
+            "layer": layer,
+            "percentile": 0.5,
+            "d_new": width,
+            "trial": f"t{width}",
+            "state": "COMPLETE",
+            "val_loss": 0.2,
+        }
         | {"val_fvu": 0.4 - width / 320, "val_fvu_base": 0.4, "val_l0_delta": 3.0, "tokens": 5000, "lr": 0.0015}
         | {"val_fvu_replicas": [0.2, 0.3], "best": True, "seconds": 2.0, "sparsity": 1e-4}
         for layer in (1, 2)
@@ -196,7 +205,10 @@ def test_missing_parts_still_give_a_report(tmp_path, cells, absent):
 
 def test_findings_claim_an_effect_only_where_the_interval_says_so():
     results = tables.all_tables(sweep())
-    questions = {item.title: item.sentences for item in findings.overview(*results[2:4], results.statistics)}
+    questions = {
+        item.title: item.sentences
+        for item in findings.overview(results.conditions, results.contrast, results.statistics)
+    }
     (tool, *_) = questions["Does replacing the MLP by the base alone change CE?"]
     assert "the interval covers zero at all 2 single layers: exactly 0 nats per token on every prompt" in tool
     assert re.search(r"layers 1\+2 at once \+0\.2\d\d nats per token \(\+0\.\d+ to \+0\.\d+\)\.$", tool)

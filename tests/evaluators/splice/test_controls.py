@@ -1,5 +1,6 @@
 """The controls: what replaces a delta is what it says, and every control can be evaluated like any condition."""
 
+import shutil
 from typing import get_args
 
 import pytest
@@ -21,8 +22,9 @@ from evaluators.splice.sites import (
     shuffled_delta,
 )
 from evaluators.splice.teacher_forcing import Job, score
+from models.blocks import exchanged, read_paths
 from models.errors import ModelError
-from models.swap import read_tensors, swapped_mlps
+from models.tensors import read_tensors
 from search_spaces.schema import Evaluate
 
 
@@ -138,11 +140,14 @@ def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, model_fo
     assert [one.nll for one in before] == pytest.approx(
         [one.nll for one in score(subject.passes, Edit((), "raw"), jobs)]
     )
-    with swapped_mlps(subject.bridge, [1], tmp_path):
+    with exchanged(subject.bridge, list(read_paths(subject.bridge, tmp_path, [1]).values())):
         swapped = score(subject.passes, Edit(subject.site, "mlp_swap"), jobs)
     by_hand, _ = load(model_folder)
-    mine, theirs = by_hand.model.layers[1].mlp, other.model.layers[1].mlp
-    mine.load_state_dict(theirs.state_dict())
+    names = ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    if by_hand.config.model_type == "llama":
+        names = ("mlp", "post_attention_layernorm")
+    for name in names:  # the MLP's own path: norm, MLP, norm after it
+        getattr(by_hand.model.layers[1], name).load_state_dict(getattr(other.model.layers[1], name).state_dict())
     for row, one in zip(subject.encoded, swapped, strict=True):
         with torch.no_grad():
             logits = by_hand(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
@@ -153,8 +158,9 @@ def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, model_fo
 
 
 def test_weights_that_are_not_there_are_named(subject, tmp_path):
-    with pytest.raises(ModelError, match="is missing"), swapped_mlps(subject.bridge, [1], tmp_path):
-        pass
+    shutil.copy(subject.folder / "config.json", tmp_path)
+    with pytest.raises(ModelError, match="is missing"):
+        read_paths(subject.bridge, tmp_path, [1])
     with pytest.raises(ModelError, match=r"lack nothing\.weight"):
         read_tensors(subject.folder, ["nothing.weight"])
 

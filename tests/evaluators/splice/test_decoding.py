@@ -249,7 +249,7 @@ def test_hints_are_tried_ahead_and_change_no_token(subject, stop, monkeypatch):
 def test_bos_and_padding_are_never_edited(subject):
     """A base that shouts: the residual after its layer is raw's on BOS and padding, and another one everywhere else."""
     loud = dataclasses.replace(subject.site[0].base, b_dec=torch.full((subject.d_model,), 1e3))
-    site = dataclasses.replace(subject.site[0], base=loud)
+    site = dataclasses.replace(subject.site[0], ground=loud)
     batch = pad_left([row.ids for row in subject.encoded], subject.tokenizer.pad_token_id)
     after = {}
 

@@ -64,7 +64,7 @@ def test_a_site_is_of_one_layer_and_one_kind(random_transcoder):
     assert Site(1, base, delta).delta is delta
     other_taps = dataclasses.replace(delta, taps=Taps("ln2.hook_out", "hook_mlp_out"))
     for arguments, said in (
-        ((2, base, delta), "layer 2: the base transcoder is of layer 1"),
+        ((2, base, delta), "layer 2: what lies under the delta is of layer 1"),
         ((1, base, dataclasses.replace(delta, layer=0)), "layer 1: the delta transcoder is of layer 0"),
         ((1, base, dataclasses.replace(delta, layer=2)), "layer 1: delta: made for layer 2"),
         ((1, base, random_transcoder(7, 4, layer=1, seed=1, bias=False)), "layer 1: delta: made for d_model 7"),

@@ -38,6 +38,7 @@ def behaviour(condition, rows, *, layers=(8,), alpha=None, subset="tool", percen
     raw = condition in ("raw", "base_model_raw")
     return {
         "kind": "behaviour",
+        "target": "" if raw else "residual",
         "layers": [] if raw else list(layers),
         "percentile": None if raw else percentile,
         "d_new": None if raw else d_new,

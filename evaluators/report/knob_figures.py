@@ -1,0 +1,114 @@
+"""Pictures of the change deltas: the knob, how few features turn it, and where in the network the change is.
+
+In: the dose-response, conditions, curve and delta-trial tables. Out: matplotlib Figures in the report's one style.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from evaluators.layer_sets import layers_in
+from evaluators.report.figures import MUTED, band, finish, look, panels, whiskers
+from evaluators.tables.pooling import subset_order
+from evaluators.tables.recovery import ENOUGH
+
+METRICS = {"mean_ce": "CE (nats per target token)", "tool_call_rate": "share of prompts with a call"}
+SERIES = {"alpha": "sparse delta", "scaled_weights": "scaled weights (dense)"}
+
+
+def knob(dose: pd.DataFrame, conditions: pd.DataFrame, *, seed: int) -> Figure:
+    """CE and call rate against alpha for one set of layers, a column per subset: the deltas, the weights between
+    un-finetuned and finetuned, and random directions at full strength; the dotted line is the finetuned model."""
+    subsets = sorted(dose["subset"].unique(), key=subset_order)
+    figure, grid = panels(2 * len(subsets), columns=len(subsets), height=2.7)
+    raw = conditions[conditions["condition"] == "raw"].set_index("subset")
+    random = conditions[conditions["condition"] == "random_delta"]
+    for place, axes in enumerate(grid):
+        subset, metric = subsets[place % len(subsets)], list(METRICS)[place // len(subsets)]
+        for number, (condition, label) in enumerate(SERIES.items()):
+            rows = dose[(dose["subset"] == subset) & (dose["condition"] == condition)].sort_values("alpha")
+            if len(rows):
+                band(axes, rows, metric, label=label, number=number)
+        _random(axes, random[random["subset"] == subset], metric)
+        axes.axhline(float(raw.loc[subset, metric]), color="black", linestyle=":", linewidth=1.2, label="finetuned")
+        axes.set_xlabel("alpha")
+        if metric == "mean_ce":
+            axes.set_title(subset)
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set_ylim(-0.05, 1.05)
+        if place % len(subsets) == 0:
+            axes.set_ylabel(METRICS[metric])
+    low, high = dose["n_examples"].min(), dose["n_examples"].max()
+    count = f"n = {low if low == high else f'{low} to {high}'} prompts per subset"
+    note = f"alpha 0: un-finetuned MLPs; {count}; bands: bootstrap (CE, seed {seed}) and Wilson (rate) 95%"
+    return finish(figure, grid[0], note)
+
+
+def _random(axes: Axes, rows: pd.DataFrame, metric: str) -> None:
+    if rows.empty:
+        return
+    colour, marker = look(3)
+    axes.errorbar(
+        [1.0], rows[metric], yerr=whiskers(rows, metric), color=colour, marker=marker, capsize=2, linestyle="none",
+        label="random directions",
+    )  # fmt: skip
+
+
+def recovered_by_count(curve: pd.DataFrame, *, seed: int) -> Figure:
+    """The share of the CE gap that comes back with only the k most effective features of all layers on."""
+    figure, (axes,) = panels(1, width=6.5, height=3.4)
+    for number, subset in enumerate(sorted(curve["subset"].unique(), key=subset_order)):
+        rows = curve[(curve["subset"] == subset) & (curve["k"] > 0)].dropna(subset=["recovered"])
+        if len(rows):
+            band(axes, rows.rename(columns={"k": "alpha"}), "recovered", label=subset, number=number)
+    axes.axhline(1, color=MUTED, linewidth=1)
+    axes.axhline(ENOUGH, color=MUTED, linestyle="--", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="features kept, of all layers, the most effective first", ylabel="share of the CE gap recovered")
+    axes.set_ylim(min(-0.05, float(curve["recovered_low"].clip(lower=-0.5).min())), 1.1)
+    note = f"bands: paired bootstrap 95% over prompts, seed {seed}; dashed: {ENOUGH:.0%}; ranked on held-out rows"
+    return finish(figure, axes, note)
+
+
+def where_it_is(deltas: pd.DataFrame, recovered: pd.DataFrame) -> Figure:
+    """By layer: how much of the MLP's output finetuning changed, what the deltas leave of it, and what each set of
+    layers brings back of its own CE gap on `tool`, or on the first subset there is."""
+    kept = deltas[(deltas["target"] == "change") & deltas["best"].astype(bool)].sort_values("layer")
+    sets = _sets(recovered)
+    figure, grid = panels(3 if len(sets) else 2, columns=1, width=7.0, height=2.0)
+    shares = kept.drop_duplicates("layer")
+    grid[0].bar(shares["layer"], shares["change_share"], color=look(0)[0])
+    grid[0].set_yscale("log")
+    grid[0].set_ylabel("changed share\nof the output")
+    for number, (width, rows) in enumerate(kept.groupby("d_new")):
+        colour, marker = look(number)
+        grid[1].plot(rows["layer"], rows["val_unexplained"], color=colour, marker=marker, label=f"d_new {width}")
+    grid[1].set_ylim(0, max(1.0, float(kept["val_unexplained"].max())))
+    grid[1].set_ylabel("unexplained\nshare of it")
+    for place, (_, row) in enumerate(sets.iterrows()):
+        layers = layers_in(row["layer"])
+        colour = look(place)[0]
+        ends: Sequence[float] = (min(layers) - 0.4, max(layers) + 0.4)
+        grid[2].plot(ends, [row["recovered"]] * 2, color=colour, linewidth=3, solid_capstyle="butt")
+        middle = float(np.mean(ends))
+        bars = whiskers(pd.DataFrame([row]), "recovered")
+        grid[2].errorbar([middle], [row["recovered"]], yerr=bars, color=colour, capsize=2, linestyle="none")
+    if len(sets):
+        grid[2].set_ylabel("CE gap of the\nset recovered")
+        grid[2].axhline(1, color=MUTED, linewidth=1)
+    for axes in grid:
+        axes.set_xlim(-0.8, kept["layer"].max() + 0.8)
+    grid[-1].set_xlabel("layer")
+    return finish(figure, grid[1], "held-out tokens; sets without a gap are left out")
+
+
+def _sets(recovered: pd.DataFrame) -> pd.DataFrame:
+    """The sets of layers whose gap in CE is not zero, under `full`, on one subset."""
+    rows = recovered[(recovered["target"] == "change") & (recovered["condition"] == "full")]
+    rows = rows[(rows["metric"] == "mean_ce")].dropna(subset=["recovered"])
+    subsets = sorted(rows["subset"].unique(), key=subset_order)
+    return rows[rows["subset"] == subsets[0]] if subsets else rows

@@ -1,0 +1,183 @@
+"""The first section of the report: what finetuning changed in the MLPs, and whether that change is a knob.
+
+In: a sweep's tables and its delta trials. Out: a section of the page, and its sentences, each held to its interval: the
+ceiling first (is there a gap?), then what comes back, then controls.
+"""
+
+import math
+
+import pandas as pd
+
+from evaluators.report import knob_figures
+from evaluators.report.findings import NATS, Findings, estimate, number, with_interval
+from evaluators.report.page import Block, Section, Sentences, picture, table_block
+from evaluators.tables import recovery
+from evaluators.tables.pooling import subset_order
+from evaluators.tables.tables import Results
+
+
+def knob_section(results: Results, deltas: pd.DataFrame, *, seed: int) -> Section | None:
+    """Nothing without change deltas."""
+    gaps = results.gaps[results.gaps["target"] == "change"]
+    if gaps.empty:
+        return None
+    widest = recovery.widest_set(gaps)
+    blocks: list[Block] = [Sentences([found for found in knob_findings(results, deltas) if found.sentences])]
+    dose = results.dose[(results.dose["layer"] == widest) & (results.dose["target"] == "change")]
+    here = results.conditions["layer"].isin([widest, "none"]) & results.conditions["target"].isin(["change", ""])
+    if len(dose):
+        figure = knob_figures.knob(dose, results.conditions[here], seed=seed)
+        help = (
+            "A knob is a line that goes from one behaviour to the other as alpha grows; random directions should not."
+        )
+        blocks.append(picture("knob", figure, f"The knob, layers {widest}", help))
+    if len(results.curve):
+        figure = knob_figures.recovered_by_count(results.curve, seed=seed)
+        help = "Features are ranked by integrated gradients on held-out rows, then added one after the other."
+        blocks.append(picture("few_features", figure, "How few features", help))
+    if len(deltas) and (deltas["target"] == "change").any():
+        figure = knob_figures.where_it_is(deltas, results.recovered)
+        help = "Above: |y_finetuned - y_un|^2 over the variance of y; middle: what the deltas leave of it."
+        blocks.append(picture("where", figure, "Where in the network", help))
+    blocks += _tables(results, gaps)
+    intro = (
+        "The un-finetuned MLPs take the finetuned ones' place, and sparse deltas add back what finetuning changed: at "
+        "alpha 0 nothing of it, at alpha 1 all that the deltas have learnt."
+    )
+    return Section("knob", "The change, as a knob", intro, blocks)
+
+
+def _tables(results: Results, gaps: pd.DataFrame) -> list[Block]:
+    columns = {"layer": "layers", "subset": "subset", "metric": "metric", "raw": "finetuned", "ground": "MLPs swapped"}
+    columns |= {"gap": "gap", "unfinetuned": "un-finetuned", "share": "MLPs' share of the whole effect"}
+    help = "The ceiling: what swapping the MLPs of a set does. Where the gap's interval holds 0, nothing can come back."
+    blocks: list[Block] = [table_block(gaps, columns, "Gaps", help)]
+    recovered = results.recovered[results.recovered["target"] == "change"]
+    columns = {
+        name: name for name in ("layer", "subset", "metric", "condition", "alpha", "d_new", "value", "recovered")
+    }
+    help = "(swapped - spliced) / (swapped - finetuned), over the same prompts; 1 is all of the gap."
+    blocks.append(table_block(recovered, columns, "Recovered", help))
+    if len(results.change):
+        columns = {name: name for name in ("layer", "d_new", "subset", "part", "unexplained", "l0", "n_tokens")}
+        help = "Share of |c|^2 that a layer's delta leaves, on tokens of prompts and of targets."
+        blocks.append(table_block(results.change, columns, "Unexplained share of the change", help))
+    return blocks
+
+
+def knob_findings(results: Results, deltas: pd.DataFrame) -> list[Findings]:
+    """Is there something to explain, what comes back, with how few features; and what residual deltas learn."""
+    gaps = results.gaps[(results.gaps["target"] == "change") & (results.gaps["metric"] == "mean_ce")]
+    found = []
+    if len(gaps):
+        widest = recovery.widest_set(gaps)
+        here = gaps[gaps["layer"] == widest].sort_values("subset", key=lambda names: names.map(subset_order))
+        found += [
+            Findings(f"Is there anything to explain in the MLPs of layers {widest}?", _ceilings(here)),
+            Findings("How much of it do the deltas bring back?", _recovered(results, here)),
+            Findings("How few features?", _few(results)),
+        ]
+    return [*found, Findings("What is a residual delta trained on?", residual_split(deltas))]
+
+
+def _ceilings(gaps: pd.DataFrame) -> list[str]:
+    sentences = []
+    for _, row in gaps.iterrows():
+        text = f"{row['subset']}: with un-finetuned MLPs CE is {number(row['ground'])}, finetuned {number(row['raw'])}"
+        if not _leaves_out_zero(row, "gap"):
+            sentences.append(f"{text}: nothing to recover here (gap {with_interval(row, 'gap', signed=True)} {NATS}).")
+            continue
+        share = "" if math.isnan(row["share"]) else f", {with_interval(row, 'share')} of the whole finetuning's effect"
+        sentences.append(f"{text}: a gap of {with_interval(row, 'gap', signed=True)} {NATS}{share}.")
+    return sentences
+
+
+def _recovered(results: Results, gaps: pd.DataFrame) -> list[str]:
+    table = results.recovered[(results.recovered["target"] == "change") & (results.recovered["metric"] == "mean_ce")]
+    sentences = []
+    for _, gap in gaps.iterrows():
+        rows = table[(table["layer"] == gap["layer"]) & (table["subset"] == gap["subset"])].dropna(subset=["recovered"])
+        full = rows[rows["condition"] == "full"]
+        if full.empty:
+            continue
+        text = f"{gap['subset']}: {with_interval(full.iloc[0], 'recovered')} of the gap in CE at alpha 1"
+        others = rows[rows["condition"].isin(["random_delta", "shuffled_delta", "dense_delta"])]
+        controls = [f"{row['condition']} {with_interval(row, 'recovered')}" for _, row in others.iterrows()]
+        half = rows[(rows["alpha"] == 0.5) & rows["condition"].isin(["alpha", "scaled_weights"])]
+        names = {"alpha": "the deltas", "scaled_weights": "the scaled weights"}
+        middle = [f"{names[row['condition']]} {with_interval(row, 'recovered')}" for _, row in half.iterrows()]
+        text += f"; controls: {', '.join(controls)}" if controls else ""
+        sentences.append(text + (f"; at alpha 0.5: {', '.join(middle)}." if middle else "."))
+    return sentences
+
+
+def _few(results: Results) -> list[str]:
+    sentences = []
+    total = len(results.ranking)
+    for subset in sorted(results.curve["subset"].unique(), key=subset_order):
+        count = recovery.features_needed(results.curve, subset)
+        if count is None:
+            sentences.append(f"{subset}: no number of features recovers {recovery.ENOUGH:.0%} of the gap in CE.")
+            continue
+        row = results.curve[(results.curve["subset"] == subset) & (results.curve["k"] == count)].iloc[0]
+        sentences.append(
+            f"{subset}: {count} of {total} features of all layers recover {with_interval(row, 'recovered')} of the gap."
+        )
+    return sentences
+
+
+def residual_split(deltas: pd.DataFrame) -> list[str]:
+    """For each layer and base: how much of a residual is finetuning's change, and how much the base's own error."""
+    if deltas.empty:
+        return []
+    kept = deltas[(deltas["target"] == "residual") & deltas["best"].astype(bool)]
+    sentences = []
+    for (layer, percentile), rows in kept.groupby(["layer", "percentile"], dropna=False):
+        row = rows.iloc[0]
+        if pd.isna(row.get("change_share")):
+            continue
+        base = "" if pd.isna(percentile) else f" (percentile {percentile:g})"
+        before = row.get("val_fvu_base_unfinetuned")
+        grown = "" if before is None or pd.isna(before) else f", {number(before)} before finetuning"
+        part = row["change_share"] / row["val_fvu_base"]
+        sentences.append(
+            f"Layer {layer}{base}: the base leaves {number(row['val_fvu_base'])} of the finetuned output's variance"
+            f"{grown}; finetuning changed {number(row['change_share'])} of it at the same input. So the change is at "
+            f"most {part:.1%} of what the delta is trained on; the rest is the base's own error."
+        )
+    return sentences
+
+
+def _leaves_out_zero(row: pd.Series, column: str) -> bool:
+    value = estimate(row, column)
+    return value.low > 0 or value.high < 0
+
+
+def headline_rows(results: Results) -> list[dict[str, str]]:
+    """The short table at a sweep's end: of the widest set, for each subset the gap, what comes back, and controls."""
+    gaps = results.gaps[results.gaps["target"] == "change"]
+    if gaps.empty:
+        return []
+    widest = recovery.widest_set(gaps)
+    rows = []
+    conditions = results.conditions[results.conditions["target"].isin(["", "change"])]
+    for subset in sorted(gaps["subset"].unique(), key=subset_order):
+        gap = gaps[(gaps["layer"] == widest) & (gaps["subset"] == subset) & (gaps["metric"] == "mean_ce")].iloc[0]
+        row = {"subset": subset, "CE swapped - finetuned": with_interval(gap, "gap", signed=True)}
+        here = results.recovered[(results.recovered["target"] == "change") & (results.recovered["layer"] == widest)]
+        here = here[(here["subset"] == subset) & (here["metric"] == "mean_ce")].set_index("condition")
+        for condition, name in (("full", "recovered"), ("random_delta", "random")):
+            found = here.loc[[condition]].iloc[0] if condition in here.index else None
+            row[name] = "-" if found is None else _share(found)
+        count = recovery.features_needed(results.curve, subset) if len(results.curve) else None
+        row["features for 90%"] = "-" if count is None else str(count)
+        rates = conditions[(conditions["subset"] == subset) & conditions["layer"].isin([widest, "none"])]
+        rates = rates.set_index("condition")["tool_call_rate"]
+        names = [name for name in ("no_delta", "full", "raw") if name in rates.index]
+        row["calls at alpha 0, 1; finetuned"] = ", ".join(f"{rates.loc[[name]].iloc[0]:.2f}" for name in names)
+        rows.append(row)
+    return rows
+
+
+def _share(row: pd.Series) -> str:
+    return "nothing to recover" if math.isnan(row["recovered"]) else with_interval(row, "recovered")

@@ -1,0 +1,144 @@
+"""Behaviour cells, as a worker computes them: one subset under raw, the conditions, the strengths and the controls.
+
+In: a `Work`, the model and rows. Out: `cells/NAME.json` and `generations/NAME.jsonl`, each written under a temporary
+name and renamed, and their names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jobs.files import write_json
+from jobs.study.stages.work import SitePlan, Work
+from jobs.study.stages.worker_memory import paths, reference
+from jobs.study.stages.worker_sites import cell_file, kept_passes, load_sites, plain_passes
+
+PAIRS = 8192
+"""Training pairs that the regression for dense_delta reads at a time."""
+
+
+def raw(work: Work, model: Any, rows: list[Any]) -> list[str]:
+    from evaluators.measures.behaviour import Ask, evaluate_behaviour
+
+    budget = work.shared.max_new_tokens
+    ((_, figures, texts),) = evaluate_behaviour(
+        plain_passes(work, model), (), rows, [Ask("raw")], max_new_tokens=budget
+    )
+    if work.conditions[0] == "raw":
+        figures = [{**one, "kl": 0.0} for one in figures]
+    return [_write_behaviour(work, work.conditions[0], None, figures, texts)]
+
+
+def behaviour(work: Work, model: Any, rows: list[Any]) -> list[str]:
+    from evaluators.measures.behaviour import Ask, evaluate_behaviour
+
+    is_base = work.model.folder == work.shared.base_model
+    raw = read_generations(generations_folder(work) / f"{'base_model_raw' if is_base else 'raw'}_{work.subset}.jsonl")
+    settings: dict[str, Any] = {
+        "max_new_tokens": work.shared.max_new_tokens,
+        "raw_outputs": [one["tokens"] for one in raw],
+        "reference": None if is_base else reference(work.model, work.shared.rows, work.subset),
+    }
+    sites = load_sites(work)
+    asks = [Ask("alpha", strength) for strength in work.strengths]
+    names = []
+    for ask, figures, texts in evaluate_behaviour(kept_passes(work, model), sites, rows, asks, **settings):
+        if ask.alpha in work.doses:
+            names.append(_write_behaviour(work, "alpha", ask.alpha, figures, texts))
+        # Strengths 0 and 1 are no_delta and full to the last bit (checks.json): measured once, filed twice.
+        if ask.alpha == 0.0 and "no_delta" in work.conditions:
+            silent = [{**one, "sum_abs_delta_acts": 0.0} for one in figures]
+            names.append(_write_behaviour(work, "no_delta", 0.0, silent, texts))
+        if ask.alpha == 1.0 and "full" in work.conditions:
+            names.append(_write_behaviour(work, "full", 1.0, figures, texts))
+    for control, alpha in work.asked:
+        if control in work.controls:
+            with _subject(work, (control, alpha), model, rows, sites) as (passes, spliced):
+                asked = evaluate_behaviour(passes, spliced, rows, [Ask(control, alpha)], **settings)
+                names += [_write_behaviour(work, control, alpha, figures, texts) for _, figures, texts in asked]
+    return names
+
+
+@contextmanager
+def _subject(
+    work: Work, asked: tuple[str, float | None], model: Any, rows: list[Any], sites: list[Any]
+) -> Iterator[tuple[Any, Any]]:
+    """The passes and the sites of a control; nothing is kept of a model whose weights are others for a while."""
+    from evaluators.conditions import CONDITIONS
+    from evaluators.measures.reconstruction import site_activations
+    from evaluators.splice.passes import Prefixes
+    from evaluators.splice.sites import SUBSTITUTES, Material
+    from models.blocks import exchanged, interpolated
+
+    control, alpha = asked
+    condition, plain = CONDITIONS[control], plain_passes(work, model)
+    if condition.substitute:
+        raw = replace(plain, prefixes=Prefixes(model, [site.layer for site in sites], sites[0].taps))
+        sites = [
+            SUBSTITUTES[control](
+                site, Material(site_activations(raw, site, rows)[0], partial(_training_pairs, work, plan), work.seed)
+            )
+            for site, plan in zip(sites, work.sites, strict=True)
+        ]
+    if condition.model in ("swapped", "scaled"):
+        before = paths(work.model, work.shared.base_model, tuple(site.layer for site in sites))
+        other = exchanged(model, list(before.values()))
+        with other if alpha is None else interpolated(model, list(before.values()), alpha):
+            yield plain, sites
+    else:
+        yield kept_passes(work, model), sites
+
+
+def _training_pairs(work: Work, plan: SitePlan) -> Iterator[tuple[Any, Any]]:
+    """The pairs the delta was trained on, (x, residual) or (x, change), in batches, on the worker's device."""
+    from models.bridge import read_input
+    from models.transcoder import CONVENTIONS
+    from trainers.activations import read_pairs
+
+    taps = CONVENTIONS[work.model.convention]
+    inputs, targets = read_pairs(Path(plan.inputs), ("x",)), read_pairs(Path(plan.targets), (plan.ground.target,))
+    for (x,), (target,) in zip(inputs.in_order(PAIRS), targets.in_order(PAIRS), strict=True):
+        yield read_input(taps, x.to(work.model.device).float()), target.to(work.model.device).float()
+
+
+def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: list[dict], texts: list[dict]) -> str:
+    from evaluators.conditions import CONDITIONS
+
+    layers = [plan.layer for plan in work.sites]
+    name = work.cell_name(condition, alpha)
+    place = {"layers": layers, "condition": condition, "alpha": alpha, "subset": work.subset}
+    cell = {
+        "kind": "behaviour",
+        **place,
+        "target": work.sites[0].ground.target if work.sites else "",
+        "percentile": work.sites[0].ground.percentile if work.sites else None,
+        "d_new": work.sites[0].d_new if work.sites and CONDITIONS[condition].uses_delta else None,
+        "convention": work.model.convention if work.sites else "",
+        "seed": work.seed,
+        "seconds": texts[0]["seconds"] if texts else 0.0,
+        "key": work.key,
+        "rows": figures,
+    }
+    lines = [json.dumps({**place, **{k: v for k, v in one.items() if k != "seconds"}}) for one in texts]
+    path = generations_folder(work) / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.write_text("\n".join(lines) + "\n")
+    beside.replace(path)
+    write_json(cell_file(work, name), cell)
+    return name
+
+
+def generations_folder(work: Work) -> Path:
+    return Path(work.shared.cells).parent / "generations"
+
+
+def read_generations(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
