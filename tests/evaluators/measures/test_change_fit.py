@@ -1,0 +1,45 @@
+"""How much finetuning changed an MLP and what a delta leaves of it, against plain hooks on two models."""
+
+import pytest
+import torch
+
+from data.encoding import pad_left
+from evaluators.measures.change_fit import evaluate_change
+from evaluators.splice.interventions import Site
+from models.blocks import read_paths
+
+
+def test_the_sums_are_those_of_plain_hooks(
+    subject, gemma_folder, load, plain_taps, random_transcoder, tmp_path_factory
+):
+    model, tokenizer = load(subject.folder)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mlp" in name:
+                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+    before = tmp_path_factory.mktemp("before")
+    model.save_pretrained(before)
+    tokenizer.save_pretrained(before)
+    paths = read_paths(subject.bridge, before, [0, 2])
+    sites = [Site(layer, paths[layer], random_transcoder(subject.d_model, 8, layer, 9, bias=False)) for layer in (0, 2)]
+    found = evaluate_change(subject.passes, sites, subject.rows)
+    for site, entries in zip(sites, found, strict=True):
+        assert [(one["subset"], one["part"]) for one in entries] == [
+            (row.label, part) for row in subject.rows for part in ("prompt", "target")
+        ]
+        for number, row in enumerate(subject.encoded):
+            x, y, _ = plain_taps(subject.plain, pad_left([row.ids], 0), site.layer)
+            with torch.no_grad():
+                change = (y - paths[site.layer](x))[0]
+            left = change - site.delta(x[0])
+            parts = (slice(1, len(row.prompt)), slice(len(row.prompt), None))
+            for entry, where in zip(entries[2 * number : 2 * number + 2], parts, strict=True):
+                assert entry["change"] == pytest.approx(change[where].pow(2).sum().item(), rel=1e-3)
+                assert entry["left"] == pytest.approx(left[where].pow(2).sum().item(), rel=1e-3)
+                assert entry["n_tokens"] == len(change[where])
+
+
+def test_a_base_transcoder_is_no_ground_for_a_change(subject):
+    with pytest.raises(ValueError, match="a change is read where the ground is a path"):
+        evaluate_change(subject.passes, subject.site, subject.rows)

@@ -1,0 +1,167 @@
+"""Deltas on the un-finetuned MLPs: every figure and token against a plain model with plain hooks."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from evaluators.measures.checks import change_checks, exactness_checks
+from evaluators.splice.decoding import Stop, decode, generate
+from evaluators.splice.interventions import Edit, Site
+from evaluators.splice.passes import Passes, Shortcuts
+from evaluators.splice.teacher_forcing import Job, score
+from models.blocks import read_paths
+
+BUDGET = 6
+SETS = {"one": (1,), "several": (0, 2)}
+NORMS = {"gemma2": "pre_feedforward_layernorm", "llama": "post_attention_layernorm"}
+PARTS = {"gemma2": ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")}
+WRITES = {"gemma2": "post_feedforward_layernorm"}
+
+
+@pytest.fixture(scope="module")
+def base_folder(model_folder, load, tmp_path_factory):
+    """The model before finetuning: other MLPs."""
+    model, tokenizer = load(model_folder)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mlp" in name:
+                parameter.mul_(1 + 0.4 * torch.randn(parameter.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("before")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=sorted(SETS))
+def sites(request, subject, base_folder, random_transcoder):
+    layers = SETS[request.param]
+    paths = read_paths(subject.bridge, base_folder, layers)
+    return [
+        Site(layer, paths[layer], random_transcoder(subject.d_model, 12, layer, seed=50 + layer, bias=False))
+        for layer in layers
+    ]
+
+
+class Plain:
+    """The finetuned model with un-finetuned blocks' parts at the sites and the delta added after BOS, by hand."""
+
+    def __init__(self, subject, load, base_folder, sites):
+        self.model, _ = load(subject.folder)
+        before, _ = load(base_folder)
+        kind = self.model.config.model_type
+        self.sites, self.alpha = sites, 1.0
+        for site in sites:
+            block, other = self.model.model.layers[site.layer], before.model.layers[site.layer]
+            for name in PARTS.get(kind, ("mlp", "post_attention_layernorm")):
+                getattr(block, name).load_state_dict(getattr(other, name).state_dict())
+            getattr(block, NORMS[kind]).register_forward_pre_hook(self._reader(site))
+            getattr(block, WRITES.get(kind, "mlp")).register_forward_hook(self._writer(site))
+        self.inputs = {}
+
+    def _reader(self, site):
+        def read(module, args):
+            self.inputs[site.layer] = args[0]
+
+        return read
+
+    def _writer(self, site):
+        def write(module, args, y):
+            middle = self.inputs[site.layer][0, 1:]
+            x = middle / (middle.pow(2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps).sqrt()
+            delta = site.delta.encode(x) @ site.delta.W_dec
+            return torch.cat([y[:, :1], y[:, 1:] + self.alpha * delta.unsqueeze(0)], dim=1)
+
+        return write
+
+    def logits(self, ids):
+        with torch.no_grad():
+            return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+    def nll(self, row):
+        first = len(row.prompt)
+        steps = self.logits(row.ids)[first - 1 : len(row.ids) - 1].log_softmax(-1)
+        return -sum(step[token].item() for step, token in zip(steps, row.target, strict=True))
+
+    def greedy(self, prompt, end):
+        output = []
+        while len(output) < BUDGET and (not output or output[-1] != end):
+            output.append(self.logits([*prompt, *output])[-1].argmax().item())
+        return output
+
+
+@pytest.fixture(scope="module")
+def plain(subject, load, base_folder, sites):
+    return Plain(subject, load, base_folder, sites)
+
+
+@pytest.mark.parametrize("shortcuts", [Shortcuts(), Shortcuts.none()], ids=["shortcuts", "none"])
+def test_scores_and_tokens_are_those_of_a_plain_model(subject, sites, plain, shortcuts):
+    passes, stop = Passes(subject.bridge, 3, shortcuts), Stop(subject.tokenizer, BUDGET)
+    for alpha in (0.0, 0.7, 1.0, -0.5):
+        plain.alpha = alpha
+        expected = [plain.greedy(row.prompt, subject.tokenizer.eos_token_id) for row in subject.encoded]
+        jobs = [Job(row, alpha, guess=output) for row, output in zip(subject.encoded, expected, strict=True)]
+        edit = Edit(sites, "alpha")
+        scored = score(passes, edit, jobs)
+        assert [one.nll for one in scored] == pytest.approx([plain.nll(row) for row in subject.encoded], rel=1e-4)
+        assert generate(passes, edit, jobs, scored, stop) == expected
+        assert all(one.base_acts == 0 for one in scored)
+
+
+def test_strengths_share_a_batch_and_zero_and_one_have_names(subject, sites):
+    jobs = [Job(row, alpha) for alpha in (0.0, 0.5, 1.0) for row in subject.encoded]
+    found = [one.nll for one in score(subject.passes, Edit(sites, "alpha"), jobs)]
+    count = len(subject.encoded)
+    plain_jobs = [Job(row) for row in subject.encoded]
+    for place, condition in ((0, "no_delta"), (2, "full")):
+        alone = [one.nll for one in score(subject.passes, Edit(sites, condition), plain_jobs)]
+        assert found[place * count : (place + 1) * count] == pytest.approx(alone, rel=1e-6)
+
+
+def test_the_model_is_raw_again_afterwards(subject, sites):
+    jobs = [Job(row) for row in subject.encoded]
+    before = score(subject.passes, Edit(), jobs)
+    score(subject.passes, Edit(sites, "full"), jobs)
+    with pytest.raises(ZeroDivisionError):
+        decode(subject.passes, Edit(sites, "full"), jobs, [[] for _ in jobs], Broken(subject.tokenizer, 3))
+    assert score(subject.passes, Edit(), jobs) == before
+
+
+class Broken(Stop):
+    def cut(self, tokens):
+        raise ZeroDivisionError
+
+
+def test_only_the_first_features_are_kept(subject, sites):
+    ranks = torch.randperm(12 * len(sites), generator=torch.Generator().manual_seed(1)).split(12)
+    marked = [dataclasses.replace(site, ranks=one) for site, one in zip(sites, ranks, strict=True)]
+    counts = (0, 1, 5, 12 * len(sites))
+    jobs = [Job(row, kept=count) for count in counts for row in subject.encoded]
+    found = [one.nll for one in score(subject.passes, Edit(marked, "full"), jobs)]
+    no_delta = [
+        one.nll for one in score(subject.passes, Edit(sites, "no_delta"), [Job(row) for row in subject.encoded])
+    ]
+    full = [one.nll for one in score(subject.passes, Edit(sites, "full"), [Job(row) for row in subject.encoded])]
+    size = len(subject.encoded)
+    assert found[:size] == pytest.approx(no_delta, rel=1e-5)
+    assert found[-size:] == pytest.approx(full, rel=1e-5)
+    silenced = [
+        dataclasses.replace(
+            site, delta=dataclasses.replace(site.delta, W_dec=site.delta.W_dec * (one < 5).unsqueeze(1))
+        )
+        for site, one in zip(sites, ranks, strict=True)
+    ]
+    five = [one.nll for one in score(subject.passes, Edit(silenced, "full"), [Job(row) for row in subject.encoded])]
+    assert found[2 * size : 3 * size] == pytest.approx(five, rel=1e-5)
+
+
+def test_the_checks_of_every_sweep_hold_here_and_name_a_wrong_ground(subject, sites, base_folder):
+    layers = [site.layer for site in sites]
+    before, after = (read_paths(subject.bridge, folder, layers) for folder in (base_folder, subject.folder))
+    checks = change_checks(subject.bridge, subject.rows, sites, before, after)
+    checks += exactness_checks(subject.bridge, subject.rows, sites, 4)
+    assert [check["name"] for check in checks if not check["passed"]] == []
+    wrong = change_checks(subject.bridge, subject.rows, sites, after, after)
+    assert sum("true change" in check["name"] for check in wrong if not check["passed"]) == 2

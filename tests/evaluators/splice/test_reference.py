@@ -1,0 +1,42 @@
+"""KL(raw || spliced) against the plain sum over the vocabulary."""
+
+import pytest
+import torch
+
+from evaluators.splice import reference as module
+from evaluators.splice.interventions import Edit, spliced
+from evaluators.splice.passes import forward
+from evaluators.splice.reference import Reference
+from evaluators.splice.teacher_forcing import Job, score
+
+
+def log_probabilities(subject, row, edit):
+    """(target token, vocabulary)."""
+    from data.encoding import pad_left
+
+    batch = pad_left([row.ids], subject.tokenizer.pad_token_id)
+    with torch.no_grad(), spliced(subject.bridge, edit) as splice:
+        splice.reset(batch.editable, torch.ones(1))
+        return forward(subject.bridge, batch, len(row.target) + 1)[0, :-1].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("held", [1 << 30, 1])
+def test_it_is_the_sum_over_the_vocabulary(subject, monkeypatch, held):
+    """Also where no row's probabilities stay in memory, and where chunks of logits end inside a row."""
+    monkeypatch.setattr(module, "HELD_BYTES", held)
+    monkeypatch.setattr("evaluators.splice.passes.PROJECTED", 7)
+    edit, jobs = Edit(subject.sites, "full"), [Job(row) for row in subject.encoded]
+    found = [one.kl for one in score(subject.passes, edit, jobs, reference=Reference(subject.bridge, 3))]
+    for row, kl in zip(subject.encoded, found, strict=True):
+        raw, other = log_probabilities(subject, row, Edit()), log_probabilities(subject, row, edit)
+        assert kl == pytest.approx((raw.exp() * (raw - other)).sum().item(), rel=1e-3, abs=1e-4)
+        assert kl > 0
+
+
+def test_of_the_raw_model_itself_it_is_zero(subject):
+    found = score(subject.passes, Edit(), [Job(row) for row in subject.encoded], reference=Reference(subject.bridge))
+    assert [one.kl for one in found] == pytest.approx([0.0] * len(found), abs=1e-3)
+
+
+def test_without_a_reference_there_is_none(subject):
+    assert score(subject.passes, Edit(subject.sites, "full"), [Job(subject.encoded[0])])[0].kl is None

@@ -1,0 +1,147 @@
+"""Gaps and recovered shares of invented cells: the arithmetic, and no share where there is nothing to recover."""
+
+import math
+
+import numpy as np
+import pytest
+
+from evaluators.tables import recovery
+from evaluators.tables.statistics import recovered_share
+
+PROMPTS = 12
+
+
+def rows_of(shift, calls):
+    """Prompts of 10 tokens with CE 0.5 + shift, a spread that is the prompt's own, and a share of calls."""
+    noise = np.random.default_rng(3).normal(0, 0.02, PROMPTS)
+    return [
+        {
+            "index": index,
+            "nll": 10 * (0.5 + shift + noise[index]),
+            "kl": 10 * abs(shift),
+            "n_tokens": 10,
+            "sum_abs_base_acts": 0.0,
+            "sum_abs_delta_acts": 1.0,
+            "n_act_tokens": 20,
+            "tool_call": index < calls * PROMPTS,
+            "valid_format": index < calls * PROMPTS,
+            "math_correct": index < calls * PROMPTS,
+            "copy_exact": None,
+        }
+        for index in range(PROMPTS)
+    ]
+
+
+def cell(condition, shift, calls, layers=(0, 1, 2), alpha=None, subset="tool"):
+    raw = condition in ("raw", "base_model_raw")
+    return {
+        "kind": "behaviour",
+        "target": "" if raw else "change",
+        "layers": [] if raw else list(layers),
+        "percentile": None,
+        "d_new": None if raw or condition in ("no_delta", "scaled_weights") else 8,
+        "condition": condition,
+        "alpha": alpha,
+        "subset": subset,
+        "convention": "",
+        "seconds": 1.0,
+        "seed": 0,
+        "rows": rows_of(shift, calls),
+    }
+
+
+CELLS = [
+    cell("raw", 0.0, 1.0),
+    cell("base_model_raw", 2.5, 0.0),
+    cell("no_delta", 2.0, 0.0),
+    cell("full", 0.1, 1.0),
+    cell("alpha", 2.0, 0.0, alpha=0.0),
+    cell("alpha", 0.5, 0.5, alpha=0.5),
+    cell("alpha", 0.1, 1.0, alpha=1.0),
+    cell("random_delta", 1.9, 0.0),
+    cell("scaled_weights", 0.8, 0.5, alpha=0.5),
+    cell("no_delta", 0.0, 1.0, layers=(5,)),
+    cell("full", 0.0, 1.0, layers=(5,)),
+]
+
+
+def one(table, **where):
+    for name, value in where.items():
+        table = table[table[name] == value]
+    assert len(table) == 1, table
+    return table.iloc[0]
+
+
+def test_a_gap_and_its_share_of_the_whole_effect():
+    gap = one(recovery.gap_table(CELLS), layer="0-2", metric="mean_ce")
+    assert gap["gap"] == pytest.approx(2.0)
+    assert gap["unfinetuned"] == pytest.approx(gap["raw"] + 2.5)
+    assert gap["share"] == pytest.approx(0.8)
+    assert gap["share_low"] <= gap["share"] <= gap["share_high"]
+    rate = one(recovery.gap_table(CELLS), layer="0-2", metric="tool_call_rate")
+    assert rate["gap"] == pytest.approx(-1.0)
+
+
+def test_recovered_is_a_ratio_of_differences():
+    table = recovery.recovered_table(CELLS)
+    assert one(table, layer="0-2", metric="mean_ce", condition="full")["recovered"] == pytest.approx(0.95)
+    half = one(table, layer="0-2", metric="mean_ce", condition="alpha", alpha=0.5)
+    assert half["recovered"] == pytest.approx(0.75)
+    assert one(table, layer="0-2", metric="tool_call_rate", condition="alpha", alpha=0.5)["recovered"] == 0.5
+    random = one(table, layer="0-2", metric="mean_ce", condition="random_delta")
+    assert random["recovered"] == pytest.approx(0.05)
+    scaled = one(table, layer="0-2", metric="mean_ce", condition="scaled_weights")
+    assert scaled["recovered"] == pytest.approx(0.6)
+    assert one(table, layer="0-2", metric="kl", condition="full")["recovered"] == pytest.approx(0.95)
+
+
+def test_without_a_gap_there_is_no_share():
+    row = one(recovery.recovered_table(CELLS), layer="5", metric="mean_ce", condition="full")
+    assert math.isnan(row["recovered"])
+    assert row["gap_low"] <= 0 <= row["gap_high"]
+
+
+def test_the_interval_of_a_share_covers_the_share_of_other_prompts():
+    generator = np.random.default_rng(0)
+    tokens = np.ones(40)
+    ground, raw = 2 + generator.normal(0, 0.3, 40), generator.normal(0, 0.1, 40)
+    spliced = raw + 0.2 * (ground - raw) + generator.normal(0, 0.1, 40)
+    found = recovered_share((ground, tokens), (spliced, tokens), (raw, tokens))
+    assert found.low < 0.8 < found.high
+    assert found.high - found.low < 0.1
+    assert math.isnan(recovered_share((raw, tokens), (spliced, tokens), (raw, tokens)).value)
+
+
+def curve_cell(shifts):
+    counts = [
+        {
+            "k": k,
+            "rows": [{name: row[name] for name in ("index", "nll", "kl", "n_tokens")} for row in rows_of(shift, 1)],
+        }
+        for k, shift in shifts.items()
+    ]
+    return {"kind": "curve", "layers": [0, 1, 2], "d_new": 8, "subset": "tool", "counts": counts}
+
+
+def test_the_smallest_count_that_is_enough():
+    cells = [*CELLS, curve_cell({0: 2.0, 1: 1.0, 2: 0.3, 4: 0.1, 24: 0.1})]
+    curve = recovery.curve_table(cells)
+    assert curve.set_index("k")["recovered"].round(6).to_dict() == {0: 0.0, 1: 0.5, 2: 0.85, 4: 0.95, 24: 0.95}
+    assert recovery.features_needed(curve, "tool") == 4
+    assert recovery.features_needed(curve, "copy") is None
+    found = recovery.headlines(recovery.gap_table(cells), recovery.recovered_table(cells), curve)
+    assert found["features_for_90_percent_tool"] == 4
+    assert found["recovered_ce_tool"] == pytest.approx(0.95)
+    assert found["recovered_ce_random_tool"] == pytest.approx(0.05)
+    assert found["mlp_share_ce_tool"] == pytest.approx(0.8)
+
+
+def test_unexplained_by_subset_and_part():
+    rows = [
+        {"subset": "tool", "part": part, "change": 4.0, "left": left, "active": 6, "n_tokens": 3}
+        for left, part in ((1.0, "prompt"), (3.0, "target"), (1.0, "prompt"), (1.0, "target"))
+    ]
+    cells = [{"kind": "change", "d_new": 8, "layers": [{"layer": 4, "rows": rows}]}]
+    table = recovery.change_table(cells).set_index("part")
+    assert table["unexplained"].to_dict() == {"prompt": 0.25, "target": 0.5}
+    assert table["l0"].to_dict() == {"prompt": 2.0, "target": 2.0}

@@ -1,0 +1,108 @@
+"""A block's own path: what the model computes between the taps, and weights that come and go."""
+
+import pytest
+import torch
+
+from data.encoding import pad_left
+from evaluators.splice.passes import forward
+from models.blocks import exchanged, interpolated, read_paths
+from models.errors import ModelError
+
+ROWS = [[2, 50, 60, 70, 80], [2, 90]]
+LAYERS = [0, 2]
+
+
+@pytest.fixture(scope="module")
+def other_folder(model_folder, load, tmp_path_factory):
+    """The same architecture with other weights everywhere, norm gains included."""
+    model, tokenizer = load(model_folder)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("other")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bridge(model_folder, wrapped):
+    return wrapped(model_folder)
+
+
+def logits(bridge):
+    batch = pad_left(ROWS, bridge.tokenizer.pad_token_id)
+    with torch.no_grad():
+        return forward(bridge, batch, batch.ids.shape[1])[batch.mask]
+
+
+def plain_logits(load, folder, layers, donor):
+    """The plain model with the parts on the path of `layers` from another one."""
+    model, _ = load(folder)
+    theirs, _ = load(donor)
+    names = ["mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    if model.config.model_type == "llama":
+        names = ["mlp", "post_attention_layernorm"]
+    for layer in layers:
+        for name in names:
+            part = getattr(theirs.model.layers[layer], name)
+            getattr(model.model.layers[layer], name).load_state_dict(part.state_dict())
+    found = []
+    for row in ROWS:
+        with torch.no_grad():
+            found.append(model(input_ids=torch.tensor([row])).logits[0])
+    return torch.cat(found)
+
+
+def test_a_path_gives_the_models_own_output_at_its_tap(bridge, model_folder, load, plain_taps):
+    batch = pad_left(ROWS, bridge.tokenizer.pad_token_id)
+    model, _ = load(model_folder)
+    for layer, path in read_paths(bridge, model_folder, LAYERS).items():
+        x, y, gained = plain_taps(model, batch, layer)
+        with torch.no_grad():
+            torch.testing.assert_close(x * path.gain, gained, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(path(x)[batch.mask], y[batch.mask], rtol=1e-4, atol=1e-4)
+
+
+def test_exchanged_weights_are_those_of_a_model_put_together_by_hand(bridge, model_folder, other_folder, load):
+    before = logits(bridge)
+    paths = read_paths(bridge, other_folder, LAYERS)
+    held = [parameter.clone() for path in paths.values() for parameter in path.parameters().values()]
+    with exchanged(bridge, list(paths.values())):
+        swapped = logits(bridge)
+    torch.testing.assert_close(swapped, plain_logits(load, model_folder, LAYERS, other_folder), rtol=1e-4, atol=1e-3)
+    assert (swapped - before).abs().max() > 0.1
+    assert torch.equal(logits(bridge), before), "the weights go back"
+    after = [parameter for path in paths.values() for parameter in path.parameters().values()]
+    assert all(torch.equal(one, other) for one, other in zip(held, after, strict=True))
+
+
+def test_weights_go_back_after_an_error(bridge, other_folder):
+    before = logits(bridge)
+    paths = list(read_paths(bridge, other_folder, LAYERS).values())
+    for change in (lambda: exchanged(bridge, paths), lambda: interpolated(bridge, paths, 0.5)):
+        with pytest.raises(ZeroDivisionError), change():
+            raise ZeroDivisionError
+        assert torch.equal(logits(bridge), before)
+
+
+def test_interpolated_weights_end_at_both_models(bridge, other_folder):
+    before = logits(bridge)
+    paths = list(read_paths(bridge, other_folder, LAYERS).values())
+    with exchanged(bridge, paths):
+        swapped = logits(bridge)
+    found = {}
+    for alpha in (0.0, 0.5, 1.0):
+        with interpolated(bridge, paths, alpha):
+            found[alpha] = logits(bridge)
+    torch.testing.assert_close(found[0.0], swapped)
+    torch.testing.assert_close(found[1.0], before)
+    assert (found[0.5] - before).abs().max() > 0.01
+    assert (found[0.5] - swapped).abs().max() > 0.01
+
+
+def test_a_model_of_another_shape_is_refused(bridge, gemma_folder, llama_folder, model_folder):
+    wrong = llama_folder if model_folder == gemma_folder else gemma_folder
+    with pytest.raises((ModelError, AttributeError)):
+        read_paths(bridge, wrong, [1])
