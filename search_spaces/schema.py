@@ -161,7 +161,7 @@ class Sweep(Section):
         bases, evaluate = self.transcoders, self.evaluate
         targets = self.deltas.targets
         if "residual" in targets and not self.deltas.selections:
-            raise ValueError("deltas.percentiles: got [], must hold one at least where deltas.target_l0 is not set")
+            raise ValueError("deltas.percentiles: got [], must have at least one unless deltas.target_l0 is set")
         if "change" in targets and bases.convention != "ln2.hook_normalized":
             raise ValueError(
                 f"transcoders.convention: got {bases.convention}, must be ln2.hook_normalized where deltas.targets "

@@ -18,7 +18,7 @@ SCALED_DOWN = (
     "data.text_validation_lines=12", "lora.trials=1", "lora.steps=4", "lora.eval_every=2", "lora.space.r=2",
     "lora.space.batch_size=4", "activations.train_tokens=1500", "activations.validation_tokens=400",
     "activations.batch_tokens=1024", "deltas.trials=1", "deltas.epochs=1", "deltas.batch_size=256",
-    "deltas.d_new=[4, 8]", "evaluate.alpha_layers=[1, 2]", "evaluate.max_new_tokens=6", "compute.gpus_per_trial=0",
+    "deltas.d_new=[4, 8]", "evaluate.sets=[{layers: each, alphas: []}, [1], [2]]", "evaluate.max_new_tokens=6", "compute.gpus_per_trial=0",
     "compute.precision=fp32",
 )  # fmt: skip
 
@@ -81,9 +81,11 @@ def test_a_target_l0_selects_and_another_convention_is_named_in_every_table(jobs
         *SCALED_DOWN,
         "transcoders.convention=resid_mid/sqrt(d_model)",
         "transcoders.layers=[1, 2]",
+        "deltas.targets=[residual]",
         "deltas.percentiles=[]",
+        "evaluate.controls=[]",
         "deltas.target_l0=12",
-        "deltas.objectives=val_fvu, val_l0_delta",
+        "deltas.objectives=val_error, val_l0_delta",
         "deltas.threshold=learned",
         "deltas.trials=2",
     )

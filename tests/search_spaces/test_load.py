@@ -38,7 +38,10 @@ def test_the_gemma_preset_is_the_full_study():
     sweep = load("gemma2_2b")
     assert sweep.model.source == "google/gemma-2-2b"
     assert (sweep.transcoders.source, sweep.transcoders.width) == ("google/gemma-scope-2b-pt-transcoders", "16k")
-    assert (sweep.transcoders.layers, sweep.evaluate.alpha_layers) == ("all", [20, 24])
+    assert (sweep.transcoders.layers, sweep.deltas.layers) == ("all", "all")
+    assert sweep.deltas.targets == ["change", "residual"]
+    dosed = [one.layers for one in sweep.evaluate.sets if one.alphas is None]
+    assert dosed == ["all", [20], [24]], "the reference study's alphas, and those of all layers at once"
     assert (sweep.deltas.percentiles, sweep.deltas.d_new) == ([0.25, 0.5, 0.75], [32, 64, 128])
     assert (sweep.compute.gpus_per_trial, sweep.compute.precision) == (1, "bf16")
 
@@ -61,7 +64,9 @@ def test_a_file_is_read_like_a_preset(tmp_path):
         ("compute.max_concurrent=null", lambda s: s.compute.max_concurrent, None),
         ("transcoders.lr=1e-3", lambda s: s.transcoders.lr, 0.001),
         ("transcoders.lr=2", lambda s: s.transcoders.lr, 2.0),
-        ("evaluate.joint=false", lambda s: s.evaluate.joint, False),
+        ("evaluate.curve=false", lambda s: s.evaluate.curve, False),
+        ("evaluate.sets=[all]", lambda s: [one.layers for one in s.evaluate.sets], ["all"]),
+        ("evaluate.sets=[[1, 2], {layers: each, alphas: []}]", lambda s: s.evaluate.sets[1].alphas, []),
         ("model.source=/a=b", lambda s: s.model.source, "/a=b"),
         ("lora.space.r=4", lambda s: s.lora.space.r, 4),
         ("lora.space.r={low: 2, high: 64, log: true}", lambda s: s.lora.space.r, Range(low=2, high=64, log=True)),
@@ -92,7 +97,11 @@ BAD = {
     "lora.trials=2.5": "lora.trials: got 2.5, must be a whole number",
     "lora.trials=true": "lora.trials: got true, must be a whole number",
     "lora.grad_clip=high": 'lora.grad_clip: got "high", must be a number',
-    "evaluate.joint=maybe": 'evaluate.joint: got "maybe", must be true or false',
+    "evaluate.curve=maybe": 'evaluate.curve: got "maybe", must be true or false',
+    "evaluate.sets=all": 'evaluate.sets: got "all", must be a list',
+    "evaluate.sets=[halves]": "must be all, thirds, each or a list of different layers, got 'halves'",
+    "evaluate.sets=[[1, 1]]": "must be all, thirds, each or a list of different layers, got [1, 1]",
+    "deltas.targets=[both]": 'deltas.targets.0: got "both"',
     "model.source=5": "model.source: got 5, must be text",
     "deltas.d_new=32": "deltas.d_new: got 32, must be a list",
     "deltas.d_new=[wide]": 'deltas.d_new.0: got "wide", must be a whole number',
@@ -141,7 +150,6 @@ BAD = {
     # settings that do not go together
     "transcoders.width=16k": "transcoders.width: got '16k', must be a whole number for trained bases",
     "transcoders.target_l0=[64]": "transcoders.target_l0: got 64, must be below transcoders.width 64",
-    "evaluate.alpha_layers=[3]": "evaluate.alpha_layers: got [3], must be some of transcoders.layers [1, 2]",
     "evaluate.percentile=0.5": "evaluate.percentile: got 0.5, must be one of deltas.percentiles [0.25, 0.75]",
     "evaluate.d_new=5": "evaluate.d_new: got 5, must be one of deltas.d_new [4, 8]",
     "evaluate.conditions=[full]": 'evaluate.conditions: got ["full"], must include raw',
@@ -181,6 +189,25 @@ def test_a_bad_file_is_one_sentence(tmp_path, monkeypatch, content, said):
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["deltas.targets=[change]", "evaluate.controls=[error_term]"],
+            "error_term needs residual among deltas.targets",
+        ),
+        (["deltas.targets=[residual]"], "scaled_weights needs change among deltas.targets"),
+        (
+            ["transcoders.convention=resid_mid/sqrt(d_model)"],
+            "must be ln2.hook_normalized where deltas.targets holds change",
+        ),
+        (["deltas.layers=[0, 1]", "evaluate.sets=[[0, 3]]"], "evaluate.sets: got layer 3, the deltas have layers"),
+    ],
+)
+def test_targets_controls_and_sets_must_go_together(overrides, said):
+    assert said in refused("tiny", *overrides)
+
+
 def test_a_missing_or_unreadable_file_is_one_sentence(tmp_path):
     assert "give a YAML file or one of the presets: gemma2_2b, quickstart, smollm2, tiny" in refused("quickstrat")
     assert "cannot be read" in refused(tmp_path)
@@ -211,8 +238,8 @@ def test_the_names_of_the_settings_are_the_trainers(section, space, trainer):
     search = {"trials", "asha", "grace_evals", "reduction_factor", "space", "sampler", "warm_start"}
     elsewhere = {
         "lora": search | {"workers_per_trial"},
-        "deltas": search | {"percentiles", "target_l0", "objectives"},
-        "transcoders": {"source", "convention", "layers", "target_l0"},
+        "deltas": search | {"targets", "layers", "percentiles", "target_l0", "objectives"},
+        "transcoders": {"source", "convention", "layers"},
     }
     meant = set(type(getattr(sweep, section)).model_fields) - elsewhere[section]
     assert meant <= known
