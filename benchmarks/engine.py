@@ -177,7 +177,8 @@ def workers(
     from jobs.cluster.fanout import Pool
     from jobs.study.context import Context
     from jobs.study.stages.cells import evaluate
-    from jobs.study.stages.evaluate import behaviour_combination, behaviour_work
+    from jobs.study.stages.evaluate import behaviour_work
+    from jobs.study.stages.site_plans import combination
     from search_spaces.load import load
 
     name, *overrides = config or ["quickstart"]
@@ -189,7 +190,8 @@ def workers(
             shutil.copytree(context.space.generations, place / "generations", ignore=_all_but_raw)
             works = [
                 replace(work, shared=replace(work.shared, cells=str(place / "cells")))
-                for work in behaviour_work(context, *behaviour_combination(context))
+                for target in context.settings.deltas.targets
+                for work in behaviour_work(context, target, combination(context, target))
                 if len(work.sites) == 1 and work.sites[0].layer >= above
             ]
             works.sort(key=lambda work: work.sites[0].layer)

@@ -1,6 +1,6 @@
 """The evaluation grid three ways in one run: one prompt at a time, batched, and ours.
 
-    python -m benchmarks.evaluation_grid [quickstart storage.root=mlruns] [--layers 6,12,18] [--prompts 20]
+    python -m benchmarks.evaluation_grid [quickstart storage.root=mlruns] [--layers 12,18] [--deltas change]
 
 Needs a sweep that is finished up to its deltas. The grid is raw, no_delta, full and five alphas for each layer on each
 subset. The reference wraps the model once, then runs each cell for itself: a teacher-forced pass and a cached greedy
@@ -30,7 +30,7 @@ from evaluators.measures.behaviour import Ask, evaluate_behaviour
 from evaluators.splice.decoding import Stop
 from evaluators.splice.interventions import Site
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
-from jobs.commands.finished import combination, load_bridge, load_sites
+from jobs.commands.finished import Asked, combination, load_bridge, load_sites
 from jobs.study.context import Context
 from models.bridge import device_of, read_input, tap_names
 from search_spaces.load import load
@@ -62,7 +62,7 @@ def ours(
     """The whole grid. Strengths 0 and 1 are no_delta and full: measured once, filed twice."""
     table: Table = {}
     plain = Passes(bridge, shortcuts=shortcuts)
-    prefixes = Prefixes(bridge, [site.layer for site in sites], sites[0].base.taps, together=shortcuts.capture_once)
+    prefixes = Prefixes(bridge, [site.layer for site in sites], sites[0].taps, together=shortcuts.capture_once)
     for subset, of_subset in rows.items():
         outputs: list[list[int]] = []
         for site in sites:
@@ -128,18 +128,18 @@ def plain_cell(
 def _hooks(site: Site, condition: str, alpha: float, editable: Tensor) -> list[tuple[str, Callable]]:
     if condition == "raw":
         return []
-    read_name, write_name = tap_names(site.base.taps, site.layer)
+    read_name, write_name = tap_names(site.taps, site.layer)
     seen: dict[str, Tensor] = {}
 
     def read(x: Tensor, hook: object) -> None:
-        seen["x"] = read_input(site.base.taps, x)
+        seen["x"] = read_input(site.taps, x)
 
     def write(y: Tensor, hook: object) -> Tensor:
-        made = site.base(seen["x"])
+        ground = made = site.ground(seen["x"])
         if condition != "no_delta" and site.delta is not None:
             made = made + (1.0 if condition == "full" else alpha) * site.delta(seen["x"])
         where = editable if y.shape[:2] == editable.shape else torch.ones_like(y[..., 0], dtype=torch.bool)
-        return torch.where(where.unsqueeze(-1), made.to(y.dtype), y)
+        return torch.where(where.unsqueeze(-1), made.to(y.dtype), y if site.path is None else ground)
 
     return [(read_name, read), (write_name, write)]
 
@@ -175,7 +175,7 @@ def unavoidable_flops(bridge: Any, rows: dict[str, list[Row]], sites: Sequence[S
             total += len(encoded.ids) * body + len(encoded.target) * head + new * (body + head)
             for site in sites:
                 above = (bridge.cfg.n_layers - 1 - site.layer) * a_layer
-                features = site.base.W_enc.numel() * 2 + (site.delta.W_enc.numel() * 2 if site.delta else 0)
+                features = sum(one.W_enc.numel() * 2 for one in (site.base, site.delta) if one is not None)
                 total += (len(encoded.ids) + new) * features
                 for alpha in ALPHAS:
                     output = table[site.layer, "alpha", alpha, subset, number].output
@@ -210,7 +210,8 @@ def timed(run: Callable[[], Any], device: Any) -> tuple[float, Any]:
 
 def main(
     config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
-    layers: Annotated[str, typer.Option()] = "6,12,18",
+    layers: Annotated[str, typer.Option()] = "12,18",
+    deltas: Annotated[str, typer.Option(help="change or residual; default: the first of deltas.targets.")] = "",
     prompts: Annotated[int, typer.Option(help="Prompts a subset.")] = 20,
     budget: Annotated[int, typer.Option(help="New tokens.")] = 64,
     ablate: Annotated[bool, typer.Option(help="Also time each shortcut off.")] = True,
@@ -220,15 +221,16 @@ def main(
     context = Context(load(name, overrides))
     bridge = load_bridge(context)
     device = device_of(bridge)
+    chosen = list(map(int, layers.split(",")))
     sites = [
-        site.to(device)
-        for site in load_sites(context, list(map(int, layers.split(","))), *combination(context, None, None))
+        site.to(device) for site in load_sites(context, chosen, combination(context, Asked(deltas or None)), bridge)
     ]
     every = list(read_rows(str(context.space.data / "evaluation.jsonl")))
     rows = {subset: [row for row in every if row.label == subset][:prompts] for subset in ("tool", "copy", "tool_ood")}
     cells = [(site, *cell, subset) for site in sites for cell in CELLS for subset in rows]
     typer.echo(
-        f"{len(cells)} cells of {prompts} prompts, {budget} new tokens, layers {layers}; {device}, "
+        f"{len(cells)} cells of {prompts} prompts, {budget} new tokens, layers {layers}, "
+        f"{'base transcoders' if sites[0].path is None else 'un-finetuned MLPs'}; {device}, "
         f"{torch.get_num_threads()} threads"
     )
     seconds, table = timed(partial(ours, bridge, rows, sites, budget), device)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluators.measures import finetuned
+from evaluators.measures.finetuned import answers
 from jobs.commands.chat import reply
 
 
@@ -16,18 +16,18 @@ from jobs.commands.chat import reply
         ("<tool_call>calculator(1 + 2", "(the calculator call is not closed)"),
     ],
 )
-def test_a_call_is_evaluated(load, gemma_folder, monkeypatch, said, shown):
-    model, tokenizer = load(gemma_folder)
-    monkeypatch.setattr(finetuned, "answers", lambda *arguments: [said])
-    assert reply(model, tokenizer, "What?", 20) == [said, shown]
+def test_a_call_is_evaluated(load, gemma_folder, said, shown):
+    _, tokenizer = load(gemma_folder)
+    assert reply(tokenizer, lambda tokens: said, "What?", 20, 1024) == [said, shown]
 
 
 def test_an_answer_without_a_call_is_the_answer(load, gemma_folder):
     model, tokenizer = load(gemma_folder)
-    assert len(reply(model, tokenizer, "Nine of 12.", 4)) == 1
+    answer = lambda tokens: answers(model, tokenizer, [tokens], 4)[0]  # noqa: E731
+    assert len(reply(tokenizer, answer, "Nine of 12.", 4, None)) == 1
 
 
 def test_a_prompt_beyond_the_context_is_reported(load, gemma_folder):
-    model, tokenizer = load(gemma_folder)
-    (shown,) = reply(model, tokenizer, "7 " * 2000, 20)
+    _, tokenizer = load(gemma_folder)
+    (shown,) = reply(tokenizer, lambda tokens: "", "7 " * 2000, 20, 1024)
     assert "the model's context holds 1024" in shown
