@@ -221,9 +221,9 @@ def main(
     context = Context(load(name, overrides))
     bridge = load_bridge(context)
     device = device_of(bridge)
-    chosen = list(map(int, layers.split(",")))
+    numbers = list(map(int, layers.split(",")))
     sites = [
-        site.to(device) for site in load_sites(context, chosen, combination(context, Asked(deltas or None)), bridge)
+        site.to(device) for site in load_sites(context, numbers, combination(context, Asked(deltas or None)), bridge)
     ]
     every = list(read_rows(str(context.space.data / "evaluation.jsonl")))
     rows = {subset: [row for row in every if row.label == subset][:prompts] for subset in ("tool", "copy", "tool_ood")}
