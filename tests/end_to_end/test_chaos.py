@@ -1,4 +1,4 @@
-"""Twenty SIGKILLs at random moments change no table; `python -m tests.end_to_end.chaos --kills 100` sends more."""
+"""Twenty SIGKILLs at random moments change no table; `python -m tests.end_to_end.chaos --kills 100` does more."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_twenty_kills_change_no_table(tmp_path: Path) -> None:
     assert "20 kills" in chaos(tmp_path, kills=20, seed=0)
 
 
-def test_a_driver_whose_node_of_a_cluster_dies_ends(tmp_path: Path) -> None:
+def test_a_driver_ends_when_its_cluster_node_dies(tmp_path: Path) -> None:
     with two_nodes(tmp_path) as nodes:
         driver = subprocess.Popen(
             [sys.executable, "-c", JOINED, nodes.address],

@@ -1,4 +1,4 @@
-"""The Gemma preset's code path: a small Gemma-2 and npz files in Gemma Scope's layout, made on the spot."""
+"""The Gemma preset's code path: a small Gemma-2 and npz files in Gemma Scope's layout, made on the fly."""
 
 from __future__ import annotations
 

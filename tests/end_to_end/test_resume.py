@@ -1,4 +1,4 @@
-"""A driver that is killed: the same command goes on from the finished stages, trials and cells."""
+"""A driver is killed: the same command continues from the finished stages, trials and cells."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def kill_raylet_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
-    """SIGKILL of Ray's node manager alone: the driver ends by itself and takes everything along."""
+    """SIGKILL of Ray's node manager alone: the driver then ends on its own, with everything it started."""
     wait_until(reached, process)
     family = psutil.Process(process.pid).children(recursive=True)
     (raylet,) = [child for child in family if child.name() == "raylet"]
@@ -55,7 +55,7 @@ def kill_raylet_when(process: subprocess.Popen[str], reached: Callable[[], bool]
 
 
 def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
-    """SIGKILL of the driver and of what it started, as when a machine goes down."""
+    """SIGKILL of the driver and everything it started, as when a machine goes down."""
     wait_until(reached, process)
     everything = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
     for pid in everything:
@@ -66,7 +66,7 @@ def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> No
     process.wait()
 
 
-def test_a_killed_sweep_goes_on(jobs: Jobs, tmp_path: Path) -> None:
+def test_a_killed_sweep_continues(jobs: Jobs, tmp_path: Path) -> None:
     arguments = ("sweep", "tiny", f"storage.root={tmp_path}", *SMALL)
     sweep = tmp_path / "sweeps" / "tiny"
 
@@ -99,7 +99,7 @@ def test_a_killed_sweep_goes_on(jobs: Jobs, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_an_interrupt_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, how: signal.Signals) -> None:
+def test_an_interrupt_stops_cleanly_and_says_how_to_continue(tmp_path: Path, how: signal.Signals) -> None:
     command = [sys.executable, "-m", "jobs", "sweep", "tiny", f"storage.root={tmp_path}", *SMALL]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""The tiny study with real Ray, Tune, Optuna, MLflow and TransformerLens: what it leaves behind."""
+"""The tiny study with real Ray, Tune, Optuna, MLflow and TransformerLens: what it writes."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_second_run_finds_everything_done(finished: Finished, jobs: Jobs) -> N
 
 
 def test_another_server_gets_everything_from_disk(finished: Finished, jobs: Jobs, tmp_path: Path) -> None:
-    """The store is gone: `track` sends the same runs with the same metrics, and nothing when asked again."""
+    """The store is gone: `track` sends the same runs with the same metrics, and a second `track` sends nothing."""
     copied = tmp_path / "mlruns"
     shutil.copytree(finished[0], copied)
     (copied / "mlflow.db").unlink()

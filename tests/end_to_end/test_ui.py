@@ -1,4 +1,4 @@
-"""The web pages on a finished sweep: served on loopback, with the sweep in them."""
+"""The web pages for a finished sweep: served on loopback, and showing the sweep."""
 
 from __future__ import annotations
 
