@@ -184,7 +184,7 @@ def chat(
     overrides: Overrides = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 64,
 ) -> None:
-    """Talk to the finetuned model, one request a line; its calculator calls are evaluated."""
+    """Talk to the finetuned model, one request per line; its calculator calls are evaluated."""
     from jobs.commands.chat import chat as run
     from jobs.study.context import Context
     from search_spaces.load import load

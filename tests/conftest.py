@@ -73,7 +73,7 @@ def model_folder(request, gemma_folder, llama_folder) -> Path:
 
 @pytest.fixture(scope="session")
 def load():
-    """A fresh (model, tokenizer) of a folder in fp32, unless another dtype is asked for."""
+    """A fresh (model, tokenizer) of a folder in fp32, unless another dtype is given."""
     import torch
 
     from models.sources import load_model
@@ -151,7 +151,7 @@ def plain_taps():
 
 @pytest.fixture(scope="session")
 def jobs() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`python -m jobs` with these arguments, in a process of its own."""
+    """`python -m jobs` with these arguments, in its own process."""
     from tests.end_to_end.conftest import run
 
     return run
