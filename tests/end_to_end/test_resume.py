@@ -19,6 +19,8 @@ from optuna.trial import TrialState
 
 from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment
 
+more = pytest.mark.long("one more sweep, stopped in another way than the first")
+
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "jobs", *arguments]
@@ -98,6 +100,7 @@ def test_a_killed_sweep_goes_on(jobs: Jobs, tmp_path: Path) -> None:
         assert TrialState.RUNNING not in states
 
 
+@more
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupt_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, how: signal.Signals) -> None:
     command = [sys.executable, "-m", "jobs", "sweep", "tiny", f"storage.root={tmp_path}", *SMALL]
@@ -115,6 +118,7 @@ def test_an_interrupt_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, how: s
     assert "Traceback" not in errors
 
 
+@more
 def test_a_second_driver_is_refused(jobs: Jobs, tmp_path: Path) -> None:
     arguments = ("sweep", "tiny", f"storage.root={tmp_path}", *SMALL)
     first = start(*arguments)
