@@ -1,4 +1,4 @@
-# make sweep: set up and run the quickstart study.   make test: set up and run the tests.
+# make sweep: set up and run the quickstart study.   make test: set up and run the tests, make test-all: the long ones too.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -10,14 +10,18 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar o
 PINS := import json, sys; found = [one["metadata"] for one in json.load(sys.stdin)["install"]]; \
   print(*sorted(("{name}=={version}".format(**one) for one in found), key=str.lower), sep="\n")
 
-.PHONY: setup sweep test check format compatibility ui constraints
+.PHONY: setup sweep test test-all check format compatibility ui constraints
 
 sweep: setup
 	$(PY) -m jobs sweep $(CONFIG) $(ARGS)
 
-# Two at a time: much of a whole sweep on a tiny model is waiting for processes to start.
+# Two at a time: much of a whole sweep on a tiny model is waiting for processes to start. What is skipped, and what is
+# left to the long tier, is listed with its reason.
 test: setup
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 12
+	$(PY) -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder -rs --durations 12
+
+test-all: test
+	$(PY) -m pytest -m long -n 2 --dist worksteal -rs --durations 12
 
 # Format, lint and types, as CI runs them.
 check: setup
@@ -29,7 +33,8 @@ format: setup
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-# The exports, loaded by the real SAELens and circuit-tracer in environments of their own (minutes, 4 GB).
+# The exports, loaded by the real SAELens and circuit-tracer in environments of their own (minutes, 4 GB): a table; one
+# of the long tests runs it too.
 compatibility: setup
 	$(PY) -m tests.compatibility.check_exports
 
