@@ -124,6 +124,7 @@ def test_failures_are_told_with_their_reason_and_deaths_are_retried(share: Share
     ]
 
 
+@pytest.mark.long("starts a worker for each of sixteen deaths")
 def test_a_death_counts_once_whenever_it_comes(share: Share, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     one = group(tmp_path, "dying", 16)
     search(tmp_path, [one], dying, share, EarlyStopping(1, 2, 2), max_retries=16)
