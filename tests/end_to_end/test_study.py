@@ -159,6 +159,7 @@ def test_a_second_run_finds_everything_done(finished: Finished, jobs: Jobs) -> N
     assert before == {path: path.stat().st_mtime_ns for path in (finished[0] / "sweeps/tiny/cells").iterdir()}
 
 
+@pytest.mark.long("sends the whole sweep to another store, three commands")
 def test_another_server_gets_everything_from_disk(finished: Finished, jobs: Jobs, tmp_path: Path) -> None:
     """The store is gone: `track` sends the same runs with the same metrics, and nothing when asked again."""
     copied = tmp_path / "mlruns"

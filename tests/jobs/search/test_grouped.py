@@ -171,6 +171,7 @@ def test_what_was_running_when_the_driver_died_goes_on_under_its_number(share: S
     assert TrialState.RUNNING not in states(tmp_path, "zombie")
 
 
+@pytest.mark.long("seven searches, each with workers of its own")
 def test_proposals_and_stops_do_not_depend_on_how_often_the_driver_started(share: Share, tmp_path: Path) -> None:
     """Six trials in one go, and one by one with a fresh search each: the same values and the same ends."""
     halving = EarlyStopping(grace=1, longest=4, reduction_factor=3)
