@@ -19,6 +19,8 @@ from jobs.cluster.environment import prepare
 from jobs.tracking.writer import Record, Tracker
 from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment, free_port
 
+pytestmark = pytest.mark.long("a tracking server is killed, awaited and started again while a sweep runs")
+
 prepare()  # MLflow would wait for minutes
 
 

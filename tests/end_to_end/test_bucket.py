@@ -15,6 +15,8 @@ from optuna.storages.journal import JournalFileBackend
 
 from tests.end_to_end.conftest import SMALL, Jobs, environment, read
 
+pytestmark = pytest.mark.long("a study on one machine, then the rest of it on another")
+
 
 @pytest.fixture
 def bucket() -> Iterator[dict[str, str]]:

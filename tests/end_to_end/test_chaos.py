@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.end_to_end.chaos import chaos, two_nodes
 from tests.end_to_end.conftest import REPOSITORY
+
+pytestmark = pytest.mark.long("kills processes and nodes of several sweeps for minutes")
 
 JOINED = """
 import sys, time

@@ -17,6 +17,8 @@ import pytest
 
 from tests.end_to_end.conftest import REPOSITORY, SMALL, environment, free_port
 
+cluster = pytest.mark.long("brings up a cluster and runs a study on it")
+
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -72,6 +74,7 @@ def wait_for_job_agent(process: subprocess.Popen, variables: dict[str, str], log
         time.sleep(2)
 
 
+@cluster
 def test_a_submitted_job_runs_the_study(head: dict[str, str]) -> None:
     submit = [
         RAY, "job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs", "sweep", "search_spaces/tiny.yaml",
@@ -91,6 +94,7 @@ def test_a_submitted_job_runs_the_study(head: dict[str, str]) -> None:
     assert not any((folder / name).exists() for folder in folders for name in (".venv", ".git", "mlruns/mlflow.db"))
 
 
+@cluster
 def test_a_command_from_outside_the_cluster_runs_on_it(head: dict[str, str], tmp_path: Path) -> None:
     """Its output and exit status come back, and Ctrl-C reaches it; the results are in a shared folder."""
     command = [sys.executable, "-m", "jobs", "lora", "tiny", f"storage.root={tmp_path}", *SMALL]

@@ -12,6 +12,8 @@ import pytest
 
 from tests.end_to_end.conftest import REPOSITORY, SMALL, environment, free_port, read
 
+pytestmark = pytest.mark.long("brings up a Ray of its own for a whole study")
+
 SCRIPT = REPOSITORY / "deploy" / "slurm.sh"
 
 
