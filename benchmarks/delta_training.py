@@ -1,11 +1,11 @@
-"""Delta training against a trainer that does what the usual script does, side by side in one run.
+"""Delta training against a trainer written like the usual script, side by side in one run.
 
     python -m benchmarks.delta_training [--d-model 2304 --d-sae 16384 --d-new 128 --batch 2048 --device cuda]
 
-The reference (`plain_delta`) re-runs the frozen base in every step, reads rows through a python-indexed DataLoader,
-trains one seed and makes the whole reconstruction. Ours trains on residuals computed once, in feature space. Prints
-optimiser steps a second of both and their ratio, how far the loss curves differ, replica-steps a second of stacked
-seeds, and the share of the measured matmul rate.
+In: sizes, for a random base and random pairs. The reference (`plain_delta`) re-runs the frozen base at every step,
+reads rows through a python-indexed DataLoader, trains one seed and computes the whole reconstruction. Ours trains on
+residuals computed once, in feature space. Out: prints optimiser steps per second of both and their ratio, how far the
+loss curves differ, replica-steps per second with stacked seeds, and the fraction of the measured matmul rate.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def main(
     d_sae: Annotated[int, typer.Option()] = 16384,
     d_new: Annotated[int, typer.Option()] = 128,
     batch: Annotated[int, typer.Option()] = 2048,
-    steps: Annotated[int, typer.Option(help="Steps of ours.")] = 20,
-    reference_steps: Annotated[int, typer.Option(help="Timed steps of the reference.")] = 3,
+    steps: Annotated[int, typer.Option(help="Steps for ours.")] = 20,
+    reference_steps: Annotated[int, typer.Option(help="Timed steps for the reference.")] = 3,
     replicas: Annotated[int, typer.Option(help="Seeds stacked in the last measurement.")] = 8,
-    precision: Annotated[str, typer.Option(help="Of ours: fp32, tf32 or bf16.")] = "fp32",
-    device: Annotated[str, typer.Option(help="Of ours and the reference's products.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="Precision of ours: fp32, tf32 or bf16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="Device for ours and for the reference's products.")] = "cpu",
 ) -> None:
     threads = torch.get_num_threads()
     typer.echo(
@@ -65,8 +65,8 @@ def main(
     flops = 4 * 2 * batch * d_model * d_new
     typer.echo(f"reference          {plain:8.3f} steps/s")
     typer.echo(f"ours, one seed     {alone:8.3f} steps/s   {alone / plain:.1f}x the reference")
-    typer.echo(f"loss curves        {apart:.1e} apart at most, relative, over {len(found)} steps")
-    typer.echo(f"ours, {replicas} stacked    {stacked:8.3f} steps/s   {stacked * replicas / alone:.2f}x a seed alone")
+    typer.echo(f"loss curves        at most {apart:.1e} apart (relative) over {len(found)} steps")
+    typer.echo(f"ours, {replicas} stacked    {stacked:8.3f} steps/s   {stacked * replicas / alone:.2f}x one seed alone")
     typer.echo(
         f"matmul peak {peak / 1e9:.0f} GFLOP/s ({precision}); ours uses {flops * alone / peak:.2f} of it alone, "
         f"{flops * replicas * stacked / peak:.2f} stacked"
@@ -74,7 +74,7 @@ def main(
 
 
 def _problem(d_model: int, d_sae: int, tokens: int) -> tuple[Transcoder, Tensor, Tensor]:
-    """A random base and pairs whose y it partly explains."""
+    """A random base, and random pairs (x, y)."""
     generator = torch.Generator().manual_seed(0)
     W_enc = torch.randn(d_model, d_sae, generator=generator) / math.sqrt(d_model)
     W_dec = torch.randn(d_sae, d_model, generator=generator) / math.sqrt(d_sae)
@@ -86,7 +86,7 @@ def _problem(d_model: int, d_sae: int, tokens: int) -> tuple[Transcoder, Tensor,
 
 
 def _matmul_rate(batch: int, d_model: int, device: str, precision: str, tries: int = 10) -> float:
-    """FLOP/s of a large product in that format, the best of several."""
+    """FLOP/s of a large matrix product in that format, the best of several tries."""
     with number_format(device, precision) as dtype:
         left = torch.randn(batch, d_model, device=device, dtype=dtype)
         right = torch.randn(d_model, d_model, device=device, dtype=dtype)
@@ -99,7 +99,7 @@ def _matmul_rate(batch: int, d_model: int, device: str, precision: str, tries: i
 
 
 def _curve(data: DeltaData, settings: DeltaSettings, device: str) -> list[float]:
-    """The loss of every step of ours, the constant part of the squared error added."""
+    """The loss of ours at every step, with the constant part of the squared error added."""
     found: list[float] = []
     squares = data.train.shards[0][1].float().pow(2).mean(1) / data.unit
     batches = Pairs([(squares,)]).batches(settings.batch_size, torch.Generator().manual_seed(0))
@@ -115,7 +115,7 @@ def _curve(data: DeltaData, settings: DeltaSettings, device: str) -> list[float]
 
 
 def _steps_per_second(data: DeltaData, settings: DeltaSettings, device: str) -> float:
-    """Of `train_delta` between its first step and its last, reading included."""
+    """Steps per second of `train_delta` between its first step and its last, including reading."""
     times: list[float] = []
     train_delta(data, settings, device=device, on_step=lambda losses: times.append(_now(device)))
     return (len(times) - 1) / (times[-1] - times[0])

@@ -1,15 +1,16 @@
-"""What the engine costs beside training and evaluation, against plain tools, each comparison in one run.
+"""What the engine costs on top of training and evaluation, compared with plain tools; each comparison is one run.
 
     python -m benchmarks.engine trials [--trials 200]
     python -m benchmarks.engine cells [--cells 10000]
     python -m benchmarks.engine workers [quickstart storage.root=mlruns]
     python -m benchmarks.engine outside [quickstart storage.root=mlruns]
 
-`trials`: seconds a short trial costs over its own time, with our search and tracking, with Ray Tune as its
-documentation shows it (defaults, MLflowLoggerCallback), and with Optuna alone on joblib processes. `cells`: trivial
-cells a second through the fan-out and as bare Ray tasks. `workers`: behaviour cells of a finished sweep by one worker
-and by two, a thread each. `outside`: the share of a finished sweep's wall time in which no worker trained, captured,
-merged or evaluated anything.
+In: numbers of trials or cells, or a finished sweep's settings. Out: prints one comparison. `trials`: seconds that a
+short trial costs beyond its own time, with our search and tracking, with Ray Tune as in its documentation (defaults,
+MLflowLoggerCallback), and with Optuna alone on joblib processes. `cells`: trivial cells per second through the fan-out
+and as bare Ray tasks. `workers`: behaviour cells of a finished sweep on one worker and on two, one thread each.
+`outside`: the fraction of a finished sweep's wall time in which all workers were idle, that is, nothing was trained,
+captured, merged or evaluated.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from jobs.cluster import environment
 environment.prepare()
 
 TRAINER_SECONDS = 0.05
-"""How long each of a short trial's reports takes to come."""
+"""Seconds that a short trial takes before each report."""
 REPORTS = 3
 
 app = typer.Typer(add_completion=False)
@@ -59,7 +60,7 @@ def trials(number: Annotated[int, typer.Option("--trials")] = 200) -> None:
             started = time.perf_counter()
             run(Path(folder) / name.replace(" ", "_") / "timed", number, share)
             seconds[name] = (time.perf_counter() - started) * slots / number - REPORTS * TRAINER_SECONDS
-    typer.echo(f"{number} trials of {REPORTS * TRAINER_SECONDS:.2f} s, {slots} at once; seconds over that a trial:")
+    typer.echo(f"{number} trials of {REPORTS * TRAINER_SECONDS:.2f} s, {slots} at once; extra seconds per trial:")
     for name, over in seconds.items():
         typer.echo(f"  {name:<16} {over:.3f} s   {over / seconds['ours']:.2f}x ours")
 
@@ -124,7 +125,7 @@ def _optuna(folder: Path, number: int, share: cluster.Share) -> None:
 
 
 def optimise(journal: str, count: int) -> None:
-    """Some trials of a study that several processes share."""
+    """Runs some trials of a study that several processes share."""
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
@@ -165,14 +166,14 @@ def cells(number: Annotated[int, typer.Option("--cells")] = 10_000) -> None:
         plain = number / (time.perf_counter() - started)
     assert found == expected
     typer.echo(
-        f"{number} cells: {ours:.0f} a second through the fan-out, {plain:.0f} as bare Ray tasks: {ours / plain:.2f}x"
+        f"{number} cells: {ours:.0f} per second through the fan-out, {plain:.0f} as bare Ray tasks: {ours / plain:.2f}x"
     )
 
 
 @app.command()
 def workers(
     config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
-    above: Annotated[int, typer.Option(help="Lowest layer whose cells are computed.")] = 18,
+    above: Annotated[int, typer.Option(help="Lowest layer to compute cells for.")] = 18,
 ) -> None:
     from jobs.cluster.fanout import Pool
     from jobs.study.context import Context
@@ -196,7 +197,7 @@ def workers(
             ]
             works.sort(key=lambda work: work.sites[0].layer)
             pool = Pool(cluster.Share(1, share.gpus, count))
-            list(pool.run(evaluate, works[:1] * count))  # the model is loaded
+            list(pool.run(evaluate, works[:1] * count))  # loads the model
             started = time.perf_counter()
             outcomes = list(pool.run(evaluate, works, group=lambda work: work.group))
             seconds[count] = time.perf_counter() - started
@@ -204,7 +205,7 @@ def workers(
             assert not any(outcome.error for outcome in outcomes), outcomes
         written = [sorted((Path(folder) / str(count) / "cells").iterdir()) for count in seconds]
         assert [path.name for path in written[0]] == [path.name for path in written[1]]
-    typer.echo(f"{len(written[0])} cells: {seconds[1]:.1f} s by one worker, {seconds[2]:.1f} s by two, a thread each")
+    typer.echo(f"{len(written[0])} cells, a thread per worker: one took {seconds[1]:.1f} s, two {seconds[2]:.1f} s")
     typer.echo(f"two over one: {seconds[1] / seconds[2]:.2f}x")
 
 
@@ -232,12 +233,12 @@ def outside(
         begun = path.stat().st_mtime - seconds
         busy = covered([(max(start, begun), min(end, begun + seconds)) for start, end in work])
         total, spent = total + seconds, spent + seconds - busy
-        typer.echo(f"  {stage.name:<12} {seconds:8.1f} s   {seconds - busy:6.1f} s of it without any worker's work")
-    typer.echo(f"{spent:.1f} of {total:.1f} s outside: {spent / total:.1%}")
+        typer.echo(f"  {stage.name:<12} {seconds:8.1f} s   workers idle for {seconds - busy:6.1f} s of it")
+    typer.echo(f"workers were idle for {spent:.1f} of {total:.1f} s: {spent / total:.1%}")
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """The length of the union of spans (start, end); those that end before they start are empty."""
+    """The length of the union of spans (start, end); a span that ends before it starts is empty."""
     length, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         length += max(0.0, end - max(start, reached))

@@ -1,12 +1,13 @@
-"""The evaluation grid three ways in one run: one prompt at a time, batched, and ours.
+"""The evaluation grid computed in three ways in one run: one prompt at a time, batched, and ours.
 
     python -m benchmarks.evaluation_grid [quickstart storage.root=mlruns] [--layers 12,18] [--deltas change]
 
-Needs a sweep that is finished up to its deltas. The grid is raw, no_delta, full and five alphas for each layer on each
-subset. The reference wraps the model once, then runs each cell for itself: a teacher-forced pass and a cached greedy
-generation with TransformerLens' own `generate`, raw again for each layer; a random sample of its cells is timed and
-scaled up. Prints the three times, their ratios, what each shortcut gives on a smaller grid, our time over that of the
-matrix products nobody can avoid at the machine's measured rate, and peak memory; fails where the figures differ.
+In: a sweep that is finished up to its deltas. The grid is raw, no_delta, full and five alphas for each layer on each
+subset. The reference wraps the model once, then runs each cell separately: a teacher-forced pass and a cached greedy
+generation with TransformerLens' own `generate`, with raw repeated for each layer; a random sample of its cells is timed
+and scaled up. Out: prints the three times, their ratios, what each shortcut gains on a smaller grid, our time divided
+by the time that unavoidable matrix products take at the machine's measured rate, and peak memory; fails if any figures
+differ.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CELLS = (("raw", 0.0), ("no_delta", 0.0), ("full", 1.0), *(("alpha", alpha) for alpha in ALPHAS))
 SAMPLED_PROMPTS, SAMPLED_BATCHES = 12, 3
 ABLATED_PROMPTS = 5
-"""Prompts a subset in the grid on which each shortcut is turned off."""
+"""Prompts per subset in the smaller grid, on which each shortcut is turned off."""
 
 
 class Figures(NamedTuple):
-    """What is compared of a prompt in a cell: cross-entropy in nats a token, and the greedy output."""
+    """What is compared for a prompt in a cell: cross-entropy in nats per token, and the greedy output."""
 
     ce: float
     output: list[int]
@@ -59,7 +60,7 @@ def ours(
     budget: int,
     shortcuts: Shortcuts = Shortcuts(),  # noqa: B008
 ) -> Table:
-    """The whole grid. Strengths 0 and 1 are no_delta and full: measured once, filed twice."""
+    """The whole grid. Strengths 0 and 1 are no_delta and full: measured once, stored twice."""
     table: Table = {}
     plain = Passes(bridge, shortcuts=shortcuts)
     prefixes = Prefixes(bridge, [site.layer for site in sites], sites[0].taps, together=shortcuts.capture_once)
@@ -99,7 +100,7 @@ def _file(table: Table, place: tuple[int, str, float, str], figures: Sequence[An
 def plain_cell(
     bridge: Any, rows: Sequence[Row], site: Site, condition: str, alpha: float, budget: int
 ) -> list[Figures]:
-    """One cell of some prompts in one batch, as a script without any of our shortcuts computes it."""
+    """One cell for some prompts in one batch, as a script without any of our shortcuts would compute it."""
     encoded = [encode_row(bridge.tokenizer, row.input, row.target) for row in rows]
     pad, device = bridge.tokenizer.pad_token_id, device_of(bridge)
     with torch.inference_mode():
@@ -145,14 +146,14 @@ def _hooks(site: Site, condition: str, alpha: float, editable: Tensor) -> list[t
 
 
 def compare(table: Table, key: tuple[int, str, float, str, int], found: Figures) -> None:
-    """Raises SystemExit where our figures are not those of the plain way."""
+    """Raises SystemExit if our figures differ from those of the plain way."""
     mine = table[key]
     if mine.output != found.output or abs(mine.ce - found.ce) > 1e-4:
         raise SystemExit(f"{key}: ours {mine}, the plain way {found}")
 
 
 def matmul_rate(device: Any, size: int = 2048, tries: int = 6) -> float:
-    """FLOP/s of a large fp32 product, the best of several."""
+    """FLOP/s of a large fp32 matrix product, the best of several tries."""
     left, right = (torch.randn(size, size, device=device) for _ in range(2))
     best = math.inf
     for _ in range(tries):
@@ -161,8 +162,9 @@ def matmul_rate(device: Any, size: int = 2048, tries: int = 6) -> float:
 
 
 def unavoidable_flops(bridge: Any, rows: dict[str, list[Row]], sites: Sequence[Site], table: Table) -> float:
-    """Matrix products of weights that every exact way needs: each text once below a layer and once for each strength
-    above it, one projection for each target token, and the tokens of an output that leaves target and raw output."""
+    """FLOPs in products with weights that any exact method needs: each text once below a layer and once per strength
+    above it, one projection per target token, and the tokens of an output after it departs from target and raw
+    output."""
     model = bridge.original_model
     body = sum(one.numel() for one in bridge.blocks.parameters() if one.ndim == 2)
     a_layer, head = body / bridge.cfg.n_layers, model.get_output_embeddings().weight.numel()
@@ -187,7 +189,7 @@ def unavoidable_flops(bridge: Any, rows: dict[str, list[Row]], sites: Sequence[S
 
 
 def _beyond(output: Sequence[int], guesses: Sequence[Sequence[int]]) -> int:
-    """Tokens of an output after the longest start that it shares with one of the guesses."""
+    """Number of tokens in an output after the longest prefix that it shares with one of the guesses."""
     shared = 0
     for guess in guesses:
         agreed = 0
@@ -198,7 +200,7 @@ def _beyond(output: Sequence[int], guesses: Sequence[Sequence[int]]) -> int:
 
 
 def timed(run: Callable[[], Any], device: Any) -> tuple[float, Any]:
-    """Seconds, and what `run` returns."""
+    """The seconds that `run` takes, and what it returns."""
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -263,10 +265,10 @@ def main(
 
 
 def _ablations(bridge: Any, rows: dict[str, list[Row]], sites: Sequence[Site], budget: int, device: Any) -> None:
-    """Each shortcut off, on a few prompts a subset: seconds over those with all of them on."""
+    """Times a few prompts per subset with each shortcut off, relative to all of them on."""
     few = {subset: of_subset[:ABLATED_PROMPTS] for subset, of_subset in rows.items()}
     on, expected = timed(partial(ours, bridge, few, sites, budget), device)
-    typer.echo(f"{ABLATED_PROMPTS} prompts a subset, all shortcuts: {on:.1f} s; time with one off, over that:")
+    typer.echo(f"{ABLATED_PROMPTS} prompts per subset, all shortcuts: {on:.1f} s; relative time with one off:")
     for one in fields(Shortcuts):
         shortcuts = replace(Shortcuts(), **{one.name: False})
         off, table = timed(partial(ours, bridge, few, sites, budget, shortcuts), device)

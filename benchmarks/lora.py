@@ -2,11 +2,11 @@
 
     python -m benchmarks.lora [--dtype bf16] [--rows FILE.jsonl] [--rounds 2]
 
-In: a model and JSONL rows {input, target} (default: generated ones). The reference is set up as its documentation does:
-dynamic padding, -100 on every label off the target, AdamW, the same steps, schedule and clipping over the same batches
-from the same adapter. Each side runs in a process of its own, in turns. Out: real tokens a second, peak memory, the
-held-out loss of both by one plain pass, their ratios, and the share of the measured matmul rate that the model's
-products make.
+In: a model and JSONL rows {input, target} (default: generated ones). The reference is set up as in its documentation:
+dynamic padding, -100 on every label outside the target, AdamW, and the same steps, schedule and clipping over the same
+batches from the same adapter. The sides take turns, each in its own process. Out: real tokens per second, peak memory,
+the held-out loss of both from one plain pass, their ratios, and the fraction of the measured matmul rate that the
+model's products reach.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ SIDES = ("reference", "ours")
 
 
 def main(
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16, of weights and products.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16, for weights and products.")] = "fp32",
     rows: Annotated[str | None, typer.Option(help="JSON lines of {input, target}; default: generated.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of 8 rows.")] = 40,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each side; default: all.")] = None,
-    rounds: Annotated[int, typer.Option(help="Runs of each side, in turns; each side's fastest counts.")] = 1,
-    model: Annotated[str, typer.Option(help="As model.source.")] = "smollm2-135m",
+    steps: Annotated[int, typer.Option(help="Optimiser steps, of 8 rows each.")] = 40,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for each side; default: all.")] = None,
+    rounds: Annotated[int, typer.Option(help="Runs per side, taking turns; the fastest of each counts.")] = 1,
+    model: Annotated[str, typer.Option(help="A model, as in model.source.")] = "smollm2-135m",
     side: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -88,7 +88,7 @@ def main(
 
 
 def chosen_rows(path: str | None, count: int) -> list[dict[str, str]]:
-    """`count` shuffled rows of the file, or generated ones, half requests and half sentences to copy."""
+    """`count` shuffled rows from the file, or generated ones, half requests and half sentences to copy."""
     rng = random.Random("benchmark")
     if path is None:
         copies = (make_row(text, text, "copy") for text in copy_sentences(rng))
@@ -104,7 +104,7 @@ def run_side(side: str, folder: Path, path: str | None, steps: int, dtype: torch
     """Trains one side and measures it."""
     assert path is not None
     model, tokenizer = load_model(folder, dtype)
-    # The order of the prepared file is random already.
+    # The prepared file is already in random order.
     records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     rows = [Row(one["input"], one["target"], "") for one in records]
     train, held_out = rows[: steps * BATCH], rows[steps * BATCH :]
@@ -126,17 +126,17 @@ def run_side(side: str, folder: Path, path: str | None, steps: int, dtype: torch
         trained, seconds = train_ours(model, tokenizer, train, settings)
     return {
         "tokens_per_second": tokens / seconds,
-        # Set-up included. Steadier than seconds where something else runs on the machine, with one thread.
+        # Including set-up. With one thread, steadier than seconds if something else runs on the machine.
         "tokens_per_cpu_second": tokens / (time.process_time() - before),
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "val_loss": plain_loss(trained, [encode_row(tokenizer, row.input, row.target) for row in held_out]),
-        # Forward, and the gradient of the input: frozen weights have none. Projections at labelled positions only.
+        # Forward, and the gradient of the input (frozen weights have none). Logits only at labelled positions.
         "flops_per_token": 4 * (linear + head),
     }
 
 
 def train_ours(model: Any, tokenizer: Any, rows: Sequence[Row], settings: LoraSettings) -> tuple[Any, float]:
-    """The adapted model and the seconds of its steps."""
+    """The adapted model, and the seconds its steps took."""
     reports: list[dict[str, Any]] = []
     kept: list[Any] = []
     train_lora(model, tokenizer, Splits(rows, rows[:1]), settings, reports.append, kept.append)
@@ -144,7 +144,7 @@ def train_ours(model: Any, tokenizer: Any, rows: Sequence[Row], settings: LoraSe
 
 
 def train_reference(model: Any, tokenizer: Any, rows: Sequence[Encoded], settings: LoraSettings) -> tuple[Any, float]:
-    """As `train_ours`, by transformers' Trainer on a PEFT model, from the same adapter on the same batches."""
+    """Like `train_ours`, with transformers' Trainer on a PEFT model, from the same adapter on the same batches."""
     from accelerate.utils import set_seed
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
@@ -202,7 +202,7 @@ def train_reference(model: Any, tokenizer: Any, rows: Sequence[Encoded], setting
 
 @torch.no_grad()
 def plain_loss(model: Any, rows: Sequence[Encoded]) -> float:
-    """Nats a target token, each row by itself through the unchanged model."""
+    """Nats per target token, with each row on its own through the unchanged model."""
     model.eval()
     total = 0.0
     for row in rows:
@@ -214,7 +214,7 @@ def plain_loss(model: Any, rows: Sequence[Encoded]) -> float:
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 2048, tries: int = 10) -> float:
-    """FLOP/s of a large product, the best of several."""
+    """FLOP/s of a large matrix product, the best of several tries."""
     left, right = torch.randn(2, size, size).to(dtype)
     best = math.inf
     for _ in range(tries):

@@ -1,7 +1,7 @@
-"""A delta trainer as the usual script writes it: the plain version that ours is timed against and pinned to.
+"""A delta trainer written like the usual script: the plain version that ours is timed and tested against.
 
 In: a base, pairs (x, y) and the settings of a run. Out: the loss of every step. It reads rows through a python-indexed
-DataLoader, runs the frozen base in every step, makes the whole reconstruction and lets autograd do the rest.
+DataLoader, runs the frozen base at every step, computes the whole reconstruction and leaves the rest to autograd.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainers.stacked_deltas import BANDWIDTH, StackedDeltas
 
 
 class Rows(Dataset):
-    """One (x, y) pair a python index, as cached activations are usually read."""
+    """One (x, y) pair per python index, as cached activations are usually read."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y = x, y
@@ -34,7 +34,7 @@ class Rows(Dataset):
 
 
 class Step(torch.autograd.Function):
-    """JumpReLU with a straight-through gradient for its threshold (arXiv 2407.14435, section 3)."""
+    """JumpReLU with a straight-through gradient for the threshold (arXiv 2407.14435, section 3)."""
 
     @staticmethod
     def forward(ctx: Any, pre: Tensor, threshold: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Step(torch.autograd.Function):
 
 
 class PlainDelta(torch.nn.Module):
-    """One delta, its starting point that of a replica of ours."""
+    """One delta, starting from the same point as one of our replicas."""
 
     def __init__(self, start: StackedDeltas, replica: int = 0) -> None:
         super().__init__()
@@ -60,14 +60,14 @@ class PlainDelta(torch.nn.Module):
         self.W_dec = torch.nn.Parameter(start.W_dec[replica].clone())
 
     def losses(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squared error a dimension, and the sparsity penalty a token, element by element."""
+        """Mean squared error per dimension, and the sparsity penalty per token, element by element."""
         acts = Step.apply(x @ self.W_enc + self.b_enc, self.log_threshold.exp())
         norms = self.W_dec.pow(2).sum(1).clamp(min=1e-12).sqrt()
         return (acts @ self.W_dec - residual).pow(2).mean(), (acts * norms).sum(1).mean()
 
 
 class Curve(NamedTuple):
-    """`losses` of every step, and the `seconds` of all but the first."""
+    """The `losses` of all steps, and the `seconds` of all but the first."""
 
     losses: list[float]
     seconds: float
@@ -82,7 +82,7 @@ def train_plainly(
     steps: int | None = None,
     device: str = "cpu",
 ) -> Curve:
-    """Trains for one epoch, or its first `steps` steps; batches, schedule and start are those of `train_delta`."""
+    """Trains for one epoch, or its first `steps` steps, with the batches, schedule and start of `train_delta`."""
     base = base.to(device)
     inputs, outputs = starting_sample(Pairs([(x, y)]), device)
     residual, seed = outputs - base(inputs), settings.seed

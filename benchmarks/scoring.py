@@ -1,7 +1,7 @@
-"""Rows scored a second on one core: `python -m benchmarks.scoring [ROWS]`.
+"""Rows scored per second on one core: `python -m benchmarks.scoring [ROWS]`.
 
-In: generated rows with realistic generations (right, wrong, reordered, chatty, unclosed, none). Out: two printed
-rates, of `score_row` on rows in memory and of `score_file` on a file, reading and JSON included.
+In: generated rows with realistic generations (right, wrong, reordered, chatty, unclosed, empty). Out: prints two rates,
+for `score_row` on rows in memory and for `score_file` on a file, including reading and JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from evaluators.measures.scoring import score_file, score_row
 
 
 def realistic_rows(count: int) -> list[tuple[Row, str]]:
-    """Half tool, half copy rows with generations such as a half-trained model gives."""
+    """Half tool, half copy rows, with generations like those of a half-trained model."""
     rng = random.Random("benchmark")
     plain, rich = RequestOptions(), RequestOptions(decimals=True, negatives=True, parentheses=True)
     tools = itertools.chain.from_iterable(zip(tool_rows(rng, plain), tool_rows(rng, rich), strict=True))
@@ -44,7 +44,7 @@ def realistic_rows(count: int) -> list[tuple[Row, str]]:
 
 
 def main(count: int) -> None:
-    """Print both rates."""
+    """Prints both rates."""
     pairs = realistic_rows(count)
     start = time.perf_counter()
     for row, generation in pairs:

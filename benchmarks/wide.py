@@ -1,9 +1,10 @@
-"""As many groups as Gemma-2-2B has: 26 layers x 3 percentiles x 3 widths, 8 trials each, on the tiny preset's trainer.
+"""As many groups as for Gemma-2-2B: 26 layers x 3 percentiles x 3 widths, 8 trials each, on the tiny preset's settings.
 
     python -m benchmarks.wide [--layers 26]
 
-Runs the delta studies of a random 26-layer model, then opens every study in optuna-dashboard. Prints seconds a trial
-for each eighth of them, level where nothing grows with the number of trials, and seconds a study to open.
+In: a number of layers. Runs the delta studies of a random model with that many, then opens every study in
+optuna-dashboard. Out: prints seconds per trial for each eighth of the trials (constant if nothing slows down as trials
+accumulate), and the seconds it takes to open a study.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PERCENTILES, WIDTHS, TRIALS = (0.25, 0.5, 0.75), (4, 8, 16), 8
 PORT = 8765
 
 
-def main(layers: Annotated[int, typer.Option(help="Of the model.")] = 26) -> None:
+def main(layers: Annotated[int, typer.Option(help="Layers of the model.")] = 26) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root, groups = Path(folder) / "mlruns", layers * len(PERCENTILES) * len(WIDTHS)
         sweep(Path(folder) / "model", root, layers)
@@ -44,7 +45,7 @@ def main(layers: Annotated[int, typer.Option(help="Of the model.")] = 26) -> Non
         spans = [later - earlier for earlier, later in pairwise(marks)]
         states = Counter(result["state"] for result in results)
         typer.echo(f"{groups} groups x {TRIALS} trials: {dict(states)}, {sum(spans):.0f} s")
-        typer.echo("seconds a trial, by eighths: " + ", ".join(f"{span * 8 / len(ends):.3f}" for span in spans))
+        typer.echo("seconds per trial, by eighths: " + ", ".join(f"{span * 8 / len(ends):.3f}" for span in spans))
         seconds = open_studies(root, groups)
         typer.echo(f"studies opened: {len(seconds)}, the slowest in {max(seconds):.2f} s, all in {sum(seconds):.1f} s")
 
@@ -69,7 +70,7 @@ def sweep(model: Path, root: Path, layers: int) -> None:
 
 
 def open_studies(root: Path, groups: int) -> list[float]:
-    """Seconds for each of the groups' studies; fails where one lacks a trial."""
+    """Seconds to open each group's study; fails if a study lacks a trial."""
     server = subprocess.Popen(ui.command(str(root), PORT, studies=True), stderr=subprocess.DEVNULL)
     seconds = []
     try:

@@ -1,8 +1,8 @@
 #!/bin/bash
-# One sweep on a Slurm allocation: a Ray head on the first node, workers on the others, the driver beside the head.
+# One sweep on a Slurm allocation: a Ray head on the first node, workers on the others, the driver next to the head.
 #   sbatch --nodes=4 --gpus-per-node=8 deploy/slurm.sh gemma2_2b storage.root=/shared/runs
-# Run it from a checkout on a file system that all nodes share, after `make setup` there. Requeued after a preemption it
-# goes on where it was; SIGINT arrives two minutes before the time limit, so that the sweep stops cleanly.
+# Run it from a checkout on a file system that all nodes share, after `make setup` there. If requeued after a preemption,
+# it continues where it stopped; SIGINT arrives two minutes before the time limit, so that the sweep stops cleanly.
 #SBATCH --job-name=deltascope
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -19,7 +19,7 @@ fi
 cd "${SLURM_SUBMIT_DIR:?run this with sbatch}"
 . .venv/bin/activate
 
-# Whoever can reach Ray's ports can run code as you: every node shows this token, and only you can read it.
+# Anyone who can reach Ray's ports could run code as you, so every node uses this token, which only you can read.
 umask 077
 token_file="$(mktemp "$PWD/.ray-token.XXXXXX")"
 trap 'rm -f "$token_file"; kill $(jobs -p) 2> /dev/null; wait' EXIT

@@ -193,7 +193,7 @@ def chat(
     deltas: DeltaTarget = None,
     layer: Annotated[list[int] | None, typer.Option(help="A layer to splice, repeatable; default: all.")] = None,
 ) -> None:
-    """Talk to the finetuned model, one request a line; its calculator calls are evaluated."""
+    """Talk to the finetuned model, one request per line; its calculator calls are evaluated."""
     from jobs.commands.chat import chat as run
     from jobs.study.context import Context
     from search_spaces.load import load

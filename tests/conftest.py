@@ -1,4 +1,5 @@
-"""What every test shares: quiet, offline libraries, and, once a session, two small random models and a finished sweep.
+"""What every test shares: quiet, offline libraries, two small random models, and, once for all workers of xdist, a
+finished sweep.
 
 In: nothing. Out: folders of a Gemma-2 and a Llama whose norm gains are far from 1, loaders of fresh copies of them, the
 command line, and what the tiny preset left.
@@ -6,6 +7,7 @@ command line, and what the tiny preset left.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -17,6 +19,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small for more to pay; on a busy machine it costs
 
 import pytest
+from filelock import FileLock
+
+pytest_plugins = ["tests.tiers"]
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +78,7 @@ def model_folder(request, gemma_folder, llama_folder) -> Path:
 
 @pytest.fixture(scope="session")
 def load():
-    """A fresh (model, tokenizer) of a folder in fp32, unless another dtype is asked for."""
+    """A fresh (model, tokenizer) of a folder in fp32, unless another dtype is given."""
     import torch
 
     from models.sources import load_model
@@ -151,7 +156,7 @@ def plain_taps():
 
 @pytest.fixture(scope="session")
 def jobs() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`python -m jobs` with these arguments, in a process of its own."""
+    """`python -m jobs` with these arguments, in its own process."""
     from tests.end_to_end.conftest import run
 
     return run
@@ -159,8 +164,14 @@ def jobs() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, jobs) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The tiny preset, run once from nothing: its storage root and what it printed."""
-    root = tmp_path_factory.mktemp("finished")
-    done = jobs("sweep", "tiny", f"storage.root={root}")
+    """The tiny preset, run once from nothing for tests that only read it: its storage root and what it printed."""
+    ours = tmp_path_factory.getbasetemp()
+    shared = ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours
+    root, told = shared / "finished", shared / "finished.json"
+    with FileLock(shared / "finished.lock"):
+        if not told.exists():  # the first worker that asks runs it, the others wait
+            done = jobs("sweep", "tiny", f"storage.root={root}")
+            told.write_text(json.dumps([done.args, done.returncode, done.stdout, done.stderr]))
+    done = subprocess.CompletedProcess(*json.loads(told.read_text()))
     assert done.returncode == 0, done.stdout + done.stderr
     return root, done

@@ -1,9 +1,9 @@
-"""One transcoder trained by dictionary_learning (PyPI: dictionary-learning), run in that package's own environment.
+"""Trains one transcoder with dictionary_learning (PyPI: dictionary-learning), in that package's own environment.
 
     python train_dictionary_learning.py PAIRS.safetensors WIDTH K EPOCHS BATCH LR
 
-It trains autoencoders; the smallest change that makes its BatchTopK trainer learn a pair is a loss against another
-target. Everything else is its own `update`. Prints one JSON line, as train_sparsify.py does.
+In: pairs and sizes. The package trains autoencoders; the smallest change that makes its BatchTopK trainer learn pairs
+is a loss against another target. Everything else is its own `update`. Out: one JSON line, as from train_sparsify.py.
 """
 
 import json

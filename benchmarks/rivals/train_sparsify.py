@@ -1,10 +1,10 @@
-"""One transcoder trained by sparsify (PyPI: eai-sparsify), run in that package's own environment.
+"""Trains one transcoder with sparsify (PyPI: eai-sparsify), in that package's own environment.
 
     python train_sparsify.py PAIRS.safetensors WIDTH K EPOCHS BATCH LR
 
-Its `Trainer` is tied to a language model, so its `SparseCoder` is stepped as that trainer does: the FVU it returns,
-Adam, gradients clipped to 1. Prints one JSON line: tokens a second, the share of the target's energy left on validation
-rows, and L0.
+In: pairs and sizes. The package's `Trainer` is tied to a language model, so its `SparseCoder` is trained the way that
+trainer does it: the FVU it returns, Adam, gradients clipped to 1. Out: one JSON line with tokens per second, the
+fraction of the target's energy left on validation rows, and L0.
 """
 
 import json

@@ -20,6 +20,8 @@ from playwright.sync_api import Locator, Page, expect, sync_playwright
 from evaluators.tables.pooling import cell_metrics
 from tests.end_to_end.conftest import REPOSITORY, read, served
 
+pytestmark = pytest.mark.long("a real browser opens the pages of two servers")
+
 PICTURES = REPOSITORY / "test-output"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 STAGES = ("data", "lora", "transcoders", "deltas", "evaluate", "report")

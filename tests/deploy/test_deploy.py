@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -11,12 +12,20 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from search_spaces.load import load
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
-PINS = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line)
+
+
+def pins(name: str) -> dict[str, str]:
+    return dict(line.split("==") for line in (ROOT / name).read_text().splitlines() if "==" in line)
+
+
+PINS = pins("requirements.txt")
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +107,29 @@ def test_the_image_holds_the_repository_and_nothing_private():
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".git", ".venv", "mlruns/*"} <= set(ignored)
     assert "USER runner" in (DEPLOY / "Dockerfile").read_text()
+
+
+def test_everything_that_is_installed_has_its_version_fixed():
+    """Each package that requirements.txt brings along here is in constraints.txt, with the version that is here."""
+    fixed = {canonicalize_name(name): version for name, version in pins("constraints.txt").items()}
+    asked, seen = [Requirement(f"{name}=={version}") for name, version in PINS.items()], set()
+    while asked:
+        one = asked.pop()
+        name = canonicalize_name(one.name)
+        if (name, frozenset(one.extras)) in seen:
+            continue
+        seen.add((name, frozenset(one.extras)))
+        package = importlib.metadata.distribution(name)
+        assert fixed[name] == package.version.partition("+")[0], f"{name}: make constraints"
+        for needed in map(Requirement, package.requires or []):
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in ("", *one.extras)):
+                asked.append(needed)
+    assert len(seen) > 2 * len(PINS)
+
+
+def test_every_installation_is_held_to_the_constraints():
+    makefile, dockerfile = (ROOT / "Makefile").read_text(), (DEPLOY / "Dockerfile").read_text()
+    assert re.search(r"^PIP := .*--constraint constraints\.txt$", makefile, re.MULTILINE)
+    assert "$(VENV)/.ready: requirements.txt constraints.txt" in makefile
+    assert dockerfile.count("-c constraints.txt") == 2
+    assert not [version for version in pins("constraints.txt").values() if "+" in version], "for both builds of torch"

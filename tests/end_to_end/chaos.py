@@ -1,11 +1,12 @@
-"""A sweep whose processes are killed at random moments ends with the tables of one that was left alone.
+"""A sweep whose processes are killed at random moments ends with the same tables as one that was left alone.
 
     python -m tests.end_to_end.chaos --kills 100 [--seed 0]
 
-Every start of the command is on a Ray of its own or on a cluster of two nodes. SIGKILL hits, while it works or while it
-starts: a worker, the driver, the driver's raylet, the driver and everything it started (`machine`), or the raylet of
-the cluster's second node (`node`), after which another one joins. A sweep that ends before there were enough kills is
-compared and followed by another one.
+In: a number of kills and a seed. Out: one line that says who was killed, or an AssertionError. Every start of the
+command uses its own Ray or a cluster of two nodes. SIGKILL hits one of these, while it works or while it starts: a
+worker, the driver, the driver's raylet, the driver and everything it started (`machine`), or the raylet of the
+cluster's second node (`node`), after which another node joins. A sweep that ends before there were enough kills is
+compared, and another one is started.
 """
 
 from __future__ import annotations
@@ -33,24 +34,24 @@ from optuna.trial import TrialState
 from tests.end_to_end.conftest import REPOSITORY, SMALL, environment
 
 SETTINGS = (*SMALL, "lora.asha=false", "compute.max_retries=100", "compute.checkpoint_seconds=0")
-"""Without early stopping, which depends on who of two is faster; with a checkpoint at every step."""
+"""Without early stopping, which depends on which of two trials is faster; with a checkpoint at every step."""
 DURING = {"local": ("worker",), "cluster": ("worker", "node", "node")}
 AT_LAST = {"local": ("machine", "driver", "raylet"), "cluster": ("driver",)}
 KILLS_A_START = (3, 5)
 WORKS_SECONDS = 0.7
-"""From a sign of work to the kill, at most."""
+"""Most seconds from a sign of work to the kill."""
 STARTS_SECONDS = 8.0
 STARTING = 0.1
-"""Share of the kills that come at any moment of a start."""
+"""Fraction of the kills that hit at any moment of a start."""
 ENDS_SECONDS = 10.0
-"""In which a driver whose raylet is gone must have ended."""
+"""Seconds within which a driver must end once its raylet is gone."""
 PATIENCE_SECONDS = 180.0
 BEGAN = time.monotonic()
 WORK = ("lora", "activations", "transcoders", "deltas", "cells")
 
 
 class Nodes:
-    """`tests.end_to_end.two_nodes` in a process of its own."""
+    """`tests.end_to_end.two_nodes` in its own process."""
 
     def __init__(self, variables: dict[str, str], log: Path) -> None:
         self.variables = variables
@@ -96,7 +97,7 @@ class Nodes:
 
 @contextlib.contextmanager
 def two_nodes(folder: Path) -> Iterator[Nodes]:
-    """The cluster, with a token of its own."""
+    """The cluster, with its own token."""
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text("c" * 64)
@@ -108,7 +109,7 @@ def two_nodes(folder: Path) -> Iterator[Nodes]:
 
 
 class Start:
-    """One start of the command, on a Ray of its own or on the cluster's nodes."""
+    """One start of the command, on its own Ray or on the cluster's nodes."""
 
     def __init__(self, root: Path, log: Path, nodes: Nodes | None = None) -> None:
         self.root, self.log, self.nodes = root, log, nodes
@@ -130,7 +131,7 @@ class Start:
         return self.process.poll() is not None
 
     def works(self) -> bool:
-        """Waits for a change in the results; False where the driver has ended before."""
+        """Waits for a change in the results; False if the driver ends first."""
         before, deadline = newest(self.root), time.monotonic() + PATIENCE_SECONDS
         while newest(self.root) == before:
             if self.ends_in(0.05):
@@ -139,7 +140,8 @@ class Start:
         return True
 
     def kill(self, victim: str, most: int, chance: random.Random) -> int:
-        """How many were killed: one, several workers at once, or none where there was no such process."""
+        """Kills `victim` and returns how many were killed: one, several workers at once, or none if there was no such
+        process."""
         if victim == "node":
             assert self.nodes is not None
             self.nodes.replace()
@@ -167,7 +169,7 @@ class Start:
 
 
 def _is_worker(process: psutil.Process) -> bool:
-    """Of Ray, at work, and none of its agents."""
+    """Whether this is a Ray worker that is working, and not one of Ray's agents."""
     with contextlib.suppress(psutil.NoSuchProcess):
         name = " ".join(process.cmdline())
         return name.startswith("ray::") and not name.startswith("ray::IDLE") and "Agent" not in name
@@ -185,7 +187,7 @@ def newest(root: Path) -> int:
 
 
 def harass(start: Start, kills: int, chance: random.Random) -> collections.Counter[str]:
-    """Kills until the driver ends or there were enough of them; returns who was killed how often."""
+    """Kills until the driver ends or there were enough kills; returns who was killed how often."""
     done: collections.Counter[str] = collections.Counter()
     where = "cluster" if start.nodes else "local"
     while done.total() < kills:
@@ -201,7 +203,7 @@ def harass(start: Start, kills: int, chance: random.Random) -> collections.Count
 
 
 def kill_at_random(root: Path, kills: int, chance: random.Random, log: Path, nodes: Nodes) -> collections.Counter[str]:
-    """Starts the sweep again and again until it has ended well; returns who was killed how often."""
+    """Starts the sweep again and again until it succeeds; returns who was killed how often."""
     done: collections.Counter[str] = collections.Counter()
     turn = chance.random() < 0.5
     while True:
@@ -219,7 +221,7 @@ def kill_at_random(root: Path, kills: int, chance: random.Random, log: Path, nod
 
 
 def check_equal(root: Path, calm: Path) -> None:
-    """Same tables but for times, one MLflow run for each result and none RUNNING, no zombie in Optuna."""
+    """Checks for the same tables except times, one MLflow run per result and none RUNNING, no zombie in Optuna."""
     tables = sorted((calm / "sweeps/tiny/report").glob("*.csv"))
     assert tables
     for expected in tables:
@@ -231,7 +233,7 @@ def check_equal(root: Path, calm: Path) -> None:
     runs = client.search_runs([experiment.experiment_id], max_results=5000)
     assert {run.info.status for run in runs} == {"FINISHED"}
     keys = [run.data.tags["deltascope.key"] for run in runs]
-    assert len(keys) == len(set(keys)), "a run is there twice"
+    assert len(keys) == len(set(keys)), "two runs share a key"
     assert _results(root) == _results(calm)
     assert sum(key.startswith(("lora/", "deltas/")) for key in keys) == len(_results(root))
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(root / "optuna" / "journal.log")))
@@ -241,20 +243,20 @@ def check_equal(root: Path, calm: Path) -> None:
 
 
 def _table(path: Path) -> str:
-    """A table's text, less its times."""
+    """A table's text without its times."""
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     return table.drop(columns="seconds", errors="ignore").to_csv(index=False)
 
 
 def _results(root: Path) -> list[str]:
-    """The group of each trial that ended. Their numbers may differ: one that a kill left half drawn keeps its own."""
+    """The group of each trial that ended. Trial numbers may differ: a trial left half drawn by a kill keeps its own."""
     sweep = root / "sweeps/tiny"
     found = [*sweep.glob("lora/trial_*/result.json"), *sweep.glob("deltas/layer_*/*/d*/trial_*/result.json")]
     return sorted(str(path.parent.parent.relative_to(sweep)) for path in found)
 
 
 def chaos(place: Path, kills: int, seed: int) -> str:
-    """Runs one calm sweep and killed ones until there were `kills` kills; raises AssertionError where they differ.
+    """Runs one undisturbed sweep, and killed ones until there were `kills` kills; raises AssertionError if they differ.
 
     Returns who was killed how often, in one line.
     """
@@ -280,9 +282,9 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    kills: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of the moments and the victims.")] = 0,
-    place: Annotated[Path | None, typer.Option(help="A folder that keeps sweeps and logs; default: none kept.")] = None,
+    kills: Annotated[int, typer.Option(min=1, help="Number of kills.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed for the moments and the victims.")] = 0,
+    place: Annotated[Path | None, typer.Option(help="Folder for sweeps and logs; default: a temporary one.")] = None,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if place is not None:

@@ -1,4 +1,4 @@
-"""Whole commands in processes of their own, as a user runs them."""
+"""Whole commands in their own processes, as a user runs them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def free_port() -> int:
 
 @contextmanager
 def served(root: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`python -m jobs ui` while it is needed: its address and its process."""
+    """Runs `python -m jobs ui` while it is needed: its address and its process."""
     port = free_port()
     command = [sys.executable, "-m", "jobs", "ui", "--root", str(root), "--port", str(port), *options]
     process = subprocess.Popen(

@@ -19,11 +19,13 @@ from jobs.cluster.environment import prepare
 from jobs.tracking.writer import Record, Tracker
 from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment, free_port
 
-prepare()  # MLflow's own patience is minutes
+pytestmark = pytest.mark.long("a tracking server is killed, awaited and started again while a sweep runs")
+
+prepare()  # MLflow would wait for minutes
 
 
 class Server:
-    """A real `mlflow server` on a SQLite store of its own, which can be killed and started again."""
+    """A real `mlflow server` with its own SQLite store, which can be killed and started again."""
 
     def __init__(self, folder: Path) -> None:
         self.port = free_port()
@@ -89,11 +91,11 @@ def histories(uri: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
         }
         for run in runs
     }
-    assert len(found) == len(runs), "a run is there twice"
+    assert len(found) == len(runs), "two runs share a key"
     return found
 
 
-def test_a_server_that_goes_away_loses_nothing(server: Server, jobs: Jobs, tmp_path: Path) -> None:
+def test_a_server_outage_loses_nothing(server: Server, jobs: Jobs, tmp_path: Path) -> None:
     sweep = tmp_path / "sweeps" / "tiny"
     arguments = ("tiny", f"storage.root={tmp_path}", *SMALL)
     tracked = (*arguments, f"storage.tracking_uri={server.url}")
@@ -106,14 +108,14 @@ def test_a_server_that_goes_away_loses_nothing(server: Server, jobs: Jobs, tmp_p
         text=True,
     )
     try:
-        # Away while trials end, and back: what it missed arrives while the sweep goes on.
+        # Down while trials end, and back: what it missed arrives while the sweep continues.
         wait_until(lambda: any(sweep.glob("lora/trial_*/result.json")))
         server.kill()
         wait_until(lambda: (sweep / "lora/manifest.json").is_file())
         server.start()
         wait_until(lambda: sum("/trial_" in key for key in histories(server.url)) >= 2)
         assert process.poll() is None, "the sweep ended before the server was back"
-        # Away for good, before the sweep ends.
+        # Down for good, before the sweep ends.
         wait_until(lambda: (sweep / "cells/key.json").is_file() or any(sweep.glob("cells/*.json")))
         server.kill()
         output, _ = process.communicate(timeout=300)
@@ -143,7 +145,7 @@ def test_a_server_that_goes_away_loses_nothing(server: Server, jobs: Jobs, tmp_p
     assert "report.html" in {entry.path for entry in client.list_artifacts(root.info.run_id)}
 
 
-def test_a_server_that_hangs_costs_the_end_some_seconds(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_hangs_delays_the_end_by_seconds_only(server: Server, tmp_path: Path) -> None:
     """It accepts connections and never answers: the worst kind of outage."""
     one = Tracker(server.url, "study", tmp_path)
     one.open("sweep", "study")

@@ -1,4 +1,4 @@
-"""A machine that is lost: another one goes on from the bucket, with the same command."""
+"""A machine is lost: another one continues from the bucket, with the same command."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from optuna.storages.journal import JournalFileBackend
 
 from tests.end_to_end.conftest import SMALL, Jobs, environment, read
 
+pytestmark = pytest.mark.long("a study on one machine, then the rest of it on another")
+
 
 @pytest.fixture
 def bucket() -> Iterator[dict[str, str]]:
-    """An S3 server in this process, as the environment of a sweep that uses it."""
+    """An S3 server in this process; yields the environment for a sweep that uses it."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
@@ -30,7 +32,7 @@ def bucket() -> Iterator[dict[str, str]]:
     server.stop()
 
 
-def test_another_machine_goes_on(bucket: dict[str, str], jobs: Jobs, tmp_path: Path) -> None:
+def test_another_machine_continues(bucket: dict[str, str], jobs: Jobs, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     mirror = ("storage.mirror=s3://bucket/runs", *SMALL)
     done = jobs("deltas", "tiny", f"storage.root={first}", *mirror, env=bucket)

@@ -1,4 +1,4 @@
-"""Twenty SIGKILLs at random moments change no table; `python -m tests.end_to_end.chaos --kills 100` sends more."""
+"""Twenty SIGKILLs at random moments change no table; `python -m tests.end_to_end.chaos --kills 100` does more."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.end_to_end.chaos import chaos, two_nodes
 from tests.end_to_end.conftest import REPOSITORY
+
+pytestmark = pytest.mark.long("kills processes and nodes of several sweeps for minutes")
 
 JOINED = """
 import sys, time
@@ -24,7 +28,7 @@ def test_twenty_kills_change_no_table(tmp_path: Path) -> None:
     assert "20 kills" in chaos(tmp_path, kills=20, seed=0)
 
 
-def test_a_driver_whose_node_of_a_cluster_dies_ends(tmp_path: Path) -> None:
+def test_a_driver_ends_when_its_cluster_node_dies(tmp_path: Path) -> None:
     with two_nodes(tmp_path) as nodes:
         driver = subprocess.Popen(
             [sys.executable, "-c", JOINED, nodes.address],

@@ -1,4 +1,4 @@
-"""A submitted job on a Ray cluster that stands on its own, with token authentication."""
+"""A submitted job on a separate Ray cluster, with token authentication."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ import pytest
 
 from tests.end_to_end.conftest import REPOSITORY, SMALL, environment, free_port
 
+cluster = pytest.mark.long("brings up a cluster and runs a study on it")
+
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """`ray start --head` on loopback with a token of its own; yields the environment to reach it."""
+    """`ray start --head` on loopback with its own token; yields the environment to reach it."""
     with tempfile.TemporaryDirectory(prefix="ray") as session:  # its sockets need a short path
         dashboard = free_port()
         home = tmp_path / "home"
@@ -72,6 +74,7 @@ def wait_for_job_agent(process: subprocess.Popen, variables: dict[str, str], log
         time.sleep(2)
 
 
+@cluster
 def test_a_submitted_job_runs_the_study(head: dict[str, str]) -> None:
     submit = [
         RAY, "job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs", "sweep", "search_spaces/tiny.yaml",
@@ -81,7 +84,7 @@ def test_a_submitted_job_runs_the_study(head: dict[str, str]) -> None:
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
     assert "succeeded" in printed
-    # The upload is deleted with the job, so a relative storage root lies in the home folder.
+    # The upload is deleted with the job, so a relative storage root goes to the home folder.
     report = Path(head["HOME"]) / "deltascope/mlruns/sweeps/tiny/report/report.html"
     assert str(report) in printed
     assert report.is_file()
@@ -91,8 +94,9 @@ def test_a_submitted_job_runs_the_study(head: dict[str, str]) -> None:
     assert not any((folder / name).exists() for folder in folders for name in (".venv", ".git", "mlruns/mlflow.db"))
 
 
+@cluster
 def test_a_command_from_outside_the_cluster_runs_on_it(head: dict[str, str], tmp_path: Path) -> None:
-    """Its lines and its status come back, and Ctrl-C reaches it; a shared folder holds the results."""
+    """Its output and exit status come back, and Ctrl-C reaches it; the results are in a shared folder."""
     command = [sys.executable, "-m", "jobs", "lora", "tiny", f"storage.root={tmp_path}", *SMALL]
     asked = [*command, "--address", "ray://127.0.0.1:10001"]
     options: dict[str, Any] = {"cwd": REPOSITORY, "env": head, "text": True}

@@ -1,4 +1,4 @@
-"""The Gemma preset's code path: a small Gemma-2 and npz files in Gemma Scope's layout, made on the spot."""
+"""The Gemma preset's code path: a small Gemma-2 and npz files in Gemma Scope's layout, made on the fly."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from models.tiny import build_tiny_gemma2
 from tests.end_to_end.conftest import Jobs, read
+
+whole = pytest.mark.long("one more whole study")
 
 D_MODEL, D_SAE, LAYERS = 32, 96, 4
 AVERAGE_L0 = {0: (5, 11, 30), 1: (4, 9), 2: (6, 13, 29, 60), 3: (8,)}
@@ -40,6 +43,7 @@ def publish(folder: Path) -> None:
             np.savez(path / "params.npz", **{key: array.astype(np.float32) for key, array in arrays.items()})
 
 
+@whole
 def test_the_full_study_runs_on_published_transcoders(jobs: Jobs, tmp_path: Path) -> None:
     build_tiny_gemma2(tmp_path / "gemma", seed=0)
     publish(tmp_path / "scope")
@@ -71,6 +75,7 @@ def test_the_full_study_runs_on_published_transcoders(jobs: Jobs, tmp_path: Path
     assert set(doses["alpha"]) == {0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0}
 
 
+@whole
 def test_a_target_l0_selects_and_another_convention_is_named_in_every_table(jobs: Jobs, tmp_path: Path) -> None:
     build_tiny_gemma2(tmp_path / "gemma", seed=0)
     publish(tmp_path / "scope")

@@ -1,4 +1,4 @@
-"""A driver that is killed: the same command goes on from the finished stages, trials and cells."""
+"""A driver is killed: the same command continues from the finished stages, trials and cells."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment
+
+more = pytest.mark.long("one more sweep, stopped in another way than the first")
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -42,7 +44,7 @@ def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def kill_raylet_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
-    """SIGKILL of Ray's node manager alone: the driver ends by itself and takes everything along."""
+    """SIGKILL of Ray's node manager alone: the driver then ends on its own, with everything it started."""
     wait_until(reached, process)
     family = psutil.Process(process.pid).children(recursive=True)
     (raylet,) = [child for child in family if child.name() == "raylet"]
@@ -55,7 +57,7 @@ def kill_raylet_when(process: subprocess.Popen[str], reached: Callable[[], bool]
 
 
 def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
-    """SIGKILL of the driver and of what it started, as when a machine goes down."""
+    """SIGKILL of the driver and everything it started, as when a machine goes down."""
     wait_until(reached, process)
     everything = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
     for pid in everything:
@@ -66,26 +68,29 @@ def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> No
     process.wait()
 
 
-def test_a_killed_sweep_goes_on(jobs: Jobs, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kill", "reached"),
+    [(kill_when, "deltas/**/result.json"), pytest.param(kill_raylet_when, "cells/layer_*.json", marks=more)],
+    ids=["machine", "raylet"],
+)
+def test_a_killed_sweep_goes_on(jobs: Jobs, tmp_path: Path, kill: Callable[..., None], reached: str) -> None:
     arguments = ("sweep", "tiny", f"storage.root={tmp_path}", *SMALL)
     sweep = tmp_path / "sweeps" / "tiny"
 
-    def results() -> list[Path]:
-        return sorted(sweep.glob("deltas/**/result.json"))
-
-    kill_when(start(*arguments), lambda: len(results()) >= 1)
-    kept = {path: path.stat().st_mtime_ns for path in [*results(), *sweep.glob("lora/trial_*/result.json")]}
-    kill_raylet_when(start(*arguments), lambda: len(list(sweep.glob("cells/layer_*.json"))) >= 1)
-    cells = {path: path.stat().st_mtime_ns for path in sweep.glob("cells/*.json")}
+    kill(start(*arguments), lambda: next(sweep.glob(reached), None) is not None)
+    finished = [
+        *sweep.glob("lora/trial_*/result.json"),
+        *sweep.glob("deltas/**/result.json"),
+        *(path for path in sweep.glob("cells/*.json") if path.name != "manifest.json"),
+    ]
+    kept = {path: path.stat().st_mtime_ns for path in finished}
+    assert len(kept) > 2, "the trials of LoRA, and what was waited for"
 
     done = jobs(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "lora: done already" in done.stdout
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a finished trial was run again"
-    assert len(results()) == 2 * 2  # layers x trials
-    assert {path: path.stat().st_mtime_ns for path in cells if path.name != "manifest.json"} == {
-        path: stamp for path, stamp in cells.items() if path.name != "manifest.json"
-    }, "a finished cell was computed again"
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a finished trial or cell was run again"
+    assert len(list(sweep.glob("deltas/**/result.json"))) == 2 * 2  # layers x trials
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=1000)
@@ -98,8 +103,9 @@ def test_a_killed_sweep_goes_on(jobs: Jobs, tmp_path: Path) -> None:
         assert TrialState.RUNNING not in states
 
 
+@more
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_an_interrupt_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, how: signal.Signals) -> None:
+def test_an_interrupt_stops_cleanly_and_says_how_to_continue(tmp_path: Path, how: signal.Signals) -> None:
     command = [sys.executable, "-m", "jobs", "sweep", "tiny", f"storage.root={tmp_path}", *SMALL]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -115,6 +121,7 @@ def test_an_interrupt_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, how: s
     assert "Traceback" not in errors
 
 
+@more
 def test_a_second_driver_is_refused(jobs: Jobs, tmp_path: Path) -> None:
     arguments = ("sweep", "tiny", f"storage.root={tmp_path}", *SMALL)
     first = start(*arguments)

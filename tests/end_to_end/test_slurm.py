@@ -1,4 +1,4 @@
-"""The Slurm script on a Slurm of one node: `scontrol` and `srun` act on this machine, what they start is real."""
+"""The Slurm script on a fake one-node Slurm: `scontrol` and `srun` act on this machine, but what they start is real."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 
 from tests.end_to_end.conftest import REPOSITORY, SMALL, environment, free_port, read
 
+pytestmark = pytest.mark.long("brings up a Ray of its own for a whole study")
+
 SCRIPT = REPOSITORY / "deploy" / "slurm.sh"
 
 
@@ -20,7 +22,7 @@ def allocation(tmp_path: Path) -> dict[str, str]:
     """The environment of a job on one node."""
     tools = tmp_path / "slurm"
     tools.mkdir()
-    # srun: options away, the rest is the command.
+    # srun: drop the options; the rest is the command.
     (tools / "srun").write_text('#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\nexec "$@"\n')
     (tools / "scontrol").write_text('#!/bin/bash\necho "$3"\n')
     (tools / "hostname").write_text("#!/bin/bash\necho 127.0.0.1\n")
@@ -57,7 +59,7 @@ def test_a_job_brings_ray_up_runs_the_sweep_and_leaves_nothing(allocation: dict[
     assert left.stdout == "", "and so does Ray"
 
 
-def test_it_says_how_it_is_called(allocation: dict[str, str]) -> None:
+def test_it_prints_its_usage(allocation: dict[str, str]) -> None:
     done = subprocess.run(["bash", str(SCRIPT)], env=allocation, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "usage: sbatch" in done.stderr

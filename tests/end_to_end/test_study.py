@@ -1,9 +1,10 @@
-"""The tiny study with real Ray, Tune, Optuna, MLflow and TransformerLens: what it leaves behind."""
+"""The tiny study with real Ray, Tune, Optuna, MLflow and TransformerLens: what it writes."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -25,6 +26,19 @@ SUBSETS = {"tool", "copy", "tool_ood"}
 @pytest.fixture
 def sweep(finished: Finished) -> Path:
     return finished[0] / "sweeps" / "tiny"
+
+
+@pytest.fixture
+def own(finished: Finished, tmp_path: Path) -> Path:
+    """A copy of the finished sweep's storage root, for a test that changes it."""
+    root = tmp_path / "own"
+    shutil.copytree(finished[0], root)
+    store = sqlite3.connect(root / "mlflow.db")
+    for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+        store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(finished[0]), str(root)))
+    store.commit()
+    store.close()
+    return root
 
 
 def runs_of(root: Path, name: str = "tiny"):
@@ -145,8 +159,9 @@ def test_a_second_run_finds_everything_done(finished: Finished, jobs: Jobs) -> N
     assert before == {path: path.stat().st_mtime_ns for path in (finished[0] / "sweeps/tiny/cells").iterdir()}
 
 
+@pytest.mark.long("sends the whole sweep to another store, three commands")
 def test_another_server_gets_everything_from_disk(finished: Finished, jobs: Jobs, tmp_path: Path) -> None:
-    """The store is gone: `track` sends the same runs with the same metrics, and nothing when asked again."""
+    """The store is gone: `track` sends the same runs with the same metrics, and a second `track` sends nothing."""
     copied = tmp_path / "mlruns"
     shutil.copytree(finished[0], copied)
     (copied / "mlflow.db").unlink()
@@ -166,9 +181,9 @@ def test_another_server_gets_everything_from_disk(finished: Finished, jobs: Jobs
     assert jobs("track", "tiny", f"storage.root={tmp_path / 'nothing'}").returncode == 2
 
 
-def test_a_new_alpha_and_the_controls_compute_new_cells_only(finished: Finished, jobs: Jobs) -> None:
-    root, _ = finished
-    sweep = root / "sweeps" / "tiny"
+@pytest.mark.long("every control in every cell, for two seeds")
+def test_a_new_alpha_and_the_controls_compute_new_cells_only(own: Path, jobs: Jobs) -> None:
+    root, sweep = own, own / "sweeps" / "tiny"
     kept = [sweep / "lora/best.json", sweep / "deltas/layer_01/p0.25/d004/best.json", sweep / "cells/raw_tool.json"]
     before = [path.stat().st_mtime_ns for path in kept[1:]]
     adapter = (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns
@@ -204,6 +219,7 @@ def test_a_new_alpha_and_the_controls_compute_new_cells_only(finished: Finished,
     assert len(keys) == len(set(keys))
 
 
+@pytest.mark.long("two more LoRA studies")
 def test_two_workers_a_lora_trial_are_one_trial(jobs: Jobs, tmp_path: Path) -> None:
     """The same rows, steps and losses as one worker's; both are processes of a Ray Train job inside the Tune trial."""
     small = (f"storage.root={tmp_path}", "lora.trials=1", "compute.precision=fp32")

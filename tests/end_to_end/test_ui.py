@@ -1,4 +1,4 @@
-"""The web pages on a finished sweep: served on loopback, with the sweep in them."""
+"""The web pages for a finished sweep: served on loopback, and showing the sweep."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def fetch(url: str, body: dict | None = None) -> str:
         return answer.read().decode()
 
 
+@pytest.mark.long("two web servers, seen in the browser too")
 @pytest.mark.parametrize(
     ("options", "path", "body", "expected"),
     [

@@ -2,8 +2,8 @@
 
     python -m tests.end_to_end.two_nodes
 
-In: a line on standard input for each time that the second node's raylet is killed and another node joins. Out: the
-cluster's address, then a line for each replacement. The end of the input ends the cluster.
+In: lines on standard input; for each, the second node's raylet is killed and another node joins. Out: the cluster's
+address, then a line for each replacement. The end of the input stops the cluster.
 """
 
 from __future__ import annotations

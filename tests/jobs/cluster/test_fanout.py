@@ -16,9 +16,15 @@ from jobs.errors import RequestError
 from search_spaces.schema import Compute
 
 
-@pytest.fixture
-def pool(share: Share) -> Iterator[Pool]:
-    pool = Pool(share)
+@pytest.fixture(scope="module")
+def timeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fanout") / "timeline.jsonl"
+
+
+@pytest.fixture(scope="module")
+def pool(share: Share, timeline: Path) -> Iterator[Pool]:
+    """One for all tests: a worker takes seconds to start, and what a test kills is replaced."""
+    pool = Pool(share, timeline)
     yield pool
     pool.close()
 
@@ -59,11 +65,10 @@ def test_every_task_is_done_once(pool: Pool) -> None:
     assert sorted(outcome.result for outcome in outcomes) == [n * n for n in range(20)]
 
 
-def test_the_timeline_tells_when_each_task_ran(share: Share, tmp_path: Path) -> None:
-    pool, before = Pool(share, tmp_path / "timeline.jsonl"), time.time()
+def test_the_timeline_tells_when_each_task_ran(pool: Pool, timeline: Path) -> None:
+    before = time.time()
     outcomes = list(pool.run(fail_on_three, range(5)))
-    pool.close()
-    lines = [json.loads(line) for line in (tmp_path / "timeline.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in timeline.read_text().splitlines()][-5:]
     assert {line["work"] for line in lines} == {"fail_on_three"}
     assert [line["started"] for line in lines] == [outcome.started for outcome in outcomes]
     assert all(before <= line["started"] <= line["started"] + line["seconds"] <= time.time() for line in lines)

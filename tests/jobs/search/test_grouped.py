@@ -19,13 +19,15 @@ from jobs.search.grouped import EarlyStopping, Runtime, run_search
 from jobs.search.studies import Group, best_of, open_storage, pareto_front, trials_of
 from search_spaces.dimensions import Choice, Range
 
+Mixed = tuple[Path, dict[str, Group]]
+
 
 def bowl(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """Best at x = centre; trials far from it are clearly worse from the first validation."""
+    """Best at x = centre; trials far from it are clearly worse from the first validation. `fvu` and `l0` pull apart."""
     loss = (config["x"] - config["centre"]) ** 2
     for step in range(1, 5):
         report({"step": step, "val_loss": loss + 1 / step})
-    return {"step": 4, "val_loss": loss + 0.25}
+    return {"step": 4, "val_loss": loss + 0.25, "fvu": config["x"], "l0": 1 - config["x"] ** 2}
 
 
 def troubled(config: dict[str, Any], report: Any) -> dict[str, Any]:
@@ -122,6 +124,7 @@ def test_failures_are_reported_with_their_reason_and_deaths_are_retried(share: S
     ]
 
 
+@pytest.mark.long("starts a worker for each of sixteen deaths")
 def test_a_death_counts_once_whenever_it_comes(share: Share, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     one = group(tmp_path, "dying", 16)
     search(tmp_path, [one], dying, share, EarlyStopping(1, 2, 2), max_retries=16)
@@ -168,6 +171,7 @@ def test_a_trial_that_was_running_when_the_driver_died_resumes_under_its_number(
     assert TrialState.RUNNING not in states(tmp_path, "zombie")
 
 
+@pytest.mark.long("seven searches, each with workers of its own")
 def test_proposals_and_stops_do_not_depend_on_how_often_the_driver_started(share: Share, tmp_path: Path) -> None:
     """Six trials in one go, and one by one with a new search each time: same values, same outcomes."""
     halving = EarlyStopping(grace=1, longest=4, reduction_factor=3)
@@ -187,47 +191,51 @@ def test_proposals_and_stops_do_not_depend_on_how_often_the_driver_started(share
         assert {state for _, state, _ in whole} == {"COMPLETE", "STOPPED"}
 
 
-def trade(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """Two figures that trade off against each other."""
-    report({"step": 1, "val_loss": config["x"]})
-    return {"step": 1, "val_loss": config["x"], "fvu": config["x"], "l0": 1 - config["x"] ** 2}
+@pytest.fixture(scope="module")
+def mixed(share: Share, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+    """Six groups that differ in sampler, space and objectives, in one search."""
+    root = tmp_path_factory.mktemp("mixed")
+    choices = {"x": Choice(choice=[0.1, 0.2, 0.3]), "kind": Choice(choice=["a", "b"])}
+    groups = [
+        replace(group(root, "two", 6), objectives=("fvu", "l0"), space={"x": Range(low=0.0, high=1.0)}),
+        replace(group(root, "grid", 6), sampler="grid", space=choices),
+        replace(group(root, "gp", 6), sampler="gp"),
+        replace(group(root, "random", 6), sampler="random"),
+        replace(group(root, "earlier", 5), study="old/deltas/g@123"),
+        replace(group(root, "whole", 3), space={"x": Range(low=2, high=9)}),
+    ]
+    search(root, groups, bowl, share)
+    assert [len(trials_of(one)) for one in groups] == [one.trials for one in groups]
+    return root, {one.name: one for one in groups}
 
 
-def test_two_objectives_give_a_front(share: Share, tmp_path: Path) -> None:
-    one = replace(group(tmp_path, "two", 6), objectives=("fvu", "l0"), space={"x": Range(low=0.0, high=1.0)})
-    search(tmp_path, [one], trade, share)
-    study = optuna.load_study(study_name="test/two", storage=open_storage(None, tmp_path))
+def test_two_objectives_give_a_front(mixed: Mixed) -> None:
+    root, groups = mixed
+    study = optuna.load_study(study_name="test/two", storage=open_storage(None, root))
     assert len(study.directions) == 2
-    assert {trial.number for trial in study.best_trials} == pareto_front(trials_of(one), one.objectives)
+    results = trials_of(groups["two"])
+    assert {trial.number for trial in study.best_trials} == pareto_front(results, groups["two"].objectives)
     assert len(study.best_trials) == 6, "each is best at its own trade"
 
 
-def test_a_grid_is_tried_whole(share: Share, tmp_path: Path) -> None:
-    space = {"x": Choice(choice=[0.1, 0.2, 0.3]), "kind": Choice(choice=["a", "b"])}
-    one = replace(group(tmp_path, "grid", 6), sampler="grid", space=space)
-    search(tmp_path, [one], bowl, share)
-    seen = {(result["params"]["x"], result["params"]["kind"]) for result in trials_of(one)}
+def test_a_grid_is_tried_whole(mixed: Mixed) -> None:
+    seen = {(result["params"]["x"], result["params"]["kind"]) for result in trials_of(mixed[1]["grid"])}
     assert seen == {(x, kind) for x in (0.1, 0.2, 0.3) for kind in "ab"}
 
 
 @pytest.mark.parametrize("sampler", ["gp", "random"])
-def test_other_samplers_propose(share: Share, tmp_path: Path, sampler: str) -> None:
-    one = replace(group(tmp_path, sampler, 6), sampler=sampler)
-    search(tmp_path, [one], bowl, share)
-    assert len({result["params"]["x"] for result in trials_of(one)}) == 6
+def test_other_samplers_propose(mixed: Mixed, sampler: str) -> None:
+    assert len({result["params"]["x"] for result in trials_of(mixed[1][sampler])}) == 6
 
 
-def test_a_warm_start_tries_the_best_of_an_earlier_study_first(share: Share, tmp_path: Path) -> None:
-    earlier = replace(group(tmp_path, "earlier", 5), study="old/deltas/g@123")
-    search(tmp_path, [earlier], bowl, share)
-    best = best_of(trials_of(earlier))
+def test_a_warm_start_tries_the_best_of_an_earlier_study_first(share: Share, mixed: Mixed) -> None:
+    root, groups = mixed
+    best = best_of(trials_of(groups["earlier"]))
     assert best is not None
-    later = replace(group(tmp_path, "later", 4), study="new/deltas/g@456", warm_start="old/deltas/g", seed=9)
-    search(tmp_path, [later], bowl, share)
+    later = replace(group(root, "later", 4), study="new/deltas/g@456", warm_start="old/deltas/g", seed=9)
+    search(root, [later], bowl, share)
     assert trials_of(later)[0]["params"] == best["params"]
 
 
-def test_whole_ranges_give_whole_numbers(share: Share, tmp_path: Path) -> None:
-    one = Group("whole", tmp_path / "whole", {"x": Range(low=2, high=9)}, 3, 0, {"centre": 5}, "test/whole")
-    search(tmp_path, [one], bowl, share)
-    assert all(isinstance(result["params"]["x"], int) for result in trials_of(one))
+def test_whole_ranges_give_whole_numbers(mixed: Mixed) -> None:
+    assert all(isinstance(result["params"]["x"], int) for result in trials_of(mixed[1]["whole"]))

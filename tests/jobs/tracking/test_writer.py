@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +13,20 @@ from mlflow.entities import Run
 from jobs.addresses import without_secrets
 from jobs.errors import RequestError
 from jobs.tracking.writer import KEY_TAG, Record, Tracker
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store as MLflow makes it, which takes seconds of migrations."""
+    root = tmp_path_factory.mktemp("made")
+    MlflowClient(f"sqlite:///{root / 'mlflow.db'}").search_experiments()
+    return root / "mlflow.db"
+
+
+@pytest.fixture(autouse=True)
+def _store(made: Path, tmp_path: Path) -> None:
+    """An empty one for each test."""
+    shutil.copy(made, tmp_path / "mlflow.db")
 
 
 def tracker(root: Path) -> Tracker:

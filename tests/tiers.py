@@ -1,0 +1,48 @@
+"""Two tiers of tests: `make test` leaves the long ones to `make test-all`, and the summary says which and why.
+
+In: the marker `long("why")` on a test or a module. Out: lines at the end of a run that left some of them out. A worker
+of xdist collects and its controller prints, so each worker passes on what it has left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+_LEFT_OUT: Counter[tuple[str, str]] = Counter()
+"""Tests by their file and the reason."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marker = item.get_closest_marker("long")
+        if marker is not None and not (len(marker.args) == 1 and isinstance(marker.args[0], str)):
+            raise pytest.UsageError(f'{item.nodeid}: a long test says why: @pytest.mark.long("...")')
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        marker = item.get_closest_marker("long")
+        if marker is not None:
+            _LEFT_OUT[item.nodeid.partition("::")[0], marker.args[0]] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = [[*where, count] for where, count in _LEFT_OUT.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for file, why, count in getattr(node, "workeroutput", {}).get("left_out", []):
+        _LEFT_OUT[file, why] = count  # every worker collects the same
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _LEFT_OUT:
+        terminalreporter.section(f"left to `make test-all`: {_LEFT_OUT.total()} tests")
+        for (file, why), count in sorted(_LEFT_OUT.items()):
+            terminalreporter.line(f"{file}: {count}, {why}")
