@@ -214,10 +214,10 @@ def main(
     config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
     layers: Annotated[str, typer.Option()] = "12,18",
     deltas: Annotated[str, typer.Option(help="change or residual; default: the first of deltas.targets.")] = "",
-    prompts: Annotated[int, typer.Option(help="Prompts a subset.")] = 20,
-    budget: Annotated[int, typer.Option(help="New tokens.")] = 64,
-    ablate: Annotated[bool, typer.Option(help="Also time each shortcut off.")] = True,
-    seed: Annotated[int, typer.Option(help="Of the sample of the reference.")] = 0,
+    prompts: Annotated[int, typer.Option(help="Prompts per subset.")] = 20,
+    budget: Annotated[int, typer.Option(help="New tokens per prompt.")] = 64,
+    ablate: Annotated[bool, typer.Option(help="Also time with each shortcut off.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed for sampling the reference's cells.")] = 0,
 ) -> None:
     name, *overrides = config or ["quickstart"]
     context = Context(load(name, overrides))

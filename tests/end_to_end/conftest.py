@@ -22,10 +22,13 @@ Jobs = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = (
     "lora.trials=2",
     "lora.steps=4",
+    "deltas.layers=[1, 2]",
     "deltas.d_new=[4]",
     "deltas.percentiles=[0.25]",
     "transcoders.target_l0=[4]",
     "evaluate.alphas=[0.0, 1.0]",
+    "evaluate.sets=[all]",
+    "evaluate.controls=[random_delta]",
 )
 """The tiny preset with fewer groups, for tests that run it several times."""
 

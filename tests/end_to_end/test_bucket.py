@@ -40,7 +40,7 @@ def test_another_machine_continues(bucket: dict[str, str], jobs: Jobs, tmp_path:
     trials = {
         path.relative_to(first): path.read_bytes() for path in (first / "sweeps/tiny").glob("*/**/trial_*/result.json")
     }
-    assert len(trials) == 2 + 2 * 2  # of lora; layers x trials
+    assert len(trials) == 2 + 2 * 2 * 2  # of lora; targets x layers x trials
     shutil.rmtree(first)
 
     more = ("deltas.trials=3", f"storage.root={second}", *mirror)

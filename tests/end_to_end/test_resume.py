@@ -90,7 +90,7 @@ def test_a_killed_sweep_goes_on(jobs: Jobs, tmp_path: Path, kill: Callable[..., 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "lora: done already" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a finished trial or cell was run again"
-    assert len(list(sweep.glob("deltas/**/result.json"))) == 2 * 2  # layers x trials
+    assert len(list(sweep.glob("deltas/**/result.json"))) == 2 * 2 * 2  # targets x layers x trials
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=1000)

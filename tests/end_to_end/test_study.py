@@ -19,7 +19,9 @@ from optuna.trial import TrialState
 from tests.end_to_end.conftest import Jobs, read
 
 Finished = tuple[Path, subprocess.CompletedProcess[str]]
-LAYERS = ["1", "2", "1+2"]
+SETS = {"change": ["0", "1", "3", "1+2", "0-3"], "residual": ["1", "1+2"]}
+DOSED = {"change": "0-3", "residual": "1+2"}
+"""The sets of layers of the tiny preset, and those measured at every alpha."""
 SUBSETS = {"tool", "copy", "tool_ood"}
 
 
@@ -49,7 +51,7 @@ def runs_of(root: Path, name: str = "tiny"):
 
 def test_it_ends_with_a_table_and_the_path_of_the_report(finished: Finished, sweep: Path) -> None:
     assert f"report: {sweep / 'report' / 'report.html'}" in finished[1].stdout
-    for word in ("no_delta", "full", "tool_ood", "[6/6] report"):
+    for word in ("recovered", "random", "tool_ood", "[6/6] report"):
         assert word in finished[1].stdout
     assert "\x1b[" not in finished[1].stdout, "control characters in a plain log"
 
@@ -62,37 +64,75 @@ def test_every_table_has_its_rows(sweep: Path) -> None:
     summary = pd.read_json(report / "exp1_combo_summary.json")
     assert len(summary) == 2 * 2
     conditions = pd.read_csv(report / "exp2A_metrics.csv")
-    spliced = conditions[conditions["condition"] != "raw"]
-    assert set(spliced["condition"]) == {"no_delta", "full"}
-    assert sorted(set(spliced["layer"])) == sorted(LAYERS)
+    spliced = conditions[conditions["layer"] != "none"]
+    assert set(spliced["condition"]) == {"no_delta", "full", "random_delta"}
+    for target, layers in SETS.items():
+        assert set(spliced.loc[spliced["target"] == target, "layer"]) == set(layers)
     assert set(conditions["subset"]) == SUBSETS
     assert (conditions["n_examples"] == 4).all()
     assert conditions["delta_ce"].notna().all()
+    assert (conditions.loc[conditions["condition"] == "raw", "kl"] == 0).all()
+    assert (spliced["kl"] > 0).all()
     assert (spliced["delta_ce_low"] <= spliced["delta_ce"]).all()
     features = pd.read_csv(report / "features.csv")
-    assert len(features) == 2 * conditions["d_new"].max()
-    assert features["effect"].notna().sum() <= 2 * 4
+    assert len(features) == 2 * spliced.loc[spliced["target"] == "residual", "d_new"].max()
+    assert features["effect"].notna().sum() <= 2 * 2
     doses = pd.read_csv(report / "exp2B_metrics.csv")
     assert set(doses["alpha"]) == {0.0, 0.5, 1.0}
-    assert len(doses) == len(LAYERS) * 3 * len(SUBSETS)
+    assert len(doses) == 3 * len(SUBSETS) * 3  # alphas x subsets x (both targets' deltas, and the scaled weights)
+
+
+def test_gaps_recovered_shares_and_the_curve_have_their_rows(sweep: Path) -> None:
+    report = sweep / "report"
+    gaps = pd.read_csv(report / "gaps.csv")
+    ce = gaps[(gaps["target"] == "change") & (gaps["metric"] == "mean_ce")]
+    assert set(ce["layer"]) == set(SETS["change"])
+    assert ce["unfinetuned"].notna().all()
+    recovered = pd.read_csv(report / "recovered.csv")
+    assert set(recovered["condition"]) == {"full", "alpha", "random_delta", "scaled_weights"}
+    curve = pd.read_csv(report / "few_features.csv")
+    ranking = pd.read_csv(report / "feature_ranking.csv")
+    assert len(ranking) == 4 * curve["d_new"].iloc[0]
+    assert curve["k"].max() == len(ranking)
+    by_k = curve.set_index(["subset", "k"])["mean_ce"]
+    conditions = pd.read_csv(report / "exp2A_metrics.csv")
+    whole = conditions[(conditions["layer"] == "0-3") & (conditions["target"] == "change")]
+    for row in whole.itertuples():
+        if row.condition in ("no_delta", "full"):
+            k = 0 if row.condition == "no_delta" else len(ranking)
+            assert by_k[row.subset, k] == pytest.approx(row.mean_ce, rel=1e-5)
+    change = pd.read_csv(report / "change_by_subset.csv")
+    assert len(change) == 4 * 2 * len(SUBSETS) * 2  # layers x d_new x subsets x parts
+
+
+def test_the_ends_of_the_dense_knob_are_the_swapped_and_the_finetuned_model(sweep: Path) -> None:
+    doses = pd.read_csv(sweep / "report" / "exp2B_metrics.csv").set_index(["condition", "subset", "alpha"])
+    conditions = pd.read_csv(sweep / "report" / "exp2A_metrics.csv")
+    raw = conditions[conditions["condition"] == "raw"].set_index("subset")
+    for subset in SUBSETS:
+        dense = doses.loc[("scaled_weights", subset)]["mean_ce"]
+        assert dense[1.0] == raw.loc[subset, "mean_ce"]
+        sparse = doses.loc[("alpha", subset)]
+        assert dense[0.0] == sparse[sparse["target"] == "change"]["mean_ce"][0.0]
+        assert dense[0.5] not in (dense[0.0], dense[1.0])
 
 
 def test_alpha_zero_and_one_are_no_delta_and_full_to_the_last_digit(sweep: Path) -> None:
-    conditions = pd.read_csv(sweep / "report" / "exp2A_metrics.csv").set_index(["layer", "subset", "condition"])
-    doses = pd.read_csv(sweep / "report" / "exp2B_metrics.csv").set_index(["layer", "subset", "alpha"])
-    for layer in LAYERS:
+    place = ["target", "layer", "subset"]
+    conditions = pd.read_csv(sweep / "report" / "exp2A_metrics.csv").set_index([*place, "condition"])["mean_ce"]
+    doses = pd.read_csv(sweep / "report" / "exp2B_metrics.csv")
+    doses = doses[doses["condition"] == "alpha"].set_index([*place, "alpha"])["mean_ce"]
+    for target, layer in DOSED.items():
         for subset in SUBSETS:
             for alpha, condition in ((0.0, "no_delta"), (1.0, "full")):
-                assert (
-                    doses.loc[(layer, subset, alpha), "mean_ce"]
-                    == conditions.loc[(layer, subset, condition), "mean_ce"]
-                )
+                assert doses[target, layer, subset, alpha] == conditions[target, layer, subset, condition]
 
 
 def test_every_exactness_check_holds(sweep: Path) -> None:
-    checks = read(sweep / "checks.json")["checks"]
-    assert len(checks) == 12  # one layer, and all layers at once
-    assert [check for check in checks if not check["passed"]] == []
+    for target, count in (("change", 18), ("residual", 12)):  # one layer, and all layers at once
+        checks = read(sweep / f"checks_{target}.json")["checks"]
+        assert len(checks) == count
+        assert [check for check in checks if not check["passed"]] == []
 
 
 def test_the_report_stands_alone(sweep: Path) -> None:
@@ -120,7 +160,7 @@ def test_mlflow_holds_the_run_tree(finished: Finished, sweep: Path) -> None:
     )
     assert children["tiny"] == 6
     assert children["lora"] == 4
-    assert children["deltas"] == 16
+    assert children["deltas"] == 2 * (4 * 2 + 2 * 2 * 2)  # trials x (change: layers x d_new, residual: and bases)
     cells = read(sweep / "cells" / "manifest.json")["cells"]
     assert children["evaluate"] == len(cells)
     assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
@@ -132,6 +172,7 @@ def test_mlflow_holds_the_run_tree(finished: Finished, sweep: Path) -> None:
     assert cell.data.params["condition"] == "full"
     assert "mean_ce" in cell.data.metrics
     root = next(run for run in runs if run.info.run_name == "tiny")
+    assert "recovered_ce_tool" in root.data.metrics, "sweeps compare by their headline figures"
     artifacts = {entry.path for entry in client.list_artifacts(root.info.run_id)}
     assert {"report.html", "exp2A_metrics.csv", "graphs", "generations"} <= artifacts
 
@@ -139,7 +180,7 @@ def test_mlflow_holds_the_run_tree(finished: Finished, sweep: Path) -> None:
 def test_optuna_holds_a_study_for_each_group(finished: Finished) -> None:
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(finished[0] / "optuna" / "journal.log")))
     names = optuna.get_all_study_names(storage)
-    assert len(names) == 1 + 2 * 2 * 2
+    assert len(names) == 1 + 4 * 2 + 2 * 2 * 2
     for name in names:
         states = Counter(trial.state for trial in optuna.load_study(study_name=name, storage=storage).trials)
         assert states[TrialState.COMPLETE] >= 1
@@ -187,18 +228,20 @@ def test_a_new_alpha_and_the_controls_compute_new_cells_only(own: Path, jobs: Jo
     kept = [sweep / "lora/best.json", sweep / "deltas/layer_01/p0.25/d004/best.json", sweep / "cells/raw_tool.json"]
     before = [path.stat().st_mtime_ns for path in kept[1:]]
     adapter = (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns
-    controls = ["base_model_no_delta", "mlp_swap", "random_delta", "shuffled_delta", "dense_delta", "error_term"]
+    both = ["random_delta", "shuffled_delta", "dense_delta"]
+    controls = [*both, "base_model_no_delta", "mlp_swap", "error_term"]
     more = ("evaluate.alphas=[0.0, 0.5, 1.0, 2.0]", f"evaluate.controls=[{', '.join(controls)}]")
     more += ("evaluate.replicas=2",)
     done = jobs("evaluate", "tiny", f"storage.root={root}", *more)
     assert done.returncode == 0, done.stdout + done.stderr
     for control in controls:
         of_best = [path for path in (sweep / "cells").glob(f"layer_*_{control}.json") if "_s1_" not in path.name]
-        assert len(of_best) == len(LAYERS) * len(SUBSETS)
+        sets = len(SETS["residual"]) + (control in both) * len(SETS["change"])
+        assert len(of_best) == sets * len(SUBSETS)
     for path in (sweep / "cells").glob("layer_*_tool_error_term.json"):
         for one, raw in zip(read(path)["rows"], read(sweep / "cells/raw_tool.json")["rows"], strict=True):
             assert one["nll"] == pytest.approx(raw["nll"], rel=1e-4)
-    assert len(list((sweep / "cells").glob("*_alpha2.0.json"))) == 2 * len(LAYERS) * len(SUBSETS)
+    assert len(list((sweep / "cells").glob("*_alpha2.0.json"))) == 2 * len(DOSED) * len(SUBSETS)
     seeds = [read(path) for path in (sweep / "cells").glob("*_s1_*.json")]
     assert {one["condition"] for one in seeds} == {"full", "alpha", "random_delta", "shuffled_delta", "dense_delta"}
     reported = jobs("report", "tiny", f"storage.root={root}", *more)
