@@ -27,7 +27,7 @@ from torch import Tensor
 
 from data.encoding import encode_row, pad_left
 from data.rows import Row, read_rows
-from evaluators.measures.behaviour import Ask, evaluate_behaviour
+from evaluators.measures.behaviour import Ask, Guesses, evaluate_behaviour
 from evaluators.splice.decoding import Stop
 from evaluators.splice.interventions import Site
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
@@ -83,7 +83,7 @@ def ours(
                 of_subset,
                 [Ask("alpha", alpha) for alpha in ALPHAS],
                 max_new_tokens=budget,
-                raw_outputs=outputs,
+                guesses=Guesses(outputs),
             )
             for ask, figures, texts in asked:
                 for condition, alpha in CELLS[1:]:

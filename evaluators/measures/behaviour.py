@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.encoding import encode_row
 from data.rows import Row
@@ -30,6 +30,22 @@ class Ask:
     alpha: float | None = None
 
 
+class Guesses(NamedTuple):
+    """Outputs that a row may have, row by row: the finetuned model's, and the un-finetuned one's (empty: no idea)."""
+
+    finetuned: Sequence[Sequence[int]] = ()
+    unfinetuned: Sequence[Sequence[int]] = ()
+
+    def of(self, ask: Ask) -> Sequence[Sequence[int]]:
+        """Those that are likelier: the un-finetuned model's where little of the change is there."""
+        little = ask.condition in ("no_delta", "random_delta", "shuffled_delta")
+        little = little or (ask.alpha is not None and ask.alpha < 0.5)
+        return self.unfinetuned if self.unfinetuned and little else self.finetuned
+
+
+NO_GUESSES = Guesses()
+
+
 def evaluate_behaviour(
     passes: Passes,
     sites: Sequence[Site],
@@ -37,13 +53,14 @@ def evaluate_behaviour(
     asks: Sequence[Ask],
     *,
     max_new_tokens: int,
-    raw_outputs: Sequence[Sequence[int]] = (),
+    guesses: Guesses = NO_GUESSES,
     reference: Reference | None = None,
 ) -> Iterator[tuple[Ask, list[dict[str, Any]], list[dict[str, Any]]]]:
     """For each ask its per-row figures and its generations (with token ids, which later asks take as guesses).
 
-    Strengths of one condition are rows of the same batches. `raw_outputs` are raw's generated tokens, row by row. With
-    a `reference` the figures hold `kl`; raw's hold `text_nll`, nats summed over the `n_act_tokens` tokens after BOS.
+    Strengths of one condition are rows of the same batches. `guesses` spare decoding where they are right, and change
+    no output. With a `reference` the figures hold `kl`; raw's hold `text_nll`, nats summed over the `n_act_tokens`
+    tokens after BOS.
     """
     tokenizer = passes.bridge.tokenizer
     encoded = [encode_row(tokenizer, row.input, row.target) for row in rows]
@@ -55,8 +72,8 @@ def evaluate_behaviour(
         strengths = [1.0 if ask.alpha is None else ask.alpha for ask in group]
         jobs = [
             Job(row, alpha, place, guess=guess)
-            for alpha in strengths
-            for row, place, guess in zip(encoded, first, raw_outputs or [()] * len(encoded), strict=True)
+            for ask, alpha in zip(group, strengths, strict=True)
+            for row, place, guess in zip(encoded, first, guesses.of(ask) or [()] * len(encoded), strict=True)
         ]
         whole_text = edit.condition == "raw"
         scored = score(passes, edit, jobs, whole_text=whole_text, reference=None if whole_text else reference)

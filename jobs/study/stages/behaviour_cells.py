@@ -37,13 +37,14 @@ def raw(work: Work, model: Any, rows: list[Any]) -> list[str]:
 
 
 def behaviour(work: Work, model: Any, rows: list[Any]) -> list[str]:
-    from evaluators.measures.behaviour import Ask, evaluate_behaviour
+    from evaluators.measures.behaviour import Ask, Guesses, evaluate_behaviour
 
     is_base = work.model.folder == work.shared.base_model
-    raw = read_generations(generations_folder(work) / f"{'base_model_raw' if is_base else 'raw'}_{work.subset}.jsonl")
+    of_change = work.sites[0].ground.target == "change"
+    finetuned, unfinetuned = (_outputs(work, name) for name in ("raw", "base_model_raw"))
     settings: dict[str, Any] = {
         "max_new_tokens": work.shared.max_new_tokens,
-        "raw_outputs": [one["tokens"] for one in raw],
+        "guesses": Guesses(unfinetuned if is_base else finetuned, unfinetuned if of_change else []),
         "reference": None if is_base else reference(work.model, work.shared.rows, work.subset),
     }
     sites = load_sites(work)
@@ -140,5 +141,7 @@ def generations_folder(work: Work) -> Path:
     return Path(work.shared.cells).parent / "generations"
 
 
-def read_generations(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def _outputs(work: Work, name: str) -> list[list[int]]:
+    """What an unedited model wrote on the subset, as tokens; nothing where it was not asked."""
+    path = generations_folder(work) / f"{name}_{work.subset}.jsonl"
+    return [json.loads(line)["tokens"] for line in path.read_text().splitlines()] if path.is_file() else []

@@ -3,7 +3,7 @@
 import pytest
 
 from data.encoding import Encoded
-from evaluators.measures.behaviour import Ask, evaluate_behaviour
+from evaluators.measures.behaviour import Ask, Guesses, evaluate_behaviour
 from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit
 from evaluators.splice.teacher_forcing import Job, score
@@ -22,7 +22,7 @@ def raw(subject):
 @pytest.fixture(scope="module")
 def cells(subject, raw):
     outputs = [one["tokens"] for one in raw[1]]
-    asked = evaluate_behaviour(subject.passes, subject.site, subject.rows, ASKS, raw_outputs=outputs, **SETTINGS)
+    asked = evaluate_behaviour(subject.passes, subject.site, subject.rows, ASKS, guesses=Guesses(outputs), **SETTINGS)
     return {ask: (figures, texts) for ask, figures, texts in asked}
 
 

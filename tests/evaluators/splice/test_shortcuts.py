@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.encoding import pad_left
-from evaluators.measures.behaviour import Ask, evaluate_behaviour
+from evaluators.measures.behaviour import Ask, Guesses, evaluate_behaviour
 from evaluators.measures.reconstruction import evaluate_reconstruction, text_cross_entropy
 from evaluators.splice import decoding, passes, teacher_forcing
 from evaluators.splice.batching import in_slices
@@ -21,7 +21,7 @@ NAMES = [one.name for one in dataclasses.fields(Shortcuts)]
 
 def cells(subject, place, shortcuts):
     passes = Passes(subject.bridge, 3, shortcuts)
-    settings = {"max_new_tokens": 6, "raw_outputs": [[7, 7]] * len(subject.rows)}
+    settings = {"max_new_tokens": 6, "guesses": Guesses([[7, 7]] * len(subject.rows), [[9, 9]] * len(subject.rows))}
     asked = evaluate_behaviour(passes, getattr(subject, place), subject.rows, ASKS, **settings)
     return {ask: (figures, texts) for ask, figures, texts in asked}
 
