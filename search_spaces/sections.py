@@ -51,10 +51,12 @@ class Section(BaseModel):
 
 
 class LayerSet(Section):
-    """Layers that are spliced at once: a name or a list, and the alphas measured there (null: `evaluate.alphas`)."""
+    """Layers that are spliced at once: a name or a list, the alphas measured there (null: `evaluate.alphas`), and whether
+    the controls are."""
 
     layers: Annotated[Any, BeforeValidator(_layers_of_set)]
     alphas: Annotated[list[Finite], Distinct] | None = None
+    controls: bool = True
 
 
 Sets = Annotated[list[Annotated[LayerSet, BeforeValidator(_as_layer_set)]], Field(min_length=1)]

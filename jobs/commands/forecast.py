@@ -79,9 +79,9 @@ def measured_loads(context: Context, folder: Path) -> list[Load]:
         return []
     # One piece of work is a set of layers on one subset: all its strengths are rows in the same batches.
     pieces = [
-        _mean(behaviour[target]) * (len(doses) + len(evaluate.controls) + 1)
+        _mean(behaviour[target]) * (len(doses) + len(conditions))
         for target in deltas.targets
-        for doses in context.sets_of(target).values()
+        for conditions, doses in context.sets_of(target).values()
     ]
     delta_units = []
     for group in context.delta_groups:

@@ -56,16 +56,15 @@ def _deltas(context: Context, target: str) -> str:
 def _cells(context: Context) -> int:
     """Cells of the evaluation, counted as the stage makes them."""
     evaluate, deltas = context.settings.evaluate, context.settings.deltas
-    asked = [one for one in [*evaluate.conditions, *evaluate.controls] if one != "raw"]
     change = "change" in deltas.targets
-    behaviour = 1 + (change or any(CONDITIONS[one].model == "base" for one in asked))
+    behaviour = 1 + (change or any(CONDITIONS[one].model == "base" for one in evaluate.controls))
     for target in deltas.targets:
-        conditions = [CONDITIONS[one] for one in asked if target in CONDITIONS[one].targets]
-        seeded = sum(one.uses_delta for one in conditions)
-        for doses in context.sets_of(target).values():
+        for names, doses in context.sets_of(target).values():
+            conditions = [CONDITIONS[one] for one in names]
             between = sum(dose not in (0.0, 1.0) for dose in doses)
             behaviour += len(doses) + sum(between if one.dosed else 1 for one in conditions)
-            behaviour += (evaluate.replicas - 1) * (seeded + sum(dose != 0 for dose in doses))
+            seeded = sum(one.uses_delta for one in conditions) + sum(dose != 0 for dose in doses)
+            behaviour += (evaluate.replicas - 1) * seeded
     residual = len(context.layers_of("residual"))
     others = residual * (len(deltas.selections) * len(deltas.d_new) + bool(evaluate.features))
     if change:

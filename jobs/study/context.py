@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evaluators.conditions import CONDITIONS
 from evaluators.layer_sets import layers_of
 from jobs.cluster import connection as cluster
 from jobs.cluster.fanout import Pool
@@ -24,6 +25,13 @@ from search_spaces.schema import Sweep
 if TYPE_CHECKING:
     from jobs.search.studies import Storage
     from jobs.tracking.writer import Tracker
+
+
+class SetPlan(NamedTuple):
+    """The conditions of a set of layers, and the strengths of its dose-response."""
+
+    conditions: tuple[str, ...]
+    doses: tuple[float, ...]
 
 
 @dataclass
@@ -83,14 +91,17 @@ class Context:
             for d_new in section.d_new
         ]
 
-    def sets_of(self, target: str) -> dict[tuple[int, ...], tuple[float, ...]]:
-        """The sets of layers in which a target's deltas are spliced at once, and the strengths measured there."""
+    def sets_of(self, target: str) -> dict[tuple[int, ...], SetPlan]:
+        """The sets of layers in which a target's deltas are spliced at once, and what is measured there."""
         settings = self.settings.evaluate
-        found: dict[tuple[int, ...], tuple[float, ...]] = {}
+        found: dict[tuple[int, ...], SetPlan] = {}
         for entry in settings.sets:
             alphas = settings.alphas if entry.alphas is None else entry.alphas
+            controls = settings.controls if entry.controls else []
+            asked = [one for one in [*settings.conditions, *controls] if one != "raw"]
+            conditions = tuple(one for one in asked if target in CONDITIONS[one].targets)
             for layers in layers_of(entry.layers, self.layers_of(target)):
-                found[layers] = tuple(sorted(alphas))
+                found[layers] = SetPlan(conditions, tuple(sorted(alphas)))
         return found
 
     @cached_property

@@ -157,12 +157,9 @@ def _raw_work(context: Context) -> list[Work]:
 def behaviour_work(context: Context, target: str, chosen: Combination) -> list[Work]:
     settings = context.settings.evaluate
     works = []
-    conditions = tuple(
-        one for one in [*settings.conditions, *settings.controls] if one != "raw" and target in CONDITIONS[one].targets
-    )
-    elsewhere = tuple(one for one in conditions if CONDITIONS[one].model == "base")
-    here = tuple(one for one in conditions if one not in elsewhere)
-    for layers, doses in context.sets_of(target).items():
+    for layers, (conditions, doses) in context.sets_of(target).items():
+        elsewhere = tuple(one for one in conditions if CONDITIONS[one].model == "base")
+        here = tuple(one for one in conditions if one not in elsewhere)
         sites = site_plans(context, layers, chosen)
         cell = ("cell", lineage(context, sites), evaluation_settings(context))
         key = key_of(*cell)
