@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     for item in items:
         marker = item.get_closest_marker("long")
-        if marker is not None:
+        if marker is not None and item.config.option.markexpr == "not long":  # not those that -k leaves out
             _LEFT_OUT[item.nodeid.partition("::")[0], marker.args[0]] += 1
 
 

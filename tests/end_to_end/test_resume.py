@@ -73,7 +73,7 @@ def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> No
     [(kill_when, "deltas/**/result.json"), pytest.param(kill_raylet_when, "cells/layer_*.json", marks=more)],
     ids=["machine", "raylet"],
 )
-def test_a_killed_sweep_goes_on(jobs: Jobs, tmp_path: Path, kill: Callable[..., None], reached: str) -> None:
+def test_a_killed_sweep_continues(jobs: Jobs, tmp_path: Path, kill: Callable[..., None], reached: str) -> None:
     arguments = ("sweep", "tiny", f"storage.root={tmp_path}", *SMALL)
     sweep = tmp_path / "sweeps" / "tiny"
 

@@ -12,8 +12,6 @@ import pytest
 
 from tests.end_to_end.conftest import REPOSITORY, SMALL, environment, free_port, read
 
-pytestmark = pytest.mark.long("brings up a Ray of its own for a whole study")
-
 SCRIPT = REPOSITORY / "deploy" / "slurm.sh"
 
 
@@ -39,6 +37,7 @@ def allocation(tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.long("brings up a Ray of its own for a whole study")
 def test_a_job_brings_ray_up_runs_the_sweep_and_leaves_nothing(allocation: dict[str, str], tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ray") as session:  # its sockets need a short path
         done = subprocess.run(
