@@ -54,12 +54,13 @@ def _stage_command(name: str, help: str) -> None:
         insecure: Insecure = False,
         fresh: Fresh = False,
     ) -> None:
-        from jobs.study.context import Context
-        from jobs.study.sweep import run_sweep
         from search_spaces.load import load
 
         environment.prepare(address)
-        settings = load(config, overrides or [])
+        settings = load(config, overrides or [])  # a wrong request is refused before seconds of imports
+        from jobs.study.context import Context
+        from jobs.study.sweep import run_sweep
+
         if address and address.startswith("ray://"):
             from jobs.cluster.submission import run_there
 

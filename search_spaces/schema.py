@@ -92,8 +92,8 @@ class Evaluate(Section):
     alphas: Annotated[list[Finite], Distinct] = [0.0, 0.25, 0.5, 0.75, 1.0]
     sets: Sets = [LayerSet(layers="all"), LayerSet(layers="each")]
     """Sets of layers that are spliced at once, of each target's layers: `all`, `thirds`, `each`, or a list of layers.
-    An entry {layers: each, alphas: [], controls: false} has alphas of its own and no controls. A later entry of the same
-    layers wins."""
+    An entry {layers: each, alphas: [], controls: false} has alphas of its own and no controls. A later entry of the
+    same layers wins."""
     features: Annotated[int, Field(ge=0)] = 4
     """Features of each layer's residual delta that are ablated one at a time, those of largest estimated effect; with 0
     no feature is looked at."""

@@ -51,8 +51,8 @@ class Section(BaseModel):
 
 
 class LayerSet(Section):
-    """Layers that are spliced at once: a name or a list, the alphas measured there (null: `evaluate.alphas`), and whether
-    the controls are."""
+    """Layers that are spliced at once: a name or a list, the alphas measured there (null: `evaluate.alphas`), and
+    whether the controls are too."""
 
     layers: Annotated[Any, BeforeValidator(_layers_of_set)]
     alphas: Annotated[list[Finite], Distinct] | None = None

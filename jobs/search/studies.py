@@ -196,6 +196,13 @@ def _trial_from_record(group: Group, record: dict[str, Any] | None) -> optuna.tr
 _STARTED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
+class _Grid(optuna.samplers.GridSampler):
+    """Optuna's stops `Study.optimize` after the last combination, and raises where nothing but `ask` and `tell` runs."""
+
+    def after_trial(self, study: optuna.Study, trial: Any, state: TrialState, values: Any) -> None:
+        """Nothing: the group knows how many trials it has."""
+
+
 def _sampler(group: Group, seed: int) -> optuna.samplers.BaseSampler:
     if group.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
@@ -203,7 +210,7 @@ def _sampler(group: Group, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
     if group.sampler == "grid":
         grid = {name: list(one.choice) for name, one in group.searched.items() if isinstance(one, Choice)}
-        return optuna.samplers.GridSampler(grid, seed=group.seed)
+        return _Grid(grid, seed=group.seed)
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
 
 

@@ -204,8 +204,9 @@ def mixed(share: Share, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
         replace(group(root, "earlier", 5), study="old/deltas/g@123"),
         replace(group(root, "whole", 3), space={"x": Range(low=2, high=9)}),
     ]
-    search(root, groups, bowl, share)
+    told = search(root, groups, bowl, share)
     assert [len(trials_of(one)) for one in groups] == [one.trials for one in groups]
+    assert len(told) == sum(one.trials for one in groups), "the last trial of a grid too"
     return root, {one.name: one for one in groups}
 
 
