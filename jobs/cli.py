@@ -40,9 +40,7 @@ Address = Annotated[
     ),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster that others can use without a token.")]
-DeltaTarget = Annotated[
-    str | None, typer.Option(help="Which deltas, change or residual; default: the first of deltas.targets.")
-]
+DeltaTarget = Annotated[str | None, typer.Option(help="change or residual; default: the first of deltas.targets.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete this sweep's earlier results and start over.")]
 
 

@@ -197,7 +197,7 @@ _STARTED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialSta
 
 
 class _Grid(optuna.samplers.GridSampler):
-    """Optuna's stops `Study.optimize` after the last combination, and raises where nothing but `ask` and `tell` runs."""
+    """Optuna's stops `Study.optimize` after the last combination, and raises where only `ask` and `tell` are used."""
 
     def after_trial(self, study: optuna.Study, trial: Any, state: TrialState, values: Any) -> None:
         """Nothing: the group knows how many trials it has."""
