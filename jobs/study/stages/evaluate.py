@@ -102,7 +102,8 @@ def _layers_to_run(context: Context, work: Work) -> int:
     if work.kind == "curve":
         return above * sum(plan.d_new for plan in work.sites).bit_length()
     controls = sum(asked[0] in work.controls for asked in work.asked) if work.kind == "behaviour" else 0
-    return max(1, len(work.strengths)) * above + controls * count
+    each = 4 if work.kind == "behaviour" else 1  # its rows are scored and also answered, token by token
+    return each * (max(1, len(work.strengths)) * above + controls * count)
 
 
 def _shared(context: Context) -> Evaluation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from jobs.errors import RequestError
 from jobs.files import finish, is_finished, key_of, keyed_folder, read_json, write_json
 from jobs.study import keys
+from jobs.study.grounds import DeltaGroup, Ground
 from jobs.study.workspace import Workspace, storage_root
 from search_spaces.load import load
+from search_spaces.schema import Sweep
 
 
 def test_equal_values_give_equal_keys() -> None:
@@ -70,32 +73,40 @@ def test_a_job_keeps_its_results_out_of_the_upload(tmp_path: Path, monkeypatch: 
 LAYERS = [1, 2]
 
 
+def groups(settings: Sweep) -> list[DeltaGroup]:
+    """A group of each target in every layer and width."""
+    grounds = Ground("change"), Ground("residual", 0.25)
+    return [DeltaGroup(layer, one, d_new) for one in grounds for layer in LAYERS for d_new in settings.deltas.d_new]
+
+
 def changed(*overrides: str) -> set[str]:
     """The stages that have to be redone with `overrides`."""
     one, other = load("tiny"), load("tiny", overrides)
-    stages = {
+    stages: dict[str, Callable[[Sweep], str]] = {
         "data": keys.data,
         "lora": keys.lora,
         "lora trials": keys.lora_group,
         "base activations": keys.base_activations,
         "transcoders": lambda settings: keys.transcoders(settings, LAYERS),
-        "delta group": lambda settings: keys.delta_group(settings, 1, 0.25, 4),
-        "deltas": lambda settings: keys.deltas(settings, LAYERS),
-        "evaluate": lambda settings: keys.evaluate(settings, LAYERS),
-        "report": lambda settings: keys.report(settings, LAYERS),
+        "change group": lambda settings: keys.delta_group(settings, DeltaGroup(1, Ground("change"), 4)),
+        "residual group": lambda settings: keys.delta_group(settings, DeltaGroup(1, Ground("residual", 0.25), 4)),
+        "deltas": lambda settings: keys.deltas(settings, groups(settings)),
+        "evaluate": lambda settings: keys.evaluate(settings, groups(settings)),
+        "report": lambda settings: keys.report(settings, groups(settings)),
     }
     return {name for name, key in stages.items() if key(one) != key(other)}
 
 
 def test_a_changed_setting_redoes_exactly_what_depends_on_it() -> None:
     late = {"evaluate", "report"}
+    either = {"deltas", "change group", "residual group", *late}
     assert changed("evaluate.alphas=[0.0, 2.0]") == late
     assert changed("deltas.trials=9") == {"deltas", *late}
     assert changed("deltas.d_new=[4, 8, 16]") == {"deltas", *late}
-    assert changed("deltas.epochs=9") == {"deltas", "delta group", *late}
-    assert changed("transcoders.epochs=9") == {"transcoders", "deltas", "delta group", *late}
-    assert changed("lora.trials=9") == {"lora", "deltas", "delta group", *late}
-    assert changed("lora.steps=9") == {"lora", "lora trials", "deltas", "delta group", *late}
-    assert len(changed("data.tool_rows=61")) == 9
+    assert changed("deltas.epochs=9") == either
+    assert changed("transcoders.epochs=9") == {"transcoders", "residual group", "deltas", *late}
+    assert changed("lora.trials=9") == {"lora", *either}
+    assert changed("lora.steps=9") == {"lora", "lora trials", *either}
+    assert len(changed("data.tool_rows=61")) == 10
     assert changed("compute.max_concurrent=1") == set()
     assert changed("storage.root=elsewhere") == set()
