@@ -110,7 +110,7 @@ def test_a_command_from_outside_the_cluster_runs_on_it(head: dict[str, str], tmp
                 assert time.monotonic() < deadline, said.read_text()
                 time.sleep(0.5)
             process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 130, said.read_text()
+            assert process.wait(150) == 130, said.read_text()
         finally:
             process.kill()
     # Once from the job, which has cleaned up, and once from here.
