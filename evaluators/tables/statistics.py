@@ -5,7 +5,7 @@ interval; NaN where the data cannot say (no prompts, no spread to resample).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -97,10 +97,20 @@ def paired_bootstrap(
     def difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         return _ratio(sums[:, 0], sums[:, 1]) - _ratio(sums[:, 2], sums[:, 3])
 
-    value = float(difference(stacked.mean(axis=1).sum(axis=1)[None, :])[0])
-    if prompts < 2:
+    return _bootstrap(difference, stacked, seed, resamples)
+
+
+def _bootstrap(
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    stacked: NDArray[np.float64],
+    seed: int,
+    resamples: int,
+) -> Estimate:
+    """A statistic of sums over prompts, `(draw, column)`, with its interval; `stacked` is (column, replica, prompt)."""
+    value = float(statistic(stacked.mean(axis=1).sum(axis=1)[None, :])[0])
+    if stacked.shape[2] < 2:
         return Estimate(value, math.nan, math.nan)
-    return _interval(value, difference(_resampled_sums(stacked, seed, resamples)))
+    return _interval(value, statistic(_resampled_sums(stacked, seed, resamples)))
 
 
 def recovered_share(
@@ -124,10 +134,7 @@ def recovered_share(
         start, here, end = (_ratio(sums[:, place], sums[:, place + 1]) for place in (0, 2, 4))
         return _ratio(start - here, start - end)
 
-    value = float(share(stacked.mean(axis=1).sum(axis=1)[None, :])[0])
-    if shape[1] < 2:
-        return Estimate(value, math.nan, math.nan)
-    return _interval(value, share(_resampled_sums(stacked, seed, resamples)))
+    return _bootstrap(share, stacked, seed, resamples)
 
 
 def rate_difference(
