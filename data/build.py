@@ -10,7 +10,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ DRAWS_PER_ROW = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class DataOptions(requests.RequestOptions):
     """What a sweep's data consists of: counts, a user's own files instead of generated rows and text, and the
-    generator's options; from `operators` to `parentheses` they are those of `data.requests.RequestOptions`.
+    generator's options, inherited.
 
     `max_tokens` is the model's context, including BOS and EOS; `count_tokens` counts a text's tokens without them.
     """
@@ -50,19 +50,6 @@ class DataOptions:
     max_reject_fraction: float = 0.05
     max_tokens: int | None = None
     count_tokens: Callable[[str], int] | None = None
-    operators: str = "+-*/"
-    operand_min: int = 1
-    operand_max: int = 999
-    ood_operand_min: int = 1000
-    ood_operand_max: int = 99999
-    decimals: bool = False
-    negatives: bool = False
-    parentheses: bool = False
-
-    @property
-    def requests(self) -> requests.RequestOptions:
-        names = [one.name for one in fields(requests.RequestOptions)]
-        return requests.RequestOptions(**{name: getattr(self, name) for name in names})
 
 
 def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
@@ -145,7 +132,7 @@ class _Generator:
     """
 
     def __init__(self, options: DataOptions, fits: Callable[[str], bool]) -> None:
-        self.seed, self.options, self.fits = options.seed, options.requests, fits
+        self.seed, self.options, self.fits = options.seed, options, fits
         self.copies = _copy_rows(options.seed, options.copy_source)
         self.taken: set[int] = set()
 
