@@ -11,7 +11,7 @@ import pytest
 from tests.end_to_end.chaos import chaos, two_nodes
 from tests.end_to_end.conftest import REPOSITORY
 
-pytestmark = pytest.mark.long("kills processes and nodes of several sweeps for minutes")
+pytestmark = pytest.mark.long("kills processes and nodes of several sweeps for minutes", first=True)
 
 JOINED = """
 import sys, time
