@@ -7,7 +7,7 @@ subset. The reference wraps the model once, then runs each cell separately: a te
 generation with TransformerLens' own `generate`, with raw repeated for each layer; a random sample of its cells is timed
 and scaled up. Out: prints the three times, their ratios, what each shortcut gains on a smaller grid, our time divided
 by the time that unavoidable matrix products take at the machine's measured rate, and peak memory; fails if any figures
-differ.
+differ. The same grid with KL(raw || spliced) beside is timed too.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from evaluators.measures.behaviour import Ask, Guesses, evaluate_behaviour
 from evaluators.splice.decoding import Stop
 from evaluators.splice.interventions import Site
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
+from evaluators.splice.reference import Reference
 from jobs.commands.finished import Asked, combination, load_bridge, load_sites
 from jobs.study.context import Context
 from models.bridge import device_of, read_input, tap_names
@@ -59,6 +60,7 @@ def ours(
     sites: Sequence[Site],
     budget: int,
     shortcuts: Shortcuts = Shortcuts(),  # noqa: B008
+    with_kl: bool = False,
 ) -> Table:
     """The whole grid. Strengths 0 and 1 are no_delta and full: measured once, stored twice."""
     table: Table = {}
@@ -66,6 +68,7 @@ def ours(
     prefixes = Prefixes(bridge, [site.layer for site in sites], sites[0].taps, together=shortcuts.capture_once)
     for subset, of_subset in rows.items():
         outputs: list[list[int]] = []
+        reference = Reference(bridge) if with_kl else None
         for site in sites:
             if shortcuts.raw_once and outputs:
                 table |= {
@@ -84,6 +87,7 @@ def ours(
                 [Ask("alpha", alpha) for alpha in ALPHAS],
                 max_new_tokens=budget,
                 guesses=Guesses(outputs),
+                reference=reference,
             )
             for ask, figures, texts in asked:
                 for condition, alpha in CELLS[1:]:
@@ -239,6 +243,8 @@ def main(
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     flops, rate = unavoidable_flops(bridge, rows, sites, table), matmul_rate(device)
     typer.echo(f"ours                 {seconds:9.1f} s   {memory:.2f} GiB peak")
+    with_kl, _ = timed(partial(ours, bridge, rows, sites, budget, with_kl=True), device)
+    typer.echo(f"ours with KL         {with_kl:9.1f} s   {with_kl / seconds:.2f}x ours")
     typer.echo(
         f"unavoidable matmuls  {flops / rate:9.1f} s   {flops / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s; "
         f"ours takes {seconds * rate / flops:.2f}x"

@@ -98,7 +98,7 @@ class Evaluate(Section):
     """Features of each layer's residual delta that are ablated one at a time, those of largest estimated effect; with 0
     no feature is looked at."""
     curve: bool = True
-    """With change deltas: also keep only the k most effective features of all layers, k = 1, 2, 4 and so on."""
+    """With change deltas: also keep only the k most effective features of all layers, k from 1 to all of them."""
     replicas: Count = 1
     """How many seeds of each kept trial have their behaviour measured, best first; with more than one, intervals cover
     seeds as well as prompts."""

@@ -80,9 +80,11 @@ def rank_features(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) ->
 
 
 def counts(total: int) -> list[int]:
-    """0, 1, 2, 4 and so on, and all of them."""
+    """0, all of them, and powers in between: of 4 below a sixteenth of all, where little is recovered, then of 2."""
     powers = [1 << place for place in range(total.bit_length())]
-    return [0, *(power for power in powers if power < total), total]
+    coarse = [power for power in powers[::2] if power * 16 < total]
+    fine = [power for power in powers if total <= power * 16 and power < total]
+    return [0, *coarse, *fine, total]
 
 
 def evaluate_curve(

@@ -43,10 +43,10 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     """Write everything a sweep shows into `folder` and return the path of `report.html`.
 
     Tables: `exp1_metrics.csv`; `exp1_combo_summary`, `exp2A_metrics`, `exp2B_metrics` and `exp2B_statistics`, each as
-    `.csv` and `.json` (records, null for undefined); `exp2A_delta_contrast.csv`; `features.csv`; `lora_validation.csv`
-    where `data.finetuned` is given. Pictures: `graphs/*.png`; those of an earlier report are removed. Cells that failed
-    are absent: their rows are left out, and so is a part of the page that has no data. `seed` draws the bootstrap, so
-    the same cells give the same files.
+    `.csv` and `.json` (records, null for undefined); `exp2A_delta_contrast.csv`; `features.csv` where features were
+    looked at; `lora_validation.csv` where `data.finetuned` is given. Pictures: `graphs/*.png`; those of an earlier
+    report are removed. Cells that failed are absent: their rows are left out, and so is a part of the page that has no
+    data. `seed` draws the bootstrap, so that the same cells give the same files.
     """
     folder = Path(folder)
     graphs = folder / "graphs"
@@ -125,7 +125,10 @@ def _write_tables(folder: Path, results: tables.Results) -> None:
     _write(folder / "exp2A_delta_contrast.csv", results.contrast.to_csv(index=False).encode())
     _write(folder / "feature_ranking.csv", results.ranking.to_csv(index=False).encode())
     _write(folder / "change_by_subset.csv", results.change.to_csv(index=False).encode())
-    _write(folder / "features.csv", results.features.to_csv(index=False).encode())
+    if len(results.features):
+        _write(folder / "features.csv", results.features.to_csv(index=False).encode())
+    else:
+        (folder / "features.csv").unlink(missing_ok=True)
     for name, table in (
         ("exp1_combo_summary", results.summary),
         ("exp2A_metrics", results.conditions),

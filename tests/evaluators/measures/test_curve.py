@@ -69,6 +69,7 @@ def test_counts_are_powers_of_two_and_all():
     assert counts(1) == [0, 1]
     assert counts(5) == [0, 1, 2, 4, 5]
     assert counts(8) == [0, 1, 2, 4, 8]
+    assert counts(3840) == [0, 1, 4, 16, 64, 256, 512, 1024, 2048, 3840]
 
 
 def test_a_site_without_a_delta_is_named(subject):
