@@ -226,7 +226,7 @@ def export(
 def features(
     config: Config,
     overrides: Overrides = None,
-    top: Annotated[int | None, typer.Option(min=1, help="How many; default: as many as the headline needs.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many features to list.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Print how few features of the change deltas carry the effect, and which they are."""

@@ -13,12 +13,9 @@ from jobs.files import MANIFEST
 from jobs.study.context import Context
 from jobs.study.stages.report import load_cells
 
-SHOWN = 10
-"""Features that are listed where no subset has a number of its own."""
 
-
-def few_features(context: Context, top: int | None) -> dict[str, Any]:
-    """`curve` rows, `needed` by subset, and the `features` up to `top`; raises RequestError where there is no curve."""
+def few_features(context: Context, top: int) -> dict[str, Any]:
+    """`curve` rows, `needed` by subset, and the first `top` features; raises RequestError where there is no curve."""
     from evaluators.tables import recovery
 
     cells = load_cells(context) if (context.space.cells / MANIFEST).is_file() else []
@@ -28,13 +25,12 @@ def few_features(context: Context, top: int | None) -> dict[str, Any]:
             f"the sweep {context.settings.name} has no few-features curve; it takes change deltas and evaluate.curve"
         )
     needed = {subset: recovery.features_needed(curve, subset) for subset in curve["subset"].unique()}
-    count = top or max((one for one in needed.values() if one), default=SHOWN)
     ranking = recovery.ranking_table(cells)
     return {
         "enough": recovery.ENOUGH,
         "needed": needed,
         "total": len(ranking),
-        "features": ranking.head(count)[["rank", "layer", "feature", "effect"]].to_dict("records"),
+        "features": ranking.head(top)[["rank", "layer", "feature", "effect"]].to_dict("records"),
         "curve": curve[["subset", "k", "mean_ce", "recovered"]].to_dict("records"),
     }
 
@@ -51,3 +47,5 @@ def show(found: dict[str, Any]) -> None:
     for one in found["features"]:
         table.add_row(str(one["rank"]), str(one["layer"]), str(one["feature"]), f"{one['effect']:+.4f}")
     console.print(table)
+    if (left := found["total"] - len(found["features"])) > 0:
+        console.print(f"and {left} more: --top N shows N of them, report/feature_ranking.csv has all", highlight=False)

@@ -30,6 +30,7 @@ def study_pictures(name: str, storage: optuna.storages.BaseStorage, prefix: str,
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(finished) < LEAST_TRIALS or len(study.directions) > 1:
         return {}
+    import matplotlib
     from optuna.visualization import matplotlib as draw
 
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
@@ -40,12 +41,14 @@ def study_pictures(name: str, storage: optuna.storages.BaseStorage, prefix: str,
     }
     pictures = {}
     for name, make in wanted.items():
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna sets a style of its own for all that follows
             warnings.simplefilter("ignore")
             try:
                 axes = make()
             except (ValueError, RuntimeError, ZeroDivisionError):  # for example, all values equal
                 continue
+            for one in axes.figure.axes:
+                one.set_facecolor("white")
             pictures[f"{prefix}_{name}"] = _png(axes)
     return pictures
 

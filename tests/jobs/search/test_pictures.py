@@ -1,5 +1,6 @@
 """Plots of a study: PNGs if there is enough to show, none for a study that does not exist."""
 
+import matplotlib
 import optuna
 
 from jobs.search.pictures import study_pictures
@@ -19,7 +20,9 @@ def stored(values):
 
 
 def test_a_finished_study_has_three_pictures():
+    before = dict(matplotlib.rcParams)
     pictures = study_pictures("one", stored([0.5, 0.3, None, 0.7, 0.4, 0.9]), "lora", "val_loss")
+    assert dict(matplotlib.rcParams) == before, "the report's own pictures would look like Optuna's"
     assert set(pictures) == {"lora_history", "lora_importances", "lora_parallel"}
     assert all(png.startswith(b"\x89PNG") for png in pictures.values())
 
