@@ -49,30 +49,30 @@ EMBEDDED = {
 TINY = "tiny-gemma2"
 
 
-def check_source(source: str, revision: str | None = None) -> None:
-    """Raises ModelError at once, before anything heavy is imported, if `source` is not available."""
+def check_source(source: str, revision: str | None = None, key: str = "model.source") -> None:
+    """Raises ModelError at once, before anything heavy is imported, if `source` is not available; `key` is the setting
+    that names it."""
     if source == TINY:
         return
     if source in EMBEDDED:
         _embedded_file(EMBEDDED[source])
     elif Path(source).is_dir():
-        if not (Path(source) / "config.json").is_file():
-            raise ModelError(f"model.source: the folder {source} has no config.json, so it is not a saved model")
+        if key == "model.source" and not (Path(source) / "config.json").is_file():
+            raise ModelError(f"{key}: the folder {source} has no config.json, so it is not a saved model")
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
         known = ", ".join([*EMBEDDED, TINY])
-        raise ModelError(
-            f"model.source: there is no model {source!r}; give a folder, a hub repository OWNER/NAME, or {known}"
-        )
+        raise ModelError(f"{key}: there is no model {source!r}; give a folder, a hub repository OWNER/NAME, or {known}")
     else:
-        check_hub(source, "model.source", revision)
+        check_hub(source, key, revision)
 
 
-def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0) -> Path:
+def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0, key: str = "model.source") -> Path:
     """The local folder of `source`; embedded and tiny models are built once under `cache`.
 
-    Raises ModelError if the source is not available. `seed` is for the tiny model's random weights.
+    Raises ModelError if the source is not available. `seed` is for the tiny model's random weights, `key` is the
+    setting that names the source.
     """
-    check_source(source, revision)
+    check_source(source, revision, key)
     if source == TINY:
         from models.tiny import build_tiny_gemma2
 
@@ -87,7 +87,7 @@ def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-    with hub_errors("model.source", source):
+    with hub_errors(key, source):
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
 

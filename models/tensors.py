@@ -1,6 +1,6 @@
 """Single tensors out of a model's safetensors files.
 
-In: a model's folder and the names of tensors. Out: those tensors; nothing else is read.
+In: a model's folder and the names of tensors. Out: those tensors, or shapes alone; nothing else is read.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.errors import ModelError
+
+Shapes = dict[str, tuple[int, ...]]
+"""The tensors of a file by name."""
 
 
 def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
@@ -33,3 +36,12 @@ def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
     if missing:
         raise ModelError(f"{folder}: the model's files lack {missing[0]}")
     return found
+
+
+def shapes_of(file: Path) -> Shapes:
+    """The shape of every tensor of a safetensors file. Raises ModelError for a file that cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read as safetensors ({' '.join(str(error).split())[:160]})") from None

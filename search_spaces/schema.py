@@ -19,6 +19,10 @@ class Model(Section):
     source: str = "smollm2-135m"
     """`smollm2-135m` (embedded), `tiny-gemma2` (random, for tests), a local folder, or a hub repository."""
     revision: str | None = None
+    finetuned: str | None = None
+    """A finetuned model to look at, instead of one that is trained here: a folder or hub repository that holds a full
+    model of the same architecture and shape, or a PEFT adapter."""
+    finetuned_revision: str | None = None
 
 
 class Data(Section):

@@ -38,9 +38,12 @@ SCORES = {
 def completed(
     section: Section | None, finetuned: Mapping[str, Any] | None, pictures: Mapping[str, bytes]
 ) -> Section | None:
-    """The LoRA section with the study's pictures and the merged model's answers after what it holds."""
+    """The LoRA section with the study's pictures and the finetuned model's answers after what it holds; the answers
+    alone where the model was made elsewhere."""
     if section is None:
-        return None
+        blocks = finetuned_blocks(finetuned)
+        lead = "It was made elsewhere and adopted: nothing was trained to get it."
+        return Section("finetuned", "The finetuned model", lead, blocks) if blocks else None
     shown = [Picture(name, pictures[name], *says) for name, says in STUDY_PICTURES.items() if name in pictures]
     blocks: list[Block] = [Gallery(shown)] if shown else []
     return replace(section, blocks=[*section.blocks, *blocks, *finetuned_blocks(finetuned)])
@@ -58,9 +61,9 @@ def finetuned_blocks(found: Mapping[str, Any] | None) -> list[Block]:
     ]
     lines += [[name, number(figures[name]), says] for name, says in SCORES.items()]
     count = len(found["rows"])
-    help = f"The merged model's greedy answers to the {count} validation rows, none of which it was trained on."
+    help = f"The finetuned model's greedy answers to the {count} validation rows."
     return [
-        Table("The merged model on held-out rows", help, ["metric", "value", "meaning"], lines, wide_text=True),
+        Table("The finetuned model on held-out rows", help, ["metric", "value", "meaning"], lines, wide_text=True),
         _examples(found["rows"]),
     ]
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def finetuned(context: Context) -> Path:
     """The merged model; raises RequestError if the sweep has none yet."""
-    folder = context.space.lora / "merged"
+    folder = context.finetuned
     if not (folder / "config.json").is_file():
         raise RequestError(f"the sweep {context.settings.name} has no finetuned model under {folder}; run `lora` first")
     return folder

@@ -73,7 +73,8 @@ def measured_loads(context: Context, folder: Path) -> list[Load]:
         )
     behaviour = {target: _seconds(_cells_of(folder, target)) for target in deltas.targets}
     others = {name: _seconds(folder.glob(f"cells/{name}_*.json")) for name in _other_kinds(context)}
-    needed = [trials, *of_kind.values(), *behaviour.values(), *others.values()]
+    needed = [*of_kind.values(), *behaviour.values(), *others.values()]
+    needed += [trials] * (settings.model.finetuned is None)
     needed += [bases] * (trained and bool(residual))
     if not all(needed):
         return []
@@ -90,9 +91,12 @@ def measured_loads(context: Context, folder: Path) -> list[Load]:
     cells = pieces * (len(evaluate.subsets) * evaluate.replicas)
     cells += [_mean(seconds) for name, seconds in others.items() for _ in range(_other_kinds(context)[name])]
     every = [one for seconds in of_kind.values() for one in seconds]
+    adapters = []
+    if settings.model.finetuned is None:
+        adapters = [Load("lora", [_mean(trials)] * settings.lora.trials, _alone(folder / "lora", trials))]
     layers = residual
     return [
-        Load("lora", [_mean(trials)] * settings.lora.trials, _alone(folder / "lora", trials)),
+        *adapters,
         Load("transcoders", [_mean(bases)] * layers if trained else [], _alone(folder / "transcoders", bases)),
         Load("deltas", delta_units, _alone(folder / "deltas", every)),
         Load("evaluate", cells),
@@ -124,7 +128,7 @@ def schedule_rows(context: Context, folder: Path, workers: int | None) -> list[t
     rows = []
     for count in sorted({*WORKERS, *([workers] if workers else [])}):
         found = forecast(loads, count)
-        rows.append((f"on {count} workers", f"{clock(found.seconds)}, {found.busy:.0%} busy; limited by {found.limit}"))
+        rows.append((f"on {count} worker{'s' if count > 1 else ''}", f"{clock(found.seconds)}, {found.busy:.0%} busy; limited by {found.limit}"))
     return [("costs measured in", str(folder)), *rows]
 
 

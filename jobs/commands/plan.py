@@ -16,6 +16,7 @@ from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
 from jobs.study.context import Context
 from jobs.study.stage_list import STAGES
+from jobs.study.stages.finetuned import check_adopted
 from jobs.study.stages.transcoders import chosen_base
 from models.gemma_scope import selection_label
 
@@ -27,13 +28,14 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     sweep in the folder `measured` (default: this sweep's own); raises RequestError or ModelError as the sweep would.
     """
     context.check_request()
+    check_adopted(context)
     settings = context.settings
     deltas, evaluate = settings.deltas, settings.evaluate
     groups = len(context.delta_groups)
     prompts = len(evaluate.subsets) * settings.data.eval_rows
     rows = [
         ("model", settings.model.source),
-        ("LoRA", f"{settings.lora.trials} trials of {settings.lora.steps} steps"),
+        _finetuned(context),
         *((f"{target} deltas", _deltas(context, target)) for target in deltas.targets),
         ("delta groups", f"{groups}, {groups * deltas.trials} trials"),
         ("evaluation", f"{_cells(context)} cells, {prompts} prompts"),
@@ -45,6 +47,14 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     if measured and not forecast:
         raise RequestError(f"--measured: {measured} has no sweep with trials and cells of these widths")
     return rows + (forecast or [("time on more workers", "unknown: run it once, or name a sweep with --measured")])
+
+
+def _finetuned(context: Context) -> tuple[str, str]:
+    """Where the finetuned model comes from."""
+    settings = context.settings
+    if settings.model.finetuned:
+        return "finetuned model", f"{settings.model.finetuned}, adopted"
+    return "LoRA", f"{settings.lora.trials} trials of {settings.lora.steps} steps"
 
 
 def _deltas(context: Context, target: str) -> str:
@@ -82,8 +92,11 @@ def status_rows(context: Context) -> Rows:
             rows.append((stage.name, f"done in {clock(manifest['seconds'])}"))
         else:
             rows.append((stage.name, "to do"))
-    results = [read_json(path) for path in sorted(space.folder.glob("lora/trial_*/result.json"))]
-    rows.append(("LoRA trials", _counts(results, settings.lora.trials)))
+    if settings.model.finetuned:
+        rows.append(_finetuned(context))
+    else:
+        results = [read_json(path) for path in sorted(space.folder.glob("lora/trial_*/result.json"))]
+        rows.append(("LoRA trials", _counts(results, settings.lora.trials)))
     groups = len(context.delta_groups)
     results = [read_json(path) for path in sorted(space.deltas.glob("layer_*/*/d*/trial_*/result.json"))]
     rows.append(("delta trials", _counts(results, groups * settings.deltas.trials)))
@@ -96,7 +109,7 @@ def status_rows(context: Context) -> Rows:
 def _counts(results: list[dict[str, Any]], total: int) -> str:
     states = [one["state"] for one in results]
     named = [f"{states.count(state)} {state.lower()}" for state in ("COMPLETE", "STOPPED", "FAILED") if state in states]
-    return f"{len(results)} of {total}" + (f" ({', '.join(named)})" if named else "")
+    return f"{len(results)} of {max(total, len(results))}" + (f" ({', '.join(named)})" if named else "")
 
 
 def _bases(context: Context) -> Rows:

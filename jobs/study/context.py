@@ -19,6 +19,7 @@ from jobs.errors import RequestError
 from jobs.progress import Progress
 from jobs.study.grounds import DeltaGroup, grounds_of
 from jobs.study.workspace import TIMELINE, Workspace, storage_root
+from models.adopted import is_adapter
 from models.sources import check_hub, check_source, model_facts, resolve
 from search_spaces.schema import Sweep
 
@@ -52,8 +53,27 @@ class Context:
     def model(self) -> Path:
         """The folder of the un-finetuned model."""
         chosen = self.settings.model
+        return self._resolve(chosen.source, chosen.revision, "model.source")
+
+    @cached_property
+    def adopted(self) -> Path | None:
+        """The folder of the finetuned model or adapter that the settings name; None where one is trained here."""
+        chosen = self.settings.model
+        if chosen.finetuned is None:
+            return None
+        return self._resolve(chosen.finetuned, chosen.finetuned_revision, "model.finetuned")
+
+    @property
+    def finetuned(self) -> Path:
+        """The folder of the finetuned model: a full one that is adopted stays where it lies, all others are merged by
+        the lora stage."""
+        if self.adopted is not None and not is_adapter(self.adopted):
+            return self.adopted
+        return self.space.lora / "merged"
+
+    def _resolve(self, source: str, revision: str | None, key: str) -> Path:
         try:
-            return resolve(chosen.source, self.space.models, chosen.revision, self.settings.seed)
+            return resolve(source, self.space.models, revision, self.settings.seed, key)
         except PermissionError as error:
             raise RequestError(f"storage.root: {error.filename} cannot be written ({error.strerror})") from None
         except (NotADirectoryError, FileNotFoundError, FileExistsError) as error:
@@ -172,7 +192,10 @@ class Context:
 
     def check_request(self) -> None:
         """Checks everything about the request that can be known within a second, before anything is written."""
-        check_source(self.settings.model.source, self.settings.model.revision)
+        model = self.settings.model
+        check_source(model.source, model.revision)
+        if model.finetuned is not None:
+            check_source(model.finetuned, model.finetuned_revision, "model.finetuned")
         source = self.settings.transcoders.source if "residual" in self.settings.deltas.targets else "train"
         if source != "train" and not Path(source).is_dir():
             if source.startswith((".", "/", "~")) or source.count("/") != 1:

@@ -34,19 +34,27 @@ def _stamp(path: str) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
+def _unfinetuned(settings: Sweep) -> dict:
+    return _dump(settings.model, "finetuned", "finetuned_revision")
+
+
 def lora_group(settings: Sweep) -> str:
     """The key of a single LoRA trial: the number of trials is not part of it."""
     return key_of(
         "lora",
         data(settings),
         settings.seed,
-        _dump(settings.model),
+        _unfinetuned(settings),
         _dump(settings.lora, "trials"),
         settings.compute.precision,
     )
 
 
 def lora(settings: Sweep) -> str:
+    model = settings.model
+    if model.finetuned:
+        stamps = [_stamp(str(path)) for path in sorted(Path(model.finetuned).glob("*.safetensors"))]
+        return key_of("adopted", data(settings), _dump(model), stamps)
     return key_of(lora_group(settings), settings.lora.trials)
 
 
@@ -56,7 +64,7 @@ def base_activations(settings: Sweep) -> str:
         settings.transcoders.convention,
         data(settings),
         settings.seed,
-        _dump(settings.model),
+        _unfinetuned(settings),
         _dump(settings.activations),
         settings.compute.precision,
     )

@@ -80,7 +80,7 @@ def capture_finetuned(context: Context) -> Path:
             layer: frozenset(name for name, layers in columns if layer in layers) for layer in sorted(change | residual)
         }
     exact = context.device == "cpu" and bool(change)
-    spec = _spec(context, context.space.lora / "merged", "fp32" if exact else context.settings.compute.precision)
+    spec = _spec(context, context.finetuned, "fp32" if exact else context.settings.compute.precision)
     return _capture(context, "finetuned", spec, wanted, keys.finetuned_activations(context.settings))
 
 

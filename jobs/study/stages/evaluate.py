@@ -128,7 +128,7 @@ def _model(context: Context, folder: Path | None = None) -> ModelSpec:
     # On a CPU, bf16 is not worth the loss of exactness, so it must be set explicitly.
     precision = "fp32" if device == "cpu" and settings.compute.precision == "auto" else settings.compute.precision
     return ModelSpec(
-        str(folder or context.space.lora / "merged"),
+        str(folder or context.finetuned),
         device,
         resolve_precision(precision, device),
         settings.transcoders.convention,

@@ -1,7 +1,7 @@
-"""Stage 2, lora: the LoRA study, and the merged finetuned model.
+"""Stage 2, lora: the LoRA study, whose best adapter gives the finetuned model; or a finetuned model is adopted.
 
-In: the data stage's rows and the base model. Out: `lora/trial_NNNN/{adapter,result.json}`, `lora/best.json` and
-`lora/merged/`, a plain safetensors model with its tokenizer.
+In: the data stage's rows and the base model. Out: `lora/trial_NNNN/{adapter,result.json}`, `lora/best.json`, and what
+`finetuned` writes.
 """
 
 from __future__ import annotations
@@ -9,21 +9,18 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jobs.cluster import environment
 from jobs.errors import WorkFailed
-from jobs.files import finish as finish_folder
-from jobs.files import is_finished, key_of, keyed_folder, read_json, write_json
+from jobs.files import key_of, keyed_folder, write_json
 from jobs.study import keys
 from jobs.study.context import Context
-from jobs.study.workspace import FINETUNED
+from jobs.study.stages import finetuned
 from search_spaces.dimensions import Choice, Range
 from search_spaces.schema import Sweep
 
 STAGE = "lora"
-VALIDATION_FILE = "validation.json"
-"""The merged model's answers to the validation rows."""
 PASSED_ON = {
     *("steps", "epochs", "eval_every", "patience", "accumulate", "gradient_checkpointing"),
     *("warmup_fraction", "grad_clip", "loss_on"),
@@ -36,6 +33,10 @@ def study_name(settings: Sweep) -> str:
 
 
 def run(context: Context) -> dict[str, Any]:
+    return finetuned.adopt(context) if context.adopted is not None else _search(context)
+
+
+def _search(context: Context) -> dict[str, Any]:
     from jobs.search.grouped import EarlyStopping, Runtime, run_search
     from jobs.search.studies import Group, best_of, trials_of
     from jobs.tracking.records import record_trial
@@ -91,10 +92,9 @@ def run(context: Context) -> dict[str, Any]:
     if best is None:
         raise WorkFailed("every LoRA trial failed: " + "; ".join(str(one["reason"]) for one in results))
     write_json(folder / "best.json", best)
-    _replace_finetuned(context, key_of(best["trial"], best["started"]))
-    merge_best(context, folder / f"trial_{best['trial']:04d}" / "adapter", key_of(best["trial"], best["started"]))
-    checked = read_json(folder / VALIDATION_FILE) or {"figures": {}}
-    return {"best_trial": best["trial"], "val_loss": best["value"], "params": best["params"], **checked["figures"]}
+    adapter = folder / f"trial_{best['trial']:04d}" / "adapter"
+    figures = finetuned.make(context, adapter, key_of(best["trial"], best["started"]))
+    return {"best_trial": best["trial"], "val_loss": best["value"], "params": best["params"], **figures}
 
 
 def _max_validations(context: Context) -> int:
@@ -167,54 +167,3 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
         return {"failed": " ".join(str(error).split())[:500]}
     keeper.forget()
     return best
-
-
-def _replace_finetuned(context: Context, identity: str) -> None:
-    """If the finetuned model is not the same as before, deletes what was made with the old one."""
-    space = context.space
-    if (read_json(space.folder / FINETUNED) or {}).get("key") == identity:
-        return
-    for folder in (space.activations / "finetuned", space.deltas, space.cells, space.generations, space.report):
-        shutil.rmtree(folder, ignore_errors=True)
-    write_json(space.folder / FINETUNED, {"key": identity})
-
-
-class MergeTask(NamedTuple):
-    """A model, an adapter, where the merged model goes, and the rows it is checked on, as passed to a worker."""
-
-    model: str
-    adapter: str
-    folder: str
-    rows: str
-    device: str
-
-
-def merge_best(context: Context, adapter: Path, key: str) -> None:
-    """Writes the base model with the best adapter folded in, in fp32, to `lora/merged`."""
-    merged = context.space.lora / "merged"
-    if is_finished(merged, key):
-        return
-    keyed_folder(merged, key)
-    rows = context.space.data / "validation.jsonl"
-    task = MergeTask(str(context.model), str(adapter), str(merged), str(rows), context.device)
-    for outcome in context.pool.run(merge_adapter, [task], context.settings.compute.max_retries):
-        if outcome.error:
-            raise WorkFailed(f"merging {adapter}: {outcome.error}")
-    finish_folder(merged, key, {"adapter": adapter.parent.name})
-
-
-def merge_adapter(task: MergeTask) -> None:
-    """Runs on a worker, to keep the driver small. The merged model's answers go to `validation.json` beside it."""
-    import torch
-
-    from data.rows import read_rows
-    from evaluators.measures.finetuned import check_rows
-    from models.sources import load_model
-    from trainers.adapters import merge
-
-    model, tokenizer = load_model(Path(task.model), torch.float32)
-    merge(model, Path(task.adapter)).save_pretrained(task.folder)
-    tokenizer.save_pretrained(task.folder)
-    # Read back from disk, as every later stage reads it.
-    merged, tokenizer = load_model(Path(task.folder), torch.float32, task.device)
-    write_json(Path(task.folder).parent / VALIDATION_FILE, check_rows(merged, tokenizer, read_rows(task.rows)))

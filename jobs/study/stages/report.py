@@ -17,8 +17,9 @@ from jobs.progress import clock
 from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup, Ground, error_name
 from jobs.study.stages.evaluate import checks_file
+from jobs.study.stages.finetuned import VALIDATION_FILE
 from jobs.study.stages.lora import STAGE as LORA
-from jobs.study.stages.lora import VALIDATION_FILE, study_name
+from jobs.study.stages.lora import study_name
 from jobs.study.stages.transcoders import chosen_base, root
 
 LIBRARIES = ("torch", "transformers", "transformer-lens", "peft", "ray", "optuna", "mlflow")
@@ -32,7 +33,6 @@ RAW_LIMITS = (
 
 def run(context: Context) -> dict[str, Any]:
     from evaluators.report.report import SweepData, write_report
-    from jobs.search.pictures import study_pictures
 
     space = context.space
     deltas = delta_trials(context)
@@ -46,13 +46,22 @@ def run(context: Context) -> dict[str, Any]:
         facts=facts(context),
         generations=generations(context),
         finetuned=read_json(space.lora / VALIDATION_FILE),
-        lora_pictures=study_pictures(study_name(context.settings), context.studies, LORA, "val_loss"),
+        lora_pictures=_lora_pictures(context),
     )
     path = write_report(space.report, data, seed=context.settings.seed)
     context.tracker.log("sweep", headlines(context))
     context.tracker.artifacts("sweep", space.report)
     context.tracker.artifacts("sweep", space.generations, "generations")
     return {"report": str(path.relative_to(space.folder)), "checks": found}
+
+
+def _lora_pictures(context: Context) -> dict[str, bytes]:
+    """Of the LoRA study, where there was one."""
+    from jobs.search.pictures import study_pictures
+
+    if context.settings.model.finetuned:
+        return {}
+    return study_pictures(study_name(context.settings), context.studies, LORA, "val_loss")
 
 
 def headlines(context: Context) -> dict[str, float]:
@@ -208,6 +217,7 @@ def facts(context: Context) -> dict[str, str]:
     return {
         "sweep": settings.name,
         "model": settings.model.source,
+        **({"finetuned model": f"{settings.model.finetuned}, {_how(context)}"} if settings.model.finetuned else {}),
         **{
             f"{target} deltas": f"layers {layer_label(context.layers_of(target))}, d_new "
             + ", ".join(map(str, settings.deltas.d_new))
@@ -224,6 +234,10 @@ def facts(context: Context) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
         "git commit": str((read_json(space.folder / "versions.json") or {}).get("git commit", "unknown")),
     }
+
+
+def _how(context: Context) -> str:
+    return (read_json(context.space.lora / MANIFEST) or {}).get("how", "adopted")
 
 
 STAGE_FOLDERS = {
