@@ -143,8 +143,12 @@ def _hooks(site: Site, condition: str, alpha: float, editable: Tensor) -> list[t
         ground = made = site.ground(seen["x"])
         if condition != "no_delta" and site.delta is not None:
             made = made + (1.0 if condition == "full" else alpha) * site.delta(seen["x"])
-        where = editable if y.shape[:2] == editable.shape else torch.ones_like(y[..., 0], dtype=torch.bool)
-        return torch.where(where.unsqueeze(-1), made.to(y.dtype), y if site.path is None else ground)
+        whole = y.shape[:2] == editable.shape
+        where = editable if whole else torch.ones_like(y[..., 0], dtype=torch.bool)
+        elsewhere = y if site.path is None else ground
+        if whole and condition != "no_delta" and site.delta is not None and site.delta.at_bos is not None:
+            elsewhere = ground + (1.0 if condition == "full" else alpha) * (site.delta.at_bos @ site.delta.W_dec)
+        return torch.where(where.unsqueeze(-1), made.to(y.dtype), elsewhere)
 
     return [(read_name, read), (write_name, write)]
 

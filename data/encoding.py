@@ -41,6 +41,11 @@ class Batch(NamedTuple):
         """(batch, length): True where a transcoder may be spliced in or trained, which excludes padding and BOS."""
         return self.mask & (self.positions > 0)
 
+    @property
+    def bos(self) -> Tensor:
+        """(batch, length): True at the first token of each row."""
+        return self.mask & (self.positions == 0)
+
     def to(self, device: str | torch.device) -> Batch:
         return Batch(*(tensor.to(device) for tensor in self))
 

@@ -7,8 +7,10 @@ delta transcoder has none, so that a strength can scale it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +42,8 @@ class Transcoder:
 
     W_enc (d_model, d_sae), W_dec (d_sae, d_model), b_enc and threshold (d_sae,), b_dec (d_model,) or None.
     The decoder bias is not subtracted from the input. Source: Gemma Scope (arXiv 2408.05147), section 2 and
-    appendix on transcoders.
+    appendix on transcoders. The last feature of a change delta has an infinite threshold: it is active at BOS, where no
+    other is read, and nowhere else (`with_bos`).
     """
 
     W_enc: Tensor
@@ -71,6 +74,12 @@ class Transcoder:
     def d_sae(self) -> int:
         return self.W_enc.shape[1]
 
+    @cached_property
+    def at_bos(self) -> Tensor | None:
+        """The activations (d_sae,) at BOS, 1 for the feature that belongs there; None without such a feature."""
+        own = torch.isinf(self.threshold)
+        return own.to(self.W_enc.dtype) if own.any() else None
+
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations (..., d_sae) of `x` (..., d_model)."""
         return jump_relu(x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc, self.threshold)
@@ -91,6 +100,26 @@ class Transcoder:
             if (tensor := getattr(self, name)) is not None
         }
         return replace(self, **moved)
+
+
+def with_bos(delta: Transcoder, direction: Tensor) -> Transcoder:
+    """`delta` and one more feature, which adds `direction` (d_model,) at BOS and is silent at every other token."""
+    return replace(
+        delta,
+        W_enc=torch.cat([delta.W_enc, torch.zeros_like(delta.W_enc[:, :1])], dim=1),
+        b_enc=torch.cat([delta.b_enc, delta.b_enc.new_zeros(1)]),
+        threshold=torch.cat([delta.threshold, delta.threshold.new_full((1,), math.inf)]),
+        W_dec=torch.cat([delta.W_dec, direction.to(delta.W_dec).unsqueeze(0)]),
+    )
+
+
+def without_bos(delta: Transcoder) -> Transcoder:
+    """`delta` without a feature at BOS."""
+    if delta.at_bos is None:
+        return delta
+    kept = delta.at_bos == 0
+    b_enc, threshold, W_dec = (one[kept] for one in (delta.b_enc, delta.threshold, delta.W_dec))
+    return replace(delta, W_enc=delta.W_enc[:, kept], b_enc=b_enc, threshold=threshold, W_dec=W_dec)
 
 
 def jump_relu(pre: Tensor, threshold: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ shard; an interrupted capture goes on from its last shard.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.encoding import by_length, pad_left
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 Sequences = Sequence[Sequence[int]]
+
+
+BOS_FILE = "bos.safetensors"
 
 
 class _LastTap(Exception):
@@ -137,6 +142,43 @@ def finish_capture(plan: Plan, layers: Mapping[int, object], folder: Path, taps:
 
 def _shard_name(number: int) -> str:
     return f"shard_{number:04d}.safetensors"
+
+
+@torch.inference_mode()
+def bos_changes(
+    bridge: TransformerBridge,
+    unfinetuned: Mapping[int, BlockPath],
+    finetuned: Mapping[int, BlockPath],
+    taps: Taps = GEMMA_SCOPE_TAPS,
+) -> dict[int, Tensor]:
+    """For each layer the change at BOS, (d_model,) fp32 on the CPU. BOS attends to itself alone, so it is the same in
+    every text."""
+    found: dict[int, Tensor] = {}
+
+    def reader(layer: int):
+        def read(activation: Tensor, hook: object) -> None:
+            x = read_input(taps, activation[0, 0])
+            found[layer] = (finetuned[layer](x).float() - unfinetuned[layer](x).float()).cpu()
+
+        return read
+
+    model: Any = bridge.original_model
+    bos = torch.tensor([[bridge.tokenizer.bos_token_id]], device=device_of(bridge))
+    with bridge.hooks(fwd_hooks=[(tap_names(taps, layer)[0], reader(layer)) for layer in unfinetuned]):
+        model.base_model(input_ids=bos, use_cache=False)
+    return found
+
+
+def write_bos(folder: Path, changes: Mapping[int, Tensor]) -> None:
+    """The changes at BOS of a capture, under a temporary name and then renamed."""
+    beside = folder / f".{BOS_FILE}.{os.getpid()}.tmp"
+    save_file({str(layer): one.contiguous() for layer, one in changes.items()}, beside)
+    beside.rename(folder / BOS_FILE)
+
+
+def read_bos(folder: Path) -> dict[int, Tensor]:
+    """The change at BOS of each layer, (d_model,) fp32."""
+    return {int(layer): one for layer, one in load_file(folder / BOS_FILE).items()}
 
 
 @torch.inference_mode()

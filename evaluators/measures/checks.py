@@ -18,7 +18,7 @@ from data.encoding import Batch, Encoded, encode_row, pad_left
 from data.rows import Row
 from evaluators.layer_sets import layer_label
 from evaluators.splice.decoding import Stop, decode
-from evaluators.splice.interventions import Edit, Site, spliced
+from evaluators.splice.interventions import Edit, RowEdits, Site, spliced
 from evaluators.splice.passes import Passes, Shortcuts, forward
 from evaluators.splice.sites import TrueChange
 from evaluators.splice.teacher_forcing import Job, score
@@ -137,8 +137,8 @@ def _logits(
     bos: bool = False,
     cached: bool = False,
 ) -> Tensor:
-    """(tokens, vocabulary) of every real position; with `bos` it is edited too, with `cached` the last tokens are fed
-    one by one."""
+    """(tokens, vocabulary) of every real position; with `bos` it is edited as all others are, with `cached` the last
+    tokens are fed one by one."""
     batch = pad_left(sequences, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     length = batch.ids.shape[1]
     chunks = [slice(0, length - FED_ALONE), *(slice(at, at + 1) for at in range(length - FED_ALONE, length))]
@@ -149,7 +149,7 @@ def _logits(
         for chunk in chunks if cached else [slice(0, length)]:
             part = Batch(*(column[:, chunk] for column in batch))
             strengths = torch.full((len(sequences),), alpha, device=batch.ids.device)
-            splice.reset(part.mask if bos else part.editable, strengths)
+            splice.reset(part.mask if bos else part.editable, strengths, RowEdits(bos=part.bos))
             seen = batch.mask[:, : chunk.stop]
             parts.append(forward(bridge, part, part.ids.shape[1], cache=cache, mask=seen))
     return torch.cat(parts, dim=1)[batch.mask]

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from data.encoding import encode_row, pad_left
 from data.rows import Row
-from evaluators.splice.interventions import Edit, Site, spliced
+from evaluators.splice.interventions import Edit, RowEdits, Site, spliced
 from evaluators.splice.passes import Passes, project, resume
 from evaluators.splice.reference import Reference
 from evaluators.splice.teacher_forcing import Job, score
@@ -55,7 +55,8 @@ def rank_features(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) ->
         lines = torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor([len(row.target) for row in chosen]))
         for alpha in STRENGTHS:
             with spliced(bridge, edit) as splice, torch.enable_grad():
-                splice.reset(batch.editable, torch.full((len(chosen),), alpha, device=device))
+                strengths = torch.full((len(chosen),), alpha, device=device)
+                splice.reset(batch.editable, strengths, RowEdits(bos=batch.bos))
                 splice.gates = {
                     site.layer: torch.ones(_delta(site).d_sae, device=device, requires_grad=True) for site in sites
                 }

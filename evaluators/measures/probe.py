@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from data.encoding import Encoded, encode_prompt, encode_row, pad_left
 from evaluators.splice.decoding import Stop, decode
-from evaluators.splice.interventions import Edit, Site, spliced
+from evaluators.splice.interventions import Edit, RowEdits, Site, spliced
 from evaluators.splice.passes import Passes, forward
 from evaluators.splice.teacher_forcing import Job
 from models.bridge import device_of, read_input, tap_names
@@ -78,7 +78,8 @@ def _logits(bridge: TransformerBridge, encoded: Encoded, edit: Edit, alpha: floa
     """(target tokens + 1, vocabulary): what predicts each target token, and what follows them."""
     batch = pad_left([encoded.ids], bridge.tokenizer.pad_token_id).to(device_of(bridge))
     with spliced(bridge, edit) as splice:
-        splice.reset(batch.editable, torch.tensor([alpha], device=batch.ids.device))
+        strengths = torch.tensor([alpha], device=batch.ids.device)
+        splice.reset(batch.editable, strengths, RowEdits(bos=batch.bos))
         return forward(bridge, batch, len(encoded.target) + 1)[0]
 
 

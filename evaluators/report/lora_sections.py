@@ -41,9 +41,8 @@ def completed(
     """The LoRA section with the study's pictures and the finetuned model's answers after what it holds; the answers
     alone where the model was made elsewhere."""
     if section is None:
-        blocks = finetuned_blocks(finetuned)
         lead = "It was made elsewhere and adopted: nothing was trained to get it."
-        return Section("finetuned", "The finetuned model", lead, blocks) if blocks else None
+        return Section("finetuned", "The finetuned model", lead, finetuned_blocks(finetuned)) if finetuned else None
     shown = [Picture(name, pictures[name], *says) for name, says in STUDY_PICTURES.items() if name in pictures]
     blocks: list[Block] = [Gallery(shown)] if shown else []
     return replace(section, blocks=[*section.blocks, *blocks, *finetuned_blocks(finetuned)])

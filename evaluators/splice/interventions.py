@@ -1,7 +1,8 @@
 """Interventions: the hooks that replace a layer's MLP output.
 
 In: a TransformerBridge and an `Edit`: sites (layer, ground, delta) and a condition's name. Out: a context in which
-every forward pass of the model is edited, prompt and generated tokens alike; deltas never on BOS and padding.
+every forward pass of the model is edited, prompt and generated tokens alike; never on padding, and on BOS only by a
+delta's feature for it.
 """
 
 from __future__ import annotations
@@ -54,12 +55,13 @@ class RowEdits(NamedTuple):
 
     `numbers` (batch, chunk): the tokens' numbers in the text, for sites with a pool (0 where not given). `ablated`
     (batch,): the delta feature that each row lacks, or -1. `kept` (batch,): how many of all sites' features each row
-    keeps, by rank, or -1.
+    keeps, by rank, or -1. `bos` (batch, chunk): True at BOS, for deltas with a feature there.
     """
 
     numbers: Tensor | None = None
     ablated: Tensor | None = None
     kept: Tensor | None = None
+    bos: Tensor | None = None
 
 
 NO_ROW_EDITS = RowEdits()
@@ -76,12 +78,20 @@ class Splice:
     def __init__(self, sites: Sequence[Site], condition: Condition, record: bool) -> None:
         self.sites, self.condition, self.record = sorted(sites, key=lambda site: site.layer), condition, record
         self.gates: dict[int, Tensor] = {}
+        # A base transcoder has no business at BOS; an un-finetuned path is there already.
+        on_paths = condition.uses_delta and all(site.path is not None for site in sites)
+        self._at_bos = on_paths and any(_at_bos(site) is not None for site in sites)
         self._inputs: dict[int, Tensor] = {}
 
     def reset(self, editable: Tensor, alpha: Tensor, rows: RowEdits = NO_ROW_EDITS) -> None:
         """Prepares for a forward pass over a chunk: `editable` (batch, chunk) is True where a token is replaced,
         `alpha` (batch,) is the strength of each row, and `rows` is what else differs between rows."""
-        self._where = editable.nonzero(as_tuple=True)
+        self._with_bos = self._at_bos and rows.bos is not None and bool(rows.bos.any())
+        where = editable
+        if self._with_bos and rows.bos is not None:
+            where = editable | rows.bos
+        self._where = where.nonzero(as_tuple=True)
+        self._bos = ~editable[self._where]
         lines = self._where[0]
         self._alpha = alpha[lines].unsqueeze(1)
         self._numbers = torch.zeros_like(lines) if rows.numbers is None else rows.numbers[self._where]
@@ -109,11 +119,13 @@ class Splice:
         residual = streams[0].new_zeros(len(rows), length, streams[0].shape[1])
         for place, row in enumerate(rows):
             residual[place, length - len(streams[row]) :] = streams[row]
-        after_bos = torch.cat([torch.arange(1, count) + sum(lengths[:i]) for i, count in enumerate(lengths)]).to(device)
-        x, y = x[after_bos], y[after_bos]
-        numbers = torch.arange(len(x)).split([count - 1 for count in lengths])
+        first = 0 if self._with_bos else 1
+        places = torch.cat([torch.arange(first, count) for count in lengths]).to(device)
+        chosen = torch.cat([torch.arange(first, count) + sum(lengths[:i]) for i, count in enumerate(lengths)])
+        x, y = x[chosen.to(device)], y[chosen.to(device)]
+        numbers = torch.arange(len(x)).split([count - first for count in lengths])
         tokens = torch.cat([numbers[row] for row in rows]).to(device)
-        outputs = self._of_row(site, self._outputs(site, x, y).take(tokens))
+        outputs = self._of_row(site, self._outputs(site, x, y, places == 0).take(tokens))
         y = y[tokens]
         change = self._replaced(y, outputs) - y.float()
         residual[self._where] = (residual[self._where].float() + change).to(residual.dtype)
@@ -140,15 +152,16 @@ class Splice:
     def _writer(self, site: Site) -> Callable:
         def write(y: Tensor, hook: object) -> Tensor:
             x, here = self._inputs.pop(site.layer)[self._where], y[self._where]
-            outputs = self._of_row(site, self._outputs(site, x, here))
+            outputs = self._of_row(site, self._outputs(site, x, here, self._bos))
             edited = y.clone()
             edited[self._where] = self._replaced(here, outputs).to(y.dtype)
             return edited
 
         return write
 
-    def _outputs(self, site: Site, x: Tensor, y: Tensor) -> Outputs:
-        """At tokens (tokens, d_model); where the ground is a path, `y` is its output already."""
+    def _outputs(self, site: Site, x: Tensor, y: Tensor, bos: Tensor) -> Outputs:
+        """At tokens (tokens, d_model), of which `bos` (tokens,) are BOS; where the ground is a path, `y` is its output
+        already."""
         if site.base is None:
             ground, ground_acts = y.float(), y.new_zeros(len(y), dtype=torch.float32)
         else:
@@ -158,6 +171,9 @@ class Splice:
             nothing = torch.zeros_like(ground)
             return Outputs(ground, nothing, ground_acts, nothing[:, 0], nothing[:, :0])
         delta_acts = site.delta.encode(x)
+        if self._with_bos:
+            own = _at_bos(site)
+            delta_acts = torch.where(bos.unsqueeze(1), delta_acts.new_zeros(()) if own is None else own, delta_acts)
         if site.layer in self.gates:
             delta_acts = delta_acts * self.gates[site.layer]
         return Outputs(ground, site.delta.decode(delta_acts), ground_acts, delta_acts.abs().sum(1), delta_acts)
@@ -168,7 +184,8 @@ class Splice:
         if not self.condition.uses_delta:
             return outputs
         if site.pool is not None:
-            return outputs._replace(delta=site.pool[self._numbers % len(site.pool)])
+            shuffled = site.pool[self._numbers % len(site.pool)]
+            return outputs._replace(delta=torch.where(self._bos.unsqueeze(1), outputs.delta, shuffled))
         if site.delta is None or (self._ablated is None and self._kept is None):
             return outputs
         if self._kept is not None:
@@ -184,10 +201,14 @@ class Splice:
 
     def _replaced(self, y: Tensor, outputs: Outputs) -> Tensor:
         """(tokens, d_model) fp32 in place of `y`, for the tokens told to `reset`."""
-        if self.record:
-            self.base_acts.index_add_(0, self._where[0], outputs.base_acts)
-            self.delta_acts.index_add_(0, self._where[0], outputs.delta_acts)
+        if self.record:  # of what comes after BOS
+            self.base_acts.index_add_(0, self._where[0], outputs.base_acts * ~self._bos)
+            self.delta_acts.index_add_(0, self._where[0], outputs.delta_acts * ~self._bos)
         return self.condition.combine(y.float(), outputs.ground, outputs.delta, self._alpha)
+
+
+def _at_bos(site: Site) -> Tensor | None:
+    return getattr(site.delta, "at_bos", None)
 
 
 @contextmanager
@@ -196,7 +217,7 @@ def spliced(
 ) -> Iterator[Splice]:
     """Makes the edit in every forward pass of `bridge.original_model` inside the `with`.
 
-    Where the ground is the un-finetuned path, the model runs with its weights, BOS included, and the delta is added.
+    Where the ground is the un-finetuned path, the model runs with its weights, and the delta is added.
     With `above_first` the edit of the lowest site is left to `Splice.start`, for passes that begin above its layer.
 
     Raises ModelError where a transcoder does not fit the model, ValueError where the condition is unknown or lacks what

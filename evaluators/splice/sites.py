@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.blocks import BlockPath
 from models.errors import ModelError
-from models.transcoder import Taps, Transcoder, check_fits
+from models.transcoder import Taps, Transcoder, check_fits, with_bos, without_bos
 
 RIDGE = 1e-6
 """Of the mean squared input, added to each direction: the regression has a solution where inputs are degenerate."""
@@ -124,12 +124,13 @@ def shuffled_delta(site: Site, material: Material) -> Site:
 def dense_delta(site: Site, material: Material) -> Site:
     """The linear map of rank d_new that best fits what the delta was trained on (reduced-rank regression)."""
     delta = _delta_of(site)
-    encoder, decoder = reduced_rank_regression(material.pairs(), delta.d_sae)
+    encoder, decoder = reduced_rank_regression(material.pairs(), without_bos(delta).d_sae)
     encoder, decoder = encoder.to(delta.W_enc), decoder.to(delta.W_dec)
     # z = relu(z) - relu(-z): twice as many features make a transcoder linear.
     zeros = torch.zeros(2 * encoder.shape[1]).to(encoder)
     W_enc, W_dec = torch.cat([encoder, -encoder], dim=1), torch.cat([decoder, -decoder])
-    return replace(site, delta=replace(delta, W_enc=W_enc, W_dec=W_dec, b_enc=zeros, threshold=zeros))
+    dense = replace(delta, W_enc=W_enc, W_dec=W_dec, b_enc=zeros, threshold=zeros)
+    return replace(site, delta=dense if delta.at_bos is None else with_bos(dense, delta.at_bos @ delta.W_dec))
 
 
 def reduced_rank_regression(pairs: Iterable[tuple[Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor]:

@@ -223,4 +223,4 @@ def prepare(splice: Splice, chunk: Batch, jobs: Sequence[Job]) -> None:
     first = torch.tensor([job.first for job in jobs], device=device).unsqueeze(1)
     alpha = torch.tensor([job.alpha for job in jobs], dtype=torch.float32, device=device)
     ablated, kept = (torch.tensor([getattr(job, name) for job in jobs], device=device) for name in ("ablated", "kept"))
-    splice.reset(chunk.editable, alpha, RowEdits(first + chunk.positions - 1, ablated, kept))
+    splice.reset(chunk.editable, alpha, RowEdits(first + chunk.positions - 1, ablated, kept, chunk.bos))

@@ -118,13 +118,14 @@ def features_needed(curve: pd.DataFrame, subset: str) -> int | None:
 
 
 def ranking_table(cells: Iterable[Cell]) -> pd.DataFrame:
-    """Every feature of the change deltas in the order in which the curve adds them."""
+    """Every feature of the change deltas in the order in which the curve adds them; the last of each layer, number
+    d_new, is the one at BOS."""
     rows = [
-        {"rank": rank, **one, "d_new": cell["d_new"]}
+        {"rank": rank, **one, "d_new": cell["d_new"], "at_bos": one["feature"] == cell["d_new"]}
         for cell in of_kind(cells, "ranking")
         for rank, one in enumerate(cell["features"], start=1)
     ]
-    return pd.DataFrame(rows, columns=["rank", "layer", "feature", "effect", "d_new"])
+    return pd.DataFrame(rows, columns=["rank", "layer", "feature", "effect", "d_new", "at_bos"])
 
 
 def change_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:

@@ -30,7 +30,7 @@ def few_features(context: Context, top: int) -> dict[str, Any]:
         "enough": recovery.ENOUGH,
         "needed": needed,
         "total": len(ranking),
-        "features": ranking.head(top)[["rank", "layer", "feature", "effect"]].to_dict("records"),
+        "features": ranking.head(top)[["rank", "layer", "feature", "at_bos", "effect"]].to_dict("records"),
         "curve": curve[["subset", "k", "mean_ce", "recovered"]].to_dict("records"),
     }
 
@@ -45,7 +45,12 @@ def show(found: dict[str, Any]) -> None:
         console.print(f"{subset}: to recover {found['enough']:.0%} of the CE gap, {said}", highlight=False)
     table = Table("rank", "layer", "feature", "effect (nats a target token)")
     for one in found["features"]:
-        table.add_row(str(one["rank"]), str(one["layer"]), str(one["feature"]), f"{one['effect']:+.4f}")
+        table.add_row(
+            str(one["rank"]),
+            str(one["layer"]),
+            "at BOS" if one["at_bos"] else str(one["feature"]),
+            f"{one['effect']:+.4f}",
+        )
     console.print(table)
     if (left := found["total"] - len(found["features"])) > 0:
         console.print(f"and {left} more: --top N shows N of them, report/feature_ranking.csv has all", highlight=False)

@@ -124,11 +124,13 @@ def export(context: Context, kind: str, folder: Path, asked: Asked, alpha: float
     from models import exports
     from models.fuse import fuse, scaled
     from models.sources import model_facts
+    from models.transcoder import without_bos
 
     chosen = ground, d_new = combination(context, asked)
     layers = context.layers_of(ground.target)
     if ground.target == "change":
-        fused = {layer: scaled(delta, alpha) for layer, delta in load_deltas(context, layers, chosen).items()}
+        deltas = load_deltas(context, layers, chosen)
+        fused = {layer: scaled(without_bos(delta), alpha) for layer, delta in deltas.items()}
     else:
         sites = load_sites(context, layers, chosen)
         fused = {site.layer: fuse(site.base, site.delta, alpha) for site in sites if site.base and site.delta}
@@ -143,6 +145,7 @@ def export(context: Context, kind: str, folder: Path, asked: Asked, alpha: float
     notes = {"sweep": context.settings.name, **ground._asdict(), "d_new": d_new, "alpha": alpha}
     if ground.target == "change":
         notes["use"] = "add to the un-finetuned MLP's output, or to base(x) + error(x), error(x) = y_un(x) - base(x)"
+        notes["bos"] = "what the deltas add at BOS, where no transcoder is read, is left out"
     if kind == "gemma-scope":
         return exports.write_gemma_scope(fused, model, folder, _average_l0(context, ground, d_new), notes)
     if kind == "saelens":

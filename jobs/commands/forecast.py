@@ -128,7 +128,8 @@ def schedule_rows(context: Context, folder: Path, workers: int | None) -> list[t
     rows = []
     for count in sorted({*WORKERS, *([workers] if workers else [])}):
         found = forecast(loads, count)
-        rows.append((f"on {count} worker{'s' if count > 1 else ''}", f"{clock(found.seconds)}, {found.busy:.0%} busy; limited by {found.limit}"))
+        name = "on 1 worker" if count == 1 else f"on {count} workers"
+        rows.append((name, f"{clock(found.seconds)}, {found.busy:.0%} busy; limited by {found.limit}"))
     return [("costs measured in", str(folder)), *rows]
 
 

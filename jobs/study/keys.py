@@ -91,7 +91,7 @@ def delta_data(settings: Sweep, layer: int, ground: Ground) -> str:
     """The key of what a ground's deltas are trained on in a layer."""
     activations = finetuned_activations(settings)
     if ground.target == "change":
-        return key_of("change", activations, layer)
+        return key_of("change with BOS", activations, layer)
     which = settings.deltas.target_l0 if ground.percentile is None else ground.percentile
     return key_of("residual", activations, base(settings, layer), which)
 

@@ -92,7 +92,8 @@ def test_gaps_recovered_shares_and_the_curve_have_their_rows(sweep: Path) -> Non
     assert set(recovered["condition"]) == {"full", "alpha", "random_delta", "scaled_weights"}
     curve = pd.read_csv(report / "few_features.csv")
     ranking = pd.read_csv(report / "feature_ranking.csv")
-    assert len(ranking) == 4 * curve["d_new"].iloc[0]
+    assert len(ranking) == 4 * (curve["d_new"].iloc[0] + 1)
+    assert ranking["at_bos"].sum() == 4
     assert curve["k"].max() == len(ranking)
     by_k = curve.set_index(["subset", "k"])["mean_ce"]
     conditions = pd.read_csv(report / "exp2A_metrics.csv")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.errors import ModelError
-from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder, check_fits, jump_relu
+from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder, check_fits, jump_relu, with_bos, without_bos
 
 
 def test_output_is_the_formula(random_transcoder):
@@ -69,6 +69,19 @@ def test_a_transcoder_of_another_model_is_refused(random_transcoder, model, said
         check_fits(transcoder, **{**fits, **model})
     assert str(raised.value).startswith("deltas/x: ")
     assert said in str(raised.value)
+
+
+def test_a_feature_at_bos_is_silent_elsewhere_and_can_be_left_out(random_transcoder):
+    delta = random_transcoder(6, 4, layer=1, seed=1, bias=False)
+    direction, x = torch.arange(6.0), 100 * torch.randn(50, 6)
+    more = with_bos(delta, direction)
+    assert delta.at_bos is None
+    assert more.at_bos.tolist() == [0, 0, 0, 0, 1]
+    assert torch.equal(more.at_bos @ more.W_dec, direction)
+    assert torch.equal(more(x), delta(x))
+    back = without_bos(more)
+    assert all(torch.equal(getattr(back, name), getattr(delta, name)) for name in ("W_enc", "b_enc", "W_dec"))
+    assert without_bos(delta) is delta
 
 
 def test_moving_keeps_everything(random_transcoder):

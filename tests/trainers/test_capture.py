@@ -4,9 +4,20 @@ import pytest
 import torch
 
 from data.encoding import encode_text, pad_left
+from models.blocks import read_paths
 from trainers import capture as module
 from trainers.activations import read_index, read_pairs
-from trainers.capture import Columns, Plan, capture, capture_batch, finish_capture, layer_folder
+from trainers.capture import (
+    Columns,
+    Plan,
+    bos_changes,
+    capture,
+    capture_batch,
+    finish_capture,
+    layer_folder,
+    read_bos,
+    write_bos,
+)
 
 TEXTS = ["one", "a longer text than that", "12 + 30", "", "x" * 90, "what is 7 times 8?", "nine", "the end of it"]
 LAYERS = {0: Columns(), 2: Columns()}
@@ -130,3 +141,26 @@ def test_shards_of_another_plan_are_refused(captured, plan, sequences):
     other = Plan.make(sequences[:-2], batch_tokens=64, shard_tokens=30, seed=5)
     with pytest.raises(ValueError, match=r"shard_\d+\.safetensors has \d+ tokens, but the plan has \d+; delete"):
         finish_capture(other, LAYERS, captured)
+
+
+def test_the_change_at_bos_is_what_a_whole_text_shows_there(bridge, gemma_folder, load, sequences, tmp_path):
+    """Before finetuning the MLPs gave -2 times what they give now: the change follows from a plain hook."""
+    model, _ = load(gemma_folder)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(-2.0)
+    model.save_pretrained(tmp_path)
+    before, after = (read_paths(bridge, folder, [0, 2]) for folder in (tmp_path, gemma_folder))
+    found = bos_changes(bridge, before, after)
+    seen = {}
+    plain, _ = load(gemma_folder)
+    for layer in (0, 2):
+        plain.model.layers[layer].post_feedforward_layernorm.register_forward_hook(
+            lambda module, args, y, layer=layer: seen.update({layer: (y - module.forward(-2 * args[0]))[0, 0]})
+        )
+    with torch.no_grad():
+        plain(input_ids=torch.tensor([max(sequences, key=len)]))
+    for layer in (0, 2):
+        torch.testing.assert_close(found[layer], seen[layer], rtol=1e-4, atol=1e-5)
+    write_bos(tmp_path, found)
+    assert all(torch.equal(one, found[layer]) for layer, one in read_bos(tmp_path).items())

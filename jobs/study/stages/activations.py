@@ -21,7 +21,7 @@ from jobs.study.stages.work import ModelSpec
 from jobs.study.stages.worker_memory import bridge, exact_paths
 from models.transcoder import CONVENTIONS, GEMMA_SCOPE_TAPS
 from trainers.activations import captured_columns
-from trainers.capture import Plan, finish_capture, layer_folder
+from trainers.capture import BOS_FILE, Plan, finish_capture, layer_folder
 
 SPLITS = ("train", "validation")
 SHARD_TOKENS = 16384
@@ -49,6 +49,15 @@ class ShardTask(NamedTuple):
     base_model: str
     folder: str
     layers: tuple[tuple[int, frozenset[str]], ...]
+
+
+class BosTask(NamedTuple):
+    """The change at BOS of some layers, as passed to a worker."""
+
+    model: ModelSpec
+    base_model: str
+    layers: tuple[int, ...]
+    folder: str
 
 
 Wanted = dict[str, dict[int, frozenset[str]]]
@@ -81,7 +90,13 @@ def capture_finetuned(context: Context) -> Path:
         }
     exact = context.device == "cpu" and bool(change)
     spec = _spec(context, context.finetuned, "fp32" if exact else context.settings.compute.precision)
-    return _capture(context, "finetuned", spec, wanted, keys.finetuned_activations(context.settings))
+    folder = _capture(context, "finetuned", spec, wanted, keys.finetuned_activations(context.settings))
+    if change and not (folder / BOS_FILE).is_file():
+        task = BosTask(spec, str(context.model), tuple(sorted(change)), str(folder))
+        for outcome in context.pool.run(capture_bos, [task], context.settings.compute.max_retries):
+            if outcome.error:
+                raise WorkFailed(f"the change at BOS: {outcome.error}")
+    return folder
 
 
 def _spec(context: Context, model: Path, precision: str) -> ModelSpec:
@@ -137,6 +152,15 @@ def capture_task(task: ShardTask) -> None:
     }
     folder = Path(task.folder) / task.text.split
     capture_shard(loaded, plan_of(task.text), task.shard, layers, folder, CONVENTIONS[task.model.convention])
+
+
+def capture_bos(task: BosTask) -> None:
+    """Writes the change at BOS of every layer."""
+    from trainers.capture import bos_changes, write_bos
+
+    loaded = bridge(task.model.folder, task.model.device, task.model.precision)
+    before, after = (exact_paths(task.model, one, task.layers) for one in (task.base_model, task.model.folder))
+    write_bos(Path(task.folder), bos_changes(loaded, before, after))
 
 
 @lru_cache(maxsize=2)

@@ -132,7 +132,8 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     import torch
 
     from models.deltas import write_delta
-    from models.transcoder import CONVENTIONS
+    from models.transcoder import CONVENTIONS, with_bos
+    from trainers.capture import read_bos
     from trainers.checkpoints import Keeper
     from trainers.delta_data import read_change
     from trainers.delta_transcoder import DeltaSettings, DivergedError, train_delta
@@ -148,9 +149,9 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     taps = CONVENTIONS[config["convention"]]
     activations, layer = Path(config["activations"]), config["layer"]
     if config["target"] == "change":
-        data = read_change(activations, layer, taps)
+        data, at_bos = read_change(activations, layer, taps), read_bos(activations)[layer]
     else:
-        data = read_residuals(activations, Path(config["residual"]), layer, taps)
+        data, at_bos = read_residuals(activations, Path(config["residual"]), layer, taps), None
     keeper = Keeper(Path(config["folder"]) / "checkpoint.safetensors", config["checkpoint_seconds"])
     try:
         trained = train_delta(
@@ -167,7 +168,8 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     ranked = sorted(range(len(losses)), key=losses.__getitem__)
     for rank, index in reversed(list(enumerate(ranked))):
         facts = {"target": config["target"], "d_new": settings.d_new, "kept_replica": index, **trained.figures}
-        write_delta(trained.deltas[index], replica_folder(Path(config["folder"]), rank), facts)
+        delta = trained.deltas[index] if at_bos is None else with_bos(trained.deltas[index], at_bos)
+        write_delta(delta, replica_folder(Path(config["folder"]), rank), facts)
     keeper.forget()
     return trained.figures
 

@@ -6,14 +6,19 @@ import pytest
 import torch
 
 from evaluators.measures.checks import change_checks, exactness_checks
+from evaluators.measures.curve import STRENGTHS, rank_features
+from evaluators.measures.reconstruction import site_activations
 from evaluators.splice.decoding import Stop, decode, generate
 from evaluators.splice.interventions import Edit, Site
-from evaluators.splice.passes import Passes, Shortcuts
+from evaluators.splice.passes import Passes, Prefixes, Shortcuts
+from evaluators.splice.sites import SUBSTITUTES, Material
 from evaluators.splice.teacher_forcing import Job, score
 from models.blocks import read_paths
+from models.transcoder import with_bos
 
 BUDGET = 6
-SETS = {"one": (1,), "several": (0, 2)}
+SETS = {"one": ((1,), ()), "one, at BOS too": ((1,), (1,)), "several, one at BOS": ((0, 2), (2,))}
+"""Layers, and those whose delta has a feature at BOS."""
 NORMS = {"gemma2": "pre_feedforward_layernorm", "llama": "post_attention_layernorm"}
 PARTS = {"gemma2": ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")}
 WRITES = {"gemma2": "post_feedforward_layernorm"}
@@ -36,16 +41,19 @@ def base_folder(model_folder, load, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=sorted(SETS))
 def sites(request, subject, base_folder, random_transcoder):
-    layers = SETS[request.param]
+    layers, at_bos = SETS[request.param]
     paths = read_paths(subject.bridge, base_folder, layers)
-    return [
-        Site(layer, paths[layer], random_transcoder(subject.d_model, 12, layer, seed=50 + layer, bias=False))
-        for layer in layers
-    ]
+    found = []
+    for layer in layers:
+        delta = random_transcoder(subject.d_model, 12, layer, seed=50 + layer, bias=False)
+        if layer in at_bos:
+            delta = with_bos(delta, 3 * torch.randn(subject.d_model, generator=torch.Generator().manual_seed(layer)))
+        found.append(Site(layer, paths[layer], delta))
+    return found
 
 
 class Plain:
-    """The finetuned model with un-finetuned blocks' parts at the sites and the delta added after BOS, by hand."""
+    """The finetuned model with un-finetuned blocks' parts at the sites and the delta added, by hand."""
 
     def __init__(self, subject, load, base_folder, sites):
         self.model, _ = load(subject.folder)
@@ -71,7 +79,8 @@ class Plain:
             middle = self.inputs[site.layer][0, 1:]
             x = middle / (middle.pow(2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps).sqrt()
             delta = site.delta.encode(x) @ site.delta.W_dec
-            return torch.cat([y[:, :1], y[:, 1:] + self.alpha * delta.unsqueeze(0)], dim=1)
+            bos = site.delta.W_dec[12] if len(site.delta.W_dec) > 12 else torch.zeros_like(x[0])
+            return y + self.alpha * torch.cat([bos.unsqueeze(0), delta]).unsqueeze(0)
 
         return write
 
@@ -135,9 +144,10 @@ class Broken(Stop):
 
 
 def test_only_the_first_features_are_kept(subject, sites):
-    ranks = torch.randperm(12 * len(sites), generator=torch.Generator().manual_seed(1)).split(12)
+    sizes = [site.delta.d_sae for site in sites]
+    ranks = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(1)).split(sizes)
     marked = [dataclasses.replace(site, ranks=one) for site, one in zip(sites, ranks, strict=True)]
-    counts = (0, 1, 5, 12 * len(sites))
+    counts = (0, 1, 5, sum(sizes))
     jobs = [Job(row, kept=count) for count in counts for row in subject.encoded]
     found = [one.nll for one in score(subject.passes, Edit(marked, "full"), jobs)]
     no_delta = [
@@ -165,3 +175,46 @@ def test_the_checks_of_every_sweep_hold_here_and_name_a_wrong_ground(subject, si
     assert [check["name"] for check in checks if not check["passed"]] == []
     wrong = change_checks(subject.bridge, subject.rows, sites, after, after)
     assert sum("true change" in check["name"] for check in wrong if not check["passed"]) == 2
+
+
+@pytest.mark.parametrize("control", ["shuffled_delta", "dense_delta", "random_delta"])
+def test_controls_keep_a_feature_at_bos(subject, sites, control):
+    """As it is, but for the random one, which turns its direction and keeps its size; however it is computed."""
+    raw = Passes(subject.bridge, prefixes=Prefixes(subject.bridge, [site.layer for site in sites], sites[0].taps))
+    made = []
+    for site in sites:
+        x = site_activations(raw, site, subject.rows)[0]
+        other = SUBSTITUTES[control](site, Material(x, lambda x=x, site=site: [(x, site.delta(x))], 3))
+        made.append(other)
+        if site.delta.at_bos is not None:
+            ours, theirs = (one.delta.at_bos @ one.delta.W_dec for one in (site, other))
+            if control == "random_delta":
+                assert theirs.norm().item() == pytest.approx(ours.norm().item(), rel=0.5)
+                assert torch.cosine_similarity(ours, theirs, dim=0).abs() < 0.9
+            else:
+                torch.testing.assert_close(ours, theirs)
+    jobs = [Job(row, first=20 * place) for place, row in enumerate(subject.encoded)]
+    found = [
+        [one.nll for one in score(Passes(subject.bridge, 3, shortcuts), Edit(made, control), jobs)]
+        for shortcuts in (Shortcuts(), Shortcuts.none())
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_what_a_feature_at_bos_does_is_ranked_with_the_others(subject, sites):
+    """Its estimated effect is the slope of its gate, by central differences at each strength."""
+    site = sites[-1]
+    ranked = {one.feature: one.effect for one in rank_features(subject.passes, [site], subject.rows)}
+    if site.delta.at_bos is None:
+        assert sorted(ranked) == list(range(12))
+        return
+    tokens, step, expected = sum(len(row.target) for row in subject.encoded), 0.02, 0.0
+    for alpha in STRENGTHS:
+        nlls = []
+        for gate in (1 + step, 1 - step):
+            W_dec = torch.where(site.delta.at_bos.unsqueeze(1) > 0, gate * site.delta.W_dec, site.delta.W_dec)
+            gated = dataclasses.replace(site, delta=dataclasses.replace(site.delta, W_dec=W_dec))
+            jobs = [Job(row, alpha) for row in subject.encoded]
+            nlls.append(sum(one.nll for one in score(subject.passes, Edit([gated], "alpha"), jobs)))
+        expected -= (nlls[0] - nlls[1]) / (2 * step) / alpha / len(STRENGTHS) / tokens
+    assert ranked[12] == pytest.approx(expected, rel=0.05, abs=2e-4)
