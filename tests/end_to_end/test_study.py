@@ -282,7 +282,7 @@ def test_a_plan_forecasts_more_workers_from_a_finished_sweep(finished: Finished,
     planned = jobs("plan", "tiny", f"storage.root={finished[0]}", "--gpus", "3")
     assert planned.returncode == 0, planned.stdout + planned.stderr
     for workers in (1, 3, 8, 64, 512):
-        assert f"on {workers} workers" in planned.stdout
+        assert f"on {workers} worker" in planned.stdout
     assert "% busy; limited by" in planned.stdout
     elsewhere = jobs("plan", "tiny", "--measured", str(finished[0]))
     assert elsewhere.returncode == 2
