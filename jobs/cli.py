@@ -210,6 +210,9 @@ def export(
     deltas: DeltaTarget = None,
     percentile: Annotated[float | None, typer.Option(help="Which base; default: the evaluated one.")] = None,
     d_new: Annotated[int | None, typer.Option("--d-new", help="Which delta; default: the evaluated one.")] = None,
+    onto_bases: Annotated[
+        bool, typer.Option("--onto-bases", help="Fuse change deltas with their layers' bases.")
+    ] = False,
 ) -> None:
     """Write change deltas, or bases and residual deltas fused, as one transcoder per layer in another tool's format."""
     from jobs.commands.finished import Asked
@@ -218,7 +221,7 @@ def export(
     from search_spaces.load import load
 
     context = Context(load(config, overrides or []))
-    for path in run(context, kind, Path(folder), Asked(deltas, percentile, d_new), alpha):
+    for path in run(context, kind, Path(folder), Asked(deltas, percentile, d_new), alpha, onto_bases):
         print(path)
 
 

@@ -6,6 +6,7 @@ In: a `Context` whose sweep is finished up to its deltas. Out: a TransformerBrid
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from evaluators.splice.interventions import Site
+    from models.gemma_scope import Candidate
     from models.transcoder import Transcoder
 
 
@@ -115,22 +117,31 @@ def load_deltas(context: Context, layers: list[int], chosen: tuple[Ground, int])
     return found
 
 
-def export(context: Context, kind: str, folder: Path, asked: Asked, alpha: float) -> list[Path]:
-    """Exports deltas in another tool's format: a residual delta fused with its base, a change delta by itself.
+def export(
+    context: Context, kind: str, folder: Path, asked: Asked, alpha: float, onto_bases: bool = False
+) -> list[Path]:
+    """Exports deltas in another tool's format: a residual delta fused with its base, a change delta by itself or, with
+    `onto_bases`, fused with its layer's base where there is one.
 
     A change delta joins a base transcoder of any kind as `base(x) + error(x) + alpha * delta(x)`, with the error node
-    `error(x) = y_un(x) - base(x)`, which the notes say. Raises RequestError for an unknown format.
+    `error(x) = y_un(x) - base(x)`, which the notes say. Raises RequestError for an unknown format, or without bases.
     """
     from models import exports
     from models.fuse import fuse, scaled
+    from models.gemma_scope import read
     from models.sources import model_facts
     from models.transcoder import without_bos
 
     chosen = ground, d_new = combination(context, asked)
     layers = context.layers_of(ground.target)
+    bases: dict[int, Candidate] = {}
     if ground.target == "change":
         deltas = load_deltas(context, layers, chosen)
         fused = {layer: scaled(without_bos(delta), alpha) for layer, delta in deltas.items()}
+        if onto_bases:
+            bases = _bases(context, asked, list(fused))
+            read_base = partial(read, root(context), taps=taps_of(context))
+            fused = {layer: fuse(read_base(base, layer), fused[layer]) for layer, base in bases.items()}
     else:
         sites = load_sites(context, layers, chosen)
         fused = {site.layer: fuse(site.base, site.delta, alpha) for site in sites if site.base and site.delta}
@@ -144,15 +155,33 @@ def export(context: Context, kind: str, folder: Path, asked: Asked, alpha: float
     )
     notes = {"sweep": context.settings.name, **ground._asdict(), "d_new": d_new, "alpha": alpha}
     if ground.target == "change":
-        notes["use"] = "add to the un-finetuned MLP's output, or to base(x) + error(x), error(x) = y_un(x) - base(x)"
+        error = "error(x) = y_un(x) - base(x), the base's error on the un-finetuned MLP"
+        notes["use"] = f"add to the un-finetuned MLP's output, or to base(x) + error(x), {error}"
+        if onto_bases:
+            notes["use"] = f"holds base(x) + alpha * delta(x); the finetuned MLP also needs the error node {error}"
         notes["bos"] = "what the deltas add at BOS, where no transcoder is read, is left out"
     if kind == "gemma-scope":
-        return exports.write_gemma_scope(fused, model, folder, _average_l0(context, ground, d_new), notes)
+        average_l0 = _average_l0(context, ground, d_new)
+        for layer, base in bases.items():
+            average_l0[layer] += base.average_l0
+        return exports.write_gemma_scope(fused, model, folder, average_l0, notes)
     if kind == "saelens":
         return exports.write_saelens(fused, model, folder, notes)
     if kind == "circuit-tracer":
         return exports.write_circuit_tracer(fused, model, folder, notes)
     raise RequestError(f"--format: got {kind!r}, allowed are gemma-scope, saelens and circuit-tracer")
+
+
+def _bases(context: Context, asked: Asked, layers: list[int]) -> dict[int, Candidate]:
+    """The base transcoders of those of `layers` that have one; raises RequestError where none has."""
+    known = [layer for layer in layers if layer in context.layers_of("residual")]
+    if not known:
+        raise RequestError(
+            f"--onto-bases: the sweep {context.settings.name} has no base transcoders; they come with residual among "
+            "deltas.targets"
+        )
+    ground, _ = combination(context, Asked("residual", asked.percentile, asked.d_new))
+    return {layer: chosen_base(context, layer, ground.percentile) for layer in known}
 
 
 def _average_l0(context: Context, ground: Ground, d_new: int) -> dict[int, float]:
