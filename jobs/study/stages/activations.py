@@ -24,8 +24,8 @@ from trainers.activations import captured_columns
 from trainers.capture import BOS_FILE, Plan, finish_capture, layer_folder
 
 SPLITS = ("train", "validation")
-SHARD_TOKENS = 16384
-"""Tokens per shard: the unit of work, of resuming and of memory."""
+SHARDS, SHARD_TOKENS = 8, (4096, 16384)
+"""A split is cut into so many shards, of tokens between these bounds: the unit of work, of resuming and of memory."""
 
 
 class Text(NamedTuple):
@@ -181,7 +181,8 @@ def plan_of(text: Text) -> Plan:
             if held < text.tokens and len(ids) > 1:
                 sequences.append(ids[: text.max_length])
                 held += len(sequences[-1]) - 1
-    return Plan.make(sequences, text.batch_tokens, SHARD_TOKENS, text.seed)
+    least, most = SHARD_TOKENS
+    return Plan.make(sequences, text.batch_tokens, min(most, max(least, text.tokens // SHARDS)), text.seed)
 
 
 def _texts(context: Context) -> list[Text]:
