@@ -35,8 +35,7 @@ Overrides = Annotated[
 Address = Annotated[
     str | None,
     typer.Option(
-        help="A running Ray cluster: auto or HOST:PORT on one of its nodes, ray://HOST:PORT from outside. "
-        "Default: start Ray on this machine."
+        help="A running Ray cluster: auto or HOST:PORT on a node, ray://HOST:PORT from outside. Default: one of its own."
     ),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster that others can use without a token.")]
@@ -215,13 +214,14 @@ def export(
     ] = False,
 ) -> None:
     """Write change deltas, or bases and residual deltas fused, as one transcoder per layer in another tool's format."""
-    from jobs.commands.finished import Asked
-    from jobs.commands.finished import export as run
+    from jobs.commands import finished
     from jobs.study.context import Context
     from search_spaces.load import load
 
     context = Context(load(config, overrides or []))
-    for path in run(context, kind, Path(folder), Asked(deltas, percentile, d_new), alpha, onto_bases):
+    for path in finished.export(
+        context, kind, Path(folder), finished.Asked(deltas, percentile, d_new), alpha, onto_bases
+    ):
         print(path)
 
 
