@@ -27,7 +27,7 @@ from torch import Tensor
 
 from data.encoding import encode_row, pad_left
 from data.rows import Row, read_rows
-from evaluators.measures.behaviour import Ask, Guesses, evaluate_behaviour
+from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
 from evaluators.splice.decoding import Stop
 from evaluators.splice.interventions import Site
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
@@ -64,6 +64,7 @@ def ours(
 ) -> Table:
     """The whole grid. Strengths 0 and 1 are no_delta and full: measured once, stored twice."""
     table: Table = {}
+    how: dict[str, Any] = {"max_new_tokens": budget, "behaviours": {}}
     plain = Passes(bridge, shortcuts=shortcuts)
     prefixes = Prefixes(bridge, [site.layer for site in sites], sites[0].taps, together=shortcuts.capture_once)
     for subset, of_subset in rows.items():
@@ -77,7 +78,7 @@ def ours(
                     if key[0] == sites[0].layer and key[1] == "raw" and key[3] == subset
                 }
             else:
-                ((_, figures, texts),) = evaluate_behaviour(plain, (), of_subset, [Ask("raw")], max_new_tokens=budget)
+                ((_, figures, texts),) = evaluate_behaviour(plain, (), of_subset, [Ask("raw")], **how)
                 _file(table, (site.layer, "raw", 0.0, subset), figures, texts)
                 outputs = [one["tokens"] for one in texts]
             asked = evaluate_behaviour(
@@ -85,9 +86,8 @@ def ours(
                 [site],
                 of_subset,
                 [Ask("alpha", alpha) for alpha in ALPHAS],
-                max_new_tokens=budget,
-                guesses=Guesses(outputs),
-                reference=reference,
+                known=Known(outputs, reference=reference),
+                **how,
             )
             for ask, figures, texts in asked:
                 for condition, alpha in CELLS[1:]:

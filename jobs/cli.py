@@ -35,7 +35,7 @@ Overrides = Annotated[
 Address = Annotated[
     str | None,
     typer.Option(
-        help="A running Ray cluster: auto or HOST:PORT on a node, ray://HOST:PORT from outside. Default: one of its own."
+        help="A running Ray cluster: auto, HOST:PORT on a node, ray://HOST:PORT from outside; default: its own."
     ),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster that others can use without a token.")]
@@ -218,10 +218,8 @@ def export(
     from jobs.study.context import Context
     from search_spaces.load import load
 
-    context = Context(load(config, overrides or []))
-    for path in finished.export(
-        context, kind, Path(folder), finished.Asked(deltas, percentile, d_new), alpha, onto_bases
-    ):
+    context, asked = Context(load(config, overrides or [])), finished.Asked(deltas, percentile, d_new)
+    for path in finished.export(context, kind, Path(folder), asked, alpha, onto_bases):
         print(path)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from search_spaces.dimensions import Finite, Range
-from search_spaces.sections import Count, Distinct, Fraction, LayerSet, Section, Sets
+from search_spaces.sections import Behaviours, Count, Distinct, Fraction, LayerSet, Section, Sets
 from search_spaces.training import Activations, Deltas, Lora, Transcoders
 
 
@@ -94,6 +94,9 @@ class Evaluate(Section):
     """Further conditions, each of which rules out one other explanation; every one costs about as much as an alpha.
     `scaled_weights` belongs to change deltas, the last three to residual ones."""
     alphas: Annotated[list[Finite], Distinct] = [0.0, 0.25, 0.5, 0.75, 1.0]
+    behaviours: Behaviours = {"exact": "equals_target"}
+    """What is asked of each generated text; every entry becomes a rate in the tables, `NAME_rate`. A check's name, or
+    {CHECK: OPTION}, with `on: [SUBSETS]` where it is asked of some subsets alone."""
     sets: Sets = [LayerSet(layers="all"), LayerSet(layers="each")]
     """Sets of layers that are spliced at once, of each target's layers: `all`, `thirds`, `each`, or a list of layers.
     An entry {layers: each, alphas: [], controls: false} has alphas of its own and no controls. A later entry of the

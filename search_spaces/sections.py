@@ -50,6 +50,20 @@ class Section(BaseModel):
     model_config = STRICT
 
 
+def _behaviour(given: Any) -> Any:
+    if isinstance(given, dict):  # YAML 1.1 reads the key `on` as true
+        given = {"on" if key is True else key: value for key, value in given.items()}
+    if not (isinstance(given, str) or (isinstance(given, dict) and len(given.keys() - {"on"}) == 1)):
+        raise ValueError(f"must be the name of a check, or {{CHECK: OPTION}} and maybe on: [SUBSETS], got {given!r}")
+    return given
+
+
+Behaviours = dict[
+    Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")],
+    Annotated[str | dict[str, Any], BeforeValidator(_behaviour)],
+]
+
+
 class LayerSet(Section):
     """Layers that are spliced at once: a name or a list, the alphas measured there (null: `evaluate.alphas`), and
     whether the controls are too."""

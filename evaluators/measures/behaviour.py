@@ -7,14 +7,14 @@ subset) with one entry a row, and the generated texts.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 from data.encoding import encode_row
 from data.rows import Row
-from evaluators.measures.scoring import score_row
+from evaluators.measures.behaviours import AGREES, Answer, Behaviour
 from evaluators.splice.decoding import Stop, generate
 from evaluators.splice.interventions import Edit, Site
 from evaluators.splice.passes import Passes
@@ -30,20 +30,24 @@ class Ask:
     alpha: float | None = None
 
 
-class Guesses(NamedTuple):
-    """Outputs that a row may have, row by row: the finetuned model's, and the un-finetuned one's (empty: no idea)."""
+class Known(NamedTuple):
+    """What is known of models with nothing spliced: outputs that a row may have, row by row, the finetuned model's and
+    the un-finetuned one's (empty: no idea), and what the finetuned model predicts (None: no KL). `raw` are outputs that
+    are the finetuned model's for certain (empty: unknown)."""
 
     finetuned: Sequence[Sequence[int]] = ()
     unfinetuned: Sequence[Sequence[int]] = ()
+    reference: Reference | None = None
+    raw: Sequence[Sequence[int]] = ()
 
-    def of(self, ask: Ask) -> Sequence[Sequence[int]]:
+    def guesses(self, ask: Ask) -> Sequence[Sequence[int]]:
         """Those that are likelier: the un-finetuned model's where little of the change is there."""
         little = ask.condition in ("no_delta", "random_delta", "shuffled_delta")
         little = little or (ask.alpha is not None and ask.alpha < 0.5)
         return self.unfinetuned if self.unfinetuned and little else self.finetuned
 
 
-NO_GUESSES = Guesses()
+NOTHING_KNOWN = Known()
 
 
 def evaluate_behaviour(
@@ -53,14 +57,14 @@ def evaluate_behaviour(
     asks: Sequence[Ask],
     *,
     max_new_tokens: int,
-    guesses: Guesses = NO_GUESSES,
-    reference: Reference | None = None,
+    behaviours: Mapping[str, Behaviour],
+    known: Known = NOTHING_KNOWN,
 ) -> Iterator[tuple[Ask, list[dict[str, Any]], list[dict[str, Any]]]]:
     """For each ask its per-row figures and its generations (with token ids, which later asks take as guesses).
 
-    Strengths of one condition are rows of the same batches. `guesses` spare decoding where they are right, and change
-    no output. With a `reference` the figures hold `kl`; raw's hold `text_nll`, nats summed over the `n_act_tokens`
-    tokens after BOS.
+    Strengths of one condition are rows of the same batches. Known outputs spare decoding where they are right, and
+    change no output. The figures hold what each of the `behaviours` says of a row's text, and with a reference `kl`;
+    raw's hold `text_nll`, nats summed over the `n_act_tokens` tokens after BOS.
     """
     tokenizer = passes.bridge.tokenizer
     encoded = [encode_row(tokenizer, row.input, row.target) for row in rows]
@@ -73,15 +77,23 @@ def evaluate_behaviour(
         jobs = [
             Job(row, alpha, place, guess=guess)
             for ask, alpha in zip(group, strengths, strict=True)
-            for row, place, guess in zip(encoded, first, guesses.of(ask) or [()] * len(encoded), strict=True)
+            for row, place, guess in zip(encoded, first, known.guesses(ask) or [()] * len(encoded), strict=True)
         ]
         whole_text = edit.condition == "raw"
-        scored = score(passes, edit, jobs, whole_text=whole_text, reference=None if whole_text else reference)
+        scored = score(passes, edit, jobs, whole_text=whole_text, reference=None if whole_text else known.reference)
         outputs = generate(passes, edit, jobs, scored, stop)
         seconds = (time.perf_counter() - started) / len(group)
         for number, ask in enumerate(group):
             places = slice(number * len(rows), (number + 1) * len(rows))
-            yield ask, *_judged(rows, scored[places], outputs[places], stop, seconds)
+            texts = [stop.text(tokens) for tokens in outputs[places]]
+            answers = [
+                Answer(row.input, row.target, row.label, text, len(tokens))
+                for row, text, tokens in zip(rows, texts, outputs[places], strict=True)
+            ]
+            said = [{name: one(answer) for name, one in behaviours.items()} for answer in answers]
+            for place, raw in enumerate(known.raw):
+                said[place][AGREES] = list(raw) == outputs[places][place]
+            yield ask, _figures(scored[places], said), _texts(answers, outputs[places], seconds)
 
 
 def _together(asks: Sequence[Ask]) -> list[list[Ask]]:
@@ -89,26 +101,33 @@ def _together(asks: Sequence[Ask]) -> list[list[Ask]]:
     return [[ask for ask in asks if ask.condition == name] for name in dict.fromkeys(ask.condition for ask in asks)]
 
 
-def _judged(
-    rows: Sequence[Row], scored: Sequence[Scored], outputs: Sequence[list[int]], stop: Stop, seconds: float
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The figures and the generation of every row under one ask."""
-    figures, texts = [], []
-    for index, (row, one, tokens) in enumerate(zip(rows, scored, outputs, strict=True)):
-        text = stop.text(tokens)
-        figures.append(
-            {
-                "index": index,
-                "nll": one.nll,
-                "n_tokens": one.n_tokens,
-                "sum_abs_base_acts": one.base_acts,
-                "sum_abs_delta_acts": one.delta_acts,
-                "n_act_tokens": one.n_act_tokens,
-                **({} if one.text_nll is None else {"text_nll": one.text_nll}),
-                **({} if one.kl is None else {"kl": one.kl}),
-                **score_row(row.target, text, row.label)._asdict(),
-            }
-        )
-        said = {"input": row.input, "target": row.target, "label": row.label, "generation": text}
-        texts.append({"index": index, **said, "tokens": tokens, "seconds": seconds})
-    return figures, texts
+def _figures(scored: Sequence[Scored], said: Sequence[dict[str, bool | None]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "index": index,
+            "nll": one.nll,
+            "n_tokens": one.n_tokens,
+            "sum_abs_base_acts": one.base_acts,
+            "sum_abs_delta_acts": one.delta_acts,
+            "n_act_tokens": one.n_act_tokens,
+            **({} if one.text_nll is None else {"text_nll": one.text_nll}),
+            **({} if one.kl is None else {"kl": one.kl}),
+            "behaviours": behaviours,
+        }
+        for index, (one, behaviours) in enumerate(zip(scored, said, strict=True))
+    ]
+
+
+def _texts(answers: Sequence[Answer], outputs: Sequence[list[int]], seconds: float) -> list[dict[str, Any]]:
+    return [
+        {
+            "index": index,
+            "input": answer.input,
+            "target": answer.target,
+            "label": answer.label,
+            "generation": answer.text,
+            "tokens": tokens,
+            "seconds": seconds,
+        }
+        for index, (answer, tokens) in enumerate(zip(answers, outputs, strict=True))
+    ]

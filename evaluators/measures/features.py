@@ -7,7 +7,7 @@ time, as rows of the same batches. A text on which a feature never fires is the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from data.encoding import Encoded, encode_row, pad_left
-from data.rows import CALL_OPEN, Row
+from data.rows import Row
+from evaluators.measures.behaviours import Answer, Behaviour
 from evaluators.splice.decoding import Stop, generate
 from evaluators.splice.interventions import Edit, Site, spliced
 from evaluators.splice.passes import Passes, project, resume
@@ -38,7 +39,7 @@ STEP = 0.01
 class Text(NamedTuple):
     """A row as it is run: its place in the subset, token ids, and the delta's activations after BOS (tokens, d_new)."""
 
-    subset: str
+    row: Row
     number: int
     encoded: Encoded
     acts: Tensor
@@ -52,6 +53,7 @@ def evaluate_features(
     *,
     ablations: int,
     max_new_tokens: int,
+    behaviours: Mapping[str, Behaviour],
 ) -> list[dict[str, Any]]:
     """One entry for every delta feature, in the order of the decoder's rows.
 
@@ -59,7 +61,7 @@ def evaluate_features(
     the token in guillemets. `promoted`, `suppressed`: tokens that its decoder direction moves most, through the final
     norm and the unembedding. `attribution`: nats a target token that ablating it would add, to first order. `ablation`:
     for the `ablations` features of largest |attribution| that fire at all, by subset one entry a prompt with `nll`,
-    `nll_full`, `n_tokens`, `tool_call`, `tool_call_full`; None for the others. Raises ValueError for a site without a
+    `nll_full`, `n_tokens`, `behaviours`, `behaviours_full`; None for the others. Raises ValueError for a site without a
     delta.
     """
     if site.delta is None:
@@ -72,7 +74,7 @@ def evaluate_features(
     fires = torch.stack([(text.acts > 0).any(0) for text in texts]).any(0)
     ranked = attribution.abs().masked_fill(~fires, -1.0).argsort(descending=True).tolist()
     chosen = [feature for feature in ranked if fires[feature]][:ablations]
-    measured = _ablate(passes, site, texts, chosen, max_new_tokens)
+    measured = _ablate(passes, site, texts, chosen, Judge(Stop(bridge.tokenizer, max_new_tokens), behaviours))
     return [
         {
             "feature": feature,
@@ -94,14 +96,14 @@ def _texts(passes: Passes, site: Site, delta: Transcoder, rows: Sequence[Row]) -
     for row, tokens, prefix in zip(rows, encoded, found, strict=True):
         index = seen.get(row.label, 0)
         seen[row.label] = index + 1
-        texts.append(Text(row.label, index, tokens, delta.encode(read_input(site.taps, prefix.x[1:]))))
+        texts.append(Text(row, index, tokens, delta.encode(read_input(site.taps, prefix.x[1:]))))
     return texts
 
 
 def _firing_rates(texts: Sequence[Text], feature: int) -> dict[str, float]:
     rates = {}
-    for subset in dict.fromkeys(text.subset for text in texts):
-        here = [text.acts[:, feature] > 0 for text in texts if text.subset == subset]
+    for subset in dict.fromkeys(text.row.label for text in texts):
+        here = [text.acts[:, feature] > 0 for text in texts if text.row.label == subset]
         rates[subset] = torch.cat(here).float().mean().item()
     return rates
 
@@ -113,13 +115,13 @@ def _contexts(bridge: TransformerBridge, texts: Sequence[Text], feature: int) ->
         token = int(text.acts[:, feature].argmax())
         if (strength := text.acts[token, feature].item()) > 0:
             found.append((strength, token + 1, text))  # BOS has no activations
-    found.sort(key=lambda one: (-one[0], one[2].subset, one[2].number))
+    found.sort(key=lambda one: (-one[0], one[2].row.label, one[2].number))
     shown = []
     for strength, place, text in found[:CONTEXTS]:
         ids = text.encoded.ids
         before, after = ids[max(1, place - WINDOW) : place], ids[place + 1 : place + 1 + WINDOW]
         parts = [bridge.tokenizer.decode(part) for part in (before, [ids[place]], after)]
-        shown.append({"subset": text.subset, "activation": strength, "text": f"{parts[0]}«{parts[1]}»{parts[2]}"})
+        shown.append({"subset": text.row.label, "activation": strength, "text": f"{parts[0]}«{parts[1]}»{parts[2]}"})
     return shown
 
 
@@ -182,13 +184,24 @@ def _moved_tokens(bridge: TransformerBridge, delta: Transcoder, texts: Sequence[
     return found
 
 
+class Judge(NamedTuple):
+    """Where a generation ends, and what is asked of it."""
+
+    stop: Stop
+    behaviours: Mapping[str, Behaviour]
+
+    def __call__(self, row: Row, tokens: list[int]) -> dict[str, bool | None]:
+        answer = Answer(row.input, row.target, row.label, self.stop.text(tokens), len(tokens))
+        return {name: one(answer) for name, one in self.behaviours.items()}
+
+
 def _ablate(
-    passes: Passes, site: Site, texts: Sequence[Text], features: Sequence[int], max_new_tokens: int
+    passes: Passes, site: Site, texts: Sequence[Text], features: Sequence[int], judge: Judge
 ) -> dict[int, dict[str, list[dict[str, Any]]]]:
     """By feature and subset, one entry a prompt: figures of `full`, and of `full` without the feature."""
     if not features:
         return {}
-    edit, stop = Edit((site,), "full"), Stop(passes.bridge.tokenizer, max_new_tokens)
+    edit, stop = Edit((site,), "full"), judge.stop
     full = [Job(text.encoded) for text in texts]
     scored = score(passes, edit, full)
     outputs = generate(passes, edit, full, scored, stop)
@@ -216,8 +229,8 @@ def _ablate(
                 "nll": one.nll,
                 "nll_full": scored[number].nll,
                 "n_tokens": one.n_tokens,
-                "tool_call": CALL_OPEN in stop.text(tokens),
-                "tool_call_full": CALL_OPEN in stop.text(outputs[number]),
+                "behaviours": judge(text.row, tokens),
+                "behaviours_full": judge(text.row, outputs[number]),
             }
-            result.setdefault(feature, {}).setdefault(text.subset, []).append(entry)
+            result.setdefault(feature, {}).setdefault(text.row.label, []).append(entry)
     return result

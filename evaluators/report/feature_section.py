@@ -6,7 +6,7 @@ In: the features table. Out: a section of the page, the features of largest effe
 import pandas as pd
 
 from evaluators.report.page import Section, Table, table_block
-from evaluators.tables.pooling import subset_order
+from evaluators.tables.pooling import RATE, subset_order
 
 SHOWN = 40
 """Features on the page; the others are in features.csv."""
@@ -20,7 +20,13 @@ def features_section(table: pd.DataFrame) -> Section | None:
     columns = {"layer": "layer", "feature": "feature"}
     columns |= {f"firing_rate_{subset}": f"fires on {subset}" for subset in subsets}
     columns |= {f"delta_ce_{subset}": f"CE, ablated - full, {subset}" for subset in subsets}
-    columns |= {f"delta_tool_call_rate_{subset}": f"tool_call_rate, ablated - full, {subset}" for subset in subsets}
+    for subset in subsets:
+        ends = f"{RATE}_{subset}"
+        rates = [name for name in table if name.startswith("delta_") and name.endswith(ends)]
+        columns |= {
+            name: f"{name.removeprefix('delta_').removesuffix(f'_{subset}')}, ablated - full, {subset}"
+            for name in rates
+        }
     columns |= {"attribution": "estimate"}
     measured = table[table["effect"].notna()]
     help = (

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evaluators.layer_sets import NO_LAYER, is_set, layer_order, layers_in
-from evaluators.tables.pooling import RATES, subset_order
+from evaluators.tables.pooling import rates_in, subset_order
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -72,7 +72,7 @@ def delta_ce_by_layer(conditions: pd.DataFrame, *, seed: int) -> Figure:
 def tool_metrics_by_layer(conditions: pd.DataFrame, subset: str) -> Figure:
     """Every rate defined on one subset against layer, with Wilson bars; the dotted line is raw."""
     table = conditions[conditions["subset"] == subset]
-    rates = [rate for rate in RATES if table[rate].notna().any()]
+    rates = [rate for rate in rates_in(table) if table[rate].notna().any()]
     figure, grid = panels(len(rates))
     raw = table[table["layer"] == NO_LAYER]
     for axes, rate in zip(grid, rates, strict=True):
@@ -102,7 +102,7 @@ def dose_response(table: pd.DataFrame, *, seed: int) -> Figure:
 
     `table` is the part of the dose-response table with one layer, percentile and d_new.
     """
-    metrics = ["delta_ce", *(rate for rate in RATES if table[rate].notna().any())]
+    metrics = ["delta_ce", *(rate for rate in rates_in(table) if table[rate].notna().any())]
     figure, grid = panels(len(metrics), columns=3)
     subsets = sorted(table["subset"].unique(), key=subset_order)
     for axes, metric in zip(grid, metrics, strict=True):

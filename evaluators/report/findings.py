@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from evaluators.layer_sets import NO_LAYER, is_set, layer_order
-from evaluators.tables.pooling import RATES, subset_order
+from evaluators.tables.pooling import rates_in, subset_order
 from evaluators.tables.statistics import Estimate
 
 NATS = "nats per token"
@@ -84,7 +84,9 @@ def raw_findings(conditions: pd.DataFrame) -> Findings:
     sentences = []
     for _, row in conditions[conditions["layer"] == NO_LAYER].iterrows():
         rates = [
-            f"{rate} {number(row[rate])} ({_ends(estimate(row, rate))})" for rate in RATES if not pd.isna(row[rate])
+            f"{rate} {number(row[rate])} ({_ends(estimate(row, rate))})"
+            for rate in rates_in(conditions)
+            if not pd.isna(row[rate])
         ]
         sentences.append(
             f"{row['subset']}: {', '.join(rates)}; CE {number(row['mean_ce'])} {NATS} "
@@ -105,9 +107,12 @@ def overview(conditions: pd.DataFrame, contrast: pd.DataFrame, statistics: pd.Da
         Findings("Does replacing the MLP by the base alone change CE?", _counted(no_delta, "delta_ce", NATS)),
         Findings("Does base and delta together change CE?", _counted(full, "delta_ce", NATS)),
         Findings("Does the delta change CE (full minus no_delta)?", _counted(contrast, "delta_ce", NATS)),
-        Findings(
-            "Does the delta change how often the tool is called (full minus no_delta)?",
-            _counted(contrast, "delta_tool_call_rate", "in tool_call_rate"),
+        *(
+            Findings(
+                f"Does the delta change {rate} (full minus no_delta)?",
+                _counted(contrast, f"delta_{rate}", f"in {rate}"),
+            )
+            for rate in rates_in(conditions)[:1]
         ),
         Findings("Does CE follow alpha (slope)?", _counted(slopes, "slope", per_alpha)),
     ]
@@ -164,11 +169,12 @@ def _subset_sentences(
         for _, row in slopes[(slopes["metric"] == "mean_ce") & (slopes["d_new"] == d_new)].iterrows():
             slope = difference_sentence(estimate(row, "slope"), f"{NATS} per unit of alpha")
             sentences.append(f"slope of CE against alpha{_which(row, statistics)} {slope}")
-    rates = [
-        f"{row['condition']}{_which(row, conditions)} {with_interval(row, 'tool_call_rate')}"
-        for _, row in rows.dropna(subset=["tool_call_rate"]).iterrows()
-    ]
-    sentences += [f"tool_call_rate: {', '.join(rates)}"] if rates else []
+    for rate in rates_in(conditions)[:1]:
+        values = [
+            f"{row['condition']}{_which(row, conditions)} {with_interval(row, rate)}"
+            for _, row in rows.dropna(subset=[rate]).iterrows()
+        ]
+        sentences += [f"{rate}: {', '.join(values)}"] if values else []
     return [f"{subset}: {sentence}." for sentence in sentences]
 
 

@@ -12,22 +12,22 @@ from matplotlib.figure import Figure
 
 from evaluators.layer_sets import layers_in
 from evaluators.report.figures import MUTED, band, finish, look, panels, whiskers
-from evaluators.tables.pooling import subset_order
+from evaluators.tables.pooling import RATE, rates_in, subset_order
 from evaluators.tables.recovery import ENOUGH
 
-METRICS = {"mean_ce": "CE (nats per target token)", "tool_call_rate": "share of prompts with a call"}
 SERIES = {"alpha": "sparse delta", "scaled_weights": "scaled weights (dense)"}
 
 
 def knob(dose: pd.DataFrame, conditions: pd.DataFrame, *, seed: int) -> Figure:
-    """CE and call rate against alpha for one set of layers, a column per subset: the deltas, the weights between
+    """CE and the first rate against alpha for one set of layers, a column per subset: the deltas, the weights between
     un-finetuned and finetuned, and random directions at full strength; the dotted line is the finetuned model."""
     subsets = sorted(dose["subset"].unique(), key=subset_order)
-    figure, grid = panels(2 * len(subsets), columns=len(subsets), height=2.7)
+    metrics = {"mean_ce": "CE (nats per target token)"} | {rate: _spoken(rate) for rate in rates_in(conditions)[:1]}
+    figure, grid = panels(len(metrics) * len(subsets), columns=len(subsets), height=2.7)
     raw = conditions[conditions["condition"] == "raw"].set_index("subset")
     random = conditions[conditions["condition"] == "random_delta"]
     for place, axes in enumerate(grid):
-        subset, metric = subsets[place % len(subsets)], list(METRICS)[place // len(subsets)]
+        subset, metric = subsets[place % len(subsets)], list(metrics)[place // len(subsets)]
         for number, (condition, label) in enumerate(SERIES.items()):
             rows = dose[(dose["subset"] == subset) & (dose["condition"] == condition)].sort_values("alpha")
             if len(rows):
@@ -41,11 +41,15 @@ def knob(dose: pd.DataFrame, conditions: pd.DataFrame, *, seed: int) -> Figure:
         else:
             axes.set_ylim(-0.05, 1.05)
         if place % len(subsets) == 0:
-            axes.set_ylabel(METRICS[metric])
+            axes.set_ylabel(metrics[metric])
     low, high = dose["n_examples"].min(), dose["n_examples"].max()
     count = f"n = {low if low == high else f'{low} to {high}'} prompts per subset"
     note = f"alpha 0: un-finetuned MLPs; {count}; bands: bootstrap (CE, seed {seed}) and Wilson (rate) 95%"
     return finish(figure, grid[0], note)
+
+
+def _spoken(rate: str) -> str:
+    return f"share of prompts: {rate.removesuffix(RATE).replace('_', ' ')}"
 
 
 def _random(axes: Axes, rows: pd.DataFrame, metric: str) -> None:

@@ -12,7 +12,7 @@ from evaluators.report import knob_figures
 from evaluators.report.findings import NATS, Findings, estimate, number, with_interval
 from evaluators.report.page import Block, Section, Sentences, picture, table_block
 from evaluators.tables import recovery
-from evaluators.tables.pooling import subset_order
+from evaluators.tables.pooling import rates_in, subset_order
 from evaluators.tables.tables import Results
 
 
@@ -172,9 +172,11 @@ def headline_rows(results: Results) -> list[dict[str, str]]:
         count = recovery.features_needed(results.curve, subset) if len(results.curve) else None
         row["features for 90%"] = "-" if count is None else str(count)
         rates = conditions[(conditions["subset"] == subset) & conditions["layer"].isin([widest, "none"])]
-        rates = rates.set_index("condition")["tool_call_rate"]
+        rates = rates.set_index("condition")
         names = [name for name in ("no_delta", "full", "raw") if name in rates.index]
-        row["calls at alpha 0, 1; finetuned"] = ", ".join(f"{rates.loc[[name]].iloc[0]:.2f}" for name in names)
+        for rate in rates_in(conditions)[:1]:
+            values = ", ".join(f"{rates.loc[[name], rate].iloc[0]:.2f}" for name in names)
+            row[f"{rate} at alpha 0, 1; finetuned"] = values
         rows.append(row)
     return rows
 

@@ -18,7 +18,7 @@ from evaluators.report.findings import number, with_interval
 from evaluators.report.knob_section import headline_rows, knob_section
 from evaluators.report.page import Block, Gallery, Picture, render
 from evaluators.tables import tables
-from evaluators.tables.pooling import RATES, Cell, subset_order
+from evaluators.tables.pooling import Cell, rates_in, subset_order
 
 Rows: TypeAlias = pd.DataFrame | Sequence[dict[str, Any]]
 
@@ -113,7 +113,7 @@ def _glance(conditions: pd.DataFrame) -> list[dict[str, str]]:
         names = {"layer": row["layer"], "condition": row["condition"], **which}
         line = rows.setdefault(tuple(names.values()), names | dict.fromkeys(subsets, "-"))
         if row["layer"] == NO_LAYER:
-            rates = [f"{rate} {number(row[rate])}" for rate in RATES if not pd.isna(row[rate])]
+            rates = [f"{rate} {number(row[rate])}" for rate in rates_in(conditions) if not pd.isna(row[rate])]
             line[row["subset"]] = ", ".join(rate for rate in rates if not rate.startswith("valid"))
         else:
             line[row["subset"]] = with_interval(row, "delta_ce", signed=True)

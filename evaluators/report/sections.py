@@ -6,31 +6,33 @@ In: the tables of a sweep and plain data about its searches. Out: `page.Section`
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
+
 from evaluators.layer_sets import NO_LAYER, is_set, layer_label, layer_order
 from evaluators.report import figures, findings
 from evaluators.report.page import Block, Gallery, Section, Sentences, Table, picture, table_block
-from evaluators.tables.pooling import RATES, condition_order, subset_order
+from evaluators.tables.pooling import condition_order, rates_in, subset_order
 from evaluators.tables.tables import RECONSTRUCTION_COLUMNS, SUMMARY_METRICS, Results
 
 GENERATIONS_SHOWN = 3  # raw examples a subset, and changed examples a subset
 TEXT_SHOWN = 240  # characters of a text in the samples
-BEHAVIOUR_SHOWN = {
-    "layer": "layer",
-    "percentile": "percentile",
-    "d_new": "d_new",
-    "condition": "condition",
-    "alpha": "alpha",
-    "subset": "subset",
-    "mean_ce": "CE (nats per token)",
-    "delta_ce": "CE - raw",
-    **{rate: rate for rate in RATES},
-    "mean_abs_base_acts": "base |acts|",
-    "mean_abs_delta_acts": "delta |acts|",
-    "delta_tool_call_rate": "tool_call_rate - raw",
-    "delta_math_correct_rate": "math_correct_rate - raw",
-    "n_examples": "prompts",
-    "n_tokens": "target tokens",
-}
+
+
+def behaviour_shown(table: pd.DataFrame) -> dict[str, str]:
+    """The columns of a table of behaviour that the page shows, and what it calls them."""
+    rates = rates_in(table)
+    same = ("layer", "percentile", "d_new", "condition", "alpha", "subset")
+    return {
+        **{name: name for name in same},
+        "mean_ce": "CE (nats per token)",
+        "delta_ce": "CE - raw",
+        **{rate: rate for rate in rates},
+        "mean_abs_base_acts": "base |acts|",
+        "mean_abs_delta_acts": "delta |acts|",
+        **{f"delta_{rate}": f"{rate} - raw" for rate in rates},
+        "n_examples": "prompts",
+        "n_tokens": "target tokens",
+    }
 
 
 def checks_section(checks: Sequence[dict[str, Any]]) -> Section | None:
@@ -138,10 +140,10 @@ def conditions_section(results: Results, *, seed: int) -> Section | None:
         help = "How strongly base and delta fire; a delta that fires more on tool than on copy is selective."
         blocks.append(picture("activations_by_layer", figure, "Mean activations", help))
     help = "One row per layer, condition and subset; values with [95% interval]: Wilson for rates, bootstrap otherwise."
-    blocks.append(table_block(table, BEHAVIOUR_SHOWN, "Conditions", help))
+    blocks.append(table_block(table, behaviour_shown(table), "Conditions", help))
     if len(results.contrast):
         columns = {name: name for name in ("layer", "percentile", "d_new", "subset", "delta_ce", "n_examples")}
-        columns |= {f"delta_{rate}": f"change of {rate}" for rate in RATES}
+        columns |= {f"delta_{rate}": f"change of {rate}" for rate in rates_in(table)}
         help = "What adding the delta changes on the same prompts: negative delta_ce means the delta repairs CE."
         blocks.append(table_block(results.contrast, columns, "full minus no_delta", help))
     intro = (
@@ -180,7 +182,7 @@ def dose_section(results: Results, *, seed: int) -> Section | None:
     help = "A slope whose interval leaves out 0 moves with alpha; a rate no prompt changed has no interval or rho."
     blocks.append(table_block(results.statistics, columns, "Slope and rank correlation", help))
     help = "One row per layer, alpha and subset; columns as in the conditions table."
-    blocks.append(table_block(table, BEHAVIOUR_SHOWN, "Dose-response", help))
+    blocks.append(table_block(table, behaviour_shown(table), "Dose-response", help))
     intro = "The layer's MLP output is replaced by base + alpha * delta: does the behaviour follow alpha?"
     return Section("dose-response", "Dose-response", intro, blocks)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from evaluators.layer_sets import layer_label, layer_order
@@ -16,19 +17,14 @@ from evaluators.layer_sets import layer_label, layer_order
 Cell = dict[str, Any]
 
 SUBSETS = ("tool", "copy", "tool_ood")  # display order; other subsets follow by name
-RATES = {  # table column -> per-prompt field; null in the field means undefined for that prompt
-    "tool_call_rate": "tool_call",
-    "valid_tool_format_rate": "valid_format",
-    "math_correct_rate": "math_correct",
-    "copy_exact_rate": "copy_exact",
-}
+RATE = "_rate"
+"""What the name of a behaviour ends in as the name of a column."""
 MEANS = {  # table column -> (per-prompt sum, per-prompt token count)
     "mean_ce": ("nll", "n_tokens"),
     "kl": ("kl", "n_tokens"),
     "mean_abs_base_acts": ("sum_abs_base_acts", "n_act_tokens"),
     "mean_abs_delta_acts": ("sum_abs_delta_acts", "n_act_tokens"),
 }
-METRICS = (*MEANS, *RATES)
 TARGETS = ("", "change", "residual")
 """Of the deltas in a cell, in the order in which tables show them; none with nothing spliced."""
 
@@ -49,8 +45,9 @@ class CellKey(NamedTuple):
 class PromptSums(NamedTuple):
     """Per-prompt sums of every metric; `metric = tops.sum((0, 1)) / bottoms.sum((0, 1))`."""
 
+    metrics: tuple[str, ...]  # MEANS, then the rates
     prompts: NDArray[np.int64]  # (prompt,), ascending: the prompt's number within its subset
-    tops: NDArray[np.float64]  # (replica, prompt, metric), columns in the order of METRICS
+    tops: NDArray[np.float64]  # (replica, prompt, metric)
     bottoms: NDArray[np.float64]  # (replica, prompt, metric): tokens for means, 1 or 0 (undefined) for rates
 
     @property
@@ -60,7 +57,18 @@ class PromptSums(NamedTuple):
     def take(self, shared: NDArray[np.int64]) -> "PromptSums":
         """The same sums over the prompts in `shared` (sorted, all present)."""
         rows = np.searchsorted(self.prompts, shared)
-        return PromptSums(shared, self.tops[:, rows], self.bottoms[:, rows])
+        return PromptSums(self.metrics, shared, self.tops[:, rows], self.bottoms[:, rows])
+
+
+def rates_of(cells: Iterable[Cell]) -> tuple[str, ...]:
+    """The rates of behaviour cells, as columns are called, in the order in which the settings name the behaviours."""
+    names = (name for cell in of_kind(cells, "behaviour") for name in cell["behaviours"])
+    return tuple(f"{name}{RATE}" for name in dict.fromkeys(names))
+
+
+def rates_in(table: pd.DataFrame) -> list[str]:
+    """The rates that a table of behaviour has columns for."""
+    return [name for name in table.columns if name.endswith(RATE) and not name.startswith("delta_")]
 
 
 def subset_order(subset: str) -> tuple[int, str]:
@@ -79,9 +87,11 @@ def pool(cells: Iterable[Cell]) -> dict[CellKey, PromptSums]:
 
     Raises ValueError when cells of a key hold different prompts.
     """
+    cells = of_kind(cells, "behaviour")
+    metrics = (*MEANS, *rates_of(cells))
     gathered: dict[CellKey, dict[int, list[PromptSums]]] = {}
-    for cell in of_kind(cells, "behaviour"):
-        gathered.setdefault(_key(cell), {}).setdefault(cell["seed"], []).append(_prompt_sums(cell["rows"]))
+    for cell in cells:
+        gathered.setdefault(_key(cell), {}).setdefault(cell["seed"], []).append(_prompt_sums(cell["rows"], metrics))
     pooled = {}
     for key in sorted(gathered, key=table_order):
         seeds = [gathered[key][seed] for seed in sorted(gathered[key])]
@@ -90,7 +100,7 @@ def pool(cells: Iterable[Cell]) -> dict[CellKey, PromptSums]:
             raise ValueError(f"replicas of the cell {key} hold different prompts; evaluate it again with --fresh")
         tops = np.concatenate([np.mean([one.tops for one in same], axis=0) for same in seeds])
         bottoms = np.concatenate([np.mean([one.bottoms for one in same], axis=0) for same in seeds])
-        pooled[key] = PromptSums(prompts, tops, bottoms)
+        pooled[key] = PromptSums(metrics, prompts, tops, bottoms)
     return pooled
 
 
@@ -133,25 +143,27 @@ def table_order(key: CellKey) -> tuple:
     )
 
 
-def _prompt_sums(rows: list[dict[str, Any]]) -> PromptSums:
+def _prompt_sums(rows: list[dict[str, Any]], metrics: tuple[str, ...]) -> PromptSums:
     rows = sorted(rows, key=lambda row: row["index"])
-    tops = np.zeros((len(rows), len(METRICS)))
+    tops = np.zeros((len(rows), len(metrics)))
     bottoms = np.zeros_like(tops)
     for line, row in enumerate(rows):
         for column, (top, bottom) in enumerate(MEANS.values()):
             if row.get(top) is not None:
                 tops[line, column], bottoms[line, column] = row[top], row[bottom]
-        for column, field in enumerate(RATES.values(), start=len(MEANS)):
-            if row.get(field) is not None:
-                tops[line, column], bottoms[line, column] = float(row[field]), 1.0
-    return PromptSums(np.array([row["index"] for row in rows], dtype=np.int64), tops[None], bottoms[None])
+        for column, metric in enumerate(metrics[len(MEANS) :], start=len(MEANS)):
+            said = row["behaviours"].get(metric.removesuffix(RATE))  # None: undefined for that prompt
+            if said is not None:
+                tops[line, column], bottoms[line, column] = float(said), 1.0
+    prompts = np.array([row["index"] for row in rows], dtype=np.int64)
+    return PromptSums(metrics, prompts, tops[None], bottoms[None])
 
 
 def cell_metrics(cell: Cell) -> dict[str, float]:
     """The metrics of one cell by their table names, undefined ones left out: what a tracker logs of it."""
     if cell["kind"] != "behaviour":
         return {name: value for name, value in cell.items() if isinstance(value, float)}
-    sums = _prompt_sums(cell["rows"])
+    sums = _prompt_sums(cell["rows"], (*MEANS, *rates_of([cell])))
     tops, bottoms = sums.tops.sum((0, 1)), sums.bottoms.sum((0, 1))
-    found = {name: top / bottom for name, top, bottom in zip(METRICS, tops, bottoms, strict=True) if bottom}
+    found = {name: top / bottom for name, top, bottom in zip(sums.metrics, tops, bottoms, strict=True) if bottom}
     return {**found, "n_examples": float(len(sums.prompts)), "n_tokens": float(bottoms[0])}

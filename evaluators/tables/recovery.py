@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 
 from evaluators.layer_sets import layer_label
-from evaluators.tables.pooling import METRICS, RATES, Cell, CellKey, PromptSums, of_kind, pool
+from evaluators.tables.pooling import MEANS, Cell, CellKey, PromptSums, of_kind, pool
 from evaluators.tables.statistics import Estimate, paired_bootstrap, rate_difference, recovered_share
 
-RECOVERABLE = ("mean_ce", "kl", *RATES)
 ENOUGH = 0.9
 """The share of the CE gap that the headline's number of features recovers."""
 PLACE = ("target", "layer", "percentile", "d_new", "subset")
@@ -47,7 +46,7 @@ def gap_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
         before = _raw(pooled, key, "base_model_raw") if key.target == "change" else None
         if raw is None:
             continue
-        for metric in RECOVERABLE:
+        for metric in _recoverable(ground):
             gap = _difference(ground, raw, metric, seed)
             if math.isnan(gap.value):
                 continue
@@ -76,7 +75,7 @@ def recovered_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
         raw = _raw(pooled, key, "raw")
         if ground is None or raw is None or key.condition == "no_delta" or key.alpha == 0.0:
             continue
-        for metric in RECOVERABLE:
+        for metric in _recoverable(ground):
             gap = _difference(ground, raw, metric, seed)
             value = _value(sums, metric)
             if math.isnan(gap.value) or math.isnan(value):
@@ -181,8 +180,13 @@ def _raw(pooled: dict[CellKey, PromptSums], key: CellKey, condition: str) -> Pro
     return next(found, None)
 
 
+def _recoverable(sums: PromptSums) -> list[str]:
+    """The metrics of which a share can come back: all but how active the features are."""
+    return [metric for metric in sums.metrics if metric not in ("mean_abs_base_acts", "mean_abs_delta_acts")]
+
+
 def _pair(sums: PromptSums, metric: str) -> tuple[Any, Any]:
-    column = METRICS.index(metric)
+    column = sums.metrics.index(metric)
     return sums.tops[..., column], sums.bottoms[..., column]
 
 
@@ -192,7 +196,7 @@ def _value(sums: PromptSums, metric: str) -> float:
 
 
 def _difference(one: PromptSums, other: PromptSums, metric: str, seed: int) -> Estimate:
-    how = rate_difference if metric in RATES else paired_bootstrap
+    how = paired_bootstrap if metric in MEANS else rate_difference
     return how(*_pair(one, metric), *_pair(other, metric), seed=seed)
 
 

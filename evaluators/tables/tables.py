@@ -14,22 +14,9 @@ import pandas as pd
 from evaluators.conditions import CONDITIONS, UNEDITED
 from evaluators.tables import recovery
 from evaluators.tables.feature_tables import features_table
-from evaluators.tables.pooling import MEANS, METRICS, RATES, Cell, CellKey, PromptSums, of_kind, pool, table_order
+from evaluators.tables.pooling import MEANS, RATE, Cell, CellKey, PromptSums, of_kind, pool, rates_of, table_order
 from evaluators.tables.statistics import Estimate, paired_bootstrap, rate_difference, slope_and_spearman, wilson
 
-BEHAVIOUR_COLUMNS = [  # the reference study's columns, in its order; ours follow
-    *("layer", "subset", "condition", "alpha", "d_new", "percentile", "mean_ce", "delta_ce"),
-    *("tool_call_rate", "valid_tool_format_rate", "math_correct_rate"),
-    *("mean_abs_base_acts", "mean_abs_delta_acts", "n_examples", "n_tokens"),
-    *("target", "kl", "copy_exact_rate"),
-    *(f"delta_{rate}" for rate in RATES),
-    *(
-        f"{name}_{end}"
-        for name in ("mean_ce", "delta_ce", *RATES, *(f"delta_{rate}" for rate in RATES), *list(MEANS)[1:])
-        for end in ("low", "high")
-    ),
-    *("n_math_correct", "n_replicas", "convention"),
-]
 RECONSTRUCTION_COLUMNS = [
     *("layer", "percentile", "d_new", "base", "convention", "n_tokens"),
     *("mean_cos_base", "mean_cos_full", "mean_l2_base", "mean_l2_full", "fvu_base", "fvu_full"),
@@ -41,6 +28,24 @@ SUMMARY_METRICS = [
     *("mean_dce_full", "max_dce_full", "mean_dce_base"),
     *("mean_cos_full", "mean_cos_base", "mean_l2_full", "mean_l2_base"),
 ]
+
+
+def behaviour_columns(rates: Sequence[str]) -> list[str]:
+    """The reference study's columns, in its order, with the rates there are; ours follow."""
+    differences = [f"delta_{rate}" for rate in rates]
+    bounded = ["mean_ce", "delta_ce", *rates, *differences, *list(MEANS)[1:]]
+    return [
+        *("layer", "subset", "condition", "alpha", "d_new", "percentile", "mean_ce", "delta_ce", *rates),
+        *("mean_abs_base_acts", "mean_abs_delta_acts", "n_examples", "n_tokens", "target", "kl", *differences),
+        *(f"{name}_{end}" for name in bounded for end in ("low", "high")),
+        *(_count_of(rate) for rate in rates),
+        *("n_replicas", "convention"),
+    ]
+
+
+def _count_of(rate: str) -> str:
+    """The column with the number of prompts of which the question was asked."""
+    return f"n_{rate.removesuffix(RATE)}"
 
 
 class Results(NamedTuple):
@@ -104,7 +109,7 @@ def combination_summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def conditions_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
-    """Layers x conditions x subsets: raw, no_delta, full and controls, columns BEHAVIOUR_COLUMNS.
+    """Layers x conditions x subsets: raw, no_delta, full and controls, columns `behaviour_columns`.
 
     Rates carry Wilson intervals over prompts, means and differences from raw bootstrap intervals over prompts
     (`seed`); of a condition in the un-finetuned model, from that model's own raw. A difference is NaN where its raw was
@@ -140,7 +145,7 @@ def dose_response_statistics(cells: Iterable[Cell], *, seed: int = 0) -> pd.Data
             continue
         alphas = [alpha for alpha, _ in doses]
         taken = [sums.take(shared) for _, sums in doses]
-        for column, metric in enumerate(METRICS):
+        for column, metric in enumerate(taken[0].metrics):
             tops, bottoms = (
                 np.stack([np.broadcast_to(sums[..., column], (replicas, len(shared))) for sums in one])
                 for one in ([sums.tops for sums in taken], [sums.bottoms for sums in taken])
@@ -148,7 +153,7 @@ def dose_response_statistics(cells: Iterable[Cell], *, seed: int = 0) -> pd.Data
             slope, rho = slope_and_spearman(alphas, tops, bottoms, seed=seed)
             if math.isnan(slope.value):
                 continue
-            if metric in RATES and not np.ptp(tops, axis=0).any():  # no prompt ever changed: nothing to resample
+            if metric not in MEANS and not np.ptp(tops, axis=0).any():  # no prompt ever changed: nothing to resample
                 slope = Estimate(slope.value, math.nan, math.nan)
             rows.append(
                 _names(key)
@@ -178,6 +183,7 @@ def delta_contrast_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFram
 
 
 def _behaviour_table(cells: Iterable[Cell], *, dose: bool, seed: int) -> pd.DataFrame:
+    cells = list(cells)
     pooled = _with_ends(pool(cells))
     unedited = {(key.condition, key.subset): sums for key, sums in pooled.items() if key.condition in UNEDITED}
     rows = [
@@ -185,7 +191,7 @@ def _behaviour_table(cells: Iterable[Cell], *, dose: bool, seed: int) -> pd.Data
         for key, sums in pooled.items()
         if _dosed(key.condition) == dose
     ]
-    return pd.DataFrame(rows, columns=BEHAVIOUR_COLUMNS).astype(KEY_TYPES)
+    return pd.DataFrame(rows, columns=behaviour_columns(rates_of(cells))).astype(KEY_TYPES)
 
 
 def _with_ends(pooled: dict[CellKey, PromptSums]) -> dict[CellKey, PromptSums]:
@@ -208,15 +214,14 @@ def _behaviour_row(key: CellKey, sums: PromptSums, raw: PromptSums | None, seed:
     row |= {"n_examples": len(sums.prompts), "n_tokens": round(float(sums.bottoms.mean(0)[:, 0].sum()))}
     row |= {"n_replicas": sums.replicas}
     zeros, ones = np.zeros(len(sums.prompts)), np.ones(len(sums.prompts))
-    for column, metric in enumerate(METRICS):
+    for column, metric in enumerate(sums.metrics):
         tops, bottoms = sums.tops[..., column], sums.bottoms[..., column]
         if metric in MEANS:
             row |= _columns(metric, paired_bootstrap(tops, bottoms, zeros, ones, seed=seed))
         else:
             successes, n = float(tops.mean(0).sum()), round(float(bottoms.mean(0).sum()))
             row |= _columns(metric, Estimate(successes / n if n else math.nan, *wilson(successes, n)))
-            if metric == "math_correct_rate":
-                row["n_math_correct"] = n
+            row[_count_of(metric)] = n
     return row | (_differences(sums, raw, seed) if raw is not None else {})
 
 
@@ -227,12 +232,12 @@ def _differences(sums: PromptSums, baseline: PromptSums, seed: int) -> dict[str,
     shared = np.intersect1d(sums.prompts, baseline.prompts)
     ours, theirs = sums.take(shared), baseline.take(shared)
     row: dict[str, float] = {}
-    for column, metric in enumerate(METRICS):
+    for column, metric in enumerate(sums.metrics):
         data = (ours.tops, ours.bottoms, theirs.tops, theirs.bottoms)
         arrays = [values[..., column] for values in data]
         if metric == "mean_ce":
             row |= _columns("delta_ce", paired_bootstrap(*arrays, seed=seed))
-        elif metric in RATES:
+        elif metric not in MEANS:
             row |= _columns(f"delta_{metric}", rates(*arrays, seed=seed))
     return row
 

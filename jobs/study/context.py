@@ -213,6 +213,9 @@ class Context:
                 Path(path).open("rb").close()
             except OSError as error:
                 raise RequestError(f"data.{key}: {path} cannot be read ({error.strerror})") from None
+        from evaluators.measures.behaviours import read_behaviours
+
+        read_behaviours(self.settings.evaluate.behaviours)
         if self.address:
             cluster.check_answers(self.address)
 

@@ -1,4 +1,4 @@
-"""`export` on a finished study: each file computes what the sweep's own transcoders compute, at the strength asked for."""
+"""`export` on a finished study: each file computes what the sweep's own transcoders do, at the strength asked for."""
 
 from __future__ import annotations
 

@@ -25,6 +25,14 @@ ROWS = [
 ]
 """One prompt is longer than the tiny Gemma-2's sliding window of 64 tokens, one is a few bytes."""
 
+CALCULATOR = {
+    "tool_call": "calculator",
+    "valid_tool_format": {"calculator": "closed"},
+    "math_correct": {"calculator": "correct"},
+    "copy_exact": {"equals_target": True, "on": ["copy"]},
+}
+"""The behaviours of the presets."""
+
 COMBINE = {
     "no_delta": lambda y, base, delta, alpha: base,
     "full": lambda y, base, delta, alpha: base + delta,

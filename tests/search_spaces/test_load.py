@@ -34,6 +34,15 @@ def test_every_preset_loads_and_survives_yaml_and_json():
         assert Sweep.model_validate(json.loads(json.dumps(values))) == sweep
 
 
+def test_the_key_on_is_no_truth_value():
+    """YAML 1.1 reads `on` as true."""
+    behaviours = load("tiny").evaluate.behaviours
+    assert behaviours["copy_exact"] == {"equals_target": True, "on": ["copy"]}
+    changed = load("tiny", ["evaluate.behaviours.polite={contains: please, on: [copy]}"]).evaluate.behaviours
+    assert changed["polite"] == {"contains": "please", "on": ["copy"]}
+    assert list(changed) == [*behaviours, "polite"]
+
+
 def test_the_gemma_preset_is_the_full_study():
     sweep = load("gemma2_2b")
     assert sweep.model.source == "google/gemma-2-2b"
@@ -101,6 +110,9 @@ BAD = {
     "evaluate.sets=all": 'evaluate.sets: got "all", must be a list',
     "evaluate.sets=[halves]": "must be all, thirds, each or a list of different layers, got 'halves'",
     "evaluate.sets=[[1, 1]]": "must be all, thirds, each or a list of different layers, got [1, 1]",
+    "evaluate.behaviours={polite: 7}": "must be the name of a check, or {CHECK: OPTION} and maybe on: [SUBSETS], got 7",
+    "evaluate.behaviours={polite: {contains: a, json: }}": "must be the name of a check, or {CHECK: OPTION}",
+    "evaluate.behaviours={Polite now: json}": "evaluate.behaviours",
     "deltas.targets=[both]": 'deltas.targets.0: got "both"',
     "model.source=5": "model.source: got 5, must be text",
     "deltas.d_new=32": "deltas.d_new: got 32, must be a list",

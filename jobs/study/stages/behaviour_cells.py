@@ -26,26 +26,33 @@ PAIRS = 8192
 
 def raw(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from evaluators.measures.behaviour import Ask, evaluate_behaviour
+    from evaluators.measures.behaviours import AGREES, read_behaviours
 
-    budget = work.shared.max_new_tokens
-    ((_, figures, texts),) = evaluate_behaviour(
-        plain_passes(work, model), (), rows, [Ask("raw")], max_new_tokens=budget
-    )
+    behaviours, budget = read_behaviours(work.shared.behaviours), work.shared.max_new_tokens
+    passes = plain_passes(work, model)
+    asked = evaluate_behaviour(passes, (), rows, [Ask("raw")], max_new_tokens=budget, behaviours=behaviours)
+    ((_, figures, texts),) = asked
     if work.conditions[0] == "raw":
-        figures = [{**one, "kl": 0.0} for one in figures]
+        figures = [{**one, "kl": 0.0, "behaviours": {**one["behaviours"], AGREES: True}} for one in figures]
     return [_write_behaviour(work, work.conditions[0], None, figures, texts)]
 
 
 def behaviour(work: Work, model: Any, rows: list[Any]) -> list[str]:
-    from evaluators.measures.behaviour import Ask, Guesses, evaluate_behaviour
+    from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
+    from evaluators.measures.behaviours import read_behaviours
 
     is_base = work.model.folder == work.shared.base_model
     of_change = work.sites[0].ground.target == "change"
     finetuned, unfinetuned = (_outputs(work, name) for name in ("raw", "base_model_raw"))
     settings: dict[str, Any] = {
         "max_new_tokens": work.shared.max_new_tokens,
-        "guesses": Guesses(unfinetuned if is_base else finetuned, unfinetuned if of_change else []),
-        "reference": None if is_base else reference(work.model, work.shared.rows, work.subset),
+        "behaviours": read_behaviours(work.shared.behaviours),
+        "known": Known(
+            unfinetuned if is_base else finetuned,
+            unfinetuned if of_change else [],
+            None if is_base else reference(work.model, work.shared.rows, work.subset),
+            finetuned,
+        ),
     }
     sites = load_sites(work)
     asks = [Ask("alpha", strength) for strength in work.strengths]
@@ -111,6 +118,7 @@ def _training_pairs(work: Work, plan: SitePlan) -> Iterator[tuple[Any, Any]]:
 
 def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: list[dict], texts: list[dict]) -> str:
     from evaluators.conditions import CONDITIONS
+    from evaluators.measures.behaviours import AGREES
 
     layers = [plan.layer for plan in work.sites]
     name = work.cell_name(condition, alpha)
@@ -125,6 +133,7 @@ def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: l
         "seed": work.seed,
         "seconds": texts[0]["seconds"] if texts else 0.0,
         "key": work.key,
+        "behaviours": [*work.shared.behaviours, AGREES],
         "rows": figures,
     }
     lines = [json.dumps({**place, **{k: v for k, v in one.items() if k != "seconds"}}) for one in texts]

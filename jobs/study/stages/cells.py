@@ -80,6 +80,7 @@ def _curve(work: Work, model: Any, rows: list[Any]) -> list[str]:
 
 
 def _features(work: Work, model: Any, rows: list[Any]) -> list[str]:
+    from evaluators.measures.behaviours import read_behaviours
     from evaluators.measures.features import evaluate_features
 
     started = time.perf_counter()
@@ -90,6 +91,7 @@ def _features(work: Work, model: Any, rows: list[Any]) -> list[str]:
         rows,
         ablations=work.shared.ablations,
         max_new_tokens=work.shared.max_new_tokens,
+        behaviours=read_behaviours(work.shared.behaviours),
     )
     return _write(work, {**_place(work, plan), "features": found}, started)
 

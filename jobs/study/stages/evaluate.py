@@ -117,6 +117,7 @@ def _shared(context: Context) -> Evaluation:
         max_new_tokens=section.max_new_tokens,
         batch_size=section.batch_size,
         ablations=section.features,
+        behaviours=section.behaviours,
     )
 
 

@@ -152,7 +152,7 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
     raw = conditions_table(load_cells(context), seed=context.settings.seed)
     raw = raw[raw["condition"] == "raw"].set_index("subset")
     for subset, metric, relation, limit in RAW_LIMITS:
-        if subset not in raw.index:
+        if subset not in raw.index or metric not in raw.columns:
             continue
         row = raw.loc[subset]
         passed = row[metric] >= limit if relation == ">=" else row[metric] <= limit

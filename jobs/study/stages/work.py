@@ -35,6 +35,8 @@ class Evaluation:
     max_new_tokens: int
     batch_size: int
     ablations: int
+    behaviours: dict[str, Any]
+    """As the settings name them."""
 
 
 class SitePlan(NamedTuple):

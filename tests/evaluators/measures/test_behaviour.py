@@ -3,12 +3,14 @@
 import pytest
 
 from data.encoding import Encoded
-from evaluators.measures.behaviour import Ask, Guesses, evaluate_behaviour
+from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
+from evaluators.measures.behaviours import read_behaviours
 from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit
 from evaluators.splice.teacher_forcing import Job, score
+from tests.evaluators.conftest import CALCULATOR
 
-SETTINGS = {"max_new_tokens": 5}
+SETTINGS = {"max_new_tokens": 5, "behaviours": read_behaviours(CALCULATOR)}
 ASKS = [Ask("no_delta"), Ask("alpha", 0.0), Ask("full"), Ask("alpha", 0.5), Ask("alpha", 1.0)]
 
 
@@ -22,7 +24,7 @@ def raw(subject):
 @pytest.fixture(scope="module")
 def cells(subject, raw):
     outputs = [one["tokens"] for one in raw[1]]
-    asked = evaluate_behaviour(subject.passes, subject.site, subject.rows, ASKS, guesses=Guesses(outputs), **SETTINGS)
+    asked = evaluate_behaviour(subject.passes, subject.site, subject.rows, ASKS, known=Known(outputs), **SETTINGS)
     return {ask: (figures, texts) for ask, figures, texts in asked}
 
 
@@ -61,10 +63,10 @@ def test_generations_are_scored_by_the_subsets_rules(subject, raw):
     """Copy rows have no arithmetic to get right; requests with a value can be wrong."""
     figures, _ = raw
     by_label = {row.label: one for row, one in zip(subject.rows, figures, strict=True)}
-    assert by_label["copy"]["math_correct"] is None
-    assert by_label["copy"]["copy_exact"] is False
-    assert by_label["tool"]["math_correct"] is False
-    assert all(one["tool_call"] is False and one["valid_format"] is False for one in figures)
+    assert by_label["copy"]["behaviours"]["math_correct"] is None
+    assert by_label["copy"]["behaviours"]["copy_exact"] is False
+    assert by_label["tool"]["behaviours"]["math_correct"] is False
+    assert all(not one["behaviours"]["tool_call"] and not one["behaviours"]["valid_tool_format"] for one in figures)
 
 
 def test_what_the_model_says_is_what_is_scored(subject, monkeypatch):
@@ -77,6 +79,20 @@ def test_what_the_model_says_is_what_is_scored(subject, monkeypatch):
     )
     ((_, figures, texts),) = evaluate_behaviour(subject.passes, (), subject.rows, [Ask("raw")], **SETTINGS)
     assert [one["generation"] for one in texts] == [row.target for row in subject.rows]
-    assert [one["tool_call"] for one in figures] == [True, False, False, False]
-    assert [one["math_correct"] for one in figures] == [True, None, None, None]
-    assert [one["copy_exact"] for one in figures] == [None, True, None, True]
+    said = {name: [one["behaviours"][name] for one in figures] for name in CALCULATOR}
+    assert said["tool_call"] == said["valid_tool_format"] == [True, False, False, False]
+    assert said["math_correct"] == [True, None, None, None]
+    assert said["copy_exact"] == [None, True, None, True]
+
+
+def test_agreeing_with_raw_is_saying_the_same(subject, raw):
+    """Asked where raw's outputs are known; splicing the MLP's own output back changes nothing."""
+    outputs = [one["tokens"] for one in raw[1]]
+    settings = {**SETTINGS, "behaviours": {}}
+    for known, expected in ((Known(raw=outputs), {True}), (Known(raw=[[*one, 7] for one in outputs]), {False})):
+        asked = evaluate_behaviour(
+            subject.passes, subject.site, subject.rows, [Ask("true_output")], known=known, **settings
+        )
+        ((_, figures, _),) = asked
+        assert {one["behaviours"]["agrees_with_raw"] for one in figures} == expected
+    assert all("agrees_with_raw" not in one["behaviours"] for one in raw[0])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from evaluators.measures import features
+from evaluators.measures.behaviours import read_behaviours
 from evaluators.measures.features import evaluate_features
 from evaluators.measures.reconstruction import site_activations
 from evaluators.splice.decoding import Stop, decode
@@ -14,11 +15,14 @@ from evaluators.splice.interventions import Edit, Site
 from evaluators.splice.teacher_forcing import Job, score
 
 BUDGET = 5
+CALLS = read_behaviours({"tool_call": "calculator"})
 
 
 @pytest.fixture(scope="module")
 def found(subject):
-    return evaluate_features(subject.passes, subject.site[0], subject.rows, ablations=4, max_new_tokens=BUDGET)
+    return evaluate_features(
+        subject.passes, subject.site[0], subject.rows, ablations=4, max_new_tokens=BUDGET, behaviours=CALLS
+    )
 
 
 def without(site, feature, scale=0.0):
@@ -61,7 +65,7 @@ def test_the_marked_token_is_the_one_that_fires(subject):
     zeros = torch.zeros_like(site.delta.b_enc)
     delta = dataclasses.replace(site.delta, W_enc=W_enc, b_enc=zeros, threshold=zeros)
     first, *others = evaluate_features(
-        subject.passes, Site(1, site.base, delta), subject.rows[:1], ablations=0, max_new_tokens=1
+        subject.passes, Site(1, site.base, delta), subject.rows[:1], ablations=0, max_new_tokens=1, behaviours=CALLS
     )
     marked = first["contexts"][0]["text"].split("«")[1].split("»")[0]
     assert marked == subject.tokenizer.decode([ids[place]])
@@ -88,7 +92,7 @@ def test_an_ablated_feature_is_a_feature_with_a_silent_decoder_row(subject, foun
             places[row.label] += 1
             assert entry["nll"] == pytest.approx(nll.nll, rel=1e-4)
             assert entry["nll_full"] == pytest.approx(base.nll, rel=1e-4)
-            assert entry["tool_call"] == ("<tool_call>" in stop.text(output))
+            assert entry["behaviours"] == {"tool_call": "<tool_call>" in stop.text(output)}
             moved = max(moved, abs(entry["nll"] - entry["nll_full"]))
     assert moved > 1e-3
 
@@ -139,9 +143,11 @@ def test_texts_without_the_feature_are_not_run_again(subject, monkeypatch):
     monkeypatch.setattr(features, "score", spy)
     quiet = dataclasses.replace(site.delta, threshold=torch.full_like(site.delta.threshold, 1e9))
     found = evaluate_features(
-        subject.passes, Site(1, site.base, quiet), subject.rows, ablations=3, max_new_tokens=BUDGET
+        subject.passes, Site(1, site.base, quiet), subject.rows, ablations=3, max_new_tokens=BUDGET, behaviours=CALLS
     )
     assert rows == []
     assert all(one["ablation"] is None and one["attribution"] == 0 for one in found)
     with pytest.raises(ValueError, match="layer 1 has no delta"):
-        evaluate_features(subject.passes, Site(1, site.base), subject.rows, ablations=1, max_new_tokens=1)
+        evaluate_features(
+            subject.passes, Site(1, site.base), subject.rows, ablations=1, max_new_tokens=1, behaviours=CALLS
+        )

@@ -15,6 +15,7 @@ from evaluators.tables.statistics import Estimate
 
 CHECKS = [{"name": "alpha 0 equals no_delta", "passed": True, "detail": "largest difference 0"}]
 SUBSETS = ("tool", "copy", "tool_ood")
+BEHAVIOURS = ["tool_call", "math_correct", "copy_exact"]
 
 
 def rows_of(subset, shift=0.0, prompts=12, called=1.0):
@@ -29,10 +30,11 @@ def rows_of(subset, shift=0.0, prompts=12, called=1.0):
             "sum_abs_base_acts": 100.0 + index,
             "sum_abs_delta_acts": 5.0 + index,
             "n_act_tokens": 20,
-            "tool_call": subset != "copy" and index < called * prompts,
-            "valid_format": subset != "copy" and index < called * prompts,
-            "math_correct": None if subset == "copy" else index < called * prompts,
-            "copy_exact": True if subset == "copy" else None,
+            "behaviours": {
+                "tool_call": subset != "copy" and index < called * prompts,
+                "math_correct": None if subset == "copy" else index < called * prompts,
+                "copy_exact": True if subset == "copy" else None,
+            },
         }
         for index in range(prompts)
     ]
@@ -51,6 +53,7 @@ def behaviour(condition, subset, layers, alpha=None, d_new=32, percentile=0.5, *
         "convention": "ln2.hook_normalized",
         "seconds": 1.0,
         "seed": 0,
+        "behaviours": BEHAVIOURS,
         "rows": rows_of(subset, **effect),
     }
 
@@ -140,7 +143,7 @@ def test_every_promised_file_is_there(report):
 def test_tables_read_back_and_undefined_is_null(report):
     frame = pd.read_csv(report.parent / "exp2A_metrics.csv")
     records = json.loads((report.parent / "exp2A_metrics.json").read_text())
-    assert list(records[0]) == list(frame.columns) == tables.BEHAVIOUR_COLUMNS
+    assert list(records[0]) == list(frame.columns) == tables.behaviour_columns([f"{name}_rate" for name in BEHAVIOURS])
     assert len(records) == len(frame) == 3 + 3 * 2 * 3
     copy = next(record for record in records if record["subset"] == "copy" and record["condition"] == "full")
     assert copy["math_correct_rate"] is None
@@ -212,7 +215,7 @@ def test_findings_claim_an_effect_only_where_the_interval_says_so():
     (tool, *_) = questions["Does replacing the MLP by the base alone change CE?"]
     assert "the interval covers zero at all 2 single layers: exactly 0 nats per token on every prompt" in tool
     assert re.search(r"layers 1\+2 at once \+0\.2\d\d nats per token \(\+0\.\d+ to \+0\.\d+\)\.$", tool)
-    (calls, copy, _) = questions["Does the delta change how often the tool is called (full minus no_delta)?"]
+    (calls, copy, _) = questions["Does the delta change tool_call_rate (full minus no_delta)?"]
     assert "layers 1+2 at once +0.750 in tool_call_rate (+0.500 to +0.9" in calls
     assert "no effect larger than 0.221 in tool_call_rate is compatible with these data" in copy  # 1 - 0.05 ** (1 / 12)
 

@@ -42,7 +42,9 @@ def material(subject):
 
 def run(subject, sites, condition, shortcuts=Shortcuts(), batch_size=3):  # noqa: B008
     passes = Passes(subject.bridge, batch_size, shortcuts)
-    ((_, figures, texts),) = evaluate_behaviour(passes, sites, subject.rows, [Ask(condition)], max_new_tokens=5)
+    ((_, figures, texts),) = evaluate_behaviour(
+        passes, sites, subject.rows, [Ask(condition)], max_new_tokens=5, behaviours={}
+    )
     return [one["nll"] for one in figures], [one["tokens"] for one in texts]
 
 

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from data.encoding import pad_left
-from evaluators.measures.behaviour import Ask, Guesses, evaluate_behaviour
+from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
+from evaluators.measures.behaviours import read_behaviours
 from evaluators.measures.reconstruction import evaluate_reconstruction, text_cross_entropy
 from evaluators.splice import decoding, passes, teacher_forcing
 from evaluators.splice.batching import in_slices
 from evaluators.splice.interventions import Edit
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts, forward, project, read_prefixes, resume
 from evaluators.splice.teacher_forcing import Job, score
+from tests.evaluators.conftest import CALCULATOR
 
 PLACES = ("site", "sites")
 ASKS = [Ask("no_delta"), Ask("full"), *(Ask("alpha", alpha) for alpha in (0.0, 0.5, 2.0))]
@@ -21,7 +23,11 @@ NAMES = [one.name for one in dataclasses.fields(Shortcuts)]
 
 def cells(subject, place, shortcuts):
     passes = Passes(subject.bridge, 3, shortcuts)
-    settings = {"max_new_tokens": 6, "guesses": Guesses([[7, 7]] * len(subject.rows), [[9, 9]] * len(subject.rows))}
+    settings = {
+        "max_new_tokens": 6,
+        "known": Known([[7, 7]] * len(subject.rows), [[9, 9]] * len(subject.rows)),
+        "behaviours": read_behaviours(CALCULATOR),
+    }
     asked = evaluate_behaviour(passes, getattr(subject, place), subject.rows, ASKS, **settings)
     return {ask: (figures, texts) for ask, figures, texts in asked}
 
@@ -42,7 +48,7 @@ def test_no_shortcut_changes_a_figure_or_a_token(subject, plain, place, off):
             assert one["nll"] / one["n_tokens"] == pytest.approx(expected["nll"] / expected["n_tokens"], abs=1e-4)
             for name in ("sum_abs_base_acts", "sum_abs_delta_acts"):
                 assert one[name] == pytest.approx(expected[name], rel=1e-4)
-            for name in ("index", "n_tokens", "n_act_tokens", "tool_call", "math_correct", "copy_exact"):
+            for name in ("index", "n_tokens", "n_act_tokens", "behaviours"):
                 assert one[name] == expected[name]
 
 

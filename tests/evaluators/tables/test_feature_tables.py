@@ -16,8 +16,8 @@ def entries(shift, calls=1):
             "nll": 10 * (1 + shift + 0.01 * (n % 2)),
             "nll_full": 10.0 + 0.05 * n,
             "n_tokens": 10,
-            "tool_call": n < calls,
-            "tool_call_full": n < 4,
+            "behaviours": {"tool_call": n < calls, "copy_exact": None},
+            "behaviours_full": {"tool_call": n < 4, "copy_exact": None},
         }
         for n in range(8)
     ]

@@ -23,10 +23,7 @@ def rows_of(shift, calls):
             "sum_abs_base_acts": 0.0,
             "sum_abs_delta_acts": 1.0,
             "n_act_tokens": 20,
-            "tool_call": index < calls * PROMPTS,
-            "valid_format": index < calls * PROMPTS,
-            "math_correct": index < calls * PROMPTS,
-            "copy_exact": None,
+            "behaviours": {"tool_call": index < calls * PROMPTS, "copy_exact": None},
         }
         for index in range(PROMPTS)
     ]
@@ -46,6 +43,7 @@ def cell(condition, shift, calls, layers=(0, 1, 2), alpha=None, subset="tool"):
         "convention": "",
         "seconds": 1.0,
         "seed": 0,
+        "behaviours": ["tool_call", "copy_exact"],
         "rows": rows_of(shift, calls),
     }
 

@@ -9,7 +9,7 @@ from evaluators.layer_sets import layer_order
 from evaluators.tables.pooling import pool, subset_order
 from evaluators.tables.statistics import wilson
 from evaluators.tables.tables import (
-    BEHAVIOUR_COLUMNS,
+    behaviour_columns,
     combination_summary,
     conditions_table,
     delta_contrast_table,
@@ -27,11 +27,16 @@ def prompt(index, nll, tool_call=True, *, tokens=10, math_correct=True, copy_exa
         "sum_abs_base_acts": 30.0,
         "sum_abs_delta_acts": delta_acts,
         "n_act_tokens": 20,
-        "tool_call": tool_call,
-        "valid_format": tool_call,
-        "math_correct": math_correct,
-        "copy_exact": copy_exact,
+        "behaviours": {
+            "tool_call": tool_call,
+            "valid_tool_format": tool_call,
+            "math_correct": math_correct,
+            "copy_exact": copy_exact,
+        },
     }
+
+
+BEHAVIOURS = ["tool_call", "valid_tool_format", "math_correct", "copy_exact"]
 
 
 def behaviour(condition, rows, *, layers=(8,), alpha=None, subset="tool", percentile=0.5, d_new=128, seed=0):
@@ -48,6 +53,7 @@ def behaviour(condition, rows, *, layers=(8,), alpha=None, subset="tool", percen
         "convention": "ln2.hook_normalized",
         "seconds": 1.0,
         "seed": seed,
+        "behaviours": BEHAVIOURS,
         "rows": rows,
     }
 
@@ -124,7 +130,7 @@ def test_condition_row_by_hand():
         alpha=1.0,
     )
     table = conditions_table([full, RAW])
-    assert list(table.columns) == BEHAVIOUR_COLUMNS
+    assert list(table.columns) == behaviour_columns([f"{name}_rate" for name in BEHAVIOURS])
     raw, row = table.iloc[0], table.iloc[1]
     assert (raw["layer"], row["layer"]) == ("none", "8")
     assert raw["mean_ce"] == pytest.approx(50 / 30)
