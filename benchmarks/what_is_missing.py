@@ -26,6 +26,7 @@ from evaluators.tables.statistics import recovered_share
 from jobs.commands.finished import Asked, combination, load_bridge, load_sites
 from jobs.study.context import Context
 from models.blocks import read_paths
+from models.bridge import device_of
 from models.transcoder import without_bos
 from search_spaces.load import load
 
@@ -45,7 +46,8 @@ def main(
     name, *overrides = config or ["quickstart"]
     context = Context(load(name, overrides))
     bridge = load_bridge(context)
-    sites = load_sites(context, None, combination(context, Asked("change")), bridge)
+    kept = load_sites(context, None, combination(context, Asked("change")), bridge)
+    sites = [site.to(device_of(bridge)) for site in kept]
     layers = [site.layer for site in sites]
     before, after = (read_paths(bridge, folder, layers) for folder in (context.model, context.finetuned))
     asked: dict[str, Sequence[Any]] = {

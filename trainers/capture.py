@@ -177,7 +177,9 @@ def write_bos(folder: Path, changes: Mapping[int, Tensor]) -> None:
 
 
 def read_bos(folder: Path) -> dict[int, Tensor]:
-    """The change at BOS of each layer, (d_model,) fp32."""
+    """The change at BOS of each layer that it was captured of, (d_model,) fp32."""
+    if not (folder / BOS_FILE).is_file():
+        return {}
     return {int(layer): one for layer, one in load_file(folder / BOS_FILE).items()}
 
 

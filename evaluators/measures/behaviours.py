@@ -31,6 +31,8 @@ class Answer(NamedTuple):
 Check = Callable[[Answer], bool | None]
 AGREES = "agrees_with_raw"
 """Always asked: is the text the finetuned model's own?"""
+TAKEN = (AGREES, "tokens", "examples", "replicas")
+"""Names whose columns the tables have already: the rate itself, or `n_NAME`."""
 KINDS: dict[str, Callable[[Any], Check]] = {}
 
 
@@ -125,8 +127,9 @@ def python(option: str) -> Check:
     module, _, name = _text(option).partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadOption(f"cannot import {option!r} ({error}); it takes MODULE:FUNCTION") from None
+    except Exception as error:  # the module is the user's: anything may happen while it is imported
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise BadOption(f"cannot import {option!r} ({said}); it takes MODULE:FUNCTION") from None
 
     def check(answer: Answer) -> bool | None:
         said = function(answer.input, answer.target, answer.text)
@@ -137,8 +140,9 @@ def python(option: str) -> Check:
 
 def read_behaviours(asked: Mapping[str, Any]) -> dict[str, Behaviour]:
     """The behaviours by name. Raises DataError, which names the behaviour, for an unknown kind or a wrong option."""
-    if AGREES in asked:
-        raise DataError(f"evaluate.behaviours.{AGREES}: this name is taken, by a question that is always asked")
+    for name in asked:
+        if name in TAKEN or name.startswith("delta_"):
+            raise DataError(f"evaluate.behaviours.{name}: the tables have this name for something else; take another")
     return {name: _read(name, one) for name, one in asked.items()}
 
 

@@ -6,7 +6,7 @@ every row, those of prompts and of targets apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +15,22 @@ from data.encoding import Encoded, encode_row
 from data.rows import Row
 from evaluators.splice.interventions import Site
 from evaluators.splice.passes import Passes, read_prefixes
+from models.blocks import BlockPath
 
 
 @torch.inference_mode()
-def evaluate_change(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) -> list[list[dict[str, Any]]]:
+def evaluate_change(
+    passes: Passes,
+    sites: Sequence[Site],
+    rows: Sequence[Row],
+    exact: tuple[Mapping[int, BlockPath], Mapping[int, BlockPath]] | None = None,
+) -> list[list[dict[str, Any]]]:
     """For each site one entry a row and part (`prompt`, `target`), in the order of the rows.
 
     `change`: sum of |c|^2 over the part's tokens after BOS, c = y - y_un(x) at the raw model's own x; `left`: sum of
-    |c - delta(x)|^2; `active`: features that fire, summed over tokens; `n_tokens`. Raises ValueError for a site whose
-    ground is not a path, or without a delta.
+    |c - delta(x)|^2; `active`: features that fire, summed over tokens; `n_tokens`. With `exact`, the paths of the
+    un-finetuned and the finetuned model in fp32, c is theirs: a model in less shows mostly rounding where finetuning
+    changed little. Raises ValueError for a site whose ground is not a path, or without a delta.
     """
     for site in sites:
         if site.path is None or site.delta is None:
@@ -37,13 +44,18 @@ def evaluate_change(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) 
         captured = read_prefixes(passes.bridge, batch, [site.layer for site in sites], sites[0].taps)
         for number, site in enumerate(sites):
             for i, prefix in zip(chosen, captured[site.layer], strict=True):
-                found[number][i] = _row(site, rows[i], encoded[i], prefix.x[1:], prefix.y[1:].float())
+                x, y = prefix.x[1:], prefix.y[1:].float()
+                before = site.path
+                if exact is not None:
+                    before, after = (paths[site.layer] for paths in exact)
+                    y = after(x).float()
+                assert before is not None
+                found[number][i] = _row(site, rows[i], encoded[i], x, y - before(x).float())
     return [[entry for i in range(len(rows)) for entry in of_site[i]] for of_site in found]
 
 
-def _row(site: Site, row: Row, encoded: Encoded, x: torch.Tensor, y: torch.Tensor) -> list[dict[str, Any]]:
-    assert site.path is not None and site.delta is not None  # noqa: PT018
-    change = y - site.path(x).float()
+def _row(site: Site, row: Row, encoded: Encoded, x: torch.Tensor, change: torch.Tensor) -> list[dict[str, Any]]:
+    assert site.delta is not None
     acts = site.delta.encode(x)
     left = change - site.delta.decode(acts)
     parts = {"prompt": slice(0, len(encoded.prompt) - 1), "target": slice(len(encoded.prompt) - 1, None)}

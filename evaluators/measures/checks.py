@@ -99,18 +99,15 @@ def change_checks(
         for site in sites
     ]
     raw = _logits(bridge, sequences, Edit(), 1.0)
-    with exchanged(bridge, [site.path for site in sites if site.path is not None]):
-        swapped = _logits(bridge, sequences, Edit(), 1.0)
+    found = []
     where = layer_label(layers)
     scale = raw.abs().max().item()
-    found = [
-        _compare(
-            f"alpha = 0 gives the logits of the model with un-finetuned MLPs (layer {where})",
-            lambda: _logits(bridge, sequences, Edit(sites, "alpha"), 0.0),
-            swapped,
-        )
-    ]
     for way, cached in (("in one pass", False), ("token by token with a cache", True)):
+        with exchanged(bridge, [unfinetuned[layer] for layer in layers]):
+            swapped = _logits(bridge, sequences, Edit(), 1.0, cached=cached)
+        name = f"alpha = 0 gives the logits of the model with un-finetuned MLPs, {way} (layer {where})"
+        make = partial(_logits, bridge, sequences, Edit(sites, "alpha"), 0.0, cached=cached)
+        found.append(_compare(name, make, swapped))
         name = f"the true change in a delta's place gives raw's logits, {way} (layer {where})"
         make = partial(_logits, bridge, sequences, Edit(true, "full"), 1.0, bos=True, cached=cached)
         found.append(_compare(name, make, raw, scale * ROUNDING))

@@ -19,7 +19,7 @@ from data.encoding import Encoded, encode_row, pad_left
 from data.rows import Row
 from evaluators.measures.behaviours import Answer, Behaviour
 from evaluators.splice.decoding import Stop, generate
-from evaluators.splice.interventions import Edit, Site, spliced
+from evaluators.splice.interventions import Edit, RowEdits, Site, spliced
 from evaluators.splice.passes import Passes, project, resume
 from evaluators.splice.teacher_forcing import Job, score
 from models.bridge import device_of, read_input
@@ -135,7 +135,8 @@ def _attribution(passes: Passes, site: Site, delta: Transcoder, texts: Sequence[
         batch = pad_left([text.encoded.ids for text in chosen], bridge.tokenizer.pad_token_id).to(device_of(bridge))
         length = batch.ids.shape[1]
         with spliced(bridge, Edit((site,), "full"), above_first=True) as splice:
-            splice.reset(batch.editable, torch.ones(len(chosen), device=batch.ids.device))
+            strengths = torch.ones(len(chosen), device=batch.ids.device)
+            splice.reset(batch.editable, strengths, RowEdits(bos=batch.bos))
             found = prefixes.get(site.layer, [text.encoded.ids for text in chosen])
             residual = splice.start(found, range(len(chosen)), length)
         columns = torch.cat([torch.arange(length - len(text.encoded.target), length) for text in chosen])

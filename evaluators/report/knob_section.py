@@ -101,6 +101,8 @@ def _recovered(results: Results, gaps: pd.DataFrame) -> list[str]:
         if full.empty:
             continue
         text = f"{gap['subset']}: {with_interval(full.iloc[0], 'recovered')} of the gap in CE at alpha 1"
+        for _, row in _others_of(results, gap).iterrows():
+            text += f", {with_interval(row, 'recovered')} of that in {row['metric']}"
         others = rows[rows["condition"].isin(["random_delta", "shuffled_delta", "dense_delta"])]
         controls = [f"{row['condition']} {with_interval(row, 'recovered')}" for _, row in others.iterrows()]
         half = rows[(rows["alpha"] == 0.5) & rows["condition"].isin(["alpha", "scaled_weights"])]
@@ -109,6 +111,13 @@ def _recovered(results: Results, gaps: pd.DataFrame) -> list[str]:
         text += f"; controls: {', '.join(controls)}" if controls else ""
         sentences.append(text + (f"; at alpha 0.5: {', '.join(middle)}." if middle else "."))
     return sentences
+
+
+def _others_of(results: Results, gap: pd.Series) -> pd.DataFrame:
+    """What `full` recovers of the gaps in KL and the rates, where there is one, in the place of a gap in CE."""
+    table = results.recovered[(results.recovered["target"] == "change") & (results.recovered["condition"] == "full")]
+    here = table[(table["layer"] == gap["layer"]) & (table["subset"] == gap["subset"]) & (table["metric"] != "mean_ce")]
+    return here.dropna(subset=["recovered"])
 
 
 def _few(results: Results) -> list[str]:
@@ -142,8 +151,8 @@ def residual_split(deltas: pd.DataFrame) -> list[str]:
         part = row["change_share"] / row["val_fvu_base"]
         sentences.append(
             f"Layer {layer}{base}: the base leaves {number(row['val_fvu_base'])} of the finetuned output's variance"
-            f"{grown}; finetuning changed {number(row['change_share'])} of it at the same input. So the change is at "
-            f"most {part:.1%} of what the delta is trained on; the rest is the base's own error."
+            f"{grown}; finetuning changed {number(row['change_share'])} of it at the same input. So the change is "
+            f"{part:.1%} the size of what the delta is trained on; most of that is the base's own error."
         )
     return sentences
 
@@ -165,16 +174,19 @@ def headline_rows(results: Results) -> list[dict[str, str]]:
         gap = gaps[(gaps["layer"] == widest) & (gaps["subset"] == subset) & (gaps["metric"] == "mean_ce")].iloc[0]
         row = {"subset": subset, "CE swapped - finetuned": with_interval(gap, "gap", signed=True)}
         here = results.recovered[(results.recovered["target"] == "change") & (results.recovered["layer"] == widest)]
-        here = here[(here["subset"] == subset) & (here["metric"] == "mean_ce")].set_index("condition")
+        here = here[here["subset"] == subset]
+        here, kl = (here[here["metric"] == metric].set_index("condition") for metric in ("mean_ce", "kl"))
         for condition, name in (("full", "recovered"), ("random_delta", "random")):
             found = here.loc[[condition]].iloc[0] if condition in here.index else None
             row[name] = "-" if found is None else _share(found)
+            if condition == "full":
+                row["KL recovered"] = _share(kl.loc[["full"]].iloc[0]) if "full" in kl.index else "-"
         count = recovery.features_needed(results.curve, subset) if len(results.curve) else None
         row["features for 90%"] = "-" if count is None else str(count)
         rates = conditions[(conditions["subset"] == subset) & conditions["layer"].isin([widest, "none"])]
         rates = rates.set_index("condition")
         names = [name for name in ("no_delta", "full", "raw") if name in rates.index]
-        for rate in rates_in(conditions)[:1]:
+        for rate in [rate for rate in rates_in(rates) if rates[rate].notna().any()][:1]:
             values = ", ".join(f"{rates.loc[[name], rate].iloc[0]:.2f}" for name in names)
             row[f"{rate} at alpha 0, 1; finetuned"] = values
         rows.append(row)

@@ -114,7 +114,7 @@ def _glance(conditions: pd.DataFrame) -> list[dict[str, str]]:
         line = rows.setdefault(tuple(names.values()), names | dict.fromkeys(subsets, "-"))
         if row["layer"] == NO_LAYER:
             rates = [f"{rate} {number(row[rate])}" for rate in rates_in(conditions) if not pd.isna(row[rate])]
-            line[row["subset"]] = ", ".join(rate for rate in rates if not rate.startswith("valid"))
+            line[row["subset"]] = ", ".join(rates)
         else:
             line[row["subset"]] = with_interval(row, "delta_ce", signed=True)
     return list(rows.values())

@@ -115,14 +115,15 @@ def random_delta(site: Site, material: Material) -> Site:
 
 
 def shuffled_delta(site: Site, material: Material) -> Site:
-    """The delta's outputs on the text, each at the place of another token."""
+    """The delta's outputs on the text, each at the place of another token; a feature at BOS stays."""
     outputs = _delta_of(site)(material.x)
     order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(material.seed))
     return replace(site, pool=outputs[order.to(outputs.device)])
 
 
 def dense_delta(site: Site, material: Material) -> Site:
-    """The linear map of rank d_new that best fits what the delta was trained on (reduced-rank regression)."""
+    """The linear map of rank d_new that best fits what the delta was trained on (reduced-rank regression); a feature at
+    BOS stays."""
     delta = _delta_of(site)
     encoder, decoder = reduced_rank_regression(material.pairs(), without_bos(delta).d_sae)
     encoder, decoder = encoder.to(delta.W_enc), decoder.to(delta.W_dec)

@@ -62,7 +62,7 @@ class PromptSums(NamedTuple):
 
 def rates_of(cells: Iterable[Cell]) -> tuple[str, ...]:
     """The rates of behaviour cells, as columns are called, in the order in which the settings name the behaviours."""
-    names = (name for cell in of_kind(cells, "behaviour") for name in cell["behaviours"])
+    names = (name for cell in of_kind(cells, "behaviour") for name in cell.get("behaviours", ()))
     return tuple(f"{name}{RATE}" for name in dict.fromkeys(names))
 
 
@@ -152,7 +152,7 @@ def _prompt_sums(rows: list[dict[str, Any]], metrics: tuple[str, ...]) -> Prompt
             if row.get(top) is not None:
                 tops[line, column], bottoms[line, column] = row[top], row[bottom]
         for column, metric in enumerate(metrics[len(MEANS) :], start=len(MEANS)):
-            said = row["behaviours"].get(metric.removesuffix(RATE))  # None: undefined for that prompt
+            said = row.get("behaviours", {}).get(metric.removesuffix(RATE))  # None: undefined for that prompt
             if said is not None:
                 tops[line, column], bottoms[line, column] = float(said), 1.0
     prompts = np.array([row["index"] for row in rows], dtype=np.int64)

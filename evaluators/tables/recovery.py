@@ -146,19 +146,21 @@ def change_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
 
 def headlines(gaps: pd.DataFrame, recovered: pd.DataFrame, curve: pd.DataFrame) -> dict[str, float]:
     """The figures by which sweeps compare, by name: of the change deltas in the largest set of layers, on each subset
-    the gap in CE, what the deltas and the random control recover of it, and how many features recover `ENOUGH`."""
+    the gaps in CE, KL and the rates, what the deltas and the random control recover of them, and how many features
+    recover `ENOUGH` of that in CE."""
     found: dict[str, float] = {}
     of_change = gaps[gaps["target"] == "change"]
     if of_change.empty:
         return found
     widest = widest_set(of_change)
     for _, row in of_change[of_change["layer"] == widest].iterrows():
-        if row["metric"] == "mean_ce":
-            found |= {f"gap_ce_{row['subset']}": row["gap"], f"mlp_share_ce_{row['subset']}": row["share"]}
+        name = f"{row['metric'].removeprefix('mean_')}_{row['subset']}"
+        found |= {f"gap_{name}": row["gap"], f"mlp_share_{name}": row.get("share", math.nan)}
     here = recovered[(recovered["target"] == "change") & (recovered["layer"] == widest)]
-    for _, row in here[here["metric"] == "mean_ce"].iterrows():
+    for _, row in here.iterrows():
         if row["condition"] in ("full", "random_delta"):
-            name = "recovered_ce" if row["condition"] == "full" else "recovered_ce_random"
+            name = f"recovered_{row['metric'].removeprefix('mean_')}"
+            name += "" if row["condition"] == "full" else "_random"
             for end in ("", "_low", "_high"):
                 found[f"{name}_{row['subset']}{end}"] = row[f"recovered{end}"]
     for subset in curve["subset"].unique():

@@ -158,6 +158,7 @@ def export(
         error = "error(x) = y_un(x) - base(x), the base's error on the un-finetuned MLP"
         notes["use"] = f"add to the un-finetuned MLP's output, or to base(x) + error(x), {error}"
         if onto_bases:
+            notes["bases"] = {str(layer): base.path for layer, base in bases.items()}
             notes["use"] = f"holds base(x) + alpha * delta(x); the finetuned MLP also needs the error node {error}"
         notes["bos"] = "what the deltas add at BOS, where no transcoder is read, is left out"
     if kind == "gemma-scope":

@@ -53,13 +53,25 @@ def record_cells(tracker: Tracker, folder: Path, names: Iterable[str]) -> None:
 
 
 def record_cell(tracker: Tracker, name: str, cell: dict[str, Any], metrics: dict[str, Any]) -> None:
-    places = ("kind", "layers", "layer", "percentile", "d_new", "condition", "alpha", "subset", "base", "convention")
+    places = (
+        "kind",
+        "target",
+        "layers",
+        "layer",
+        "percentile",
+        "d_new",
+        "condition",
+        "alpha",
+        "subset",
+        "base",
+        "convention",
+    )
     tracker.record(
         Record(
             f"evaluate/{name}@{cell['key']}",
             name,
             "evaluate",
-            params={key: _shown(cell[key]) for key in places if cell.get(key) is not None},
+            params={key: _shown(cell[key]) for key in places if cell.get(key) not in (None, "")},
             metrics=metrics,
             seconds=cell["seconds"],
         )
@@ -78,4 +90,5 @@ def _place(group: str) -> dict[str, Any]:
         return {}
     layer, selection, d_new = parts
     base = {"percentile": float(selection[1:])} if selection.startswith("p") else {}
-    return {"layer": int(layer[6:]), **base, "d_new": int(d_new[1:])}
+    target = "change" if selection == "change" else "residual"
+    return {"layer": int(layer[6:]), "target": target, **base, "d_new": int(d_new[1:])}

@@ -21,7 +21,7 @@ from jobs.study.stages.work import ModelSpec
 from jobs.study.stages.worker_memory import bridge, exact_paths
 from models.transcoder import CONVENTIONS, GEMMA_SCOPE_TAPS
 from trainers.activations import captured_columns
-from trainers.capture import BOS_FILE, Plan, finish_capture, layer_folder
+from trainers.capture import Plan, finish_capture, layer_folder, read_bos
 
 SPLITS = ("train", "validation")
 SHARDS, SHARD_TOKENS = 8, (4096, 16384)
@@ -91,8 +91,8 @@ def capture_finetuned(context: Context) -> Path:
     exact = context.device == "cpu" and bool(change)
     spec = _spec(context, context.finetuned, "fp32" if exact else context.settings.compute.precision)
     folder = _capture(context, "finetuned", spec, wanted, keys.finetuned_activations(context.settings))
-    if change and not (folder / BOS_FILE).is_file():
-        task = BosTask(spec, str(context.model), tuple(sorted(change)), str(folder))
+    if missing := sorted(change - read_bos(folder).keys()):
+        task = BosTask(spec, str(context.model), tuple(missing), str(folder))
         for outcome in context.pool.run(capture_bos, [task], context.settings.compute.max_retries):
             if outcome.error:
                 raise WorkFailed(f"the change at BOS: {outcome.error}")
@@ -155,12 +155,12 @@ def capture_task(task: ShardTask) -> None:
 
 
 def capture_bos(task: BosTask) -> None:
-    """Writes the change at BOS of every layer."""
+    """Adds the change at BOS of some layers to what is there."""
     from trainers.capture import bos_changes, write_bos
 
     loaded = bridge(task.model.folder, task.model.device, task.model.precision)
     before, after = (exact_paths(task.model, one, task.layers) for one in (task.base_model, task.model.folder))
-    write_bos(Path(task.folder), bos_changes(loaded, before, after))
+    write_bos(Path(task.folder), read_bos(Path(task.folder)) | bos_changes(loaded, before, after))
 
 
 @lru_cache(maxsize=2)

@@ -52,7 +52,12 @@ def _change(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from evaluators.measures.change_fit import evaluate_change
 
     started = time.perf_counter()
-    found = evaluate_change(plain_passes(work, model), load_sites(work), rows)
+    exact = None
+    if work.model.precision != "fp32":
+        layers_of = tuple(plan.layer for plan in work.sites)
+        before, after = (exact_paths(work.model, one, layers_of) for one in (work.shared.base_model, work.model.folder))
+        exact = (before, after)
+    found = evaluate_change(plain_passes(work, model), load_sites(work), rows, exact)
     layers = [{"layer": plan.layer, "rows": entries} for plan, entries in zip(work.sites, found, strict=True)]
     return _write(work, {"d_new": work.sites[0].d_new, "layers": layers}, started)
 

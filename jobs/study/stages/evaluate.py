@@ -24,6 +24,7 @@ from jobs.study.stages.site_plans import (
     best_of_group,
     combination,
     evaluation_settings,
+    judging_settings,
     lineage,
     site_plan,
     site_plans,
@@ -144,7 +145,7 @@ def _work(context: Context, kind: str, name: str, key: str, **asked: Any) -> Wor
 
 def _raw_work(context: Context) -> list[Work]:
     """Nothing spliced: the finetuned model, and the one before finetuning where something is measured against it."""
-    key = key_of("raw with text", keys.lora(context.settings), evaluation_settings(context))
+    key = key_of("raw with text", keys.lora(context.settings), judging_settings(context))
     settings = context.settings.evaluate
     models = {"raw": _model(context)}
     if "change" in context.settings.deltas.targets or any(CONDITIONS[one].model == "base" for one in settings.controls):
@@ -163,7 +164,7 @@ def behaviour_work(context: Context, target: str, chosen: Combination) -> list[W
         elsewhere = tuple(one for one in conditions if CONDITIONS[one].model == "base")
         here = tuple(one for one in conditions if one not in elsewhere)
         sites = site_plans(context, layers, chosen)
-        cell = ("cell", lineage(context, sites), evaluation_settings(context))
+        cell = ("cell", lineage(context, sites), judging_settings(context))
         key = key_of(*cell)
         for subset in settings.subsets:
             name = f"{_name(layers, chosen)}_{subset}"
@@ -256,15 +257,17 @@ def _features_work(context: Context, chosen: dict[str, Combination]) -> list[Wor
     works = []
     for layer in context.layers_of("residual") if settings.features else []:
         site = site_plan(context, DeltaGroup(layer, *chosen["residual"]))
-        key = key_of("features", site.key, settings.features)
+        key = key_of("features", site.key, settings.features, judging_settings(context))
         works.append(_work(context, "features", f"features_{_name((layer,), chosen['residual'])}", key, sites=(site,)))
     return works
 
 
 def _exactness_work(context: Context, chosen: dict[str, Combination]) -> list[Work]:
     works = []
+    # In fp32 whatever the sweep runs in: less would drown what is compared in rounding.
+    model = _model(context)._replace(precision="fp32")
     for target, one in chosen.items():
         sites = site_plans(context, tuple(context.layers_of(target)), one)
         key = key_of("exactness", lineage(context, sites), evaluation_settings(context))
-        works.append(_work(context, "exactness", f"checks_{target}", key, sites=sites))
+        works.append(_work(context, "exactness", f"checks_{target}", key, sites=sites, model=model))
     return works

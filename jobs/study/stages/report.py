@@ -6,6 +6,7 @@ In: cells, trials, checks and manifests. Out: `report/`, also uploaded to the sw
 from __future__ import annotations
 
 import json
+import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -152,7 +153,7 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
     raw = conditions_table(load_cells(context), seed=context.settings.seed)
     raw = raw[raw["condition"] == "raw"].set_index("subset")
     for subset, metric, relation, limit in RAW_LIMITS:
-        if subset not in raw.index or metric not in raw.columns:
+        if subset not in raw.index or not _asks_the_calculator(context, metric) or math.isnan(raw.loc[subset][metric]):
             continue
         row = raw.loc[subset]
         passed = row[metric] >= limit if relation == ">=" else row[metric] <= limit
@@ -169,6 +170,11 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
         else:
             found.append({"name": f"exactness: {name}", "passed": False, "detail": "they could not be computed"})
     return found
+
+
+def _asks_the_calculator(context: Context, metric: str) -> bool:
+    asked = context.settings.evaluate.behaviours.get(metric.removesuffix("_rate"), "")
+    return asked == "calculator" or (isinstance(asked, dict) and "calculator" in asked)
 
 
 def _fits(kept: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -83,3 +83,8 @@ def evaluation_settings(context: Context) -> list[Any]:
     settings = context.settings
     finetuned = read_json(context.space.folder / FINETUNED)
     return [keys.lora(settings), finetuned, settings.evaluate.max_new_tokens, settings.compute.precision]
+
+
+def judging_settings(context: Context) -> list[Any]:
+    """The same for cells that judge generated texts; the behaviours' order is that of the tables' columns."""
+    return [*evaluation_settings(context), list(context.settings.evaluate.behaviours.items())]

@@ -84,9 +84,10 @@ def test_a_wrong_check_is_one_sentence(asked, why):
     assert "\n" not in str(raised.value)
 
 
-def test_the_name_of_what_is_always_asked_is_taken():
-    with pytest.raises(DataError, match="agrees_with_raw: this name is taken"):
-        read_behaviours({"agrees_with_raw": "json"})
+@pytest.mark.parametrize("name", ["agrees_with_raw", "tokens", "examples", "delta_x"])
+def test_a_name_that_the_tables_need_is_taken(name):
+    with pytest.raises(DataError, match=f"{name}: the tables have this name for something else"):
+        read_behaviours({name: "json"})
 
 
 def test_every_kind_is_tried_here():

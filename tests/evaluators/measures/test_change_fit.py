@@ -38,6 +38,11 @@ def test_the_sums_are_those_of_plain_hooks(
                 assert entry["change"] == pytest.approx(change[where].pow(2).sum().item(), rel=1e-3)
                 assert entry["left"] == pytest.approx(left[where].pow(2).sum().item(), rel=1e-3)
                 assert entry["n_tokens"] == len(change[where])
+    after = read_paths(subject.bridge, subject.folder, [0, 2])
+    exact = evaluate_change(subject.passes, sites, subject.rows, (paths, after))
+    for entries, others in zip(found, exact, strict=True):
+        for name in ("change", "left"):
+            assert [one[name] for one in others] == pytest.approx([one[name] for one in entries], rel=1e-3)
 
 
 def test_a_base_transcoder_is_no_ground_for_a_change(subject):
