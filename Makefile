@@ -20,9 +20,8 @@ sweep: setup
 test: setup
 	$(PY) -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder -rs --durations 12
 
-# Three at a time: these wait even more, for processes that they kill and for servers.
 test-all: test
-	$(PY) -m pytest -m long -n 3 --dist worksteal -rs --durations 12
+	$(PY) -m pytest -m long -n 2 --dist worksteal -rs --durations 12
 
 # Format, lint and types, as in CI.
 check: setup

@@ -45,7 +45,7 @@ STARTING = 0.1
 """Fraction of the kills that hit at any moment of a start."""
 ENDS_SECONDS = 10.0
 """Seconds within which a driver must end once its raylet is gone."""
-PATIENCE_SECONDS = 180.0
+PATIENCE_SECONDS = 300.0
 BEGAN = time.monotonic()
 WORK = ("lora", "activations", "transcoders", "deltas", "cells")
 
