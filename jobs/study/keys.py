@@ -96,6 +96,12 @@ def delta_data(settings: Sweep, layer: int, ground: Ground) -> str:
     return key_of("residual", activations, base(settings, layer), which)
 
 
+def search_seed(settings: Sweep, layer: int, ground: Ground) -> int:
+    """What a search for a ground's deltas draws from: the same whether the finetuned model was trained or adopted."""
+    trained = settings.model.model_copy(update={"finetuned": None, "finetuned_revision": None})
+    return int(delta_data(settings.model_copy(update={"model": trained}), layer, ground)[:8], 16) % 2**31
+
+
 def delta_group(settings: Sweep, group: DeltaGroup) -> str:
     return key_of(
         "delta",

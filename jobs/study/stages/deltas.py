@@ -115,7 +115,7 @@ def delta_groups(context: Context, activations: Path) -> list[Any]:
                 space,
                 section.trials,
                 # The first, random values are the same for every d_new, so that widths are compared like for like.
-                int(keys.delta_data(settings, one.layer, one.ground)[:8], 16) % 2**31,
+                keys.search_seed(settings, one.layer, one.ground),
                 constants,
                 f"{settings.name}/{STAGE}/{one.name}@{key}",
                 section.sampler,
