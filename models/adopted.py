@@ -95,7 +95,7 @@ def _check_adapter(base: Path, folder: Path, source: str) -> list[str]:
             f"weights; allowed: {', '.join(MERGEABLE)}"
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ModelError(f"{KEY}: {folder} has no {ADAPTER_WEIGHTS}; weights as pickle are not read")
+        raise ModelError(f"{KEY}: {folder} has no {ADAPTER_WEIGHTS}; pickled weights are not read")
     weights = _weights(base, "model.source")
     for name, shape in shapes_of(folder / ADAPTER_WEIGHTS).items():
         found = _adapted(name, weights)
@@ -148,7 +148,7 @@ def _weights(folder: Path, key: str) -> Shapes:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-        found = f"only {pickled[0].name}, and weights as pickle are not read" if pickled else "none"
+        found = f"only {pickled[0].name}, and pickled weights are not read" if pickled else "none"
         raise ModelError(f"{key}: {folder} needs weights as safetensors; it has {found}")
     return {name: shape for file in files for name, shape in shapes_of(file).items()}
 

@@ -86,11 +86,9 @@ class Splice:
     def reset(self, editable: Tensor, alpha: Tensor, rows: RowEdits = NO_ROW_EDITS) -> None:
         """Prepares for a forward pass over a chunk: `editable` (batch, chunk) is True where a token is replaced,
         `alpha` (batch,) is the strength of each row, and `rows` is what else differs between rows."""
-        self._with_bos = self._at_bos and rows.bos is not None and bool(rows.bos.any())
-        where = editable
-        if self._with_bos and rows.bos is not None:
-            where = editable | rows.bos
-        self._where = where.nonzero(as_tuple=True)
+        bos = rows.bos if self._at_bos else None
+        self._with_bos = bos is not None and bool(bos.any())
+        self._where = (editable if bos is None else editable | bos).nonzero(as_tuple=True)
         self._bos = ~editable[self._where]
         lines = self._where[0]
         self._alpha = alpha[lines].unsqueeze(1)

@@ -53,7 +53,7 @@ def test_what_is_no_pair_is_refused_before_anything_is_done(jobs: Jobs, finished
     for given, said in [
         (tmp_path / "nowhere", "there is no model"),
         (other, "has architecture gemma, model.source tiny-gemma2 has gemma2"),
-        (pickled, "weights as pickle are not read"),
+        (pickled, "pickled weights are not read"),
     ]:
         done = jobs("sweep", "tiny", f"storage.root={tmp_path / 'runs'}", f"model.finetuned={given}")
         assert done.returncode == 2, done.stdout + done.stderr

@@ -95,10 +95,10 @@ def test_weights_of_another_shape_are_refused(llama_folder, copy_of, change, sai
 def test_pickle_is_refused(llama_folder, adapter, copy_of, tmp_path):
     folder = copy_of(llama_folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "only pytorch_model.bin, and weights as pickle are not read" in refused(llama_folder, folder)
+    assert "only pytorch_model.bin, and pickled weights are not read" in refused(llama_folder, folder)
     other = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     (other / "adapter_model.safetensors").rename(other / "adapter_model.bin")
-    assert "weights as pickle are not read" in refused(llama_folder, other)
+    assert "pickled weights are not read" in refused(llama_folder, other)
 
 
 def test_damaged_and_unknown_files_are_sentences(llama_folder, adapter, copy_of, tmp_path):
