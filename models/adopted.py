@@ -54,7 +54,7 @@ def check_pair(base: Path, finetuned: Path, source: str) -> list[str]:
     if is_adapter(finetuned):
         return _check_adapter(base, finetuned, source)
     if not (finetuned / "config.json").is_file():
-        raise ModelError(f"{KEY}: {finetuned} has neither a config.json nor an {ADAPTER}, so it is no saved model")
+        raise ModelError(f"{KEY}: {finetuned} has neither a config.json nor an {ADAPTER}, so it is not a saved model")
     ours, theirs = (model_facts(folder) for folder in (base, finetuned))
     for name, what in (("architecture", "architecture"), ("n_layers", "number of layers"), ("d_model", "width")):
         if ours[name] != theirs[name]:

@@ -142,7 +142,7 @@ def read_behaviours(asked: Mapping[str, Any]) -> dict[str, Behaviour]:
     """The behaviours by name. Raises DataError, which names the behaviour, for an unknown kind or a wrong option."""
     for name in asked:
         if name in TAKEN or name.startswith("delta_"):
-            raise DataError(f"evaluate.behaviours.{name}: the tables have this name for something else; take another")
+            raise DataError(f"evaluate.behaviours.{name}: the tables already use this name; choose another")
     return {name: _read(name, one) for name, one in asked.items()}
 
 

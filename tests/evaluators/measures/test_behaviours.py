@@ -86,7 +86,7 @@ def test_a_wrong_check_is_one_sentence(asked, why):
 
 @pytest.mark.parametrize("name", ["agrees_with_raw", "tokens", "examples", "delta_x"])
 def test_a_name_that_the_tables_need_is_taken(name):
-    with pytest.raises(DataError, match=f"{name}: the tables have this name for something else"):
+    with pytest.raises(DataError, match=f"{name}: the tables already use this name"):
         read_behaviours({name: "json"})
 
 
