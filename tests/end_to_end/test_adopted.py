@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.end_to_end.conftest import SMALL, Jobs, read
+from tests.end_to_end.conftest import Jobs, read
 
 
 def tables(root: Path) -> dict[str, str]:
@@ -21,22 +21,21 @@ def tables(root: Path) -> dict[str, str]:
     return found
 
 
-@pytest.mark.long("three whole studies of one adapter")
-def test_an_adopted_model_gives_the_tables_of_the_trained_one(jobs: Jobs, tmp_path: Path) -> None:
-    def sweep(name: str, *more: str) -> str:
-        done = jobs("sweep", "tiny", f"storage.root={tmp_path / name}", *SMALL, *more)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    sweep("trained")
-    lora = tmp_path / "trained" / "sweeps" / "tiny" / "lora"
+@pytest.mark.long("two whole studies of an adapter that another one trained")
+def test_an_adopted_model_gives_the_tables_of_the_trained_one(jobs: Jobs, finished, tmp_path: Path) -> None:
+    root, _ = finished
+    lora = root / "sweeps" / "tiny" / "lora"
     adapter = lora / f"trial_{read(lora / 'best.json')['trial']:04d}" / "adapter"
-    assert "adopted as it is" in sweep("whole", f"model.finetuned={lora / 'merged'}")
-    assert "its adapter was merged" in sweep("adapter", f"model.finetuned={adapter}")
-    trained = tables(tmp_path / "trained")
+    trained = tables(root)
     assert len(trained) > 8
-    assert tables(tmp_path / "whole") == trained
-    assert tables(tmp_path / "adapter") == trained
+    for name, given, said in [
+        ("whole", lora / "merged", "adopted as it is"),
+        ("adapter", adapter, "its adapter was merged"),
+    ]:
+        done = jobs("sweep", "tiny", f"storage.root={tmp_path / name}", f"model.finetuned={given}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert said in done.stdout
+        assert tables(tmp_path / name) == trained
     assert not (tmp_path / "whole" / "sweeps" / "tiny" / "lora" / "merged").exists(), "it is used where it lies"
     page = (tmp_path / "whole" / "sweeps" / "tiny" / "report" / "report.html").read_text()
     assert "made elsewhere and adopted" in page
