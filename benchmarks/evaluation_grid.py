@@ -78,7 +78,8 @@ def ours(
                     if key[0] == sites[0].layer and key[1] == "raw" and key[3] == subset
                 }
             else:
-                ((_, figures, texts),) = evaluate_behaviour(plain, (), of_subset, [Ask("raw")], **how)
+                known = Known(reference=reference)
+                ((_, figures, texts),) = evaluate_behaviour(plain, (), of_subset, [Ask("raw")], known=known, **how)
                 _file(table, (site.layer, "raw", 0.0, subset), figures, texts)
                 outputs = [one["tokens"] for one in texts]
             asked = evaluate_behaviour(

@@ -63,8 +63,8 @@ def evaluate_behaviour(
     """For each ask its per-row figures and its generations (with token ids, which later asks take as guesses).
 
     Strengths of one condition are rows of the same batches. Known outputs spare decoding where they are right, and
-    change no output. The figures hold what each of the `behaviours` says of a row's text, and with a reference `kl`;
-    raw's hold `text_nll`, nats summed over the `n_act_tokens` tokens after BOS.
+    change no output. The figures hold what each of the `behaviours` says of a row's text, and with a reference `kl`,
+    which raw fills; raw's hold `text_nll`, nats summed over the `n_act_tokens` tokens after BOS.
     """
     tokenizer = passes.bridge.tokenizer
     encoded = [encode_row(tokenizer, row.input, row.target) for row in rows]
@@ -79,8 +79,7 @@ def evaluate_behaviour(
             for ask, alpha in zip(group, strengths, strict=True)
             for row, place, guess in zip(encoded, first, known.guesses(ask) or [()] * len(encoded), strict=True)
         ]
-        whole_text = edit.condition == "raw"
-        scored = score(passes, edit, jobs, whole_text=whole_text, reference=None if whole_text else known.reference)
+        scored = score(passes, edit, jobs, whole_text=edit.condition == "raw", reference=known.reference)
         outputs = generate(passes, edit, jobs, scored, stop)
         seconds = (time.perf_counter() - started) / len(group)
         for number, ask in enumerate(group):

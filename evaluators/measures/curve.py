@@ -97,6 +97,7 @@ def evaluate_curve(
     encoded = [encode_row(passes.bridge.tokenizer, row.input, row.target) for row in rows]
     kept = counts(len(ranked))
     jobs = [Job(row, kept=count) for count in kept for row in encoded]
+    reference.add(encoded)
     scored = score(passes, Edit(marked, "full"), jobs, reference=reference)
     return {
         count: [

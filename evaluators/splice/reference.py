@@ -32,7 +32,12 @@ class Predicted(NamedTuple):
 
 
 class Reference:
-    """Raw's predictions at the targets of the rows it was told of; `add` must run while nothing is spliced."""
+    """Raw's predictions at the targets of the rows it was told of.
+
+    A scoring pass of the raw model hands over what it computes (`keep`); for other rows `add` runs one, which must
+    happen while nothing is spliced and no weights are exchanged. Both put rows of similar length together, so either
+    gives the same bits.
+    """
 
     def __init__(self, bridge: TransformerBridge, batch_size: int = 32) -> None:
         self.bridge, self.batch_size = bridge, batch_size
@@ -43,15 +48,17 @@ class Reference:
     @torch.inference_mode()
     def add(self, rows: Sequence[Encoded]) -> None:
         """Runs the raw model on rows that are new."""
-        new = {tuple(row.ids): row for row in rows if tuple(row.ids) not in self._streams}
-        missing = sorted(new.values(), key=lambda row: len(row.ids))
-        for start in range(0, len(missing), self.batch_size):
-            chosen = missing[start : start + self.batch_size]
+        missing = {tuple(row.ids): row for row in rows if tuple(row.ids) not in self._streams}
+        ordered = [missing[ids] for ids in sorted(missing, key=lambda ids: (len(ids), ids))]
+        for start in range(0, len(ordered), self.batch_size):
+            chosen = ordered[start : start + self.batch_size]
             batch = pad_left([row.ids for row in chosen], self.bridge.tokenizer.pad_token_id)
-            streams = resume(self.bridge, batch.to(device_of(self.bridge)))
-            for row, stream in zip(chosen, streams, strict=True):
-                self._streams[tuple(row.ids)] = stream[-len(row.target) - 1 : -1].clone()
-                self.predicted(row)
+            self.keep(chosen, resume(self.bridge, batch.to(device_of(self.bridge))))
+
+    def keep(self, rows: Sequence[Encoded], streams: Tensor) -> None:
+        """Takes what leaves raw's last block (row, position, d_model) on rows padded on the left."""
+        for row, stream in zip(rows, streams, strict=True):
+            self._streams[tuple(row.ids)] = stream[-len(row.target) - 1 : -1].clone()
 
     def divergence(self, rows: Sequence[Encoded]) -> Divergence:
         """What takes the logits of the targets of `rows`, one row after the other."""
@@ -80,9 +87,9 @@ class Divergence:
         self._sums = [0.0] * len(rows)
         self._row = self._at = 0
 
-    def take(self, logits: Tensor) -> None:
-        """The next chunk, (token, vocabulary)."""
-        total, first = logits.logsumexp(-1), 0
+    def take(self, logits: Tensor, total: Tensor) -> None:
+        """The next chunk, (token, vocabulary), and log sum exp of each token's logits (token,)."""
+        first = 0
         while first < len(logits):
             row = self._rows[self._row]
             count = min(len(row.target) - self._at, len(logits) - first)

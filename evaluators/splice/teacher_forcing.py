@@ -74,11 +74,9 @@ def score(
 ) -> list[Scored]:
     """Teacher-forced pass over every row, in batches of rows of similar length, in the order of `jobs`.
 
-    With `whole_text`, `text_nll` too; with a `reference`, `kl`, but not both. Prefixes that hold the lowest site's
-    layer spare its computation.
+    With `whole_text`, `text_nll` too. With a `reference` that knows the rows, `kl`; but raw itself is what others are
+    held against, and its pass fills the reference. Prefixes that hold the lowest site's layer spare its computation.
     """
-    if reference is not None:
-        reference.add([job.encoded for job in jobs])
     if passes.shortcuts.share_prefix and edit.condition != "raw":
         lowest = min(edit.sites, key=lambda site: site.layer)
         passes = replace(passes, prefixes=passes.with_prefixes(lowest.layer, lowest.taps))
@@ -116,14 +114,17 @@ def _score_batch(
         after, start = _start(splice, prefixes, rows, length)
         residual = resume(bridge, batch, after, start, cache)
         chunks = _logits(passes, residual, lines, columns - 1)
+        if reference is not None and not splice.sites:
+            reference.keep(rows, residual)
     nlls, choices, done = [], [], 0
-    divergence = None if reference is None else reference.divergence(rows)
+    divergence = reference.divergence(rows) if reference is not None and splice.sites else None
     for logits in chunks:
-        nlls.append(functional.cross_entropy(logits, labels[done : done + len(logits)], reduction="none"))
+        ends = labels[done : done + len(logits)]
+        nlls.append(functional.cross_entropy(logits, ends, reduction="none"))
         choices.append(logits.argmax(-1))
         done += len(logits)
-        if divergence is not None:
-            divergence.take(logits)
+        if divergence is not None:  # -log p = log sum exp - logit
+            divergence.take(logits, nlls[-1] + logits.gather(1, ends.unsqueeze(1)).squeeze(1))
     nll, argmax = torch.cat(nlls).double().cpu().split(counts), torch.cat(choices).cpu().split(counts)
     base_acts, delta_acts = splice.base_acts.tolist(), splice.delta_acts.tolist()
     scored = [

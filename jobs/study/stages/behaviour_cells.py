@@ -25,32 +25,44 @@ PAIRS = 8192
 
 
 def raw(work: Work, model: Any, rows: list[Any]) -> list[str]:
-    from evaluators.measures.behaviour import Ask, evaluate_behaviour
+    from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
     from evaluators.measures.behaviours import AGREES, read_behaviours
 
     behaviours, budget = read_behaviours(work.shared.behaviours), work.shared.max_new_tokens
-    passes = plain_passes(work, model)
-    asked = evaluate_behaviour(passes, (), rows, [Ask("raw")], max_new_tokens=budget, behaviours=behaviours)
-    ((_, figures, texts),) = asked
-    if work.conditions[0] == "raw":
+    is_raw = work.conditions[0] == "raw"
+    known = Known(reference=_reference(work)) if is_raw else Known()
+    ((_, figures, texts),) = evaluate_behaviour(
+        plain_passes(work, model),
+        (),
+        rows,
+        [Ask("raw")],
+        max_new_tokens=budget,
+        behaviours=behaviours,
+        known=known,
+    )
+    if is_raw:
         figures = [{**one, "kl": 0.0, "behaviours": {**one["behaviours"], AGREES: True}} for one in figures]
     return [_write_behaviour(work, work.conditions[0], None, figures, texts)]
 
 
 def behaviour(work: Work, model: Any, rows: list[Any]) -> list[str]:
+    from data.encoding import encode_row
     from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
     from evaluators.measures.behaviours import read_behaviours
 
     is_base = work.model.folder == work.shared.base_model
     of_change = work.sites[0].ground.target == "change"
     finetuned, unfinetuned = (_outputs(work, name) for name in ("raw", "base_model_raw"))
+    compared = None if is_base else _reference(work)
+    if compared is not None:  # now: a control may exchange the model's weights
+        compared.add([encode_row(model.tokenizer, row.input, row.target) for row in rows])
     settings: dict[str, Any] = {
         "max_new_tokens": work.shared.max_new_tokens,
         "behaviours": read_behaviours(work.shared.behaviours),
         "known": Known(
             unfinetuned if is_base else finetuned,
             unfinetuned if of_change else [],
-            None if is_base else reference(work.model, work.shared.rows, work.subset),
+            compared,
             finetuned,
         ),
     }
@@ -72,6 +84,10 @@ def behaviour(work: Work, model: Any, rows: list[Any]) -> list[str]:
                 asked = evaluate_behaviour(passes, spliced, rows, [Ask(control, alpha)], **settings)
                 names += [_write_behaviour(work, control, alpha, figures, texts) for _, figures, texts in asked]
     return names
+
+
+def _reference(work: Work) -> Any:
+    return reference(work.model, work.shared.rows, work.shared.batch_size)
 
 
 @contextmanager

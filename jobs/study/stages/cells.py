@@ -78,7 +78,7 @@ def _curve(work: Work, model: Any, rows: list[Any]) -> list[str]:
 
     started = time.perf_counter()
     ranked = [Ranked(**one) for one in read_json(cell_file(work, work.ranking))["features"]]
-    compared = reference(work.model, work.shared.rows, work.subset)
+    compared = reference(work.model, work.shared.rows, work.shared.batch_size)
     found = evaluate_curve(kept_passes(work, model), load_sites(work), rows, ranked, compared)
     counts = [{"k": count, "rows": entries} for count, entries in found.items()]
     return _write(work, {"subset": work.subset, "counts": counts}, started)

@@ -56,11 +56,11 @@ def exact_paths(model: ModelSpec, folder: str, layers: tuple[int, ...]) -> dict[
 
 
 @lru_cache(maxsize=1)
-def reference(model: ModelSpec, rows: str, subset: str) -> Reference:
-    """What the raw model predicts for rows of one subset."""
+def reference(model: ModelSpec, rows: str, batch_size: int) -> Reference:
+    """What the raw model predicts for the rows of a file."""
     from evaluators.splice.reference import Reference
 
-    return Reference(bridge(model.folder, model.device, model.precision))
+    return Reference(bridge(model.folder, model.device, model.precision), batch_size)
 
 
 @lru_cache(maxsize=1)

@@ -26,15 +26,30 @@ def test_it_is_the_sum_over_the_vocabulary(subject, monkeypatch, held):
     monkeypatch.setattr(module, "HELD_BYTES", held)
     monkeypatch.setattr("evaluators.splice.passes.PROJECTED", 7)
     edit, jobs = Edit(subject.sites, "full"), [Job(row) for row in subject.encoded]
-    found = [one.kl for one in score(subject.passes, edit, jobs, reference=Reference(subject.bridge, 3))]
+    reference = Reference(subject.bridge, 3)
+    reference.add(subject.encoded)
+    found = [one.kl for one in score(subject.passes, edit, jobs, reference=reference)]
     for row, kl in zip(subject.encoded, found, strict=True):
         raw, other = log_probabilities(subject, row, Edit()), log_probabilities(subject, row, edit)
         assert kl == pytest.approx((raw.exp() * (raw - other)).sum().item(), rel=1e-3, abs=1e-4)
         assert kl > 0
 
 
-def test_of_the_raw_model_itself_it_is_zero(subject):
-    found = score(subject.passes, Edit(), [Job(row) for row in subject.encoded], reference=Reference(subject.bridge))
+def test_raws_own_pass_gives_the_same_bits_as_one_for_the_reference(subject):
+    ours, theirs = Reference(subject.bridge, subject.passes.batch_size), Reference(subject.bridge)
+    ours.add(subject.encoded)
+    jobs = [Job(row) for row in subject.encoded]
+    scored = score(subject.passes, Edit(), jobs, whole_text=True, reference=theirs)
+    assert all(one.kl is None for one in scored)
+    for row in subject.encoded:
+        assert torch.equal(ours.predicted(row).probabilities, theirs.predicted(row).probabilities)
+
+
+def test_of_the_true_output_spliced_it_is_zero(subject):
+    reference = Reference(subject.bridge)
+    reference.add(subject.encoded)
+    jobs = [Job(row) for row in subject.encoded]
+    found = score(subject.passes, Edit(subject.sites, "true_output"), jobs, reference=reference)
     assert [one.kl for one in found] == pytest.approx([0.0] * len(found), abs=1e-3)
 
 
