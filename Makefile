@@ -15,10 +15,10 @@ PINS := import json, sys; found = [one["metadata"] for one in json.load(sys.stdi
 sweep: setup
 	$(PY) -m jobs sweep $(CONFIG) $(ARGS)
 
-# Three files at a time: a whole sweep on a tiny model mostly waits for processes to start. What is skipped, and what is left
-# to the long tier, is listed with its reason.
+# Two files at a time, and three of the long tests, which mostly wait for processes to start. What is skipped, and what is
+# left to the long tier, is listed with its reason.
 test: setup
-	$(PY) -m pytest -m "not long" -n 3 --dist loadfile --no-loadscope-reorder -rs --durations 12
+	$(PY) -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder -rs --durations 12
 
 test-all: test
 	$(PY) -m pytest -m long -n 3 --dist worksteal -rs --durations 12

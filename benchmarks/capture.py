@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from data.copy_text import shipped_copy_texts
 from data.encoding import encode_text, pad_left
+from data.requests.copy_text import shipped_copy_texts
 from models.bridge import wrap
 from models.sources import load_model, resolve
 from trainers.capture import Columns, Plan, capture

@@ -30,6 +30,7 @@ from data.rows import Row, read_rows
 from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
 from evaluators.splice.decoding import Stop
 from evaluators.splice.interventions import Site
+from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
 from evaluators.splice.reference import Reference
 from jobs.commands.finished import Asked, combination, load_bridge, load_sites
@@ -64,7 +65,7 @@ def ours(
 ) -> Table:
     """The whole grid. Strengths 0 and 1 are no_delta and full: measured once, stored twice."""
     table: Table = {}
-    how: dict[str, Any] = {"max_new_tokens": budget, "behaviours": {}}
+    how: dict[str, Any] = {"limits": Limits(budget), "behaviours": {}}
     plain = Passes(bridge, shortcuts=shortcuts)
     prefixes = Prefixes(bridge, [site.layer for site in sites], sites[0].taps, together=shortcuts.capture_once)
     for subset, of_subset in rows.items():
@@ -106,7 +107,7 @@ def plain_cell(
     bridge: Any, rows: Sequence[Row], site: Site, condition: str, alpha: float, budget: int
 ) -> list[Figures]:
     """One cell for some prompts in one batch, as a script without any of our shortcuts would compute it."""
-    encoded = [encode_row(bridge.tokenizer, row.input, row.target) for row in rows]
+    encoded = [encode_row(bridge.tokenizer, row) for row in rows]
     pad, device = bridge.tokenizer.pad_token_id, device_of(bridge)
     with torch.inference_mode():
         batch = pad_left([row.ids for row in encoded], pad).to(device)
@@ -126,7 +127,7 @@ def plain_cell(
                 return_type="tokens",
                 verbose=False,
             )
-    stop = Stop(bridge.tokenizer, budget)
+    stop = Stop.of(bridge, Limits(budget), rows[0])
     outputs = [written[i, prompts.ids.shape[1] :].tolist() for i in range(len(rows))]
     return [Figures(ce, stop.cut(output) or output) for ce, output in zip(ces, outputs, strict=True)]
 
@@ -180,7 +181,7 @@ def unavoidable_flops(bridge: Any, rows: dict[str, list[Row]], sites: Sequence[S
     total = 0.0
     for subset, of_subset in rows.items():
         for number, row in enumerate(of_subset):
-            encoded = encode_row(bridge.tokenizer, row.input, row.target)
+            encoded = encode_row(bridge.tokenizer, row)
             raw = table[sites[0].layer, "raw", 0.0, subset, number].output
             new = _beyond(raw, [encoded.target])
             total += len(encoded.ids) * body + len(encoded.target) * head + new * (body + head)

@@ -28,9 +28,9 @@ import torch
 import typer
 from torch.utils.data import SequentialSampler
 
-from data.copy_grammar import copy_sentences
 from data.encoding import Encoded, encode_row
-from data.requests import RequestOptions, tool_rows
+from data.requests.copy_grammar import copy_sentences
+from data.requests.generator import RequestOptions, tool_rows
 from data.rows import Row, make_row
 from models.sources import load_model, resolve
 from trainers.lora import LoraSettings, Splits, train_lora
@@ -109,7 +109,7 @@ def run_side(side: str, folder: Path, path: str | None, steps: int, dtype: torch
     rows = [Row(one["input"], one["target"], "") for one in records]
     train, held_out = rows[: steps * BATCH], rows[steps * BATCH :]
     settings = LoraSettings(r=16, lr=5e-4, batch_size=BATCH, steps=steps, eval_every=steps)
-    encoded = [encode_row(tokenizer, row.input, row.target) for row in train]
+    encoded = [encode_row(tokenizer, row) for row in train]
     tokens = sum(len(row.ids) for row in encoded)
     linear = sum(
         p.numel()
@@ -129,7 +129,7 @@ def run_side(side: str, folder: Path, path: str | None, steps: int, dtype: torch
         # Including set-up. With one thread, steadier than seconds if something else runs on the machine.
         "tokens_per_cpu_second": tokens / (time.process_time() - before),
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-        "val_loss": plain_loss(trained, [encode_row(tokenizer, row.input, row.target) for row in held_out]),
+        "val_loss": plain_loss(trained, [encode_row(tokenizer, row) for row in held_out]),
         # Forward, and the gradient of the input (frozen weights have none). Logits only at labelled positions.
         "flops_per_token": 4 * (linear + head),
     }

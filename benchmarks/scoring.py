@@ -1,7 +1,7 @@
 """Rows scored per second on one core: `python -m benchmarks.scoring [ROWS]`.
 
-In: generated rows with realistic generations (right, wrong, reordered, chatty, unclosed, empty). Out: prints two rates,
-for `score_row` on rows in memory and for `score_file` on a file, including reading and JSON.
+In: generated rows with realistic generations (right, wrong, reordered, chatty, unclosed, empty). Out: prints two rates
+of the quickstart's behaviours: of rows in memory, and of `score_file`, including reading and JSON.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from data.copy_grammar import copy_sentences
-from data.requests import RequestOptions, tool_rows
+from data.requests.copy_grammar import copy_sentences
+from data.requests.generator import RequestOptions, tool_rows
 from data.rows import Row, make_row
-from evaluators.measures.scoring import score_file, score_row
+from evaluators.measures.behaviours import Answer, read_behaviours
+from evaluators.measures.scoring import score_file
+from search_spaces.load import load
 
 
 def realistic_rows(count: int) -> list[tuple[Row, str]]:
@@ -46,10 +48,12 @@ def realistic_rows(count: int) -> list[tuple[Row, str]]:
 def main(count: int) -> None:
     """Prints both rates."""
     pairs = realistic_rows(count)
+    behaviours = read_behaviours(load("quickstart", []).evaluate.behaviours)
     start = time.perf_counter()
     for row, generation in pairs:
-        score_row(row.target, generation, row.label)
-    print(f"score_row:  {count / (time.perf_counter() - start):,.0f} rows/s")
+        answer = Answer(row.input, row.target, row.label, generation, 0)
+        _ = [check(answer) for check in behaviours.values()]
+    print(f"in memory:  {count / (time.perf_counter() - start):,.0f} rows/s")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         with path.open("w", encoding="utf-8") as file:
@@ -57,7 +61,7 @@ def main(count: int) -> None:
                 record = {"input": row.input, "target": row.target, "generation": generation, "label": row.label}
                 file.write(json.dumps(record) + "\n")
         start = time.perf_counter()
-        score_file(path)
+        score_file(path, behaviours)
         print(f"score_file: {count / (time.perf_counter() - start):,.0f} rows/s")
 
 

@@ -35,7 +35,7 @@ Sums = tuple[list[float], list[float]]
 
 def sums(passes: Passes, rows: Sequence[Row], edit: Edit) -> Sums:
     """Nats and target tokens of each row."""
-    encoded = [encode_row(passes.bridge.tokenizer, row.input, row.target) for row in rows]
+    encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
     scored = score(passes, edit, [Job(row) for row in encoded])
     return [one.nll for one in scored], [float(one.n_tokens) for one in scored]
 

@@ -1,21 +1,24 @@
 """Text to tokens, in the same way for training, capture, scoring and generation.
 
-In: a tokenizer and texts. Out: token lists that start with BOS, and left-padded batches of them. Training text is
+In: a tokenizer, texts and rows. Out: token lists that start with BOS, and left-padded batches of them. Training text is
 `BOS + input + "\\n" + target + EOS`; the prefix `BOS + input + "\\n"` is tokenised on its own, so that it has the same
 tokens with and without a target. A text that spells out a special token, such as `</s>`, is read as plain characters:
-only this file adds BOS and EOS.
+only this file adds BOS and EOS. In a chat, the conversation that `data.chat` has rendered takes the place of the
+prefix, and the token that ends a turn that of EOS; what the conversation begins with is then called BOS here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from data.rows import Row
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Encoded(NamedTuple):
@@ -55,14 +58,31 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [tokenizer.bos_token_id, *_plain(tokenizer, text)]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """`BOS + text + "\\n"`: what the model reads before it answers."""
-    return encode_text(tokenizer, text + "\n")
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
+    """What the model reads before it answers: `BOS + input + "\\n"`, or the conversation of a chat row."""
+    if row.prompt:
+        return tokenizer(row.prompt, add_special_tokens=False)["input_ids"]
+    return encode_text(tokenizer, row.input + "\n")
 
 
-def encode_row(tokenizer: PreTrainedTokenizerBase, text: str, target: str) -> Encoded:
+def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> Encoded:
     """A whole training row."""
-    return Encoded(encode_prompt(tokenizer, text), [*_plain(tokenizer, target), tokenizer.eos_token_id])
+    return Encoded(encode_prompt(tokenizer, row), [*_plain(tokenizer, row.target), end_of(tokenizer, row)])
+
+
+def end_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:
+    """The token that ends the row's answer."""
+    token: Any = tokenizer.convert_tokens_to_ids(row.end) if row.end else tokenizer.eos_token_id
+    return token
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Row) -> frozenset[int]:
+    """The tokens that end an answer to rows like this one: EOS, and in a chat those of the generation config too."""
+    if not row.prompt:
+        return frozenset([end_of(tokenizer, row)])
+    given: Any = model.generation_config.eos_token_id if model.generation_config else None
+    listed = given if isinstance(given, list) else [given]
+    return frozenset(one for one in (*listed, tokenizer.eos_token_id, end_of(tokenizer, row)) if one is not None)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:

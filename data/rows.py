@@ -15,10 +15,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-LABELS = ("tool", "copy", "tool_ood")
-CALL_OPEN = "<tool_call>"
-CALL_CLOSE = "</tool_call>"
-
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
@@ -29,10 +25,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt and the answer it should get.
+    """One prompt and the answer it should get (empty: not known yet).
 
     `template` and `operands` (the request with its numbers masked, and those numbers) identify an exercise: two prompts
-    that share both differ only in context. See `request_identity`.
+    that share both differ only in context. See `request_identity`. In a chat format `prompt` is the conversation as
+    the chat template renders it, `end` the token that ends an answer, and `input` what the messages say.
     """
 
     input: str
@@ -40,6 +37,14 @@ class Row:
     label: str
     template: str = ""
     operands: str = ""
+    prompt: str = ""
+    end: str = ""
+
+
+def slug(label: str) -> str:
+    """A label as part of a file's name: itself if it is plain, else its plain characters and a hash."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", label)
+    return plain if plain == label else f"{plain[:40]}-{hashlib.blake2b(label.encode(), digest_size=4).hexdigest()}"
 
 
 def request_identity(text: str) -> tuple[str, str]:
@@ -56,10 +61,9 @@ def request_identity(text: str) -> tuple[str, str]:
     return _NUMBER.sub("#", request), " ".join(_NUMBER.findall(request))
 
 
-def make_row(text: str, target: str, label: str) -> Row:
+def make_row(text: str, target: str, label: str, prompt: str = "", end: str = "") -> Row:
     """A `Row` with its identity filled in."""
-    template, operands = request_identity(text)
-    return Row(text, target, label, template, operands)
+    return Row(text, target, label, *request_identity(text), prompt, end)
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -74,7 +78,7 @@ def read_rows(path: str | Path) -> list[Row]:
             for number, line in enumerate(file, start=1):
                 try:
                     rows.append(Row(**json.loads(line)))
-                except (json.JSONDecodeError, TypeError) as error:
+                except (ValueError, TypeError) as error:
                     raise DataError(f"{path}, line {number}: not a row this program wrote ({error})") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
@@ -83,7 +87,11 @@ def read_rows(path: str | Path) -> list[Row]:
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     """Writes rows as JSON lines, atomically."""
-    write_lines(path, (json.dumps(asdict(row), ensure_ascii=False) for row in rows))
+    write_lines(path, (json.dumps(_record(row), ensure_ascii=False) for row in rows))
+
+
+def _record(row: Row) -> dict[str, str]:
+    return {name: value for name, value in asdict(row).items() if value or name not in ("prompt", "end")}
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:

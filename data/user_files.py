@@ -1,66 +1,133 @@
 """A user's own rows and texts, split or sampled in one pass.
 
-In: a path and the sizes wanted. Out: rows per split, or texts, each with an account of the file for the report: lines
+In: paths and the sizes wanted. Out: rows per split, or texts, each with an account of the file for the report: rows
 that were rejected (and why), repeated, not needed, and left out because they would leak.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from data.leakage import request_key
-from data.readers import LineLog, stream_rows, stream_texts
+from data.readers import Log, Reading, stream_rows, stream_texts
 from data.rows import DataError, Row
 from data.selection import Sample, fingerprint
 
 SPLITS = ("evaluation", "validation", "train")
+MOST_LABELS = 12
+
+
+class Sizes(NamedTuple):
+    """Rows wanted: of each label for evaluation, of all labels together for validation and training."""
+
+    evaluation: int
+    validation: int
+    train: int
+
+
+class UserRows(NamedTuple):
+    """Rows by split, the labels in the order of the file, and an account of each file by its key in the settings."""
+
+    splits: dict[str, list[Row]]
+    labels: list[str]
+    accounts: dict[str, dict[str, Any]]
 
 
 def split_user_rows(
-    path: str,
-    sizes: Mapping[str, tuple[int, int, int]],
+    rows_file: str,
+    evaluation_file: str | None,
+    sizes: Sizes,
     *,
     seed: int,
-    fits: Callable[[str], bool],
+    reading: Reading,
     max_reject_fraction: float,
-) -> tuple[dict[str, list[Row]], dict[str, Any]]:
-    """Rows of a JSON-lines file as `{"evaluation": [...], "validation": [...], "train": [...]}`, and the account.
+) -> UserRows:
+    """Rows of a file, or of one for training and validation and another for evaluation.
 
-    `sizes` gives, for each label, the number of rows wanted in those three splits. Rows are ranked by a hash of seed
-    and request; the first go to evaluation, the next to validation, the rest to training. So a file and a seed always
-    give the same splits, whatever the order of its lines, and asking for more training rows moves no other row. Of rows
-    with the same request the first is kept. If rows run short, the train split is `training_rows_missing` shorter.
+    Rows are ranked by a hash of seed and request; of each label the first go to evaluation, the next to validation, the
+    rest to training, validation and training in equal shares as far as the labels allow. So a file and a seed always
+    give the same splits, whatever the order of its rows. Of rows with the same request the first is kept. Where a label
+    has few rows, evaluation comes before validation and that before training, and the account says what is missing.
 
-    Raises `DataError` for an unreadable file, too many rejected lines, or too few tool or copy rows to split.
+    Raises `DataError` for an unreadable file, too many rejected rows, more than 12 labels, or too few rows to split.
     """
-    log = LineLog(path)
-    samples = {label: Sample[Row](sum(wanted), seed) for label, wanted in sizes.items()}
-    for row in stream_rows(log, fits):
-        samples[row.label].offer(request_key(row.input), row)
-    log.require(max_reject_fraction)
+    here = sum(sizes) if evaluation_file is None else sizes.validation + sizes.train
+    samples, log = _samples(rows_file, here, seed, reading, max_reject_fraction)
+    accounts = {"rows_file": log.as_dict()}
+    held_out: dict[str, Sample[Row]] = {}
+    if evaluation_file is not None:
+        held_out, log = _samples(evaluation_file, sizes.evaluation, seed, reading, max_reject_fraction)
+        accounts["evaluation_file"] = log.as_dict() | {"leaking": 0}
+    labels = list(dict.fromkeys((*held_out, *samples)))
+    if len(labels) > MOST_LABELS:
+        raise DataError(
+            f"{rows_file} has {len(labels)} labels, such as {', '.join(labels[:3])}; at most {MOST_LABELS} subsets can "
+            "be told apart, and data.columns.label says which column they are in"
+        )
 
+    ranked = {label: sample.items() for label, sample in samples.items()}
+    evaluation = {label: sample.items() for label, sample in held_out.items()}
+    if evaluation_file is None:
+        evaluation = {label: rows[: sizes.evaluation] for label, rows in ranked.items()}
+        ranked = {label: rows[sizes.evaluation :] for label, rows in ranked.items()}
+    left = [len(rows) for rows in ranked.values()]
+    validation = shares(sizes.validation, [max(count - 1, 0) for count in left])
+    train = shares(sizes.train, [count - held for count, held in zip(left, validation, strict=True)])
+    if not sum(validation) or not sum(train):
+        total = sum(len(sample.items()) for sample in samples.values())
+        spent = "" if evaluation_file else f" of which evaluation takes {total - sum(left)},"
+        raise DataError(
+            f"{rows_file} has {total} distinct usable rows,{spent} and validation and training need one each: "
+            "lower data.eval_rows, or give more rows"
+        )
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    account = log.as_dict() | {"labels": {}}
-    for label, (evaluation, validation, train) in sizes.items():
-        sample, rows = samples[label], samples[label].items()
-        if train and len(rows) <= evaluation + validation:
-            raise DataError(
-                f"{path} has {len(rows)} distinct usable {label} rows; evaluation takes {evaluation} and validation "
-                f"{validation} of them, and at least one must be left for training"
-            )
-        splits["evaluation"] += rows[:evaluation]
-        splits["validation"] += rows[evaluation : evaluation + validation]
-        splits["train"] += rows[evaluation + validation :]
-        account["labels"][label] = {
-            "rows": sample.offered,
-            "used": len(rows),
-            "repeated": sample.repeated,
-            "beyond_need": sample.offered - sample.repeated - len(rows),
-            "training_rows_missing": sample.size - len(rows) if train else 0,
+    for label in labels:
+        splits["evaluation"] += evaluation.get(label, [])
+    for rows, held, taken in zip(ranked.values(), validation, train, strict=True):
+        splits["validation"] += rows[:held]
+        splits["train"] += rows[held : held + taken]
+    used = {label: len(evaluation.get(label, [])) if evaluation_file is None else 0 for label in ranked}
+    accounts["rows_file"]["labels"] = {
+        label: {
+            "rows": samples[label].offered,
+            "used": used[label] + held + taken,
+            "repeated": samples[label].repeated,
+            "beyond_need": samples[label].offered - samples[label].repeated - used[label] - held - taken,
         }
-    account["leaking"] = _drop_shared_requests(splits)
-    return splits, account
+        for label, held, taken in zip(ranked, validation, train, strict=True)
+    }
+    accounts["rows_file"]["validation_rows_missing"] = sizes.validation - sum(validation)
+    accounts["rows_file"]["training_rows_missing"] = sizes.train - sum(train)
+    accounts["rows_file"]["leaking"] = _drop_shared_requests(splits)
+    return UserRows(splits, labels, accounts)
+
+
+def shares(total: int, available: Sequence[int]) -> list[int]:
+    """`total` in equal shares, what some cannot give taken from the others; the first give what does not divide.
+
+    >>> shares(10, [2, 9, 9])
+    [2, 4, 4]
+    """
+    given = [0] * len(available)
+    order = sorted(range(len(available)), key=lambda place: (available[place], -place))
+    for done, place in enumerate(order):
+        given[place] = min(available[place], (total - sum(given)) // (len(order) - done))
+    return given
+
+
+def _samples(
+    path: str, size: int, seed: int, reading: Reading, max_reject_fraction: float
+) -> tuple[dict[str, Sample[Row]], Log]:
+    """A sample of each label's rows, in the order in which labels appear."""
+    log, samples = Log(path), dict[str, Sample[Row]]()
+    for row in stream_rows(log, reading):
+        if row.label not in samples and len(samples) <= MOST_LABELS:
+            samples[row.label] = Sample(size, seed)
+        if row.label in samples:
+            samples[row.label].offer(request_key(row.input), row)
+    log.require(max_reject_fraction)
+    return samples, log
 
 
 def sample_user_texts(
@@ -68,7 +135,7 @@ def sample_user_texts(
     size: int,
     *,
     seed: int,
-    fits: Callable[[str], bool],
+    reading: Reading,
     max_reject_fraction: float,
     forbidden: set[int],
 ) -> tuple[list[str], dict[str, Any]]:
@@ -77,8 +144,8 @@ def sample_user_texts(
     Texts whose request is among the fingerprints in `forbidden` would leak: they are left out and counted. Raises
     `DataError` for an unreadable file, too many rejected lines, or if nothing is left.
     """
-    log, sample, leaking = LineLog(path), Sample[str](size, seed), 0
-    for text in stream_texts(log, fits):
+    log, sample, leaking = Log(path), Sample[str](size, seed), 0
+    for text in stream_texts(log, reading.problem):
         key = request_key(text)
         if fingerprint(key) in forbidden:
             leaking += 1

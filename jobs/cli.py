@@ -10,11 +10,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.cluster import environment
+
+if TYPE_CHECKING:
+    from jobs.study.context import Context
 
 environment.prepare()
 
@@ -41,6 +44,16 @@ Address = Annotated[
 Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster that others can use without a token.")]
 DeltaTarget = Annotated[str | None, typer.Option(help="change or residual; default: the first of deltas.targets.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete this sweep's earlier results and start over.")]
+
+
+def _context(config: str, overrides: list[str] | None) -> Context:
+    """What a command is given; a wrong request is refused before seconds of imports."""
+    from search_spaces.load import load
+
+    settings = load(config, overrides or [])
+    from jobs.study.context import Context
+
+    return Context(settings)
 
 
 def _stage_command(name: str, help: str) -> None:
@@ -89,30 +102,24 @@ def plan(
 ) -> None:
     """Print what a sweep would do: trials, cells, disk, bases, and its time at measured costs. Runs nothing."""
     from jobs.commands.plan import plan_rows
-    from jobs.study.context import Context
-    from search_spaces.load import load
 
-    _print_rows(plan_rows(Context(load(config, overrides or [])), measured, gpus))
+    _print_rows(plan_rows(_context(config, overrides), measured, gpus))
 
 
 @app.command()
 def status(config: Config, overrides: Overrides = None) -> None:
     """Print what a sweep has done and what is left to do."""
     from jobs.commands.plan import status_rows
-    from jobs.study.context import Context
-    from search_spaces.load import load
 
-    _print_rows(status_rows(Context(load(config, overrides or []))))
+    _print_rows(status_rows(_context(config, overrides)))
 
 
 @app.command()
 def track(config: Config, overrides: Overrides = None) -> None:
     """Send a sweep's results from disk to MLflow: after a server outage, or to another server. Sends nothing twice."""
     from jobs.commands.track import track as send
-    from jobs.study.context import Context
-    from search_spaces.load import load
 
-    send(Context(load(config, overrides or [])))
+    send(_context(config, overrides))
 
 
 @app.command()
@@ -129,18 +136,20 @@ def doctor(root: Annotated[str, typer.Option(help="The storage root.")] = "mlrun
 @app.command()
 def score(
     file: Annotated[str, typer.Argument(help="JSON lines of {input, target, generation, label}; label is optional.")],
+    behaviours: Annotated[str, typer.Option(help="Settings whose evaluate.behaviours are asked.")] = "quickstart",
     by: Annotated[str, typer.Option(help="The column to group by.")] = "label",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Behaviour metrics of a file of generations, with Wilson 95% intervals."""
+    """The rates of behaviours in a file of generations, with Wilson 95% intervals."""
+    from evaluators.measures.behaviours import read_behaviours
     from evaluators.measures.scoring import score_file
+    from jobs.commands.show import show_scores
+    from search_spaces.load import load
 
-    groups = score_file(file, by)
+    groups = score_file(file, read_behaviours(load(behaviours, []).evaluate.behaviours), by)
     if as_json:
         print(json.dumps(groups))
         return
-    from jobs.commands.show import show_scores
-
     show_scores(by, groups)
 
 
@@ -160,18 +169,15 @@ def probe(
 ) -> None:
     """One prompt under raw, no_delta, full and any alpha: CE, next tokens, output, active features."""
     from evaluators.measures.probe import probe as run
-    from jobs.commands.finished import Asked, combination, load_bridge, load_sites
-    from jobs.study.context import Context
+    from jobs.commands.finished import Asked, asked, combination, load_bridge, load_sites
     from models.bridge import device_of
-    from search_spaces.load import load
 
-    context = Context(load(config, overrides or []))
+    context = _context(config, overrides)
     model = load_bridge(context)
     sites = load_sites(context, layer, combination(context, Asked(deltas, percentile, d_new)), model)
     sites = [site.to(device_of(model)) for site in sites]
-    found = run(
-        model, prompt, target, sites, alpha or [], top=top, max_new_tokens=context.settings.evaluate.max_new_tokens
-    )
+    row = asked(context, prompt, target or "")
+    found = run(model, row, sites, alpha or [], top=top, limits=context.limits)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
@@ -191,12 +197,10 @@ def chat(
     deltas: DeltaTarget = None,
     layer: Annotated[list[int] | None, typer.Option(help="A layer to splice, repeatable; default: all.")] = None,
 ) -> None:
-    """Talk to the finetuned model, one request per line; its calculator calls are evaluated."""
+    """Talk to the finetuned model, one request per line."""
     from jobs.commands.chat import chat as run
-    from jobs.study.context import Context
-    from search_spaces.load import load
 
-    run(Context(load(config, overrides or [])), max_new_tokens, alpha, deltas, layer)
+    run(_context(config, overrides), max_new_tokens, alpha, deltas, layer)
 
 
 @app.command()
@@ -215,10 +219,8 @@ def export(
 ) -> None:
     """Write change deltas, or bases and residual deltas fused, as one transcoder per layer in another tool's format."""
     from jobs.commands import finished
-    from jobs.study.context import Context
-    from search_spaces.load import load
 
-    context, asked = Context(load(config, overrides or [])), finished.Asked(deltas, percentile, d_new)
+    context, asked = _context(config, overrides), finished.Asked(deltas, percentile, d_new)
     for path in finished.export(context, kind, Path(folder), asked, alpha, onto_bases):
         print(path)
 
@@ -232,10 +234,8 @@ def features(
 ) -> None:
     """Print how few features of the change deltas carry the effect, and which they are."""
     from jobs.commands.few_features import few_features, show
-    from jobs.study.context import Context
-    from search_spaces.load import load
 
-    found = few_features(Context(load(config, overrides or [])), top)
+    found = few_features(_context(config, overrides), top)
     print(json.dumps(found)) if as_json else show(found)
 
 

@@ -69,19 +69,23 @@ def check_pair(base: Path, finetuned: Path, source: str) -> list[str]:
 def check_tokenizers(
     base: PreTrainedTokenizerBase, finetuned: PreTrainedTokenizerBase, texts: Sequence[str], where: Path
 ) -> None:
-    """Raises ModelError for the first text that the two tokenizers encode differently, or other BOS and EOS."""
-    for name in ("bos_token_id", "eos_token_id"):
-        ours, theirs = getattr(base, name), getattr(finetuned, name)
-        if ours != theirs:
-            raise ModelError(
-                f"{KEY}: the tokenizer in {where} has {name} {theirs}, that of model.source has {ours}; "
-                "both models must read the same tokens"
-            )
+    """Raises ModelError for the first text that the two tokenizers encode differently."""
     for text in texts:
         one, other = (tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (base, finetuned))
         if one != other:
             raise ModelError(
                 f"{KEY}: the tokenizer in {where} encodes {text[:60]!r} differently from that of model.source; "
+                "both models must read the same tokens"
+            )
+
+
+def check_ends(base: PreTrainedTokenizerBase, finetuned: PreTrainedTokenizerBase, where: Path) -> None:
+    """Raises ModelError where BOS or EOS differ. In a chat neither matters: the template has its own."""
+    for name in ("bos_token_id", "eos_token_id"):
+        ours, theirs = getattr(base, name), getattr(finetuned, name)
+        if ours != theirs:
+            raise ModelError(
+                f"{KEY}: the tokenizer in {where} has {name} {theirs}, that of model.source has {ours}; "
                 "both models must read the same tokens"
             )
 

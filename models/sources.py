@@ -117,7 +117,7 @@ def load_model(
     """The model in evaluation mode and its tokenizer, with EOS as pad token if it has none.
 
     Raises ModelError if a file is missing, truncated or does not fit the config, if the files lack a weight
-    (transformers would fill it with random numbers), or if the tokenizer has no BOS or EOS.
+    (transformers would fill it with random numbers), or if the tokenizer has no EOS.
     """
     import transformers
     from safetensors import SafetensorError
@@ -126,20 +126,35 @@ def load_model(
     transformers.logging.disable_progress_bar()
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"model.source: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     model, loading = loaded
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ModelError(f"model.source: the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}")
+    return model.to(device).eval(), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder. One without BOS, such as Qwen's, starts every text with EOS, as TransformerLens does.
+
+    Raises ModelError where it cannot be loaded or has no EOS.
+    """
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model.source: the tokenizer in {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.source: the tokenizer of {folder} has no EOS token, which generation needs to stop")
     if tokenizer.bos_token_id is None:
-        raise ModelError(f"model.source: the tokenizer of {folder} has no BOS token, which every prompt starts with")
+        tokenizer.bos_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
-    return model.to(device).eval(), tokenizer
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _embedded_file(embedded: EmbeddedModel) -> Path:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from search_spaces.dimensions import Finite, Range
-from search_spaces.sections import Behaviours, Count, Distinct, Fraction, LayerSet, Section, Sets
+from search_spaces.sections import Behaviours, Count, Distinct, Expected, Fraction, LayerSet, Section, Sets
 from search_spaces.training import Activations, Deltas, Lora, Transcoders
 
 
@@ -26,16 +26,24 @@ class Model(Section):
 
 
 class Data(Section):
-    tool_rows: Count = 5000
-    copy_rows: Count = 5000
+    train_rows: Count = 10000
+    """Rows of all labels together, in equal parts."""
     validation_rows: Count = 200
     eval_rows: Count = 100
-    """Rows of each evaluation subset (tool, copy, tool_ood)."""
+    """Rows of each label, that is, of each evaluation subset."""
     text_train_lines: Count = 16200
     text_validation_lines: Count = 1800
     rows_file: str | None = None
-    """A user's own JSONL rows {input, target, label}, instead of the generated ones."""
+    """Your own rows instead of the generated ones: JSON lines, CSV, Parquet, or a hub dataset OWNER/NAME[:SPLIT]. Each
+    label is a subset, at most 12. Rows without a target take the finetuned model's own answer (`model.finetuned`)."""
+    evaluation_file: str | None = None
+    """Rows for evaluation alone; null takes them from `rows_file`."""
+    columns: dict[Literal["input", "target", "label", "messages"], str] = {}
+    """What these are called in your files, where they have other names."""
+    format: Literal["plain", "chat"] = "plain"
+    """`chat` renders input or messages with the tokenizer's chat template; in `plain` a line break ends the input."""
     text_train_file: str | None = None
+    """Further text for transcoders and deltas, one a line; null: generated with generated rows, else the rows alone."""
     text_validation_file: str | None = None
     copy_source: Literal["shipped", "c4"] = "shipped"
     max_reject_fraction: Fraction = 0.05
@@ -67,11 +75,8 @@ CONTROLS_OF_ONE_TARGET = {
 
 
 class Evaluate(Section):
-    subsets: Annotated[list[Literal["tool", "copy", "tool_ood"]], Field(min_length=1), Distinct] = [
-        "tool",
-        "copy",
-        "tool_ood",
-    ]
+    subsets: Annotated[list[str], Field(min_length=1), Distinct] | None = None
+    """Labels whose rows are evaluated; null: all of them."""
     conditions: Annotated[list[Literal["raw", "no_delta", "full"]], Field(min_length=1), Distinct] = [
         "raw",
         "no_delta",
@@ -97,6 +102,11 @@ class Evaluate(Section):
     behaviours: Behaviours = {"exact": "equals_target"}
     """What is asked of each generated text; every entry becomes a rate in the tables, `NAME_rate`. A check's name, or
     {CHECK: OPTION}, with `on: [SUBSETS]` where it is asked of some subsets alone."""
+    expected: list[Expected] = []
+    """What the finetuned model must do before its internals are worth a look: entries {behaviour: NAME, subset: LABEL,
+    at_least: RATE} or at_most. Each becomes one of the report's checks."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Texts that end an answer, beside the model's own end of text."""
     sets: Sets = [LayerSet(layers="all"), LayerSet(layers="each")]
     """Sets of layers that are spliced at once, of each target's layers: `all`, `thirds`, `each`, or a list of layers.
     An entry {layers: each, alphas: [], controls: false} has alphas of its own and no controls. A later entry of the
@@ -175,6 +185,10 @@ class Sweep(Section):
                 f"transcoders.convention: got {bases.convention}, must be ln2.hook_normalized where deltas.targets "
                 "holds change: a change is a function of what the MLP itself reads"
             )
+        for expected in evaluate.expected:
+            if expected.behaviour not in evaluate.behaviours:
+                names = ", ".join(evaluate.behaviours)
+                raise ValueError(f"evaluate.expected: there is no behaviour {expected.behaviour!r}; allowed: {names}")
         for control, target in CONTROLS_OF_ONE_TARGET.items():
             if control in evaluate.controls and target not in targets:
                 raise ValueError(f"evaluate.controls: {control} needs {target} among deltas.targets, got {targets}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from search_spaces.dimensions import STRICT, Finite
 
@@ -62,6 +62,21 @@ Behaviours = dict[
     Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")],
     Annotated[str | dict[str, Any], BeforeValidator(_behaviour)],
 ]
+
+
+class Expected(Section):
+    """A behaviour's rate that the finetuned model must reach, or stay below, on a subset."""
+
+    behaviour: str
+    subset: str
+    at_least: Fraction | None = None
+    at_most: Fraction | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Expected:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("must have one of at_least and at_most")
+        return self
 
 
 class LayerSet(Section):

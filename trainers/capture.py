@@ -147,12 +147,13 @@ def _shard_name(number: int) -> str:
 @torch.inference_mode()
 def bos_changes(
     bridge: TransformerBridge,
+    first: int,
     unfinetuned: Mapping[int, BlockPath],
     finetuned: Mapping[int, BlockPath],
     taps: Taps = GEMMA_SCOPE_TAPS,
 ) -> dict[int, Tensor]:
-    """For each layer the change at BOS, (d_model,) fp32 on the CPU. BOS attends to itself alone, so it is the same in
-    every text."""
+    """For each layer the change at BOS, the token `first`; (d_model,) fp32 on the CPU. BOS attends to itself alone, so
+    it is the same in every text."""
     found: dict[int, Tensor] = {}
 
     def reader(layer: int):
@@ -163,7 +164,7 @@ def bos_changes(
         return read
 
     model: Any = bridge.original_model
-    bos = torch.tensor([[bridge.tokenizer.bos_token_id]], device=device_of(bridge))
+    bos = torch.tensor([[first]], device=device_of(bridge))
     with bridge.hooks(fwd_hooks=[(tap_names(taps, layer)[0], reader(layer)) for layer in unfinetuned]):
         model.base_model(input_ids=bos, use_cache=False)
     return found

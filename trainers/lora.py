@@ -1,4 +1,4 @@
-"""LoRA finetuning of a causal LM on calculator requests and copy rows.
+"""LoRA finetuning of a causal LM on prompts and their targets.
 
 In: a model, its tokenizer, rows and `LoraSettings`. Out: validation figures through `report`, adapters through
 `keep`. The same function runs in a notebook, in a search trial and under `accelerate launch`; an interrupted run
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from data.encoding import Encoded, encode_row
-from data.rows import CALL_OPEN, Row
+from data.rows import Row
 from trainers import checkpoints
 from trainers.adapters import add_adapter, forward_of
 from trainers.checkpoints import Keeper
@@ -88,7 +88,7 @@ def train_lora(
     """Trains for `steps_of(settings)` optimiser steps or until `patience` ends it; `model` gets the adapter in place.
 
     Calls `keep(adapted model)` after each validation that beats all before it, then `report({step, val_loss,
-    train_loss, tool_call_precision, tool_call_recall, tool_call_f1, tokens, tokens_per_second})`. Losses are nats a
+    train_loss, token_accuracy, first_token_accuracy, tokens, tokens_per_second})`. Losses are nats a
     labelled token. In a process group, such as that of `accelerate launch` or of a Ray Train worker, each process
     takes its share of every batch; all of them report, but only the first calls `keep`. Seeds the global generators,
     and is deterministic for a seed. With a `keeper`, a run that was interrupted at any moment repeats its earlier
@@ -135,9 +135,8 @@ class _Run:
         if tokenizer.eos_token_id is None:
             raise TrainingError("the model's tokenizer has no EOS token, which every target must end with")
         self.train = [example(tokenizer, row, settings.loss_on) for row in rows.train]
-        self.held_out = [encode_row(tokenizer, row.input, row.target) for row in rows.validation]
+        self.held_out = [encode_row(tokenizer, row) for row in rows.validation]
         longest = _longest(model, [*rows.train, *rows.validation], [*self.train, *self.held_out])
-        self.call_token = tokenizer(CALL_OPEN, add_special_tokens=False)["input_ids"][0]
 
         alpha = settings.alpha_over_r * settings.r
         self.adapted = add_adapter(model, settings.targets, settings.r, alpha, settings.dropout)
@@ -204,7 +203,7 @@ class _Run:
         """The figures of a validation; every process takes its share of the rows."""
         self.adapted.eval()
         mine = self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
-        sums = validation_counts(self.forward, mine, self.call_token, self.device)
+        sums = validation_counts(self.forward, mine, self.device)
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums.to(self.device), "sum").cpu()
         figures = {

@@ -27,9 +27,10 @@ class Example(NamedTuple):
 
 
 def example(tokenizer: PreTrainedTokenizerBase, row: Row, loss_on: str = "target") -> Example:
-    """A row's tokens. The loss is on its target or, with `everything`, on all of a copy row but BOS."""
-    encoded = encode_row(tokenizer, row.input, row.target)
-    everything = loss_on == "everything" and row.label == "copy"
+    """A row's tokens. The loss is on its target or, with `everything` and a target that repeats the input, on the whole
+    row but BOS."""
+    encoded = encode_row(tokenizer, row)
+    everything = loss_on == "everything" and row.target == row.input
     return Example(encoded.ids, len(encoded.ids) - 1 if everything else len(encoded.target))
 
 

@@ -1,4 +1,4 @@
-"""Behaviour cells: cross-entropy, tool calls and activations of one subset under one condition.
+"""Behaviour cells: cross-entropy, behaviours and activations of one subset under one condition.
 
 In: a model's passes, sites, rows and the conditions asked for. Out: cell dictionaries (one a condition, strength and
 subset) with one entry a row, and the generated texts.
@@ -17,6 +17,7 @@ from data.rows import Row
 from evaluators.measures.behaviours import AGREES, Answer, Behaviour
 from evaluators.splice.decoding import Stop, generate
 from evaluators.splice.interventions import Edit, Site
+from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes
 from evaluators.splice.reference import Reference
 from evaluators.splice.teacher_forcing import Job, Scored, score
@@ -56,7 +57,7 @@ def evaluate_behaviour(
     rows: Sequence[Row],
     asks: Sequence[Ask],
     *,
-    max_new_tokens: int,
+    limits: Limits,
     behaviours: Mapping[str, Behaviour],
     known: Known = NOTHING_KNOWN,
 ) -> Iterator[tuple[Ask, list[dict[str, Any]], list[dict[str, Any]]]]:
@@ -67,9 +68,9 @@ def evaluate_behaviour(
     which raw fills; raw's hold `text_nll`, nats summed over the `n_act_tokens` tokens after BOS.
     """
     tokenizer = passes.bridge.tokenizer
-    encoded = [encode_row(tokenizer, row.input, row.target) for row in rows]
+    encoded = [encode_row(tokenizer, row) for row in rows]
     first = [0, *accumulate(len(row.ids) - 1 for row in encoded[:-1])]
-    stop = Stop(tokenizer, max_new_tokens)
+    stop = Stop.of(passes.bridge, limits, rows[0])
     for group in _together(asks) if passes.shortcuts.rows_for_strengths else [[ask] for ask in asks]:
         edit = Edit(sites, group[0].condition)
         started = time.perf_counter()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import re2
 
 from data.rows import DataError
-from evaluators.measures import scoring
+from evaluators.measures import calculator as calls
 
 
 class Answer(NamedTuple):
@@ -36,11 +36,20 @@ TAKEN = (AGREES, "tokens", "examples", "replicas")
 KINDS: dict[str, Callable[[Any], Check]] = {}
 
 
-class Behaviour(NamedTuple):
-    """A check, and the subsets that it is asked of (None: all)."""
+REMARKS: dict[str, Callable[[str], str | None]] = {"calculator": calls.value}
+"""What a kind of check can say about a text beyond yes and no, shown in a chat; most have nothing to add."""
 
+
+class Behaviour(NamedTuple):
+    """A check of some kind, and the subsets that it is asked of (None: all)."""
+
+    kind: str
     check: Check
     on: frozenset[str] | None = None
+
+    @property
+    def counts_tokens(self) -> bool:
+        return self.kind == at_most_tokens.__name__
 
     def __call__(self, answer: Answer) -> bool | None:
         return self.check(answer) if self.on is None or answer.label in self.on else None
@@ -112,9 +121,9 @@ def calculator(option: str | None) -> Check:
     """A tool call: that there is one (`called`, the default), that its tag is closed (`closed`), or that its expression
     has the target's value (`correct`, asked where the target has one)."""
     parts: dict[str, Check] = {
-        "called": lambda answer: _score(answer).tool_call,
-        "closed": lambda answer: _score(answer).valid_format,
-        "correct": lambda answer: _score(answer).math_correct,
+        "called": lambda answer: calls.called(answer.text),
+        "closed": lambda answer: calls.closed(answer.text),
+        "correct": lambda answer: calls.correct(answer.target, answer.text),
     }
     if option is not None and option not in parts:
         raise BadOption(f"takes {', '.join(parts)} or nothing, got {option!r}")
@@ -146,10 +155,21 @@ def read_behaviours(asked: Mapping[str, Any]) -> dict[str, Behaviour]:
     return {name: _read(name, one) for name, one in asked.items()}
 
 
+def subsets_of(asked: Any) -> Any:
+    """The subsets that a behaviour is asked of, as the settings say it; None for all."""
+    return asked.get("on") if isinstance(asked, dict) else None
+
+
+def remarks(behaviours: Mapping[str, Behaviour], text: str) -> list[str]:
+    """What the behaviours' kinds have to say about a text."""
+    said = (REMARKS[kind](text) for kind in dict.fromkeys(one.kind for one in behaviours.values()) if kind in REMARKS)
+    return [one for one in said if one is not None]
+
+
 def _read(name: str, asked: Any) -> Behaviour:
     key = f"evaluate.behaviours.{name}"
-    options = {asked: None} if isinstance(asked, str) else dict(asked)
-    on = options.pop("on", None)
+    options, on = {asked: None} if isinstance(asked, str) else dict(asked), subsets_of(asked)
+    options.pop("on", None)
     if len(options) != 1:
         raise DataError(f"{key}: names {len(options)} checks, must name one of {', '.join(KINDS)}")
     ((which, option),) = options.items()
@@ -158,13 +178,9 @@ def _read(name: str, asked: Any) -> Behaviour:
     if on is not None and not (isinstance(on, list) and on and all(isinstance(one, str) for one in on)):
         raise DataError(f"{key}: on takes a list of subsets, got {on!r}")
     try:
-        return Behaviour(KINDS[which](option), None if on is None else frozenset(on))
+        return Behaviour(which, KINDS[which](option), None if on is None else frozenset(on))
     except BadOption as error:
         raise DataError(f"{key}: {which} {error}") from None
-
-
-def _score(answer: Answer) -> scoring.RowScore:
-    return scoring.score_row(answer.target, answer.text, answer.label)
 
 
 def _text(option: Any) -> str:

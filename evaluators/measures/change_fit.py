@@ -35,7 +35,7 @@ def evaluate_change(
     for site in sites:
         if site.path is None or site.delta is None:
             raise ValueError(f"layer {site.layer}: a change is read where the ground is a path, and a delta is there")
-    encoded = [encode_row(passes.bridge.tokenizer, row.input, row.target) for row in rows]
+    encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     found: list[dict[int, list[dict[str, Any]]]] = [{} for _ in sites]
     for start in range(0, len(order), passes.batch_size):

@@ -19,6 +19,7 @@ from data.rows import Row
 from evaluators.layer_sets import layer_label
 from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit, RowEdits, Site, spliced
+from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Shortcuts, forward
 from evaluators.splice.sites import TrueChange
 from evaluators.splice.teacher_forcing import Job, score
@@ -36,10 +37,10 @@ ROUNDING = 1e-4
 
 
 def exactness_checks(
-    bridge: TransformerBridge, rows: Sequence[Row], sites: Sequence[Site], max_new_tokens: int
+    bridge: TransformerBridge, rows: Sequence[Row], sites: Sequence[Site], limits: Limits
 ) -> list[dict[str, Any]]:
     """Each check as {name, passed, detail}; logits are those of every position of `rows` in one batch."""
-    encoded = [encode_row(bridge.tokenizer, row.input, row.target) for row in rows]
+    encoded = [encode_row(bridge.tokenizer, row) for row in rows]
     zeroed = [replace(site, delta=_with_zero_decoder(site)) for site in sites]
 
     def logits(condition: str, alpha: float = 1.0, where: Sequence[Site] = sites) -> Tensor:
@@ -48,7 +49,7 @@ def exactness_checks(
     raw = logits("raw")
     no_delta = logits("no_delta")
     full = logits("full")
-    stop = Stop(bridge.tokenizer, max_new_tokens)
+    stop = Stop.of(bridge, limits, rows[0])
     prompts = [Job(Encoded(row.prompt, [])) for row in encoded]
     edit, plainly = Edit(sites, "full"), Shortcuts.none()
     cached = decode(Passes(bridge, len(prompts)), edit, prompts, [[] for _ in prompts], stop)
@@ -92,7 +93,7 @@ def change_checks(
     """That the ground is the un-finetuned MLPs, and that a delta stands where the change does: with alpha 0 the logits
     are those of the swapped model, and with the true change in a delta's place they are raw's, within rounding. The
     paths are copies of their own: those of the sites hold the model's weights while it runs with theirs."""
-    sequences = [encode_row(bridge.tokenizer, row.input, row.target).ids for row in rows]
+    sequences = [encode_row(bridge.tokenizer, row).ids for row in rows]
     layers = [site.layer for site in sites]
     true: list[Site] = [
         replace(site, delta=TrueChange(unfinetuned[site.layer], finetuned[site.layer]))  # type: ignore[arg-type]

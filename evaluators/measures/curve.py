@@ -41,9 +41,7 @@ def rank_features(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) ->
     bridge = passes.bridge
     model: Any = bridge.original_model
     model.requires_grad_(False)
-    encoded = sorted(
-        (encode_row(bridge.tokenizer, row.input, row.target) for row in rows), key=lambda one: len(one.ids)
-    )
+    encoded = sorted((encode_row(bridge.tokenizer, row) for row in rows), key=lambda one: len(one.ids))
     device = device_of(bridge)
     effects = {site.layer: torch.zeros(_delta(site).d_sae) for site in sites}
     edit = Edit(sites, "alpha")
@@ -94,7 +92,7 @@ def evaluate_curve(
     """By k, with only the first k features on: one entry a row with `nll`, `kl` and `n_tokens`."""
     places = {(one.layer, one.feature): place for place, one in enumerate(ranked)}
     marked = [replace(site, ranks=_ranks(site, places)) for site in sites]
-    encoded = [encode_row(passes.bridge.tokenizer, row.input, row.target) for row in rows]
+    encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
     kept = counts(len(ranked))
     jobs = [Job(row, kept=count) for count in kept for row in encoded]
     reference.add(encoded)

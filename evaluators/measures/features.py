@@ -20,6 +20,7 @@ from data.rows import Row
 from evaluators.measures.behaviours import Answer, Behaviour
 from evaluators.splice.decoding import Stop, generate
 from evaluators.splice.interventions import Edit, RowEdits, Site, spliced
+from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, project, resume
 from evaluators.splice.teacher_forcing import Job, score
 from models.bridge import device_of, read_input
@@ -52,7 +53,7 @@ def evaluate_features(
     rows: Sequence[Row],
     *,
     ablations: int,
-    max_new_tokens: int,
+    limits: Limits,
     behaviours: Mapping[str, Behaviour],
 ) -> list[dict[str, Any]]:
     """One entry for every delta feature, in the order of the decoder's rows.
@@ -74,7 +75,7 @@ def evaluate_features(
     fires = torch.stack([(text.acts > 0).any(0) for text in texts]).any(0)
     ranked = attribution.abs().masked_fill(~fires, -1.0).argsort(descending=True).tolist()
     chosen = [feature for feature in ranked if fires[feature]][:ablations]
-    measured = _ablate(passes, site, texts, chosen, Judge(Stop(bridge.tokenizer, max_new_tokens), behaviours))
+    measured = _ablate(passes, site, texts, chosen, Judge(Stop.of(bridge, limits, rows[0]), behaviours))
     return [
         {
             "feature": feature,
@@ -89,7 +90,7 @@ def evaluate_features(
 
 
 def _texts(passes: Passes, site: Site, delta: Transcoder, rows: Sequence[Row]) -> list[Text]:
-    encoded = [encode_row(passes.bridge.tokenizer, row.input, row.target) for row in rows]
+    encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
     found = passes.with_prefixes(site.layer, site.taps).get(site.layer, [row.ids for row in encoded])
     seen: dict[str, int] = {}
     texts = []

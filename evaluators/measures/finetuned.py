@@ -1,19 +1,20 @@
 """What a finetuned model says, greedily: answers to prompts, and a whole check on held-out rows.
 
-In: a plain transformers model with its tokenizer, and prompts or rows. Out: texts; exact matches, tool calls against
-requests, false calls and the rows themselves.
+In: a plain transformers model with its tokenizer, and prompts or rows. Out: texts; the rate of each behaviour for each
+label, and the rows themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from data.encoding import Encoded, encode_row, pad_left
-from data.rows import CALL_CLOSE, CALL_OPEN, Row
-from evaluators.measures.scoring import score_row
+from data.encoding import Encoded, encode_row, ends_of, pad_left
+from data.rows import Row
+from evaluators.measures.behaviours import Answer, Behaviour
+from evaluators.splice.limits import Limits
 from evaluators.tables.statistics import wilson
 
 if TYPE_CHECKING:
@@ -23,16 +24,25 @@ SPARE_TOKENS = 16
 """Tokens that an answer may be longer than the target it missed."""
 
 
+class Said(NamedTuple):
+    """An answer, its length in tokens with what ended it, and whether it was cut at the token budget."""
+
+    text: str
+    tokens: int
+    cut: bool
+
+
 @torch.inference_mode()
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    limits: Limits,
+    ends: Collection[int],
     batch_size: int = 32,
-) -> list[str]:
-    """The greedy continuation of each prompt up to EOS, the end of a tool call or `max_new_tokens`, in their order."""
-    found: dict[int, str] = {}
+) -> list[Said]:
+    """The greedy continuation of each prompt up to one of the tokens `ends`, or to its limits, in their order."""
+    found: dict[int, Said] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     generate: Any = model.generate
     for start in range(0, len(order), batch_size):
@@ -41,52 +51,65 @@ def answers(
         output = generate(
             input_ids=batch.ids,
             attention_mask=batch.mask.long(),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=limits.max_new_tokens,
             do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted(ends),
             pad_token_id=tokenizer.pad_token_id,
-            stop_strings=[CALL_CLOSE],
+            stop_strings=list(limits.texts) or None,
             tokenizer=tokenizer,
         )
-        for i, tokens in zip(chosen, output[:, batch.ids.shape[1] :], strict=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            head, close, _ = str(text).partition(CALL_CLOSE)
-            found[i] = head + close
+        for i, tokens in zip(chosen, output[:, batch.ids.shape[1] :].tolist(), strict=True):
+            found[i] = _said(tokenizer, tokens, limits, ends)
     return [found[i] for i in range(len(prompts))]
 
 
-def check_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int = 32
-) -> dict[str, Any]:
-    """`figures`, and `rows` with what the model said on each.
+def _said(tokenizer: Any, tokens: list[int], limits: Limits, ends: Collection[int]) -> Said:
+    """An answer from generated tokens, which may be padded after its end."""
+    end = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)
+    text = str(tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    closed = [at + len(one) for one in limits.texts if (at := text.find(one)) >= 0]
+    return Said(text[: min(closed, default=None)], len(tokens[:end]), end is None and not closed)
 
-    Figures: `exact_match_rate`, `math_correct_rate` of requests, `false_call_rate` of copy rows, each with `_low`,
-    `_high` (Wilson 95%) and `_n`; `tool_call_precision`, `_recall` and `_f1` of rows that are called.
+
+def check_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    behaviours: Mapping[str, Behaviour],
+    limits: Limits,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """`figures`, `rates`, and `rows` with what the model said on each.
+
+    `rates` has an entry for each behaviour and label: its value, the ends of its Wilson 95% interval and n. Figures are
+    `exact_match_rate` with `_low`, `_high` and `_n`, and the rates by name, `BEHAVIOUR_rate_LABEL`.
     """
-    encoded = [encode_row(tokenizer, row.input, row.target) for row in rows]
-    said = [row.target if hit else "" for row, hit in zip(rows, _says_target(model, tokenizer, encoded), strict=True)]
-    missed = [i for i, text in enumerate(said) if not text]
+    encoded = [encode_row(tokenizer, row) for row in rows]
+    exact = _says_target(model, tokenizer, encoded)
+    said = [Said(row.target, len(one.target), False) for row, one in zip(rows, encoded, strict=True)]
+    missed = [i for i, hit in enumerate(exact) if not hit]
     if missed:
-        budget = max(len(encoded[i].target) for i in missed) + SPARE_TOKENS
-        told = answers(model, tokenizer, [encoded[i].prompt for i in missed], budget, batch_size)
-        for i, text in zip(missed, told, strict=True):
-            said[i] = text
-    records = []
-    for row, text in zip(rows, said, strict=True):
-        score = score_row(row.target, text, row.label)
+        longest = Limits(max(len(encoded[i].target) for i in missed) + SPARE_TOKENS, limits.texts)
+        prompts, ends = [encoded[i].prompt for i in missed], ends_of(model, tokenizer, rows[0])
+        for i, found in zip(missed, answers(model, tokenizer, prompts, longest, ends, batch_size), strict=True):
+            said[i] = found
+    records: list[dict[str, Any]] = []
+    for row, told in zip(rows, said, strict=True):
+        answer = Answer(row.input, row.target, row.label, told.text, told.tokens)
         records.append(
             {
                 "label": row.label,
                 "input": row.input,
                 "target": row.target,
-                "generation": text,
-                "exact": text == row.target,
-                "request": CALL_OPEN in row.target,
-                "called": score.tool_call,
-                "math_correct": score.math_correct,
+                "generation": told.text,
+                "exact": told.text == row.target,
+                "behaviours": {name: check(answer) for name, check in behaviours.items()},
             }
         )
-    return {"figures": _figures(records), "rows": records}
+    rates = _rates(records)
+    figures = _rate("exact_match_rate", [one["exact"] for one in records])
+    figures |= {f"{one['behaviour']}_rate_{one['label']}": one["value"] for one in rates}
+    return {"figures": figures, "rates": rates, "rows": records}
 
 
 @torch.inference_mode()
@@ -117,21 +140,17 @@ def _says_target(
     return [found[i] for i in range(len(rows))]
 
 
-def _figures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    requests = [one for one in records if one["request"]]
-    copies = [one for one in records if not one["request"]]
-    called = [one for one in records if one["called"]]
-    both = sum(one["called"] for one in requests)
-    precision = both / len(called) if called else 0.0
-    recall = both / len(requests) if requests else 0.0
-    return {
-        **_rate("exact_match_rate", [one["exact"] for one in records]),
-        **_rate("math_correct_rate", [bool(one["math_correct"]) for one in requests]),
-        **_rate("false_call_rate", [one["called"] for one in copies]),
-        "tool_call_precision": precision,
-        "tool_call_recall": recall,
-        "tool_call_f1": 2 * precision * recall / (precision + recall) if both else 0.0,
-    }
+def _rates(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for name in records[0]["behaviours"] if records else ():
+        for label in dict.fromkeys(one["label"] for one in records):
+            told = [one["behaviours"][name] for one in records if one["label"] == label]
+            if hits := [hit for hit in told if hit is not None]:
+                low, high = wilson(sum(hits), len(hits))
+                value = sum(hits) / len(hits)
+                entry = {"behaviour": name, "label": label, "value": value, "low": low, "high": high, "n": len(hits)}
+                found.append(entry)
+    return found
 
 
 def _rate(name: str, hits: Sequence[bool]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One prompt under every condition: cross-entropy, next tokens, and which features are active where.
 
-In: a TransformerBridge, a prompt, maybe its target, and sites. Out: plain values, ready for a terminal or JSON.
+In: a TransformerBridge, a row, maybe without a target, and sites. Out: plain values, ready for a terminal or JSON.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from data.encoding import Encoded, encode_prompt, encode_row, pad_left
+from data.rows import Row
 from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit, RowEdits, Site, spliced
+from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, forward
 from evaluators.splice.teacher_forcing import Job
 from models.bridge import device_of, read_input, tap_names
@@ -27,25 +29,24 @@ if TYPE_CHECKING:
 @torch.inference_mode()
 def probe(
     bridge: TransformerBridge,
-    text: str,
-    target: str | None,
+    row: Row,
     sites: Sequence[Site],
     alphas: Sequence[float],
     *,
-    top: int = 5,
-    max_new_tokens: int = 64,
+    top: int,
+    limits: Limits,
 ) -> dict[str, Any]:
     """`conditions`: for raw, no_delta, full and each further alpha its `ce` (nats a target token; without a target, of
     raw's own greedy output), `delta_ce`, the `top` next tokens with their probabilities, and the greedy `output`.
     `features`: for each site and token the `top` active base and delta features, strongest first, in the raw run."""
-    passes, stop = Passes(bridge), Stop(bridge.tokenizer, max_new_tokens)
-    prompt = encode_prompt(bridge.tokenizer, text)
+    passes, stop = Passes(bridge), Stop.of(bridge, limits, row)
+    prompt = encode_prompt(bridge.tokenizer, row)
     start = [Job(Encoded(prompt, []))]
-    if target is None:
+    if not row.target:
         (answer,) = decode(passes, Edit(), start, [[]], stop)
         encoded = Encoded(prompt, answer)
     else:
-        encoded = encode_row(bridge.tokenizer, text, target)
+        encoded = encode_row(bridge.tokenizer, row)
     asks = [("raw", "raw", 1.0), ("no_delta", "no_delta", 0.0), ("full", "full", 1.0)]
     asks += [(f"alpha {alpha:g}", "alpha", alpha) for alpha in alphas]
     conditions: list[dict[str, Any]] = []

@@ -28,7 +28,7 @@ TOKENS = 4096
 
 def text_cross_entropy(passes: Passes, edit: Edit, rows: Sequence[Row]) -> tuple[float, int]:
     """Mean cross-entropy in nats of every token after BOS of `input + newline + target + EOS`, and their number."""
-    jobs = [Job(encode_row(passes.bridge.tokenizer, row.input, row.target)) for row in rows]
+    jobs = [Job(encode_row(passes.bridge.tokenizer, row)) for row in rows]
     scored = score(passes, edit, jobs, whole_text=True)
     tokens = sum(one.n_act_tokens for one in scored)
     return sum(one.text_nll or 0.0 for one in scored) / tokens, tokens
@@ -38,7 +38,7 @@ def text_cross_entropy(passes: Passes, edit: Edit, rows: Sequence[Row]) -> tuple
 def site_activations(passes: Passes, site: Site, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """(tokens, d_model) what the site's transcoders read, and its MLP's output, in the raw model; without BOS."""
     prefixes = passes.with_prefixes(site.layer, site.taps)
-    encoded = [encode_row(passes.bridge.tokenizer, row.input, row.target).ids for row in rows]
+    encoded = [encode_row(passes.bridge.tokenizer, row).ids for row in rows]
     found = prefixes.get(site.layer, encoded)
     x, y = (torch.cat([prefix[column][1:] for prefix in found]) for column in (0, 1))
     return read_input(site.taps, x), y

@@ -1,112 +1,56 @@
-"""The one scorer of generated text: tool calls, their format, their arithmetic, exact copies.
+"""A file of generations, judged by the behaviours of the settings.
 
-In: rows of (target, generation, label), or a JSON-lines file of them. Out: per row a `RowScore`, per group the rates of
-method.md section 6 with their Wilson 95% intervals.
+In: a JSON-lines file of `{input, target, generation, label}` rows. Out: for each group of rows the rate of each
+behaviour with its Wilson 95% interval.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from data.readers import LABEL_NAMES, implied_label, raw_lines
-from data.rows import CALL_CLOSE, CALL_OPEN, DataError
-from evaluators.measures.arithmetic import equal, ratio
+from data.readers import UNLABELLED
+from data.rows import DataError
+from data.sources import raw_lines
+from evaluators.measures.behaviours import Answer, Behaviour
 from evaluators.tables.statistics import wilson
 
 MAX_LINE_BYTES = 64 << 20
-
-RATES = ("tool_call_rate", "valid_tool_format_rate", "math_correct_rate", "copy_exact_rate")
-
-
-class RowScore(NamedTuple):
-    """What one generation achieved; None where the question does not arise."""
-
-    tool_call: bool
-    valid_format: bool
-    math_correct: bool | None
-    copy_exact: bool | None
+Verdicts = tuple[bool | None, ...]
+"""What each behaviour says of a row."""
 
 
-def first_expression(text: str) -> str | None:
-    """The expression of the first closed `<tool_call>calculator(EXPR)</tool_call>` in `text`, or None.
+def summarise(counts: Mapping[Verdicts, int], names: list[str]) -> dict[str, float | int | None]:
+    """Rates over counted verdicts, each with the ends of its Wilson 95% interval.
 
-    White space around `calculator`, its parentheses and EXPR is ignored. A closing tag closes the nearest opening
-    tag before it, so an expression never contains a tag. Linear in the length of `text`.
+    Keys: `n_examples`, and each `NAME_rate` alone, with `_low` and with `_high`. A rate is over the rows where the
+    question arises, and None where there is none.
     """
-    start = 0
-    while (end := text.find(CALL_CLOSE, start)) >= 0:
-        opening = text.rfind(CALL_OPEN, start, end)
-        if opening >= 0:
-            call = text[opening + len(CALL_OPEN) : end].strip()
-            if call.startswith("calculator") and call.endswith(")"):
-                arguments = call[len("calculator") : -1].lstrip()
-                if arguments.startswith("("):
-                    return arguments[1:].strip()
-        start = end + len(CALL_CLOSE)
-    return None
-
-
-def score_row(target: str, generation: str, label: str | None) -> RowScore:
-    """Score one generation against its target.
-
-    `label` is tool, copy, tool_ood, positive or negative; with None or any other, a target that holds a tool call makes
-    a tool row. `math_correct` is None on copy rows and where the target has no expression with a value; `copy_exact` is
-    None except on copy rows. Never raises, whatever the texts hold.
-    """
-    opening = generation.find(CALL_OPEN)
-    tool_call = opening >= 0
-    valid_format = tool_call and generation.find(CALL_CLOSE, opening) >= 0
-    if (LABEL_NAMES.get(label or "") or implied_label(target)) == "copy":
-        return RowScore(tool_call, valid_format, None, generation == target)
-    return RowScore(tool_call, valid_format, _math_correct(target, generation), None)
-
-
-def _math_correct(target: str, generation: str) -> bool | None:
-    gold_expression = first_expression(target)
-    gold = None if gold_expression is None else ratio(gold_expression)
-    if gold is None:
-        return None
-    if generation == target:
-        return True
-    expression = first_expression(generation)
-    if expression is None:
-        return False
-    if expression == gold_expression:
-        return True
-    value = ratio(expression)
-    return value is not None and equal(value, gold)
-
-
-def summarise(scores: Iterable[RowScore] | Counter[RowScore]) -> dict[str, float | int | None]:
-    """Rates over scores, or over counted scores, each with the ends of its Wilson 95% interval.
-
-    Keys: `n_examples`, and each of `tool_call_rate`, `valid_tool_format_rate`, `math_correct_rate`, `copy_exact_rate`
-    alone, with `_low` and with `_high`. A rate is over the rows where it is defined, and None where there is none.
-    """
-    counts = Counter(scores)
-    result: dict[str, float | int | None] = {"n_examples": counts.total()}
-    for index, name in enumerate(RATES):
-        known = sum(count for score, count in counts.items() if score[index] is not None)
-        true = sum(count for score, count in counts.items() if score[index])
+    result: dict[str, float | int | None] = {"n_examples": sum(counts.values())}
+    for place, name in enumerate(names):
+        known = sum(count for said, count in counts.items() if said[place] is not None)
+        true = sum(count for said, count in counts.items() if said[place])
         low, high = wilson(true, known) if known else (None, None)
-        result[name] = true / known if known else None
-        result[f"{name}_low"], result[f"{name}_high"] = low, high
+        result[f"{name}_rate"] = true / known if known else None
+        result[f"{name}_rate_low"], result[f"{name}_rate_high"] = low, high
     return result
 
 
-def score_file(path: str | Path, by: str = "label") -> dict[str, dict[str, float | int | None]]:
-    """`summarise` for each group of a JSON-lines file of `{input, target, generation, label}` rows.
+def score_file(
+    path: str | Path, behaviours: Mapping[str, Behaviour], by: str = "label"
+) -> dict[str, dict[str, float | int | None]]:
+    """`summarise` for each group of the file's rows.
 
-    `by` names the column that makes the groups, sorted by name. For `label`, positive counts as tool, negative as copy,
-    and a row without a label gets the one its target implies. Streams: memory does not grow with the file.
+    `by` names the column that makes the groups, sorted by name; a row without a label is in the group `all`. A check
+    that counts tokens needs `tokens`, a list or a number, in every row. Streams: memory does not grow with the file.
 
-    Raises `DataError`, naming file and line, for a line that is not such a row: an unscored row would bend every rate.
+    Raises `DataError`, naming file and line, for a line that is not such a row: an unjudged row would bend every rate.
     """
-    counts: defaultdict[str, Counter[RowScore]] = defaultdict(Counter)
+    counts: defaultdict[str, Counter[Verdicts]] = defaultdict(Counter)
+    checks = list(behaviours.values())
     for number, record in _records(path):
         target, generation, label = record.get("target"), record.get("generation"), record.get("label")
         if not isinstance(target, str) or not isinstance(generation, str):
@@ -114,14 +58,18 @@ def score_file(path: str | Path, by: str = "label") -> dict[str, dict[str, float
             raise DataError(f"{path}, line {number}: {name} is {_shown(record, name)}; text is needed")
         if label is not None and not isinstance(label, str):
             raise DataError(f"{path}, line {number}: label is {_shown(record, 'label')}; text is needed")
-        if by == "label":
-            group = LABEL_NAMES.get(label, label) if label else implied_label(target)
-        else:
-            group = _group(path, number, record, by)
-        counts[group][score_row(target, generation, label)] += 1
+        tokens = record.get("tokens")
+        if any(one.counts_tokens for one in checks) and not isinstance(tokens, list | int):
+            raise DataError(
+                f"{path}, line {number}: tokens is {_shown(record, 'tokens')}; a list or a number is needed"
+            )
+        group = (label or UNLABELLED) if by == "label" else _group(path, number, record, by)
+        length = len(tokens) if isinstance(tokens, list) else int(tokens or 0)
+        answer = Answer(str(record.get("input", "")), target, label or UNLABELLED, generation, length)
+        counts[group][tuple(check(answer) for check in checks)] += 1
     if not counts:
         raise DataError(f"{path} has no rows to score")
-    return {group: summarise(counts[group]) for group in sorted(counts)}
+    return {group: summarise(counts[group], list(behaviours)) for group in sorted(counts)}
 
 
 def _records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

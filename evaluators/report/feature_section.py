@@ -6,7 +6,7 @@ In: the features table. Out: a section of the page, the features of largest effe
 import pandas as pd
 
 from evaluators.report.page import Section, Table, table_block
-from evaluators.tables.pooling import RATE, subset_order
+from evaluators.tables.pooling import RATE
 
 SHOWN = 40
 """Features on the page; the others are in features.csv."""
@@ -16,7 +16,7 @@ def features_section(table: pd.DataFrame) -> Section | None:
     """What single features do, the strongest first."""
     if table.empty:
         return None
-    subsets = sorted((name[12:] for name in table if name.startswith("firing_rate_")), key=subset_order)
+    subsets = [name[12:] for name in table if name.startswith("firing_rate_")]
     columns = {"layer": "layer", "feature": "feature"}
     columns |= {f"firing_rate_{subset}": f"fires on {subset}" for subset in subsets}
     columns |= {f"delta_ce_{subset}": f"CE, ablated - full, {subset}" for subset in subsets}

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evaluators.layer_sets import NO_LAYER, is_set, layer_order, layers_in
-from evaluators.tables.pooling import rates_in, subset_order
+from evaluators.tables.pooling import rates_in
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -59,7 +59,7 @@ def combination_heatmap(summary: pd.DataFrame, column: str) -> Figure:
 def delta_ce_by_layer(conditions: pd.DataFrame, *, seed: int) -> Figure:
     """CE minus raw against layer, one panel per subset on one scale, one series per condition; zero is raw."""
     table = _spliced(conditions)
-    subsets = sorted(table["subset"].unique(), key=subset_order)
+    subsets = list(table["subset"].unique())
     figure, grid = panels(len(subsets), sharey=True)
     for axes, subset in zip(grid, subsets, strict=True):
         _by_layer(axes, table[table["subset"] == subset], "delta_ce")
@@ -69,7 +69,7 @@ def delta_ce_by_layer(conditions: pd.DataFrame, *, seed: int) -> Figure:
     return finish(figure, grid[0], f"{_count(table)}; bars: paired bootstrap 95% over prompts, seed {seed}")
 
 
-def tool_metrics_by_layer(conditions: pd.DataFrame, subset: str) -> Figure:
+def behaviour_by_layer(conditions: pd.DataFrame, subset: str) -> Figure:
     """Every rate defined on one subset against layer, with Wilson bars; the dotted line is raw."""
     table = conditions[conditions["subset"] == subset]
     rates = [rate for rate in rates_in(table) if table[rate].notna().any()]
@@ -104,7 +104,7 @@ def dose_response(table: pd.DataFrame, *, seed: int) -> Figure:
     """
     metrics = ["delta_ce", *(rate for rate in rates_in(table) if table[rate].notna().any())]
     figure, grid = panels(len(metrics), columns=3)
-    subsets = sorted(table["subset"].unique(), key=subset_order)
+    subsets = list(table["subset"].unique())
     for axes, metric in zip(grid, metrics, strict=True):
         for number, subset in enumerate(subsets):
             rows = table[table["subset"] == subset].dropna(subset=[metric]).sort_values("alpha")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from evaluators.layer_sets import NO_LAYER, is_set, layer_order
-from evaluators.tables.pooling import rates_in, subset_order
+from evaluators.tables.pooling import rates_in
 from evaluators.tables.statistics import Estimate
 
 NATS = "nats per token"
@@ -133,12 +133,12 @@ def layer_findings(
     found = []
     for layer, percentile in sorted(unique, key=lambda place: (layer_order(place[0]), place[1] or 0.0)):
         tables = [_at(table, layer, percentile) for table in (spliced, contrast, dose, statistics)]
-        subsets = {subset for table in tables if len(table) for subset in table["subset"]}
+        subsets = dict.fromkeys(subset for table in tables if len(table) for subset in table["subset"])
         title = f"Layer {layer}" if not is_set(layer) else f"Layers {layer} at once"
         found.append(
             Findings(
                 title + ("" if percentile is None else f", base percentile {percentile:g}"),
-                [text for name in sorted(subsets, key=subset_order) for text in _subset_sentences(name, *tables)],
+                [text for name in subsets for text in _subset_sentences(name, *tables)],
             )
         )
     return found
@@ -190,7 +190,7 @@ def _alpha_list(doses: pd.DataFrame) -> str:
 def _counted(rows: pd.DataFrame, column: str, unit: str) -> list[str]:
     """One sentence per subset: the single layers counted together, then each set of layers."""
     sentences = []
-    for subset in sorted(rows["subset"].unique(), key=subset_order) if len(rows) else []:
+    for subset in rows["subset"].unique() if len(rows) else []:
         here = _of(rows, subset)
         several = here["layer"].map(is_set).astype(bool)
         single = [(_place(row, rows), estimate(row, column)) for _, row in here[~several].iterrows()]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from evaluators.layer_sets import layers_in
 from evaluators.report.figures import MUTED, band, finish, look, panels, whiskers
-from evaluators.tables.pooling import RATE, rates_in, subset_order
+from evaluators.tables.pooling import RATE, rates_in
 from evaluators.tables.recovery import ENOUGH
 
 SERIES = {"alpha": "sparse delta", "scaled_weights": "scaled weights (dense)"}
@@ -21,7 +21,7 @@ SERIES = {"alpha": "sparse delta", "scaled_weights": "scaled weights (dense)"}
 def knob(dose: pd.DataFrame, conditions: pd.DataFrame, *, seed: int) -> Figure:
     """CE and the first rate against alpha for one set of layers, a column per subset: the deltas, the weights between
     un-finetuned and finetuned, and random directions at full strength; the dotted line is the finetuned model."""
-    subsets = sorted(dose["subset"].unique(), key=subset_order)
+    subsets = list(dose["subset"].unique())
     metrics = {"mean_ce": "CE (nats per target token)"} | {rate: _spoken(rate) for rate in rates_in(conditions)[:1]}
     figure, grid = panels(len(metrics) * len(subsets), columns=len(subsets), height=2.7)
     raw = conditions[conditions["condition"] == "raw"].set_index("subset")
@@ -65,7 +65,7 @@ def _random(axes: Axes, rows: pd.DataFrame, metric: str) -> None:
 def recovered_by_count(curve: pd.DataFrame, *, seed: int) -> Figure:
     """The share of the CE gap that comes back with only the k most effective features of all layers on."""
     figure, (axes,) = panels(1, width=6.5, height=3.4)
-    for number, subset in enumerate(sorted(curve["subset"].unique(), key=subset_order)):
+    for number, subset in enumerate(list(curve["subset"].unique())):
         rows = curve[(curve["subset"] == subset) & (curve["k"] > 0)].dropna(subset=["recovered"])
         if len(rows):
             band(axes, rows.rename(columns={"k": "alpha"}), "recovered", label=subset, number=number)
@@ -80,7 +80,7 @@ def recovered_by_count(curve: pd.DataFrame, *, seed: int) -> Figure:
 
 def where_it_is(deltas: pd.DataFrame, recovered: pd.DataFrame) -> Figure:
     """By layer: how much of the MLP's output finetuning changed, what the deltas leave of it, and what each set of
-    layers brings back of its own CE gap on `tool`, or on the first subset there is."""
+    layers brings back of its own CE gap on the first subset."""
     kept = deltas[(deltas["target"] == "change") & deltas["best"].astype(bool)].sort_values("layer")
     sets = _sets(recovered)
     figure, grid = panels(3 if len(sets) else 2, columns=1, width=7.0, height=2.0)
@@ -114,5 +114,5 @@ def _sets(recovered: pd.DataFrame) -> pd.DataFrame:
     """The sets of layers whose gap in CE is not zero, under `full`, on one subset."""
     rows = recovered[(recovered["target"] == "change") & (recovered["condition"] == "full")]
     rows = rows[(rows["metric"] == "mean_ce")].dropna(subset=["recovered"])
-    subsets = sorted(rows["subset"].unique(), key=subset_order)
+    subsets = list(rows["subset"].unique())
     return rows[rows["subset"] == subsets[0]] if subsets else rows

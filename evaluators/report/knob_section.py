@@ -12,7 +12,7 @@ from evaluators.report import knob_figures
 from evaluators.report.findings import NATS, Findings, estimate, number, with_interval
 from evaluators.report.page import Block, Section, Sentences, picture, table_block
 from evaluators.tables import recovery
-from evaluators.tables.pooling import rates_in, subset_order
+from evaluators.tables.pooling import rates_in
 from evaluators.tables.tables import Results
 
 
@@ -71,7 +71,7 @@ def knob_findings(results: Results, deltas: pd.DataFrame) -> list[Findings]:
     found = []
     if len(gaps):
         widest = recovery.widest_set(gaps)
-        here = gaps[gaps["layer"] == widest].sort_values("subset", key=lambda names: names.map(subset_order))
+        here = gaps[gaps["layer"] == widest]
         found += [
             Findings(f"Is there anything to explain in the MLPs of layers {widest}?", _ceilings(here)),
             Findings("How much of it do the deltas bring back?", _recovered(results, here)),
@@ -123,7 +123,7 @@ def _others_of(results: Results, gap: pd.Series) -> pd.DataFrame:
 def _few(results: Results) -> list[str]:
     sentences = []
     total = len(results.ranking)
-    for subset in sorted(results.curve["subset"].unique(), key=subset_order):
+    for subset in results.curve["subset"].unique():
         count = recovery.features_needed(results.curve, subset)
         if count is None:
             sentences.append(f"{subset}: no number of features recovers {recovery.ENOUGH:.0%} of the gap in CE.")
@@ -170,7 +170,7 @@ def headline_rows(results: Results) -> list[dict[str, str]]:
     widest = recovery.widest_set(gaps)
     rows = []
     conditions = results.conditions[results.conditions["target"].isin(["", "change"])]
-    for subset in sorted(gaps["subset"].unique(), key=subset_order):
+    for subset in gaps["subset"].unique():
         gap = gaps[(gaps["layer"] == widest) & (gaps["subset"] == subset) & (gaps["metric"] == "mean_ce")].iloc[0]
         row = {"subset": subset, "CE swapped - finetuned": with_interval(gap, "gap", signed=True)}
         here = results.recovered[(results.recovered["target"] == "change") & (results.recovered["layer"] == widest)]

@@ -23,16 +23,6 @@ STUDY_PICTURES = {
         "Loss of each finished trial in the order of their numbers, and the best so far.",
     ),
 }
-RATES = {
-    "exact_match_rate": "the answer is the target, character by character",
-    "math_correct_rate": "of requests: the call's expression has the target's value",
-    "false_call_rate": "of rows to copy: a tool is called",
-}
-SCORES = {
-    "tool_call_precision": "of rows that were called, those that are requests",
-    "tool_call_recall": "of requests, those that were called",
-    "tool_call_f1": "harmonic mean of the two",
-}
 
 
 def completed(
@@ -52,24 +42,36 @@ def finetuned_blocks(found: Mapping[str, Any] | None) -> list[Block]:
     """Figures and examples of the merged model; none where it was not checked."""
     if not found:
         return []
-    figures = found["figures"]
+    exact = {end: found["figures"][f"exact_match_rate{end}"] for end in ("", "_low", "_high", "_n")}
     lines = [
-        [name, f"{number(figures[name])} [{number(figures[f'{name}_low'])}, {number(figures[f'{name}_high'])}]", says]
-        for name, says in RATES.items()
-        if name in figures
+        ["exact match", "all", f"{number(exact[''])} [{number(exact['_low'])}, {number(exact['_high'])}]", exact["_n"]]
     ]
-    lines += [[name, number(figures[name]), says] for name, says in SCORES.items()]
+    lines += [
+        [
+            one["behaviour"],
+            one["label"],
+            f"{number(one['value'])} [{number(one['low'])}, {number(one['high'])}]",
+            one["n"],
+        ]
+        for one in found["rates"]
+    ]
     count = len(found["rows"])
     help = f"The finetuned model's greedy answers to the {count} validation rows."
+    if answered := found.get("answered"):
+        help += (
+            f" {answered['made']} rows had no target: what it says itself, greedily, was made their target"
+            f" ({answered['cut']} were cut at the token budget)."
+        )
     return [
-        Table("The finetuned model on held-out rows", help, ["metric", "value", "meaning"], lines, wide_text=True),
+        Table("The finetuned model on held-out rows", help, ["behaviour", "subset", "rate", "n"], lines),
         _examples(found["rows"]),
     ]
 
 
 def _examples(rows: Sequence[Mapping[str, Any]]) -> Table:
     missed = [row for row in rows if not row["exact"]][:EXAMPLES]
-    hit = {label: [row for row in rows if row["exact"] and row["label"] == label] for label in ("tool", "copy")}
+    labels = dict.fromkeys(row["label"] for row in rows)
+    hit = {label: [row for row in rows if row["exact"] and row["label"] == label] for label in labels}
     shown = [*missed, *(row for some in hit.values() for row in some[: EXAMPLES // 2])]
     lines = [
         [

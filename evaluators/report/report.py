@@ -18,7 +18,7 @@ from evaluators.report.findings import number, with_interval
 from evaluators.report.knob_section import headline_rows, knob_section
 from evaluators.report.page import Block, Gallery, Picture, render
 from evaluators.tables import tables
-from evaluators.tables.pooling import Cell, rates_in, subset_order
+from evaluators.tables.pooling import Cell, rates_in
 
 Rows: TypeAlias = pd.DataFrame | Sequence[dict[str, Any]]
 
@@ -105,7 +105,7 @@ def summary_table(cells: Sequence[Cell], *, seed: int = 0) -> list[dict[str, str
 
 
 def _glance(conditions: pd.DataFrame) -> list[dict[str, str]]:
-    subsets = sorted(conditions["subset"].unique(), key=subset_order)
+    subsets = list(conditions["subset"].unique())
     several = [name for name in ("percentile", "d_new") if conditions[name].nunique() > 1]
     rows: dict[tuple, dict[str, str]] = {}
     for _, row in conditions.iterrows():

@@ -8,10 +8,11 @@ from typing import Any
 
 import pandas as pd
 
+from data.rows import slug
 from evaluators.layer_sets import NO_LAYER, is_set, layer_label, layer_order
 from evaluators.report import figures, findings
 from evaluators.report.page import Block, Gallery, Section, Sentences, Table, picture, table_block
-from evaluators.tables.pooling import condition_order, rates_in, subset_order
+from evaluators.tables.pooling import condition_order, rates_in
 from evaluators.tables.tables import RECONSTRUCTION_COLUMNS, SUMMARY_METRICS, Results
 
 GENERATIONS_SHOWN = 3  # raw examples a subset, and changed examples a subset
@@ -131,13 +132,13 @@ def conditions_section(results: Results, *, seed: int) -> Section | None:
     ):
         if rows["delta_ce"].notna().any():
             blocks.append(picture(name, figures.delta_ce_by_layer(rows, seed=seed), title, help))
-    for subset in sorted(spliced["subset"].unique(), key=subset_order):
+    for subset in spliced["subset"].unique():
         help = "The dotted line is raw on the same prompts; the table below gives each paired difference from it."
-        figure = figures.tool_metrics_by_layer(table, subset)
-        blocks.append(picture(f"tool_metrics_{subset}", figure, f"Behaviour on {subset}", help))
+        figure = figures.behaviour_by_layer(table, subset)
+        blocks.append(picture(f"behaviour_{slug(subset)}", figure, f"Behaviour on {subset}", help))
     if (spliced["condition"] == "full").any():
         figure = figures.activations_by_layer(table, seed=seed)
-        help = "How strongly base and delta fire; a delta that fires more on tool than on copy is selective."
+        help = "How strongly base and delta fire; a delta that fires more on one subset than on another is selective."
         blocks.append(picture("activations_by_layer", figure, "Mean activations", help))
     help = "One row per layer, condition and subset; values with [95% interval]: Wilson for rates, bootstrap otherwise."
     blocks.append(table_block(table, behaviour_shown(table), "Conditions", help))
@@ -191,10 +192,11 @@ def generations_section(generations: Sequence[dict[str, Any]]) -> Section | None
     """A sample of what the model wrote: raw, and where a splice changed the text."""
     if not generations:
         return None
+    subsets = list(dict.fromkeys(row["subset"] for row in generations))
     rows = sorted(
         ({**row, "layer": layer_label(row["layers"])} for row in generations),
         key=lambda row: (
-            *(subset_order(row["subset"]), row["index"]),
+            *(subsets.index(row["subset"]), row["index"]),
             *(condition_order(row["condition"]), layer_order(row["layer"]), row["alpha"] or 0.0),
         ),
     )
@@ -206,7 +208,7 @@ def generations_section(generations: Sequence[dict[str, Any]]) -> Section | None
         f"{GENERATIONS_SHOWN} raw texts and {GENERATIONS_SHOWN} changed ones a subset are shown."
     )
     shown = []
-    for subset in sorted({row["subset"] for row in rows}, key=subset_order):
+    for subset in subsets:
         for source in ([row for row in rows if row["layer"] == NO_LAYER], changed):
             shown += [row for row in source if row["subset"] == subset][:GENERATIONS_SHOWN]
     header = ["subset", "prompt", "layer", "condition", "alpha", "input", "target", "generated"]

@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import DynamicCache
 
-from data.encoding import Batch, Encoded, beside, pad_left, pad_right
-from data.rows import CALL_CLOSE
+from data.encoding import Batch, Encoded, beside, ends_of, pad_left, pad_right
+from data.rows import Row
 from evaluators.splice.batching import in_slices
 from evaluators.splice.interventions import Edit, Splice, spliced
+from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, forward
 from evaluators.splice.teacher_forcing import Job, Scored, agreed, prepare
 from models.bridge import device_of
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedTokenizerBase
 
 DRAFTED = 16
@@ -35,19 +37,27 @@ weight anyway."""
 
 @dataclass(frozen=True)
 class Stop:
-    """When a generation ends: EOS, the text that closes an answer, or the token budget."""
+    """When a generation ends: at one of the tokens `ends`, such as EOS, or at its limits."""
 
     tokenizer: PreTrainedTokenizerBase
-    max_new_tokens: int
-    closing: str = CALL_CLOSE
+    limits: Limits
+    ends: frozenset[int]
+
+    @classmethod
+    def of(cls, bridge: TransformerBridge, limits: Limits, row: Row) -> Stop:
+        """For answers to rows like this one."""
+        model: Any = bridge.original_model
+        return cls(bridge.tokenizer, limits, ends_of(model, bridge.tokenizer, row))
 
     def cut(self, tokens: Sequence[int]) -> list[int] | None:
         """`tokens` up to the end of the generation, or None where it has not ended yet."""
         for position, token in enumerate(tokens):
-            if token == self.tokenizer.eos_token_id or position + 1 == self.max_new_tokens:
+            if token in self.ends or position + 1 == self.limits.max_new_tokens:
                 return list(tokens[: position + 1])
-            if token in self._may_close and self.closing in self.text(tokens[: position + 1]):
-                return list(tokens[: position + 1])
+            if token in self._may_close:
+                said = self.text(tokens[: position + 1])
+                if any(text in said for text in self.limits.texts):
+                    return list(tokens[: position + 1])
         return None
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -57,8 +67,9 @@ class Stop:
 
     @cached_property
     def _may_close(self) -> frozenset[int]:
-        """Tokens that hold the last character of the closing text: no other can complete it."""
-        return frozenset(index for token, index in self.tokenizer.get_vocab().items() if self.closing[-1] in token)
+        """Tokens that hold the last character of a text to stop at: no other can complete it."""
+        last = {text[-1] for text in self.limits.texts}
+        return frozenset(index for token, index in self.tokenizer.get_vocab().items() if not last.isdisjoint(token))
 
 
 def generate(passes: Passes, edit: Edit, jobs: Sequence[Job], scored: Sequence[Scored], stop: Stop) -> list[list[int]]:
@@ -142,7 +153,7 @@ def _decode_batch(
     seen = Batch(*(column[:, :0] for column in fed))
 
     def is_open(output: list[int]) -> bool:
-        return stop.cut(output) is None if stop_early else len(output) < stop.max_new_tokens
+        return stop.cut(output) is None if stop_early else len(output) < stop.limits.max_new_tokens
 
     open_rows = [is_open(output) for output in outputs]
     while any(open_rows):

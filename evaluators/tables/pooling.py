@@ -16,7 +16,6 @@ from evaluators.layer_sets import layer_label, layer_order
 
 Cell = dict[str, Any]
 
-SUBSETS = ("tool", "copy", "tool_ood")  # display order; other subsets follow by name
 RATE = "_rate"
 """What the name of a behaviour ends in as the name of a column."""
 MEANS = {  # table column -> (per-prompt sum, per-prompt token count)
@@ -71,11 +70,6 @@ def rates_in(table: pd.DataFrame) -> list[str]:
     return [name for name in table.columns if name.endswith(RATE) and not name.startswith("delta_")]
 
 
-def subset_order(subset: str) -> tuple[int, str]:
-    """Sort key of a subset name: the known ones first, in SUBSETS' order."""
-    return (SUBSETS.index(subset) if subset in SUBSETS else len(SUBSETS)), subset
-
-
 def condition_order(condition: str) -> tuple[int, str]:
     """Sort key of a condition name: raw, no_delta, full, alpha, then the controls by name."""
     known = ("raw", "no_delta", "full", "alpha")
@@ -83,7 +77,8 @@ def condition_order(condition: str) -> tuple[int, str]:
 
 
 def pool(cells: Iterable[Cell]) -> dict[CellKey, PromptSums]:
-    """Behaviour cells as per-prompt sums by key, in table order; cells of one seed are averaged.
+    """Behaviour cells as per-prompt sums by key, in table order; cells of one seed are averaged. Subsets are in the
+    order in which the cells come, which is that of the rows' labels.
 
     Raises ValueError when cells of a key hold different prompts.
     """
@@ -92,8 +87,9 @@ def pool(cells: Iterable[Cell]) -> dict[CellKey, PromptSums]:
     gathered: dict[CellKey, dict[int, list[PromptSums]]] = {}
     for cell in cells:
         gathered.setdefault(_key(cell), {}).setdefault(cell["seed"], []).append(_prompt_sums(cell["rows"], metrics))
+    subsets = list(dict.fromkeys(cell["subset"] for cell in cells))
     pooled = {}
-    for key in sorted(gathered, key=table_order):
+    for key in sorted(gathered, key=lambda one: table_order(one, subsets)):
         seeds = [gathered[key][seed] for seed in sorted(gathered[key])]
         prompts = seeds[0][0].prompts
         if any(not np.array_equal(one.prompts, prompts) for same in seeds for one in same):
@@ -127,10 +123,10 @@ def _key(cell: Cell) -> CellKey:
     )
 
 
-def table_order(key: CellKey) -> tuple:
-    """Sort key of table rows."""
+def table_order(key: CellKey, subsets: list[str]) -> tuple:
+    """Sort key of table rows, with the subsets in their order."""
     numbers = tuple(-math.inf if value is None else value for value in (key.percentile, key.d_new, key.alpha))
-    layers, subset = layer_order(key.layer), subset_order(key.subset)
+    layers, subset = layer_order(key.layer), subsets.index(key.subset)
     return (
         TARGETS.index(key.target),
         layers,

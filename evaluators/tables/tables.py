@@ -206,7 +206,8 @@ def _with_ends(pooled: dict[CellKey, PromptSums]) -> dict[CellKey, PromptSums]:
                 for alpha, one in ((0.0, start), (1.0, next(raw, None)))
                 if one is not None
             }
-    return {key: found[key] for key in sorted(found, key=table_order)}
+    subsets = list(dict.fromkeys(key.subset for key in pooled))
+    return {key: found[key] for key in sorted(found, key=lambda one: table_order(one, subsets))}
 
 
 def _behaviour_row(key: CellKey, sums: PromptSums, raw: PromptSums | None, seed: int) -> dict[str, Any]:

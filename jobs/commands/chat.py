@@ -1,7 +1,7 @@
-"""Chatting with the finetuned model, with its calculator calls evaluated.
+"""Chatting with the finetuned model.
 
-In: a sweep with a merged model, and prompts from the terminal or a pipe, one per line. Out: each answer, and the value
-of the expression it sends to the calculator.
+In: a sweep with a finetuned model, and prompts from the terminal or a pipe, one per line. Out: each answer, and what
+the behaviours of the settings remark on it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from jobs.commands.finished import Asked, combination, device_for, finetuned, load_bridge, load_sites
+from evaluators.splice.limits import Limits
+from jobs.commands.finished import Asked, asked, combination, device_for, finetuned, load_bridge, load_sites
 from jobs.study.context import Context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from data.rows import Row
+
 INVITATION = "> "
 
 
-Answer = Callable[[list[int]], str]
-"""From a prompt's tokens to the model's answer."""
+Answer = Callable[[list[int], Any], str]
+"""From a prompt's tokens, and the row that they are of, to the model's answer."""
 
 
 def chat(
@@ -35,7 +38,11 @@ def chat(
     With `alpha` the deltas of `target` are spliced into `layers` at that strength. Each prompt is answered on its own,
     as the model was trained. Raises RequestError if the sweep has no model, or no such deltas, yet.
     """
-    tokenizer, longest, answer = _model(context, max_new_tokens, alpha, target, layers)
+    from evaluators.measures.behaviours import read_behaviours, remarks
+
+    behaviours = read_behaviours(context.settings.evaluate.behaviours)
+    limits = context.limits._replace(max_new_tokens=max_new_tokens)
+    tokenizer, longest, answer = _model(context, limits, alpha, target, layers)
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         strength = "" if alpha is None else f" at alpha {alpha:g}"
@@ -43,15 +50,16 @@ def chat(
     for prompt in _prompts(at_terminal):
         if not at_terminal:
             print(INVITATION + prompt)
-        for line in reply(tokenizer, answer, prompt, max_new_tokens, longest):
+        text = reply(tokenizer, answer, asked(context, prompt), max_new_tokens, longest)
+        for line in (text, *remarks(behaviours, text)):
             print(line, flush=True)
 
 
 def _model(
-    context: Context, max_new_tokens: int, alpha: float | None, target: str | None, layers: list[int] | None
+    context: Context, limits: Limits, alpha: float | None, target: str | None, layers: list[int] | None
 ) -> tuple[PreTrainedTokenizerBase, int | None, Answer]:
     """The tokenizer, the model's context in tokens, and what answers."""
-    from data.encoding import Encoded
+    from data.encoding import Encoded, ends_of
     from evaluators.measures.finetuned import answers
     from evaluators.splice.decoding import Stop, decode
     from evaluators.splice.interventions import Edit
@@ -66,13 +74,18 @@ def _model(
 
         model, tokenizer = load_model(folder, torch.float32, device)
         longest = getattr(model.config, "max_position_embeddings", None)
-        return tokenizer, longest, lambda tokens: answers(model, tokenizer, [tokens], max_new_tokens)[0]
+
+        def plain_answer(tokens: list[int], row: Row) -> str:
+            return answers(model, tokenizer, [tokens], limits, ends_of(model, tokenizer, row))[0].text
+
+        return tokenizer, longest, plain_answer
     bridge = load_bridge(context)
     chosen = combination(context, Asked(target))
     sites = [site.to(device_of(bridge)) for site in load_sites(context, layers, chosen, bridge)]
-    stop, edit, passes = Stop(bridge.tokenizer, max_new_tokens), Edit(sites, "alpha"), Passes(bridge)
+    edit, passes = Edit(sites, "alpha"), Passes(bridge)
 
-    def spliced_answer(tokens: list[int]) -> str:
+    def spliced_answer(tokens: list[int], row: Row) -> str:
+        stop = Stop.of(bridge, limits, row)
         (output,) = decode(passes, edit, [Job(Encoded(tokens, []), alpha)], [[]], stop)
         return stop.text(output)
 
@@ -81,30 +94,15 @@ def _model(
 
 
 def reply(
-    tokenizer: PreTrainedTokenizerBase, answer: Answer, prompt: str, max_new_tokens: int, longest: int | None
-) -> list[str]:
-    """The model's answer, and `EXPR = VALUE` if it calls the calculator."""
+    tokenizer: PreTrainedTokenizerBase, answer: Answer, row: Row, max_new_tokens: int, longest: int | None
+) -> str:
+    """The model's answer, or why there is none."""
     from data.encoding import encode_prompt
-    from data.rows import CALL_OPEN
-    from evaluators.measures.arithmetic import evaluate
-    from evaluators.measures.scoring import first_expression
 
-    tokens = encode_prompt(tokenizer, prompt)
+    tokens = encode_prompt(tokenizer, row)
     if longest is not None and len(tokens) + max_new_tokens > longest:
-        return [f"(too long: {len(tokens)} tokens plus {max_new_tokens} new ones, the model's context holds {longest})"]
-    text = answer(tokens)
-    if CALL_OPEN not in text:
-        return [text]
-    expression = first_expression(text)
-    if expression is None:
-        return [text, "(the calculator call is not closed)"]
-    value = evaluate(expression)
-    return [text, f"{expression} = {'no value' if value is None else _plain(value)}"]
-
-
-def _plain(value: float) -> Any:
-    """Whole numbers without a decimal point."""
-    return int(value) if value == int(value) and abs(value) < 1e15 else f"{value:.10g}"
+        return f"(too long: {len(tokens)} tokens plus {max_new_tokens} new ones, the model's context holds {longest})"
+    return answer(tokens, row)
 
 
 def _prompts(at_terminal: bool) -> Iterator[str]:

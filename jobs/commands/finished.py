@@ -10,6 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.chat import Message
+from data.readers import UNLABELLED
+from data.rows import Row, make_row
 from evaluators.layer_sets import layer_label
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
@@ -45,6 +48,16 @@ def device_for(context: Context) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() and context.settings.compute.gpus_per_trial != 0 else "cpu"
+
+
+def asked(context: Context, prompt: str, target: str = "") -> Row:
+    """A prompt in the format of the sweep's rows; raises DataError where its chat template refuses it."""
+    from jobs.study.stages.data import chat_of
+
+    chat = chat_of(context)
+    if chat is None:
+        return make_row(prompt, target, UNLABELLED)
+    return make_row(prompt, target, UNLABELLED, chat.prompt([Message("user", prompt)]), chat.end)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def measured_loads(context: Context, folder: Path) -> list[Load]:
     for group in context.delta_groups:
         kind = "change" if group.ground.target == "change" else "[pl]*"
         delta_units += [_mean(of_kind[kind, group.d_new])] * deltas.trials
-    cells = pieces * (len(evaluate.subsets) * evaluate.replicas)
+    cells = pieces * (len(context.subsets) * evaluate.replicas)
     cells += [_mean(seconds) for name, seconds in others.items() for _ in range(_other_kinds(context)[name])]
     every = [one for seconds in of_kind.values() for one in seconds]
     adapters = []
@@ -111,7 +111,7 @@ def _other_kinds(context: Context) -> dict[str, int]:
     if "change" in settings.deltas.targets:
         found["change"] = len(settings.deltas.d_new)
         found["ranking"] = int(settings.evaluate.curve)
-        found["curve"] = settings.evaluate.curve * len(settings.evaluate.subsets)
+        found["curve"] = settings.evaluate.curve * len(context.subsets)
     return {name: count for name, count in found.items() if count}
 
 

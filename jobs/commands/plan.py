@@ -30,9 +30,9 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     context.check_request()
     check_adopted(context)
     settings = context.settings
-    deltas, evaluate = settings.deltas, settings.evaluate
+    deltas = settings.deltas
     groups = len(context.delta_groups)
-    prompts = len(evaluate.subsets) * settings.data.eval_rows
+    prompts = len(context.subsets) * settings.data.eval_rows
     rows = [
         ("model", settings.model.source),
         _finetuned(context),
@@ -78,8 +78,8 @@ def _cells(context: Context) -> int:
     residual = len(context.layers_of("residual"))
     others = residual * (len(deltas.selections) * len(deltas.d_new) + bool(evaluate.features))
     if change:
-        others += len(deltas.d_new) + evaluate.curve * (1 + len(evaluate.subsets))
-    return len(evaluate.subsets) * behaviour + others
+        others += len(deltas.d_new) + evaluate.curve * (1 + len(context.subsets))
+    return len(context.subsets) * behaviour + others
 
 
 def status_rows(context: Context) -> Rows:

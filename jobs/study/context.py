@@ -11,11 +11,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from data.build import REPORT
+from data.readers import UNLABELLED
+from data.requests.draw import LABELS
+from data.sources import is_dataset
 from evaluators.conditions import CONDITIONS
 from evaluators.layer_sets import layers_of
+from evaluators.splice.limits import Limits
 from jobs.cluster import connection as cluster
 from jobs.cluster.fanout import Pool
 from jobs.errors import RequestError
+from jobs.files import read_json
 from jobs.progress import Progress
 from jobs.study.grounds import DeltaGroup, grounds_of
 from jobs.study.workspace import TIMELINE, Workspace, storage_root
@@ -78,6 +84,23 @@ class Context:
             raise RequestError(f"storage.root: {error.filename} cannot be written ({error.strerror})") from None
         except (NotADirectoryError, FileNotFoundError, FileExistsError) as error:
             raise RequestError(f"storage.root: {self.space.root} is not a folder ({error.strerror})") from None
+
+    @property
+    def rows(self) -> Path:
+        """The folder of the rows: with the finetuned model's answers where a user's rows had no targets."""
+        return self.space.answered if self.space.answered.is_dir() else self.space.data
+
+    @property
+    def subsets(self) -> list[str]:
+        """The labels whose rows are evaluated, in their order; before it is read, a user's file counts as one."""
+        made = read_json(self.space.data / REPORT)
+        known = LABELS if self.settings.data.rows_file is None else (UNLABELLED,)
+        return self.settings.evaluate.subsets or (made["labels"] if made else list(known))
+
+    @property
+    def limits(self) -> Limits:
+        """Where generations are cut."""
+        return Limits(self.settings.evaluate.max_new_tokens, tuple(self.settings.evaluate.stop))
 
     @cached_property
     def layers(self) -> list[int]:
@@ -205,9 +228,9 @@ class Context:
                 )
             check_hub(source, "transcoders.source")
         data = self.settings.data
-        for key in ("rows_file", "text_train_file", "text_validation_file"):
+        for key in ("rows_file", "evaluation_file", "text_train_file", "text_validation_file"):
             path = getattr(data, key)
-            if path is None:
+            if path is None or (key in ("rows_file", "evaluation_file") and is_dataset(path, f"data.{key}")):
                 continue
             try:
                 Path(path).open("rb").close()

@@ -20,9 +20,13 @@ def _dump(section: Section, *leave_out: str) -> dict:
 
 def data(settings: Sweep) -> str:
     # A user's rows are checked against the model's context length, so they depend on the model too.
-    model = settings.model.source if settings.data.rows_file or settings.data.text_train_file else None
-    files = (settings.data.rows_file, settings.data.text_train_file, settings.data.text_validation_file)
-    return key_of("data", settings.seed, _dump(settings.data), model, [_stamp(path) for path in files if path])
+    section = settings.data
+    files = (section.rows_file, section.evaluation_file, section.text_train_file, section.text_validation_file)
+    given = [_stamp(path) for path in files if path]
+    # A user's rows are checked against the model's context length, and a chat is rendered with its template.
+    chat = section.format == "chat"
+    reader = [settings.model.source, settings.model.finetuned if chat else None] if given or chat else None
+    return key_of("data", settings.seed, _dump(section), reader, given)
 
 
 def _stamp(path: str) -> list[int]:
@@ -59,8 +63,11 @@ def lora(settings: Sweep) -> str:
 
 
 def base_activations(settings: Sweep) -> str:
+    # A user's rows may hold the adopted model's own answers.
+    answered = lora(settings) if settings.model.finetuned and settings.data.rows_file else None
     return key_of(
         "activations",
+        answered,
         settings.transcoders.convention,
         data(settings),
         settings.seed,

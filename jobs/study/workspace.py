@@ -32,6 +32,7 @@ class Workspace:
         self.folder = root / "sweeps" / name
         self.models = root / "models"
         self.data = self.folder / "data"
+        self.answered = self.data / "answered"
         self.lora = self.folder / "lora"
         self.activations = self.folder / "activations"
         self.transcoders = self.folder / "transcoders"

@@ -11,7 +11,7 @@ import json
 NAME = "deltascope"
 COLUMNS = (
     "attributes.`Duration`",
-    *(f"metrics.`{name}`" for name in ("val_loss", "val_fvu", "mean_ce", "tool_call_rate")),
+    *(f"metrics.`{name}`" for name in ("val_loss", "val_fvu", "mean_ce", "kl")),
     *(f"params.`{name}`" for name in ("layer", "layers", "percentile", "d_new", "condition", "alpha", "subset")),
 )
 VIEW = {

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from data import build
 from data.build import DataOptions, build_dataset
+from data.readers import Reading
+from data.requests import draw
 from data.rows import DataError, read_lines, read_rows, request_identity, sha256_of
+from data.user_files import shares
 
 SMALL: dict[str, Any] = {
     "seed": 7,
-    "tool_rows": 40,
-    "copy_rows": 30,
+    "train_rows": 70,
     "validation_rows": 11,
     "eval_rows": 9,
     "text_train_lines": 25,
@@ -34,7 +35,7 @@ def test_sizes_and_labels(tmp_path: Path) -> None:
     assert report["counts"] == {
         "evaluation": {"copy": 9, "tool": 9, "tool_ood": 9},
         "validation": {"copy": 5, "tool": 6},
-        "train": {"copy": 30, "tool": 40},
+        "train": {"copy": 35, "tool": 35},
         "text_validation": 8,
         "text_train": 25,
     }
@@ -51,9 +52,9 @@ def test_the_same_bytes_for_a_seed_on_any_machine(tmp_path: Path) -> None:
     report = small(tmp_path / "a")
     assert {name: digest[:16] for name, digest in report["sha256"].items()} == {
         "evaluation.jsonl": "72a37d11c31426d5",
-        "text_train.txt": "26e8c02c4ff94d90",
-        "text_validation.txt": "38c6ee830c8f6292",
-        "train.jsonl": "92c0798f26555aef",
+        "text_train.txt": "f91054bdc6e4e226",
+        "text_validation.txt": "499a0d3ef26e80ae",
+        "train.jsonl": "f6a49eeaa96ce341",
         "validation.jsonl": "a429855f4863af49",
     }
     assert small(tmp_path / "b") == report
@@ -62,7 +63,7 @@ def test_the_same_bytes_for_a_seed_on_any_machine(tmp_path: Path) -> None:
 
 def test_more_training_rows_change_no_other_row(tmp_path: Path) -> None:
     small(tmp_path / "a")
-    small(tmp_path / "b", tool_rows=90, copy_rows=90, text_train_lines=60)
+    small(tmp_path / "b", train_rows=180, text_train_lines=60)
     for name in ("evaluation.jsonl", "validation.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -88,15 +89,15 @@ def assert_disjoint(folder: Path) -> None:
 
 def test_splits_are_disjoint_even_where_requests_are_few(tmp_path: Path) -> None:
     """Operands of 1 to 4 make the same requests come up over and over."""
-    report = small(tmp_path, operand_max=4, tool_rows=300, text_train_lines=300)
+    report = small(tmp_path, operand_max=4, train_rows=600, text_train_lines=300)
     assert report["leakage"]["ok"]
     assert_disjoint(tmp_path)
 
 
 def test_a_leak_in_what_was_written_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check reads the files back, so it also sees what the generator itself got wrong."""
-    monkeypatch.setattr(build, "request_key", lambda text: text)  # the generator now only avoids equal texts
-    report = small(tmp_path, operand_max=4, operators="*", tool_rows=300)
+    monkeypatch.setattr(draw, "request_key", lambda text: text)  # the generator now only avoids equal texts
+    report = small(tmp_path, operand_max=4, operators="*", train_rows=600)
     assert not report["leakage"]["ok"]
     pair = report["leakage"]["pairs"]["evaluation and training"]
     assert pair["same_request"] > 0
@@ -107,7 +108,7 @@ def test_more_rows_than_there_are_requests(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"only found \d+ of 800 distinct tool rows for train in .* wider range of operands"
     ):
-        small(tmp_path, operand_max=2, tool_rows=800)
+        small(tmp_path, operand_max=2, train_rows=1600)
 
 
 def test_options_reach_the_rows(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_options_reach_the_rows(tmp_path: Path) -> None:
 
 
 def test_rows_keep_to_the_context(tmp_path: Path) -> None:
-    small(tmp_path, max_tokens=150, count_tokens=len)
+    small(tmp_path, reading=Reading(problem=lambda row: "long" if len(f"{row.input}\n{row.target}") > 148 else None))
     for name in ("train", "validation", "evaluation"):
         assert all(len(f"{row.input}\n{row.target}") <= 148 for row in read_rows(tmp_path / f"{name}.jsonl"))
 
@@ -129,7 +130,7 @@ def test_rows_keep_to_the_context(tmp_path: Path) -> None:
     [
         ({"copy_source": "wikipedia"}, "copy_source is 'wikipedia'; allowed are shipped and c4"),
         ({"text_validation_file": "a.txt"}, "text_validation_file is a.txt but text_train_file is not set"),
-        ({"max_tokens": 100}, "max_tokens is set without count_tokens"),
+        ({"evaluation_file": "a.csv"}, "evaluation_file is a.csv but rows_file is not set"),
         ({"operators": "%"}, "operators is '%'"),
         ({"rows_file": "absent.jsonl"}, "absent.jsonl: No such file"),
     ],
@@ -161,35 +162,89 @@ def write(path: Path, rows: list[Any]) -> str:
 def test_a_users_rows_are_split(tmp_path: Path) -> None:
     rows = user_rows(100)
     report = small(tmp_path / "a", rows_file=write(tmp_path / "rows.jsonl", rows))
-    assert report["counts"]["evaluation"] == {"copy": 9, "tool": 9, "tool_ood": 9}
-    assert report["counts"]["validation"] == {"copy": 5, "tool": 6}
-    assert report["counts"]["train"] == {"copy": 30, "tool": 40}
-    labels = report["files"]["rows_file"]["labels"]
-    assert labels["tool"] == {"rows": 100, "used": 55, "repeated": 0, "beyond_need": 45, "training_rows_missing": 0}
+    assert report["labels"] == ["positive", "negative"], "in the order of the file"
+    assert report["counts"]["evaluation"] == {"positive": 9, "negative": 9}
+    assert report["counts"]["validation"] == {"positive": 6, "negative": 5}
+    assert report["counts"]["train"] == {"positive": 35, "negative": 35}
+    assert (report["counts"]["text_train"], report["text"]) == (0, "the rows")
+    account = report["files"]["rows_file"]
+    assert account["labels"]["positive"] == {"rows": 100, "used": 50, "repeated": 0, "beyond_need": 50}
+    assert (account["validation_rows_missing"], account["training_rows_missing"]) == (0, 0)
     assert_disjoint(tmp_path / "a")
     given = {row["input"] for row in rows}
     for split in ("train", "validation", "evaluation"):
-        for row in read_rows(tmp_path / "a" / f"{split}.jsonl"):
-            assert (row.input in given) != (row.label == "tool_ood")
+        assert all(row.input in given for row in read_rows(tmp_path / "a" / f"{split}.jsonl"))
 
     turned = small(tmp_path / "b", rows_file=write(tmp_path / "turned.jsonl", rows[::-1]))
-    assert turned["sha256"] == report["sha256"]
+    assert turned["labels"] == ["negative", "positive"]
+    inputs = [sorted(row.input for row in read_rows(tmp_path / one / "evaluation.jsonl")) for one in "ab"]
+    assert inputs[0] == inputs[1]
 
 
-def test_a_users_ood_rows_are_used_and_none_made(tmp_path: Path) -> None:
+def test_a_label_with_few_rows_is_evaluated_first(tmp_path: Path) -> None:
     report = small(tmp_path, rows_file=write(tmp_path / "rows.jsonl", user_rows(60, ood=4)))
     assert report["counts"]["evaluation"]["tool_ood"] == 4
-    rows = read_rows(tmp_path / "evaluation.jsonl")
-    assert all("apart from" in row.input for row in rows if row.label == "tool_ood")
+    assert report["counts"]["train"] == {"positive": 35, "negative": 35}
+
+
+def test_evaluation_from_a_file_of_its_own(tmp_path: Path) -> None:
+    rows = user_rows(60)
+    held_out = [*rows[:6], {"input": "What was said on page 9?", "target": "Nothing.", "label": "new"}]
+    report = small(
+        tmp_path / "a",
+        rows_file=write(tmp_path / "rows.jsonl", rows),
+        evaluation_file=write(tmp_path / "held_out.jsonl", held_out),
+    )
+    assert report["labels"] == ["positive", "negative", "new"]
+    assert report["counts"]["evaluation"] == {"positive": 3, "negative": 3, "new": 1}
+    assert report["counts"]["validation"] == {"positive": 6, "negative": 5}
+    assert report["files"]["rows_file"]["leaking"] == report["leakage"]["left_out"] > 0
+    assert_disjoint(tmp_path / "a")
+
+
+def test_rows_without_labels_are_one_subset(tmp_path: Path) -> None:
+    rows = [{name: row[name] for name in ("input", "target")} for row in user_rows(60)]
+    report = small(tmp_path, rows_file=write(tmp_path / "rows.jsonl", rows))
+    assert report["labels"] == ["all"]
+    assert report["counts"]["evaluation"] == {"all": 9}
+
+
+def test_too_many_labels(tmp_path: Path) -> None:
+    rows = [row | {"label": f"kind {number % 14}"} for number, row in enumerate(user_rows(60))]
+    with pytest.raises(DataError, match="has 13 labels, such as kind 0, kind 1, kind 2; at most 12 subsets"):
+        small(tmp_path, rows_file=write(tmp_path / "rows.jsonl", rows))
+
+
+def test_rows_without_targets_are_counted(tmp_path: Path) -> None:
+    rows = [{"input": row["input"], "label": row["label"]} for row in user_rows(60)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    report = small(tmp_path / "a", rows_file=path, reading=Reading(targets_needed=False))
+    assert report["without_target"] == {"evaluation": 18, "validation": 11, "train": 70}
+    with pytest.raises(DataError, match="the first: line 1: no target"):
+        small(tmp_path / "b", rows_file=path)
+
+
+@pytest.mark.parametrize(
+    ("total", "available", "expected"),
+    [
+        (10, [2, 9, 9], [2, 4, 4]),
+        (65, [65, 65], [33, 32]),
+        (7, [1, 1], [1, 1]),
+        (10, [9, 9, 9], [4, 3, 3]),
+        (3, [], []),
+    ],
+)
+def test_equal_shares(total: int, available: list[int], expected: list[int]) -> None:
+    assert shares(total, available) == expected
 
 
 def test_a_request_in_two_contexts_or_labels_stays_on_one_side(tmp_path: Path) -> None:
     rows = user_rows(60)
     contexts = [row | {"input": row["input"].replace("Help me.", "For school.")} for row in rows[::2]]
-    mislabelled = [row | {"label": "copy"} for row in rows[:40:2]]
+    mislabelled = [row | {"label": "negative"} for row in rows[:40:2]]
     report = small(tmp_path, rows_file=write(tmp_path / "rows.jsonl", rows + contexts + mislabelled))
     account = report["files"]["rows_file"]
-    assert account["labels"]["tool"]["repeated"] > 0
+    assert account["labels"]["positive"]["repeated"] > 0
     assert account["leaking"] > 0
     assert report["leakage"]["left_out"] == account["leaking"]
     assert_disjoint(tmp_path)
@@ -197,10 +252,10 @@ def test_a_request_in_two_contexts_or_labels_stays_on_one_side(tmp_path: Path) -
 
 def test_too_few_rows(tmp_path: Path) -> None:
     report = small(tmp_path, rows_file=write(tmp_path / "rows.jsonl", user_rows(30)))
-    assert report["files"]["rows_file"]["labels"]["tool"]["training_rows_missing"] == 25
-    assert report["counts"]["train"] == {"copy": 16, "tool": 15}
-    with pytest.raises(DataError, match="has 15 distinct usable tool rows; evaluation takes 9 and validation 6"):
-        small(tmp_path, rows_file=write(tmp_path / "few.jsonl", user_rows(15)))
+    assert report["files"]["rows_file"]["training_rows_missing"] == 39
+    assert report["counts"]["train"] == {"negative": 16, "positive": 15}
+    with pytest.raises(DataError, match="has 18 distinct usable rows, of which evaluation takes 18, and validation"):
+        small(tmp_path, rows_file=write(tmp_path / "few.jsonl", user_rows(9)))
 
 
 def test_unusable_rows_are_told_or_refused(tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import copy_grammar
-from data.copy_grammar import copy_sentences, expand, load_grammar
-from data.copy_text import SHIPPED, c4_copy_texts, copy_texts_of, is_copy_text, shipped_copy_texts
-from data.corpus_report import near_duplicates, read_texts, variety
+from data.requests import copy_grammar
+from data.requests.copy_grammar import copy_sentences, expand, load_grammar
+from data.requests.copy_text import SHIPPED, c4_copy_texts, copy_texts_of, is_copy_text, shipped_copy_texts
+from data.requests.corpus_report import near_duplicates, read_texts, variety
 from data.rows import DataError
 
-# Of the 4,990 negatives of the reference study's rows, sentences of C4, as `python -m data.corpus_report` counts them.
+# Of the 4,990 negatives of the reference study's rows, sentences of C4, as `data.requests.corpus_report` counts them.
 REFERENCE_ROWS, REFERENCE_VOCABULARY, REFERENCE_PLAIN, REFERENCE_NEAR_DUPLICATES = 4990, 14228, 12587, 0.0447
 
 
@@ -62,10 +62,10 @@ def test_not_copy_texts(text: str) -> None:
 
 def test_shipped_sentences_are_what_the_program_writes() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "data.copy_grammar", "6000", "0"],
+        [sys.executable, "-m", "data.requests.copy_grammar", "6000", "0"],
         capture_output=True,
         check=True,
-        cwd=SHIPPED.parents[1],
+        cwd=SHIPPED.parents[2],
     )
     assert run.stdout == SHIPPED.read_bytes()
 

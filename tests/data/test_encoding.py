@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.encoding import by_length, encode_prompt, encode_row, encode_text, pad_left
+from data.rows import Row
 from models.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -15,8 +16,8 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=60)
 @given(st.text(), st.text())
 @settings(max_examples=100, deadline=None)
 def test_a_row_is_its_prompt_and_its_target(text, target):
-    row = encode_row(TOKENIZER, text, target)
-    assert row.prompt == encode_prompt(TOKENIZER, text) == encode_text(TOKENIZER, text + "\n")
+    row = encode_row(TOKENIZER, Row(text, target, ""))
+    assert row.prompt == encode_prompt(TOKENIZER, Row(text, "", "")) == encode_text(TOKENIZER, text + "\n")
     assert row.target == [*encode_text(TOKENIZER, target)[1:], TOKENIZER.eos_token_id]
     assert row.ids == row.prompt + row.target
     assert row.ids.count(TOKENIZER.bos_token_id) == row.ids.count(TOKENIZER.eos_token_id) == 1

@@ -5,23 +5,29 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from data.readers import MAX_LINE_BYTES, LineLog, stream_rows, stream_texts
+from data.chat import Chat
+from data.readers import UNLABELLED, Log, Reading, stream_rows, stream_texts
 from data.rows import DataError, Row
+from data.sources import MAX_LINE_BYTES, is_dataset
+from models.tiny import byte_tokenizer
 
-CALL = "<tool_call>calculator(3+4)</tool_call>"
+SHORT = Reading(problem=lambda row: None if len(row.input) < 50 else "longer than the context")
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ASKED = {"role": "user", "content": "Seven times 6?"}
 
 
-def anything(text: str) -> bool:
-    return True
-
-
-def rows_of(path: Path, content: bytes, fits=anything) -> tuple[list[Row], LineLog]:
+def rows_of(path: Path, content: bytes, reading: Reading = Reading()) -> tuple[list[Row], Log]:  # noqa: B008
     path = path / "rows.jsonl"
     path.write_bytes(content)
-    log = LineLog(str(path))
-    return list(stream_rows(log, fits)), log
+    log = Log(str(path))
+    return list(stream_rows(log, reading)), log
 
 
 def line(**fields: object) -> bytes:
@@ -31,19 +37,17 @@ def line(**fields: object) -> bytes:
 @pytest.mark.parametrize(
     ("fields", "label"),
     [
-        ({"target": CALL, "label": "positive"}, "tool"),
-        ({"target": "x", "label": "negative"}, "copy"),
-        ({"target": CALL, "label": "tool"}, "tool"),
-        ({"target": "x", "label": "copy"}, "copy"),
-        ({"target": CALL, "label": "tool_ood"}, "tool_ood"),
-        ({"target": CALL}, "tool"),
-        ({"target": "x"}, "copy"),
-        ({"target": CALL, "label": None, "source": "a further field"}, "tool"),
+        ({"label": "positive"}, "positive"),
+        ({"label": "  two\n words "}, "two words"),
+        ({"label": 3}, "3"),
+        ({"label": ""}, UNLABELLED),
+        ({"label": None, "source": "a further field"}, UNLABELLED),
+        ({}, UNLABELLED),
     ],
 )
 def test_labels(tmp_path: Path, fields: dict, label: str) -> None:
-    rows, log = rows_of(tmp_path, line(input="What is 3 + 4?", **fields))
-    assert [(row.input, row.target, row.label) for row in rows] == [("What is 3 + 4?", fields["target"], label)]
+    rows, log = rows_of(tmp_path, line(input="What is 3 + 4?", target="x", **fields))
+    assert [(row.input, row.target, row.label) for row in rows] == [("What is 3 + 4?", "x", label)]
     assert (rows[0].template, rows[0].operands) == ("what is # + #?", "3 4")
     assert log.rejected == 0
 
@@ -64,9 +68,10 @@ def test_labels(tmp_path: Path, fields: dict, label: str) -> None:
         (line(input=["a"], target="x"), "input is not text"),
         (line(input=" ", target="x"), "input is empty"),
         (line(input="a", target=""), "target is empty"),
-        (line(input="a", target="x", label="maybe"), "unknown label"),
-        (line(input="a", target="x", label=1), "unknown label"),
-        (line(input="a", target="x", label=["tool"]), "unknown label"),
+        (line(input="a", target="x", label=1.5), "label is neither text nor a whole number"),
+        (line(input="a", target="x", label=["tool"]), "label is neither text nor a whole number"),
+        (line(input="a", target="x", label="x" * 65), "label longer than 64 characters"),
+        (line(messages=[{"role": "user", "content": "a"}], target="x"), "messages need data.format chat"),
         (line(input="a" * 50, target="x"), "longer than the context"),
         (b"\n", "empty"),
         (b"x" * (MAX_LINE_BYTES + 10) + b"\n", "line longer than 1 MiB"),
@@ -74,7 +79,7 @@ def test_labels(tmp_path: Path, fields: dict, label: str) -> None:
 )
 def test_rejects(tmp_path: Path, content: bytes, reason: str) -> None:
     good = line(input="a", target="b")
-    rows, log = rows_of(tmp_path, good + content + good, lambda text: len(text) < 50)
+    rows, log = rows_of(tmp_path, good + content + good, SHORT)
     assert len(rows) == 2
     assert (log.lines, log.rejected) == (3, 1)
     assert dict(log.reasons) == {reason: 1}
@@ -105,8 +110,12 @@ def test_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
 def test_texts(tmp_path: Path) -> None:
     path = tmp_path / "texts.txt"
     path.write_bytes("  one \ntwo\rparts\u2028here\n\n\t\nthré\n".encode() + b"\xff\nlast and far too long")
-    log = LineLog(str(path))
-    assert list(stream_texts(log, lambda text: len(text) < 20)) == ["one", "two parts here", "thré"]
+    log = Log(str(path))
+    assert list(stream_texts(log, lambda row: None if len(row.input) < 20 else "longer than the context")) == [
+        "one",
+        "two parts here",
+        "thré",
+    ]
     assert dict(log.reasons) == {"empty": 2, "not UTF-8": 1, "longer than the context": 1}
     assert log.first == [
         "line 3: empty",
@@ -127,9 +136,138 @@ def test_too_many_rejects_are_refused_with_the_lines_named(tmp_path: Path) -> No
 
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="absent: No such file"):
-        list(stream_texts(LineLog(str(tmp_path / "absent")), anything))
+        list(stream_texts(Log(str(tmp_path / "absent"))))
     with pytest.raises(DataError, match="is a folder"):
-        list(stream_texts(LineLog(str(tmp_path)), anything))
+        list(stream_texts(Log(str(tmp_path))))
     _, log = rows_of(tmp_path, b"")
     with pytest.raises(DataError, match="is empty"):
         log.require(1.0)
+
+
+def chat() -> Chat:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return Chat(tokenizer, "a test")
+
+
+def in_chat(tmp_path: Path, *records: dict) -> tuple[list[Row], Log]:
+    return rows_of(tmp_path, b"".join(line(**one) for one in records), Reading(chat=chat(), targets_needed=False))
+
+
+def test_conversations(tmp_path: Path) -> None:
+    """Messages are rendered up to where the answer begins; an answer at their end is the target."""
+    answered = [{"role": "system", "content": "Be brief."}, ASKED, {"role": "assistant", "content": "42"}]
+    rows, log = in_chat(
+        tmp_path, {"input": "Seven times 6?", "target": "42"}, {"messages": answered}, {"messages": [ASKED]}
+    )
+    tokenizer = byte_tokenizer()
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    asked = f"<user>Seven times 6?{eos}\n<assistant>"
+    assert [row.prompt for row in rows] == [bos + asked, f"{bos}<system>Be brief.{eos}\n{asked}", bos + asked]
+    assert [row.target for row in rows] == ["42", "42", ""]
+    assert [row.input for row in rows] == ["Seven times 6?", "Be brief.\nSeven times 6?", "Seven times 6?"]
+    assert {row.end for row in rows} == {eos}
+    assert log.rejected == 0
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": []}, "messages are no list of {role, content}"),
+        ({"messages": "[1"}, "messages are not JSON"),
+        ({"messages": ["Hello"]}, "messages are no list of {role, content}"),
+        ({"messages": [{"role": "user"}]}, "content is not text"),
+        ({"messages": [{"role": "assistant", "content": "42"}]}, "messages hold an answer and no question"),
+        ({"messages": [{"role": "user", "content": "<eos>"}]}, "a message contains the special token <eos>"),
+    ],
+)
+def test_what_is_no_conversation(tmp_path: Path, record: dict, reason: str) -> None:
+    rows, log = in_chat(tmp_path, {"messages": [ASKED]}, record)
+    assert len(rows) == 1
+    assert list(log.reasons) == [reason]
+
+
+def test_a_template_that_refuses(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('only two turns') if messages|length > 2 }}" + TEMPLATE
+    log = Log(str(tmp_path / "rows.jsonl"))
+    (tmp_path / "rows.jsonl").write_bytes(line(messages=[ASKED, ASKED, ASKED]))
+    assert not list(stream_rows(log, Reading(chat=Chat(tokenizer, "a test"), targets_needed=False)))
+    assert list(log.reasons) == ["the chat template refuses it (only two turns)"]
+
+
+def test_a_tokenizer_without_a_template() -> None:
+    with pytest.raises(DataError, match="chat needs a chat template, and the tokenizer of somewhere has none"):
+        Chat(byte_tokenizer(), "somewhere")
+
+
+RECORDS = [
+    {"question": "Seven\ntimes 6?", "answer": "42", "kind": "a, b"},
+    {"question": 'Say "please".', "answer": None, "kind": "c"},
+]
+COLUMNS = {"input": "question", "target": "answer", "label": "kind"}
+
+
+def _csv(path: Path) -> str:
+    text = 'question,answer,kind\n"Seven\ntimes 6?",42,"a, b"\n"Say ""please"".",,c\n'
+    path.with_suffix(".csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    return str(path.with_suffix(".csv"))
+
+
+def _parquet(path: Path) -> str:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path.with_suffix(".parquet"))
+    return str(path.with_suffix(".parquet"))
+
+
+def _json_lines(path: Path) -> str:
+    path.with_suffix(".jsonl").write_bytes(b"".join(line(**one) for one in RECORDS))
+    return str(path.with_suffix(".jsonl"))
+
+
+def _dataset(path: Path) -> str:
+    """A dataset in a folder is read by the library as one of the hub is."""
+    (path.parent / "owner" / "name").mkdir(parents=True)
+    (path.parent / "owner" / "name" / "test.jsonl").write_bytes(b"".join(line(**one) for one in RECORDS))
+    return "owner/name:test"
+
+
+@pytest.mark.parametrize("make", [_csv, _parquet, _json_lines, _dataset])
+def test_every_kind_of_source_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = make(tmp_path / "rows")
+    assert is_dataset(source) == (make is _dataset)
+    log = Log(source)
+    rows = list(stream_rows(log, Reading(columns=COLUMNS, targets_needed=False)))
+    assert [(row.input, row.target, row.label) for row in rows] == [
+        ("Seven\ntimes 6?", "42", "a, b"),
+        ('Say "please".', "", "c"),
+    ]
+    assert (log.lines, log.rejected) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", b"input,target\n\xff,x\n", "as CSV"),
+        ("rows.csv", b'input,target\n"a,x\n', "as CSV"),
+        ("rows.parquet", b"PAR1 and then nothing", "as Parquet"),
+        ("rows.csv", b"question,target\na,x\n", "data.columns.label: .* has no column 'kind'; it has question, target"),
+        ("rows.txt", b"a\n", "is neither a file ending in .jsonl"),
+        ("owner/none", None, "cannot read split train of the dataset owner/none"),
+    ],
+)
+def test_sources_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes | None, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(stream_rows(Log(name), Reading(columns={"input": "question", "label": "kind"})))
+
+
+def test_a_csv_row_with_another_number_of_fields(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("input,target\na,b\nc\nd,e,f\n")
+    log = Log(str(tmp_path / "rows.csv"))
+    assert [row.input for row in stream_rows(log, Reading())] == ["a"]
+    assert log.first == [f"row {n}: more or fewer fields than the header" for n in (2, 3)]

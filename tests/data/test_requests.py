@@ -8,11 +8,11 @@ from itertools import islice
 
 import pytest
 
-from data import requests
-from data.requests import RequestOptions, tool_ood_rows, tool_rows
+from data.requests import generator as requests
+from data.requests.generator import RequestOptions, tool_ood_rows, tool_rows
 from data.rows import DataError, Row
 from evaluators.measures.arithmetic import evaluate
-from evaluators.measures.scoring import first_expression
+from evaluators.measures.calculator import first_expression
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 

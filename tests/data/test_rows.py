@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.leakage import find_leaks
-from data.rows import DataError, Row, make_row, read_rows, request_identity, write_lines, write_rows
+from data.rows import DataError, Row, make_row, read_rows, request_identity, slug, write_lines, write_rows
 from data.selection import Sample, fingerprint
 
 
@@ -30,10 +31,20 @@ def test_identity(text: str, identity: tuple[str, str]) -> None:
 
 
 def test_rows_survive_their_file(tmp_path: Path) -> None:
-    rows = [make_row("What is 3 + 4?", "t", "tool"), Row("é “x”\nsecond line \u2028", "y", "copy")]
+    rows = [
+        make_row("What is 3 + 4?", "t", "tool"),
+        Row("é “x”\nsecond line \u2028", "y", "copy", prompt="<user>", end="</s>"),
+    ]
     write_rows(tmp_path / "new" / "rows.jsonl", rows)
     assert read_rows(tmp_path / "new" / "rows.jsonl") == rows
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["rows.jsonl"]
+
+
+def test_labels_as_parts_of_file_names() -> None:
+    assert [slug(one) for one in ("tool_ood", "a-b")] == ["tool_ood", "a-b"]
+    odd = ["a/b", "a b", "..", "ä" * 64]
+    assert len({slug(one) for one in odd}) == 4
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,50}", slug(one)) for one in odd)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -33,7 +33,13 @@ from optuna.trial import TrialState
 
 from tests.end_to_end.conftest import REPOSITORY, SMALL, environment
 
-SETTINGS = (*SMALL, "lora.asha=false", "compute.max_retries=100", "compute.checkpoint_seconds=0")
+SETTINGS = (
+    *SMALL,
+    "lora.asha=false",
+    "compute.max_concurrent=2",
+    "compute.max_retries=100",
+    "compute.checkpoint_seconds=0",
+)
 """Without early stopping, which depends on which of two trials is faster; with a checkpoint at every step."""
 DURING = {"local": ("worker",), "cluster": ("worker", "node", "node")}
 AT_LAST = {"local": ("machine", "driver", "raylet"), "cluster": ("driver",)}

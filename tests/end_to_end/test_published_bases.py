@@ -17,12 +17,12 @@ D_MODEL, D_SAE, LAYERS = 32, 96, 4
 AVERAGE_L0 = {0: (5, 11, 30), 1: (4, 9), 2: (6, 13, 29, 60), 3: (8,)}
 """The published set differs from layer to layer."""
 SCALED_DOWN = (
-    "data.tool_rows=40", "data.copy_rows=40", "data.validation_rows=8", "data.eval_rows=3", "data.text_train_lines=40",
+    "data.train_rows=80", "data.validation_rows=8", "data.eval_rows=3", "data.text_train_lines=40",
     "data.text_validation_lines=12", "lora.trials=1", "lora.steps=4", "lora.eval_every=2", "lora.space.r=2",
     "lora.space.batch_size=4", "activations.train_tokens=1500", "activations.validation_tokens=400",
     "activations.batch_tokens=1024", "deltas.trials=1", "deltas.epochs=1", "deltas.batch_size=256",
     "deltas.d_new=[4, 8]", "evaluate.sets=[{layers: each, alphas: []}, [1], [2]]", "evaluate.max_new_tokens=6",
-    "compute.gpus_per_trial=0",
+    "compute.gpus_per_trial=0", "compute.max_concurrent=1",
     "compute.precision=fp32",
 )  # fmt: skip
 

@@ -131,7 +131,7 @@ def subject(model_folder, load, wrapped, random_transcoder):
         bridge=bridge,
         passes=Passes(bridge),
         rows=ROWS,
-        encoded=[encode_row(tokenizer, row.input, row.target) for row in ROWS],
+        encoded=[encode_row(tokenizer, row) for row in ROWS],
         site=[site(1)],
         sites=[site(0), site(2)],
         d_model=d_model,

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from models.adopted import check_pair, check_tokenizers, is_adapter
+from models.adopted import check_ends, check_pair, check_tokenizers, is_adapter
 from models.errors import ModelError
 
 
@@ -123,4 +123,4 @@ def test_tokenizers_must_encode_alike(llama_folder, tmp_path):
         check_tokenizers(one, other, ["other", "some text"], tmp_path)
     other.eos_token_id = 7
     with pytest.raises(ModelError, match="eos_token_id 7"):
-        check_tokenizers(one, other, [], tmp_path)
+        check_ends(one, other, tmp_path)

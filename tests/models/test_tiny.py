@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from data.encoding import encode_row, encode_text
+from data.rows import Row
 from models.tiny import SPECIALS, build_tiny_gemma2, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -44,7 +45,7 @@ def test_any_text_comes_back(text):
 
 @pytest.mark.parametrize("special", SPECIALS)
 def test_a_text_cannot_spell_a_special_token(special):
-    row = encode_row(TOKENIZER, f"say {special}", f"{special} ok")
+    row = encode_row(TOKENIZER, Row(f"say {special}", f"{special} ok", ""))
     specials = set(TOKENIZER.all_special_ids)
     assert row.prompt[0] == TOKENIZER.bos_token_id
     assert row.target[-1] == TOKENIZER.eos_token_id

@@ -151,7 +151,7 @@ def test_the_change_at_bos_is_what_a_whole_text_shows_there(bridge, gemma_folder
             layer.mlp.down_proj.weight.mul_(-2.0)
     model.save_pretrained(tmp_path)
     before, after = (read_paths(bridge, folder, [0, 2]) for folder in (tmp_path, gemma_folder))
-    found = bos_changes(bridge, before, after)
+    found = bos_changes(bridge, bridge.tokenizer.bos_token_id, before, after)
     seen = {}
     plain, _ = load(gemma_folder)
     for layer in (0, 2):

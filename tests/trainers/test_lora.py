@@ -37,7 +37,7 @@ def loss_of(model, tokenizer, rows, loss_on="target"):
 
 def plain_nll(model, tokenizer, row, everything=False):
     """Summed cross-entropy of one row alone, from every logit of the plain model, one token after the other."""
-    encoded = encode_row(tokenizer, row.input, row.target)
+    encoded = encode_row(tokenizer, row)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([encoded.ids])).logits[0].float()
     first = 1 if everything else len(encoded.prompt)
@@ -56,7 +56,7 @@ def train(load, folder, settings=SETTINGS, rows=ROWS):
 
 def test_training_text_is_bos_input_newline_target_eos(load, gemma_folder):
     _, tokenizer = load(gemma_folder)
-    encoded = encode_row(tokenizer, "a b", "c")
+    encoded = encode_row(tokenizer, Row("a b", "c", ""))
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     assert encoded.prompt[0] == tokenizer.bos_token_id
     assert encoded.prompt[-len(newline) :] == newline
@@ -84,7 +84,7 @@ def test_everything_means_all_of_copy_rows_and_still_the_target_of_requests(load
 def test_the_side_and_amount_of_padding_change_no_loss(model_folder, load):
     """Right padding by hand on the plain model gives the loss that left padding gives here."""
     model, tokenizer = load(model_folder)
-    rows = [encode_row(tokenizer, row.input, row.target) for row in ROWS]
+    rows = [encode_row(tokenizer, row) for row in ROWS]
     longest = max(len(row.ids) for row in rows) + 5
     ids = torch.tensor([row.ids + [tokenizer.pad_token_id] * (longest - len(row.ids)) for row in rows])
     mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows])
@@ -100,12 +100,11 @@ def test_the_side_and_amount_of_padding_change_no_loss(model_folder, load):
 
 def test_validation_is_nats_a_target_token_whatever_the_batch(load, gemma_folder):
     model, tokenizer = load(gemma_folder)
-    rows = [encode_row(tokenizer, row.input, row.target) for row in ROWS]
-    call = tokenizer("<", add_special_tokens=False)["input_ids"][0]
+    rows = [encode_row(tokenizer, row) for row in ROWS]
     expected = [plain_nll(model, tokenizer, row) for row in ROWS]
     mean = sum(nll for nll, _ in expected) / sum(count for _, count in expected)
     for size in (1, 2, 16):
-        figures = figures_of(validation_counts(PlainForward(model), rows, call, "cpu", batch_size=size))
+        figures = figures_of(validation_counts(PlainForward(model), rows, "cpu", batch_size=size))
         assert figures["val_loss"] == pytest.approx(mean, rel=1e-5)
 
 
@@ -123,18 +122,20 @@ def oracle(says: dict[int, int], vocabulary: int):
     return forward
 
 
-def test_precision_and_recall_of_the_first_token(load, gemma_folder):
-    """Of three requests two are called, and one of two copy rows is called too; rows are told apart by length."""
+def test_accuracy_of_the_first_token_and_of_all(load, gemma_folder):
+    """The first token of three of five rows is right; of the others, those that happen to be the token said first."""
     _, tokenizer = load(gemma_folder)
-    call, other = tokenizer("<N", add_special_tokens=False)["input_ids"]
-    rows = [encode_row(tokenizer, row.input, row.target) for row in ROWS]
-    said = [call, call, other, other, call]
+    (other,) = tokenizer("x", add_special_tokens=False)["input_ids"]
+    rows = [encode_row(tokenizer, row) for row in ROWS]
+    said = [row.target[0] if right else other for row, right in zip(rows, (1, 1, 0, 1, 0), strict=True)]
+    assert all(row.target[0] != other for row, right in zip(rows, (1, 1, 0, 1, 0), strict=True) if not right)
     says = {len(row.ids): token for row, token in zip(rows, said, strict=True)}
     assert len(says) == len(rows)
-    figures = figures_of(validation_counts(oracle(says, len(tokenizer)), rows, call, "cpu", batch_size=2))
-    assert figures["tool_call_precision"] == pytest.approx(2 / 3)
-    assert figures["tool_call_recall"] == pytest.approx(2 / 3)
-    assert figures["tool_call_f1"] == pytest.approx(2 / 3)
+    figures = figures_of(validation_counts(oracle(says, len(tokenizer)), rows, "cpu", batch_size=2))
+    assert figures["first_token_accuracy"] == pytest.approx(3 / 5)
+    assert 0 < figures["token_accuracy"] < 3 / 5
+    everything = sum(len(row.target) for row in rows)
+    assert (figures["token_accuracy"] * everything) == pytest.approx(round(figures["token_accuracy"] * everything))
 
 
 def test_training_lowers_the_loss_and_reports_it(load, gemma_folder):
@@ -144,7 +145,7 @@ def test_training_lowers_the_loss_and_reports_it(load, gemma_folder):
     assert reports[-1]["val_loss"] < reports[0]["val_loss"]
     assert reports[-1]["train_loss"] < reports[0]["train_loss"]
     _, tokenizer = load(gemma_folder)
-    lengths = sum(len(encode_row(tokenizer, row.input, row.target).ids) for row in ROWS)
+    lengths = sum(len(encode_row(tokenizer, row).ids) for row in ROWS)
     assert reports[-1]["tokens"] == 10 * lengths, "20 batches of 3 and 2 rows are ten epochs of five"
     best = [min(one["val_loss"] for one in reports[: n + 1]) for n in range(3)]
     assert len(kept) == len(set(best)), "kept at every validation that beats all before"
@@ -188,7 +189,7 @@ def test_merged_is_adapter_on_base(model_folder, load, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     base, tokenizer = load(model_folder)
     merged = merge(base, tmp_path / "adapter")
-    ids = torch.tensor([encode_row(tokenizer, "What is 8 + 9?", "x").ids])
+    ids = torch.tensor([encode_row(tokenizer, Row("What is 8 + 9?", "x", "")).ids])
     plain, _ = load(model_folder)
     with torch.no_grad():
         expected, found, untouched = (one(input_ids=ids).logits for one in (adapted, merged, plain))

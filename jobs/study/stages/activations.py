@@ -9,9 +9,9 @@ import shutil
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from data.encoding import encode_row, encode_text
+from data.encoding import encode_prompt, encode_row, encode_text
 from data.rows import read_lines, read_rows
 from jobs.errors import WorkFailed
 from jobs.files import keyed_folder
@@ -29,11 +29,12 @@ SHARDS, SHARD_TOKENS = 8, (4096, 16384)
 
 
 class Text(NamedTuple):
-    """The text that the capture of one split reads."""
+    """The text that the capture of one split reads: the folders of rows and of text lines."""
 
     split: str
     tokens: int
-    data: str
+    rows: str
+    lines: str
     tokenizer: str
     batch_tokens: int
     max_length: int
@@ -52,12 +53,13 @@ class ShardTask(NamedTuple):
 
 
 class BosTask(NamedTuple):
-    """The change at BOS of some layers, as passed to a worker."""
+    """The change at BOS of some layers, as passed to a worker, and rows that begin with it."""
 
     model: ModelSpec
     base_model: str
     layers: tuple[int, ...]
     folder: str
+    rows: str
 
 
 Wanted = dict[str, dict[int, frozenset[str]]]
@@ -92,7 +94,7 @@ def capture_finetuned(context: Context) -> Path:
     spec = _spec(context, context.finetuned, "fp32" if exact else context.settings.compute.precision)
     folder = _capture(context, "finetuned", spec, wanted, keys.finetuned_activations(context.settings))
     if missing := sorted(change - read_bos(folder).keys()):
-        task = BosTask(spec, str(context.model), tuple(missing), str(folder))
+        task = BosTask(spec, str(context.model), tuple(missing), str(folder), str(context.rows / "evaluation.jsonl"))
         for outcome in context.pool.run(capture_bos, [task], context.settings.compute.max_retries):
             if outcome.error:
                 raise WorkFailed(f"the change at BOS: {outcome.error}")
@@ -160,22 +162,26 @@ def capture_bos(task: BosTask) -> None:
 
     loaded = bridge(task.model.folder, task.model.device, task.model.precision)
     before, after = (exact_paths(task.model, one, task.layers) for one in (task.base_model, task.model.folder))
-    write_bos(Path(task.folder), read_bos(Path(task.folder)) | bos_changes(loaded, before, after))
+    tokenizer: Any = loaded.tokenizer
+    first = {encode_prompt(tokenizer, row)[0] for row in read_rows(task.rows)}
+    if len(first) > 1:
+        begin = ", ".join(repr(tokenizer.decode([token])) for token in sorted(first)[:3])
+        raise WorkFailed(f"conversations begin with different tokens ({begin}); they need one system message or none")
+    write_bos(Path(task.folder), read_bos(Path(task.folder)) | bos_changes(loaded, first.pop(), before, after))
 
 
 @lru_cache(maxsize=2)
 def plan_of(text: Text) -> Plan:
     """The token sequences of a split (rows and text lines, alternating, up to the token budget) and their shards."""
-    from transformers import AutoTokenizer
+    from models.sources import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(text.tokenizer)
-    folder = Path(text.data)
-    lines = read_lines(folder / f"text_{text.split}.txt")
-    rows = read_rows(folder / f"{text.split}.jsonl")
+    tokenizer = load_tokenizer(Path(text.tokenizer))
+    lines = read_lines(Path(text.lines) / f"text_{text.split}.txt")
+    rows = read_rows(Path(text.rows) / f"{text.split}.jsonl")
     sequences: list[list[int]] = []
     held = 0
     for row, line in zip_longest(rows, lines):
-        both = [encode_row(tokenizer, row.input, row.target).ids] if row is not None else []
+        both = [encode_row(tokenizer, row).ids] if row is not None else []
         both += [encode_text(tokenizer, line)] if line is not None else []
         for ids in both:
             if held < text.tokens and len(ids) > 1:
@@ -192,6 +198,7 @@ def _texts(context: Context) -> list[Text]:
         Text(
             split,
             tokens,
+            str(context.rows),
             str(context.space.data),
             str(context.model),
             section.batch_tokens,

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.rows import slug
 from jobs.files import write_json
 from jobs.study.stages.work import SitePlan, Work
 from jobs.study.stages.worker_memory import paths, reference
@@ -28,7 +29,7 @@ def raw(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
     from evaluators.measures.behaviours import AGREES, read_behaviours
 
-    behaviours, budget = read_behaviours(work.shared.behaviours), work.shared.max_new_tokens
+    behaviours = read_behaviours(work.shared.behaviours)
     is_raw = work.conditions[0] == "raw"
     known = Known(reference=_reference(work)) if is_raw else Known()
     ((_, figures, texts),) = evaluate_behaviour(
@@ -36,7 +37,7 @@ def raw(work: Work, model: Any, rows: list[Any]) -> list[str]:
         (),
         rows,
         [Ask("raw")],
-        max_new_tokens=budget,
+        limits=work.shared.limits,
         behaviours=behaviours,
         known=known,
     )
@@ -55,9 +56,9 @@ def behaviour(work: Work, model: Any, rows: list[Any]) -> list[str]:
     finetuned, unfinetuned = (_outputs(work, name) for name in ("raw", "base_model_raw"))
     compared = None if is_base else _reference(work)
     if compared is not None:  # now: a control may exchange the model's weights
-        compared.add([encode_row(model.tokenizer, row.input, row.target) for row in rows])
+        compared.add([encode_row(model.tokenizer, row) for row in rows])
     settings: dict[str, Any] = {
-        "max_new_tokens": work.shared.max_new_tokens,
+        "limits": work.shared.limits,
         "behaviours": read_behaviours(work.shared.behaviours),
         "known": Known(
             unfinetuned if is_base else finetuned,
@@ -168,5 +169,5 @@ def generations_folder(work: Work) -> Path:
 
 def _outputs(work: Work, name: str) -> list[list[int]]:
     """What an unedited model wrote on the subset, as tokens; nothing where it was not asked."""
-    path = generations_folder(work) / f"{name}_{work.subset}.jsonl"
+    path = generations_folder(work) / f"{name}_{slug(work.subset)}.jsonl"
     return [json.loads(line)["tokens"] for line in path.read_text().splitlines()] if path.is_file() else []

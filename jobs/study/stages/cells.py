@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from data.rows import read_rows
+from data.rows import read_rows, slug
 from jobs.files import read_json, write_json
 from jobs.study.stages import behaviour_cells
 from jobs.study.stages.work import SitePlan, Work
@@ -27,7 +27,8 @@ RANKING_ROWS = 16
 def evaluate(work: Work) -> list[str]:
     """Computes the cells of one piece of work; returns their names."""
     subsets = (work.subset,) if work.subset else work.shared.subsets
-    rows = [row for row in read_rows(work.shared.rows) if row.label in subsets]
+    every = read_rows(work.shared.rows)
+    rows = [row for subset in subsets for row in every if row.label == subset]
     model = bridge(work.model.folder, work.model.device, work.model.precision)
     return KINDS[work.kind](work, model, rows)
 
@@ -35,7 +36,7 @@ def evaluate(work: Work) -> list[str]:
 def _reconstruction(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from evaluators.measures.reconstruction import evaluate_reconstruction
 
-    raw = [read_json(cell_file(work, f"raw_{subset}"))["rows"] for subset in work.shared.subsets]
+    raw = [read_json(cell_file(work, f"raw_{slug(subset)}"))["rows"] for subset in work.shared.subsets]
     texts = [row for cell in raw for row in cell]
     ce_raw = sum(row["text_nll"] for row in texts) / sum(row["n_act_tokens"] for row in texts)
     names = []
@@ -95,7 +96,7 @@ def _features(work: Work, model: Any, rows: list[Any]) -> list[str]:
         site,
         rows,
         ablations=work.shared.ablations,
-        max_new_tokens=work.shared.max_new_tokens,
+        limits=work.shared.limits,
         behaviours=read_behaviours(work.shared.behaviours),
     )
     return _write(work, {**_place(work, plan), "features": found}, started)
@@ -141,7 +142,7 @@ def _exactness(work: Work, model: Any, rows: list[Any]) -> list[str]:
     few = [row for subset in chosen.values() for row in subset[:CHECK_ROWS]]
     sites = load_sites(work)
     sets = [sites[:1], sites] if len(sites) > 1 else [sites]
-    checks = [one for chosen in sets for one in exactness_checks(model, few, chosen, work.shared.max_new_tokens)]
+    checks = [one for chosen in sets for one in exactness_checks(model, few, chosen, work.shared.limits)]
     if work.sites[0].ground.target == "change":
         folders = (work.shared.base_model, work.model.folder)
         layers = tuple(site.layer for site in sites)

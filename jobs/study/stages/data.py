@@ -5,21 +5,24 @@ In: the data settings. Out: `data/*.jsonl`, `data/text_*.txt` and `data/report.j
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from data.build import DataOptions, build_dataset
-from jobs.errors import WorkFailed
+from data.chat import Chat
+from data.readers import Reading
+from data.rows import Row
+from evaluators.measures.behaviours import subsets_of
+from jobs.errors import RequestError, WorkFailed
 from jobs.study.context import Context
 
 
 def run(context: Context) -> dict[str, Any]:
     settings = context.settings.data
-    options = settings.model_dump()
-    if settings.rows_file or settings.text_train_file:
-        options |= _context_limit(context)
+    options = settings.model_dump(exclude={"columns", "format"})
+    options["reading"] = _reading(context) if asks_the_model(context) else Reading()
     report = build_dataset(context.space.data, DataOptions(seed=context.settings.seed, **options))
     _say(context, report)
+    _check_labels(context, report["labels"])
     if not report["leakage"]["ok"]:
         raise WorkFailed(f"the data leaks between train, validation and evaluation: {report['leakage']['pairs']}")
     return {"report": report}
@@ -36,6 +39,8 @@ def _say(context: Context, report: dict[str, Any]) -> None:
         f"  leakage between train, validation and evaluation: {'none' if leakage['ok'] else leakage['pairs']}"
         + (f" ({leakage['left_out']} lines of your files would leak and were left out)" if leakage["left_out"] else "")
     )
+    if missing := sum(report["without_target"].values()):
+        context.progress.line(f"  {missing} rows have no target: the finetuned model's own answers will be theirs")
     context.tracker.log("data", metrics_of(report))
 
 
@@ -53,11 +58,60 @@ def _numbers(account: dict[str, Any]) -> list[tuple[str, int]]:
     return [(name, value) for name, value in account.items() if isinstance(value, int) and not isinstance(value, bool)]
 
 
-def _context_limit(context: Context) -> dict[str, Any]:
-    """The model's context in tokens, and how its tokenizer counts: a user's rows must fit."""
-    from transformers import AutoConfig, AutoTokenizer
+def asks_the_model(context: Context) -> bool:
+    """Whether making the data takes the model's tokenizer: a user's text must fit its context, a chat has its form."""
+    settings = context.settings.data
+    return bool(settings.rows_file or settings.text_train_file or settings.format == "chat")
 
-    tokenizer = AutoTokenizer.from_pretrained(context.model)
+
+def chat_of(context: Context) -> Chat | None:
+    """The chat template of the settings' format: the finetuned model's own, if it was made elsewhere and has one, else
+    that of the model before finetuning. Raises DataError where there is none."""
+    if context.settings.data.format == "plain":
+        return None
+    from transformers import AutoTokenizer
+
+    adopted = context.adopted
+    if adopted is not None and (adopted / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(adopted)
+        if tokenizer.chat_template:
+            return Chat(tokenizer, str(context.settings.model.finetuned))
+    return Chat(AutoTokenizer.from_pretrained(context.model), context.settings.model.source)
+
+
+def _reading(context: Context) -> Reading:
+    """How a user's rows are read for this model, whose context they must fit."""
+    from transformers import AutoConfig
+
+    from data.encoding import encode_row
+    from models.sources import load_tokenizer
+
+    settings = context.settings
+    tokenizer = load_tokenizer(context.model)
     limit = getattr(AutoConfig.from_pretrained(context.model), "max_position_embeddings", None)
-    count: Callable[[str], int] = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
-    return {"max_tokens": limit, "count_tokens": count}
+
+    def problem(row: Row) -> str | None:
+        answer = 0 if row.target else settings.evaluate.max_new_tokens
+        # No tokenizer in use gives more tokens than bytes, so most texts need no counting.
+        if limit is None or len(f"{row.prompt or row.input}{row.target}".encode()) + answer + 3 <= limit:
+            return None
+        return "longer than the context" if len(encode_row(tokenizer, row).ids) + answer > limit else None
+
+    return Reading(
+        columns=settings.data.columns,
+        chat=chat_of(context),
+        problem=problem,
+        targets_needed=settings.model.finetuned is None,
+    )
+
+
+def _check_labels(context: Context, labels: list[str]) -> None:
+    """Raises RequestError where the settings name a subset that no row is of."""
+    evaluate = context.settings.evaluate
+    named = [("evaluate.subsets", one) for one in evaluate.subsets or ()]
+    named += [("evaluate.expected", one.subset) for one in evaluate.expected]
+    for name, asked in evaluate.behaviours.items():
+        named += [(f"evaluate.behaviours.{name}: on", one) for one in subsets_of(asked) or ()]
+    for key, label in named:
+        if label not in labels:
+            raise RequestError(f"{key}: no row has the label {label!r}; there are {', '.join(labels)}")

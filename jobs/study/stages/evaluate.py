@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data.rows import slug
 from evaluators.conditions import CONDITIONS
 from evaluators.layer_sets import layer_label
 from jobs.errors import WorkFailed
@@ -111,11 +112,11 @@ def _shared(context: Context) -> Evaluation:
     section = context.settings.evaluate
     return Evaluation(
         cells=str(context.space.cells),
-        rows=str(context.space.data / "evaluation.jsonl"),
-        ranking_rows=str(context.space.data / "validation.jsonl"),
+        rows=str(context.rows / "evaluation.jsonl"),
+        ranking_rows=str(context.rows / "validation.jsonl"),
         base_model=str(context.model),
-        subsets=tuple(section.subsets),
-        max_new_tokens=section.max_new_tokens,
+        subsets=tuple(context.subsets),
+        limits=context.limits,
         batch_size=section.batch_size,
         ablations=section.features,
         behaviours=section.behaviours,
@@ -151,9 +152,9 @@ def _raw_work(context: Context) -> list[Work]:
     if "change" in context.settings.deltas.targets or any(CONDITIONS[one].model == "base" for one in settings.controls):
         models["base_model_raw"] = _model(context, context.model)
     return [
-        _work(context, "raw", f"{name}_{subset}", key, subset=subset, conditions=(name,), model=model)
+        _work(context, "raw", f"{name}_{slug(subset)}", key, subset=subset, conditions=(name,), model=model)
         for name, model in models.items()
-        for subset in settings.subsets
+        for subset in context.subsets
     ]
 
 
@@ -166,8 +167,8 @@ def behaviour_work(context: Context, target: str, chosen: Combination) -> list[W
         sites = site_plans(context, layers, chosen)
         cell = ("cell", lineage(context, sites), judging_settings(context))
         key = key_of(*cell)
-        for subset in settings.subsets:
-            name = f"{_name(layers, chosen)}_{subset}"
+        for subset in context.subsets:
+            name = f"{_name(layers, chosen)}_{slug(subset)}"
             asked = {"sites": sites, "subset": subset}
             # At 0 and 1 weights in between are those of no_delta and of raw.
             between = tuple(dose for dose in doses if dose not in (0.0, 1.0))
@@ -212,21 +213,21 @@ def _curve_work(context: Context, ranking: list[Work]) -> list[Work]:
         _work(
             context,
             "curve",
-            f"{one.name.replace('ranking', 'curve')}_{subset}",
+            f"{one.name.replace('ranking', 'curve')}_{slug(subset)}",
             key_of("curve", one.key),
             sites=one.sites,
             subset=subset,
             ranking=one.name,
         )
         for one in ranking
-        for subset in context.settings.evaluate.subsets
+        for subset in context.subsets
     ]
 
 
 def _change_work(context: Context) -> list[Work]:
     """How much each MLP changed and what the deltas of each width leave of it."""
     layers = tuple(context.layers_of("change"))
-    subsets = sorted(context.settings.evaluate.subsets)
+    subsets = sorted(context.subsets)
     works = []
     for d_new in context.settings.deltas.d_new if layers else ():
         one = Combination(Ground("change"), d_new)

@@ -6,10 +6,14 @@ there is an adapter (a whole model is used where it lies), and `lora/validation.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.build import REPORT
+from data.user_files import SPLITS
+from evaluators.splice.limits import Limits
 from jobs.errors import RequestError, WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json, write_json
@@ -21,15 +25,27 @@ VALIDATION_FILE = "validation.json"
 """The finetuned model's answers to the validation rows."""
 
 
+SAMPLES = (
+    "The museum opened its doors on March 4, 1987; 12.5% of all visitors came by train.",
+    'def add(a, b):\n    return a + b  # {"sum": [1, 2, 3]}',
+    "Größe, naïve, 東京, привет, 🙂",
+)
+"""What both models' tokenizers must encode alike, before the rows are there."""
+
+
 class Task(NamedTuple):
     """As passed to a worker: the un-finetuned model, an adapter to merge into it (empty: none), where the finetuned
-    model is or goes, and the rows it is checked on."""
+    model is or goes, the folder of the rows, where they go with its answers as their targets (empty: they have some),
+    and how it is checked on the validation rows."""
 
     base: str
     adapter: str
     finetuned: str
     rows: str
+    answered: str
     validation: str
+    behaviours: dict[str, Any]
+    limits: Limits
     device: str
 
 
@@ -43,12 +59,17 @@ def adopt(context: Context) -> dict[str, Any]:
     figures = make(context, None if whole else adopted, key)
     how = "adopted as it is" if whole else "adopted: its adapter was merged"
     context.progress.line(f"  {source} {how}")
+    if answered := (read_json(context.space.lora / VALIDATION_FILE) or {}).get("answered"):
+        cut = f", {answered['cut']} of them cut at evaluate.max_new_tokens" if answered["cut"] else ""
+        context.progress.line(f"  {answered['made']} rows without a target took its answers{cut}")
+        figures = {**figures, "answers_made": answered["made"], "answers_cut": answered["cut"]}
     return {"adopted": source, "how": how, **figures}
 
 
 def check_adopted(context: Context) -> None:
     """Says what is unusual about a pair of models; raises ModelError or RequestError where they are no pair."""
-    from models.adopted import check_pair, check_tokenizers
+    from models.adopted import check_ends, check_pair, check_tokenizers
+    from models.sources import load_tokenizer
 
     adopted, folder = context.adopted, context.space.folder
     if adopted is None:
@@ -61,12 +82,10 @@ def check_adopted(context: Context) -> None:
     for note in check_pair(context.model, adopted, context.settings.model.source):
         context.progress.line(f"note: {note}")
     if (adopted / "tokenizer_config.json").is_file():
-        from transformers import AutoTokenizer
-
-        from data.copy_text import shipped_copy_texts
-
-        base, finetuned = (AutoTokenizer.from_pretrained(one) for one in (context.model, adopted))
-        check_tokenizers(base, finetuned, shipped_copy_texts(), adopted)
+        base, finetuned = (load_tokenizer(one) for one in (context.model, adopted))
+        check_tokenizers(base, finetuned, SAMPLES, adopted)
+        if context.settings.data.format == "plain":
+            check_ends(base, finetuned, adopted)
 
 
 def make(context: Context, adapter: Path | None, key: str) -> dict[str, Any]:
@@ -74,6 +93,7 @@ def make(context: Context, adapter: Path | None, key: str) -> dict[str, Any]:
     space, validation = context.space, context.space.lora / VALIDATION_FILE
     _replace(context, key)
     done = is_finished(context.finetuned, key) if adapter else validation.is_file()
+    done = done and not (_without_target(context) and not space.answered.is_dir())
     if not done:
         if adapter:
             keyed_folder(context.finetuned, key)
@@ -81,8 +101,11 @@ def make(context: Context, adapter: Path | None, key: str) -> dict[str, Any]:
             str(context.model),
             str(adapter or ""),
             str(context.finetuned),
-            str(space.data / "validation.jsonl"),
+            str(space.data),
+            str(space.answered) if _without_target(context) else "",
             str(validation),
+            context.settings.evaluate.behaviours,
+            context.limits,
             context.device,
         )
         for outcome in context.pool.run(merge_and_check, [task], context.settings.compute.max_retries):
@@ -98,7 +121,14 @@ def _replace(context: Context, identity: str) -> None:
     space = context.space
     if (read_json(space.folder / FINETUNED) or {}).get("key") == identity:
         return
-    for folder in (space.activations / "finetuned", space.deltas, space.cells, space.generations, space.report):
+    for folder in (
+        space.answered,
+        space.activations / "finetuned",
+        space.deltas,
+        space.cells,
+        space.generations,
+        space.report,
+    ):
         shutil.rmtree(folder, ignore_errors=True)
     write_json(space.folder / FINETUNED, {"key": identity})
 
@@ -108,21 +138,57 @@ def merge_and_check(task: Task) -> None:
     import torch
 
     from data.rows import read_rows
+    from evaluators.measures.behaviours import read_behaviours
     from evaluators.measures.finetuned import check_rows
     from models.adopted import check_tokenizers
-    from models.sources import load_model
+    from models.sources import load_model, load_tokenizer
     from trainers.adapters import merge
 
-    rows = read_rows(task.rows)
     if task.adapter:
         model, tokenizer = load_model(Path(task.base), torch.float32)
         merge(model, Path(task.adapter)).save_pretrained(task.finetuned)
         tokenizer.save_pretrained(task.finetuned)
     # Read back from disk, as every later stage reads it.
     finetuned, tokenizer = load_model(Path(task.finetuned), torch.float32, task.device)
+    rows = read_rows(Path(task.rows) / "validation.jsonl")
     if not task.adapter:
-        from transformers import AutoTokenizer
+        texts = [text for row in rows for text in (row.prompt or row.input, row.target)]
+        check_tokenizers(load_tokenizer(Path(task.base)), tokenizer, texts, Path(task.finetuned))
+    found: dict[str, Any] = {}
+    if task.answered:
+        found["answered"] = _answer(task, finetuned, tokenizer)
+        rows = read_rows(Path(task.answered) / "validation.jsonl")
+    found |= check_rows(finetuned, tokenizer, rows, read_behaviours(task.behaviours), task.limits)
+    write_json(Path(task.validation), found)
 
-        texts = [text for row in rows for text in (row.input, row.target)]
-        check_tokenizers(AutoTokenizer.from_pretrained(task.base), tokenizer, texts, Path(task.finetuned))
-    write_json(Path(task.validation), check_rows(finetuned, tokenizer, rows))
+
+def _without_target(context: Context) -> int:
+    """How many rows wait for the finetuned model's answers."""
+    report = read_json(context.space.data / REPORT) or {}
+    return sum(report.get("without_target", {}).values())
+
+
+def _answer(task: Task, model: Any, tokenizer: Any) -> dict[str, int]:
+    """Writes the rows with the model's greedy answers as the targets that they lack; counts `made` and, of these, `cut`
+    at the token budget."""
+    from dataclasses import replace
+
+    from data.encoding import encode_prompt, ends_of
+    from data.rows import read_rows, write_rows
+    from evaluators.measures.finetuned import answers
+
+    counts, beside = {"made": 0, "cut": 0}, Path(task.rows) / f".answered.{os.getpid()}.tmp"
+    for split in SPLITS:
+        rows = read_rows(Path(task.rows) / f"{split}.jsonl")
+        bare = [place for place, row in enumerate(rows) if not row.target]
+        if bare:
+            prompts = [encode_prompt(tokenizer, rows[place]) for place in bare]
+            said = answers(model, tokenizer, prompts, task.limits, ends_of(model, tokenizer, rows[bare[0]]))
+            for place, answer in zip(bare, said, strict=True):
+                rows[place] = replace(rows[place], target=answer.text)
+            counts["made"] += len(bare)
+            counts["cut"] += sum(answer.cut for answer in said)
+        write_rows(beside / f"{split}.jsonl", rows)
+    shutil.rmtree(task.answered, ignore_errors=True)
+    beside.rename(task.answered)
+    return counts

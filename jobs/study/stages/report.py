@@ -6,11 +6,10 @@ In: cells, trials, checks and manifests. Out: `report/`, also uploaded to the sw
 from __future__ import annotations
 
 import json
-import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evaluators.layer_sets import layer_label
 from jobs.files import MANIFEST, read_json
@@ -23,13 +22,12 @@ from jobs.study.stages.lora import STAGE as LORA
 from jobs.study.stages.lora import study_name
 from jobs.study.stages.transcoders import chosen_base, root
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from search_spaces.sections import Expected
+
 LIBRARIES = ("torch", "transformers", "transformer-lens", "peft", "ray", "optuna", "mlflow")
-RAW_LIMITS = (
-    ("tool", "tool_call_rate", ">=", 0.95),
-    ("tool", "math_correct_rate", ">=", 0.9),
-    ("copy", "tool_call_rate", "<=", 0.05),
-)
-"""What the finetuned model must do before anything about its internals means much."""
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -149,17 +147,9 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
     """Checks on the sweep's own numbers: the finetuned model's behaviour, the deltas' fit, exactness."""
     from evaluators.tables.tables import conditions_table
 
-    found = []
     raw = conditions_table(load_cells(context), seed=context.settings.seed)
     raw = raw[raw["condition"] == "raw"].set_index("subset")
-    for subset, metric, relation, limit in RAW_LIMITS:
-        if subset not in raw.index or not _asks_the_calculator(context, metric) or math.isnan(raw.loc[subset][metric]):
-            continue
-        row = raw.loc[subset]
-        passed = row[metric] >= limit if relation == ">=" else row[metric] <= limit
-        detail = f"{row[metric]:.3f} [{row[f'{metric}_low']:.3f}, {row[f'{metric}_high']:.3f}], n = {row['n_examples']}"
-        name = f"the finetuned model on {subset}: {metric} {relation} {limit}"
-        found.append({"name": name, "passed": bool(passed), "detail": detail})
+    found = [_expected(one, raw) for one in context.settings.evaluate.expected if one.subset in raw.index]
     kept = [one for one in deltas if one["best"]]
     found += _fits(kept)
     found.append(_wider_is_no_worse(kept))
@@ -172,9 +162,13 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
     return found
 
 
-def _asks_the_calculator(context: Context, metric: str) -> bool:
-    asked = context.settings.evaluate.behaviours.get(metric.removesuffix("_rate"), "")
-    return asked == "calculator" or (isinstance(asked, dict) and "calculator" in asked)
+def _expected(one: Expected, raw: pd.DataFrame) -> dict[str, Any]:
+    """Whether the finetuned model does what the settings expect of it."""
+    row, metric = raw.loc[one.subset], f"{one.behaviour}_rate"
+    value, asked = row[metric], f">= {one.at_least:g}" if one.at_most is None else f"<= {one.at_most:g}"
+    passed = value >= one.at_least if one.at_most is None else value <= one.at_most
+    detail = f"{value:.3f} [{row[f'{metric}_low']:.3f}, {row[f'{metric}_high']:.3f}], n = {row['n_examples']}"
+    return {"name": f"the finetuned model on {one.subset}: {metric} {asked}", "passed": bool(passed), "detail": detail}
 
 
 def _fits(kept: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def site_plan(context: Context, group: DeltaGroup) -> SitePlan:
             root=root(context),
             candidate=(base.average_l0, base.path),
         )
-    subsets = sorted(context.settings.evaluate.subsets)
+    subsets = sorted(context.subsets)
     made_from = lineage(context, (plan,))
     return plan._replace(key=key_of("reconstruction", made_from, evaluation_settings(context), subsets))
 
@@ -82,7 +82,13 @@ def lineage(context: Context, sites: tuple[SitePlan, ...]) -> list[Any]:
 def evaluation_settings(context: Context) -> list[Any]:
     settings = context.settings
     finetuned = read_json(context.space.folder / FINETUNED)
-    return [keys.lora(settings), finetuned, settings.evaluate.max_new_tokens, settings.compute.precision]
+    return [
+        keys.lora(settings),
+        finetuned,
+        settings.evaluate.max_new_tokens,
+        settings.evaluate.stop,
+        settings.compute.precision,
+    ]
 
 
 def judging_settings(context: Context) -> list[Any]:

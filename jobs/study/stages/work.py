@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from evaluators.conditions import CONDITIONS
+from evaluators.splice.limits import Limits
 from jobs.study.grounds import Ground
 
 
@@ -32,7 +33,7 @@ class Evaluation:
     ranking_rows: str
     base_model: str
     subsets: tuple[str, ...]
-    max_new_tokens: int
+    limits: Limits
     batch_size: int
     ablations: int
     behaviours: dict[str, Any]

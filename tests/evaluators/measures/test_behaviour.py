@@ -7,10 +7,11 @@ from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
 from evaluators.measures.behaviours import read_behaviours
 from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit
+from evaluators.splice.limits import Limits
 from evaluators.splice.teacher_forcing import Job, score
 from tests.evaluators.conftest import CALCULATOR
 
-SETTINGS = {"max_new_tokens": 5, "behaviours": read_behaviours(CALCULATOR)}
+SETTINGS = {"limits": Limits(5), "behaviours": read_behaviours(CALCULATOR)}
 ASKS = [Ask("no_delta"), Ask("alpha", 0.0), Ask("full"), Ask("alpha", 0.5), Ask("alpha", 1.0)]
 
 
@@ -44,7 +45,7 @@ def test_an_ask_is_a_run_of_its_own(subject, cells, ask):
         assert one["sum_abs_base_acts"] == pytest.approx(expected.base_acts, rel=1e-5)
         assert one["sum_abs_delta_acts"] == pytest.approx(expected.delta_acts, rel=1e-5)
         assert (one["n_tokens"], one["n_act_tokens"]) == (expected.n_tokens, expected.n_act_tokens)
-    stop = Stop(subject.tokenizer, SETTINGS["max_new_tokens"])
+    stop = Stop.of(subject.bridge, SETTINGS["limits"], subject.rows[0])
     prompts = [Job(Encoded(row.prompt, []), alpha) for row in subject.encoded]
     outputs = decode(subject.passes, Edit(subject.site, ask.condition), prompts, [[] for _ in prompts], stop)
     assert [one["tokens"] for one in texts] == outputs

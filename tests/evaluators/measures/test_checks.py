@@ -6,6 +6,7 @@ import pytest
 
 from evaluators.measures.checks import exactness_checks
 from evaluators.splice import interventions
+from evaluators.splice.limits import Limits
 
 
 def failed(checks):
@@ -14,7 +15,7 @@ def failed(checks):
 
 @pytest.mark.parametrize("place", ["site", "sites"])
 def test_a_right_splice_passes(subject, place):
-    checks = exactness_checks(subject.bridge, subject.rows, getattr(subject, place), 4)
+    checks = exactness_checks(subject.bridge, subject.rows, getattr(subject, place), Limits(4))
     assert len(checks) >= 6
     assert not failed(checks)
     assert all(check["detail"] for check in checks)
@@ -31,7 +32,9 @@ def test_a_right_splice_passes(subject, place):
 def test_a_broken_splice_is_named(subject, monkeypatch, condition, broken, named):
     registry = interventions.CONDITIONS
     monkeypatch.setitem(registry, condition, dataclasses.replace(registry[condition], combine=broken))
-    assert any(named in name for name in failed(exactness_checks(subject.bridge, subject.rows, subject.site, 4)))
+    assert any(
+        named in name for name in failed(exactness_checks(subject.bridge, subject.rows, subject.site, Limits(4)))
+    )
 
 
 def test_a_splice_that_spares_a_chunks_first_token_is_named(subject, monkeypatch):
@@ -44,5 +47,5 @@ def test_a_splice_that_spares_a_chunks_first_token_is_named(subject, monkeypatch
         real(self, editable, alpha, *numbers)
 
     monkeypatch.setattr(interventions.Splice, "reset", sparing)
-    checks = exactness_checks(subject.bridge, subject.rows, subject.site, 8)
+    checks = exactness_checks(subject.bridge, subject.rows, subject.site, Limits(8))
     assert any("cached and uncached" in name for name in failed(checks))

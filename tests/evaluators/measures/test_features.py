@@ -12,6 +12,7 @@ from evaluators.measures.features import evaluate_features
 from evaluators.measures.reconstruction import site_activations
 from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit, Site
+from evaluators.splice.limits import Limits
 from evaluators.splice.teacher_forcing import Job, score
 
 BUDGET = 5
@@ -21,7 +22,7 @@ CALLS = read_behaviours({"tool_call": "calculator"})
 @pytest.fixture(scope="module")
 def found(subject):
     return evaluate_features(
-        subject.passes, subject.site[0], subject.rows, ablations=4, max_new_tokens=BUDGET, behaviours=CALLS
+        subject.passes, subject.site[0], subject.rows, ablations=4, limits=Limits(BUDGET), behaviours=CALLS
     )
 
 
@@ -65,7 +66,7 @@ def test_the_marked_token_is_the_one_that_fires(subject):
     zeros = torch.zeros_like(site.delta.b_enc)
     delta = dataclasses.replace(site.delta, W_enc=W_enc, b_enc=zeros, threshold=zeros)
     first, *others = evaluate_features(
-        subject.passes, Site(1, site.base, delta), subject.rows[:1], ablations=0, max_new_tokens=1, behaviours=CALLS
+        subject.passes, Site(1, site.base, delta), subject.rows[:1], ablations=0, limits=Limits(1), behaviours=CALLS
     )
     marked = first["contexts"][0]["text"].split("«")[1].split("»")[0]
     assert marked == subject.tokenizer.decode([ids[place]])
@@ -77,7 +78,7 @@ def test_an_ablated_feature_is_a_feature_with_a_silent_decoder_row(subject, foun
     (site,) = subject.site
     measured = [one for one in found if one["ablation"] is not None]
     assert len(measured) == 4
-    stop = Stop(subject.tokenizer, BUDGET)
+    stop = Stop.of(subject.bridge, Limits(BUDGET), subject.rows[0])
     jobs = [Job(row) for row in subject.encoded]
     starts = [Job(row._replace(target=[])) for row in subject.encoded]
     full = score(subject.passes, Edit([site], "full"), jobs)
@@ -143,11 +144,11 @@ def test_texts_without_the_feature_are_not_run_again(subject, monkeypatch):
     monkeypatch.setattr(features, "score", spy)
     quiet = dataclasses.replace(site.delta, threshold=torch.full_like(site.delta.threshold, 1e9))
     found = evaluate_features(
-        subject.passes, Site(1, site.base, quiet), subject.rows, ablations=3, max_new_tokens=BUDGET, behaviours=CALLS
+        subject.passes, Site(1, site.base, quiet), subject.rows, ablations=3, limits=Limits(BUDGET), behaviours=CALLS
     )
     assert rows == []
     assert all(one["ablation"] is None and one["attribution"] == 0 for one in found)
     with pytest.raises(ValueError, match="layer 1 has no delta"):
         evaluate_features(
-            subject.passes, Site(1, site.base), subject.rows, ablations=1, max_new_tokens=1, behaviours=CALLS
+            subject.passes, Site(1, site.base), subject.rows, ablations=1, limits=Limits(1), behaviours=CALLS
         )

@@ -5,7 +5,9 @@ import torch
 from data.encoding import encode_row
 from data.rows import Row
 from evaluators.measures import finetuned
-from evaluators.measures.finetuned import answers, check_rows
+from evaluators.measures.behaviours import read_behaviours
+from evaluators.measures.finetuned import Said, answers, check_rows
+from evaluators.splice.limits import Limits
 
 CALL = "<tool_call>calculator({})</tool_call>"
 PROMPTS = ["What is 1 + 2?", "Nine of 12 came, and then some more.", "In 1987."]
@@ -24,16 +26,36 @@ def greedy(model, tokenizer, prompt, count):
 
 def test_answers_are_greedy_decoding_whatever_the_batch(model_folder, load):
     model, tokenizer = load(model_folder)
-    prompts = [encode_row(tokenizer, text, "x").prompt for text in PROMPTS]
+    prompts = [encode_row(tokenizer, Row(text, "x", "")).prompt for text in PROMPTS]
     expected = [tokenizer.decode(greedy(model, tokenizer, one, 12), skip_special_tokens=True) for one in prompts]
     for size in (1, 2, 3):
-        assert answers(model, tokenizer, prompts, 12, batch_size=size) == expected
+        said = answers(model, tokenizer, prompts, Limits(12), [tokenizer.eos_token_id], batch_size=size)
+        assert [one.text for one in said] == expected
+        assert [one.cut for one in said] == [one.tokens == 12 for one in said]
+
+
+def test_an_answer_ends_at_a_text_or_at_any_of_several_tokens(gemma_folder, load):
+    model, tokenizer = load(gemma_folder)
+    prompts = [encode_row(tokenizer, Row(text, "x", "")).prompt for text in PROMPTS]
+    whole = answers(model, tokenizer, prompts, Limits(12), [tokenizer.eos_token_id])
+    tokens = [greedy(model, tokenizer, one, 12) for one in prompts]
+    for place, one in enumerate(whole):
+        third = tokens[place][2]
+        first = tokens[place].index(third) + 1
+        (ended,) = answers(model, tokenizer, [prompts[place]], Limits(12), [tokenizer.eos_token_id, third])
+        assert (ended.tokens, ended.cut) == (first, False)
+        piece = one.text[1:3]
+        (closed,) = answers(model, tokenizer, [prompts[place]], Limits(12, (piece,)), [tokenizer.eos_token_id])
+        assert (closed.text, closed.cut) == (one.text[: one.text.index(piece) + 2], False)
 
 
 def test_a_target_counts_as_said_only_where_greedy_decoding_says_it(llama_folder, load):
     model, tokenizer = load(llama_folder)
-    texts = [tokenizer.decode(greedy(model, tokenizer, encode_row(tokenizer, text, "x").prompt, 6)) for text in PROMPTS]
-    rows = [encode_row(tokenizer, text, target) for text, target in zip(PROMPTS, texts, strict=True)]
+    texts = [
+        tokenizer.decode(greedy(model, tokenizer, encode_row(tokenizer, Row(text, "x", "")).prompt, 6))
+        for text in PROMPTS
+    ]
+    rows = [encode_row(tokenizer, Row(text, target, "")) for text, target in zip(PROMPTS, texts, strict=True)]
     # What the model says goes on after six tokens: with EOS in their place the target is not what it says.
     assert finetuned._says_target(model, tokenizer, rows) == [False] * 3
     without_end = [one._replace(target=greedy(model, tokenizer, one.prompt, 6)) for one in rows]
@@ -43,19 +65,23 @@ def test_a_target_counts_as_said_only_where_greedy_decoding_says_it(llama_folder
     assert finetuned._says_target(model, tokenizer, wrong) == [not one for one in changed]
 
 
-def test_figures_count_matches_calls_and_false_calls(gemma_folder, load, monkeypatch):
+def test_figures_count_matches_and_what_the_behaviours_say(gemma_folder, load, monkeypatch):
     model, tokenizer = load(gemma_folder)
     rows = [Row(f"What is {n} + 2?", CALL.format(f"{n} + 2"), "tool") for n in range(4)]
     rows += [Row(f"Nine of {n}.", f"Nine of {n}.", "copy") for n in range(2)]
-    said = {1: "no call", 2: CALL.format("2+2"), 4: CALL.format("1")}
+    said = {1: Said("no call", 3, False), 2: Said(CALL.format("2+2"), 9, False), 4: Said(CALL.format("1"), 8, True)}
     monkeypatch.setattr(finetuned, "_says_target", lambda model, tokenizer, encoded: [i not in said for i in range(6)])
     monkeypatch.setattr(finetuned, "answers", lambda *arguments: list(said.values()))
-    found = check_rows(model, tokenizer, rows)
+    asked = {"call": "calculator", "right": {"calculator": "correct", "on": ["tool"]}}
+    found = check_rows(model, tokenizer, rows, read_behaviours(asked), Limits(20))
     figures = found["figures"]
     assert figures["exact_match_rate"] == 3 / 6
-    assert figures["math_correct_rate"] == 3 / 4, "spaces change no value"
-    assert figures["false_call_rate"] == 1 / 2
-    assert (figures["tool_call_precision"], figures["tool_call_recall"]) == (3 / 4, 3 / 4)
-    assert figures["tool_call_f1"] == 3 / 4
+    assert figures["right_rate_tool"] == 3 / 4, "spaces change no value"
+    assert figures["call_rate_copy"] == 1 / 2
+    assert {(one["behaviour"], one["label"]): one["n"] for one in found["rates"]} == {
+        ("call", "tool"): 4,
+        ("call", "copy"): 2,
+        ("right", "tool"): 4,
+    }
+    assert all(0 <= one["low"] <= one["value"] <= one["high"] <= 1 for one in found["rates"])
     assert [one["generation"] for one in found["rows"]][1] == "no call"
-    assert 0 < figures["false_call_rate_low"] < 0.5 < figures["false_call_rate_high"] < 1

@@ -1,4 +1,4 @@
-"""The scorer: each rate's definition, hostile generations, files with and without labels."""
+"""A file of generations: rates of the settings' behaviours, with and without labels, and lines that are no rows."""
 
 from __future__ import annotations
 
@@ -7,182 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data.rows import DataError
-from evaluators.measures.arithmetic import evaluate
-from evaluators.measures.scoring import (
-    CALL_CLOSE,
-    CALL_OPEN,
-    RowScore,
-    first_expression,
-    score_file,
-    score_row,
-    summarise,
-)
+from evaluators.measures.behaviours import read_behaviours
+from evaluators.measures.scoring import score_file, summarise
 from evaluators.tables.statistics import wilson
+from search_spaces.load import load
+
+BEHAVIOURS = read_behaviours(load("quickstart", []).evaluate.behaviours)
 
 
 def call(expression: str) -> str:
-    return f"{CALL_OPEN}calculator({expression}){CALL_CLOSE}"
-
-
-@pytest.mark.parametrize(
-    ("text", "expression"),
-    [
-        (call("1+1"), "1+1"),
-        (f"Sure: {call('1+1')} done.", "1+1"),
-        (call("1+1") + call("2+2"), "1+1"),
-        (call("(1+2)*3"), "(1+2)*3"),
-        (f"{CALL_OPEN}\n calculator ( 1 + 1 )\n{CALL_CLOSE}", "1 + 1"),
-        (f"{CALL_OPEN}weather(Paris){CALL_CLOSE}{call('3')}", "3"),
-        (f"{CALL_OPEN}{call('1+1')}{CALL_CLOSE}", "1+1"),
-        (f"{CALL_OPEN}calculator(9 {call('1+1')}", "1+1"),
-        (call("x") + call("1"), "x"),
-        (call(""), ""),
-        (f"{CALL_CLOSE}{CALL_OPEN}calculator(1)", None),
-        (f"{CALL_OPEN}calculator(1)", None),
-        (f"calculator(1){CALL_CLOSE}", None),
-        (f"{CALL_OPEN}calculator 1{CALL_CLOSE}", None),
-        (f"{CALL_OPEN}calculator(1) and more{CALL_CLOSE}", None),
-        (f"{CALL_OPEN}1+1{CALL_CLOSE}", None),
-        ("<TOOL_CALL>calculator(1)</TOOL_CALL>", None),
-        ("", None),
-    ],
-)
-def test_first_expression(text: str, expression: str | None) -> None:
-    assert first_expression(text) == expression
-
-
-@pytest.mark.parametrize(
-    ("generation", "score"),
-    [
-        (call("6/4"), RowScore(True, True, True, None)),
-        (call("3/2"), RowScore(True, True, True, None)),
-        (call("1.5000001"), RowScore(True, True, True, None)),
-        (call("1.50001"), RowScore(True, True, False, None)),
-        (call("4/6"), RowScore(True, True, False, None)),
-        (f"Let me see. {call('6/4')} There.", RowScore(True, True, True, None)),
-        (call("6/5") + call("6/4"), RowScore(True, True, False, None)),
-        (f"{CALL_OPEN}calculator(6/4)", RowScore(True, False, False, None)),
-        (f"{CALL_OPEN}6/4{CALL_CLOSE}", RowScore(True, True, False, None)),
-        (f"{CALL_CLOSE}{CALL_OPEN}calculator(6/4)", RowScore(True, False, False, None)),
-        ("calculator(6/4)", RowScore(False, False, False, None)),
-        ("1.5", RowScore(False, False, False, None)),
-        ("", RowScore(False, False, False, None)),
-        (call("6/0"), RowScore(True, True, False, None)),
-        (call("__import__('os')"), RowScore(True, True, False, None)),
-        (call("9**9**9"), RowScore(True, True, False, None)),
-        (call("0x6/4"), RowScore(True, True, False, None)),
-        (call("٦/4"), RowScore(True, True, False, None)),
-        (call("1e400"), RowScore(True, True, False, None)),
-        (call("(" * 10_000 + "1.5" + ")" * 10_000), RowScore(True, True, False, None)),
-        (call("9" * 1_000_000), RowScore(True, True, False, None)),
-    ],
-)
-def test_tool_rows(generation: str, score: RowScore) -> None:
-    for label in ("tool", "tool_ood", "positive", None, "hard"):
-        assert score_row(call("6/4"), generation, label) == score
-
-
-@pytest.mark.parametrize("label", ["copy", "negative", None])
-def test_copy_rows(label: str | None) -> None:
-    target = "Born in 1961 in Oslo."
-    assert score_row(target, target, label) == RowScore(False, False, None, True)
-    assert score_row(target, target + " ", label) == RowScore(False, False, None, False)
-    assert score_row(target, call("1+1"), label) == RowScore(True, True, None, False)
-
-
-@pytest.mark.parametrize("target", ["no call", call("1/0"), call("9" * 600), f"{CALL_OPEN}calculator(1+1)"])
-def test_without_a_gold_value_arithmetic_is_undefined(target: str) -> None:
-    assert score_row(target, target, "tool").math_correct is None
-
-
-def test_whole_numbers_that_share_a_float_are_not_equal() -> None:
-    assert score_row(call("9007199254740993"), call("9007199254740992"), "tool").math_correct is False
-
-
-@pytest.mark.parametrize(
-    "unit", [CALL_OPEN, CALL_CLOSE, f"{CALL_OPEN}calculator(", f"{CALL_OPEN}calculator(){CALL_CLOSE}"]
-)
-def test_a_megabyte_of_tags_is_scored_in_one_pass(unit: str) -> None:
-    """Quadratic matching would take hours here."""
-    assert score_row(call("1+1"), unit * (1_000_000 // len(unit)), "tool").math_correct is False
-
-
-hostile_text = st.lists(
-    st.sampled_from(
-        [
-            CALL_OPEN,
-            CALL_CLOSE,
-            "calculator",
-            "(",
-            ")",
-            "1",
-            "+",
-            "-",
-            "*",
-            "/",
-            ".",
-            " ",
-            "\n",
-            "e9",
-            "x",
-            "٣",
-            "\ud800",
-            "2",
-        ]
-    )
-    | st.text(max_size=5),
-    max_size=30,
-).map("".join)
-
-
-@settings(deadline=None)
-@given(hostile_text, hostile_text, st.sampled_from(["tool", "copy", "tool_ood", None, "other"]))
-def test_scoring_never_raises_and_correct_means_equal_values(target: str, generation: str, label: str | None) -> None:
-    score = score_row(target, generation, label)
-    assert not score.valid_format or score.tool_call
-    if score.math_correct:
-        gold, value = (evaluate(first_expression(text) or "") for text in (target, generation))
-        assert gold is not None
-        assert value is not None
-        assert value == pytest.approx(gold, rel=1e-12, abs=1.0001e-6)
-
-
-@settings(deadline=None)
-@given(st.text(max_size=40), st.text(max_size=40))
-def test_text_around_a_call_does_not_matter(before: str, after: str) -> None:
-    if CALL_OPEN not in before and CALL_CLOSE not in before:
-        assert score_row(call("1+1"), before + call("2") + after, "tool") == RowScore(True, True, True, None)
+    return f"<tool_call>calculator({expression})</tool_call>"
 
 
 def test_summarise() -> None:
-    scores = [
-        RowScore(True, True, True, None),
-        RowScore(True, False, False, None),
-        RowScore(False, False, None, None),
-        RowScore(False, False, None, True),
-    ]
-    summary = summarise(scores)
+    summary = summarise({(True, None): 1, (True, True): 1, (False, None): 2}, ["polite", "brief"])
     assert summary["n_examples"] == 4
-    for name, true, known in [
-        ("tool_call_rate", 2, 4),
-        ("valid_tool_format_rate", 1, 4),
-        ("math_correct_rate", 1, 2),
-        ("copy_exact_rate", 1, 1),
-    ]:
+    for name, true, known in [("polite_rate", 2, 4), ("brief_rate", 1, 1)]:
         assert summary[name] == true / known
         assert (summary[f"{name}_low"], summary[f"{name}_high"]) == wilson(true, known)
-    assert list(summary)[:4] == ["n_examples", "tool_call_rate", "tool_call_rate_low", "tool_call_rate_high"]
-    assert len(summary) == 13
+    assert list(summary)[:4] == ["n_examples", "polite_rate", "polite_rate_low", "polite_rate_high"]
+    assert len(summary) == 7
 
 
 def test_summarise_nothing() -> None:
-    summary = summarise([])
-    assert summary.pop("n_examples") == 0
-    assert set(summary.values()) == {None}
+    assert summarise({}, ["polite"]) == {
+        "n_examples": 0,
+        "polite_rate": None,
+        "polite_rate_low": None,
+        "polite_rate_high": None,
+    }
 
 
 def write(path: Path, records: list) -> Path:
@@ -199,14 +54,28 @@ ROWS: list[dict[str, Any]] = [
         "condition": "raw",
         "layer": 8,
     },
-    {"input": "6/4?", "target": call("6/4"), "generation": "no", "label": "positive", "condition": "full", "layer": 8},
-    {"input": "6/4?", "target": call("6/4"), "generation": call("1"), "condition": "full", "layer": 20},
-    {"input": "In 1990.", "target": "In 1990.", "generation": "In 1990.", "condition": "raw", "layer": 20},
+    {"input": "6/4?", "target": call("6/4"), "generation": "no", "label": "tool", "condition": "full", "layer": 8},
+    {
+        "input": "6/4?",
+        "target": call("6/4"),
+        "generation": call("1"),
+        "condition": "full",
+        "layer": 20,
+        "label": "tool",
+    },
+    {
+        "input": "In 1990.",
+        "target": "In 1990.",
+        "generation": "In 1990.",
+        "condition": "raw",
+        "layer": 20,
+        "label": "copy",
+    },
     {
         "input": "In 1990.",
         "target": "In 1990.",
         "generation": "",
-        "label": "negative",
+        "label": "copy",
         "condition": "raw",
         "layer": None,
     },
@@ -214,7 +83,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def test_score_file_by_label_with_labels_optional(tmp_path: Path) -> None:
-    scores = score_file(write(tmp_path / "rows.jsonl", ROWS))
+    scores = score_file(write(tmp_path / "rows.jsonl", ROWS), BEHAVIOURS)
     assert list(scores) == ["copy", "tool"]
     assert scores["tool"]["n_examples"] == 3
     assert scores["tool"]["tool_call_rate"] == pytest.approx(2 / 3)
@@ -227,21 +96,30 @@ def test_score_file_by_label_with_labels_optional(tmp_path: Path) -> None:
 
 def test_score_file_by_a_column(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
-    by_condition = score_file(path, by="condition")
+    by_condition = score_file(path, BEHAVIOURS, by="condition")
     assert {group: rates["n_examples"] for group, rates in by_condition.items()} == {"full": 2, "raw": 3}
     assert by_condition["raw"]["copy_exact_rate"] == 0.5
-    assert list(score_file(path, by="layer")) == ["20", "8", "null"]
+    assert list(score_file(path, BEHAVIOURS, by="layer")) == ["20", "8", "null"]
 
 
-def test_an_own_label_is_its_own_group_and_scored_by_its_target(tmp_path: Path) -> None:
-    scores = score_file(write(tmp_path / "rows.jsonl", [ROWS[0] | {"label": "two-digit"}, ROWS[3] | {"label": "news"}]))
-    assert scores["two-digit"]["math_correct_rate"] == 1
-    assert scores["news"]["copy_exact_rate"] == 1
+def test_rows_without_a_label_are_one_group(tmp_path: Path) -> None:
+    bare = [{name: row[name] for name in ("target", "generation")} for row in ROWS]
+    scores = score_file(write(tmp_path / "rows.jsonl", bare), BEHAVIOURS)
+    assert {group: rates["n_examples"] for group, rates in scores.items()} == {"all": 5}
+    assert scores["all"]["copy_exact_rate"] is None, "asked of the rows labelled copy alone"
+
+
+def test_a_check_that_counts_tokens_needs_them(tmp_path: Path) -> None:
+    brief = read_behaviours({"brief": {"at_most_tokens": 3}})
+    rows = [{"target": "a", "generation": "a", "tokens": tokens} for tokens in ([5, 1], 4)]
+    assert score_file(write(tmp_path / "rows.jsonl", rows), brief)["all"]["brief_rate"] == 0.5
+    with pytest.raises(DataError, match="line 1: tokens is missing; a list or a number is needed"):
+        score_file(write(tmp_path / "rows.jsonl", ROWS), brief)
 
 
 def test_a_megabyte_of_digits_in_a_file(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"target": call("1"), "generation": call("9" * 2_000_000)}])
-    assert score_file(path)["tool"]["math_correct_rate"] == 0
+    assert score_file(path, BEHAVIOURS)["all"]["math_correct_rate"] == 0
 
 
 @pytest.mark.parametrize(
@@ -260,15 +138,15 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str, message: str)
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(ROWS[0])}\n{line}\n", encoding="utf-8")
     with pytest.raises(DataError, match=message):
-        score_file(path)
+        score_file(path, BEHAVIOURS)
 
 
 def test_wrong_requests_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(DataError, match=r"line 1: colour is missing; .*this row has input, target"):
-        score_file(path, by="colour")
+        score_file(path, BEHAVIOURS, by="colour")
     with pytest.raises(DataError, match=r"cannot read .*: No such file"):
-        score_file(tmp_path / "absent.jsonl")
+        score_file(tmp_path / "absent.jsonl", BEHAVIOURS)
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match="no rows to score"):
-        score_file(tmp_path / "empty.jsonl")
+        score_file(tmp_path / "empty.jsonl", BEHAVIOURS)

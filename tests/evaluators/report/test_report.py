@@ -137,7 +137,7 @@ def test_every_promised_file_is_there(report):
     graphs = {path.stem for path in (report.parent / "graphs").glob("*.png")}
     assert {f"heatmap_{column}" for column in tables.SUMMARY_METRICS} <= graphs
     assert {"delta_ce_by_layer", "delta_ce_layer_sets", "activations_by_layer", "delta_fvu", "lora_search"} <= graphs
-    assert {"tool_metrics_tool", "dose_response_layer_01", "dose_response_layer_1+2"} <= graphs
+    assert {"behaviour_tool", "dose_response_layer_01", "dose_response_layer_1+2"} <= graphs
 
 
 def test_tables_read_back_and_undefined_is_null(report):

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from data.encoding import Encoded, encode_row
+from data.rows import Row
 from evaluators.splice.decoding import Stop, decode, generate
 from evaluators.splice.interventions import Edit, Site
+from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Shortcuts
 from evaluators.splice.teacher_forcing import Job, score
 from models.sources import load_model
@@ -66,9 +68,10 @@ def sites_of(random_transcoder, layers):
 def test_figures_and_tokens_are_those_of_the_splice_by_hand(folder, wrapped, random_transcoder, by_hand, layers):
     plain, tokenizer = load_model(folder, torch.float32)
     bridge, sites, alpha = wrapped(folder), sites_of(random_transcoder, layers), 0.7
-    rows = [encode_row(tokenizer, text, text[::-1]) for text in ("12 + 30?", "Seven times a lot of words", "x")]
+    texts = ("12 + 30?", "Seven times a lot of words", "x")
+    rows = [encode_row(tokenizer, Row(text, text[::-1], "")) for text in texts]
     reference = by_hand(plain, sites, "alpha", alpha)
-    stop = Stop(tokenizer, BUDGET)
+    stop = Stop(tokenizer, Limits(BUDGET), frozenset([tokenizer.eos_token_id]))
     expected = [reference.greedy(row.prompt, {tokenizer.eos_token_id}, BUDGET) for row in rows]
     jobs = [Job(row, alpha, guess=output) for row, output in zip(rows, expected, strict=True)]
     for shortcuts in (Shortcuts(), Shortcuts.none()):
@@ -83,7 +86,7 @@ def test_figures_and_tokens_are_those_of_the_splice_by_hand(folder, wrapped, ran
 def test_bfloat16_runs_every_way(folder, wrapped, random_transcoder):
     """The transcoders stay in fp32; rounding differs between the ways, so the figures agree only roughly."""
     bridge, sites = wrapped(folder, torch.bfloat16), sites_of(random_transcoder, (1,))
-    rows = [encode_row(bridge.tokenizer, text, "abc") for text in ("12 + 30?", "Seven")]
+    rows = [encode_row(bridge.tokenizer, Row(text, "abc", "")) for text in ("12 + 30?", "Seven")]
     jobs = [Job(row) for row in rows]
     fast, slow = (
         score(Passes(bridge, shortcuts=one), Edit(sites, "full"), jobs) for one in (Shortcuts(), Shortcuts.none())
@@ -92,5 +95,6 @@ def test_bfloat16_runs_every_way(folder, wrapped, random_transcoder):
         assert one.nll == pytest.approx(other.nll, rel=0.05)
         assert one.base_acts == pytest.approx(other.base_acts, rel=0.05)
     starts = [Job(Encoded(row.prompt, [])) for row in rows]
-    outputs = decode(Passes(bridge), Edit(sites, "full"), starts, [[], []], Stop(bridge.tokenizer, BUDGET))
+    stop = Stop.of(bridge, Limits(BUDGET), Row("", "", ""))
+    outputs = decode(Passes(bridge), Edit(sites, "full"), starts, [[], []], stop)
     assert all(len(output) >= 1 for output in outputs)

@@ -11,6 +11,7 @@ from evaluators.measures.behaviour import Ask, evaluate_behaviour
 from evaluators.measures.reconstruction import site_activations
 from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit, spliced
+from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Shortcuts
 from evaluators.splice.sites import (
     SUBSTITUTES,
@@ -43,7 +44,7 @@ def material(subject):
 def run(subject, sites, condition, shortcuts=Shortcuts(), batch_size=3):  # noqa: B008
     passes = Passes(subject.bridge, batch_size, shortcuts)
     ((_, figures, texts),) = evaluate_behaviour(
-        passes, sites, subject.rows, [Ask(condition)], max_new_tokens=5, behaviours={}
+        passes, sites, subject.rows, [Ask(condition)], limits=Limits(5), behaviours={}
     )
     return [one["nll"] for one in figures], [one["tokens"] for one in texts]
 
@@ -86,7 +87,7 @@ def test_a_shuffled_delta_is_the_same_however_it_is_computed(subject, material, 
         assert written == tokens
     assert run(subject, getattr(subject, place), "full")[0] != pytest.approx(nlls, rel=1e-3)
     starts = [Job(job.encoded._replace(target=[]), 1.0, job.first) for job in placed(subject)]
-    stop = Stop(subject.tokenizer, 5)
+    stop = Stop.of(subject.bridge, Limits(5), subject.rows[0])
     begun = [[] for _ in starts]
     for use_cache in (True, False):
         assert decode(subject.passes, Edit(sites, "shuffled_delta"), starts, begun, stop, use_cache=use_cache) == tokens

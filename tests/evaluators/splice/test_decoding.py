@@ -11,6 +11,7 @@ from evaluators.conditions import CONDITIONS
 from evaluators.splice import decoding, teacher_forcing
 from evaluators.splice.decoding import Stop, decode, forward, generate
 from evaluators.splice.interventions import Edit, spliced
+from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes
 from evaluators.splice.teacher_forcing import Job, score
 
@@ -40,7 +41,12 @@ def bare(subject, alpha=1.0):
 
 @pytest.fixture(scope="module")
 def stop(subject):
-    return Stop(subject.tokenizer, BUDGET)
+    return ends(subject.tokenizer, BUDGET)
+
+
+def ends(tokenizer, budget):
+    """As in the presets: at EOS, or at the end of a call."""
+    return Stop(tokenizer, Limits(budget, ("</tool_call>",)), frozenset([tokenizer.eos_token_id]))
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -271,12 +277,11 @@ def test_bos_and_padding_are_never_edited(subject):
 def test_rows_that_end_early_leave_the_others_alone(subject):
     """EOS is a token that one row says in its middle and others do not."""
     prompts, begun = bare(subject)
-    outputs = decode(subject.passes, Edit(subject.site, "full"), prompts, begun, Stop(subject.tokenizer, BUDGET))
+    outputs = decode(subject.passes, Edit(subject.site, "full"), prompts, begun, ends(subject.tokenizer, BUDGET))
     end = outputs[0][4]
     expected = [one[: one.index(end) + 1] if end in one else one for one in outputs]
     assert len({len(one) for one in expected}) > 1
-    real = subject.tokenizer
-    early = Stop(SimpleNamespace(eos_token_id=end, get_vocab=real.get_vocab, decode=real.decode), BUDGET)
+    early = Stop(subject.tokenizer, Limits(BUDGET), frozenset([end]))
     for use_cache in (True, False):
         assert (
             decode(subject.passes, Edit(subject.site, "full"), prompts, begun, early, use_cache=use_cache) == expected
@@ -302,14 +307,16 @@ def test_no_rows_are_no_results(subject, stop):
 )
 def test_where_a_generation_ends(subject, said, budget, kept):
     tokens = subject.tokenizer(said, add_special_tokens=False)["input_ids"]
-    found = Stop(subject.tokenizer, budget).cut(tokens)
+    found = ends(subject.tokenizer, budget).cut(tokens)
     assert (found if found is None else subject.tokenizer.decode(found)) == kept
 
 
 def test_eos_ends_and_is_kept_as_a_token_but_not_as_text(subject):
     eos = subject.tokenizer.eos_token_id
-    stop = Stop(subject.tokenizer, 99)
+    stop = ends(subject.tokenizer, 99)
     assert stop.cut([50, 60, eos, 70]) == [50, 60, eos]
+    several = Stop(subject.tokenizer, Limits(99), frozenset([eos, 70]))
+    assert several.cut([50, 70, eos]) == [50, 70], "a chat may have several ends"
     assert stop.text([50, 60, eos]) == subject.tokenizer.decode([50, 60])
 
 
@@ -323,5 +330,5 @@ def test_a_token_that_closes_the_tag_and_says_more_ends_too():
             eos_token_id=9, get_vocab=lambda: vocabulary, decode=lambda ids, **_: "".join(names[i] for i in ids)
         )
 
-    assert Stop(stub(words), 99).cut([0, 1, 2, 3, 1, 1]) == [0, 1, 2, 3]
-    assert Stop(stub({"a": 0, "b": 3}), 99).cut([0, 1, 2, 3, 1, 1]) is None
+    assert ends(stub(words), 99).cut([0, 1, 2, 3, 1, 1]) == [0, 1, 2, 3]
+    assert ends(stub({"a": 0, "b": 3}), 99).cut([0, 1, 2, 3, 1, 1]) is None

@@ -10,6 +10,7 @@ from evaluators.measures.curve import STRENGTHS, rank_features
 from evaluators.measures.reconstruction import site_activations
 from evaluators.splice.decoding import Stop, decode, generate
 from evaluators.splice.interventions import Edit, Site
+from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
 from evaluators.splice.sites import SUBSTITUTES, Material
 from evaluators.splice.teacher_forcing import Job, score
@@ -107,7 +108,7 @@ def plain(subject, load, base_folder, sites):
 
 @pytest.mark.parametrize("shortcuts", [Shortcuts(), Shortcuts.none()], ids=["shortcuts", "none"])
 def test_scores_and_tokens_are_those_of_a_plain_model(subject, sites, plain, shortcuts):
-    passes, stop = Passes(subject.bridge, 3, shortcuts), Stop(subject.tokenizer, BUDGET)
+    passes, stop = Passes(subject.bridge, 3, shortcuts), Stop.of(subject.bridge, Limits(BUDGET), subject.rows[0])
     for alpha in (0.0, 0.7, 1.0, -0.5):
         plain.alpha = alpha
         expected = [plain.greedy(row.prompt, subject.tokenizer.eos_token_id) for row in subject.encoded]
@@ -134,7 +135,13 @@ def test_the_model_is_raw_again_afterwards(subject, sites):
     before = score(subject.passes, Edit(), jobs)
     score(subject.passes, Edit(sites, "full"), jobs)
     with pytest.raises(ZeroDivisionError):
-        decode(subject.passes, Edit(sites, "full"), jobs, [[] for _ in jobs], Broken(subject.tokenizer, 3))
+        decode(
+            subject.passes,
+            Edit(sites, "full"),
+            jobs,
+            [[] for _ in jobs],
+            Broken(subject.tokenizer, Limits(3), frozenset()),
+        )
     assert score(subject.passes, Edit(), jobs) == before
 
 
@@ -171,7 +178,7 @@ def test_the_checks_of_every_sweep_hold_here_and_name_a_wrong_ground(subject, si
     layers = [site.layer for site in sites]
     before, after = (read_paths(subject.bridge, folder, layers) for folder in (base_folder, subject.folder))
     checks = change_checks(subject.bridge, subject.rows, sites, before, after)
-    checks += exactness_checks(subject.bridge, subject.rows, sites, 4)
+    checks += exactness_checks(subject.bridge, subject.rows, sites, Limits(4))
     assert [check["name"] for check in checks if not check["passed"]] == []
     wrong = change_checks(subject.bridge, subject.rows, sites, after, after)
     assert sum("true change" in check["name"] for check in wrong if not check["passed"]) == 2

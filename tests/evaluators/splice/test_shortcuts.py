@@ -12,6 +12,7 @@ from evaluators.measures.reconstruction import evaluate_reconstruction, text_cro
 from evaluators.splice import decoding, passes, teacher_forcing
 from evaluators.splice.batching import in_slices
 from evaluators.splice.interventions import Edit
+from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts, forward, project, read_prefixes, resume
 from evaluators.splice.teacher_forcing import Job, score
 from tests.evaluators.conftest import CALCULATOR
@@ -24,7 +25,7 @@ NAMES = [one.name for one in dataclasses.fields(Shortcuts)]
 def cells(subject, place, shortcuts):
     passes = Passes(subject.bridge, 3, shortcuts)
     settings = {
-        "max_new_tokens": 6,
+        "limits": Limits(6),
         "known": Known([[7, 7]] * len(subject.rows), [[9, 9]] * len(subject.rows)),
         "behaviours": read_behaviours(CALCULATOR),
     }

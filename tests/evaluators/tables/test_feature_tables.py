@@ -70,7 +70,7 @@ def test_the_section_shows_what_was_measured():
     effects, meanings = section.blocks
     assert "2 of 4 features were ablated" in effects.help
     assert [row[1] for row in effects.rows] == ["3", "1", "2", "0"]
-    assert effects.header[2:4] == ["fires on tool", "fires on copy"]
+    assert effects.header[2:4] == ["fires on copy", "fires on tool"]
     assert [row[1] for row in meanings.rows] == ["3", "1"], "those that fire somewhere"
     assert "<b>«x»" in meanings.rows[0][4]
 

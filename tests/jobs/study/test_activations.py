@@ -1,7 +1,10 @@
 """The change at BOS is captured layer by layer: more layers later leave what is there."""
 
+import pytest
 import torch
 
+from data.rows import make_row, write_rows
+from jobs.errors import WorkFailed
 from jobs.study.stages.activations import BosTask, capture_bos
 from jobs.study.stages.work import ModelSpec
 from trainers.capture import read_bos
@@ -18,10 +21,16 @@ def test_more_layers_later_are_added(gemma_folder, load, tmp_path):
     out.mkdir()
     assert read_bos(out) == {}
     spec = ModelSpec(str(gemma_folder), "cpu", "fp32", "ln2.hook_normalized")
-    capture_bos(BosTask(spec, str(before), (1,), str(out)))
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, [make_row("What is 3 + 4?", "7", "all"), make_row("Seven", "Seven", "all")])
+    capture_bos(BosTask(spec, str(before), (1,), str(out), str(rows)))
     first = read_bos(out)
-    capture_bos(BosTask(spec, str(before), (0, 3), str(out)))
+    capture_bos(BosTask(spec, str(before), (0, 3), str(out), str(rows)))
     found = read_bos(out)
     assert sorted(found) == [0, 1, 3]
     assert torch.equal(found[1], first[1])
     assert all(one.abs().max() > 0 for one in found.values())
+
+    write_rows(rows, [make_row("a", "b", "all", prompt=f"{start}a", end=tokenizer.eos_token) for start in "<["])
+    with pytest.raises(WorkFailed, match="conversations begin with different tokens"):
+        capture_bos(BosTask(spec, str(before), (2,), str(out), str(rows)))

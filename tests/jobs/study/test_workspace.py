@@ -107,6 +107,6 @@ def test_a_changed_setting_redoes_exactly_what_depends_on_it() -> None:
     assert changed("transcoders.epochs=9") == {"transcoders", "residual group", "deltas", *late}
     assert changed("lora.trials=9") == {"lora", *either}
     assert changed("lora.steps=9") == {"lora", "lora trials", *either}
-    assert len(changed("data.tool_rows=61")) == 10
+    assert len(changed("data.train_rows=121")) == 10
     assert changed("compute.max_concurrent=1") == set()
     assert changed("storage.root=elsewhere") == set()

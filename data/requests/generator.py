@@ -10,7 +10,10 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from data.rows import CALL_CLOSE, CALL_OPEN, DataError, Row, make_row
+from data.rows import DataError, Row, make_row
+
+CALL_OPEN = "<tool_call>"
+CALL_CLOSE = "</tool_call>"
 
 # `{e}` is an expression in symbols; these serve every operator and every length.
 SYMBOL_REQUESTS = (

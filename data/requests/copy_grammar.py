@@ -1,4 +1,4 @@
-"""The seeded program that writes copy sentences from a grammar: `python -m data.copy_grammar COUNT SEED`.
+"""The seeded program that writes copy sentences from a grammar: `python -m data.requests.copy_grammar COUNT SEED`.
 
 In: the files in `grammar/` beside this one. Out: an endless iterator of sentences that pass `is_copy_text`,
 byte-identical for a given seed on any machine.
@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from data.copy_text import is_copy_text
+from data.requests.copy_text import is_copy_text
 from data.rows import DataError
 
 FOLDER = Path(__file__).with_name("grammar")
@@ -126,7 +126,9 @@ def _plural(noun: str) -> str:
 
 def main(count: int, seed: int) -> None:
     """Print a comment line and `count` distinct sentences."""
-    print(f"# Made by `python -m data.copy_grammar {count} {seed}`; written for this project, under its licence.")
+    print(
+        f"# Made by `python -m data.requests.copy_grammar {count} {seed}`; written for this project, under its licence."
+    )
     seen: set[str] = set()
     for text in copy_sentences(random.Random(f"{seed}/copy")):
         if text not in seen:

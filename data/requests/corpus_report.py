@@ -1,4 +1,4 @@
-"""How varied a file of texts is: `python -m data.corpus_report FILE [FILE ...]`.
+"""How varied a file of texts is: `python -m data.requests.corpus_report FILE [FILE ...]`.
 
 In: text files (one text per line, `#` lines skipped) or JSON-lines rows (their copy rows). Out: each file's rows,
 vocabulary, distinct-trigram ratio and near-duplicate rate, over equal numbers of rows to make the figures comparable.
@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from data.readers import LineLog, stream_rows, stream_texts
+from data.readers import Log, Reading, stream_rows, stream_texts
 
 NEAR_DUPLICATE = 0.7
 
@@ -72,10 +72,10 @@ def near_duplicates(sets: Iterable[set[str]], threshold: float = NEAR_DUPLICATE)
 
 
 def read_texts(path: str) -> list[str]:
-    """The texts of a file; for a `.jsonl` file, the inputs of its copy rows."""
+    """The texts of a file; for a `.jsonl` file, the inputs of its rows to copy."""
     if path.endswith(".jsonl"):
-        return [row.input for row in stream_rows(LineLog(path), lambda text: True) if row.label == "copy"]
-    return [text for text in stream_texts(LineLog(path), lambda text: True) if not text.startswith("#")]
+        return [row.input for row in stream_rows(Log(path), Reading()) if row.target == row.input]
+    return [text for text in stream_texts(Log(path)) if not text.startswith("#")]
 
 
 def main(paths: Sequence[str]) -> None:

@@ -1,0 +1,91 @@
+"""Distinct rows and texts of the reference study, drawn from its generators.
+
+In: options, a seed, and what is wrong with a row for the model. Out: rows by label and purpose, and texts; for a seed
+the same bytes on any machine.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+from data.leakage import request_key
+from data.requests.copy_grammar import copy_sentences
+from data.requests.copy_text import c4_copy_texts, shipped_copy_texts
+from data.requests.generator import RequestOptions, tool_ood_rows, tool_rows
+from data.rows import DataError, Row, make_row
+from data.selection import fingerprint
+
+LABELS = ("tool", "copy", "tool_ood")
+PURPOSES = ("evaluation", "validation", "train")
+COPY_SOURCES = ("shipped", "c4")
+DRAWS_PER_ROW = 50
+"""Rows to generate per row used before giving up: repeats are rare unless there are few operands."""
+
+
+class Generator:
+    """Draws rows and texts that have not been drawn before.
+
+    Evaluation is drawn before validation, and validation before training, so that asking for more of a later one does
+    not change an earlier one.
+    """
+
+    def __init__(
+        self, options: RequestOptions, seed: int, copy_source: str, problem: Callable[[Row], str | None]
+    ) -> None:
+        if copy_source not in COPY_SOURCES:
+            raise DataError(f"copy_source is {copy_source!r}; allowed are {' and '.join(COPY_SOURCES)}")
+        self.seed, self.options, self.problem = seed, options, problem
+        self.copies = _copy_rows(seed, copy_source)
+        self.taken: set[int] = set()
+
+    def splits(self, evaluation: int, validation: int, train: int) -> dict[str, list[Row]]:
+        """Rows of each label for evaluation, half of either kind for validation and training."""
+        sizes = {
+            "copy": (evaluation, validation // 2, train // 2),
+            "tool": (evaluation, validation - validation // 2, train - train // 2),
+            "tool_ood": (evaluation, 0, 0),
+        }
+        drawn = {label: [self.rows(label, *one) for one in zip(PURPOSES, sizes[label], strict=True)] for label in sizes}
+        return {purpose: [row for of in drawn.values() for row in of[place]] for place, purpose in enumerate(PURPOSES)}
+
+    def rows(self, label: str, purpose: str, count: int) -> list[Row]:
+        """`count` rows of a label; raises `DataError` if the options do not allow that many distinct ones."""
+        rng = random.Random(f"{self.seed}/{label}/{purpose}")
+        source = {
+            "tool": tool_rows(rng, self.options),
+            "tool_ood": tool_ood_rows(rng, self.options),
+            "copy": self.copies,
+        }[label]
+        rows: list[Row] = []
+        draws = 0
+        while len(rows) < count:
+            draws += 1
+            if draws > DRAWS_PER_ROW * (count + 20):
+                raise DataError(
+                    f"only found {len(rows)} of {count} distinct {label} rows for {purpose} in {draws - 1} draws; "
+                    "ask for fewer rows, a wider range of operands or a model with a longer context"
+                )
+            row = next(source)
+            key = fingerprint(request_key(row.input))
+            if key not in self.taken and self.problem(row) is None:
+                self.taken.add(key)
+                rows.append(row)
+        return rows
+
+    def texts(self, purpose: str, count: int) -> list[str]:
+        """`count` texts, half requests and half copy sentences, shuffled."""
+        rows = self.rows("tool", purpose, count // 2) + self.rows("copy", purpose, count - count // 2)
+        random.Random(f"{self.seed}/order/{purpose}").shuffle(rows)
+        return [row.input for row in rows]
+
+
+def _copy_rows(seed: int, copy_source: str) -> Iterator[Row]:
+    """An endless stream of copy rows: from C4, or the shipped sentences in seeded order and then the grammar's."""
+    if copy_source == "c4":
+        yield from (make_row(text, text, "copy") for text in c4_copy_texts())
+    else:
+        shipped = shipped_copy_texts()
+        random.Random(f"{seed}/copy/shipped").shuffle(shipped)
+        yield from (make_row(text, text, "copy") for text in shipped)
+        yield from (make_row(text, text, "copy") for text in copy_sentences(random.Random(f"{seed}/copy/grammar")))
