@@ -104,9 +104,9 @@ def delta_data(settings: Sweep, layer: int, ground: Ground) -> str:
 
 
 def search_seed(settings: Sweep, layer: int, ground: Ground) -> int:
-    """What a search for a ground's deltas draws from: the same whether the finetuned model was trained or adopted."""
-    trained = settings.model.model_copy(update={"finetuned": None, "finetuned_revision": None})
-    return int(delta_data(settings.model_copy(update={"model": trained}), layer, ground)[:8], 16) % 2**31
+    """What a search for a ground's deltas draws from: of no other setting, so that what is searched over is the same
+    whether the finetuned model was trained or adopted."""
+    return int(key_of("search", settings.seed, layer, ground.label)[:8], 16) % 2**31
 
 
 def delta_group(settings: Sweep, group: DeltaGroup) -> str:
