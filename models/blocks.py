@@ -45,9 +45,10 @@ class BlockPath:
 
     @property
     def gain(self) -> Tensor:
-        """What the norm multiplies its normalised input with, (d_model,): 1 + weight in Gemma's norms."""
+        """What the norm multiplies its normalised input with, (d_model,): 1 + weight in Gemma and Nemotron."""
         weight: Any = self.norm.weight
-        return weight + 1 if "Gemma" in type(self.norm).__name__ else weight
+        name = type(self.norm).__name__
+        return weight + 1 if "Gemma" in name or name.endswith("1P") else weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -115,38 +116,53 @@ def exchanged(bridge: TransformerBridge, paths: Sequence[BlockPath]) -> Iterator
 
     Tensors change places, none is copied, so this costs nothing and every strength can be a row of one batch.
     """
-    pairs = []
-    for path in paths:
-        parts = _parts(bridge, path.layer)
-        ours = {f"{part}.{name}": one for part in parts for name, one in _plain_parameters(parts[part]).items()}
-        pairs += [(ours[name], theirs) for name, theirs in path.parameters().items()]
-    _exchange(pairs)
+    held = [(_own(bridge, path.layer), path.parameters()) for path in paths]
+    _exchange(held)
     try:
         yield
     finally:
-        _exchange(pairs)
+        _exchange(held)
 
 
 @contextmanager
 def interpolated(bridge: TransformerBridge, paths: Sequence[BlockPath], alpha: float) -> Iterator[None]:
     """The bridge runs with weights `W + alpha (W' - W)`, W of `paths` and W' its own, while the `with` lasts."""
-    held: list[tuple[nn.Parameter, Tensor]] = []
+    held: list[tuple[dict[str, nn.Parameter], dict[str, Tensor]]] = []
     for path in paths:
-        parts = _parts(bridge, path.layer)
-        ours = {f"{part}.{name}": one for part in parts for name, one in _plain_parameters(parts[part]).items()}
-        for name, start in path.parameters().items():
-            held.append((ours[name], ours[name].data))
+        ours, starts = _own(bridge, path.layer), path.parameters()
+        held.append((ours, {name: ours[name].data for name in starts}))
+        for name, start in starts.items():
             ours[name].data = torch.lerp(start.data, ours[name].data, alpha)
+        _split(ours)
     try:
         yield
     finally:
-        for parameter, data in held:
-            parameter.data = data
+        for ours, before in held:
+            for name, data in before.items():
+                ours[name].data = data
+            _split(ours)
 
 
-def _exchange(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
-    for one, other in pairs:
-        one.data, other.data = other.data, one.data
+def _exchange(held: Sequence[tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]]) -> None:
+    for ours, theirs in held:
+        for name, other in theirs.items():
+            ours[name].data, other.data = other.data, ours[name].data
+        _split(ours)
+
+
+def _own(bridge: TransformerBridge, layer: int) -> dict[str, nn.Parameter]:
+    """The bridge's parameters on the path of a layer, such as `mlp.up_proj.weight`."""
+    parts = _parts(bridge, layer)
+    return {f"{part}.{name}": one for part in parts for name, one in _plain_parameters(parts[part]).items()}
+
+
+def _split(ours: dict[str, nn.Parameter]) -> None:
+    """Where a model has gate and up projection in one weight, the bridge runs with copies of its halves: they follow
+    it."""
+    for name, whole in ours.items():
+        if name.startswith("mlp.gate_up_proj."):
+            kind = name.rpartition(".")[2]
+            ours[f"mlp.gate.{kind}"].data, ours[f"mlp.in.{kind}"].data = whole.data.chunk(2)
 
 
 def _parts(bridge: TransformerBridge, layer: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -46,6 +47,12 @@ ONLY_IN = {
 }
 WITHOUT_MODELS = ("evaluators/tables", "evaluators/report")
 MOST_LINES, MOST_PARAMETERS = 300, 7
+THE_REFERENCE_TASK = re.compile(r"calculator|tool_call|tool_ood|math_correct|copy_exact|CALL_OPEN|CALL_CLOSE|\"tool\"")
+ITS_ROOMS = (
+    "data/requests",
+    "evaluators/measures/calculator.py",
+    "evaluators/measures/behaviours.py",  # holds the check `calculator`, one function among others
+)
 COMMAND_LINES = ("jobs/cli.py", "benchmarks")
 """A command has a parameter for each option."""
 
@@ -121,6 +128,14 @@ def test_no_files_need_each_other() -> None:
 def test_every_file_says_what_it_is() -> None:
     for path in sources(*OURS):
         assert ast.get_docstring(parsed(path)), path
+
+
+def test_nothing_else_knows_of_the_reference_studys_task() -> None:
+    """Any model pair can be looked at: the calculator is a data generator, a check and some presets."""
+    others = [path for path in sources(*OURS) if not any(path.is_relative_to(REPOSITORY / room) for room in ITS_ROOMS)]
+    templates = [path for folder in OURS for path in (REPOSITORY / folder).rglob("*.jinja")]
+    assert templates
+    assert [path for path in (*others, *templates) if THE_REFERENCE_TASK.search(path.read_text())] == []
 
 
 def test_files_can_be_read_at_a_sitting() -> None:

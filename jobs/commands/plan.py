@@ -16,7 +16,7 @@ from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
 from jobs.study.context import Context
 from jobs.study.stage_list import STAGES
-from jobs.study.stages.finetuned import check_adopted
+from jobs.study.stages.finetuned import check_models
 from jobs.study.stages.transcoders import chosen_base
 from models.gemma_scope import selection_label
 
@@ -28,7 +28,7 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     sweep in the folder `measured` (default: this sweep's own); raises RequestError or ModelError as the sweep would.
     """
     context.check_request()
-    check_adopted(context)
+    check_models(context)
     settings = context.settings
     deltas = settings.deltas
     groups = len(context.delta_groups)

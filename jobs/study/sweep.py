@@ -25,7 +25,7 @@ from jobs.study.backfill import open_stage, send_missing
 from jobs.study.context import Context
 from jobs.study.mirror import mirrored
 from jobs.study.stage_list import NAMES, STAGES, Stage
-from jobs.study.stages.finetuned import check_adopted
+from jobs.study.stages.finetuned import check_models
 from search_spaces.schema import Sweep
 
 
@@ -43,7 +43,7 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
         if not Path(context.settings.model.source).is_dir():
             progress.line(f"model {context.settings.model.source}")
         _ = context.model, context.layers
-        check_adopted(context)
+        check_models(context)
         stages = STAGES[: NAMES.index(until) + 1]
         if fresh or not context.space.data.is_dir():
             space.check_space(context.bytes_needed)

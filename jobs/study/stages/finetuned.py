@@ -66,11 +66,14 @@ def adopt(context: Context) -> dict[str, Any]:
     return {"adopted": source, "how": how, **figures}
 
 
-def check_adopted(context: Context) -> None:
-    """Says what is unusual about a pair of models; raises ModelError or RequestError where they are no pair."""
+def check_models(context: Context) -> None:
+    """Says what is unusual about a pair of models; raises ModelError or RequestError where they are no pair, or their
+    architecture has no place for a transcoder."""
     from models.adopted import check_ends, check_pair, check_tokenizers
+    from models.architectures import check_architecture
     from models.sources import load_tokenizer
 
+    check_architecture(context.model, context.settings.model.source)
     adopted, folder = context.adopted, context.space.folder
     if adopted is None:
         return

@@ -1,0 +1,237 @@
+"""What holds for each architecture, tried on small random models.
+
+    python -m tests.models.table > docs/architectures.md
+
+In: nothing. Out: the page, one line an architecture, tried out by `tried`; a test compares it with the page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from data.encoding import encode_row, pad_left
+from data.rows import make_row
+from evaluators.measures.checks import ROUNDING, change_checks, exactness_checks
+from evaluators.splice.interventions import Edit, Site, spliced
+from evaluators.splice.limits import Limits
+from evaluators.splice.passes import forward
+from models.architectures import MISSING
+from models.blocks import read_paths
+from models.bridge import wrap
+from models.sources import load_model
+from models.tiny import byte_tokenizer
+from models.transcoder import Transcoder
+from trainers.activations import Pairs
+from trainers.base_transcoder import BaseSettings, train_bases
+from trainers.capture import Columns, capture_batch
+from trainers.delta_data import DeltaData, mean_square, output_variance, residual_of
+from trainers.delta_transcoder import DeltaSettings, train_delta
+from trainers.lora import LoraSettings, Splits, train_lora
+
+LLAMA: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 256,
+}
+NEOX = {name: value for name, value in LLAMA.items() if name not in ("num_key_value_heads", "head_dim")}
+GPT = {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 256, "n_inner": 48}
+NEO = {
+    "hidden_size": 24,
+    "num_layers": 3,
+    "num_heads": 4,
+    "intermediate_size": 48,
+    "attention_types": [[["global"], 3]],
+    "max_position_embeddings": 256,
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama 2 and 3, SmolLM2", LLAMA),
+    "qwen2": ("Qwen2, Qwen2.5", LLAMA),
+    "qwen3": ("Qwen3", LLAMA),
+    "gemma": ("Gemma", LLAMA),
+    "gemma2": ("Gemma 2", LLAMA),
+    "gemma3_text": ("Gemma 3, text", LLAMA),
+    "mistral": ("Mistral", LLAMA),
+    "phi3": ("Phi-3, Phi-4", LLAMA),
+    "gpt2": ("GPT-2", GPT),
+    "gpt_neo": ("GPT-Neo", NEO),
+    "gpt_neox": ("Pythia: attention and MLP in parallel", NEOX),
+    "smollm3": ("SmolLM3", LLAMA),
+    "granite": ("Granite", LLAMA),
+    "starcoder2": ("StarCoder2", LLAMA),
+    "glm": ("GLM-4 (9B)", LLAMA),
+    "glm4": ("GLM-4 (0414)", LLAMA),
+    "nemotron": ("Nemotron, Minitron", LLAMA),
+    "arcee": ("AFM", LLAMA),
+    "ernie4_5": ("ERNIE 4.5", LLAMA),
+    "seed_oss": ("Seed-OSS", LLAMA),
+    "hunyuan_v1_dense": ("Hunyuan, dense", LLAMA),
+}
+COLUMNS = (
+    "own output back = raw",
+    "alpha 0 = un-finetuned MLPs",
+    "with the true change = raw",
+    "cached = uncached",
+    "LoRA trains",
+    "change deltas train",
+    "bases and residual deltas train",
+)
+EXACT = ("splicing the MLP's own", "alpha = 0 gives the logits of the model", "the true change", "cached and uncached")
+"""How the checks of the first four columns begin."""
+ROWS = [make_row("12 + 30?", "42", ""), make_row("Seven times a lot of words", "no", ""), make_row("x", "yes", "")]
+
+
+def build(name: str, folder: Path) -> Path:
+    """A random model of three layers, whose norms and biases matter."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = byte_tokenizer()
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    config = AutoConfig.for_model(name, vocab_size=len(tokenizer), **CONFIGS[name][1], **special)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if any(part in parameter_name for part in ("norm", "ln_", "ln1", "ln2")):
+                    parameter.uniform_(0.3, 3.0)
+                elif "bias" in parameter_name:
+                    parameter.normal_()
+                else:
+                    parameter.mul_(6.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tried(name: str, folder: Path) -> str:
+    """The table's line of an architecture."""
+    before, after = build(name, folder / "before"), folder / "after"
+    model, tokenizer = load_model(before, torch.float32)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(7)
+        for parameter_name, parameter in model.named_parameters():
+            if "mlp" in parameter_name:
+                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(after)
+    tokenizer.save_pretrained(after)
+    found = [*_exact(before, after), _lora_trains(before), *_deltas_train(before, after)]
+    cells = " | ".join("yes" if one else "no" for one in found)
+    return f"| `{name}` | {CONFIGS[name][0]} | {cells} |"
+
+
+def _exact(before: Path, after: Path) -> list[bool]:
+    """The first four columns: the checks that every sweep makes, on one layer and on two."""
+    bridge = wrap(*load_model(after, torch.float32))
+    checks = []
+    for layers in ((1,), (0, 2)):
+        ground, own, other = (read_paths(bridge, one, layers) for one in (before, after, before))
+        sites = [Site(layer, ground[layer], _random_delta(layer, ground[layer].d_model)) for layer in layers]
+        checks += change_checks(bridge, ROWS, sites, other, own) + exactness_checks(bridge, ROWS, sites, Limits(4))
+    holds = [all(one["passed"] for one in checks if one["name"].startswith(start)) for start in EXACT]
+    return [holds[0], holds[1] and _alpha_0_is_the_plain_model(bridge, before), *holds[2:]]
+
+
+@torch.inference_mode()
+def _alpha_0_is_the_plain_model(bridge: Any, before: Path) -> bool:
+    """Every un-finetuned MLP put back gives what the un-finetuned model gives without a bridge: only MLPs differ."""
+    plain, tokenizer = load_model(before, torch.float32)
+    sites = [Site(layer, path) for layer, path in read_paths(bridge, before, range(bridge.cfg.n_layers)).items()]
+    batch = pad_left([encode_row(tokenizer, row).ids for row in ROWS], tokenizer.pad_token_id)
+    with spliced(bridge, Edit(sites, "no_delta")) as splice:
+        splice.reset(batch.editable, torch.ones(len(ROWS)))
+        ours = forward(bridge, batch, batch.ids.shape[1])
+    theirs = plain(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions).logits
+    return torch.allclose(ours[batch.mask], theirs[batch.mask], atol=ROUNDING * theirs.abs().max().item(), rtol=0)
+
+
+def _random_delta(layer: int, d_model: int) -> Transcoder:
+    generator = torch.Generator().manual_seed(layer)
+    return Transcoder(
+        W_enc=torch.randn(d_model, 6, generator=generator) / d_model**0.5,
+        b_enc=torch.zeros(6),
+        threshold=torch.full((6,), 0.4),
+        W_dec=torch.randn(6, d_model, generator=generator),
+        b_dec=None,
+        layer=layer,
+    )
+
+
+def _lora_trains(folder: Path) -> bool:
+    """The validation loss falls."""
+    model, tokenizer = load_model(folder, torch.float32)
+    settings = LoraSettings(r=4, lr=5e-3, batch_size=3, steps=8, eval_every=4, seed=0)
+    reports: list[dict[str, Any]] = []
+    train_lora(model, tokenizer, Splits(ROWS, ROWS), settings, reports.append, lambda adapted: None)
+    return reports[-1]["val_loss"] < reports[0]["val_loss"]
+
+
+def _deltas_train(before: Path, after: Path) -> list[bool]:
+    """Both kinds explain part of what they are trained on, on other tokens."""
+    bridge = wrap(*load_model(after, torch.float32))
+    path = read_paths(bridge, before, [1])[1]
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 200, (60, 30), generator=generator).tolist()
+    found = capture_batch(bridge, [[2, *row] for row in ids], {1: Columns(True, path)})[1]
+    x, y, change = (found[name].float().split([1400, len(found["x"]) - 1400]) for name in ("x", "y", "change"))
+    settings = DeltaSettings(d_new=24, lr=1e-2, sparsity=1e-5, epochs=6, batch_size=200, l0_budget=24)
+    pairs = [Pairs([one]) for one in zip(x, change, strict=True)]
+    data = DeltaData(*pairs, mean_square(Pairs([(change[1],)])), 1.0, 1, "change")
+    explained = train_delta(data, settings).figures["val_unexplained"]
+
+    outputs = [Pairs([one]) for one in zip(x, y, strict=True)]
+    (base,) = train_bases(*outputs, BaseSettings([8.0], width=64, epochs=4, batch_size=200, lr=3e-3), layer=1)
+    left = [Pairs([(one, residual_of(base.transcoder, one, other))]) for one, other in zip(x, y, strict=True)]
+    data = DeltaData(*left, output_variance(outputs[1]), base.facts["val_fvu"], 1)
+    figures = train_delta(data, dataclasses.replace(settings, l0_budget=12)).figures
+    return [explained < 1, base.facts["val_fvu"] < 1 and figures["val_fvu"] < figures["val_fvu_base"]]
+
+
+def page(lines: list[str]) -> str:
+    reasons = "\n".join(f"| `{name}` | {reason} |" for name, reason in sorted(MISSING.items()))
+    table = "\n".join(lines)
+    return f"""# Architectures
+
+Each line was tried on a small random model by `python -m tests.models.table`, and is tried again by a test. The first
+four columns are the checks that every sweep makes on your own model too: a splice changes what it should and nothing
+else.
+
+| architecture | such as | {" | ".join(COLUMNS)} |
+|---|---|{"---|" * len(COLUMNS)}
+{table}
+
+Not supported, and refused before any work:
+
+| architecture | what is missing |
+|---|---|
+{reasons}
+
+Others that TransformerLens' bridge can wrap may work. A model whose logits the bridge changes is refused when it is
+loaded, and the checks of the sweep say whether the rest holds.
+"""
+
+
+def main() -> None:
+    lines = []
+    for name in CONFIGS:
+        with tempfile.TemporaryDirectory() as folder:
+            lines.append(tried(name, Path(folder)))
+        print(name, file=sys.stderr)
+    print(page(lines), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Architectures: each line of docs/architectures.md is what is found when it is tried, and the others are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from models.architectures import MISSING, check_architecture
+from models.errors import ModelError
+from tests.models.table import CONFIGS, LLAMA, build, page, tried
+
+PAGE = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
+
+
+@pytest.mark.long("trains on twenty architectures")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_page_says_what_holds(name, tmp_path):
+    line = tried(name, tmp_path)
+    assert line in PAGE.splitlines(), f"{line}: write the page anew with python -m tests.models.table"
+    assert "no" not in line.split(" | ")[2:]
+
+
+def test_the_page_is_whole():
+    lines = [line for line in PAGE.splitlines() if any(line.startswith(f"| `{name}` |") for name in CONFIGS)]
+    assert page(lines) == PAGE
+
+
+@pytest.mark.parametrize("name", sorted(MISSING))
+def test_an_architecture_that_cannot_be_had_is_refused_by_name(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name, **LLAMA}))
+    with pytest.raises(ModelError, match=f"of the architecture {name}, which is not supported: "):
+        check_architecture(tmp_path, "some/model")
+
+
+def test_a_bridge_that_changes_the_model_is_noticed(tmp_path, monkeypatch, load):
+    """StableLM is refused before it is loaded; this is what would happen to another one."""
+    from models.bridge import wrap
+
+    monkeypatch.setitem(CONFIGS, "stablelm", ("StableLM 2", LLAMA))
+    with pytest.raises(ModelError, match="bridge changes what a model of the architecture stablelm computes"):
+        wrap(*load(build("stablelm", tmp_path)))
