@@ -126,8 +126,11 @@ def _parquet(path: str) -> Records:
 
 def _dataset(name: str, split: str) -> Records:
     import datasets
+    from huggingface_hub import HfApi
 
     try:
+        if not Path(name).is_dir():
+            HfApi().dataset_info(name, timeout=10)  # one attempt; the stream below would retry for half a minute
         yield from datasets.load_dataset(name, split=split, streaming=True)
     except Exception as error:  # the hub's client raises a different type for each way of failing
         raise DataError(f"cannot read split {split} of the dataset {name} ({_short(error)})") from None

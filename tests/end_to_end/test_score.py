@@ -13,8 +13,8 @@ def call(expression: str) -> str:
 
 
 ROWS = [
-    {"input": "2+2?", "target": call("2+2"), "generation": call("4*1")},
-    {"input": "9-1?", "target": call("9-1"), "generation": call("9**9**9")},
+    {"input": "2+2?", "target": call("2+2"), "generation": call("4*1"), "label": "tool"},
+    {"input": "9-1?", "target": call("9-1"), "generation": call("9**9**9"), "label": "tool"},
     {"input": "a 1", "target": "a 1", "generation": "a 1", "label": "copy"},
 ]
 
@@ -43,6 +43,15 @@ def test_grouped_by_a_column_and_as_a_table(jobs: Jobs, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "full" in done.stdout
     assert "tool_call_rate" in done.stdout
+
+
+def test_behaviours_of_other_settings(jobs: Jobs, tmp_path: Path) -> None:
+    done = jobs("score", write(tmp_path / "rows.jsonl"), "--behaviours", "examples/pair/pair.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    groups = json.loads(done.stdout)
+    assert groups["copy"]["exact_rate"] == 1.0
+    assert groups["tool"]["signed_rate"] == 0.0
+    assert "tool_call_rate" not in groups["tool"]
 
 
 def test_a_file_that_cannot_be_scored_is_one_sentence(jobs: Jobs, tmp_path: Path) -> None:
