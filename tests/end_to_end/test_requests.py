@@ -3,11 +3,14 @@ traceback."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import Jobs, free_port
+from tests.end_to_end.conftest import REPOSITORY, Jobs, environment, free_port
 
 WRONG = [
     (["lora.trails=3"], ["lora.trails", "did you mean trials"]),
@@ -32,9 +35,12 @@ WRONG = [
     (["transcoders.source=./nowhere"], ["transcoders.source", "nowhere"]),
     (["storage.root=/proc/none"], ["storage.root", "/proc/none"]),
     (["activations.train_tokens=900000000000"], ["storage.root", "GB"]),
-    (["compute.cpus_per_trial=4096"], ["compute", "4096"]),
+]
+WRONG_ONCE_STARTED = [
+    pytest.param(["compute.cpus_per_trial=4096"], ["compute", "4096"], marks=pytest.mark.long("starts Ray")),
     (["storage.tracking_uri=http://127.0.0.1:9"], ["storage.tracking_uri", "127.0.0.1:9"]),
 ]
+"""One starts Ray, the other waits for a server: each in its own process."""
 
 
 def check(done, words: list[str]) -> None:
@@ -46,10 +52,43 @@ def check(done, words: list[str]) -> None:
         assert word in message[0]
 
 
-@pytest.mark.parametrize(("overrides", "words"), WRONG, ids=[" ".join(overrides) for overrides, _ in WRONG])
-def test_a_wrong_setting(jobs: Jobs, tmp_path: Path, overrides: list[str], words: list[str]) -> None:
-    root = [] if any(one.startswith("storage.root") for one in overrides) else [f"storage.root={tmp_path}"]
-    check(jobs("sweep", "tiny", *root, *overrides, timeout=120), words)
+def arguments(root: Path, overrides: list[str]) -> list[str]:
+    own = [] if any(one.startswith("storage.root") for one in overrides) else [f"storage.root={root}"]
+    return ["sweep", "tiny", *own, *overrides]
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory) -> dict[str, subprocess.CompletedProcess[str]]:
+    """What each of the wrong settings gets, from one process for all of them."""
+    asked = {str(one): arguments(tmp_path_factory.mktemp("runs"), one) for one, _ in WRONG}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.end_to_end.many_requests"],
+        input=json.dumps(list(asked.values())),
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    answers = json.loads(done.stdout)
+    return {name: subprocess.CompletedProcess([], *one) for name, one in zip(asked, answers, strict=True)}
+
+
+def named(cases: list) -> list[str]:
+    return [" ".join(overrides) for overrides, _ in cases]
+
+
+@pytest.mark.parametrize(("overrides", "words"), WRONG, ids=named(WRONG))
+def test_a_wrong_setting(answered, overrides: list[str], words: list[str]) -> None:
+    check(answered[str(overrides)], words)
+
+
+@pytest.mark.parametrize(("overrides", "words"), WRONG_ONCE_STARTED, ids=["cpus", "server"])
+def test_a_setting_that_this_machine_cannot_follow(
+    jobs: Jobs, tmp_path: Path, overrides: list[str], words: list[str]
+) -> None:
+    check(jobs(*arguments(tmp_path, overrides), timeout=120), words)
 
 
 def test_a_missing_settings_file(jobs: Jobs) -> None:
