@@ -84,6 +84,12 @@ def starts_with(option: str) -> Check:
 
 
 @kind
+def ends_with(option: str) -> Check:
+    wanted = _text(option)
+    return lambda answer: answer.text.endswith(wanted)
+
+
+@kind
 def matches(option: str) -> Check:
     """A regular expression in RE2's syntax is found in the text; matching takes linear time, whatever the pattern."""
     try:
