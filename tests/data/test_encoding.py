@@ -1,11 +1,13 @@
 """Tokens and batches: one prefix for training and generation, left padding that positions and masks agree with."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.encoding import by_length, encode_prompt, encode_row, encode_text, pad_left
+from data.encoding import by_length, encode_prompt, encode_row, encode_text, ends_of, pad_left
 from data.rows import Row
 from models.tiny import byte_tokenizer
 
@@ -21,6 +23,17 @@ def test_a_row_is_its_prompt_and_its_target(text, target):
     assert row.target == [*encode_text(TOKENIZER, target)[1:], TOKENIZER.eos_token_id]
     assert row.ids == row.prompt + row.target
     assert row.ids.count(TOKENIZER.bos_token_id) == row.ids.count(TOKENIZER.eos_token_id) == 1
+
+
+def test_a_chat_ends_at_every_end_of_turn_of_the_generation_config():
+    eos = TOKENIZER.eos_token_id
+    plain, chat = Row("a", "b", ""), Row("a", "b", "", prompt="<user>a", end="<eos>")
+    for given, ends in ((None, {eos}), (70, {eos, 70}), ([70, 80], {eos, 70, 80})):
+        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=given))
+        assert ends_of(model, TOKENIZER, chat) == ends
+        assert ends_of(model, TOKENIZER, plain) == {eos}
+    assert encode_row(TOKENIZER, chat).prompt == TOKENIZER("<user>a", add_special_tokens=False)["input_ids"]
+    assert encode_row(TOKENIZER, chat).target[-1] == eos
 
 
 @given(LENGTHS)

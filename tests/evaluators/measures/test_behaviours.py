@@ -22,6 +22,7 @@ def ends_in_a_stop(text, target, generation):
     [
         ({"contains": "please"}, "yes, please", "Please"),
         ({"starts_with": "Dear"}, "Dear you", "oh Dear"),
+        ({"ends_with": "Yours, Ada"}, "apple\nYours, Ada", "Yours, Ada, apple"),
         ({"matches": r"\d{4}-\d{2}-\d{2}"}, "on 2026-11-25 or so", "on 26-11-25"),
         ({"matches": "(?i)^yes$"}, "YES", "yes!"),
         ("json", '{"a": [1, 2]}', "{a: 1}"),
@@ -92,5 +93,15 @@ def test_a_name_that_the_tables_need_is_taken(name):
 
 def test_every_kind_is_tried_here():
     assert set(KINDS) == {
-        *("equals_target", "contains", "starts_with", "matches", "json", "at_most_tokens", "calculator", "python"),
+        *(
+            "equals_target",
+            "contains",
+            "starts_with",
+            "ends_with",
+            "matches",
+            "json",
+            "at_most_tokens",
+            "calculator",
+            "python",
+        ),
     }
