@@ -28,8 +28,8 @@ def test_a_row_is_its_prompt_and_its_target(text, target):
 def test_a_chat_ends_at_every_end_of_turn_of_the_generation_config():
     eos = TOKENIZER.eos_token_id
     plain, chat = Row("a", "b", ""), Row("a", "b", "", prompt="<user>a", end="<eos>")
-    for given, ends in ((None, {eos}), (70, {eos, 70}), ([70, 80], {eos, 70, 80})):
-        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=given))
+    for config, ends in ((None, {eos}), (70, {eos, 70}), ([70, 80], {eos, 70, 80})):
+        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=config))
         assert ends_of(model, TOKENIZER, chat) == ends
         assert ends_of(model, TOKENIZER, plain) == {eos}
     assert encode_row(TOKENIZER, chat).prompt == TOKENIZER("<user>a", add_special_tokens=False)["input_ids"]
