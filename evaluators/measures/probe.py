@@ -101,12 +101,15 @@ def _features(bridge: TransformerBridge, encoded: Encoded, sites: Sequence[Site]
     tokens = [bridge.tokenizer.decode([index]) for index in encoded.ids]
     found = []
     for site in sites:
-        base = _strongest(site.base, seen[site.layer], top) if site.base is not None else [[] for _ in tokens]
-        delta = _strongest(site.delta, seen[site.layer], top) if site.delta is not None else [[] for _ in tokens]
+        x = seen[site.layer][1:]  # BOS is never read
+        base, delta = ([[], *(_strongest(one, x, top) if one else [[] for _ in x])] for one in (site.base, site.delta))
+        if site.delta is not None and site.delta.at_bos is not None:  # but a delta may have a feature there
+            active = site.delta.at_bos.nonzero()[:, 0].tolist()
+            delta[0] = [{"feature": one, "strength": site.delta.at_bos[one].item()} for one in active]
         found += [
             {"layer": site.layer, "position": place, "token": token, "base": base[place], "delta": delta[place]}
             for place, token in enumerate(tokens)
-            if place > 0  # BOS is never read
+            if place > 0 or delta[0]
         ]
     return found
 

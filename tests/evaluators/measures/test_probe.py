@@ -1,0 +1,70 @@
+"""One prompt under every condition: the figures and outputs of a sweep's cells, and features token by token."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from data.encoding import encode_row
+from data.rows import Row
+from evaluators.measures.probe import probe
+from evaluators.splice.interventions import Edit
+from evaluators.splice.limits import Limits
+from evaluators.splice.teacher_forcing import Job, score
+from models.transcoder import with_bos
+
+BUDGET = Limits(6)
+
+
+@pytest.fixture(scope="module")
+def sites(subject):
+    """The first site's delta has a feature at BOS."""
+    bos = torch.randn(subject.d_model, generator=torch.Generator().manual_seed(3))
+    first, *others = subject.sites
+    return [dataclasses.replace(first, delta=with_bos(first.delta, bos)), *others]
+
+
+@pytest.fixture(scope="module")
+def found(subject, sites):
+    return probe(subject.bridge, subject.rows[0], sites, [0.5], top=3, limits=BUDGET)
+
+
+def test_cross_entropies_are_those_of_the_cells(subject, sites, found):
+    row, expected = subject.encoded[0], {}
+    for name, condition, alpha in (("raw", "raw", 1.0), ("full", "full", 1.0), ("alpha 0.5", "alpha", 0.5)):
+        edit = Edit() if condition == "raw" else Edit(sites, condition)
+        (one,) = score(subject.passes, edit, [Job(row, alpha)])
+        expected[name] = one.nll / one.n_tokens
+    shown = {one["condition"]: one for one in found["conditions"]}
+    assert list(shown) == ["raw", "no_delta", "full", "alpha 0.5"]
+    for name, ce in expected.items():
+        assert shown[name]["ce"] == pytest.approx(ce, rel=1e-4)
+        assert shown[name]["delta_ce"] == pytest.approx(ce - expected["raw"], abs=1e-4)
+    assert all(len(one["next_tokens"]) == 3 for one in shown.values())
+
+
+def test_features_are_those_of_the_raw_run_and_the_one_at_bos(subject, sites, found):
+    tokens = len(subject.encoded[0].ids)
+    at_bos = [one for one in found["features"] if one["position"] == 0]
+    assert [(one["layer"], one["delta"]) for one in at_bos] == [
+        (sites[0].layer, [{"feature": sites[0].delta.d_sae - 1, "strength": 1.0}])
+    ]
+    for site in sites:
+        here = [one for one in found["features"] if one["layer"] == site.layer and one["position"] > 0]
+        assert [one["position"] for one in here] == list(range(1, tokens))
+        assert any(one["base"] for one in here)
+        for one in here:
+            strengths = [entry["strength"] for entry in one["delta"]]
+            assert strengths == sorted(strengths, reverse=True)
+            assert len(strengths) <= 3
+            assert all(entry["feature"] < 12 for entry in one["delta"])
+
+
+def test_without_a_target_the_models_own_answer_is_scored(subject, sites):
+    found = probe(subject.bridge, Row("Seven", "", ""), sites, [], top=1, limits=BUDGET)
+    raw = found["conditions"][0]
+    assert found["target"] == raw["output"]
+    prompt = encode_row(subject.tokenizer, Row("Seven", raw["output"], "")).prompt
+    with torch.no_grad():
+        first = subject.plain(input_ids=torch.tensor([prompt])).logits[0, -1].argmax().item()
+    assert raw["next_tokens"][0]["token"] == subject.tokenizer.decode([first])
