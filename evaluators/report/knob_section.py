@@ -10,19 +10,25 @@ import pandas as pd
 
 from evaluators.report import knob_figures
 from evaluators.report.findings import NATS, Findings, estimate, number, with_interval
-from evaluators.report.page import Block, Section, Sentences, picture, table_block
+from evaluators.report.page import Block, Section, Sentences, Table, picture, table_block
 from evaluators.tables import recovery
 from evaluators.tables.pooling import rates_in
 from evaluators.tables.tables import Results
 
 
-def knob_section(results: Results, deltas: pd.DataFrame, *, seed: int) -> Section | None:
-    """Nothing without change deltas."""
+def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int) -> Section | None:
+    """The answer first: figures, the knob, how few features, where; then sentences and tables. Nothing without change
+    deltas."""
     gaps = results.gaps[results.gaps["target"] == "change"]
     if gaps.empty:
         return None
     widest = recovery.widest_set(gaps)
-    blocks: list[Block] = [Sentences([found for found in knob_findings(results, deltas) if found.sentences])]
+    rows = headline_rows(results)
+    help = (
+        f"Of layers {widest}, CE in nats per target token: what putting the un-finetuned MLPs back does, and the share "
+        "of it that the deltas bring back at alpha 1, with 95% intervals."
+    )
+    blocks: list[Block] = [Table("The answer", help, list(rows[0]), [list(row.values()) for row in rows])]
     dose = results.dose[(results.dose["layer"] == widest) & (results.dose["target"] == "change")]
     here = results.conditions["layer"].isin([widest, "none"]) & results.conditions["target"].isin(["change", ""])
     if len(dose):
@@ -39,11 +45,12 @@ def knob_section(results: Results, deltas: pd.DataFrame, *, seed: int) -> Sectio
         figure = knob_figures.where_it_is(deltas, results.recovered)
         help = "Above: |y_finetuned - y_un|^2 over the variance of y; middle: what the deltas leave of it."
         blocks.append(picture("where", figure, "Where in the network", help))
+    blocks.append(Sentences([found for found in knob_findings(results, deltas) if found.sentences]))
     blocks += _tables(results, gaps)
     intro = (
-        "The un-finetuned MLPs take the finetuned ones' place, and sparse deltas add back what finetuning changed: at "
-        "alpha 0 nothing of it, at alpha 1 all that the deltas have learnt."
-    )
+        f"{pair} The un-finetuned MLPs take the finetuned ones' place, and sparse deltas add back what finetuning "
+        "changed: at alpha 0 nothing of it, at alpha 1 all that the deltas have learnt."
+    ).strip()
     return Section("knob", "The change, as a knob", intro, blocks)
 
 

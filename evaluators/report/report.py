@@ -25,8 +25,9 @@ Rows: TypeAlias = pd.DataFrame | Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class SweepData:
-    """What a sweep has found, as plain data: cells, trials, checks, facts and generations; `finetuned` is what
-    `finetuned.check_rows` found, `lora_pictures` are PNGs of the LoRA study by name."""
+    """What a sweep has found, as plain data: cells, trials, checks, facts and generations; `pair` says which two models
+    were compared, `finetuned` is what `finetuned.check_rows` found, `lora_pictures` are PNGs of the LoRA study by
+    name."""
 
     cells: Sequence[Cell]
     lora_trials: Rows
@@ -35,6 +36,7 @@ class SweepData:
     checks: Sequence[dict[str, Any]]
     facts: dict[str, str]
     generations: Sequence[dict[str, Any]]
+    pair: str = ""
     finetuned: Mapping[str, Any] | None = None
     lora_pictures: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -58,8 +60,8 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     deltas = pd.DataFrame(data.delta_trials)
     reference = of_residuals(results)
     page = [
+        knob_section(results, deltas, data.pair, seed=seed),
         sections.checks_section(data.checks),
-        knob_section(results, deltas, seed=seed),
         sections.findings_section(reference, _glance(reference.conditions)),
         lora_sections.completed(
             training_sections.lora_section(pd.DataFrame(data.lora_trials)), data.finetuned, data.lora_pictures
@@ -80,7 +82,7 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
         if stale.stem not in pictures:
             stale.unlink()
     html = folder / "report.html"
-    _write(html, render("Delta transcoders: sweep report", shown).encode())
+    _write(html, render("What finetuning changed", shown).encode())
     return html
 
 

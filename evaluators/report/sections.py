@@ -48,6 +48,7 @@ def checks_section(checks: Sequence[dict[str, Any]]) -> Section | None:
         [["holds" if check["passed"] else "FAILS", check["name"], str(check["detail"])] for check in checks],
         marks=["passed" if check["passed"] else "failed" for check in checks],
         wide_text=True,
+        folded=not failed,
     )
     return Section("checks", "Checks", "What has to be true of a sweep before its findings mean anything.", [table])
 

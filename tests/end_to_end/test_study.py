@@ -138,6 +138,11 @@ def test_every_exactness_check_holds(sweep: Path) -> None:
 
 def test_the_report_stands_alone(sweep: Path) -> None:
     html = (sweep / "report" / "report.html").read_text()
+    order = [
+        html.index(f">{title}<") for title in ("What finetuning changed", "The answer", "How few features?", "Checks")
+    ]
+    assert order == sorted(order), "the answer comes first"
+    assert "tiny-gemma2 before and after LoRA finetuning on" in html
     assert 'src="data:image/png;base64,' in html
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert len(list((sweep / "report" / "graphs").glob("*.png"))) >= 8

@@ -44,6 +44,7 @@ def run(context: Context) -> dict[str, Any]:
         checks=found,
         facts=facts(context),
         generations=generations(context),
+        pair=pair(context),
         finetuned=read_json(space.lora / VALIDATION_FILE),
         lora_pictures=_lora_pictures(context),
     )
@@ -234,6 +235,16 @@ def facts(context: Context) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
         "git commit": str((read_json(space.folder / "versions.json") or {}).get("git commit", "unknown")),
     }
+
+
+def pair(context: Context) -> str:
+    """Which two models were compared, as a sentence."""
+    model = context.settings.model
+    if model.finetuned:
+        return f"{model.source} and {model.finetuned}, which was made elsewhere and {_how(context)}."
+    values = (read_json(context.space.lora / MANIFEST) or {}).get("params", {})
+    where = "all linear layers" if values.get("targets") == "all-linear" else values.get("targets", "its layers")
+    return f"{model.source} before and after LoRA finetuning on {where} (rank {values.get('r', '?')})."
 
 
 def _how(context: Context) -> str:
