@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from data.chat import Chat, Message
-from data.leakage import find_leaks, request_key
+from data.leakage import find_leaks, request_key, text_key
 from data.readers import Reading
 from data.requests.draw import LABELS, Generator
 from data.requests.generator import RequestOptions
@@ -74,6 +75,8 @@ def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
         "reading": options.reading,
         "max_reject_fraction": options.max_reject_fraction,
     }
+    # What makes two generated prompts one exercise says nothing about a user's own.
+    key = text_key if options.rows_file else request_key
     files: dict[str, Any] = {}
     sizes, lines = _sizes(options)
     texts: dict[str, list[str]] = {split: [] for split in TEXT_SPLITS}
@@ -90,7 +93,7 @@ def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
         random.Random(f"{options.seed}/order/{split}").shuffle(splits[split])
     if options.text_train_file:
         paths = {"validation": options.text_validation_file, "train": options.text_train_file}
-        texts = _user_texts(paths, lines, splits, files, reading)
+        texts = _user_texts(paths, lines, splits, files, {**reading, "key": key})
 
     for split, rows in splits.items():
         write_rows(folder / f"{split}.jsonl", rows)
@@ -103,7 +106,7 @@ def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
         "copy_source": options.copy_source,
         "labels": labels,
         "files": files,
-        **_inspect(folder),
+        **_inspect(folder, key),
     }
     report["leakage"]["left_out"] = sum(account.get("leaking", 0) for account in files.values())
     write_lines(folder / REPORT, [json.dumps(report, indent=2, ensure_ascii=False)])
@@ -129,7 +132,8 @@ def _user_texts(
 ) -> dict[str, list[str]]:
     """Texts from a user's files, validation first so that it takes precedence over training; adds their accounts to
     `files`."""
-    keys = {split: {fingerprint(request_key(row.input)) for row in rows} for split, rows in splits.items()}
+    key = reading["key"]
+    keys = {split: {fingerprint(key(row.input)) for row in rows} for split, rows in splits.items()}
     if not paths["validation"]:
         both, files["text_train_file"] = sample_user_texts(
             str(paths["train"]), sum(lines.values()), forbidden=set().union(*keys.values()), **reading
@@ -146,11 +150,11 @@ def _user_texts(
         texts[split], files[f"text_{split}_file"] = sample_user_texts(
             str(paths[split]), lines[split], forbidden=forbidden[split], **reading
         )
-        forbidden["train"] |= {fingerprint(request_key(text)) for text in texts[split]}
+        forbidden["train"] |= {fingerprint(key(text)) for text in texts[split]}
     return texts
 
 
-def _inspect(folder: Path) -> dict[str, Any]:
+def _inspect(folder: Path, key: Callable[[str], str]) -> dict[str, Any]:
     """Counts, leak check and hashes of the data in `folder`, read back from the files themselves."""
     counts: dict[str, Any] = {}
     without_target: dict[str, int] = {}
@@ -164,7 +168,7 @@ def _inspect(folder: Path) -> dict[str, Any]:
         texts = read_lines(folder / f"text_{split}.txt")
         counts[f"text_{split}"] = len(texts)
         sides["training" if split == "train" else split] += texts
-    leaks = find_leaks(sides)
+    leaks = find_leaks(sides, key)
     ok = not any(leak["same_request"] for leak in leaks.values())
     names = [f"{split}.jsonl" for split in SPLITS] + [f"text_{split}.txt" for split in TEXT_SPLITS]
     return {

@@ -6,7 +6,7 @@ In: the texts of each side (training, validation, evaluation). Out: for each pai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -26,11 +26,13 @@ def request_key(text: str) -> str:
     return "\n".join(request_identity(text))
 
 
-def find_leaks(sides: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Any]]:
+def find_leaks(
+    sides: Mapping[str, Iterable[str]], key: Callable[[str], str] = request_key
+) -> dict[str, dict[str, Any]]:
     """`{"training and evaluation": {"same_text": 0, "same_request": 0, "examples": []}, ...}` for each pair.
 
-    Counts are of distinct texts and distinct requests. Equal texts are equal requests, so `same_request` is zero only
-    if `same_text` is.
+    Counts are of distinct texts and distinct requests, as `key` tells them apart. Equal texts are equal requests, so
+    `same_request` is zero only if `same_text` is.
     """
     texts: dict[str, set[int]] = {}
     requests: dict[str, dict[int, str]] = {}
@@ -38,7 +40,7 @@ def find_leaks(sides: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Any]]:
         texts[side], requests[side] = set(), {}
         for line in lines:
             texts[side].add(fingerprint(text_key(line)))
-            requests[side].setdefault(fingerprint(request_key(line)), line)
+            requests[side].setdefault(fingerprint(key(line)), line)
     leaks = {}
     for first, second in combinations(sides, 2):
         shared = requests[first].keys() & requests[second].keys()

@@ -140,6 +140,8 @@ def _check_columns(path: str, record: Mapping[str, Any], columns: Mapping[str, s
 
 def _row(record: Mapping[str, Any], reading: Reading) -> Row:
     given = {ours: record.get(reading.columns.get(ours, ours)) for ours in COLUMNS}
+    if "input" in reading.columns and "messages" not in reading.columns:
+        given["messages"] = None
     if given["messages"] is not None:
         if reading.chat is None:
             raise _Reject("messages need data.format chat")
@@ -173,7 +175,7 @@ def _messages(given: Any) -> list[Message]:
         except (ValueError, RecursionError) as error:
             raise _Reject("messages are not JSON", str(error)) from None
     if not isinstance(given, list) or not given or not all(isinstance(one, dict) for one in given):
-        raise _Reject("messages are no list of {role, content}")
+        raise _Reject("messages are not a list of {role, content}")
     return [Message(_text(one.get("role"), "role"), _text(one.get("content"), "content")) for one in given]
 
 

@@ -101,8 +101,8 @@ def _csv(path: str, separator: str) -> Records:
     csv.field_size_limit(MAX_LINE_BYTES)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            for record in csv.DictReader(file, delimiter=separator, restkey="", strict=True):
-                if "" in record or None in record.values():
+            for record in csv.DictReader(file, delimiter=separator, strict=True):
+                if None in record or None in record.values():
                     yield Unreadable("more or fewer fields than the header")
                 else:
                     yield {name: value or None for name, value in record.items()}

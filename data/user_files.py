@@ -6,10 +6,10 @@ that were rejected (and why), repeated, not needed, and left out because they wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from data.leakage import request_key
+from data.leakage import text_key
 from data.readers import Log, Reading, stream_rows, stream_texts
 from data.rows import DataError, Row
 from data.selection import Sample, fingerprint
@@ -27,7 +27,8 @@ class Sizes(NamedTuple):
 
 
 class UserRows(NamedTuple):
-    """Rows by split, the labels in the order of the file, and an account of each file by its key in the settings."""
+    """Rows by split, the labels of those for evaluation in the order of the file, and an account of each file by its
+    key in the settings."""
 
     splits: dict[str, list[Row]]
     labels: list[str]
@@ -45,26 +46,24 @@ def split_user_rows(
 ) -> UserRows:
     """Rows of a file, or of one for training and validation and another for evaluation.
 
-    Rows are ranked by a hash of seed and request; of each label the first go to evaluation, the next to validation, the
+    Rows are ranked by a hash of seed and input; of each label the first go to evaluation, the next to validation, the
     rest to training, validation and training in equal shares as far as the labels allow. So a file and a seed always
-    give the same splits, whatever the order of its rows. Of rows with the same request the first is kept. Where a label
+    give the same splits, whatever the order of its rows. Of rows with the same input the first is kept. Where a label
     has few rows, evaluation comes before validation and that before training, and the account says what is missing.
 
     Raises `DataError` for an unreadable file, too many rejected rows, more than 12 labels, or too few rows to split.
     """
-    here = sum(sizes) if evaluation_file is None else sizes.validation + sizes.train
-    samples, log = _samples(rows_file, here, seed, reading, max_reject_fraction)
-    accounts = {"rows_file": log.as_dict()}
+    accounts: dict[str, dict[str, Any]] = {}
     held_out: dict[str, Sample[Row]] = {}
     if evaluation_file is not None:
-        held_out, log = _samples(evaluation_file, sizes.evaluation, seed, reading, max_reject_fraction)
-        accounts["evaluation_file"] = log.as_dict() | {"leaking": 0}
-    labels = list(dict.fromkeys((*held_out, *samples)))
-    if len(labels) > MOST_LABELS:
-        raise DataError(
-            f"{rows_file} has {len(labels)} labels, such as {', '.join(labels[:3])}; at most {MOST_LABELS} subsets can "
-            "be told apart, and data.columns.label says which column they are in"
-        )
+        held_out, log, _ = _samples(evaluation_file, sizes.evaluation, seed, reading)
+        log.require(max_reject_fraction)
+        accounts["evaluation_file"] = log.as_dict()
+    forbidden = {fingerprint(text_key(row.input)) for sample in held_out.values() for row in sample.items()}
+    here = sum(sizes) if evaluation_file is None else sizes.validation + sizes.train
+    samples, log, leaking = _samples(rows_file, here, seed, reading, forbidden)
+    log.require(max_reject_fraction)
+    accounts["rows_file"] = log.as_dict()
 
     ranked = {label: sample.items() for label, sample in samples.items()}
     evaluation = {label: sample.items() for label, sample in held_out.items()}
@@ -82,8 +81,8 @@ def split_user_rows(
             "lower data.eval_rows, or give more rows"
         )
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for label in labels:
-        splits["evaluation"] += evaluation.get(label, [])
+    for rows in evaluation.values():
+        splits["evaluation"] += rows
     for rows, held, taken in zip(ranked.values(), validation, train, strict=True):
         splits["validation"] += rows[:held]
         splits["train"] += rows[held : held + taken]
@@ -99,8 +98,10 @@ def split_user_rows(
     }
     accounts["rows_file"]["validation_rows_missing"] = sizes.validation - sum(validation)
     accounts["rows_file"]["training_rows_missing"] = sizes.train - sum(train)
-    accounts["rows_file"]["leaking"] = _drop_shared_requests(splits)
-    return UserRows(splits, labels, accounts)
+    accounts["rows_file"]["leaking"] = leaking + _drop_shared_inputs(splits)
+    if empty := [split for split in SPLITS if not splits[split]]:
+        raise DataError(f"{rows_file}: every row for {empty[0]} occurs among those for evaluation or validation too")
+    return UserRows(splits, list(dict.fromkeys(row.label for row in splits["evaluation"])), accounts)
 
 
 def shares(total: int, available: Sequence[int]) -> list[int]:
@@ -117,17 +118,23 @@ def shares(total: int, available: Sequence[int]) -> list[int]:
 
 
 def _samples(
-    path: str, size: int, seed: int, reading: Reading, max_reject_fraction: float
-) -> tuple[dict[str, Sample[Row]], Log]:
-    """A sample of each label's rows, in the order in which labels appear."""
-    log, samples = Log(path), dict[str, Sample[Row]]()
+    path: str, size: int, seed: int, reading: Reading, forbidden: set[int] | frozenset[int] = frozenset()
+) -> tuple[dict[str, Sample[Row]], Log, int]:
+    """A sample of each label's rows, in the order in which labels appear, the file's log, and how many rows have an
+    input whose fingerprint is `forbidden`: those would leak, and are left out."""
+    log, samples, leaking = Log(path), dict[str, Sample[Row]](), 0
     for row in stream_rows(log, reading):
-        if row.label not in samples and len(samples) <= MOST_LABELS:
-            samples[row.label] = Sample(size, seed)
-        if row.label in samples:
-            samples[row.label].offer(request_key(row.input), row)
-    log.require(max_reject_fraction)
-    return samples, log
+        key = text_key(row.input)
+        if fingerprint(key) in forbidden:
+            leaking += 1
+            continue
+        if row.label not in samples and len(samples) == MOST_LABELS:
+            raise DataError(
+                f"{path} has more than {MOST_LABELS} labels, such as {', '.join(list(samples)[:3])}: too many subsets "
+                "to be told apart; data.columns.label says which column they are in"
+            )
+        samples.setdefault(row.label, Sample(size, seed)).offer(key, row)
+    return samples, log, leaking
 
 
 def sample_user_texts(
@@ -138,19 +145,19 @@ def sample_user_texts(
     reading: Reading,
     max_reject_fraction: float,
     forbidden: set[int],
+    key: Callable[[str], str],
 ) -> tuple[list[str], dict[str, Any]]:
     """Up to `size` distinct texts from a file, and the account.
 
-    Texts whose request is among the fingerprints in `forbidden` would leak: they are left out and counted. Raises
+    Texts whose `key` is among the fingerprints in `forbidden` would leak: they are left out and counted. Raises
     `DataError` for an unreadable file, too many rejected lines, or if nothing is left.
     """
     log, sample, leaking = Log(path), Sample[str](size, seed), 0
     for text in stream_texts(log, reading.problem):
-        key = request_key(text)
-        if fingerprint(key) in forbidden:
+        if fingerprint(key(text)) in forbidden:
             leaking += 1
         else:
-            sample.offer(key, text)
+            sample.offer(key(text), text)
     log.require(max_reject_fraction)
     texts = sample.items()
     if size and not texts:
@@ -162,12 +169,12 @@ def sample_user_texts(
     return texts, account | {"beyond_need": sample.offered - sample.repeated - len(texts)}
 
 
-def _drop_shared_requests(splits: dict[str, list[Row]]) -> int:
-    """Drops rows whose request is in an earlier split, which happens only between labels; returns how many."""
+def _drop_shared_inputs(splits: dict[str, list[Row]]) -> int:
+    """Drops rows whose input is in an earlier split, which happens only between labels; returns how many."""
     held: set[int] = set()
     dropped = 0
     for split in SPLITS:
-        keys = [fingerprint(request_key(row.input)) for row in splits[split]]
+        keys = [fingerprint(text_key(row.input)) for row in splits[split]]
         kept = [row for row, key in zip(splits[split], keys, strict=True) if key not in held]
         dropped += len(splits[split]) - len(kept)
         splits[split] = kept

@@ -40,6 +40,12 @@ MERGEABLE = (
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
 
 
+SHARED_PROJECTIONS = ("base_model.vera_", "base_model.randlora_")
+"""Tensors of an adapter that are of no single module."""
+BUFFERS = ("attention.bias", "attention.masked_bias", "attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")
+"""Tensors in some old checkpoints that are no weights."""
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether the folder holds a PEFT adapter instead of a whole model."""
     return (folder / ADAPTER).is_file()
@@ -103,13 +109,16 @@ def _check_adapter(base: Path, folder: Path, source: str) -> list[str]:
     weights = _weights(base, "model.source")
     for name, shape in shapes_of(folder / ADAPTER_WEIGHTS).items():
         found = _adapted(name, weights)
+        if name.startswith(SHARED_PROJECTIONS):
+            continue
         if found is None:
             raise ModelError(f"{KEY}: the adapter in {folder} adapts {_module(name)}, which {source} does not have")
-        side = {"lora_A": shape[1:] == found[1:], "lora_B": shape[:1] == found[:1]}
-        if len(shape) == len(found) == 2 and not side.get(_part(name), True):
+        # GPT-2 keeps its weights transposed.
+        fits = {"lora_A": shape[-1] in found, "lora_B": shape[0] in found, "": shape == found}
+        if len(shape) == len(found) and not fits.get(_part(name), True):
             raise ModelError(
                 f"{KEY}: the adapter in {folder} is for another model: {_module(name)} has shape {_shown(found)} in "
-                f"{source}, which does not fit {name.rpartition('.lora_')[2]} of shape {_shown(shape)}"
+                f"{source}, which does not fit {_part(name) or 'the new weight'} of shape {_shown(shape)}"
             )
     made_for = config.get("base_model_name_or_path")
     if made_for and made_for not in (source, str(base)) and Path(made_for).name != base.name:
@@ -149,26 +158,32 @@ def _adapted(name: str, weights: Shapes) -> tuple[int, ...] | None:
 
 
 def _weights(folder: Path, key: str) -> Shapes:
-    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
         found = f"only {pickled[0].name}, and pickled weights are not read" if pickled else "none"
         raise ModelError(f"{key}: {folder} needs weights as safetensors; it has {found}")
-    return {name: shape for file in files for name, shape in shapes_of(file).items()}
+    return {name: shape for file in files for name, shape in shapes_of(file).items() if not name.endswith(BUFFERS)}
 
 
 def _compare(ours: Shapes, theirs: Shapes, folder: Path) -> None:
     """Raises ModelError for the first weight whose shape differs; a head that is tied may be left out of either."""
     for name in sorted(ours.keys() & theirs.keys()):
         if ours[name] != theirs[name]:
-            what = "embeddings" if name in EMBEDDINGS else name
+            what = "the embeddings" if name in EMBEDDINGS else name
             raise ModelError(
-                f"{KEY}: {what} of {folder} have shape {_shown(theirs[name])}, those of model.source "
-                f"{_shown(ours[name])}; only models of one shape can be compared"
+                f"{KEY}: {what} in {folder}: shape {_shown(theirs[name])}, and {_shown(ours[name])} in model.source; "
+                "only models of one shape can be compared"
             )
-    for one, other, which in ((ours, theirs, "lacks"), (theirs, ours, "has, unlike model.source,")):
+    for one, other, where in ((ours, theirs, f"{folder} lacks"), (theirs, ours, "model.source lacks")):
         if missing := sorted(one.keys() - other.keys() - {"lm_head.weight"}):
-            raise ModelError(f"{KEY}: {folder} {which} {len(missing)} tensors, such as {missing[0]}")
+            raise ModelError(
+                f"{KEY}: {where} {missing[0]}, which the other model has; in all {len(missing)} such weights"
+            )
 
 
 def _shown(shape: Sequence[int]) -> str:

@@ -86,9 +86,13 @@ def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0
         return Path(source).resolve()
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    patterns = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
     with hub_errors(key, source):
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+
+
+FACTS = {"n_layers": ("num_hidden_layers", "n_layer", "num_layers"), "d_model": ("hidden_size", "n_embd")}
+"""What the architectures call them in config.json."""
 
 
 def model_facts(folder: Path) -> dict[str, Any]:
@@ -100,13 +104,12 @@ def model_facts(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         config = config.get("text_config", config)
-        return {
-            "n_layers": int(config["num_hidden_layers"]),
-            "d_model": int(config["hidden_size"]),
-            "architecture": str(config.get("model_type", "unknown")),
-        }
-    except KeyError as error:
-        raise ModelError(f"model.source: {path} lacks {error}, so it is not a causal LM") from None
+        found: dict[str, Any] = {"architecture": str(config.get("model_type", "unknown"))}
+        for fact, names in FACTS.items():
+            if (name := next((one for one in names if one in config), None)) is None:
+                raise ModelError(f"model.source: {path} lacks {names[0]!r}, so it is not a causal LM")
+            found[fact] = int(config[name])
+        return found
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"model.source: {path} cannot be read as a model's config ({error})") from None
 

@@ -19,23 +19,31 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of these names from a model's safetensors files. Raises ModelError where one is missing."""
+    """The tensors of these names from a model's safetensors files, which may leave out the first part of a name: a body
+    saved on its own, such as GPT-2's on the hub. Raises ModelError where one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     else:
-        files = dict.fromkeys(names, "model.safetensors")
+        files = dict.fromkeys((*names, *map(_of_body, names)), "model.safetensors")
+    places = {name: name if name in files else _of_body(name) for name in names}
     found: dict[str, Tensor] = {}
-    for file in sorted({files[name] for name in names if name in files}):
+    for file in sorted({files[place] for place in places.values() if place in files}):
         if not (folder / file).is_file():
             raise ModelError(f"{folder}: {file} is missing, which holds the model's weights")
         with safe_open(folder / file, framework="pt") as opened:
             here = set(opened.keys())
-            found |= {name: opened.get_tensor(name) for name in names if name in here}
+            for name in names:
+                if (place := name if name in here else _of_body(name)) in here:
+                    found[name] = opened.get_tensor(place)
     missing = [name for name in names if name not in found]
     if missing:
         raise ModelError(f"{folder}: the model's files lack {missing[0]}")
     return found
+
+
+def _of_body(name: str) -> str:
+    return name.partition(".")[2]
 
 
 def shapes_of(file: Path) -> Shapes:

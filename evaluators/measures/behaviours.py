@@ -145,10 +145,17 @@ def python(option: str) -> Check:
     except Exception as error:  # the module is the user's: anything may happen while it is imported
         said = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise BadOption(f"cannot import {option!r} ({said}); it takes MODULE:FUNCTION") from None
+    if not callable(function):
+        raise BadOption(f"{option!r} is no function; it takes MODULE:FUNCTION")
 
     def check(answer: Answer) -> bool | None:
-        said = function(answer.input, answer.target, answer.text)
-        return None if said is None else bool(said)
+        try:
+            said = function(answer.input, answer.target, answer.text)
+            return None if said is None else bool(said)
+        except Exception as error:  # as above
+            raise DataError(
+                f"evaluate.behaviours: {option} failed on {answer.input[:60]!r} ({type(error).__name__}: {error})"
+            ) from None
 
     return check
 
@@ -191,7 +198,7 @@ def _read(name: str, asked: Any) -> Behaviour:
 
 def _text(option: Any) -> str:
     if not isinstance(option, str) or not option:
-        raise BadOption(f"takes a text, got {option!r}")
+        raise BadOption(f"takes text, got {option!r}")
     return option
 
 

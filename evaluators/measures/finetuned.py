@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from data.encoding import Encoded, encode_row, ends_of, pad_left
-from data.rows import Row
+from data.rows import Row, slug
 from evaluators.measures.behaviours import Answer, Behaviour
 from evaluators.splice.limits import Limits
 from evaluators.tables.statistics import wilson
@@ -66,9 +66,17 @@ def answers(
 def _said(tokenizer: Any, tokens: list[int], limits: Limits, ends: Collection[int]) -> Said:
     """An answer from generated tokens, which may be padded after its end."""
     end = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)
-    text = str(tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def said(count: int | None) -> str:
+        return str(tokenizer.decode(tokens[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    text = said(end)
     closed = [at + len(one) for one in limits.texts if (at := text.find(one)) >= 0]
-    return Said(text[: min(closed, default=None)], len(tokens[:end]), end is None and not closed)
+    if not closed:
+        return Said(text, len(tokens[:end]), end is None)
+    whole = text[: min(closed)]
+    count = next(n for n in range(1, len(tokens) + 1) if len(said(n)) >= len(whole))
+    return Said(whole, count, False)
 
 
 def check_rows(
@@ -108,7 +116,7 @@ def check_rows(
         )
     rates = _rates(records)
     figures = _rate("exact_match_rate", [one["exact"] for one in records])
-    figures |= {f"{one['behaviour']}_rate_{one['label']}": one["value"] for one in rates}
+    figures |= {f"{one['behaviour']}_rate_{slug(one['label'])}": one["value"] for one in rates}
     return {"figures": figures, "rates": rates, "rows": records}
 
 

@@ -64,9 +64,14 @@ def delta_ce_by_layer(conditions: pd.DataFrame, *, seed: int) -> Figure:
     for axes, subset in zip(grid, subsets, strict=True):
         _by_layer(axes, table[table["subset"] == subset], "delta_ce")
         axes.axhline(0, color=MUTED, linewidth=1)
-        axes.set(title=subset, xlabel="spliced layer")
+        axes.set(title=plain(subset), xlabel="spliced layer")
     grid[0].set_ylabel("CE - raw CE (nats per target token)")
     return finish(figure, grid[0], f"{_count(table)}; bars: paired bootstrap 95% over prompts, seed {seed}")
+
+
+def plain(label: str) -> str:
+    """A user's label as it is: matplotlib reads formulas between dollars and hides what begins with an underscore."""
+    return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
 def behaviour_by_layer(conditions: pd.DataFrame, subset: str) -> Figure:
@@ -80,7 +85,7 @@ def behaviour_by_layer(conditions: pd.DataFrame, subset: str) -> Figure:
         if len(raw):
             axes.axhline(float(raw[rate].iloc[0]), color="black", linestyle=":", linewidth=1.2, label="raw")
         axes.set(title=rate, xlabel="spliced layer", ylim=(-0.05, 1.05))
-    grid[0].set_ylabel(f"share of {subset} prompts")
+    grid[0].set_ylabel(f"share of {plain(subset)} prompts")
     return finish(figure, grid[0], f"{_count(table)}; bars: Wilson 95%")
 
 
@@ -108,7 +113,7 @@ def dose_response(table: pd.DataFrame, *, seed: int) -> Figure:
     for axes, metric in zip(grid, metrics, strict=True):
         for number, subset in enumerate(subsets):
             rows = table[table["subset"] == subset].dropna(subset=[metric]).sort_values("alpha")
-            band(axes, rows, metric, label=subset, number=number)
+            band(axes, rows, metric, label=plain(subset), number=number)
         if metric == "delta_ce":
             axes.axhline(0, color=MUTED, linewidth=1)
             axes.set(title="CE - raw CE", ylabel="nats per target token")

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evaluators.layer_sets import layers_in
-from evaluators.report.figures import MUTED, band, finish, look, panels, whiskers
+from evaluators.report.figures import MUTED, band, finish, look, panels, plain, whiskers
 from evaluators.tables.pooling import RATE, rates_in
 from evaluators.tables.recovery import ENOUGH
 
@@ -36,7 +36,7 @@ def knob(dose: pd.DataFrame, conditions: pd.DataFrame, *, seed: int) -> Figure:
         axes.axhline(float(raw.loc[subset, metric]), color="black", linestyle=":", linewidth=1.2, label="finetuned")
         axes.set_xlabel("alpha")
         if metric == "mean_ce":
-            axes.set_title(subset)
+            axes.set_title(plain(subset))
             axes.set_ylim(bottom=0)
         else:
             axes.set_ylim(-0.05, 1.05)
@@ -68,7 +68,7 @@ def recovered_by_count(curve: pd.DataFrame, *, seed: int) -> Figure:
     for number, subset in enumerate(list(curve["subset"].unique())):
         rows = curve[(curve["subset"] == subset) & (curve["k"] > 0)].dropna(subset=["recovered"])
         if len(rows):
-            band(axes, rows.rename(columns={"k": "alpha"}), "recovered", label=subset, number=number)
+            band(axes, rows.rename(columns={"k": "alpha"}), "recovered", label=plain(subset), number=number)
     axes.axhline(1, color=MUTED, linewidth=1)
     axes.axhline(ENOUGH, color=MUTED, linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)

@@ -177,6 +177,8 @@ def headline_rows(results: Results) -> list[dict[str, str]]:
     widest = recovery.widest_set(gaps)
     rows = []
     conditions = results.conditions[results.conditions["target"].isin(["", "change"])]
+    conditions = conditions[conditions["layer"].isin([widest, "none"])]
+    rate = next((name for name in rates_in(conditions) if conditions[name].notna().any()), None)
     for subset in gaps["subset"].unique():
         gap = gaps[(gaps["layer"] == widest) & (gaps["subset"] == subset) & (gaps["metric"] == "mean_ce")].iloc[0]
         row = {"subset": subset, "CE swapped - finetuned": with_interval(gap, "gap", signed=True)}
@@ -190,12 +192,10 @@ def headline_rows(results: Results) -> list[dict[str, str]]:
                 row["KL recovered"] = _share(kl.loc[["full"]].iloc[0]) if "full" in kl.index else "-"
         count = recovery.features_needed(results.curve, subset) if len(results.curve) else None
         row["features for 90%"] = "-" if count is None else str(count)
-        rates = conditions[(conditions["subset"] == subset) & conditions["layer"].isin([widest, "none"])]
-        rates = rates.set_index("condition")
-        names = [name for name in ("no_delta", "full", "raw") if name in rates.index]
-        for rate in [rate for rate in rates_in(rates) if rates[rate].notna().any()][:1]:
-            values = ", ".join(f"{rates.loc[[name], rate].iloc[0]:.2f}" for name in names)
-            row[f"{rate} at alpha 0, 1; finetuned"] = values
+        if rate is not None:
+            rates = conditions[conditions["subset"] == subset].set_index("condition")[rate].dropna()
+            names = [name for name in ("no_delta", "full", "raw") if name in rates.index]
+            row[f"{rate} at alpha 0, 1; finetuned"] = ", ".join(f"{rates[[name]].iloc[0]:.2f}" for name in names) or "-"
         rows.append(row)
     return rows
 

@@ -54,7 +54,7 @@ class Stop:
         for position, token in enumerate(tokens):
             if token in self.ends or position + 1 == self.limits.max_new_tokens:
                 return list(tokens[: position + 1])
-            if token in self._may_close:
+            if self._may_close is None or token in self._may_close:
                 said = self.text(tokens[: position + 1])
                 if any(text in said for text in self.limits.texts):
                     return list(tokens[: position + 1])
@@ -66,9 +66,12 @@ class Stop:
         return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @cached_property
-    def _may_close(self) -> frozenset[int]:
-        """Tokens that hold the last character of a text to stop at: no other can complete it."""
+    def _may_close(self) -> frozenset[int] | None:
+        """Tokens that hold the last character of a text to stop at: no other can complete it. None: any may, since
+        vocabularies write white space and what is not ASCII in ways of their own."""
         last = {text[-1] for text in self.limits.texts}
+        if not all("!" <= character <= "~" for character in last):
+            return None
         return frozenset(index for token, index in self.tokenizer.get_vocab().items() if not last.isdisjoint(token))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from data.rows import slug
 from evaluators.layer_sets import layer_label
 from evaluators.tables.pooling import MEANS, Cell, CellKey, PromptSums, of_kind, pool
 from evaluators.tables.statistics import Estimate, paired_bootstrap, rate_difference, recovered_share
@@ -154,7 +155,7 @@ def headlines(gaps: pd.DataFrame, recovered: pd.DataFrame, curve: pd.DataFrame) 
         return found
     widest = widest_set(of_change)
     for _, row in of_change[of_change["layer"] == widest].iterrows():
-        name = f"{row['metric'].removeprefix('mean_')}_{row['subset']}"
+        name = f"{row['metric'].removeprefix('mean_')}_{slug(row['subset'])}"
         found |= {f"gap_{name}": row["gap"], f"mlp_share_{name}": row.get("share", math.nan)}
     here = recovered[(recovered["target"] == "change") & (recovered["layer"] == widest)]
     for _, row in here.iterrows():
@@ -162,10 +163,10 @@ def headlines(gaps: pd.DataFrame, recovered: pd.DataFrame, curve: pd.DataFrame) 
             name = f"recovered_{row['metric'].removeprefix('mean_')}"
             name += "" if row["condition"] == "full" else "_random"
             for end in ("", "_low", "_high"):
-                found[f"{name}_{row['subset']}{end}"] = row[f"recovered{end}"]
+                found[f"{name}_{slug(row['subset'])}{end}"] = row[f"recovered{end}"]
     for subset in curve["subset"].unique():
         if (count := features_needed(curve, subset)) is not None:
-            found[f"features_for_90_percent_{subset}"] = float(count)
+            found[f"features_for_90_percent_{slug(subset)}"] = float(count)
     return {name: float(value) for name, value in found.items() if not pd.isna(value)}
 
 

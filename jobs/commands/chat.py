@@ -46,7 +46,7 @@ def chat(
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         strength = "" if alpha is None else f" at alpha {alpha:g}"
-        print(f"the finetuned model of {context.settings.name}{strength}; one request a line, an empty line ends")
+        print(f"the finetuned model of {context.settings.name}{strength}; one request per line, an empty line ends it")
     for prompt in _prompts(at_terminal):
         if not at_terminal:
             print(INVITATION + prompt)

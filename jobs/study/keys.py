@@ -6,12 +6,16 @@ so a changed setting changes the keys of exactly what depends on it.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from jobs.files import key_of
 from jobs.study.grounds import DeltaGroup, Ground
 from search_spaces.schema import Sweep
 from search_spaces.sections import Section
+
+MODEL_FILES = (".safetensors", ".json", ".jinja")
+"""What an adopted model consists of."""
 
 
 def _dump(section: Section, *leave_out: str) -> dict:
@@ -24,8 +28,11 @@ def data(settings: Sweep) -> str:
     files = (section.rows_file, section.evaluation_file, section.text_train_file, section.text_validation_file)
     given = [_stamp(path) for path in files if path]
     # A user's rows are checked against the model's context length, and a chat is rendered with its template.
-    chat = section.format == "chat"
-    reader = [settings.model.source, settings.model.finetuned if chat else None] if given or chat else None
+    model, chat = settings.model, section.format == "chat"
+    reader: list[object] | None = None
+    if given or chat:
+        reader = [model.source, model.revision, model.finetuned is None, settings.evaluate.max_new_tokens]
+        reader += [model.finetuned, model.finetuned_revision] if chat else []
     return key_of("data", settings.seed, _dump(section), reader, given)
 
 
@@ -57,9 +64,31 @@ def lora_group(settings: Sweep) -> str:
 def lora(settings: Sweep) -> str:
     model = settings.model
     if model.finetuned:
-        stamps = [_stamp(str(path)) for path in sorted(Path(model.finetuned).glob("*.safetensors"))]
-        return key_of("adopted", data(settings), _dump(model), stamps)
+        files = [path for path in sorted(Path(model.finetuned).glob("*")) if path.suffix in MODEL_FILES]
+        # Rows without a target take the model's own answers, which end at these limits.
+        limits = [settings.evaluate.max_new_tokens, settings.evaluate.stop] if settings.data.rows_file else None
+        return key_of("adopted", data(settings), _dump(model), [_stamp(str(path)) for path in files], limits)
     return key_of(lora_group(settings), settings.lora.trials)
+
+
+def finetuned_check(settings: Sweep) -> str:
+    """The key of what the finetuned model says on the validation rows."""
+    return key_of(lora(settings), behaviours(settings), settings.evaluate.max_new_tokens, settings.evaluate.stop)
+
+
+def behaviours(settings: Sweep) -> list[object]:
+    """The behaviours in their order, which is that of the tables' columns, and the files of a user's own checks."""
+    asked = list(settings.evaluate.behaviours.items())
+    own = [one["python"].partition(":")[0] for _, one in asked if isinstance(one, dict) and "python" in one]
+    return [*asked, *(_stamp_of_module(name) for name in own)]
+
+
+def _stamp_of_module(name: str) -> list[int]:
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # the check itself says so
+        found = None
+    return _stamp(found.origin) if found is not None and found.origin else []
 
 
 def base_activations(settings: Sweep) -> str:
@@ -125,7 +154,7 @@ def deltas(settings: Sweep, groups: list[DeltaGroup]) -> str:
 
 
 def evaluate(settings: Sweep, groups: list[DeltaGroup]) -> str:
-    return key_of("evaluate", deltas(settings, groups), _dump(settings.evaluate))
+    return key_of("evaluate", deltas(settings, groups), _dump(settings.evaluate), behaviours(settings))
 
 
 def report(settings: Sweep, groups: list[DeltaGroup]) -> str:

@@ -29,7 +29,7 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage("data", lambda c: c.space.data, lambda c: keys.data(c.settings), ("data",)),
-    Stage("lora", lambda c: c.space.lora, lambda c: keys.lora(c.settings), ("model", "lora")),
+    Stage("lora", lambda c: c.space.lora, lambda c: keys.finetuned_check(c.settings), ("model", "lora")),
     Stage(
         "transcoders",
         lambda c: c.space.transcoders,

@@ -156,6 +156,7 @@ def public_settings(settings: Sweep) -> dict[str, Any]:
 def show_results(context: Context) -> None:
     """Shows the short final table, the checks that failed, and where the report is."""
     from rich.table import Table
+    from rich.text import Text
 
     from evaluators.report.report import summary_table
     from jobs.study.stages.report import load_cells
@@ -167,7 +168,7 @@ def show_results(context: Context) -> None:
             title = "CE minus raw CE in nats per target token, with 95% intervals"
         table = Table(*rows[0], title=title, title_justify="left")
         for row in rows:
-            table.add_row(*row.values())
+            table.add_row(*map(Text, row.values()))
         context.progress.console.print(table)
     facts = read_json(context.space.report / MANIFEST)
     if facts:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from data.build import DataOptions, build_dataset
+from data.leakage import text_key
 from data.readers import Reading
 from data.requests import draw
 from data.rows import DataError, read_lines, read_rows, request_identity, sha256_of
@@ -202,6 +203,37 @@ def test_evaluation_from_a_file_of_its_own(tmp_path: Path) -> None:
     assert_disjoint(tmp_path / "a")
 
 
+def test_rows_that_share_their_numbers_are_different_rows(tmp_path: Path) -> None:
+    """Only a generated request is told by its numbers: a user's prompts may all begin with the same ones."""
+    rows = [{"input": f"Answer in 3 sentences. What is {word}?", "target": word} for word in map(chr, range(97, 123))]
+    rows += [{"input": f"Answer in 3 sentences. Who is {one}?", "target": one} for one in map(chr, range(97, 123))]
+    report = small(tmp_path, rows_file=write(tmp_path / "rows.jsonl", rows))
+    assert report["files"]["rows_file"]["labels"]["all"]["rows"] == 52
+    assert report["files"]["rows_file"]["labels"]["all"]["repeated"] == 0
+    assert sum(report["counts"][split]["all"] for split in ("train", "validation", "evaluation")) == 52
+
+
+def test_rows_and_evaluation_may_overlap_but_not_wholly(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", user_rows(60))
+    report = small(tmp_path / "a", rows_file=path, evaluation_file=path)
+    assert report["counts"]["evaluation"] == {"positive": 9, "negative": 9}
+    assert report["counts"]["validation"] == {"positive": 6, "negative": 5}
+    assert report["files"]["rows_file"]["leaking"] == 18
+    few = write(tmp_path / "few.jsonl", user_rows(9))
+    with pytest.raises(DataError, match="has 0 distinct usable rows"):
+        small(tmp_path / "b", rows_file=few, evaluation_file=few)
+
+
+def test_a_label_that_is_not_evaluated_is_no_subset(tmp_path: Path) -> None:
+    rows = user_rows(60)
+    report = small(
+        tmp_path / "a",
+        rows_file=write(tmp_path / "rows.jsonl", rows),
+        evaluation_file=write(tmp_path / "held_out.jsonl", [{"input": "New?", "target": "Yes.", "label": "new"}]),
+    )
+    assert report["labels"] == ["new"]
+
+
 def test_rows_without_labels_are_one_subset(tmp_path: Path) -> None:
     rows = [{name: row[name] for name in ("input", "target")} for row in user_rows(60)]
     report = small(tmp_path, rows_file=write(tmp_path / "rows.jsonl", rows))
@@ -211,7 +243,7 @@ def test_rows_without_labels_are_one_subset(tmp_path: Path) -> None:
 
 def test_too_many_labels(tmp_path: Path) -> None:
     rows = [row | {"label": f"kind {number % 14}"} for number, row in enumerate(user_rows(60))]
-    with pytest.raises(DataError, match="has 13 labels, such as kind 0, kind 1, kind 2; at most 12 subsets"):
+    with pytest.raises(DataError, match="has more than 12 labels, such as kind 0, kind 1, kind 2: too many subsets"):
         small(tmp_path, rows_file=write(tmp_path / "rows.jsonl", rows))
 
 
@@ -238,16 +270,16 @@ def test_equal_shares(total: int, available: list[int], expected: list[int]) -> 
     assert shares(total, available) == expected
 
 
-def test_a_request_in_two_contexts_or_labels_stays_on_one_side(tmp_path: Path) -> None:
+def test_an_input_in_two_spellings_or_labels_stays_on_one_side(tmp_path: Path) -> None:
     rows = user_rows(60)
-    contexts = [row | {"input": row["input"].replace("Help me.", "For school.")} for row in rows[::2]]
+    contexts = [row | {"input": row["input"].upper().replace(" ", "  ")} for row in rows[::2]]
     mislabelled = [row | {"label": "negative"} for row in rows[:40:2]]
     report = small(tmp_path, rows_file=write(tmp_path / "rows.jsonl", rows + contexts + mislabelled))
     account = report["files"]["rows_file"]
     assert account["labels"]["positive"]["repeated"] > 0
     assert account["leaking"] > 0
     assert report["leakage"]["left_out"] == account["leaking"]
-    assert_disjoint(tmp_path)
+    assert report["leakage"]["ok"]
 
 
 def test_too_few_rows(tmp_path: Path) -> None:
@@ -271,7 +303,7 @@ def test_unusable_rows_are_told_or_refused(tmp_path: Path) -> None:
 def test_a_leak_from_a_users_text_is_counted_and_left_out(tmp_path: Path) -> None:
     rows = user_rows(100)
     write(tmp_path / "rows.jsonl", rows)
-    leaks = [row["input"].replace("Help me.", "Or else.") for row in rows[:80]]
+    leaks = [row["input"].upper() for row in rows[:80]]
     train = write(
         tmp_path / "train.txt", [*leaks, *(f"A new text of {n} words." for n in range(60)), "Seen in both, 5."]
     )
@@ -282,11 +314,11 @@ def test_a_leak_from_a_users_text_is_counted_and_left_out(tmp_path: Path) -> Non
     assert report["counts"]["text_train"] == 25
     assert report["counts"]["text_validation"] == 8
     held_out = {
-        request_identity(row.input)
+        text_key(row.input)
         for split in ("validation", "evaluation")
         for row in read_rows(tmp_path / "a" / f"{split}.jsonl")
     }
-    expected = sum(request_identity(text) in held_out for text in leaks) + 1
+    expected = sum(text_key(text) in held_out for text in leaks) + 1
     assert expected > 1
     assert report["files"]["text_train_file"]["leaking"] == report["leakage"]["left_out"] == expected
     assert report["leakage"]["ok"]

@@ -173,9 +173,9 @@ def test_conversations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"messages": []}, "messages are no list of {role, content}"),
+        ({"messages": []}, "messages are not a list of {role, content}"),
         ({"messages": "[1"}, "messages are not JSON"),
-        ({"messages": ["Hello"]}, "messages are no list of {role, content}"),
+        ({"messages": ["Hello"]}, "messages are not a list of {role, content}"),
         ({"messages": [{"role": "user"}]}, "content is not text"),
         ({"messages": [{"role": "assistant", "content": "42"}]}, "messages hold an answer and no question"),
         ({"messages": [{"role": "user", "content": "<eos>"}]}, "a message contains the special token <eos>"),

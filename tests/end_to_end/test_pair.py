@@ -87,7 +87,7 @@ def test_the_example_runs_and_its_rows_need_no_targets(pair: Path, jobs: Jobs) -
     assert answered.returncode == 0, answered.stdout + answered.stderr
     made = read(pair / "runs" / "sweeps" / "own" / "lora" / "validation.json")["answered"]
     assert made["made"] == 4 * len(KINDS) + 9 + 40
-    assert f"{made['made']} rows without a target took its answers" in answered.stdout
+    assert f"{made['made']} rows without a target were given its answers" in answered.stdout
     again = jobs("sweep", *own)
     assert again.returncode == 0, again.stdout + again.stderr
     metrics = pd.read_csv(pair / "runs" / "sweeps" / "own" / "report" / "exp2A_metrics.csv")

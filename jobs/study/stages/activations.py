@@ -166,7 +166,9 @@ def capture_bos(task: BosTask) -> None:
     first = {encode_prompt(tokenizer, row)[0] for row in read_rows(task.rows)}
     if len(first) > 1:
         begin = ", ".join(repr(tokenizer.decode([token])) for token in sorted(first)[:3])
-        raise WorkFailed(f"conversations begin with different tokens ({begin}); they need one system message or none")
+        raise WorkFailed(
+            f"conversations begin with different tokens ({begin}): give every one a system message, or none"
+        )
     write_bos(Path(task.folder), read_bos(Path(task.folder)) | bos_changes(loaded, first.pop(), before, after))
 
 

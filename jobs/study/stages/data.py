@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from data.build import DataOptions, build_dataset
+from data.build import REPORT, DataOptions, build_dataset
 from data.chat import Chat
 from data.readers import Reading
-from data.rows import Row
+from data.rows import Row, read_rows, slug
+from data.user_files import SPLITS
 from evaluators.measures.behaviours import subsets_of
 from jobs.errors import RequestError, WorkFailed
+from jobs.files import read_json
 from jobs.study.context import Context
+from jobs.study.stages.finetuned import check_rows_encode
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -22,7 +25,9 @@ def run(context: Context) -> dict[str, Any]:
     options["reading"] = _reading(context) if asks_the_model(context) else Reading()
     report = build_dataset(context.space.data, DataOptions(seed=context.settings.seed, **options))
     _say(context, report)
-    _check_labels(context, report["labels"])
+    check_labels(context)
+    for split in SPLITS:
+        check_rows_encode(context, read_rows(context.space.data / f"{split}.jsonl"))
     if not report["leakage"]["ok"]:
         raise WorkFailed(f"the data leaks between train, validation and evaluation: {report['leakage']['pairs']}")
     return {"report": report}
@@ -50,7 +55,7 @@ def metrics_of(report: dict[str, Any]) -> dict[str, float]:
     metrics = {"leakage_ok": float(leakage["ok"]), "leakage_left_out": leakage["left_out"]}
     for split, counts in report["counts"].items():
         values = counts.items() if isinstance(counts, dict) else [("lines", counts)]
-        metrics |= {f"{split}_{label}": count for label, count in values}
+        metrics |= {f"{split}_{slug(label)}": count for label, count in values}
     return metrics | {f"{key}_rejected": account["rejected"] for key, account in report["files"].items()}
 
 
@@ -105,13 +110,13 @@ def _reading(context: Context) -> Reading:
     )
 
 
-def _check_labels(context: Context, labels: list[str]) -> None:
-    """Raises RequestError where the settings name a subset that no row is of."""
-    evaluate = context.settings.evaluate
+def check_labels(context: Context) -> None:
+    """Raises RequestError where the settings name a subset that no row for evaluation is of."""
+    evaluate, labels = context.settings.evaluate, read_json(context.space.data / REPORT)["labels"]
     named = [("evaluate.subsets", one) for one in evaluate.subsets or ()]
     named += [("evaluate.expected", one.subset) for one in evaluate.expected]
     for name, asked in evaluate.behaviours.items():
         named += [(f"evaluate.behaviours.{name}: on", one) for one in subsets_of(asked) or ()]
     for key, label in named:
         if label not in labels:
-            raise RequestError(f"{key}: no row has the label {label!r}; there are {', '.join(labels)}")
+            raise RequestError(f"{key}: no row has the label {label!r}; those for evaluation have {', '.join(labels)}")

@@ -19,6 +19,7 @@ from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup, Ground, grounds_of
 from jobs.study.stages.cells import evaluate
+from jobs.study.stages.data import check_labels
 from jobs.study.stages.deltas import replica_folder
 from jobs.study.stages.site_plans import (
     Combination,
@@ -36,6 +37,7 @@ from models.sources import model_facts
 
 
 def run(context: Context) -> dict[str, Any]:
+    check_labels(context)
     chosen: dict[str, Combination] = {one: combination(context, one) for one in context.settings.deltas.targets}
     ranking = _ranking_work(context, chosen)
     first = [*_raw_work(context), *ranking]

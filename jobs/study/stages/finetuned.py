@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.build import REPORT
+from data.rows import Row
 from data.user_files import SPLITS
 from evaluators.splice.limits import Limits
 from jobs.errors import RequestError, WorkFailed
@@ -20,6 +22,7 @@ from jobs.files import is_finished, keyed_folder, read_json, write_json
 from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.workspace import FINETUNED
+from models.adopted import is_adapter
 
 VALIDATION_FILE = "validation.json"
 """The finetuned model's answers to the validation rows."""
@@ -36,7 +39,7 @@ SAMPLES = (
 class Task(NamedTuple):
     """As passed to a worker: the un-finetuned model, an adapter to merge into it (empty: none), where the finetuned
     model is or goes, the folder of the rows, where they go with its answers as their targets (empty: they have some),
-    and how it is checked on the validation rows."""
+    and how it is checked on the validation rows, with the key of that."""
 
     base: str
     adapter: str
@@ -44,6 +47,7 @@ class Task(NamedTuple):
     rows: str
     answered: str
     validation: str
+    key: str
     behaviours: dict[str, Any]
     limits: Limits
     device: str
@@ -61,7 +65,7 @@ def adopt(context: Context) -> dict[str, Any]:
     context.progress.line(f"  {source} {how}")
     if answered := (read_json(context.space.lora / VALIDATION_FILE) or {}).get("answered"):
         cut = f", {answered['cut']} of them cut at evaluate.max_new_tokens" if answered["cut"] else ""
-        context.progress.line(f"  {answered['made']} rows without a target took its answers{cut}")
+        context.progress.line(f"  {answered['made']} rows without a target were given its answers as targets{cut}")
         figures = {**figures, "answers_made": answered["made"], "answers_cut": answered["cut"]}
     return {"adopted": source, "how": how, **figures}
 
@@ -89,24 +93,42 @@ def check_models(context: Context) -> None:
         check_tokenizers(base, finetuned, SAMPLES, adopted)
         if context.settings.data.format == "plain":
             check_ends(base, finetuned, adopted)
+    elif not is_adapter(adopted):
+        raise RequestError(
+            f"model.finetuned: {adopted} has no tokenizer; save that of model.source there with "
+            f"tokenizer.save_pretrained({str(adopted)!r})"
+        )
+
+
+def check_rows_encode(context: Context, rows: Iterable[Row]) -> None:
+    """Raises ModelError where the two models' tokenizers encode a row differently."""
+    from models.adopted import check_tokenizers
+    from models.sources import load_tokenizer
+
+    adopted = context.adopted
+    if adopted is not None and (adopted / "tokenizer_config.json").is_file():
+        texts = [text for row in rows for text in (row.prompt or row.input, row.target)]
+        check_tokenizers(load_tokenizer(context.model), load_tokenizer(adopted), texts, adopted)
 
 
 def make(context: Context, adapter: Path | None, key: str) -> dict[str, Any]:
     """The finetuned model of that key, merged where there is an adapter, in fp32; returns its figures on the rows."""
     space, validation = context.space, context.space.lora / VALIDATION_FILE
     _replace(context, key)
-    done = is_finished(context.finetuned, key) if adapter else validation.is_file()
-    done = done and not (_without_target(context) and not space.answered.is_dir())
-    if not done:
-        if adapter:
+    merged = adapter is None or is_finished(context.finetuned, key)
+    answered = space.answered.is_dir() or not _without_target(context)
+    checked = keys.finetuned_check(context.settings)
+    if not (merged and answered and (read_json(validation) or {}).get("key") == checked):
+        if not merged:
             keyed_folder(context.finetuned, key)
         task = Task(
             str(context.model),
-            str(adapter or ""),
+            "" if merged else str(adapter),
             str(context.finetuned),
-            str(space.data),
-            str(space.answered) if _without_target(context) else "",
+            str(context.rows),
+            "" if answered else str(space.answered),
             str(validation),
+            checked,
             context.settings.evaluate.behaviours,
             context.limits,
             context.device,
@@ -114,9 +136,10 @@ def make(context: Context, adapter: Path | None, key: str) -> dict[str, Any]:
         for outcome in context.pool.run(merge_and_check, [task], context.settings.compute.max_retries):
             if outcome.error:
                 raise WorkFailed(f"the finetuned model {adapter or context.finetuned}: {outcome.error}")
-        if adapter:
+        if not merged:
+            assert adapter is not None
             finish_folder(context.finetuned, key, {"adapter": adapter.parent.name})
-    return (read_json(validation) or {"figures": {}})["figures"]
+    return read_json(validation)["figures"]
 
 
 def _replace(context: Context, identity: str) -> None:
@@ -143,8 +166,7 @@ def merge_and_check(task: Task) -> None:
     from data.rows import read_rows
     from evaluators.measures.behaviours import read_behaviours
     from evaluators.measures.finetuned import check_rows
-    from models.adopted import check_tokenizers
-    from models.sources import load_model, load_tokenizer
+    from models.sources import load_model
     from trainers.adapters import merge
 
     if task.adapter:
@@ -153,14 +175,12 @@ def merge_and_check(task: Task) -> None:
         tokenizer.save_pretrained(task.finetuned)
     # Read back from disk, as every later stage reads it.
     finetuned, tokenizer = load_model(Path(task.finetuned), torch.float32, task.device)
-    rows = read_rows(Path(task.rows) / "validation.jsonl")
-    if not task.adapter:
-        texts = [text for row in rows for text in (row.prompt or row.input, row.target)]
-        check_tokenizers(load_tokenizer(Path(task.base)), tokenizer, texts, Path(task.finetuned))
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"key": task.key}
     if task.answered:
         found["answered"] = _answer(task, finetuned, tokenizer)
-        rows = read_rows(Path(task.answered) / "validation.jsonl")
+    elif "answered" in (before := read_json(Path(task.validation)) or {}):
+        found["answered"] = before["answered"]
+    rows = read_rows(Path(task.answered or task.rows) / "validation.jsonl")
     found |= check_rows(finetuned, tokenizer, rows, read_behaviours(task.behaviours), task.limits)
     write_json(Path(task.validation), found)
 

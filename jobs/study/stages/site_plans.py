@@ -92,5 +92,5 @@ def evaluation_settings(context: Context) -> list[Any]:
 
 
 def judging_settings(context: Context) -> list[Any]:
-    """The same for cells that judge generated texts; the behaviours' order is that of the tables' columns."""
-    return [*evaluation_settings(context), list(context.settings.evaluate.behaviours.items())]
+    """The same for cells that judge generated texts."""
+    return [*evaluation_settings(context), *keys.behaviours(context.settings)]
