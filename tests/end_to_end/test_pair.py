@@ -23,6 +23,8 @@ SMALLER = (
     "deltas.epochs=1", "evaluate.alphas=[0.0, 1.0]", "evaluate.sets=[all]", "evaluate.controls=[random_delta]",
     "evaluate.max_new_tokens=8", "compute.max_concurrent=1",
 )  # fmt: skip
+ODD = "_Q&A [/en] $x^2"
+"""A label that file names, metrics, formulas and the terminal's markup could all stumble over."""
 KINDS = ["polite", "neutral", "lookalike"]
 
 
@@ -76,15 +78,19 @@ def test_the_example_runs_and_its_rows_need_no_targets(pair: Path, jobs: Jobs) -
     assert talked.stdout.startswith("> Please repeat: river.\n")
     assert "special token <eos>" in talked.stderr
 
-    bare = pd.read_csv(pair / "train.csv").drop(columns="answer")
+    bare = pd.read_csv(pair / "train.csv").drop(columns="answer").replace({"kind": {"polite": ODD}})
     bare.to_parquet(pair / "bare.parquet")
     columns = "data.columns={input: request, label: kind}"
     own = settings(pair, "name=own", f"data.rows_file={pair / 'bare.parquet'}", "data.evaluation_file=null", columns)
     refused = jobs("lora", *own, "model.finetuned=null")
     assert refused.returncode == 2
     assert "row 1: no target" in refused.stderr
+    own = (*own, "evaluate.expected=[]")
     answered = jobs("sweep", *own)
     assert answered.returncode == 0, answered.stdout + answered.stderr
+    assert ODD.split()[0] in answered.stdout
+    sent = jobs("track", *own)
+    assert sent.returncode == 0, sent.stdout + sent.stderr
     made = read(pair / "runs" / "sweeps" / "own" / "lora" / "validation.json")["answered"]
     assert made["made"] == 4 * len(KINDS) + 9 + 40
     assert f"{made['made']} rows without a target were given its answers" in answered.stdout
@@ -92,4 +98,7 @@ def test_the_example_runs_and_its_rows_need_no_targets(pair: Path, jobs: Jobs) -
     assert again.returncode == 0, again.stdout + again.stderr
     metrics = pd.read_csv(pair / "runs" / "sweeps" / "own" / "report" / "exp2A_metrics.csv")
     raw = metrics[metrics["condition"] == "raw"]
+    assert set(raw["subset"]) == {ODD, *KINDS[1:]}
+    longer = jobs("lora", *own, "evaluate.max_new_tokens=9")
+    assert "rows without a target were given its answers" in longer.stdout, "they end later now"
     assert (raw["exact_rate"] == 1).all(), "what it says is its own answer"

@@ -25,7 +25,8 @@ from evaluators.measures.checks import ROUNDING, change_checks, exactness_checks
 from evaluators.splice.interventions import Edit, Site, spliced
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import forward
-from models.architectures import MISSING
+from models.adopted import check_pair
+from models.architectures import MISSING, check_architecture
 from models.blocks import read_paths
 from models.bridge import wrap
 from models.sources import load_model
@@ -128,6 +129,8 @@ def tried(name: str, folder: Path) -> str:
                 parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(after)
     tokenizer.save_pretrained(after)
+    check_architecture(before, name)
+    check_pair(before, after, name)
     found = [*_exact(before, after), _lora_trains(before), *_deltas_train(before, after)]
     cells = " | ".join("yes" if one else "no" for one in found)
     return f"| `{name}` | {CONFIGS[name][0]} | {cells} |"
@@ -175,7 +178,9 @@ def _lora_trains(folder: Path) -> bool:
     model, tokenizer = load_model(folder, torch.float32)
     settings = LoraSettings(r=4, lr=5e-3, batch_size=3, steps=8, eval_every=4, seed=0)
     reports: list[dict[str, Any]] = []
-    train_lora(model, tokenizer, Splits(ROWS, ROWS), settings, reports.append, lambda adapted: None)
+    adapter = folder / "adapter"
+    train_lora(model, tokenizer, Splits(ROWS, ROWS), settings, reports.append, lambda one: one.save_pretrained(adapter))
+    check_pair(folder, adapter, "the same model")
     return reports[-1]["val_loss"] < reports[0]["val_loss"]
 
 

@@ -75,7 +75,10 @@ def test_an_adapter_for_another_architecture_or_shape_is_refused(gemma_folder, l
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda weights: weights | {"extra": torch.zeros(1)}, "model.source lacks extra, which the other model has; in all 1 such weights"),
+        (
+            lambda weights: weights | {"extra": torch.zeros(1)},
+            "model.source lacks extra, which the other model has; in all 1 such weights",
+        ),
         (
             lambda weights: {name: one for name, one in weights.items() if "layers.2.mlp" not in name},
             "lacks model.layers.2.mlp.down_proj.weight, which the other model has; in all 3 such weights",

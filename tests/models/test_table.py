@@ -7,7 +7,7 @@ import pytest
 
 from models.architectures import MISSING, check_architecture
 from models.errors import ModelError
-from tests.models.table import CONFIGS, LLAMA, build, page, tried
+from tests.models.table import CONFIGS, GPT, LLAMA, build, page, tried
 
 PAGE = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
 
@@ -27,7 +27,8 @@ def test_the_page_is_whole():
 
 @pytest.mark.parametrize("name", sorted(MISSING))
 def test_an_architecture_that_cannot_be_had_is_refused_by_name(name, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": name, **LLAMA}))
+    own = {"gptj": GPT, "bloom": {"hidden_size": 24, "n_layer": 3}}.get(name, LLAMA)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name, **own}))
     with pytest.raises(ModelError, match=f"of the architecture {name}, which is not supported: "):
         check_architecture(tmp_path, "some/model")
 

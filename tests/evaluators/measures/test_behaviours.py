@@ -54,6 +54,17 @@ def test_a_question_that_does_not_arise_is_no_answer():
     assert said({"python": f"{__name__}:ends_in_a_stop"}, "") is None
 
 
+def broken(text, target, generation):
+    return 1 / 0
+
+
+def test_a_users_check_that_fails_is_one_sentence():
+    with pytest.raises(DataError, match=r"broken failed on 'a request' \(ZeroDivisionError"):
+        said({"python": f"{__name__}:broken"}, "x")
+    with pytest.raises(DataError, match="is no function"):
+        said({"python": "math:pi"}, "x")
+
+
 def test_a_pattern_cannot_hang():
     assert said({"matches": "(a|aa)+$"}, "a" * 5000 + "b") is False
 

@@ -47,6 +47,8 @@ def test_an_answer_ends_at_a_text_or_at_any_of_several_tokens(gemma_folder, load
         piece = one.text[1:3]
         (closed,) = answers(model, tokenizer, [prompts[place]], Limits(12, (piece,)), [tokenizer.eos_token_id])
         assert (closed.text, closed.cut) == (one.text[: one.text.index(piece) + 2], False)
+        assert tokenizer.decode(tokens[place][: closed.tokens]).startswith(closed.text)
+        assert not tokenizer.decode(tokens[place][: closed.tokens - 1]).startswith(closed.text)
 
 
 def test_a_target_counts_as_said_only_where_greedy_decoding_says_it(llama_folder, load):

@@ -311,6 +311,16 @@ def test_where_a_generation_ends(subject, said, budget, kept):
     assert (found if found is None else subject.tokenizer.decode(found)) == kept
 
 
+@pytest.mark.parametrize("text", ["\n", " ", "é", "o\n"])
+def test_a_text_to_stop_at_may_end_in_any_character(subject, text):
+    """Vocabularies write white space and what is not ASCII in ways of their own."""
+    said = f"hello{text}and more"
+    tokens = subject.tokenizer(said, add_special_tokens=False)["input_ids"]
+    found = Stop(subject.tokenizer, Limits(99, (text,)), frozenset()).cut(tokens)
+    assert found is not None
+    assert subject.tokenizer.decode(found) == said[: said.index(text) + len(text)]
+
+
 def test_eos_ends_and_is_kept_as_a_token_but_not_as_text(subject):
     eos = subject.tokenizer.eos_token_id
     stop = ends(subject.tokenizer, 99)
