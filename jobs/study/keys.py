@@ -31,7 +31,7 @@ def data(settings: Sweep) -> str:
     model, chat = settings.model, section.format == "chat"
     reader: list[object] | None = None
     if given or chat:
-        reader = [model.source, model.revision, model.finetuned is None, settings.evaluate.max_new_tokens]
+        reader = [model.source, model.revision, model.finetuned is None]
         reader += [model.finetuned, model.finetuned_revision] if chat else []
     return key_of("data", settings.seed, _dump(section), reader, given)
 
@@ -65,9 +65,7 @@ def lora(settings: Sweep) -> str:
     model = settings.model
     if model.finetuned:
         files = [path for path in sorted(Path(model.finetuned).glob("*")) if path.suffix in MODEL_FILES]
-        # Rows without a target take the model's own answers, which end at these limits.
-        limits = [settings.evaluate.max_new_tokens, settings.evaluate.stop] if settings.data.rows_file else None
-        return key_of("adopted", data(settings), _dump(model), [_stamp(str(path)) for path in files], limits)
+        return key_of("adopted", data(settings), _dump(model), [_stamp(str(path)) for path in files])
     return key_of(lora_group(settings), settings.lora.trials)
 
 

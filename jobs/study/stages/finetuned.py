@@ -18,7 +18,7 @@ from data.user_files import SPLITS
 from evaluators.splice.limits import Limits
 from jobs.errors import RequestError, WorkFailed
 from jobs.files import finish as finish_folder
-from jobs.files import is_finished, keyed_folder, read_json, write_json
+from jobs.files import is_finished, key_of, keyed_folder, read_json, write_json
 from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.workspace import FINETUNED
@@ -60,6 +60,8 @@ def adopt(context: Context) -> dict[str, Any]:
     source, adopted = context.settings.model.finetuned, context.adopted
     assert adopted is not None
     whole = adopted == context.finetuned
+    if _without_target(context):  # then the rows themselves end where its answers do
+        key = key_of(key, context.limits)
     figures = make(context, None if whole else adopted, key)
     how = "adopted as it is" if whole else "adopted: its adapter was merged"
     context.progress.line(f"  {source} {how}")
@@ -145,10 +147,11 @@ def make(context: Context, adapter: Path | None, key: str) -> dict[str, Any]:
 def _replace(context: Context, identity: str) -> None:
     """If the finetuned model is not the same as before, deletes what was made with the old one."""
     space = context.space
+    of_its_answers = (space.answered, space.activations / "base", space.transcoders) if space.answered.is_dir() else ()
     if (read_json(space.folder / FINETUNED) or {}).get("key") == identity:
         return
     for folder in (
-        space.answered,
+        *of_its_answers,
         space.activations / "finetuned",
         space.deltas,
         space.cells,
