@@ -25,8 +25,8 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
     widest = recovery.widest_set(gaps)
     rows = headline_rows(results)
     help = (
-        f"Of layers {widest}, CE in nats per target token: what putting the un-finetuned MLPs back does, and the share "
-        "of it that the deltas bring back at alpha 1, with 95% intervals."
+        f"Of layers {widest}, CE in nats per target token: what putting the un-finetuned MLPs back does, its share "
+        "of the whole effect of finetuning, and how much of it the deltas bring back at alpha 1, with 95% intervals."
     )
     blocks: list[Block] = [Table("The answer", help, list(rows[0]), [list(row.values()) for row in rows])]
     dose = results.dose[(results.dose["layer"] == widest) & (results.dose["target"] == "change")]
@@ -182,6 +182,7 @@ def headline_rows(results: Results) -> list[dict[str, str]]:
     for subset in gaps["subset"].unique():
         gap = gaps[(gaps["layer"] == widest) & (gaps["subset"] == subset) & (gaps["metric"] == "mean_ce")].iloc[0]
         row = {"subset": subset, "CE swapped - finetuned": with_interval(gap, "gap", signed=True)}
+        row["MLPs' share"] = "-" if pd.isna(gap["share"]) else with_interval(gap, "share")
         here = results.recovered[(results.recovered["target"] == "change") & (results.recovered["layer"] == widest)]
         here = here[here["subset"] == subset]
         here, kl = (here[here["metric"] == metric].set_index("condition") for metric in ("mean_ce", "kl"))
