@@ -138,9 +138,8 @@ def test_every_exactness_check_holds(sweep: Path) -> None:
 
 def test_the_report_stands_alone(sweep: Path) -> None:
     html = (sweep / "report" / "report.html").read_text()
-    order = [
-        html.index(f">{title}<") for title in ("What finetuning changed", "The answer", "How few features?", "Checks")
-    ]
+    first = ("h1>What finetuning changed", "h3>The answer", "h3>How few features?", "h2>Checks")
+    order = [html.index(f"<{heading}<") for heading in first]
     assert order == sorted(order), "the answer comes first"
     assert "tiny-gemma2 before and after LoRA finetuning on" in html
     assert 'src="data:image/png;base64,' in html

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from data.encoding import encode_text
 from models import sources
+from data.encoding import encode_text
 from models.errors import ModelError
 from models.hub import check_hub, hub_errors
 from models.sources import EMBEDDED, check_source, load_model, model_facts, resolve
@@ -214,7 +215,6 @@ BAD_MODELS = {
     "weights cut short": (cut_weights, "cannot be loaded"),
     "unknown architecture": (edit_config(model_type="newer"), "cannot be loaded"),
     "config not json": (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
-    "no BOS": (drop_special("bos_token"), "no BOS token"),
     "no EOS": (drop_special("eos_token"), "no EOS token"),
 }
 
@@ -228,6 +228,13 @@ def test_a_damaged_model_is_one_sentence(copy, name):
     assert str(raised.value).startswith("model.source: ")
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_tokenizer_without_bos_starts_with_eos(copy):
+    """As Qwen's does, and as TransformerLens has it."""
+    drop_special("bos_token")(copy)
+    _, tokenizer = load_model(copy, torch.float32)
+    assert encode_text(tokenizer, "a")[0] == tokenizer.bos_token_id == tokenizer.eos_token_id
 
 
 def test_a_tokenizer_without_pad_pads_with_eos(copy):
