@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from data.encoding import encode_text
 from models import sources
-from data.encoding import encode_text
 from models.errors import ModelError
 from models.hub import check_hub, hub_errors
 from models.sources import EMBEDDED, check_source, load_model, model_facts, resolve
