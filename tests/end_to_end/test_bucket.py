@@ -15,7 +15,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from tests.end_to_end.conftest import SMALL, Jobs, environment, read
 
-pytestmark = pytest.mark.long("a study on one machine, then the rest of it on another")
+pytestmark = pytest.mark.long("a study on one machine, then the rest of it on another", first=True)
 
 
 @pytest.fixture

@@ -267,7 +267,7 @@ def test_a_new_alpha_and_the_controls_compute_new_cells_only(own: Path, jobs: Jo
     assert len(keys) == len(set(keys))
 
 
-@pytest.mark.long("two more LoRA studies")
+@pytest.mark.long("two more LoRA studies", first=True)
 def test_two_workers_a_lora_trial_are_one_trial(jobs: Jobs, tmp_path: Path) -> None:
     """The same rows, steps and losses as one worker's; both are processes of a Ray Train job inside the Tune trial."""
     small = (f"storage.root={tmp_path}", "lora.trials=1", "compute.precision=fp32")
