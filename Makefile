@@ -54,6 +54,7 @@ $(VENV)/.ready: requirements.txt constraints.txt
 	  $(PIP) --retries 1 "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu || true
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps $(EMBEDDED)
+	@$(PY) -m compileall -q -q -j 0 $(VENV)/lib > /dev/null || true  # on every core: pip would compile on one
 	@touch $@
 
 # After a change of requirements.txt: pip resolves it anew, without installing, and every version is written down. With
