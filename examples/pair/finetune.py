@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the adapter and the rows go")
     parser.add_argument("--model", help="a folder with a chat model; default: the embedded SmolLM2-135M")
     parser.add_argument("--rows", type=int, default=1000, help="rows to train on")
-    parser.add_argument("--steps", type=int, default=75)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--targets", default="all-linear", help="what LoRA adapts; such as gate_proj,up_proj,down_proj")
     parser.add_argument("--seed", type=int, default=0)
