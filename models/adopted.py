@@ -42,7 +42,7 @@ EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight", "transformer.wte.we
 
 SHARED_PROJECTIONS = ("base_model.vera_", "base_model.randlora_")
 """Tensors of an adapter that are of no single module."""
-BUFFERS = ("attention.bias", "attention.masked_bias", "attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")
+BUFFERS = (".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Tensors in some old checkpoints that are no weights."""
 
 
@@ -160,7 +160,11 @@ def _adapted(name: str, weights: Shapes) -> tuple[int, ...] | None:
 def _weights(folder: Path, key: str) -> Shapes:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{key}: {index} cannot be read ({type(error).__name__})") from None
+        files = [folder / name for name in names]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:

@@ -118,6 +118,13 @@ def test_damaged_and_unknown_files_are_sentences(llama_folder, adapter, copy_of,
     assert "holds no JSON object" in refused(llama_folder, other)
 
 
+def test_a_damaged_index_is_one_sentence(llama_folder, tmp_path):
+    copy = Path(shutil.copytree(llama_folder, tmp_path / "copy"))
+    (copy / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json cannot be read"):
+        check_pair(llama_folder, copy, "the base")
+
+
 def test_tokenizers_must_encode_alike(llama_folder, tmp_path):
     one, other = (AutoTokenizer.from_pretrained(llama_folder) for _ in range(2))
     check_tokenizers(one, other, ["some text"], tmp_path)
