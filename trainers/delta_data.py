@@ -70,6 +70,13 @@ def residual_of(base: Transcoder, x: Tensor, y: Tensor, batch_size: int = 4096) 
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def fraction_unexplained(base: Transcoder, pairs: Pairs) -> float:
+    """The mean square of y - base(x), of pairs (x, y), over the variance of y (FVU)."""
+    error = sum(residual_of(base, x, y).pow(2).sum(dtype=torch.float64).item() for x, y in pairs.shards)
+    return error / (pairs.tokens * base.d_model * output_variance(pairs))
+
+
 def output_variance(pairs: Pairs) -> float:
     """Mean over dimensions of the variance of the second column."""
     return output_scale(pairs).deviation ** 2

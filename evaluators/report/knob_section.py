@@ -156,10 +156,11 @@ def residual_split(deltas: pd.DataFrame) -> list[str]:
         before = row.get("val_fvu_base_unfinetuned")
         grown = "" if before is None or pd.isna(before) else f", {number(before)} before finetuning"
         part = row["change_share"] / row["val_fvu_base"]
+        mostly = "; most of that is the base's own error." if part < 0.5 else "."
         sentences.append(
             f"Layer {layer}{base}: the base leaves {number(row['val_fvu_base'])} of the finetuned output's variance"
             f"{grown}; finetuning changed {number(row['change_share'])} of it at the same input. So the change is "
-            f"{part:.1%} the size of what the delta is trained on; most of that is the base's own error."
+            f"{part:.1%} the size of what the delta is trained on{mostly}"
         )
     return sentences
 

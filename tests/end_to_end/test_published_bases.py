@@ -70,6 +70,10 @@ def test_the_full_study_runs_on_published_transcoders(jobs: Jobs, tmp_path: Path
     assert len(reconstruction) == LAYERS * 3 * 2
     conditions = pd.read_csv(sweep / "report" / "exp2A_metrics.csv", dtype={"layer": str})
     assert set(conditions.loc[conditions["condition"] == "full", "layer"]) == {"0", "1", "2", "3"}
+    for errors in (sweep / "deltas").glob("layer_*/p*/residual/manifest.json"):
+        assert read(errors)["val_fvu_base_unfinetuned"] > 0
+    assert "before finetuning" in (sweep / "report" / "report.html").read_text()
+    assert not (sweep / "activations" / "base" / "train").exists(), "nothing is trained on the un-finetuned stream"
     doses = pd.read_csv(sweep / "report" / "exp2B_metrics.csv", dtype={"layer": str})
     assert set(doses["layer"]) == {"1", "2"}
     assert set(doses["alpha"]) == {0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0}

@@ -23,6 +23,9 @@ SETS = {"change": ["0", "1", "3", "1+2", "0-3"], "residual": ["1", "1+2"]}
 DOSED = {"change": "0-3", "residual": "1+2"}
 """The sets of layers of the tiny preset, and those measured at every alpha."""
 SUBSETS = {"tool", "copy", "tool_ood"}
+OF_BOTH = ["random_delta", "shuffled_delta", "dense_delta"]
+OF_RESIDUAL = ["base_model_no_delta", "mlp_swap", "error_term"]
+"""Controls that have no strength, of both targets' deltas and of a residual's alone."""
 
 
 @pytest.fixture
@@ -65,14 +68,14 @@ def test_every_table_has_its_rows(sweep: Path) -> None:
     assert len(summary) == 2 * 2
     conditions = pd.read_csv(report / "exp2A_metrics.csv")
     spliced = conditions[conditions["layer"] != "none"]
-    assert set(spliced["condition"]) == {"no_delta", "full", "random_delta"}
+    assert set(spliced["condition"]) == {"no_delta", "full", *OF_BOTH, *OF_RESIDUAL}
     for target, layers in SETS.items():
         assert set(spliced.loc[spliced["target"] == target, "layer"]) == set(layers)
     assert set(conditions["subset"]) == SUBSETS
     assert (conditions["n_examples"] == 4).all()
     assert conditions["delta_ce"].notna().all()
     assert (conditions.loc[conditions["condition"] == "raw", "kl"] == 0).all()
-    assert (spliced["kl"] > 0).all()
+    assert (spliced.loc[spliced["condition"] != "error_term", "kl"] > 0).all()
     assert (spliced["delta_ce_low"] <= spliced["delta_ce"]).all()
     features = pd.read_csv(report / "features.csv")
     assert len(features) == 2 * spliced.loc[spliced["target"] == "residual", "d_new"].max()
@@ -89,7 +92,7 @@ def test_gaps_recovered_shares_and_the_curve_have_their_rows(sweep: Path) -> Non
     assert set(ce["layer"]) == set(SETS["change"])
     assert ce["unfinetuned"].notna().all()
     recovered = pd.read_csv(report / "recovered.csv")
-    assert set(recovered["condition"]) == {"full", "alpha", "random_delta", "scaled_weights"}
+    assert set(recovered["condition"]) == {"full", "alpha", "scaled_weights", *OF_BOTH}
     curve = pd.read_csv(report / "few_features.csv")
     ranking = pd.read_csv(report / "feature_ranking.csv")
     assert len(ranking) == 4 * (curve["d_new"].iloc[0] + 1)
@@ -227,39 +230,52 @@ def test_another_server_gets_everything_from_disk(finished: Finished, jobs: Jobs
     assert jobs("track", "tiny", f"storage.root={tmp_path / 'nothing'}").returncode == 2
 
 
-@pytest.mark.long("every control in every cell, for two seeds")
-def test_a_new_alpha_and_the_controls_compute_new_cells_only(own: Path, jobs: Jobs) -> None:
-    root, sweep = own, own / "sweeps" / "tiny"
-    kept = [sweep / "lora/best.json", sweep / "deltas/layer_01/p0.25/d004/best.json", sweep / "cells/raw_tool.json"]
-    before = [path.stat().st_mtime_ns for path in kept[1:]]
-    adapter = (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns
-    both = ["random_delta", "shuffled_delta", "dense_delta"]
-    controls = [*both, "base_model_no_delta", "mlp_swap", "error_term"]
-    more = ("evaluate.alphas=[0.0, 0.5, 1.0, 2.0]", f"evaluate.controls=[{', '.join(controls)}]")
-    more += ("evaluate.replicas=2",)
-    done = jobs("evaluate", "tiny", f"storage.root={root}", *more)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for control in controls:
-        of_best = [path for path in (sweep / "cells").glob(f"layer_*_{control}.json") if "_s1_" not in path.name]
-        sets = len(SETS["residual"]) + (control in both) * len(SETS["change"])
-        assert len(of_best) == sets * len(SUBSETS)
-    for path in (sweep / "cells").glob("layer_*_tool_error_term.json"):
-        for one, raw in zip(read(path)["rows"], read(sweep / "cells/raw_tool.json")["rows"], strict=True):
-            assert one["nll"] == pytest.approx(raw["nll"], rel=1e-4)
-    assert len(list((sweep / "cells").glob("*_alpha2.0.json"))) == 2 * len(DOSED) * len(SUBSETS)
-    seeds = [read(path) for path in (sweep / "cells").glob("*_s1_*.json")]
-    assert {one["condition"] for one in seeds} == {"full", "alpha", "random_delta", "shuffled_delta", "dense_delta"}
-    reported = jobs("report", "tiny", f"storage.root={root}", *more)
-    assert reported.returncode == 0, reported.stdout + reported.stderr
+def test_a_bases_error_before_finetuning_is_that_of_its_training(sweep: Path) -> None:
+    chosen = read(sweep / "transcoders/manifest.json")["chosen"]
+    for layer, bases in chosen.items():
+        for percentile, base in bases.items():
+            errors = read(sweep / f"deltas/layer_{int(layer):02d}/p{percentile}/residual/manifest.json")
+            trained = read(sweep / "transcoders" / base / "config.json")
+            assert errors["val_fvu_base_unfinetuned"] == pytest.approx(trained["val_fvu"], rel=1e-3)
+            assert errors["val_fvu_base_unfinetuned"] != errors["val_fvu_base"]
+
+
+def test_every_control_is_in_every_cell(sweep: Path) -> None:
+    for control in OF_BOTH + OF_RESIDUAL:
+        sets = len(SETS["residual"]) + (control in OF_BOTH) * len(SETS["change"])
+        assert len(list((sweep / "cells").glob(f"layer_*_{control}.json"))) == sets * len(SUBSETS)
+    for subset in SUBSETS:
+        raw = read(sweep / f"cells/raw_{subset}.json")["rows"]
+        for path in (sweep / "cells").glob(f"layer_*_{subset}_error_term.json"):
+            for one, whole in zip(read(path)["rows"], raw, strict=True):
+                assert one["nll"] == pytest.approx(whole["nll"], rel=1e-4)
     conditions = pd.read_csv(sweep / "report/exp2A_metrics.csv")
-    assert set(conditions[conditions.condition == "full"].n_replicas) == {2}
-    assert set(conditions[conditions.condition == "no_delta"].n_replicas) == {1}
     ce = conditions.set_index(["condition", "subset"]).mean_ce
     for row in conditions[conditions.condition == "base_model_no_delta"].itertuples():
         assert row.delta_ce == pytest.approx(row.mean_ce - ce["base_model_raw", row.subset])
     for row in conditions[conditions.condition == "base_model_raw"].itertuples():
         assert row.delta_ce == pytest.approx(row.mean_ce - ce["raw", row.subset])
         assert row.delta_ce > 0, "finetuning has changed something"
+
+
+@pytest.mark.long("a second seed of every kept delta, in every cell")
+def test_a_new_alpha_and_a_second_seed_compute_new_cells_only(own: Path, jobs: Jobs) -> None:
+    root, sweep = own, own / "sweeps" / "tiny"
+    kept = [sweep / "lora/best.json", sweep / "deltas/layer_01/p0.25/d004/best.json", sweep / "cells/raw_tool.json"]
+    before = [path.stat().st_mtime_ns for path in kept[1:]]
+    adapter = (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns
+    more = ("evaluate.alphas=[0.0, 0.5, 1.0, 2.0]", "evaluate.replicas=2")
+    done = jobs("evaluate", "tiny", f"storage.root={root}", *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    of_best = [path for path in (sweep / "cells").glob("*_alpha2.0.json") if "scaled_weights" not in path.name]
+    assert len(of_best) == 2 * len(DOSED) * len(SUBSETS)
+    seeds = [read(path) for path in (sweep / "cells").glob("*_s1_*.json")]
+    assert {one["condition"] for one in seeds} == {"full", "alpha", *OF_BOTH}
+    reported = jobs("report", "tiny", f"storage.root={root}", *more)
+    assert reported.returncode == 0, reported.stdout + reported.stderr
+    conditions = pd.read_csv(sweep / "report/exp2A_metrics.csv")
+    assert set(conditions[conditions.condition == "full"].n_replicas) == {2}
+    assert set(conditions[conditions.condition == "no_delta"].n_replicas) == {1}
     assert [path.stat().st_mtime_ns for path in kept[1:]] == before
     assert (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns == adapter
     _, runs = runs_of(root)

@@ -66,11 +66,11 @@ Wanted = dict[str, dict[int, frozenset[str]]]
 """By split and layer, the columns beside x."""
 
 
-def capture_base(context: Context) -> Path:
-    """x and y of the un-finetuned model in every layer that gets base transcoders; returns the splits' folder."""
+def capture_base(context: Context, splits: tuple[str, ...] = SPLITS) -> Path:
+    """x and y of the un-finetuned model in every layer that has base transcoders; returns the splits' folder."""
     layers = dict.fromkeys(context.layers_of("residual"), frozenset({"y"}))
     spec = _spec(context, context.model, context.settings.compute.precision)
-    wanted = dict.fromkeys(SPLITS, layers)
+    wanted = dict.fromkeys(splits, layers)
     return _capture(context, "base", spec, wanted, keys.base_activations(context.settings))
 
 
@@ -126,7 +126,7 @@ def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key:
     tasks = [
         ShardTask(text, shard, model, str(context.model), str(folder), tuple(missing[text.split].items()))
         for text in _texts(context)
-        for shard in range(len(plan_of(text).shards) if missing[text.split] else 0)
+        for shard in range(len(plan_of(text).shards) if missing.get(text.split) else 0)
     ]
     if not tasks:
         return folder
@@ -136,7 +136,8 @@ def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key:
                 raise WorkFailed(f"capture of the {name} model: {outcome.error}")
             bar.advance()
     for text in _texts(context):
-        finish_capture(plan_of(text), missing[text.split], folder / text.split, CONVENTIONS[model.convention])
+        layers = missing.get(text.split, {})
+        finish_capture(plan_of(text), layers, folder / text.split, CONVENTIONS[model.convention])
     return folder
 
 

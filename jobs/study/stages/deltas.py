@@ -34,12 +34,14 @@ PASSED_ON = {
 
 
 class ResidualTask(NamedTuple):
-    """The base's errors on one layer's activations, as passed to a worker."""
+    """The base's errors on one layer's activations, as passed to a worker; `unfinetuned` holds held-out ones of the
+    un-finetuned model."""
 
     layer: int
     root: str
     candidate: tuple[float, str]
     activations: str
+    unfinetuned: str
     folder: str
     key: str
     device: str
@@ -180,14 +182,17 @@ def replica_folder(trial: Path, rank: int) -> Path:
 
 
 def compute_residual(task: ResidualTask) -> None:
-    """Writes y - base(x) of both splits in bf16, one shard for each shard of the activations."""
+    """Writes y - base(x) of both splits in bf16, one shard for each shard of the activations.
+
+    The manifest holds the base's error on held-out text, as a share of the output's variance, in both models' streams.
+    """
     import torch
 
     from models.gemma_scope import Candidate, read
     from models.transcoder import CONVENTIONS
     from trainers.activations import captured_columns, read_index, read_pairs, write_index, write_shard
     from trainers.capture import layer_folder
-    from trainers.delta_data import mean_square, output_variance, residual_of
+    from trainers.delta_data import fraction_unexplained, mean_square, output_variance, residual_of
 
     taps = CONVENTIONS[task.convention]
     base = read(task.root, Candidate(*task.candidate), task.layer, taps).to(task.device)
@@ -206,6 +211,8 @@ def compute_residual(task: ResidualTask) -> None:
             facts["val_fvu_base"] = error / (index["tokens"] * base.d_model * facts["variance"])
             captured = "change" in captured_columns(source)
             facts["change_share"] = captured and mean_square(read_pairs(source, ("change",))) / facts["variance"]
+    before = read_pairs(layer_folder(Path(task.unfinetuned), task.layer))
+    facts["val_fvu_base_unfinetuned"] = fraction_unexplained(base, before)
     finish_folder(Path(task.folder), task.key, facts)
 
 
@@ -235,21 +242,31 @@ def read_residuals(activations: Path, residual: Path, layer: int, taps: Taps) ->
 
 
 def _residuals(context: Context, activations: Path) -> None:
-    tasks = []
+    missing = []
     for layer in context.layers_of("residual"):
         for ground in grounds_of(context.settings.deltas, "residual"):
             key = keys.delta_data(context.settings, layer, ground)
             folder = context.space.deltas / f"layer_{layer:02d}" / ground.label / "residual"
-            if is_finished(keyed_folder(folder, key), key):
-                continue
-            base = chosen_base(context, layer, ground.percentile)
-            candidate = (base.average_l0, base.path)
-            convention = context.settings.transcoders.convention
-            tasks.append(
-                ResidualTask(
-                    layer, root(context), candidate, str(activations), str(folder), key, context.device, convention
-                )
-            )
+            if not is_finished(keyed_folder(folder, key), key):
+                missing.append((layer, chosen_base(context, layer, ground.percentile), folder, key))
+    if not missing:
+        return
+    unfinetuned = capture_base(context, ("validation",)) / "validation"
+    convention = context.settings.transcoders.convention
+    tasks = [
+        ResidualTask(
+            layer=layer,
+            root=root(context),
+            candidate=(base.average_l0, base.path),
+            activations=str(activations),
+            unfinetuned=str(unfinetuned),
+            folder=str(folder),
+            key=key,
+            device=context.device,
+            convention=convention,
+        )
+        for layer, base, folder, key in missing
+    ]
     with context.progress.bar("base errors", len(tasks), "bases") as bar:
         for outcome in context.pool.run(compute_residual, tasks, context.settings.compute.max_retries):
             if outcome.error:

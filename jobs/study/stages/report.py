@@ -137,11 +137,9 @@ def delta_trials(context: Context) -> list[dict[str, Any]]:
 
 
 def _before(context: Context, group: DeltaGroup) -> float | None:
-    """What the base under a residual delta leaves of the un-finetuned model's output, where it was trained here."""
-    if group.ground.target == "change":
-        return None
-    base = chosen_base(context, group.layer, group.ground.percentile)
-    return (read_json(Path(root(context)) / base.path / "config.json") or {}).get("val_fvu")
+    """What the base under a residual delta leaves of the un-finetuned model's output on held-out text."""
+    folder = (context.space.deltas / group.name).parent / "residual"
+    return (read_json(folder / MANIFEST) or {}).get("val_fvu_base_unfinetuned")
 
 
 def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
