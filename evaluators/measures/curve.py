@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from data.encoding import encode_row, pad_left
 from data.rows import Row
-from evaluators.splice.interventions import Edit, RowEdits, Site, spliced
+from evaluators.splice.interventions import Edit, Ranks, RowEdits, Site, spliced
 from evaluators.splice.passes import Passes, project, resume
 from evaluators.splice.reference import Reference
 from evaluators.splice.teacher_forcing import Job, score
@@ -94,7 +94,7 @@ def evaluate_curve(
     marked = [replace(site, ranks=_ranks(site, places)) for site in sites]
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
     kept = counts(len(ranked))
-    jobs = [Job(row, kept=count) for count in kept for row in encoded]
+    jobs = [Job(row, kept=Ranks(0, count)) for count in kept for row in encoded]
     reference.add(encoded)
     scored = score(passes, Edit(marked, "full"), jobs, reference=reference)
     return {

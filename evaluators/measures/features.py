@@ -1,238 +1,187 @@
-"""What the delta learnt: each feature's firing, contexts, direct effect on tokens, and what its ablation changes.
+"""What delta features read and write: how often they fire, where, how strongly, and which tokens they move.
 
-In: a model's passes, one site, rows, and how many features to ablate. Out: plain values, one entry a feature. The
-features are ranked by a first-order estimate (activation times gradient); the first of them are then ablated one at a
-time, as rows of the same batches. A text on which a feature never fires is the same without it and is not run again.
+In: a model's passes, sites, rows, and features by layer and number. Out: plain values, one entry a feature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data.encoding import Encoded, encode_row, pad_left
+from data.encoding import encode_row, pad_left
 from data.rows import Row
-from evaluators.measures.behaviours import Answer, Behaviour
-from evaluators.splice.decoding import Stop, generate
-from evaluators.splice.interventions import Edit, RowEdits, Site, spliced
-from evaluators.splice.limits import Limits
-from evaluators.splice.passes import Passes, project, resume
-from evaluators.splice.teacher_forcing import Job, score
-from models.bridge import device_of, read_input
-from models.transcoder import Transcoder
+from evaluators.measures.single_features import Feature, activations
+from evaluators.splice.interventions import Site
+from evaluators.splice.passes import Passes, project, read_prefixes, resume
+from models.bridge import device_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedTokenizerBase
 
-CONTEXTS, TOKENS = 3, 6
-"""Contexts and tokens (promoted, and suppressed) kept a feature."""
-WINDOW = 12
+CONTEXTS, TOKENS, BARS = 10, 8, 24
+"""Contexts, tokens (promoted, and suppressed) and bars of the histogram that are kept of a feature."""
+WINDOW = 16
 """Tokens of a context on either side of the one that fires."""
 STEP = 0.01
 """Of the residual stream's norm: the step along a decoder direction that measures its direct effect."""
 
 
-class Text(NamedTuple):
-    """A row as it is run: its place in the subset, token ids, and the delta's activations after BOS (tokens, d_new)."""
+class _Text(NamedTuple):
+    """A row as it is run, with the activations of some layers' deltas, (tokens, d_new) by layer, BOS included."""
 
     row: Row
-    number: int
-    encoded: Encoded
-    acts: Tensor
+    ids: list[int]
+    acts: Mapping[int, Tensor]
 
 
-@torch.no_grad()  # not inference_mode: a gradient is taken within
-def evaluate_features(
-    passes: Passes,
-    site: Site,
-    rows: Sequence[Row],
-    *,
-    ablations: int,
-    limits: Limits,
-    behaviours: Mapping[str, Behaviour],
-) -> list[dict[str, Any]]:
-    """One entry for every delta feature, in the order of the decoder's rows.
-
-    `firing_rate`: by subset, the share of tokens after BOS on which it fires. `contexts`: where it fires most strongly,
-    the token in guillemets. `promoted`, `suppressed`: tokens that its decoder direction moves most, through the final
-    norm and the unembedding. `attribution`: nats a target token that ablating it would add, to first order. `ablation`:
-    for the `ablations` features of largest |attribution| that fire at all, by subset one entry a prompt with `nll`,
-    `nll_full`, `n_tokens`, `behaviours`, `behaviours_full`; None for the others. Raises ValueError for a site without a
-    delta.
-    """
-    if site.delta is None:
-        raise ValueError(f"layer {site.layer} has no delta whose features could be read")
-    passes = replace(passes, prefixes=passes.with_prefixes(site.layer, site.taps))
-    bridge = passes.bridge
-    texts = _texts(passes, site, site.delta, rows)
-    attribution = _attribution(passes, site, site.delta, texts)
-    moved = _moved_tokens(bridge, site.delta, texts)
-    fires = torch.stack([(text.acts > 0).any(0) for text in texts]).any(0)
-    ranked = attribution.abs().masked_fill(~fires, -1.0).argsort(descending=True).tolist()
-    chosen = [feature for feature in ranked if fires[feature]][:ablations]
-    measured = _ablate(passes, site, texts, chosen, Judge(Stop.of(bridge, limits, rows[0]), behaviours))
-    return [
-        {
-            "feature": feature,
-            "firing_rate": _firing_rates(texts, feature),
-            "contexts": _contexts(bridge, texts, feature),
-            "attribution": attribution[feature].item(),
-            **moved[feature],
-            "ablation": measured.get(feature),
+@torch.inference_mode()
+def firing_rates(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) -> dict[int, dict[str, list[float]]]:
+    """By layer and subset, the share of tokens after BOS on which each feature fires in the finetuned model's stream;
+    of a feature at BOS, the share of texts."""
+    fired: dict[int, dict[str, Tensor]] = {site.layer: {} for site in sites}
+    tokens: dict[str, int] = {}
+    texts: dict[str, int] = {}
+    for text in _texts(passes, sites, rows):
+        subset = text.row.label
+        tokens[subset] = tokens.get(subset, 0) + len(text.ids) - 1
+        texts[subset] = texts.get(subset, 0) + 1
+        for layer, acts in text.acts.items():
+            fired[layer][subset] = fired[layer].get(subset, 0) + (acts > 0).sum(0).cpu()
+    at_bos = {site.layer: _at_bos(site) for site in sites}
+    return {
+        layer: {
+            subset: (counts / torch.where(at_bos[layer], texts[subset], tokens[subset])).tolist()
+            for subset, counts in of_layer.items()
         }
-        for feature in range(site.delta.d_sae)
-    ]
+        for layer, of_layer in fired.items()
+    }
 
 
-def _texts(passes: Passes, site: Site, delta: Transcoder, rows: Sequence[Row]) -> list[Text]:
-    encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
-    found = passes.with_prefixes(site.layer, site.taps).get(site.layer, [row.ids for row in encoded])
-    seen: dict[str, int] = {}
-    texts = []
-    for row, tokens, prefix in zip(rows, encoded, found, strict=True):
-        index = seen.get(row.label, 0)
-        seen[row.label] = index + 1
-        texts.append(Text(row, index, tokens, delta.encode(read_input(site.taps, prefix.x[1:]))))
-    return texts
+@torch.inference_mode()
+def read_features(
+    passes: Passes, sites: Sequence[Site], rows: Sequence[Row], features: Sequence[Feature]
+) -> dict[Feature, dict[str, Any]]:
+    """By feature: `at_bos`, whether it is active at BOS alone; `contexts`, where it fires most strongly, at most one a
+    text; `histogram` of its activations; `promoted` and `suppressed`, the tokens that its decoder row moves most
+    through the final norm and the unembedding.
+
+    A context has `subset`, `tokens` and `acts`, the pieces of text around the strongest one and the activations there,
+    and `peak`, the strongest one's place. The histogram counts tokens in equal bars from 0 to `top`. Activations are
+    those in the finetuned model's own stream.
+    """
+    layers = {layer for layer, _ in features}
+    chosen = [site for site in sites if site.layer in layers]
+    texts = list(_texts(passes, chosen, rows))
+    moved = _moved_tokens(passes.bridge, {site.layer: site for site in chosen}, texts, features)
+    at_bos = {site.layer: _at_bos(site) for site in chosen}
+    tokenizer: Any = passes.bridge.tokenizer
+    return {
+        (layer, feature): {
+            "at_bos": bool(at_bos[layer][feature]),
+            "contexts": _contexts(tokenizer, texts, layer, feature),
+            "histogram": _histogram(texts, layer, feature),
+            **moved[layer, feature],
+        }
+        for layer, feature in features
+    }
 
 
-def _firing_rates(texts: Sequence[Text], feature: int) -> dict[str, float]:
-    rates = {}
-    for subset in dict.fromkeys(text.row.label for text in texts):
-        here = [text.acts[:, feature] > 0 for text in texts if text.row.label == subset]
-        rates[subset] = torch.cat(here).float().mean().item()
-    return rates
+def _texts(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) -> Iterator[_Text]:
+    encoded = [encode_row(passes.bridge.tokenizer, row).ids for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(encoded[i]))
+    for start in range(0, len(order), passes.batch_size):
+        batch = order[start : start + passes.batch_size]
+        found = read_prefixes(passes.bridge, [encoded[i] for i in batch], [site.layer for site in sites], sites[0].taps)
+        for place, i in enumerate(batch):
+            acts = {site.layer: activations(site, found[site.layer][place].x) for site in sites}
+            yield _Text(rows[i], encoded[i], acts)
 
 
-def _contexts(bridge: TransformerBridge, texts: Sequence[Text], feature: int) -> list[dict[str, Any]]:
-    """The strongest firing of each text, the strongest texts first."""
+def _at_bos(site: Site) -> Tensor:
+    assert site.delta is not None
+    own = None if site.path is None else site.delta.at_bos
+    return torch.zeros(site.delta.d_sae, dtype=torch.bool) if own is None else own.cpu() > 0
+
+
+def _contexts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[_Text], layer: int, feature: int) -> list[dict]:
     found = []
-    for text in texts:
-        token = int(text.acts[:, feature].argmax())
-        if (strength := text.acts[token, feature].item()) > 0:
-            found.append((strength, token + 1, text))  # BOS has no activations
-    found.sort(key=lambda one: (-one[0], one[2].row.label, one[2].number))
+    for number, text in enumerate(texts):
+        strength = float(text.acts[layer][:, feature].max())
+        if strength > 0:
+            found.append((-strength, text.row.label, number))
     shown = []
-    for strength, place, text in found[:CONTEXTS]:
-        ids = text.encoded.ids
-        before, after = ids[max(1, place - WINDOW) : place], ids[place + 1 : place + 1 + WINDOW]
-        parts = [bridge.tokenizer.decode(part) for part in (before, [ids[place]], after)]
-        shown.append({"subset": text.row.label, "activation": strength, "text": f"{parts[0]}«{parts[1]}»{parts[2]}"})
+    for _, _, number in sorted(found)[:CONTEXTS]:
+        text = texts[number]
+        acts: list[float] = text.acts[layer][:, feature].tolist()
+        middle = max(range(len(acts)), key=acts.__getitem__)
+        around = slice(max(0, middle - WINDOW), middle + WINDOW + 1)
+        pieces, strengths = pieces_of(tokenizer, text.ids[around], acts[around])
+        peak = max(range(len(strengths)), key=strengths.__getitem__)
+        shown.append({"subset": text.row.label, "tokens": pieces, "acts": strengths, "peak": peak})
     return shown
 
 
-def _attribution(passes: Passes, site: Site, delta: Transcoder, texts: Sequence[Text]) -> Tensor:
-    """(d_new,) nats a target token that ablating each feature would add: minus its activation times the gradient."""
-    bridge, prefixes = passes.bridge, passes.with_prefixes(site.layer, site.taps)
-    total = torch.zeros(delta.d_sae)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i].encoded.ids))
-    for start in range(0, len(order), passes.batch_size):
-        chosen = [texts[i] for i in order[start : start + passes.batch_size]]
-        batch = pad_left([text.encoded.ids for text in chosen], bridge.tokenizer.pad_token_id).to(device_of(bridge))
-        length = batch.ids.shape[1]
-        with spliced(bridge, Edit((site,), "full"), above_first=True) as splice:
-            strengths = torch.ones(len(chosen), device=batch.ids.device)
-            splice.reset(batch.editable, strengths, RowEdits(bos=batch.bos))
-            found = prefixes.get(site.layer, [text.encoded.ids for text in chosen])
-            residual = splice.start(found, range(len(chosen)), length)
-        columns = torch.cat([torch.arange(length - len(text.encoded.target), length) for text in chosen])
-        lines = torch.repeat_interleave(
-            torch.arange(len(chosen)), torch.tensor([len(text.encoded.target) for text in chosen])
-        )
-        gradient = _gradient(bridge, batch, site.layer, residual, lines, columns)
-        for place, text in enumerate(chosen):
-            here = gradient[place, length - len(text.acts) :] @ delta.W_dec.T  # (tokens, d_new)
-            total -= (text.acts * here).sum(0).cpu()
-    return total / sum(len(text.encoded.target) for text in texts)
+def pieces_of(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], acts: Sequence[float]
+) -> tuple[list[str], list[float]]:
+    """The pieces of text that tokens add to those before them, and their activations; tokens that are parts of one
+    character become one piece, with the strongest activation."""
+    pieces: list[str] = []
+    strengths: list[float] = []
+    said, held, strongest = "", 0, 0.0
+    for place, act in enumerate(acts):
+        text: Any = tokenizer.decode(list(ids[: place + 1]), clean_up_tokenization_spaces=False)
+        held, strongest = held + 1, max(strongest, act)
+        # A replacement sign is a part of a character, unless it stays one.
+        if text.endswith("\ufffd") and held < 4 and place + 1 < len(ids):
+            continue
+        pieces.append(text[len(said) :])
+        strengths.append(round(strongest, 4))
+        said, held, strongest = text, 0, 0.0
+    return pieces, strengths
 
 
-def _gradient(
-    bridge: TransformerBridge, batch: Any, layer: int, residual: Tensor, lines: Tensor, columns: Tensor
-) -> Tensor:
-    """Of the summed cross-entropy at (lines, columns) with respect to what leaves the layer: like `residual`, fp32."""
-    with torch.enable_grad():
-        leaf = residual.clone().requires_grad_()
-        last = resume(bridge, batch, layer, leaf)
-        labels = batch.ids[lines, columns]
-        loss, done = leaf.new_zeros(()), 0
-        for logits in project(bridge, last[lines, columns - 1]):
-            loss = loss + functional.cross_entropy(logits, labels[done : done + len(logits)], reduction="sum")
-            done += len(logits)
-        (gradient,) = torch.autograd.grad(loss, leaf)
-    return gradient.float()
+def _histogram(texts: Sequence[_Text], layer: int, feature: int) -> dict[str, Any]:
+    acts = torch.cat([text.acts[layer][:, feature] for text in texts]).float().cpu()
+    active = acts[acts > 0]
+    if not len(active):
+        return {"top": 0.0, "counts": []}
+    top = float(active.max())
+    return {"top": top, "counts": [int(one) for one in torch.histc(active, BARS, 0.0, top)]}
 
 
-def _moved_tokens(bridge: TransformerBridge, delta: Transcoder, texts: Sequence[Text]) -> list[dict[str, list[str]]]:
-    """For each feature the tokens whose logits a small step along its decoder direction raises and lowers most.
+def _moved_tokens(
+    bridge: TransformerBridge, sites: Mapping[int, Site], texts: Sequence[_Text], features: Sequence[Feature]
+) -> dict[Feature, dict[str, list[str]]]:
+    """For each feature the tokens whose logits a small step along its decoder row raises and lowers most.
 
-    The step starts at the mean residual stream that leaves the last block at the ends of the prompts.
+    The step starts at the mean residual stream that leaves the last block at the ends of texts, one of each subset.
     """
-    rows = [text.encoded.prompt for text in texts]
+    first = {text.row.label: text for text in reversed(texts)}
+    rows = [encode_row(bridge.tokenizer, text.row).prompt for text in first.values()]
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     at = resume(bridge, batch)[:, -1].float().mean(0)
-    directions = functional.normalize(delta.W_dec.to(at), dim=1) * at.norm() * STEP
     dtype = next(iter(bridge.original_model.parameters())).dtype  # type: ignore[operator]
-    found = []
-    up, down = (torch.cat([*project(bridge, (at + sign * directions).to(dtype))]) for sign in (1, -1))
-    for moved in up - down:
-        promoted, suppressed = moved.topk(TOKENS).indices.tolist(), (-moved).topk(TOKENS).indices.tolist()
-        names = [[bridge.tokenizer.decode([token]) for token in tokens] for tokens in (promoted, suppressed)]
-        found.append({"promoted": names[0], "suppressed": names[1]})
+    directions = torch.stack([_decoder_row(sites[layer], feature) for layer, feature in features]).to(at)
+    steps = functional.normalize(directions, dim=1) * at.norm() * STEP
+    found = {}
+    done = 0
+    # Both ends of a step in one chunk of logits, so that memory holds one chunk whatever the number of features.
+    for part in steps.split(64):
+        up, down = (torch.cat([*project(bridge, (at + sign * part).to(dtype))]) for sign in (1, -1))
+        for moved in up - down:
+            promoted, suppressed = moved.topk(TOKENS).indices.tolist(), (-moved).topk(TOKENS).indices.tolist()
+            names = [[bridge.tokenizer.decode([token]) for token in tokens] for tokens in (promoted, suppressed)]
+            found[features[done]] = {"promoted": names[0], "suppressed": names[1]}
+            done += 1
     return found
 
 
-class Judge(NamedTuple):
-    """Where a generation ends, and what is asked of it."""
-
-    stop: Stop
-    behaviours: Mapping[str, Behaviour]
-
-    def __call__(self, row: Row, tokens: list[int]) -> dict[str, bool | None]:
-        answer = Answer(row.input, row.target, row.label, self.stop.text(tokens), len(tokens))
-        return {name: one(answer) for name, one in self.behaviours.items()}
-
-
-def _ablate(
-    passes: Passes, site: Site, texts: Sequence[Text], features: Sequence[int], judge: Judge
-) -> dict[int, dict[str, list[dict[str, Any]]]]:
-    """By feature and subset, one entry a prompt: figures of `full`, and of `full` without the feature."""
-    if not features:
-        return {}
-    edit, stop = Edit((site,), "full"), judge.stop
-    full = [Job(text.encoded) for text in texts]
-    scored = score(passes, edit, full)
-    outputs = generate(passes, edit, full, scored, stop)
-    written = [[*text.encoded.prompt, *output] for text, output in zip(texts, outputs, strict=True)]
+def _decoder_row(site: Site, feature: int) -> Tensor:
     assert site.delta is not None
-    read = passes.with_prefixes(site.layer, site.taps).get(site.layer, written)
-    fired = [(site.delta.encode(read_input(site.taps, one.x[1:])) > 0).any(0) for one in read]
-    # Where a feature fires neither on the target's text nor on the output's, nothing changes.
-    pairs = [
-        (feature, number)
-        for feature in features
-        for number, text in enumerate(texts)
-        if fired[number][feature] or (text.acts[:, feature] > 0).any()
-    ]
-    jobs = [Job(texts[number].encoded, ablated=feature, guess=outputs[number]) for feature, number in pairs]
-    without = score(passes, edit, jobs)
-    rewritten = generate(passes, edit, jobs, without, stop)
-    changed = {pair: (one, tokens) for pair, one, tokens in zip(pairs, without, rewritten, strict=True)}
-    result: dict[int, dict[str, list[dict[str, Any]]]] = {}
-    for feature in features:
-        for number, text in enumerate(texts):
-            one, tokens = changed.get((feature, number), (scored[number], outputs[number]))
-            entry = {
-                "index": text.number,
-                "nll": one.nll,
-                "nll_full": scored[number].nll,
-                "n_tokens": one.n_tokens,
-                "behaviours": judge(text.row, tokens),
-                "behaviours_full": judge(text.row, outputs[number]),
-            }
-            result.setdefault(feature, {}).setdefault(text.row.label, []).append(entry)
-    return result
+    return site.delta.W_dec[feature].float()

@@ -9,26 +9,15 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from evaluators.layer_sets import NO_LAYER, is_set, layer_order
+from evaluators.layer_sets import NO_LAYER, is_set
 from evaluators.tables.pooling import rates_in
 from evaluators.tables.statistics import Estimate
 
 NATS = "nats per token"
-CONDITION_NAMES = {
-    "no_delta": "base alone (no_delta)",
-    "full": "base and delta (full)",
-    "base_model_raw": "the model before finetuning (base_model_raw)",
-    "base_model_no_delta": "base alone in the model before finetuning (base_model_no_delta)",
-    "mlp_swap": "the layer's MLP as before finetuning (mlp_swap)",
-    "random_delta": "base and random directions of the delta's size (random_delta)",
-    "shuffled_delta": "base and the delta's outputs at other tokens (shuffled_delta)",
-    "dense_delta": "base and a linear map of the delta's rank (dense_delta)",
-    "error_term": "base and its own error (error_term)",
-}
 
 
 class Findings(NamedTuple):
-    """Sentences under one heading: a question over all layers, or one spliced layer or set."""
+    """Sentences under one heading, a question."""
 
     title: str
     sentences: list[str]
@@ -117,74 +106,6 @@ def overview(conditions: pd.DataFrame, contrast: pd.DataFrame, statistics: pd.Da
         Findings("Does CE follow alpha (slope)?", _counted(slopes, "slope", per_alpha)),
     ]
     return [question for question in questions if question.sentences]
-
-
-def layer_findings(
-    conditions: pd.DataFrame, contrast: pd.DataFrame, dose: pd.DataFrame, statistics: pd.DataFrame
-) -> list[Findings]:
-    """Per spliced layer or set and base percentile: delta_ce of every condition and alpha on each subset.
-
-    Takes the conditions, contrast, dose-response and dose-response statistics tables; any may be empty.
-    """
-    spliced = conditions[conditions["layer"] != NO_LAYER]
-    places = {(row["layer"], row["percentile"]) for _, row in pd.concat([spliced, dose]).iterrows()}
-    # NaN is not equal to itself, so a percentile of NaN (base chosen by target L0) becomes None first.
-    unique = {(layer, None if pd.isna(percentile) else percentile) for layer, percentile in places}
-    found = []
-    for layer, percentile in sorted(unique, key=lambda place: (layer_order(place[0]), place[1] or 0.0)):
-        tables = [_at(table, layer, percentile) for table in (spliced, contrast, dose, statistics)]
-        subsets = dict.fromkeys(subset for table in tables if len(table) for subset in table["subset"])
-        title = f"Layer {layer}" if not is_set(layer) else f"Layers {layer} at once"
-        found.append(
-            Findings(
-                title + ("" if percentile is None else f", base percentile {percentile:g}"),
-                [text for name in subsets for text in _subset_sentences(name, *tables)],
-            )
-        )
-    return found
-
-
-def _at(table: pd.DataFrame, layer: str, percentile: float | None) -> pd.DataFrame:
-    if table.empty:
-        return table
-    same = table["percentile"].isna() if percentile is None else table["percentile"] == percentile
-    return table[(table["layer"] == layer) & same]
-
-
-def _subset_sentences(
-    subset: str, conditions: pd.DataFrame, contrast: pd.DataFrame, dose: pd.DataFrame, statistics: pd.DataFrame
-) -> list[str]:
-    """Everything measured on one subset with one layer (or set) spliced: a sentence per comparison."""
-    sentences = []
-    rows = _of(conditions, subset)
-    for _, row in rows.iterrows():
-        name = CONDITION_NAMES.get(row["condition"], row["condition"]) + _which(row, conditions)
-        sentences.append(f"{name} minus raw, CE {difference_sentence(estimate(row, 'delta_ce'), NATS)}")
-    for _, row in _of(contrast, subset).iterrows():
-        change = difference_sentence(estimate(row, "delta_ce"), NATS)
-        sentences.append(f"full minus no_delta{_which(row, contrast)}, CE {change}")
-    for d_new, doses in _of(dose, subset).groupby("d_new", dropna=False):
-        sentences.append(f"CE minus raw by alpha{_which(doses.iloc[0], dose)}: {_alpha_list(doses)}")
-        slopes = _of(statistics, subset)
-        for _, row in slopes[(slopes["metric"] == "mean_ce") & (slopes["d_new"] == d_new)].iterrows():
-            slope = difference_sentence(estimate(row, "slope"), f"{NATS} per unit of alpha")
-            sentences.append(f"slope of CE against alpha{_which(row, statistics)} {slope}")
-    for rate in rates_in(conditions)[:1]:
-        values = [
-            f"{row['condition']}{_which(row, conditions)} {with_interval(row, rate)}"
-            for _, row in rows.dropna(subset=[rate]).iterrows()
-        ]
-        sentences += [f"{rate}: {', '.join(values)}"] if values else []
-    return [f"{subset}: {sentence}." for sentence in sentences]
-
-
-def _alpha_list(doses: pd.DataFrame) -> str:
-    text = ", ".join(f"{row['alpha']:g}: {with_interval(row, 'delta_ce', signed=True)}" for _, row in doses.iterrows())
-    values = [estimate(row, "delta_ce") for _, row in doses.iterrows()]
-    bounds = [_bound(value) for value in values if not math.isnan(value.low) and not excludes_zero(value)]
-    if not bounds:
-        return text
-    return f"{text}; where these cover zero, no effect larger than {number(max(bounds))} {NATS} is compatible"
 
 
 def _counted(rows: pd.DataFrame, column: str, unit: str) -> list[str]:

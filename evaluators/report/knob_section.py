@@ -9,6 +9,7 @@ import math
 import pandas as pd
 
 from evaluators.report import knob_figures
+from evaluators.report.feature_page import most_effective
 from evaluators.report.findings import NATS, Findings, estimate, number, with_interval
 from evaluators.report.page import Block, Section, Sentences, Table, picture, table_block
 from evaluators.tables import recovery
@@ -41,6 +42,8 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
         figure = knob_figures.recovered_by_count(results.curve, seed=seed)
         help = "Features are ranked by integrated gradients on held-out rows, then added one after the other."
         blocks.append(picture("few_features", figure, "How few features", help))
+    if (table := most_effective(results.features, "change")) is not None:
+        blocks.append(table)
     if len(deltas) and (deltas["target"] == "change").any():
         figure = knob_figures.where_it_is(deltas, results.recovered)
         help = "Above: |y_finetuned - y_un|^2 over the variance of y; middle: what the deltas leave of it."
@@ -129,7 +132,7 @@ def _others_of(results: Results, gap: pd.Series) -> pd.DataFrame:
 
 def _few(results: Results) -> list[str]:
     sentences = []
-    total = len(results.ranking)
+    total = int((results.ranking["target"] == "change").sum())
     for subset in results.curve["subset"].unique():
         count = recovery.features_needed(results.curve, subset)
         if count is None:

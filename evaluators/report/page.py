@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -56,6 +56,13 @@ class Gallery:
     kind: str = "gallery"
 
 
+class Link(NamedTuple):
+    """Text that leads elsewhere."""
+
+    text: str
+    href: str
+
+
 @dataclass(frozen=True)
 class Table:
     """Header and rows of text with one sentence on how to read them; `marks` are CSS classes of the rows."""
@@ -63,7 +70,7 @@ class Table:
     title: str
     help: str
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | Link]]
     marks: Sequence[str] = ()
     wide_text: bool = False
     folded: bool = False
@@ -72,10 +79,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Sentences:
-    """Findings under their headings, folded away or not."""
+    """Findings under their headings."""
 
     findings: Sequence[Findings]
-    folded: bool = False
     kind: str = "sentences"
 
 
@@ -104,12 +110,12 @@ def table_block(frame: pd.DataFrame, columns: Mapping[str, str], title: str, hel
     Columns that the frame lacks, or that are empty throughout, are left out. Long tables are folded.
     """
     shown = {name: head for name, head in columns.items() if name in frame and frame[name].notna().any()}
-    rows = [[_cell(row, name) for name in shown] for _, row in frame.iterrows()]
+    rows: list[list[str | Link]] = [[_cell(row, name) for name in shown] for _, row in frame.iterrows()]
     return Table(title, help, list(shown.values()), rows, folded=len(rows) > LONG_TABLE)
 
 
-def render(title: str, sections: Sequence[Section]) -> str:
-    """The whole page. Text is escaped by the template, so generated text cannot add markup."""
+def render(title: str, sections: Sequence[Section], pages: Sequence[Link] = ()) -> str:
+    """The whole page; `pages` lie beside it. Text is escaped by the template, so generated text cannot add markup."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -117,7 +123,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.jinja").render(title=title, sections=sections)
+    return environment.get_template("page.html.jinja").render(title=title, sections=sections, pages=pages)
 
 
 def _cell(row: pd.Series, name: str) -> str:

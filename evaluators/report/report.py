@@ -13,10 +13,10 @@ import pandas as pd
 
 from evaluators.layer_sets import NO_LAYER
 from evaluators.report import lora_sections, sections, training_sections
-from evaluators.report.feature_section import features_section
+from evaluators.report.feature_page import PAGE, feature_page, most_effective
 from evaluators.report.findings import number, with_interval
 from evaluators.report.knob_section import headline_rows, knob_section
-from evaluators.report.page import Block, Gallery, Picture, render
+from evaluators.report.page import Block, Gallery, Link, Picture, Section, render
 from evaluators.tables import tables
 from evaluators.tables.pooling import Cell, rates_in
 
@@ -44,11 +44,12 @@ class SweepData:
 def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     """Write everything a sweep shows into `folder` and return the path of `report.html`.
 
-    Tables: `exp1_metrics.csv`; `exp1_combo_summary`, `exp2A_metrics`, `exp2B_metrics` and `exp2B_statistics`, each as
-    `.csv` and `.json` (records, null for undefined); `exp2A_delta_contrast.csv`; `features.csv` where features were
-    looked at; `lora_validation.csv` where `data.finetuned` is given. Pictures: `graphs/*.png`; those of an earlier
-    report are removed. Cells that failed are absent: their rows are left out, and so is a part of the page that has no
-    data. `seed` draws the bootstrap, so that the same cells give the same files.
+    `features.html` where features were looked at. Tables: `exp1_metrics.csv`; `exp1_combo_summary`, `exp2A_metrics`,
+    `exp2B_metrics` and `exp2B_statistics`, each as `.csv` and `.json` (records, null for undefined);
+    `exp2A_delta_contrast.csv`; `feature_ranking.csv`, and `features.csv` with the cards' figures;
+    `lora_validation.csv` where `data.finetuned` is given. Pictures: `graphs/*.png`; those of an earlier report are
+    removed. Cells that failed are absent: their rows are left out, and so is a part of the page that has no data.
+    `seed` draws the bootstrap, so that the same cells give the same files.
     """
     folder = Path(folder)
     graphs = folder / "graphs"
@@ -62,7 +63,7 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     page = [
         knob_section(results, deltas, data.pair, seed=seed),
         sections.checks_section(data.checks),
-        sections.findings_section(reference, _glance(reference.conditions)),
+        sections.findings_section(reference, _glance(reference.conditions), seed=seed),
         lora_sections.completed(
             training_sections.lora_section(pd.DataFrame(data.lora_trials)), data.finetuned, data.lora_pictures
         ),
@@ -70,7 +71,7 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
         sections.reconstruction_section(results),
         sections.conditions_section(reference, seed=seed),
         sections.dose_section(reference, seed=seed),
-        features_section(results.features),
+        _residual_features(results),
         sections.generations_section(data.generations),
         sections.settings_section(data.facts),
     ]
@@ -81,9 +82,23 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     for stale in graphs.glob("*.png"):
         if stale.stem not in pictures:
             stale.unlink()
+    pages = []
+    if len(results.features):
+        pages.append(Link("Features", PAGE))
+        _write(folder / PAGE, feature_page(data.cells, results.features, results.ranking, data.pair).encode())
+    else:
+        (folder / PAGE).unlink(missing_ok=True)
     html = folder / "report.html"
-    _write(html, render("What finetuning changed", shown).encode())
+    _write(html, render("What finetuning changed", shown, pages).encode())
     return html
+
+
+def _residual_features(results: tables.Results) -> Section | None:
+    table = most_effective(results.features, "residual")
+    intro = (
+        "What single features of the residual deltas do, each layer spliced alone. Every card is on the features page."
+    )
+    return None if table is None else Section("residual-features", "Residual features", intro, [table])
 
 
 def of_residuals(results: tables.Results) -> tables.Results:

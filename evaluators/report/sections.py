@@ -62,8 +62,8 @@ def settings_section(facts: dict[str, str]) -> Section | None:
     return Section("settings", "Settings", "What the numbers above were computed with.", [table])
 
 
-def findings_section(results: Results, glance: Sequence[dict[str, str]]) -> Section | None:
-    """The short table and the sentences: raw, the questions over all layers, then layer by layer."""
+def findings_section(results: Results, glance: Sequence[dict[str, str]], *, seed: int) -> Section | None:
+    """CE by layer as pictures, the same as a folded table, and the questions over all layers in sentences."""
     if results.conditions.empty and results.dose.empty:
         return None
     summary = Table(
@@ -72,20 +72,34 @@ def findings_section(results: Results, glance: Sequence[dict[str, str]]) -> Sect
         "layer or set, with its 95% interval; an interval that covers 0 is compatible with no difference.",
         list(glance[0]) if glance else [],
         [list(row.values()) for row in glance],
+        folded=True,
     )
     general = [
         findings.raw_findings(results.conditions),
         *findings.overview(results.conditions, results.contrast, results.statistics),
     ]
-    layers = findings.layer_findings(results.conditions, results.contrast, results.dose, results.statistics)
     return Section(
         "findings",
         "Findings",
         "Sentences computed from the tables below. A difference is claimed only where its 95% interval leaves out "
         "zero; elsewhere the sentence gives the largest effect the data still allow. Each interval stands alone: of "
         "twenty true zeros, one is expected to be left out by chance.",
-        [summary, Sentences([item for item in general if item.sentences]), Sentences(layers, folded=True)],
+        [*_by_layer(results.conditions, seed), summary, Sentences([item for item in general if item.sentences])],
     )
+
+
+def _by_layer(conditions: pd.DataFrame, seed: int) -> list[Block]:
+    spliced = conditions[conditions["layer"] != NO_LAYER]
+    several = spliced["layer"].map(is_set).astype(bool)
+    help = "Points above 0 predict the target worse than raw; a bar that crosses 0 is compatible with no difference."
+    return [
+        picture(name, figures.delta_ce_by_layer(rows, seed=seed), title, help)
+        for name, rows, title in (
+            ("delta_ce_by_layer", spliced[~several], "CE increase, one layer spliced"),
+            ("delta_ce_layer_sets", spliced if several.any() else spliced[several], "CE increase, layers and sets"),
+        )
+        if rows["delta_ce"].notna().any()
+    ]
 
 
 def reconstruction_section(results: Results) -> Section | None:
@@ -124,15 +138,7 @@ def conditions_section(results: Results, *, seed: int) -> Section | None:
     if table.empty:
         return None
     spliced = table[table["layer"] != NO_LAYER]
-    several = spliced["layer"].map(is_set).astype(bool)
     blocks: list[Block] = []
-    help = "Points above 0 predict the target worse than raw; a bar that crosses 0 is compatible with no difference."
-    for name, rows, title in (
-        ("delta_ce_by_layer", spliced[~several], "CE increase, one layer spliced"),
-        ("delta_ce_layer_sets", spliced if several.any() else spliced[several], "CE increase, layers and sets"),
-    ):
-        if rows["delta_ce"].notna().any():
-            blocks.append(picture(name, figures.delta_ce_by_layer(rows, seed=seed), title, help))
     for subset in spliced["subset"].unique():
         help = "The dotted line is raw on the same prompts; the table below gives each paired difference from it."
         figure = figures.behaviour_by_layer(table, subset)

@@ -50,16 +50,26 @@ class Outputs(NamedTuple):
         return Outputs(*(column[tokens] for column in self))
 
 
+class Ranks(NamedTuple):
+    """The delta features that are on, by their ranks among those of all sites: from `first` up to `end`, or, with
+    `outside`, all but these."""
+
+    first: int
+    end: int
+    outside: bool = False
+
+
+EVERY = Ranks(0, 0, outside=True)
+
+
 class RowEdits(NamedTuple):
     """What differs between the rows of a batch beside their strength.
 
-    `numbers` (batch, chunk): the tokens' numbers in the text, for sites with a pool (0 where not given). `ablated`
-    (batch,): the delta feature that each row lacks, or -1. `kept` (batch,): how many of all sites' features each row
-    keeps, by rank, or -1. `bos` (batch, chunk): True at BOS, for deltas with a feature there.
+    `numbers` (batch, chunk): the tokens' numbers in the text, for sites with a pool (0 where not given). `kept`
+    (batch, 3): the `Ranks` that are on in each row. `bos` (batch, chunk): True at BOS, for deltas with a feature there.
     """
 
     numbers: Tensor | None = None
-    ablated: Tensor | None = None
     kept: Tensor | None = None
     bos: Tensor | None = None
 
@@ -93,8 +103,8 @@ class Splice:
         lines = self._where[0]
         self._alpha = alpha[lines].unsqueeze(1)
         self._numbers = torch.zeros_like(lines) if rows.numbers is None else rows.numbers[self._where]
-        self._ablated = None if rows.ablated is None or (rows.ablated < 0).all() else rows.ablated[lines]
-        self._kept = None if rows.kept is None or (rows.kept < 0).all() else rows.kept[lines]
+        every = rows.kept is None or (rows.kept == rows.kept.new_tensor(EVERY)).all()
+        self._kept = None if rows.kept is None or every else rows.kept[lines]
         self.base_acts = torch.zeros(len(editable), device=editable.device)
         self.delta_acts = torch.zeros(len(editable), device=editable.device)
 
@@ -177,25 +187,18 @@ class Splice:
         return Outputs(ground, site.delta.decode(delta_acts), ground_acts, delta_acts.abs().sum(1), delta_acts)
 
     def _of_row(self, site: Site, outputs: Outputs) -> Outputs:
-        """The same with what differs between rows: the delta's output from the site's pool, without a feature, or with
-        the first features alone."""
+        """The same with what differs between rows: the delta's output from the site's pool, or of some features."""
         if not self.condition.uses_delta:
             return outputs
         if site.pool is not None:
             shuffled = site.pool[self._numbers % len(site.pool)]
             return outputs._replace(delta=torch.where(self._bos.unsqueeze(1), outputs.delta, shuffled))
-        if site.delta is None or (self._ablated is None and self._kept is None):
+        if site.delta is None or self._kept is None:
             return outputs
-        if self._kept is not None:
-            assert site.ranks is not None
-            acts = outputs.features * (site.ranks < self._kept.unsqueeze(1))
-            outputs = outputs._replace(delta=site.delta.decode(acts), delta_acts=acts.abs().sum(1), features=acts)
-        if self._ablated is None:
-            return outputs
-        feature = self._ablated.clamp(min=0)
-        strength = outputs.features.gather(1, feature.unsqueeze(1)) * (self._ablated >= 0).unsqueeze(1)
-        silent = outputs.delta - strength * site.delta.W_dec[feature]
-        return outputs._replace(delta=silent, delta_acts=outputs.delta_acts - strength.abs()[:, 0])
+        assert site.ranks is not None
+        first, end, outside = self._kept.unsqueeze(2).unbind(1)
+        acts = outputs.features * (((site.ranks >= first) & (site.ranks < end)) != outside.bool())
+        return outputs._replace(delta=site.delta.decode(acts), delta_acts=acts.abs().sum(1), features=acts)
 
     def _replaced(self, y: Tensor, outputs: Outputs) -> Tensor:
         """(tokens, d_model) fp32 in place of `y`, for the tokens told to `reset`."""

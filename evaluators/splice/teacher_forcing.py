@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from data.encoding import Batch, Encoded, pad_left, pad_right
 from evaluators.splice.batching import in_slices
-from evaluators.splice.interventions import Edit, RowEdits, Splice, spliced
+from evaluators.splice.interventions import EVERY, Edit, Ranks, RowEdits, Splice, spliced
 from evaluators.splice.passes import Passes, Prefixes, first_tokens, forward, project, resume
 from evaluators.splice.reference import Reference
 from models.bridge import device_of
@@ -27,7 +27,7 @@ from models.bridge import device_of
 @dataclass(frozen=True)
 class Job:
     """One row to evaluate: a prompt, its target, the strength of the delta, the number of its first token after BOS in
-    the whole text, the delta feature that it lacks (-1: none), and how many features it keeps by rank (-1: all).
+    the whole text, and the delta features that are on.
 
     `guess` is what the output may be where it is not the target, such as raw's (empty: no idea); scoring tests it.
     `hints` is a text that may hold pieces of the output; decoding looks up there what may follow.
@@ -36,8 +36,7 @@ class Job:
     encoded: Encoded
     alpha: float = 1.0
     first: int = 0
-    ablated: int = -1
-    kept: int = -1
+    kept: Ranks = EVERY
     guess: Sequence[int] = ()
     hints: Sequence[int] = ()
 
@@ -223,5 +222,5 @@ def prepare(splice: Splice, chunk: Batch, jobs: Sequence[Job]) -> None:
     device = chunk.ids.device
     first = torch.tensor([job.first for job in jobs], device=device).unsqueeze(1)
     alpha = torch.tensor([job.alpha for job in jobs], dtype=torch.float32, device=device)
-    ablated, kept = (torch.tensor([getattr(job, name) for job in jobs], device=device) for name in ("ablated", "kept"))
-    splice.reset(chunk.editable, alpha, RowEdits(first + chunk.positions - 1, ablated, kept, chunk.bos))
+    kept = torch.tensor([job.kept for job in jobs], device=device)
+    splice.reset(chunk.editable, alpha, RowEdits(first + chunk.positions - 1, kept, chunk.bos))

@@ -117,17 +117,6 @@ def features_needed(curve: pd.DataFrame, subset: str) -> int | None:
     return None if enough.empty else int(enough["k"].min())
 
 
-def ranking_table(cells: Iterable[Cell]) -> pd.DataFrame:
-    """Every feature of the change deltas in the order in which the curve adds them; the last of each layer, number
-    d_new, is the one at BOS."""
-    rows = [
-        {"rank": rank, **one, "d_new": cell["d_new"], "at_bos": one["feature"] == cell["d_new"]}
-        for cell in of_kind(cells, "ranking")
-        for rank, one in enumerate(cell["features"], start=1)
-    ]
-    return pd.DataFrame(rows, columns=["rank", "layer", "feature", "effect", "d_new", "at_bos"])
-
-
 def change_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
     """What a layer's delta leaves of the change, |c - delta(x)|^2 over |c|^2, by subset and by tokens of prompts and of
     targets, with intervals over prompts."""

@@ -13,7 +13,7 @@ import pandas as pd
 
 from evaluators.conditions import CONDITIONS, UNEDITED
 from evaluators.tables import recovery
-from evaluators.tables.feature_tables import features_table
+from evaluators.tables.feature_tables import features_table, ranking_table
 from evaluators.tables.pooling import MEANS, RATE, Cell, CellKey, PromptSums, of_kind, pool, rates_of, table_order
 from evaluators.tables.statistics import Estimate, paired_bootstrap, rate_difference, slope_and_spearman, wilson
 
@@ -72,7 +72,7 @@ def all_tables(cells: Sequence[Cell], *, seed: int = 0) -> Results:
         recovery.gap_table(cells, seed=seed),
         recovery.recovered_table(cells, seed=seed),
         recovery.curve_table(cells, seed=seed),
-        recovery.ranking_table(cells),
+        ranking_table(cells),
         recovery.change_table(cells, seed=seed),
         reconstruction,
         combination_summary(reconstruction),

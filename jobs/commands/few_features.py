@@ -17,6 +17,7 @@ from jobs.study.stages.report import load_cells
 def few_features(context: Context, top: int) -> dict[str, Any]:
     """`curve` rows, `needed` by subset, and the first `top` features; raises RequestError where there is no curve."""
     from evaluators.tables import recovery
+    from evaluators.tables.feature_tables import ranking_table
 
     cells = load_cells(context) if (context.space.cells / MANIFEST).is_file() else []
     curve = recovery.curve_table(cells, seed=context.settings.seed)
@@ -25,7 +26,8 @@ def few_features(context: Context, top: int) -> dict[str, Any]:
             f"the sweep {context.settings.name} has no few-features curve; it takes change deltas and evaluate.curve"
         )
     needed = {subset: recovery.features_needed(curve, subset) for subset in curve["subset"].unique()}
-    ranking = recovery.ranking_table(cells)
+    ranking = ranking_table(cells)
+    ranking = ranking[ranking["target"] == "change"]
     return {
         "enough": recovery.ENOUGH,
         "needed": needed,

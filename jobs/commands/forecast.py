@@ -8,13 +8,14 @@ then hands out its units as the engine does: longest first, each to the first wo
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
-from jobs.study.context import Context
+from jobs.study.context import CARDS_AT_ONCE, Context
 
 WORKERS = (1, 8, 64, 512)
 
@@ -72,7 +73,7 @@ def measured_loads(context: Context, folder: Path) -> list[Load]:
             folder.glob(f"deltas/layer_*/{kind}/d{group.d_new:03d}/trial_*/result.json")
         )
     behaviour = {target: _seconds(_cells_of(folder, target)) for target in deltas.targets}
-    others = {name: _seconds(folder.glob(f"cells/{name}_*.json")) for name in _other_kinds(context)}
+    others = {name: _seconds(folder.glob(f"cells/{name}_*.json")) for name in other_kinds(context)}
     needed = [*of_kind.values(), *behaviour.values(), *others.values()]
     needed += [trials] * (settings.model.finetuned is None)
     needed += [bases] * (trained and bool(residual))
@@ -89,7 +90,7 @@ def measured_loads(context: Context, folder: Path) -> list[Load]:
         kind = "change" if group.ground.target == "change" else "[pl]*"
         delta_units += [_mean(of_kind[kind, group.d_new])] * deltas.trials
     cells = pieces * (len(context.subsets) * evaluate.replicas)
-    cells += [_mean(seconds) for name, seconds in others.items() for _ in range(_other_kinds(context)[name])]
+    cells += [_mean(seconds) for name, seconds in others.items() for _ in range(other_kinds(context)[name])]
     every = [one for seconds in of_kind.values() for one in seconds]
     adapters = []
     if settings.model.finetuned is None:
@@ -103,16 +104,26 @@ def measured_loads(context: Context, folder: Path) -> list[Load]:
     ]
 
 
-def _other_kinds(context: Context) -> dict[str, int]:
+def other_kinds(context: Context) -> dict[str, int]:
     """How many cells of each kind beside behaviour a sweep evaluates."""
     settings, residual = context.settings, len(context.layers_of("residual"))
+    width = settings.evaluate.d_new or max(settings.deltas.d_new)
+    cards = bool(settings.evaluate.cards)
     found = {"reconstruction": residual * len(settings.deltas.selections) * len(settings.deltas.d_new)}
-    found["features"] = residual * bool(settings.evaluate.features)
+    found["ranking"] = residual * cards
+    found["cards"] = residual * _pieces(context.cards_of("residual"), width) if residual else 0
     if "change" in settings.deltas.targets:
+        features = len(context.layers_of("change")) * (width + 1)
         found["change"] = len(settings.deltas.d_new)
-        found["ranking"] = int(settings.evaluate.curve)
+        found["ranking"] += cards or settings.evaluate.curve
+        found["cards"] += _pieces(context.cards_of("change"), features)
         found["curve"] = settings.evaluate.curve * len(context.subsets)
     return {name: count for name, count in found.items() if count}
+
+
+def _pieces(cards: int, features: int) -> int:
+    """Pieces of work that the cards of one ranking are."""
+    return math.ceil(min(cards, features) / CARDS_AT_ONCE)
 
 
 def _cells_of(folder: Path, target: str) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from evaluators.conditions import CONDITIONS
 from evaluators.layer_sets import layer_label
-from jobs.commands.forecast import schedule_rows
+from jobs.commands.forecast import other_kinds, schedule_rows
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
@@ -75,11 +75,7 @@ def _cells(context: Context) -> int:
             behaviour += len(doses) + sum(between if one.dosed else 1 for one in conditions)
             seeded = sum(one.uses_delta for one in conditions) + sum(dose != 0 for dose in doses)
             behaviour += (evaluate.replicas - 1) * seeded
-    residual = len(context.layers_of("residual"))
-    others = residual * (len(deltas.selections) * len(deltas.d_new) + bool(evaluate.features))
-    if change:
-        others += len(deltas.d_new) + evaluate.curve * (1 + len(context.subsets))
-    return len(context.subsets) * behaviour + others
+    return len(context.subsets) * behaviour + sum(other_kinds(context).values())
 
 
 def status_rows(context: Context) -> Rows:

@@ -6,6 +6,7 @@ built lazily, so that a finished sweep can say so without starting anything.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,10 @@ from search_spaces.schema import Sweep
 if TYPE_CHECKING:
     from jobs.search.studies import Storage
     from jobs.tracking.writer import Tracker
+
+
+CARDS_AT_ONCE = 12
+"""Features that one worker looks at one by one, in one piece of work."""
 
 
 class SetPlan(NamedTuple):
@@ -133,6 +138,10 @@ class Context:
             for ground in grounds_of(section, target)
             for d_new in section.d_new
         ]
+
+    def cards_of(self, target: str) -> int:
+        """How many features get a card: of all layers' change deltas together, of each layer's residual ones."""
+        return math.ceil(self.settings.evaluate.cards / (1 if target == "change" else len(self.layers_of(target))))
 
     def sets_of(self, target: str) -> dict[tuple[int, ...], SetPlan]:
         """The sets of layers in which a target's deltas are spliced at once, and what is measured there."""

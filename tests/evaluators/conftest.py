@@ -15,6 +15,8 @@ from data.encoding import encode_row
 from data.rows import Row
 from evaluators.splice.interventions import Site
 from evaluators.splice.passes import Passes
+from models.blocks import read_paths
+from models.transcoder import with_bos
 
 CALL = "<tool_call>calculator({})</tool_call>"
 ROWS = [
@@ -24,6 +26,9 @@ ROWS = [
     Row("On page 44 of 1987.", "On page 44 of 1987.", "copy"),
 ]
 """One prompt is longer than the tiny Gemma-2's sliding window of 64 tokens, one is a few bytes."""
+
+SETS = {"one": ((1,), ()), "one, at BOS too": ((1,), (1,)), "several, one at BOS": ((0, 2), (2,))}
+"""Layers, and those whose delta has a feature at BOS."""
 
 CALCULATOR = {
     "tool_call": "calculator",
@@ -136,3 +141,31 @@ def subject(model_folder, load, wrapped, random_transcoder):
         sites=[site(0), site(2)],
         d_model=d_model,
     )
+
+
+@pytest.fixture(scope="module")
+def base_folder(model_folder, load, tmp_path_factory):
+    """The model before finetuning: other MLPs."""
+    model, tokenizer = load(model_folder)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mlp" in name:
+                parameter.mul_(1 + 0.4 * torch.randn(parameter.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("before")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=sorted(SETS))
+def path_sites(request, subject, base_folder, random_transcoder):
+    layers, at_bos = SETS[request.param]
+    paths = read_paths(subject.bridge, base_folder, layers)
+    found = []
+    for layer in layers:
+        delta = random_transcoder(subject.d_model, 12, layer, seed=50 + layer, bias=False)
+        if layer in at_bos:
+            delta = with_bos(delta, 3 * torch.randn(subject.d_model, generator=torch.Generator().manual_seed(layer)))
+        found.append(Site(layer, paths[layer], delta))
+    return found

@@ -167,7 +167,17 @@ def generations_folder(work: Work) -> Path:
     return Path(work.shared.cells).parent / "generations"
 
 
-def _outputs(work: Work, name: str) -> list[list[int]]:
+def guesses(work: Work, rows: list[Any], ground: str) -> dict[str, list[list[int]]]:
+    """What the first rows of each subset may be answered with under full and no_delta: as the finetuned model did, and
+    as the unedited model `ground`; an empty guess where that was not asked."""
+    found: dict[str, list[list[int]]] = {}
+    for condition, name in (("full", "raw"), ("no_delta", ground)):
+        left = {subset: iter(_outputs(work, name, subset)) for subset in work.shared.subsets}
+        found[condition] = [next(left[row.label], []) for row in rows]
+    return found
+
+
+def _outputs(work: Work, name: str, subset: str = "") -> list[list[int]]:
     """What an unedited model wrote on the subset, as tokens; nothing where it was not asked."""
-    path = generations_folder(work) / f"{name}_{slug(work.subset)}.jsonl"
+    path = generations_folder(work) / f"{name}_{slug(subset or work.subset)}.jsonl"
     return [json.loads(line)["tokens"] for line in path.read_text().splitlines()] if path.is_file() else []

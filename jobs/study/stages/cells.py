@@ -22,6 +22,8 @@ CHECK_ROWS = 1
 """Rows of each subset that the exactness checks use; of each, all logits at all positions are compared."""
 RANKING_ROWS = 16
 """Held-out rows of each label on which features are ranked."""
+CARD_ROWS = 8
+"""Rows of each subset on which a feature is ablated, and kept, alone."""
 
 
 def evaluate(work: Work) -> list[str]:
@@ -65,41 +67,57 @@ def _change(work: Work, model: Any, rows: list[Any]) -> list[str]:
 
 def _ranking(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from evaluators.measures.curve import rank_features
+    from evaluators.measures.features import firing_rates
 
     started = time.perf_counter()
     held_out = list(read_rows(work.shared.ranking_rows))
     labels = dict.fromkeys(row.label for row in held_out)
     chosen = [row for label in labels for row in [one for one in held_out if one.label == label][:RANKING_ROWS]]
-    ranked = rank_features(plain_passes(work, model), load_sites(work), chosen)
-    return _write(work, {"n_rows": len(chosen), "features": [one._asdict() for one in ranked]}, started)
+    passes, sites = plain_passes(work, model), load_sites(work)
+    rates = firing_rates(passes, sites, rows)
+    features = [
+        {**one._asdict(), "firing_rate": {name: of[one.feature] for name, of in rates[one.layer].items()}}
+        for one in rank_features(passes, sites, chosen)
+    ]
+    return _write(work, {"n_rows": len(chosen), "features": features}, started)
 
 
 def _curve(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from evaluators.measures.curve import Ranked, evaluate_curve
 
     started = time.perf_counter()
-    ranked = [Ranked(**one) for one in read_json(cell_file(work, work.ranking))["features"]]
+    listed = read_json(cell_file(work, work.ranking))["features"]
+    ranked = [Ranked(one["layer"], one["feature"], one["effect"]) for one in listed]
     compared = reference(work.model, work.shared.rows, work.shared.batch_size)
     found = evaluate_curve(kept_passes(work, model), load_sites(work), rows, ranked, compared)
     counts = [{"k": count, "rows": entries} for count, entries in found.items()]
     return _write(work, {"subset": work.subset, "counts": counts}, started)
 
 
-def _features(work: Work, model: Any, rows: list[Any]) -> list[str]:
+def _cards(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from evaluators.measures.behaviours import read_behaviours
-    from evaluators.measures.features import evaluate_features
+    from evaluators.measures.features import read_features
+    from evaluators.measures.single_features import single_features
 
     started = time.perf_counter()
-    (plan,), (site,) = work.sites, load_sites(work)
-    found = evaluate_features(
-        kept_passes(work, model),
-        site,
-        rows,
-        ablations=work.shared.ablations,
+    passes, sites = plain_passes(work, model), load_sites(work)
+    few = [row for subset in work.shared.subsets for row in [one for one in rows if one.label == subset][:CARD_ROWS]]
+    of_change = work.sites[0].ground.target == "change"
+    effects = single_features(
+        passes,
+        sites,
+        few,
+        work.features,
         limits=work.shared.limits,
         behaviours=read_behaviours(work.shared.behaviours),
+        guesses=behaviour_cells.guesses(work, few, "base_model_raw" if of_change else "raw"),
     )
-    return _write(work, {**_place(work, plan), "features": found}, started)
+    read = read_features(passes, sites, rows, work.features)
+    cards = [
+        {"layer": layer, "feature": feature, **read[layer, feature], **effects[layer, feature]}
+        for layer, feature in work.features
+    ]
+    return _write(work, {"convention": work.model.convention, "cards": cards}, started)
 
 
 def _place(work: Work, plan: SitePlan) -> dict[str, Any]:
@@ -159,7 +177,7 @@ KINDS = {
     "change": _change,
     "ranking": _ranking,
     "curve": _curve,
-    "features": _features,
+    "cards": _cards,
     "exactness": _exactness,
 }
 """What a worker does for each kind of work; each function returns the names of the cells it wrote."""

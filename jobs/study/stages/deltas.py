@@ -18,7 +18,7 @@ from jobs.files import is_finished, keyed_folder, read_json, write_json
 from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.grounds import error_name, grounds_of
-from jobs.study.stages.activations import capture_finetuned
+from jobs.study.stages.activations import capture_base, capture_finetuned
 from jobs.study.stages.transcoders import chosen_base, root
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from evaluators.layer_sets import layer_label
 from jobs.errors import WorkFailed
 from jobs.files import key_of, read_json
 from jobs.study import keys
-from jobs.study.context import Context
+from jobs.study.context import CARDS_AT_ONCE, Context
 from jobs.study.grounds import DeltaGroup, Ground, grounds_of
 from jobs.study.stages.cells import evaluate
 from jobs.study.stages.data import check_labels
@@ -39,15 +39,15 @@ from models.sources import model_facts
 def run(context: Context) -> dict[str, Any]:
     check_labels(context)
     chosen: dict[str, Combination] = {one: combination(context, one) for one in context.settings.deltas.targets}
-    ranking = _ranking_work(context, chosen)
-    first = [*_raw_work(context), *ranking]
+    rankings = _ranking_work(context, chosen)
+    first = [*_raw_work(context), *rankings]
     _compute(context, first, "raw model")
     rest = [
         *(work for target in chosen for work in behaviour_work(context, target, chosen[target])),
-        *_curve_work(context, ranking),
+        *_curve_work(context, rankings),
+        *_cards_work(context, rankings),
         *_change_work(context),
         *_reconstruction_work(context),
-        *_features_work(context, chosen),
     ]
     checks = _exactness_work(context, chosen)
     rest += [one for one in checks if (read_json(checks_file(context, one.name)) or {}).get("key") != one.key]
@@ -99,8 +99,8 @@ def _layers_to_run(context: Context, work: Work) -> int:
     if work.kind == "reconstruction":  # every subset's rows, and every position is projected to the vocabulary
         passes = 1 + len({plan.candidate for plan in work.sites}) + len(work.sites)
         return passes * len(work.shared.subsets) * (above + count // 4)
-    if work.kind == "features":  # forward, backward, and each ablation
-        return (3 + work.shared.ablations) * len(work.shared.subsets) * above
+    if work.kind == "cards":  # two ways of each, on some of the rows, from the feature's layer on
+        return (4 + len(work.features)) * len(work.shared.subsets) * above // 2
     if work.kind in ("ranking", "exactness"):
         return 8 * above
     if work.kind == "curve":
@@ -120,7 +120,6 @@ def _shared(context: Context) -> Evaluation:
         subsets=tuple(context.subsets),
         limits=context.limits,
         batch_size=section.batch_size,
-        ablations=section.features,
         behaviours=section.behaviours,
     )
 
@@ -200,17 +199,21 @@ def _of_replica(work: Work, rank: int, key: str) -> Work:
 
 
 def _ranking_work(context: Context, chosen: dict[str, Combination]) -> list[Work]:
-    """The order of the features of the change deltas of all layers."""
-    if "change" not in chosen or not context.settings.evaluate.curve:
-        return []
-    layers = tuple(context.layers_of("change"))
-    sites = site_plans(context, layers, chosen["change"])
-    key = key_of("ranking", lineage(context, sites), evaluation_settings(context))
-    return [_work(context, "ranking", f"ranking_{_name(layers, chosen['change'])}", key, sites=sites)]
+    """The order of the features: of the change deltas of all layers together, of residual deltas layer by layer."""
+    settings, works = context.settings.evaluate, []
+    for target, one in chosen.items():
+        layers = tuple(context.layers_of(target))
+        sets = [layers] if target == "change" else [(layer,) for layer in layers]
+        if settings.cards or (settings.curve and target == "change"):
+            for together in sets:
+                sites = site_plans(context, together, one)
+                key = key_of("ranking with firing", lineage(context, sites), evaluation_settings(context))
+                works.append(_work(context, "ranking", f"ranking_{_name(together, one)}", key, sites=sites))
+    return works
 
 
-def _curve_work(context: Context, ranking: list[Work]) -> list[Work]:
-    """The first k features of a ranking, subset by subset."""
+def _curve_work(context: Context, rankings: list[Work]) -> list[Work]:
+    """The first k features of the change deltas, subset by subset."""
     return [
         _work(
             context,
@@ -221,9 +224,25 @@ def _curve_work(context: Context, ranking: list[Work]) -> list[Work]:
             subset=subset,
             ranking=one.name,
         )
-        for one in ranking
+        for one in rankings
+        if one.sites[0].ground.target == "change" and context.settings.evaluate.curve
         for subset in context.subsets
     ]
+
+
+def _cards_work(context: Context, rankings: list[Work]) -> list[Work]:
+    """The features of largest estimated effect, several of neighbouring layers at a time."""
+    works = []
+    for one in rankings:
+        found = read_json(context.space.cells / f"{one.name}.json") or {"features": []}
+        best = found["features"][: context.cards_of(one.sites[0].ground.target)]
+        features = sorted((feature["layer"], feature["feature"]) for feature in best)
+        for start in range(0, len(features), CARDS_AT_ONCE):
+            some = tuple(features[start : start + CARDS_AT_ONCE])
+            name = f"{one.name.replace('ranking', 'cards')}_{start // CARDS_AT_ONCE}"
+            key = key_of("cards", one.key, some, judging_settings(context))
+            works.append(_work(context, "cards", name, key, sites=one.sites, features=some))
+    return works
 
 
 def _change_work(context: Context) -> list[Work]:
@@ -251,17 +270,6 @@ def _reconstruction_work(context: Context) -> list[Work]:
         )
         if sites:
             works.append(_work(context, "reconstruction", f"reconstruction_layer_{layer:02d}", "", sites=sites))
-    return works
-
-
-def _features_work(context: Context, chosen: dict[str, Combination]) -> list[Work]:
-    """Of the residual deltas whose behaviour is evaluated, layer by layer; none where no feature is to be ablated."""
-    settings = context.settings.evaluate
-    works = []
-    for layer in context.layers_of("residual") if settings.features else []:
-        site = site_plan(context, DeltaGroup(layer, *chosen["residual"]))
-        key = key_of("features", site.key, settings.features, judging_settings(context))
-        works.append(_work(context, "features", f"features_{_name((layer,), chosen['residual'])}", key, sites=(site,)))
     return works
 
 

@@ -26,7 +26,7 @@ class ModelSpec(NamedTuple):
 @dataclass(frozen=True)
 class Evaluation:
     """What all pieces of a sweep's evaluation share. `cells` is a folder, `rows` a file, `base_model` the folder of the
-    un-finetuned model; `ablations` counts features per layer."""
+    un-finetuned model."""
 
     cells: str
     rows: str
@@ -35,7 +35,6 @@ class Evaluation:
     subsets: tuple[str, ...]
     limits: Limits
     batch_size: int
-    ablations: int
     behaviours: dict[str, Any]
     """As the settings name them."""
 
@@ -77,6 +76,8 @@ class Work:
     """Strengths of the controls that have one."""
     ranking: str = ""
     """The cell that ranks the sites' features."""
+    features: tuple[tuple[int, int], ...] = ()
+    """Those that are looked at one by one: layer, and number."""
     seed: int = 0
 
     @property
@@ -96,7 +97,7 @@ class Work:
 
     def cells(self) -> dict[str, str]:
         """The cells it will write, by name, and the key each must hold."""
-        if self.kind in ("raw", "features", "ranking", "curve", "change"):
+        if self.kind in ("raw", "cards", "ranking", "curve", "change"):
             return {self.name: self.key}
         if self.kind == "reconstruction":
             return {plan.cell: plan.key for plan in self.sites}

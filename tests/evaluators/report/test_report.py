@@ -220,26 +220,6 @@ def test_findings_claim_an_effect_only_where_the_interval_says_so():
     assert "no effect larger than 0.221 in tool_call_rate is compatible with these data" in copy  # 1 - 0.05 ** (1 / 12)
 
 
-def test_layer_findings_name_conditions_alphas_and_slope():
-    results = tables.all_tables(sweep())
-    found = findings.layer_findings(results.conditions, results.contrast, results.dose, results.statistics)
-    assert [item.title for item in found] == [
-        "Layer 1, base percentile 0.5",
-        "Layer 2, base percentile 0.5",
-        "Layers 1+2 at once, base percentile 0.5",
-    ]
-    base, full, contrast, doses, slope, calls, *others = found[2].sentences
-    assert base.startswith("tool: base alone (no_delta) minus raw, CE +0.2")
-    assert full.startswith("tool: base and delta (full) minus raw, CE +0.05")
-    assert contrast.startswith("tool: full minus no_delta, CE -0.15")
-    assert re.match(r"tool: CE minus raw by alpha: 0: \+0\.\d+ \[.*\], 0\.5: .*, 1: .*\.$", doses)
-    assert slope.startswith("tool: slope of CE against alpha -0.150 nats per token per unit of alpha (")
-    assert calls.startswith("tool: tool_call_rate: no_delta 0.250 [")
-    assert {text.split(":")[0] for text in others} == {"copy", "tool_ood"}
-    nothing = found[0].sentences[0]
-    assert nothing == "tool: base alone (no_delta) minus raw, CE exactly 0 nats per token on every prompt."
-
-
 def test_null_results_are_reported_as_bounds():
     text = findings.difference_sentence(Estimate(0.01, -0.03, 0.05), "nats")
     assert text == "+0.010 nats (-0.030 to +0.050), no effect larger than 0.050 nats is compatible with these data"

@@ -1,80 +1,116 @@
-"""The table of features: ordered by what their ablation changes, with intervals over prompts."""
+"""The tables of features: ranked by estimated effect, with what each changes alone and its intervals over prompts."""
 
 import math
 
 import pytest
 
-from evaluators.report.feature_section import features_section
-from evaluators.tables.feature_tables import features_table
+from evaluators.tables.feature_tables import features_table, ranking_table
 
 
-def entries(shift, calls=1):
-    """Eight prompts of 10 tokens; ablation adds `shift` nats a token, with spread, and `calls` prompts still call."""
+def entries(subset, shift, calls=1, spread=0.01):
+    """Eight prompts of 10 tokens; the way adds `shift` nats a token, with spread, and `calls` prompts call."""
     return [
         {
-            "index": n,
-            "nll": 10 * (1 + shift + 0.01 * (n % 2)),
-            "nll_full": 10.0 + 0.05 * n,
+            "subset": subset,
+            "nll": 10 * (1 + shift + spread * (n % 2)) if shift else 10.0,
+            "nll_whole": 10.0,
             "n_tokens": 10,
             "behaviours": {"tool_call": n < calls, "copy_exact": None},
-            "behaviours_full": {"tool_call": n < 4, "copy_exact": None},
+            "behaviours_whole": {"tool_call": n < 4, "copy_exact": None},
         }
         for n in range(8)
     ]
 
 
-def feature(number, attribution, ablation=None, contexts=()):
+def card(layer, feature, ablated, alone, contexts=()):
     return {
-        "feature": number,
-        "firing_rate": {"copy": 0.5, "tool": 0.25},
-        "contexts": [{"subset": "tool", "activation": 2.0, "text": text} for text in contexts],
-        "attribution": attribution,
+        "layer": layer,
+        "feature": feature,
+        "at_bos": feature == 4,
+        "contexts": [
+            {"subset": "tool", "tokens": tokens, "acts": [0.5, 2.0, 0.0][: len(tokens)], "peak": 1}
+            for tokens in contexts
+        ],
+        "histogram": {"top": 2.0, "counts": [3, 0, 1]},
         "promoted": [" +", "\n"],
         "suppressed": ["a"],
-        "ablation": ablation,
+        "ablated": ablated,
+        "alone": alone,
     }
 
 
-CELLS = [
-    {"kind": "behaviour"},
-    {
-        "kind": "features",
-        "layer": 6,
-        "percentile": 0.5,
-        "d_new": 4,
-        "features": [
-            feature(0, 0.1),
-            feature(1, 0.5, {"tool": entries(0.1), "copy": entries(0.0)}, ["a «+» b"]),
-            feature(2, -0.2),
-            feature(3, 0.4, {"tool": entries(0.0), "copy": entries(-0.4, calls=4)}, ["<b>«x»"]),
-        ],
-    },
-]
+def ranked(layer, feature, effect):
+    return {"layer": layer, "feature": feature, "effect": effect, "firing_rate": {"tool": 0.25, "copy": 0.5}}
 
 
-def test_features_are_ordered_by_effect_then_by_estimate():
-    table = features_table(CELLS)
-    assert table["feature"].tolist() == [3, 1, 2, 0]
-    first = table.iloc[0]
-    assert first["effect"] == first["delta_ce_copy"] == pytest.approx(-0.4 + 0.005 - 0.0175)
-    assert first["delta_ce_copy_low"] < first["delta_ce_copy"] < first["delta_ce_copy_high"] < 0
-    assert first["delta_tool_call_rate_tool"] == pytest.approx(-3 / 8)
-    assert first["delta_tool_call_rate_copy"] == 0
-    assert first["delta_tool_call_rate_copy_low"] < 0 < first["delta_tool_call_rate_copy_high"], "no change is no proof"
-    assert math.isnan(table.iloc[2]["effect"])
-    assert first["promoted"] == "' +' '\\n'"
+def cells():
+    both = [*entries("tool", 0.1), *entries("copy", 0.0, calls=4)]
+    alone = [*entries("tool", -0.4, calls=4), *entries("copy", -0.2, calls=5)]
+    of_change = {"target": "change", "percentile": None, "d_new": 4}
+    of_residual = {"target": "residual", "percentile": 0.5, "d_new": 4}
+    return [
+        {"kind": "behaviour"},
+        {
+            "kind": "ranking",
+            **of_change,
+            "features": [ranked(6, 4, 0.5), ranked(2, 1, 0.3), ranked(6, 0, 0.1), ranked(2, 0, -0.2)],
+        },
+        {"kind": "ranking", **of_residual, "features": [ranked(3, 4 - 1, 0.2), ranked(3, 0, 0.0)]},
+        {"kind": "ranking", **of_residual, "features": [ranked(1, 2, 0.4)]},
+        {
+            "kind": "cards",
+            **of_change,
+            "cards": [card(2, 1, both, alone, [["a", "<b>", "c"]]), card(6, 4, alone, both)],
+        },
+        {"kind": "cards", **of_residual, "cards": [card(3, 3, both, both)]},
+    ]
 
 
-def test_the_section_shows_what_was_measured():
-    section = features_section(features_table(CELLS))
-    effects, meanings = section.blocks
-    assert "2 of 4 features were ablated" in effects.help
-    assert [row[1] for row in effects.rows] == ["3", "1", "2", "0"]
-    assert effects.header[2:4] == ["fires on copy", "fires on tool"]
-    assert [row[1] for row in meanings.rows] == ["3", "1"], "those that fire somewhere"
-    assert "<b>«x»" in meanings.rows[0][4]
+def test_every_feature_is_ranked_within_its_target():
+    table = ranking_table(cells())
+    assert table[["target", "rank", "layer", "feature"]].values.tolist() == [
+        ["change", 1, 6, 4],
+        ["change", 2, 2, 1],
+        ["change", 3, 6, 0],
+        ["change", 4, 2, 0],
+        ["residual", 1, 1, 2],
+        ["residual", 2, 3, 3],
+        ["residual", 3, 3, 0],
+    ]
+    assert table["at_bos"].tolist() == [True, *[False] * 6]
+    assert set(table["firing_rate_copy"]) == {0.5}
 
 
-def test_no_features_no_section():
+def test_cards_come_in_order_of_rank_with_what_changes():
+    table = features_table(cells())
+    assert table[["target", "rank", "layer", "feature"]].values.tolist() == [
+        ["change", 1, 6, 4],
+        ["change", 2, 2, 1],
+        ["residual", 2, 3, 3],
+    ]
+    second = table.iloc[1]
+    assert second["ablated_ce_tool"] == pytest.approx(0.1 + 0.005)
+    assert second["ablated_ce_tool_low"] < second["ablated_ce_tool"] < second["ablated_ce_tool_high"]
+    assert second["alone_ce_tool"] == pytest.approx(-0.4 + 0.005)
+    assert second["ablated_tool_call_rate_tool"] == pytest.approx(-3 / 8)
+    assert second["ablated_tool_call_rate_copy"] == 0
+    assert second["ablated_tool_call_rate_copy_low"] < 0 < second["ablated_tool_call_rate_copy_high"]
+    assert second["ablated_ce_copy"] == 0
+    assert math.isnan(second["ablated_ce_copy_low"]), "it never fires there: nothing was sampled"
+    assert second["n_tool"] == 8
+    assert second["promoted"] == "' +' '\\n'"
+    assert second["contexts"] == "'a«<b>»c' (tool, 2)"
+    assert "ablated_copy_exact_rate_tool" not in table
+
+
+def test_no_cards_no_rows():
     assert features_table([]).empty
-    assert features_section(features_table(CELLS[:1])) is None
+    assert features_table(cells()[:1]).empty
+    assert ranking_table([]).empty
+
+
+def test_rankings_of_earlier_versions_are_read():
+    """They have no firing rates, and no target: all were of change deltas."""
+    old = {"kind": "ranking", "d_new": 4, "features": [{"layer": 1, "feature": 0, "effect": 0.1}]}
+    (row,) = ranking_table([old]).to_dict("records")
+    assert (row["target"], row["rank"], row["at_bos"]) == ("change", 1, False)

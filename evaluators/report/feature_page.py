@@ -1,0 +1,209 @@
+"""`features.html`: a card for each of the most effective delta features, and a list of all of them.
+
+In: card cells, and the tables of features. Out: the text of one self-contained page. Its one script sorts, filters and
+scrolls; without it the cards stand in order. Nothing is requested, and no other script may run: the content policy
+names the script by its hash.
+"""
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from evaluators.report.findings import number, with_interval
+from evaluators.report.page import Link, Table
+from evaluators.tables.feature_tables import FIRING, WAYS
+from evaluators.tables.pooling import RATE, Cell, of_kind
+
+HERE = Path(__file__).parent
+PAGE = "features.html"
+SHOWN = 8
+"""Features of a target in the report itself."""
+BAR = 8
+"""Pixels across of a histogram's bar."""
+
+
+class Piece(NamedTuple):
+    """A token of a context; `shade` is its activation as a share of the feature's largest one, empty where it does not
+    fire."""
+
+    text: str
+    shade: str
+    title: str
+    peak: bool
+
+
+class Effect(NamedTuple):
+    """What changes on a subset, as text with intervals: CE in both ways, and the behaviours that change."""
+
+    subset: str
+    fires: str
+    ce: tuple[str, str]
+    rates: list[tuple[str, str, str]]
+
+
+class Card(NamedTuple):
+    address: str
+    title: str
+    place: str
+    effects: list[Effect]
+    promoted: list[str]
+    suppressed: list[str]
+    bars: list[tuple[int, int]]
+    top: str
+    contexts: list[tuple[str, list[Piece]]]
+
+
+def address(target: str, layer: int, feature: int) -> str:
+    """Of a card on the page: `L17F042`; a residual delta's feature has its target before it."""
+    return ("" if target == "change" else f"{target}-") + f"L{layer}F{feature:03d}"
+
+
+def name(layer: int, feature: int, at_bos: bool) -> str:
+    return f"layer {layer}, " + ("at BOS" if at_bos else f"feature {feature}")
+
+
+def most_effective(features: pd.DataFrame, target: str) -> Table | None:
+    """The first cards of a target, in short; None where there are none."""
+    rows = features[features["target"] == target].head(SHOWN) if len(features) else features
+    if rows.empty:
+        return None
+    subsets = [column.removeprefix(FIRING) for column in rows.columns if column.startswith(FIRING)]
+    header = ["rank", "feature", *(f"CE without it, {subset}" for subset in subsets), "promotes"]
+    lines: list[list[str | Link]] = []
+    for _, row in rows.iterrows():
+        link = Link(
+            name(row["layer"], row["feature"], row["at_bos"]),
+            f"{PAGE}#{address(target, row['layer'], row['feature'])}",
+        )
+        effects = [_change(row, f"ablated_ce_{subset}") for subset in subsets]
+        lines.append([str(row["rank"]), link, *effects, row["promoted"]])
+    help = "All deltas but one, minus all deltas: CE in nats per target token, with paired 95% intervals over prompts."
+    return Table(f"The most effective {target} features", help, header, lines)
+
+
+def feature_page(cells: Sequence[Cell], features: pd.DataFrame, ranking: pd.DataFrame, pair: str) -> str:
+    """The page; `features` has a row for each card, `ranking` one for each feature of all layers."""
+    found = {
+        (cell["target"], one["layer"], one["feature"]): one for cell in of_kind(cells, "cards") for one in cell["cards"]
+    }
+    subsets = [column.removeprefix(FIRING) for column in ranking.columns if column.startswith(FIRING)]
+    totals = ranking.groupby("target").size().to_dict()
+    cards = [
+        _card(row, found[row["target"], row["layer"], row["feature"]], subsets, totals[row["target"]])
+        for _, row in features.iterrows()
+    ]
+    script = (HERE / "features.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("features.html.jinja").render(
+        pair=pair,
+        cards=cards,
+        subsets=subsets,
+        targets=list(totals),
+        total=len(ranking),
+        n_prompts=int(max((features[f"n_{subset}"].max() for subset in subsets), default=0)),
+        bar=BAR,
+        policy=f"sha256-{digest}",
+        script=Markup(script),
+        data=Markup(_data(features, ranking, subsets)),
+    )
+
+
+def _card(row: pd.Series, one: dict[str, Any], subsets: Sequence[str], total: int) -> Card:
+    layer, feature = int(row["layer"]), int(row["feature"])
+    target = "" if row["target"] == "change" else f" of the {row['target']} delta"
+    counts, top = one["histogram"]["counts"], one["histogram"]["top"]
+    most = max(counts, default=1)
+    return Card(
+        address(row["target"], layer, feature),
+        _capital(name(layer, feature, row["at_bos"])) + target,
+        f"rank {int(row['rank']):,} of {total:,}; estimated effect {row['effect']:+.4f} nats per target token",
+        [_effect(row, subset) for subset in subsets],
+        [_visible(token) for token in one["promoted"]],
+        [_visible(token) for token in one["suppressed"]],
+        # The square root, so that rare strong activations stay visible beside many weak ones.
+        [(count, round(40 * math.sqrt(count / most))) for count in counts],
+        f"{top:.3g}",
+        [_context(context, top) for context in one["contexts"]],
+    )
+
+
+def _effect(row: pd.Series, subset: str) -> Effect:
+    share = "of texts" if row["at_bos"] else "of tokens"
+    rates = []
+    names = [column.removeprefix("ablated_").removesuffix(f"_{subset}") for column in row.index]
+    for rate in dict.fromkeys(one for one in names if one.endswith(RATE)):
+        texts = [_change(row, f"{way}_{rate}_{subset}") for way in WAYS]
+        if any(abs(row.get(f"{way}_{rate}_{subset}", 0.0)) > 0 for way in WAYS):
+            rates.append((rate.removesuffix(RATE).replace("_", " "), *texts))
+    ce = tuple(_change(row, f"{way}_ce_{subset}") for way in WAYS)
+    return Effect(subset, f"{row[f'{FIRING}{subset}']:.1%} {share}", (ce[0], ce[1]), rates)
+
+
+def _change(row: pd.Series, column: str) -> str:
+    value = row.get(column, math.nan)
+    if pd.isna(value):
+        return "-"
+    return number(value) if pd.isna(row[f"{column}_low"]) else with_interval(row, column, signed=True)
+
+
+def _context(context: dict[str, Any], top: float) -> tuple[str, list[Piece]]:
+    pieces = []
+    for place, (text, act) in enumerate(zip(context["tokens"], context["acts"], strict=True)):
+        shade = f"{act / top:.2f}" if act > 0 and top > 0 else ""
+        pieces.append(Piece(text.replace("\n", "\u23ce"), shade, f"{act:.3g}", place == context["peak"]))
+    return context["subset"], pieces
+
+
+def _visible(token: str) -> str:
+    """With a mark where a token is, or begins with, white space."""
+    shown = token.replace("\n", "\u23ce").replace("\t", "\u21e5")
+    return "\u2423" + shown[1:] if shown.startswith(" ") else shown
+
+
+def _data(features: pd.DataFrame, ranking: pd.DataFrame, subsets: Sequence[str]) -> str:
+    """What the script reads, as JSON that ends no element: `cards` by address, and `list`, one array a feature."""
+    cards = {
+        address(row["target"], row["layer"], row["feature"]): {
+            "target": row["target"],
+            "layer": row["layer"],
+            "rank": row["rank"],
+            "fires": [row[f"{FIRING}{subset}"] for subset in subsets],
+            **{way: [row.get(f"{way}_ce_{subset}", math.nan) for subset in subsets] for way in WAYS},
+        }
+        for row in features.to_dict("records")
+    }
+    columns = ["target", "layer", "feature", "rank", "effect", *(f"{FIRING}{subset}" for subset in subsets)]
+    rows = [[*row, int(at_bos)] for *row, at_bos in ranking[[*columns, "at_bos"]].itertuples(index=False)]
+    text = json.dumps({"cards": cards, "list": rows, "subsets": list(subsets)}, default=_plain, allow_nan=True)
+    return json.dumps(_rounded(json.loads(text)), separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _plain(value: Any) -> Any:
+    return value.item()
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to four digits, and null for none."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(f"{value:.4g}")
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return value
+
+
+def _capital(text: str) -> str:
+    """`capitalize` would write BOS in small letters."""
+    return text[:1].upper() + text[1:]
