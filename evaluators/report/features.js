@@ -23,7 +23,7 @@
   const deck = find("deck");
   const cards = [...deck.children].map((element) => ({ element, ...data.cards[element.id] }));
   const keys = {
-    rank: (card) => card.rank,
+    rank: (card) => card.rank + (card.target === "change" ? 0 : 1e9),
     layer: (card) => card.layer,
     ablated: (card, subset) => -largest(card.ablated, subset),
     alone: (card, subset) => -largest(card.alone, subset),
