@@ -1,20 +1,32 @@
 """Progress on the terminal: stage, units done, time left; plain lines if the output is not a terminal.
 
-In: counts from the stages. Out: text. Nothing else in the project prints while a sweep runs.
+In: counts from the stages. Out: text, and a small file that says the same to `status`. Nothing else in the project
+prints while a sweep runs.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 PLAIN_PERIOD_SECONDS = 10.0
 PLAIN_COLUMNS = 120
+FILE_PERIOD_SECONDS = 1.0
+QUIET_SECONDS = 300
+"""A driver elsewhere that has shown nothing new for longer may be gone; one unit of work can take minutes."""
+FILE = ".progress.json"
+"""In the folder of a sweep that is running: what its driver shows."""
 
 
 class Bar:
@@ -22,6 +34,7 @@ class Bar:
 
     def __init__(self, show: Progress, label: str, total: int, unit: str) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, 0
+        self.note_text = ""
         self._show = show
         self._started = self._printed = time.monotonic()
         self._task = None
@@ -35,16 +48,23 @@ class Bar:
 
     def update(self, done: int, note: str = "") -> None:
         """`note` says what is happening between two units, such as a running trial's loss."""
-        self.done = done
+        self.done, self.note_text = done, note
+        self._show.save()
         if self._show.bars is not None and self._task is not None:
             self._show.bars.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
         if now - self._printed >= PLAIN_PERIOD_SECONDS or done >= self.total:
             self._printed = now
-            left = (now - self._started) / max(done, 1) * (self.total - done)
-            tail = f", about {clock(left)} left" if 0 < done < self.total else ""
-            self._show.line(f"  {self.label}: {done}/{self.total} {self.unit}{tail}{note and f' ({note})'}")
+            self._show.line(f"  {self.text()}")
+
+    def text(self) -> str:
+        """`delta studies: 12/60 trials, about 1m20s left (trial 13: step 5)`."""
+        spent = time.monotonic() - self._started
+        left = spent / max(self.done, 1) * (self.total - self.done)
+        tail = f", about {clock(left)} left" if 0 < self.done < self.total else ""
+        note = self.note_text and f" ({self.note_text})"
+        return f"{self.label}: {self.done}/{self.total} {self.unit}{tail}{note}"
 
     def note(self, text: str) -> None:
         self.update(self.done, text)
@@ -62,6 +82,39 @@ class Progress:
         if not self.console.is_terminal:
             self.console.width = PLAIN_COLUMNS
         self.bars: Bars | None = None
+        self._stage, self._file, self._saved = "", None, -FILE_PERIOD_SECONDS
+        self._open: list[Bar] = []
+
+    def stage(self, label: str) -> None:
+        """Prints which stage begins."""
+        self._stage = label
+        self.line(label)
+        self.save(at_once=True)
+
+    @contextmanager
+    def kept_in(self, folder: Path) -> Iterator[None]:
+        """While a sweep runs, what is shown also stands in `folder`, where `read_progress` finds it."""
+        self._file = folder / FILE
+        try:
+            yield
+        finally:
+            self._file.unlink(missing_ok=True)
+            self._file = None
+
+    def save(self, *, at_once: bool = False) -> None:
+        """Writes the file, if the sweep keeps one and has not just done so."""
+        now = time.monotonic()
+        if self._file is None or (now - self._saved < FILE_PERIOD_SECONDS and not at_once):
+            return
+        self._saved = now
+        driver = {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time()}
+        shown = {**driver, "stage": self._stage, "bars": [bar.text() for bar in self._open]}
+        beside = self._file.with_name(f"{FILE}.{os.getpid()}.tmp")
+        try:
+            beside.write_text(json.dumps(shown))
+            beside.replace(self._file)
+        except OSError:  # a full disk is for those to report whose results are lost
+            beside.unlink(missing_ok=True)
 
     def line(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -70,7 +123,8 @@ class Progress:
     def bar(self, label: str, total: int, unit: str) -> Iterator[Bar]:
         """A bar of `total` units; several may be open at once."""
         if not self.console.is_terminal:
-            yield Bar(self, label, total, unit)
+            with self._opened(Bar(self, label, total, unit)) as bar:
+                yield bar
             return
         outermost = self.bars is None
         if outermost:
@@ -87,11 +141,33 @@ class Progress:
             )
             self.bars.start()
         try:
-            yield Bar(self, label, total, unit)
+            with self._opened(Bar(self, label, total, unit)) as bar:
+                yield bar
         finally:
             if outermost and self.bars is not None:
                 self.bars.stop()
                 self.bars = None
+
+    @contextmanager
+    def _opened(self, bar: Bar) -> Iterator[Bar]:
+        self._open.append(bar)
+        self.save(at_once=True)
+        try:
+            yield bar
+        finally:
+            self._open.remove(bar)
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """What the driver of a sweep last showed: `stage`, a text for each of `bars`, and whether it is `running` still, as
+    far as one can tell from here; None where it has ended. After a kill its last word is there."""
+    try:
+        shown = json.loads((folder / FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    here = shown["host"] == socket.gethostname()
+    running = psutil.pid_exists(shown["pid"]) if here else time.time() - shown["at"] < QUIET_SECONDS
+    return {**shown, "running": running}
 
 
 def clock(seconds: float) -> str:

@@ -185,7 +185,7 @@ def headline_rows(results: Results) -> list[dict[str, str]]:
     rate = next((name for name in rates_in(conditions) if conditions[name].notna().any()), None)
     for subset in gaps["subset"].unique():
         gap = gaps[(gaps["layer"] == widest) & (gaps["subset"] == subset) & (gaps["metric"] == "mean_ce")].iloc[0]
-        row = {"subset": subset, "CE swapped - finetuned": with_interval(gap, "gap", signed=True)}
+        row = {"subset": subset, "gap in CE": with_interval(gap, "gap", signed=True)}
         row["MLPs' share"] = "-" if pd.isna(gap["share"]) else with_interval(gap, "share")
         here = results.recovered[(results.recovered["target"] == "change") & (results.recovered["layer"] == widest)]
         here = here[here["subset"] == subset]

@@ -13,7 +13,7 @@ from evaluators.layer_sets import layer_label
 from jobs.commands.forecast import other_kinds, schedule_rows
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
-from jobs.progress import clock
+from jobs.progress import clock, read_progress
 from jobs.study.context import Context
 from jobs.study.stage_list import STAGES
 from jobs.study.stages.finetuned import check_models
@@ -82,6 +82,8 @@ def status_rows(context: Context) -> Rows:
     """How far the sweep with these settings has got."""
     space, settings = context.space, context.settings
     rows: Rows = []
+    if shown := read_progress(space.folder):
+        rows.append(("running" if shown["running"] else "stopped at", "; ".join([shown["stage"], *shown["bars"]])))
     for stage in STAGES:
         manifest = read_json(stage.folder(context) / MANIFEST)
         if stage.finished(context):

@@ -53,7 +53,8 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
             progress.line("everything is done already; --fresh starts over")
         else:
             context.check_bases()
-            _run_stages(context, stages)
+            with progress.kept_in(space.folder):
+                _run_stages(context, stages)
         if until == "report":
             show_results(context)
         progress.line(f"took {clock(time.monotonic() - started)}")
@@ -84,7 +85,7 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
                 context.progress.line(f"{label}: done already")
                 send_missing(context, stage)  # whatever a kill or a server outage kept from MLflow
                 continue
-            context.progress.line(label)
+            context.progress.stage(label)
             manifest = _run_stage(context, stage)
             if stage is stages[-1]:
                 status = "FINISHED"
@@ -153,23 +154,32 @@ def public_settings(settings: Sweep) -> dict[str, Any]:
     return values
 
 
+HEADLINE = ("subset", "gap in CE", "recovered", "features for 90%")
+HEADLINE_ROWS = 3
+"""Of the table at the end."""
+
+
 def show_results(context: Context) -> None:
-    """Shows the short final table, the checks that failed, and where the report is."""
+    """Shows the headline in at most six lines, the checks that failed, and where the report is."""
     from rich.table import Table
     from rich.text import Text
 
+    from evaluators.report.feature_page import PAGE
     from evaluators.report.report import summary_table
     from jobs.study.stages.report import load_cells
 
     rows = summary_table(load_cells(context), seed=context.settings.seed)
     if rows:
-        title = "What the MLPs' change carries, CE in nats per target token, with 95% intervals"
-        if "recovered" not in rows[0]:
-            title = "CE minus raw CE in nats per target token, with 95% intervals"
-        table = Table(*rows[0], title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*map(Text, row.values()))
+        of_change = "recovered" in rows[0]
+        columns = [name for name in rows[0] if name in HEADLINE or not of_change]
+        table = Table(*columns, box=None)
+        for row in rows[:HEADLINE_ROWS]:
+            table.add_row(*(Text(row[name]) for name in columns))
+        what = "what the deltas recover of the MLPs' change" if of_change else "CE minus raw CE"
+        context.progress.line(f"{what} (CE in nats per target token, 95% intervals):")
         context.progress.console.print(table)
+        if len(rows) > HEADLINE_ROWS:
+            context.progress.line(f"  and {len(rows) - HEADLINE_ROWS} more rows in the report")
     facts = read_json(context.space.report / MANIFEST)
     if facts:
         failed = [check for check in facts["checks"] if not check["passed"]]
@@ -177,6 +187,8 @@ def show_results(context: Context) -> None:
         for check in failed:
             context.progress.line(f"  FAILED: {check['name']}: {check['detail']}")
         context.progress.line(f"report: {context.space.folder / facts['report']}")
+        if (page := context.space.report / PAGE).is_file():
+            context.progress.line(f"features: {page}")
 
 
 def _git_commit() -> str:

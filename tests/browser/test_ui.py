@@ -1,52 +1,26 @@
 """The web pages on a finished tiny sweep in a real browser, as a user opens them: what they show, and pictures of it.
 
-In: the finished sweep, and Chromium of the system (`apt-get install chromium`). Out: `test-output/*.png`. Without
-Chromium the tests are skipped, but under CI that is an error.
+In: the finished sweep, and a browser. Out: `test-output/*.png`.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
 import pytest
 from optuna.storages.journal import JournalFileBackend
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, expect
 
 from evaluators.tables.pooling import cell_metrics
-from tests.end_to_end.conftest import REPOSITORY, read, served
+from tests.browser.conftest import PICTURES
+from tests.end_to_end.conftest import read, served
 
 pytestmark = pytest.mark.long("a real browser opens the pages of two servers")
 
-PICTURES = REPOSITORY / "test-output"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 STAGES = ("data", "lora", "transcoders", "deltas", "evaluate", "report")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def installed() -> str:
-    """The browser's program, looked for before a sweep is run to look at."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        missing = f"no browser: none of {', '.join(BROWSERS)} is installed (apt-get install chromium)"
-        raise pytest.fail.Exception(missing) if os.environ.get("CI") else pytest.skip.Exception(missing)
-    return found
-
-
-@pytest.fixture(scope="module")
-def page(installed: str) -> Iterator[Page]:
-    PICTURES.mkdir(exist_ok=True)
-    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=installed) as browser:
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.set_default_timeout(60_000)
-        expect.set_options(timeout=60_000)
-        # MLflow's assistant opens by itself on a first visit, over a quarter of the page.
-        page.add_init_script("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
-        yield page
 
 
 @pytest.fixture(scope="module")

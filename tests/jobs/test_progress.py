@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
+import socket
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from jobs.progress import Progress, clock
+from jobs.progress import FILE, Progress, clock, read_progress
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0s"), (59.6, "1m00s"), (75, "1m15s"), (3700, "1h01m")])
@@ -42,3 +47,38 @@ def test_nothing_to_do_prints_nothing() -> None:
     with Progress(Console(file=out)).bar("base errors", 0, "bases"):
         pass
     assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_running_sweep_says_in_its_folder_what_it_shows(tmp_path: Path, terminal: bool) -> None:
+    progress = Progress(Console(file=io.StringIO(), force_terminal=terminal))
+    assert read_progress(tmp_path) is None
+    with progress.kept_in(tmp_path):
+        progress.stage("[4/6] deltas")
+        shown = read_progress(tmp_path)
+        assert (shown["stage"], shown["bars"], shown["running"]) == ("[4/6] deltas", [], True)
+        with progress.bar("delta studies", 3, "trials") as bar:
+            bar.advance()
+            progress.save(at_once=True)
+            (text,) = read_progress(tmp_path)["bars"]
+            assert text.startswith("delta studies: 1/3 trials, about ")
+        progress.save(at_once=True)
+        assert read_progress(tmp_path)["bars"] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_progress_file_is_none(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("{")
+    assert read_progress(tmp_path) is None
+
+
+def test_after_a_kill_its_last_word_is_there(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    told = {"host": socket.gethostname(), "pid": ended.pid, "at": time.time(), "stage": "[2/6] lora", "bars": []}
+    (tmp_path / FILE).write_text(json.dumps(told))
+    assert read_progress(tmp_path) == {**told, "running": False}
+    (tmp_path / FILE).write_text(json.dumps(told | {"host": "elsewhere"}))
+    assert read_progress(tmp_path)["running"]
+    (tmp_path / FILE).write_text(json.dumps(told | {"host": "elsewhere", "at": time.time() - 1000}))
+    assert not read_progress(tmp_path)["running"]

@@ -1,0 +1,45 @@
+"""A real browser, for tests of web pages: Chromium of the system (`apt-get install chromium`).
+
+Without Chromium the tests are skipped, but under CI that is an error. Pictures are kept in `test-output/`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.end_to_end.conftest import REPOSITORY
+
+PICTURES = REPOSITORY / "test-output"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def installed() -> str:
+    """The browser's program, looked for before a sweep is run to look at."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        missing = f"no browser: none of {', '.join(BROWSERS)} is installed (apt-get install chromium)"
+        raise pytest.fail.Exception(missing) if os.environ.get("CI") else pytest.skip.Exception(missing)
+    return found
+
+
+@pytest.fixture(scope="session")
+def browser(installed: str) -> Iterator[Browser]:
+    PICTURES.mkdir(exist_ok=True)
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=installed) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def page(browser: Browser) -> Page:
+    page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    page.set_default_timeout(60_000)
+    expect.set_options(timeout=60_000)
+    # MLflow's assistant opens by itself on a first visit, over a quarter of the page.
+    page.add_init_script("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
+    return page
