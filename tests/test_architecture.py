@@ -53,7 +53,7 @@ ITS_ROOMS = (
     "evaluators/measures/calculator.py",
     "evaluators/measures/behaviours.py",  # holds the check `calculator`, one function among others
 )
-COMMAND_LINES = ("jobs/cli.py", "benchmarks")
+COMMAND_LINES = ("jobs/cli", "benchmarks")
 """A command has a parameter for each option."""
 
 

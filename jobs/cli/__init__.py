@@ -1,0 +1,74 @@
+"""The command line: `python -m jobs COMMAND`, each with `--help`.
+
+In: arguments. Out: an exit status: 0 done, 1 some trials or cells failed, 2 invalid request, 130 interrupted. The
+commands that run a study are in `study`, those that read finished ones in `results`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+
+import typer
+
+from jobs.cli import results, study
+from jobs.cluster import environment
+
+environment.prepare()
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="python -m jobs",
+    help="Sweeps of delta transcoders: find what finetuning changed in a model's MLPs, splice it in and measure it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(study.commands)
+app.add_typer(results.commands)
+
+
+def main() -> None:
+    """Runs a command, and turns its errors into one line and an exit status."""
+    from data.rows import DataError
+    from jobs.errors import RequestError, WorkFailed
+    from models.errors import ModelError
+    from search_spaces.load import SettingsError
+
+    environment.install_stop_handlers()
+    environment.repeat_stops_until_acknowledged()
+    try:
+        status = app(standalone_mode=False)  # Typer returns a status if the command raised an exit
+    except (typer.Abort, KeyboardInterrupt):
+        status = INTERRUPTED
+    except (RequestError, ModelError, DataError, SettingsError) as error:
+        _say(str(error))
+        sys.exit(2)
+    except WorkFailed as error:
+        _say(str(error))
+        sys.exit(1)
+    except OSError as error:
+        if error.errno != 28:
+            raise
+        _say("the disk is full; free some space and run the same command to continue from here")
+        sys.exit(1)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            _say(error.format_message() if hasattr(error, "format_message") else str(error))
+            sys.exit(2)
+        raise
+    if status == INTERRUPTED:
+        environment.acknowledge_stop()
+        _say("stopped; run the same command to continue from here")
+        # Everything is cleaned up. A full interpreter shutdown, with Ray's threads cut short by an interrupt, now and
+        # then ends in a segmentation fault.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)
+    sys.exit(status or 0)
+
+
+def _say(text: str) -> None:
+    print(f"error: {text}" if not text.startswith("stopped") else text, file=sys.stderr)

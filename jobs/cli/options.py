@@ -1,0 +1,37 @@
+"""Arguments and options that several commands share, and the `Context` that they are given.
+
+In: what was typed. Out: types for Typer's signatures, and a `Context`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from jobs.study.context import Context
+
+Config = Annotated[str, typer.Argument(help="A settings file, or a preset: quickstart, tiny, smollm2, gemma2_2b.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override those in the file.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="A running Ray cluster: auto, HOST:PORT on a node, ray://HOST:PORT from outside; default: its own."
+    ),
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster that others can use without a token.")]
+DeltaTarget = Annotated[str | None, typer.Option(help="change or residual; default: the first of deltas.targets.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete this sweep's earlier results and start over.")]
+
+
+def context_of(config: str, overrides: list[str] | None) -> Context:
+    """What a command is given; a wrong request is refused before seconds of imports."""
+    from search_spaces.load import load
+
+    settings = load(config, overrides or [])
+    from jobs.study.context import Context
+
+    return Context(settings)

@@ -1,0 +1,134 @@
+"""Commands that read what finished studies left: texts and figures on the terminal, exports, web pages.
+
+In: a settings file, or files of results. Out: tables on the terminal or JSON, and files for other tools.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli.options import Config, DeltaTarget, Overrides, context_of
+
+commands = typer.Typer()
+
+
+@commands.command()
+def score(
+    file: Annotated[str, typer.Argument(help="JSON lines of {input, target, generation, label}; label is optional.")],
+    behaviours: Annotated[str, typer.Option(help="Settings whose evaluate.behaviours are asked.")] = "quickstart",
+    by: Annotated[str, typer.Option(help="The column to group by.")] = "label",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """The rates of behaviours in a file of generations, with Wilson 95% intervals."""
+    from evaluators.measures.behaviours import read_behaviours
+    from evaluators.measures.scoring import score_file
+    from jobs.commands.show import show_scores
+    from search_spaces.load import load
+
+    groups = score_file(file, read_behaviours(load(behaviours, []).evaluate.behaviours), by)
+    if as_json:
+        print(json.dumps(groups))
+        return
+    show_scores(by, groups)
+
+
+@commands.command()
+def probe(
+    config: Config,
+    prompt: Annotated[str, typer.Option(help="The prompt to give the model.")],
+    overrides: Overrides = None,
+    target: Annotated[str | None, typer.Option(help="The answer to score; default: the finetuned model's own.")] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="A layer to splice, repeatable; default: all swept.")] = None,
+    alpha: Annotated[list[float] | None, typer.Option(help="Another strength to try, repeatable.")] = None,
+    deltas: DeltaTarget = None,
+    percentile: Annotated[float | None, typer.Option(help="Which base; default: the evaluated one.")] = None,
+    d_new: Annotated[int | None, typer.Option("--d-new", help="Which delta; default: the evaluated one.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many next tokens and features to show.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """One prompt under raw, no_delta, full and any alpha: CE, next tokens, output, active features."""
+    from evaluators.measures.probe import probe as run
+    from jobs.commands.finished import Asked, asked, combination, load_bridge, load_sites
+    from models.bridge import device_of
+
+    context = context_of(config, overrides)
+    model = load_bridge(context)
+    sites = load_sites(context, layer, combination(context, Asked(deltas, percentile, d_new)), model)
+    sites = [site.to(device_of(model)) for site in sites]
+    row = asked(context, prompt, target or "")
+    found = run(model, row, sites, alpha or [], top=top, limits=context.limits)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    from jobs.commands.show import show_probe
+
+    show_probe(found)
+
+
+@commands.command()
+def chat(
+    config: Config,
+    overrides: Overrides = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 64,
+    alpha: Annotated[
+        float | None, typer.Option(help="Talk to the model with its deltas spliced in at this strength; 0 is no delta.")
+    ] = None,
+    deltas: DeltaTarget = None,
+    layer: Annotated[list[int] | None, typer.Option(help="A layer to splice, repeatable; default: all.")] = None,
+) -> None:
+    """Talk to the finetuned model, one request per line."""
+    from jobs.commands.chat import chat as run
+
+    run(context_of(config, overrides), max_new_tokens, alpha, deltas, layer)
+
+
+@commands.command()
+def export(
+    config: Config,
+    folder: Annotated[str, typer.Option("--to", help="A folder that does not exist yet.")],
+    overrides: Overrides = None,
+    kind: Annotated[str, typer.Option("--format", help="gemma-scope, saelens or circuit-tracer.")] = "saelens",
+    alpha: Annotated[float, typer.Option(help="Strength to fold into the delta's decoder.")] = 1.0,
+    deltas: DeltaTarget = None,
+    percentile: Annotated[float | None, typer.Option(help="Which base; default: the evaluated one.")] = None,
+    d_new: Annotated[int | None, typer.Option("--d-new", help="Which delta; default: the evaluated one.")] = None,
+    onto_bases: Annotated[
+        bool, typer.Option("--onto-bases", help="Fuse change deltas with their layers' bases.")
+    ] = False,
+) -> None:
+    """Write change deltas, or bases and residual deltas fused, as one transcoder per layer in another tool's format."""
+    from jobs.commands import finished
+
+    context, asked = context_of(config, overrides), finished.Asked(deltas, percentile, d_new)
+    for path in finished.export(context, kind, Path(folder), asked, alpha, onto_bases):
+        print(path)
+
+
+@commands.command()
+def features(
+    config: Config,
+    overrides: Overrides = None,
+    top: Annotated[int, typer.Option(min=1, help="How many features to list.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Print how few features of the change deltas carry the effect, and which they are."""
+    from jobs.commands.few_features import few_features, show
+
+    found = few_features(context_of(config, overrides), top)
+    print(json.dumps(found)) if as_json else show(found)
+
+
+@commands.command()
+def ui(
+    root: Annotated[str, typer.Option(help="The storage root.")] = "mlruns",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on loopback.")] = 5000,
+    studies: Annotated[bool, typer.Option("--studies", help="Serve the Optuna dashboard instead of MLflow.")] = False,
+) -> None:
+    """Serve the MLflow UI for this machine's sweeps, on loopback."""
+    from jobs.commands.ui import serve
+
+    serve(root, port, studies)
