@@ -123,6 +123,35 @@ def features(
 
 
 @commands.command()
+def compare(
+    sweeps: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Sweeps' names, or folders.")] = None,
+    root: Annotated[list[str] | None, typer.Option(help="A storage root, repeatable; default: mlruns.")] = None,
+    experiment: Annotated[
+        list[str] | None, typer.Option(help="A sweep as MLflow has it, by its experiment's name, repeatable.")
+    ] = None,
+    tracking: Annotated[str | None, typer.Option(help="MLflow's address; default: mlflow.db in the roots.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write every figure to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="The page; default: ROOT/comparisons/NAMES.html.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Compare finished sweeps: settings that differ, figures side by side, means over seeds, knobs in one picture."""
+    from rich.console import Console
+
+    from jobs.commands import compare as run
+
+    roots = root or ["mlruns"]
+    found = run.compare(run.Sources(sweeps or [], roots, experiment or [], tracking))
+    if csv is not None:
+        run.write(csv, run.as_csv(found), "--csv")
+    page = run.write(html or run.page_path(roots[0], found), run.as_page(found), "--html")
+    if as_json:
+        print(json.dumps({**run.as_json(found), "page": str(page)}, ensure_ascii=False))
+        return
+    run.show(found, Console())
+    print(f"comparison: {page}")
+
+
+@commands.command()
 def ui(
     root: Annotated[str, typer.Option(help="The storage root.")] = "mlruns",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on loopback.")] = 5000,

@@ -17,6 +17,8 @@ from filelock import FileLock, Timeout
 from jobs.errors import RequestError
 from jobs.files import read_json, write_json
 
+SETTINGS = "sweep.yaml"
+"""The resolved settings."""
 START = "start.json"
 TIMELINE = "timeline.jsonl"
 """What the fan-out workers did when."""

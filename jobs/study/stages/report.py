@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from jobs.study.stages.finetuned import VALIDATION_FILE
 from jobs.study.stages.lora import STAGE as LORA
 from jobs.study.stages.lora import study_name
 from jobs.study.stages.transcoders import chosen_base, root
+from jobs.study.workspace import SETTINGS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,6 +51,7 @@ def run(context: Context) -> dict[str, Any]:
         lora_pictures=_lora_pictures(context),
     )
     path = write_report(space.report, data, seed=context.settings.seed)
+    shutil.copy(space.folder / SETTINGS, space.report)  # so that the run in MLflow has the settings of its tables
     context.tracker.log("sweep", headlines(context))
     context.tracker.artifacts("sweep", space.report)
     context.tracker.artifacts("sweep", space.generations, "generations")

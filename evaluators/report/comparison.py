@@ -1,0 +1,273 @@
+"""Several sweeps on one page: their knobs in one picture, figures side by side, means over seeds, what differs.
+
+In: `ComparedSweep`s. Out: the page as text, its tables (which the terminal shows too), and plain rows for CSV and JSON.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from evaluators.report.figures import band, finish, look, panels, plain
+from evaluators.report.findings import number, with_interval
+from evaluators.report.page import Block, Section, Table, picture, render
+from evaluators.tables import comparison
+from evaluators.tables.comparison import FEATURES, GAP, SHARE, ComparedSweep
+from evaluators.tables.pooling import RATE
+
+CE = "CE (nats per target token)"
+READING = (
+    "Each figure is of the change deltas in a sweep's largest set of layers: the un-finetuned MLPs take the finetuned "
+    "ones' place, and the deltas add back what finetuning changed. Intervals are 95%, over the prompts of one sweep, "
+    "with its deltas as they are."
+)
+LONGEST_VALUE = 60
+"""Characters of a setting's value that a table shows."""
+
+
+def page(sweeps: Sequence[ComparedSweep], notes: Sequence[str] = ()) -> str:
+    """The comparison as one self-contained HTML page."""
+    blocks: list[Block] = []
+    if any(len(sweep.dose) for sweep in sweeps):
+        help = "Cross-entropy and the first behaviour's rate against the deltas' strength; dotted: the finetuned model."
+        blocks.append(picture("knobs", knobs(sweeps), "The knobs", help))
+    tables = side_by_side(sweeps)
+    sections = [
+        Section("sweeps", "Side by side", " ".join([READING, *notes]), [*blocks, *tables]),
+    ]
+    if pooled := pooled_tables(sweeps):
+        sections.append(Section("pooled", "Pooled over seeds", spread_note(sweeps), pooled))
+    intro = "Where and how fast a sweep ran is left out."
+    sections.append(Section("settings", "Which sweeps, and what differs", intro, [overview(sweeps), differing(sweeps)]))
+    return render("Sweeps compared", sections)
+
+
+def spread_note(sweeps: Sequence[ComparedSweep]) -> str:
+    """What the spread of the pooled figures is over, and what the intervals are over."""
+    units = {comparison.unit_of(group) for group in comparison.seed_groups(sweeps)}
+    over = " or ".join(sorted(units))
+    return (
+        f"Sweeps that differ in the seed alone. The spread here is over {over}, one value each: its standard deviation "
+        "(n - 1) and range. The intervals above are over prompts within one of them, and say nothing about another. "
+        "Each seed also draws its own rows, so the spread holds that of prompts too."
+    )
+
+
+def side_by_side(sweeps: Sequence[ComparedSweep]) -> list[Table]:
+    """The figures, a table for each subset, with a column for each sweep."""
+    figures = comparison.figures_of(sweeps)
+    tables = []
+    for subset in figures["subset"].unique():
+        here = figures[figures["subset"] == subset]
+        rows = []
+        for figure in _order(here["figure"].unique()):
+            of_figure = here[here["figure"] == figure].set_index("sweep")
+            texts = [_text(of_figure, sweep.name) for sweep in sweeps]
+            rows.append([figure, *texts])
+        title, help = f"{subset}", f"95% intervals over prompts{_counts(sweeps, subset)}; -: not measured."
+        tables.append(Table(title, help, ["", *(sweep.name for sweep in sweeps)], rows))
+    return tables
+
+
+def _order(figures: Iterable[str]) -> list[str]:
+    """Those of rates last, whichever sweep has them."""
+    return sorted(figures, key=lambda one: " rate, " in one)
+
+
+def _text(of_figure: pd.DataFrame, name: str) -> str:
+    if name not in of_figure.index:
+        return "-"
+    row = of_figure.loc[name]
+    if math.isnan(row["value"]):
+        return {FEATURES: "no number does", SHARE: "no effect"}.get(row["figure"], "nothing to recover")
+    if row["figure"] == FEATURES:
+        return f"{row['value']:.0f}"
+    ends = pd.Series({"value": row["value"], "value_low": row["low"], "value_high": row["high"]})
+    return with_interval(ends, "value", signed=row["figure"] == GAP)
+
+
+def _counts(sweeps: Sequence[ComparedSweep], subset: str) -> str:
+    found = [
+        int(sweep.finetuned[sweep.finetuned["subset"] == subset]["n_examples"].iloc[0])
+        for sweep in sweeps
+        if len(sweep.finetuned) and (sweep.finetuned["subset"] == subset).any()
+    ]
+    if not found:
+        return ""
+    return f", n = {min(found)}" + (f" to {max(found)}" if max(found) > min(found) else "")
+
+
+def pooled_tables(sweeps: Sequence[ComparedSweep]) -> list[Table]:
+    """Mean and spread of each figure over sweeps that differ in the seed alone, a table for each such group."""
+    tables = []
+    for group in comparison.seed_groups(sweeps):
+        unit = comparison.unit_of(group)
+        rows = [
+            [
+                row["subset"],
+                row["figure"],
+                _plain_number(row["mean"], row["figure"]),
+                _plain_number(row["sd"], row["figure"], scale=abs(row["mean"])),
+                "-"
+                if row["n"] == 0
+                else " to ".join(_plain_number(row[end], row["figure"]) for end in ("low", "high")),
+                str(row["n"]),
+            ]
+            for _, row in _rates_last(comparison.pooled(group)).iterrows()
+        ]
+        names = ", ".join(sweep.name for sweep in group)
+        seeds = ", ".join(str(sweep.seed) for sweep in group)
+        header = ["subset", "figure", "mean", "sd", "range", f"n {unit}"]
+        help = f"They differ in the seed alone ({seeds}); mean, sd and range are over {unit}."
+        tables.append(Table(f"{len(group)} {unit}: {names}", help, header, rows))
+    return tables
+
+
+def _rates_last(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each subset in the order of the tables above."""
+    return pd.concat(
+        [
+            rows[rows["figure"] == figure]
+            for _, rows in table.groupby("subset", sort=False)
+            for figure in _order(rows["figure"])
+        ]
+    )
+
+
+def _plain_number(value: float, figure: str, scale: float | None = None) -> str:
+    """With the sign of a gap; `scale` is the mean where `value` is its spread, which has no sign."""
+    if figure == FEATURES and not math.isnan(value):
+        return f"{value:.0f}"
+    return number(value, signed=figure == GAP and scale is None, scale=scale and max(scale, value))
+
+
+def overview(sweeps: Sequence[ComparedSweep]) -> Table:
+    """Which sweeps they are: where they lie, their pair, seed and layers."""
+    rows = [
+        [
+            sweep.name,
+            str(sweep.settings.get("model.source", "-")),
+            str(sweep.settings.get("model.finetuned", "trained here (LoRA)")),
+            str(sweep.seed),
+            sweep.layers or "-",
+            sweep.where,
+        ]
+        for sweep in sweeps
+    ]
+    help = "The layers are the largest set in which deltas were spliced."
+    return Table("The sweeps", help, ["sweep", "model", "finetuned model", "seed", "layers", "from"], rows)
+
+
+def differing(sweeps: Sequence[ComparedSweep]) -> Table:
+    """The settings that differ, with a column for each sweep."""
+    found = comparison.settings_that_differ(sweeps)
+    rows = [[key, *(_shown(value) for value in values)] for key, values in found.items()]
+    help = f"{len(rows)} settings differ; -: not set." if rows else "No setting differs."
+    return Table("Settings that differ", help, ["setting", *(sweep.name for sweep in sweeps)], rows)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
+def knobs(sweeps: Sequence[ComparedSweep]) -> Figure:
+    """CE above and the first rate below against alpha, a column per subset, a colour and marker per sweep.
+
+    Sweeps that differ in the seed alone share a colour: thin lines, and a thick one for their mean.
+    """
+    shown = [sweep for sweep in sweeps if len(sweep.dose)]
+    subsets = list(dict.fromkeys(subset for sweep in shown for subset in sweep.dose["subset"]))
+    rates = list(dict.fromkeys(sweep.rate for sweep in shown if sweep.rate is not None))
+    figure, grid = panels((1 + bool(rates)) * len(subsets), columns=len(subsets), height=2.7)
+    for place, axes in enumerate(grid):
+        subset, of_rate = subsets[place % len(subsets)], place >= len(subsets)
+        _one_panel(axes, shown, subset, of_rate)
+        axes.set_xlabel("alpha")
+        if of_rate:
+            axes.set_ylim(-0.05, 1.05)
+        else:
+            axes.set_title(plain(subset))
+            axes.set_ylim(bottom=0)
+        if place % len(subsets) == 0:
+            axes.set_ylabel(_spoken(rates) if of_rate else CE)
+    counts = pd.concat([sweep.dose["n_examples"] for sweep in shown])
+    low, high = int(counts.min()), int(counts.max())
+    count = f"n = {low if low == high else f'{low} to {high}'} prompts per subset"
+    grouped = "; thin: one seed each, thick: their mean" if comparison.seed_groups(shown) else ""
+    return finish(figure, grid[0], f"{count}; bands: bootstrap (CE) and Wilson (rate) 95% over prompts{grouped}")
+
+
+def _spoken(rates: Sequence[str]) -> str:
+    if len(rates) > 1:
+        return "share of prompts: first behaviour"
+    return f"share of prompts: {rates[0].removesuffix(RATE).replace('_', ' ')}"
+
+
+def _one_panel(axes: Axes, sweeps: Sequence[ComparedSweep], subset: str, of_rate: bool) -> None:
+    """A single sweep is drawn with its band, a group of seeds as thin lines and their mean."""
+    groups = comparison.seed_groups(sweeps)
+    together = {sweep.name: group for group in groups for sweep in group}
+    colours: dict[str, int] = {}
+    for place, sweep in enumerate(sweeps):
+        first = together.get(sweep.name, [sweep])[0].name
+        look_number = colours.setdefault(first, len(colours))
+        column = sweep.rate if of_rate else "mean_ce"
+        rows = sweep.dose[sweep.dose["subset"] == subset].sort_values("alpha")
+        rows = rows.dropna(subset=[column]) if column in rows else rows.iloc[:0]
+        colour, marker = look(look_number)[0], look(place)[1]
+        if sweep.name in together:
+            style: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.6, "marker": marker, "markersize": 4}
+            values = rows[column] if len(rows) else []
+            axes.plot(rows["alpha"] if len(rows) else [], values, color=colour, label=plain(sweep.name), **style)
+        elif len(rows):
+            band(axes, rows, str(column), label=plain(sweep.name), number=look_number)
+        else:
+            axes.plot([], [], color=colour, marker=look(look_number)[1], label=plain(sweep.name))  # for the legend
+        raw = sweep.finetuned[sweep.finetuned["subset"] == subset] if len(sweep.finetuned) else sweep.finetuned
+        if len(raw) and column in raw and not pd.isna(raw[column].iloc[0]):
+            axes.axhline(float(raw[column].iloc[0]), color=colour, linestyle=":", linewidth=1)
+    for group in groups:
+        means = _mean_curve(group, subset, of_rate)
+        label = f"mean of {len(group)} {comparison.unit_of(group)}"
+        if len(groups) > 1:
+            label += f": {plain(group[0].name)}, ..."
+        colour = look(colours[group[0].name])[0]
+        axes.plot(means.index, means.to_numpy(), color=colour, linewidth=2.6, alpha=0.9, label=label, zorder=3)
+
+
+def _mean_curve(group: Sequence[ComparedSweep], subset: str, of_rate: bool) -> pd.Series:
+    """Over the sweeps of a group, at the strengths that all of them have."""
+    curves = []
+    for sweep in group:
+        rows = sweep.dose[sweep.dose["subset"] == subset]
+        column = sweep.rate if of_rate else "mean_ce"
+        if column in rows:
+            curves.append(rows.set_index("alpha")[column])
+    if not curves:
+        return pd.Series(dtype=float)
+    return pd.concat(curves, axis=1, join="inner").dropna().mean(axis=1).sort_index()
+
+
+def records(sweeps: Sequence[ComparedSweep]) -> list[dict[str, Any]]:
+    """Every figure of every sweep, then those pooled over seeds, as plain rows with equal keys; None for undefined.
+
+    `kind` is `sweep`, with `low` and `high` the ends of the 95% interval over prompts, or `pooled`, where they are the
+    smallest and largest value of the `n` sweeps and `sd` their spread.
+    """
+    seeds = {sweep.name: sweep.seed for sweep in sweeps}
+    found: list[dict[str, Any]] = []
+    for _, row in comparison.figures_of(sweeps).iterrows():
+        found.append({"kind": "sweep", "seed": seeds[row["sweep"]], "sd": None, "n": None, **row})
+    for group in comparison.seed_groups(sweeps):
+        for _, row in comparison.pooled(group).iterrows():
+            one = {"kind": "pooled", "seed": None, "sweep": row["sweeps"], "value": row["mean"]}
+            found.append(one | {name: row[name] for name in ("subset", "figure", "low", "high", "sd", "n")})
+    names = ("kind", "sweep", "seed", "subset", "figure", "value", "low", "high", "sd", "n")
+    return [{name: None if pd.isna(one[name]) else one[name] for name in names} for one in found]

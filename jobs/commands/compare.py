@@ -1,0 +1,133 @@
+"""Sweeps side by side: on the terminal, as CSV, as JSON, and as a page.
+
+In: where finished sweeps are. Out: their comparison, written where it was asked for.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaluators.tables.comparison import ComparedSweep, repeated, settings_that_differ
+from jobs.commands.reports import Sources, read_sweeps
+from jobs.errors import RequestError
+from jobs.study.workspace import storage_root
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from evaluators.report.page import Table
+
+FOLDER = "comparisons"
+"""Under a storage root: the pages."""
+LONGEST_NAME = 120
+FIRST_COLUMN, COLUMN = 34, 28
+"""Characters that the terminal needs for a table's first column, and for each sweep's."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Sweeps that were read, and notes on what is missing of them or doubtful."""
+
+    sweeps: Sequence[ComparedSweep]
+    notes: list[str] = field(default_factory=list)
+
+
+def compare(sources: Sources) -> Comparison:
+    """Reads the sweeps; raises RequestError as `read_sweeps` does."""
+    sweeps, notes = read_sweeps(sources)
+    notes += [f"{one} and {other} share every setting, the seed too." for one, other in repeated(sweeps)]
+    for sweep in sweeps:
+        if sweep.layers and sweep.dose.empty:
+            notes.append(f"{sweep.name} has no strengths (evaluate.alphas) in its widest set, so it has no knob.")
+    return Comparison(sweeps, notes)
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """The comparison as plain values."""
+    from evaluators.report.comparison import records
+
+    names = [sweep.name for sweep in found.sweeps]
+    return {
+        "sweeps": [
+            {"name": one.name, "seed": one.seed, "layers": one.layers, "from": one.where} for one in found.sweeps
+        ],
+        "settings that differ": {
+            key: dict(zip(names, values, strict=True)) for key, values in settings_that_differ(found.sweeps).items()
+        },
+        "figures": records(found.sweeps),
+        "notes": found.notes,
+    }
+
+
+def as_csv(found: Comparison) -> str:
+    """Every figure as one row, those pooled over seeds at the end."""
+    from evaluators.report.comparison import records
+
+    rows, text = records(found.sweeps), io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_page(found: Comparison) -> str:
+    from evaluators.report.comparison import page
+
+    return page(found.sweeps, found.notes)
+
+
+def page_path(root: str, found: Comparison) -> Path:
+    """Where the page goes unless another place was asked for: its name holds those of the sweeps."""
+    names = "_".join("".join(one if one.isalnum() or one in "-." else "-" for one in s.name) for s in found.sweeps)
+    if len(names) > LONGEST_NAME:
+        names = f"{names[:LONGEST_NAME]}-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
+    return storage_root(root) / FOLDER / f"{names}.html"
+
+
+def write(path: Path, text: str, key: str) -> Path:
+    """Writes beside and renames; raises RequestError where `path` cannot be written."""
+    path = path.expanduser().absolute()
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise RequestError(f"{key}: {path} cannot be written ({error.strerror})") from None
+    return path
+
+
+def show(found: Comparison, console: Console) -> None:
+    """The tables of the page on the terminal, as many sweeps side by side as fit."""
+    from evaluators.report import comparison
+
+    several = max(1, (console.width - FIRST_COLUMN) // COLUMN)
+    for table in [comparison.differing(found.sweeps), *comparison.side_by_side(found.sweeps)]:
+        for first in range(1, len(table.header), several):
+            _print(table, [0, *range(first, min(first + several, len(table.header)))], console)
+    pooled = comparison.pooled_tables(found.sweeps)
+    for table in pooled:
+        _print(table, range(len(table.header)), console)
+    if pooled:
+        console.print(comparison.spread_note(found.sweeps), highlight=False, markup=False)
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _print(table: Table, columns: Sequence[int], console: Console) -> None:
+    from rich.table import Table as Shown
+    from rich.text import Text
+
+    title = f"{table.title}: {table.help}"
+    shown = Shown(title=Text(title), title_justify="left")
+    for column in columns:
+        shown.add_column(Text(table.header[column]))
+    for row in table.rows:
+        shown.add_row(*(Text(row[column]) for column in columns))
+    console.print(shown)

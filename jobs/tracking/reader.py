@@ -1,0 +1,111 @@
+"""Reads a sweep's own run back from MLflow.
+
+In: a store and an experiment, which has the sweep's name. Out: the figures, settings and identity of its last finished
+run, and files from the run's artifacts.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from jobs.addresses import without_secrets
+from jobs.errors import RequestError
+from jobs.tracking.writer import KEY_TAG
+
+SWEEP = "sweep"
+"""The key of a sweep's own run."""
+
+
+class TrackedSweep(NamedTuple):
+    """A sweep's own run: `scope` is its start, as in `start.json`; `settings` are nested, from the parameters of its
+    stages."""
+
+    run: str
+    scope: str
+    metrics: dict[str, float]
+    settings: dict[str, Any]
+
+
+class Reader:
+    """One MLflow store; every method raises RequestError where it does not answer."""
+
+    def __init__(self, uri: str, key: str = "--tracking") -> None:
+        self._shown = f"{key}: {without_secrets(uri)}"
+        path = Path(urlsplit(uri).path[1:] if uri.startswith("sqlite:") else "")
+        if uri.startswith("sqlite:") and not path.is_file():  # MLflow would create an empty store
+            raise RequestError(f"{key}: there is no MLflow store at {path}")
+        try:
+            self._client = MlflowClient(tracking_uri=uri)
+            self.sweeps = sorted(one.name for one in self._client.search_experiments() if one.name != "Default")
+        except Exception as error:  # each kind of store has its own
+            raise RequestError(f"{self._shown} does not answer ({_short(error)})") from None
+
+    def last_finished(self, name: str) -> TrackedSweep | None:
+        """The newest run of that sweep that ended well, None where none did; the experiment must be there."""
+        try:
+            experiment = self._client.get_experiment_by_name(name)
+            assert experiment is not None
+            runs = self._runs(experiment.experiment_id, "attributes.status = 'FINISHED'")
+            own = [run for run in runs if _key(run)[0] == SWEEP]
+            if not own:
+                return None
+            newest = max(own, key=lambda run: run.info.start_time)
+            inside = f"tags.`mlflow.parentRunId` = '{newest.info.run_id}'"
+            stages = self._runs(experiment.experiment_id, inside)
+        except Exception as error:
+            raise RequestError(f"{self._shown} does not answer ({_short(error)})") from None
+        settings: dict[str, Any] = {}
+        for run in (newest, *stages):
+            for key, text in run.data.params.items():
+                _put(settings, key, _value(text))
+        return TrackedSweep(newest.info.run_id, _key(newest)[1], dict(newest.data.metrics), settings)
+
+    def fetch(self, run: str, names: Iterable[str], folder: Path) -> None:
+        """Copies those of the named artifacts that the run has, and that can be reached, into `folder`."""
+        for name in names:
+            with suppress(Exception):  # a bucket without credentials, a folder of another machine
+                self._client.download_artifacts(run, name, str(folder))
+
+    def _runs(self, experiment: str, filter: str) -> list[Run]:
+        found: list[Run] = []
+        token = None
+        while True:
+            page = self._client.search_runs([experiment], filter, max_results=1000, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
+
+
+def _key(run: Run) -> tuple[str, str]:
+    """A run's key and its scope."""
+    key, _, scope = run.data.tags.get(KEY_TAG, "").rpartition("#")
+    return key, scope
+
+
+def _put(settings: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for part in parents:
+        settings = settings.setdefault(part, {})
+    settings[last] = value
+
+
+def _value(text: str) -> Any:
+    """What a parameter's text stood for: MLflow keeps text only."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError):
+        return text
+
+
+def _short(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return without_secrets(first)[:200]
