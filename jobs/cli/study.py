@@ -16,6 +16,31 @@ from jobs.cluster import environment
 commands = typer.Typer()
 
 
+@commands.command()
+def sweep(
+    config: Config,
+    overrides: Overrides = None,
+    address: Address = None,
+    insecure: Insecure = False,
+    fresh: Fresh = False,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Run a sweep for each of these seeds (0,1,2), named NAME-s0 and so on, and compare them."),
+    ] = None,
+) -> None:
+    """Run the whole study; finished work is kept."""
+    if seeds is None:
+        _run("sweep", config, overrides or [], address, insecure, fresh)
+        return
+    environment.prepare(address)
+    from jobs.commands.seeds import run_seeds, settings_of
+
+    every = settings_of(config, overrides or [], seeds)
+    if address and address.startswith("ray://"):
+        raise typer.Exit(_submit("sweep", config, overrides or [], address, insecure, fresh, seeds))
+    run_seeds(every, address=address, insecure=insecure, fresh=fresh)
+
+
 def _stage_command(name: str, help: str) -> None:
     def command(
         config: Config,
@@ -24,25 +49,42 @@ def _stage_command(name: str, help: str) -> None:
         insecure: Insecure = False,
         fresh: Fresh = False,
     ) -> None:
-        from search_spaces.load import load
-
-        environment.prepare(address)
-        settings = load(config, overrides or [])  # a wrong request is refused before seconds of imports
-        from jobs.study.context import Context
-        from jobs.study.sweep import run_sweep
-
-        if address and address.startswith("ray://"):
-            from jobs.cluster.submission import run_there
-
-            raise typer.Exit(run_there(address, name, config, overrides or [], fresh, insecure))
-        until = "report" if name == "sweep" else name
-        context = Context(settings, address=address, insecure=insecure)
-        run_sweep(context, until=until, fresh=fresh)
+        _run(name, config, overrides or [], address, insecure, fresh)
 
     commands.command(name, help=help)(command)
 
 
-_stage_command("sweep", "Run the whole study; finished work is kept.")
+def _run(name: str, config: str, overrides: list[str], address: str | None, insecure: bool, fresh: bool) -> None:
+    """Runs the study up to a stage, here or as a job on the cluster."""
+    from search_spaces.load import load
+
+    environment.prepare(address)
+    settings = load(config, overrides)  # a wrong request is refused before seconds of imports
+    if address and address.startswith("ray://"):
+        raise typer.Exit(_submit(name, config, overrides, address, insecure, fresh))
+    from jobs.study.context import Context
+    from jobs.study.sweep import run_sweep
+
+    until = "report" if name == "sweep" else name
+    run_sweep(Context(settings, address=address, insecure=insecure), until=until, fresh=fresh)
+
+
+def _submit(
+    name: str,
+    config: str,
+    overrides: list[str],
+    address: str,
+    insecure: bool,
+    fresh: bool,
+    seeds: str | None = None,
+) -> int:
+    """Runs the same command as a job on the cluster; returns its exit status."""
+    from jobs.cluster.submission import run_there
+
+    options = [*(["--fresh"] if fresh else []), *(["--seeds", seeds] if seeds is not None else [])]
+    return run_there(address, name, config, overrides, options, insecure)
+
+
 _stage_command("data", "Run the study up to and including the data.")
 _stage_command("lora", "Run the study up to and including the finetuned model.")
 _stage_command("transcoders", "Run the study up to and including the base transcoders.")

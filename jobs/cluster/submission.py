@@ -33,8 +33,10 @@ STOP_SECONDS = 60
 """Time a stopped job gets to close its runs before Ray kills it."""
 
 
-def run_there(address: str, command: str, config: str, overrides: Sequence[str], fresh: bool, insecure: bool) -> int:
-    """Runs `python -m jobs COMMAND CONFIG ...` as a job on the cluster; returns its exit status.
+def run_there(
+    address: str, command: str, config: str, overrides: Sequence[str], options: Sequence[str], insecure: bool
+) -> int:
+    """Runs `python -m jobs COMMAND CONFIG ... OPTIONS` as a job on the cluster; returns its exit status.
 
     Raises RequestError if the address does not answer, if others can use the cluster without a token (unless
     `insecure`), if the settings file is not part of the upload, or if `overrides` holds a password; WorkFailed if it
@@ -46,7 +48,7 @@ def run_there(address: str, command: str, config: str, overrides: Sequence[str],
                 f"{override.partition('=')[0]}: everyone who sees the cluster's jobs can read a job's command; "
                 "with --address ray:// give an address without a password"
             )
-    arguments = [command, uploaded(config), *overrides, *(["--fresh"] if fresh else [])]
+    arguments = [command, uploaded(config), *overrides, *options]
     host = urlsplit(address).hostname
     if not host:
         raise RequestError(f"--address: {address!r} is not ray://HOST:PORT")

@@ -53,6 +53,8 @@ class Context:
     address: str | None = None
     insecure: bool = False
     """Join a cluster that others can use without a token."""
+    keeps_cluster: bool = False
+    """Leave the cluster up for the next sweep of this process, which disconnects from it at the end."""
     failures: list[str] = field(default_factory=list)
     """Trials and cells that failed, each with its reason; they are listed at the end."""
 

@@ -26,6 +26,7 @@ from jobs.study.context import Context
 from jobs.study.mirror import mirrored
 from jobs.study.stage_list import NAMES, STAGES, Stage
 from jobs.study.stages.finetuned import check_models
+from jobs.study.workspace import SETTINGS
 from search_spaces.schema import Sweep
 
 
@@ -100,7 +101,10 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
     finally:
         if status != "FINISHED":
             tracker.close("sweep", status=status)
-        cluster.disconnect()
+        if not context.keeps_cluster or status != "FINISHED":
+            cluster.disconnect()
+        elif "pool" in vars(context):
+            context.pool.close()  # its idle workers would hold the machine that the next sweep needs
         tracker.finish()
 
 
@@ -136,7 +140,7 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
 def write_settings(context: Context) -> None:
     """`sweep.yaml` (the resolved settings, without secrets) and `versions.json` in the sweep's folder."""
     values = public_settings(context.settings)
-    (context.space.folder / "sweep.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    (context.space.folder / SETTINGS).write_text(yaml.safe_dump(values, sort_keys=False))
     versions = {
         "python": platform.python_version(),
         "git commit": _git_commit(),
