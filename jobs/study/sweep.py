@@ -60,7 +60,7 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
             show_results(context)
         progress.line(f"took {clock(time.monotonic() - started)}")
         if "tracker" in vars(context) and (context.tracker.lost or context.tracker.refused):
-            progress.line("MLflow is missing some results; they are on disk, and `python -m jobs track` sends them")
+            progress.line("MLflow is missing some results; they are on disk, and `deltascope track` sends them")
     if context.failures:
         raise WorkFailed(f"{len(context.failures)} trials or cells failed:\n  " + "\n  ".join(context.failures))
 
