@@ -4,7 +4,8 @@ In: one transcoder per layer (a base, or base and delta fused), and the facts of
 libraries' own loaders can read, with the same outputs there; `tests/compatibility/` shows that.
 
 Each writer takes transcoders by layer and looks each one up at most twice, so a mapping that loads them lazily keeps
-only one in memory. `notes` are JSON-able facts (alpha, sweep, which base and delta) stored under the key `deltascope`.
+only one in memory. `notes` are JSON-able facts (alpha, sweep, which base and delta) stored under the key `deltascope`,
+`card` is the text of README.md (empty: none).
 Each returns the weight files it wrote; it writes either all of them or none. Each raises ModelError if there is nothing
 to export, a transcoder does not fit its layer or the model, the folder is not empty, or the format cannot express it.
 """
@@ -59,6 +60,7 @@ def write_gemma_scope(
     folder: Path,
     average_l0: Mapping[int, float],
     notes: Mapping[str, Any],
+    card: str = "",
 ) -> list[Path]:
     """Writes `layer_L/width_W/average_l0_N/params.npz`, each with a config.json that holds the taps and `notes`.
 
@@ -70,7 +72,7 @@ def write_gemma_scope(
         if not math.isfinite(average_l0.get(layer, math.nan)):
             raise ModelError(f"Gemma Scope export: layer {layer} has no average_l0, which the folder's name needs")
     written = []
-    with _complete(folder) as staged:
+    with _complete(folder, card) as staged:
         for layer in sorted(transcoders):
             transcoder = transcoders[layer]
             place = f"layer_{layer}/{gemma_scope.width_label(transcoder.d_sae)}/average_l0_{average_l0[layer]:.0f}"
@@ -81,12 +83,12 @@ def write_gemma_scope(
 
 
 def write_saelens(
-    transcoders: Mapping[int, Transcoder], model: ExportedModel, folder: Path, notes: Mapping[str, Any]
+    transcoders: Mapping[int, Transcoder], model: ExportedModel, folder: Path, notes: Mapping[str, Any], card: str = ""
 ) -> list[Path]:
     """Writes `layer_L/cfg.json` and `layer_L/sae_weights.safetensors`, for `SAE.load_from_disk(folder / "layer_L")`."""
     _check(transcoders, model)
     _check_hooks("SAELens", model.taps)
-    with _complete(folder) as staged:
+    with _complete(folder, card) as staged:
         for layer in sorted(transcoders):
             transcoder = _portable(transcoders[layer])
             place = staged / f"layer_{layer}"
@@ -98,7 +100,7 @@ def write_saelens(
 
 
 def write_circuit_tracer(
-    transcoders: Mapping[int, Transcoder], model: ExportedModel, folder: Path, notes: Mapping[str, Any]
+    transcoders: Mapping[int, Transcoder], model: ExportedModel, folder: Path, notes: Mapping[str, Any], card: str = ""
 ) -> list[Path]:
     """Writes config.yaml and `layer_{i}.safetensors` for every layer of the model, all as wide as the widest.
 
@@ -116,7 +118,7 @@ def write_circuit_tracer(
         "feature_output_hook": model.taps.output,
         "deltascope": dict(notes),
     }
-    with _complete(folder) as staged:
+    with _complete(folder, card) as staged:
         for layer in range(model.n_layers):
             known = transcoders[layer] if layer in transcoders else _featureless(model, layer)
             transcoder = _padded(_portable(known), width)
@@ -218,13 +220,16 @@ def _check_hooks(format_name: str, taps: Taps) -> None:
 
 
 @contextmanager
-def _complete(folder: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which becomes `folder` if the `with` block succeeds; never replaces an existing one."""
+def _complete(folder: Path, card: str) -> Iterator[Path]:
+    """Yields a folder to fill, with the card in it, which becomes `folder` if the `with` block succeeds; never replaces
+    an existing one."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ModelError(f"{folder} already exists; an export needs a new or an empty folder")
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         staged.mkdir(parents=True)
+        if card:
+            (staged / "README.md").write_text(card, encoding="utf-8")
         yield staged
         staged.rename(folder)
     except (OSError, SafetensorError) as error:

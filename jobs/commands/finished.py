@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from models.gemma_scope import Candidate
     from models.transcoder import Transcoder
 
+FORMATS = ("gemma-scope", "saelens", "circuit-tracer")
+
 
 def finetuned(context: Context) -> Path:
     """The merged model; raises RequestError if the sweep has none yet."""
@@ -133,18 +135,21 @@ def load_deltas(context: Context, layers: list[int], chosen: tuple[Ground, int])
 def export(
     context: Context, kind: str, folder: Path, asked: Asked, alpha: float, onto_bases: bool = False
 ) -> list[Path]:
-    """Exports deltas in another tool's format: a residual delta fused with its base, a change delta by itself or, with
-    `onto_bases`, fused with its layer's base where there is one.
+    """Exports deltas in another tool's format, with a model card: a residual delta fused with its base, a change delta
+    by itself or, with `onto_bases`, fused with its layer's base where there is one.
 
     A change delta joins a base transcoder of any kind as `base(x) + error(x) + alpha * delta(x)`, with the error node
     `error(x) = y_un(x) - base(x)`, which the notes say. Raises RequestError for an unknown format, or without bases.
     """
+    from jobs.commands.model_card import Exported, hub_name, model_card
     from models import exports
     from models.fuse import fuse, scaled
     from models.gemma_scope import read
     from models.sources import model_facts
     from models.transcoder import without_bos
 
+    if kind not in FORMATS:
+        raise RequestError(f"--format: got {kind!r}, allowed are {', '.join(FORMATS)}")
     chosen = ground, d_new = combination(context, asked)
     layers = context.layers_of(ground.target)
     bases: dict[int, Candidate] = {}
@@ -160,7 +165,7 @@ def export(
         fused = {site.layer: fuse(site.base, site.delta, alpha) for site in sites if site.base and site.delta}
     facts = model_facts(context.model)
     model = exports.ExportedModel(
-        name=str(finetuned(context)),
+        name=hub_name(context) or str(finetuned(context)),
         n_layers=facts["n_layers"],
         d_model=facts["d_model"],
         context_size=context.settings.activations.max_length,
@@ -174,16 +179,15 @@ def export(
             notes["bases"] = {str(layer): base.path for layer, base in bases.items()}
             notes["use"] = f"holds base(x) + alpha * delta(x); the finetuned MLP also needs the error node {error}"
         notes["bos"] = "what the deltas add at BOS, where no transcoder is read, is left out"
+    card = model_card(context, Exported(kind, ground, d_new, sorted(fused), alpha, onto_bases))
     if kind == "gemma-scope":
         average_l0 = _average_l0(context, ground, d_new)
         for layer, base in bases.items():
             average_l0[layer] += base.average_l0
-        return exports.write_gemma_scope(fused, model, folder, average_l0, notes)
+        return exports.write_gemma_scope(fused, model, folder, average_l0, notes, card)
     if kind == "saelens":
-        return exports.write_saelens(fused, model, folder, notes)
-    if kind == "circuit-tracer":
-        return exports.write_circuit_tracer(fused, model, folder, notes)
-    raise RequestError(f"--format: got {kind!r}, allowed are gemma-scope, saelens and circuit-tracer")
+        return exports.write_saelens(fused, model, folder, notes, card)
+    return exports.write_circuit_tracer(fused, model, folder, notes, card)
 
 
 def _bases(context: Context, asked: Asked, layers: list[int]) -> dict[int, Candidate]:

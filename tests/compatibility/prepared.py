@@ -58,9 +58,10 @@ def prepare(folder: Path) -> dict[str, Tensor]:
 
     model = ExportedModel(str(folder / "pre_norm"), N_LAYERS, D_MODEL, context_size=128)
     notes = {"alpha": {str(layer): 0.0 if alpha is None else alpha for layer, alpha in ALPHA.items()}}
-    write_gemma_scope(exported, model, folder / "gemma_scope", dict.fromkeys(exported, 50.0), notes)
-    write_saelens(exported, model, folder / "saelens", notes)
-    write_circuit_tracer(exported, model, folder / "circuit_tracer", notes)
+    card = "---\ntags: [transcoder]\n---\n"
+    write_gemma_scope(exported, model, folder / "gemma_scope", dict.fromkeys(exported, 50.0), notes, card)
+    write_saelens(exported, model, folder / "saelens", notes, card)
+    write_circuit_tracer(exported, model, folder / "circuit_tracer", notes, card)
     for name in ("saelens", "circuit_tracer"):
         _as_hub_repository(folder / name, folder / "hub")
     return results

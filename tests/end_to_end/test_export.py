@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
-from jobs.commands.finished import Asked, combination, export, load_deltas, load_sites
+from jobs.commands.finished import FORMATS, Asked, combination, export, load_deltas, load_sites
 from jobs.errors import RequestError
 from jobs.study.context import Context
 from models.gemma_scope import read_npz
@@ -37,7 +43,100 @@ def test_change_deltas_alone_and_on_their_layers_bases(context: Context, tmp_pat
 
 
 def test_a_sweep_without_bases_says_so(context: Context, tmp_path: Path) -> None:
-    without = Context(load("tiny", [f"storage.root={context.space.root}", "deltas.targets=[change]"]))
+    change = ["deltas.targets=[change]", "evaluate.controls=[random_delta]"]
+    without = Context(load("tiny", [f"storage.root={context.space.root}", *change]))
     with pytest.raises(RequestError, match="--onto-bases: the sweep tiny has no base transcoders"):
         export(without, "saelens", tmp_path / "out", Asked("change"), 1.0, True)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_format_is_a_sentence(context: Context, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="--format: got 'onnx', allowed are gemma-scope, saelens, circuit-tracer"):
+        export(context, "onnx", tmp_path / "out", Asked("change"), 1.0)
+
+
+def test_a_saved_delta_is_plain_safetensors(context: Context) -> None:
+    """Its tensors and the formula of docs/formats.md are all there is to it."""
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    for target in ("change", "residual"):
+        (ground, d_new), layers = combination(context, Asked(target)), context.layers_of(target)
+        for layer, delta in load_deltas(context, layers, (ground, d_new)).items():
+            group = context.space.deltas / f"layer_{layer:02d}/{ground.label}/d{d_new:03d}"
+            trial = json.loads((group / "best.json").read_text())["trial"]
+            weights = load_file(group / f"trial_{trial:04d}/delta.safetensors")
+            assert sorted(weights) == ["W_dec", "W_enc", "b_enc", "threshold"]
+            pre = x @ weights["W_enc"] + weights["b_enc"]
+            torch.testing.assert_close((pre * (pre > 0) * (pre > weights["threshold"])) @ weights["W_dec"], delta(x))
+
+
+class TestModelCard:
+    @pytest.fixture(scope="class", params=FORMATS)
+    def exported(self, request, context: Context, tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp("cards") / request.param
+        export(context, request.param, folder, Asked("change"), 0.5)
+        return folder
+
+    def test_the_hub_reads_its_metadata(self, exported: Path) -> None:
+        data = ModelCard.load(exported / "README.md").data.to_dict()
+        assert {"transcoder", "deltascope"} <= set(data["tags"])
+        assert not {"license", "base_model"} & data.keys(), "the tiny model is not on the hub"
+        assert data.get("library_name") == ("saelens" if exported.name == "saelens" else None)
+
+    def test_its_lines_load_the_deltas(self, exported: Path, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The first block, run as it stands; the second one is of libraries that are not installed here."""
+        by_hand, theirs = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
+        monkeypatch.chdir(exported)
+        names: dict[str, Any] = {}
+        exec(by_hand, names)
+        compile(theirs, "README.md", "exec")
+        delta = load_deltas(context, [0], combination(context, Asked("change")))[0]
+        x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(names["transcoder"](x), 0.5 * delta(x), rtol=1e-4, atol=1e-5)
+
+    def test_its_figures_are_those_of_the_tables(self, exported: Path, context: Context) -> None:
+        card = (exported / "README.md").read_text()
+        gaps, recovered = (
+            pd.read_csv(context.space.report / f"{name}.csv", dtype={"layer": str}) for name in ("gaps", "recovered")
+        )
+        recovered = recovered[(recovered["condition"] == "alpha") & (recovered["alpha"] == 0.5)]
+        for subset in ("tool", "copy", "tool_ood"):
+            here = [
+                table[(table["target"] == "change") & (table["layer"] == "0-3") & (table["subset"] == subset)]
+                for table in (gaps, recovered)
+            ]
+            gap, ce = (table[table["metric"] == "mean_ce"].iloc[0] for table in here)
+            (line,) = [line for line in card.splitlines() if line.startswith(f"| `{subset}` |")]
+            assert f"{gap['gap']:.3f} [{gap['gap_low']:.3f}, {gap['gap_high']:.3f}]" in line
+            assert ("nothing to recover" if pd.isna(ce["recovered"]) else f"{ce['recovered']:.3f} [") in line
+            assert line.endswith("| 4 |")
+        d_new = combination(context, Asked("change"))[1]
+        best = json.loads((context.space.deltas / f"layer_02/change/d{d_new:03d}/best.json").read_text())
+        assert f"| 2 | {best['figures']['val_l0_delta']:.1f} | {best['figures']['val_unexplained']:.3f} |" in card
+
+    def test_it_names_no_place_on_this_machine(self, exported: Path, context: Context) -> None:
+        card = (exported / "README.md").read_text()
+        assert str(context.space.root) not in card
+        assert str(exported.parent) not in card
+        assert "/" not in re.findall(r"^\| finetuned model \| (.*) \|$", card, re.MULTILINE)[0]
+
+
+def test_what_was_not_measured_is_not_claimed(context: Context, tmp_path: Path) -> None:
+    export(context, "saelens", tmp_path / "out", Asked("change"), 0.3, onto_bases=True)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "has measured no behaviour of exactly these layers, width and alpha" in card
+    assert "error(x) = y_unfinetuned(x) - base(x)" in card
+
+
+def test_a_card_names_models_of_the_hub(context: Context) -> None:
+    from jobs.commands.model_card import Exported, model_card
+
+    ground, d_new = combination(context, Asked("residual"))
+    settings = context.settings.model_copy(
+        update={"model": context.settings.model.model_copy(update={"source": "smollm2-135m"})}
+    )
+    known = Context(settings)
+    known.__dict__["model"] = context.model
+    card = ModelCard(model_card(known, Exported("saelens", ground, d_new, [1, 2], 1.0, False)))
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert card.data.to_dict()["base_model_relation"] == "adapter"
+    assert "layers 1+2" in card.text

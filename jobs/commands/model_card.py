@@ -1,0 +1,155 @@
+"""The model card of an export: a `README.md` with the hub's metadata, so that the folder can be uploaded as it is.
+
+In: a `Context`, and what is exported. Out: the card's text: both models, layers, width and sparsity, what the sweep
+measured of exactly these deltas, and how to load them. It names no place on this machine.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from evaluators.layer_sets import layer_label
+from jobs.files import read_json
+from jobs.study.context import Context
+from jobs.study.grounds import DeltaGroup, Ground, error_name
+from jobs.study.stages.transcoders import taps_of
+from models.adopted import is_adapter
+from models.sources import repository_of
+
+TEMPLATE = "model_card.md.jinja"
+TAGS = ["transcoder", "mechanistic-interpretability", "deltascope"]
+
+
+class Exported(NamedTuple):
+    """What an export holds: its format, the deltas' ground and width, layers, the strength that is folded in, and
+    whether change deltas are fused with bases."""
+
+    kind: str
+    ground: Ground
+    d_new: int
+    layers: list[int]
+    alpha: float
+    onto_bases: bool
+
+
+def model_card(context: Context, exported: Exported) -> str:
+    """The text of README.md."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(TEMPLATE).render(
+        metadata=yaml.safe_dump(_metadata(context, exported.kind), sort_keys=False),
+        base_model=_shown(context.settings.model.source),
+        finetuned_model=_finetuned(context),
+        local_name=hub_name(context) is None,
+        kind=exported.kind,
+        target=exported.ground.target,
+        onto_bases=exported.onto_bases,
+        layers=layer_label(exported.layers),
+        first=min(exported.layers),
+        d_new=exported.d_new,
+        alpha=f"{exported.alpha:g}",
+        taps=taps_of(context),
+        sweep=context.settings.name,
+        figures=_figures(context, exported),
+        deltas=_deltas(context, exported),
+    )
+
+
+def hub_name(context: Context) -> str | None:
+    """The hub repository of the finetuned model, where it was taken from there whole."""
+    given, adopted = context.settings.model.finetuned, context.adopted
+    return repository_of(given) if given and adopted and not is_adapter(adopted) else None
+
+
+def _metadata(context: Context, kind: str) -> dict[str, Any]:
+    """What the hub reads: without a licence, which only you know, and without a base model that it does not have."""
+    found: dict[str, Any] = {}
+    if base := repository_of(context.settings.model.source):
+        found |= {"base_model": base, "base_model_relation": "adapter"}
+    if kind == "saelens":
+        found["library_name"] = "saelens"
+    return found | {"tags": [*TAGS, *([kind] if kind == "circuit-tracer" else [])]}
+
+
+def _shown(source: str) -> str:
+    """A model as strangers may read of it."""
+    return repository_of(source) or Path(source).name
+
+
+def _finetuned(context: Context) -> str:
+    """Where the finetuned model comes from, and with which settings if it was trained here."""
+    settings = context.settings
+    if settings.model.finetuned:
+        kind = "an adapter, merged" if context.adopted and is_adapter(context.adopted) else "a whole model"
+        return f"{_shown(settings.model.finetuned)} ({kind})"
+    best = read_json(context.space.lora / "best.json") or {"params": {}}
+    params = ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in best["params"].items()
+    )
+    return f"LoRA trained by the sweep ({params})"
+
+
+def _figures(context: Context, exported: Exported) -> list[dict[str, str]]:
+    """A row for each subset of which the report's tables have a gap and what these deltas recover of it."""
+    import pandas as pd
+
+    files = [context.space.report / name for name in ("gaps.csv", "recovered.csv")]
+    if not all(file.is_file() for file in files):
+        return []
+    gaps, recovered = (pd.read_csv(file, dtype={"layer": str}) for file in files)
+    place = {"target": exported.ground.target, "layer": layer_label(exported.layers)}
+    condition = "full" if exported.alpha == 1 else "alpha"
+    deltas = {"condition": condition, "alpha": exported.alpha, "d_new": exported.d_new}
+    if exported.ground.percentile is not None:
+        deltas["percentile"] = exported.ground.percentile
+    gaps, recovered = _rows(gaps, place), _rows(recovered, {**place, **deltas})
+    found = []
+    for _, gap in gaps[gaps["metric"] == "mean_ce"].iterrows():
+        here = recovered[recovered["subset"] == gap["subset"]].set_index("metric")
+        if "mean_ce" not in here.index:
+            continue
+        shares = {
+            metric: _interval(here.loc[metric], "recovered") if metric in here.index else "-"
+            for metric in ("mean_ce", "kl")
+        }
+        ends = {
+            "subset": gap["subset"],
+            "gap": _interval(gap, "gap"),
+            "prompts": str(here.loc["mean_ce", "n_examples"]),
+        }
+        found.append({**ends, **shares})
+    return found
+
+
+def _rows(table: Any, asked: dict[str, Any]) -> Any:
+    for column, value in asked.items():
+        table = table[table[column] == value]
+    return table
+
+
+def _interval(row: Any, column: str) -> str:
+    value, low, high = (float(row[f"{column}{end}"]) for end in ("", "_low", "_high"))
+    return "nothing to recover" if math.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _deltas(context: Context, exported: Exported) -> list[dict[str, str]]:
+    """L0 and error of each layer's kept delta on the validation text."""
+    rows = []
+    for layer in exported.layers:
+        group = DeltaGroup(layer, exported.ground, exported.d_new)
+        figures = read_json(context.space.deltas / group.name / "best.json")["figures"]
+        left = figures[error_name(exported.ground.target)]
+        rows.append({"layer": str(layer), "l0": f"{figures['val_l0_delta']:.1f}", "unexplained": f"{left:.3f}"})
+    return rows
