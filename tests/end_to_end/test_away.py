@@ -124,7 +124,7 @@ def test_a_server_outage_loses_nothing(server: Server, jobs: Jobs, tmp_path: Pat
     assert process.returncode == 0, output
     assert "MLflow is answering again" in output
     assert output.count("MLflow stopped answering") == 2
-    assert "they are on disk, and `python -m jobs track` sends them" in output
+    assert "they are on disk, and `deltascope track` sends them" in output
     assert "report.html" in output
 
     server.start()
