@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sqlite3
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -175,3 +177,16 @@ def finished(tmp_path_factory, jobs) -> tuple[Path, subprocess.CompletedProcess[
     done = subprocess.CompletedProcess(*json.loads(told.read_text()))
     assert done.returncode == 0, done.stdout + done.stderr
     return root, done
+
+
+@pytest.fixture
+def own(finished, tmp_path) -> Path:
+    """A copy of the finished sweep's storage root, for a test that changes it."""
+    root = tmp_path / "own"
+    shutil.copytree(finished[0], root)
+    store = sqlite3.connect(root / "mlflow.db")
+    for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+        store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(finished[0]), str(root)))
+    store.commit()
+    store.close()
+    return root

@@ -14,7 +14,7 @@ import sys
 
 from jobs.errors import RequestError
 from jobs.study.workspace import storage_root
-from jobs.tracking.opening_view import pages
+from jobs.tracking.opening_view import comparison, pages
 
 HOST = "127.0.0.1"
 
@@ -48,6 +48,8 @@ def serve(root: str, port: int, studies: bool = False) -> None:
     if not studies:
         for name, page in pages(_store(root)):
             print(f"  {name}: {address}{page}", flush=True)
+        if (page := comparison(_store(root))) is not None:
+            print(f"  all of them side by side: {address}{page}", flush=True)
     # MLflow's server would start a dozen processes for submitted jobs, and nothing submits jobs to this one.
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(arguments, env=quiet | dict(os.environ), start_new_session=True)

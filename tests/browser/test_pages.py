@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -19,7 +20,7 @@ from tests.browser.conftest import PICTURES
 
 pytestmark = pytest.mark.long("a real browser opens the pages of a report")
 
-SCREENS = {"wide": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 800}}
+SCREENS: dict[str, Any] = {"wide": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 800}}
 LAYERS, WIDTH, CARDS = 100, 128, 100
 Opened = Callable[..., Page]
 
@@ -30,10 +31,8 @@ def opened(browser: Browser) -> Iterator[Opened]:
     wrong: list[str] = []
     contexts = []
 
-    def open_page(path: Path, screen: str = "wide", scheme: str = "light", address: str = "", scripts: bool = True) -> Page:
-        context = browser.new_context(
-            viewport=SCREENS[screen], color_scheme=scheme, java_script_enabled=scripts  # type: ignore[arg-type]
-        )
+    def open_page(path: Path, screen: str = "wide", address: str = "", **options: Any) -> Page:
+        context = browser.new_context(viewport=SCREENS[screen], **options)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
@@ -61,7 +60,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = [(layer, feature) for layer in range(LAYERS) for feature in range(WIDTH)]
     draw.shuffle(names)
     ranked = [
-        {"layer": layer, "feature": feature, "effect": 1 / place, "firing_rate": {one: draw.random() for one in subsets}}
+        {"layer": layer, "feature": feature, "effect": 1 / place}
+        | {"firing_rate": {one: draw.random() for one in subsets}}
         for place, (layer, feature) in enumerate(names, start=1)
     ]
 
@@ -91,12 +91,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("screen", SCREENS)
 def test_pictures(opened: Opened, report: Path, screen: str, scheme: str) -> None:
     end = f"{screen}_{scheme}.png"
-    page = opened(report / "report.html", screen, scheme)
+    page = opened(report / "report.html", screen, color_scheme=scheme)
     page.screenshot(path=PICTURES / f"report_{end}", full_page=True)
-    page = opened(report / "features.html", screen, scheme)
+    page = opened(report / "features.html", screen, color_scheme=scheme)
     page.locator(".card").first.screenshot(path=PICTURES / f"card_{end}")
     page.locator("#all").screenshot(path=PICTURES / f"list_{end}")
-    for one in (page, opened(report / "report.html", screen, scheme)):
+    for one in (page, opened(report / "report.html", screen, color_scheme=scheme)):
         assert one.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
 
 
@@ -128,7 +128,7 @@ def test_sorting_and_filtering(opened: Opened, report: Path) -> None:
 
 
 def test_cards_stand_in_order_without_scripts(opened: Opened, report: Path) -> None:
-    page = opened(report / "features.html", scripts=False)
+    page = opened(report / "features.html", java_script_enabled=False)
     assert "estimated effect" in page.locator(".card").first.inner_text()
     expect(page.get_by_text("feature_ranking.csv")).to_be_visible()
     expect(page.get_by_label("Layer")).to_be_hidden()

@@ -6,6 +6,7 @@ In: the finished sweep, and a browser. Out: `test-output/*.png`.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from evaluators.tables.pooling import cell_metrics
 from tests.browser.conftest import PICTURES
-from tests.end_to_end.conftest import read, served
+from tests.end_to_end.conftest import Jobs, read, served
 
 pytestmark = pytest.mark.long("a real browser opens the pages of two servers")
 
@@ -94,3 +95,22 @@ def test_the_dashboard_lists_the_studies(page: Page, finished: tuple[Path, objec
         page.get_by_text(lora).first.click()
         expect(page.get_by_role("heading", name="History")).to_be_visible()
         page.screenshot(path=PICTURES / "optuna_study.png")
+
+
+def test_two_sweeps_side_by_side(page: Page, finished: tuple[Path, object], own: Path, jobs: Jobs) -> None:
+    """A second sweep of the same results under another name; the link is the one that `ui` prints."""
+    shutil.copytree(own / "sweeps" / "tiny", own / "sweeps" / "other")
+    done = jobs("sweep", "tiny", "name=other", f"storage.root={own}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with served(own) as (_, process):
+        assert process.stdout is not None
+        link = next(line.split()[-1] for line in process.stdout if "side by side" in line)
+        page.goto(link)
+        expect(page.get_by_role("heading", name=re.compile("Comparing 2 Runs"))).to_be_visible()
+        for name in ("tiny", "other"):
+            expect(page.get_by_text(name, exact=True).first).to_be_visible()
+        metric = page.get_by_role("link", name="recovered_ce_tool", exact=True)
+        expect(metric).to_be_visible()
+        page.screenshot(path=PICTURES / "mlflow_compare_sweeps.png")
+        metric.scroll_into_view_if_needed()
+        page.screenshot(path=PICTURES / "mlflow_compare_sweeps_metrics.png")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sqlite3
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -31,19 +30,6 @@ OF_RESIDUAL = ["base_model_no_delta", "mlp_swap", "error_term"]
 @pytest.fixture
 def sweep(finished: Finished) -> Path:
     return finished[0] / "sweeps" / "tiny"
-
-
-@pytest.fixture
-def own(finished: Finished, tmp_path: Path) -> Path:
-    """A copy of the finished sweep's storage root, for a test that changes it."""
-    root = tmp_path / "own"
-    shutil.copytree(finished[0], root)
-    store = sqlite3.connect(root / "mlflow.db")
-    for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
-        store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(finished[0]), str(root)))
-    store.commit()
-    store.close()
-    return root
 
 
 def runs_of(root: Path, name: str = "tiny"):
