@@ -41,7 +41,7 @@ def page(sweeps: Sequence[ComparedSweep], notes: Sequence[str] = ()) -> str:
     ]
     if pooled := pooled_tables(sweeps):
         sections.append(Section("pooled", "Pooled over seeds", spread_note(sweeps), pooled))
-    intro = "Where and how fast a sweep ran is left out."
+    intro = "The settings are those that each sweep stored, resolved."
     sections.append(Section("settings", "Which sweeps, and what differs", intro, [overview(sweeps), differing(sweeps)]))
     return render("Sweeps compared", sections)
 
@@ -166,7 +166,7 @@ def differing(sweeps: Sequence[ComparedSweep]) -> Table:
     """The settings that differ, with a column for each sweep."""
     found = comparison.settings_that_differ(sweeps)
     rows = [[key, *(_shown(value) for value in values)] for key, values in found.items()]
-    help = f"{len(rows)} settings differ; -: not set." if rows else "No setting differs."
+    help = "-: not set. Where and how fast a sweep ran is left out." if rows else "No setting differs."
     return Table("Settings that differ", help, ["setting", *(sweep.name for sweep in sweeps)], rows)
 
 

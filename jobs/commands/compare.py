@@ -124,8 +124,8 @@ def _print(table: Table, columns: Sequence[int], console: Console) -> None:
     from rich.table import Table as Shown
     from rich.text import Text
 
-    title = f"{table.title}: {table.help}"
-    shown = Shown(title=Text(title), title_justify="left")
+    console.print(Text(f"{table.title}. {table.help}"), highlight=False)
+    shown = Shown()
     for column in columns:
         shown.add_column(Text(table.header[column]))
     for row in table.rows:
