@@ -1,0 +1,141 @@
+"""`compare` and `sweep --seeds`: finished sweeps side by side, from disk and from MLflow."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment
+
+SUBSETS = ["tool", "copy", "tool_ood"]
+
+
+@pytest.fixture
+def other(finished, tmp_path: Path) -> Path:
+    """The finished sweep as another seed would have left it: its report with other figures."""
+    folder = tmp_path / "sweeps" / "tiny-s1"
+    ours = finished[0] / "sweeps" / "tiny"
+    shutil.copytree(ours / "report", folder / "report")
+    settings = yaml.safe_load((ours / "sweep.yaml").read_text())
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(settings | {"name": "tiny-s1", "seed": 1}))
+    gaps = pd.read_csv(folder / "report" / "gaps.csv", dtype={"layer": str})
+    gaps["gap"] += 0.5
+    gaps.to_csv(folder / "report" / "gaps.csv", index=False)
+    return folder
+
+
+def test_a_finished_sweep_and_another_seed_of_it(finished, other: Path, jobs: Jobs, tmp_path: Path) -> None:
+    root = finished[0]
+    table, page = tmp_path / "out.csv", tmp_path / "out.html"
+    done = jobs("compare", "tiny", str(other), "--root", str(root), "--csv", str(table), "--html", str(page), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["settings that differ"] == {"seed": {"tiny": 0, "tiny-s1": 1}}
+    assert found["page"] == str(page)
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert len(rows) == len(found["figures"])
+    gaps = pd.read_csv(root / "sweeps/tiny/report/gaps.csv", dtype={"layer": str})
+    for subset in SUBSETS:
+        whole = (gaps.target == "change") & (gaps.layer == "0-3") & (gaps.metric == "mean_ce")
+        (gap,) = gaps[whole & (gaps.subset == subset)].gap
+        (one,) = [row for row in rows if row["kind"] == "pooled" and "gap" in row["figure"] and row["subset"] == subset]
+        assert float(one["value"]) == pytest.approx(gap + 0.25)
+        assert float(one["sd"]) == pytest.approx(0.5 / 2**0.5)
+    text = page.read_text()
+    assert "<script" not in text
+    assert "data:image/png" in text
+
+    done = jobs("compare", "tiny", "tiny-s1", "--root", str(tmp_path), "--root", str(root))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 adapters: tiny, tiny-s1" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"comparison: {tmp_path / 'comparisons' / 'tiny_tiny-s1.html'}"
+
+
+def test_a_sweep_that_mlflow_has(finished, other: Path, jobs: Jobs, tmp_path: Path) -> None:
+    """Its artifacts hold the tables; without them the figures of its run are left."""
+    root, page = finished[0], tmp_path / "page.html"
+    asked = ("compare", str(other), "--experiment", "tiny", "--html", str(page), "--json")
+    done = jobs(*asked, "--root", str(root))
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = json.loads(done.stdout)
+    assert whole["notes"] == []
+    assert whole["settings that differ"] == {"seed": {"tiny-s1": 1, "tiny": 0}}
+
+    store = tmp_path / "mlflow.db"
+    shutil.copy(root / "mlflow.db", store)
+    with sqlite3.connect(store) as database:
+        database.execute("UPDATE runs SET artifact_uri = ?", ((tmp_path / "gone").as_uri(),))
+    done = jobs(*asked, "--tracking", f"sqlite:///{store}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone = json.loads(done.stdout)
+    assert "artifacts of its run cannot be had" in " ".join(alone["notes"])
+    assert alone["settings that differ"] == {"seed": {"tiny-s1": 1, "tiny": 0}}
+    named = {(row["sweep"], row["subset"], row["figure"]): row["value"] for row in whole["figures"]}
+    tracked = [row for row in alone["figures"] if row["sweep"] == "tiny"]
+    assert len(tracked) >= 4 * len(SUBSETS)
+    for row in tracked:
+        assert row["value"] == pytest.approx(named[row["sweep"], row["subset"], row["figure"]])
+
+
+def test_a_wrong_request_has_status_2(finished, jobs: Jobs, tmp_path: Path) -> None:
+    root = str(finished[0])
+    for arguments, words in [
+        (("compare", "tiny", "tinny", "--root", root), ["tinny", "there are: tiny"]),
+        (("compare", "tiny", "--root", root, "--experiment", "tiny"), ["tiny is the sweep tiny on disk"]),
+        (("sweep", "tiny", f"storage.root={tmp_path}", "--seeds", "0,a"), ["--seeds", "'0,a'"]),
+        (("sweep", "tiny", f"storage.root={tmp_path}", "--seeds", "-1"), ["--seeds", "'-1'"]),
+    ]:
+        done = jobs(*arguments)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+        for word in words:
+            assert word in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long("two sweeps one after the other", first=True)
+def test_a_sweep_for_each_seed_on_one_cluster(jobs: Jobs, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="ray") as sessions:  # its sockets need a short path
+        command = [sys.executable, "-m", "jobs", "sweep", "tiny", f"storage.root={tmp_path}", *SMALL, "--seeds", "0,1"]
+        options = {"cwd": REPOSITORY, "env": {**environment(), "RAY_TMPDIR": sessions}, "text": True}
+        done = subprocess.run(command, capture_output=True, timeout=500, check=False, **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert len(list(Path(sessions).rglob("session_2*"))) == 1, "Ray starts once"
+        page = tmp_path / "comparisons" / "tiny-s0_tiny-s1.html"
+        assert done.stdout.splitlines()[-1] == f"comparison: {page}"
+        assert "2 adapters: tiny-s0, tiny-s1" in done.stdout
+        sweeps = sorted(path.name for path in (tmp_path / "sweeps").iterdir())
+        assert sweeps == ["tiny-s0", "tiny-s1"]
+        rows = {(tmp_path / "sweeps" / name / "data/train.jsonl").read_bytes() for name in sweeps}
+        assert len(rows) == 2, "each seed draws its own"
+        client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        assert sweeps == sorted(one.name for one in client.search_experiments() if one.name != "Default")
+
+        kept = [*tmp_path.glob("sweeps/*/cells/*.json"), *tmp_path.glob("sweeps/*/*/manifest.json")]
+        before = {path: path.stat().st_mtime_ns for path in kept}
+        again = subprocess.run(command, capture_output=True, timeout=200, check=False, **options)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert again.stdout.count("everything is done already") == 2
+        assert len(list(Path(sessions).rglob("session_2*"))) == 1, "nothing is left to do, so Ray does not start"
+        assert {path: path.stat().st_mtime_ns for path in kept} == before
+        assert page.is_file()
+
+        # A seed that fails does not stop the others.
+        shutil.rmtree(tmp_path / "sweeps" / "tiny-s0" / "report")
+        (tmp_path / "sweeps" / "tiny-s0" / "cells" / "raw_tool.json").write_text("{")
+        failed = subprocess.run(command, capture_output=True, timeout=200, check=False, **options)
+        assert failed.returncode == 1, failed.stdout + failed.stderr
+        assert "1 of 2 seeds failed" in failed.stderr
+        assert "seed 0" in failed.stderr
+        assert "seed 1, 2 of 2" in failed.stdout
