@@ -82,7 +82,8 @@ class Progress:
         if not self.console.is_terminal:
             self.console.width = PLAIN_COLUMNS
         self.bars: Bars | None = None
-        self._stage, self._file, self._saved = "", None, -FILE_PERIOD_SECONDS
+        self._stage, self._saved = "", -FILE_PERIOD_SECONDS
+        self._file: Path | None = None
         self._open: list[Bar] = []
 
     def stage(self, label: str) -> None:
@@ -94,11 +95,11 @@ class Progress:
     @contextmanager
     def kept_in(self, folder: Path) -> Iterator[None]:
         """While a sweep runs, what is shown also stands in `folder`, where `read_progress` finds it."""
-        self._file = folder / FILE
+        file = self._file = folder / FILE
         try:
             yield
         finally:
-            self._file.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
             self._file = None
 
     def save(self, *, at_once: bool = False) -> None:

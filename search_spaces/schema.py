@@ -112,9 +112,9 @@ class Evaluate(Section):
     An entry {layers: each, alphas: [], controls: false} has alphas of its own and no controls. A later entry of the
     same layers wins."""
     cards: Annotated[int, Field(ge=0)] = 100
-    """Features of each target's deltas that get a card in the report, those of largest estimated effect: what they
-    read and write, and what each does alone. Of residual deltas, as many in each layer. With 0 no feature is looked
-    at."""
+    """Features that get a card in the report, those of largest estimated effect: what they read and write, and what
+    each does alone. They are of the first of `deltas.targets`; of residual deltas, as many in each layer. With 0 no
+    feature is looked at."""
     curve: bool = True
     """With change deltas: also keep only the k most effective features of all layers, k from 1 to all of them."""
     replicas: Count = 1

@@ -142,10 +142,10 @@ def _runs(
     def of_texts(chosen: Sequence[tuple[int, int, Encoded]]) -> None:
         streams = _streams(passes.bridge, Edit(sites, condition), [text for *_, text in chosen], features)
         for layer in dict.fromkeys(layer for layer, _ in features):
-            pairs = [
+            pairs = [  # text by text, so that a batch has texts of one length
                 (feature, place)
-                for feature in features
                 for place, stream in enumerate(streams[layer])
+                for feature in features
                 if feature[0] == layer and stream.acts[:, feature[1]].any()
             ]
 
@@ -241,24 +241,25 @@ def _outputs(
     runs: Mapping[tuple[Feature, int, int], _Run],
     stop: Stop,
 ) -> dict[tuple[Feature, int], list[int]]:
-    """By feature and row, the outputs that a feature changes, decoded with its rank set apart."""
+    """By feature and row, the outputs that a feature changes, decoded from where they leave the others'."""
     changed = []
     for (feature, place, text), run in runs.items():
         whole = wholes[place]
         if text == len(whole.texts) - 1 and run.argmax != whole.output:
-            changed.append((feature, place))
+            changed.append((feature, place, run))
     if not changed:
         return {}
     ranked = [replace(site, ranks=_numbers(site, sites)) for site in sites]
-    jobs = []
-    for (layer, number), place in changed:
+    jobs, scored = [], []
+    for (layer, number), place, run in changed:
         (site,) = (one for one in ranked if one.layer == layer)
         assert site.ranks is not None
         rank = int(site.ranks[number])
-        kept = Ranks(rank, rank + 1, outside=way == "ablated")
-        jobs.append(Job(wholes[place].encoded, kept=kept, guess=wholes[place].output))
-    edit = Edit(ranked, "full")
-    return dict(zip(changed, generate(passes, edit, jobs, score(passes, edit, jobs), stop), strict=True))
+        whole, kept = wholes[place], Ranks(rank, rank + 1, outside=way == "ablated")
+        jobs.append(Job(whole.texts[-1], kept=kept))
+        scored.append(whole.scored._replace(argmax=run.argmax, guessed=[]))  # what decoding starts from
+    outputs = generate(passes, Edit(ranked, "full"), jobs, scored, stop)
+    return {(feature, place): output for (feature, place, _), output in zip(changed, outputs, strict=True)}
 
 
 def _numbers(site: Site, sites: Sequence[Site]) -> Tensor:

@@ -8,7 +8,7 @@ import math
 
 import pandas as pd
 
-from evaluators.report import knob_figures
+from evaluators.report import figures, knob_figures
 from evaluators.report.feature_page import most_effective
 from evaluators.report.findings import NATS, Findings, estimate, number, with_interval
 from evaluators.report.page import Block, Section, Sentences, Table, picture, table_block
@@ -49,12 +49,22 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
         help = "Above: |y_finetuned - y_un|^2 over the variance of y; middle: what the deltas leave of it."
         blocks.append(picture("where", figure, "Where in the network", help))
     blocks.append(Sentences([found for found in knob_findings(results, deltas) if found.sentences]))
+    blocks += _every_behaviour(dose, seed)
     blocks += _tables(results, gaps)
     intro = (
         f"{pair} The un-finetuned MLPs take the finetuned ones' place, and sparse deltas add back what finetuning "
         "changed: at alpha 0 nothing of it, at alpha 1 all that the deltas have learnt."
     ).strip()
     return Section("knob", "The change, as a knob", intro, blocks)
+
+
+def _every_behaviour(dose: pd.DataFrame, seed: int) -> list[Block]:
+    """The same dose-response with every rate, where there are more than the knob's own picture shows."""
+    sparse = dose[dose["condition"] == "alpha"]
+    if len([rate for rate in rates_in(sparse) if sparse[rate].notna().any()]) < 2:
+        return []
+    help = "CE minus the finetuned model's, and the share of prompts for which each behaviour holds, against alpha."
+    return [picture("knob_behaviours", figures.dose_response(sparse, seed=seed), "Every behaviour against alpha", help)]
 
 
 def _tables(results: Results, gaps: pd.DataFrame) -> list[Block]:

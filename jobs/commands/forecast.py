@@ -108,14 +108,13 @@ def other_kinds(context: Context) -> dict[str, int]:
     """How many cells of each kind beside behaviour a sweep evaluates."""
     settings, residual = context.settings, len(context.layers_of("residual"))
     width = settings.evaluate.d_new or max(settings.deltas.d_new)
-    cards = bool(settings.evaluate.cards)
     found = {"reconstruction": residual * len(settings.deltas.selections) * len(settings.deltas.d_new)}
-    found["ranking"] = residual * cards
-    found["cards"] = residual * _pieces(context.cards_of("residual"), width) if residual else 0
+    found["ranking"] = residual * bool(context.cards_of("residual"))
+    found["cards"] = residual * _pieces(context.cards_of("residual"), width)
     if "change" in settings.deltas.targets:
         features = len(context.layers_of("change")) * (width + 1)
         found["change"] = len(settings.deltas.d_new)
-        found["ranking"] += cards or settings.evaluate.curve
+        found["ranking"] += bool(context.cards_of("change")) or settings.evaluate.curve
         found["cards"] += _pieces(context.cards_of("change"), features)
         found["curve"] = settings.evaluate.curve * len(context.subsets)
     return {name: count for name, count in found.items() if count}

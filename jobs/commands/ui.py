@@ -48,8 +48,8 @@ def serve(root: str, port: int, studies: bool = False) -> None:
     if not studies:
         for name, page in pages(_store(root)):
             print(f"  {name}: {address}{page}", flush=True)
-        if (page := comparison(_store(root))) is not None:
-            print(f"  all of them side by side: {address}{page}", flush=True)
+        if (together := comparison(_store(root))) is not None:
+            print(f"  all of them side by side: {address}{together}", flush=True)
     # MLflow's server would start a dozen processes for submitted jobs, and nothing submits jobs to this one.
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(arguments, env=quiet | dict(os.environ), start_new_session=True)

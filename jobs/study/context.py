@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from jobs.tracking.writer import Tracker
 
 
-CARDS_AT_ONCE = 12
+CARDS_AT_ONCE = 24
 """Features that one worker looks at one by one, in one piece of work."""
 
 
@@ -142,7 +142,10 @@ class Context:
         ]
 
     def cards_of(self, target: str) -> int:
-        """How many features get a card: of all layers' change deltas together, of each layer's residual ones."""
+        """How many features get a card: of all layers' change deltas together, of each layer's residual ones; none of
+        the second target's."""
+        if target != self.settings.deltas.targets[0]:
+            return 0
         return math.ceil(self.settings.evaluate.cards / (1 if target == "change" else len(self.layers_of(target))))
 
     def sets_of(self, target: str) -> dict[tuple[int, ...], SetPlan]:

@@ -23,7 +23,7 @@ SCALED_DOWN = (
     "activations.batch_tokens=1024", "deltas.trials=1", "deltas.epochs=1", "deltas.batch_size=256",
     "deltas.d_new=[4, 8]", "evaluate.sets=[{layers: each, alphas: []}, [1], [2]]", "evaluate.max_new_tokens=6",
     "compute.gpus_per_trial=0", "compute.max_concurrent=1",
-    "compute.precision=fp32",
+    "compute.precision=fp32", "evaluate.cards=4",
 )  # fmt: skip
 
 
@@ -117,6 +117,9 @@ def test_a_target_l0_selects_and_another_convention_is_named_in_every_table(jobs
         assert set(spliced["convention"]) == {"resid_mid/sqrt(d_model)"}, table
         assert spliced["percentile"].isna().all()
     assert '<th scope="col">pareto' in (sweep / "report" / "report.html").read_text()
+    features = pd.read_csv(sweep / "report" / "features.csv")
+    assert sorted(features["layer"]) == [1, 1, 2, 2]
+    assert set(features["target"]) == {"residual"}
 
 
 def test_a_missing_layer_is_named(jobs: Jobs, tmp_path: Path) -> None:

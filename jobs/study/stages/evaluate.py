@@ -204,7 +204,7 @@ def _ranking_work(context: Context, chosen: dict[str, Combination]) -> list[Work
     for target, one in chosen.items():
         layers = tuple(context.layers_of(target))
         sets = [layers] if target == "change" else [(layer,) for layer in layers]
-        if settings.cards or (settings.curve and target == "change"):
+        if context.cards_of(target) or (settings.curve and target == "change"):
             for together in sets:
                 sites = site_plans(context, together, one)
                 key = key_of("ranking with firing", lineage(context, sites), evaluation_settings(context))
