@@ -129,5 +129,5 @@ def _print(table: Table, columns: Sequence[int], console: Console) -> None:
     for column in columns:
         shown.add_column(Text(table.header[column]))
     for row in table.rows:
-        shown.add_row(*(Text(row[column]) for column in columns))
+        shown.add_row(*(Text(str(row[column])) for column in columns))
     console.print(shown)

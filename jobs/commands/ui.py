@@ -14,7 +14,8 @@ import sys
 
 from jobs.errors import RequestError
 from jobs.study.workspace import storage_root
-from jobs.tracking.opening_view import comparison, pages
+from jobs.tracking.opening_view import pages
+from jobs.tracking.reader import comparison
 
 HOST = "127.0.0.1"
 

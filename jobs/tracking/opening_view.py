@@ -7,7 +7,6 @@ MLflow would open a chart of prompts and traces, and read only the last hundred 
 from __future__ import annotations
 
 import json
-from urllib.parse import quote
 
 NAME = "deltascope"
 COLUMNS = (
@@ -42,18 +41,3 @@ def pages(store: str) -> list[tuple[str, str]]:
 
     found = MlflowClient(store).search_experiments(order_by=["name"])
     return [(one.name, page_of(one.experiment_id)) for one in found if one.name != "Default"]
-
-
-def comparison(store: str) -> str | None:
-    """The end of the URL of the page that compares every sweep's last finished run; None with fewer than two."""
-    from mlflow import MlflowClient
-
-    from jobs.tracking.reader import Reader
-
-    experiments = {one.name: one.experiment_id for one in MlflowClient(store).search_experiments()}
-    reader = Reader(store, "--root")
-    found = [(experiments[name], last.run) for name in reader.sweeps if (last := reader.last_finished(name))]
-    if len(found) < 2:
-        return None
-    chosen, runs = (quote(json.dumps(column)) for column in zip(*found, strict=True))
-    return f"/#/compare-runs?runs={runs}&experiments={chosen}"

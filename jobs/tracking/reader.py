@@ -1,17 +1,18 @@
 """Reads a sweep's own run back from MLflow.
 
 In: a store and an experiment, which has the sweep's name. Out: the figures, settings and identity of its last finished
-run, and files from the run's artifacts.
+run, files from the run's artifacts, and the page that compares several.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -83,6 +84,17 @@ class Reader:
             token = page.token
             if not token:
                 return found
+
+
+def comparison(store: str) -> str | None:
+    """The end of the URL of MLflow's page that compares every sweep's last finished run; None with fewer than two."""
+    reader = Reader(store, "--root")
+    experiments = {one.name: one.experiment_id for one in MlflowClient(store).search_experiments()}
+    found = [(experiments[name], last.run) for name in reader.sweeps if (last := reader.last_finished(name))]
+    if len(found) < 2:
+        return None
+    chosen, runs = (quote(json.dumps(column)) for column in zip(*found, strict=True))
+    return f"/#/compare-runs?runs={runs}&experiments={chosen}"
 
 
 def _key(run: Run) -> tuple[str, str]:
