@@ -55,8 +55,8 @@ def firing_rates(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) -> 
     at_bos = {site.layer: _at_bos(site) for site in sites}
     return {
         layer: {
-            subset: (counts / torch.where(at_bos[layer], texts[subset], tokens[subset])).tolist()
-            for subset, counts in of_layer.items()
+            subset: (of_layer[subset] / torch.where(at_bos[layer], texts[subset], tokens[subset])).tolist()
+            for subset in dict.fromkeys(row.label for row in rows)
         }
         for layer, of_layer in fired.items()
     }

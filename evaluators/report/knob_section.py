@@ -29,7 +29,8 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
         f"Of layers {widest}, CE in nats per target token: what putting the un-finetuned MLPs back does, its share "
         "of the whole effect of finetuning, and how much of it the deltas bring back at alpha 1, with 95% intervals."
     )
-    blocks: list[Block] = [Table("The answer", help, list(rows[0]), [list(row.values()) for row in rows])]
+    lines = [list(row.values()) for row in rows]
+    blocks: list[Block] = [Table("The answer", help, list(rows[0]), lines, wide_text=True)]
     dose = results.dose[(results.dose["layer"] == widest) & (results.dose["target"] == "change")]
     here = results.conditions["layer"].isin([widest, "none"]) & results.conditions["target"].isin(["change", ""])
     if len(dose):
