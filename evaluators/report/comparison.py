@@ -167,7 +167,8 @@ def differing(sweeps: Sequence[ComparedSweep]) -> Table:
     found = comparison.settings_that_differ(sweeps)
     rows = [[key, *(_shown(value) for value in values)] for key, values in found.items()]
     help = "-: not set. Where and how fast a sweep ran is left out." if rows else "No setting differs."
-    return Table("Settings that differ", help, ["setting", *(sweep.name for sweep in sweeps)], rows)
+    header = ["setting", *(sweep.name for sweep in sweeps)]
+    return Table("Settings that differ", help, header, rows, wide_text=True)
 
 
 def _shown(value: Any) -> str:

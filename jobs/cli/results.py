@@ -135,9 +135,8 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Compare finished sweeps: settings that differ, figures side by side, means over seeds, knobs in one picture."""
-    from rich.console import Console
-
     from jobs.commands import compare as run
+    from jobs.progress import Progress
 
     roots = root or ["mlruns"]
     found = run.compare(run.Sources(sweeps or [], roots, experiment or [], tracking))
@@ -147,7 +146,7 @@ def compare(
     if as_json:
         print(json.dumps({**run.as_json(found), "page": str(page)}, ensure_ascii=False))
         return
-    run.show(found, Console())
+    run.show(found, Progress().console)
     print(f"comparison: {page}")
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FOLDER = "comparisons"
 """Under a storage root: the pages."""
 LONGEST_NAME = 120
-FIRST_COLUMN, COLUMN = 34, 28
+FIRST_COLUMN, COLUMN = 24, 26
 """Characters that the terminal needs for a table's first column, and for each sweep's."""
 
 
