@@ -40,7 +40,8 @@ def runs_of(root: Path, name: str = "tiny"):
 
 def test_it_ends_with_a_table_and_the_path_of_the_report(finished: Finished, sweep: Path) -> None:
     assert f"report: {sweep / 'report' / 'report.html'}" in finished[1].stdout
-    for word in ("recovered", "random", "tool_ood", "[6/6] report"):
+    assert f"features: {sweep / 'report' / 'features.html'}" in finished[1].stdout
+    for word in ("recovered", "features for 90%", "tool_ood", "[6/6] report"):
         assert word in finished[1].stdout
     assert "\x1b[" not in finished[1].stdout, "control characters in a plain log"
 
