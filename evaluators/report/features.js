@@ -44,7 +44,7 @@
       shown += visible;
       deck.append(card.element);
     }
-    find("shown").textContent = shown + " of " + cards.length + " cards";
+    find("shown").textContent = shown + " of " + cards.length + " cards.";
   };
 
   // The list: only the rows in sight exist.
@@ -97,7 +97,7 @@
     heads.forEach((head, place) => {
       head.parentElement.setAttribute("aria-sort", place === column ? (down ? "descending" : "ascending") : "none");
     });
-    find("listed").textContent = listed.length.toLocaleString("en") + " of " + data.list.length.toLocaleString("en") + " features";
+    find("listed").textContent = listed.length.toLocaleString("en") + " of " + data.list.length.toLocaleString("en") + " features.";
     draw();
   };
   heads.forEach((head, place) =>

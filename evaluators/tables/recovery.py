@@ -137,15 +137,12 @@ def change_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
 def headlines(gaps: pd.DataFrame, recovered: pd.DataFrame, curve: pd.DataFrame) -> dict[str, float]:
     """The figures by which sweeps compare, by name: of the change deltas in the largest set of layers, on each subset
     the gaps in CE, KL and the rates, what the deltas and the random control recover of them, and how many features
-    recover `ENOUGH` of that in CE."""
+    recover `ENOUGH` of that in CE. What is recovered comes first: MLflow's comparison opens with the first figure."""
     found: dict[str, float] = {}
     of_change = gaps[gaps["target"] == "change"]
     if of_change.empty:
         return found
     widest = widest_set(of_change)
-    for _, row in of_change[of_change["layer"] == widest].iterrows():
-        name = f"{row['metric'].removeprefix('mean_')}_{slug(row['subset'])}"
-        found |= {f"gap_{name}": row["gap"], f"mlp_share_{name}": row.get("share", math.nan)}
     here = recovered[(recovered["target"] == "change") & (recovered["layer"] == widest)]
     for _, row in here.iterrows():
         if row["condition"] in ("full", "random_delta"):
@@ -153,6 +150,9 @@ def headlines(gaps: pd.DataFrame, recovered: pd.DataFrame, curve: pd.DataFrame) 
             name += "" if row["condition"] == "full" else "_random"
             for end in ("", "_low", "_high"):
                 found[f"{name}_{slug(row['subset'])}{end}"] = row[f"recovered{end}"]
+    for _, row in of_change[of_change["layer"] == widest].iterrows():
+        name = f"{row['metric'].removeprefix('mean_')}_{slug(row['subset'])}"
+        found |= {f"gap_{name}": row["gap"], f"mlp_share_{name}": row.get("share", math.nan)}
     for subset in curve["subset"].unique():
         if (count := features_needed(curve, subset)) is not None:
             found[f"features_for_90_percent_{slug(subset)}"] = float(count)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from jobs.errors import RequestError, WorkFailed
 from jobs.files import MANIFEST
-from jobs.study.backfill import send_missing
+from jobs.study.backfill import send_missing, told_apart_by
 from jobs.study.context import Context
 from jobs.study.stage_list import STAGES
 
@@ -21,7 +21,7 @@ def track(context: Context) -> None:
     with space.locked():
         tracker.sweep_orphans()
         if not tracker.is_finished("sweep"):
-            tracker.open("sweep", context.settings.name, params={"seed": context.settings.seed})
+            tracker.open("sweep", context.settings.name, params=told_apart_by(context.settings))
             tracker.close("sweep")
         for stage in reached:
             send_missing(context, stage)

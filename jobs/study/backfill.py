@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jobs.files import MANIFEST, read_json
 from jobs.study.context import Context
@@ -14,6 +15,7 @@ from jobs.study.stage_list import Stage
 from jobs.study.stages.data import metrics_of
 from jobs.study.stages.report import headlines
 from jobs.tracking.records import record_base, record_cells, record_trial
+from search_spaces.schema import Sweep
 
 
 def open_stage(context: Context, stage: Stage) -> None:
@@ -73,3 +75,12 @@ SENDERS: dict[str, Callable[[Context], None]] = {
     "report": _report,
 }
 """What each stage sends to MLflow besides its own run."""
+
+
+def told_apart_by(settings: Sweep) -> dict[str, Any]:
+    """Of a sweep's own run in MLflow, what it differs in from others: the axes of a comparison there."""
+    params: dict[str, Any] = {"seed": settings.seed, "model.source": settings.model.source}
+    if settings.model.finetuned:
+        params["model.finetuned"] = settings.model.finetuned
+    deltas = settings.deltas
+    return {**params, "deltas.targets": deltas.targets, "deltas.layers": deltas.layers, "deltas.d_new": deltas.d_new}

@@ -21,7 +21,7 @@ from jobs.cluster import environment
 from jobs.errors import WorkFailed
 from jobs.files import MANIFEST, read_json, write_json
 from jobs.progress import clock
-from jobs.study.backfill import open_stage, send_missing
+from jobs.study.backfill import open_stage, send_missing, told_apart_by
 from jobs.study.context import Context
 from jobs.study.mirror import mirrored
 from jobs.study.stage_list import NAMES, STAGES, Stage
@@ -77,7 +77,7 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
     tracker = context.tracker
     write_settings(context)
     tracker.sweep_orphans()
-    tracker.open("sweep", context.settings.name, params={"seed": context.settings.seed})
+    tracker.open("sweep", context.settings.name, params=told_apart_by(context.settings))
     status = "FAILED"
     try:
         for number, stage in enumerate(stages, start=1):
