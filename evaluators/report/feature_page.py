@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +25,10 @@ from evaluators.tables.pooling import RATE, Cell, of_kind
 
 HERE = Path(__file__).parent
 PAGE = "features.html"
-SHOWN = 8
-"""Features of a target in the report itself."""
+SHOWN, SUBSETS_SHOWN = 8, 2
+"""Features of a target in the report itself, and subsets on which their effects stand there."""
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
+SAID = {"ablated": "without it", "alone": "alone"}
 BAR = 8
 """Pixels across of a histogram's bar."""
 
@@ -59,6 +62,7 @@ class Card(NamedTuple):
     bars: list[tuple[int, int]]
     top: str
     contexts: list[tuple[str, list[Piece]]]
+    at_bos: bool
 
 
 def address(target: str, layer: int, feature: int) -> str:
@@ -75,18 +79,24 @@ def most_effective(features: pd.DataFrame, target: str) -> Table | None:
     rows = features[features["target"] == target].head(SHOWN) if len(features) else features
     if rows.empty:
         return None
-    subsets = [column.removeprefix(FIRING) for column in rows.columns if column.startswith(FIRING)]
-    header = ["rank", "feature", *(f"CE without it, {subset}" for subset in subsets), "promotes"]
+    subsets = [column.removeprefix(FIRING) for column in rows.columns if column.startswith(FIRING)][:SUBSETS_SHOWN]
+    effects = {f"{way}_ce_{subset}": f"CE {what}, {subset}" for subset in subsets for way, what in SAID.items()}
+    header = ["rank", "feature", "estimated effect", *effects.values(), "promotes"]
     lines: list[list[str | Link]] = []
     for _, row in rows.iterrows():
         link = Link(
             name(row["layer"], row["feature"], row["at_bos"]),
             f"{PAGE}#{address(target, row['layer'], row['feature'])}",
         )
-        effects = [_change(row, f"ablated_ce_{subset}") for subset in subsets]
-        lines.append([str(row["rank"]), link, *effects, row["promoted"]])
-    help = "All deltas but one, minus all deltas: CE in nats per target token, with paired 95% intervals over prompts."
-    return Table(f"The most effective {target} features", help, header, lines)
+        changes = [_change(row, column) for column in effects]
+        promoted = " ".join(QUOTED.findall(row["promoted"])[:4])
+        lines.append([str(row["rank"]), link, number(row["effect"], signed=True), *changes, promoted])
+    help = (
+        "Ranked by the estimated effect, nats per target token on held-out rows. Without it: all deltas but this "
+        "feature, minus all deltas. Alone: this feature alone, minus no feature at all. In nats, with paired 95% "
+        "intervals over prompts; a feature may be replaceable among the others and still do much alone."
+    )
+    return Table(f"The most effective {target} features", help, header, lines, wide_text=True)
 
 
 def feature_page(cells: Sequence[Cell], features: pd.DataFrame, ranking: pd.DataFrame, pair: str) -> str:
@@ -132,9 +142,10 @@ def _card(row: pd.Series, one: dict[str, Any], subsets: Sequence[str], total: in
         [_visible(token) for token in one["promoted"]],
         [_visible(token) for token in one["suppressed"]],
         # The square root, so that rare strong activations stay visible beside many weak ones.
-        [(count, round(40 * math.sqrt(count / most))) for count in counts],
+        [] if row["at_bos"] else [(count, round(40 * math.sqrt(count / most))) for count in counts],
         f"{top:.3g}",
-        [_context(context, top) for context in one["contexts"]],
+        [] if row["at_bos"] else [_context(context, top) for context in one["contexts"]],
+        bool(row["at_bos"]),
     )
 
 

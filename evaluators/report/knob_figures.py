@@ -5,7 +5,6 @@ In: the dose-response, conditions, curve and delta-trial tables. Out: matplotlib
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -78,14 +77,19 @@ def recovered_by_count(curve: pd.DataFrame, *, seed: int) -> Figure:
     return finish(figure, axes, note)
 
 
-def where_it_is(deltas: pd.DataFrame, recovered: pd.DataFrame) -> Figure:
-    """By layer: how much of the MLP's output finetuning changed, what the deltas leave of it, and what each set of
-    layers brings back of its own CE gap on the first subset."""
+def where_it_is(deltas: pd.DataFrame, gaps: pd.DataFrame, recovered: pd.DataFrame) -> Figure:
+    """By layer: how much of the MLP's output finetuning changed, and what the deltas leave of it. By set of layers and
+    subset: its gap in CE as a share of the whole effect, and how much of that gap comes back."""
     kept = deltas[(deltas["target"] == "change") & deltas["best"].astype(bool)].sort_values("layer")
-    sets = _sets(recovered)
-    figure, grid = panels(3 if len(sets) else 2, columns=1, width=7.0, height=2.0)
+    full = recovered[(recovered["target"] == "change") & (recovered["condition"] == "full")]
+    by_set = [
+        (gaps[gaps["metric"] == "mean_ce"].dropna(subset=["share"]), "share", "share of the\nwhole effect"),
+        (full[full["metric"] == "mean_ce"].dropna(subset=["recovered"]), "recovered", "recovered\nof that"),
+    ]
+    by_set = [one for one in by_set if len(one[0])]
+    figure, grid = panels(2 + len(by_set), columns=1, width=7.0, height=2.0)
     shares = kept.drop_duplicates("layer")
-    grid[0].bar(shares["layer"], shares["change_share"], color=look(0)[0])
+    grid[0].bar(shares["layer"], shares["change_share"], color=MUTED)
     grid[0].set_yscale("log")
     grid[0].set_ylabel("changed share\nof the output")
     for number, (width, rows) in enumerate(kept.groupby("d_new")):
@@ -93,26 +97,36 @@ def where_it_is(deltas: pd.DataFrame, recovered: pd.DataFrame) -> Figure:
         grid[1].plot(rows["layer"], rows["val_unexplained"], color=colour, marker=marker, label=f"d_new {width}")
     grid[1].set_ylim(0, max(1.0, float(kept["val_unexplained"].max())))
     grid[1].set_ylabel("unexplained\nshare of it")
-    for place, (_, row) in enumerate(sets.iterrows()):
-        layers = layers_in(row["layer"])
-        colour = look(place)[0]
-        ends: Sequence[float] = (min(layers) - 0.4, max(layers) + 0.4)
-        grid[2].plot(ends, [row["recovered"]] * 2, color=colour, linewidth=3, solid_capstyle="butt")
-        middle = float(np.mean(ends))
-        bars = whiskers(pd.DataFrame([row]), "recovered")
-        grid[2].errorbar([middle], [row["recovered"]], yerr=bars, color=colour, capsize=2, linestyle="none")
-    if len(sets):
-        grid[2].set_ylabel("CE gap of the\nset recovered")
-        grid[2].axhline(1, color=MUTED, linewidth=1)
+    grid[1].legend(frameon=False, fontsize=8, ncols=4, loc="upper right")
+    for axes, (rows, column, label) in zip(grid[2:], by_set, strict=True):
+        _sets(axes, rows, column)
+        axes.set_ylabel(label)
+        axes.axhline(1, color=MUTED, linewidth=1)
+        axes.set_ylim(min(0.0, float(rows[column].min())) - 0.05, max(1.0, float(rows[column].max())) + 0.1)
     for axes in grid:
         axes.set_xlim(-0.8, kept["layer"].max() + 0.8)
     grid[-1].set_xlabel("layer")
-    return finish(figure, grid[1], "held-out tokens; sets without a gap are left out")
+    note = (
+        "above: held-out tokens; below: evaluation prompts, bars paired bootstrap 95%; sets without a gap are left out"
+    )
+    return finish(figure, grid[-1], note)
 
 
-def _sets(recovered: pd.DataFrame) -> pd.DataFrame:
-    """The sets of layers whose gap in CE is not zero, under `full`, on one subset."""
-    rows = recovered[(recovered["target"] == "change") & (recovered["condition"] == "full")]
-    rows = rows[(rows["metric"] == "mean_ce")].dropna(subset=["recovered"])
+def _sets(axes: Axes, rows: pd.DataFrame, column: str) -> None:
+    """A line over the layers of each set but that of all, one colour a subset, side by side within the set."""
     subsets = list(rows["subset"].unique())
-    return rows[rows["subset"] == subsets[0]] if subsets else rows
+    most = max(len(layers_in(label)) for label in rows["layer"])
+    several = rows[rows["layer"].map(lambda label: len(layers_in(label)) < most)]
+    shown = several if len(several) else rows
+    for number, subset in enumerate(subsets):
+        colour, marker = look(number)
+        for place, (_, row) in enumerate(shown[shown["subset"] == subset].iterrows()):
+            layers = layers_in(row["layer"])
+            ends: Sequence[float] = (min(layers) - 0.4, max(layers) + 0.4)
+            axes.plot(ends, [row[column]] * 2, color=colour, linewidth=2, solid_capstyle="butt", alpha=0.7)
+            at = ends[0] + (ends[1] - ends[0]) * (number + 1) / (len(subsets) + 1)
+            label = plain(subset) if place == 0 else None
+            bars = whiskers(pd.DataFrame([row]), column)
+            axes.errorbar(
+                [at], [row[column]], yerr=bars, color=colour, marker=marker, markersize=4, capsize=2, label=label
+            )

@@ -46,17 +46,35 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
     if (table := most_effective(results.features, "change")) is not None:
         blocks.append(table)
     if len(deltas) and (deltas["target"] == "change").any():
-        figure = knob_figures.where_it_is(deltas, results.recovered)
-        help = "Above: |y_finetuned - y_un|^2 over the variance of y; middle: what the deltas leave of it."
+        figure = knob_figures.where_it_is(deltas, gaps, results.recovered)
+        help = (
+            "By layer: |y_finetuned - y_un|^2 over the variance of y, and what the deltas leave of it. By set of "
+            "layers: how much of the whole effect goes when only their MLPs are un-finetuned, and how much of that "
+            "their deltas bring back. Layers make up for each other, so that the shares need not add up."
+        )
         blocks.append(picture("where", figure, "Where in the network", help))
-    blocks.append(Sentences([found for found in knob_findings(results, deltas) if found.sentences]))
+    found = [*knob_findings(results, deltas), _limits(results, gaps[gaps["layer"] == widest], seed)]
+    blocks.append(Sentences([one for one in found if one.sentences]))
     blocks += _every_behaviour(dose, seed)
     blocks += _tables(results, gaps)
     intro = (
-        f"{pair} The un-finetuned MLPs take the finetuned ones' place, and sparse deltas add back what finetuning "
-        "changed: at alpha 0 nothing of it, at alpha 1 all that the deltas have learnt."
+        f"{pair} The finetuned model's MLPs are put back to what they were before, and sparse deltas add what "
+        "finetuning changed in them, times alpha: at 0 nothing of it, at 1 all that the deltas have learnt."
     ).strip()
     return Section("knob", "The change, as a knob", intro, blocks)
+
+
+def _limits(results: Results, gaps: pd.DataFrame, seed: int) -> Findings:
+    low, high = int(gaps["n_examples"].min()), int(gaps["n_examples"].max())
+    count = f"{low}" if low == high else f"{low} to {high}"
+    sentences = [
+        f"{count} prompts a subset, one finetuned model, seed {seed}. The intervals are over prompts: they say nothing "
+        "of another finetuning, for which other seeds must be run."
+    ]
+    if len(results.features):
+        most = int(results.features[[name for name in results.features if name.startswith("n_")]].max(axis=None))
+        sentences.append(f"What single features do was measured on at most {most} prompts a subset.")
+    return Findings("What does this rest on?", sentences)
 
 
 def _every_behaviour(dose: pd.DataFrame, seed: int) -> list[Block]:
@@ -143,7 +161,7 @@ def _others_of(results: Results, gap: pd.Series) -> pd.DataFrame:
 
 def _few(results: Results) -> list[str]:
     sentences = []
-    total = int((results.ranking["target"] == "change").sum())
+    total = _total(results)
     for subset in results.curve["subset"].unique():
         count = recovery.features_needed(results.curve, subset)
         if count is None:
@@ -154,6 +172,10 @@ def _few(results: Results) -> list[str]:
             f"{subset}: {count} of {total} features of all layers recover {with_interval(row, 'recovered')} of the gap."
         )
     return sentences
+
+
+def _total(results: Results) -> int:
+    return int((results.ranking["target"] == "change").sum())
 
 
 def residual_split(deltas: pd.DataFrame) -> list[str]:
@@ -207,7 +229,7 @@ def headline_rows(results: Results) -> list[dict[str, str]]:
             if condition == "full":
                 row["KL recovered"] = _share(kl.loc[["full"]].iloc[0]) if "full" in kl.index else "-"
         count = recovery.features_needed(results.curve, subset) if len(results.curve) else None
-        row["features for 90%"] = "-" if count is None else str(count)
+        row["features for 90%"] = "-" if count is None else f"at most {count:,} of {_total(results):,}"
         if rate is not None:
             rates = conditions[conditions["subset"] == subset].set_index("condition")[rate].dropna()
             names = [name for name in ("no_delta", "full", "raw") if name in rates.index]

@@ -80,10 +80,11 @@ def findings_section(results: Results, glance: Sequence[dict[str, str]], *, seed
     ]
     return Section(
         "findings",
-        "Findings",
-        "Sentences computed from the tables below. A difference is claimed only where its 95% interval leaves out "
-        "zero; elsewhere the sentence gives the largest effect the data still allow. Each interval stands alone: of "
-        "twenty true zeros, one is expected to be left out by chance.",
+        "The reference study's way",
+        "A base transcoder in an MLP's place, and a delta trained on what it misses; the knob above does not use them. "
+        "A difference is claimed only where its 95% interval leaves out zero; elsewhere the sentence gives the largest "
+        "effect the data still allow. Each interval stands alone: of twenty true zeros, one is expected to be left out "
+        "by chance.",
         [*_by_layer(results.conditions, seed), summary, Sentences([item for item in general if item.sentences])],
     )
 
@@ -207,16 +208,17 @@ def generations_section(generations: Sequence[dict[str, Any]]) -> Section | None
             *(condition_order(row["condition"]), layer_order(row["layer"]), row["alpha"] or 0.0),
         ),
     )
-    raw = {(row["subset"], row["index"]): row["generation"] for row in rows if row["layer"] == NO_LAYER}
+    raw = {(row["subset"], row["index"]): row["generation"] for row in rows if row["condition"] == "raw"}
     spliced = [row for row in rows if row["layer"] != NO_LAYER and (row["subset"], row["index"]) in raw]
     changed = [row for row in spliced if row["generation"] != raw[row["subset"], row["index"]]]
     help = (
-        f"{len(changed)} of {len(spliced)} texts written under a splice differ from raw's for the same prompt; at most "
-        f"{GENERATIONS_SHOWN} raw texts and {GENERATIONS_SHOWN} changed ones a subset are shown."
+        f"{len(changed)} of {len(spliced)} texts written under a splice differ from the finetuned model's (raw) for "
+        f"the same prompt; at most {GENERATIONS_SHOWN} of its texts and {GENERATIONS_SHOWN} changed ones a subset are "
+        "shown."
     )
     shown = []
     for subset in subsets:
-        for source in ([row for row in rows if row["layer"] == NO_LAYER], changed):
+        for source in ([row for row in rows if row["condition"] == "raw"], changed):
             shown += [row for row in source if row["subset"] == subset][:GENERATIONS_SHOWN]
     header = ["subset", "prompt", "layer", "condition", "alpha", "input", "target", "generated"]
     lines = [

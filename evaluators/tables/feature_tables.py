@@ -6,7 +6,7 @@ bootstrap intervals over prompts.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -21,7 +21,7 @@ WAYS = ("ablated", "alone")
 """All deltas without the feature against all of them; the feature alone on the ground against the bare ground."""
 
 
-def ranking_table(cells: Iterable[Cell]) -> pd.DataFrame:
+def ranking_table(cells: Sequence[Cell]) -> pd.DataFrame:
     """Every feature, those of a target ranked by estimated effect; of change deltas in the order in which the curve
     adds them, the last of each layer, number d_new, being the one at BOS."""
     rows: list[dict[str, Any]] = []
@@ -35,7 +35,14 @@ def ranking_table(cells: Iterable[Cell]) -> pd.DataFrame:
     ranks: dict[str, int] = {}
     for row in rows:
         row["rank"] = ranks[row["target"]] = ranks.get(row["target"], 0) + 1
-    columns = [*RANKING_COLUMNS, *dict.fromkeys(name for row in rows for name in row if name.startswith(FIRING))]
+    found = dict.fromkeys(name for row in rows for name in row if name.startswith(FIRING))
+    # In the order of the other tables, where these are there: JSON has sorted them.
+    known = dict.fromkeys(f"{FIRING}{cell['subset']}" for cell in of_kind(cells, "behaviour") if "subset" in cell)
+    columns = [
+        *RANKING_COLUMNS,
+        *(name for name in known if name in found),
+        *(name for name in found if name not in known),
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 

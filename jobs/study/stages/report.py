@@ -216,6 +216,7 @@ def facts(context: Context) -> dict[str, str]:
     stages = {name: read_json(getattr(space, folder) / MANIFEST) for name, folder in STAGE_FOLDERS.items()}
     seconds = {name: manifest["seconds"] for name, manifest in stages.items() if manifest and "seconds" in manifest}
     leaks = read_json(space.data / "report.json")["leakage"]
+    left_out = f"; {leaks['left_out']} lines would have leaked and were left out" if leaks["left_out"] else ""
     return {
         "sweep": settings.name,
         "model": settings.model.source,
@@ -229,7 +230,7 @@ def facts(context: Context) -> dict[str, str]:
             f"{Ground(target, one['percentile']).label}, d_new {one['d_new']}" for target, one in chosen.items()
         ),
         "seed": str(settings.seed),
-        "leakage check": json.dumps(leaks)[:300],
+        "leakage between train, validation and evaluation": ("none" if leaks["ok"] else str(leaks["pairs"])) + left_out,
         "time by stage": ", ".join(f"{name} {clock(value)}" for name, value in seconds.items()),
         "machine": f"{platform.machine()}, {context.share.at_once} workers of {context.share.cpus} CPU"
         + (f" and {context.share.gpus:g} GPU" if context.share.gpus else ""),

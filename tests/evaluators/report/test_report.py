@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evaluators.report import figures, findings
+from evaluators.report import figures, findings, sections
 from evaluators.report.page import table_block
 from evaluators.report.report import SweepData, summary_table, write_report
 from evaluators.tables import tables
@@ -189,7 +189,7 @@ NOTHING = {"lora_trials": [], "base_transcoders": [], "delta_trials": [], "check
 @pytest.mark.parametrize(
     ("cells", "absent"),
     [
-        ([], "Findings"),
+        ([], 'id="findings"'),
         (sweep(layer_sets=((3,),), subsets=("tool",), alphas=(0.5,)), "copy_exact_rate"),
         (sweep(PAIR, alphas=()), "Dose-response"),
         ([cell for cell in sweep(PAIR) if cell["condition"] != "raw"], "nothing spliced (raw)?"),
@@ -218,6 +218,23 @@ def test_findings_claim_an_effect_only_where_the_interval_says_so():
     (calls, copy, _) = questions["Does the delta change tool_call_rate (full minus no_delta)?"]
     assert "layers 1+2 at once +0.750 in tool_call_rate (+0.500 to +0.9" in calls
     assert "no effect larger than 0.221 in tool_call_rate is compatible with these data" in copy  # 1 - 0.05 ** (1 / 12)
+
+
+def test_changed_texts_are_told_from_the_finetuned_models_own():
+    """Not from those of the model before finetuning, which have no layer either."""
+    common = {"alpha": None, "subset": "tool", "index": 0, "input": "i", "target": "t"}
+    rows = [
+        common | {"layers": layers, "condition": name, "generation": text}
+        for layers, name, text in (
+            ([], "raw", "after"),
+            ([], "base_model_raw", "before"),
+            ([1], "full", "after"),
+            ([1], "no_delta", "before"),
+        )
+    ]
+    (table,) = sections.generations_section(rows).blocks
+    assert table.help.startswith("1 of 2 texts written under a splice differ from the finetuned model's (raw)")
+    assert [row[3] for row in table.rows] == ["raw", "no_delta"]
 
 
 def test_null_results_are_reported_as_bounds():
