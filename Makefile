@@ -16,13 +16,13 @@ PINS := import json, sys; found = [one["metadata"] for one in json.load(sys.stdi
 sweep: setup
 	$(PY) -m jobs sweep $(CONFIG) $(ARGS)
 
-# Two files at a time, and three of the long tests, which mostly wait for processes to start. What is skipped, and what is
+# Three files at a time, or three of the long tests, which mostly wait for processes to start. What is skipped, and what is
 # left to the long tier, is listed with its reason.
 test: setup
 	$(PY) -m pytest -m "not long" -n 3 --dist loadfile --no-loadscope-reorder -rs --durations 12
 
 test-all: test
-	$(PY) -m pytest -m long -n 4 --dist load --maxschedchunk 1 -rs --durations 12
+	$(PY) -m pytest -m long -n 3 --dist load --maxschedchunk 1 -rs --durations 12
 
 # Format, lint and types, as in CI.
 check: setup

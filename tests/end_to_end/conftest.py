@@ -29,6 +29,7 @@ SMALL = (
     "evaluate.alphas=[0.0, 1.0]",
     "evaluate.sets=[all]",
     "evaluate.controls=[random_delta]",
+    "evaluate.cards=2",
     "compute.max_concurrent=1",
 )
 """The tiny preset with fewer groups, for tests that run it several times; a worker takes longer to start than to work,

@@ -19,8 +19,9 @@ from tests.end_to_end.conftest import Jobs, read
 
 Finished = tuple[Path, subprocess.CompletedProcess[str]]
 SETS = {"change": ["0", "1", "3", "1+2", "0-3"], "residual": ["1", "1+2"]}
+CONTROLLED = {"change": ["1", "0-3"], "residual": ["1", "1+2"]}
 DOSED = {"change": "0-3", "residual": "1+2"}
-"""The sets of layers of the tiny preset, and those measured at every alpha."""
+"""The sets of layers of the tiny preset, those with controls, and those measured at every alpha."""
 SUBSETS = {"tool", "copy", "tool_ood"}
 OF_BOTH = ["random_delta", "shuffled_delta", "dense_delta"]
 OF_RESIDUAL = ["base_model_no_delta", "mlp_swap", "error_term"]
@@ -232,7 +233,7 @@ def test_a_bases_error_before_finetuning_is_that_of_its_training(sweep: Path) ->
 
 def test_every_control_is_in_every_cell(sweep: Path) -> None:
     for control in OF_BOTH + OF_RESIDUAL:
-        sets = len(SETS["residual"]) + (control in OF_BOTH) * len(SETS["change"])
+        sets = len(CONTROLLED["residual"]) + (control in OF_BOTH) * len(CONTROLLED["change"])
         assert len(list((sweep / "cells").glob(f"layer_*_{control}.json"))) == sets * len(SUBSETS)
     for subset in SUBSETS:
         raw = read(sweep / f"cells/raw_{subset}.json")["rows"]
