@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from evaluators.report.comparison import page as comparison_page
 from evaluators.report.feature_page import feature_page
 from evaluators.tables.feature_tables import features_table, ranking_table
 from tests.browser.conftest import PICTURES
+from tests.evaluators.compared import sweep
 
 pytestmark = pytest.mark.long("a real browser opens the pages of a report")
 
@@ -87,9 +89,19 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The comparison of three made-up sweeps, two of which differ in the seed alone."""
+    wider = {"deltas": {"d_new": [64]}}
+    sweeps = [sweep("one", 0), sweep("two", 1, recovered=0.8, gap=1.7), sweep("wide", 0, wider, recovered=0.97)]
+    path = tmp_path_factory.mktemp("compared") / "comparison.html"
+    path.write_text(comparison_page(sweeps))
+    return path
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("screen", SCREENS)
-def test_pictures(opened: Opened, report: Path, screen: str, scheme: str) -> None:
+def test_pictures(opened: Opened, report: Path, compared: Path, screen: str, scheme: str) -> None:
     end = f"{screen}_{scheme}.png"
     page = opened(report / "report.html", screen, color_scheme=scheme)
     page.screenshot(path=PICTURES / f"report_{end}", full_page=True)
@@ -97,7 +109,9 @@ def test_pictures(opened: Opened, report: Path, screen: str, scheme: str) -> Non
     page.locator(".card").first.screenshot(path=PICTURES / f"card_{end}")
     page.locator("#view").scroll_into_view_if_needed()
     page.screenshot(path=PICTURES / f"list_{end}")
-    for one in (page, opened(report / "report.html", screen, color_scheme=scheme)):
+    together = opened(compared, screen, color_scheme=scheme)
+    together.screenshot(path=PICTURES / f"comparison_{end}", full_page=True)
+    for one in (page, together, opened(report / "report.html", screen, color_scheme=scheme)):
         assert one.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
 
 
