@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluators.report.figures import band, finish, look, panels, plain
+from evaluators.report.figures import INCHES_PER_PANEL, band, finish, look, panels, plain
 from evaluators.report.findings import number, with_interval
 from evaluators.report.page import Block, Section, Table, picture, render
 from evaluators.tables import comparison
@@ -186,7 +186,8 @@ def knobs(sweeps: Sequence[ComparedSweep]) -> Figure:
     shown = [sweep for sweep in sweeps if len(sweep.dose)]
     subsets = list(dict.fromkeys(subset for sweep in shown for subset in sweep.dose["subset"]))
     rates = list(dict.fromkeys(sweep.rate for sweep in shown if sweep.rate is not None))
-    figure, grid = panels((1 + bool(rates)) * len(subsets), columns=len(subsets), height=2.7)
+    width = max(INCHES_PER_PANEL, 7.0 / len(subsets))  # the legend needs some
+    figure, grid = panels((1 + bool(rates)) * len(subsets), columns=len(subsets), width=width, height=2.7)
     for place, axes in enumerate(grid):
         subset, of_rate = subsets[place % len(subsets)], place >= len(subsets)
         _one_panel(axes, shown, subset, of_rate)
