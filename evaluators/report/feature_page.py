@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from evaluators.report.findings import number, with_interval
-from evaluators.report.page import Link, Table
+from evaluators.report.page import Link, Table, template
 from evaluators.tables.feature_tables import FIRING, WAYS
 from evaluators.tables.pooling import RATE, Cell, of_kind
 
-HERE = Path(__file__).parent
 PAGE = "features.html"
 SHOWN, SUBSETS_SHOWN = 8, 2
 """Features of a target in the report itself, and subsets on which their effects stand there."""
@@ -110,12 +108,9 @@ def feature_page(cells: Sequence[Cell], features: pd.DataFrame, ranking: pd.Data
         _card(row, found[row["target"], row["layer"], row["feature"]], subsets, totals[row["target"]])
         for _, row in features.iterrows()
     ]
-    script = (HERE / "features.js").read_text()
+    script = (Path(__file__).parent / "features.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("features.html.jinja").render(
+    return template("features.html.jinja").render(
         pair=pair,
         cards=cards,
         subsets=subsets,

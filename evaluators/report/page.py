@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -116,6 +116,11 @@ def table_block(frame: pd.DataFrame, columns: Mapping[str, str], title: str, hel
 
 def render(title: str, sections: Sequence[Section], pages: Sequence[Link] = ()) -> str:
     """The whole page; `pages` lie beside it. Text is escaped by the template, so generated text cannot add markup."""
+    return template("page.html.jinja").render(title=title, sections=sections, pages=pages)
+
+
+def template(name: str) -> Template:
+    """A template of this folder; whatever is put into it is escaped, and a name that it lacks is an error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -123,7 +128,7 @@ def render(title: str, sections: Sequence[Section], pages: Sequence[Link] = ()) 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.jinja").render(title=title, sections=sections, pages=pages)
+    return environment.get_template(name)
 
 
 def _cell(row: pd.Series, name: str) -> str:

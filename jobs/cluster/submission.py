@@ -25,7 +25,6 @@ from jobs.errors import RequestError, WorkFailed
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-SCHEME = "ray://"
 JOBS = "RAY_API_SERVER_ADDRESS"
 JOBS_PORT = 8265
 """Ray's default port for the dashboard and its jobs API."""
