@@ -178,7 +178,7 @@ def workers(
     from jobs.cluster.fanout import Pool
     from jobs.study.context import Context
     from jobs.study.stages.cells import evaluate
-    from jobs.study.stages.evaluate import behaviour_work
+    from jobs.study.stages.pieces import behaviour_work
     from jobs.study.stages.site_plans import combination
     from search_spaces.load import load
 

@@ -39,6 +39,8 @@ class Condition:
     control: bool = False
     dosed: bool = False
     """Measured at every alpha."""
+    ranked: bool = False
+    """Of the rank of the delta that it stands for, so that it is measured for every width of deltas."""
     targets: tuple[str, ...] = TARGETS
     baseline: str = "raw"
     """The condition that its differences are taken from."""
@@ -110,7 +112,15 @@ CONDITIONS = {
         ),
         _control("random_delta", "any perturbation of that size", _full, substitute=True),
         _control("shuffled_delta", "a shift that does not depend on the token", _full, substitute=True),
-        _control("dense_delta", "a linear map of the same rank", _full, substitute=True),
+        _control("dense_delta", "a linear map of the same rank", _full, substitute=True, ranked=True),
+        _control(
+            "pca_delta",
+            "the change along as many principal directions",
+            _full,
+            substitute=True,
+            ranked=True,
+            targets=("change",),
+        ),
         _control("error_term", "must equal raw", _error, uses_delta=False, targets=("residual",)),
     )
 }

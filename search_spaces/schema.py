@@ -68,6 +68,7 @@ class Data(Section):
 
 CONTROLS_OF_ONE_TARGET = {
     "scaled_weights": "change",
+    "pca_delta": "change",
     "mlp_swap": "residual",
     "base_model_no_delta": "residual",
     "error_term": "residual",
@@ -89,6 +90,7 @@ class Evaluate(Section):
                 "scaled_weights",
                 "shuffled_delta",
                 "dense_delta",
+                "pca_delta",
                 "mlp_swap",
                 "base_model_no_delta",
                 "error_term",
@@ -97,7 +99,7 @@ class Evaluate(Section):
         Distinct,
     ] = []
     """Further conditions, each of which rules out one other explanation; every one costs about as much as an alpha.
-    `scaled_weights` belongs to change deltas, the last three to residual ones."""
+    `scaled_weights` and `pca_delta` belong to change deltas, the last three to residual ones."""
     alphas: Annotated[list[Finite], Distinct] = [0.0, 0.25, 0.5, 0.75, 1.0]
     behaviours: Behaviours = {"exact": "equals_target"}
     """What is asked of each generated text; every entry becomes a rate in the tables, `NAME_rate`. A check's name, or
@@ -117,6 +119,9 @@ class Evaluate(Section):
     feature is looked at."""
     curve: bool = True
     """With change deltas: also keep only the k most effective features of all layers, k from 1 to all of them."""
+    widths: bool = True
+    """With change deltas of several `deltas.d_new`: also splice in those of every other width, in all layers at once at
+    alpha 1, and of the controls `dense_delta` and `pca_delta`, whose rank is d_new."""
     replicas: Count = 1
     """How many seeds of each kept trial have their behaviour measured, best first; with more than one, intervals cover
     seeds as well as prompts."""

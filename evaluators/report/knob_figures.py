@@ -77,6 +77,31 @@ def recovered_by_count(curve: pd.DataFrame, *, seed: int) -> Figure:
     return finish(figure, axes, note)
 
 
+WIDTHS = {"full": "sparse deltas", "dense_delta": "linear map of that rank", "pca_delta": "principal directions"}
+
+
+def recovered_by_width(widths: pd.DataFrame, *, seed: int) -> Figure:
+    """The share of the CE gap that the deltas of each width bring back, a panel per subset, beside controls of the same
+    rank."""
+    rows = widths[widths["metric"] == "mean_ce"].dropna(subset=["recovered"])
+    subsets, tried = list(rows["subset"].unique()), sorted(rows["d_new"].astype(int).unique())
+    figure, grid = panels(len(subsets), columns=len(subsets), height=2.7)
+    for axes, subset in zip(grid, subsets, strict=True):
+        for number, (condition, label) in enumerate(WIDTHS.items()):
+            here = rows[(rows["subset"] == subset) & (rows["condition"] == condition)].sort_values("d_new")
+            if len(here):
+                band(axes, here.assign(alpha=here["d_new"].astype(float)), "recovered", label=label, number=number)
+        axes.axhline(1, color=MUTED, linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(tried, [str(one) for one in tried])
+        axes.set(title=plain(subset), xlabel="d_new, features a layer")
+    low = float(rows["recovered_low"].clip(lower=-1).min())
+    for axes in grid:
+        axes.set_ylim(min(-0.05, low), 1.1)
+    grid[0].set_ylabel("share of the CE gap recovered")
+    return finish(figure, grid[0], f"alpha 1, all layers; bands: paired bootstrap 95% over prompts, seed {seed}")
+
+
 def where_it_is(deltas: pd.DataFrame, gaps: pd.DataFrame, recovered: pd.DataFrame) -> Figure:
     """By layer: how much of the MLP's output finetuning changed, and what the deltas leave of it. By set of layers and
     subset: its gap in CE as a share of the whole effect, and how much of that gap comes back."""

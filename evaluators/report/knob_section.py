@@ -39,6 +39,13 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
             "A knob is a line that goes from one behaviour to the other as alpha grows; random directions should not."
         )
         blocks.append(picture("knob", figure, f"The knob, layers {widest}", help))
+    if results.widths["recovered"].notna().any():
+        figure = knob_figures.recovered_by_width(results.widths, seed=seed)
+        help = (
+            "What deltas of each width bring back. A linear map of the same rank is not sparse. The change along as "
+            "many principal directions is computed by both MLPs, not read off their input: what directions alone allow."
+        )
+        blocks.append(picture("widths", figure, "How wide must a delta be", help))
     if len(results.curve):
         figure = knob_figures.recovered_by_count(results.curve, seed=seed)
         help = "Features are ranked by integrated gradients on held-out rows, then added one after the other."
@@ -114,6 +121,7 @@ def knob_findings(results: Results, deltas: pd.DataFrame) -> list[Findings]:
         found += [
             Findings(f"Is there anything to explain in the MLPs of layers {widest}?", _ceilings(here)),
             Findings("How much of it do the deltas bring back?", _recovered(results, here)),
+            Findings("How wide must a delta be?", _wide(results)),
             Findings("How few features?", _few(results)),
         ]
     return [*found, Findings("What is a residual delta trained on?", residual_split(deltas))]
@@ -157,6 +165,15 @@ def _others_of(results: Results, gap: pd.Series) -> pd.DataFrame:
     table = results.recovered[(results.recovered["target"] == "change") & (results.recovered["condition"] == "full")]
     here = table[(table["layer"] == gap["layer"]) & (table["subset"] == gap["subset"]) & (table["metric"] != "mean_ce")]
     return here.dropna(subset=["recovered"])
+
+
+def _wide(results: Results) -> list[str]:
+    table = results.widths[(results.widths["metric"] == "mean_ce") & (results.widths["condition"] == "full")]
+    sentences = []
+    for subset, rows in table.dropna(subset=["recovered"]).groupby("subset", sort=False):
+        parts = [f"{with_interval(row, 'recovered')} with d_new {int(row['d_new'])}" for _, row in rows.iterrows()]
+        sentences.append(f"{subset}: {', '.join(parts)}.")
+    return sentences
 
 
 def _few(results: Results) -> list[str]:

@@ -153,6 +153,7 @@ def _write_tables(folder: Path, results: tables.Results) -> None:
         ("exp2B_statistics", results.statistics),
         ("gaps", results.gaps),
         ("recovered", results.recovered),
+        ("widths", results.widths),
         ("few_features", results.curve),
     ):
         _write(folder / f"{name}.csv", table.to_csv(index=False).encode())

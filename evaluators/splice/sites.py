@@ -94,13 +94,53 @@ class TrueChange:
         return self.finetuned(x).float() - self.unfinetuned(x).float()
 
 
+@dataclass(frozen=True)
+class PrincipalChange:
+    """In a delta's place: the part of the true change that lies along a few directions, the rows of `W_dec`.
+
+    Their coefficients are those of the change itself, computed by both paths, and not read off x by an encoder: so this
+    is the most that directions alone can do. The row before the last is the change's mean, always on; the last is what
+    the change is at BOS.
+    """
+
+    true: TrueChange
+    W_dec: Tensor
+    b_dec: None = None
+
+    @property
+    def layer(self) -> int:
+        return self.true.layer
+
+    @property
+    def d_model(self) -> int:
+        return self.true.d_model
+
+    @property
+    def taps(self) -> Taps:
+        return self.true.taps
+
+    @property
+    def at_bos(self) -> Tensor:
+        return torch.eye(len(self.W_dec)).to(self.W_dec)[-1]
+
+    def encode(self, x: Tensor) -> Tensor:
+        directions, mean = self.W_dec[:-2], self.W_dec[-2]
+        along = (self.true.decode(x) - mean) @ directions.T
+        return torch.cat([along, along.new_ones(len(x), 1), along.new_zeros(len(x), 1)], dim=1)
+
+    def decode(self, acts: Tensor) -> Tensor:
+        return acts @ self.W_dec
+
+
 class Material(NamedTuple):
     """What substitutes are made from: `x` (tokens, d_model), what the site's transcoders read of the text in the raw
-    model, token by token; training pairs of the delta, (x, residual) or (x, change), in batches; and a seed."""
+    model, token by token; training pairs of the delta, (x, residual) or (x, change), in batches; a seed; and, for the
+    one that needs it, the layer's true change."""
 
     x: Tensor
     pairs: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     seed: int
+    change: Callable[[], TrueChange] | None = None
 
 
 def random_delta(site: Site, material: Material) -> Site:
@@ -156,6 +196,34 @@ def reduced_rank_regression(pairs: Iterable[tuple[Tensor, Tensor]], rank: int) -
     return least_squares @ leading, leading.T.contiguous()
 
 
+def pca_delta(site: Site, material: Material) -> Site:
+    """The change along its d_new principal directions, and its mean (PCA of activation differences, as in
+    diffing-toolkit); a feature at BOS stays. Raises ValueError where the material has no true change."""
+    delta = _delta_of(site)
+    if material.change is None:
+        raise ValueError(f"layer {site.layer}: principal directions are of a change, which is not known here")
+    mean, directions = principal_directions((c for _, c in material.pairs()), without_bos(delta).d_sae)
+    at_bos = torch.zeros_like(mean) if delta.at_bos is None else (delta.at_bos @ delta.W_dec).to(mean)
+    rows = torch.cat([directions, mean.unsqueeze(0), at_bos.unsqueeze(0)])
+    return replace(site, delta=PrincipalChange(material.change(), rows.to(delta.W_dec)))  # type: ignore[arg-type]
+
+
+def principal_directions(batches: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """The mean (d,) of the rows of all batches (tokens, d) and their `count` leading principal directions (at most d,
+    d), orthonormal, in fp64 on the CPU. Raises ValueError without batches."""
+    tokens, total, squares = 0, None, None
+    for batch in batches:
+        batch = batch.double()
+        first, second = batch.sum(0).cpu(), (batch.T @ batch).cpu()
+        tokens += len(batch)
+        total, squares = (first, second) if total is None or squares is None else (total + first, squares + second)
+    if total is None or squares is None:
+        raise ValueError("principal directions need at least one batch")
+    mean = total / tokens
+    _, directions = torch.linalg.eigh(squares / tokens - torch.outer(mean, mean))  # ascending
+    return mean, directions[:, -count:].T.contiguous()
+
+
 def _delta_of(site: Site) -> Transcoder:
     if site.delta is None:
         raise ValueError(f"layer {site.layer} has no delta that another could replace")
@@ -166,5 +234,6 @@ SUBSTITUTES: dict[str, Callable[[Site, Material], Site]] = {
     "random_delta": random_delta,
     "shuffled_delta": shuffled_delta,
     "dense_delta": dense_delta,
+    "pca_delta": pca_delta,
 }
 """By condition, what makes the site whose delta is something else."""

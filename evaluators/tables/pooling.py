@@ -101,7 +101,7 @@ def pool(cells: Iterable[Cell]) -> dict[CellKey, PromptSums]:
 
 
 def of_kind(cells: Iterable[Cell], kind: str) -> list[Cell]:
-    """The cells of one kind, `"behaviour"` or `"reconstruction"`, in the order given."""
+    """The cells of one kind, such as `"behaviour"`, in the order given."""
     return [cell for cell in cells if cell["kind"] == kind]
 
 
@@ -157,7 +157,7 @@ def _prompt_sums(rows: list[dict[str, Any]], metrics: tuple[str, ...]) -> Prompt
 
 def cell_metrics(cell: Cell) -> dict[str, float]:
     """The metrics of one cell by their table names, undefined ones left out: what a tracker logs of it."""
-    if cell["kind"] != "behaviour":
+    if cell["kind"] not in ("behaviour", "width"):
         return {name: value for name, value in cell.items() if isinstance(value, float)}
     sums = _prompt_sums(cell["rows"], (*MEANS, *rates_of([cell])))
     tops, bottoms = sums.tops.sum((0, 1)), sums.bottoms.sum((0, 1))

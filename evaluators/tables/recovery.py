@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from data.rows import slug
+from evaluators.conditions import CONDITIONS
 from evaluators.layer_sets import layer_label
 from evaluators.tables.pooling import MEANS, Cell, CellKey, PromptSums, of_kind, pool
 from evaluators.tables.statistics import Estimate, paired_bootstrap, rate_difference, recovered_share
@@ -88,6 +89,18 @@ def recovered_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
             row |= {"metric": metric, "condition": key.condition, "alpha": key.alpha, "value": value}
             rows.append(row | _columns("gap", gap) | _columns("recovered", found) | {"n_examples": len(sums.prompts)})
     return pd.DataFrame(rows, columns=RECOVERED_COLUMNS)
+
+
+def widths_table(cells: Sequence[Cell], *, seed: int = 0) -> pd.DataFrame:
+    """What the change deltas of each width recover in all layers at once at alpha 1, and controls of the same rank; the
+    columns of `recovered_table`. Empty where one width alone was measured."""
+    widths = of_kind(cells, "width")
+    labels = {layer_label(cell["layers"]) for cell in widths}
+    every = [cell | {"kind": "behaviour"} for cell in [*of_kind(cells, "behaviour"), *widths]]
+    table = recovered_table(every, seed=seed) if widths else pd.DataFrame(columns=RECOVERED_COLUMNS)
+    conditions = [name for name, one in CONDITIONS.items() if one.ranked or name == "full"]
+    here = table["layer"].isin(labels) & (table["target"] == "change") & table["condition"].isin(conditions)
+    return table[here].reset_index(drop=True)
 
 
 def curve_table(cells: Sequence[Cell], *, seed: int = 0) -> pd.DataFrame:

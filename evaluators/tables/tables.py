@@ -53,6 +53,7 @@ class Results(NamedTuple):
 
     gaps: pd.DataFrame
     recovered: pd.DataFrame
+    widths: pd.DataFrame
     curve: pd.DataFrame
     ranking: pd.DataFrame
     change: pd.DataFrame
@@ -71,6 +72,7 @@ def all_tables(cells: Sequence[Cell], *, seed: int = 0) -> Results:
     return Results(
         recovery.gap_table(cells, seed=seed),
         recovery.recovered_table(cells, seed=seed),
+        recovery.widths_table(cells, seed=seed),
         recovery.curve_table(cells, seed=seed),
         ranking_table(cells),
         recovery.change_table(cells, seed=seed),

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evaluators.conditions import CONDITIONS
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
 from jobs.study.context import CARDS_AT_ONCE, Context
@@ -116,6 +117,10 @@ def other_kinds(context: Context) -> dict[str, int]:
         found["change"] = len(settings.deltas.d_new)
         found["ranking"] += bool(context.cards_of("change")) or settings.evaluate.curve
         found["cards"] += _pieces(context.cards_of("change"), features)
+        ranked = sum(CONDITIONS[one].ranked for one in settings.evaluate.controls)
+        found["width"] = (
+            (len(settings.deltas.d_new) - 1) * (1 + ranked) * len(context.subsets) * settings.evaluate.widths
+        )
         found["curve"] = settings.evaluate.curve * len(context.subsets)
     return {name: count for name, count in found.items() if count}
 

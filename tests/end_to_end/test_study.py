@@ -24,8 +24,9 @@ DOSED = {"change": "0-3", "residual": "1+2"}
 """The sets of layers of the tiny preset, those with controls, and those measured at every alpha."""
 SUBSETS = {"tool", "copy", "tool_ood"}
 OF_BOTH = ["random_delta", "shuffled_delta", "dense_delta"]
+OF_CHANGE = ["pca_delta"]
 OF_RESIDUAL = ["base_model_no_delta", "mlp_swap", "error_term"]
-"""Controls that have no strength, of both targets' deltas and of a residual's alone."""
+"""Controls that have no strength, of both targets' deltas and of one target's alone."""
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_every_table_has_its_rows(sweep: Path) -> None:
     assert len(summary) == 2 * 2
     conditions = pd.read_csv(report / "exp2A_metrics.csv")
     spliced = conditions[conditions["layer"] != "none"]
-    assert set(spliced["condition"]) == {"no_delta", "full", *OF_BOTH, *OF_RESIDUAL}
+    assert set(spliced["condition"]) == {"no_delta", "full", *OF_BOTH, *OF_CHANGE, *OF_RESIDUAL}
     for target, layers in SETS.items():
         assert set(spliced.loc[spliced["target"] == target, "layer"]) == set(layers)
     assert set(conditions["subset"]) == SUBSETS
@@ -83,7 +84,13 @@ def test_gaps_recovered_shares_and_the_curve_have_their_rows(sweep: Path) -> Non
     assert ce["unfinetuned"].notna().all()
     recovered = pd.read_csv(report / "recovered.csv")
     of_change = recovered[recovered["target"] == "change"]
-    assert set(of_change["condition"]) == {"full", "alpha", "scaled_weights", *OF_BOTH}
+    assert set(of_change["condition"]) == {"full", "alpha", "scaled_weights", *OF_BOTH, *OF_CHANGE}
+    widths = pd.read_csv(report / "widths.csv")
+    assert set(widths["condition"]) == {"full", "dense_delta", "pca_delta"}
+    assert set(widths["d_new"]) == {4, 8}
+    assert set(widths["layer"]) == {"0-3"}
+    chosen = widths[widths["d_new"] == of_change["d_new"].dropna().iloc[0]]
+    assert set(chosen["value"]) <= set(of_change["value"]), "those of the chosen width are the same cells"
     curve = pd.read_csv(report / "few_features.csv")
     ranking = pd.read_csv(report / "feature_ranking.csv")
     assert len(ranking) == 4 * (curve["d_new"].iloc[0] + 1)
@@ -232,8 +239,9 @@ def test_a_bases_error_before_finetuning_is_that_of_its_training(sweep: Path) ->
 
 
 def test_every_control_is_in_every_cell(sweep: Path) -> None:
-    for control in OF_BOTH + OF_RESIDUAL:
-        sets = len(CONTROLLED["residual"]) + (control in OF_BOTH) * len(CONTROLLED["change"])
+    for control in OF_BOTH + OF_CHANGE + OF_RESIDUAL:
+        targets = [one for one, own in (("change", OF_CHANGE), ("residual", OF_RESIDUAL)) if control in OF_BOTH + own]
+        sets = sum(len(CONTROLLED[target]) for target in targets)
         assert len(list((sweep / "cells").glob(f"layer_*_{control}.json"))) == sets * len(SUBSETS)
     for subset in SUBSETS:
         raw = read(sweep / f"cells/raw_{subset}.json")["rows"]
@@ -261,7 +269,7 @@ def test_a_new_alpha_and_a_second_seed_compute_new_cells_only(own: Path, jobs: J
     of_best = [path for path in (sweep / "cells").glob("*_alpha2.0.json") if "scaled_weights" not in path.name]
     assert len(of_best) == 2 * len(DOSED) * len(SUBSETS)
     seeds = [read(path) for path in (sweep / "cells").glob("*_s1_*.json")]
-    assert {one["condition"] for one in seeds} == {"full", "alpha", *OF_BOTH}
+    assert {one["condition"] for one in seeds} == {"full", "alpha", *OF_BOTH, *OF_CHANGE}
     reported = jobs("report", "tiny", f"storage.root={root}", *more)
     assert reported.returncode == 0, reported.stdout + reported.stderr
     conditions = pd.read_csv(sweep / "report/exp2A_metrics.csv")

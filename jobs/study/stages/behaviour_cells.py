@@ -18,7 +18,7 @@ from typing import Any
 from data.rows import slug
 from jobs.files import write_json
 from jobs.study.stages.work import SitePlan, Work
-from jobs.study.stages.worker_memory import paths, reference
+from jobs.study.stages.worker_memory import exact_paths, paths, reference
 from jobs.study.stages.worker_sites import cell_file, kept_passes, load_sites, plain_passes
 
 PAIRS = 8192
@@ -108,7 +108,13 @@ def _subject(
         raw = replace(plain, prefixes=Prefixes(model, [site.layer for site in sites], sites[0].taps))
         sites = [
             SUBSTITUTES[control](
-                site, Material(site_activations(raw, site, rows)[0], partial(_training_pairs, work, plan), work.seed)
+                site,
+                Material(
+                    site_activations(raw, site, rows)[0],
+                    partial(_training_pairs, work, plan),
+                    work.seed,
+                    partial(_true_change, work, plan.layer) if plan.ground.target == "change" else None,
+                ),
             )
             for site, plan in zip(sites, work.sites, strict=True)
         ]
@@ -119,6 +125,15 @@ def _subject(
             yield plain, sites
     else:
         yield kept_passes(work, model), sites
+
+
+def _true_change(work: Work, layer: int) -> Any:
+    """What finetuning changed in the layer's MLP, computed by both."""
+    from evaluators.splice.sites import TrueChange
+
+    layers = tuple(plan.layer for plan in work.sites)
+    before, after = (exact_paths(work.model, one, layers) for one in (work.shared.base_model, work.model.folder))
+    return TrueChange(before[layer], after[layer])
 
 
 def _training_pairs(work: Work, plan: SitePlan) -> Iterator[tuple[Any, Any]]:
@@ -141,7 +156,7 @@ def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: l
     name = work.cell_name(condition, alpha)
     place = {"layers": layers, "condition": condition, "alpha": alpha, "subset": work.subset}
     cell = {
-        "kind": "behaviour",
+        "kind": "width" if work.kind == "width" else "behaviour",
         **place,
         "target": work.sites[0].ground.target if work.sites else "",
         "percentile": work.sites[0].ground.percentile if work.sites else None,

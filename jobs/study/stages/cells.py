@@ -173,6 +173,7 @@ def _exactness(work: Work, model: Any, rows: list[Any]) -> list[str]:
 KINDS = {
     "raw": behaviour_cells.raw,
     "behaviour": behaviour_cells.behaviour,
+    "width": behaviour_cells.behaviour,
     "reconstruction": _reconstruction,
     "change": _change,
     "ranking": _ranking,

@@ -6,32 +6,17 @@ per finished cell, and `checks.json`. Existing cells with the same key are not c
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.rows import slug
-from evaluators.conditions import CONDITIONS
-from evaluators.layer_sets import layer_label
 from jobs.errors import WorkFailed
-from jobs.files import key_of, read_json
-from jobs.study import keys
-from jobs.study.context import CARDS_AT_ONCE, Context
-from jobs.study.grounds import DeltaGroup, Ground, grounds_of
+from jobs.files import read_json
+from jobs.study.context import Context
+from jobs.study.stages import pieces
 from jobs.study.stages.cells import evaluate
 from jobs.study.stages.data import check_labels
-from jobs.study.stages.deltas import replica_folder
-from jobs.study.stages.site_plans import (
-    Combination,
-    best_of_group,
-    combination,
-    evaluation_settings,
-    judging_settings,
-    lineage,
-    site_plan,
-    site_plans,
-)
-from jobs.study.stages.work import Evaluation, ModelSpec, Work
+from jobs.study.stages.site_plans import Combination, combination
+from jobs.study.stages.work import Work
 from jobs.tracking.records import record_cells
 from models.sources import model_facts
 
@@ -39,17 +24,18 @@ from models.sources import model_facts
 def run(context: Context) -> dict[str, Any]:
     check_labels(context)
     chosen: dict[str, Combination] = {one: combination(context, one) for one in context.settings.deltas.targets}
-    rankings = _ranking_work(context, chosen)
-    first = [*_raw_work(context), *rankings]
+    rankings = pieces.ranking_work(context, chosen)
+    first = [*pieces.raw_work(context), *rankings]
     _compute(context, first, "raw model")
     rest = [
-        *(work for target in chosen for work in behaviour_work(context, target, chosen[target])),
-        *_curve_work(context, rankings),
-        *_cards_work(context, rankings),
-        *_change_work(context),
-        *_reconstruction_work(context),
+        *(work for target in chosen for work in pieces.behaviour_work(context, target, chosen[target])),
+        *pieces.widths_work(context, chosen),
+        *pieces.curve_work(context, rankings),
+        *pieces.cards_work(context, rankings),
+        *pieces.change_work(context),
+        *pieces.reconstruction_work(context),
     ]
-    checks = _exactness_work(context, chosen)
+    checks = pieces.exactness_work(context, chosen)
     rest += [one for one in checks if (read_json(checks_file(context, one.name)) or {}).get("key") != one.key]
     _compute(context, rest, "evaluation")
     names = [name for work in [*first, *rest] for name in work.cells()]
@@ -105,180 +91,7 @@ def _layers_to_run(context: Context, work: Work) -> int:
         return 8 * above
     if work.kind == "curve":
         return above * sum(plan.d_new for plan in work.sites).bit_length()
-    controls = sum(asked[0] in work.controls for asked in work.asked) if work.kind == "behaviour" else 0
-    each = 4 if work.kind == "behaviour" else 1  # its rows are scored and also answered, token by token
+    answered = work.kind in ("behaviour", "width")
+    controls = sum(asked[0] in work.controls for asked in work.asked) if answered else 0
+    each = 4 if answered else 1  # its rows are scored and also answered, token by token
     return each * (max(1, len(work.strengths)) * above + controls * count)
-
-
-def _shared(context: Context) -> Evaluation:
-    section = context.settings.evaluate
-    return Evaluation(
-        cells=str(context.space.cells),
-        rows=str(context.rows / "evaluation.jsonl"),
-        ranking_rows=str(context.rows / "validation.jsonl"),
-        base_model=str(context.model),
-        subsets=tuple(context.subsets),
-        limits=context.limits,
-        batch_size=section.batch_size,
-        behaviours=section.behaviours,
-    )
-
-
-def _model(context: Context, folder: Path | None = None) -> ModelSpec:
-    """The finetuned model, or the one in another folder, as workers load it."""
-    from trainers.precision import resolve_precision
-
-    settings, device = context.settings, context.device
-    # On a CPU, bf16 is not worth the loss of exactness, so it must be set explicitly.
-    precision = "fp32" if device == "cpu" and settings.compute.precision == "auto" else settings.compute.precision
-    return ModelSpec(
-        str(folder or context.finetuned),
-        device,
-        resolve_precision(precision, device),
-        settings.transcoders.convention,
-    )
-
-
-def _work(context: Context, kind: str, name: str, key: str, **asked: Any) -> Work:
-    """A piece of work on the finetuned model, unless `asked` names another."""
-    given = {"model": _model(context), "seed": context.settings.seed, **asked}
-    return Work(kind, name, key, shared=_shared(context), **given)
-
-
-def _raw_work(context: Context) -> list[Work]:
-    """Nothing spliced: the finetuned model, and the one before finetuning where something is measured against it."""
-    key = key_of("raw with text", keys.lora(context.settings), judging_settings(context))
-    settings = context.settings.evaluate
-    models = {"raw": _model(context)}
-    if "change" in context.settings.deltas.targets or any(CONDITIONS[one].model == "base" for one in settings.controls):
-        models["base_model_raw"] = _model(context, context.model)
-    return [
-        _work(context, "raw", f"{name}_{slug(subset)}", key, subset=subset, conditions=(name,), model=model)
-        for name, model in models.items()
-        for subset in context.subsets
-    ]
-
-
-def behaviour_work(context: Context, target: str, chosen: Combination) -> list[Work]:
-    settings = context.settings.evaluate
-    works = []
-    for layers, (conditions, doses) in context.sets_of(target).items():
-        elsewhere = tuple(one for one in conditions if CONDITIONS[one].model == "base")
-        here = tuple(one for one in conditions if one not in elsewhere)
-        sites = site_plans(context, layers, chosen)
-        cell = ("cell", lineage(context, sites), judging_settings(context))
-        key = key_of(*cell)
-        for subset in context.subsets:
-            name = f"{_name(layers, chosen)}_{slug(subset)}"
-            asked = {"sites": sites, "subset": subset}
-            # At 0 and 1 weights in between are those of no_delta and of raw.
-            between = tuple(dose for dose in doses if dose not in (0.0, 1.0))
-            work = _work(context, "behaviour", name, key, **asked, conditions=here, doses=doses, control_doses=between)
-            works += [work, *(_of_replica(work, rank, key_of(*cell, rank)) for rank in range(1, settings.replicas))]
-            if elsewhere:  # another model, so another worker's
-                model = _model(context, context.model)
-                works.append(_work(context, "behaviour", name, key, **asked, conditions=elsewhere, model=model))
-    return works
-
-
-def _name(layers: tuple[int, ...], chosen: Combination) -> str:
-    return f"layer_{layer_label(layers, digits=2)}_{chosen.ground.label}_d{chosen.d_new:03d}"
-
-
-def _of_replica(work: Work, rank: int, key: str) -> Work:
-    """The same cells for the kept trials' next best seeds, without those in which the delta plays no part."""
-    return replace(
-        work,
-        name=f"{work.name}_s{rank}",
-        key=key,
-        sites=tuple(site._replace(delta=str(replica_folder(Path(site.delta), rank))) for site in work.sites),
-        conditions=tuple(one for one in work.conditions if CONDITIONS[one].uses_delta),
-        doses=tuple(dose for dose in work.doses if dose),
-        seed=work.seed + rank,
-    )
-
-
-def _ranking_work(context: Context, chosen: dict[str, Combination]) -> list[Work]:
-    """The order of the features: of the change deltas of all layers together, of residual deltas layer by layer."""
-    settings, works = context.settings.evaluate, []
-    for target, one in chosen.items():
-        layers = tuple(context.layers_of(target))
-        sets = [layers] if target == "change" else [(layer,) for layer in layers]
-        if context.cards_of(target) or (settings.curve and target == "change"):
-            for together in sets:
-                sites = site_plans(context, together, one)
-                key = key_of("ranking with firing", lineage(context, sites), evaluation_settings(context))
-                works.append(_work(context, "ranking", f"ranking_{_name(together, one)}", key, sites=sites))
-    return works
-
-
-def _curve_work(context: Context, rankings: list[Work]) -> list[Work]:
-    """The first k features of the change deltas, subset by subset."""
-    return [
-        _work(
-            context,
-            "curve",
-            f"{one.name.replace('ranking', 'curve')}_{slug(subset)}",
-            key_of("curve", one.key),
-            sites=one.sites,
-            subset=subset,
-            ranking=one.name,
-        )
-        for one in rankings
-        if one.sites[0].ground.target == "change" and context.settings.evaluate.curve
-        for subset in context.subsets
-    ]
-
-
-def _cards_work(context: Context, rankings: list[Work]) -> list[Work]:
-    """The features of largest estimated effect, several of neighbouring layers at a time."""
-    works = []
-    for one in rankings:
-        found = read_json(context.space.cells / f"{one.name}.json") or {"features": []}
-        best = found["features"][: context.cards_of(one.sites[0].ground.target)]
-        features = sorted((feature["layer"], feature["feature"]) for feature in best)
-        for start in range(0, len(features), CARDS_AT_ONCE):
-            some = tuple(features[start : start + CARDS_AT_ONCE])
-            name = f"{one.name.replace('ranking', 'cards')}_{start // CARDS_AT_ONCE}"
-            key = key_of("cards", one.key, some, judging_settings(context))
-            works.append(_work(context, "cards", name, key, sites=one.sites, features=some))
-    return works
-
-
-def _change_work(context: Context) -> list[Work]:
-    """How much each MLP changed and what the deltas of each width leave of it."""
-    layers = tuple(context.layers_of("change"))
-    subsets = sorted(context.subsets)
-    works = []
-    for d_new in context.settings.deltas.d_new if layers else ():
-        one = Combination(Ground("change"), d_new)
-        kept = tuple(layer for layer in layers if best_of_group(context, DeltaGroup(layer, *one)) is not None)
-        sites = site_plans(context, kept, one)
-        key = key_of("change", lineage(context, sites), evaluation_settings(context), subsets)
-        works.append(_work(context, "change", f"change_{_name(layers, one)}", key, sites=sites))
-    return works
-
-
-def _reconstruction_work(context: Context) -> list[Work]:
-    works = []
-    for layer in context.layers_of("residual"):
-        sites = tuple(
-            site_plan(context, DeltaGroup(layer, ground, d_new))
-            for ground in grounds_of(context.settings.deltas, "residual")
-            for d_new in context.settings.deltas.d_new
-            if best_of_group(context, DeltaGroup(layer, ground, d_new)) is not None
-        )
-        if sites:
-            works.append(_work(context, "reconstruction", f"reconstruction_layer_{layer:02d}", "", sites=sites))
-    return works
-
-
-def _exactness_work(context: Context, chosen: dict[str, Combination]) -> list[Work]:
-    works = []
-    # In fp32 whatever the sweep runs in: less would drown what is compared in rounding.
-    model = _model(context)._replace(precision="fp32")
-    for target, one in chosen.items():
-        sites = site_plans(context, tuple(context.layers_of(target)), one)
-        key = key_of("exactness", lineage(context, sites), evaluation_settings(context))
-        works.append(_work(context, "exactness", f"checks_{target}", key, sites=sites, model=model))
-    return works

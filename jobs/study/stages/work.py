@@ -125,7 +125,7 @@ class Work:
         """The same work without the cells in `done`."""
         if self.kind == "reconstruction":
             return replace(self, sites=tuple(plan for plan in self.sites if plan.cell not in done))
-        if self.kind != "behaviour":
+        if self.kind not in ("behaviour", "width"):
             return self
         return replace(
             self,

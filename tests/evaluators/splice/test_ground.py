@@ -12,7 +12,7 @@ from evaluators.splice.decoding import Stop, decode, generate
 from evaluators.splice.interventions import Edit, Ranks
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
-from evaluators.splice.sites import SUBSTITUTES, Material
+from evaluators.splice.sites import SUBSTITUTES, Material, Site, TrueChange, pca_delta, principal_directions
 from evaluators.splice.teacher_forcing import Job, score
 from models.blocks import read_paths
 
@@ -158,14 +158,18 @@ def test_the_checks_of_every_sweep_hold_here_and_name_a_wrong_ground(subject, si
     assert sum("true change" in check["name"] for check in wrong if not check["passed"]) == 2
 
 
-@pytest.mark.parametrize("control", ["shuffled_delta", "dense_delta", "random_delta"])
-def test_controls_keep_a_feature_at_bos(subject, sites, control):
+@pytest.mark.parametrize("control", ["shuffled_delta", "dense_delta", "random_delta", "pca_delta"])
+def test_controls_keep_a_feature_at_bos(subject, sites, base_folder, control):
     """As it is, but for the random one, which turns its direction and keeps its size; however it is computed."""
-    raw = Passes(subject.bridge, prefixes=Prefixes(subject.bridge, [site.layer for site in sites], sites[0].taps))
+    layers = [site.layer for site in sites]
+    raw = Passes(subject.bridge, prefixes=Prefixes(subject.bridge, layers, sites[0].taps))
+    before, after = (read_paths(subject.bridge, folder, layers) for folder in (base_folder, subject.folder))
     made = []
     for site in sites:
         x = site_activations(raw, site, subject.rows)[0]
-        other = SUBSTITUTES[control](site, Material(x, lambda x=x, site=site: [(x, site.delta(x))], 3))
+        change = TrueChange(before[site.layer], after[site.layer])
+        material = Material(x, lambda x=x, site=site: [(x, site.delta(x))], 3, lambda change=change: change)
+        other = SUBSTITUTES[control](site, material)
         made.append(other)
         if site.delta.at_bos is not None:
             ours, theirs = (one.delta.at_bos @ one.delta.W_dec for one in (site, other))
@@ -180,6 +184,49 @@ def test_controls_keep_a_feature_at_bos(subject, sites, control):
         for shortcuts in (Shortcuts(), Shortcuts.none())
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_principal_directions_are_those_of_the_covariance_largest_last():
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    sizes, shift = torch.tensor([0.01, 0.1, 5, 0.2, 3, 0.02]), torch.arange(6.0)
+    rows = torch.randn(4000, 6, generator=generator) * sizes @ axes + shift
+    mean, directions = principal_directions(rows.split(999), 2)
+    torch.testing.assert_close(mean.float(), rows.mean(0), rtol=1e-4, atol=1e-4)
+    assert (directions[1].float() @ axes[2]).abs() > 0.999
+    assert (directions[0].float() @ axes[4]).abs() > 0.999
+    torch.testing.assert_close(directions @ directions.T, torch.eye(2, dtype=torch.float64))
+    assert len(principal_directions([rows], 9)[1]) == 6
+
+
+def test_a_pca_delta_is_the_true_change_along_its_directions(subject, sites, base_folder):
+    """With as many directions as dimensions it is all of the change; with d_new, the change's projection on them."""
+    layers = [site.layer for site in sites]
+    before, after = (read_paths(subject.bridge, folder, layers) for folder in (base_folder, subject.folder))
+    raw = Passes(subject.bridge, prefixes=Prefixes(subject.bridge, layers, sites[0].taps))
+    made, whole, true = [], [], []
+    for site in sites:
+        change = TrueChange(before[site.layer], after[site.layer])
+        x = site_activations(raw, site, subject.rows)[0]
+        c = change.decode(x)
+        material = Material(x, lambda x=x, c=c: [(x, c)], 3, lambda change=change: change)
+        made.append(pca_delta(site, material))
+        mean, directions = principal_directions([c], 12)
+        expected = mean.float() + (c - mean.float()) @ directions.float().T @ directions.float()
+        torch.testing.assert_close(made[-1].delta.decode(made[-1].delta.encode(x)), expected, rtol=1e-3, atol=1e-3)
+        rows = torch.cat([principal_directions([c], site.delta.d_model)[1].float(), made[-1].delta.W_dec[-2:]])
+        whole.append(dataclasses.replace(site, delta=dataclasses.replace(made[-1].delta, W_dec=rows)))
+        true.append(Site(site.layer, site.ground, change))
+        with pytest.raises(ValueError, match="not known here"):
+            pca_delta(site, material._replace(change=None))
+
+    def nlls(spliced, condition="full"):
+        jobs = [Job(row, alpha=1.0) for row in subject.encoded]
+        return [one.nll for one in score(Passes(subject.bridge, 3), Edit(spliced, condition), jobs)]
+
+    if all(site.delta.at_bos is None for site in sites):
+        assert nlls(whole) == pytest.approx(nlls(true), rel=1e-3)
+    assert nlls(made, "pca_delta") != pytest.approx(nlls(whole), rel=1e-3)
 
 
 def test_what_a_feature_at_bos_does_is_ranked_with_the_others(subject, sites):

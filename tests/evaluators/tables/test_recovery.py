@@ -134,6 +134,18 @@ def test_the_smallest_count_that_is_enough():
     assert found["mlp_share_ce_tool"] == pytest.approx(0.8)
 
 
+def test_other_widths_have_a_table_of_their_own():
+    """Beside the chosen width's same cells; in no other table do they appear."""
+    wider = {"kind": "width", "d_new": 32}
+    cells = [*CELLS, cell("full", 0.0, 1.0) | wider, cell("dense_delta", 0.4, 0.5) | wider]
+    table = recovery.widths_table(cells)
+    found = {(row.condition, row.d_new): row.recovered for row in table[table["metric"] == "mean_ce"].itertuples()}
+    assert found == pytest.approx({("full", 8): 0.95, ("full", 32): 1.0, ("dense_delta", 32): 0.8})
+    assert set(table["layer"]) == {"0-2"}
+    assert recovery.recovered_table(cells).equals(recovery.recovered_table(CELLS))
+    assert recovery.widths_table(CELLS).empty
+
+
 def test_unexplained_by_subset_and_part():
     rows = [
         {"subset": "tool", "part": part, "change": 4.0, "left": left, "active": 6, "n_tokens": 3}
