@@ -56,6 +56,7 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     graphs.mkdir(parents=True, exist_ok=True)
     results = tables.all_tables(data.cells, seed=seed)
     _write_tables(folder, results)
+    _write(folder / "deltas.csv", kept_deltas(data.delta_trials).to_csv(index=False).encode())
     if data.finetuned:
         _write(folder / "lora_validation.csv", pd.DataFrame([data.finetuned["figures"]]).to_csv(index=False).encode())
     deltas = pd.DataFrame(data.delta_trials)
@@ -135,6 +136,15 @@ def _glance(conditions: pd.DataFrame) -> list[dict[str, str]]:
         else:
             line[row["subset"]] = with_interval(row, "delta_ce", signed=True)
     return list(rows.values())
+
+
+def kept_deltas(trials: Rows) -> pd.DataFrame:
+    """Settings and validation figures of the deltas that the searches kept, one for each layer, target, base and
+    width."""
+    table = pd.DataFrame(trials)
+    kept = table[table["best"].astype(bool)] if len(table) else table
+    others = [name for name in kept if name in ("best", "state", "pareto") or name.endswith("_replicas")]
+    return kept.drop(columns=others)
 
 
 def _write_tables(folder: Path, results: tables.Results) -> None:

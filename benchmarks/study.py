@@ -1,0 +1,211 @@
+"""The study of docs/study.md: from its finished sweeps to small tables, pictures, and the tables on the page.
+
+    python -m benchmarks.study collect [--root mlruns]
+    python -m benchmarks.study write
+
+In: the sweeps `study-sN` (adapters on the MLPs alone) and `study-all-sN` (on all linear layers), N the seed, as the
+commands on the page make them. Out: `collect` writes `docs/study/*.csv` from their reports' tables, a row for each
+adapter and figure, and the pictures beside them; `write` puts the tables that follow from these files into the page,
+between `<!-- table: NAME -->` and `<!-- end -->`. A test holds the page to the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+
+from evaluators.tables.recovery import widest_set
+
+PAGE = Path(__file__).parents[1] / "docs" / "study.md"
+FOLDER = PAGE.with_suffix("")
+ADAPTERS = {"MLPs": "study", "all linear": "study-all"}
+COLUMNS = ["adapter", "seed", "subset", "what", "value", "low", "high"]
+DIGITS = 5
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+SERIES = {
+    "full": "deltas, alpha 1",
+    "alpha": "deltas",
+    "dense_delta": "linear map, same rank",
+    "pca_delta": "principal directions",
+    "random_delta": "random directions",
+    "shuffled_delta": "shuffled outputs",
+    "scaled_weights": "scaled weights",
+}
+
+
+def read(report: Path, name: str) -> pd.DataFrame:
+    """A table of a report, with `series`, its conditions in words; empty where the sweep had nothing for it."""
+    path = report / f"{name}.csv"
+    table = pd.read_csv(path, dtype={"layer": str}) if path.is_file() and path.stat().st_size > 1 else pd.DataFrame()
+    return table.assign(series=table["condition"].map(SERIES)) if "condition" in table else table
+
+
+def figures(table: pd.DataFrame, value: str, what: str) -> list[dict[str, Any]]:
+    """Rows of `value` with its interval, where there is one, each named by `what`, a format of the row's columns."""
+    return [
+        {
+            "subset": row.get("subset", ""),
+            "what": what.format(**row),
+            "value": row[value],
+            "low": row.get(f"{value}_low"),
+            "high": row.get(f"{value}_high"),
+        }
+        for _, row in table.dropna(subset=[value]).iterrows()
+    ]
+
+
+def whole(report: Path, name: str) -> pd.DataFrame:
+    """The rows of a table that are about the change deltas of all layers at once."""
+    gaps, table = read(report, "gaps"), read(report, name)
+    return table[(table["target"] == "change") & (table["layer"] == widest_set(gaps[gaps["target"] == "change"]))]
+
+
+def rates(table: pd.DataFrame) -> list[str]:
+    return [name for name in table if name.endswith("_rate") and not name.startswith("delta_")]
+
+
+def ceiling(report: Path) -> list[dict[str, Any]]:
+    gaps = whole(report, "gaps")
+    gaps = gaps[gaps["metric"] == "mean_ce"]
+    names = {
+        "raw": "CE finetuned",
+        "ground": "CE swapped",
+        "unfinetuned": "CE un-finetuned",
+        "gap": "gap",
+        "share": "share",
+    }
+    return [row for column, name in names.items() for row in figures(gaps, column, name)]
+
+
+def widths(report: Path) -> list[dict[str, Any]]:
+    table = whole(report, "widths")
+    return figures(table[table["metric"] == "mean_ce"], "recovered", "{series}: {d_new:.0f}")
+
+
+def controls(report: Path) -> list[dict[str, Any]]:
+    table, found = whole(report, "recovered"), []
+    half = table["alpha"] == 0.5
+    plain = table["condition"].ne("alpha") & (table["alpha"].isna() | (table["alpha"] == 1.0))
+    for metric, name in {"mean_ce": "CE", "kl": "KL"}.items():
+        here = table["metric"] == metric
+        found += figures(table[here & plain], "recovered", name + ": {series}")
+        found += figures(table[here & half], "recovered", name + ": {series}, alpha 0.5")
+    return found
+
+
+def doses(report: Path) -> list[dict[str, Any]]:
+    table, found = whole(report, "exp2B_metrics"), []
+    for metric in ["mean_ce", "kl", *rates(table)]:
+        found += figures(table, metric, metric + ": {series}: {alpha:g}")
+    unedited = read(report, "exp2A_metrics")
+    for condition, name in {"raw": "finetuned", "base_model_raw": "un-finetuned"}.items():
+        here = unedited[unedited["condition"] == condition]
+        for metric in ["mean_ce", *rates(unedited)]:
+            found += figures(here, metric, f"{metric}: {name}")
+    return found
+
+
+def places(report: Path) -> list[dict[str, Any]]:
+    """Sets of some of the layers: what swapping them costs, its share of the whole effect, and what comes back."""
+    found = []
+    for name, value in (("gaps", "gap"), ("gaps", "share"), ("recovered", "recovered")):
+        table = read(report, name)
+        table = table[(table["target"] == "change") & (table["metric"] == "mean_ce")]
+        table = table[table["layer"] != widest_set(table)]
+        if name == "recovered":
+            table = table[table["condition"] == "full"]
+        found += figures(table, value, value + ": {layer}")
+    return found
+
+
+def few(report: Path) -> list[dict[str, Any]]:
+    return figures(read(report, "few_features"), "recovered", "{k:.0f}")
+
+
+def residuals(report: Path) -> list[dict[str, Any]]:
+    """The reference study's way: what a residual is made of, what the bases cost, and what residual deltas win back."""
+    deltas, found = read(report, "deltas"), []
+    deltas = deltas[(deltas["target"] == "residual") & (deltas["d_new"] == deltas["d_new"].max())]
+    names = {
+        "val_fvu_base_unfinetuned": "base FVU before",
+        "val_fvu_base": "base FVU after",
+        "change_share": "change",
+        "val_fvu": "FVU with delta",
+    }
+    for column, name in names.items() if len(deltas) else ():
+        found += figures(deltas, column, name + ": {layer}")
+    for name, value in (("gaps", "gap"), ("recovered", "recovered")):
+        table = read(report, name)
+        table = table[(table["target"] == "residual") & (table["metric"] == "mean_ce")]
+        if name == "recovered":
+            table = table[table["condition"] == "full"]
+        found += figures(table, value, value + ": {layer}")
+    return found
+
+
+TABLES: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    "ceiling": ceiling,
+    "widths": widths,
+    "controls": controls,
+    "doses": doses,
+    "places": places,
+    "few_features": few,
+    "residuals": residuals,
+}
+
+
+def sweeps(root: Path) -> dict[tuple[str, int], Path]:
+    """The reports of the study that are there, by adapter and seed."""
+    found = {}
+    for adapter, name in ADAPTERS.items():
+        for report in sorted(root.glob(f"sweeps/{name}-s[0-9]/report")):
+            if (report / "gaps.csv").is_file():
+                found[adapter, int(report.parent.name[-1])] = report
+    return found
+
+
+app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+@app.command()
+def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")] = Path("mlruns")) -> None:
+    """Writes docs/study/*.csv and the pictures from the finished sweeps."""
+    from benchmarks.study_pictures import write_pictures
+
+    found = sweeps(root)
+    if not found:
+        typer.echo(f"error: {root} holds no finished sweep of the study (study-s0, ...)", err=True)
+        raise typer.Exit(2)
+    FOLDER.mkdir(exist_ok=True)
+    for name, make in TABLES.items():
+        rows = [
+            {"adapter": adapter, "seed": seed, **row}
+            for (adapter, seed), report in found.items()
+            for row in make(report)
+        ]
+        pd.DataFrame(rows, columns=COLUMNS).round(DIGITS).to_csv(FOLDER / f"{name}.csv", index=False)
+    cards = [read(report, "features").assign(adapter=adapter, seed=seed) for (adapter, seed), report in found.items()]
+    few_columns = ["adapter", "seed", "layer", "feature", "rank", "at_bos", "promoted"]
+    table = pd.concat(cards)
+    effects = [name for name in table if re.fullmatch(r"(ablated|alone)_ce_\w+|firing_rate_\w+", name)]
+    table[[*few_columns, *effects]].round(DIGITS).to_csv(FOLDER / "cards.csv", index=False)
+    write_pictures(FOLDER)
+    typer.echo(f"{len(found)} adapters: {FOLDER}")
+
+
+@app.command()
+def write() -> None:
+    """Puts the tables into the page."""
+    from benchmarks.study_tables import TABLES_OF_PAGE
+
+    text = PAGE.read_text()
+    PAGE.write_text(MARKED.sub(lambda match: match[1] + TABLES_OF_PAGE[match[2]](FOLDER) + match[3], text))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,215 @@
+"""The tables of docs/study.md, from the files in docs/study/.
+
+In: the folder of the files. Out: by name, a table as Markdown. A figure's brackets are its 95% interval over prompts; a
+mean over adapters has a t-interval over them (`over`), which says how far three adapters go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
+"""Student's t for a two-sided 95% interval, by the number of values."""
+NONE = "-"
+
+
+def number(value: float, digits: int = 3) -> str:
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def bracketed(low: float, high: float, digits: int) -> str:
+    return "" if math.isnan(low) else f" [{number(low, digits)}, {number(high, digits)}]"
+
+
+def one(rows: pd.DataFrame, digits: int = 3) -> str:
+    """The value of the only row, with its interval."""
+    if rows.empty:
+        return NONE
+    row = rows.iloc[0]
+    return number(row["value"], digits) + bracketed(row["low"], row["high"], digits)
+
+
+def over(values: pd.Series, digits: int = 3) -> str:
+    """The mean over adapters and its t-interval."""
+    if values.empty:
+        return NONE
+    half = T[len(values)] * values.std() / math.sqrt(len(values)) if len(values) in T else math.nan
+    return number(values.mean(), digits) + bracketed(values.mean() - half, values.mean() + half, digits)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def groups(table: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """Adapter, subset and their rows, in the order of the file."""
+    keys = table[["adapter", "subset"]].drop_duplicates().itertuples(index=False)
+    return [(one, two, table[(table["adapter"] == one) & (table["subset"] == two)]) for one, two in keys]
+
+
+def seeds_of(table: pd.DataFrame) -> list[int]:
+    return sorted(int(one) for one in table["seed"].unique())
+
+
+def by_seed(table: pd.DataFrame, what: str, name: str) -> str:
+    """One figure: a row for each adapter and subset, a column for each seed, and the mean over them."""
+    table = table[table["what"] == what]
+    seeds = seeds_of(table)
+    rows = []
+    for adapter, subset, here in groups(table):
+        cells = [one(here[here["seed"] == seed]) for seed in seeds]
+        rows.append([adapter, f"`{subset}`", *cells, over(here["value"])])
+    return markdown(["adapters", "subset", *(f"{name}, seed {seed}" for seed in seeds), "over adapters"], rows)
+
+
+def by_what(table: pd.DataFrame, whats: dict[str, str]) -> str:
+    """Several figures: a row for each adapter and subset, a column for each figure, as means over adapters."""
+    rows = [
+        [adapter, f"`{subset}`", *(over(here.loc[here["what"] == what, "value"]) for what in whats)]
+        for adapter, subset, here in groups(table)
+    ]
+    return markdown(["adapters", "subset", *whats.values()], rows)
+
+
+def read(folder: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(folder / f"{name}.csv", keep_default_na=True).fillna({"subset": ""})
+
+
+def ceiling(folder: Path) -> str:
+    whats = {"CE finetuned": "CE finetuned", "CE swapped": "MLPs swapped", "CE un-finetuned": "un-finetuned"}
+    return by_what(read(folder, "ceiling"), whats | {"share": "MLPs' share"})
+
+
+def share(folder: Path) -> str:
+    return by_seed(read(folder, "ceiling"), "share", "MLPs' share")
+
+
+def recovered(folder: Path) -> str:
+    return by_seed(read(folder, "controls"), "CE: deltas, alpha 1", "recovered")
+
+
+def widths(folder: Path) -> str:
+    table = read(folder, "widths")
+    table[["series", "width"]] = table["what"].str.split(": ", expand=True)
+    wide = sorted(int(one) for one in table["width"].unique())
+    rows = []
+    for adapter, subset, here in groups(table):
+        for series, lines in here.groupby("series", sort=False):
+            cells = [over(lines.loc[lines["width"].astype(int) == width, "value"], 2) for width in wide]
+            rows.append([adapter, f"`{subset}`", str(series), *cells])
+    return markdown(["adapters", "subset", "in the MLPs' place", *(f"d_new {width}" for width in wide)], rows)
+
+
+def controls(folder: Path) -> str:
+    names = (
+        "deltas, alpha 1",
+        "linear map, same rank",
+        "principal directions",
+        "random directions",
+        "shuffled outputs",
+    )
+    return by_what(read(folder, "controls"), {f"CE: {name}": name for name in names})
+
+
+def dose(folder: Path) -> str:
+    table = read(folder, "doses")
+    parts = table["what"].str.split(": ", expand=True)
+    table = table.assign(metric=parts[0], series=parts[1], alpha=parts[2])
+    metrics = {"mean_ce": "CE", "kl": "KL", "tool_call_rate": "calls", "agrees_with_raw_rate": "text as finetuned"}
+    sparse = table[(table["series"] == "deltas") & table["metric"].isin(metrics)]
+    doses = sorted(sparse["alpha"].unique(), key=float)
+    rows = []
+    for adapter, subset, here in groups(sparse):
+        for metric, name in metrics.items():
+            lines = here[here["metric"] == metric]
+            cells = [number(lines.loc[lines["alpha"] == one, "value"].mean(), 2) for one in doses]
+            rows.append([adapter, f"`{subset}`", name, *cells])
+    return markdown(["adapters", "subset", "mean of", *(f"alpha {one}" for one in doses)], rows)
+
+
+def thirds(folder: Path) -> str:
+    table = read(folder, "places")
+    table[["of", "layers"]] = table["what"].str.split(": ", expand=True)
+    table = table[table["layers"].str.contains("-")]
+    rows = []
+    for adapter, subset, here in groups(table):
+        for layers, lines in here.groupby("layers", sort=False):
+            cells = [over(lines.loc[lines["of"] == of, "value"]) for of in ("gap", "share", "recovered")]
+            rows.append([adapter, f"`{subset}`", str(layers), *cells])
+    return markdown(["adapters", "subset", "layers", "gap", "share of the whole effect", "recovered"], rows)
+
+
+def few(folder: Path) -> str:
+    table = read(folder, "few_features")
+    table["what"] = table["what"].astype(int)
+    seeds, rows = seeds_of(table), []
+    for adapter, subset, here in groups(table):
+        needed = []
+        for seed in seeds:
+            enough = here[(here["seed"] == seed) & (here["value"] >= 0.9)]["what"]
+            needed.append(NONE if enough.empty else str(enough.min()))
+        ten = here[here["what"] == 16]
+        rows.append([adapter, f"`{subset}`", *needed, over(ten["value"], 2)])
+    return markdown(["adapters", "subset", *(f"features for 90%, seed {seed}" for seed in seeds), "16 recover"], rows)
+
+
+def cards(folder: Path) -> str:
+    table = read(folder, "cards")
+    table = table[table["seed"] == 0].sort_values(["adapter", "rank"], ascending=[False, True], kind="stable")
+    subsets = [
+        name.removeprefix("alone_ce_")
+        for name in table
+        if name.startswith("alone_ce_") and not name.endswith(("_low", "_high"))
+    ]
+    rows = []
+    for adapter, here in table.groupby("adapter", sort=False):
+        for _, row in here.head(10).iterrows():
+            where = f"layer {row['layer']}, " + ("at BOS" if row["at_bos"] else f"feature {row['feature']}")
+            effects = [number(row[f"{way}_ce_{subset}"]) for way in ("ablated", "alone") for subset in subsets[:1]]
+            promoted = ", ".join(f"`{word}`" for word in str(row["promoted"]).replace("`", "'").split("' '")[:4])
+            rows.append([str(adapter), str(row["rank"]), where, *effects, promoted.replace("|", "\\|")])
+    return markdown(["adapters", "rank", "feature", "CE on `tool` without it", "with it alone", "promotes"], rows)
+
+
+def residuals(folder: Path) -> str:
+    table = read(folder, "residuals")
+    table[["of", "layers"]] = table["what"].str.split(": ", expand=True)
+    columns = ("base FVU before", "base FVU after", "change", "FVU with delta")
+    trained = table[table["of"].isin(columns)]
+    rows = []
+    for (adapter, layer), here in trained.groupby(["adapter", "layers"], sort=False):
+        rows.append([str(adapter), str(layer), *(number(here.loc[here["of"] == of, "value"].mean()) for of in columns)])
+    return markdown(["adapters", "layer", *columns], rows)
+
+
+def residual_splices(folder: Path) -> str:
+    table = read(folder, "residuals")
+    table[["of", "layers"]] = table["what"].str.split(": ", expand=True)
+    widest = max(table["layers"].unique(), key=len)
+    table = table[(table["layers"] == widest) & table["of"].isin(["gap", "recovered"])]
+    rows = [
+        [adapter, f"`{subset}`", *(one(here[here["of"] == of]) for of in ("gap", "recovered"))]
+        for adapter, subset, here in groups(table)
+    ]
+    return markdown(["adapters", "subset", "what the bases cost", "residual deltas win back"], rows)
+
+
+TABLES_OF_PAGE: dict[str, Callable[[Path], str]] = {
+    "ceiling": ceiling,
+    "share": share,
+    "recovered": recovered,
+    "widths": widths,
+    "controls": controls,
+    "dose": dose,
+    "thirds": thirds,
+    "few": few,
+    "cards": cards,
+    "residuals": residuals,
+    "residual_splices": residual_splices,
+}
