@@ -129,7 +129,7 @@ def few(report: Path) -> list[dict[str, Any]]:
 
 def residuals(report: Path) -> list[dict[str, Any]]:
     """The reference study's way: what a residual is made of, what the bases cost, and what residual deltas win back."""
-    deltas, found = read(report, "deltas"), []
+    deltas, found = read(report, "kept_deltas"), []
     deltas = deltas[(deltas["target"] == "residual") & (deltas["d_new"] == deltas["d_new"].max())]
     names = {
         "val_fvu_base_unfinetuned": "base FVU before",

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 PLAIN_PERIOD_SECONDS = 10.0
@@ -30,28 +30,41 @@ FILE = ".progress.json"
 
 
 class Bar:
-    """One line of progress."""
+    """One line of progress. Units that take unequal times have costs, on any scale: the time left then goes by `cost`,
+    that of all units still to do, and by what has been done of it."""
 
-    def __init__(self, show: Progress, label: str, total: int, unit: str) -> None:
+    def __init__(self, show: Progress, label: str, total: int, unit: str, cost: float = 0.0) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, 0
         self.note_text = ""
+        self._whole = self._to_do = cost or float(total)
+        self._credit = 0.0
         self._show = show
         self._started = self._printed = time.monotonic()
         self._task = None
         if show.bars is not None:
-            self._task = show.bars.add_task(label, total=total, unit=unit, note="")
+            self._task = show.bars.add_task(label, total=total, unit=unit, note="", left="")
         elif total:
             show.line(f"  {label}: {total} {unit}")
 
-    def advance(self, count: int = 1) -> None:
-        self.update(self.done + count)
+    def start_at(self, done: int) -> None:
+        """So many units were there before this run, and say nothing of its speed."""
+        if self._whole == self.total:
+            self._whole = self._to_do = float(self.total - done)
+        self._update(done, "")
 
-    def update(self, done: int, note: str = "") -> None:
-        """`note` says what is happening between two units, such as a running trial's loss."""
+    def advance(self, count: int = 1, cost: float = 0.0, running: int = 0) -> None:
+        """`count` units of a `cost` are done, while `running` others like them are half done, on average."""
+        self._to_do -= cost or count
+        self._credit = min(self._to_do, 0.5 * running * (cost or count))
+        self._update(self.done + count, "")
+
+    def _update(self, done: int, note: str) -> None:
         self.done, self.note_text = done, note
         self._show.save()
         if self._show.bars is not None and self._task is not None:
-            self._show.bars.update(self._task, completed=done, note=note)
+            left = self.seconds_left()
+            shown = "" if left is None else f"about {clock(left)} left"
+            self._show.bars.update(self._task, completed=done, note=note, left=shown)
             return
         now = time.monotonic()
         if now - self._printed >= PLAIN_PERIOD_SECONDS or done >= self.total:
@@ -60,14 +73,21 @@ class Bar:
 
     def text(self) -> str:
         """`delta studies: 12/60 trials, about 1m20s left (trial 13: step 5)`."""
-        spent = time.monotonic() - self._started
-        left = spent / max(self.done, 1) * (self.total - self.done)
-        tail = f", about {clock(left)} left" if 0 < self.done < self.total else ""
+        left = self.seconds_left()
+        tail = "" if left is None else f", about {clock(left)} left"
         note = self.note_text and f" ({self.note_text})"
         return f"{self.label}: {self.done}/{self.total} {self.unit}{tail}{note}"
 
+    def seconds_left(self) -> float | None:
+        """None at both ends: before anything is done in this run there is nothing to go by."""
+        spent = self._whole - self._to_do + self._credit
+        if spent <= 0 or self.done >= self.total:
+            return None
+        return (time.monotonic() - self._started) * (self._to_do - self._credit) / spent
+
     def note(self, text: str) -> None:
-        self.update(self.done, text)
+        """Says what is happening between two units, such as a running trial's loss."""
+        self._update(self.done, text)
 
     def line(self, text: str) -> None:
         """Prints `text` on a line of its own, which stays on screen."""
@@ -121,10 +141,10 @@ class Progress:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
-    def bar(self, label: str, total: int, unit: str) -> Iterator[Bar]:
-        """A bar of `total` units; several may be open at once."""
+    def bar(self, label: str, total: int, unit: str, cost: float = 0.0) -> Iterator[Bar]:
+        """A `Bar` of `total` units; several may be open at once."""
         if not self.console.is_terminal:
-            with self._opened(Bar(self, label, total, unit)) as bar:
+            with self._opened(Bar(self, label, total, unit, cost)) as bar:
                 yield bar
             return
         outermost = self.bars is None
@@ -135,14 +155,13 @@ class Progress:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[unit]}"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}"),
                 TextColumn("{task.fields[note]}"),
                 console=self.console,
             )
             self.bars.start()
         try:
-            with self._opened(Bar(self, label, total, unit)) as bar:
+            with self._opened(Bar(self, label, total, unit, cost)) as bar:
                 yield bar
         finally:
             if outermost and self.bars is not None:

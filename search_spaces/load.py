@@ -19,6 +19,8 @@ from search_spaces.dimensions import TAGS
 from search_spaces.schema import Sweep
 
 PRESETS = Path(__file__).parent
+DEEPEST = 8
+"""Levels of a settings file; the presets have four."""
 
 
 class SettingsError(ValueError):
@@ -71,9 +73,30 @@ def _read(config: str | Path) -> dict[str, Any]:
         raise SettingsError(f"{path} cannot be read: {error}") from None
     except (yaml.YAMLError, TypeError) as error:
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise SettingsError(f"{path} nests too deep; settings are {DEEPEST} levels deep at most") from None
+    except ValueError:
+        raise SettingsError(f"{str(config)!r} is no path: it holds a NUL character") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise SettingsError(f"{path} must have settings as `key: value` lines, found {type(values).__name__}")
+    _check_plain(values, f"{path}: ")
     return values
+
+
+def _check_plain(value: Any, where: str, above: tuple[int, ...] = (), checked: set[int] | None = None) -> None:
+    """Values nest a few levels deep, never in themselves, and their text has no NUL: it may become a path."""
+    checked = set() if checked is None else checked
+    if isinstance(value, str) and "\0" in value:
+        raise SettingsError(f"{where}: got {_shown(value)}, must be text without a NUL character")
+    if not isinstance(value, dict | list) or id(value) in checked:
+        return
+    if id(value) in above:
+        raise SettingsError(f"{where} refers to itself")
+    if len(above) == DEEPEST:
+        raise SettingsError(f"{where} nests too deep; settings are {DEEPEST} levels deep at most")
+    for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        _check_plain(inner, f"{where}{'' if where.endswith(' ') else '.'}{name}", (*above, id(value)), checked)
+    checked.add(id(value))  # an alias of YAML is the same object again
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -82,8 +105,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise SettingsError(f"{override!r} is not an override; write key.sub=value, such as lora.trials=8")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise SettingsError(f"{key}: the value {text!r} cannot be read; quote it, or write a list as [a, b]") from None
+    _check_plain(value, key)
     node = values
     *parents, last = key.strip().split(".")
     for part in parents:

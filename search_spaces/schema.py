@@ -11,18 +11,18 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from search_spaces.dimensions import Finite, Range
-from search_spaces.sections import Behaviours, Count, Distinct, Expected, Fraction, LayerSet, Section, Sets
+from search_spaces.sections import Behaviours, Count, Distinct, Expected, Fraction, LayerSet, Name, Section, Sets
 from search_spaces.training import Activations, Deltas, Lora, Transcoders
 
 
 class Model(Section):
-    source: str = "smollm2-135m"
+    source: Name = "smollm2-135m"
     """`smollm2-135m` (embedded), `tiny-gemma2` (random, for tests), a local folder, or a hub repository."""
-    revision: str | None = None
-    finetuned: str | None = None
+    revision: Name | None = None
+    finetuned: Name | None = None
     """A finetuned model to look at, instead of one that is trained here: a folder or hub repository that holds a full
     model of the same architecture and shape, or a PEFT adapter."""
-    finetuned_revision: str | None = None
+    finetuned_revision: Name | None = None
 
 
 class Data(Section):
@@ -33,18 +33,18 @@ class Data(Section):
     """Rows of each label, that is, of each evaluation subset."""
     text_train_lines: Count = 16200
     text_validation_lines: Count = 1800
-    rows_file: str | None = None
+    rows_file: Name | None = None
     """Your own rows instead of the generated ones: JSON lines, CSV, Parquet, or a hub dataset OWNER/NAME[:SPLIT]. Each
     label is a subset, at most 12. Rows without a target take the finetuned model's own answer (`model.finetuned`)."""
-    evaluation_file: str | None = None
+    evaluation_file: Name | None = None
     """Rows for evaluation alone; null takes them from `rows_file`."""
-    columns: dict[Literal["input", "target", "label", "messages"], str] = {}
+    columns: dict[Literal["input", "target", "label", "messages"], Name] = {}
     """What these are called in your files, where they have other names."""
     format: Literal["plain", "chat"] = "plain"
     """`chat` renders input or messages with the tokenizer's chat template; in `plain` a line break ends the input."""
-    text_train_file: str | None = None
+    text_train_file: Name | None = None
     """Further text for transcoders and deltas, one a line; null: generated with generated rows, else the rows alone."""
-    text_validation_file: str | None = None
+    text_validation_file: Name | None = None
     copy_source: Literal["shipped", "c4"] = "shipped"
     max_reject_fraction: Fraction = 0.05
     operators: Annotated[str, Field(pattern=r"^[-+*/]+$")] = "+-*/"
@@ -154,14 +154,14 @@ class Compute(Section):
 
 
 class Storage(Section):
-    root: str = "mlruns"
+    root: Name = "mlruns"
     """Folder for everything a sweep writes; on a cluster it must be the same folder on every node."""
-    mirror: str | None = None
+    mirror: Name | None = None
     """Where to keep a second copy of the results: an fsspec URL (s3://bucket/runs). They are sent as they are written;
     a machine that has none of them fetches them and continues. On a cluster the root must still be shared."""
-    tracking_uri: str | None = None
+    tracking_uri: Name | None = None
     """MLflow tracking server; null is sqlite:///ROOT/mlflow.db."""
-    optuna_url: str | None = None
+    optuna_url: Name | None = None
     """Optuna storage (postgresql://..., sqlite:///...); null is a journal file under ROOT/optuna/."""
 
 

@@ -16,6 +16,16 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_not_blank)]
+"""A path, a URL or a name."""
+
+
 def _distinct(values: Any) -> Any:
     if isinstance(values, list) and len(set(values)) != len(values):
         raise ValueError(f"an entry appears twice in {values}")

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from search_spaces.dimensions import Choice, Dimension, Range, real, text, whole
-from search_spaces.sections import Count, Distinct, Fraction, Layers, Positive, Sampler, Section
+from search_spaces.sections import Count, Distinct, Fraction, Layers, Name, Positive, Sampler, Section
 
 
 class LoraSpace(Section):
@@ -50,7 +50,7 @@ class Lora(Section):
     """Validations every trial gets before ASHA may stop it."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     sampler: Sampler = "tpe"
-    warm_start: str | None = None
+    warm_start: Name | None = None
     """An earlier sweep in the same Optuna storage; the best values of its study are tried first."""
     space: LoraSpace = LoraSpace()
 
@@ -65,7 +65,7 @@ class Activations(Section):
 
 
 class Transcoders(Section):
-    source: str = "train"
+    source: Name = "train"
     """`train`, a local folder, or a hub repository in Gemma Scope's layout."""
     convention: Literal["ln2.hook_normalized", "resid_mid/sqrt(d_model)"] = "ln2.hook_normalized"
     """What the transcoders read: the residual stream in the middle of the block divided by its rms, as Gemma Scope's
@@ -124,7 +124,7 @@ class Deltas(Section):
     """What a study minimises; `val_error` is `val_unexplained` of change deltas, `val_fvu` of residual ones. With two
     objectives no trial is stopped early, the report marks the Pareto front, and the delta that is kept is still the one
     of lowest val_loss."""
-    warm_start: str | None = None
+    warm_start: Name | None = None
     """An earlier sweep in the same Optuna storage; the best values of its studies are tried first."""
     space: DeltaSpace = DeltaSpace()
 

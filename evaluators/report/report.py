@@ -56,7 +56,7 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     graphs.mkdir(parents=True, exist_ok=True)
     results = tables.all_tables(data.cells, seed=seed)
     _write_tables(folder, results)
-    _write(folder / "deltas.csv", kept_deltas(data.delta_trials).to_csv(index=False).encode())
+    _write(folder / "kept_deltas.csv", kept_deltas(data.delta_trials).to_csv(index=False).encode())
     if data.finetuned:
         _write(folder / "lora_validation.csv", pd.DataFrame([data.finetuned["figures"]]).to_csv(index=False).encode())
     deltas = pd.DataFrame(data.delta_trials)

@@ -11,8 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 
-from jobs.errors import RequestError
+from jobs.errors import RequestError, WorkFailed
 from jobs.study.workspace import storage_root
 from jobs.tracking.opening_view import pages
 from jobs.tracking.reader import comparison
@@ -34,7 +35,7 @@ def command(root: str, port: int, studies: bool) -> list[str]:
     if not (folder / "mlflow.db").is_file():
         raise RequestError(f"--root: no tracked sweeps under {folder}; run a sweep first")
     server = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", _store(root)]
-    return [*server, "--host", HOST, "--port", str(port)]
+    return [*server, "--host", HOST, "--port", str(port), "--workers", "1"]
 
 
 def listens(port: int) -> bool:
@@ -53,13 +54,18 @@ def serve(root: str, port: int, studies: bool = False) -> None:
             print(f"  all of them side by side: {address}{together}", flush=True)
     # MLflow's server would start a dozen processes for submitted jobs, and nothing submits jobs to this one.
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    server = subprocess.Popen(arguments, env=quiet | dict(os.environ), start_new_session=True)
-    try:
-        server.wait()
-    finally:  # the servers have child processes, which would keep the port
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
+    with tempfile.TemporaryFile("w+") as log:  # dozens of lines on how a server starts; of use only where it does not
+        server = subprocess.Popen(
+            arguments, env=quiet | dict(os.environ), start_new_session=True, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            status = server.wait()
+        finally:  # the servers have child processes, which would keep the port
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGTERM)
+            server.wait()
+        log.seek(0)
+        raise WorkFailed(f"the server has ended with status {status}:\n{log.read()[-2000:]}")
 
 
 def _store(root: str) -> str:

@@ -136,7 +136,7 @@ class GroupedSearch(Searcher):
         self._running: dict[str, _Running] = {}
         self._retries: list[_Running] = []
         self.missing = sum(self._remaining.values())
-        bar.update(sum(group.trials for group in groups) - self.missing)
+        bar.start_at(sum(group.trials for group in groups) - self.missing)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
         return True

@@ -42,6 +42,26 @@ def test_a_terminal_gets_a_bar_with_a_note() -> None:
     assert "val_loss 0.14" in out.getvalue()
 
 
+def test_the_time_left_goes_by_cost_and_not_by_what_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with Progress(Console(file=io.StringIO())).bar("evaluation", 50, "cells", 100.0) as bar:
+        bar.start_at(10)
+        assert bar.seconds_left() is None
+        now = 130.0
+        bar.advance(2, cost=20.0)
+        assert bar.seconds_left() == pytest.approx(30 / 20 * 80)
+        bar.advance(2, cost=10.0, running=2)  # two more that are half done
+        assert bar.seconds_left() == pytest.approx(30 / 40 * 60)
+        bar.advance(36, cost=70.0)
+        assert bar.seconds_left() is None
+    with Progress(Console(file=io.StringIO())).bar("delta studies", 50, "trials") as bar:
+        bar.start_at(40)
+        now = 140.0
+        bar.advance(5)
+        assert bar.seconds_left() == pytest.approx(10.0)
+
+
 def test_nothing_to_do_prints_nothing() -> None:
     out = io.StringIO()
     with Progress(Console(file=out)).bar("base errors", 0, "bases"):

@@ -25,7 +25,7 @@ def refused(config, *overrides) -> str:
 
 
 def test_every_preset_loads_and_survives_yaml_and_json():
-    assert presets() == ["gemma2_2b", "quickstart", "smollm2", "tiny"]
+    assert presets() == ["gemma2_2b", "quickstart", "smollm2", "study", "tiny"]
     for name in presets():
         sweep = load(name)
         assert sweep.name == name
@@ -166,6 +166,19 @@ BAD = {
     "evaluate.d_new=5": "evaluate.d_new: got 5, must be one of deltas.d_new [4, 8]",
     "evaluate.conditions=[full]": 'evaluate.conditions: got ["full"], must include raw',
     "deltas.percentiles=[0.251]": "deltas.percentiles: got [0.251], must have at most two decimals",
+    # no value at all
+    "storage.root=''": 'storage.root: got "", must not be empty',
+    "storage.root=' '": 'storage.root: got " ", must not be empty',
+    "storage.mirror=''": 'storage.mirror: got "", must not be empty',
+    "storage.tracking_uri=''": 'storage.tracking_uri: got "", must not be empty',
+    "storage.optuna_url=''": 'storage.optuna_url: got "", must not be empty',
+    "data.rows_file=''": 'data.rows_file: got "", must not be empty',
+    # what no value may be
+    r'storage.root="a\0b"': r'storage.root: got "a\u0000b", must be text without a NUL character',
+    r'data.rows_file="\0"': r'data.rows_file: got "\u0000", must be text without a NUL character',
+    "evaluate.sets=&a [*a]": "evaluate.sets.0 refers to itself",
+    "evaluate.sets=" + "[" * 9 + "]" * 9: "nests too deep; settings are 8 levels deep at most",
+    "evaluate.sets=" + "[" * 3000 + "]" * 3000: "evaluate.sets: the value",
     # not an override
     "lora.trials": "'lora.trials' is not an override; write key.sub=value",
     "=3": "'=3' is not an override",
@@ -190,6 +203,9 @@ def test_a_bad_override_is_one_sentence(override):
         ("- a\n- b\n", "must have settings as `key: value` lines, found list"),
         ("", "must have settings as `key: value` lines, found NoneType"),
         ("1: x\n", "must have settings as `key: value` lines"),
+        ("name: x\nstorage: &one\n  root: *one\n", "storage.root refers to itself"),
+        ("name: " + "[" * 3000 + "]" * 3000, "nests too deep; settings are 8 levels deep at most"),
+        ('name: x\nstorage: {root: "a\\0b"}\n', "storage.root: got"),
         ("name: !!python/object/apply:os.mkdir [made]\n", "is not valid YAML"),
     ],
 )
@@ -221,7 +237,10 @@ def test_targets_controls_and_sets_must_go_together(overrides, said):
 
 
 def test_a_missing_or_unreadable_file_is_one_sentence(tmp_path):
-    assert "give a YAML file or one of the presets: gemma2_2b, quickstart, smollm2, tiny" in refused("quickstrat")
+    assert "give a YAML file or one of the presets: gemma2_2b, quickstart, smollm2, study, tiny" in refused(
+        "quickstrat"
+    )
+    assert "it holds a NUL character" in refused("a\0b")
     assert "cannot be read" in refused(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     assert "cannot be read" in refused(tmp_path / "latin.yaml")

@@ -64,16 +64,18 @@ def _compute(context: Context, works: list[Work], label: str) -> None:
         total, finished = total + len(cells), finished + len(done)
         if len(done) < len(cells) or not cells:
             missing.append(work.without(done))
-    missing.sort(key=lambda work: -_layers_to_run(context, work))
-    with context.progress.bar(label, total, "cells") as bar:
-        bar.update(finished)
+    costs = {id(work): _layers_to_run(context, work) for work in missing}
+    missing.sort(key=lambda work: -costs[id(work)])
+    with context.progress.bar(label, total, "cells", sum(costs.values())) as bar:
+        bar.start_at(finished)
         retries = context.settings.compute.max_retries
         for outcome in context.pool.run(evaluate, missing, retries, group=lambda work: work.group):
             if outcome.error:
                 context.failures.append(f"cells {outcome.task.name}: {outcome.error}")
             else:
                 record_cells(context.tracker, context.space.cells, outcome.result)
-            bar.advance(len(outcome.task.cells()))
+            others = context.share.at_once - 1
+            bar.advance(len(outcome.task.cells()), cost=costs[id(outcome.task)], running=others)
     if label == "raw model" and context.failures:
         raise WorkFailed("the raw model could not be evaluated: " + "; ".join(context.failures))
 
