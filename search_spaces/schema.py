@@ -206,6 +206,11 @@ class Sweep(Section):
         if evaluate.replicas > self.deltas.replicas:
             few = f"at most deltas.replicas {self.deltas.replicas}"
             raise ValueError(f"evaluate.replicas: got {evaluate.replicas}, must be {few}")
+        if evaluate.replicas > 1 and self.deltas.polish_steps:
+            raise ValueError(
+                f"evaluate.replicas: got {evaluate.replicas}, must be 1 with deltas.polish_steps, which trains the "
+                "deltas of one seed together"
+            )
         if "residual" in targets and bases.source == "train":
             if not isinstance(bases.width, int):
                 raise ValueError(f"transcoders.width: got {bases.width!r}, must be a whole number for trained bases")

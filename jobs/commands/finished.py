@@ -18,6 +18,7 @@ from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
 from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup, Ground
+from jobs.study.stages.site_plans import delta_folder
 from jobs.study.stages.transcoders import chosen_base, root, taps_of
 
 if TYPE_CHECKING:
@@ -120,15 +121,15 @@ def load_deltas(context: Context, layers: list[int], chosen: tuple[Ground, int])
 
     found = {}
     for layer in layers:
-        group = context.space.deltas / DeltaGroup(layer, *chosen).name
-        best = read_json(group / "best.json")
-        if best is None:
+        group = DeltaGroup(layer, *chosen)
+        folder = delta_folder(context, group)
+        if folder is None:
             section = context.settings.deltas
             raise RequestError(
-                f"no kept delta under {group}; the sweep has targets {section.targets}, percentiles "
-                f"{section.percentiles} and d_new {section.d_new}"
+                f"no kept delta under {context.space.deltas / group.name}; the sweep has targets {section.targets}, "
+                f"percentiles {section.percentiles} and d_new {section.d_new}"
             )
-        found[layer] = read_delta(group / f"trial_{best['trial']:04d}")
+        found[layer] = read_delta(folder)
     return found
 
 

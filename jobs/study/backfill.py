@@ -14,7 +14,7 @@ from jobs.study.context import Context
 from jobs.study.stage_list import Stage
 from jobs.study.stages.data import metrics_of
 from jobs.study.stages.report import headlines
-from jobs.tracking.records import record_base, record_cells, record_trial
+from jobs.tracking.records import record_base, record_cells, record_polish, record_trial
 from search_spaces.schema import Sweep
 
 
@@ -51,6 +51,8 @@ def _bases(context: Context) -> None:
 def _deltas(context: Context) -> None:
     for path in sorted(context.space.deltas.glob("layer_*/*/d*/trial_*/result.json")):
         record_trial(context.tracker, "deltas", str(path.parents[1].relative_to(context.space.deltas)), read_json(path))
+    for path in sorted(context.space.deltas.glob(f"polished/d*/{MANIFEST}")):
+        record_polish(context.tracker, path.parent.name, read_json(path))
 
 
 def _cells(context: Context) -> None:

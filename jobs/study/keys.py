@@ -18,6 +18,11 @@ MODEL_FILES = (".safetensors", ".json", ".jinja")
 """What an adopted model consists of."""
 
 
+GROUPED_BY = ("targets", "layers", "percentiles", "target_l0", "d_new", "trials")
+"""Settings of the deltas that say which groups there are, and not what a group's trials do."""
+POLISH = ("polish_steps", "polish_lr")
+
+
 def _dump(section: Section, *leave_out: str) -> dict:
     return section.model_dump(mode="json", exclude=set(leave_out))
 
@@ -142,13 +147,20 @@ def delta_group(settings: Sweep, group: DeltaGroup) -> str:
         delta_data(settings, group.layer, group.ground),
         group.d_new,
         settings.seed,
-        _dump(settings.deltas, "targets", "layers", "percentiles", "target_l0", "d_new", "trials"),
+        _dump(settings.deltas, *GROUPED_BY, *POLISH),
         settings.compute.precision,
     )
 
 
+def polished(settings: Sweep, kept: object) -> str:
+    """The key of change deltas of a width that were trained together, `kept` being the ones they started from."""
+    together = [getattr(settings.deltas, name) for name in POLISH]
+    return key_of("polished", kept, together, lora(settings), settings.seed, settings.compute.precision)
+
+
 def deltas(settings: Sweep, groups: list[DeltaGroup]) -> str:
-    return key_of([delta_group(settings, group) for group in groups], settings.deltas.trials)
+    together = [getattr(settings.deltas, name) for name in POLISH] if settings.deltas.polish_steps else []
+    return key_of([delta_group(settings, group) for group in groups], settings.deltas.trials, *together)
 
 
 def evaluate(settings: Sweep, groups: list[DeltaGroup]) -> str:

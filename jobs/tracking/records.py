@@ -32,6 +32,21 @@ def record_trial(tracker: Tracker, stage: str, group: str, result: dict[str, Any
     )
 
 
+def record_polish(tracker: Tracker, name: str, manifest: dict[str, Any]) -> None:
+    """The run in which all layers' deltas of a width were trained together."""
+    tracker.record(
+        Record(
+            f"deltas/polished/{name}@{manifest['key']}",
+            f"polished/{name}",
+            "deltas",
+            params=manifest["settings"],
+            metrics=manifest["figures"],
+            history=manifest["history"],
+            seconds=manifest["seconds"],
+        )
+    )
+
+
 def record_base(tracker: Tracker, layer: int, key: str, base: dict[str, Any]) -> None:
     tracker.record(
         Record(

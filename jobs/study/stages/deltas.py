@@ -2,7 +2,7 @@
 
 In: the finetuned model, the un-finetuned one, the bases and text. Out: for every group, `deltas/layer_LL/change/dNNN/`
 or `deltas/layer_LL/pP/dNNN/`, the trials' `trial_NNNN/{delta.safetensors,config.json,result.json}` and `best.json`;
-`deltas/layer_LL/pP/residual/` holds the errors of a base, computed once.
+`deltas/layer_LL/pP/residual/` holds the errors of a base, computed once; `polish` may add `deltas/polished/`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.grounds import error_name, grounds_of
 from jobs.study.stages.activations import capture_base, capture_finetuned
+from jobs.study.stages.polish import polish_widths
 from jobs.study.stages.transcoders import chosen_base, root
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def run(context: Context) -> dict[str, Any]:
         kept[group.name] = best["value"]
     if not kept:
         raise WorkFailed("every delta trial failed: " + "; ".join(context.failures))
-    return {"kept": kept}
+    return {"kept": kept, "polished": polish_widths(context)}
 
 
 def delta_groups(context: Context, activations: Path) -> list[Any]:

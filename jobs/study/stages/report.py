@@ -46,7 +46,7 @@ def run(context: Context) -> dict[str, Any]:
         checks=found,
         facts=facts(context),
         generations=generations(context),
-        pair=pair(context),
+        pair=f"{pair(context)} {polished(context)}".strip(),
         finetuned=read_json(space.lora / VALIDATION_FILE),
         lora_pictures=_lora_pictures(context),
     )
@@ -229,6 +229,7 @@ def facts(context: Context) -> dict[str, str]:
         "spliced for behaviour": "; ".join(
             f"{Ground(target, one['percentile']).label}, d_new {one['d_new']}" for target, one in chosen.items()
         ),
+        **({"trained together": together} if (together := polished(context)) else {}),
         "seed": str(settings.seed),
         "leakage between train, validation and evaluation": ("none" if leaks["ok"] else str(leaks["pairs"])) + left_out,
         "time by stage": ", ".join(f"{name} {clock(value)}" for name, value in seconds.items()),
@@ -251,6 +252,17 @@ def pair(context: Context) -> str:
 
 def _how(context: Context) -> str:
     return (read_json(context.space.lora / MANIFEST) or {}).get("how", "adopted")
+
+
+def polished(context: Context) -> str:
+    """What joint polish did to the change deltas, as a sentence; empty where there was none."""
+    found = (read_json(context.space.deltas / MANIFEST) or {}).get("polished", {})
+    parts = [
+        f"{name}, step {one['step']} of {context.settings.deltas.polish_steps}: KL {one['val_kl_before']:.4f} to "
+        f"{one['val_kl']:.4f} nats a target token, {one['val_l0_before']:.2f} to {one['val_l0']:.2f} features a token"
+        for name, one in found.items()
+    ]
+    return f"The change deltas of all layers were then trained together ({'; '.join(parts)})." if parts else ""
 
 
 STAGE_FOLDERS = {

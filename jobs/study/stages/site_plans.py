@@ -50,11 +50,10 @@ def site_plans(context: Context, layers: tuple[int, ...], one: Combination) -> t
 
 
 def site_plan(context: Context, group: DeltaGroup) -> SitePlan:
-    best = best_of_group(context, group)
-    assert best is not None
-    folder = context.space.deltas / group.name
+    folder, delta = context.space.deltas / group.name, delta_folder(context, group)
+    assert delta is not None
     inputs = str(context.space.activations / "finetuned" / "train" / f"layer_{group.layer:02d}")
-    plan = SitePlan(*group, delta=str(folder / f"trial_{best['trial']:04d}"), inputs=inputs, targets=inputs)
+    plan = SitePlan(*group, delta=str(delta), inputs=inputs, targets=inputs)
     if group.ground.target == "residual":
         base = chosen_base(context, group.layer, group.ground.percentile)
         plan = plan._replace(
@@ -69,6 +68,22 @@ def site_plan(context: Context, group: DeltaGroup) -> SitePlan:
 
 def best_of_group(context: Context, group: DeltaGroup) -> dict[str, Any] | None:
     return read_json(context.space.deltas / group.name / "best.json")
+
+
+def delta_folder(context: Context, group: DeltaGroup) -> Path | None:
+    """Where the delta of a group that is spliced in lies: the one kept by the search, or what joint polish made of it;
+    None where no trial succeeded."""
+    best = best_of_group(context, group)
+    if best is None:
+        return None
+    together = polished_folder(context, group.d_new) / f"layer_{group.layer:02d}"
+    if group.ground.target == "change" and context.settings.deltas.polish_steps and together.is_dir():
+        return together
+    return context.space.deltas / group.name / f"trial_{best['trial']:04d}"
+
+
+def polished_folder(context: Context, d_new: int) -> Path:
+    return context.space.deltas / "polished" / f"d{d_new:03d}"
 
 
 def lineage(context: Context, sites: tuple[SitePlan, ...]) -> list[Any]:

@@ -1,0 +1,127 @@
+"""The last part of stage 4: the kept change deltas of all layers, trained together, one run for each width.
+
+In: a `Context` whose delta searches are done, with `deltas.polish_steps`. Out: `deltas/polished/dNNN/`, with a
+`layer_LL/{delta.safetensors,config.json}` for each layer and a manifest with the run's figures.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jobs.errors import WorkFailed
+from jobs.files import finish as finish_folder
+from jobs.files import is_finished, keyed_folder, read_json
+from jobs.study import keys
+from jobs.study.context import Context
+from jobs.study.grounds import DeltaGroup, Ground
+from jobs.study.stages.site_plans import best_of_group, polished_folder
+from jobs.study.stages.work import ModelSpec
+from jobs.study.stages.worker_memory import bridge, paths
+from jobs.tracking.records import record_polish
+
+
+class PolishTask(NamedTuple):
+    """The deltas of one width, as passed to a worker: the folders of the kept ones, layer by layer, and the root mean
+    squares of the changes that they were trained on."""
+
+    model: ModelSpec
+    base_model: str
+    layers: tuple[int, ...]
+    deltas: tuple[str, ...]
+    activations: str
+    rows: str
+    folder: str
+    key: str
+    settings: dict[str, Any]
+    checkpoint_seconds: float
+
+
+def polish_widths(context: Context) -> dict[str, Any]:
+    """By width, the figures of the run that trained its deltas together; empty where none is asked for."""
+    section, layers = context.settings.deltas, tuple(context.layers_of("change"))
+    tasks, figures = [], {}
+    for d_new in section.d_new if section.polish_steps else ():
+        groups = [DeltaGroup(layer, Ground("change"), d_new) for layer in layers]
+        kept = [best_of_group(context, group) for group in groups]
+        if not layers or None in kept:
+            continue  # the search has said so
+        folders = [
+            context.space.deltas / group.name / f"trial_{best['trial']:04d}"
+            for group, best in zip(groups, kept, strict=True)
+            if best is not None
+        ]
+        lineage = [(one.parent.name, one.name, read_json(one.parent / "key.json")) for one in folders]
+        key = keys.polished(context.settings, lineage)
+        folder = keyed_folder(polished_folder(context, d_new), key)
+        if not is_finished(folder, key):
+            tasks.append(_task(context, layers, folders, folder, key))
+        figures[f"d{d_new:03d}"] = folder
+    if tasks:
+        with context.progress.bar("joint polish", len(tasks), "widths") as bar:
+            for outcome in context.pool.run(polish_width, tasks, context.settings.compute.max_retries):
+                if outcome.error:
+                    raise WorkFailed(f"joint polish, {Path(outcome.task.folder).name}: {outcome.error}")
+                bar.advance()
+    found = {name: read_json(folder / "manifest.json") for name, folder in figures.items()}
+    for name, manifest in found.items():
+        record_polish(context.tracker, name, manifest)
+    return {name: manifest["figures"] for name, manifest in found.items()}
+
+
+def _task(context: Context, layers: tuple[int, ...], deltas: list[Path], folder: Path, key: str) -> PolishTask:
+    from trainers.precision import resolve_precision
+
+    settings = context.settings
+    precision = resolve_precision(settings.compute.precision, context.device)
+    return PolishTask(
+        model=ModelSpec(str(context.finetuned), context.device, "fp32", settings.transcoders.convention),
+        base_model=str(context.model),
+        layers=layers,
+        deltas=tuple(map(str, deltas)),
+        activations=str(context.space.activations / "finetuned"),
+        rows=str(context.rows),
+        folder=str(folder),
+        key=key,
+        settings={
+            "steps": settings.deltas.polish_steps,
+            "lr": settings.deltas.polish_lr,
+            "seed": settings.seed,
+            "precision": precision,
+        },
+        checkpoint_seconds=settings.compute.checkpoint_seconds,
+    )
+
+
+def polish_width(task: PolishTask) -> None:
+    """Trains one width's deltas together; a run whose worker was lost continues from the checkpoint in its folder."""
+    from data.encoding import encode_row
+    from data.rows import read_rows
+    from models.deltas import read_delta, write_delta
+    from models.transcoder import CONVENTIONS
+    from trainers.checkpoints import Keeper
+    from trainers.delta_data import read_change
+    from trainers.joint_polish import PolishSettings, Subject, polish
+
+    started = time.perf_counter()
+    model, folder = bridge(task.model.folder, task.model.device, task.model.precision), Path(task.folder)
+    taps = CONVENTIONS[task.model.convention]
+    deltas = {layer: read_delta(Path(one)) for layer, one in zip(task.layers, task.deltas, strict=True)}
+    scales = {layer: read_change(Path(task.activations), layer, taps).unit ** 0.5 for layer in task.layers}
+    subject = Subject(model, paths(task.model, task.base_model, task.layers), deltas, scales)
+    rows = {
+        split: [encode_row(model.tokenizer, row) for row in read_rows(Path(task.rows) / f"{split}.jsonl")]
+        for split in ("train", "validation")
+    }
+    keeper = Keeper(folder / "checkpoint.safetensors", task.checkpoint_seconds)
+    done = polish(subject, rows["train"], rows["validation"], PolishSettings(**task.settings), keeper=keeper)
+    for layer, delta in done.deltas.items():
+        facts = {"target": "change", "d_new": len(delta.threshold) - 1, "polished": done.figures}
+        write_delta(delta, folder / f"layer_{layer:02d}", facts)
+    keeper.forget()
+    before = done.history[0]
+    figures = {**done.figures, "val_kl_before": before["val_kl"], "val_l0_before": before["val_l0"]}
+    seconds = time.perf_counter() - started
+    facts = {"figures": figures, "history": done.history, "settings": task.settings, "seconds": seconds}
+    finish_folder(folder, task.key, facts)

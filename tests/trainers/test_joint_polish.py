@@ -1,0 +1,101 @@
+"""Joint polish: it measures what the evaluation measures, lowers it, keeps the best, and survives a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from data.encoding import encode_row
+from data.rows import Row
+from evaluators.splice.interventions import Edit
+from evaluators.splice.passes import Passes
+from evaluators.splice.reference import Reference
+from evaluators.splice.sites import Site
+from evaluators.splice.teacher_forcing import Job, score
+from models.blocks import read_paths
+from models.transcoder import with_bos
+from trainers.checkpoints import Keeper
+from trainers.joint_polish import PolishSettings, Subject, polish
+
+ROWS = [Row(f"What is {a} + {b}?", f"{a + b}", "sum") for a, b in ((1, 2), (30, 4), (5, 66), (7, 80), (9, 10), (11, 1))]
+
+
+@pytest.fixture(scope="module")
+def subject(model_folder, load, wrapped, random_transcoder, tmp_path_factory):
+    """A model and one whose MLPs of two layers differ, with random deltas, one of which has a feature at BOS."""
+    folder = tmp_path_factory.mktemp("before")
+    model, tokenizer = load(model_folder)
+    with torch.no_grad():
+        for layer in (0, 2):
+            for parameter in model.model.layers[layer].mlp.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(layer)))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    bridge = wrapped(model_folder)
+    d_model = bridge.cfg.d_model
+    deltas = {}
+    for layer in (0, 2):
+        delta = dataclasses.replace(random_transcoder(d_model, 6, layer, seed=layer), b_dec=None)
+        delta = dataclasses.replace(delta, W_dec=0.02 * delta.W_dec)
+        at_bos = 0.05 * torch.ones(d_model) if layer == 2 else torch.zeros(d_model)
+        deltas[layer] = with_bos(delta, at_bos)
+    return Subject(bridge, read_paths(bridge, folder, (0, 2)), deltas, {0: 0.1, 2: 0.1})
+
+
+@pytest.fixture(scope="module")
+def encoded(subject):
+    return [encode_row(subject.bridge.tokenizer, row) for row in ROWS]
+
+
+def kl(subject, deltas, encoded) -> float:
+    """As the evaluation measures it, nats a target token."""
+    sites = [Site(layer, subject.paths[layer], delta) for layer, delta in deltas.items()]
+    reference = Reference(subject.bridge)
+    reference.add(encoded)
+    scored = score(Passes(subject.bridge), Edit(sites, "full"), [Job(row) for row in encoded], reference=reference)
+    return sum(one.kl for one in scored) / sum(one.n_tokens for one in scored)
+
+
+def test_it_lowers_the_kl_that_the_evaluation_measures(subject, encoded) -> None:
+    done = polish(subject, encoded, encoded, PolishSettings(steps=120, lr=1e-3, rows=6))
+    before = done.history[0]
+    assert [one["step"] for one in done.history] == [0, 20, 40, 60, 80, 100, 120]
+    assert before["val_kl"] == pytest.approx(kl(subject, subject.deltas, encoded), rel=1e-3)
+    assert done.figures["val_kl"] == pytest.approx(kl(subject, done.deltas, encoded), rel=1e-3)
+    assert done.figures["val_kl"] < 0.95 * before["val_kl"]
+    assert done.figures["val_l0"] <= 1.05 * before["val_l0"]
+    for layer, delta in done.deltas.items():
+        assert delta.layer == layer
+        assert delta.at_bos is not None
+        assert torch.equal(delta.threshold.isinf(), subject.deltas[layer].threshold.isinf())
+
+
+def test_where_it_makes_things_worse_the_deltas_stay_as_they_were(subject, encoded) -> None:
+    done = polish(subject, encoded, encoded, PolishSettings(steps=6, lr=1e3, rows=4))
+    assert done.figures["step"] == 0
+    for layer, delta in done.deltas.items():
+        torch.testing.assert_close(delta.W_dec, subject.deltas[layer].W_dec)
+        torch.testing.assert_close(delta.threshold, subject.deltas[layer].threshold)
+
+
+def test_a_run_that_is_cut_off_ends_as_it_would_have(subject, encoded, tmp_path) -> None:
+    settings = PolishSettings(steps=8, lr=3e-3, rows=4)
+    whole = polish(subject, encoded, encoded, settings)
+
+    class Killed(Exception):
+        pass
+
+    def kill(figures) -> None:
+        if figures["step"] == 5:
+            raise Killed
+
+    keeper = Keeper(tmp_path / "checkpoint.safetensors", seconds=0.0)
+    with pytest.raises(Killed):
+        polish(subject, encoded, encoded, settings, report=kill, keeper=keeper)
+    again = polish(subject, encoded, encoded, settings, keeper=keeper)
+    assert [one["val_kl"] for one in again.history] == [one["val_kl"] for one in whole.history]
+    for layer, delta in again.deltas.items():
+        for name in ("W_enc", "b_enc", "threshold", "W_dec"):
+            assert torch.equal(getattr(delta, name), getattr(whole.deltas[layer], name))
