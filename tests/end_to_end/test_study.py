@@ -282,33 +282,6 @@ def test_a_new_alpha_and_a_second_seed_compute_new_cells_only(own: Path, jobs: J
     assert len(keys) == len(set(keys))
 
 
-@pytest.mark.long("trains the deltas of all layers together, and measures every cell again")
-def test_deltas_that_were_trained_together_take_the_others_place(own: Path, jobs: Jobs) -> None:
-    """The searches stay as they are; every later table is of the polished deltas, and says so."""
-    sweep = own / "sweeps" / "tiny"
-    trials = {path: path.stat().st_mtime_ns for path in sweep.glob("deltas/layer_*/*/d*/trial_*/result.json")}
-    before = pd.read_csv(sweep / "report/exp2A_metrics.csv")
-    polish = ("deltas.polish_steps=6", "evaluate.cards=0", "evaluate.curve=false", "evaluate.controls=[]")
-    done = jobs("sweep", "tiny", f"storage.root={own}", *polish, "compute.max_concurrent=1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert {path: path.stat().st_mtime_ns for path in trials} == trials
-    figures = read(sweep / "deltas/manifest.json")["polished"]
-    assert set(figures) == {"d004", "d008"}
-    for one in figures.values():
-        assert one["val_kl"] <= one["val_kl_before"]
-        assert one["val_l0"] <= 1.05 * one["val_l0_before"]
-    assert any(one["step"] for one in figures.values()), "some step was better than none"
-    after = pd.read_csv(sweep / "report/exp2A_metrics.csv")
-    place = ["target", "layer", "subset", "condition"]
-    ce = [table.set_index(place)["mean_ce"] for table in (before, after)]
-    for subset in SUBSETS:
-        assert ce[1]["residual", "1+2", subset, "full"] == ce[0]["residual", "1+2", subset, "full"]
-        assert ce[1]["change", "0-3", subset, "no_delta"] == pytest.approx(ce[0]["change", "0-3", subset, "no_delta"])
-    assert "were then trained together" in (sweep / "report/report.html").read_text()
-    _, runs = runs_of(own)
-    assert {"polished/d004", "polished/d008"} <= {run.info.run_name for run in runs}
-
-
 @pytest.mark.long("two more LoRA studies", first=True)
 def test_two_workers_a_lora_trial_are_one_trial(jobs: Jobs, tmp_path: Path) -> None:
     """The same rows, steps and losses as one worker's; both are processes of a Ray Train job inside the Tune trial."""
