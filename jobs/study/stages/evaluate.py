@@ -64,9 +64,9 @@ def _compute(context: Context, works: list[Work], label: str) -> None:
         total, finished = total + len(cells), finished + len(done)
         if len(done) < len(cells) or not cells:
             missing.append(work.without(done))
-    costs = {id(work): _layers_to_run(context, work) for work in missing}
-    missing.sort(key=lambda work: -costs[id(work)])
-    with context.progress.bar(label, total, "cells", sum(costs.values())) as bar:
+    missing.sort(key=lambda work: -_layers_to_run(context, work))
+    cost = sum(_layers_to_run(context, work) for work in missing)
+    with context.progress.bar(label, total, "cells", cost) as bar:
         bar.start_at(finished)
         retries = context.settings.compute.max_retries
         for outcome in context.pool.run(evaluate, missing, retries, group=lambda work: work.group):
@@ -74,8 +74,8 @@ def _compute(context: Context, works: list[Work], label: str) -> None:
                 context.failures.append(f"cells {outcome.task.name}: {outcome.error}")
             else:
                 record_cells(context.tracker, context.space.cells, outcome.result)
-            others = context.share.at_once - 1
-            bar.advance(len(outcome.task.cells()), cost=costs[id(outcome.task)], running=others)
+            cost, others = _layers_to_run(context, outcome.task), context.share.at_once - 1
+            bar.advance(len(outcome.task.cells()), cost, others)
     if label == "raw model" and context.failures:
         raise WorkFailed("the raw model could not be evaluated: " + "; ".join(context.failures))
 
