@@ -34,7 +34,7 @@ format: setup
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-# Loads the exports with the real SAELens and circuit-tracer, each in its own environment (takes minutes and 4 GB); one of
+# Loads the exports with the real SAELens and circuit-tracer, each in its own environment (takes minutes and 1.5 GB); one of
 # the long tests runs it too.
 compatibility: setup
 	$(PY) -m tests.compatibility.check_exports

@@ -5,7 +5,7 @@ differences; exit status 1 where one is too large or a loader fails, 0 otherwise
 installed. From the root of the repository: `python -m tests.compatibility.check_exports`.
 
 The two libraries pin other versions of transformers and TransformerLens than ours, so each gets an environment of its
-own, about 2 GB, in which `load_*.py` beside this file runs.
+own, around our build of torch, in which `load_*.py` beside this file runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -26,7 +26,6 @@ from tests.compatibility.prepared import prepare
 
 PACKAGES = {"sae-lens": "load_saelens.py", "circuit-tracer": "load_circuit_tracer.py"}
 TOLERANCE = 1e-5
-CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 
 
 def main() -> int:
@@ -74,21 +73,36 @@ def check(package: str, environment: Path, folder: Path, ours: dict[str, Tensor]
 
 
 def install(package: str, environment: Path) -> str | None:
-    """Makes `environment` with the newest `package` beside our build of torch; returns why it could not, or None."""
+    """Makes `environment` with the newest `package` beside our own torch; returns why it could not, or None."""
     done = environment / "installed"
     if done.is_file():
         return None
-    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    torch = f"torch=={version('torch')}"
-    # torch first and alone: asked for by another package, the build for GPUs might be taken.
-    index = ["--extra-index-url", CPU_TORCH, "--retries", "1"] if torch.endswith("+cpu") else []
-    for step in ([sys.executable, "-m", "venv", str(environment)], [*pip, *index, torch], [*pip, package, torch]):
-        run = subprocess.run(step, capture_output=True, text=True)
-        if run.returncode != 0:
-            lines = [line for line in run.stderr.splitlines() if line.strip()] or [f"exit status {run.returncode}"]
-            return next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
-    done.touch()
-    return None
+    problem = _run([sys.executable, "-m", "venv", str(environment)])
+    if problem is None:
+        _link_torch(environment)
+        pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        # Compiled are the modules that are imported, and those then.
+        problem = _run([*pip, "--no-compile", package, f"torch=={version('torch')}"])
+    if problem is None:
+        done.touch()
+    return problem
+
+
+def _run(command: list[str]) -> str | None:
+    """Why the command failed, in a line, or None."""
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode == 0:
+        return None
+    lines = [line for line in run.stderr.splitlines() if line.strip()] or [f"exit status {run.returncode}"]
+    return next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
+
+
+def _link_torch(environment: Path) -> None:
+    """Puts links to our torch where pip finds it installed: it is the largest package, and the same in all of them."""
+    ours = distribution("torch")
+    (packages,) = environment.glob("lib/python*/site-packages")
+    for name in {path.parts[0] for path in ours.files or []} - {".."}:  # a program or two, which are not needed
+        (packages / name).symlink_to(str(ours.locate_file(name)))
 
 
 def difference(what: str, theirs: Tensor, ours: Tensor) -> float:
