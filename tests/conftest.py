@@ -1,8 +1,8 @@
-"""What every test shares: quiet, offline libraries, two small random models, and, once for all workers of xdist, a
-finished sweep.
+"""What every test shares: quiet, offline libraries, two small random models, and, once for all workers of xdist,
+finished sweeps.
 
 In: nothing. Out: folders of a Gemma-2 and a Llama whose norm gains are far from 1, loaders of fresh copies of them, the
-command line, and what the tiny preset left.
+command line, what the tiny preset left, and what two small sweeps did.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -164,29 +166,76 @@ def jobs() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
+    """A folder that `make` has filled, once for all workers of xdist, and what `make` returned as JSON."""
+    ours = factory.getbasetemp()
+    shared = ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours
+    root, told = shared / name, shared / f"{name}.json"
+    with FileLock(shared / f"{name}.lock"):
+        if not told.exists():  # the first worker that asks makes it, the others wait
+            told.write_text(json.dumps(make(root)))
+    return root, json.loads(told.read_text())
+
+
+def _said(done: subprocess.CompletedProcess[str]) -> list[Any]:
+    return [done.args, done.returncode, done.stdout, done.stderr]
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, jobs) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The tiny preset, run once from nothing for tests that only read it: its storage root and what it printed."""
-    ours = tmp_path_factory.getbasetemp()
-    shared = ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours
-    root, told = shared / "finished", shared / "finished.json"
-    with FileLock(shared / "finished.lock"):
-        if not told.exists():  # the first worker that asks runs it, the others wait
-            done = jobs("sweep", "tiny", f"storage.root={root}")
-            told.write_text(json.dumps([done.args, done.returncode, done.stdout, done.stderr]))
-    done = subprocess.CompletedProcess(*json.loads(told.read_text()))
+    root, said = _once(tmp_path_factory, "finished", lambda root: _said(jobs("sweep", "tiny", f"storage.root={root}")))
+    done = subprocess.CompletedProcess(*said)
     assert done.returncode == 0, done.stdout + done.stderr
     return root, done
+
+
+class Seeds(NamedTuple):
+    """A storage root, what its sweeps were started with and printed, and how many times Ray started for them."""
+
+    root: Path
+    asked: tuple[str, ...]
+    printed: str
+    sessions: int
+
+
+@pytest.fixture(scope="session")
+def seeds(tmp_path_factory, jobs) -> Seeds:
+    """Two small sweeps that differ in the seed, `tiny-s0` and `tiny-s1`, run once by one command."""
+    from tests.end_to_end.conftest import SMALL, environment
+
+    asked = ("sweep", "tiny", *SMALL, "--seeds", "0,1")
+
+    def make(root: Path) -> list[Any]:
+        with tempfile.TemporaryDirectory(prefix="ray") as sessions:  # its sockets need a short path
+            variables = {**environment(), "RAY_TMPDIR": sessions}
+            done = jobs(*asked, f"storage.root={root}", timeout=500, env=variables)
+            return [*_said(done), len(list(Path(sessions).rglob("session_2*")))]
+
+    root, (*said, sessions) = _once(tmp_path_factory, "seeds", make)
+    done = subprocess.CompletedProcess(*said)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Seeds(root, asked, done.stdout, sessions)
+
+
+def _copied(root: Path, to: Path) -> Path:
+    """A copy of a storage root, whose runs in MLflow are its own."""
+    shutil.copytree(root, to)
+    store = sqlite3.connect(to / "mlflow.db")
+    for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+        store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(root), str(to)))
+    store.commit()
+    store.close()
+    return to
 
 
 @pytest.fixture
 def own(finished, tmp_path) -> Path:
     """A copy of the finished sweep's storage root, for a test that changes it."""
-    root = tmp_path / "own"
-    shutil.copytree(finished[0], root)
-    store = sqlite3.connect(root / "mlflow.db")
-    for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
-        store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(finished[0]), str(root)))
-    store.commit()
-    store.close()
-    return root
+    return _copied(finished[0], tmp_path / "own")
+
+
+@pytest.fixture
+def own_seeds(seeds: Seeds, tmp_path) -> Path:
+    """The same of the two small sweeps."""
+    return _copied(seeds.root, tmp_path / "own_seeds")

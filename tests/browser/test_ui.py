@@ -6,7 +6,6 @@ In: the finished sweep, and a browser. Out: `test-output/*.png`.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from evaluators.tables.pooling import cell_metrics
 from tests.browser.conftest import PICTURES
-from tests.end_to_end.conftest import Jobs, read, served
+from tests.end_to_end.conftest import read, served
 
 pytestmark = pytest.mark.long("a real browser opens the pages of two servers")
 
@@ -97,19 +96,16 @@ def test_the_dashboard_lists_the_studies(page: Page, finished: tuple[Path, objec
         page.screenshot(path=PICTURES / "optuna_study.png")
 
 
-def test_two_sweeps_side_by_side(page: Page, finished: tuple[Path, object], own: Path, jobs: Jobs) -> None:
-    """A second sweep, of narrower deltas; the link is the one that `ui` prints. The axes that MLflow chooses are the
-    settings that differ and the first figure."""
-    shutil.copytree(own / "sweeps" / "tiny", own / "sweeps" / "other")
-    done = jobs("sweep", "tiny", "name=other", "deltas.d_new=[4]", f"storage.root={own}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    with served(own) as (_, process):
+def test_two_sweeps_side_by_side(page: Page, seeds) -> None:
+    """The link is the one that `ui` prints. The axes that MLflow chooses are the settings that differ and the first
+    figure."""
+    with served(seeds.root) as (_, process):
         assert process.stdout is not None
         link = next(line.split()[-1] for line in process.stdout if "side by side" in line)
         page.goto(link)
         expect(page.get_by_role("heading", name=re.compile("Comparing 2 Runs"))).to_be_visible()
-        for name in ("tiny", "other"):
+        for name in ("tiny-s0", "tiny-s1"):
             expect(page.get_by_text(name, exact=True).first).to_be_visible()
-        for axis in ("deltas.d_new", "recovered_ce_tool"):
+        for axis in ("seed", "recovered_ce_tool"):
             expect(page.get_by_text(axis, exact=True).first).to_be_visible()
         page.screenshot(path=PICTURES / "mlflow_compare_sweeps.png", full_page=True)

@@ -9,40 +9,41 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.end_to_end.conftest import Jobs, read
+from tests.end_to_end.conftest import SMALL, Jobs, read
+
+NAME = "tiny-s0"
 
 
 def tables(root: Path) -> dict[str, str]:
     """Every table of the sweep's report, without the seconds in it."""
     found = {}
-    for path in sorted((root / "sweeps" / "tiny" / "report").glob("*.csv")):
+    for path in sorted((root / "sweeps" / NAME / "report").glob("*.csv")):
         table = pd.read_csv(path)
         found[path.name] = table.drop(columns=[name for name in table if name == "seconds"]).to_csv()
     return found
 
 
-@pytest.mark.long("one more whole study, of an adapter that another one trained", first=True)
-def test_an_adopted_model_gives_the_tables_of_the_trained_one(jobs: Jobs, finished, tmp_path: Path) -> None:
+@pytest.mark.long("one more small study, of an adapter that another one trained", first=True)
+def test_an_adopted_model_gives_the_tables_of_the_trained_one(jobs: Jobs, seeds, tmp_path: Path) -> None:
     """The adapter's study has the same tables. Merged, it is the trained model to the last byte, and the study of that
     begins with the same answers."""
-    root, _ = finished
-    lora = root / "sweeps" / "tiny" / "lora"
+    lora = seeds.root / "sweeps" / NAME / "lora"
     adapter = lora / f"trial_{read(lora / 'best.json')['trial']:04d}" / "adapter"
-    trained, one = tables(root), ("compute.max_concurrent=1",)
+    trained, asked = tables(seeds.root), ("tiny", *SMALL, f"name={NAME}")
     assert len(trained) > 8
-    done = jobs("sweep", "tiny", *one, f"storage.root={tmp_path / 'adapter'}", f"model.finetuned={adapter}")
+    done = jobs("sweep", *asked, f"storage.root={tmp_path / 'adapter'}", f"model.finetuned={adapter}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "its adapter was merged" in done.stdout
     assert tables(tmp_path / "adapter") == trained
-    ours = tmp_path / "adapter" / "sweeps" / "tiny"
+    ours = tmp_path / "adapter" / "sweeps" / NAME
     weights = "merged/model.safetensors"
     assert (ours / "lora" / weights).read_bytes() == (lora / weights).read_bytes()
     assert "made elsewhere and adopted" in (ours / "report" / "report.html").read_text()
 
-    done = jobs("lora", "tiny", *one, f"storage.root={tmp_path / 'whole'}", f"model.finetuned={lora / 'merged'}")
+    done = jobs("lora", *asked, f"storage.root={tmp_path / 'whole'}", f"model.finetuned={lora / 'merged'}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "adopted as it is" in done.stdout
-    whole = tmp_path / "whole" / "sweeps" / "tiny" / "lora"
+    whole = tmp_path / "whole" / "sweeps" / NAME / "lora"
     assert not (whole / "merged").exists(), "it is used where it lies"
     assert read(whole / "validation.json")["rows"] == read(lora / "validation.json")["rows"]
 

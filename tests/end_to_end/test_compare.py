@@ -6,17 +6,16 @@ import csv
 import json
 import shutil
 import sqlite3
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment
+from tests.end_to_end.conftest import Jobs, environment
 
 SUBSETS = ["tool", "copy", "tool_ood"]
 
@@ -105,36 +104,36 @@ def test_a_wrong_request_has_status_2(finished, jobs: Jobs, tmp_path: Path) -> N
 
 
 @pytest.mark.long("two sweeps one after the other", first=True)
-def test_a_sweep_for_each_seed_on_one_cluster(jobs: Jobs, tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="ray") as sessions:  # its sockets need a short path
-        command = [sys.executable, "-m", "jobs", "sweep", "tiny", f"storage.root={tmp_path}", *SMALL, "--seeds", "0,1"]
-        options = {"cwd": REPOSITORY, "env": {**environment(), "RAY_TMPDIR": sessions}, "text": True}
-        done = subprocess.run(command, capture_output=True, timeout=500, check=False, **options)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert len(list(Path(sessions).rglob("session_2*"))) == 1, "Ray starts once"
-        page = tmp_path / "comparisons" / "tiny-s0_tiny-s1.html"
-        assert done.stdout.splitlines()[-1] == f"comparison: {page}"
-        assert "2 adapters: tiny-s0, tiny-s1" in done.stdout
-        sweeps = sorted(path.name for path in (tmp_path / "sweeps").iterdir())
-        assert sweeps == ["tiny-s0", "tiny-s1"]
-        rows = {(tmp_path / "sweeps" / name / "data/train.jsonl").read_bytes() for name in sweeps}
-        assert len(rows) == 2, "each seed draws its own"
-        client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-        assert sweeps == sorted(one.name for one in client.search_experiments() if one.name != "Default")
+def test_a_sweep_for_each_seed_on_one_cluster(seeds, own_seeds: Path, jobs: Jobs) -> None:
+    root = seeds.root
+    assert seeds.sessions == 1, "Ray starts once"
+    page = root / "comparisons" / "tiny-s0_tiny-s1.html"
+    assert seeds.printed.splitlines()[-1] == f"comparison: {page}"
+    assert "2 adapters: tiny-s0, tiny-s1" in seeds.printed
+    sweeps = sorted(path.name for path in (root / "sweeps").iterdir())
+    assert sweeps == ["tiny-s0", "tiny-s1"]
+    rows = {(root / "sweeps" / name / "data/train.jsonl").read_bytes() for name in sweeps}
+    assert len(rows) == 2, "each seed draws its own"
+    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    assert sweeps == sorted(one.name for one in client.search_experiments() if one.name != "Default")
 
-        kept = [*tmp_path.glob("sweeps/*/cells/*.json"), *tmp_path.glob("sweeps/*/*/manifest.json")]
-        before = {path: path.stat().st_mtime_ns for path in kept}
-        again = subprocess.run(command, capture_output=True, timeout=200, check=False, **options)
+    kept = [*own_seeds.glob("sweeps/*/cells/*.json"), *own_seeds.glob("sweeps/*/*/manifest.json")]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    page = own_seeds / "comparisons" / page.name
+    page.unlink()
+    with tempfile.TemporaryDirectory(prefix="ray") as sessions:  # its sockets need a short path
+        options: dict[str, Any] = {"env": {**environment(), "RAY_TMPDIR": sessions}}
+        again = jobs(*seeds.asked, f"storage.root={own_seeds}", **options)
         assert again.returncode == 0, again.stdout + again.stderr
         assert again.stdout.count("everything is done already") == 2
-        assert len(list(Path(sessions).rglob("session_2*"))) == 1, "nothing is left to do, so Ray does not start"
+        assert list(Path(sessions).rglob("session_2*")) == [], "nothing is left to do, so Ray does not start"
         assert {path: path.stat().st_mtime_ns for path in kept} == before
         assert page.is_file()
 
         # A seed that fails does not stop the others.
-        shutil.rmtree(tmp_path / "sweeps" / "tiny-s0" / "report")
-        (tmp_path / "sweeps" / "tiny-s0" / "cells" / "raw_tool.json").write_text("{")
-        failed = subprocess.run(command, capture_output=True, timeout=200, check=False, **options)
+        shutil.rmtree(own_seeds / "sweeps" / "tiny-s0" / "report")
+        (own_seeds / "sweeps" / "tiny-s0" / "cells" / "raw_tool.json").write_text("{")
+        failed = jobs(*seeds.asked, f"storage.root={own_seeds}", **options)
         assert failed.returncode == 1, failed.stdout + failed.stderr
         assert "1 of 2 seeds failed" in failed.stderr
         assert "seed 0" in failed.stderr
