@@ -17,7 +17,6 @@ from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.stages.activations import capture_base
 from jobs.study.stages.worker_memory import bridge
-from jobs.tracking.records import record_base
 from models.gemma_scope import Candidate, candidates, read, select, selection_label, width_label, write
 from models.sources import model_facts
 from models.transcoder import CONVENTIONS, Taps, check_fits
@@ -104,6 +103,8 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
 
 
 def _train(context: Context) -> None:
+    from jobs.tracking.records import record_base
+
     settings, space = context.settings, context.space
     section = settings.transcoders
     folders = {
