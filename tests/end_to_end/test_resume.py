@@ -19,7 +19,8 @@ from optuna.trial import TrialState
 
 from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment
 
-more = pytest.mark.long("one more sweep, stopped in another way than the first")
+WHY = "one more sweep, stopped in another way than the first"
+more = pytest.mark.long(WHY)
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -70,7 +71,10 @@ def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> No
 
 @pytest.mark.parametrize(
     ("kill", "reached"),
-    [(kill_when, "deltas/**/result.json"), pytest.param(kill_raylet_when, "cells/layer_*.json", marks=more)],
+    [
+        (kill_when, "deltas/**/result.json"),
+        pytest.param(kill_raylet_when, "cells/layer_*.json", marks=pytest.mark.long(WHY, minutes=1)),
+    ],
     ids=["machine", "raylet"],
 )
 def test_a_killed_sweep_continues(jobs: Jobs, tmp_path: Path, kill: Callable[..., None], reached: str) -> None:
