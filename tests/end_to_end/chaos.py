@@ -33,14 +33,8 @@ from optuna.trial import TrialState
 
 from tests.end_to_end.conftest import REPOSITORY, SMALL, environment
 
-SETTINGS = (
-    *SMALL,
-    "lora.asha=false",
-    "compute.max_concurrent=2",
-    "compute.max_retries=100",
-    "compute.checkpoint_seconds=0",
-)
-"""Without early stopping, which depends on which of two trials is faster; with a checkpoint at every step."""
+SETTINGS = (*SMALL, "compute.max_concurrent=2", "compute.max_retries=100", "compute.checkpoint_seconds=0")
+"""Two workers, and a checkpoint at every step; the tables are those of `SMALL`."""
 DURING = {"local": ("worker",), "cluster": ("worker", "node", "node")}
 AT_LAST = {"local": ("machine", "driver", "raylet"), "cluster": ("driver",)}
 KILLS_A_START = (3, 5)
@@ -227,11 +221,13 @@ def kill_at_random(root: Path, kills: int, chance: random.Random, log: Path, nod
 
 
 def check_equal(root: Path, calm: Path) -> None:
-    """Checks for the same tables except times, one MLflow run per result and none RUNNING, no zombie in Optuna."""
-    tables = sorted((calm / "sweeps/tiny/report").glob("*.csv"))
+    """Checks for the tables of the sweep in the folder `calm` except times, one MLflow run per result and none RUNNING,
+    no zombie in Optuna."""
+    sweep = root / "sweeps/tiny"
+    tables = sorted((calm / "report").glob("*.csv"))
     assert tables
     for expected in tables:
-        found = root / "sweeps/tiny/report" / expected.name
+        found = sweep / "report" / expected.name
         assert _table(found) == _table(expected), expected.name
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("tiny")
@@ -240,8 +236,8 @@ def check_equal(root: Path, calm: Path) -> None:
     assert {run.info.status for run in runs} == {"FINISHED"}
     keys = [run.data.tags["deltascope.key"] for run in runs]
     assert len(keys) == len(set(keys)), "two runs share a key"
-    assert _results(root) == _results(calm)
-    assert sum(key.startswith(("lora/", "deltas/")) for key in keys) == len(_results(root))
+    assert _results(sweep) == _results(calm)
+    assert sum(key.startswith(("lora/", "deltas/")) for key in keys) == len(_results(sweep))
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(root / "optuna" / "journal.log")))
     for name in optuna.get_all_study_names(storage):
         states = [trial.state for trial in optuna.load_study(study_name=name, storage=storage).trials]
@@ -254,21 +250,23 @@ def _table(path: Path) -> str:
     return table.drop(columns="seconds", errors="ignore").to_csv(index=False)
 
 
-def _results(root: Path) -> list[str]:
+def _results(sweep: Path) -> list[str]:
     """The group of each trial that ended. Trial numbers may differ: a trial left half drawn by a kill keeps its own."""
-    sweep = root / "sweeps/tiny"
     found = [*sweep.glob("lora/trial_*/result.json"), *sweep.glob("deltas/layer_*/*/d*/trial_*/result.json")]
     return sorted(str(path.parent.parent.relative_to(sweep)) for path in found)
 
 
-def chaos(place: Path, kills: int, seed: int) -> str:
-    """Runs one undisturbed sweep, and killed ones until there were `kills` kills; raises AssertionError if they differ.
+def chaos(place: Path, kills: int, seed: int, calm: Path | None = None) -> str:
+    """Kills sweeps until there were `kills` kills; raises AssertionError if their tables are not those of `calm`, the
+    folder of a sweep of the settings `SMALL` that was left alone, which is run first where none is given.
 
     Returns who was killed how often, in one line.
     """
     chance = random.Random(seed)
-    calm = Start(place / "calm", place / "calm.log")
-    assert calm.process.wait(PATIENCE_SECONDS) == 0, calm.said
+    if calm is None:
+        alone = Start(place / "calm", place / "calm.log")
+        assert alone.process.wait(PATIENCE_SECONDS) == 0, alone.said
+        calm = place / "calm/sweeps/tiny"
     started = time.monotonic()
     done: collections.Counter[str] = collections.Counter()
     sweeps = 0
@@ -277,7 +275,7 @@ def chaos(place: Path, kills: int, seed: int) -> str:
             sweeps += 1
             root = place / f"killed_{sweeps}"
             done += kill_at_random(root, kills - done.total(), chance, root.with_suffix(".log"), nodes)
-            check_equal(root, place / "calm")
+            check_equal(root, calm)
     listed = ", ".join(f"{victim} {count}" for victim, count in sorted(done.items()))
     seconds = time.monotonic() - started
     return f"seed {seed}: {done.total()} kills ({listed}) in {sweeps} sweeps, {seconds:.0f} s: the tables are equal"

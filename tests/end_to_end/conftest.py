@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ Jobs = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = (
     "lora.trials=2",
     "lora.steps=4",
+    "lora.asha=false",
     "deltas.layers=[1, 2]",
     "deltas.d_new=[4]",
     "deltas.percentiles=[0.25]",
@@ -33,7 +34,16 @@ SMALL = (
     "compute.max_concurrent=1",
 )
 """The tiny preset with fewer groups, for tests that run it several times; a worker takes longer to start than to work,
-so one of them does it all."""
+so one of them does it all. No trial is stopped early, which may depend on which of two is faster."""
+SMALLEST = (
+    *SMALL,
+    "lora.trials=1",
+    "lora.steps=2",
+    "deltas.targets=[change]",
+    "deltas.layers=[1]",
+    "deltas.trials=1",
+)
+"""One trial of everything there must be, for tests that only need a whole study."""
 
 
 def environment() -> dict[str, str]:
@@ -45,6 +55,22 @@ def run(*arguments: str, timeout: float = 400, **options: Any) -> subprocess.Com
     command = [sys.executable, "-m", "jobs", *arguments]
     settings: dict[str, Any] = {"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True} | options
     return subprocess.run(command, timeout=timeout, check=False, **settings)
+
+
+def together(*commands: Sequence[str], env: dict[str, str] | None = None) -> list[subprocess.CompletedProcess[str]]:
+    """What each of these commands of `python -m jobs` gets, one after the other in a process that imports them once."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.end_to_end.many_requests"],
+        input=json.dumps(commands),
+        cwd=REPOSITORY,
+        env=env or environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=True,
+    )
+    answers = json.loads(done.stdout)
+    return [subprocess.CompletedProcess(*one) for one in zip(commands, *zip(*answers, strict=True), strict=True)]
 
 
 def free_port() -> int:

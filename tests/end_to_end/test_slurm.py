@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import REPOSITORY, SMALL, environment, free_port, read
+from tests.end_to_end.conftest import REPOSITORY, SMALLEST, environment, free_port, read
 
 SCRIPT = REPOSITORY / "deploy" / "slurm.sh"
 
@@ -37,11 +37,11 @@ def allocation(tmp_path: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.long("brings up a Ray of its own for a whole study")
+@pytest.mark.long("brings up a Ray of its own for a whole study", minutes=1)
 def test_a_job_brings_ray_up_runs_the_sweep_and_leaves_nothing(allocation: dict[str, str], tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ray") as session:  # its sockets need a short path
         done = subprocess.run(
-            ["bash", str(SCRIPT), "tiny", f"storage.root={tmp_path / 'runs'}", *SMALL],
+            ["bash", str(SCRIPT), "tiny", f"storage.root={tmp_path / 'runs'}", *SMALLEST],
             env={**allocation, "RAY_TMPDIR": session},
             capture_output=True,
             text=True,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.conftest import SMALL, environment, run
+from tests.end_to_end.conftest import SMALLEST, environment, run
 
 COMMAND = Path(sys.executable).with_name("deltascope")
 
@@ -48,9 +48,9 @@ def test_paths_are_those_of_the_current_folder_and_presets_are_found(elsewhere: 
     assert (done.returncode, "there is no settings file mine.yaml" in done.stderr) == (2, True)
 
 
-@pytest.mark.long("trains on Ray")
+@pytest.mark.long("trains on Ray", minutes=1)
 def test_workers_find_our_code_and_checks_of_ones_own(elsewhere: Path) -> None:
     mine = "evaluate.behaviours.mine={python: 'my_checks:is_good'}"
-    done = deltascope("sweep", "tiny", *SMALL, mine, "storage.root=runs", cwd=elsewhere)
+    done = deltascope("sweep", "tiny", *SMALLEST, mine, "storage.root=runs", cwd=elsewhere)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "mine_rate" in (elsewhere / "runs/sweeps/tiny/report/exp2A_metrics.csv").read_text()
