@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.end_to_end.conftest import SMALL, Jobs, read
+from tests.end_to_end.conftest import SMALL, Jobs, read, together
 
 NAME = "tiny-s0"
 
@@ -23,7 +23,7 @@ def tables(root: Path) -> dict[str, str]:
     return found
 
 
-@pytest.mark.long("one more small study, of an adapter that another one trained", first=True)
+@pytest.mark.long("one more small study, of an adapter that another one trained", minutes=2)
 def test_an_adopted_model_gives_the_tables_of_the_trained_one(jobs: Jobs, seeds, tmp_path: Path) -> None:
     """The adapter's study has the same tables. Merged, it is the trained model to the last byte, and the study of that
     begins with the same answers."""
@@ -48,7 +48,7 @@ def test_an_adopted_model_gives_the_tables_of_the_trained_one(jobs: Jobs, seeds,
     assert read(whole / "validation.json")["rows"] == read(lora / "validation.json")["rows"]
 
 
-def test_what_is_no_pair_is_refused_before_anything_is_done(jobs: Jobs, finished, tmp_path: Path) -> None:
+def test_what_is_no_pair_is_refused_before_anything_is_done(finished, tmp_path: Path) -> None:
     root, _ = finished
     merged = root / "sweeps" / "tiny" / "lora" / "merged"
     config = json.loads((merged / "config.json").read_text())
@@ -56,16 +56,16 @@ def test_what_is_no_pair_is_refused_before_anything_is_done(jobs: Jobs, finished
     (other / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
     pickled = Path(shutil.copytree(merged, tmp_path / "pickled"))
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    for given, said in [
-        (tmp_path / "nowhere", "there is no model"),
-        (other, "has architecture gemma, model.source tiny-gemma2 has gemma2"),
-        (pickled, "pickled weights are not read"),
-    ]:
-        done = jobs("sweep", "tiny", f"storage.root={tmp_path / 'runs'}", f"model.finetuned={given}")
+    runs = tmp_path / "runs"
+    wrong = [
+        (runs, tmp_path / "nowhere", "there is no model"),
+        (runs, other, "has architecture gemma, model.source tiny-gemma2 has gemma2"),
+        (runs, pickled, "pickled weights are not read"),
+        (root, merged, "lies in this sweep's own folder"),
+    ]
+    asked = [("sweep", "tiny", f"storage.root={place}", f"model.finetuned={given}") for place, given, _ in wrong]
+    for done, (_, _, said) in zip(together(*asked), wrong, strict=True):
         assert done.returncode == 2, done.stdout + done.stderr
         assert done.stderr.startswith("error: model.finetuned: ")
         assert said in done.stderr
         assert done.stderr.count("\n") == 1
-    done = jobs("sweep", "tiny", f"storage.root={root}", f"model.finetuned={merged}")
-    assert done.returncode == 2
-    assert "lies in this sweep's own folder" in done.stderr

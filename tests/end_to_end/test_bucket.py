@@ -13,9 +13,9 @@ from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
 from optuna.storages.journal import JournalFileBackend
 
-from tests.end_to_end.conftest import SMALL, Jobs, environment, read
+from tests.end_to_end.conftest import SMALL, Jobs, environment, read, together
 
-pytestmark = pytest.mark.long("a study on one machine, then the rest of it on another", first=True)
+pytestmark = pytest.mark.long("a study on one machine, then the rest of it on another", minutes=2)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_another_machine_continues(bucket: dict[str, str], jobs: Jobs, tmp_path:
     shutil.rmtree(first)
 
     more = ("deltas.trials=3", f"storage.root={second}", *mirror)
-    done = jobs("sweep", "tiny", *more, env=bucket)
+    done, sent = together(("sweep", "tiny", *more), ("track", "tiny", *more), env=bucket)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fetching" in done.stdout
     for stage in ("data", "lora", "transcoders"):
@@ -58,7 +58,6 @@ def test_another_machine_continues(bucket: dict[str, str], jobs: Jobs, tmp_path:
         study = next(name for name in optuna.get_all_study_names(storage) if name.startswith(f"tiny/{place}@"))
         assert len(optuna.load_study(study_name=study, storage=storage).trials) == 3
 
-    sent = jobs("track", "tiny", *more, env=bucket)
     assert sent.returncode == 0, sent.stdout + sent.stderr
     client = MlflowClient(f"sqlite:///{second / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("tiny")

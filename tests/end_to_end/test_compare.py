@@ -15,7 +15,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.end_to_end.conftest import Jobs, environment
+from tests.end_to_end.conftest import Jobs, environment, together
 
 SUBSETS = ["tool", "copy", "tool_ood"]
 
@@ -87,15 +87,15 @@ def test_a_sweep_that_mlflow_has(finished, other: Path, jobs: Jobs, tmp_path: Pa
         assert row["value"] == pytest.approx(named[row["sweep"], row["subset"], row["figure"]])
 
 
-def test_a_wrong_request_has_status_2(finished, jobs: Jobs, tmp_path: Path) -> None:
+def test_a_wrong_request_has_status_2(finished, tmp_path: Path) -> None:
     root = str(finished[0])
-    for arguments, words in [
+    wrong = [
         (("compare", "tiny", "tinny", "--root", root), ["tinny", "there are: tiny"]),
         (("compare", "tiny", "--root", root, "--experiment", "tiny"), ["tiny is the sweep tiny on disk"]),
         (("sweep", "tiny", f"storage.root={tmp_path}", "--seeds", "0,a"), ["--seeds", "'0,a'"]),
         (("sweep", "tiny", f"storage.root={tmp_path}", "--seeds", "-1"), ["--seeds", "'-1'"]),
-    ]:
-        done = jobs(*arguments)
+    ]
+    for done, (_, words) in zip(together(*(arguments for arguments, _ in wrong)), wrong, strict=True):
         assert done.returncode == 2, done.stdout + done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
         for word in words:
@@ -103,7 +103,7 @@ def test_a_wrong_request_has_status_2(finished, jobs: Jobs, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.long("two sweeps one after the other", first=True)
+@pytest.mark.long("two sweeps one after the other", minutes=1)
 def test_a_sweep_for_each_seed_on_one_cluster(seeds, own_seeds: Path, jobs: Jobs) -> None:
     root = seeds.root
     assert seeds.sessions == 1, "Ray starts once"

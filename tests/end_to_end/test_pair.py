@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from models.tiny import build_tiny_gemma2
-from tests.end_to_end.conftest import REPOSITORY, Jobs, environment, read
+from tests.end_to_end.conftest import REPOSITORY, Jobs, environment, read, together
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}{% endfor %}"
@@ -62,7 +62,7 @@ def settings(pair: Path, *more: str) -> tuple[str, ...]:
     )
 
 
-@pytest.mark.long("makes a pair, then one more whole study, and a second one without targets", first=True)
+@pytest.mark.long("makes a pair, then one more whole study, and a second one without targets", minutes=3)
 def test_the_example_runs_and_its_rows_need_no_targets(pair: Path, jobs: Jobs) -> None:
     done = jobs("sweep", *settings(pair))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -82,20 +82,18 @@ def test_the_example_runs_and_its_rows_need_no_targets(pair: Path, jobs: Jobs) -
     bare.to_parquet(pair / "bare.parquet")
     columns = "data.columns={input: request, label: kind}"
     own = settings(pair, "name=own", f"data.rows_file={pair / 'bare.parquet'}", "data.evaluation_file=null", columns)
-    refused = jobs("lora", *own, "model.finetuned=null")
+    without, own = ("lora", *own, "model.finetuned=null"), (*own, "evaluate.expected=[]")
+    refused, answered, sent, again = together(without, ("sweep", *own), ("track", *own), ("sweep", *own))
     assert refused.returncode == 2
     assert "row 1: no target" in refused.stderr
-    own = (*own, "evaluate.expected=[]")
-    answered = jobs("sweep", *own)
     assert answered.returncode == 0, answered.stdout + answered.stderr
     assert ODD.split()[0] in answered.stdout
-    sent = jobs("track", *own)
     assert sent.returncode == 0, sent.stdout + sent.stderr
     made = read(pair / "runs" / "sweeps" / "own" / "lora" / "validation.json")["answered"]
     assert made["made"] == 4 * len(KINDS) + 9 + 40
     assert f"{made['made']} rows without a target were given its answers" in answered.stdout
-    again = jobs("sweep", *own)
     assert again.returncode == 0, again.stdout + again.stderr
+    assert "everything is done already" in again.stdout
     metrics = pd.read_csv(pair / "runs" / "sweeps" / "own" / "report" / "exp2A_metrics.csv")
     raw = metrics[metrics["condition"] == "raw"]
     assert set(raw["subset"]) == {ODD, *KINDS[1:]}

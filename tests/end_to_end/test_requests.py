@@ -3,14 +3,12 @@ traceback."""
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import REPOSITORY, Jobs, environment, free_port
+from tests.end_to_end.conftest import Jobs, free_port, together
 
 WRONG = [
     (["lora.trails=3"], ["lora.trails", "did you mean trials"]),
@@ -61,18 +59,7 @@ def arguments(root: Path, overrides: list[str]) -> list[str]:
 def answered(tmp_path_factory) -> dict[str, subprocess.CompletedProcess[str]]:
     """What each of the wrong settings gets, from one process for all of them."""
     asked = {str(one): arguments(tmp_path_factory.mktemp("runs"), one) for one, _ in WRONG}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.end_to_end.many_requests"],
-        input=json.dumps(list(asked.values())),
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-    answers = json.loads(done.stdout)
-    return {name: subprocess.CompletedProcess([], *one) for name, one in zip(asked, answers, strict=True)}
+    return dict(zip(asked, together(*asked.values()), strict=True))
 
 
 def named(cases: list) -> list[str]:

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from tests.end_to_end.conftest import Jobs, read
+from tests.end_to_end.conftest import Jobs, read, together
 
 Finished = tuple[Path, subprocess.CompletedProcess[str]]
 SETS = {"change": ["0", "1", "3", "1+2", "0-3"], "residual": ["1", "1+2"]}
@@ -257,20 +257,20 @@ def test_every_control_is_in_every_cell(sweep: Path) -> None:
         assert row.delta_ce > 0, "finetuning has changed something"
 
 
-@pytest.mark.long("a second seed of every kept delta, in every cell")
-def test_a_new_alpha_and_a_second_seed_compute_new_cells_only(own: Path, jobs: Jobs) -> None:
+@pytest.mark.long("a second seed of every kept delta, in every cell", minutes=1)
+def test_a_new_alpha_and_a_second_seed_compute_new_cells_only(own: Path) -> None:
     root, sweep = own, own / "sweeps" / "tiny"
     kept = [sweep / "lora/best.json", sweep / "deltas/layer_01/p0.25/d004/best.json", sweep / "cells/raw_tool.json"]
     before = [path.stat().st_mtime_ns for path in kept[1:]]
     adapter = (sweep / "lora/trial_0000/result.json").stat().st_mtime_ns
     more = ("evaluate.alphas=[0.0, 0.5, 1.0, 2.0]", "evaluate.replicas=2")
-    done = jobs("evaluate", "tiny", f"storage.root={root}", *more)
+    asked = ("tiny", f"storage.root={root}", *more)
+    done, reported = together(("evaluate", *asked), ("report", *asked))
     assert done.returncode == 0, done.stdout + done.stderr
     of_best = [path for path in (sweep / "cells").glob("*_alpha2.0.json") if "scaled_weights" not in path.name]
     assert len(of_best) == 2 * len(DOSED) * len(SUBSETS)
     seeds = [read(path) for path in (sweep / "cells").glob("*_s1_*.json")]
     assert {one["condition"] for one in seeds} == {"full", "alpha", *OF_BOTH, *OF_CHANGE}
-    reported = jobs("report", "tiny", f"storage.root={root}", *more)
     assert reported.returncode == 0, reported.stdout + reported.stderr
     conditions = pd.read_csv(sweep / "report/exp2A_metrics.csv")
     assert set(conditions[conditions.condition == "full"].n_replicas) == {2}
@@ -282,27 +282,14 @@ def test_a_new_alpha_and_a_second_seed_compute_new_cells_only(own: Path, jobs: J
     assert len(keys) == len(set(keys))
 
 
-@pytest.mark.long("two more LoRA studies", first=True)
-def test_two_workers_a_lora_trial_are_one_trial(jobs: Jobs, tmp_path: Path) -> None:
-    """The same rows, steps and losses as one worker's; both are processes of a Ray Train job inside the Tune trial."""
-    small = (f"storage.root={tmp_path}", "lora.trials=1", "compute.precision=fp32")
-    values = []
-    for workers in (1, 2):
-        done = jobs("lora", "tiny", f"name=workers{workers}", f"lora.workers_per_trial={workers}", *small)
-        assert done.returncode == 0, done.stdout + done.stderr
-        result = read(tmp_path / f"sweeps/workers{workers}/lora/trial_0000/result.json")
-        values.append([entry["val_loss"] for entry in result["history"]])
-        assert result["state"] == "COMPLETE"
-    assert values[1] == pytest.approx(values[0], rel=1e-4)
-    assert len(values[0]) > 1
-
-
-def test_a_plan_forecasts_more_workers_from_a_finished_sweep(finished: Finished, jobs: Jobs) -> None:
-    planned = jobs("plan", "tiny", f"storage.root={finished[0]}", "--gpus", "3")
+def test_a_plan_forecasts_more_workers_from_a_finished_sweep(finished: Finished) -> None:
+    plan = ("plan", "tiny")
+    planned, elsewhere = together(
+        (*plan, f"storage.root={finished[0]}", "--gpus", "3"), (*plan, "--measured", str(finished[0]))
+    )
     assert planned.returncode == 0, planned.stdout + planned.stderr
     for workers in (1, 3, 8, 64, 512):
         assert f"on {workers} worker" in planned.stdout
     assert "% busy; limited by" in planned.stdout
-    elsewhere = jobs("plan", "tiny", "--measured", str(finished[0]))
     assert elsewhere.returncode == 2
     assert "has no sweep" in elsewhere.stdout + elsewhere.stderr
