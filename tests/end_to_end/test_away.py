@@ -17,9 +17,9 @@ from mlflow.entities import Run
 
 from jobs.cluster.environment import prepare
 from jobs.tracking.writer import Record, Tracker
-from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment, free_port
+from tests.end_to_end.conftest import REPOSITORY, SMALL, environment, free_port, together
 
-pytestmark = pytest.mark.long("a tracking server is killed, awaited and started again while a sweep runs")
+pytestmark = pytest.mark.long("a tracking server is killed, awaited and started again while a sweep runs", minutes=2)
 
 prepare()  # MLflow would wait for minutes
 
@@ -95,7 +95,7 @@ def histories(uri: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
     return found
 
 
-def test_a_server_outage_loses_nothing(server: Server, jobs: Jobs, tmp_path: Path) -> None:
+def test_a_server_outage_loses_nothing(server: Server, tmp_path: Path) -> None:
     sweep = tmp_path / "sweeps" / "tiny"
     arguments = ("tiny", f"storage.root={tmp_path}", *SMALL)
     tracked = (*arguments, f"storage.tracking_uri={server.url}")
@@ -128,12 +128,11 @@ def test_a_server_outage_loses_nothing(server: Server, jobs: Jobs, tmp_path: Pat
     assert "report.html" in output
 
     server.start()
-    for _ in range(2):
-        sent = jobs("track", *tracked, timeout=120)
+    elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    send, send_there = ("track", *tracked), ("track", *arguments, f"storage.tracking_uri={elsewhere}")
+    for sent in together(send, send, send_there):
         assert sent.returncode == 0, sent.stdout + sent.stderr
     assert {run.info.status for run in runs_at(server.url)[1]} <= {"FINISHED", "KILLED"}
-    elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
-    assert jobs("track", *arguments, f"storage.tracking_uri={elsewhere}", timeout=120).returncode == 0
     expected, found = histories(elsewhere), histories(server.url)
     assert set(found) == set(expected)
     for key, metrics in expected.items():
