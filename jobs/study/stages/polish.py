@@ -19,7 +19,6 @@ from jobs.study.grounds import DeltaGroup, Ground
 from jobs.study.stages.site_plans import best_of_group, polished_folder
 from jobs.study.stages.work import ModelSpec
 from jobs.study.stages.worker_memory import bridge, paths
-from jobs.tracking.records import record_polish
 
 
 class PolishTask(NamedTuple):
@@ -40,6 +39,8 @@ class PolishTask(NamedTuple):
 
 def polish_widths(context: Context) -> dict[str, Any]:
     """By width, the figures of the run that trained its deltas together; empty where none is asked for."""
+    from jobs.tracking.records import record_polish
+
     section, layers = context.settings.deltas, tuple(context.layers_of("change"))
     tasks, figures = [], {}
     for d_new in section.d_new if section.polish_steps else ():
