@@ -16,13 +16,15 @@ PINS := import json, sys; found = [one["metadata"] for one in json.load(sys.stdi
 sweep: setup
 	$(PY) -m jobs sweep $(CONFIG) $(ARGS)
 
-# Three files at a time, or three of the long tests, which mostly wait for processes to start. What is skipped, and what is
-# left to the long tier, is listed with its reason.
-test: setup
-	$(PY) -m pytest -m "not long" -n 3 --dist loadfile --no-loadscope-reorder -rs --durations 12
+# Three at a time, as many tests mostly wait for processes to start: files of short tests, and each long test by itself
+# (tests/tiers.py). What is skipped, and what is left to the long tier, is listed with its reason.
+TESTS := $(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -rs --durations 15
 
-test-all: test
-	$(PY) -m pytest -m long -n 3 --dist load --maxschedchunk 1 -rs --durations 12
+test: setup
+	$(TESTS) -m "not long"
+
+test-all: setup
+	$(TESTS)
 
 # Format, lint and types, as in CI.
 check: setup

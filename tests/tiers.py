@@ -1,9 +1,9 @@
 """Two tiers of tests: `make test` leaves the long ones to `make test-all`, and the summary says which and why.
 
-In: the marker `long("why")` on a test or a module, with about how many `minutes` it takes where it is one or more: the
-longest start first, so that no core waits for one at the end. Out: the tests' order, and lines at the end of a run that
-left some of them out. A worker of xdist collects and its controller prints, so each worker passes on what it has left
-out.
+In: the marker `long("why")` on a test or a module, with about how many `minutes` it takes where it is one or more. Out:
+the tests' order, what goes to a worker together, and lines at the end of a run that left some of them out. The longest
+start first, each by itself, and the short ones come last, file by file, so that no core waits at the end. A worker of
+xdist collects and its controller prints, so each worker passes on what it has left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marker = item.get_closest_marker("long")
         if marker is not None and not (len(marker.args) == 1 and isinstance(marker.args[0], str)):
             raise pytest.UsageError(f'{item.nodeid}: a long test says why: @pytest.mark.long("...")')
-    items.sort(key=lambda item: -max((one.kwargs.get("minutes", 0) for one in item.iter_markers("long")), default=0))
+        if marker is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    items.sort(key=_minutes, reverse=True)  # which leaves the order of the short ones
+
+
+def _minutes(item: pytest.Item) -> float:
+    return max((one.kwargs.get("minutes", 0.5) for one in item.iter_markers("long")), default=0.0)
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
