@@ -129,7 +129,7 @@ class Deltas(Section):
     polish_steps: Annotated[int, Field(ge=0)] = 0
     """After the search: so many steps in which the kept change deltas of all layers, width by width, are trained
     together on the KL to the finetuned model at the training rows' targets. What is best on the validation rows is
-    spliced in, and the report says so. They then do what finetuning did, and say less of what each MLP changed."""
+    spliced in, and the report says so."""
     polish_lr: Positive = 3e-4
     space: DeltaSpace = DeltaSpace()
 
