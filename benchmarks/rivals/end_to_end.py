@@ -1,0 +1,224 @@
+"""Transcoder Adapters, trained the way arXiv 2602.20904 describes: every layer together, through the whole model.
+
+In: a finetuned model, a second one that runs with un-finetuned MLPs, batches of tokens, a learning rate and steps. Out:
+adapters of every layer, as deltas that can be spliced in. Written from the description of the method and its published
+settings, not from its code: beside each un-finetuned MLP of the finetuned model runs `relu(x W_enc + b_enc) W_dec +
+b_dec`, at BOS too, decoders start at zero, and Adam minimises, for all layers at once, the sum of
+
+- KL(finetuned || adapted) of the next token, over all tokens;
+- the squared error of the residual stream after each layer, as a share of the finetuned one's square at that token;
+- bridging: the same KL with the finetuned model up to a random layer and the adapted one above it, and the reverse;
+- a weight times sum_i acts_i |W_dec_i|.
+
+Each KL and the error count once (the settings give bridging 2, and it has two directions; how its error of states is
+normalised is our reading). Simplified: the weight of the last is steered during training, and the first biases are set,
+so that as many features are active as asked for, where the authors compare fixed weights; they see each text once, far
+more of it, with a larger model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.encoding import Batch, pad_left
+from evaluators.splice.passes import project, resume
+from evaluators.splice.sites import Site
+from models.bridge import device_of, read_input, tap_names
+from models.transcoder import Transcoder, with_bos
+
+WARM_UP = 0.05
+FIRST_WEIGHT, STEER = 1e-3, 0.05
+"""Of the sparsity penalty: where it starts, and how far its log moves per step and unit of relative error in L0."""
+Hooks = list[tuple[str, Callable]]
+
+
+class Pair(NamedTuple):
+    """The finetuned model, and a second one that runs with un-finetuned MLPs in the layers of `sites`; weights and
+    residual stream are fp32, products inside the blocks in `dtype`."""
+
+    finetuned: Any
+    adapted: Any
+    sites: Sequence[Site]
+    dtype: torch.dtype
+
+    def blocks(self) -> AbstractContextManager:
+        """In which the passes through the blocks run."""
+        return torch.autocast(device_of(self.finetuned).type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def batch(self, sequences: Sequence[Sequence[int]]) -> Batch:
+        return pad_left(sequences, self.finetuned.tokenizer.pad_token_id).to(device_of(self.finetuned))
+
+
+class Adapters(torch.nn.Module):
+    """One adapter for each site, stacked; `acts` (batch, position, width) by layer are those of the last pass."""
+
+    def __init__(self, sites: Sequence[Site], width: int, seed: int) -> None:
+        super().__init__()
+        self.sites, d_model = sites, sites[0].ground.d_model
+        bound = d_model**-0.5
+        drawn = torch.rand(len(sites), d_model, width, generator=torch.Generator().manual_seed(seed))
+        self.W_enc = torch.nn.Parameter((2 * drawn - 1) * bound)
+        self.b_enc = torch.nn.Parameter(torch.zeros(len(sites), width))
+        self.W_dec = torch.nn.Parameter(torch.zeros(len(sites), width, d_model))
+        self.b_dec = torch.nn.Parameter(torch.zeros(len(sites), d_model))
+        self.acts: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def start(self, inputs: Mapping[int, Tensor], active: float) -> None:
+        """Sets the biases so that each feature is active on an equal share of `inputs` (tokens, d_model) by layer."""
+        for place, site in enumerate(self.sites):
+            pre = inputs[site.layer][:4096].to(self.W_enc) @ self.W_enc[place]
+            self.b_enc[place] = -pre.quantile(1 - active / pre.shape[1], dim=0)
+
+    def hooks(self) -> Hooks:
+        """What adds the adapters to the model's MLPs."""
+        inputs: dict[int, Tensor] = {}
+
+        def reader(site: Site) -> Callable:
+            def read(x: Tensor, hook: object) -> None:
+                inputs[site.layer] = read_input(site.taps, x)
+
+            return read
+
+        def writer(place: int, layer: int) -> Callable:
+            def write(y: Tensor, hook: object) -> Tensor:
+                acts = torch.relu(inputs.pop(layer) @ self.W_enc[place] + self.b_enc[place])
+                self.acts[layer] = acts
+                return (y + acts @ self.W_dec[place] + self.b_dec[place]).to(y.dtype)
+
+            return write
+
+        pairs: Hooks = []
+        for place, site in enumerate(self.sites):
+            read, write = tap_names(site.taps, site.layer)
+            pairs += [(read, reader(site)), (write, writer(place, site.layer))]
+        return pairs
+
+    @torch.no_grad()
+    def spliced(self, pair: Pair, first: int) -> list[Site]:
+        """The adapters as deltas; what they do at BOS, the token `first`, is one vector and becomes a feature."""
+        with pair.adapted.hooks(fwd_hooks=self.hooks()):
+            streams(pair.adapted, pair.batch([[first]]))
+        found = []
+        for place, site in enumerate(self.sites):
+            W_enc, b_enc, W_dec, b_dec = (
+                one[place].clone() for one in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+            )
+            delta = Transcoder(W_enc, b_enc, torch.zeros_like(b_enc), W_dec, b_dec, site.layer, site.taps)
+            found.append(replace(site, delta=with_bos(delta, self.acts[site.layer][0, 0] @ W_dec)))
+        return found
+
+
+class Losses(NamedTuple):
+    """`active` is the mean number of active features a token and layer."""
+
+    kl: Tensor
+    states: Tensor
+    bridged: Tensor
+    penalty: Tensor
+    active: float
+
+
+def streams(bridge: Any, batch: Batch) -> list[Tensor]:
+    """The residual stream (batch, position, d_model) that leaves each layer."""
+    seen: list[Tensor] = []
+
+    def note(stream: Tensor, hook: object) -> None:
+        seen.append(stream)
+
+    with bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_out", note) for layer in range(bridge.cfg.n_layers - 1)]):
+        last = resume(bridge, batch)
+    return [*seen, last]
+
+
+def divergence(pair: Pair, wanted: Sequence[Tensor], stream: Tensor) -> Tensor:
+    """KL a token between log-probabilities in chunks and the predictions from what leaves the last layer."""
+    chunks = zip(project(pair.finetuned, stream), wanted, strict=True)
+    sums = [(log_p.exp() * (log_p - logits.log_softmax(-1))).sum() for logits, log_p in chunks]
+    return torch.stack(sums).sum() / len(stream)
+
+
+def predictions(pair: Pair, stream: Tensor) -> list[Tensor]:
+    return [logits.log_softmax(-1) for logits in project(pair.finetuned, stream)]
+
+
+def losses(pair: Pair, adapters: Adapters, batch: Batch, cutoff: int | None = None) -> Losses:
+    """`cutoff` is the last layer below the bridge; without it there is none."""
+    mask = batch.mask
+    with torch.no_grad():
+        with pair.blocks():
+            wanted = streams(pair.finetuned, batch)
+        predicted = predictions(pair, wanted[-1][mask])
+    with pair.blocks(), pair.adapted.hooks(fwd_hooks=adapters.hooks()):
+        made = streams(pair.adapted, batch)
+        acts = {layer: one[mask] for layer, one in adapters.acts.items()}
+        upper = [] if cutoff is None else [resume(pair.adapted, batch, cutoff, wanted[cutoff])]
+    with pair.blocks():
+        lower = [] if cutoff is None else [resume(pair.finetuned, batch, cutoff, made[cutoff])]
+    bridged = [divergence(pair, predicted, stream[mask]) for stream in (*upper, *lower)]
+    apart = [
+        ((ours - theirs)[mask].pow(2).sum(1) / theirs[mask].pow(2).sum(1)).mean()
+        for ours, theirs in zip(made, wanted, strict=True)
+    ]
+    costs = [(acts[site.layer] @ adapters.W_dec[place].norm(dim=1)).mean() for place, site in enumerate(adapters.sites)]
+    return Losses(
+        divergence(pair, predicted, made[-1][mask]),
+        torch.stack(apart).mean(),
+        torch.stack(bridged).sum() if bridged else torch.zeros(()),
+        torch.stack(costs).mean(),
+        sum((one > 0).sum(1).float().mean().item() for one in acts.values()) / len(acts),
+    )
+
+
+class Trained(NamedTuple):
+    """Adapters and what their training took: the KL on held-out text, CPU seconds and seconds on the clock."""
+
+    adapters: Adapters
+    held_out: float
+    cpu_seconds: float
+    seconds: float
+
+
+class Material(NamedTuple):
+    """What every run shares: batches to train on and held-out ones, the inputs that biases start from, and L0."""
+
+    batches: list[Batch]
+    held_out: list[Batch]
+    inputs: Mapping[int, Tensor]
+    width: int
+    active: float
+    seed: int
+
+
+def train(pair: Pair, material: Material, lr: float, steps: int) -> Trained:
+    """A batch a step, in another order each epoch; the rate rises first and then falls linearly to zero."""
+    begun, started = time.process_time(), time.perf_counter()
+    adapters = Adapters(pair.sites, material.width, material.seed).to(device_of(pair.finetuned))
+    adapters.start(material.inputs, material.active)
+    optimiser = torch.optim.Adam(adapters.parameters(), lr=lr)
+    generator = torch.Generator().manual_seed(material.seed)
+    count = len(material.batches)
+    order = [int(one) for _ in range(-(-steps // count)) for one in torch.randperm(count, generator=generator)][:steps]
+    weight = FIRST_WEIGHT
+    for step, chosen in enumerate(order):
+        cutoff = int(torch.randint(len(pair.finetuned.blocks) - 1, (1,), generator=generator))
+        found = losses(pair, adapters, material.batches[chosen], cutoff)
+        optimiser.param_groups[0]["lr"] = lr * min((step + 1) / (WARM_UP * steps), 1 - step / steps)
+        optimiser.zero_grad()
+        (found.kl + found.states + found.bridged + weight * found.penalty).backward()
+        torch.nn.utils.clip_grad_norm_(adapters.parameters(), 1.0)
+        optimiser.step()
+        weight *= math.exp(STEER * max(-1.0, min(1.0, found.active / material.active - 1)))
+    spent = time.process_time() - begun, time.perf_counter() - started
+    with torch.no_grad():
+        parts = [(losses(pair, adapters, batch), int(batch.mask.sum())) for batch in material.held_out]
+    kl = sum(part.kl.item() * count for part, count in parts) / sum(count for _, count in parts)
+    return Trained(adapters, kl, *spent)

@@ -1,0 +1,205 @@
+"""Adapters trained end to end, as Transcoder Adapters are, beside deltas trained layer by layer, in one run.
+
+    python -m benchmarks.transcoder_adapters [quickstart storage.root=mlruns] [--minutes 30]
+
+In: a sweep that is finished up to its change deltas. The rival is in `benchmarks/rivals/end_to_end.py`, which says what
+it takes from the paper and what is simplified. It learns from the text that our deltas learnt from, with as many
+features a layer (ours have one more, at BOS; theirs act at BOS too, and have a bias) and as many of them active. Short
+runs choose the learning rate, on held-out text; then come runs of one epoch and more, as many as end in time.
+
+Out: prints a table for each subset: the share of the CE gap of swapping all MLPs that comes back at alpha 1, with
+paired 95% bootstrap intervals over prompts, KL(finetuned || spliced) a target token, active features a token and layer
+on held-out text, CPU seconds of training, and the most memory that the process had used by then. Ours are the pass that
+computes the changes and all trials of that width, both repeated here; theirs the run itself and, in brackets, the runs
+that choose the learning rate. Both multiply in the sweep's precision.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.rivals.end_to_end import Material, Pair, Trained, train
+from data.encoding import Batch, Encoded, by_length, encode_row
+from data.rows import read_rows
+from evaluators.splice.interventions import Edit
+from evaluators.splice.passes import Passes
+from evaluators.splice.reference import Reference
+from evaluators.splice.sites import Site
+from evaluators.splice.teacher_forcing import Job, score
+from evaluators.tables.statistics import recovered_share
+from jobs.commands.finished import Asked, combination, device_for, finetuned, load_bridge, load_sites
+from jobs.files import read_json
+from jobs.study.context import Context
+from jobs.study.grounds import DeltaGroup
+from jobs.study.stages.activations import Text, plan_of
+from jobs.study.stages.deltas import PASSED_ON
+from models.blocks import exchanged, read_paths
+from models.bridge import device_of, wrap
+from models.sources import load_model
+from models.transcoder import GEMMA_SCOPE_TAPS, without_bos
+from search_spaces.load import load
+from trainers.capture import Columns, capture_batch
+from trainers.delta_data import read_change
+from trainers.delta_transcoder import DeltaSettings, train_delta
+from trainers.precision import dtype_of, resolve_precision
+
+RATES = (1e-3, 3e-3, 1e-2)
+EPOCHS = (1, 3, 6, 15, 30, 60)
+"""How often the runs read the text; one of the quickstart's trials does it three times, and both six times."""
+BATCH_TOKENS = 256
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    name: str
+    sites: Sequence[Site]
+    active: float
+    cost: str
+    memory: float
+
+
+def peak() -> float:
+    """GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def text(context: Context, split: str, tokens: int) -> list[list[int]]:
+    """The sequences that the sweep's deltas learnt from, or were validated on, in batches of similar length."""
+    settings = context.settings
+    section = settings.activations
+    folders = str(context.rows), str(context.space.data), str(context.model)
+    plan = plan_of(Text(split, tokens, *folders, section.batch_tokens, section.max_length, settings.seed))
+    return [list(one) for one in plan.sequences]
+
+
+def batches(pair: Pair, sequences: Sequence[Sequence[int]]) -> list[Batch]:
+    chosen = by_length([len(one) for one in sequences], BATCH_TOKENS)
+    return [pair.batch([sequences[i] for i in places]) for places in chosen]
+
+
+def captured(bridge: Any, sequences: Sequence[Sequence[int]], columns: Mapping[int, Columns]) -> dict[int, Tensor]:
+    """What the MLPs of the finetuned model read, (tokens, d_model) by layer."""
+    parts = [
+        capture_batch(bridge, [sequences[i] for i in places], columns)
+        for places in by_length([len(one) for one in sequences], 16 * BATCH_TOKENS)
+    ]
+    return {layer: torch.cat([part[layer]["x"] for part in parts]) for layer in columns}
+
+
+@torch.no_grad()
+def l0(sites: Sequence[Site], inputs: Mapping[int, Tensor]) -> float:
+    """Active features a token and layer, on what the MLPs of the finetuned model read."""
+    found = [(site.delta.encode(inputs[site.layer]) > 0).sum(1).double().mean().item() for site in sites if site.delta]
+    return sum(found) / len(found)
+
+
+def without(sites: Sequence[Site]) -> list[Site]:
+    return [replace(site, delta=without_bos(site.delta)) for site in sites if site.delta]
+
+
+def repeat(context: Context, layer: int, asked: tuple[Any, int], precision: str) -> None:
+    """Trains all trials of a layer's deltas again."""
+    section, settings = context.settings.deltas, context.settings
+    data = read_change(context.space.activations / "finetuned", layer, GEMMA_SCOPE_TAPS)
+    fixed: dict[str, Any] = section.model_dump(include=PASSED_ON)
+    for path in sorted((context.space.deltas / DeltaGroup(layer, *asked).name).glob("trial_*/result.json")):
+        params = (read_json(path) or {})["params"]
+        chosen = {name: params[name] for name in ("lr", "sparsity")}
+        train_delta(data, DeltaSettings(**fixed, **chosen, d_new=asked[1], seed=settings.seed, precision=precision))
+
+
+def sums(passes: Passes, edit: Edit, rows: Sequence[Encoded], reference: Reference) -> tuple[list[float], float]:
+    """Nats of each row, and KL(finetuned || spliced) a target token."""
+    scored = score(passes, edit, [Job(row) for row in rows], reference=reference)
+    return [one.nll for one in scored], sum(one.kl or 0.0 for one in scored) / sum(one.n_tokens for one in scored)
+
+
+def show(bridge: Any, context: Context, rows: Sequence[Row]) -> None:
+    every = list(read_rows(str(context.rows / "evaluation.jsonl")))
+    typer.echo(f"{'':<34}{'recovered of the CE gap':<25}{'KL':>7}{'L0':>6}{'CPU seconds':>16}{'GiB':>6}")
+    for subset in dict.fromkeys(row.label for row in every):
+        encoded = [encode_row(bridge.tokenizer, row) for row in every if row.label == subset]
+        tokens = [float(len(row.target)) for row in encoded]
+        asked: tuple[Any, ...] = (encoded, Reference(bridge))
+        raw, _ = sums(Passes(bridge), Edit(), *asked)
+        ground, kl = sums(Passes(bridge), Edit(rows[0].sites, "no_delta"), *asked)
+        typer.echo(f"{subset}: CE gap {(sum(ground) - sum(raw)) / sum(tokens):.3f}, KL {kl:.3f} without deltas")
+        for row in rows:
+            nats, kl = sums(Passes(bridge), Edit(row.sites, "full"), *asked)
+            share = recovered_share((ground, tokens), (nats, tokens), (raw, tokens), seed=context.settings.seed)
+            interval = f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]"
+            typer.echo(f"  {row.name:<32}{interval:<25}{kl:7.4f}{row.active:6.1f}{row.cost:>16}{row.memory:6.1f}")
+
+
+def runs(pair: Pair, material: Material, lr: float, each: float, ends: float) -> Iterator[tuple[int, Trained]]:
+    """Runs over one epoch and more, as long as they can be expected to end in time, at `each` seconds a step."""
+    for epochs in EPOCHS:
+        steps = epochs * len(material.batches)
+        if epochs > 1 and time.perf_counter() + steps * each > ends:
+            typer.echo(f"{epochs} epochs would take {steps * each / 60:.0f} minutes: left out")
+            return
+        yield epochs, train(pair, material, lr, steps)
+
+
+def main(
+    config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
+    minutes: Annotated[float, typer.Option(help="No longer run of theirs starts that would end after these.")] = 30,
+    choice: Annotated[int, typer.Option(help="Steps of each run that chooses the learning rate.")] = 30,
+) -> None:
+    ends = time.perf_counter() + 60 * minutes
+    name, *overrides = config or ["quickstart"]
+    context = Context(load(name, overrides))
+    section = context.settings.activations
+    asked = combination(context, Asked("change", d_new=max(context.settings.deltas.d_new)))
+    precision = resolve_precision(context.settings.compute.precision, device_for(context))
+    bridge = load_bridge(context)
+    device = device_of(bridge)
+    sites = [site.to(device) for site in load_sites(context, None, asked, bridge)]
+    layers = [site.layer for site in sites]
+    learnt = text(context, "train", section.train_tokens)
+    held_out = text(context, "validation", section.validation_tokens)
+
+    before = read_paths(bridge, context.model, layers)
+    begun = time.process_time()
+    inputs = captured(bridge, learnt, {layer: Columns(y=False, unfinetuned=before[layer]) for layer in layers})
+    for layer in layers:
+        repeat(context, layer, asked, precision)
+    seconds = time.process_time() - begun
+    seen = captured(bridge, held_out, dict.fromkeys(layers, Columns(y=False)))
+    active = l0(sites, seen)
+    rows = [Row("ours", sites, active, f"{seconds:.0f}", peak())]
+    rows.append(rows[0]._replace(name="ours without BOS", sites=without(sites)))
+
+    other = wrap(*load_model(finetuned(context), torch.float32, str(device)))
+    for model in (bridge, other):
+        model.original_model.requires_grad_(False)
+    pair = Pair(bridge, other, sites, dtype_of(precision))
+    material = Material(batches(pair, learnt), batches(pair, held_out), inputs, asked[1], active, context.settings.seed)
+    with exchanged(other, list(before.values())):
+        tries = {}
+        for lr in RATES:
+            tries[lr] = train(pair, material, lr, choice)
+            typer.echo(f"{choice} steps, learning rate {lr:g}: KL {tries[lr].held_out:.4f} a token of held-out text")
+        lr = min(tries, key=lambda one: tries[one].held_out)
+        spent, each = (sum(getattr(one, name) for one in tries.values()) for name in ("cpu_seconds", "seconds"))
+        first = encode_row(bridge.tokenizer, next(iter(read_rows(str(context.rows / "evaluation.jsonl"))))).ids[0]
+        for epochs, run in runs(pair, material, lr, each / (len(RATES) * choice), ends):
+            typer.echo(f"{epochs} epochs: KL {run.held_out:.4f} a token of held-out text")
+            made = run.adapters.spliced(pair, first)
+            cost = f"{run.cpu_seconds:.0f} ({spent:.0f})"
+            rows.append(Row(f"theirs, {epochs} epochs", made, l0(made, seen), cost, peak()))
+        rows.append(rows[-1]._replace(name=f"{rows[-1].name}, without BOS", sites=without(rows[-1].sites)))
+    show(bridge, context, rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)
