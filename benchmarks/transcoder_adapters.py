@@ -193,10 +193,10 @@ def main(
         spent, each = (sum(getattr(one, name) for one in tries.values()) for name in ("cpu_seconds", "seconds"))
         first = encode_row(bridge.tokenizer, next(iter(read_rows(str(context.rows / "evaluation.jsonl"))))).ids[0]
         for epochs, run in runs(pair, material, lr, each / (len(RATES) * choice), ends):
-            typer.echo(f"{epochs} epochs: KL {run.held_out:.4f} a token of held-out text")
+            typer.echo(f"epochs: {epochs}, KL {run.held_out:.4f} a token of held-out text")
             made = run.adapters.spliced(pair, first)
             cost = f"{run.cpu_seconds:.0f} ({spent:.0f})"
-            rows.append(Row(f"theirs, {epochs} epochs", made, l0(made, seen), cost, peak()))
+            rows.append(Row(f"theirs, epochs: {epochs}", made, l0(made, seen), cost, peak()))
         rows.append(rows[-1]._replace(name=f"{rows[-1].name}, without BOS", sites=without(rows[-1].sites)))
     show(bridge, context, rows)
 
