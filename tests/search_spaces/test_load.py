@@ -7,6 +7,7 @@ import json
 import pytest
 import yaml
 
+from jobs.study import keys
 from jobs.study.stages import deltas, lora
 from search_spaces.dimensions import Choice, Range
 from search_spaces.load import SettingsError, load, presets
@@ -269,7 +270,7 @@ def test_the_names_of_the_settings_are_the_trainers(section, space, trainer):
     search = {"trials", "asha", "grace_evals", "reduction_factor", "space", "sampler", "warm_start"}
     elsewhere = {
         "lora": search | {"workers_per_trial"},
-        "deltas": search | {"targets", "layers", "percentiles", "target_l0", "objectives"},
+        "deltas": search | {"targets", "layers", "percentiles", "target_l0", "objectives", *keys.POLISH},
         "transcoders": {"source", "convention", "layers"},
     }
     meant = set(type(getattr(sweep, section)).model_fields) - elsewhere[section]
