@@ -27,6 +27,7 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR,
 CONNECT_SECONDS = 5.0
 STORAGE_SECONDS = 60.0
 NOT_UPLOADED = [".git", ".venv", "mlruns", "**/__pycache__", "*.log", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
+NOT_UPLOADED += [".ray-token.*"]  # a Slurm job's, which lies here while the job runs
 _watches: list[raylet_watch.Watch] = []
 """Watches of the raylet that this driver depends on, while it is connected."""
 
