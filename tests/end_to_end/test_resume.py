@@ -69,6 +69,7 @@ def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> No
     process.wait()
 
 
+@pytest.mark.early
 @pytest.mark.parametrize(
     ("kill", "reached"),
     [

@@ -23,17 +23,17 @@ ROWS = [Row(f"What is {a} + {b}?", f"{a + b}", "sum") for a, b in ((1, 2), (30, 
 
 
 @pytest.fixture(scope="module")
-def subject(model_folder, load, wrapped, random_transcoder, tmp_path_factory):
+def subject(gemma_folder, load, wrapped, random_transcoder, tmp_path_factory):
     """A model and one whose MLPs of two layers differ, with random deltas, one of which has a feature at BOS."""
     folder = tmp_path_factory.mktemp("before")
-    model, tokenizer = load(model_folder)
+    model, tokenizer = load(gemma_folder)
     with torch.no_grad():
         for layer in (0, 2):
             for parameter in model.model.layers[layer].mlp.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(layer)))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    bridge = wrapped(model_folder)
+    bridge = wrapped(gemma_folder)
     d_model = bridge.cfg.d_model
     deltas = {}
     for layer in (0, 2):
