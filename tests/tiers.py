@@ -29,8 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _minutes(item: pytest.Item) -> float:
-    """Of a short test none, but for those that are marked as `early`."""
-    of_short = 0.1 if item.get_closest_marker("early") else 0.0
+    """Of a short test none; but those marked as `early` come first, and those that read the shared sweep last, so that
+    no worker waits for it."""
+    reads = "finished" in getattr(item, "fixturenames", ())
+    of_short = 0.1 if item.get_closest_marker("early") else -0.1 if reads else 0.0
     return max((one.kwargs.get("minutes", 0.5) for one in item.iter_markers("long")), default=of_short)
 
 

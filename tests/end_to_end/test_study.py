@@ -40,6 +40,7 @@ def runs_of(root: Path, name: str = "tiny"):
     return client, list(client.search_runs([experiment.experiment_id], max_results=5000))
 
 
+@pytest.mark.early
 def test_it_ends_with_a_table_and_the_path_of_the_report(finished: Finished, sweep: Path) -> None:
     assert f"report: {sweep / 'report' / 'report.html'}" in finished[1].stdout
     assert f"features: {sweep / 'report' / 'features.html'}" in finished[1].stdout
