@@ -1,12 +1,11 @@
-"""The study of docs/study.md: from its finished sweeps to small tables, pictures, and the tables on the page.
+"""Several sweeps of search_spaces/study.yaml side by side: from their reports to small tables and pictures.
 
     python -m benchmarks.study collect [--root mlruns]
-    python -m benchmarks.study write
+    python -m benchmarks.study show
 
-In: the sweeps `study-sN` (adapters on the MLPs alone) and `study-all-sN` (on all linear layers), N the seed, as the
-commands on the page make them. Out: `collect` writes `docs/study/*.csv` from their reports' tables, a row for each
-adapter and figure, and the pictures beside them; `write` puts the tables that follow from these files into the page,
-between `<!-- table: NAME -->` and `<!-- end -->`. A test holds the page to the files.
+In: the finished sweeps `study-sN` (adapters on the MLPs alone) and `study-all-sN` (on all linear layers), N the seed.
+Out: `collect` writes `docs/study/*.csv`, a row for each adapter and figure, and pictures beside them; `show` prints the
+tables that follow from these files, as Markdown.
 """
 
 from __future__ import annotations
@@ -21,12 +20,10 @@ import typer
 
 from evaluators.tables.recovery import widest_set
 
-PAGE = Path(__file__).parents[1] / "docs" / "study.md"
-FOLDER = PAGE.with_suffix("")
+FOLDER = Path(__file__).parents[1] / "docs" / "study"
 ADAPTERS = {"MLPs": "study", "all linear": "study-all"}
 COLUMNS = ["adapter", "seed", "subset", "what", "value", "low", "high"]
 DIGITS = 5
-MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 SERIES = {
     "full": "deltas, alpha 1",
     "alpha": "deltas",
@@ -199,12 +196,15 @@ def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")
 
 
 @app.command()
-def write() -> None:
-    """Puts the tables into the page."""
-    from benchmarks.study_tables import TABLES_OF_PAGE
+def show() -> None:
+    """Prints the tables."""
+    from benchmarks.study_tables import TABLES
 
-    text = PAGE.read_text()
-    PAGE.write_text(MARKED.sub(lambda match: match[1] + TABLES_OF_PAGE[match[2]](FOLDER) + match[3], text))
+    if not FOLDER.is_dir():
+        typer.echo(f"error: there is no {FOLDER}; run `collect` first", err=True)
+        raise typer.Exit(2)
+    for name, make in TABLES.items():
+        typer.echo(f"{name}\n\n{make(FOLDER)}\n")
 
 
 if __name__ == "__main__":

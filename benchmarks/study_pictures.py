@@ -1,4 +1,4 @@
-"""The pictures of docs/study.md, from the files in docs/study/.
+"""Pictures over several adapters, from the files that `benchmarks.study` collects.
 
 In: the folder of the files. Out: `knob.png`, `widths.png` and `layers.png` beside them, in the style of the reports.
 """

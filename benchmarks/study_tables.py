@@ -1,4 +1,4 @@
-"""The tables of docs/study.md, from the files in docs/study/.
+"""Tables over several adapters, from the files that `benchmarks.study` collects.
 
 In: the folder of the files. Out: by name, a table as Markdown. A figure's brackets are its 95% interval over prompts; a
 mean over adapters has a t-interval over them (`over`), which says how far three adapters go.
@@ -200,7 +200,7 @@ def residual_splices(folder: Path) -> str:
     return markdown(["adapters", "subset", "what the bases cost", "residual deltas win back"], rows)
 
 
-TABLES_OF_PAGE: dict[str, Callable[[Path], str]] = {
+TABLES: dict[str, Callable[[Path], str]] = {
     "ceiling": ceiling,
     "share": share,
     "recovered": recovered,

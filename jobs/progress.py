@@ -36,7 +36,8 @@ class Bar:
     def __init__(self, show: Progress, label: str, total: int, unit: str, cost: float = 0.0) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, 0
         self.note_text = ""
-        self._whole = self._to_do = cost or float(total)
+        self._has_cost, self._whole = bool(cost), cost or float(total)
+        self._to_do = self._whole
         self._credit = 0.0
         self._show = show
         self._started = self._printed = time.monotonic()
@@ -48,7 +49,7 @@ class Bar:
 
     def start_at(self, done: int) -> None:
         """So many units were there before this run, and say nothing of its speed."""
-        if self._whole == self.total:
+        if not self._has_cost:
             self._whole = self._to_do = float(self.total - done)
         self._update(done, "")
 

@@ -43,7 +43,7 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
         figure = knob_figures.recovered_by_width(results.widths, seed=seed)
         help = (
             "What deltas of each width bring back. A linear map of the same rank is not sparse. The change along as "
-            "many principal directions is computed by both MLPs, not read off their input: what directions alone allow."
+            "many principal directions is computed by both MLPs, not read off their input."
         )
         blocks.append(picture("widths", figure, "How wide must a delta be", help))
     if len(results.curve):
@@ -150,7 +150,7 @@ def _recovered(results: Results, gaps: pd.DataFrame) -> list[str]:
         text = f"{gap['subset']}: {with_interval(full.iloc[0], 'recovered')} of the gap in CE at alpha 1"
         for _, row in _others_of(results, gap).iterrows():
             text += f", {with_interval(row, 'recovered')} of that in {row['metric']}"
-        others = rows[rows["condition"].isin(["random_delta", "shuffled_delta", "dense_delta"])]
+        others = rows[rows["condition"].isin(["random_delta", "shuffled_delta", "dense_delta", "pca_delta"])]
         controls = [f"{row['condition']} {with_interval(row, 'recovered')}" for _, row in others.iterrows()]
         half = rows[(rows["alpha"] == 0.5) & rows["condition"].isin(["alpha", "scaled_weights"])]
         names = {"alpha": "the deltas", "scaled_weights": "the scaled weights"}

@@ -65,7 +65,8 @@ def serve(root: str, port: int, studies: bool = False) -> None:
                 os.killpg(server.pid, signal.SIGTERM)
             server.wait()
         log.seek(0)
-        raise WorkFailed(f"the server has ended with status {status}:\n{log.read()[-2000:]}")
+        if status:
+            raise WorkFailed(f"the server has ended with status {status}:\n{log.read()[-2000:]}")
 
 
 def _store(root: str) -> str:

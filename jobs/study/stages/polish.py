@@ -22,8 +22,8 @@ from jobs.study.stages.worker_memory import bridge, paths
 
 
 class PolishTask(NamedTuple):
-    """The deltas of one width, as passed to a worker: the folders of the kept ones, layer by layer, and the root mean
-    squares of the changes that they were trained on."""
+    """The deltas of one width, as passed to a worker: the folders of the kept ones, layer by layer, the
+    activations that they were trained on, and the folder of the rows to train on together."""
 
     model: ModelSpec
     base_model: str
@@ -42,7 +42,7 @@ def polish_widths(context: Context) -> dict[str, Any]:
     from jobs.tracking.records import record_polish
 
     section, layers = context.settings.deltas, tuple(context.layers_of("change"))
-    tasks, figures = [], {}
+    tasks, made = [], {}
     for d_new in section.d_new if section.polish_steps else ():
         groups = [DeltaGroup(layer, Ground("change"), d_new) for layer in layers]
         kept = [best_of_group(context, group) for group in groups]
@@ -58,14 +58,14 @@ def polish_widths(context: Context) -> dict[str, Any]:
         folder = keyed_folder(polished_folder(context, d_new), key)
         if not is_finished(folder, key):
             tasks.append(_task(context, layers, folders, folder, key))
-        figures[f"d{d_new:03d}"] = folder
+        made[f"d{d_new:03d}"] = folder
     if tasks:
         with context.progress.bar("joint polish", len(tasks), "widths") as bar:
             for outcome in context.pool.run(polish_width, tasks, context.settings.compute.max_retries):
                 if outcome.error:
                     raise WorkFailed(f"joint polish, {Path(outcome.task.folder).name}: {outcome.error}")
                 bar.advance()
-    found = {name: read_json(folder / "manifest.json") for name, folder in figures.items()}
+    found = {name: read_json(folder / "manifest.json") for name, folder in made.items()}
     for name, manifest in found.items():
         record_polish(context.tracker, name, manifest)
     return {name: manifest["figures"] for name, manifest in found.items()}
