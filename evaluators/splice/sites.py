@@ -98,9 +98,9 @@ class TrueChange:
 class PrincipalChange:
     """In a delta's place: the part of the true change that lies along a few directions, the rows of `W_dec`.
 
-    Their coefficients are those of the change itself, computed by both paths, and not read off x by an encoder: what is
-    missing is missing for want of directions, not of features to find them. The row before the last is the change's mean, always on; the last is what
-    the change is at BOS.
+    Their coefficients are those of the change itself, computed by both paths, and not read off x by an encoder: what
+    is missing is missing for want of directions, not of features to find them. The row before the last is the change's
+    mean, always on; the last is what the change is at BOS.
     """
 
     true: TrueChange
