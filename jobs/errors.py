@@ -5,9 +5,22 @@ In: what went wrong. Out: exit status 2 for an invalid request, 1 for work that 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class RequestError(ValueError):
     """The request was invalid: one sentence says what was given, where, and what is allowed. Exit status 2."""
+
+
+class DamagedFileError(RequestError):
+    """A file of a sweep is not as the sweep wrote it; a sweep makes such a file again, every other command ends."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path} {why}: it is damaged, or was edited by hand; the sweep's own command makes it again")
+        self.path, self.why = path, why
+
+    def __reduce__(self) -> tuple:
+        return (DamagedFileError, (self.path, self.why))
 
 
 class WorkFailed(RuntimeError):

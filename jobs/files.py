@@ -1,7 +1,7 @@
 """JSON result files, and the keys and manifests that say what they hold.
 
 In: values and folders. Out: files written under a temporary name and then renamed, so that a reader never sees half a
-file, and folders marked with the key of the settings that made them.
+file, each with a checksum of its own text; and folders marked with the key of the settings that made them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+from jobs.errors import DamagedFileError
+
+FORMAT = 2
 """Part of every key; raised when the meaning of results on disk changes."""
 KEY = "key.json"
 MANIFEST = "manifest.json"
+_HEAD = '{{\n "sha256": "{}"'
+"""How a file begins; the checksum is of what follows."""
+_HEAD_BYTES = len(_HEAD.format("0" * 64))
 
 
 def key_of(*parts: Any) -> str:
@@ -25,20 +30,30 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     """Atomic: a reader sees either the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(value, indent=1, sort_keys=True))
+    text = json.dumps(value, indent=1, sort_keys=True)
+    body = (f",{text[1:]}" if value else "\n}").encode()
+    beside.write_bytes(_HEAD.format(hashlib.sha256(body).hexdigest()).encode() + body)
     beside.replace(path)
 
 
 def read_json(path: Path) -> Any:
-    """The value, or None if the file is missing."""
+    """The value, or None if the file is missing. Raises DamagedFileError if it is not what `write_json` wrote."""
     try:
-        return json.loads(path.read_text())
+        text = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise DamagedFileError(path, f"cannot be read ({error.strerror})") from None
+    head, body = text[:_HEAD_BYTES], text[_HEAD_BYTES:]
+    if head != _HEAD.format(hashlib.sha256(body).hexdigest()).encode():
+        raise DamagedFileError(path, "does not hold what was written to it")
+    value = json.loads(text)
+    del value["sha256"]
+    return value
 
 
 def keyed_folder(folder: Path, key: str) -> Path:

@@ -184,10 +184,11 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
     far as one can tell from here; None where it has ended. After a kill its last word is there."""
     try:
         shown = json.loads((folder / FILE).read_text())
-    except (OSError, ValueError):
+        here = shown["host"] == socket.gethostname()
+        running = psutil.pid_exists(shown["pid"]) if here else time.time() - shown["at"] < QUIET_SECONDS
+        _ = shown["stage"], shown["bars"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    here = shown["host"] == socket.gethostname()
-    running = psutil.pid_exists(shown["pid"]) if here else time.time() - shown["at"] < QUIET_SECONDS
     return {**shown, "running": running}
 
 

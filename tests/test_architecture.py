@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "models": {"models"},
     "data": {"data"},
 }
-GROUND = {"jobs.errors", "jobs.files", "jobs.addresses", "jobs.progress"}
+GROUND = {"jobs.errors", "jobs.files", "jobs.seals", "jobs.addresses", "jobs.progress"}
 """Files of `jobs` that every room of it may use."""
 INNER = {
     "jobs/cluster": {"jobs.cluster", *GROUND},

@@ -14,25 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from trainers import checked_files
 
 INDEX = "index.json"
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     """Saves `tensors`, each (tokens, ...), as one safetensors file, under a temporary name and then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
-    beside.rename(path)
+    checked_files.save(path, tensors)
 
 
 def shard_tokens(path: Path) -> int:
     """How many tokens a shard holds, read from its header alone."""
     with safe_open(path, framework="pt") as file:
-        return file.get_slice("x").get_shape()[0]
+        names = list(file.keys())  # a safe_open handle is not a mapping
+        return file.get_slice("x" if "x" in names else names[0]).get_shape()[0]
 
 
 def write_index(folder: Path, shards: list[dict[str, Any]], facts: dict[str, Any]) -> None:
@@ -112,11 +111,32 @@ def read_pairs(folder: Path, names: tuple[str, ...] = ("x", "y")) -> Pairs:
 
 
 def captured_columns(folder: Path) -> set[str]:
-    """The names of what a finished folder holds; nothing where it is not finished."""
-    if not (folder / INDEX).is_file():
+    """The names of what a finished folder holds; nothing where it is not finished, or damaged."""
+    try:
+        return names_in(folder / read_index(folder)["shards"][0]["file"])
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError):
         return set()
-    with safe_open(folder / read_index(folder)["shards"][0]["file"], framework="pt") as file:
+
+
+def names_in(path: Path) -> set[str]:
+    """The names of a shard's tensors."""
+    with safe_open(path, framework="pt") as file:
         return set(file.keys())
+
+
+def damaged_files(folder: Path) -> list[Path]:
+    """Files of a folder of shards, finished or not, that do not hold what was written; all of it is read."""
+    found = [path for path in sorted(folder.glob("*.safetensors")) if not checked_files.is_intact(path)]
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            there = {folder / shard["file"]: shard["tokens"] for shard in read_index(folder)["shards"]}
+            found += [path for path in there if not path.is_file()]
+            fits = all(shard_tokens(path) == tokens for path, tokens in there.items() if path not in found)
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError):
+            fits = False
+        found += [] if fits else [index]
+    return found
 
 
 def read_index(folder: Path) -> dict[str, Any]:

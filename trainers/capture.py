@@ -7,20 +7,20 @@ shard; an interrupted capture goes on from its last shard.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data.encoding import by_length, pad_left
 from models.blocks import BlockPath
 from models.bridge import device_of, read_input, tap_names
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps
+from trainers import checked_files
 from trainers.activations import shard_tokens, write_index, write_shard
 
 if TYPE_CHECKING:
@@ -172,14 +172,12 @@ def bos_changes(
 
 def write_bos(folder: Path, changes: Mapping[int, Tensor]) -> None:
     """The changes at BOS of a capture, under a temporary name and then renamed."""
-    beside = folder / f".{BOS_FILE}.{os.getpid()}.tmp"
-    save_file({str(layer): one.contiguous() for layer, one in changes.items()}, beside)
-    beside.rename(folder / BOS_FILE)
+    checked_files.save(folder / BOS_FILE, {str(layer): one for layer, one in changes.items()})
 
 
 def read_bos(folder: Path) -> dict[int, Tensor]:
-    """The change at BOS of each layer that it was captured of, (d_model,) fp32."""
-    if not (folder / BOS_FILE).is_file():
+    """The change at BOS of each layer that it was captured of, (d_model,) fp32; none where the file is damaged."""
+    if not checked_files.is_intact(folder / BOS_FILE):
         return {}
     return {int(layer): one for layer, one in load_file(folder / BOS_FILE).items()}
 

@@ -7,16 +7,16 @@ interrupted at any moment finds either its last complete checkpoint or none.
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
+
+from trainers import checked_files
 
 
 class Checkpoint(NamedTuple):
@@ -28,15 +28,13 @@ class Checkpoint(NamedTuple):
 
 def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Saves both in one file; `state` must be JSON-able."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, beside, metadata={"state": json.dumps(state)})
-    beside.replace(path)
+    checked_files.save(path, tensors, {"state": json.dumps(state)})
 
 
 def read(path: Path, run: dict[str, Any]) -> Checkpoint | None:
-    """The checkpoint at `path`; None if there is none, or if its `state["run"]` is not `run`."""
+    """The checkpoint at `path`; None if there is none, if it is damaged, or if its `state["run"]` is not `run`."""
+    if not checked_files.is_intact(path):
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {})["state"])
@@ -44,7 +42,7 @@ def read(path: Path, run: dict[str, Any]) -> Checkpoint | None:
                 return None
             names = list(file.keys())  # a safe_open handle is not a mapping
             return Checkpoint({name: file.get_tensor(name) for name in names}, state)
-    except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+    except (OSError, SafetensorError, KeyError, ValueError):
         return None
 
 

@@ -117,6 +117,14 @@ def status(config: Config, overrides: Overrides = None) -> None:
 
 
 @commands.command()
+def verify(config: Config, overrides: Overrides = None) -> None:
+    """Read all of a sweep's files and name those that are damaged, missing, edited or added; status 1 if any is."""
+    from jobs.commands.verify import verify as run
+
+    run(context_of(config, overrides))
+
+
+@commands.command()
 def track(config: Config, overrides: Overrides = None) -> None:
     """Send a sweep's results from disk to MLflow: after a server outage, or to another server. Sends nothing twice."""
     from jobs.commands.track import track as send

@@ -6,7 +6,6 @@ In: a `Context` whose sweep is finished up to its deltas. Out: a TransformerBrid
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from data.rows import Row, make_row
 from evaluators.layer_sets import layer_label
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
+from jobs.seals import require
 from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup, Ground
 from jobs.study.stages.site_plans import delta_folder
@@ -32,10 +32,12 @@ FORMATS = ("gemma-scope", "saelens", "circuit-tracer")
 
 
 def finetuned(context: Context) -> Path:
-    """The merged model; raises RequestError if the sweep has none yet."""
+    """The finetuned model; raises RequestError if the sweep has none yet, or its files are damaged."""
     folder = context.finetuned
-    if not (folder / "config.json").is_file():
+    if not (folder / MANIFEST if folder != context.adopted else folder / "config.json").is_file():
         raise RequestError(f"the sweep {context.settings.name} has no finetuned model under {folder}; run `lora` first")
+    if folder != context.adopted:
+        require(folder)
     return folder
 
 
@@ -97,7 +99,6 @@ def load_sites(
     """
     from evaluators.splice.interventions import Site
     from models.blocks import read_paths
-    from models.gemma_scope import read
 
     ground, _ = chosen
     known = context.layers_of(ground.target)
@@ -109,10 +110,17 @@ def load_sites(
         paths = read_paths(bridge or load_bridge(context), context.model, list(deltas))
         return [Site(layer, paths[layer], delta) for layer, delta in deltas.items()]
     bases = {layer: chosen_base(context, layer, ground.percentile) for layer in deltas}
-    return [
-        Site(layer, read(root(context), bases[layer], layer, taps_of(context)), delta)
-        for layer, delta in deltas.items()
-    ]
+    return [Site(layer, _base(context, bases[layer], layer), delta) for layer, delta in deltas.items()]
+
+
+def _base(context: Context, base: Candidate, layer: int) -> Transcoder:
+    """A base transcoder; raises RequestError where it was trained here and is damaged."""
+    from models.gemma_scope import read
+
+    folder = Path(root(context)) / base.path
+    if context.settings.transcoders.source == "train":
+        require(folder / "config.json", folder / "params.npz")
+    return read(root(context), base, layer, taps_of(context))
 
 
 def load_deltas(context: Context, layers: list[int], chosen: tuple[Ground, int]) -> dict[int, Transcoder]:
@@ -129,6 +137,7 @@ def load_deltas(context: Context, layers: list[int], chosen: tuple[Ground, int])
                 f"no kept delta under {context.space.deltas / group.name}; the sweep has targets {section.targets}, "
                 f"percentiles {section.percentiles} and d_new {section.d_new}"
             )
+        require(folder / "config.json", folder / "delta.safetensors")
         found[layer] = read_delta(folder)
     return found
 
@@ -145,7 +154,6 @@ def export(
     from jobs.commands.model_card import Exported, hub_name, model_card
     from models import exports
     from models.fuse import fuse, scaled
-    from models.gemma_scope import read
     from models.sources import model_facts
     from models.transcoder import without_bos
 
@@ -159,8 +167,7 @@ def export(
         fused = {layer: scaled(without_bos(delta), alpha) for layer, delta in deltas.items()}
         if onto_bases:
             bases = _bases(context, asked, list(fused))
-            read_base = partial(read, root(context), taps=taps_of(context))
-            fused = {layer: fuse(read_base(base, layer), fused[layer]) for layer, base in bases.items()}
+            fused = {layer: fuse(_base(context, base, layer), fused[layer]) for layer, base in bases.items()}
     else:
         sites = load_sites(context, layers, chosen)
         fused = {site.layer: fuse(site.base, site.delta, alpha) for site in sites if site.base and site.delta}

@@ -20,6 +20,7 @@ from evaluators.tables.comparison import ComparedSweep, ReportTables, flat, from
 from jobs.addresses import without_secrets
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
+from jobs.seals import require
 from jobs.study.workspace import SETTINGS, START, storage_root
 
 if TYPE_CHECKING:
@@ -145,22 +146,19 @@ def _listed(names: Sequence[str]) -> str:
 def from_folder(name: str, folder: Path) -> ComparedSweep:
     """A finished sweep from its folder."""
     report = folder / "report"
-    try:
-        manifest = read_json(report / MANIFEST)
-        key = manifest["key"] if manifest else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{report / MANIFEST} cannot be read ({_short(error)}); {_again(report)}") from None
+    key = (read_json(report / MANIFEST) or {}).get("key")
     if key in (None, "incomplete"):
         why = "is not finished" if key is None else "has trials or cells that failed"
         raise RequestError(f"the sweep {name} in {folder} {why}; run its `sweep` command again before comparing it")
-    settings = flat(read_settings(folder / SETTINGS))
+    settings, tables = flat(read_settings(report / SETTINGS)), read_tables(report)
+    require(report / SETTINGS, *(path for table in TABLES if (path := report / f"{table}.csv").is_file()))
     where = folder.parent.parent if folder.parent.name == "sweeps" else folder.parent
-    return _compared(name, settings, read_tables(report), str(where))
+    return _compared(name, settings, tables, str(where))
 
 
 def _again(report: Path) -> str:
-    """What mends a report: a finished one is not made again."""
-    return f"remove {report} and run the sweep's `report` command"
+    """What mends a report."""
+    return "the sweep's `report` command makes it again"
 
 
 def _compared(name: str, settings: dict[str, Any], tables: ReportTables, where: str) -> ComparedSweep:

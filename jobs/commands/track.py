@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from jobs.errors import RequestError, WorkFailed
 from jobs.files import MANIFEST
-from jobs.study.backfill import send_missing, told_apart_by
+from jobs.study.backfill import tell
 from jobs.study.context import Context
 from jobs.study.stage_list import STAGES
 
@@ -15,17 +15,10 @@ from jobs.study.stage_list import STAGES
 def track(context: Context) -> None:
     """Raises RequestError if the sweep has no results, WorkFailed if the server stops answering."""
     space, tracker = context.space, context.tracker
-    reached = [stage for stage in STAGES if (stage.folder(context) / MANIFEST).is_file()]
-    if not reached:
+    if not any((stage.folder(context) / MANIFEST).is_file() for stage in STAGES):
         raise RequestError(f"{space.folder} has no finished stage; run `deltascope sweep` first")
     with space.locked():
-        tracker.sweep_orphans()
-        if not tracker.is_finished("sweep"):
-            tracker.open("sweep", context.settings.name, params=told_apart_by(context.settings))
-            tracker.close("sweep")
-        for stage in reached:
-            send_missing(context, stage)
-        tracker.finish()
+        tell(context)
     if tracker.lost:
         raise WorkFailed("MLflow stopped answering before everything was sent; run the same command again")
     if tracker.refused:

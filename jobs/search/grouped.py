@@ -26,7 +26,7 @@ from ray.tune.search import Searcher
 from jobs.cluster.connection import Share
 from jobs.files import write_json
 from jobs.progress import Bar
-from jobs.search.studies import COMPLETE, FAILED, STOPPED, Group, Storage, Study, trials_of
+from jobs.search.studies import COMPLETE, FAILED, STOPPED, Again, Group, Storage, Study, trials_of
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def run_search(
 @dataclass
 class _Running:
     group: Group
-    trial: optuna.Trial
+    trial: optuna.Trial | Again
     started: float
     history: list[dict[str, Any]] = field(default_factory=list)
     deaths: int = 0

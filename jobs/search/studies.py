@@ -8,6 +8,8 @@ kill left out of date is repaired from them.
 from __future__ import annotations
 
 import math
+import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ Storage = optuna.storages.BaseStorage
 COMPLETE, STOPPED, FAILED = "COMPLETE", "STOPPED", "FAILED"
 STARTUP_TRIALS = 4
 """Random trials at the start of a study, before the sampler learns from results."""
+CUT_CHECKS = 5
+"""How often the end of a journal is looked at before it counts as cut."""
 WARM_STARTS = 3
 """How many of an earlier study's best trials a new one tries first."""
 
@@ -104,6 +108,22 @@ def open_storage(url: str | None, root: Path) -> Storage:
     return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
 
 
+def journal_problem(path: Path) -> str | None:
+    """Why a journal file cannot be opened, or written to: a line that was cut takes the next one with it. None for a
+    sound one."""
+    try:
+        optuna.get_all_study_names(optuna.storages.JournalStorage(JournalFileBackend(str(path))))
+        for _ in range(CUT_CHECKS):
+            with path.open("rb") as file:
+                file.seek(-min(1, path.stat().st_size), os.SEEK_END)
+                if file.read() in (b"\n", b""):
+                    return None
+            time.sleep(0.1)  # another process may be writing
+    except Exception as error:  # whatever Optuna makes of what it finds
+        return f"cannot be opened ({type(error).__name__})"
+    return "ends in the middle of a line"
+
+
 def forget_studies(storage: Storage, sweep: str) -> None:
     """Deletes every study of a sweep that starts over."""
     for name in optuna.get_all_study_names(storage):
@@ -111,11 +131,19 @@ def forget_studies(storage: Storage, sweep: str) -> None:
             optuna.delete_study(study_name=name, storage=storage)
 
 
+@dataclass(frozen=True)
+class Again:
+    """A trial that the study knows the end of and whose result file is gone: it is run again under its own number."""
+
+    number: int
+    params: dict[str, Any]
+
+
 class Study:
     """One group's Optuna study, opened and brought in line with the result files.
 
     `finished` counts the trials that need no replacement; `unfinished` are those that were running when an earlier
-    driver died, to be resumed under their own numbers.
+    driver died, and those whose files are gone, to be run under their own numbers.
     """
 
     def __init__(self, group: Group, storage: Storage) -> None:
@@ -128,10 +156,16 @@ class Study:
         )
         results = {result["trial"]: result for result in trials_of(group)}
         for number in range(len(self._study.get_trials(deepcopy=False)), max(results, default=-1) + 1):
-            self._study.add_trial(_trial_from_record(group, results.get(number)))  # the files outlived the storage
-        self.unfinished: list[optuna.Trial] = []
-        for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if frozen.number in results:
+            if number in results:
+                self._study.add_trial(_trial_from_record(group, results[number]))  # the files outlived the storage
+            else:
+                self.ask()  # what this number was, or would have been
+        self.unfinished: list[optuna.Trial | Again] = []
+        for frozen in self._study.get_trials(deepcopy=False, states=_OPEN):
+            if frozen.state != TrialState.RUNNING:
+                if frozen.number not in results:
+                    self.unfinished.append(Again(frozen.number, frozen.params))
+            elif frozen.number in results:
                 self.tell(frozen.number, results[frozen.number])
             elif set(frozen.params) == set(group.searched):
                 self.unfinished.append(optuna.Trial(self._study, frozen._trial_id))
@@ -140,7 +174,8 @@ class Study:
         self.finished = sum(result["state"] != FAILED for result in results.values())
         room = max(0, group.trials - self.finished)  # the settings may now ask for fewer trials than before
         for surplus in self.unfinished[room:]:
-            self._study.tell(surplus, state=TrialState.FAIL)
+            if not isinstance(surplus, Again):
+                self._study.tell(surplus, state=TrialState.FAIL)
         del self.unfinished[room:]
         if group.warm_start and not self._study.get_trials(deepcopy=False):
             for params in _best_values(group, storage):
@@ -154,13 +189,15 @@ class Study:
         self._study.sampler = _sampler(self._group, (self._group.seed * 1_000_003 + number * 7919) % 2**31)
         return self._study.ask({name: _distribution(one) for name, one in self._group.searched.items()})
 
-    def report(self, trial: optuna.Trial, value: float, step: int) -> None:
+    def report(self, trial: optuna.Trial | Again, value: float, step: int) -> None:
         """An intermediate value; studies with several objectives have none."""
-        if len(self._group.objectives) == 1:
+        if len(self._group.objectives) == 1 and not isinstance(trial, Again):
             trial.report(value, step)
 
-    def tell(self, trial: optuna.Trial | int, record: dict[str, Any]) -> None:
-        """Tells Optuna how a trial ended."""
+    def tell(self, trial: optuna.Trial | Again | int, record: dict[str, Any]) -> None:
+        """Tells Optuna how a trial ended, unless it knows."""
+        if isinstance(trial, Again):
+            return
         if record["state"] == COMPLETE:
             figures = {**record["figures"], "val_loss": record["value"]}
             self._study.tell(trial, [figures[name] for name in self._group.objectives])
@@ -170,10 +207,8 @@ class Study:
             self._study.tell(trial, state=TrialState.FAIL)
 
 
-def _trial_from_record(group: Group, record: dict[str, Any] | None) -> optuna.trial.FrozenTrial:
-    """A trial rebuilt from its result file; one without a file never finished, and only keeps its number."""
-    if record is None:
-        return optuna.trial.create_trial(state=TrialState.FAIL)
+def _trial_from_record(group: Group, record: dict[str, Any]) -> optuna.trial.FrozenTrial:
+    """A trial rebuilt from its result file."""
     values = None
     if record["state"] == COMPLETE:
         figures = {**record["figures"], "val_loss": record["value"]}
@@ -193,6 +228,7 @@ def _trial_from_record(group: Group, record: dict[str, Any] | None) -> optuna.tr
     )
 
 
+_OPEN = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 _STARTED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 

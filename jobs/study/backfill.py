@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.files import MANIFEST, read_json
 from jobs.study.context import Context
-from jobs.study.stage_list import Stage
+from jobs.study.stage_list import STAGES, Stage
 from jobs.study.stages.data import metrics_of
 from jobs.study.stages.report import headlines
 from jobs.tracking.records import record_base, record_cells, record_polish, record_trial
@@ -23,6 +23,19 @@ def open_stage(context: Context, stage: Stage) -> None:
     parameters = {name: getattr(context.settings, name).model_dump(mode="json") for name in stage.parameters}
     flat = {f"{section}.{key}": value for section, values in parameters.items() for key, value in values.items()}
     context.tracker.open(stage.name, stage.name, parent="sweep", params=flat)
+
+
+def tell(context: Context) -> None:
+    """Sends whatever MLflow is missing of all finished stages."""
+    tracker = context.tracker
+    tracker.sweep_orphans()
+    if not tracker.is_finished("sweep"):
+        tracker.open("sweep", context.settings.name, params=told_apart_by(context.settings))
+        tracker.close("sweep")
+    for stage in STAGES:
+        if (stage.folder(context) / MANIFEST).is_file():
+            send_missing(context, stage)
+    tracker.finish()
 
 
 def send_missing(context: Context, stage: Stage) -> None:

@@ -57,6 +57,8 @@ class Context:
     """Leave the cluster up for the next sweep of this process, which disconnects from it at the end."""
     failures: list[str] = field(default_factory=list)
     """Trials and cells that failed, each with its reason; they are listed at the end."""
+    checked: set[Path] = field(default_factory=set)
+    """Folders of activations that this command has written, or read whole for damage."""
 
     @cached_property
     def space(self) -> Workspace:

@@ -9,35 +9,69 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from jobs.files import is_finished
+from jobs.files import MANIFEST, is_finished
+from jobs.seals import SEAL, files_in
 from jobs.study import keys
 from jobs.study.context import Context
+from jobs.study.workspace import FINETUNED
 
 
 class Stage(NamedTuple):
     """One step of a study, run by `run(context)` in the module of its name; when done, its manifest in `folder` holds
-    `key`."""
+    `key`, and a seal beside that lists what it left: files and folders by their patterns within the sweep's folder."""
 
     name: str
     folder: Callable[[Context], Path]
     key: Callable[[Context], str]
     parameters: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+
+    def files(self, context: Context) -> list[Path]:
+        """Every file that this stage leaves, as far as it is there."""
+        roots = [path for pattern in self.leaves for path in sorted(context.space.folder.glob(pattern))]
+        found = [path for root in roots for path in files_in(root)]
+        own = (self.folder(context) / MANIFEST, self.folder(context) / SEAL)
+        return [path for path in found if path not in own and not (self.name == "data" and "answered" in path.parts)]
+
+    def drop(self, context: Context) -> None:
+        """From now on the stage counts as not done."""
+        for name in (MANIFEST, SEAL):
+            (self.folder(context) / name).unlink(missing_ok=True)
 
     def finished(self, context: Context) -> bool:
         return is_finished(self.folder(context), self.key(context))
 
 
 STAGES = (
-    Stage("data", lambda c: c.space.data, lambda c: keys.data(c.settings), ("data",)),
-    Stage("lora", lambda c: c.space.lora, lambda c: keys.finetuned_check(c.settings), ("model", "lora")),
+    Stage("data", lambda c: c.space.data, lambda c: keys.data(c.settings), ("data",), ("data",)),
+    Stage(
+        "lora",
+        lambda c: c.space.lora,
+        lambda c: keys.finetuned_check(c.settings),
+        ("model", "lora"),
+        ("lora", "data/answered", FINETUNED),
+    ),
     Stage(
         "transcoders",
         lambda c: c.space.transcoders,
         lambda c: keys.transcoders(c.settings, c.layers_of("residual")),
         ("activations", "transcoders"),
+        ("transcoders",),
     ),
-    Stage("deltas", lambda c: c.space.deltas, lambda c: keys.deltas(c.settings, c.delta_groups), ("deltas",)),
-    Stage("evaluate", lambda c: c.space.cells, lambda c: keys.evaluate(c.settings, c.delta_groups), ("evaluate",)),
-    Stage("report", lambda c: c.space.report, lambda c: keys.report(c.settings, c.delta_groups)),
+    Stage(
+        "deltas",
+        lambda c: c.space.deltas,
+        lambda c: keys.deltas(c.settings, c.delta_groups),
+        ("deltas",),
+        ("deltas",),
+    ),
+    Stage(
+        "evaluate",
+        lambda c: c.space.cells,
+        lambda c: keys.evaluate(c.settings, c.delta_groups),
+        ("evaluate",),
+        ("cells", "generations", "checks_*.json"),
+    ),
+    Stage("report", lambda c: c.space.report, lambda c: keys.report(c.settings, c.delta_groups), (), ("report",)),
 )
 NAMES = tuple(stage.name for stage in STAGES)

@@ -21,11 +21,14 @@ from jobs.cluster import environment
 from jobs.errors import WorkFailed
 from jobs.files import MANIFEST, read_json, write_json
 from jobs.progress import clock
-from jobs.study.backfill import open_stage, send_missing, told_apart_by
+from jobs.seals import seal
+from jobs.study.backfill import open_stage, send_missing, tell, told_apart_by
 from jobs.study.context import Context
+from jobs.study.mending import mend
 from jobs.study.mirror import mirrored
 from jobs.study.stage_list import NAMES, STAGES, Stage
 from jobs.study.stages.finetuned import check_models
+from jobs.study.stores import put_aside, untold
 from jobs.study.workspace import SETTINGS
 from search_spaces.schema import Sweep
 
@@ -50,7 +53,11 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
             space.check_space(context.bytes_needed)
         if fresh:
             start_over(context)
+        put_aside(context)
+        mend(context, stages)
         if all(stage.finished(context) for stage in stages):
+            if untold(context):
+                tell(context)
             progress.line("everything is done already; --fresh starts over")
         else:
             context.check_bases()
@@ -92,6 +99,7 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
                 status = "FINISHED"
                 tracker.close("sweep")
                 tracker.finish()
+            seal(stage.folder(context), stage.files(context))
             # The manifest comes last: once all of them exist there is nothing left to do, in MLflow either.
             write_json(stage.folder(context) / MANIFEST, manifest)
     except KeyboardInterrupt:
@@ -113,7 +121,7 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
     started = time.time()
     # From here on everything that depends on this stage is out of date, however this run ends.
     for later in STAGES[NAMES.index(stage.name) :]:
-        (later.folder(context) / MANIFEST).unlink(missing_ok=True)
+        later.drop(context)
     open_stage(context, stage)
     status, seconds = "FAILED", 0.0
     try:

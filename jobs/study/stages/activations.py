@@ -20,7 +20,7 @@ from jobs.study.context import Context
 from jobs.study.stages.work import ModelSpec
 from jobs.study.stages.worker_memory import bridge, exact_paths
 from models.transcoder import CONVENTIONS, GEMMA_SCOPE_TAPS
-from trainers.activations import captured_columns
+from trainers.activations import INDEX, captured_columns, damaged_files, names_in
 from trainers.capture import Plan, finish_capture, layer_folder, read_bos
 
 SPLITS = ("train", "validation")
@@ -111,6 +111,7 @@ def _spec(context: Context, model: Path, precision: str) -> ModelSpec:
 def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key: str) -> Path:
     """Captures every layer that lacks a wanted column."""
     folder = keyed_folder(context.space.activations / name, key)
+    set_damaged_aside(context, [layer_folder(folder / split, layer) for split in wanted for layer in wanted[split]])
     missing = {
         split: {
             layer: columns
@@ -120,9 +121,10 @@ def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key:
         for split, layers in wanted.items()
     }
     for split, layers in missing.items():
-        for layer in layers:  # its shards may hold other columns
-            if captured_columns(layer_folder(folder / split, layer)):
-                shutil.rmtree(layer_folder(folder / split, layer))
+        for layer, columns in layers.items():  # its shards may hold other columns
+            there = layer_folder(folder / split, layer)
+            if any(not columns <= names_in(shard) for shard in there.glob("*.safetensors")):
+                shutil.rmtree(there)
     tasks = [
         ShardTask(text, shard, model, str(context.model), str(folder), tuple(missing[text.split].items()))
         for text in _texts(context)
@@ -139,6 +141,24 @@ def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key:
         layers = missing.get(text.split, {})
         finish_capture(plan_of(text), layers, folder / text.split, CONVENTIONS[model.convention])
     return folder
+
+
+def set_damaged_aside(context: Context, folders: list[Path]) -> None:
+    """Deletes damaged shards that an earlier command left in these folders, so that they are made again: workers read
+    all of them, once for each command."""
+    unread = [folder for folder in folders if folder.is_dir() and folder not in context.checked]
+    context.checked |= set(folders)
+    if not unread:
+        return
+    for outcome in context.pool.run(damaged_files, unread, context.settings.compute.max_retries):
+        if outcome.error:
+            raise WorkFailed(f"{outcome.task} could not be checked: {outcome.error}")
+        for path in outcome.result:
+            shown = path.relative_to(context.space.folder)
+            context.progress.line(f"  {shown} {'is damaged' if path.exists() else 'is missing'}: made again")
+            path.unlink(missing_ok=True)
+        if outcome.result:
+            (outcome.task / INDEX).unlink(missing_ok=True)
 
 
 def capture_task(task: ShardTask) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from data.rows import slug
 from jobs.files import write_json
+from jobs.seals import sha256_of
 from jobs.study.stages.work import SitePlan, Work
 from jobs.study.stages.worker_memory import exact_paths, paths, reference
 from jobs.study.stages.worker_sites import cell_file, kept_passes, load_sites, plain_passes
@@ -155,6 +156,12 @@ def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: l
     layers = [plan.layer for plan in work.sites]
     name = work.cell_name(condition, alpha)
     place = {"layers": layers, "condition": condition, "alpha": alpha, "subset": work.subset}
+    lines = [json.dumps({**place, **{k: v for k, v in one.items() if k != "seconds"}}) for one in texts]
+    path = generations_folder(work) / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.write_text("\n".join(lines) + "\n")
+    beside.replace(path)
     cell = {
         "kind": "width" if work.kind == "width" else "behaviour",
         **place,
@@ -166,14 +173,9 @@ def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: l
         "seconds": texts[0]["seconds"] if texts else 0.0,
         "key": work.key,
         "behaviours": [*work.shared.behaviours, AGREES],
+        "generations": sha256_of(path),
         "rows": figures,
     }
-    lines = [json.dumps({**place, **{k: v for k, v in one.items() if k != "seconds"}}) for one in texts]
-    path = generations_folder(work) / f"{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text("\n".join(lines) + "\n")
-    beside.replace(path)
     write_json(cell_file(work, name), cell)
     return name
 

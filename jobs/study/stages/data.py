@@ -14,7 +14,7 @@ from data.rows import Row, read_rows, slug
 from data.user_files import SPLITS
 from evaluators.measures.behaviours import subsets_of
 from jobs.errors import RequestError, WorkFailed
-from jobs.files import read_json
+from jobs.files import read_json, write_json
 from jobs.study.context import Context
 from jobs.study.stages.finetuned import check_rows_encode
 
@@ -24,6 +24,7 @@ def run(context: Context) -> dict[str, Any]:
     options = settings.model_dump(exclude={"columns", "format"})
     options["reading"] = _reading(context) if asks_the_model(context) else Reading()
     report = build_dataset(context.space.data, DataOptions(seed=context.settings.seed, **options))
+    write_json(context.space.data / REPORT, report)  # the same, with a checksum of its own
     _say(context, report)
     check_labels(context)
     for split in SPLITS:

@@ -2,7 +2,8 @@
 
 In: the finetuned model, the un-finetuned one, the bases and text. Out: for every group, `deltas/layer_LL/change/dNNN/`
 or `deltas/layer_LL/pP/dNNN/`, the trials' `trial_NNNN/{delta.safetensors,config.json,result.json}` and `best.json`;
-`deltas/layer_LL/pP/residual/` holds the errors of a base, computed once; `polish` may add `deltas/polished/`.
+`deltas/layer_LL/pP/residual/` holds the errors of a base, computed once, and `base_error.json` beside it how large they
+are; `polish` may add `deltas/polished/`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from jobs.cluster import environment
 from jobs.errors import WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json, write_json
+from jobs.seals import seal
 from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.grounds import error_name, grounds_of
-from jobs.study.stages.activations import capture_base, capture_finetuned
+from jobs.study.stages.activations import capture_base, capture_finetuned, set_damaged_aside
 from jobs.study.stages.polish import polish_widths
 from jobs.study.stages.transcoders import chosen_base, root
+from trainers.activations import INDEX
 
 if TYPE_CHECKING:
     from models.transcoder import Taps
@@ -174,6 +177,7 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
         delta = trained.deltas[index] if at_bos is None else with_bos(trained.deltas[index], at_bos)
         write_delta(delta, replica_folder(Path(config["folder"]), rank), facts)
     keeper.forget()
+    seal(Path(config["folder"]))
     return trained.figures
 
 
@@ -185,7 +189,8 @@ def replica_folder(trial: Path, rank: int) -> Path:
 def compute_residual(task: ResidualTask) -> None:
     """Writes y - base(x) of both splits in bf16, one shard for each shard of the activations.
 
-    The manifest holds the base's error on held-out text, as a share of the output's variance, in both models' streams.
+    The manifest, and `base_error.json` beside the folder, hold the base's error on held-out text, as a share of the
+    output's variance, in both models' streams.
     """
     import torch
 
@@ -214,6 +219,7 @@ def compute_residual(task: ResidualTask) -> None:
             facts["change_share"] = captured and mean_square(read_pairs(source, ("change",))) / facts["variance"]
     before = read_pairs(layer_folder(Path(task.unfinetuned), task.layer))
     facts["val_fvu_base_unfinetuned"] = fraction_unexplained(base, before)
+    write_json(Path(task.folder).parent / "base_error.json", {"key": task.key, **facts})
     finish_folder(Path(task.folder), task.key, facts)
 
 
@@ -244,11 +250,16 @@ def read_residuals(activations: Path, residual: Path, layer: int, taps: Taps) ->
 
 def _residuals(context: Context, activations: Path) -> None:
     missing = []
+    parts = ("residual/train", "residual/validation")
+    held = [one for part in parts for one in sorted(context.space.deltas.glob(f"*/*/{part}"))]
+    set_damaged_aside(context, held)
     for layer in context.layers_of("residual"):
         for ground in grounds_of(context.settings.deltas, "residual"):
             key = keys.delta_data(context.settings, layer, ground)
             folder = context.space.deltas / f"layer_{layer:02d}" / ground.label / "residual"
-            if not is_finished(keyed_folder(folder, key), key):
+            known = (read_json(folder.parent / "base_error.json") or {}).get("key") == key
+            whole = all((folder / split / INDEX).is_file() for split in ("train", "validation"))
+            if not (is_finished(keyed_folder(folder, key), key) and known and whole):
                 missing.append((layer, chosen_base(context, layer, ground.percentile), folder, key))
     if not missing:
         return

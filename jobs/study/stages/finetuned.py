@@ -19,6 +19,7 @@ from evaluators.splice.limits import Limits
 from jobs.errors import RequestError, WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, key_of, keyed_folder, read_json, write_json
+from jobs.seals import seal
 from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.workspace import FINETUNED
@@ -176,6 +177,7 @@ def merge_and_check(task: Task) -> None:
         model, tokenizer = load_model(Path(task.base), torch.float32)
         merge(model, Path(task.adapter)).save_pretrained(task.finetuned)
         tokenizer.save_pretrained(task.finetuned)
+        seal(Path(task.finetuned))
     # Read back from disk, as every later stage reads it.
     finetuned, tokenizer = load_model(Path(task.finetuned), torch.float32, task.device)
     found: dict[str, Any] = {"key": task.key}
@@ -215,6 +217,7 @@ def _answer(task: Task, model: Any, tokenizer: Any) -> dict[str, int]:
             counts["made"] += len(bare)
             counts["cut"] += sum(answer.cut for answer in said)
         write_rows(beside / f"{split}.jsonl", rows)
+    seal(beside)
     shutil.rmtree(task.answered, ignore_errors=True)
     beside.rename(task.answered)
     return counts

@@ -14,6 +14,7 @@ from typing import Any
 from jobs.cluster import environment
 from jobs.errors import WorkFailed
 from jobs.files import key_of, keyed_folder, write_json
+from jobs.seals import Listed, listed, seal
 from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.stages import finetuned
@@ -93,8 +94,14 @@ def _search(context: Context) -> dict[str, Any]:
         raise WorkFailed("every LoRA trial failed: " + "; ".join(str(one["reason"]) for one in results))
     write_json(folder / "best.json", best)
     adapter = folder / f"trial_{best['trial']:04d}" / "adapter"
-    figures = finetuned.make(context, adapter, key_of(best["trial"], best["started"]))
+    made_of = {str(path.relative_to(adapter)): one.sha256 for path, one in adapter_files(adapter).items()}
+    figures = finetuned.make(context, adapter, key_of(made_of))
     return {"best_trial": best["trial"], "val_loss": best["value"], "params": best["params"], **figures}
+
+
+def adapter_files(adapter: Path) -> dict[Path, Listed]:
+    """What a trial's adapter consists of, as the trial listed it."""
+    return {path: one for path, one in listed(adapter.parent).items() if path.is_relative_to(adapter)}
 
 
 def _max_validations(context: Context) -> int:
@@ -116,10 +123,13 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     """
     environment.prepare()
     if config["workers"] == 1:
-        return train(config, report)
-    from jobs.search.several_workers import train_together
+        found = train(config, report)
+    else:
+        from jobs.search.several_workers import train_together
 
-    return train_together(train, config)
+        found = train_together(train, config)
+    seal(Path(config["folder"]))
+    return found
 
 
 def train(config: dict[str, Any], report: Any) -> dict[str, Any]:

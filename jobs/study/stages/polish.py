@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from jobs.errors import WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json
+from jobs.seals import seal, sealed_hash
 from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup, Ground
@@ -53,7 +54,7 @@ def polish_widths(context: Context) -> dict[str, Any]:
             for group, best in zip(groups, kept, strict=True)
             if best is not None
         ]
-        lineage = [(one.parent.name, one.name, read_json(one.parent / "key.json")) for one in folders]
+        lineage = [sealed_hash(one / "delta.safetensors") for one in folders]
         key = keys.polished(context.settings, lineage)
         folder = keyed_folder(polished_folder(context, d_new), key)
         if not is_finished(folder, key):
@@ -121,6 +122,7 @@ def polish_width(task: PolishTask) -> None:
         facts = {"target": "change", "d_new": len(delta.threshold) - 1, "polished": done.figures}
         write_delta(delta, folder / f"layer_{layer:02d}", facts)
     keeper.forget()
+    seal(folder)
     before = done.history[0]
     figures = {**done.figures, "val_kl_before": before["val_kl"], "val_l0_before": before["val_l0"]}
     seconds = time.perf_counter() - started

@@ -21,7 +21,7 @@ from jobs.study.stages.evaluate import checks_file
 from jobs.study.stages.finetuned import VALIDATION_FILE
 from jobs.study.stages.lora import STAGE as LORA
 from jobs.study.stages.lora import study_name
-from jobs.study.stages.transcoders import chosen_base, root
+from jobs.study.stages.transcoders import chosen_base
 from jobs.study.workspace import SETTINGS
 
 if TYPE_CHECKING:
@@ -99,12 +99,15 @@ def lora_trials(context: Context) -> list[dict[str, Any]]:
 def base_transcoders(context: Context) -> list[dict[str, Any]]:
     """One row for each (layer, percentile): the base that was chosen, and its figures if it was trained here."""
     rows = []
+    here = context.settings.transcoders.source == "train"
     for layer in context.layers_of("residual"):
+        manifest = read_json(context.space.transcoders / f"layer_{layer}" / MANIFEST) if here else None
+        trained = {one["path"]: one for one in manifest["bases"]} if manifest else {}
         for percentile in context.settings.deltas.selections:
             base = chosen_base(context, layer, percentile)
-            trained = read_json(Path(root(context)) / base.path / "config.json") or {}
             names = ("target_l0", "val_l0", "val_fvu", "dead_fraction", "revived", "tokens")
-            figures = {name: trained[name] for name in names if name in trained}
+            known = trained.get(base.path, {})
+            figures = {name: known[name] for name in names if name in known}
             rows.append({"layer": layer, "percentile": percentile, "path": base.path, **figures})
     return rows
 
@@ -141,8 +144,8 @@ def delta_trials(context: Context) -> list[dict[str, Any]]:
 
 def _before(context: Context, group: DeltaGroup) -> float | None:
     """What the base under a residual delta leaves of the un-finetuned model's output on held-out text."""
-    folder = (context.space.deltas / group.name).parent / "residual"
-    return (read_json(folder / MANIFEST) or {}).get("val_fvu_base_unfinetuned")
+    found = read_json((context.space.deltas / group.name).parent / "base_error.json")
+    return (found or {}).get("val_fvu_base_unfinetuned")
 
 
 def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:

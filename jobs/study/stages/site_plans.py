@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jobs.errors import WorkFailed
 from jobs.files import key_of, read_json
+from jobs.seals import sealed_hash
 from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup, Ground, error_name, grounds_of
@@ -87,11 +88,8 @@ def polished_folder(context: Context, d_new: int) -> Path:
 
 
 def lineage(context: Context, sites: tuple[SitePlan, ...]) -> list[Any]:
-    """What the sites' weights depend on, without the paths of this machine."""
-    return [
-        (site.layer, site.candidate, Path(site.delta).name, read_json(Path(site.delta).parent / "key.json"))
-        for site in sites
-    ]
+    """What the sites' weights are, without the paths of this machine."""
+    return [(site.layer, site.candidate, sealed_hash(Path(site.delta) / "delta.safetensors")) for site in sites]
 
 
 def evaluation_settings(context: Context) -> list[Any]:

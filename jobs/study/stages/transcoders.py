@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from jobs.errors import WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json
+from jobs.seals import seal
 from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.stages.activations import capture_base
@@ -98,6 +99,7 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
         path = folder / width_label(section["width"]) / name
         write(one.transcoder, path, one.facts)
         facts.append({"layer": task.layer, "path": str(path.relative_to(folder.parent)), **one.facts})
+    seal(folder)
     finish_folder(folder, task.key, {"bases": facts, "seconds": time.perf_counter() - started})
     return {"layer": task.layer, "bases": facts}
 

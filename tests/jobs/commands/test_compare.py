@@ -14,6 +14,8 @@ from jobs.commands import compare as command
 from jobs.commands.compare import Sources, compare
 from jobs.commands.reports import TABLES
 from jobs.errors import RequestError
+from jobs.files import finish
+from jobs.seals import seal
 from tests.evaluators.compared import SETTINGS, made
 
 
@@ -22,10 +24,12 @@ def write(root: Path, name: str, seed: int = 0, **tables: float) -> Path:
     folder = root / "sweeps" / name
     report = folder / "report"
     report.mkdir(parents=True)
-    (folder / "sweep.yaml").write_text(yaml.safe_dump(SETTINGS | {"name": name, "seed": seed}))
-    (report / "manifest.json").write_text(json.dumps({"key": "abc"}))
+    for path in (folder, report):
+        (path / "sweep.yaml").write_text(yaml.safe_dump(SETTINGS | {"name": name, "seed": seed}))
     for table, file in zip(made(**tables), TABLES, strict=True):
         table.to_csv(report / f"{file}.csv", index=False)
+    seal(report)
+    finish(report, "abc", {})
     return folder
 
 
@@ -73,6 +77,7 @@ def test_without_a_curve_or_strengths_the_rest_is_compared(root: Path) -> None:
     report = root / "sweeps" / "s0" / "report"
     (report / "few_features.csv").unlink()
     (report / "exp2B_metrics.csv").write_text((report / "exp2B_metrics.csv").read_text().splitlines()[0] + "\n")
+    seal(report)
     found = compare(Sources(["s0", "s1"], [str(root)]))
     assert len(found.notes) == 1
     assert "s0 has no strengths" in found.notes[0]
@@ -97,12 +102,20 @@ def put(name: str, text: str) -> Callable[[Path], None]:
 def only_residual(folder: Path) -> None:
     path = folder / "report" / "gaps.csv"
     path.write_text(path.read_text().replace("change,", "residual,"))
+    seal(path.parent)
+
+
+def another_figure(folder: Path) -> None:
+    path = folder / "report" / "gaps.csv"
+    path.write_text(path.read_text().replace("2.0,1.9", "2.5,1.9"))
 
 
 DAMAGE = {
     "no report": (lambda folder: (folder / "report" / "manifest.json").unlink(), ["s1", "is not finished", "sweep"]),
-    "failed cells": (put("report/manifest.json", '{"key": "incomplete"}'), ["s1", "failed", "run its `sweep`"]),
-    "manifest": (put("report/manifest.json", "{"), ["manifest.json cannot be read", "`report` command"]),
+    "failed cells": (lambda folder: finish(folder / "report", "incomplete", {}), ["s1", "failed", "run its `sweep`"]),
+    "manifest": (put("report/manifest.json", "{"), ["manifest.json does not hold what was written", "makes it again"]),
+    "no list": (lambda folder: (folder / "report/files.json").unlink(), ["sweep.yaml is not listed", "makes it again"]),
+    "another figure": (another_figure, ["gaps.csv does not hold what was written to it", "edited by hand"]),
     "no table": (lambda folder: (folder / "report" / "gaps.csv").unlink(), ["no gaps.csv", "`report` command"]),
     "empty table": (put("report/recovered.csv", ""), ["recovered.csv cannot be read as a table"]),
     "ragged table": (put("report/gaps.csv", "a,b\n1,2,3\n4,5,6,7\n"), ["gaps.csv"]),
@@ -112,8 +125,8 @@ DAMAGE = {
     "cut conditions": (cut("exp2A_metrics"), ["exp2A_metrics.csv", "empty in some rows"]),
     "cut strengths": (cut("exp2B_metrics"), ["exp2B_metrics.csv", "empty in some rows"]),
     "words": (put("report/few_features.csv", "subset,k,recovered\ntool,1,much\n"), ["recovered must hold numbers"]),
-    "settings": (put("sweep.yaml", "a: [1"), ["sweep.yaml cannot be read as YAML"]),
-    "a list": (put("sweep.yaml", "- 1\n"), ["sweep.yaml does not hold a sweep's settings"]),
+    "settings": (put("report/sweep.yaml", "a: [1"), ["sweep.yaml cannot be read as YAML"]),
+    "a list": (put("report/sweep.yaml", "- 1\n"), ["sweep.yaml does not hold a sweep's settings"]),
     "no change deltas": (only_residual, ["s1", "has no change deltas", "deltas.targets"]),
 }
 

@@ -52,7 +52,8 @@ def test_a_lost_storage_is_rebuilt_from_the_files(tmp_path: Path, unfinished: in
 
     again = Study(group(tmp_path), open_storage(None, tmp_path / "second"))
     assert again.finished == len(STATES) - 1
-    assert again.unfinished == []
+    assert [trial.number for trial in again.unfinished] == [5] * unfinished
+    assert [trial.params for trial in again.unfinished] == [study._study.trials[5].params] * unfinished
     before, after = study._study.trials, again._study.trials
     assert [trial.number for trial in after] == [trial.number for trial in before]
     told = [trial.number for trial in before if trial.state.is_finished()]
@@ -61,6 +62,22 @@ def test_a_lost_storage_is_rebuilt_from_the_files(tmp_path: Path, unfinished: in
         assert one.intermediate_values == other.intermediate_values
     if not unfinished:  # what is proposed next is what would have been proposed
         assert again.ask().params == study.ask().params
+
+
+@pytest.mark.parametrize("storage", ["kept", "lost"])
+def test_a_trial_whose_file_is_gone_is_run_again_under_its_number(tmp_path: Path, storage: str) -> None:
+    study = Study(group(tmp_path), open_storage(None, tmp_path))
+    for state in STATES:
+        finish(study, tmp_path, state)
+    (tmp_path / "results" / "trial_0001" / "result.json").unlink()
+
+    again = Study(group(tmp_path), open_storage(None, tmp_path if storage == "kept" else tmp_path / "second"))
+    (trial,) = again.unfinished
+    assert (trial.number, trial.params) == (1, study._study.trials[1].params)
+    again.report(trial, 0.5, step=1)
+    again.tell(trial, {"state": COMPLETE, "value": 0.5, "figures": {}})
+    assert len(again._study.trials) == len(STATES)
+    assert again._study.trials[1].state.is_finished()
 
 
 def test_a_storage_that_knows_more_than_the_files_is_left_alone(tmp_path: Path) -> None:

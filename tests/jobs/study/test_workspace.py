@@ -36,9 +36,9 @@ def test_a_manifest_counts_for_its_key(tmp_path: Path) -> None:
 
 
 def test_a_replaced_file_leaves_nothing_beside(tmp_path: Path) -> None:
-    write_json(tmp_path / "value.json", 1)
-    write_json(tmp_path / "value.json", 2)
-    assert read_json(tmp_path / "value.json") == 2
+    write_json(tmp_path / "value.json", {"a": 1})
+    write_json(tmp_path / "value.json", {"a": 2})
+    assert read_json(tmp_path / "value.json") == {"a": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
     assert read_json(tmp_path / "absent.json") is None
 

@@ -1,0 +1,55 @@
+"""Reads every file of a sweep and says which are not as they were left.
+
+In: a `Context`. Out: a line for each damaged file, and how many were read; nothing is changed.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from jobs.errors import RequestError, WorkFailed
+from jobs.progress import clock
+from jobs.seals import Damage
+from jobs.study.context import Context
+from jobs.study.mending import find
+from jobs.study.stage_list import STAGES
+from jobs.study.stores import problems
+from trainers.activations import damaged_files
+
+
+def verify(context: Context) -> None:
+    """Raises WorkFailed where something is damaged, RequestError where there is no sweep, or it is running."""
+    space, started = context.space, time.monotonic()
+    if not space.folder.is_dir():
+        raise RequestError(f"there is no sweep {space.name} under {space.root}")
+    with space.locked():
+        files = [path for stage in STAGES for path in stage.files(context)]
+        shards = sorted({path.parent for path in space.folder.rglob("*.safetensors") if _is_cache(path)})
+        sizes = {path: path.stat().st_size for path in files}
+        sizes |= {folder: sum(one.stat().st_size for one in folder.iterdir()) for folder in shards}
+        found = [Damage(*one) for one in problems(context).items()]
+        with context.progress.bar("verify", len(sizes), "files", sum(sizes.values()) or 1) as bar:
+
+            def seen(path: Path) -> None:
+                if path in sizes:
+                    bar.advance(1, sizes.pop(path) or 1)
+
+            found += [one for _, one in find(context, seen=seen)]
+            for folder in shards:
+                found += [Damage(path, "does not hold what was written to it") for path in damaged_files(folder)]
+                seen(folder)
+        for one in found:
+            shown = one.path.relative_to(space.root if one.path.parent == space.root else space.folder)
+            context.progress.line(f"  {shown} {one.why}")
+    read = f"{len(files)} files and {len(shards)} folders of activations in {clock(time.monotonic() - started)}"
+    if found:
+        raise WorkFailed(
+            f"{len(found)} of {space.name}'s files are damaged, missing or not its own ({read}); its `sweep` command "
+            "moves such files to set_aside/ and makes what is missing again"
+        )
+    context.progress.line(f"all of {space.name} is as it was written: {read}")
+
+
+def _is_cache(path: Path) -> bool:
+    return "activations" in path.parts or "residual" in path.parts

@@ -1,0 +1,138 @@
+"""Damaged files of a sweep: finds them, and makes room for them to be made again.
+
+In: a `Context` whose sweep is not running. Out: what is damaged, missing, edited or added by hand, file by file; such
+files are moved to `set_aside/` in the sweep's folder, and what they belong to (a trial, a model, a cell) counts as not
+done, so that the stages make exactly that again. What is made again has the same bits, so what followed from it stays;
+deltas, cells and the finetuned model are known by their hashes, so what followed from other bits does not.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from jobs.errors import DamagedFileError
+from jobs.files import KEY, MANIFEST, read_json
+from jobs.seals import SEAL, SMALL, Damage, Seen, damage, listed, sha256_of
+from jobs.study.context import Context
+from jobs.study.stage_list import STAGES, Stage
+from jobs.study.stages.finetuned import VALIDATION_FILE
+from jobs.study.workspace import FINETUNED, START
+
+ASIDE = "set_aside"
+ADDED = "was not written by this sweep"
+UNITS = (
+    *("data/answered", "lora/trial_*", "lora/merged", "transcoders/layer_*"),
+    *("deltas/*/*/residual", "deltas/*/*/d*/trial_*", "deltas/polished/d*"),
+)
+"""Folders that are made as a whole."""
+JSON_FILES = (
+    *(KEY, MANIFEST, SEAL, START, FINETUNED, VALIDATION_FILE),
+    *("result.json", "best.json", "base_error.json", "cells/*.json", "checks_*.json"),
+)
+"""Files that hold their own checksums."""
+
+
+def mend(context: Context, stages: tuple[Stage, ...]) -> None:
+    """Names every damaged file in a line, and leaves the sweep as if those pieces of work had never been done.
+
+    Sizes are compared, and hashes of small files; where any of `stages` has work left, which may read the large ones,
+    the hashes of all.
+    """
+    for most_bytes in (SMALL, math.inf):
+        for stage, one in list(find(context, most_bytes)):
+            _set_aside(context, stage, one)
+        if all(stage.finished(context) for stage in stages):
+            return
+
+
+def find(
+    context: Context, most_bytes: float = math.inf, seen: Seen = lambda path: None
+) -> Iterator[tuple[Stage | None, Damage]]:
+    """What is damaged, each with the stage that left it; files above `most_bytes` are not read. `seen` is called after
+    each file."""
+    space = context.space
+    caches = [*space.activations.glob(f"*/{KEY}"), *space.deltas.glob("*/*/residual/*.json")]
+    yield from ((None, one) for path in (space.folder / START, *sorted(caches)) if (one := _json(path)))
+    for stage in STAGES:
+        folder = stage.folder(context)
+        if broken := _json(folder / MANIFEST):
+            yield stage, broken
+        elif (folder / MANIFEST).is_file():
+            yield from ((stage, one) for one in _of_finished(stage.files(context), folder, most_bytes, seen))
+        elif stage.name not in MADE_WHOLE:
+            yield from ((stage, one) for one in _of_unfinished(stage.files(context), most_bytes, seen))
+
+
+MADE_WHOLE = ("data", "report")
+"""Stages that are made from the start wherever they are not finished."""
+
+
+def _of_finished(files: list[Path], folder: Path, most_bytes: float, seen: Seen) -> Iterator[Damage]:
+    """Of a stage whose seal lists everything that it left."""
+    try:
+        known = listed(folder)
+    except DamagedFileError as error:
+        yield Damage(error.path, error.why)
+        return
+    yield from damage(folder, most_bytes, seen)
+    yield from (Damage(path, ADDED) for path in files if path not in known)
+
+
+def _of_unfinished(files: list[Path], most_bytes: float, seen: Seen) -> Iterator[Damage]:
+    """Of a stage that was stopped: files with checksums of their own, and what the seals of its parts list."""
+    for path in files:
+        is_json = any(path.match(pattern) for pattern in JSON_FILES)
+        if broken := _json(path) if is_json else None:
+            yield broken
+        elif path.name == SEAL:
+            yield from damage(path.parent, most_bytes, seen)
+        elif _needs_seal(path) and not (path.parent / SEAL).is_file():
+            yield Damage(path.parent / SEAL, "is missing")
+        elif path.parent.name == "cells" and (known := read_json(path).get("generations")):
+            texts = path.parents[1] / "generations" / f"{path.stem}.jsonl"
+            if not texts.is_file() or sha256_of(texts) != known:
+                yield Damage(texts, "does not hold what was written to it" if texts.is_file() else "is missing")
+
+
+def _needs_seal(path: Path) -> bool:
+    """Whether the file says that the work in its folder is done."""
+    if path.name == "result.json":
+        return read_json(path)["state"] == "COMPLETE"
+    return path.name == MANIFEST and any(path.parent.match(pattern) for pattern in UNITS)
+
+
+def _json(path: Path) -> Damage | None:
+    """What is wrong with a file that holds its own checksum."""
+    try:
+        read_json(path)
+    except DamagedFileError as error:
+        return Damage(error.path, error.why)
+    return None
+
+
+def _set_aside(context: Context, stage: Stage | None, one: Damage) -> None:
+    """Moves the file away and deletes what is made together with it."""
+    folder = context.space.folder
+    shown, moved = one.path.relative_to(folder), ""
+    if one.path.exists():
+        to = folder / ASIDE / shown
+        to.parent.mkdir(parents=True, exist_ok=True)
+        one.path.replace(to)
+        moved = f"; moved to {to.relative_to(folder)}"
+    if one.why == ADDED:
+        context.progress.line(f"  {shown} {one.why}{moved}")
+        return
+    context.progress.line(f"  {shown} {one.why}: damaged, or edited by hand{moved}")
+    if one.path.name == KEY:
+        shutil.rmtree(one.path.parent)
+    for up in shown.parents:
+        if any(up.match(pattern) for pattern in UNITS):
+            shutil.rmtree(folder / up, ignore_errors=True)
+    if one.path.parent in (context.space.cells, context.space.generations):
+        (context.space.cells / f"{one.path.stem}.json").unlink(missing_ok=True)
+        (context.space.generations / f"{one.path.stem}.jsonl").unlink(missing_ok=True)
+    if stage is not None:
+        stage.drop(context)

@@ -1,0 +1,86 @@
+"""Damaged files of a finished sweep are named and made again; commands that need one say so in a sentence.
+
+`python -m tests.end_to_end.damage` tries every kind of file, folder by folder.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jobs.cli.options import context_of
+from jobs.study.mending import find
+from tests.end_to_end.conftest import SMALL, together
+from tests.end_to_end.damage import LOGS, WAYS, Tried, check_mended, copied, garbled, is_cache, kinds, tables
+
+
+@pytest.mark.long("a sweep that makes again one file of every kind, damaged in each of four ways", minutes=5)
+@pytest.mark.timeout(900)
+def test_one_file_of_every_kind(seeds, tmp_path: Path) -> None:
+    chance = random.Random(0)
+    expected = tables(seeds.root / "sweeps/tiny-s0")
+    for way in WAYS:
+        root = copied(seeds.root, tmp_path / way.__name__)
+        (root / "sweeps/tiny-s0").rename(root / "sweeps/tiny")
+        here = kinds(root / "sweeps/tiny").items()
+        lists = ("files.json", "manifest.json")  # without them the others cannot all be named
+        tried = [Tried(chance.choice(paths), way) for kind, paths in here if not kind.endswith(lists)]
+        tried = [one for one in tried if not is_cache(one.path)]
+        check_mended(root, tried, ("tiny", f"storage.root={root}", *SMALL), expected)
+
+
+@pytest.fixture(scope="module")
+def changed(finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished sweep whose files are damaged and restored."""
+    return copied(finished[0], tmp_path_factory.mktemp("changed") / "root")
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_changed_bytes_go_unnoticed(changed: Path, data: st.DataObject) -> None:
+    sweep = changed / "sweeps/tiny"
+    held = sorted(path for path in sweep.rglob("*") if path.is_file() and path.name not in LOGS and not is_cache(path))
+    path = data.draw(st.sampled_from(held))
+    before = path.read_bytes()
+    first = data.draw(st.integers(0, max(len(before) - 1, 0)))
+    there = before[first : first + data.draw(st.integers(1, 64))]
+    put = data.draw(st.binary(max_size=64).filter(lambda put: put != there))
+    try:
+        path.write_bytes(before[:first] + put + before[first + len(there) :])
+        found = [one.path for _, one in find(context_of("tiny", [f"storage.root={changed}"]))]
+    finally:
+        path.write_bytes(before)
+    assert path in found
+
+
+NEEDED = {
+    ("probe", "tiny", "--prompt", "2 + 2"): ("lora/merged/model.safetensors", "deltas/*/change/*/trial_*/config.json"),
+    ("chat", "tiny", "--alpha", "1"): ("lora/merged/config.json", "deltas/*/change/*/trial_*/delta.safetensors"),
+    ("export", "tiny", "--to", "TO"): ("deltas/*/change/*/best.json", "deltas/*/change/*/trial_*/delta.safetensors"),
+    ("export", "tiny", "--to", "TO", "--deltas", "residual"): ("transcoders/layer_*/*/*/params.npz",),
+    ("features", "tiny"): ("cells/manifest.json", "cells/curve_*.json"),
+    ("status", "tiny"): ("lora/manifest.json",),
+    ("plan", "tiny"): ("cells/manifest.json",),
+}
+
+
+def test_a_command_that_needs_a_damaged_file_says_so(own: Path, tmp_path: Path) -> None:
+    asked = [(command, pattern) for command, patterns in NEEDED.items() for pattern in patterns]
+    for command, pattern in asked:
+        held = {path: path.read_bytes() for path in (own / "sweeps/tiny").glob(pattern)}
+        assert held, pattern
+        for path in held:
+            garbled(path)
+        words = [str(tmp_path / "out") if word == "TO" else word for word in command]
+        (done,) = together((*words, f"storage.root={own}"))
+        for path, before in held.items():
+            path.write_bytes(before)
+        assert done.returncode == 2, (command, pattern, done.stdout, done.stderr)
+        (line,) = done.stderr.strip().splitlines()
+        assert any(str(path) in line for path in held), line
+        assert "it is damaged, or was edited by hand" in line

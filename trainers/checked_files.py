@@ -1,0 +1,54 @@
+"""Safetensors files that can tell whether they are damaged: the header holds a hash of the tensors.
+
+In: tensors by name and text by name. Out: a file written under a temporary name and renamed, and whether a file still
+holds what was written. Used for what is written often and read by workers: activations and checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+HASH = "sha256"
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> None:
+    """Saves both in one file, the tensors as they are on the CPU."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    texts = dict(texts or {})
+    save_file(whole, beside, metadata={**texts, HASH: _hash(whole.items(), texts)})
+    beside.replace(path)
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the file holds what `save` wrote; reads all of it, a tensor at a time."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            texts = dict(file.metadata() or {})
+            names = list(file.keys())  # a safe_open handle is not a mapping
+            return texts.pop(HASH, None) == _hash(((name, file.get_tensor(name)) for name in names), texts)
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return False
+
+
+def _hash(tensors: Iterable[tuple[str, Tensor]], texts: Mapping[str, str]) -> str:
+    """Of names, types, shapes and bytes, and of the texts; in whatever order they come."""
+    parts = [
+        f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(_bytes(tensor)).hexdigest()}"
+        for name, tensor in tensors
+    ]
+    parts += [f"{name}={text}" for name, text in texts.items()]
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
