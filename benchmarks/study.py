@@ -1,11 +1,11 @@
 """Several sweeps of search_spaces/study.yaml side by side: from their reports to small tables and pictures.
 
     python -m benchmarks.study collect [--root mlruns]
-    python -m benchmarks.study show
+    python -m benchmarks.study write
 
-In: the finished sweeps `study-sN` (adapters on the MLPs alone) and `study-all-sN` (on all linear layers), N the seed.
-Out: `collect` writes `docs/study/*.csv`, a row for each adapter and figure, and pictures beside them; `show` prints the
-tables that follow from these files, as Markdown.
+In: the finished sweeps `study-sN` (adapters on the MLPs alone) and `study-all-sN` (on all linear layers), N the seed,
+and `study-polish-sN` where there is one. Out: `collect` writes `docs/study/*.csv`, a row for each adapter and figure,
+and pictures beside them; `write` puts the tables that follow from these files into `docs/study.md`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
+from benchmarks.study_polish import polish
 from evaluators.tables.recovery import widest_set
 
-FOLDER = Path(__file__).parents[1] / "docs" / "study"
+PAGE = Path(__file__).parents[1] / "docs" / "study.md"
+FOLDER = PAGE.with_suffix("")
+MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
+"""In the page, around each table."""
 ADAPTERS = {"MLPs": "study", "all linear": "study-all"}
 COLUMNS = ["adapter", "seed", "subset", "what", "value", "low", "high"]
 DIGITS = 5
@@ -186,6 +190,14 @@ def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")
             for row in make(report)
         ]
         pd.DataFrame(rows, columns=COLUMNS).round(DIGITS).to_csv(FOLDER / f"{name}.csv", index=False)
+    pairs = {
+        one: (report.parent, other)
+        for one, report in found.items()
+        if (other := report.parent.with_name(report.parent.name.replace("-s", "-polish-s"))).is_dir()
+    }
+    rows = [{"adapter": one[0], "seed": one[1], **row} for one, pair in pairs.items() for row in polish(*pair)]
+    if rows:
+        pd.DataFrame(rows, columns=COLUMNS).round(DIGITS).to_csv(FOLDER / "polish.csv", index=False)
     cards = [read(report, "features").assign(adapter=adapter, seed=seed) for (adapter, seed), report in found.items()]
     few_columns = ["adapter", "seed", "layer", "feature", "rank", "at_bos", "promoted"]
     table = pd.concat(cards)
@@ -196,15 +208,19 @@ def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")
 
 
 @app.command()
-def show() -> None:
-    """Prints the tables."""
-    from benchmarks.study_tables import TABLES
-
+def write() -> None:
+    """Puts the tables into the page."""
     if not FOLDER.is_dir():
         typer.echo(f"error: there is no {FOLDER}; run `collect` first", err=True)
         raise typer.Exit(2)
-    for name, make in TABLES.items():
-        typer.echo(f"{name}\n\n{make(FOLDER)}\n")
+    PAGE.write_text(with_tables(PAGE.read_text()))
+
+
+def with_tables(page: str) -> str:
+    """The page with every table as it follows from the files."""
+    from benchmarks.study_tables import TABLES
+
+    return MARKED.sub(lambda found: f"{found[1]}{found[2]}\n{TABLES[found[1]](FOLDER)}\n\n", page)
 
 
 if __name__ == "__main__":

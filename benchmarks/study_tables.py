@@ -200,6 +200,35 @@ def residual_splices(folder: Path) -> str:
     return markdown(["adapters", "subset", "what the bases cost", "residual deltas win back"], rows)
 
 
+def polished(folder: Path) -> str:
+    table = read(folder, "polish")
+    table[["of", "width"]] = table["what"].str.split(": ", expand=True)
+    columns = ("recovered before", "recovered after", "CE after - before", "KL after - before")
+    rows = []
+    for (seed, width), here in table[table["subset"] != ""].groupby(["seed", "width"], sort=False):
+        for subset, lines in here.groupby("subset", sort=False):
+            cells = [one(lines[lines["of"] == of], 4 if "-" in of else 3) for of in columns]
+            rows.append([str(seed), str(width), f"`{subset}`", *cells])
+    return markdown(["seed", "d_new", "subset", *columns], rows)
+
+
+def rival(folder: Path) -> str:
+    table = pd.read_csv(folder / "rival.csv")
+    rows = [
+        [
+            f"`{row['subset']}`",
+            row["name"],
+            number(row["recovered"]) + bracketed(row["low"], row["high"], 3),
+            number(row["kl"], 4),
+            number(row["active"], 1),
+            f"{row['cpu_seconds']:.0f}",
+            f"{row['memory']:.1f}",
+        ]
+        for _, row in table.iterrows()
+    ]
+    return markdown(["subset", "adapters", "CE recovered", "KL", "L0", "CPU seconds", "GiB"], rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "ceiling": ceiling,
     "share": share,
@@ -212,4 +241,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cards": cards,
     "residuals": residuals,
     "residual_splices": residual_splices,
+    "polished": polished,
+    "rival": rival,
 }

@@ -10,8 +10,8 @@ runs choose the learning rate, on held-out text; then come runs of one epoch and
 Out: prints a table for each subset: the share of the CE gap of swapping all MLPs that comes back at alpha 1, with
 paired 95% bootstrap intervals over prompts, KL(finetuned || spliced) a target token, active features a token and layer
 on held-out text, CPU seconds of training, and the most memory that the process had used by then. Ours are the pass that
-computes the changes and all trials of that width, both repeated here; theirs the run itself and, in brackets, the runs
-that choose the learning rate. Both multiply in the sweep's precision.
+computes the changes and all trials of that width, both repeated here; theirs the run itself, and what choosing the
+learning rate took is printed apart. Both multiply in the sweep's precision.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import pandas as pd
 import torch
 import typer
 from torch import Tensor
@@ -63,7 +65,7 @@ class Row(NamedTuple):
     name: str
     sites: Sequence[Site]
     active: float
-    cost: str
+    cpu_seconds: float
     memory: float
 
 
@@ -123,7 +125,9 @@ def sums(passes: Passes, edit: Edit, rows: Sequence[Encoded], reference: Referen
     return [one.nll for one in scored], sum(one.kl or 0.0 for one in scored) / sum(one.n_tokens for one in scored)
 
 
-def show(bridge: Any, context: Context, rows: Sequence[Row]) -> None:
+def show(bridge: Any, context: Context, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Prints the tables, and returns their figures."""
+    figures = []
     every = list(read_rows(str(context.rows / "evaluation.jsonl")))
     typer.echo(f"{'':<34}{'recovered of the CE gap':<25}{'KL':>7}{'L0':>6}{'CPU seconds':>16}{'GiB':>6}")
     for subset in dict.fromkeys(row.label for row in every):
@@ -137,7 +141,12 @@ def show(bridge: Any, context: Context, rows: Sequence[Row]) -> None:
             nats, kl = sums(Passes(bridge), Edit(row.sites, "full"), *asked)
             share = recovered_share((ground, tokens), (nats, tokens), (raw, tokens), seed=context.settings.seed)
             interval = f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]"
-            typer.echo(f"  {row.name:<32}{interval:<25}{kl:7.4f}{row.active:6.1f}{row.cost:>16}{row.memory:6.1f}")
+            took = f"{row.cpu_seconds:16.0f}{row.memory:6.1f}"
+            typer.echo(f"  {row.name:<32}{interval:<25}{kl:7.4f}{row.active:6.1f}{took}")
+            kept = {name: getattr(row, name) for name in ("name", "active", "cpu_seconds", "memory")}
+            ends = {"recovered": share.value, "low": share.low, "high": share.high}
+            figures.append({"subset": subset, **kept, **ends, "kl": kl})
+    return figures
 
 
 def runs(pair: Pair, material: Material, lr: float, each: float, ends: float) -> Iterator[tuple[int, Trained]]:
@@ -154,6 +163,7 @@ def main(
     config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
     minutes: Annotated[float, typer.Option(help="No longer run of theirs starts that would end after these.")] = 30,
     choice: Annotated[int, typer.Option(help="Steps of each run that chooses the learning rate.")] = 30,
+    csv: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
     ends = time.perf_counter() + 60 * minutes
     name, *overrides = config or ["quickstart"]
@@ -176,7 +186,7 @@ def main(
     seconds = time.process_time() - begun
     seen = captured(bridge, held_out, dict.fromkeys(layers, Columns(y=False)))
     active = l0(sites, seen)
-    rows = [Row("ours", sites, active, f"{seconds:.0f}", peak())]
+    rows = [Row("ours", sites, active, seconds, peak())]
     rows.append(rows[0]._replace(name="ours without BOS", sites=without(sites)))
 
     other = wrap(*load_model(finetuned(context), torch.float32, str(device)))
@@ -195,10 +205,12 @@ def main(
         for epochs, run in runs(pair, material, lr, each / (len(RATES) * choice), ends):
             typer.echo(f"epochs: {epochs}, KL {run.held_out:.4f} a token of held-out text")
             made = run.adapters.spliced(pair, first)
-            cost = f"{run.cpu_seconds:.0f} ({spent:.0f})"
-            rows.append(Row(f"theirs, epochs: {epochs}", made, l0(made, seen), cost, peak()))
+            rows.append(Row(f"theirs, epochs: {epochs}", made, l0(made, seen), run.cpu_seconds, peak()))
         rows.append(rows[-1]._replace(name=f"{rows[-1].name}, without BOS", sites=without(rows[-1].sites)))
-    show(bridge, context, rows)
+    typer.echo(f"choosing their learning rate took {spent:.0f} more CPU seconds")
+    figures = show(bridge, context, rows)
+    if csv is not None:
+        pd.DataFrame(figures).round(5).to_csv(csv, index=False)
 
 
 if __name__ == "__main__":

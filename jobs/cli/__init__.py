@@ -7,6 +7,7 @@ commands that run a study are in `study`, those that read finished ones in `resu
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import sys
 
@@ -18,6 +19,13 @@ from jobs.cluster import environment
 environment.prepare()
 
 INTERRUPTED = 130
+NO_STORAGE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system has become read-only",
+    errno.EIO: "the disk cannot be read or written",
+}
+THEN = "once that is mended, run the same command to continue from here"
 
 app = typer.Typer(
     name="deltascope",
@@ -50,9 +58,9 @@ def main() -> None:
         _say(str(error))
         sys.exit(1)
     except OSError as error:
-        if error.errno != 28:
+        if error.errno not in NO_STORAGE:
             raise
-        _say("the disk is full; free some space and run the same command to continue from here")
+        _say(f"{NO_STORAGE[error.errno]} ({error.filename or 'while writing results'}); {THEN}")
         sys.exit(1)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):

@@ -28,7 +28,7 @@ LEDGER = ".mirror.json"
 """Which files of this folder were sent, each with its size and time, and under which writer's name."""
 WRITER = "writer.json"
 """Who sent last; exists at the URL only."""
-NOT_SENT = {"activations", "residual"}
+NOT_SENT = {"activations", "residual", "set_aside"}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ what it missed is sent when it is back, or later from the results on disk.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import queue
 import threading
@@ -31,8 +32,6 @@ from jobs.tracking.opening_view import TAGS
 KEY_TAG = "deltascope.key"
 BATCH = 1000
 PARAM_CHARACTERS = 500
-
-
 LONGEST_WAIT = 30.0
 """Most seconds between two attempts to reach a server that is down; the first is after two seconds."""
 ANSWER_SECONDS = 3.0
@@ -92,6 +91,7 @@ class Tracker:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._finishing = threading.Event()
+        logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # it prints what is raised too
         try:
             self._client = MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(experiment)

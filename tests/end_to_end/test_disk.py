@@ -1,0 +1,81 @@
+"""The disk is full, or read-only, in the middle of each stage: one sentence, and the command goes on afterwards."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import SMALL
+from tests.end_to_end.damage import tables
+from tests.end_to_end.test_resume import start, wait_until
+
+SIZE = 300 * 2**20
+BEGUN = {
+    "data": "data",
+    "lora": "lora/key.json",
+    "transcoders": "activations/base/key.json",
+    "deltas": "activations/finetuned/key.json",
+    "evaluate": "cells/raw_*.json",
+    "report": "cells/manifest.json",
+}
+"""What is there as soon as a stage works, or is about to."""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own, in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"file systems cannot be mounted here ({mounted.stderr.strip()})")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Takes all the space that is left."""
+    ballast = disk / "ballast"
+    copying = ["dd", "if=/dev/zero", f"of={ballast}", "bs=64k", "status=none"]
+    assert "No space left" in subprocess.run(copying, capture_output=True, text=True).stderr
+    return ballast
+
+
+def remount(disk: Path, how: str) -> None:
+    """Read-only only works while no file is open for writing; the log of MLflow's database is, off and on."""
+    deadline = time.monotonic() + 60
+    while subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], capture_output=True).returncode:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.long("a sweep whose disk is full in each of its six stages", minutes=3)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("what", ["full", "read-only"])
+def test_a_sweep_goes_on_once_there_is_room(seeds, disk: Path, what: str) -> None:
+    arguments = ("sweep", "tiny", f"storage.root={disk}", *SMALL)
+    sweep = disk / "sweeps/tiny"
+    for stage, begun in BEGUN.items():
+        process = start(*arguments)
+        wait_until(lambda begun=begun: next(sweep.glob(begun), None) is not None, process)
+        ballast = fill(disk) if what == "full" else None
+        if what == "read-only":
+            remount(disk, "ro")
+        _, errors = process.communicate(timeout=120)
+        if ballast is None:
+            remount(disk, "rw")
+        else:
+            ballast.unlink()
+        assert process.returncode in (1, 2), f"{stage}: {process.returncode} {errors}"
+        assert "Traceback" not in errors, f"{stage}: {errors}"
+        print(stage, errors)
+    process = start(*arguments)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert tables(sweep) == tables(seeds.root / "sweeps/tiny-s0")
