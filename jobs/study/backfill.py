@@ -6,7 +6,6 @@ In: a `Context` and a stage. Out: runs in MLflow; runs that are complete stay as
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from jobs.files import MANIFEST, read_json
@@ -69,11 +68,7 @@ def _deltas(context: Context) -> None:
 
 
 def _cells(context: Context) -> None:
-    record_cells(context.tracker, context.space.cells, sorted(path.stem for path in _json_files(context.space.cells)))
-
-
-def _json_files(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*.json") if path.name != MANIFEST]
+    record_cells(context.tracker, context.space.cells, read_json(context.space.cells / MANIFEST)["cells"])
 
 
 def _report(context: Context) -> None:

@@ -1,12 +1,12 @@
 """A sweep whose processes are killed at random moments ends with the same tables as one that was left alone.
 
-    python -m tests.end_to_end.chaos --kills 100 [--seed 0]
+    python -m tests.end_to_end.chaos --kills 100 [--seed 0] [--damage]
 
-In: a number of kills and a seed. Out: one line that says who was killed, or an AssertionError. Every start of the
-command uses its own Ray or a cluster of two nodes. SIGKILL hits one of these, while it works or while it starts: a
-worker, the driver, the driver's raylet, the driver and everything it started (`machine`), or the raylet of the
-cluster's second node (`node`), after which another node joins. A sweep that ends before there were enough kills is
-compared, and another one is started.
+In: a number of kills and a seed; with `--damage` a file is damaged before each restart. Out: one line that says who
+was killed, or an AssertionError. Every start of the command uses its own Ray or a cluster of two nodes. SIGKILL hits
+one of these, while it works or while it starts: a worker, the driver, the driver's raylet, the driver and everything it
+started (`machine`), or the raylet of the cluster's second node (`node`), after which another node joins. A sweep that
+ends before there were enough kills is compared, and another one is started.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Annotated
 
 import optuna
-import pandas as pd
 import psutil
 import typer
 from mlflow import MlflowClient
@@ -32,6 +31,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from tests.end_to_end.conftest import REPOSITORY, SMALL, environment
+from tests.end_to_end.damage import WAYS, kinds, tables
 
 SETTINGS = (*SMALL, "compute.max_concurrent=2", "compute.max_retries=100", "compute.checkpoint_seconds=0")
 """Two workers, and a checkpoint at every step; the tables are those of `SMALL`."""
@@ -47,6 +47,8 @@ ENDS_SECONDS = 10.0
 """Seconds within which a driver must end once its raylet is gone."""
 PATIENCE_SECONDS = 300.0
 BEGAN = time.monotonic()
+STORES = 0.1
+"""Fraction of the damage that hits Optuna's journal or MLflow's database."""
 WORK = ("lora", "activations", "transcoders", "deltas", "cells")
 
 
@@ -202,13 +204,30 @@ def harass(start: Start, kills: int, chance: random.Random) -> collections.Count
     return done
 
 
-def kill_at_random(root: Path, kills: int, chance: random.Random, log: Path, nodes: Nodes) -> collections.Counter[str]:
+def damage_one(root: Path, chance: random.Random) -> str:
+    """Damages a random file of what a killed sweep has left; returns which, and how."""
+    sweep = root / "sweeps/tiny"
+    paths = [path for of_kind in kinds(sweep).values() for path in of_kind] if sweep.is_dir() else []
+    stores = [path for path in (root / "mlflow.db", root / "optuna/journal.log") if path.is_file()]
+    if not paths:
+        return "nothing"
+    path = chance.choice(stores) if stores and chance.random() < STORES else sweep / chance.choice(paths)
+    way = chance.choice(WAYS)
+    way(path)
+    return f"{path.relative_to(root)}, {way.__name__}"
+
+
+def kill_at_random(
+    root: Path, kills: int, chance: random.Random, log: Path, nodes: Nodes, damage: bool = False
+) -> collections.Counter[str]:
     """Starts the sweep again and again until it succeeds; returns who was killed how often."""
     done: collections.Counter[str] = collections.Counter()
     turn = chance.random() < 0.5
     while True:
         turn = not turn
         left = kills - done.total()
+        if damage and done:
+            print(f"damaged: {damage_one(root, chance)}", flush=True)
         start = Start(root, log, nodes if turn else None)
         done += harass(start, min(left, chance.randint(*KILLS_A_START)), chance)
         assert start.ends_in(PATIENCE_SECONDS), "the sweep hangs:\n" + start.said
@@ -220,15 +239,13 @@ def kill_at_random(root: Path, kills: int, chance: random.Random, log: Path, nod
             assert "Traceback" not in sentence, start.said
 
 
-def check_equal(root: Path, calm: Path) -> None:
+def check_equal(root: Path, calm: Path, damage: bool = False) -> None:
     """Checks for the tables of the sweep in the folder `calm` except times, one MLflow run per result and none RUNNING,
-    no zombie in Optuna."""
+    no zombie in Optuna. What was damaged and made again has two runs, which differ in when they were started."""
     sweep = root / "sweeps/tiny"
-    tables = sorted((calm / "report").glob("*.csv"))
-    assert tables
-    for expected in tables:
-        found = sweep / "report" / expected.name
-        assert _table(found) == _table(expected), expected.name
+    found = tables(sweep)
+    for name, expected in tables(calm).items():
+        assert found[name] == expected, name
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("tiny")
     assert experiment is not None
@@ -237,17 +254,12 @@ def check_equal(root: Path, calm: Path) -> None:
     keys = [run.data.tags["deltascope.key"] for run in runs]
     assert len(keys) == len(set(keys)), "two runs share a key"
     assert _results(sweep) == _results(calm)
-    assert sum(key.startswith(("lora/", "deltas/")) for key in keys) == len(_results(sweep))
+    trials = [key.rpartition("@")[0] for key in keys if key.startswith(("lora/", "deltas/"))]
+    assert len(set(trials) if damage else trials) == len(_results(sweep))
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(root / "optuna" / "journal.log")))
     for name in optuna.get_all_study_names(storage):
         states = [trial.state for trial in optuna.load_study(study_name=name, storage=storage).trials]
         assert TrialState.RUNNING not in states, f"a zombie in {name}"
-
-
-def _table(path: Path) -> str:
-    """A table's text without its times."""
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    return table.drop(columns="seconds", errors="ignore").to_csv(index=False)
 
 
 def _results(sweep: Path) -> list[str]:
@@ -256,7 +268,7 @@ def _results(sweep: Path) -> list[str]:
     return sorted(str(path.parent.parent.relative_to(sweep)) for path in found)
 
 
-def chaos(place: Path, kills: int, seed: int, calm: Path | None = None) -> str:
+def chaos(place: Path, kills: int, seed: int, calm: Path | None = None, damage: bool = False) -> str:
     """Kills sweeps until there were `kills` kills; raises AssertionError if their tables are not those of `calm`, the
     folder of a sweep of the settings `SMALL` that was left alone, which is run first where none is given.
 
@@ -274,8 +286,8 @@ def chaos(place: Path, kills: int, seed: int, calm: Path | None = None) -> str:
         while done.total() < kills:
             sweeps += 1
             root = place / f"killed_{sweeps}"
-            done += kill_at_random(root, kills - done.total(), chance, root.with_suffix(".log"), nodes)
-            check_equal(root, calm)
+            done += kill_at_random(root, kills - done.total(), chance, root.with_suffix(".log"), nodes, damage)
+            check_equal(root, calm, damage)
     listed = ", ".join(f"{victim} {count}" for victim, count in sorted(done.items()))
     seconds = time.monotonic() - started
     return f"seed {seed}: {done.total()} kills ({listed}) in {sweeps} sweeps, {seconds:.0f} s: the tables are equal"
@@ -289,11 +301,12 @@ def main(
     kills: Annotated[int, typer.Option(min=1, help="Number of kills.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed for the moments and the victims.")] = 0,
     place: Annotated[Path | None, typer.Option(help="Folder for sweeps and logs; default: a temporary one.")] = None,
+    damage: Annotated[bool, typer.Option("--damage", help="Also damage a file before each restart.")] = False,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if place is not None:
             place.mkdir(parents=True)
-        typer.echo(chaos(place or Path(folder), kills, seed))
+        typer.echo(chaos(place or Path(folder), kills, seed, damage=damage))
 
 
 if __name__ == "__main__":

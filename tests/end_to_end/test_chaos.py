@@ -1,4 +1,5 @@
-"""Four SIGKILLs at random moments change no table; `python -m tests.end_to_end.chaos --kills 100` does more."""
+"""Four SIGKILLs at random moments, and a damaged file before each restart, change no table;
+`python -m tests.end_to_end.chaos --kills 100` does more."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ time.sleep(60)
 @pytest.mark.long("kills processes and nodes of several sweeps for minutes", minutes=5)
 @pytest.mark.timeout(900)
 def test_four_kills_change_no_table(seeds, tmp_path: Path) -> None:
-    assert "4 kills" in chaos(tmp_path, kills=4, seed=0, calm=seeds.root / "sweeps/tiny-s0")
+    assert "4 kills" in chaos(tmp_path, kills=4, seed=0, calm=seeds.root / "sweeps/tiny-s0", damage=True)
 
 
 @pytest.mark.long("brings up a cluster of two nodes")
