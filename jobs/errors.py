@@ -5,7 +5,17 @@ In: what went wrong. Out: exit status 2 for an invalid request, 1 for work that 
 
 from __future__ import annotations
 
+import errno
+import re
 from pathlib import Path
+
+NO_STORAGE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system has become read-only",
+    errno.EIO: "the disk cannot be read or written",
+}
+"""Errors that no other trial or cell could escape either, by number."""
 
 
 class RequestError(ValueError):
@@ -25,3 +35,11 @@ class DamagedFileError(RequestError):
 
 class WorkFailed(RuntimeError):
     """Some trials or cells failed; the message names them. Exit status 1."""
+
+
+def no_storage(error: BaseException) -> int | None:
+    """The number of an error of `NO_STORAGE`, also where a library passes it on as text; None for any other error."""
+    number = getattr(error, "errno", None)
+    if number is None and (told := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(told[1])
+    return number if number in NO_STORAGE else None

@@ -7,7 +7,6 @@ commands that run a study are in `study`, those that read finished ones in `resu
 from __future__ import annotations
 
 import atexit
-import errno
 import os
 import sys
 
@@ -19,12 +18,6 @@ from jobs.cluster import environment
 environment.prepare()
 
 INTERRUPTED = 130
-NO_STORAGE = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the file system has become read-only",
-    errno.EIO: "the disk cannot be read or written",
-}
 THEN = "once that is mended, run the same command to continue from here"
 
 app = typer.Typer(
@@ -41,7 +34,7 @@ app.add_typer(results.commands)
 def main() -> None:
     """Runs a command, and turns its errors into one line and an exit status."""
     from data.rows import DataError
-    from jobs.errors import RequestError, WorkFailed
+    from jobs.errors import NO_STORAGE, RequestError, WorkFailed, no_storage
     from models.errors import ModelError
     from search_spaces.load import SettingsError
 
@@ -57,12 +50,10 @@ def main() -> None:
     except WorkFailed as error:
         _say(str(error))
         sys.exit(1)
-    except OSError as error:
-        if error.errno not in NO_STORAGE:
-            raise
-        _say(f"{NO_STORAGE[error.errno]} ({error.filename or 'while writing results'}); {THEN}")
-        sys.exit(1)
     except Exception as error:
+        if (number := no_storage(error)) is not None:
+            _say(f"{NO_STORAGE[number]}; {THEN}")
+            sys.exit(1)
         if type(error).__module__.startswith(("click", "typer")):
             _say(error.format_message() if hasattr(error, "format_message") else str(error))
             sys.exit(2)

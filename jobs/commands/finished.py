@@ -15,7 +15,7 @@ from data.rows import Row, make_row
 from evaluators.layer_sets import layer_label
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
-from jobs.seals import require
+from jobs.seals import SEAL, require
 from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup, Ground
 from jobs.study.stages.site_plans import delta_folder
@@ -36,8 +36,8 @@ def finetuned(context: Context) -> Path:
     folder = context.finetuned
     if not (folder / MANIFEST if folder != context.adopted else folder / "config.json").is_file():
         raise RequestError(f"the sweep {context.settings.name} has no finetuned model under {folder}; run `lora` first")
-    if folder != context.adopted:
-        require(folder)
+    require(*([] if folder == context.adopted else [folder]))
+    require(*([context.model] if (context.model / SEAL).is_file() else []))  # built under the storage root
     return folder
 
 

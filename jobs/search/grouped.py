@@ -14,28 +14,20 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
 from ray import tune
 from ray.exceptions import RayActorError
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from jobs.cluster.connection import Share
+from jobs.errors import NO_STORAGE, no_storage
 from jobs.files import write_json
 from jobs.progress import Bar
-from jobs.search.studies import COMPLETE, FAILED, STOPPED, Again, Group, Storage, Study, trials_of
-
-
-@dataclass(frozen=True)
-class EarlyStopping:
-    """Asynchronous successive halving (arXiv 1810.05934); `grace` and `longest` count validations."""
-
-    grace: int
-    longest: int
-    reduction_factor: int
+from jobs.search.halving import EarlyStopping, GroupedHalving
+from jobs.search.studies import COMPLETE, FAILED, STOPPED, Again, Group, Storage, Study
 
 
 @dataclass(frozen=True)
@@ -69,13 +61,18 @@ def run_search(
     search = GroupedSearch(groups, runtime, bar, on_trial)
     if not search.missing:
         return
-    scheduler = _GroupedHalving(early_stopping, groups) if early_stopping else FIFOScheduler()
+    scheduler = GroupedHalving(early_stopping, groups) if early_stopping else FIFOScheduler()
 
     logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_not_a_worker_death)
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it lists every failed attempt as a failed trial
 
     def run(config: dict[str, Any]) -> None:
-        figures = trial(config, lambda values: tune.report(dict(values)))
+        try:
+            figures = trial(config, lambda values: tune.report(dict(values)))
+        except Exception as error:
+            if (number := no_storage(error)) is None:
+                raise
+            figures = {"no_storage": number}  # the search ends here: no trial has failed
         tune.report({"val_loss": math.inf, **figures, "final": True})
 
     resources = {key.lower(): value for key, value in share.resources.items()}
@@ -197,6 +194,8 @@ class GroupedSearch(Searcher):
             )
             return
         figures = _figures(result or {})
+        if (number := figures.pop("no_storage", None)) is not None:
+            raise OSError(number, NO_STORAGE[number])
         value = figures.get("val_loss")
         reason = figures.pop("failed", None)
         if error or reason or value is None or not math.isfinite(value):
@@ -232,51 +231,6 @@ class GroupedSearch(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Does nothing, like `save`."""
-
-
-class _GroupedHalving(FIFOScheduler):
-    """One AsyncHyperBandScheduler per group, which knows what the group's finished trials reported."""
-
-    def __init__(self, settings: EarlyStopping, groups: list[Group]) -> None:
-        super().__init__()
-        self._brackets = {group.name: self._bracket_of(settings, group) for group in groups}
-
-    def _bracket_of(self, settings: EarlyStopping, group: Group) -> AsyncHyperBandScheduler:
-        bracket = AsyncHyperBandScheduler(
-            time_attr="training_iteration",
-            metric="val_loss",
-            mode="min",
-            # One less than the longest run: a rung at its end would only mark a complete trial as stopped.
-            max_t=max(settings.longest - 1, settings.grace),
-            grace_period=settings.grace,
-            reduction_factor=settings.reduction_factor,
-            stop_last_trials=False,
-        )
-        for result in trials_of(group):
-            earlier = _stand_in(result["trial"])
-            bracket.on_trial_add(NO_CONTROLLER, earlier)
-            for iteration, figures in enumerate(result["history"], start=1):
-                if math.isfinite(loss := figures.get("val_loss", math.nan)):
-                    bracket.on_trial_result(NO_CONTROLLER, earlier, {"training_iteration": iteration, "val_loss": loss})
-        return bracket
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self._brackets[trial.config["group"]].on_trial_add(tune_controller, _stand_in(trial.config["trial"]))
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result.get("final"):
-            return TrialScheduler.CONTINUE
-        bracket = self._brackets[trial.config["group"]]
-        return bracket.on_trial_result(tune_controller, _stand_in(trial.config["trial"]), result)
-
-
-NO_CONTROLLER: Any = None
-"""Passed in place of Tune's controller: the methods of a bracket called here do not look at it."""
-
-
-def _stand_in(number: int) -> Any:
-    """Stands in for a Tune trial, named by its number; Tune gives every retry a new name."""
-    return SimpleNamespace(trial_id=str(number))
 
 
 def _is_not_a_worker_death(record: logging.LogRecord) -> bool:

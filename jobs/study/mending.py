@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jobs.errors import DamagedFileError
 from jobs.files import KEY, MANIFEST, read_json
-from jobs.seals import SEAL, SMALL, Damage, Seen, damage, listed, sha256_of
+from jobs.seals import SEAL, SMALL, Damage, Seen, damage, listed, seal, sha256_of
 from jobs.study.context import Context
 from jobs.study.stage_list import STAGES, Stage
 from jobs.study.stages.finetuned import VALIDATION_FILE
@@ -42,10 +42,25 @@ def mend(context: Context, stages: tuple[Stage, ...]) -> None:
     the hashes of all.
     """
     for most_bytes in (SMALL, math.inf):
+        _mend_model(context, most_bytes)
         for stage, one in list(find(context, most_bytes)):
             _set_aside(context, stage, one)
         if all(stage.finished(context) for stage in stages):
             return
+
+
+def _mend_model(context: Context, most_bytes: float) -> None:
+    """A base model that was built under the storage root is built again where it is damaged."""
+    folder = context.model
+    if not folder.is_relative_to(context.space.models):
+        return
+    if not (folder / SEAL).is_file():  # just built
+        seal(folder)
+    if broken := next(damage(folder, most_bytes), None):
+        context.progress.line(f"  {broken.path} {broken.why}: damaged, or edited by hand; built again")
+        shutil.rmtree(folder)
+        del context.model  # a cached property
+        seal(context.model)
 
 
 def find(
@@ -99,6 +114,8 @@ def _of_unfinished(files: list[Path], most_bytes: float, seen: Seen) -> Iterator
 
 def _needs_seal(path: Path) -> bool:
     """Whether the file says that the work in its folder is done."""
+    if path.parent.name == "answered":
+        return path.name == "validation.jsonl"
     if path.name == "result.json":
         return read_json(path)["state"] == "COMPLETE"
     return path.name == MANIFEST and any(path.parent.match(pattern) for pattern in UNITS)
@@ -127,7 +144,7 @@ def _set_aside(context: Context, stage: Stage | None, one: Damage) -> None:
         return
     context.progress.line(f"  {shown} {one.why}: damaged, or edited by hand{moved}")
     if one.path.name == KEY:
-        shutil.rmtree(one.path.parent)
+        shutil.rmtree(one.path.parent, ignore_errors=True)
     for up in shown.parents:
         if any(up.match(pattern) for pattern in UNITS):
             shutil.rmtree(folder / up, ignore_errors=True)

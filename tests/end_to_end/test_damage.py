@@ -57,6 +57,18 @@ def test_no_changed_bytes_go_unnoticed(changed: Path, data: st.DataObject) -> No
     assert path in found
 
 
+def test_a_damaged_base_model_is_built_again(own: Path) -> None:
+    (weights,) = own.glob("models/*/model.safetensors")
+    before = weights.read_bytes()
+    garbled(weights)
+    asked = ("tiny", f"storage.root={own}")
+    refused, done = together(("probe", *asked, "--prompt", "2 + 2"), ("sweep", *asked))
+    assert (refused.returncode, done.returncode) == (2, 0), (refused, done)
+    assert "model.safetensors does not hold what was written to it" in refused.stderr
+    assert "model.safetensors does not hold what was written to it" in done.stdout
+    assert weights.read_bytes() == before
+
+
 NEEDED = {
     ("probe", "tiny", "--prompt", "2 + 2"): ("lora/merged/model.safetensors", "deltas/*/change/*/trial_*/config.json"),
     ("chat", "tiny", "--alpha", "1"): ("lora/merged/config.json", "deltas/*/change/*/trial_*/delta.safetensors"),

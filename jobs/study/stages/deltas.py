@@ -53,7 +53,8 @@ class ResidualTask(NamedTuple):
 
 
 def run(context: Context) -> dict[str, Any]:
-    from jobs.search.grouped import EarlyStopping, Runtime, run_search
+    from jobs.search.grouped import Runtime, run_search
+    from jobs.search.halving import EarlyStopping
     from jobs.search.studies import best_of, trials_of
     from jobs.tracking.records import record_trial
 

@@ -15,7 +15,8 @@ from optuna.trial import TrialState
 
 from jobs.cluster.connection import Share
 from jobs.progress import Progress
-from jobs.search.grouped import EarlyStopping, Runtime, run_search
+from jobs.search.grouped import Runtime, run_search
+from jobs.search.halving import EarlyStopping
 from jobs.search.studies import Group, best_of, open_storage, pareto_front, trials_of
 from search_spaces.dimensions import Choice, Range
 

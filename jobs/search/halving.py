@@ -1,0 +1,69 @@
+"""Early stopping within groups of trials: asynchronous successive halving, a bracket for each group.
+
+In: how early and how often a trial may be stopped, and groups. Out: a scheduler for Ray Tune.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+
+from jobs.search.studies import Group, trials_of
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Asynchronous successive halving (arXiv 1810.05934); `grace` and `longest` count validations."""
+
+    grace: int
+    longest: int
+    reduction_factor: int
+
+
+class GroupedHalving(FIFOScheduler):
+    """One AsyncHyperBandScheduler per group, which knows what the group's finished trials reported."""
+
+    def __init__(self, settings: EarlyStopping, groups: list[Group]) -> None:
+        super().__init__()
+        self._brackets = {group.name: self._bracket_of(settings, group) for group in groups}
+
+    def _bracket_of(self, settings: EarlyStopping, group: Group) -> AsyncHyperBandScheduler:
+        bracket = AsyncHyperBandScheduler(
+            time_attr="training_iteration",
+            metric="val_loss",
+            mode="min",
+            # One less than the longest run: a rung at its end would only mark a complete trial as stopped.
+            max_t=max(settings.longest - 1, settings.grace),
+            grace_period=settings.grace,
+            reduction_factor=settings.reduction_factor,
+            stop_last_trials=False,
+        )
+        for result in trials_of(group):
+            earlier = _stand_in(result["trial"])
+            bracket.on_trial_add(NO_CONTROLLER, earlier)
+            for iteration, figures in enumerate(result["history"], start=1):
+                if math.isfinite(loss := figures.get("val_loss", math.nan)):
+                    bracket.on_trial_result(NO_CONTROLLER, earlier, {"training_iteration": iteration, "val_loss": loss})
+        return bracket
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._brackets[trial.config["group"]].on_trial_add(tune_controller, _stand_in(trial.config["trial"]))
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result.get("final"):
+            return TrialScheduler.CONTINUE
+        bracket = self._brackets[trial.config["group"]]
+        return bracket.on_trial_result(tune_controller, _stand_in(trial.config["trial"]), result)
+
+
+NO_CONTROLLER: Any = None
+"""Passed in place of Tune's controller: the methods of a bracket called here do not look at it."""
+
+
+def _stand_in(number: int) -> Any:
+    """Stands in for a Tune trial, named by its number; Tune gives every retry a new name."""
+    return SimpleNamespace(trial_id=str(number))
