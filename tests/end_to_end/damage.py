@@ -103,9 +103,9 @@ def copied(root: Path, to: Path) -> Path:
     return to
 
 
-def check_mended(root: Path, tried: list[Tried], asked: tuple[str, ...], expected: dict[str, str]) -> None:
-    """Runs `verify`, `sweep` and `verify` on a root whose files were damaged in these ways."""
-    sweep = root / "sweeps/tiny"
+def check_mended(sweep: Path, tried: list[Tried], asked: tuple[str, ...]) -> None:
+    """Damages a sweep's files in these ways, and runs `verify`, `sweep` and `verify`."""
+    expected = tables(sweep)
     for one in tried:
         one.way(sweep / one.path)
     before, mended, after = together(("verify", *asked), ("sweep", *asked), ("verify", *asked))
@@ -149,13 +149,12 @@ def main(
             root = place / "whole"
             done = run("sweep", "tiny", f"storage.root={root}", *SMALL)
             assert done.returncode == 0, done.stdout + done.stderr
-        expected = tables(root / "sweeps/tiny")
         files, wrong = 0, 0
         every = list(rounds(root / "sweeps/tiny", random.Random(seed)))
         for number, tried in enumerate(every, start=1):
             own = copied(root, place / "own")
             try:
-                check_mended(own, tried, ("tiny", f"storage.root={own}", *SMALL), expected)
+                check_mended(own / "sweeps/tiny", tried, ("tiny", f"storage.root={own}", *SMALL))
             except AssertionError as error:
                 wrong += 1
                 typer.echo(str(error), err=True)

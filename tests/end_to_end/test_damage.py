@@ -8,29 +8,30 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import optuna
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 
 from jobs.cli.options import context_of
+from jobs.search.studies import open_storage
 from jobs.study.mending import find
 from tests.end_to_end.conftest import SMALL, together
-from tests.end_to_end.damage import LOGS, WAYS, Tried, check_mended, copied, garbled, is_cache, kinds, tables
+from tests.end_to_end.damage import LOGS, WAYS, Tried, check_mended, copied, garbled, is_cache, kinds
 
 
-@pytest.mark.long("a sweep that makes again one file of every kind, damaged in each of four ways", minutes=5)
+@pytest.mark.long("a sweep that makes again one file of every kind", minutes=2)
 @pytest.mark.timeout(900)
-def test_one_file_of_every_kind(seeds, tmp_path: Path) -> None:
-    chance = random.Random(0)
-    expected = tables(seeds.root / "sweeps/tiny-s0")
-    for way in WAYS:
-        root = copied(seeds.root, tmp_path / way.__name__)
-        (root / "sweeps/tiny-s0").rename(root / "sweeps/tiny")
-        here = kinds(root / "sweeps/tiny").items()
-        lists = ("files.json", "manifest.json")  # without them the others cannot all be named
-        tried = [Tried(chance.choice(paths), way) for kind, paths in here if not kind.endswith(lists)]
-        tried = [one for one in tried if not is_cache(one.path)]
-        check_mended(root, tried, ("tiny", f"storage.root={root}", *SMALL), expected)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_one_file_of_every_kind(seeds, tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    root = copied(seeds.root, tmp_path / "root")
+    asked = ("tiny", "name=tiny-s0", f"storage.root={root}", *SMALL)
+    here = kinds(root / "sweeps/tiny-s0").items()
+    lists = ("files.json", "manifest.json")  # without them the others cannot all be named
+    tried = [Tried(chance.choice(paths), chance.choice(WAYS)) for kind, paths in here if not kind.endswith(lists)]
+    check_mended(root / "sweeps/tiny-s0", [one for one in tried if not is_cache(one.path)], asked)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,37 @@ def test_a_damaged_base_model_is_built_again(own: Path) -> None:
     assert "model.safetensors does not hold what was written to it" in refused.stderr
     assert "model.safetensors does not hold what was written to it" in done.stdout
     assert weights.read_bytes() == before
+
+
+@pytest.mark.long("opens studies again on Ray, and sends a sweep to MLflow again")
+def test_stores_that_cannot_be_opened_are_told_again(own: Path) -> None:
+    journal, database = own / "optuna/journal.log", own / "mlflow.db"
+    before = studies(own), runs(own)
+    garbled(journal)
+    database.write_bytes(database.read_bytes()[:5000])
+    done, again = together(*[("sweep", "tiny", f"storage.root={own}")] * 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for path in (journal, database):
+        assert f"{path} cannot be opened" in done.stdout or f"{path} is damaged" in done.stdout
+        (aside,) = path.parent.glob(f"{path.name}.damaged-*")
+        assert f"put aside as {aside.name}, and told again" in done.stdout
+    assert (studies(own), runs(own)) == before
+    assert "damaged" not in again.stdout
+
+
+def studies(root: Path) -> dict[str, list[tuple[str, float | None]]]:
+    storage = open_storage(None, root)
+    found = {name: optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)}
+    return {name: [(one.state.name, one.value) for one in study.trials] for name, study in sorted(found.items())}
+
+
+def runs(root: Path) -> list[str]:
+    """The runs' keys, without the start that they belong to."""
+    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], max_results=5000)
+    return sorted(run.data.tags["deltascope.key"] for run in found)
 
 
 NEEDED = {
