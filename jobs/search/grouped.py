@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,24 @@ def run_search(
         ),
     )
     tuner.fit()
+    if (number := search.no_storage) is not None:
+        raise OSError(number, NO_STORAGE[number])
+
+
+def _until_the_disk_fails(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Tune prints what its searcher raises, and goes on; an error of the disk ends the search once nothing runs."""
+
+    @wraps(method)
+    def call(self: GroupedSearch, *arguments: Any, **options: Any) -> Any:
+        try:
+            return method(self, *arguments, **options)
+        except Exception as error:
+            if (number := no_storage(error)) is None:
+                raise
+            self.no_storage = number
+            return None
+
+    return call
 
 
 @dataclass
@@ -132,13 +151,18 @@ class GroupedSearch(Searcher):
         self._limit_per_group = math.ceil(runtime.share.at_once / len(groups))
         self._running: dict[str, _Running] = {}
         self._retries: list[_Running] = []
+        self.no_storage: int | None = None
+        """Why nothing more is started: the number of an error of the disk."""
         self.missing = sum(self._remaining.values())
         bar.start_at(sum(group.trials for group in groups) - self.missing)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
         return True
 
+    @_until_the_disk_fails
     def suggest(self, trial_id: str) -> Any:
+        if self.no_storage is not None:
+            return None if self._running else Searcher.FINISHED
         running = self._retries.pop() if self._retries else self._next()
         if running is None:
             return None if self._running else Searcher.FINISHED
@@ -164,6 +188,7 @@ class GroupedSearch(Searcher):
         study = self._studies[name]
         return _Running(self._groups[name], study.unfinished.pop(0) if study.unfinished else study.ask(), time.time())
 
+    @_until_the_disk_fails
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         running = self._running.get(trial_id)
         if running is None or result.get("final") or "step" not in result:
@@ -179,6 +204,7 @@ class GroupedSearch(Searcher):
             f"val_loss {result.get('val_loss', math.nan):.4g}"
         )
 
+    @_until_the_disk_fails
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if result:
             self.on_trial_result(trial_id, result)
@@ -195,7 +221,8 @@ class GroupedSearch(Searcher):
             return
         figures = _figures(result or {})
         if (number := figures.pop("no_storage", None)) is not None:
-            raise OSError(number, NO_STORAGE[number])
+            self.no_storage = number
+            return
         value = figures.get("val_loss")
         reason = figures.pop("failed", None)
         if error or reason or value is None or not math.isfinite(value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import threading
@@ -54,6 +55,12 @@ def dying(config: dict[str, Any], report: Any) -> dict[str, Any]:
         marker.touch()
         threading.Timer(config["trial"] * 0.002, os._exit, [1]).start()
     return {"step": 1, "val_loss": config["x"]}
+
+
+def without_a_disk(config: dict[str, Any], report: Any) -> dict[str, Any]:
+    if config["trial"] == 1:
+        raise OSError(errno.EROFS, "Read-only file system")
+    return bowl(config, report)
 
 
 def group(root: Path, name: str, trials: int, centre: float = 0.3) -> Group:
@@ -123,6 +130,15 @@ def test_failures_are_reported_with_their_reason_and_deaths_are_retried(share: S
         TrialState.COMPLETE,
         TrialState.COMPLETE,
     ]
+
+
+def test_a_disk_error_ends_the_search_and_fails_no_trial(share: Share, tmp_path: Path) -> None:
+    one = group(tmp_path, "stopped", 3)
+    with pytest.raises(OSError, match="the file system has become read-only"):
+        search(tmp_path, [one], without_a_disk, share)
+    assert {result["state"] for result in trials_of(one)} <= {"COMPLETE"}
+    search(tmp_path, [one], bowl, share)
+    assert [(result["trial"], result["state"]) for result in trials_of(one)] == [(n, "COMPLETE") for n in range(3)]
 
 
 @pytest.mark.long("starts a worker for each of sixteen deaths")
