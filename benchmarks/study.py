@@ -25,6 +25,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "study.md"
 FOLDER = PAGE.with_suffix("")
 MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 """In the page, around each table."""
+QUOTED = re.compile(r"<!-- (?P<file>\w+); (?P<adapter>[^;]*); (?P<subset>\w*); (?P<what>[^>]*?) -->[^<]*(?=<!-- / -->)")
+"""In the page, around each figure in the prose: which file and which rows it is the mean over adapters of."""
 ADAPTERS = {"MLPs": "study", "all linear": "study-all"}
 COLUMNS = ["adapter", "seed", "subset", "what", "value", "low", "high"]
 DIGITS = 5
@@ -209,18 +211,19 @@ def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")
 
 @app.command()
 def write() -> None:
-    """Puts the tables into the page."""
+    """Puts tables and figures into the page."""
     if not FOLDER.is_dir():
         typer.echo(f"error: there is no {FOLDER}; run `collect` first", err=True)
         raise typer.Exit(2)
-    PAGE.write_text(with_tables(PAGE.read_text()))
+    PAGE.write_text(filled(PAGE.read_text()))
 
 
-def with_tables(page: str) -> str:
-    """The page with every table as it follows from the files."""
-    from benchmarks.study_tables import TABLES
+def filled(page: str) -> str:
+    """The page with every table, and every figure of the prose, as they follow from the files."""
+    from benchmarks.study_tables import TABLES, quoted
 
-    return MARKED.sub(lambda found: f"{found[1]}{found[2]}\n{TABLES[found[1]](FOLDER)}\n\n", page)
+    page = MARKED.sub(lambda found: f"{found[1]}{found[2]}\n{TABLES[found[1]](FOLDER)}\n\n", page)
+    return QUOTED.sub(lambda found: found[0].partition("-->")[0] + "-->" + quoted(FOLDER, **found.groupdict()), page)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,16 @@ def read(folder: Path, name: str) -> pd.DataFrame:
     return pd.read_csv(folder / f"{name}.csv", keep_default_na=True).fillna({"subset": ""})
 
 
+def quoted(folder: Path, file: str, adapter: str, subset: str, what: str) -> str:
+    """A figure for the prose: the mean over adapters and its interval, or that of a single one."""
+    table = read(folder, file)
+    here = table[(table["adapter"] == adapter) & (table["subset"] == subset) & (table["what"].astype(str) == what)]
+    if here.empty:
+        raise KeyError(f"{file}.csv has no row of {adapter!r}, {subset!r}, {what!r}")
+    digits = 4 if here["value"].abs().max() < 0.01 else 3
+    return one(here, digits) if len(here) == 1 else over(here["value"], digits)
+
+
 def ceiling(folder: Path) -> str:
     whats = {"CE finetuned": "CE finetuned", "CE swapped": "MLPs swapped", "CE un-finetuned": "un-finetuned"}
     return by_what(read(folder, "ceiling"), whats | {"share": "MLPs' share"})
