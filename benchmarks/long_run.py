@@ -46,17 +46,17 @@ def watched(command: Sequence[str]) -> Use:
     """Runs a command to its end and looks at it all the time."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    driver, most = psutil.Process(process.pid), Use(0, 0, 0, 0.0)
+    driver, memory, threads, files = psutil.Process(process.pid), 0, 0, 0
     while process.poll() is None:
         try:
-            seen = (driver.memory_info().rss, driver.num_threads(), driver.num_fds())
+            memory = max(memory, driver.memory_info().rss)
+            threads, files = max(threads, driver.num_threads()), max(files, driver.num_fds())
         except psutil.NoSuchProcess:
             break
-        most = Use(*(max(pair) for pair in zip(seen, most[:3], strict=True)), 0.0)
         time.sleep(PERIOD)
     if process.wait():
         raise typer.Exit(process.returncode)
-    return most._replace(seconds=time.perf_counter() - started)
+    return Use(memory, threads, files, time.perf_counter() - started)
 
 
 def eighths(ends: list[float]) -> tuple[float, float]:
