@@ -26,7 +26,6 @@ from evaluators.splice.teacher_forcing import Job, score
 from evaluators.tables.feature_tables import ranking_table
 from jobs.commands.finished import Asked, combination, load_bridge, load_sites
 from jobs.study.context import Context
-from jobs.study.stages.report import load_cells
 from models.bridge import device_of
 from search_spaces.load import load
 
@@ -44,7 +43,7 @@ def main(
     sites = [site.to(device_of(bridge)) for site in kept]
     every = list(read_rows(str(context.rows / "evaluation.jsonl")))
     rows = [row for subset in context.subsets for row in [one for one in every if one.label == subset][:prompts]]
-    ranking = ranking_table(load_cells(context))
+    ranking = ranking_table(context.cells)
     chosen = [(one.layer, one.feature) for one in ranking[ranking["target"] == "change"].head(features).itertuples()]
     passes, behaviours = Passes(bridge), read_behaviours(context.settings.evaluate.behaviours)
 

@@ -11,7 +11,6 @@ from typing import Any
 from jobs.errors import RequestError
 from jobs.files import MANIFEST
 from jobs.study.context import Context
-from jobs.study.stages.report import load_cells
 
 
 def few_features(context: Context, top: int) -> dict[str, Any]:
@@ -19,7 +18,7 @@ def few_features(context: Context, top: int) -> dict[str, Any]:
     from evaluators.tables import recovery
     from evaluators.tables.feature_tables import ranking_table
 
-    cells = load_cells(context) if (context.space.cells / MANIFEST).is_file() else []
+    cells = context.cells if (context.space.cells / MANIFEST).is_file() else []
     curve = recovery.curve_table(cells, seed=context.settings.seed)
     if curve.empty:
         raise RequestError(

@@ -22,7 +22,7 @@ from evaluators.splice.limits import Limits
 from jobs.cluster import connection as cluster
 from jobs.cluster.fanout import Pool
 from jobs.errors import RequestError
-from jobs.files import read_json
+from jobs.files import MANIFEST, read_json
 from jobs.progress import Progress
 from jobs.study.grounds import DeltaGroup, grounds_of
 from jobs.study.workspace import TIMELINE, Workspace, storage_root
@@ -197,6 +197,12 @@ class Context:
         from jobs.search.studies import open_storage
 
         return open_storage(self.settings.storage.optuna_url, self.space.root)
+
+    @cached_property
+    def cells(self) -> list[dict[str, Any]]:
+        """The cells of these settings, once they are evaluated; those left over from earlier settings are not shown."""
+        names = read_json(self.space.cells / MANIFEST)["cells"]
+        return [read_json(self.space.cells / f"{name}.json") for name in names]
 
     def finish_trial(self, stage: str, group: str, result: dict[str, Any]) -> None:
         """Tracks a trial that has just ended; a failed one is remembered for the end of the sweep."""

@@ -178,9 +178,8 @@ def show_results(context: Context) -> None:
 
     from evaluators.report.feature_page import PAGE
     from evaluators.report.report import summary_table
-    from jobs.study.stages.report import load_cells
 
-    rows = summary_table(load_cells(context), seed=context.settings.seed)
+    rows = summary_table(context.cells, seed=context.settings.seed)
     if rows:
         of_change = "recovered" in rows[0]
         columns = [name for name in rows[0] if name in HEADLINE or not of_change]

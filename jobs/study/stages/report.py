@@ -39,7 +39,7 @@ def run(context: Context) -> dict[str, Any]:
     deltas = delta_trials(context)
     found = checks(context, deltas)
     data = SweepData(
-        cells=load_cells(context),
+        cells=context.cells,
         lora_trials=lora_trials(context),
         base_transcoders=base_transcoders(context),
         delta_trials=deltas,
@@ -71,15 +71,9 @@ def headlines(context: Context) -> dict[str, float]:
     """The figures by which sweeps compare, which go to the sweep's own run in MLflow."""
     from evaluators.tables import recovery
 
-    cells, seed = load_cells(context), context.settings.seed
+    cells, seed = context.cells, context.settings.seed
     gaps, recovered = (make(cells, seed=seed) for make in (recovery.gap_table, recovery.recovered_table))
     return recovery.headlines(gaps, recovered, recovery.curve_table(cells, seed=seed))
-
-
-def load_cells(context: Context) -> list[dict[str, Any]]:
-    """The cells of these settings; cells left over from earlier settings are not shown."""
-    names = read_json(context.space.cells / MANIFEST)["cells"]
-    return [read_json(context.space.cells / f"{name}.json") for name in names]
 
 
 def lora_trials(context: Context) -> list[dict[str, Any]]:
@@ -152,7 +146,7 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
     """Checks on the sweep's own numbers: the finetuned model's behaviour, the deltas' fit, exactness."""
     from evaluators.tables.tables import conditions_table
 
-    raw = conditions_table(load_cells(context), seed=context.settings.seed)
+    raw = conditions_table(context.cells, seed=context.settings.seed)
     raw = raw[raw["condition"] == "raw"].set_index("subset")
     found = [_expected(one, raw) for one in context.settings.evaluate.expected if one.subset in raw.index]
     kept = [one for one in deltas if one["best"]]
