@@ -13,8 +13,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from filelock import FileLock
 from mlflow import MlflowClient
 
+from jobs.seals import seal
 from tests.end_to_end.conftest import Jobs, environment, together
 
 SUBSETS = ["tool", "copy", "tool_ood"]
@@ -27,10 +29,12 @@ def other(finished, tmp_path: Path) -> Path:
     ours = finished[0] / "sweeps" / "tiny"
     shutil.copytree(ours / "report", folder / "report")
     settings = yaml.safe_load((ours / "sweep.yaml").read_text())
-    (folder / "sweep.yaml").write_text(yaml.safe_dump(settings | {"name": "tiny-s1", "seed": 1}))
+    for path in (folder, folder / "report"):
+        (path / "sweep.yaml").write_text(yaml.safe_dump(settings | {"name": "tiny-s1", "seed": 1}))
     gaps = pd.read_csv(folder / "report" / "gaps.csv", dtype={"layer": str})
     gaps["gap"] += 0.5
     gaps.to_csv(folder / "report" / "gaps.csv", index=False)
+    seal(folder / "report")
     return folder
 
 
@@ -131,9 +135,8 @@ def test_a_sweep_for_each_seed_on_one_cluster(seeds, own_seeds: Path, jobs: Jobs
         assert page.is_file()
 
         # A seed that fails does not stop the others.
-        shutil.rmtree(own_seeds / "sweeps" / "tiny-s0" / "report")
-        (own_seeds / "sweeps" / "tiny-s0" / "cells" / "raw_tool.json").write_text("{")
-        failed = jobs(*seeds.asked, f"storage.root={own_seeds}", **options)
+        with FileLock(own_seeds / "sweeps" / "tiny-s0" / ".lock"):
+            failed = jobs(*seeds.asked, f"storage.root={own_seeds}", **options)
         assert failed.returncode == 1, failed.stdout + failed.stderr
         assert "1 of 2 seeds failed" in failed.stderr
         assert "seed 0" in failed.stderr
