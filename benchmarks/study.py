@@ -177,7 +177,8 @@ app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
 
 @app.command()
 def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")] = Path("mlruns")) -> None:
-    """Writes docs/study/*.csv and the pictures from the finished sweeps."""
+    """Writes docs/study/*.csv and the pictures from the finished sweeps; rows of adapters that are not under the root
+    stay as they are."""
     from benchmarks.study_pictures import write_pictures
 
     found = sweeps(root)
@@ -191,22 +192,36 @@ def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")
             for (adapter, seed), report in found.items()
             for row in make(report)
         ]
-        pd.DataFrame(rows, columns=COLUMNS).round(DIGITS).to_csv(FOLDER / f"{name}.csv", index=False)
+        save(name, pd.DataFrame(rows, columns=COLUMNS))
     pairs = {
         one: (report.parent, other)
         for one, report in found.items()
         if (other := report.parent.with_name(report.parent.name.replace("-s", "-polish-s"))).is_dir()
     }
     rows = [{"adapter": one[0], "seed": one[1], **row} for one, pair in pairs.items() for row in polish(*pair)]
-    if rows:
-        pd.DataFrame(rows, columns=COLUMNS).round(DIGITS).to_csv(FOLDER / "polish.csv", index=False)
+    save("polish", pd.DataFrame(rows, columns=COLUMNS))
     cards = [read(report, "features").assign(adapter=adapter, seed=seed) for (adapter, seed), report in found.items()]
     few_columns = ["adapter", "seed", "layer", "feature", "rank", "at_bos", "promoted"]
     table = pd.concat(cards)
     effects = [name for name in table if re.fullmatch(r"(ablated|alone)_ce_\w+|firing_rate_\w+", name)]
-    table[[*few_columns, *effects]].round(DIGITS).to_csv(FOLDER / "cards.csv", index=False)
+    save("cards", table[[*few_columns, *effects]])
     write_pictures(FOLDER)
     typer.echo(f"{len(found)} adapters: {FOLDER}")
+
+
+def save(name: str, table: pd.DataFrame) -> None:
+    """Writes a table's rows in place of those of the same adapters, in the order of adapters and seeds."""
+    path = FOLDER / f"{name}.csv"
+    if path.is_file():
+        before = pd.read_csv(path)
+        new = set(zip(table["adapter"], table["seed"], strict=True))
+        kept = before[[one not in new for one in zip(before["adapter"], before["seed"], strict=True)]]
+        table = pd.concat([kept, table]) if len(kept) else table
+    if table.empty:
+        return
+    order = table["adapter"].map(list(ADAPTERS).index) * len(table) + table["seed"]
+    table = table.assign(order=order).sort_values("order", kind="stable").drop(columns="order")
+    table.round(DIGITS).to_csv(path, index=False)
 
 
 @app.command()
