@@ -45,9 +45,7 @@ def put_aside(context: Context) -> None:
         for ending in ("-wal", "-shm", "-journal"):  # SQLite's own, of the database that was there
             path.with_name(path.name + ending).unlink(missing_ok=True)
         context.progress.line(f"  {path} {why}: put aside as {to.name}, and told again from the result files")
-    held = journal(context)
-    if held is not None and not held.is_file():
-        for stage in STAGES:
+        for stage in STAGES if path == journal(context) else ():
             if stage.name in SEARCHES:
                 stage.drop(context)
 
