@@ -70,6 +70,8 @@ def find(
     each file."""
     space = context.space
     caches = [*space.activations.glob(f"*/{KEY}"), *space.deltas.glob("*/*/residual/*.json")]
+    if space.data.is_dir() and not (space.folder / START).is_file():
+        yield None, Damage(space.folder / START, "is missing")
     yield from ((None, one) for path in (space.folder / START, *sorted(caches)) if (one := _json(path)))
     for stage in STAGES:
         folder = stage.folder(context)
