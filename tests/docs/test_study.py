@@ -23,7 +23,8 @@ def test_every_table_and_figure_is_what_the_files_say() -> None:
 
 def test_the_prose_measures_nothing_else() -> None:
     prose = re.sub(r"```.*?```|`[^`]*`|https?://\S+|arXiv \S+", "", TABLE.sub("", TEXT), flags=re.DOTALL)
-    assert re.findall(r"\d+\.\d+", QUOTED.sub("", prose)) == []
+    prose = re.sub(r"^    .*$", "", QUOTED.sub("", prose), flags=re.MULTILINE)  # what is indented is a command
+    assert re.findall(r"\d+\.\d+", prose) == []
 
 
 def test_every_picture_is_shown() -> None:
