@@ -6,7 +6,9 @@ mean over adapters has a t-interval over them (`over`), which says how far three
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +17,8 @@ import pandas as pd
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 """Student's t for a two-sided 95% interval, by the number of values."""
 NONE = "-"
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
+"""A token of a list of them, as Python would write it."""
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -182,9 +186,12 @@ def cards(folder: Path) -> str:
         for _, row in here.head(10).iterrows():
             where = f"layer {row['layer']}, " + ("at BOS" if row["at_bos"] else f"feature {row['feature']}")
             effects = [number(row[f"{way}_ce_{subset}"]) for way in ("ablated", "alone") for subset in subsets[:1]]
-            promoted = ", ".join(f"`{word}`" for word in str(row["promoted"]).replace("`", "'").split("' '")[:4])
+            words = [ast.literal_eval(word).strip().replace("`", "'") for word in QUOTED.findall(str(row["promoted"]))]
+            promoted = ", ".join(f"`{word}`" for word in words[:4])
             rows.append([str(adapter), str(row["rank"]), where, *effects, promoted.replace("|", "\\|")])
-    return markdown(["adapters", "rank", "feature", "CE on `tool` without it", "with it alone", "promotes"], rows)
+    return markdown(
+        ["adapters", "rank", "feature", "CE on `tool`, change without it", "change with it alone", "promotes"], rows
+    )
 
 
 def residuals(folder: Path) -> str:
