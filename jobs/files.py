@@ -26,7 +26,12 @@ _HEAD_BYTES = len(_HEAD.format("0" * 64))
 
 def key_of(*parts: Any) -> str:
     """A short hash of JSON-like values; equal values give equal keys on any machine."""
-    text = json.dumps([FORMAT, *parts], sort_keys=True, default=str)
+    return short_hash(FORMAT, *parts)
+
+
+def short_hash(*parts: Any) -> str:
+    """The same for what must not change with the format, such as a seed."""
+    text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from jobs.files import key_of
+from jobs.files import key_of, short_hash
 from jobs.study.grounds import DeltaGroup, Ground
 from search_spaces.schema import Sweep
 from search_spaces.sections import Section
@@ -138,7 +138,7 @@ def delta_data(settings: Sweep, layer: int, ground: Ground) -> str:
 def search_seed(settings: Sweep, layer: int, ground: Ground) -> int:
     """What a search for a ground's deltas draws from: of no other setting, so that what is searched over is the same
     whether the finetuned model was trained or adopted."""
-    return int(key_of("search", settings.seed, layer, ground.label)[:8], 16) % 2**31
+    return int(short_hash(1, "search", settings.seed, layer, ground.label)[:8], 16) % 2**31
 
 
 def delta_group(settings: Sweep, group: DeltaGroup) -> str:

@@ -79,7 +79,7 @@ def test_the_compare_page_of_two_cells(page: Page, mlflow: str, finished: tuple[
     values = [f"{cell_metrics(read(cells / f'{name}.json'))['mean_ce']:.4g}" for name in names]
     assert values[0] != values[1]
     for value in values:
-        expect(page.get_by_text(value, exact=True)).to_be_visible()
+        expect(page.get_by_text(value, exact=True).first).to_be_visible()
     page.screenshot(path=PICTURES / "mlflow_compare.png")
     metric.scroll_into_view_if_needed()
     page.screenshot(path=PICTURES / "mlflow_compare_metrics.png")
