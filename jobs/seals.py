@@ -6,13 +6,13 @@ no longer as it was. A worker seals what it made, so that a driver never reads a
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from data.rows import sha256_of
 from jobs.errors import DamagedFileError
 from jobs.files import MANIFEST, read_json, write_json
 
@@ -36,11 +36,6 @@ class Damage(NamedTuple):
 class Listed(NamedTuple):
     size: int
     sha256: str
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_in(folder: Path) -> Iterator[Path]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -218,24 +216,17 @@ def seeds(tmp_path_factory, jobs) -> Seeds:
     return Seeds(root, asked, done.stdout, sessions)
 
 
-def _copied(root: Path, to: Path) -> Path:
-    """A copy of a storage root, whose runs in MLflow are its own."""
-    shutil.copytree(root, to)
-    store = sqlite3.connect(to / "mlflow.db")
-    for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
-        store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(root), str(to)))
-    store.commit()
-    store.close()
-    return to
-
-
 @pytest.fixture
 def own(finished, tmp_path) -> Path:
     """A copy of the finished sweep's storage root, for a test that changes it."""
-    return _copied(finished[0], tmp_path / "own")
+    from tests.end_to_end.damage import copied
+
+    return copied(finished[0], tmp_path / "own")
 
 
 @pytest.fixture
 def own_seeds(seeds: Seeds, tmp_path) -> Path:
     """The same of the two small sweeps."""
-    return _copied(seeds.root, tmp_path / "own_seeds")
+    from tests.end_to_end.damage import copied
+
+    return copied(seeds.root, tmp_path / "own_seeds")

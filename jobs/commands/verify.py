@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jobs.errors import RequestError, WorkFailed
 from jobs.progress import clock
-from jobs.seals import Damage
+from jobs.seals import SEAL, Damage, damage
 from jobs.study.context import Context
 from jobs.study.mending import find
 from jobs.study.stage_list import STAGES
@@ -29,6 +29,8 @@ def verify(context: Context) -> None:
         sizes = {path: path.stat().st_size for path in files}
         sizes |= {folder: sum(one.stat().st_size for one in folder.iterdir()) for folder in shards}
         found = [Damage(*one) for one in problems(context).items()]
+        if (context.model / SEAL).is_file():  # a base model that was built under the storage root
+            found += damage(context.model)
         with context.progress.bar("verify", len(sizes), "files", sum(sizes.values()) or 1) as bar:
 
             def seen(path: Path) -> None:
@@ -40,7 +42,7 @@ def verify(context: Context) -> None:
                 found += [Damage(path, "does not hold what was written to it") for path in damaged_files(folder)]
                 seen(folder)
         for one in found:
-            shown = one.path.relative_to(space.root if one.path.parent == space.root else space.folder)
+            shown = one.path.relative_to(space.folder if one.path.is_relative_to(space.folder) else space.root)
             context.progress.line(f"  {shown} {one.why}")
     read = f"{len(files)} files and {len(shards)} folders of activations in {clock(time.monotonic() - started)}"
     if found:

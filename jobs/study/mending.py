@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.rows import sha256_of
 from jobs.errors import DamagedFileError
 from jobs.files import KEY, MANIFEST, read_json
-from jobs.seals import SEAL, SMALL, Damage, Seen, damage, listed, seal, sha256_of
+from jobs.seals import SEAL, SMALL, Damage, Seen, damage, listed, seal
 from jobs.study.context import Context
 from jobs.study.stage_list import STAGES, Stage
 from jobs.study.stages.finetuned import VALIDATION_FILE

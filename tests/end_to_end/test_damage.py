@@ -78,7 +78,10 @@ def test_stores_that_cannot_be_opened_are_told_again(own: Path) -> None:
     data = journal.read_bytes()
     journal.write_bytes(data[: len(data) // 2] + b"\xff" * 8 + data[len(data) // 2 + 8 :])
     database.write_bytes(database.read_bytes()[:5000])
-    done, again = together(*[("sweep", "tiny", f"storage.root={own}")] * 2)
+    verified, done, again = together(*[(name, "tiny", f"storage.root={own}") for name in ("verify", "sweep", "sweep")])
+    assert verified.returncode == 1, verified.stdout + verified.stderr
+    assert "optuna/journal.log cannot be opened" in verified.stdout
+    assert "mlflow.db" in verified.stdout
     assert done.returncode == 0, done.stdout + done.stderr
     for path in (journal, database):
         assert f"{path} cannot be opened" in done.stdout or f"{path} is damaged" in done.stdout

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.rows import sha256_of
 from jobs.errors import DamagedFileError
 from jobs.files import read_json, write_json
-from jobs.seals import SEAL, damage, require, seal, sealed_hash, sha256_of
+from jobs.seals import SEAL, damage, require, seal, sealed_hash
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

@@ -15,9 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.rows import slug
+from data.rows import sha256_of, slug
 from jobs.files import write_json
-from jobs.seals import sha256_of
 from jobs.study.stages.work import SitePlan, Work
 from jobs.study.stages.worker_memory import exact_paths, paths, reference
 from jobs.study.stages.worker_sites import cell_file, kept_passes, load_sites, plain_passes
