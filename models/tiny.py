@@ -1,7 +1,7 @@
-"""A small random Gemma-2, built on the fly, for tests and demos.
+"""A small random Gemma-2 and a small random Llama, built on the fly, for tests, demos and checks of a device.
 
-In: an empty folder and a seed. Out: config, weights and a byte-level tokenizer in it. It has everything that makes
-Gemma-2 hard to get right: four norms per block with gains far from 1, soft-capping, sliding windows, tied embeddings.
+In: an empty folder and a seed. Out: config, weights and a byte-level tokenizer in it. The Gemma-2 has everything that
+makes one hard to get right: four norms per block with gains far from 1, soft-capping, sliding windows, tied embeddings.
 """
 
 from __future__ import annotations
@@ -41,6 +41,37 @@ def build_tiny_gemma2(folder: Path, seed: int, n_layers: int = 4, d_model: int =
                     parameter.copy_(torch.randn_like(parameter) * 0.5)
                 else:
                     parameter.mul_(5.0)  # with the default 0.02 the blocks do almost nothing
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_tiny_llama(folder: Path, seed: int) -> None:
+    """The same with a Llama: 3 layers, d_model 24, untied embeddings, norm gains between 0.3 and 3."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.uniform_(0.3, 3.0)
+                else:
+                    parameter.mul_(6.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

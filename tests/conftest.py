@@ -38,37 +38,11 @@ def gemma_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory) -> Path:
-    """A random Llama: 3 layers, d_model 24, untied embeddings, norm gains between 0.3 and 3."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from models.tiny import byte_tokenizer
+    """The tiny Llama of `models.tiny`: 3 layers, d_model 24."""
+    from models.tiny import build_tiny_llama
 
     folder = tmp_path_factory.mktemp("llama")
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = LlamaForCausalLM(config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter.uniform_(0.3, 3.0)
-                else:
-                    parameter.mul_(6.0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    build_tiny_llama(folder, seed=1)
     return folder
 
 

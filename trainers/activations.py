@@ -58,6 +58,16 @@ class Pairs:
             return self.shards[0]
         return tuple(torch.cat(columns) for columns in zip(*self.shards, strict=True))
 
+    def near(self, device: str) -> Pairs:
+        """The same in the memory of a GPU, where half of what is free there holds them; else as they are."""
+        if not device.startswith("cuda") or self.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+            return self
+        return Pairs([tuple(one.to(device) for one in shard) for shard in self.shards])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for shard in self.shards for one in shard)
+
     def batch_count(self, size: int) -> int:
         """How many batches of `size` rows `batches` yields."""
         return max(1, self.tokens // size)

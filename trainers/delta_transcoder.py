@@ -22,6 +22,7 @@ from trainers.checkpoints import Keeper
 from trainers.clipping import clip_each
 from trainers.delta_data import DeltaData, validate
 from trainers.errors import DivergedError
+from trainers.graphs import Graphed
 from trainers.precision import number_format
 from trainers.stacked_deltas import Losses, StackedDeltas
 
@@ -74,8 +75,8 @@ class TrainedDelta(NamedTuple):
 
 def starting_sample(train: Pairs, device: str, tokens: int = 4096) -> tuple[Tensor, Tensor]:
     """x and residual (tokens, d_model), fp32 on `device`: what the features start from, the same for every seed."""
-    x, residual = next(train.batches(min(tokens, train.tokens), torch.Generator().manual_seed(0)))
-    return x.to(device, torch.float32), residual.to(device, torch.float32)
+    x, residual = next(train.batches(min(tokens, train.tokens), torch.Generator().manual_seed(0), device=device))
+    return x.to(torch.float32), residual.to(torch.float32)
 
 
 def train_delta(
@@ -120,6 +121,7 @@ class _Run:
     """The state of one training run between its steps."""
 
     def __init__(self, data: DeltaData, settings: DeltaSettings, device: str) -> None:
+        data = data._replace(train=data.train.near(device), validation=data.validation.near(device))
         self.data, self.settings, self.device = data, settings, device
         self.deviation = math.sqrt(data.unit)
         self.model = StackedDeltas(
@@ -133,7 +135,11 @@ class _Run:
             {"params": self.model.weights, "weight_decay": settings.weight_decay},
             {"params": self.model.offsets, "weight_decay": 0.0},
         ]
-        self.optimiser = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+        on_gpu = device.startswith("cuda")
+        # Numbers would be recorded with a graph as they are; tensors are read at each replay.
+        self.rate, self.sparsity = (torch.zeros((), device=device) if on_gpu else 0.0 for _ in range(2))
+        self.optimiser = torch.optim.AdamW(groups, lr=self.rate, fused=True, capturable=on_gpu)
+        self.update = Graphed(self._update)
         per_epoch = data.train.batch_count(settings.batch_size)
         self.steps = per_epoch * settings.epochs
         self.every = max(1, per_epoch // settings.evals_per_epoch)
@@ -168,20 +174,27 @@ class _Run:
         return self.casts[name].copy_(batch)
 
     def step(self, x: Tensor, residual: Tensor) -> Losses:
-        """One optimiser step."""
+        """One optimiser step; the losses are valid until the next one."""
         settings, at, steps = self.settings, self.at, self.steps
-        for group in self.optimiser.param_groups:
-            group["lr"] = settings.lr * _ramp(at, settings.lr_warmup_fraction * steps) * _decay(at, steps)
+        rate = settings.lr * _ramp(at, settings.lr_warmup_fraction * steps) * _decay(at, steps)
         sparsity = settings.sparsity * _ramp(at, settings.sparsity_warmup_fraction * steps)
-        losses = self.model.backward(x, residual, sparsity, self.deviation)
+        self.rate, self.sparsity = _set(self.rate, rate), _set(self.sparsity, sparsity)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate
+        losses = self.update(x, residual)
+        self.at += 1
+        self.tokens += len(x)
+        return losses
+
+    def _update(self, x: Tensor, residual: Tensor) -> Losses:
+        settings = self.settings
+        losses = self.model.backward(x, residual, self.sparsity, self.deviation)
         if calibrated := settings.threshold == "calibrated":
             self.model.log_threshold.grad = torch.zeros_like(self.model.log_threshold)
         clip_each(self.model.gradients(), settings.grad_clip)
         self.optimiser.step()
         if calibrated:
             self.model.steer(losses.active, CALIBRATED * settings.l0_budget)
-        self.at += 1
-        self.tokens += len(x)
         return losses
 
     def check(self, losses: Losses) -> None:
@@ -250,6 +263,11 @@ def _check_sane(figures: dict[str, Any], data: DeltaData, settings: DeltaSetting
             f"{name} is {figures[name]:.3g} at step {figures['step']}, against {data.alone:.3g} without a delta "
             f"(lr {settings.lr:.2g}, sparsity {settings.sparsity:.2g})"
         )
+
+
+def _set(held: float | Tensor, value: float) -> float | Tensor:
+    """`value`, in the tensor that holds it, if there is one."""
+    return held.fill_(value) if isinstance(held, Tensor) else value
 
 
 def _ramp(step: int, length: float) -> float:

@@ -72,7 +72,7 @@ class StackedDeltas:
         return [by_replica, b_enc.view(self.count, -1), log_threshold.view(self.count, -1), W_dec]
 
     @torch.no_grad()
-    def backward(self, x: Tensor, residual: Tensor, sparsity: float, deviation: float = 1.0) -> Losses:
+    def backward(self, x: Tensor, residual: Tensor, sparsity: float | Tensor, deviation: float = 1.0) -> Losses:
         """Sets the gradients of every replica's `error + sparsity * penalty`, `residual` in units of `deviation`.
 
         `x` and `residual` (tokens, d_model) are fp32 or bf16; products with them are computed in their dtype,
