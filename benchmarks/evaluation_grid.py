@@ -33,10 +33,7 @@ from evaluators.splice.interventions import Site
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
 from evaluators.splice.reference import Reference
-from jobs.commands.finished import Asked, combination, load_bridge, load_sites
-from jobs.study.context import Context
 from models.bridge import device_of, read_input, tap_names
-from search_spaces.load import load
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CELLS = (("raw", 0.0), ("no_delta", 0.0), ("full", 1.0), *(("alpha", alpha) for alpha in ALPHAS))
@@ -229,6 +226,11 @@ def main(
     ablate: Annotated[bool, typer.Option(help="Also time with each shortcut off.")] = True,
     seed: Annotated[int, typer.Option(help="Seed for sampling the reference's cells.")] = 0,
 ) -> None:
+    # Here, as benchmarks.gpu uses the rest of this file where only what trains and evaluates is installed.
+    from jobs.commands.finished import Asked, combination, load_bridge, load_sites
+    from jobs.study.context import Context
+    from search_spaces.load import load
+
     name, *overrides = config or ["quickstart"]
     context = Context(load(name, overrides))
     bridge = load_bridge(context)

@@ -2,44 +2,38 @@
 
     python -m benchmarks.gpu [--device cuda] [--only deltas,lora]
 
-In: nothing; models and activations are random, of the shapes of SmolLM2-135M and Gemma-2-2B. Out: prints, for each part,
-rates of both ways and their ratio, kernels launched a step, and the share of the time in which the device computes:
+In: nothing; models and activations are random, of the shapes of SmolLM2-135M and Gemma-2-2B. Out: prints for each part
+the rates of both ways and their ratio, kernels launched a step, and the share of the time in which the device computes:
 kernels' time, from a profiled run, over the time of a run without a profiler. Ratios compare runs of one process.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from torch import Tensor
 
 from benchmarks.evaluation_grid import CELLS, ours, plain_cell, timed
 from benchmarks.lora import BATCH, train_ours, train_reference
 from benchmarks.plain_delta import train_plainly
+from benchmarks.random_subjects import SHAPES, random_pairs, random_rows, save_other_mlps
 from data.encoding import encode_row
-from data.requests.copy_grammar import copy_sentences
-from data.requests.generator import RequestOptions, tool_rows
-from data.rows import Row, make_row
 from evaluators.splice.interventions import Site
-from evaluators.splice.passes import Shortcuts
 from jobs.commands.device_checks import transcoder
 from models.blocks import read_paths
 from models.bridge import wrap
-from models.sources import load_tokenizer
-from models.tiny import byte_tokenizer
 from trainers.activations import Pairs
 from trainers.base_transcoder import BaseSettings, train_bases
 from trainers.delta_data import DeltaData
@@ -49,69 +43,6 @@ from trainers.packing import Example, shuffled_batches
 from trainers.precision import dtype_of, number_format
 
 PARTS = ("deltas", "bases", "lora", "evaluation")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's sizes, as its config has them."""
-
-    kind: str
-    config: dict[str, Any]
-
-    def build(self, device: str, dtype: torch.dtype, folder: Path) -> tuple[Any, Any]:
-        """A random model of these sizes, and a tokenizer of bytes, which TransformerLens reads from `folder` again."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        byte_tokenizer().save_pretrained(folder)
-        tokenizer = load_tokenizer(folder)
-        config = AutoConfig.for_model(self.kind, **self.config, pad_token_id=0, eos_token_id=1, bos_token_id=2)
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return model.eval(), tokenizer
-
-
-SHAPES = {
-    "smollm2": Shape(
-        "llama",
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "max_position_embeddings": 2048,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "gemma2_2b": Shape(
-        "gemma2",
-        {
-            "vocab_size": 256000,
-            "hidden_size": 2304,
-            "intermediate_size": 9216,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "query_pre_attn_scalar": 256,
-        },
-    ),
-    "tiny": Shape(
-        "gemma2",
-        {
-            "vocab_size": 512,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "query_pre_attn_scalar": 16,
-        },
-    ),
-}
 
 
 def main(
@@ -155,11 +86,11 @@ def delta_steps(device: str, d_model: int, d_sae: int, batch: int, steps: int, d
             with fresh_memory(device) as peak:
                 train_delta(data, replace(asked, epochs=1), device=device)
                 rate = delta_rate(data, asked, device)
-            seconds, launches = profiled(lambda asked=asked: train_delta(data, asked, device=device), device)
+            seconds, launches = profiled(partial(train_delta, data, asked, device=device), device)
             count = asked.epochs * steps
             typer.echo(
                 f"  ours, {precision}, {replicas} side by side {rate:9.1f} steps/s   {rate / plain:7.1f}x   "
-                f"{launches / count:5.1f} launches a step   computing {min(1.0, seconds / count * rate):.2f} of the time"
+                f"{launches / count:5.1f} launches a step   {share(seconds / count * rate)}"
                 f"   {peak()}"
             )
 
@@ -184,6 +115,7 @@ def delta_rate(data: DeltaData, settings: DeltaSettings, device: str) -> float:
 def base_steps(device: str, d_model: int, width: int, batch: int, steps: int) -> None:
     """Optimiser steps of one base transcoder."""
     pairs = random_pairs(device, d_model, steps * batch)
+    held_out = Pairs([(pairs.shards[0][0][:2048], pairs.shards[0][1][:2048])])
     typer.echo(f"bases: d_model {d_model}, width {width}, L0 64, {batch} tokens a step")
     for precision in ("fp32", "tf32", "bf16") if device.startswith("cuda") else ("fp32", "bf16"):
         settings = BaseSettings(target_l0=(64,), width=width, epochs=2, batch_size=batch, precision=precision)
@@ -192,18 +124,15 @@ def base_steps(device: str, d_model: int, width: int, batch: int, steps: int) ->
         def note(step: int, total: int, figures: object, times: list[float] = times) -> None:
             times.append(time.perf_counter())
 
-        held_out = Pairs([(pairs.shards[0][0][:2048], pairs.shards[0][1][:2048])])
         with fresh_memory(device) as peak:
             train_bases(pairs, held_out, settings, layer=0, device=device, report=note)
         rate = (len(times) - 1) * 20 / (times[-1] - times[0]) if len(times) > 1 else math.nan
-        seconds, launches = profiled(
-            lambda settings=settings: train_bases(pairs, held_out, settings, layer=0, device=device), device
-        )
+        seconds, launches = profiled(partial(train_bases, pairs, held_out, settings, layer=0, device=device), device)
         count = 2 * steps
         flops = 6 * batch * d_model * width / 3  # the encoder's product; the others are sparse
         typer.echo(
             f"  ours, {precision} {rate:9.1f} steps/s   {launches / count:5.1f} launches a step   "
-            f"computing {min(1.0, seconds / count * rate):.2f} of the time   "
+            f"{share(seconds / count * rate)}   "
             f"{flops * rate / matmul_rate(device, precision):.2f} of the matmul rate   {peak()}"
         )
 
@@ -233,7 +162,7 @@ def lora_tokens(device: str, name: str, steps: int = 30) -> None:
     typer.echo(f"lora, {name}, bf16: ours {rates['ours'] / rates['reference']:.2f}x the reference")
 
 
-def cells(device: str, name: str, prompts: int = 16, budget: int = 32, sampled: int = 12) -> None:
+def cells(device: str, name: str, prompts: int = 16, budget: int = 16, sampled: int = 6) -> None:
     """The grid of two layers, spliced on un-finetuned MLPs, against one cell and prompt at a time."""
     with fresh_memory(device) as peak, tempfile.TemporaryDirectory() as scratch:
         model, tokenizer = SHAPES[name].build(device, torch.float32, Path(scratch))
@@ -248,63 +177,25 @@ def cells(device: str, name: str, prompts: int = 16, budget: int = 32, sampled: 
         rows = {label: [row for row in found if row.label == label][:prompts] for label in ("tool", "copy")}
         ours(bridge, {label: few[:2] for label, few in rows.items()}, sites, budget)  # libraries are set up
         seconds, table = timed(lambda: ours(bridge, rows, sites, budget), device)
-        plainly, _ = timed(lambda: ours(bridge, rows, sites, budget, Shortcuts.none()), device)
         chance, spent, same, furthest = random.Random(0), 0.0, 0, 0.0
         asked = [(site, *cell, label) for site in sites for cell in CELLS for label in rows]
         for site, condition, alpha, label in chance.sample(asked, sampled):
             place = chance.randrange(prompts)
             chosen = [rows[label][place]]
-            took, (one,) = timed(
-                lambda site=site, condition=condition, alpha=alpha, chosen=chosen: plain_cell(
-                    bridge, chosen, site, condition, alpha, budget
-                ),
-                device,
-            )
+            took, (one,) = timed(partial(plain_cell, bridge, chosen, site, condition, alpha, budget), device)
             mine = table[site.layer, condition, alpha, label, place]
             spent, same = spent + took, same + (mine.output == one.output)
             furthest = max(furthest, abs(mine.ce - one.ce))
         whole = spent / sampled * len(asked) * prompts
-        computing, launches = profiled(lambda: ours(bridge, rows, sites, budget), device)
+        few = {label: some[:4] for label, some in rows.items()}
+        less, _ = timed(lambda: ours(bridge, few, sites, budget), device)
+        computing, launches = profiled(lambda: ours(bridge, few, sites, budget), device)
         typer.echo(
-            f"evaluation, {name}, fp32, {len(asked)} cells of {prompts} prompts: ours {seconds:.1f} s, without shortcuts "
-            f"{plainly / seconds:.1f}x, one by one {whole / seconds:.0f}x (from {sampled} of {len(asked) * prompts}; "
-            f"{same} of {sampled} texts equal, CE at most {furthest:.1e} apart)   {launches} launches   "
-            f"computing {min(1.0, computing / seconds):.2f} of the time   {peak()}"
+            f"evaluation, {name}, fp32, {len(asked)} cells of {prompts} prompts: ours {seconds:.1f} s, "
+            f"one by one {whole / seconds:.0f}x (from {sampled} of {len(asked) * prompts}; "
+            f"{same} of {sampled} texts equal, CE at most {furthest:.1e} apart)   "
+            f"{launches / less:.0f} launches a second   {share(computing / less)}   {peak()}"
         )
-
-
-def random_pairs(device: str, d_model: int, tokens: int, shard: int = 65536) -> Pairs:
-    """x and y in bf16, in the host's memory."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(count: int) -> Tensor:
-        return torch.randn(count, d_model, generator=generator, device=device).bfloat16().cpu()
-
-    counts = [min(shard, tokens - start) for start in range(0, tokens, shard)]
-    return Pairs([(normal(count), normal(count)) for count in counts])
-
-
-def random_rows(count: int) -> list[Row]:
-    """Half requests and half sentences to copy."""
-    rng = random.Random("benchmark")
-    sources: Sequence[Iterator[Row]] = (
-        tool_rows(rng, RequestOptions()),
-        (make_row(text, text, "copy") for text in copy_sentences(rng)),
-    )
-    return [next(sources[place % 2]) for place in range(count)]
-
-
-def save_other_mlps(model: Any, layers: Sequence[int], folder: Path) -> None:
-    """The model's config, and of those layers the tensors on the way through the MLP, with other weights in it."""
-    from safetensors.torch import save_file
-
-    names = ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm", "mlp")
-    found = {}
-    for name, one in model.state_dict().items():
-        if any(f".layers.{layer}." in name for layer in layers) and any(part in name for part in names):
-            found[name] = (one * (1 + 0.05 * torch.randn_like(one)) if "mlp" in name else one).cpu().contiguous()
-    save_file(found, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), default=str))
 
 
 def profiled(run: Callable[[], object], device: str) -> tuple[float, int]:
@@ -328,6 +219,11 @@ def profiled(run: Callable[[], object], device: str) -> tuple[float, int]:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total / 1e6, launches
+
+
+def share(computing: float) -> str:
+    """More than all of the time is rounding: a profiled run is another run."""
+    return f"computing {min(1.0, computing):.2f} of the time" if math.isfinite(computing) else ""
 
 
 def matmul_rate(device: str, precision: str, size: int = 8192, tries: int = 6) -> float:

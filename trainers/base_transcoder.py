@@ -74,6 +74,7 @@ def train_bases(
     Raises DivergedError if the loss is not finite.
     """
     generator, target_l0 = torch.Generator().manual_seed(settings.seed), settings.target_l0
+    train, validation = train.near(device), validation.near(device)
     scale = output_scale(train)
     model = StackedBases(train.shards[0][0].shape[1], len(target_l0), settings.width, generator, device)
     optimiser = torch.optim.Adam(model.parameters, lr=settings.lr, fused=True)

@@ -27,10 +27,13 @@ def dtype_of(precision: str) -> torch.dtype:
 
 @contextlib.contextmanager
 def number_format(device: str, precision: str) -> Iterator[torch.dtype]:
-    """Sets the precision of matrix products, for code that casts its own operands to the dtype yielded."""
+    """Sets the precision of matrix products, for code that casts its own operands to the dtype yielded.
+
+    On a GPU, what is left in fp32 beside bf16 is multiplied as tf32, which keeps more digits than bf16 does.
+    """
     before = torch.get_float32_matmul_precision()
     if device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     try:
         yield dtype_of(precision)
     finally:

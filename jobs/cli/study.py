@@ -134,7 +134,7 @@ def track(config: Config, overrides: Overrides = None) -> None:
 
 @commands.command()
 def doctor(root: Annotated[str, typer.Option(help="The storage root.")] = "mlruns") -> None:
-    """Check this machine: packages, devices, models, storage."""
+    """Check this machine: packages, devices and what a GPU computes (20 seconds), models, storage."""
     from jobs.commands.doctor import OPTIONAL, examine
 
     findings = examine(root)

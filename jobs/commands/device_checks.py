@@ -6,18 +6,16 @@ they may be. Nothing here needs Ray, so that it also runs where only torch, tran
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.rows import Row
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from evaluators.splice.interventions import Site
@@ -250,8 +248,9 @@ def evaluation(kind: str, ground: str) -> Callable[[Path, str, str], Tensor]:
 
         bridge = _bridge(scratch, kind, device, precision)
         sites = _sites(bridge, models(scratch)[f"{kind}-before"] if ground == "path" else None)
-        passes, found = Passes(bridge), []
-        known = Known(reference=Reference(bridge))
+        passes, reference = Passes(bridge), Reference(bridge)
+        known = Known(reference=reference)
+        found: list[float] = []
 
         def measure(where: Sequence[Site], *asks: Ask) -> None:
             for _, of_rows, texts in evaluate_behaviour(
@@ -269,10 +268,10 @@ def evaluation(kind: str, ground: str) -> Callable[[Path, str, str], Tensor]:
             made = []
             for site in sites:
                 x, y = site_activations(passes, site, ROWS)
-                made.append(SUBSTITUTES[name](site, Material(x, lambda x=x, y=y: [(x, y)], 0)))
+                made.append(SUBSTITUTES[name](site, Material(x, partial(iter, [(x, y)]), 0)))
             measure(made, Ask(name))
         ranked = rank_features(passes, sites, ROWS)
-        curve = evaluate_curve(passes, sites, ROWS, ranked, reference=known.reference)
+        curve = evaluate_curve(passes, sites, ROWS, ranked, reference=reference)
         found.extend(row["nll"] for rows in curve.values() for row in rows)
         return torch.tensor(found)
 

@@ -1,4 +1,4 @@
-"""Is this machine ready? Devices, versions, the embedded model, storage.
+"""Is this machine ready? Devices and what they compute, versions, the embedded model, storage.
 
 In: a storage root. Out: rows of (what was checked, what was found, whether that is good).
 """
@@ -9,9 +9,11 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from jobs.cluster.connection import REPOSITORY
+from jobs.commands import device_checks
 from jobs.study.workspace import storage_root
 from models.errors import ModelError
 from models.sources import EMBEDDED, check_hub, check_source
@@ -60,9 +62,20 @@ def _devices() -> list[Finding]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         findings.append((f"gpu {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB", True))
+        findings.append(told(f"gpu {index}", list(device_checks.examine(f"cuda:{index}"))))
     if not torch.cuda.is_available():
         findings.append(("gpu", "none; everything runs on the CPU", True))
     return findings
+
+
+def told(device: str, found: Sequence[device_checks.Finding]) -> Finding:
+    """Whether the device computes what the CPU computes, and if not, what differs."""
+    wrong = [
+        f"{one.check} in {one.precision} differs by {one.apart:.2g} of its size, allowed {one.allowed:g}"
+        for one in found
+        if not one.agrees
+    ]
+    return (f"{device} computes", "; ".join(wrong) or f"as the CPU does ({len(found)} checks)", not wrong)
 
 
 def _gemma() -> None:

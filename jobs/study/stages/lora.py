@@ -142,11 +142,10 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     from trainers.checkpoints import Keeper
     from trainers.errors import TrainingError
     from trainers.lora import LoraSettings, Splits, train_lora
-    from trainers.precision import dtype_of, resolve_precision
+    from trainers.precision import number_format, resolve_precision
 
     torch.set_num_threads(config["threads"])
     precision = resolve_precision(config["precision"], config["device"])
-    model, tokenizer = load_model(Path(config["model"]), dtype_of(precision), config["device"])
     searched = {name: config[name] for name in LoraSettings.__dataclass_fields__ if name in config}
     best: dict[str, Any] = {}
 
@@ -164,15 +163,15 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     rows = Path(config["data"])
     keeper = Keeper(Path(config["folder"]) / "checkpoint.safetensors", config["checkpoint_seconds"])
     try:
-        train_lora(
-            model,
-            tokenizer,
-            Splits(read_rows(rows / "train.jsonl"), read_rows(rows / "validation.jsonl")),
-            LoraSettings(**config["settings"], **searched),
-            note,
-            keep,
-            keeper,
-        )
+        with number_format(config["device"], precision) as dtype:
+            train_lora(
+                *load_model(Path(config["model"]), dtype, config["device"]),
+                Splits(read_rows(rows / "train.jsonl"), read_rows(rows / "validation.jsonl")),
+                LoraSettings(**config["settings"], **searched),
+                note,
+                keep,
+                keeper,
+            )
     except TrainingError as error:
         keeper.forget()
         return {"failed": " ".join(str(error).split())[:500]}

@@ -1,0 +1,121 @@
+"""Models, activations and rows of real shapes with nothing learned in them, for measuring speed where no model is.
+
+In: the name of a shape, or a number of tokens or rows. Out: a random transformers model with a tokenizer of bytes,
+random pairs, generated rows.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.requests.copy_grammar import copy_sentences
+from data.requests.generator import RequestOptions, tool_rows
+from data.rows import Row, make_row
+from models.sources import load_tokenizer
+from models.tiny import byte_tokenizer
+from trainers.activations import Pairs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes, as its config has them."""
+
+    kind: str
+    config: dict[str, Any]
+
+    def build(self, device: str, dtype: torch.dtype, folder: Path) -> tuple[Any, Any]:
+        """A random model of these sizes, and a tokenizer of bytes, which TransformerLens reads from `folder` again."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        byte_tokenizer().save_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
+        config = AutoConfig.for_model(self.kind, **self.config, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return model.eval(), tokenizer
+
+
+SHAPES = {
+    "smollm2": Shape(
+        "llama",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma2_2b": Shape(
+        "gemma2",
+        {
+            "vocab_size": 256000,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+        },
+    ),
+    "tiny": Shape(
+        "gemma2",
+        {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+}
+
+
+def random_pairs(device: str, d_model: int, tokens: int, shard: int = 65536) -> Pairs:
+    """x and y in bf16, in the host's memory."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(count: int) -> Tensor:
+        return torch.randn(count, d_model, generator=generator, device=device).bfloat16().cpu()
+
+    counts = [min(shard, tokens - start) for start in range(0, tokens, shard)]
+    return Pairs([(normal(count), normal(count)) for count in counts])
+
+
+def random_rows(count: int) -> list[Row]:
+    """Half requests and half sentences to copy."""
+    rng = random.Random("benchmark")
+    sources: Sequence[Iterator[Row]] = (
+        tool_rows(rng, RequestOptions()),
+        (make_row(text, text, "copy") for text in copy_sentences(rng)),
+    )
+    return [next(sources[place % 2]) for place in range(count)]
+
+
+def save_other_mlps(model: Any, layers: Sequence[int], folder: Path) -> None:
+    """The model's config, and of those layers the tensors on the way through the MLP, with other weights in it."""
+    from safetensors.torch import save_file
+
+    names = ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm", "mlp")
+    found = {}
+    for name, one in model.state_dict().items():
+        if any(f".layers.{layer}." in name for layer in layers) and any(part in name for part in names):
+            found[name] = (one * (1 + 0.05 * torch.randn_like(one)) if "mlp" in name else one).cpu().contiguous()
+    save_file(found, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), default=str))
