@@ -78,11 +78,6 @@ def select(found: list[Candidate], percentile: float | None, target_l0: float | 
     return select_target_l0(found, target_l0)
 
 
-def selection_label(percentile: float | None) -> str:
-    """The name of a selection in file and group names: `p0.25`, or `l0` for a target L0."""
-    return "l0" if percentile is None else f"p{percentile:.2f}"
-
-
 def read(root: str, candidate: Candidate, layer: int, taps: Taps = GEMMA_SCOPE_TAPS) -> Transcoder:
     """The transcoder of `candidate`, fp32, on the CPU. Raises ModelError if it cannot be fetched or read."""
     if Path(root).is_dir():

@@ -111,7 +111,7 @@ def plan(
 @commands.command()
 def status(config: Config, overrides: Overrides = None) -> None:
     """Print what a sweep has done and what is left to do."""
-    from jobs.commands.plan import status_rows
+    from jobs.commands.status import status_rows
 
     _print_rows(status_rows(context_of(config, overrides)))
 

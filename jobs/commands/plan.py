@@ -1,4 +1,4 @@
-"""What a sweep would do (trials, cells, disk, bases), and how far it has got.
+"""What a sweep would do: trials, cells, disk, bases, time.
 
 In: a `Context`. Out: rows of text. Nothing is trained, and nothing is written except the base model's own folder.
 """
@@ -6,21 +6,19 @@ In: a `Context`. Out: rows of text. Nothing is trained, and nothing is written e
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from evaluators.conditions import CONDITIONS
 from evaluators.layer_sets import layer_label
 from jobs.commands.forecast import other_kinds, schedule_rows
+from jobs.commands.status import Rows, finetuned_row
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
-from jobs.progress import clock, read_progress
+from jobs.progress import clock
 from jobs.study.context import Context
+from jobs.study.grounds import selection_label
 from jobs.study.stage_list import STAGES
 from jobs.study.stages.finetuned import check_models
 from jobs.study.stages.transcoders import chosen_base
-from models.gemma_scope import selection_label
-
-Rows = list[tuple[str, str]]
 
 
 def plan_rows(context: Context, measured: Path | None = None, workers: int | None = None) -> Rows:
@@ -35,7 +33,7 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     prompts = len(context.subsets) * settings.data.eval_rows
     rows = [
         ("model", settings.model.source),
-        _finetuned(context),
+        finetuned_row(context),
         *((f"{target} deltas", _deltas(context, target)) for target in deltas.targets),
         ("delta groups", f"{groups}, {groups * deltas.trials} trials"),
         ("evaluation", f"{_cells(context)} cells, {prompts} prompts"),
@@ -47,14 +45,6 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     if measured and not forecast:
         raise RequestError(f"--measured: {measured} has no sweep with trials and cells of these widths")
     return rows + (forecast or [("time on more workers", "unknown: run it once, or name a sweep with --measured")])
-
-
-def _finetuned(context: Context) -> tuple[str, str]:
-    """Where the finetuned model comes from."""
-    settings = context.settings
-    if settings.model.finetuned:
-        return "finetuned model", f"{settings.model.finetuned}, adopted"
-    return "LoRA", f"{settings.lora.trials} trials of {settings.lora.steps} steps"
 
 
 def _deltas(context: Context, target: str) -> str:
@@ -76,38 +66,6 @@ def _cells(context: Context) -> int:
             seeded = sum(one.uses_delta for one in conditions) + sum(dose != 0 for dose in doses)
             behaviour += (evaluate.replicas - 1) * seeded
     return len(context.subsets) * behaviour + sum(other_kinds(context).values())
-
-
-def status_rows(context: Context) -> Rows:
-    """How far the sweep with these settings has got."""
-    space, settings = context.space, context.settings
-    rows: Rows = []
-    if shown := read_progress(space.folder):
-        rows.append(("running" if shown["running"] else "stopped at", "; ".join([shown["stage"], *shown["bars"]])))
-    for stage in STAGES:
-        manifest = read_json(stage.folder(context) / MANIFEST)
-        if stage.finished(context):
-            rows.append((stage.name, f"done in {clock(manifest['seconds'])}"))
-        else:
-            rows.append((stage.name, "to do"))
-    if settings.model.finetuned:
-        rows.append(_finetuned(context))
-    else:
-        results = [read_json(path) for path in sorted(space.folder.glob("lora/trial_*/result.json"))]
-        rows.append(("LoRA trials", _counts(results, settings.lora.trials)))
-    groups = len(context.delta_groups)
-    results = [read_json(path) for path in sorted(space.deltas.glob("layer_*/*/d*/trial_*/result.json"))]
-    rows.append(("delta trials", _counts(results, groups * settings.deltas.trials)))
-    cells = [path for path in space.cells.glob("*.json") if path.name != MANIFEST]
-    rows.append(("cells", f"{len(cells)} on disk"))
-    rows += [("failed", f"{one['group']} trial {one['trial']}: {one['reason']}") for one in results if one["reason"]]
-    return rows
-
-
-def _counts(results: list[dict[str, Any]], total: int) -> str:
-    states = [one["state"] for one in results]
-    named = [f"{states.count(state)} {state.lower()}" for state in ("COMPLETE", "STOPPED", "FAILED") if state in states]
-    return f"{len(results)} of {max(total, len(results))}" + (f" ({', '.join(named)})" if named else "")
 
 
 def _bases(context: Context) -> Rows:

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from models.gemma_scope import selection_label
 from search_spaces.training import Deltas
+
+
+def selection_label(percentile: float | None) -> str:
+    """The name of a base's selection in file and group names: `p0.25`, or `l0` for a target L0."""
+    return "l0" if percentile is None else f"p{percentile:.2f}"
 
 
 class Ground(NamedTuple):

@@ -19,8 +19,7 @@ from optuna.trial import TrialState
 
 from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment
 
-WHY = "one more sweep, stopped in another way than the first"
-more = pytest.mark.long(WHY)
+more = pytest.mark.long("one more sweep, stopped in another way than the first")
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -44,19 +43,6 @@ def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.05)
 
 
-def kill_raylet_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
-    """SIGKILL of Ray's node manager alone: the driver then ends on its own, with everything it started."""
-    wait_until(reached, process)
-    family = psutil.Process(process.pid).children(recursive=True)
-    (raylet,) = [child for child in family if child.name() == "raylet"]
-    raylet.kill()
-    _, errors = process.communicate(timeout=10)
-    assert process.returncode == 1
-    assert errors.splitlines()[-1] == "error: Ray's raylet has died; run the same command to continue from here"
-    left = psutil.wait_procs(family, timeout=10)[1]
-    assert all(one.status() == psutil.STATUS_ZOMBIE for one in left), left
-
-
 def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
     """SIGKILL of the driver and everything it started, as when a machine goes down."""
     wait_until(reached, process)
@@ -70,19 +56,11 @@ def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> No
 
 
 @pytest.mark.early
-@pytest.mark.parametrize(
-    ("kill", "reached"),
-    [
-        (kill_when, "deltas/**/result.json"),
-        pytest.param(kill_raylet_when, "cells/layer_*.json", marks=pytest.mark.long(WHY, minutes=1)),
-    ],
-    ids=["machine", "raylet"],
-)
-def test_a_killed_sweep_continues(jobs: Jobs, tmp_path: Path, kill: Callable[..., None], reached: str) -> None:
+def test_a_killed_sweep_continues(jobs: Jobs, tmp_path: Path) -> None:
     arguments = ("sweep", "tiny", f"storage.root={tmp_path}", *SMALL)
     sweep = tmp_path / "sweeps" / "tiny"
 
-    kill(start(*arguments), lambda: next(sweep.glob(reached), None) is not None)
+    kill_when(start(*arguments), lambda: next(sweep.glob("deltas/**/result.json"), None) is not None)
     finished = [
         *sweep.glob("lora/trial_*/result.json"),
         *sweep.glob("deltas/**/result.json"),

@@ -16,9 +16,10 @@ from jobs.files import is_finished, keyed_folder, read_json
 from jobs.seals import seal
 from jobs.study import keys
 from jobs.study.context import Context
+from jobs.study.grounds import selection_label
 from jobs.study.stages.activations import capture_base
 from jobs.study.stages.worker_memory import bridge
-from models.gemma_scope import Candidate, candidates, read, select, selection_label, width_label, write
+from models.gemma_scope import Candidate, candidates, read, select, width_label, write
 from models.sources import model_facts
 from models.transcoder import CONVENTIONS, Taps, check_fits
 
