@@ -8,8 +8,9 @@ features a layer (ours have one more, at BOS; theirs act at BOS too, and have a 
 runs choose the learning rate, on held-out text; then come runs of one epoch and more, as many as end in time.
 
 Out: prints a table for each subset: the share of the CE gap of swapping all MLPs that comes back at alpha 1, with
-paired 95% bootstrap intervals over prompts, KL(finetuned || spliced) a target token, active features a token and layer
-on held-out text, CPU seconds of training, and the most memory that the process had used by then. Ours are the pass that
+paired 95% bootstrap intervals over prompts, how far the CE is above ours, KL(finetuned || spliced) a target token,
+active features a token and layer on held-out text, CPU seconds of training, and the most memory that the process had
+used by then. Ours are the pass that
 computes the changes and all trials of that width, both repeated here; theirs the run itself, and what choosing the
 learning rate took is printed apart. Both multiply in the sweep's precision.
 """
@@ -36,7 +37,7 @@ from evaluators.splice.passes import Passes
 from evaluators.splice.reference import Reference
 from evaluators.splice.sites import Site
 from evaluators.splice.teacher_forcing import Job, score
-from evaluators.tables.statistics import recovered_share
+from evaluators.tables.statistics import paired_bootstrap, recovered_share
 from jobs.commands.finished import Asked, combination, device_for, finetuned, load_bridge, load_sites
 from jobs.files import read_json
 from jobs.study.context import Context
@@ -129,7 +130,7 @@ def show(bridge: Any, context: Context, rows: Sequence[Row]) -> list[dict[str, A
     """Prints the tables, and returns their figures."""
     figures = []
     every = list(read_rows(str(context.rows / "evaluation.jsonl")))
-    typer.echo(f"{'':<34}{'recovered of the CE gap':<25}{'KL':>7}{'L0':>6}{'CPU seconds':>16}{'GiB':>6}")
+    typer.echo(f"{'':<34}{'recovered of the CE gap':<25}{'above':>9}{'KL':>7}{'L0':>6}{'CPU seconds':>16}{'GiB':>6}")
     for subset in dict.fromkeys(row.label for row in every):
         encoded = [encode_row(bridge.tokenizer, row) for row in every if row.label == subset]
         tokens = [float(len(row.target)) for row in encoded]
@@ -137,15 +138,19 @@ def show(bridge: Any, context: Context, rows: Sequence[Row]) -> list[dict[str, A
         raw, _ = sums(Passes(bridge), Edit(), *asked)
         ground, kl = sums(Passes(bridge), Edit(rows[0].sites, "no_delta"), *asked)
         typer.echo(f"{subset}: CE gap {(sum(ground) - sum(raw)) / sum(tokens):.3f}, KL {kl:.3f} without deltas")
+        best: list[float] = []
         for row in rows:
             nats, kl = sums(Passes(bridge), Edit(row.sites, "full"), *asked)
             share = recovered_share((ground, tokens), (nats, tokens), (raw, tokens), seed=context.settings.seed)
+            best = best or nats
+            above = paired_bootstrap(nats, tokens, best, tokens, seed=context.settings.seed)
             interval = f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]"
             took = f"{row.cpu_seconds:16.0f}{row.memory:6.1f}"
-            typer.echo(f"  {row.name:<32}{interval:<25}{kl:7.4f}{row.active:6.1f}{took}")
+            typer.echo(f"  {row.name:<32}{interval:<25}{above.value:9.4f}{kl:7.4f}{row.active:6.1f}{took}")
             kept = {name: getattr(row, name) for name in ("name", "active", "cpu_seconds", "memory")}
             ends = {"recovered": share.value, "low": share.low, "high": share.high}
-            figures.append({"subset": subset, **kept, **ends, "kl": kl})
+            apart = {"above": above.value, "above_low": above.low, "above_high": above.high}
+            figures.append({"subset": subset, **kept, **ends, **apart, "kl": kl})
     return figures
 
 

@@ -35,8 +35,9 @@ from models.bridge import device_of, read_input, tap_names
 from models.transcoder import Transcoder, with_bos
 
 WARM_UP = 0.05
-FIRST_WEIGHT, STEER = 1e-3, 0.05
-"""Of the sparsity penalty: where it starts, and how far its log moves per step and unit of relative error in L0."""
+FIRST_WEIGHT, STEER, NUDGE = 1e-3, 0.15, 0.02
+"""Of the sparsity penalty: where it starts, and how far its log moves per step and unit of relative error in L0; and by
+how much all biases move at the same time, so that features which no penalty moves any more reach the L0 too."""
 Hooks = list[tuple[str, Callable]]
 
 
@@ -216,7 +217,10 @@ def train(pair: Pair, material: Material, lr: float, steps: int) -> Trained:
         (found.kl + found.states + found.bridged + weight * found.penalty).backward()
         torch.nn.utils.clip_grad_norm_(adapters.parameters(), 1.0)
         optimiser.step()
-        weight *= math.exp(STEER * max(-1.0, min(1.0, found.active / material.active - 1)))
+        off = max(-1.0, min(1.0, found.active / material.active - 1))
+        weight *= math.exp(STEER * off)
+        with torch.no_grad():
+            adapters.b_enc.sub_(NUDGE * off)
     spent = time.process_time() - begun, time.perf_counter() - started
     with torch.no_grad():
         parts = [(losses(pair, adapters, batch), int(batch.mask.sum())) for batch in material.held_out]
