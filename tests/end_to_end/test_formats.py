@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 
-from data.rows import read_rows
-from tests.end_to_end.conftest import REPOSITORY
-
-CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+from benchmarks import plain_knob
 
 
-@pytest.fixture
-def blocks(finished: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The page's blocks, the one that loads and the knob, in a folder where the finished sweep is called quickstart."""
-    root = finished[0]
-    (tmp_path / "mlruns/sweeps").mkdir(parents=True)
-    (tmp_path / "mlruns/models").mkdir()
-    (tmp_path / "mlruns/sweeps/quickstart").symlink_to(root / "sweeps/tiny")
-    (model,) = (root / "models").glob("tiny-gemma2-*")
-    (tmp_path / "mlruns/models/smollm2-135m-tiny").symlink_to(model)
-    monkeypatch.chdir(tmp_path)
-    return CODE.findall((REPOSITORY / "docs/formats.md").read_text())
-
-
-def test_files_load_by_hand(blocks: list[str]) -> None:
+def test_files_load_by_hand(finished: tuple[Path, Any]) -> None:
     names: dict[str, Any] = {}
-    exec(compile(blocks[0], "docs/formats.md", "exec"), names)
+    with plain_knob.named_as_on_the_page(finished[0] / "sweeps/tiny", finished[0] / "models"):
+        exec(compile(plain_knob.blocks()[0], "docs/formats.md", "exec"), names)
     assert names["settings"]["name"] == "tiny"
     assert {"input", "target", "label"} <= set(names["rows"])
     assert {"input", "target", "generation"} <= set(names["texts"])
@@ -48,26 +31,9 @@ def test_files_load_by_hand(blocks: list[str]) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_the_knob_by_hand(finished: tuple[Path, Any], blocks: list[str], alpha: float) -> None:
+def test_the_knob_by_hand(finished: tuple[Path, Any], alpha: float) -> None:
     """Its cross-entropy is that of the dose-response table, on every subset."""
-    root, code = finished[0], blocks[1]
-    assert len(code.strip().splitlines()) < 40
-    names: dict[str, Any] = {}
-    exec(compile(code, "docs/formats.md", "exec"), names)
-    names["alpha"] = alpha
-    doses = pd.read_csv(root / "sweeps/tiny/report/exp2B_metrics.csv", dtype={"layer": str})
-    doses = doses[(doses["condition"] == "alpha") & (doses["target"] == "change") & (doses["layer"] == "0-3")]
-    doses = doses[doses["alpha"] == alpha].set_index("subset")
-    tokenizer = names["tokenizer"]
-    for subset, expected in doses["mean_ce"].items():
-        nats = tokens = 0.0
-        for row in read_rows(root / "sweeps/tiny/data/evaluation.jsonl"):
-            if row.label != subset:
-                continue
-            prompt = [tokenizer.bos_token_id, *tokenizer(row.input + "\n", add_special_tokens=False)["input_ids"]]
-            target = [*tokenizer(row.target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            with torch.no_grad():
-                logits = names["model"](torch.tensor([prompt + target])).logits[0].log_softmax(-1)
-            nats -= logits[len(prompt) - 1 : -1].gather(1, torch.tensor(target).unsqueeze(1)).sum().item()
-            tokens += len(target)
-        assert nats / tokens == pytest.approx(expected, rel=1e-4)
+    assert len(plain_knob.blocks()[1].strip().splitlines()) < 40
+    table = plain_knob.compare(finished[0] / "sweeps/tiny", finished[0] / "models", [alpha])
+    assert set(table["subset"]) == {"tool", "copy", "tool_ood"}
+    assert table["by_hand"].to_list() == pytest.approx(table["of_the_sweep"].to_list(), rel=plain_knob.ROUNDING)
