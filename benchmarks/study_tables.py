@@ -22,6 +22,8 @@ QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 
 
 def number(value: float, digits: int = 3) -> str:
+    if math.isnan(value):
+        return "-"  # was not measured
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
 
