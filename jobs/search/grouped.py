@@ -133,7 +133,9 @@ class GroupedSearch(Searcher):
     """Asks one Optuna study per group, starting with the group that has the most trials left.
 
     A group never runs more trials at once than it takes to fill the machine. With as many groups as fit at once, that
-    is one: what is proposed and what is stopped early then depends only on the group's own trials, in order.
+    is one: what is proposed and what is stopped early then depends only on the group's own trials, in order. The next
+    trial goes to the worker whose last one has just ended (Tune reuses it): it is one that reads what that one read, if
+    there is any, otherwise one that reads what no worker holds.
     """
 
     def __init__(
@@ -151,6 +153,8 @@ class GroupedSearch(Searcher):
         self._limit_per_group = math.ceil(runtime.share.at_once / len(groups))
         self._running: dict[str, _Running] = {}
         self._retries: list[_Running] = []
+        self._held: list[str] = []
+        """What workers that are free have read, the last one last."""
         self.no_storage: int | None = None
         """Why nothing more is started: the number of an error of the disk."""
         self.missing = sum(self._remaining.values())
@@ -183,7 +187,14 @@ class GroupedSearch(Searcher):
         open_groups = [name for name, left in self._remaining.items() if left and busy[name] < self._limit_per_group]
         if not open_groups:
             return None
-        name = max(open_groups, key=lambda name: self._remaining[name])
+        held = self._held.pop() if self._held else None
+        elsewhere = {running.group.reads for running in self._running.values()}
+
+        def choice(name: str) -> tuple[bool, bool, int]:
+            reads = self._groups[name].reads
+            return reads == held, reads not in elsewhere, self._remaining[name]
+
+        name = max(open_groups, key=choice)
         self._remaining[name] -= 1
         study = self._studies[name]
         return _Running(self._groups[name], study.unfinished.pop(0) if study.unfinished else study.ask(), time.time())
@@ -211,6 +222,7 @@ class GroupedSearch(Searcher):
         running = self._running.pop(trial_id, None)
         if running is None:
             return
+        self._held.append(running.group.reads)
         if error and running.deaths < self._max_retries:
             running.deaths += 1
             self._retries.append(running)

@@ -42,7 +42,8 @@ class Group:
     the name of the Optuna study, and changes with anything that makes earlier losses incomparable.
 
     `objectives` are the figures that the study minimises; with more than one, nothing is stopped early. `warm_start` is
-    a prefix of the names of earlier studies whose best values are tried first.
+    a prefix of the names of earlier studies whose best values are tried first. `reads` names what the trials read: a
+    worker that holds it is given trials of other groups that read the same.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Group:
     sampler: str = "tpe"
     objectives: tuple[str, ...] = ("val_loss",)
     warm_start: str | None = None
+    reads: str = ""
 
     @property
     def searched(self) -> dict[str, Range | Choice]:

@@ -9,6 +9,7 @@ are; `polish` may add `deltas/polished/`.
 from __future__ import annotations
 
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -128,6 +129,7 @@ def delta_groups(context: Context, activations: Path) -> list[Any]:
                 section.sampler,
                 tuple(section.objectives.replace("val_error", error_name(one.ground.target)).split(", ")),
                 section.warm_start and f"{section.warm_start}/{STAGE}/{one.name}",
+                reads=f"layer_{one.layer:02d}/{one.ground.label}",
             )
         )
     return groups
@@ -142,7 +144,6 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     from models.transcoder import CONVENTIONS, with_bos
     from trainers.capture import read_bos
     from trainers.checkpoints import Keeper
-    from trainers.delta_data import read_change
     from trainers.delta_transcoder import DeltaSettings, DivergedError, train_delta
     from trainers.precision import resolve_precision
 
@@ -155,10 +156,8 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     )
     taps = CONVENTIONS[config["convention"]]
     activations, layer = Path(config["activations"]), config["layer"]
-    if config["target"] == "change":
-        data, at_bos = read_change(activations, layer, taps), read_bos(activations)[layer]
-    else:
-        data, at_bos = read_residuals(activations, Path(config["residual"]), layer, taps), None
+    at_bos = read_bos(activations)[layer] if config["target"] == "change" else None
+    data = pairs(config["target"], activations, Path(config["residual"]), layer, taps, config["device"])
     keeper = Keeper(Path(config["folder"]) / "checkpoint.safetensors", config["checkpoint_seconds"])
     try:
         trained = train_delta(
@@ -222,6 +221,19 @@ def compute_residual(task: ResidualTask) -> None:
     facts["val_fvu_base_unfinetuned"] = fraction_unexplained(base, before)
     write_json(Path(task.folder).parent / "base_error.json", {"key": task.key, **facts})
     finish_folder(Path(task.folder), task.key, facts)
+
+
+@lru_cache(maxsize=1)
+def pairs(target: str, activations: Path, residual: Path, layer: int, taps: Taps, device: str) -> DeltaData:
+    """What the trials of a layer and target share, in the memory of a GPU where it fits; a worker keeps the last."""
+    from trainers.delta_data import read_change
+
+    pairs.cache_clear()  # before the next is read
+    if target == "change":
+        data = read_change(activations, layer, taps)
+    else:
+        data = read_residuals(activations, residual, layer, taps)
+    return data._replace(train=data.train.near(device), validation=data.validation.near(device))
 
 
 def read_residuals(activations: Path, residual: Path, layer: int, taps: Taps) -> DeltaData:

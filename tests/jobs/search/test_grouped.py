@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,12 @@ def without_a_disk(config: dict[str, Any], report: Any) -> dict[str, Any]:
     if config["trial"] == 1:
         raise OSError(errno.EROFS, "Read-only file system")
     return bowl(config, report)
+
+
+def located(config: dict[str, Any], report: Any) -> dict[str, Any]:
+    """Says which process ran it, after long enough that both workers are there."""
+    time.sleep(0.5)
+    return {"val_loss": config["x"], "step": 1, "process": os.getpid()}
 
 
 def group(root: Path, name: str, trials: int, centre: float = 0.3) -> Group:
@@ -257,3 +264,18 @@ def test_a_warm_start_tries_the_best_of_an_earlier_study_first(share: Share, mix
 
 def test_whole_ranges_give_whole_numbers(mixed: Mixed) -> None:
     assert all(isinstance(result["params"]["x"], int) for result in trials_of(mixed[1]["whole"]))
+
+
+def test_a_worker_stays_with_what_it_has_read(share: Share, tmp_path: Path) -> None:
+    """Three groups of trials read each of four layers: a layer is read about once, not once a trial."""
+    groups = [
+        replace(group(tmp_path, f"{layer}{width}", 2), reads=layer) for width in ("x", "y", "z") for layer in "abcd"
+    ]
+    told = search(tmp_path, groups, located, share)
+    assert len(told) == 24
+    read: dict[int, list[str]] = {}
+    for one in sorted(told, key=lambda one: one["started"]):
+        layers = read.setdefault(one["figures"]["process"], [])
+        if layers[-1:] != [one["group"][0]]:
+            layers.append(one["group"][0])
+    assert sum(map(len, read.values())) <= 8, read
