@@ -142,12 +142,13 @@ def residuals(report: Path) -> list[dict[str, Any]]:
     }
     for column, name in names.items() if len(deltas) else ():
         found += figures(deltas, column, name + ": {layer}")
-    for name, value in (("gaps", "gap"), ("recovered", "recovered")):
-        table = read(report, name)
-        table = table[(table["target"] == "residual") & (table["metric"] == "mean_ce")]
-        if name == "recovered":
-            table = table[table["condition"] == "full"]
-        found += figures(table, value, value + ": {layer}")
+    gaps, recovered = (read(report, name) for name in ("gaps", "recovered"))
+    gaps, recovered = (
+        table[(table["target"] == "residual") & (table["metric"] == "mean_ce")] for table in (gaps, recovered)
+    )
+    found += figures(gaps, "gap", "gap: {layer}")
+    for condition, name in {"full": "", "random_delta": " by random", "shuffled_delta": " by shuffled"}.items():
+        found += figures(recovered[recovered["condition"] == condition], "recovered", f"recovered{name}: {{layer}}")
     return found
 
 

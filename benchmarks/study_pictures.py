@@ -95,7 +95,8 @@ def layers(table: pd.DataFrame) -> Figure | None:
         axes.axhline(0, color=MUTED, linewidth=1)
         axes.set_ylabel(f"{adapter}:\nCE gap (nats)")
     grid[-1].set_xlabel("the one layer whose MLP is un-finetuned")
-    return finish(figure, grid[0], "seed 0; bars: paired bootstrap 95% over prompts")
+    seeds = ", ".join(map(str, sorted(table["seed"].unique())))
+    return finish(figure, grid[0], f"seed {seeds}; bars: paired bootstrap 95% over prompts")
 
 
 def write_pictures(folder: Path) -> None:

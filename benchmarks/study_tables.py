@@ -23,7 +23,7 @@ QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 
 def number(value: float, digits: int = 3) -> str:
     if math.isnan(value):
-        return "-"  # was not measured
+        return NONE  # was not measured
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
 
@@ -208,15 +208,23 @@ def residuals(folder: Path) -> str:
 
 
 def residual_splices(folder: Path) -> str:
-    table = read(folder, "residuals")
+    table, places = read(folder, "residuals"), read(folder, "places")
     table[["of", "layers"]] = table["what"].str.split(": ", expand=True)
     widest = max(table["layers"].unique(), key=len)
-    table = table[(table["layers"] == widest) & table["of"].isin(["gap", "recovered"])]
+    swapped = places[places["what"] == f"gap: {widest}"].assign(of="swapped")
+    table = pd.concat([table[table["layers"] == widest], swapped])
+    columns = {
+        "swapped": "un-finetuned MLPs cost",
+        "gap": "bases cost",
+        "recovered": "residual deltas win back",
+        "recovered by random": "random directions",
+        "recovered by shuffled": "shuffled outputs",
+    }
     rows = [
-        [adapter, f"`{subset}`", *(one(here[here["of"] == of]) for of in ("gap", "recovered"))]
-        for adapter, subset, here in groups(table)
+        [adapter, f"`{subset}`", *(one(here[here["of"] == of]) for of in columns)]
+        for adapter, subset, here in groups(table[table["of"].isin(columns)])
     ]
-    return markdown(["adapters", "subset", "what the bases cost", "residual deltas win back"], rows)
+    return markdown(["adapters", "subset", *columns.values()], rows)
 
 
 def polished(folder: Path) -> str:
