@@ -147,8 +147,7 @@ def residuals(report: Path) -> list[dict[str, Any]]:
         table[(table["target"] == "residual") & (table["metric"] == "mean_ce")] for table in (gaps, recovered)
     )
     found += figures(gaps, "gap", "gap: {layer}")
-    for condition, name in {"full": "", "random_delta": " by random", "shuffled_delta": " by shuffled"}.items():
-        found += figures(recovered[recovered["condition"] == condition], "recovered", f"recovered{name}: {{layer}}")
+    found += figures(recovered[recovered["condition"] == "full"], "recovered", "recovered: {layer}")
     return found
 
 

@@ -217,8 +217,6 @@ def residual_splices(folder: Path) -> str:
         "swapped": "un-finetuned MLPs cost",
         "gap": "bases cost",
         "recovered": "residual deltas win back",
-        "recovered by random": "random directions",
-        "recovered by shuffled": "shuffled outputs",
     }
     rows = [
         [adapter, f"`{subset}`", *(one(here[here["of"] == of]) for of in columns)]
