@@ -103,7 +103,7 @@ def test_the_readme_lists_every_command() -> None:
 
 
 def test_pages_are_short() -> None:
-    """About two screens, tables that are written by a command not counted."""
+    """About two screens, and four pages for the study; tables that are written by a command are not counted."""
     texts = {path.name: re.sub(r"<!-- table.*?<!-- end -->", "", path.read_text(), flags=re.DOTALL) for path in PAGES}
     long = {name: len(text.splitlines()) for name, text in texts.items()}
-    assert {name: lines for name, lines in long.items() if lines > 140} == {}
+    assert {name: lines for name, lines in long.items() if lines > (200 if name == "study.md" else 140)} == {}
