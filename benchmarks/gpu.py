@@ -31,7 +31,7 @@ from benchmarks.plain_delta import train_plainly
 from benchmarks.random_subjects import SHAPES, random_pairs, random_rows, save_other_mlps
 from data.encoding import encode_row
 from evaluators.splice.interventions import Site
-from jobs.commands.device_checks import transcoder
+from jobs.commands.device_figures import transcoder
 from models.blocks import read_paths
 from models.bridge import wrap
 from trainers.activations import Pairs

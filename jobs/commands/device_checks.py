@@ -1,4 +1,4 @@
-"""Does a device compute what the CPU does? Every trainer and the evaluation, on models and shapes that take seconds.
+"""Does a device compute what the CPU does?
 
 In: a device. Out: for each check and number format, how far its figures are from those of the CPU in fp32, and how far
 they may be. Nothing here needs Ray, so that it also runs where only torch, transformers, PEFT and TransformerLens are.
@@ -9,30 +9,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from data.rows import Row
+from jobs.commands import device_figures as figures_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evaluators.splice.interventions import Site
-    from models.transcoder import Transcoder
-    from trainers.delta_data import DeltaData
-    from trainers.joint_polish import Subject
-
 ALLOWED = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 1e-1}
 """By format: the norm of the differences over the norm of the figures."""
-CALL = "<tool_call>calculator({})</tool_call>"
-ROWS = [
-    *(Row(f"What is {n} + 2?", CALL.format(f"{n} + 2"), "tool") for n in (1, 22, 333)),
-    Row("Seven", "Seven", "copy"),
-    Row("A context sentence that makes this prompt much longer than the window: 8 times 7, please?", "no", "tool"),
-]
-"""One prompt is longer than the tiny Gemma-2's sliding window of 64 tokens."""
-LAYERS = (0, 2)
 
 
 @dataclass(frozen=True)
@@ -69,249 +55,15 @@ def examine(device: str, checks: Sequence[Check] | None = None) -> Iterator[Find
                     yield Finding(check.name, precision, apart.item(), ALLOWED[precision])
 
 
-def models(scratch: Path) -> dict[str, Path]:
-    """A tiny Gemma-2 and a tiny Llama under `scratch`, each also with other MLPs (`-before`), as if not finetuned."""
-    import torch
-
-    from models.sources import load_model
-    from models.tiny import build_tiny_gemma2, build_tiny_llama
-
-    folders = {name: scratch / name for name in ("gemma", "llama")}
-    for name, build in {"gemma": build_tiny_gemma2, "llama": build_tiny_llama}.items():
-        before = folders[f"{name}-before"] = scratch / f"{name}-before"
-        if not before.is_dir():
-            build(folders[name], 0)
-            model, tokenizer = load_model(folders[name], torch.float32)
-            generator = torch.Generator().manual_seed(7)
-            with torch.no_grad():
-                for place, parameter in model.named_parameters():
-                    if "mlp" in place:
-                        parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
-            model.save_pretrained(before)
-            tokenizer.save_pretrained(before)
-    return folders
-
-
-@cache
-def pairs(tokens: int = 6000, d_model: int = 64) -> DeltaData:
-    """x, and a change that three sparse features make of it, with noise."""
-    import torch
-
-    from trainers.activations import Pairs
-    from trainers.delta_data import DeltaData, mean_square
-
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    reads, writes, x = normal(d_model, 3) / d_model**0.5, normal(3, d_model), normal(tokens, d_model).bfloat16()
-    change = (torch.relu(x.float() @ reads - 0.8) @ writes + 0.1 * normal(tokens, d_model)).bfloat16()
-    cut = tokens * 4 // 5
-    train = Pairs(list(zip(x[:cut].split(2000), change[:cut].split(2000), strict=True)))
-    held_out = Pairs([(x[cut:], change[cut:])])
-    return DeltaData(train, held_out, mean_square(Pairs([(change[cut:],)])), 1.0, 0, "change")
-
-
-def transcoder(d_model: int, d_sae: int, layer: int, bias: bool) -> Transcoder:
-    import torch
-
-    from models.transcoder import Transcoder
-
-    generator = torch.Generator().manual_seed(layer)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    return Transcoder(
-        W_enc=normal(d_model, d_sae) / d_model**0.5,
-        b_enc=0.1 * normal(d_sae),
-        threshold=0.4 + 0.4 * torch.rand(d_sae, generator=generator),
-        W_dec=0.1 * normal(d_sae, d_model),
-        b_dec=0.1 * normal(d_model) if bias else None,
-        layer=layer,
-    )
-
-
-def delta_training(scratch: Path, device: str, precision: str) -> Tensor:
-    """The loss of every step of two deltas side by side, and the last validation."""
-    import torch
-
-    from trainers.delta_transcoder import DeltaSettings, train_delta
-
-    losses: list[Tensor] = []
-    settings = DeltaSettings(
-        d_new=16, lr=1e-2, sparsity=1e-4, epochs=3, batch_size=200, l0_budget=3.0, replicas=2, precision=precision
-    )
-    done = train_delta(
-        pairs(), settings, device=device, on_step=lambda one: losses.append((1 + one.error + one.penalty).cpu())
-    )
-    figures = [done.figures[name] for name in ("val_unexplained", "val_l0_delta", "val_cos")]
-    return torch.cat([*losses, torch.tensor(figures)])
-
-
-def base_training(scratch: Path, device: str, precision: str) -> Tensor:
-    """The unexplained share of the last batch and of the validation pairs, for two sparsities side by side."""
-    import torch
-
-    from trainers.base_transcoder import BaseSettings, train_bases
-
-    losses: list[float] = []
-    settings = BaseSettings(target_l0=(4, 8), width=128, epochs=3, batch_size=200, lr=3e-3, precision=precision)
-    done = train_bases(
-        pairs().train,
-        pairs().validation,
-        settings,
-        layer=0,
-        device=device,
-        report=lambda step, steps, figures: losses.append(figures["train_fvu"]),
-    )
-    return torch.tensor([*losses, *(one.facts["val_fvu"] for one in done)])
-
-
-def lora_training(kind: str) -> Callable[[Path, str, str], Tensor]:
-    """The losses of a short run; the fused forward pass, and attention with and without a window."""
-
-    def figures(scratch: Path, device: str, precision: str) -> Tensor:
-        import torch
-
-        from models.sources import load_model
-        from trainers.lora import LoraSettings, Splits, train_lora
-        from trainers.precision import number_format
-
-        found: list[dict[str, Any]] = []
-        settings = LoraSettings(r=4, lr=3e-3, batch_size=3, steps=8, eval_every=2, seed=1)
-        with number_format(device, precision) as dtype:
-            model, tokenizer = load_model(models(scratch)[kind], dtype, device)
-            train_lora(model, tokenizer, Splits(ROWS, ROWS), settings, found.append, lambda adapted: None)
-        return torch.tensor([one[name] for one in found for name in ("val_loss", "train_loss")])
-
-    return figures
-
-
-def capture(scratch: Path, device: str, precision: str) -> Tensor:
-    """What the taps read and write, the change, and the change at BOS."""
-    import torch
-
-    from data.encoding import encode_text
-    from models.blocks import read_paths
-    from trainers.capture import Columns, bos_changes, capture_batch
-
-    bridge, folders = _bridge(scratch, "gemma", device, precision), models(scratch)
-    before, after = (read_paths(bridge, folders[one], LAYERS, torch.float32) for one in ("gemma-before", "gemma"))
-    columns = {layer: Columns(True, before[layer], after[layer]) for layer in LAYERS}
-    texts = [encode_text(bridge.tokenizer, row.input) for row in ROWS]
-    found = capture_batch(bridge, texts, columns)
-    at_bos = bos_changes(bridge, bridge.tokenizer.bos_token_id, before, after)
-    parts = [one for layer in LAYERS for _, one in sorted(found[layer].items())]
-    return torch.cat([(one.float() / one.float().norm()).flatten() for one in [*parts, *at_bos.values()]])
-
-
-def polish(scratch: Path, device: str, precision: str) -> Tensor:
-    """The KL of every validation of a joint polish."""
-    import torch
-
-    from data.encoding import encode_row
-    from trainers.joint_polish import PolishSettings
-    from trainers.joint_polish import polish as train
-
-    subject = polish_subject(scratch, device, precision)
-    encoded = [encode_row(subject.bridge.tokenizer, row) for row in ROWS]
-    done = train(subject, encoded, encoded, PolishSettings(steps=12, lr=1e-3, rows=3, precision=precision))
-    return torch.tensor([one["val_kl"] for one in done.history])
-
-
-def polish_subject(scratch: Path, device: str, precision: str) -> Subject:
-    from trainers.joint_polish import Subject
-
-    bridge = _bridge(scratch, "gemma", device, precision)
-    sites = _sites(bridge, models(scratch)["gemma-before"])
-    paths = {site.layer: site.path for site in sites if site.path is not None}
-    deltas = {site.layer: site.delta for site in sites if site.delta is not None}
-    return Subject(bridge, paths, deltas, dict.fromkeys(LAYERS, 0.1))
-
-
-def evaluation(kind: str, ground: str) -> Callable[[Path, str, str], Tensor]:
-    """Per row the cross-entropy, the KL, the activations and the greedy tokens, for every strength; how few features
-    carry the change; and every control that is a delta."""
-
-    def figures(scratch: Path, device: str, precision: str) -> Tensor:
-        import torch
-
-        from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
-        from evaluators.measures.curve import evaluate_curve, rank_features
-        from evaluators.measures.reconstruction import site_activations
-        from evaluators.splice.limits import Limits
-        from evaluators.splice.passes import Passes
-        from evaluators.splice.reference import Reference
-        from evaluators.splice.sites import SUBSTITUTES, Material
-
-        bridge = _bridge(scratch, kind, device, precision)
-        sites = _sites(bridge, models(scratch)[f"{kind}-before"] if ground == "path" else None)
-        passes, reference = Passes(bridge), Reference(bridge)
-        known = Known(reference=reference)
-        found: list[float] = []
-
-        def measure(where: Sequence[Site], *asks: Ask) -> None:
-            for _, of_rows, texts in evaluate_behaviour(
-                passes, where, ROWS, asks, limits=Limits(12), behaviours={}, known=known
-            ):
-                found.extend(one["nll"] for one in of_rows)
-                found.extend(one.get("kl", 0.0) for one in of_rows)
-                found.extend(one["sum_abs_delta_acts"] for one in of_rows)
-                if precision == "fp32":
-                    found.extend(float(token) for one in texts for token in one["tokens"])
-
-        measure((), Ask("raw"))
-        measure(sites, Ask("no_delta"), Ask("full"), *(Ask("alpha", alpha) for alpha in (-0.5, 0.5, 2.0)))
-        for name in ("random_delta", "shuffled_delta", "dense_delta"):
-            made = []
-            for site in sites:
-                x, y = site_activations(passes, site, ROWS)
-                made.append(SUBSTITUTES[name](site, Material(x, partial(iter, [(x, y)]), 0)))
-            measure(made, Ask(name))
-        ranked = rank_features(passes, sites, ROWS)
-        curve = evaluate_curve(passes, sites, ROWS, ranked, reference=reference)
-        found.extend(row["nll"] for rows in curve.values() for row in rows)
-        return torch.tensor(found)
-
-    return figures
-
-
-def _bridge(scratch: Path, kind: str, device: str, precision: str) -> Any:
-    from models.bridge import wrap
-    from models.sources import load_model
-    from trainers.precision import dtype_of
-
-    return wrap(*load_model(models(scratch)[kind], dtype_of(precision), device))
-
-
-def _sites(bridge: Any, before: Path | None) -> list[Site]:
-    """Random deltas on the un-finetuned paths of `before`, or on random bases."""
-    from evaluators.splice.interventions import Site
-    from models.blocks import read_paths
-    from models.bridge import device_of
-    from models.transcoder import with_bos
-
-    d_model, paths = bridge.cfg.d_model, {} if before is None else read_paths(bridge, before, LAYERS)
-    sites = []
-    for layer in LAYERS:
-        delta = transcoder(d_model, 12, layer, bias=False)
-        if before is not None:
-            delta = with_bos(delta, 0.1 * delta.W_dec[0])
-        sites.append(Site(layer, paths.get(layer) or transcoder(d_model, 48, layer, bias=True), delta))
-    return [site.to(device_of(bridge)) for site in sites]
-
-
 EVERY = ("fp32", "tf32", "bf16")
 CHECKS = (
-    Check("delta training", delta_training, EVERY),
-    Check("base training", base_training, EVERY),
-    Check("LoRA, Gemma-2", lora_training("gemma"), EVERY),
-    Check("LoRA, Llama", lora_training("llama"), EVERY),
-    Check("capture", capture, ("fp32", "bf16")),
-    Check("joint polish", polish, ("fp32", "bf16")),
-    Check("evaluation on MLPs, Gemma-2", evaluation("gemma", "path")),
-    Check("evaluation on MLPs, Llama", evaluation("llama", "path")),
-    Check("evaluation on bases, Gemma-2", evaluation("gemma", "base")),
+    Check("delta training", figures_of.delta_training, EVERY),
+    Check("base training", figures_of.base_training, EVERY),
+    Check("LoRA, Gemma-2", figures_of.lora_training("gemma"), EVERY),
+    Check("LoRA, Llama", figures_of.lora_training("llama"), EVERY),
+    Check("capture", figures_of.capture, ("fp32", "bf16")),
+    Check("joint polish", figures_of.polish, ("fp32", "bf16")),
+    Check("evaluation on MLPs, Gemma-2", figures_of.evaluation("gemma", "path")),
+    Check("evaluation on MLPs, Llama", figures_of.evaluation("llama", "path")),
+    Check("evaluation on bases, Gemma-2", figures_of.evaluation("gemma", "base")),
 )

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from data.encoding import encode_row
-from jobs.commands import device_checks
-from jobs.commands.device_checks import CHECKS, ROWS, examine, pairs
+from jobs.commands.device_checks import CHECKS, Check, examine
+from jobs.commands.device_figures import ROWS, models, pairs, polish_subject
 from models.sources import load_model
 from trainers.checkpoints import Keeper
 from trainers.delta_transcoder import DeltaSettings, _Run, train_delta
@@ -27,7 +27,7 @@ class Cut(Exception):
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
-def test_a_check_agrees_with_the_cpu(device: str, check: device_checks.Check) -> None:
+def test_a_check_agrees_with_the_cpu(device: str, check: Check) -> None:
     findings = list(examine(device, [check]))
     assert {one.precision for one in findings} == set(check.formats)
     for one in findings:
@@ -39,7 +39,7 @@ def test_a_check_notices_a_device_that_computes_something_else(device: str) -> N
     def figures(scratch: Path, where: str, precision: str) -> torch.Tensor:
         return torch.ones(3) if where == "cpu" else torch.tensor([1.0, 1.0, 1.0 + 1e-3])
 
-    (found,) = examine(device, [device_checks.Check("wrong", figures)])
+    (found,) = examine(device, [Check("wrong", figures)])
     assert not found.agrees
     assert found.apart == pytest.approx(1e-3 / 3**0.5, rel=1e-3)
 
@@ -97,7 +97,7 @@ def test_replayed_steps_are_the_steps_as_they_are(device: str) -> None:
 
 
 def test_a_cut_lora_run_ends_as_if_it_had_not_been(device: str, tmp_path: Path) -> None:
-    folder = device_checks.models(tmp_path)["gemma"]
+    folder = models(tmp_path)["gemma"]
     settings = LoraSettings(r=4, lr=3e-3, batch_size=3, steps=8, eval_every=2, seed=1, dropout=0.1)
 
     def train(keeper: Keeper | None = None, cut_at: int | None = None) -> list[dict]:
@@ -127,7 +127,7 @@ def test_a_cut_polish_ends_as_if_it_had_not_been(device: str, tmp_path: Path) ->
             if figures["step"] == cut_at:
                 raise Cut
 
-        subject = device_checks.polish_subject(tmp_path, device, "fp32")
+        subject = polish_subject(tmp_path, device, "fp32")
         encoded = [encode_row(subject.bridge.tokenizer, row) for row in ROWS]
         history = polish(subject, encoded, encoded, settings, report=report, keeper=keeper).history
         return [{name: one[name] for name in ("step", "val_kl", "val_l0")} for one in history]

@@ -6,7 +6,6 @@ import errno
 import math
 import os
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from optuna.trial import TrialState
 
 from jobs.cluster.connection import Share
 from jobs.progress import Progress
-from jobs.search.grouped import Runtime, run_search
+from jobs.search.grouped import GroupedSearch, Runtime, run_search
 from jobs.search.halving import EarlyStopping
 from jobs.search.studies import Group, best_of, open_storage, pareto_front, trials_of
 from search_spaces.dimensions import Choice, Range
@@ -62,12 +61,6 @@ def without_a_disk(config: dict[str, Any], report: Any) -> dict[str, Any]:
     if config["trial"] == 1:
         raise OSError(errno.EROFS, "Read-only file system")
     return bowl(config, report)
-
-
-def located(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """Says which process ran it, after long enough that both workers are there."""
-    time.sleep(0.5)
-    return {"val_loss": config["x"], "step": 1, "process": os.getpid()}
 
 
 def group(root: Path, name: str, trials: int, centre: float = 0.3) -> Group:
@@ -266,16 +259,20 @@ def test_whole_ranges_give_whole_numbers(mixed: Mixed) -> None:
     assert all(isinstance(result["params"]["x"], int) for result in trials_of(mixed[1]["whole"]))
 
 
-def test_a_worker_stays_with_what_it_has_read(share: Share, tmp_path: Path) -> None:
-    """Three groups of trials read each of four layers: a layer is read about once, not once a trial."""
-    groups = [
-        replace(group(tmp_path, f"{layer}{width}", 2), reads=layer) for width in ("x", "y", "z") for layer in "abcd"
-    ]
-    told = search(tmp_path, groups, located, share)
-    assert len(told) == 24
-    read: dict[int, list[str]] = {}
-    for one in sorted(told, key=lambda one: one["started"]):
-        layers = read.setdefault(one["figures"]["process"], [])
-        if layers[-1:] != [one["group"][0]]:
-            layers.append(one["group"][0])
-    assert sum(map(len, read.values())) <= 8, read
+def test_a_worker_stays_with_what_it_has_read(tmp_path: Path) -> None:
+    """The worker that is free is handed what its last trial read, and a new one what nobody else reads."""
+    groups = [replace(group(tmp_path, f"{layer}{width}", 2), reads=layer) for width in "xy" for layer in "abc"]
+    runtime = Runtime(open_storage(None, tmp_path), Share(1, 0, 2), 1, tmp_path / ".tune")
+    with Progress().bar("trials", 12, "trials") as bar:
+        search = GroupedSearch(groups, runtime, bar, lambda group, result: None)
+        at, read = {}, {0: "", 1: ""}
+        for number in range(12):
+            worker = number % 2  # the two take turns: one ends its trial and gets the next
+            if worker in at:
+                search.on_trial_complete(at[worker], {"val_loss": 1.0, "step": 1, "final": True})
+            at[worker] = f"trial{number}"
+            read[worker] += search.suggest(at[worker])["group"][0]
+        for trial_id in at.values():
+            search.on_trial_complete(trial_id, {"val_loss": 1.0, "step": 1, "final": True})
+        assert search.suggest("none is left") == "FINISHED"
+    assert read == {0: "aaaacc", 1: "bbbbcc"}
