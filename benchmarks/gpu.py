@@ -129,7 +129,7 @@ def base_steps(device: str, d_model: int, width: int, batch: int, steps: int) ->
         rate = (len(times) - 1) * 20 / (times[-1] - times[0]) if len(times) > 1 else math.nan
         seconds, launches = profiled(partial(train_bases, pairs, held_out, settings, layer=0, device=device), device)
         count = 2 * steps
-        flops = 6 * batch * d_model * width / 3  # the encoder's product; the others are sparse
+        flops = 2 * batch * d_model * width  # the encoder's product; the others are sparse
         typer.echo(
             f"  ours, {precision} {rate:9.1f} steps/s   {launches / count:5.1f} launches a step   "
             f"{share(seconds / count * rate)}   "

@@ -28,10 +28,9 @@ import torch
 import typer
 from torch.utils.data import SequentialSampler
 
+from benchmarks.random_subjects import random_rows
 from data.encoding import Encoded, encode_row
-from data.requests.copy_grammar import copy_sentences
-from data.requests.generator import RequestOptions, tool_rows
-from data.rows import Row, make_row
+from data.rows import Row
 from models.sources import load_model, resolve
 from trainers.lora import LoraSettings, Splits, train_lora
 from trainers.packing import Example, shuffled_batches
@@ -89,15 +88,10 @@ def main(
 
 def chosen_rows(path: str | None, count: int) -> list[dict[str, str]]:
     """`count` shuffled rows from the file, or generated ones, half requests and half sentences to copy."""
-    rng = random.Random("benchmark")
     if path is None:
-        copies = (make_row(text, text, "copy") for text in copy_sentences(rng))
-        tools = tool_rows(rng, RequestOptions())
-        return [
-            {"input": row.input, "target": row.target} for row in (next((tools, copies)[n % 2]) for n in range(count))
-        ]
+        return [{"input": row.input, "target": row.target} for row in random_rows(count)]
     lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in rng.sample(lines, count)]
+    return [json.loads(line) for line in random.Random("benchmark").sample(lines, count)]
 
 
 def run_side(side: str, folder: Path, path: str | None, steps: int, dtype: torch.dtype) -> dict[str, float]:

@@ -10,9 +10,8 @@ runs choose the learning rate, on held-out text; then come runs of one epoch and
 Out: prints a table for each subset: the share of the CE gap of swapping all MLPs that comes back at alpha 1, with
 paired 95% bootstrap intervals over prompts, how far the CE is above ours, KL(finetuned || spliced) a target token,
 active features a token and layer on held-out text, CPU seconds of training, and the most memory that the process had
-used by then. Ours are the pass that
-computes the changes and all trials of that width, both repeated here; theirs the run itself, and what choosing the
-learning rate took is printed apart. Both multiply in the sweep's precision.
+used by then. Ours are the pass that computes the changes and all trials of that width, both repeated here; theirs the
+run itself, and what choosing the learning rate took is printed apart. Both multiply in the sweep's precision.
 """
 
 from __future__ import annotations
