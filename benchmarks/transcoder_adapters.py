@@ -1,25 +1,27 @@
 """Adapters trained end to end, as Transcoder Adapters are, beside deltas trained layer by layer, in one run.
 
-    python -m benchmarks.transcoder_adapters [quickstart storage.root=mlruns] [--minutes 30]
+    python -m benchmarks.transcoder_adapters [quickstart storage.root=mlruns] [--epochs 3] [--minutes 60]
 
 In: a sweep that is finished up to its change deltas. The rival is in `benchmarks/rivals/end_to_end.py`, which says what
 it takes from the paper and what is simplified. It learns from the text that our deltas learnt from, with as many
 features a layer (ours have one more, at BOS; theirs act at BOS too, and have a bias) and as many of them active. Short
-runs choose the learning rate, on held-out text; then come runs of one epoch and more, as many as end in time.
+runs choose the learning rate, on held-out text; then come runs of as many epochs as asked for, those that end in time.
 
 Out: prints a table for each subset: the share of the CE gap of swapping all MLPs that comes back at alpha 1, with
 paired 95% bootstrap intervals over prompts, how far the CE is above ours, KL(finetuned || spliced) a target token,
 active features a token and layer on held-out text, CPU seconds of training, and the most memory that the process had
-used by then. Ours are the pass that computes the changes and all trials of that width, both repeated here; theirs the
-run itself, and what choosing the learning rate took is printed apart. Both multiply in the sweep's precision.
+used by then. Ours are the pass that computes the changes and the trial that was kept of each layer, both repeated here;
+theirs the run itself. What choosing took is printed apart: our other trials, their short runs. Both multiply in the
+sweep's precision.
 """
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -28,7 +30,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.rivals.end_to_end import Material, Pair, Trained, train
+from benchmarks.rivals.end_to_end import Losses, Material, Pair, Trained, train
 from data.encoding import Batch, Encoded, by_length, encode_row
 from data.rows import read_rows
 from evaluators.splice.interventions import Edit
@@ -39,6 +41,7 @@ from evaluators.splice.teacher_forcing import Job, score
 from evaluators.tables.statistics import paired_bootstrap, recovered_share
 from jobs.commands.finished import Asked, combination, device_for, finetuned, load_bridge, load_sites
 from jobs.files import read_json
+from jobs.progress import clock
 from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup
 from jobs.study.stages.activations import Text, plan_of
@@ -54,8 +57,8 @@ from trainers.delta_transcoder import DeltaSettings, train_delta
 from trainers.precision import dtype_of, resolve_precision
 
 RATES = (1e-3, 3e-3, 1e-2)
-EPOCHS = (1, 3, 6, 15, 30, 60)
-"""How often the runs read the text; one of the quickstart's trials does it three times, and both six times."""
+SHOWN = 20
+"""Steps between two lines of progress."""
 BATCH_TOKENS = 256
 
 
@@ -108,15 +111,19 @@ def without(sites: Sequence[Site]) -> list[Site]:
     return [replace(site, delta=without_bos(site.delta)) for site in sites if site.delta]
 
 
-def repeat(context: Context, layer: int, asked: tuple[Any, int], precision: str) -> None:
-    """Trains all trials of a layer's deltas again."""
+def repeat(context: Context, layer: int, asked: tuple[Any, int], precision: str) -> tuple[float, float]:
+    """Trains all trials of a layer's deltas again; CPU seconds of the one that was kept, and of the others."""
     section, settings = context.settings.deltas, context.settings
     data = read_change(context.space.activations / "finetuned", layer, GEMMA_SCOPE_TAPS)
     fixed: dict[str, Any] = section.model_dump(include=PASSED_ON)
-    for path in sorted((context.space.deltas / DeltaGroup(layer, *asked).name).glob("trial_*/result.json")):
-        params = (read_json(path) or {})["params"]
+    folder = context.space.deltas / DeltaGroup(layer, *asked).name
+    kept, seconds = read_json(folder / "best.json")["trial"], [0.0, 0.0]
+    for path in sorted(folder.glob("trial_*/result.json")):
+        params, begun = read_json(path)["params"], time.process_time()
         chosen = {name: params[name] for name in ("lr", "sparsity")}
         train_delta(data, DeltaSettings(**fixed, **chosen, d_new=asked[1], seed=settings.seed, precision=precision))
+        seconds[path.parent.name != f"trial_{kept:04d}"] += time.process_time() - begun
+    return seconds[0], seconds[1]
 
 
 def sums(passes: Passes, edit: Edit, rows: Sequence[Encoded], reference: Reference) -> tuple[list[float], float]:
@@ -129,7 +136,7 @@ def show(bridge: Any, context: Context, rows: Sequence[Row]) -> list[dict[str, A
     """Prints the tables, and returns their figures."""
     figures = []
     every = list(read_rows(str(context.rows / "evaluation.jsonl")))
-    typer.echo(f"{'':<34}{'recovered of the CE gap':<25}{'above':>9}{'KL':>7}{'L0':>6}{'CPU seconds':>16}{'GiB':>6}")
+    typer.echo(f"{'':<38}{'recovered of the CE gap':<25}{'above':>9}{'KL':>7}{'L0':>6}{'CPU seconds':>16}{'GiB':>6}")
     for subset in dict.fromkeys(row.label for row in every):
         encoded = [encode_row(bridge.tokenizer, row) for row in every if row.label == subset]
         tokens = [float(len(row.target)) for row in encoded]
@@ -145,7 +152,7 @@ def show(bridge: Any, context: Context, rows: Sequence[Row]) -> list[dict[str, A
             above = paired_bootstrap(nats, tokens, best, tokens, seed=context.settings.seed)
             interval = f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]"
             took = f"{row.cpu_seconds:16.0f}{row.memory:6.1f}"
-            typer.echo(f"  {row.name:<32}{interval:<25}{above.value:9.4f}{kl:7.4f}{row.active:6.1f}{took}")
+            typer.echo(f"  {row.name:<36}{interval:<25}{above.value:9.4f}{kl:7.4f}{row.active:6.1f}{took}")
             kept = {name: getattr(row, name) for name in ("name", "active", "cpu_seconds", "memory")}
             ends = {"recovered": share.value, "low": share.low, "high": share.high}
             apart = {"above": above.value, "above_low": above.low, "above_high": above.high}
@@ -153,19 +160,27 @@ def show(bridge: Any, context: Context, rows: Sequence[Row]) -> list[dict[str, A
     return figures
 
 
-def runs(pair: Pair, material: Material, lr: float, each: float, ends: float) -> Iterator[tuple[int, Trained]]:
-    """Runs over one epoch and more, as long as they can be expected to end in time, at `each` seconds a step."""
-    for epochs in EPOCHS:
-        steps = epochs * len(material.batches)
-        if epochs > 1 and time.perf_counter() + steps * each > ends:
-            typer.echo(f"{epochs} epochs would take {steps * each / 60:.0f} minutes: left out")
-            return
-        yield epochs, train(pair, material, lr, steps)
+def run(pair: Pair, material: Material, lr: float, steps: int) -> Trained:
+    """One of theirs, with lines of progress."""
+    begun = time.perf_counter()
+
+    def report(step: int, found: Losses) -> None:
+        if step % SHOWN == 0 or step == steps:
+            left = clock((time.perf_counter() - begun) * (steps - step) / step)
+            typer.echo(f"  step {step} of {steps}: KL {found.kl.item():.4f}, L0 {found.active:.1f}, {left} left")
+
+    return train(pair, material, lr, steps, report)
 
 
 def main(
     config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
-    minutes: Annotated[float, typer.Option(help="No longer run of theirs starts that would end after these.")] = 30,
+    nudge: Annotated[
+        list[float] | None, typer.Option(help="How hard biases are steered to our L0 [default: 0.02].")
+    ] = None,
+    epochs: Annotated[
+        list[int] | None, typer.Option(help="How often a run of theirs reads the text [default: 3].")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="No run of theirs starts that would end after these.")] = 60,
     choice: Annotated[int, typer.Option(help="Steps of each run that chooses the learning rate.")] = 30,
     csv: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
@@ -185,19 +200,23 @@ def main(
     before = read_paths(bridge, context.model, layers)
     begun = time.process_time()
     inputs = captured(bridge, learnt, {layer: Columns(y=False, unfinetuned=before[layer]) for layer in layers})
+    seconds, others = time.process_time() - begun, 0.0
     for layer in layers:
-        repeat(context, layer, asked, precision)
-    seconds = time.process_time() - begun
+        of_kept, of_others = repeat(context, layer, asked, precision)
+        seconds, others = seconds + of_kept, others + of_others
+    typer.echo(f"ours: {seconds:.0f} CPU seconds; the trials that were not kept took {others:.0f} more")
     seen = captured(bridge, held_out, dict.fromkeys(layers, Columns(y=False)))
     active = l0(sites, seen)
     rows = [Row("ours", sites, active, seconds, peak())]
-    rows.append(rows[0]._replace(name="ours without BOS", sites=without(sites)))
+    rows.append(rows[0]._replace(name="ours, no BOS", sites=without(sites)))
 
     other = wrap(*load_model(finetuned(context), torch.float32, str(device)))
     for model in (bridge, other):
         model.original_model.requires_grad_(False)
     pair = Pair(bridge, other, sites, dtype_of(precision))
-    material = Material(batches(pair, learnt), batches(pair, held_out), inputs, asked[1], active, context.settings.seed)
+    nudges = nudge or [0.02]
+    given = batches(pair, learnt), batches(pair, held_out), inputs, asked[1], active, context.settings.seed
+    material = Material(*given, nudges[0])
     with exchanged(other, list(before.values())):
         tries = {}
         for lr in RATES:
@@ -205,13 +224,19 @@ def main(
             typer.echo(f"{choice} steps, learning rate {lr:g}: KL {tries[lr].held_out:.4f} a token of held-out text")
         lr = min(tries, key=lambda one: tries[one].held_out)
         spent, each = (sum(getattr(one, name) for one in tries.values()) for name in ("cpu_seconds", "seconds"))
+        typer.echo(f"choosing their learning rate took {spent:.0f} CPU seconds")
         first = encode_row(bridge.tokenizer, next(iter(read_rows(str(context.rows / "evaluation.jsonl"))))).ids[0]
-        for epochs, run in runs(pair, material, lr, each / (len(RATES) * choice), ends):
-            typer.echo(f"epochs: {epochs}, KL {run.held_out:.4f} a token of held-out text")
-            made = run.adapters.spliced(pair, first)
-            rows.append(Row(f"theirs, epochs: {epochs}", made, l0(made, seen), run.cpu_seconds, peak()))
-        rows.append(rows[-1]._replace(name=f"{rows[-1].name}, without BOS", sites=without(rows[-1].sites)))
-    typer.echo(f"choosing their learning rate took {spent:.0f} more CPU seconds")
+        for count, strength in product(epochs or [3], nudges):
+            steps, estimate = count * len(material.batches), each / (len(RATES) * choice)
+            if time.perf_counter() + steps * estimate > ends:
+                typer.echo(f"{count} epochs would take {clock(steps * estimate)}: left out")
+                continue
+            done = run(pair, material._replace(nudge=strength), lr, steps)
+            name = f"theirs, epochs: {count}, nudge {strength:g}"
+            typer.echo(f"{name}: KL {done.held_out:.4f} a token of held-out text")
+            made = done.adapters.spliced(pair, first)
+            rows.append(Row(name, made, l0(made, seen), done.cpu_seconds, peak()))
+            rows.append(rows[-1]._replace(name=f"{name}, no BOS", sites=without(rows[-1].sites)))
     figures = show(bridge, context, rows)
     if csv is not None:
         pd.DataFrame(figures).round(5).to_csv(csv, index=False)

@@ -11,7 +11,18 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from search_spaces.dimensions import Finite, Range
-from search_spaces.sections import Behaviours, Count, Distinct, Expected, Fraction, LayerSet, Name, Section, Sets
+from search_spaces.sections import (
+    Behaviours,
+    Count,
+    Distinct,
+    Expected,
+    Fraction,
+    LayerSet,
+    Name,
+    Positive,
+    Section,
+    Sets,
+)
 from search_spaces.training import Activations, Deltas, Lora, Transcoders
 
 
@@ -156,6 +167,9 @@ class Compute(Section):
 class Storage(Section):
     root: Name = "mlruns"
     """Folder for everything a sweep writes; on a cluster it must be the same folder on every node."""
+    budget_gb: Positive | None = None
+    """Most disk for activations and base errors at once; null: half of what is free. Where all layers' do not fit,
+    layers are captured, trained and deleted in windows: the results are the same, and a text is read once a window."""
     mirror: Name | None = None
     """Where to keep a second copy of the results: an fsspec URL (s3://bucket/runs). They are sent as they are written;
     a machine that has none of them fetches them and continues. On a cluster the root must still be shared."""

@@ -46,11 +46,16 @@ def read_change(activations: Path, layer: int, taps: Taps) -> DeltaData:
     """The (x, change) pairs of a layer, captured under `activations`, memory-mapped."""
     folders = {split: activations / split / f"layer_{layer:02d}" for split in ("train", "validation")}
     train, validation = (read_pairs(folders[split], ("x", "change")) for split in ("train", "validation"))
-    unit = mean_square(read_pairs(folders["validation"], ("change",)))
+    unit = change_unit(activations, layer)
     totals = read_pairs(folders["validation"], ("sum", "sum_of_squares")).shards
     mean, square = (torch.stack(column).sum(0) / validation.tokens for column in zip(*totals, strict=True))
     share = unit / (square - mean.pow(2)).mean().item()
     return DeltaData(train, validation, unit, 1.0, layer, "change", share, taps)
+
+
+def change_unit(activations: Path, layer: int) -> float:
+    """The mean square of a layer's change on validation tokens, the only ones that need to be there."""
+    return mean_square(read_pairs(activations / "validation" / f"layer_{layer:02d}", ("change",)))
 
 
 def mean_square(pairs: Pairs) -> float:

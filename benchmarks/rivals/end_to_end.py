@@ -35,9 +35,8 @@ from models.bridge import device_of, read_input, tap_names
 from models.transcoder import Transcoder, with_bos
 
 WARM_UP = 0.05
-FIRST_WEIGHT, STEER, NUDGE = 1e-3, 0.15, 0.02
-"""Of the sparsity penalty: where it starts, and how far its log moves per step and unit of relative error in L0; and by
-how much all biases move at the same time, so that features which no penalty moves any more reach the L0 too."""
+FIRST_WEIGHT, STEER = 1e-3, 0.15
+"""Of the sparsity penalty: where it starts, and how far its log moves per step and unit of relative error in L0."""
 Hooks = list[tuple[str, Callable]]
 
 
@@ -189,7 +188,9 @@ class Trained(NamedTuple):
 
 
 class Material(NamedTuple):
-    """What every run shares: batches to train on and held-out ones, the inputs that biases start from, and L0."""
+    """What a run is given: batches to train on and held-out ones, the inputs that biases start from, L0, and by how
+    much all biases move per step and unit of relative error in L0, so that features which no penalty moves any more
+    get there too."""
 
     batches: list[Batch]
     held_out: list[Batch]
@@ -197,10 +198,14 @@ class Material(NamedTuple):
     width: int
     active: float
     seed: int
+    nudge: float
 
 
-def train(pair: Pair, material: Material, lr: float, steps: int) -> Trained:
-    """A batch a step, in another order each epoch; the rate rises first and then falls linearly to zero."""
+def train(
+    pair: Pair, material: Material, lr: float, steps: int, report: Callable[[int, Losses], None] = lambda *_: None
+) -> Trained:
+    """A batch a step, in another order each epoch; the rate rises first and then falls linearly to zero. `report` is
+    given the number of each step that is done and its losses."""
     begun, started = time.process_time(), time.perf_counter()
     adapters = Adapters(pair.sites, material.width, material.seed).to(device_of(pair.finetuned))
     adapters.start(material.inputs, material.active)
@@ -220,7 +225,8 @@ def train(pair: Pair, material: Material, lr: float, steps: int) -> Trained:
         off = max(-1.0, min(1.0, found.active / material.active - 1))
         weight *= math.exp(STEER * off)
         with torch.no_grad():
-            adapters.b_enc.sub_(NUDGE * off)
+            adapters.b_enc.sub_(material.nudge * off)
+        report(step + 1, found)
     spent = time.process_time() - begun, time.perf_counter() - started
     with torch.no_grad():
         parts = [(losses(pair, adapters, batch), int(batch.mask.sum())) for batch in material.held_out]

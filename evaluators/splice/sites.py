@@ -1,24 +1,19 @@
-"""Where deltas are spliced in, on what ground, and what takes a delta's place in the controls.
+"""Where deltas are spliced in, and on what ground.
 
-In: a delta of one layer and the ground under it; for the controls also activations. Out: a checked `Site`, and sites
-whose delta is random, shuffled or dense.
+In: a delta of one layer and the ground under it. Out: a checked `Site`; and the true change, whole or along a few
+directions, in a shape that can take a delta's place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.blocks import BlockPath
 from models.errors import ModelError
-from models.transcoder import Taps, Transcoder, check_fits, with_bos, without_bos
-
-RIDGE = 1e-6
-"""Of the mean squared input, added to each direction: the regression has a solution where inputs are degenerate."""
+from models.transcoder import Taps, Transcoder, check_fits
 
 
 @dataclass(frozen=True)
@@ -130,110 +125,3 @@ class PrincipalChange:
 
     def decode(self, acts: Tensor) -> Tensor:
         return acts @ self.W_dec
-
-
-class Material(NamedTuple):
-    """What substitutes are made from: `x` (tokens, d_model), what the site's transcoders read of the text in the raw
-    model, token by token; training pairs of the delta, (x, residual) or (x, change), in batches; a seed; and, for the
-    one that needs it, the layer's true change."""
-
-    x: Tensor
-    pairs: Callable[[], Iterable[tuple[Tensor, Tensor]]]
-    seed: int
-    change: Callable[[], TrueChange] | None = None
-
-
-def random_delta(site: Site, material: Material) -> Site:
-    """The delta's features with random decoder directions; on the text its output has the same mean squared norm."""
-    delta = _delta_of(site)
-    generator = torch.Generator().manual_seed(material.seed)
-    directions = torch.randn(delta.W_dec.shape, generator=generator).to(delta.W_dec)
-    directions *= delta.W_dec.norm(dim=1, keepdim=True) / directions.norm(dim=1, keepdim=True)
-    acts = delta.encode(material.x)
-    wanted, made = (acts @ delta.W_dec).norm(), (acts @ directions).norm()
-    return replace(site, delta=replace(delta, W_dec=directions * (wanted / made if made > 0 else 1.0)))
-
-
-def shuffled_delta(site: Site, material: Material) -> Site:
-    """The delta's outputs on the text, each at the place of another token; a feature at BOS stays."""
-    outputs = _delta_of(site)(material.x)
-    order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(material.seed))
-    return replace(site, pool=outputs[order.to(outputs.device)])
-
-
-def dense_delta(site: Site, material: Material) -> Site:
-    """The linear map of rank d_new that best fits what the delta was trained on (reduced-rank regression); a feature at
-    BOS stays."""
-    delta = _delta_of(site)
-    encoder, decoder = reduced_rank_regression(material.pairs(), without_bos(delta).d_sae)
-    encoder, decoder = encoder.to(delta.W_enc), decoder.to(delta.W_dec)
-    # z = relu(z) - relu(-z): twice as many features make a transcoder linear.
-    zeros = torch.zeros(2 * encoder.shape[1]).to(encoder)
-    W_enc, W_dec = torch.cat([encoder, -encoder], dim=1), torch.cat([decoder, -decoder])
-    dense = replace(delta, W_enc=W_enc, W_dec=W_dec, b_enc=zeros, threshold=zeros)
-    return replace(site, delta=dense if delta.at_bos is None else with_bos(dense, delta.at_bos @ delta.W_dec))
-
-
-def reduced_rank_regression(pairs: Iterable[tuple[Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor]:
-    """`encoder` (d_in, rank) and `decoder` (rank, d_out), fp64 on the CPU, that minimise the squared norm of
-    `x @ encoder @ decoder - y` over the pairs (x (tokens, d_in), y (tokens, d_out)).
-
-    The least-squares map, projected on the leading directions of what it fits (Izenman 1975). Raises ValueError without
-    pairs.
-    """
-    squares = products = None
-    for x, y in pairs:
-        x, y = x.double(), y.double()
-        inner, cross = (x.T @ x).cpu(), (x.T @ y).cpu()
-        squares = inner if squares is None else squares + inner
-        products = cross if products is None else products + cross
-    if squares is None or products is None:
-        raise ValueError("a regression needs at least one pair")
-    squares += RIDGE * squares.diagonal().mean() * torch.eye(len(squares), dtype=torch.float64)
-    least_squares = torch.linalg.solve(squares, products)
-    _, directions = torch.linalg.eigh(products.T @ least_squares)  # ascending
-    leading = directions[:, -rank:]
-    return least_squares @ leading, leading.T.contiguous()
-
-
-def pca_delta(site: Site, material: Material) -> Site:
-    """The change along its d_new principal directions, and its mean (PCA of activation differences, as in
-    diffing-toolkit); a feature at BOS stays. Raises ValueError where the material has no true change."""
-    delta = _delta_of(site)
-    if material.change is None:
-        raise ValueError(f"layer {site.layer}: principal directions are of a change, which is not known here")
-    mean, directions = principal_directions((c for _, c in material.pairs()), without_bos(delta).d_sae)
-    at_bos = torch.zeros_like(mean) if delta.at_bos is None else (delta.at_bos @ delta.W_dec).to(mean)
-    rows = torch.cat([directions, mean.unsqueeze(0), at_bos.unsqueeze(0)])
-    return replace(site, delta=PrincipalChange(material.change(), rows.to(delta.W_dec)))  # type: ignore[arg-type]
-
-
-def principal_directions(batches: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """The mean (d,) of the rows of all batches (tokens, d) and their `count` leading principal directions (at most d,
-    d), orthonormal, in fp64 on the CPU. Raises ValueError without batches."""
-    tokens, total, squares = 0, None, None
-    for batch in batches:
-        batch = batch.double()
-        first, second = batch.sum(0).cpu(), (batch.T @ batch).cpu()
-        tokens += len(batch)
-        total, squares = (first, second) if total is None or squares is None else (total + first, squares + second)
-    if total is None or squares is None:
-        raise ValueError("principal directions need at least one batch")
-    mean = total / tokens
-    _, directions = torch.linalg.eigh(squares / tokens - torch.outer(mean, mean))  # ascending
-    return mean, directions[:, -count:].T.contiguous()
-
-
-def _delta_of(site: Site) -> Transcoder:
-    if site.delta is None:
-        raise ValueError(f"layer {site.layer} has no delta that another could replace")
-    return site.delta
-
-
-SUBSTITUTES: dict[str, Callable[[Site, Material], Site]] = {
-    "random_delta": random_delta,
-    "shuffled_delta": shuffled_delta,
-    "dense_delta": dense_delta,
-    "pca_delta": pca_delta,
-}
-"""By condition, what makes the site whose delta is something else."""

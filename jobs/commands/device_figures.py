@@ -203,9 +203,10 @@ def evaluation(kind: str, ground: str) -> Callable[[Path, str, str], Tensor]:
         from evaluators.measures.curve import evaluate_curve, rank_features
         from evaluators.measures.reconstruction import site_activations
         from evaluators.splice.limits import Limits
+        from evaluators.splice.moments import Moments
         from evaluators.splice.passes import Passes
         from evaluators.splice.reference import Reference
-        from evaluators.splice.sites import SUBSTITUTES, Material
+        from evaluators.splice.substitutes import SUBSTITUTES, Material
 
         bridge = _bridge(scratch, kind, device, precision)
         sites = _sites(bridge, models(scratch)[f"{kind}-before"] if ground == "path" else None)
@@ -229,7 +230,7 @@ def evaluation(kind: str, ground: str) -> Callable[[Path, str, str], Tensor]:
             made = []
             for site in sites:
                 x, y = site_activations(passes, site, ROWS)
-                made.append(SUBSTITUTES[name](site, Material(x, partial(iter, [(x, y)]), 0)))
+                made.append(SUBSTITUTES[name](site, Material(x, partial(Moments.of, [(x, y)]), 0)))
             measure(made, Ask(name))
         ranked = rank_features(passes, sites, ROWS)
         curve = evaluate_curve(passes, sites, ROWS, ranked, reference=reference)

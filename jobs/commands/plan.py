@@ -9,12 +9,13 @@ from pathlib import Path
 
 from evaluators.conditions import CONDITIONS
 from evaluators.layer_sets import layer_label
-from jobs.commands.forecast import other_kinds, schedule_rows
+from jobs.commands.forecast import WORKERS, other_kinds, schedule_rows
 from jobs.commands.status import Rows, finetuned_row
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
 from jobs.study.context import Context
+from jobs.study.disk import bytes_needed, pair_bytes, reads_of, windows
 from jobs.study.grounds import selection_label
 from jobs.study.stage_list import STAGES
 from jobs.study.stages.finetuned import check_models
@@ -37,7 +38,8 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
         *((f"{target} deltas", _deltas(context, target)) for target in deltas.targets),
         ("delta groups", f"{groups}, {groups * deltas.trials} trials"),
         ("evaluation", f"{_cells(context)} cells, {prompts} prompts"),
-        ("disk", f"{context.bytes_needed / 1e9:.2f} GB"),
+        ("disk", _disk(context)),
+        *_reads(context),
         *_bases(context),
     ]
     rows += _measured(context)
@@ -66,6 +68,36 @@ def _cells(context: Context) -> int:
             seeded = sum(one.uses_delta for one in conditions) + sum(dose != 0 for dose in doses)
             behaviour += (evaluate.replicas - 1) * seeded
     return len(context.subsets) * behaviour + sum(other_kinds(context).values())
+
+
+def _disk(context: Context) -> str:
+    needed, parts = bytes_needed(context), len(windows(context))
+    return f"{needed / 1e9:.2f} GB" + (f" at most, {parts} windows of layers one after the other" if parts > 1 else "")
+
+
+def _reads(context: Context) -> Rows:
+    """Bytes that delta trials read from disk, and what of that goes to a GPU."""
+    each, deltas = pair_bytes(context), context.settings.deltas
+    trials = len(context.delta_groups) * deltas.trials
+    if not trials:
+        return []
+    kept = ", ".join(f"{size(reads_of(context, workers) * each)} by {workers}" for workers in WORKERS)
+    return [
+        ("pairs", f"{size(each)} a layer and base; workers keep the last they read: {kept} from disk in all"),
+        ("without that", f"{size(trials * each)} trial by trial, {size(trials * each * deltas.epochs)} epoch by epoch"),
+        (
+            "to GPUs",
+            f"the same bytes where half of a GPU's memory holds {size(each)}, else {deltas.epochs} times as many",
+        ),
+    ]
+
+
+def size(count: float) -> str:
+    """`9.68e9` -> `9.7 GB`."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count / 1e6:.3g} MB"
 
 
 def _bases(context: Context) -> Rows:

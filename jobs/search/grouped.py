@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
@@ -29,6 +28,7 @@ from jobs.files import write_json
 from jobs.progress import Bar
 from jobs.search.halving import EarlyStopping, GroupedHalving
 from jobs.search.studies import COMPLETE, FAILED, STOPPED, Again, Group, Storage, Study
+from jobs.search.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,7 @@ class _Running:
 
 
 class GroupedSearch(Searcher):
-    """Asks one Optuna study per group, starting with the group that has the most trials left.
-
-    A group never runs more trials at once than it takes to fill the machine. With as many groups as fit at once, that
-    is one: what is proposed and what is stopped early then depends only on the group's own trials, in order. The next
-    trial goes to the worker whose last one has just ended (Tune reuses it): it is one that reads what that one read, if
-    there is any, otherwise one that reads what no worker holds.
-    """
+    """Asks one Optuna study per group for its next trial; `Turns` says which group's turn it is."""
 
     def __init__(
         self,
@@ -149,15 +143,13 @@ class GroupedSearch(Searcher):
         self._groups = {group.name: group for group in groups}
         self._max_retries, self._bar, self._on_trial = runtime.max_retries, bar, on_trial
         self._studies = {group.name: Study(group, runtime.storage) for group in groups}
-        self._remaining = {group.name: max(0, group.trials - self._studies[group.name].finished) for group in groups}
-        self._limit_per_group = math.ceil(runtime.share.at_once / len(groups))
+        left = {group.name: max(0, group.trials - self._studies[group.name].finished) for group in groups}
+        self._turns = Turns(left, {group.name: group.reads for group in groups}, runtime.share.at_once)
         self._running: dict[str, _Running] = {}
         self._retries: list[_Running] = []
-        self._held: list[str] = []
-        """What workers that are free have read, the last one last."""
         self.no_storage: int | None = None
         """Why nothing more is started: the number of an error of the disk."""
-        self.missing = sum(self._remaining.values())
+        self.missing = sum(left.values())
         bar.start_at(sum(group.trials for group in groups) - self.missing)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
@@ -167,7 +159,7 @@ class GroupedSearch(Searcher):
     def suggest(self, trial_id: str) -> Any:
         if self.no_storage is not None:
             return None if self._running else Searcher.FINISHED
-        running = self._retries.pop() if self._retries else self._next()
+        running = self._next()
         if running is None:
             return None if self._running else Searcher.FINISHED
         self._running[trial_id] = running
@@ -182,20 +174,14 @@ class GroupedSearch(Searcher):
         }
 
     def _next(self) -> _Running | None:
-        """A trial that has not been started, if one may start now."""
-        busy = Counter(running.group.name for running in self._running.values())
-        open_groups = [name for name, left in self._remaining.items() if left and busy[name] < self._limit_per_group]
-        if not open_groups:
+        """A trial whose worker died, else one that has not been started, if one may start now."""
+        if self._retries:
+            running = self._retries.pop()
+            self._turns.again(running.group.name)
+            return running
+        name = self._turns.take()
+        if name is None:
             return None
-        held = self._held.pop() if self._held else None
-        elsewhere = {running.group.reads for running in self._running.values()}
-
-        def choice(name: str) -> tuple[bool, bool, int]:
-            reads = self._groups[name].reads
-            return reads == held, reads not in elsewhere, self._remaining[name]
-
-        name = max(open_groups, key=choice)
-        self._remaining[name] -= 1
         study = self._studies[name]
         return _Running(self._groups[name], study.unfinished.pop(0) if study.unfinished else study.ask(), time.time())
 
@@ -222,7 +208,7 @@ class GroupedSearch(Searcher):
         running = self._running.pop(trial_id, None)
         if running is None:
             return
-        self._held.append(running.group.reads)
+        self._turns.ended(running.group.name)
         if error and running.deaths < self._max_retries:
             running.deaths += 1
             self._retries.append(running)

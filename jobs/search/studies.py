@@ -73,6 +73,11 @@ def trials_of(group: Group) -> list[dict[str, Any]]:
     return [result for result in found if result is not None]
 
 
+def missing_trials(group: Group) -> int:
+    """How many of a group's trials have no result yet, or failed."""
+    return max(0, group.trials - sum(result["state"] != FAILED for result in trials_of(group)))
+
+
 def best_of(results: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """The trial with the lowest value among those that ran to the end."""
     finished = [result for result in results if result["state"] == COMPLETE]

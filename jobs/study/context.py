@@ -212,21 +212,6 @@ class Context:
             self.failures.append(f"{stage} {group} trial {result['trial']}: {result['reason']}")
         record_trial(self.tracker, stage, group, result)
 
-    @property
-    def bytes_needed(self) -> int:
-        """Disk space for a whole sweep, small files aside: activations, base errors, adapters and the merged model."""
-        settings = self.settings
-        width = model_facts(self.model)["d_model"]
-        tokens = settings.activations.train_tokens + settings.activations.validation_tokens
-        change, residual = (self.layers_of(target) for target in ("change", "residual"))
-        trained = settings.transcoders.source == "train" and bool(residual)
-        tensors = 2 * len(change) + len(residual) * (2 + 2 * trained + len(settings.deltas.selections))
-        weights = sum(path.stat().st_size for path in self.model.glob("*.safetensors"))
-        bases = 0
-        if trained and isinstance(settings.transcoders.width, int):
-            bases = len(residual) * len(settings.transcoders.target_l0) * settings.transcoders.width * width * 8
-        return tensors * tokens * width * 2 + 2 * weights + bases
-
     def check_bases(self) -> None:
         """Checks that published transcoders exist for every swept layer, before hours go into earlier stages."""
         if self.settings.transcoders.source != "train":

@@ -24,6 +24,7 @@ from jobs.progress import clock
 from jobs.seals import seal
 from jobs.study.backfill import open_stage, send_missing, tell, told_apart_by
 from jobs.study.context import Context
+from jobs.study.disk import bytes_needed
 from jobs.study.mending import mend
 from jobs.study.mirror import mirrored
 from jobs.study.stage_list import NAMES, STAGES, Stage
@@ -50,7 +51,7 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
         check_models(context)
         stages = STAGES[: NAMES.index(until) + 1]
         if fresh or not context.space.data.is_dir():
-            space.check_space(context.bytes_needed)
+            space.check_space(bytes_needed(context))
         if fresh:
             start_over(context)
         put_aside(context)

@@ -6,6 +6,7 @@ In: a model folder and the data stage's text and rows. Out: `activations/{base,f
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
@@ -66,31 +67,31 @@ Wanted = dict[str, dict[int, frozenset[str]]]
 """By split and layer, the columns beside x."""
 
 
-def capture_base(context: Context, splits: tuple[str, ...] = SPLITS) -> Path:
-    """x and y of the un-finetuned model in every layer that has base transcoders; returns the splits' folder."""
-    layers = dict.fromkeys(context.layers_of("residual"), frozenset({"y"}))
+def capture_base(context: Context, layers: Sequence[int], splits: tuple[str, ...] = SPLITS) -> Path:
+    """x and y of the un-finetuned model in those of `layers` that have base transcoders; returns the splits' folder."""
+    columns = {layer: frozenset({"y"}) for layer in context.layers_of("residual") if layer in layers}
     spec = _spec(context, context.model, context.settings.compute.precision)
-    wanted = dict.fromkeys(splits, layers)
+    wanted = dict.fromkeys(splits, columns)
     return _capture(context, "base", spec, wanted, keys.base_activations(context.settings))
 
 
-def capture_finetuned(context: Context) -> Path:
-    """What the deltas are trained on, of every layer, from one pass of the finetuned model; returns the splits' folder.
+def capture_finetuned(context: Context, layers: Sequence[int], splits: tuple[str, ...] = SPLITS) -> Path:
+    """What the deltas of `layers` are trained on, from one pass of the finetuned model; returns the splits' folder.
 
     Held-out text also gets the change where residual deltas are trained, to say how much of a residual it is. A change
     is a small difference of two outputs, so where deltas are trained on it, everything runs in fp32 on a CPU.
     """
-    change, residual = (set(context.layers_of(target)) for target in ("change", "residual"))
+    change, residual = (set(context.layers_of(target)) & set(layers) for target in ("change", "residual"))
     # A path reads what the MLP reads, and nothing else.
     readable = CONVENTIONS[context.settings.transcoders.convention] == GEMMA_SCOPE_TAPS
     wanted: Wanted = {}
-    for split in SPLITS:
+    for split in splits:
         with_change = change if split == "train" or not readable else change | residual
         columns = (("change", with_change), ("y", residual))
         wanted[split] = {
-            layer: frozenset(name for name, layers in columns if layer in layers) for layer in sorted(change | residual)
+            layer: frozenset(name for name, having in columns if layer in having) for layer in sorted(change | residual)
         }
-    exact = context.device == "cpu" and bool(change)
+    exact = context.device == "cpu" and "change" in context.settings.deltas.targets
     spec = _spec(context, context.finetuned, "fp32" if exact else context.settings.compute.precision)
     folder = _capture(context, "finetuned", spec, wanted, keys.finetuned_activations(context.settings))
     if missing := sorted(change - read_bos(folder).keys()):

@@ -21,9 +21,6 @@ from jobs.study.stages.work import SitePlan, Work
 from jobs.study.stages.worker_memory import exact_paths, paths, reference
 from jobs.study.stages.worker_sites import cell_file, kept_passes, load_sites, plain_passes
 
-PAIRS = 8192
-"""Training pairs that the regression for dense_delta reads at a time."""
-
 
 def raw(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
@@ -99,7 +96,7 @@ def _subject(
     from evaluators.conditions import CONDITIONS
     from evaluators.measures.reconstruction import site_activations
     from evaluators.splice.passes import Prefixes
-    from evaluators.splice.sites import SUBSTITUTES, Material
+    from evaluators.splice.substitutes import SUBSTITUTES, Material
     from models.blocks import exchanged, interpolated
 
     control, alpha = asked
@@ -111,7 +108,7 @@ def _subject(
                 site,
                 Material(
                     site_activations(raw, site, rows)[0],
-                    partial(_training_pairs, work, plan),
+                    partial(_moments, plan),
                     work.seed,
                     partial(_true_change, work, plan.layer) if plan.ground.target == "change" else None,
                 ),
@@ -136,16 +133,13 @@ def _true_change(work: Work, layer: int) -> Any:
     return TrueChange(before[layer], after[layer])
 
 
-def _training_pairs(work: Work, plan: SitePlan) -> Iterator[tuple[Any, Any]]:
-    """The pairs the delta was trained on, (x, residual) or (x, change), in batches, on the worker's device."""
-    from models.bridge import read_input
-    from models.transcoder import CONVENTIONS
-    from trainers.activations import read_pairs
+def _moments(plan: SitePlan) -> Any:
+    """Those of what the delta was trained on, x and residual or change."""
+    from safetensors.torch import load_file
 
-    taps = CONVENTIONS[work.model.convention]
-    inputs, targets = read_pairs(Path(plan.inputs), ("x",)), read_pairs(Path(plan.targets), (plan.ground.target,))
-    for (x,), (target,) in zip(inputs.in_order(PAIRS), targets.in_order(PAIRS), strict=True):
-        yield read_input(taps, x.to(work.model.device).float()), target.to(work.model.device).float()
+    from evaluators.splice.moments import Moments
+
+    return Moments(**load_file(plan.moments))
 
 
 def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: list[dict], texts: list[dict]) -> str:

@@ -11,22 +11,24 @@ from __future__ import annotations
 import shutil
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from evaluators.layer_sets import layer_label
 from jobs.cluster import environment
 from jobs.errors import WorkFailed
-from jobs.files import finish as finish_folder
-from jobs.files import is_finished, keyed_folder, read_json, write_json
+from jobs.files import keyed_folder, write_json
 from jobs.seals import seal
 from jobs.study import keys
 from jobs.study.context import Context
-from jobs.study.grounds import error_name, grounds_of
-from jobs.study.stages.activations import capture_base, capture_finetuned, set_damaged_aside
+from jobs.study.disk import drop, in_windows, windows
+from jobs.study.grounds import error_name
+from jobs.study.stages.activations import capture_finetuned
+from jobs.study.stages.base_errors import compute_base_errors, read_residuals
+from jobs.study.stages.moments import write_moments
 from jobs.study.stages.polish import polish_widths
-from jobs.study.stages.transcoders import chosen_base, root
-from trainers.activations import INDEX
 
 if TYPE_CHECKING:
+    from jobs.search.studies import Group
     from models.transcoder import Taps
     from trainers.delta_data import DeltaData
 
@@ -38,45 +40,24 @@ PASSED_ON = {
 """Settings of the section that are passed to the trainer under the same names."""
 
 
-class ResidualTask(NamedTuple):
-    """The base's errors on one layer's activations, as passed to a worker; `unfinetuned` holds held-out ones of the
-    un-finetuned model."""
-
-    layer: int
-    root: str
-    candidate: tuple[float, str]
-    activations: str
-    unfinetuned: str
-    folder: str
-    key: str
-    device: str
-    convention: str
-
-
 def run(context: Context) -> dict[str, Any]:
-    from jobs.search.grouped import Runtime, run_search
-    from jobs.search.halving import EarlyStopping
-    from jobs.search.studies import best_of, trials_of
+    from jobs.search.studies import best_of, missing_trials, trials_of
     from jobs.tracking.records import record_trial
 
-    settings, space = context.settings, context.space
-    activations = capture_finetuned(context)
-    _residuals(context, activations)
-    groups = delta_groups(context, activations)
-    section = settings.deltas
-    one_objective = section.objectives == "val_loss"
-    halving = EarlyStopping(section.grace_evals, section.epochs, section.reduction_factor)
-    context.pool.close()
-    with context.progress.bar("delta studies", section.trials * len(groups), "trials") as bar:
-        run_search(
-            groups,
-            trial,
-            Runtime(context.studies, context.share, settings.compute.max_retries, space.folder / ".tune" / STAGE),
-            early_stopping=halving if section.asha and one_objective and section.epochs > section.grace_evals else None,
-            bar=bar,
-            on_trial=lambda group, result: context.finish_trial(STAGE, group.name, result),
-        )
-    shutil.rmtree(space.folder / ".tune", ignore_errors=True)
+    groups = delta_groups(context)
+    parted = in_windows(context)
+    # Where activations are deleted window by window, only those of unfinished trials are made again.
+    asked = [int(group.constants["layer"]) for group in groups if not parted or missing_trials(group)]
+    parts = windows(context, sorted(set(asked)))
+    for number, layers in enumerate(parts, start=1):
+        if parted:
+            context.progress.line(f"  window {number} of {len(parts)}: layers {layer_label(tuple(layers))}")
+        compute_base_errors(context, capture_finetuned(context, layers), layers)
+        _search(context, [group for group in groups if group.constants["layer"] in layers])
+        if parted:
+            write_moments(context, layers)
+            drop(context, layers)
+    shutil.rmtree(context.space.folder / ".tune", ignore_errors=True)
     kept = {}
     for group in groups:
         results = trials_of(group)
@@ -90,10 +71,32 @@ def run(context: Context) -> dict[str, Any]:
         kept[group.name] = best["value"]
     if not kept:
         raise WorkFailed("every delta trial failed: " + "; ".join(context.failures))
-    return {"kept": kept, "polished": polish_widths(context)}
+    polished = polish_widths(context)
+    if parted:
+        drop(context, context.layers)
+    return {"kept": kept, "polished": polished}
 
 
-def delta_groups(context: Context, activations: Path) -> list[Any]:
+def _search(context: Context, groups: list[Group]) -> None:
+    from jobs.search.grouped import Runtime, run_search
+    from jobs.search.halving import EarlyStopping
+
+    section, retries = context.settings.deltas, context.settings.compute.max_retries
+    one_objective = section.objectives == "val_loss"
+    halving = EarlyStopping(section.grace_evals, section.epochs, section.reduction_factor)
+    context.pool.close()
+    with context.progress.bar("delta studies", section.trials * len(groups), "trials") as bar:
+        run_search(
+            groups,
+            trial,
+            Runtime(context.studies, context.share, retries, context.space.folder / ".tune" / STAGE),
+            early_stopping=halving if section.asha and one_objective and section.epochs > section.grace_evals else None,
+            bar=bar,
+            on_trial=lambda group, result: context.finish_trial(STAGE, group.name, result),
+        )
+
+
+def delta_groups(context: Context) -> list[Group]:
     """One search group for each layer, ground and d_new."""
     from jobs.search.studies import Group
 
@@ -107,7 +110,7 @@ def delta_groups(context: Context, activations: Path) -> list[Any]:
         constants = {
             "layer": one.layer,
             "target": one.ground.target,
-            "activations": str(activations),
+            "activations": str(context.space.activations / "finetuned"),
             "residual": str(folder.parent / "residual"),
             "device": context.device,
             "convention": settings.transcoders.convention,
@@ -186,43 +189,6 @@ def replica_folder(trial: Path, rank: int) -> Path:
     return trial / f"replica_{rank}" if rank else trial
 
 
-def compute_residual(task: ResidualTask) -> None:
-    """Writes y - base(x) of both splits in bf16, one shard for each shard of the activations.
-
-    The manifest, and `base_error.json` beside the folder, hold the base's error on held-out text, as a share of the
-    output's variance, in both models' streams.
-    """
-    import torch
-
-    from models.gemma_scope import Candidate, read
-    from models.transcoder import CONVENTIONS
-    from trainers.activations import captured_columns, read_index, read_pairs, write_index, write_shard
-    from trainers.capture import layer_folder
-    from trainers.delta_data import fraction_unexplained, mean_square, output_variance, residual_of
-
-    taps = CONVENTIONS[task.convention]
-    base = read(task.root, Candidate(*task.candidate), task.layer, taps).to(task.device)
-    facts: dict[str, Any] = {"base": task.candidate[1]}
-    for split in ("train", "validation"):
-        source = layer_folder(Path(task.activations) / split, task.layer)
-        index = read_index(source)
-        error = 0.0
-        for shard, (x, y) in zip(index["shards"], read_pairs(source).shards, strict=True):
-            residual = residual_of(base, x, y)
-            error += residual.pow(2).sum(dtype=torch.float64).item()
-            write_shard(Path(task.folder) / split / shard["file"], {"residual": residual.bfloat16()})
-        write_index(Path(task.folder) / split, index["shards"], {"layer": task.layer})
-        if split == "validation":
-            facts["variance"] = output_variance(read_pairs(source))
-            facts["val_fvu_base"] = error / (index["tokens"] * base.d_model * facts["variance"])
-            captured = "change" in captured_columns(source)
-            facts["change_share"] = captured and mean_square(read_pairs(source, ("change",))) / facts["variance"]
-    before = read_pairs(layer_folder(Path(task.unfinetuned), task.layer))
-    facts["val_fvu_base_unfinetuned"] = fraction_unexplained(base, before)
-    write_json(Path(task.folder).parent / "base_error.json", {"key": task.key, **facts})
-    finish_folder(Path(task.folder), task.key, facts)
-
-
 @lru_cache(maxsize=1)
 def pairs(target: str, activations: Path, residual: Path, layer: int, taps: Taps, device: str) -> DeltaData:
     """What the trials of a layer and target share, in the memory of a GPU where it fits; a worker keeps the last."""
@@ -234,66 +200,3 @@ def pairs(target: str, activations: Path, residual: Path, layer: int, taps: Taps
     else:
         data = read_residuals(activations, residual, layer, taps)
     return data._replace(train=data.train.near(device), validation=data.validation.near(device))
-
-
-def read_residuals(activations: Path, residual: Path, layer: int, taps: Taps) -> DeltaData:
-    """The (x, residual) pairs of one (layer, base), memory-mapped."""
-    from trainers.activations import Pairs, read_pairs
-    from trainers.capture import layer_folder
-    from trainers.delta_data import DeltaData
-
-    facts = read_json(residual / "manifest.json")
-    pairs = {}
-    for split in ("train", "validation"):
-        inputs = read_pairs(layer_folder(activations / split, layer), ("x",))
-        targets = read_pairs(residual / split, ("residual",))
-        both = zip(inputs.shards, targets.shards, strict=True)
-        pairs[split] = Pairs([(x, target) for (x,), (target,) in both])
-    return DeltaData(
-        pairs["train"],
-        pairs["validation"],
-        facts["variance"],
-        facts["val_fvu_base"],
-        layer,
-        "residual",
-        facts["change_share"] or None,
-        taps,
-    )
-
-
-def _residuals(context: Context, activations: Path) -> None:
-    missing = []
-    parts = ("residual/train", "residual/validation")
-    held = [one for part in parts for one in sorted(context.space.deltas.glob(f"*/*/{part}"))]
-    set_damaged_aside(context, held)
-    for layer in context.layers_of("residual"):
-        for ground in grounds_of(context.settings.deltas, "residual"):
-            key = keys.delta_data(context.settings, layer, ground)
-            folder = context.space.deltas / f"layer_{layer:02d}" / ground.label / "residual"
-            known = (read_json(folder.parent / "base_error.json") or {}).get("key") == key
-            whole = all((folder / split / INDEX).is_file() for split in ("train", "validation"))
-            if not (is_finished(keyed_folder(folder, key), key) and known and whole):
-                missing.append((layer, chosen_base(context, layer, ground.percentile), folder, key))
-    if not missing:
-        return
-    unfinetuned = capture_base(context, ("validation",)) / "validation"
-    convention = context.settings.transcoders.convention
-    tasks = [
-        ResidualTask(
-            layer=layer,
-            root=root(context),
-            candidate=(base.average_l0, base.path),
-            activations=str(activations),
-            unfinetuned=str(unfinetuned),
-            folder=str(folder),
-            key=key,
-            device=context.device,
-            convention=convention,
-        )
-        for layer, base, folder, key in missing
-    ]
-    with context.progress.bar("base errors", len(tasks), "bases") as bar:
-        for outcome in context.pool.run(compute_residual, tasks, context.settings.compute.max_retries):
-            if outcome.error:
-                raise WorkFailed(f"errors of {outcome.task.candidate[1]}: {outcome.error}")
-            bar.advance()

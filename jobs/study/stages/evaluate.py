@@ -15,6 +15,7 @@ from jobs.study.context import Context
 from jobs.study.stages import pieces
 from jobs.study.stages.cells import evaluate
 from jobs.study.stages.data import check_labels
+from jobs.study.stages.moments import write_moments
 from jobs.study.stages.site_plans import Combination, combination
 from jobs.study.stages.work import Work
 from jobs.tracking.records import record_cells
@@ -24,6 +25,8 @@ from models.sources import model_facts
 def run(context: Context) -> dict[str, Any]:
     check_labels(context)
     chosen: dict[str, Combination] = {one: combination(context, one) for one in context.settings.deltas.targets}
+    for target, one in chosen.items():
+        write_moments(context, context.layers_of(target), [one.ground])
     rankings = pieces.ranking_work(context, chosen)
     first = [*pieces.raw_work(context), *rankings]
     _compute(context, first, "raw model")

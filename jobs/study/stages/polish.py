@@ -17,6 +17,7 @@ from jobs.seals import seal, sealed_hash
 from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup, Ground
+from jobs.study.stages.activations import capture_finetuned
 from jobs.study.stages.site_plans import best_of_group, polished_folder
 from jobs.study.stages.work import ModelSpec
 from jobs.study.stages.worker_memory import bridge, paths
@@ -61,6 +62,7 @@ def polish_widths(context: Context) -> dict[str, Any]:
             tasks.append(_task(context, layers, folders, folder, key))
         made[f"d{d_new:03d}"] = folder
     if tasks:
+        capture_finetuned(context, layers, ("validation",))  # how large the changes are
         with context.progress.bar("joint polish", len(tasks), "widths") as bar:
             for outcome in context.pool.run(polish_width, tasks, context.settings.compute.max_retries):
                 if outcome.error:
@@ -101,16 +103,14 @@ def polish_width(task: PolishTask) -> None:
     from data.encoding import encode_row
     from data.rows import read_rows
     from models.deltas import read_delta, write_delta
-    from models.transcoder import CONVENTIONS
     from trainers.checkpoints import Keeper
-    from trainers.delta_data import read_change
+    from trainers.delta_data import change_unit
     from trainers.joint_polish import PolishSettings, Subject, polish
 
     started = time.perf_counter()
     model, folder = bridge(task.model.folder, task.model.device, task.model.precision), Path(task.folder)
-    taps = CONVENTIONS[task.model.convention]
     deltas = {layer: read_delta(Path(one)) for layer, one in zip(task.layers, task.deltas, strict=True)}
-    scales = {layer: read_change(Path(task.activations), layer, taps).unit ** 0.5 for layer in task.layers}
+    scales = {layer: change_unit(Path(task.activations), layer) ** 0.5 for layer in task.layers}
     subject = Subject(model, paths(task.model, task.base_model, task.layers), deltas, scales)
     rows = {
         split: [encode_row(model.tokenizer, row) for row in read_rows(Path(task.rows) / f"{split}.jsonl")]

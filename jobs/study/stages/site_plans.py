@@ -14,6 +14,7 @@ from jobs.seals import sealed_hash
 from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup, Ground, error_name, grounds_of
+from jobs.study.stages.moments import moments_file
 from jobs.study.stages.transcoders import chosen_base, root
 from jobs.study.stages.work import SitePlan
 from jobs.study.workspace import FINETUNED
@@ -51,17 +52,12 @@ def site_plans(context: Context, layers: tuple[int, ...], one: Combination) -> t
 
 
 def site_plan(context: Context, group: DeltaGroup) -> SitePlan:
-    folder, delta = context.space.deltas / group.name, delta_folder(context, group)
+    delta = delta_folder(context, group)
     assert delta is not None
-    inputs = str(context.space.activations / "finetuned" / "train" / f"layer_{group.layer:02d}")
-    plan = SitePlan(*group, delta=str(delta), inputs=inputs, targets=inputs)
+    plan = SitePlan(*group, delta=str(delta), moments=str(moments_file(context, group.layer, group.ground)))
     if group.ground.target == "residual":
         base = chosen_base(context, group.layer, group.ground.percentile)
-        plan = plan._replace(
-            targets=str(folder.parent / "residual" / "train"),
-            root=root(context),
-            candidate=(base.average_l0, base.path),
-        )
+        plan = plan._replace(root=root(context), candidate=(base.average_l0, base.path))
     subsets = sorted(context.subsets)
     made_from = lineage(context, (plan,))
     return plan._replace(key=key_of("reconstruction", made_from, evaluation_settings(context), subsets))

@@ -16,6 +16,7 @@ from jobs.files import is_finished, keyed_folder, read_json
 from jobs.seals import seal
 from jobs.study import keys
 from jobs.study.context import Context
+from jobs.study.disk import drop, in_windows, windows
 from jobs.study.grounds import selection_label
 from jobs.study.stages.activations import capture_base
 from jobs.study.stages.worker_memory import bridge
@@ -109,33 +110,16 @@ def _train(context: Context) -> None:
     from jobs.tracking.records import record_base
 
     settings, space = context.settings, context.space
-    section = settings.transcoders
     folders = {
         layer: keyed_folder(space.transcoders / f"layer_{layer}", keys.base(settings, layer))
         for layer in context.layers_of("residual")
     }
     missing = [layer for layer, folder in folders.items() if not is_finished(folder, keys.base(settings, layer))]
-    if missing:
-        activations = capture_base(context)
-        tasks = [
-            LayerTask(
-                layer=layer,
-                activations=str(activations),
-                folder=str(folders[layer]),
-                key=keys.base(settings, layer),
-                section=section.model_dump(include={"width", "target_l0", "epochs", "batch_size", "lr"}),
-                seed=settings.seed,
-                device=context.device,
-                precision=settings.compute.precision,
-                convention=section.convention,
-            )
-            for layer in missing
-        ]
-        with context.progress.bar("base transcoders", len(tasks), "layers") as bar:
-            for outcome in context.pool.run(train_layer, tasks, settings.compute.max_retries):
-                if outcome.error:
-                    raise WorkFailed(f"base transcoders of layer {outcome.task.layer}: {outcome.error}")
-                bar.advance()
+    parted = in_windows(context)
+    for layers in windows(context, missing):
+        _train_window(context, {layer: folders[layer] for layer in layers})
+        if parted:
+            drop(context, layers)
     for layer, folder in folders.items():
         for base in read_json(folder / "manifest.json")["bases"]:
             if abs(base["val_l0"] / base["target_l0"] - 1) > L0_TOLERANCE:
@@ -144,6 +128,31 @@ def _train(context: Context) -> None:
                     f"{base['dead_fraction']:.0%} of the features are dead (val_fvu {base['val_fvu']:.3f})"
                 )
             record_base(context.tracker, layer, keys.base(settings, layer), base)
+
+
+def _train_window(context: Context, folders: dict[int, Path]) -> None:
+    """Captures these layers and trains their bases."""
+    settings, section = context.settings, context.settings.transcoders
+    activations = capture_base(context, list(folders))
+    tasks = [
+        LayerTask(
+            layer=layer,
+            activations=str(activations),
+            folder=str(folder),
+            key=keys.base(settings, layer),
+            section=section.model_dump(include={"width", "target_l0", "epochs", "batch_size", "lr"}),
+            seed=settings.seed,
+            device=context.device,
+            precision=settings.compute.precision,
+            convention=section.convention,
+        )
+        for layer, folder in folders.items()
+    ]
+    with context.progress.bar("base transcoders", len(tasks), "layers") as bar:
+        for outcome in context.pool.run(train_layer, tasks, settings.compute.max_retries):
+            if outcome.error:
+                raise WorkFailed(f"base transcoders of layer {outcome.task.layer}: {outcome.error}")
+            bar.advance()
 
 
 def _check(context: Context, candidate: Candidate, layer: int) -> None:

@@ -40,15 +40,14 @@ class Evaluation:
 
 
 class SitePlan(NamedTuple):
-    """A site as files: the delta's folder, what it was trained on (folders of x and of what it explains), and, where
-    the ground is a base transcoder, where that is. `key` is that of the site's reconstruction cell."""
+    """A site as files: the delta's folder, the moments of what it was trained on, and, where the ground is a base
+    transcoder, where that is. `key` is that of the site's reconstruction cell."""
 
     layer: int
     ground: Ground
     d_new: int
     delta: str
-    inputs: str
-    targets: str
+    moments: str
     root: str = ""
     candidate: tuple[float, str] | None = None
     key: str = ""

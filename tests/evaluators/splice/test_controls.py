@@ -12,16 +12,10 @@ from evaluators.measures.reconstruction import site_activations
 from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit, spliced
 from evaluators.splice.limits import Limits
+from evaluators.splice.moments import Moments, reduced_rank_regression
 from evaluators.splice.passes import Passes, Shortcuts
-from evaluators.splice.sites import (
-    SUBSTITUTES,
-    Material,
-    Site,
-    dense_delta,
-    random_delta,
-    reduced_rank_regression,
-    shuffled_delta,
-)
+from evaluators.splice.sites import Site
+from evaluators.splice.substitutes import SUBSTITUTES, Material, dense_delta, random_delta, shuffled_delta
 from evaluators.splice.teacher_forcing import Job, score
 from models.blocks import exchanged, read_paths
 from models.errors import ModelError
@@ -29,14 +23,14 @@ from models.tensors import read_tensors
 from search_spaces.schema import Evaluate
 
 
-def no_pairs():
+def no_moments():
     raise AssertionError("this control is not fitted to pairs")
 
 
 @pytest.fixture(scope="module")
 def material(subject):
-    def make(site, pairs=no_pairs, seed=3):
-        return Material(site_activations(subject.passes, site, subject.rows)[0], pairs, seed)
+    def make(site, moments=no_moments, seed=3):
+        return Material(site_activations(subject.passes, site, subject.rows)[0], moments, seed)
 
     return make
 
@@ -106,7 +100,8 @@ def test_a_dense_delta_is_the_linear_map_of_its_rank_that_fits_best(subject, mat
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, subject.d_model, generator=generator)
     true = torch.randn(subject.d_model, 3, generator=generator) @ torch.randn(3, subject.d_model, generator=generator)
-    other = dense_delta(site, material(site, lambda: [(x[:200], x[:200] @ true), (x[200:], x[200:] @ true)]))
+    moments = Moments.of([(x[:200], x[:200] @ true), (x[200:], x[200:] @ true)])
+    other = dense_delta(site, material(site, lambda: moments))
     torch.testing.assert_close(other.delta(x), x @ true, rtol=1e-3, atol=1e-2)
     assert torch.linalg.matrix_rank(other.delta(torch.eye(subject.d_model)), tol=1e-3) == 3
     assert run(subject, [other], "dense_delta")[0] != pytest.approx(run(subject, [site], "full")[0], rel=1e-3)
@@ -116,7 +111,7 @@ def test_reduced_rank_regression_beats_other_maps_of_its_rank():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(400, 6, generator=generator) @ torch.diag(torch.tensor([9.0, 3, 1, 1, 0.3, 0.1]))
     y = x @ torch.randn(6, 5, generator=generator) + torch.randn(400, 5, generator=generator)
-    encoder, decoder = reduced_rank_regression([(x[:100], y[:100]), (x[100:], y[100:])], 2)
+    encoder, decoder = reduced_rank_regression(Moments.of([(x[:100], y[:100]), (x[100:], y[100:])]), 2)
     assert encoder.shape == (6, 2)
     assert decoder.shape == (2, 5)
     best = (x.double() @ encoder @ decoder - y).square().sum()
@@ -128,7 +123,7 @@ def test_reduced_rank_regression_beats_other_maps_of_its_rank():
     truncated = u[:, :2] @ torch.diag(s[:2]) @ v[:2]
     assert (x @ truncated - y).square().sum() > best, "truncating the full map is not optimal for these inputs"
     with pytest.raises(ValueError, match="at least one pair"):
-        reduced_rank_regression([], 2)
+        Moments.of([])
 
 
 def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, model_folder, load, tmp_path):
@@ -175,4 +170,4 @@ def test_a_control_without_what_it_needs_is_refused(subject):
     ):
         pass
     with pytest.raises(ValueError, match="has no delta that another could replace"):
-        random_delta(Site(1, subject.site[0].base), Material(torch.zeros(1, subject.d_model), no_pairs, 0))
+        random_delta(Site(1, subject.site[0].base), Material(torch.zeros(1, subject.d_model), no_moments, 0))

@@ -11,8 +11,10 @@ from evaluators.measures.reconstruction import site_activations
 from evaluators.splice.decoding import Stop, decode, generate
 from evaluators.splice.interventions import Edit, Ranks
 from evaluators.splice.limits import Limits
+from evaluators.splice.moments import Moments, principal_directions
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
-from evaluators.splice.sites import SUBSTITUTES, Material, Site, TrueChange, pca_delta, principal_directions
+from evaluators.splice.sites import Site, TrueChange
+from evaluators.splice.substitutes import SUBSTITUTES, Material, pca_delta
 from evaluators.splice.teacher_forcing import Job, score
 from models.blocks import read_paths
 
@@ -168,7 +170,7 @@ def test_controls_keep_a_feature_at_bos(subject, sites, base_folder, control):
     for site in sites:
         x = site_activations(raw, site, subject.rows)[0]
         change = TrueChange(before[site.layer], after[site.layer])
-        material = Material(x, lambda x=x, site=site: [(x, site.delta(x))], 3, lambda change=change: change)
+        material = Material(x, lambda x=x, site=site: Moments.of([(x, site.delta(x))]), 3, lambda change=change: change)
         other = SUBSTITUTES[control](site, material)
         made.append(other)
         if site.delta.at_bos is not None:
@@ -191,12 +193,12 @@ def test_principal_directions_are_those_of_the_covariance_largest_last():
     axes = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
     sizes, shift = torch.tensor([0.01, 0.1, 5, 0.2, 3, 0.02]), torch.arange(6.0)
     rows = torch.randn(4000, 6, generator=generator) * sizes @ axes + shift
-    mean, directions = principal_directions(rows.split(999), 2)
+    mean, directions = principal_directions(Moments.of((one, one) for one in rows.split(999)), 2)
     torch.testing.assert_close(mean.float(), rows.mean(0), rtol=1e-4, atol=1e-4)
     assert (directions[1].float() @ axes[2]).abs() > 0.999
     assert (directions[0].float() @ axes[4]).abs() > 0.999
     torch.testing.assert_close(directions @ directions.T, torch.eye(2, dtype=torch.float64))
-    assert len(principal_directions([rows], 9)[1]) == 6
+    assert len(principal_directions(Moments.of([(rows, rows)]), 9)[1]) == 6
 
 
 def test_a_pca_delta_is_the_true_change_along_its_directions(subject, sites, base_folder):
@@ -209,12 +211,13 @@ def test_a_pca_delta_is_the_true_change_along_its_directions(subject, sites, bas
         change = TrueChange(before[site.layer], after[site.layer])
         x = site_activations(raw, site, subject.rows)[0]
         c = change.decode(x)
-        material = Material(x, lambda x=x, c=c: [(x, c)], 3, lambda change=change: change)
+        moments = Moments.of([(x, c)])
+        material = Material(x, lambda moments=moments: moments, 3, lambda change=change: change)
         made.append(pca_delta(site, material))
-        mean, directions = principal_directions([c], 12)
+        mean, directions = principal_directions(moments, 12)
         expected = mean.float() + (c - mean.float()) @ directions.float().T @ directions.float()
         torch.testing.assert_close(made[-1].delta.decode(made[-1].delta.encode(x)), expected, rtol=1e-3, atol=1e-3)
-        rows = torch.cat([principal_directions([c], site.delta.d_model)[1].float(), made[-1].delta.W_dec[-2:]])
+        rows = torch.cat([principal_directions(moments, site.delta.d_model)[1].float(), made[-1].delta.W_dec[-2:]])
         whole.append(dataclasses.replace(site, delta=dataclasses.replace(made[-1].delta, W_dec=rows)))
         true.append(Site(site.layer, site.ground, change))
         with pytest.raises(ValueError, match="not known here"):

@@ -1,0 +1,31 @@
+"""Whose turn it is: a worker stays with what it has read."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs.search.turns import Turns, count_reads
+
+
+def groups(layers: int, widths: int, trials: int) -> tuple[dict[str, int], dict[str, str]]:
+    names = [(f"layer {layer}, width {width}", f"layer {layer}") for layer in range(layers) for width in range(widths)]
+    return {name: trials for name, _ in names}, dict(names)
+
+
+def test_every_trial_gets_its_turn_and_a_group_no_more_at_once_than_needed() -> None:
+    left, reads = groups(2, 1, 3)
+    turns = Turns(left, reads, 2)
+    assert [turns.take(), turns.take(), turns.take()] == ["layer 0, width 0", "layer 1, width 0", None]
+    turns.ended("layer 1, width 0")
+    assert turns.take() == "layer 1, width 0"
+    turns.ended("layer 0, width 0")
+    turns.again("layer 0, width 0")
+    assert turns.take() is None, "a trial that runs once more takes its group's place"
+
+
+@pytest.mark.parametrize(("workers", "most"), [(1, 104), (8, 112), (64, 190)])
+def test_the_full_studys_layers_are_read_about_once(workers: int, most: int) -> None:
+    """26 layers with a change and three bases each are 104 things to read, of 24 trials."""
+    left, reads = groups(104, 3, 8)
+    found = count_reads(left, reads, workers)
+    assert 104 <= found <= most < 104 * 24 / 8
