@@ -179,6 +179,28 @@ class Storage(Section):
     """Optuna storage (postgresql://..., sqlite:///...); null is a journal file under ROOT/optuna/."""
 
 
+class Machine(Section):
+    """What `plan` assumes of a worker and its GPU before anything was measured there; nothing else reads it. The
+    defaults are of one H100 (`python -m benchmarks.gpu`), and of one core for Python."""
+
+    tflops: Positive = 90.0
+    """Reached in products in bf16, all overheads included."""
+    kernel_us: Positive = 4.8
+    """A kernel of a delta step, within its CUDA graph."""
+    layer_ms: Positive = 1.1
+    """The Python of a spliced layer in one pass of evaluation, which the GPU waits for."""
+    answer_passes: Count = 24
+    """Passes over single tokens until every row of a batch has its answer."""
+    row_tokens: Count = 64
+    disk_gbs: Positive = 2.0
+    """Of the storage root, for all workers together."""
+    pcie_gbs: Positive = 20.0
+    trial_ms: Positive = 30.0
+    """The driver's part of a delta trial."""
+    start_s: Positive = 0.5
+    """From a trial's end to the next one's first step."""
+
+
 class Sweep(Section):
     """A whole study."""
 
@@ -192,6 +214,7 @@ class Sweep(Section):
     deltas: Deltas = Deltas()
     evaluate: Evaluate = Evaluate()
     compute: Compute = Compute()
+    machine: Machine = Machine()
     storage: Storage = Storage()
 
     @model_validator(mode="after")

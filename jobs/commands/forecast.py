@@ -22,11 +22,16 @@ WORKERS = (1, 8, 64, 512)
 
 
 class Load(NamedTuple):
-    """A stage's units of work, and `alone`, the part before them that cannot be shared out; in seconds."""
+    """A stage's units of work, `alone`, the part before them that cannot be shared out, and `shared`, what the units
+    take at least on any number of workers, because all need the same storage or driver; in seconds."""
 
     stage: str
     units: list[float]
     alone: float = 0.0
+    shared: float = 0.0
+
+    def span(self, workers: int) -> float:
+        return self.alone + max(self.shared, makespan(self.units, workers))
 
 
 class Forecast(NamedTuple):
@@ -45,12 +50,14 @@ def makespan(units: Sequence[float], workers: int) -> float:
 
 def forecast(loads: Sequence[Load], workers: int) -> Forecast:
     """The forecast of a whole sweep on that many workers; `limit` names the stage that leaves them idle longest."""
-    spans = [load.alone + makespan(load.units, workers) for load in loads]
+    spans = [load.span(workers) for load in loads]
     lost = [span * workers - sum(load.units) for span, load in zip(spans, loads, strict=True)]
     worst = loads[lost.index(max(lost))]
     limit = f"{worst.stage}: "
     if worst.alone > makespan(worst.units, workers):
         limit += f"{clock(worst.alone)} of work that cannot be shared out"
+    elif worst.shared > makespan(worst.units, workers):
+        limit += f"{clock(worst.shared)} of a storage or driver that all share"
     elif len(worst.units) < workers:
         limit += f"{len(worst.units)} units for {workers} workers"
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from evaluators.conditions import CONDITIONS
 from evaluators.layer_sets import layer_label
+from jobs.commands.assumed import assumed_rows
 from jobs.commands.forecast import WORKERS, other_kinds, schedule_rows
 from jobs.commands.status import Rows, finetuned_row
 from jobs.errors import RequestError
@@ -46,6 +47,8 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     forecast = schedule_rows(context, measured or context.space.folder, workers)
     if measured and not forecast:
         raise RequestError(f"--measured: {measured} has no sweep with trials and cells of these widths")
+    if not forecast and settings.compute.gpus_per_trial:
+        forecast = assumed_rows(context)
     return rows + (forecast or [("time on more workers", "unknown: run it once, or name a sweep with --measured")])
 
 

@@ -30,6 +30,11 @@ def layer_bytes(context: Context, layer: int) -> int:
     return 2 * tensors * tokens * model_facts(context.model)["d_model"]
 
 
+def activation_bytes(context: Context) -> int:
+    """Of all layers."""
+    return sum(layer_bytes(context, layer) for layer in context.layers)
+
+
 def windows(context: Context, layers: Sequence[int] | None = None) -> list[list[int]]:
     """The layers, all unless they are given, in as few parts as fit `storage.budget_gb` one after the other; a single
     part where those of the whole sweep fit at once. Raises RequestError where one layer exceeds a budget that is set.

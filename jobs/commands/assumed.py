@@ -1,0 +1,177 @@
+"""How long a sweep would take on GPUs that it has never run on, from arithmetic and the settings of `machine`.
+
+In: a `Context` and the model's config. Out: rows of text: the time on more GPUs, how busy they are, and what was
+assumed. Products count by their FLOPs, delta steps by their kernels, evaluation by the Python of its passes,
+reading and writing by bytes; no trial stops early. An estimate to plan with: `--measured` goes by what was seen.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evaluators.conditions import CONDITIONS
+from jobs.commands.forecast import WORKERS, Load, forecast, other_kinds
+from jobs.progress import clock
+from jobs.study.context import CARDS_AT_ONCE, Context
+from jobs.study.disk import activation_bytes, pair_bytes, reads_of
+from jobs.study.stages.activations import SHARD_TOKENS
+from models.sources import model_facts
+from search_spaces.dimensions import Choice, Range
+
+
+class Weights(NamedTuple):
+    """How many parameters a model has, those of its MLPs, and those that a token is multiplied with."""
+
+    all: int
+    mlp: int
+    multiplied: int
+
+
+@lru_cache(maxsize=1)
+def weights_of(folder: Path) -> Weights:
+    """Counted on a model without values, from its config alone."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    every = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    mlp = sum(count for name, count in every.items() if ".mlp." in name)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    looked_up = 0 if tied else model.get_input_embeddings().weight.numel()
+    return Weights(sum(every.values()), mlp, sum(every.values()) - looked_up)
+
+
+STEP_KERNELS, VALIDATION = 75, 20
+"""Kernels of a delta step, and how many steps one validation counts as."""
+FP32 = 8
+"""So many times as long as in bf16 takes a product in fp32."""
+
+
+def assumed_rows(context: Context) -> list[tuple[str, str]]:
+    """One row of text for each number of workers with a GPU each, and what that assumes."""
+    rows = []
+    for count in WORKERS:
+        loads = assumed_loads(context, count)
+        found, hours = forecast(loads, count), sum(sum(load.units) + load.alone for load in loads) / 3600
+        name = "on 1 GPU" if count == 1 else f"on {count} GPUs"
+        rows.append((name, f"{clock(found.seconds)}, {found.busy:.0%} busy, {hours:.1f} hours of work; {found.limit}"))
+    return [*rows, ("assumed", assumptions(context))]
+
+
+def assumed_loads(context: Context, workers: int) -> list[Load]:
+    """The stages' units of work, on so many workers."""
+    weights = weights_of(context.model)
+    stages = [
+        Load("lora", [] if context.settings.model.finetuned else _lora(context, weights)),
+        Load(
+            "transcoders",
+            _bases(context),
+            shared=_storage(context, len(context.layers_of("residual")) * pair_bytes(context)),
+        ),
+        Load("capture", _capture(context, weights), shared=_storage(context, activation_bytes(context))),
+        _deltas(context, workers),
+        Load("evaluate", _evaluation(context, weights)),
+    ]
+    # Whoever begins a stage on a model reads that first, all workers at once.
+    models = _storage(context, 2 * weights.all * workers)
+    of_models = ("lora", "capture", "evaluate")
+    return [one._replace(alone=models if one.stage in of_models else 0.0) for one in stages if one.units]
+
+
+def assumptions(context: Context) -> str:
+    machine = context.settings.machine
+    return (
+        f"{machine.tflops:g} TFLOPS in products, {machine.kernel_us:g} us a kernel, {machine.layer_ms:g} ms of Python "
+        f"a layer of evaluation, {machine.answer_passes} passes an answer, {machine.row_tokens} tokens a row, "
+        f"{machine.disk_gbs:g} GB/s of storage for all together, {machine.pcie_gbs:g} GB/s to each GPU, "
+        f"{machine.trial_ms:g} ms of the driver and {machine.start_s:g} s of starting a trial (settings: machine)"
+    )
+
+
+def _lora(context: Context, weights: Weights) -> list[float]:
+    """A token costs 6 FLOPs a weight in training (Kaplan et al. 2020), 2 in validation."""
+    lora, data, machine = context.settings.lora, context.settings.data, context.settings.machine
+    batch = lora.space.batch_size
+    rows = float(max(batch.choice) if isinstance(batch, Choice) else batch.high if isinstance(batch, Range) else batch)
+    steps = lora.steps if lora.epochs is None else math.ceil(lora.epochs * data.train_rows / rows)
+    validated = data.validation_rows * (steps // lora.eval_every + 1)
+    flops = weights.multiplied * machine.row_tokens * (6 * steps * rows + 2 * validated)
+    return [_products(context, flops) + machine.start_s] * lora.trials
+
+
+def _bases(context: Context) -> list[float]:
+    """A step multiplies each token with every encoder three times: forward, and for both gradients."""
+    section = context.settings.transcoders
+    if section.source != "train" or not isinstance(section.width, int):
+        return []
+    tokens = section.epochs * context.settings.activations.train_tokens
+    flops = 6 * tokens * model_facts(context.model)["d_model"] * section.width * len(section.target_l0)
+    return [_products(context, flops)] * len(context.layers_of("residual"))
+
+
+def _capture(context: Context, weights: Weights) -> list[float]:
+    """Each token once through the model; where changes are captured, through both models' MLPs in fp32 as well."""
+    section = context.settings.activations
+    tokens = section.train_tokens + section.validation_tokens
+    exact = FP32 * 2 * weights.mlp if "change" in context.settings.deltas.targets else 0
+    shards = math.ceil(tokens / SHARD_TOKENS[1])
+    return [_products(context, 2 * tokens * (weights.multiplied + exact)) / shards] * shards
+
+
+def _deltas(context: Context, workers: int) -> Load:
+    """Steps take as long as their kernels; pairs are read once by each worker that needs them."""
+    settings, machine = context.settings, context.settings.machine
+    section = settings.deltas
+    steps = section.epochs * (settings.activations.train_tokens // section.batch_size + VALIDATION)
+    trials = len(context.delta_groups) * section.trials
+    read = reads_of(context, workers) * pair_bytes(context)
+    each = steps * STEP_KERNELS * machine.kernel_us * 1e-6 + machine.start_s + read / trials / (machine.pcie_gbs * 1e9)
+    return Load("deltas", [each] * trials, shared=max(_storage(context, read), trials * machine.trial_ms * 1e-3))
+
+
+def _evaluation(context: Context, weights: Weights) -> list[float]:
+    """A pass over whole rows multiplies; one token further, it waits for Python, layer by layer."""
+    settings, machine = context.settings, context.settings.machine
+    section, count, subsets = settings.evaluate, model_facts(context.model)["n_layers"], len(context.subsets)
+
+    def passes(rows: float, layers: int = count) -> float:
+        flops = 2 * weights.multiplied * rows * machine.row_tokens * layers / count
+        return max(_products(context, flops), math.ceil(rows / section.batch_size) * layers * machine.layer_ms * 1e-3)
+
+    def answers(rows: float, layers: int = count) -> float:
+        steps = math.ceil(rows / section.batch_size) * machine.answer_passes
+        return passes(rows, layers) + steps * layers * machine.layer_ms * 1e-3
+
+    prompts = settings.data.eval_rows
+    units = [answers(prompts)] * (2 * subsets)
+    for target in settings.deltas.targets:
+        for layers, (conditions, doses) in context.sets_of(target).items():
+            controls = [CONDITIONS[name].dosed for name in conditions if CONDITIONS[name].control]
+            runs = sum(len(doses) if dosed else 1 for dosed in controls)
+            unit = answers(prompts * len({*doses, 0.0, 1.0}), count - layers[0]) + runs * answers(prompts)
+            units += [unit] * (subsets * section.replicas)
+    others = {
+        "reconstruction": 3 * passes(prompts * subsets),
+        "ranking": 8 * passes(prompts),
+        "cards": CARDS_AT_ONCE * passes(prompts * subsets) / 2,
+        "change": 2 * passes(prompts * subsets),
+        "width": answers(prompts),
+        "curve": passes(prompts * CURVE_STEPS),
+    }
+    return units + [others[name] for name, number in other_kinds(context).items() for _ in range(number)]
+
+
+CURVE_STEPS = 12
+"""About so many numbers of features are kept on, one after the other."""
+
+
+def _products(context: Context, flops: float) -> float:
+    return flops / (context.settings.machine.tflops * 1e12)
+
+
+def _storage(context: Context, count: float) -> float:
+    return count / (context.settings.machine.disk_gbs * 1e9)

@@ -1,0 +1,62 @@
+"""Forecasts for GPUs that nothing has run on: as many units as the sweep has, and each assumption moves what it should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.commands.assumed import Weights, assumed_loads, assumed_rows, weights_of
+from jobs.commands.forecast import Load
+from jobs.study.context import Context
+from models.sources import load_model
+from search_spaces.load import load
+
+
+def loads(root: Path, *settings: str, workers: int = 1) -> dict[str, Load]:
+    context = Context(load("tiny", [f"storage.root={root}", "compute.gpus_per_trial=1", *settings]))
+    return {one.stage: one for one in assumed_loads(context, workers)}
+
+
+def test_weights_are_those_of_the_model(gemma_folder: Path) -> None:
+    import torch
+
+    model, _ = load_model(gemma_folder, torch.float32)
+    every = sum(parameter.numel() for parameter in model.parameters())
+    mlp = sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp." in name)
+    assert weights_of(gemma_folder) == Weights(every, mlp, every), "the embeddings are tied, so they multiply too"
+
+
+def test_there_are_as_many_units_as_trials_layers_and_pieces(tmp_path: Path) -> None:
+    found = loads(tmp_path)
+    assert list(found) == ["lora", "transcoders", "capture", "deltas", "evaluate"]
+    assert len(found["lora"].units) == 4
+    assert len(found["transcoders"].units) == 2
+    assert len(found["deltas"].units) == 2 * (4 * 2 + 2 * 2 * 2)  # as many trials as the finished sweep has
+    assert all(unit > 0 for load in found.values() for unit in load.units)
+
+
+@pytest.mark.parametrize(
+    ("setting", "moved"),
+    [
+        ("machine.tflops=1e-6", {"lora", "transcoders", "capture", "evaluate"}),
+        ("machine.kernel_us=9.6", {"deltas"}),
+        ("machine.layer_ms=2.2", {"evaluate"}),
+        ("machine.start_s=1.0", {"lora", "deltas"}),
+        ("lora.trials=5", {"lora"}),
+    ],
+)
+def test_each_assumption_moves_its_stages_alone(tmp_path: Path, setting: str, moved: set[str]) -> None:
+    before, after = loads(tmp_path), loads(tmp_path, setting)
+    assert {name for name in before if sum(after[name].units) > sum(before[name].units)} == moved
+    assert {name for name in before if after[name].units != before[name].units} == moved
+
+
+def test_a_slow_storage_holds_every_worker_up(tmp_path: Path) -> None:
+    slow = loads(tmp_path, "machine.disk_gbs=1e-6", workers=8)
+    assert slow["capture"].span(8) == slow["capture"].alone + slow["capture"].shared
+    assert slow["capture"].span(8) > 100 * loads(tmp_path, workers=8)["capture"].span(8)
+    context = Context(load("tiny", [f"storage.root={tmp_path}", "machine.disk_gbs=1e-6"]))
+    rows = dict(assumed_rows(context))
+    assert "storage" in rows["on 64 GPUs"]
+    assert "1e-06 GB/s of storage" in rows["assumed"]
