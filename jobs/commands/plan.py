@@ -79,20 +79,17 @@ def _disk(context: Context) -> str:
 
 
 def _reads(context: Context) -> Rows:
-    """Bytes that delta trials read from disk, and what of that goes to a GPU."""
+    """Bytes that delta trials read from disk, as workers keep what they last read, and what goes to GPUs."""
     each, deltas = pair_bytes(context), context.settings.deltas
     trials = len(context.delta_groups) * deltas.trials
     if not trials:
         return []
     kept = ", ".join(f"{size(reads_of(context, workers) * each)} by {workers}" for workers in WORKERS)
-    return [
-        ("pairs", f"{size(each)} a layer and base; workers keep the last they read: {kept} from disk in all"),
-        ("without that", f"{size(trials * each)} trial by trial, {size(trials * each * deltas.epochs)} epoch by epoch"),
-        (
-            "to GPUs",
-            f"the same bytes where half of a GPU's memory holds {size(each)}, else {deltas.epochs} times as many",
-        ),
-    ]
+    rows = [("pairs", f"{size(each)} a layer and base; read from disk in all: {kept} workers")]
+    if context.settings.compute.gpus_per_trial:
+        kept = f"half of a GPU's memory holds {size(each)}"
+        rows.append(("over PCIe", f"as many bytes where {kept}, else {deltas.epochs} times {size(trials * each)}"))
+    return rows
 
 
 def size(count: float) -> str:

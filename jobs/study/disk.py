@@ -20,14 +20,16 @@ SHARE = 0.5
 
 
 def layer_bytes(context: Context, layer: int) -> int:
-    """Of everything captured of a layer, and of its base errors: bf16, d_model values a token and tensor."""
+    """Of everything captured of a layer, and of its base errors: bf16, d_model values a token and tensor. Of the
+    un-finetuned model, held-out text alone unless bases are trained on it."""
     settings = context.settings
-    section = settings.activations
-    tensors = 2 * (layer in context.layers_of("change"))
-    if layer in context.layers_of("residual"):
-        tensors += 2 + 2 * (settings.transcoders.source == "train") + len(settings.deltas.selections)
+    section, d_model = settings.activations, model_facts(context.model)["d_model"]
     tokens = section.train_tokens + section.validation_tokens
-    return 2 * tensors * tokens * model_facts(context.model)["d_model"]
+    values = tokens * (1 + (layer in context.layers_of("change")))  # x, and the change
+    if layer in context.layers_of("residual"):
+        values += tokens * (1 + len(settings.deltas.selections))  # y, and what each base leaves
+        values += 2 * (tokens if settings.transcoders.source == "train" else section.validation_tokens)
+    return 2 * values * d_model
 
 
 def activation_bytes(context: Context) -> int:

@@ -1,4 +1,4 @@
-"""Forecasts for GPUs that nothing has run on: a unit for each piece of work, and each assumption moves what it should."""
+"""Forecasts for GPUs that nothing has run on: a unit for each piece of work; an assumption moves what it should."""
 
 from __future__ import annotations
 
