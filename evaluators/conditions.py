@@ -25,8 +25,8 @@ class Condition:
 
     `model` is what is spliced into: the finetuned model, the base model it was finetuned from, the finetuned model with
     the spliced layers' MLPs taken from the base model, or with weights between the two. With `substitute`, the site's
-    delta is replaced by the one that `splice.sites.SUBSTITUTES` makes under the condition's name. `targets` are those
-    of the deltas that the condition makes sense for.
+    delta is replaced by the one that `splice.substitutes.SUBSTITUTES` makes under the condition's name. `targets` are
+    those of the deltas that the condition makes sense for.
     """
 
     name: str

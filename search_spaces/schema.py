@@ -168,8 +168,12 @@ class Storage(Section):
     root: Name = "mlruns"
     """Folder for everything a sweep writes; on a cluster it must be the same folder on every node."""
     budget_gb: Positive | None = None
-    """Most disk for activations and base errors at once; null: half of what is free. Where all layers' do not fit,
-    layers are captured, trained and deleted in windows: the results are the same, and a text is read once a window."""
+    """Most disk for activations and base errors at once; null: half of what is free. Where those of all layers
+    do not fit, layers are captured, trained and deleted in windows: the results are the same, and a text is read once
+    a window."""
+    base_errors: Literal["auto", "kept", "recomputed"] = "auto"
+    """What bases leave of the finetuned outputs: kept on disk, or recomputed from outputs and base by each worker that
+    reads it. `auto` recomputes on a GPU, where that is faster than reading."""
     mirror: Name | None = None
     """Where to keep a second copy of the results: an fsspec URL (s3://bucket/runs). They are sent as they are written;
     a machine that has none of them fetches them and continues. On a cluster the root must still be shared."""

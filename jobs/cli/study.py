@@ -102,7 +102,7 @@ def plan(
         Path | None, typer.Option(help="Take costs from this sweep's folder; default: its own.")
     ] = None,
 ) -> None:
-    """Print what a sweep would do: trials, cells, disk, bases, and its time at measured costs. Runs nothing."""
+    """Print what a sweep would do: trials, cells, disk, bases, its time at measured or stated costs. Runs nothing."""
     from jobs.commands.plan import plan_rows
 
     _print_rows(plan_rows(context_of(config, overrides), measured, gpus))

@@ -16,7 +16,7 @@ from evaluators.conditions import CONDITIONS
 from jobs.commands.forecast import WORKERS, Load, forecast, other_kinds
 from jobs.progress import clock
 from jobs.study.context import CARDS_AT_ONCE, Context
-from jobs.study.disk import activation_bytes, pair_bytes, reads_of
+from jobs.study.disk import disk_of, pair_bytes, reads_of
 from jobs.study.stages.activations import SHARD_TOKENS
 from models.sources import model_facts
 from search_spaces.dimensions import Choice, Range
@@ -51,10 +51,10 @@ FP32 = 8
 """So many times as long as in bf16 takes a product in fp32."""
 
 
-def assumed_rows(context: Context) -> list[tuple[str, str]]:
-    """One row of text for each number of workers with a GPU each, and what that assumes."""
+def assumed_rows(context: Context, workers: int | None = None) -> list[tuple[str, str]]:
+    """One row of text for each number of workers with a GPU each, `workers` among them, and what that assumes."""
     rows = []
-    for count in WORKERS:
+    for count in sorted({*WORKERS, *([workers] if workers else [])}):
         loads = assumed_loads(context, count)
         found, hours = forecast(loads, count), sum(sum(load.units) + load.alone for load in loads) / 3600
         name = "on 1 GPU" if count == 1 else f"on {count} GPUs"
@@ -72,7 +72,7 @@ def assumed_loads(context: Context, workers: int) -> list[Load]:
             _bases(context),
             shared=_storage(context, len(context.layers_of("residual")) * pair_bytes(context)),
         ),
-        Load("capture", _capture(context, weights), shared=_storage(context, activation_bytes(context))),
+        Load("capture", _capture(context, weights), shared=_storage(context, sum(disk_of(context).sizes.values()))),
         _deltas(context, workers),
         Load("evaluate", _evaluation(context, weights)),
     ]
@@ -114,12 +114,16 @@ def _bases(context: Context) -> list[float]:
 
 
 def _capture(context: Context, weights: Weights) -> list[float]:
-    """Each token once through the model; where changes are captured, through both models' MLPs in fp32 as well."""
-    section = context.settings.activations
-    tokens = section.train_tokens + section.validation_tokens
-    exact = FP32 * 2 * weights.mlp if "change" in context.settings.deltas.targets else 0
+    """Each token once through the model, up to the last layer, for every window of layers; where changes are captured,
+    through both models' MLPs in fp32 as well. For bases once more, through the un-finetuned model."""
+    section, count = context.settings.activations, model_facts(context.model)["n_layers"]
+    tokens, layers = section.train_tokens + section.validation_tokens, context.layers_of("residual")
+    passes = sum((window[-1] + 1) / count for window in disk_of(context).windows(context.layers))
+    if layers and context.settings.transcoders.source == "train":
+        passes += sum((window[-1] + 1) / count for window in disk_of(context).windows(layers))
+    exact = FP32 * 2 * weights.mlp * len(context.layers_of("change")) / count
     shards = math.ceil(tokens / SHARD_TOKENS[1])
-    return [_products(context, 2 * tokens * (weights.multiplied + exact)) / shards] * shards
+    return [_products(context, 2 * tokens * (passes * weights.multiplied + exact)) / shards] * shards
 
 
 def _deltas(context: Context, workers: int) -> Load:

@@ -53,11 +53,11 @@ def forecast(loads: Sequence[Load], workers: int) -> Forecast:
     spans = [load.span(workers) for load in loads]
     lost = [span * workers - sum(load.units) for span, load in zip(spans, loads, strict=True)]
     worst = loads[lost.index(max(lost))]
-    limit = f"{worst.stage}: "
-    if worst.alone > makespan(worst.units, workers):
+    limit, longest = f"{worst.stage}: ", makespan(worst.units, workers)
+    if worst.alone > max(worst.shared, longest):
         limit += f"{clock(worst.alone)} of work that cannot be shared out"
-    elif worst.shared > makespan(worst.units, workers):
-        limit += f"{clock(worst.shared)} of a storage or driver that all share"
+    elif worst.shared > longest:
+        limit += f"{clock(worst.shared)} of storage or a driver that all share"
     elif len(worst.units) < workers:
         limit += f"{len(worst.units)} units for {workers} workers"
     else:

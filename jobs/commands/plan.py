@@ -16,7 +16,7 @@ from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
 from jobs.study.context import Context
-from jobs.study.disk import bytes_needed, pair_bytes, reads_of, windows
+from jobs.study.disk import bytes_needed, disk_of, pair_bytes, reads_of
 from jobs.study.grounds import selection_label
 from jobs.study.stage_list import STAGES
 from jobs.study.stages.finetuned import check_models
@@ -48,7 +48,7 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     if measured and not forecast:
         raise RequestError(f"--measured: {measured} has no sweep with trials and cells of these widths")
     if not forecast and settings.compute.gpus_per_trial:
-        forecast = assumed_rows(context)
+        forecast = assumed_rows(context, workers)
     return rows + (forecast or [("time on more workers", "unknown: run it once, or name a sweep with --measured")])
 
 
@@ -74,7 +74,7 @@ def _cells(context: Context) -> int:
 
 
 def _disk(context: Context) -> str:
-    needed, parts = bytes_needed(context), len(windows(context))
+    needed, parts = bytes_needed(context), len(disk_of(context).windows(context.layers))
     return f"{needed / 1e9:.2f} GB" + (f" at most, {parts} windows of layers one after the other" if parts > 1 else "")
 
 
@@ -93,7 +93,7 @@ def _reads(context: Context) -> Rows:
 
 
 def size(count: float) -> str:
-    """`9.68e9` -> `9.7 GB`."""
+    """`9.68e9` -> `9.68 GB`."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9)):
         if count >= scale:
             return f"{count / scale:.3g} {unit}"

@@ -34,12 +34,13 @@ from jobs.search.turns import Turns
 @dataclass(frozen=True)
 class Runtime:
     """Where a search runs: the Optuna storage, each trial's share of the machine, how often to retry a trial whose
-    worker died, and a folder for Tune's own files."""
+    worker died, a folder for Tune's own files, and how many groups there are where a search is given some of them."""
 
     storage: Storage
     share: Share
     max_retries: int
     scratch: Path
+    groups: int | None = None
 
 
 def run_search(
@@ -144,7 +145,7 @@ class GroupedSearch(Searcher):
         self._max_retries, self._bar, self._on_trial = runtime.max_retries, bar, on_trial
         self._studies = {group.name: Study(group, runtime.storage) for group in groups}
         left = {group.name: max(0, group.trials - self._studies[group.name].finished) for group in groups}
-        self._turns = Turns(left, {group.name: group.reads for group in groups}, runtime.share.at_once)
+        self._turns = Turns(left, {group.name: group.reads for group in groups}, runtime.share.at_once, runtime.groups)
         self._running: dict[str, _Running] = {}
         self._retries: list[_Running] = []
         self.no_storage: int | None = None

@@ -13,11 +13,14 @@ from collections.abc import Mapping
 
 class Turns:
     """A group never runs more trials at once than it takes to fill the machine. With as many groups as fit at once,
-    that is one: what is proposed and what is stopped early then depends only on the group's own trials, in order."""
+    that is one: what is proposed and what is stopped early then depends only on the group's own trials, in order.
+    `groups` is how many there are, where these are only some of them: the limit is the same for any part."""
 
-    def __init__(self, left: Mapping[str, int], reads: Mapping[str, str], at_once: int) -> None:
+    def __init__(
+        self, left: Mapping[str, int], reads: Mapping[str, str], at_once: int, groups: int | None = None
+    ) -> None:
         self.left, self._reads = dict(left), reads
-        self._most = math.ceil(at_once / len(left))
+        self._most = math.ceil(at_once / (groups or len(left)))
         self._busy: Counter[str] = Counter()
         self._held: list[str] = []
         """What workers that are free have read, the last one last."""

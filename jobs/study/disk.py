@@ -6,10 +6,13 @@ needed are deleted here.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from evaluators.conditions import CONDITIONS
 from jobs.errors import RequestError
 from jobs.search.turns import count_reads
 from jobs.study.context import Context
@@ -19,52 +22,73 @@ SHARE = 0.5
 """Of the free disk, which activations may take where no budget is set."""
 
 
+class Disk(NamedTuple):
+    """Bytes that each layer's activations and base errors take, and how many may be there at once."""
+
+    sizes: dict[int, int]
+    budget: float
+
+    @property
+    def apart(self) -> bool:
+        """Whether they do not fit at once, so that each window's are deleted before the next one's are made."""
+        return sum(self.sizes.values()) > self.budget
+
+    def windows(self, layers: Sequence[int]) -> list[list[int]]:
+        """The layers in as few parts as fit; a single one where those of the whole sweep do."""
+        if not self.apart:
+            return [sorted(layers)] if layers else []
+        found: list[list[int]] = []
+        left = 0.0
+        for layer in sorted(layers):
+            if not found or self.sizes[layer] > left:
+                found.append([])
+                left = self.budget
+            found[-1].append(layer)
+            left -= self.sizes[layer]
+        return found
+
+
+def disk_of(context: Context) -> Disk:
+    """Raises RequestError where one layer exceeds a budget that is set. Ask once in a stage: what is free changes."""
+    sizes = {layer: layer_bytes(context, layer) for layer in context.layers}
+    budget_gb, largest = context.settings.storage.budget_gb, max(sizes.values())
+    if budget_gb is None:
+        return Disk(sizes, _there(context) + SHARE * _free(context))
+    if largest > budget_gb * 1e9:
+        raise RequestError(
+            f"storage.budget_gb: got {budget_gb:g}, must be at least {largest / 1e9:.2g}, "
+            "which the activations of one layer take"
+        )
+    return Disk(sizes, budget_gb * 1e9)
+
+
 def layer_bytes(context: Context, layer: int) -> int:
-    """Of everything captured of a layer, and of its base errors: bf16, d_model values a token and tensor. Of the
-    un-finetuned model, held-out text alone unless bases are trained on it."""
+    """What is captured of a layer, and its base errors, take so many bytes: bf16, d_model values a token and tensor.
+    Of the un-finetuned model it is held-out text alone, unless bases are trained on it."""
     settings = context.settings
     section, d_model = settings.activations, model_facts(context.model)["d_model"]
-    tokens = section.train_tokens + section.validation_tokens
-    values = tokens * (1 + (layer in context.layers_of("change")))  # x, and the change
+    tokens, changed = section.train_tokens + section.validation_tokens, layer in context.layers_of("change")
+    values = tokens * (1 + changed)  # x, and the change
     if layer in context.layers_of("residual"):
-        values += tokens * (1 + len(settings.deltas.selections))  # y, and what each base leaves
+        values += tokens + section.validation_tokens * (not changed)  # y, and the change of held-out text
+        values += tokens * len(settings.deltas.selections) * keeps_base_errors(context)
         values += 2 * (tokens if settings.transcoders.source == "train" else section.validation_tokens)
     return 2 * values * d_model
 
 
-def activation_bytes(context: Context) -> int:
-    """Of all layers."""
-    return sum(layer_bytes(context, layer) for layer in context.layers)
-
-
-def windows(context: Context, layers: Sequence[int] | None = None) -> list[list[int]]:
-    """The layers, all unless they are given, in as few parts as fit `storage.budget_gb` one after the other; a single
-    part where those of the whole sweep fit at once. Raises RequestError where one layer exceeds a budget that is set.
-    """
-    asked = context.layers if layers is None else sorted(layers)
-    sizes = {layer: layer_bytes(context, layer) for layer in context.layers}
-    budget = budget_bytes(context)
-    if sum(sizes.values()) <= budget:
-        return [asked] if asked else []
-    largest = max(sizes.values())
-    if context.settings.storage.budget_gb is not None and largest > budget:
-        raise RequestError(
-            f"storage.budget_gb: got {budget / 1e9:g}, must be at least {largest / 1e9:.2g}, "
-            "which the activations of one layer take"
-        )
-    found: list[list[int]] = []
-    left = 0.0
-    for layer in asked:
-        if not found or sizes[layer] > left:
-            found.append([])
-            left = budget
-        found[-1].append(layer)
-        left -= sizes[layer]
-    return found
+def keeps_base_errors(context: Context) -> bool:
+    """Whether what bases leave is kept on disk. On a GPU, multiplying again is cheaper than reading."""
+    asked, gpus = context.settings.storage.base_errors, context.settings.compute.gpus_per_trial
+    if asked != "auto":
+        return asked == "kept"
+    if gpus is None and "share" in vars(context):  # the cluster is known, which decides
+        return context.device == "cpu"
+    return not gpus
 
 
 def pair_bytes(context: Context) -> int:
-    """Of what the trials of a layer and ground read: x and what is explained there."""
+    """What the trials of a layer and ground read takes so many bytes: x, and what is explained or what that follows
+    from."""
     section = context.settings.activations
     return 2 * 2 * (section.train_tokens + section.validation_tokens) * model_facts(context.model)["d_model"]
 
@@ -75,46 +99,49 @@ def reads_of(context: Context, workers: int) -> int:
     return count_reads(dict.fromkeys(groups, context.settings.deltas.trials), groups, workers)
 
 
-def budget_bytes(context: Context) -> float:
-    """What activations may take at once: as set, or a share of what is free without those that are there."""
-    if context.settings.storage.budget_gb is not None:
-        return context.settings.storage.budget_gb * 1e9
-    there = sum(path.stat().st_size for folder in _held(context, context.layers) for path in folder.iterdir())
-    root = next(path for path in (context.space.folder, *context.space.folder.parents) if path.is_dir())
-    return SHARE * (shutil.disk_usage(root).free + there)
-
-
-def in_windows(context: Context) -> bool:
-    """Whether activations are deleted as soon as their window of layers is done."""
-    return len(windows(context)) > 1
-
-
-def drop(context: Context, layers: Sequence[int]) -> None:
-    """Deletes the activations and base errors of these layers."""
-    for folder in _held(context, layers):
-        context.checked.discard(folder)
-        shutil.rmtree(folder)
-
-
-def _held(context: Context, layers: Sequence[int]) -> list[Path]:
-    """Folders of shards."""
-    space = context.space
-    patterns = {
-        space.activations: [f"*/*/layer_{layer:02d}" for layer in layers],
-        space.deltas: [f"layer_{layer:02d}/*/residual/*" for layer in layers],
-    }
-    found = [path for folder, names in patterns.items() for name in names for path in sorted(folder.glob(name))]
-    return [path for path in found if path.is_dir()]
+def drop(context: Context, keep: Sequence[int] = ()) -> None:
+    """Deletes the activations and base errors of all layers but these."""
+    kept = {f"layer_{layer:02d}" for layer in keep}
+    for folder in _held(context):
+        if not kept & set(folder.relative_to(context.space.folder).parts):
+            context.checked.discard(folder)
+            shutil.rmtree(folder)
 
 
 def bytes_needed(context: Context) -> int:
     """Disk space for a whole sweep, small files aside: activations and base errors, as many as are there at once,
-    adapters and the merged model."""
-    settings = context.settings
-    most = max(sum(layer_bytes(context, layer) for layer in window) for window in windows(context))
+    moments, adapters and the merged model."""
+    settings, disk = context.settings, disk_of(context)
+    d_model = model_facts(context.model)["d_model"]
+    most = max(sum(disk.sizes[layer] for layer in window) for window in disk.windows(context.layers))
     weights = sum(path.stat().st_size for path in context.model.glob("*.safetensors"))
     residual, bases = context.layers_of("residual"), 0
     if residual and settings.transcoders.source == "train" and isinstance(settings.transcoders.width, int):
         each = len(settings.transcoders.target_l0) * settings.transcoders.width
-        bases = len(residual) * each * model_facts(context.model)["d_model"] * 8
-    return most + 2 * weights + bases
+        bases = len(residual) * each * d_model * 8
+    moments = 0
+    if any(CONDITIONS[name].ranked for name in settings.evaluate.controls):
+        grounds = {(group.layer, group.ground) for group in context.delta_groups}
+        moments = len(grounds) * 3 * d_model**2 * 8
+    return most + 2 * weights + bases + moments
+
+
+def _held(context: Context) -> list[Path]:
+    """Folders of shards."""
+    space = context.space
+    found = [*space.activations.glob("*/*/layer_*"), *space.deltas.glob("layer_*/*/residual/*")]
+    return sorted(path for path in found if path.is_dir())
+
+
+def _there(context: Context) -> int:
+    """Bytes of activations and base errors on disk; a sweep that runs may delete some meanwhile."""
+    found = 0
+    for folder in _held(context):
+        with contextlib.suppress(FileNotFoundError):
+            found += sum(path.stat().st_size for path in folder.iterdir())
+    return found
+
+
+def _free(context: Context) -> int:
+    root = next(path for path in (context.space.folder, *context.space.folder.parents) if path.is_dir())
+    return shutil.disk_usage(root).free

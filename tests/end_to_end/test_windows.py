@@ -1,4 +1,5 @@
-"""A sweep whose activations do not fit its disk budget: captured, trained and deleted in windows of layers."""
+"""A sweep whose activations do not fit its disk budget: captured, trained and deleted in windows of layers, what bases
+leave recomputed."""
 
 from __future__ import annotations
 
@@ -14,11 +15,12 @@ from tests.end_to_end.damage import tables
 
 
 @pytest.mark.long("two whole sweeps", minutes=2)
-def test_windows_change_no_table_and_leave_no_activations(tmp_path: Path) -> None:
+def test_windows_and_recomputing_change_no_table_and_leave_no_activations(tmp_path: Path) -> None:
     controls = "evaluate.controls=[dense_delta, pca_delta]"
     asked = ("tiny", *SMALL, controls, "deltas.polish_steps=2", "evaluate.cards=0")
     one_layer = layer_bytes(Context(load("tiny", [*SMALL, f"storage.root={tmp_path / 'whole'}"])), 1)
-    parts = (*asked, f"storage.root={tmp_path / 'parts'}", f"storage.budget_gb={one_layer / 1e9!r}")
+    budget = f"storage.budget_gb={one_layer / 1e9!r}"
+    parts = (*asked, f"storage.root={tmp_path / 'parts'}", budget, "storage.base_errors=recomputed")
     more = (*parts, "deltas.trials=3")
     whole, parted, planned, added = together(
         ("sweep", *asked, f"storage.root={tmp_path / 'whole'}"), ("sweep", *parts), ("plan", *parts), ("sweep", *more)

@@ -75,6 +75,11 @@ def capture_base(context: Context, layers: Sequence[int], splits: tuple[str, ...
     return _capture(context, "base", spec, wanted, keys.base_activations(context.settings))
 
 
+def finetuned_folder(context: Context) -> Path:
+    """The finetuned model's activations of these settings; the folder is emptied where it holds others."""
+    return keyed_folder(context.space.activations / "finetuned", keys.finetuned_activations(context.settings))
+
+
 def capture_finetuned(context: Context, layers: Sequence[int], splits: tuple[str, ...] = SPLITS) -> Path:
     """What the deltas of `layers` are trained on, from one pass of the finetuned model; returns the splits' folder.
 

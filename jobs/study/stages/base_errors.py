@@ -1,7 +1,8 @@
 """What the base transcoders leave of the finetuned MLPs, on which residual deltas are trained.
 
-In: captured activations and bases. Out: `deltas/layer_LL/pP/residual/{train,validation}`, computed once, and
-`base_error.json` beside it, how large they are; and the pairs, read back.
+In: captured activations and bases. Out: `deltas/layer_LL/pP/base_error.json`, how large it is; the pairs of inputs and
+residuals; and `residual/{train,validation}` beside the former, where residuals are kept and not computed again by
+every worker that reads them.
 """
 
 from __future__ import annotations
@@ -15,130 +16,164 @@ from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json, write_json
 from jobs.study import keys
 from jobs.study.context import Context
+from jobs.study.disk import keeps_base_errors
 from jobs.study.grounds import Ground, grounds_of
 from jobs.study.stages.activations import SPLITS, capture_base, set_damaged_aside
 from jobs.study.stages.transcoders import chosen_base, root
 from trainers.activations import INDEX
 
 if TYPE_CHECKING:
-    from models.transcoder import Taps
+    from models.transcoder import Transcoder
+    from trainers.activations import Pairs
     from trainers.delta_data import DeltaData
 
 
-class ResidualTask(NamedTuple):
-    """The base's errors on one layer's activations, as passed to a worker; `unfinetuned` holds held-out ones of the
-    un-finetuned model."""
+class Residuals(NamedTuple):
+    """A base's errors on a layer's activations, as passed to a worker: the folder of the finetuned model's activations,
+    that of the errors, and the base, by its root and candidate. `kept`: the errors are read, else computed."""
 
     layer: int
+    activations: str
+    folder: str
     root: str
     candidate: tuple[float, str]
-    activations: str
-    unfinetuned: str
-    folder: str
-    key: str
     device: str
     convention: str
+    kept: bool
+
+    def pairs(self, split: str) -> Pairs:
+        """x and what the base leaves, (tokens, d_model) each, bf16; memory-mapped where they are kept."""
+        from trainers.activations import Pairs, read_pairs
+        from trainers.capture import layer_folder
+        from trainers.delta_data import residual_of
+
+        source = layer_folder(Path(self.activations) / split, self.layer)
+        if not self.kept:
+            base = self.base()
+            return Pairs([(x, residual_of(base, x, y).bfloat16()) for x, y in read_pairs(source).shards])
+        inputs, targets = read_pairs(source, ("x",)), read_pairs(Path(self.folder) / split, ("residual",))
+        both = zip(inputs.shards, targets.shards, strict=True)
+        return Pairs([(x, target) for (x,), (target,) in both])
+
+    def base(self) -> Transcoder:
+        from models.gemma_scope import Candidate, read
+        from models.transcoder import CONVENTIONS
+
+        taps = CONVENTIONS[self.convention]
+        return read(self.root, Candidate(*self.candidate), self.layer, taps).to(self.device)
+
+
+class ResidualTask(NamedTuple):
+    """Residuals to measure, and to write where they are kept; `unfinetuned` holds held-out activations of the
+    un-finetuned model."""
+
+    of: Residuals
+    unfinetuned: str
+    key: str
 
 
 def residual_folder(context: Context, layer: int, ground: Ground) -> Path:
     return context.space.deltas / f"layer_{layer:02d}" / ground.label / "residual"
 
 
-def compute_base_errors(context: Context, activations: Path, layers: Sequence[int]) -> None:
-    """What is missing of the errors in those of `layers` that have bases; `activations` are the finetuned model's."""
-    missing, layers = [], [layer for layer in context.layers_of("residual") if layer in layers]
+def residuals_of(context: Context, layer: int, ground: Ground) -> Residuals:
+    base = chosen_base(context, layer, ground.percentile)
+    return Residuals(
+        layer=layer,
+        activations=str(context.space.activations / "finetuned"),
+        folder=str(residual_folder(context, layer, ground)),
+        root=root(context),
+        candidate=(base.average_l0, base.path),
+        device=context.device,
+        convention=context.settings.transcoders.convention,
+        kept=keeps_base_errors(context),
+    )
+
+
+def _known(context: Context, layer: int, ground: Ground) -> bool:
+    """Whether it is known how large the errors of a base are."""
+    held = read_json(residual_folder(context, layer, ground).parent / "base_error.json") or {}
+    return held.get("key") == keys.delta_data(context.settings, layer, ground)
+
+
+def without_base_errors(context: Context) -> set[int]:
+    """Layers that have a base of which that is not known."""
+    grounds = grounds_of(context.settings.deltas, "residual")
+    return {layer for layer in context.layers_of("residual") if not all(_known(context, layer, one) for one in grounds)}
+
+
+def compute_base_errors(context: Context, layers: Sequence[int]) -> None:
+    """What is missing of the errors in those of `layers` that have bases, whose activations are captured."""
+    layers, missing = [layer for layer in context.layers_of("residual") if layer in layers], []
     asked = [(layer, ground) for layer in layers for ground in grounds_of(context.settings.deltas, "residual")]
     held = [residual_folder(context, *one) / split for one in asked for split in SPLITS]
     set_damaged_aside(context, held)
     for layer, ground in asked:
-        key = keys.delta_data(context.settings, layer, ground)
-        folder = residual_folder(context, layer, ground)
-        known = (read_json(folder.parent / "base_error.json") or {}).get("key") == key
-        whole = all((folder / split / INDEX).is_file() for split in SPLITS)
-        if not (is_finished(keyed_folder(folder, key), key) and known and whole):
-            missing.append((layer, chosen_base(context, layer, ground.percentile), folder, key))
+        key, folder = keys.delta_data(context.settings, layer, ground), residual_folder(context, layer, ground)
+        there = not keeps_base_errors(context) or all((folder / split / INDEX).is_file() for split in SPLITS)
+        if not (is_finished(keyed_folder(folder, key), key) and _known(context, layer, ground) and there):
+            missing.append((residuals_of(context, layer, ground), key))
     if not missing:
         return
-    unfinetuned = capture_base(context, layers, ("validation",)) / "validation"
-    convention = context.settings.transcoders.convention
-    tasks = [
-        ResidualTask(
-            layer=layer,
-            root=root(context),
-            candidate=(base.average_l0, base.path),
-            activations=str(activations),
-            unfinetuned=str(unfinetuned),
-            folder=str(folder),
-            key=key,
-            device=context.device,
-            convention=convention,
-        )
-        for layer, base, folder, key in missing
-    ]
+    unfinetuned = str(capture_base(context, layers, ("validation",)) / "validation")
+    tasks = [ResidualTask(of, unfinetuned, key) for of, key in missing]
     with context.progress.bar("base errors", len(tasks), "bases") as bar:
         for outcome in context.pool.run(compute_residual, tasks, context.settings.compute.max_retries):
             if outcome.error:
-                raise WorkFailed(f"errors of {outcome.task.candidate[1]}: {outcome.error}")
+                raise WorkFailed(f"errors of {outcome.task.of.candidate[1]}: {outcome.error}")
             bar.advance()
 
 
 def compute_residual(task: ResidualTask) -> None:
-    """Writes y - base(x) of both splits in bf16, one shard for each shard of the activations.
+    """Measures y - base(x), and where it is kept writes it for both splits in bf16, one shard for each shard of the
+    activations.
 
     The manifest, and `base_error.json` beside the folder, hold the base's error on held-out text, as a share of the
     output's variance, in both models' streams.
     """
     import torch
 
-    from models.gemma_scope import Candidate, read
-    from models.transcoder import CONVENTIONS
     from trainers.activations import captured_columns, read_index, read_pairs, write_index, write_shard
     from trainers.capture import layer_folder
     from trainers.delta_data import fraction_unexplained, mean_square, output_variance, residual_of
 
-    taps = CONVENTIONS[task.convention]
-    base = read(task.root, Candidate(*task.candidate), task.layer, taps).to(task.device)
-    facts: dict[str, Any] = {"base": task.candidate[1]}
-    for split in ("train", "validation"):
-        source = layer_folder(Path(task.activations) / split, task.layer)
+    of, base = task.of, task.of.base()
+    facts: dict[str, Any] = {"base": of.candidate[1]}
+    for split in SPLITS if of.kept else ("validation",):
+        source = layer_folder(Path(of.activations) / split, of.layer)
         index = read_index(source)
         error = 0.0
         for shard, (x, y) in zip(index["shards"], read_pairs(source).shards, strict=True):
             residual = residual_of(base, x, y)
             error += residual.pow(2).sum(dtype=torch.float64).item()
-            write_shard(Path(task.folder) / split / shard["file"], {"residual": residual.bfloat16()})
-        write_index(Path(task.folder) / split, index["shards"], {"layer": task.layer})
+            if of.kept:
+                write_shard(Path(of.folder) / split / shard["file"], {"residual": residual.bfloat16()})
+        if of.kept:
+            write_index(Path(of.folder) / split, index["shards"], {"layer": of.layer})
         if split == "validation":
             facts["variance"] = output_variance(read_pairs(source))
             facts["val_fvu_base"] = error / (index["tokens"] * base.d_model * facts["variance"])
             captured = "change" in captured_columns(source)
             facts["change_share"] = captured and mean_square(read_pairs(source, ("change",))) / facts["variance"]
-    before = read_pairs(layer_folder(Path(task.unfinetuned), task.layer))
+    before = read_pairs(layer_folder(Path(task.unfinetuned), of.layer))
     facts["val_fvu_base_unfinetuned"] = fraction_unexplained(base, before)
-    write_json(Path(task.folder).parent / "base_error.json", {"key": task.key, **facts})
-    finish_folder(Path(task.folder), task.key, facts)
+    write_json(Path(of.folder).parent / "base_error.json", {"key": task.key, **facts})
+    finish_folder(Path(of.folder), task.key, facts)
 
 
-def read_residuals(activations: Path, residual: Path, layer: int, taps: Taps) -> DeltaData:
-    """The (x, residual) pairs of one (layer, base), memory-mapped."""
-    from trainers.activations import Pairs, read_pairs
-    from trainers.capture import layer_folder
+def read_residuals(of: Residuals) -> DeltaData:
+    """What residual deltas of one (layer, base) are trained and validated on."""
+    from models.transcoder import CONVENTIONS
     from trainers.delta_data import DeltaData
 
-    facts = read_json(residual / "manifest.json")
-    pairs = {}
-    for split in ("train", "validation"):
-        inputs = read_pairs(layer_folder(activations / split, layer), ("x",))
-        targets = read_pairs(residual / split, ("residual",))
-        both = zip(inputs.shards, targets.shards, strict=True)
-        pairs[split] = Pairs([(x, target) for (x,), (target,) in both])
+    facts = read_json(Path(of.folder) / "manifest.json")
     return DeltaData(
-        pairs["train"],
-        pairs["validation"],
+        of.pairs("train"),
+        of.pairs("validation"),
         facts["variance"],
         facts["val_fvu_base"],
-        layer,
+        of.layer,
         "residual",
         facts["change_share"] or None,
-        taps,
+        CONVENTIONS[of.convention],
     )

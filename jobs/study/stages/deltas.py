@@ -20,11 +20,17 @@ from jobs.files import keyed_folder, write_json
 from jobs.seals import seal
 from jobs.study import keys
 from jobs.study.context import Context
-from jobs.study.disk import drop, in_windows, windows
+from jobs.study.disk import disk_of, drop
 from jobs.study.grounds import error_name
 from jobs.study.stages.activations import capture_finetuned
-from jobs.study.stages.base_errors import compute_base_errors, read_residuals
-from jobs.study.stages.moments import write_moments
+from jobs.study.stages.base_errors import (
+    Residuals,
+    compute_base_errors,
+    read_residuals,
+    residuals_of,
+    without_base_errors,
+)
+from jobs.study.stages.moments import fitted, write_moments
 from jobs.study.stages.polish import polish_widths
 
 if TYPE_CHECKING:
@@ -44,19 +50,22 @@ def run(context: Context) -> dict[str, Any]:
     from jobs.search.studies import best_of, missing_trials, trials_of
     from jobs.tracking.records import record_trial
 
-    groups = delta_groups(context)
-    parted = in_windows(context)
-    # Where activations are deleted window by window, only those of unfinished trials are made again.
-    asked = [int(group.constants["layer"]) for group in groups if not parted or missing_trials(group)]
-    parts = windows(context, sorted(set(asked)))
+    groups, disk = delta_groups(context), disk_of(context)
+    asked = {int(group.constants["layer"]) for group in groups}
+    if disk.apart:  # activations of finished layers are not made again
+        unfinished = {int(group.constants["layer"]) for group in groups if missing_trials(group)}
+        asked = unfinished | without_base_errors(context)
+    parts = disk.windows(sorted(asked))
     for number, layers in enumerate(parts, start=1):
-        if parted:
+        if disk.apart:
             context.progress.line(f"  window {number} of {len(parts)}: layers {layer_label(tuple(layers))}")
-        compute_base_errors(context, capture_finetuned(context, layers), layers)
-        _search(context, [group for group in groups if group.constants["layer"] in layers])
-        if parted:
-            write_moments(context, layers)
-            drop(context, layers)
+            drop(context, keep=layers)
+        capture_finetuned(context, layers)
+        compute_base_errors(context, layers)
+        _search(context, [group for group in groups if group.constants["layer"] in layers], len(groups))
+        if disk.apart:
+            write_moments(context, [place for place in fitted(context) if place[0] in layers])
+            drop(context)
     shutil.rmtree(context.space.folder / ".tune", ignore_errors=True)
     kept = {}
     for group in groups:
@@ -71,13 +80,11 @@ def run(context: Context) -> dict[str, Any]:
         kept[group.name] = best["value"]
     if not kept:
         raise WorkFailed("every delta trial failed: " + "; ".join(context.failures))
-    polished = polish_widths(context)
-    if parted:
-        drop(context, context.layers)
-    return {"kept": kept, "polished": polished}
+    return {"kept": kept, "polished": polish_widths(context)}
 
 
-def _search(context: Context, groups: list[Group]) -> None:
+def _search(context: Context, groups: list[Group], of: int) -> None:
+    """Searches these groups `of` so many."""
     from jobs.search.grouped import Runtime, run_search
     from jobs.search.halving import EarlyStopping
 
@@ -89,7 +96,7 @@ def _search(context: Context, groups: list[Group]) -> None:
         run_search(
             groups,
             trial,
-            Runtime(context.studies, context.share, retries, context.space.folder / ".tune" / STAGE),
+            Runtime(context.studies, context.share, retries, context.space.folder / ".tune" / STAGE, of),
             early_stopping=halving if section.asha and one_objective and section.epochs > section.grace_evals else None,
             bar=bar,
             on_trial=lambda group, result: context.finish_trial(STAGE, group.name, result),
@@ -107,11 +114,12 @@ def delta_groups(context: Context) -> list[Group]:
     for one in context.delta_groups:
         key = keys.delta_group(settings, one)
         folder = keyed_folder(context.space.deltas / one.name, key)
+        residual = one.ground.target == "residual"
         constants = {
             "layer": one.layer,
             "target": one.ground.target,
             "activations": str(context.space.activations / "finetuned"),
-            "residual": str(folder.parent / "residual"),
+            "residuals": residual and residuals_of(context, one.layer, one.ground)._asdict(),
             "device": context.device,
             "convention": settings.transcoders.convention,
             "precision": settings.compute.precision,
@@ -160,7 +168,10 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     taps = CONVENTIONS[config["convention"]]
     activations, layer = Path(config["activations"]), config["layer"]
     at_bos = read_bos(activations)[layer] if config["target"] == "change" else None
-    data = pairs(config["target"], activations, Path(config["residual"]), layer, taps, config["device"])
+    of = config["residuals"] and Residuals(
+        **{**config["residuals"], "candidate": tuple(config["residuals"]["candidate"])}
+    )
+    data = pairs(activations, layer, taps, of or None, config["device"])
     keeper = Keeper(Path(config["folder"]) / "checkpoint.safetensors", config["checkpoint_seconds"])
     try:
         trained = train_delta(
@@ -190,13 +201,11 @@ def replica_folder(trial: Path, rank: int) -> Path:
 
 
 @lru_cache(maxsize=1)
-def pairs(target: str, activations: Path, residual: Path, layer: int, taps: Taps, device: str) -> DeltaData:
-    """What the trials of a layer and target share, in the memory of a GPU where it fits; a worker keeps the last."""
+def pairs(activations: Path, layer: int, taps: Taps, of: Residuals | None, device: str) -> DeltaData:
+    """What the trials of a layer and ground share, `of` being what a base leaves there, if there is one; in the memory
+    of a GPU where it fits. A worker keeps the last."""
     from trainers.delta_data import read_change
 
     pairs.cache_clear()  # before the next is read
-    if target == "change":
-        data = read_change(activations, layer, taps)
-    else:
-        data = read_residuals(activations, residual, layer, taps)
+    data = read_change(activations, layer, taps) if of is None else read_residuals(of)
     return data._replace(train=data.train.near(device), validation=data.validation.near(device))

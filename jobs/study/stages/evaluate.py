@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from evaluators.conditions import CONDITIONS
 from jobs.errors import WorkFailed
 from jobs.files import read_json
 from jobs.study.context import Context
@@ -21,12 +22,13 @@ from jobs.study.stages.work import Work
 from jobs.tracking.records import record_cells
 from models.sources import model_facts
 
+RANKED = {name for name, condition in CONDITIONS.items() if condition.ranked}
+"""Controls that are fitted to what the deltas were trained on."""
+
 
 def run(context: Context) -> dict[str, Any]:
     check_labels(context)
     chosen: dict[str, Combination] = {one: combination(context, one) for one in context.settings.deltas.targets}
-    for target, one in chosen.items():
-        write_moments(context, context.layers_of(target), [one.ground])
     rankings = pieces.ranking_work(context, chosen)
     first = [*pieces.raw_work(context), *rankings]
     _compute(context, first, "raw model")
@@ -67,6 +69,8 @@ def _compute(context: Context, works: list[Work], label: str) -> None:
         total, finished = total + len(cells), finished + len(done)
         if len(done) < len(cells) or not cells:
             missing.append(work.without(done))
+    fit = [work for work in missing if RANKED & set(work.conditions)]
+    write_moments(context, list(dict.fromkeys((site.layer, site.ground) for work in fit for site in work.sites)))
     missing.sort(key=lambda work: -_layers_to_run(context, work))
     cost = sum(_layers_to_run(context, work) for work in missing)
     with context.progress.bar(label, total, "cells", cost) as bar:

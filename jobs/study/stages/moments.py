@@ -1,6 +1,6 @@
 """Second moments of what deltas were trained on, for the controls that are fitted to it.
 
-In: a `Context` with trained deltas, layers and the ground under them. Out: a file for each layer and ground beside the
+In: a `Context`, layers and the ground under their deltas. Out: a file for each layer and ground beside the
 activations that it is made from; these are captured again where they have been deleted.
 """
 
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from evaluators.conditions import CONDITIONS
 from jobs.errors import WorkFailed
 from jobs.study.context import Context
-from jobs.study.disk import drop, in_windows, windows
-from jobs.study.grounds import Ground, grounds_of
-from jobs.study.stages.activations import capture_finetuned
-from jobs.study.stages.base_errors import compute_base_errors, residual_folder
+from jobs.study.disk import disk_of, drop
+from jobs.study.grounds import Ground
+from jobs.study.stages.activations import capture_finetuned, finetuned_folder
+from jobs.study.stages.base_errors import Residuals, compute_base_errors, residual_folder, residuals_of
 from trainers.checked_files import is_intact
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 PAIRS = 8192
 """Pairs that are read at a time."""
+Place = tuple[int, Ground]
 
 
 class MomentsTask(NamedTuple):
-    """The folders of x and of what is explained there, the latter's column, and the file to write."""
+    """The folder of a layer's inputs and changes, or what a base leaves there, and the file to write."""
 
-    inputs: str
-    targets: str
-    column: str
+    changes: str
+    residuals: Residuals | None
     file: str
     device: str
     convention: str
@@ -43,41 +43,44 @@ def moments_file(context: Context, layer: int, ground: Ground) -> Path:
     return context.space.activations / "finetuned" / "moments" / f"layer_{layer:02d}.safetensors"
 
 
-def write_moments(context: Context, layers: Sequence[int], grounds: Sequence[Ground] = ()) -> None:
-    """What is missing of the moments of these layers, under all grounds unless they are given; nothing where no control
-    needs any."""
-    if not any(CONDITIONS[name].ranked for name in context.settings.evaluate.controls):
-        return
-    asked = grounds or [
-        one for target in context.settings.deltas.targets for one in grounds_of(context.settings.deltas, target)
-    ]
-    files = {
-        (layer, ground): moments_file(context, layer, ground)
-        for ground in asked
-        for layer in context.layers_of(ground.target)
-        if layer in layers
-    }
-    missing = {place: path for place, path in files.items() if not is_intact(path)}
-    parted = in_windows(context)
-    for part in windows(context, sorted({layer for layer, _ in missing})):
-        activations = capture_finetuned(context, part)
-        compute_base_errors(context, activations, part)
-        tasks = [_task(context, *place, path) for place, path in missing.items() if place[0] in part]
+def fitted(context: Context) -> list[Place]:
+    """Every layer and ground whose deltas some control stands for that is fitted to what they explain."""
+    controls = [CONDITIONS[name] for name in context.settings.evaluate.controls if CONDITIONS[name].ranked]
+    targets = {target for control in controls for target in control.targets}
+    return list(dict.fromkeys((one.layer, one.ground) for one in context.delta_groups if one.ground.target in targets))
+
+
+def write_moments(context: Context, places: Sequence[Place]) -> None:
+    """The moments of these layers and grounds that are missing."""
+    finetuned_folder(context)  # which is emptied where it is of other settings
+    missing = [place for place in places if not is_intact(moments_file(context, *place))]
+    disk = disk_of(context)
+    for layers in disk.windows(sorted({layer for layer, _ in missing})):
+        if disk.apart:
+            drop(context, keep=layers)
+        capture_finetuned(context, layers)
+        if any(ground.target == "residual" for layer, ground in missing if layer in layers):
+            compute_base_errors(context, layers)
+        tasks = [_task(context, *place) for place in missing if place[0] in layers]
         with context.progress.bar("moments of what deltas explain", len(tasks), "layers") as bar:
             for outcome in context.pool.run(compute_moments, tasks, context.settings.compute.max_retries):
                 if outcome.error:
-                    raise WorkFailed(f"moments of {outcome.task.targets}: {outcome.error}")
+                    raise WorkFailed(f"moments in {outcome.task.file}: {outcome.error}")
                 bar.advance()
-        if parted:
-            drop(context, part)
+    if missing and disk.apart:
+        drop(context)
 
 
-def _task(context: Context, layer: int, ground: Ground, path: Path) -> MomentsTask:
-    inputs = context.space.activations / "finetuned" / "train" / f"layer_{layer:02d}"
-    residual = ground.target == "residual"
-    targets = residual_folder(context, layer, ground) / "train" if residual else inputs
-    convention = context.settings.transcoders.convention
-    return MomentsTask(str(inputs), str(targets), ground.target, str(path), context.device, convention)
+def _task(context: Context, layer: int, ground: Ground) -> MomentsTask:
+    changes = context.space.activations / "finetuned" / "train" / f"layer_{layer:02d}"
+    residuals = residuals_of(context, layer, ground) if ground.target == "residual" else None
+    return MomentsTask(
+        str(changes),
+        residuals,
+        str(moments_file(context, layer, ground)),
+        context.device,
+        context.settings.transcoders.convention,
+    )
 
 
 def compute_moments(task: MomentsTask) -> None:
@@ -89,10 +92,11 @@ def compute_moments(task: MomentsTask) -> None:
     from trainers.checked_files import save
 
     taps = CONVENTIONS[task.convention]
-    inputs, targets = read_pairs(Path(task.inputs), ("x",)), read_pairs(Path(task.targets), (task.column,))
+    of = task.residuals
+    whole = of.pairs("train") if of is not None else read_pairs(Path(task.changes), ("x", "change"))
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for (x,), (target,) in zip(inputs.in_order(PAIRS), targets.in_order(PAIRS), strict=True):
+        for x, target in whole.in_order(PAIRS):
             yield read_input(taps, x.to(task.device).float()), target.to(task.device).float()
 
     save(Path(task.file), Moments.of(pairs())._asdict())

@@ -7,6 +7,7 @@ In: a `Context` whose delta searches are done, with `deltas.polish_steps`. Out: 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jobs.files import is_finished, keyed_folder, read_json
 from jobs.seals import seal, sealed_hash
 from jobs.study import keys
 from jobs.study.context import Context
+from jobs.study.disk import disk_of, drop
 from jobs.study.grounds import DeltaGroup, Ground
 from jobs.study.stages.activations import capture_finetuned
 from jobs.study.stages.site_plans import best_of_group, polished_folder
@@ -24,14 +26,14 @@ from jobs.study.stages.worker_memory import bridge, paths
 
 
 class PolishTask(NamedTuple):
-    """The deltas of one width, as passed to a worker: the folders of the kept ones, layer by layer, the
-    activations that they were trained on, and the folder of the rows to train on together."""
+    """The deltas of one width, as passed to a worker: layer by layer the folders of the kept ones and the mean squares
+    of what they explain, and the folder of the rows to train on together."""
 
     model: ModelSpec
     base_model: str
     layers: tuple[int, ...]
     deltas: tuple[str, ...]
-    activations: str
+    units: tuple[float, ...]
     rows: str
     folder: str
     key: str
@@ -62,7 +64,8 @@ def polish_widths(context: Context) -> dict[str, Any]:
             tasks.append(_task(context, layers, folders, folder, key))
         made[f"d{d_new:03d}"] = folder
     if tasks:
-        capture_finetuned(context, layers, ("validation",))  # how large the changes are
+        units = _units(context, layers)
+        tasks = [task._replace(units=units) for task in tasks]
         with context.progress.bar("joint polish", len(tasks), "widths") as bar:
             for outcome in context.pool.run(polish_width, tasks, context.settings.compute.max_retries):
                 if outcome.error:
@@ -72,6 +75,28 @@ def polish_widths(context: Context) -> dict[str, Any]:
     for name, manifest in found.items():
         record_polish(context.tracker, name, manifest)
     return {name: manifest["figures"] for name, manifest in found.items()}
+
+
+def _units(context: Context, layers: Sequence[int]) -> tuple[float, ...]:
+    """The mean square of each layer's change on held-out text, which is captured again where it was deleted."""
+    disk, found = disk_of(context), {}
+    for part in disk.windows(layers):
+        if disk.apart:
+            drop(context, keep=part)
+        folder = capture_finetuned(context, part, ("validation",))
+        for outcome in context.pool.run(_unit, [(folder, layer) for layer in part]):
+            if outcome.error:
+                raise WorkFailed(f"the size of the change in layer {outcome.task[1]}: {outcome.error}")
+            found[outcome.task[1]] = outcome.result
+    if disk.apart:
+        drop(context)
+    return tuple(found[layer] for layer in layers)
+
+
+def _unit(task: tuple[Path, int]) -> float:
+    from trainers.delta_data import change_unit
+
+    return change_unit(*task)
 
 
 def _task(context: Context, layers: tuple[int, ...], deltas: list[Path], folder: Path, key: str) -> PolishTask:
@@ -84,7 +109,7 @@ def _task(context: Context, layers: tuple[int, ...], deltas: list[Path], folder:
         base_model=str(context.model),
         layers=layers,
         deltas=tuple(map(str, deltas)),
-        activations=str(context.space.activations / "finetuned"),
+        units=(),
         rows=str(context.rows),
         folder=str(folder),
         key=key,
@@ -104,13 +129,12 @@ def polish_width(task: PolishTask) -> None:
     from data.rows import read_rows
     from models.deltas import read_delta, write_delta
     from trainers.checkpoints import Keeper
-    from trainers.delta_data import change_unit
     from trainers.joint_polish import PolishSettings, Subject, polish
 
     started = time.perf_counter()
     model, folder = bridge(task.model.folder, task.model.device, task.model.precision), Path(task.folder)
     deltas = {layer: read_delta(Path(one)) for layer, one in zip(task.layers, task.deltas, strict=True)}
-    scales = {layer: change_unit(Path(task.activations), layer) ** 0.5 for layer in task.layers}
+    scales = {layer: unit**0.5 for layer, unit in zip(task.layers, task.units, strict=True)}
     subject = Subject(model, paths(task.model, task.base_model, task.layers), deltas, scales)
     rows = {
         split: [encode_row(model.tokenizer, row) for row in read_rows(Path(task.rows) / f"{split}.jsonl")]

@@ -16,7 +16,7 @@ from jobs.files import is_finished, keyed_folder, read_json
 from jobs.seals import seal
 from jobs.study import keys
 from jobs.study.context import Context
-from jobs.study.disk import drop, in_windows, windows
+from jobs.study.disk import disk_of, drop
 from jobs.study.grounds import selection_label
 from jobs.study.stages.activations import capture_base
 from jobs.study.stages.worker_memory import bridge
@@ -115,11 +115,13 @@ def _train(context: Context) -> None:
         for layer in context.layers_of("residual")
     }
     missing = [layer for layer, folder in folders.items() if not is_finished(folder, keys.base(settings, layer))]
-    parted = in_windows(context)
-    for layers in windows(context, missing):
+    disk = disk_of(context)
+    for layers in disk.windows(missing):
+        if disk.apart:
+            drop(context, keep=layers)
         _train_window(context, {layer: folders[layer] for layer in layers})
-        if parted:
-            drop(context, layers)
+    if missing and disk.apart:
+        drop(context)
     for layer, folder in folders.items():
         for base in read_json(folder / "manifest.json")["bases"]:
             if abs(base["val_l0"] / base["target_l0"] - 1) > L0_TOLERANCE:

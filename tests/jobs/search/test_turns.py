@@ -23,6 +23,13 @@ def test_every_trial_gets_its_turn_and_a_group_no_more_at_once_than_needed() -> 
     assert turns.take() is None, "a trial that runs once more takes its group's place"
 
 
+def test_some_groups_of_a_search_run_as_many_trials_at_once_as_among_all() -> None:
+    left, reads = groups(1, 1, 4)
+    alone, among_four = Turns(left, reads, 4), Turns(left, reads, 4, groups=4)
+    for turns, most in ((alone, 4), (among_four, 1)):
+        assert sum(turns.take() is not None for _ in range(5)) == most
+
+
 @pytest.mark.parametrize(("workers", "most"), [(1, 104), (8, 112), (64, 190)])
 def test_the_full_studys_layers_are_read_about_once(workers: int, most: int) -> None:
     """26 layers with a change and three bases each are 104 things to read, of 24 trials."""
