@@ -78,6 +78,8 @@ def find(
         folder = stage.folder(context)
         if broken := _json(folder / MANIFEST):
             yield stage, broken
+        elif not (folder / MANIFEST).is_file() and (folder / SEAL).is_file():  # which a stage loses both or neither
+            yield stage, Damage(folder / MANIFEST, "is missing")
         elif (folder / MANIFEST).is_file():
             yield from ((stage, one) for one in _of_finished(stage.files(context), folder, most_bytes, seen))
         elif stage.name not in MADE_WHOLE:

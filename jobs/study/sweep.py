@@ -56,6 +56,7 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
             start_over(context)
         put_aside(context)
         mend(context, stages)
+        _ = space.start  # made anew where it was damaged
         if all(stage.finished(context) for stage in stages):
             if untold(context):
                 tell(context)

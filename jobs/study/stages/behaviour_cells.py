@@ -163,6 +163,7 @@ def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: l
         "d_new": work.sites[0].d_new if work.sites and CONDITIONS[condition].uses_delta else None,
         "convention": work.model.convention if work.sites else "",
         "seed": work.seed,
+        "strengths": [] if condition in work.controls else work.strengths,
         "seconds": texts[0]["seconds"] if texts else 0.0,
         "key": work.key,
         "behaviours": [*work.shared.behaviours, AGREES],

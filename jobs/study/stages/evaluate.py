@@ -56,15 +56,16 @@ def checks_file(context: Context, name: str) -> Path:
 def _compute(context: Context, works: list[Work], label: str) -> None:
     """Runs the missing work, longest first, and tracks every existing cell."""
 
-    def there(name: str, key: str) -> bool:
-        held = read_json(context.space.cells / f"{name}.json")
-        return held is not None and held["key"] == key
+    def there(cells: dict[str, str]) -> dict[str, list[float]]:
+        """Finished cells, each with the strengths it was measured with."""
+        held = {name: read_json(context.space.cells / f"{name}.json") for name in cells}
+        return {name: one.get("strengths", []) for name, one in held.items() if one and one["key"] == cells[name]}
 
     missing: list[Work] = []
     total = finished = 0
     for work in works:
         cells = work.cells()
-        done = {name for name, key in cells.items() if there(name, key)}
+        done = work.staying(there(cells))
         record_cells(context.tracker, context.space.cells, sorted(done))
         total, finished = total + len(cells), finished + len(done)
         if len(done) < len(cells) or not cells:

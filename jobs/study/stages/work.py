@@ -6,12 +6,16 @@ key it must hold; nothing is loaded or computed here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from evaluators.conditions import CONDITIONS
 from evaluators.splice.limits import Limits
 from jobs.study.grounds import Ground
+
+NAMED = {"no_delta": 0.0, "full": 1.0}
+"""Conditions that are strengths of the delta."""
 
 
 class ModelSpec(NamedTuple):
@@ -82,12 +86,11 @@ class Work:
     @property
     def strengths(self) -> tuple[float, ...]:
         """Every alpha to measure: the doses, plus 0 for no_delta and 1 for full."""
-        named = {"no_delta": 0.0, "full": 1.0}
-        return tuple(sorted({*self.doses, *(named[one] for one in self.conditions if one in named)}))
+        return tuple(sorted({*self.doses, *(NAMED[one] for one in self.conditions if one in NAMED)}))
 
     @property
     def controls(self) -> tuple[str, ...]:
-        return tuple(one for one in self.conditions if one not in ("no_delta", "full"))
+        return tuple(one for one in self.conditions if one not in NAMED)
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -119,6 +122,18 @@ class Work:
         if not self.sites:
             return self.name
         return f"{self.name}_{condition}{alpha!r}" if CONDITIONS[condition].dosed else f"{self.name}_{condition}"
+
+    def staying(self, done: Mapping[str, Sequence[float]]) -> set[str]:
+        """Those of the finished cells that need not be made again; `done` says of each with which strengths it was
+        measured. Where one of these is missing, all are made again: they were rows of the same batches, on which the
+        last bits depend."""
+        if self.kind not in ("behaviour", "width"):
+            return set(done)
+        strengths = {
+            self.cell_name(*one): NAMED.get(one[0], one[1]) for one in self.asked if one[0] not in self.controls
+        }
+        missing = {strength for name, strength in strengths.items() if name not in done}
+        return {name for name, together in done.items() if not missing & set(together)}
 
     def without(self, done: set[str]) -> Work:
         """The same work without the cells in `done`."""
