@@ -19,20 +19,23 @@ from jobs.cli.options import context_of
 from jobs.search.studies import open_storage
 from jobs.study.mending import find
 from tests.end_to_end.conftest import SMALL, together
-from tests.end_to_end.damage import LOGS, WAYS, Tried, check_mended, copied, garbled, is_cache, kinds
+from tests.end_to_end.damage import LOGS, WAYS, Tried, check_mended, copied, cut, deleted, garbled, is_cache, kinds
 
 
-@pytest.mark.long("a sweep that makes again one file of every kind", minutes=2)
+@pytest.mark.long("a sweep that makes again what was damaged", minutes=2)
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_one_file_of_every_kind(seeds, tmp_path: Path, seed: int) -> None:
-    chance = random.Random(seed)
+@pytest.mark.parametrize("which", ["one file of every kind", "single files"])
+def test_what_is_damaged_is_made_again(seeds, tmp_path: Path, which: str) -> None:
+    chance = random.Random(0)
     root = copied(seeds.root, tmp_path / "root")
-    asked = ("tiny", "name=tiny-s0", f"storage.root={root}", *SMALL)
-    here = kinds(root / "sweeps/tiny-s0").items()
+    sweep, asked = root / "sweeps/tiny-s0", ("tiny", "name=tiny-s0", f"storage.root={root}", *SMALL)
     lists = ("files.json", "manifest.json")  # without them the others cannot all be named
-    tried = [Tried(chance.choice(paths), chance.choice(WAYS)) for kind, paths in here if not kind.endswith(lists)]
-    check_mended(root / "sweeps/tiny-s0", [one for one in tried if not is_cache(one.path)], asked)
+    kept = {kind: paths for kind, paths in kinds(sweep).items() if not kind.endswith(lists)}
+    tried = [Tried(chance.choice(paths), chance.choice(WAYS)) for paths in kept.values()]
+    if which == "single files":  # of several that were measured in the same batches, or that nothing else follows from
+        cell = next((sweep / "cells").glob("layer_*_change_*_alpha1.0.json")).relative_to(sweep)
+        tried = [Tried(cell, cut), Tried(Path("start.json"), cut), Tried(Path("report/manifest.json"), deleted)]
+    check_mended(sweep, [one for one in tried if not is_cache(one.path)], asked)
 
 
 @pytest.fixture(scope="module")
