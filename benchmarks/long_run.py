@@ -28,9 +28,12 @@ SMALL = (
     *("activations.train_tokens=1000", "deltas.targets=[change]", "deltas.replicas=1", "deltas.epochs=1"),
     *("evaluate.controls=[]", "evaluate.cards=0", "evaluate.curve=false", "evaluate.widths=false"),
 )
-SETS = "[[0], [0, 1], [0, 2], [0, 3], [0, 1, 2], [0, 1, 3], [0, 2, 3], all]"
-"""All begin in the same layer, so that their cells cost the same."""
-SUBSETS = 3
+SETS = "[[0, 1], [0, 2], [0, 3]]"
+"""All of two layers, and they begin in the same one, so that their cells cost the same."""
+SUBSETS, LAYERS = 3, 4
+TRIALS = 16
+"""Of each group; more trials come as more groups, as in a large study, since what a proposal costs grows with those of
+its own study."""
 
 
 class Use(NamedTuple):
@@ -80,7 +83,7 @@ def entries() -> int:
 
 def main(
     cells: Annotated[int, typer.Option(min=200, help="About how many cells.")] = 10_000,
-    trials: Annotated[int, typer.Option(min=16, help="About how many trials.")] = 5_000,
+    trials: Annotated[int, typer.Option(min=64, help="About how many trials.")] = 5_000,
     root: Annotated[Path | None, typer.Option(help="Storage root; default: a temporary folder.")] = None,
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="long_run") as folder:
@@ -89,14 +92,15 @@ def main(
         before = entries()
         sweep = ["sweep", "tiny", f"storage.root={place}", *SMALL]
 
-        searched = [*sweep, "name=trials", f"deltas.trials={trials // 16}", "deltas.d_new=[1, 2, 3, 4]"]
+        widths = list(range(1, max(1, trials // (TRIALS * LAYERS)) + 1))
+        searched = [*sweep, "name=trials", f"deltas.trials={TRIALS}", f"deltas.d_new={widths}"]
         use = watched([*base, *searched, "evaluate.alphas=[1.0]", "evaluate.sets=[all]"])
         results = [
             json.loads(path.read_text()) for path in place.glob("sweeps/trials/deltas/*/*/*/trial_*/result.json")
         ]
         show("trials", [one["started"] + one["seconds"] for one in results], use, entries() - before)
 
-        count = cells // (SUBSETS * 8)
+        count = cells // (SUBSETS * 3)
         alphas = [round((number + 1) / (count + 1), 6) for number in range(count)]
         grid = [*sweep, "name=cells", "deltas.trials=1", "deltas.d_new=[2]", f"evaluate.alphas={alphas}"]
         use = watched([*base, *grid, f"evaluate.sets={SETS}"])
