@@ -173,7 +173,7 @@ class Storage(Section):
     a window."""
     base_errors: Literal["auto", "kept", "recomputed"] = "auto"
     """What bases leave of the finetuned outputs: kept on disk, or recomputed from outputs and base by each worker that
-    reads it. `auto` recomputes on a GPU, where that is faster than reading."""
+    reads it. `auto` recomputes on a GPU, where that should be faster than reading."""
     mirror: Name | None = None
     """Where to keep a second copy of the results: an fsspec URL (s3://bucket/runs). They are sent as they are written;
     a machine that has none of them fetches them and continues. On a cluster the root must still be shared."""

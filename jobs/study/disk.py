@@ -77,7 +77,7 @@ def layer_bytes(context: Context, layer: int) -> int:
 
 
 def keeps_base_errors(context: Context) -> bool:
-    """Whether what bases leave is kept on disk. On a GPU, multiplying again is cheaper than reading."""
+    """Whether what bases leave is kept on disk. On a GPU, multiplying again should be cheaper than reading."""
     asked, gpus = context.settings.storage.base_errors, context.settings.compute.gpus_per_trial
     if asked != "auto":
         return asked == "kept"

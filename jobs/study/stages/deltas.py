@@ -2,8 +2,7 @@
 
 In: the finetuned model, the un-finetuned one, the bases and text. Out: for every group, `deltas/layer_LL/change/dNNN/`
 or `deltas/layer_LL/pP/dNNN/`, the trials' `trial_NNNN/{delta.safetensors,config.json,result.json}` and `best.json`;
-`deltas/layer_LL/pP/residual/` holds the errors of a base, computed once, and `base_error.json` beside it how large they
-are; `polish` may add `deltas/polished/`.
+`base_errors` adds what bases leave, `polish` may add `deltas/polished/`.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _search(context: Context, groups: list[Group], of: int) -> None:
-    """Searches these groups `of` so many."""
+    """Runs the missing trials of these groups, which are some `of` so many."""
     from jobs.search.grouped import Runtime, run_search
     from jobs.search.halving import EarlyStopping
 

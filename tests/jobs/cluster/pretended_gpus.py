@@ -26,6 +26,7 @@ from search_spaces.dimensions import Range
 from search_spaces.schema import Compute
 
 GPUS, SHORT = 2, 0.5
+"""How many there are, and how many seconds a task takes: long enough that all workers have one at the same time."""
 
 
 def task(number: int) -> dict[str, Any]:
