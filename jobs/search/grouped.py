@@ -19,14 +19,13 @@ from typing import Any
 import optuna
 from ray import tune
 from ray.exceptions import RayActorError
-from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from jobs.cluster.connection import Share
 from jobs.errors import NO_STORAGE, no_storage
 from jobs.files import write_json
 from jobs.progress import Bar
-from jobs.search.halving import EarlyStopping, GroupedHalving
+from jobs.search.halving import EarlyStopping, GroupedHalving, InOrder
 from jobs.search.studies import COMPLETE, FAILED, STOPPED, Again, Group, Storage, Study
 from jobs.search.turns import Turns
 
@@ -63,7 +62,7 @@ def run_search(
     search = GroupedSearch(groups, runtime, bar, on_trial)
     if not search.missing:
         return
-    scheduler = GroupedHalving(early_stopping, groups) if early_stopping else FIFOScheduler()
+    scheduler = GroupedHalving(early_stopping, groups) if early_stopping else InOrder()
 
     logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_not_a_worker_death)
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it lists every failed attempt as a failed trial

@@ -1,6 +1,7 @@
-"""Early stopping within groups of trials: asynchronous successive halving, a bracket for each group.
+"""Schedulers for Ray Tune: trials in the order of the search, and early stopping within groups of trials, by
+asynchronous successive halving with a bracket for each group.
 
-In: how early and how often a trial may be stopped, and groups. Out: a scheduler for Ray Tune.
+In: how early and how often a trial may be stopped, and groups. Out: a scheduler.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from jobs.search.studies import Group, trials_of
@@ -24,7 +26,16 @@ class EarlyStopping:
     reduction_factor: int
 
 
-class GroupedHalving(FIFOScheduler):
+class InOrder(FIFOScheduler):
+    """Tune's own, but it looks for the next trial among those that have not ended: looking through all of them took a
+    third of the driver's time after 4,000 trials. None is ever paused here."""
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        waiting = [trial for trial in tune_controller.get_live_trials() if trial.status == Trial.PENDING]
+        return min(waiting, key=lambda trial: trial.trial_id, default=None)  # Tune counts in its names
+
+
+class GroupedHalving(InOrder):
     """One AsyncHyperBandScheduler per group, which knows what the group's finished trials reported."""
 
     def __init__(self, settings: EarlyStopping, groups: list[Group]) -> None:
