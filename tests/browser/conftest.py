@@ -35,11 +35,13 @@ def browser(installed: str) -> Iterator[Browser]:
         yield browser
 
 
-@pytest.fixture(scope="module")
-def page(browser: Browser) -> Page:
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page of its own: MLflow's keeps the rows of an address that differs behind the `#` alone."""
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
     page.set_default_timeout(60_000)
     expect.set_options(timeout=60_000)
     # MLflow's assistant opens by itself on a first visit, over a quarter of the page.
     page.add_init_script("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
-    return page
+    yield page
+    page.close()

@@ -64,9 +64,12 @@ def test_the_compare_page_of_two_cells(page: Page, mlflow: str, finished: tuple[
     names = [name for name in names if name.endswith(("_tool_full", "_tool_no_delta"))]
     assert len(names) == 2
     page.goto(mlflow)
+    expect(page).to_have_url(re.compile("orderByAsc"))  # the shared view has been read; until then it empties the box
+    expect(row(page, "tiny")).to_be_visible()
     start = names[0].removesuffix("full")
     page.get_by_test_id("search-box").fill(f"params.subset = 'tool' AND attributes.run_name LIKE '{start}%'")
     page.get_by_test_id("search-box").press("Enter")
+    expect(page).to_have_url(re.compile("searchFilter=params"))
     open_row(page, "evaluate")
     for name in names:
         row(page, name).get_by_role("checkbox").check()
