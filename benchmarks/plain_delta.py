@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from models.transcoder import Transcoder
 from trainers.activations import Pairs
-from trainers.delta_transcoder import DeltaSettings, starting_sample
+from trainers.delta_stack import DeltaSettings, starting_sample
 from trainers.stacked_deltas import BANDWIDTH, StackedDeltas
 
 

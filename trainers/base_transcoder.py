@@ -20,6 +20,7 @@ from trainers.activations import Pairs
 from trainers.clipping import clip_each
 from trainers.errors import DivergedError
 from trainers.precision import number_format
+from trainers.processes import processes
 from trainers.stacked_bases import StackedBases
 
 REPORT_EVERY = 20
@@ -71,6 +72,8 @@ def train_bases(
     `train` and `validation` hold x and y, each (tokens, d_model). `report(step, steps, figures)` is called every
     REPORT_EVERY steps. Each transcoder's facts: `target_l0, val_l0, val_fvu, dead_fraction, revived, tokens`. Features
     that fired on no token of an epoch are revived at its end; those that never fire on validation tokens are dead.
+    In a process group, such as that of `accelerate launch`, each process computes its share of every batch, and all
+    return the same.
     Raises DivergedError if the loss is not finite.
     """
     generator, target_l0 = torch.Generator().manual_seed(settings.seed), settings.target_l0
@@ -82,14 +85,14 @@ def train_bases(
     step = tokens = 0
     revived = [0] * len(target_l0)
     fired = torch.zeros(len(target_l0), settings.width, dtype=torch.bool, device=device)
-    mean = scale.mean.to(device)
+    mean, group = scale.mean.to(device), processes(device)
     for epoch in range(settings.epochs):
         for x, y in train.batches(settings.batch_size, generator, device=device):
             x, y = x.float(), (y.float() - mean) / scale.deviation
-            for group in optimiser.param_groups:
-                group["lr"] = settings.lr * min(1.0, (steps - step) / max(steps * settings.lr_decay_fraction, 1))
+            for one in optimiser.param_groups:
+                one["lr"] = settings.lr * min(1.0, (steps - step) / max(steps * settings.lr_decay_fraction, 1))
             with number_format(device, settings.precision) as dtype:
-                losses, active = model.backward(x, y, target_l0, generator, dtype)
+                losses, active = model.backward(x, y, target_l0, generator, dtype, group)
             clip_each(model.gradients(), settings.grad_clip)
             optimiser.step()
             fired |= active

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from models.transcoder import Taps, Transcoder
+from trainers.processes import ALONE, Processes
 
 THRESHOLD_SAMPLE = 1 << 16
 """Pre-activations sampled to find a batch's cut: its L0 is then right to within a few percent, which does not affect
@@ -56,12 +57,21 @@ class StackedBases:
 
     @torch.no_grad()
     def backward(
-        self, x: Tensor, y: Tensor, target_l0: Sequence[float], generator: torch.Generator, dtype: torch.dtype
+        self,
+        x: Tensor,
+        y: Tensor,
+        target_l0: Sequence[float],
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        group: Processes = ALONE,
     ) -> Step:
         """Sets the gradients of every transcoder's mean squared error; `x` and `y` (tokens, d_model) are fp32.
 
-        The encoder's product is computed in `dtype`, everything else in fp32.
+        The encoder's product is computed in `dtype`, everything else in fp32. Each process of a `group` gets the whole
+        batch, computes its share, and ends with the gradients of the whole.
         """
+        tokens = len(x)
+        x, y = group.share(x), group.share(y)
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
@@ -70,17 +80,19 @@ class StackedBases:
         losses, fired = [], []
         for index, target in enumerate(target_l0):
             pre = torch.addmm(self.b_enc[index].to(dtype), narrow, self.W_enc[index].to(dtype).T)
-            active = _Active.of(pre, batch_cut(pre, target, generator))
+            active = _Active.of(pre, batch_cut(pre, target, generator, group, tokens))
             error = torch.addmm(self.b_dec[index] - y, active.matrix(active.values), self.W_dec[index])
-            losses.append(error.square().mean())
-            fired.append(active.counts > 0)
-            error.mul_(2 / error.numel())
+            losses.append(error.square().mean() * (len(x) / tokens))
+            fired.append(active.counts)
+            error.mul_(2 / (tokens * error.shape[1]))
             to_values = active.sampled(error, self.W_dec[index])
             W_dec[index] = active.transposed(active.values) @ error
             W_enc[index] = active.transposed(to_values) @ x
             b_dec[index] = error.sum(0)
             b_enc[index] = torch.zeros_like(self.b_enc[index]).index_add_(0, active.columns, to_values)
-        return Step(torch.stack(losses), torch.stack(fired))
+        found = Step(torch.stack(losses), torch.stack(fired))
+        group.add_up([*self.gradients(), *found])
+        return found._replace(fired=found.fired > 0)
 
     @torch.no_grad()
     def revive(
@@ -166,10 +178,28 @@ def _starts(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def batch_cut(pre: Tensor, target: float, generator: torch.Generator) -> Tensor:
-    """The value that about `target` positive pre-activations per token exceed, from a random sample of the batch."""
-    flat = pre.flatten()
-    if len(flat) > THRESHOLD_SAMPLE:
-        flat = flat[torch.randint(len(flat), (THRESHOLD_SAMPLE,), generator=generator).to(flat.device)]
-    kept = round(len(flat) * target / pre.shape[1])
+def batch_cut(
+    pre: Tensor, target: float, generator: torch.Generator, group: Processes = ALONE, of_tokens: int | None = None
+) -> Tensor:
+    """The value that about `target` positive pre-activations per token exceed, from a random sample of the batch, of
+    whose `of_tokens` rows `pre` is this process's share."""
+    flat, width = pre.flatten(), pre.shape[1]
+    count = (of_tokens or len(pre)) * width
+    chosen = None
+    if count > THRESHOLD_SAMPLE:
+        chosen = torch.randint(count, (THRESHOLD_SAMPLE,), generator=generator).to(flat.device)
+    if group.count > 1:
+        chosen = torch.arange(count, device=flat.device) if chosen is None else chosen
+        flat = _sample(flat.float(), chosen - group.first(count // width) * width, group)
+    elif chosen is not None:
+        flat = flat[chosen]
+    kept = round(len(flat) * target / width)
     return flat.float().kthvalue(max(1, len(flat) - kept)).values.clamp(min=0.0).to(pre.dtype)
+
+
+def _sample(flat: Tensor, chosen: Tensor, group: Processes) -> Tensor:
+    """The values at `chosen`, counted from the first of this process's; the others have those that are not here."""
+    here = (chosen >= 0) & (chosen < len(flat))
+    found = torch.where(here, flat[chosen.clamp(0, len(flat) - 1)], 0.0)
+    group.add_up([found])
+    return found

@@ -35,7 +35,8 @@ class Losses(NamedTuple):
 
 
 class StackedDeltas:
-    """n deltas: W_enc (d_model, n * d_new), b_enc and log_threshold (n * d_new,), W_dec (n, d_new, d_model).
+    """n deltas, `times` times `replicas`: W_enc (d_model, n * d_new), b_enc and log_threshold (n * d_new,), W_dec
+    (n, d_new, d_model).
 
     They start from a sample `x` and `residual` (tokens, d_model), fp32: each feature reads a random mixture, drawn with
     `seed + replica`, of the directions from which ridge regression predicts the residual; its bias subtracts the mean
@@ -43,42 +44,47 @@ class StackedDeltas:
     each token. The decoders start at zero.
     """
 
-    def __init__(self, x: Tensor, residual: Tensor, *, replicas: int, d_new: int, l0_budget: float, seed: int) -> None:
+    def __init__(
+        self, x: Tensor, residual: Tensor, *, replicas: int, d_new: int, l0_budget: float, seed: int, times: int = 1
+    ) -> None:
         d_model = x.shape[1]
         generators = [torch.Generator().manual_seed(seed + index) for index in range(replicas)]
-        drawn = [torch.randn(d_model, d_new, generator=generator) for generator in generators]
+        drawn = [torch.randn(d_model, d_new, generator=generator) for generator in generators] * times
         self.W_enc = _predictive(x, residual, torch.cat(drawn, dim=1).to(x.device))
         pre = x @ self.W_enc
         self.b_enc = -pre.mean(0)
         below = max(1, round((1 - min(0.5, l0_budget / d_new)) * len(x)))
         self.log_threshold = (pre + self.b_enc).kthvalue(below, dim=0).values.clamp(min=1e-2).log()
-        self.W_dec = x.new_zeros(replicas, d_new, d_model)
-        self.count, self.d_new = replicas, d_new
+        self.count, self.d_new = times * replicas, d_new
+        self.W_dec = x.new_zeros(self.count, d_new, d_model)
 
-    @property
-    def weights(self) -> list[Tensor]:
-        """The matrices, to which weight decay applies."""
-        return [self.W_enc, self.W_dec]
-
-    @property
-    def offsets(self) -> list[Tensor]:
-        return [self.b_enc, self.log_threshold]
+    def raw_gradients(self) -> list[Tensor]:
+        """Those of W_enc, b_enc, log_threshold and W_dec."""
+        return [one.grad for one in (self.W_enc, self.b_enc, self.log_threshold, self.W_dec) if one.grad is not None]
 
     def gradients(self) -> list[Tensor]:
         """Views of the gradients with the replica as their first dimension."""
-        found = [one.grad for one in (self.W_enc, self.b_enc, self.log_threshold, self.W_dec) if one.grad is not None]
-        W_enc, b_enc, log_threshold, W_dec = found
+        W_enc, b_enc, log_threshold, W_dec = self.raw_gradients()
         by_replica = W_enc.view(len(W_enc), self.count, self.d_new).transpose(0, 1)
         return [by_replica, b_enc.view(self.count, -1), log_threshold.view(self.count, -1), W_dec]
 
     @torch.no_grad()
-    def backward(self, x: Tensor, residual: Tensor, sparsity: float | Tensor, deviation: float = 1.0) -> Losses:
-        """Sets the gradients of every replica's `error + sparsity * penalty`, `residual` in units of `deviation`.
+    def backward(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        sparsity: float | Tensor,
+        deviation: float = 1.0,
+        of_tokens: int | None = None,
+    ) -> Losses:
+        """Sets the gradients of every replica's `error + sparsity * penalty`, `residual` in units of `deviation`;
+        `sparsity` is a number or one for each feature (n * d_new,).
 
         `x` and `residual` (tokens, d_model) are fp32 or bf16; products with them are computed in their dtype,
-        everything else in fp32. The threshold's gradient is the straight-through one (arXiv 2407.14435, section 3).
+        everything else in fp32. They may be a share of a batch `of_tokens`: gradients and losses then add up over its
+        shares. The threshold's gradient is the straight-through one (arXiv 2407.14435, section 3).
         """
-        tokens, d_model = x.shape
+        tokens, d_model = of_tokens or len(x), x.shape[1]
         per_error, per_token = 2.0 / (tokens * d_model), sparsity / tokens
         rows = self.W_dec.flatten(0, 1)
         threshold = self.log_threshold.exp()

@@ -14,7 +14,8 @@ from jobs.commands.device_checks import CHECKS, Check, examine
 from jobs.commands.device_figures import ROWS, models, pairs, polish_subject
 from models.sources import load_model
 from trainers.checkpoints import Keeper
-from trainers.delta_transcoder import DeltaSettings, _Run, train_delta
+from trainers.delta_stack import Stack
+from trainers.delta_transcoder import DeltaSettings, train_delta
 from trainers.joint_polish import PolishSettings, polish
 from trainers.lora import LoraSettings, Splits, train_lora
 from trainers.precision import number_format
@@ -68,7 +69,7 @@ def test_a_cut_delta_run_ends_as_if_it_had_not_been(device: str, tmp_path: Path,
 
 def test_a_step_never_waits_for_the_device(device: str) -> None:
     """Neither as it is, nor as it is recorded or replayed."""
-    run = _Run(pairs(), SETTINGS, device)
+    run = Stack(pairs(), [SETTINGS], device)
     torch.cuda.synchronize()
     with number_format(device, "fp32") as dtype:
         for count, (x, residual) in enumerate(run.batches()):
@@ -84,7 +85,7 @@ def test_a_step_never_waits_for_the_device(device: str) -> None:
 
 def test_replayed_steps_are_the_steps_as_they_are(device: str) -> None:
     def losses(recorded: bool) -> torch.Tensor:
-        run, found = _Run(pairs(), SETTINGS, device), []
+        run, found = Stack(pairs(), [SETTINGS], device), []
         for x, residual in run.batches():
             if not recorded:
                 run.update.called = 0  # the first call is never a replay

@@ -10,7 +10,7 @@ from models.transcoder import Taps
 from trainers.activations import Pairs
 from trainers.checkpoints import Keeper
 from trainers.delta_data import DeltaData, output_variance, residual_of, validate
-from trainers.delta_transcoder import DeltaSettings, train_delta
+from trainers.delta_transcoder import DeltaSettings, train_delta, train_deltas
 from trainers.errors import DivergedError
 from trainers.stacked_deltas import BANDWIDTH, StackedDeltas
 
@@ -217,6 +217,67 @@ def test_a_replica_trains_as_it_would_alone(planted):
         assert figures["val_l0_delta_replicas"] == pytest.approx([one["val_l0_delta"] for one in apart], rel=1e-2)
         assert figures["val_fvu"] == pytest.approx(sum(one["val_fvu"] for one in apart) / 3, rel=1e-4)
     assert len({round(one, 6) for one in together[-1]["val_fvu_replicas"]}) == 3, "seeds differ"
+
+
+SIDE_BY_SIDE = (
+    {"lr": 1e-2, "sparsity": 1e-4},
+    {"lr": 1e30, "sparsity": 1e-4},
+    {"lr": 3e-3, "sparsity": 1e-2},
+    {"lr": 1e-12, "sparsity": 1e-3},
+)
+"""Of which the second diverges and the last has no patience left before the others end."""
+
+
+@pytest.mark.parametrize("threshold", ["calibrated", "learned"])
+def test_runs_side_by_side_train_as_they_would_alone(planted, threshold):
+    asked = [settings(replicas=2, patience=3, grad_clip=1e9, threshold=threshold, **one) for one in SIDE_BY_SIDE]
+    reports = [[] for _ in asked]
+    found = train_deltas(planted, asked, report=lambda run, figures: reports[run].append(figures))
+    assert [isinstance(one, DivergedError) for one in found] == [False, True, False, False]
+    for one, together, seen in zip(asked, found, reports, strict=True):
+        alone = []
+        (lone,) = train_deltas(planted, [one], report=lambda _, figures, alone=alone: alone.append(figures))
+        assert [figures["step"] for figures in seen] == [figures["step"] for figures in alone]
+        for mine, other in zip(seen, alone, strict=True):
+            for name in ("val_fvu_replicas", "val_l0_delta_replicas", "val_loss"):
+                assert mine[name] == pytest.approx(other[name], rel=1e-4)
+        if isinstance(lone, DivergedError):
+            assert str(together) == str(lone)
+            continue
+        assert together.figures["step"] == lone.figures["step"]
+        for delta, other in zip(together.deltas, lone.deltas, strict=True):
+            torch.testing.assert_close(delta.W_dec, other.W_dec, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(delta.W_enc, other.W_enc, rtol=1e-3, atol=1e-5)
+    assert len(reports[3]) < len(reports[0])
+
+
+def test_interrupted_runs_side_by_side_end_as_if_they_had_not_been(planted, tmp_path):
+    asked = [settings(epochs=6, patience=3, **one) for one in SIDE_BY_SIDE]
+    whole, first, again, steps = [], [], [], []
+    expected = train_deltas(planted, asked, report=lambda *one: whole.append(one))
+
+    def report(*one):
+        first.append(one)
+        if len(first) == 12:
+            raise Killed
+
+    keeper = Keeper(tmp_path / "checkpoint.safetensors", seconds=0)
+    with pytest.raises(Killed):
+        train_deltas(planted, asked, report=report, keeper=keeper)
+    found = train_deltas(planted, asked, report=lambda *one: again.append(one), on_step=steps.append, keeper=keeper)
+    assert len(steps) < 15 * 6
+    assert sorted(again, key=lambda one: one[0]) == sorted(whole, key=lambda one: one[0])
+    for one, other in zip(found, expected, strict=True):
+        if isinstance(other, DivergedError):
+            assert str(one) == str(other)
+        else:
+            assert one.figures == other.figures
+            assert torch.equal(one.deltas[0].W_enc, other.deltas[0].W_enc)
+
+
+def test_runs_side_by_side_may_differ_in_two_settings_alone(planted):
+    with pytest.raises(ValueError, match="lr and sparsity alone"):
+        train_deltas(planted, [settings(), settings(l0_budget=2.0)])
 
 
 def test_a_seed_gives_one_delta(trained, planted):

@@ -1,0 +1,65 @@
+"""Trains base and delta transcoders in whatever process group it finds itself in.
+
+In: a folder. Out: in it `INDEX_of_COUNT.safetensors`, what this process has learned, and figures.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from trainers.activations import Pairs
+from trainers.base_transcoder import BaseSettings, train_bases
+from trainers.delta_data import DeltaData
+from trainers.delta_transcoder import DeltaSettings, train_deltas
+from trainers.processes import processes
+
+D_MODEL, DIRECTIONS = 12, 3
+
+
+def made(tokens: int, seed: int) -> Pairs:
+    """Tokens whose outputs follow from a few directions of the inputs."""
+    weights, generator = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    reads, writes = (torch.randn(D_MODEL, DIRECTIONS, generator=weights) for _ in range(2))
+    x = torch.randn(tokens, D_MODEL, generator=generator)
+    y = torch.relu(x @ reads - 1) @ writes.T + 0.1 * torch.randn(tokens, D_MODEL, generator=generator)
+    return Pairs([(x, y)])
+
+
+def main(folder: Path, device: str) -> None:
+    group = processes(device)
+    if device == "cuda":
+        torch.cuda.set_device(group.index)
+    train, validation = made(1501, 1), made(400, 2)
+    found: dict[str, torch.Tensor] = {}
+    # More activations in a batch than the sample that a cut is found from, and fewer.
+    for name, width in (("many", 700), ("few", 40)):
+        settings = BaseSettings([2.0, 6.0], width=width, epochs=2, batch_size=101, seed=1)
+        for number, one in enumerate(train_bases(train, validation, settings, layer=0, device=device)):
+            found[f"{name}/{number}/W_enc"] = one.transcoder.W_enc
+            found[f"{name}/{number}/W_dec"] = one.transcoder.W_dec
+            found[f"{name}/{number}/threshold"] = one.transcoder.threshold
+            found[f"{name}/{number}/figures"] = torch.tensor([one.facts["val_fvu"], one.facts["val_l0"]])
+    unit = sum(y.square().mean().item() for _, y in validation.shards)
+    data = DeltaData(train, validation, unit, 1.0, 0, "change")
+    same = {"d_new": 8, "epochs": 6, "batch_size": 101, "l0_budget": 3.0, "replicas": 2, "patience": 99}
+    for threshold in ("calibrated", "learned"):
+        asked = [DeltaSettings(lr=lr, sparsity=1e-4, threshold=threshold, **same) for lr in (1e-2, 3e-3)]
+        for number, one in enumerate(train_deltas(data, asked, device=device)):
+            for replica, delta in enumerate(one.deltas):
+                found[f"{threshold}/{number}/{replica}/W_enc"] = delta.W_enc
+                found[f"{threshold}/{number}/{replica}/W_dec"] = delta.W_dec
+            found[f"{threshold}/{number}/figures"] = torch.tensor(
+                [one.figures["val_unexplained"], one.figures["val_l0_delta"]]
+            )
+    save_file(
+        {name: one.contiguous().cpu() for name, one in found.items()},
+        folder / f"{group.index}_of_{group.count}.safetensors",
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,287 @@
+"""Runs of delta transcoders in stacked tensors, between their steps: batches, steps, validations, checkpoints.
+
+In: pairs of x and what is to be explained, and the settings of runs that differ in learning rate and sparsity alone.
+Out: what each run has come to. `delta_transcoder` drives it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.transcoder import Transcoder
+from trainers import checkpoints
+from trainers.activations import Pairs
+from trainers.checkpoints import Keeper
+from trainers.clipping import clip_each
+from trainers.delta_data import DeltaData, validate
+from trainers.errors import DivergedError
+from trainers.graphs import Graphed
+from trainers.processes import processes
+from trainers.stacked_adamw import StackedAdamW, held_or
+from trainers.stacked_deltas import Losses, StackedDeltas
+
+WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec")
+CALIBRATED = 0.95
+"""Fraction of the L0 budget that calibrated thresholds aim for, so that validation tokens stay within it."""
+DIVERGED = 10.0
+"""A validation error this many times that without a delta ends the run."""
+
+
+@dataclass(frozen=True)
+class DeltaSettings:
+    """Hyperparameters of one run.
+
+    Replica i starts from seed `seed + i`; the order of the batches does not depend on the seed, so that runs differ
+    only in their settings and starting points.
+    """
+
+    d_new: int = 32
+    lr: float = 3e-3
+    sparsity: float = 1e-3
+    replicas: int = 1
+    epochs: int = 4
+    batch_size: int = 2048
+    l0_budget: float = 16.0
+    """Active features per token above which `val_loss` is penalised."""
+    sparsity_warmup_fraction: float = 0.2
+    lr_warmup_fraction: float = 0.05
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    """Largest gradient norm of each replica."""
+    patience: int = 4
+    """Validations without a lower `val_loss` after which the run ends."""
+    evals_per_epoch: int = 1
+    seed: int = 0
+    precision: str = "fp32"
+    threshold: Literal["learned", "calibrated"] = "calibrated"
+    """Learned with a straight-through gradient, or adjusted so that the fraction `CALIBRATED` of the L0 budget is
+    used."""
+
+
+class TrainedDelta(NamedTuple):
+    """One transcoder per seed, and the figures of the best validation (means over seeds; lists as `*_replicas`)."""
+
+    deltas: list[Transcoder]
+    figures: dict[str, Any]
+
+
+def starting_sample(train: Pairs, device: str, tokens: int = 4096) -> tuple[Tensor, Tensor]:
+    """x and residual (tokens, d_model), fp32 on `device`: what the features start from, the same for every seed."""
+    x, residual = next(train.batches(min(tokens, train.tokens), torch.Generator().manual_seed(0), device=device))
+    return x.to(torch.float32), residual.to(torch.float32)
+
+
+@dataclass
+class Run:
+    """What one run of a stack has come to."""
+
+    settings: DeltaSettings
+    waited: int = 0
+    reported: list[dict[str, Any]] = field(default_factory=list)
+    best: TrainedDelta | None = None
+    error: DivergedError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.error is not None or self.waited >= self.settings.patience
+
+    def note(self, deltas: list[Transcoder], figures: dict[str, Any]) -> None:
+        """Takes a validation's figures, and the deltas if they are the best so far."""
+        self.waited += 1
+        if self.best is None or figures["val_loss"] < self.best.figures["val_loss"]:
+            self.best, self.waited = TrainedDelta(deltas, figures), 0
+        self.reported.append(figures)
+
+    def outcome(self) -> TrainedDelta | DivergedError:
+        found = self.error or self.best
+        assert found is not None  # the last step validates
+        return found
+
+
+class Stack:
+    """The state of runs that train side by side, between their steps."""
+
+    def __init__(self, data: DeltaData, settings: Sequence[DeltaSettings], device: str) -> None:
+        data = data._replace(train=data.train.near(device), validation=data.validation.near(device))
+        self.data, self.device, self.shared = data, device, settings[0]
+        self.runs, self.processes = [Run(one) for one in settings], processes(device)
+        self.deviation = math.sqrt(data.unit)
+        self.model = StackedDeltas(
+            *starting_sample(data.train, device),
+            replicas=self.shared.replicas,
+            d_new=self.shared.d_new,
+            l0_budget=self.shared.l0_budget,
+            seed=self.shared.seed,
+            times=len(settings),
+        )
+        self.optimiser = StackedAdamW(self.model, len(settings), self.shared.weight_decay)
+        on_gpu = device.startswith("cuda")
+        self.sparsity = [torch.zeros((), device=device) if on_gpu else 0.0 for _ in settings]
+        self.update = Graphed(self._update)
+        per_epoch = data.train.batch_count(self.shared.batch_size)
+        self.steps = per_epoch * self.shared.epochs
+        self.every = max(1, per_epoch // self.shared.evals_per_epoch)
+        self.at = self.tokens = 0
+        self.casts: dict[str, Tensor] = {}
+
+    @property
+    def validates(self) -> bool:
+        """Whether a validation follows the step just made."""
+        return self.at % self.every == 0 or self.at == self.steps
+
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """The remaining batches, or fewer if no run goes on; their order does not depend on the seed."""
+        order = torch.Generator().manual_seed(0)
+        size, skip = self.shared.batch_size, self.at
+        for _ in range(self.shared.epochs):
+            for batch in self.data.train.batches(size, order, skip=skip, device=self.device):
+                if all(run.is_over for run in self.runs):
+                    return
+                yield batch
+            skip = max(0, skip - self.data.train.batch_count(size))
+
+    def cast(self, name: str, batch: Tensor, dtype: torch.dtype) -> Tensor:
+        """`batch` in that dtype, in memory that the next batch reuses: on a CPU, touching that much fresh memory in
+        every step takes longer than the conversion."""
+        if batch.dtype == dtype:
+            return batch
+        if name not in self.casts or self.casts[name].shape != batch.shape:
+            self.casts[name] = torch.empty_like(batch, dtype=dtype)
+        return self.casts[name].copy_(batch)
+
+    def step(self, x: Tensor, residual: Tensor) -> Losses:
+        """One optimiser step; the losses are valid until the next one."""
+        shared, at, steps = self.shared, self.at, self.steps
+        ramp, decay = _ramp(at, shared.lr_warmup_fraction * steps), _decay(at, steps)
+        self.optimiser.set_rates([run.settings.lr * ramp * decay for run in self.runs])
+        ramp = _ramp(at, shared.sparsity_warmup_fraction * steps)
+        asked = [run.settings.sparsity * ramp for run in self.runs]
+        self.sparsity = [held_or(held, one) for held, one in zip(self.sparsity, asked, strict=True)]
+        losses = self.update(x, residual)
+        self.at += 1
+        self.tokens += len(x)
+        return losses
+
+    def _update(self, x: Tensor, residual: Tensor) -> Losses:
+        shared, share = self.shared, self.processes.share
+        losses = self.model.backward(share(x), share(residual), self._sparsity(), self.deviation, len(x))
+        self.processes.add_up([*self.model.raw_gradients(), *losses])
+        if calibrated := shared.threshold == "calibrated":
+            self.model.log_threshold.grad = torch.zeros_like(self.model.log_threshold)
+        clip_each(self.model.gradients(), shared.grad_clip)
+        self.optimiser.step()
+        if calibrated:
+            self.model.steer(losses.active, CALIBRATED * shared.l0_budget)
+        return losses
+
+    def _sparsity(self) -> float | Tensor:
+        """The runs' sparsities: a number, or one for each feature."""
+        if len(self.runs) == 1:
+            return self.sparsity[0]
+        each = torch.stack([torch.as_tensor(one, dtype=torch.float32) for one in self.sparsity])
+        return each.repeat_interleave(self.shared.replicas * self.shared.d_new)
+
+    def check(self, losses: Losses) -> None:
+        """Checks that the losses are finite, which waits for the device."""
+        sums = (losses.error + losses.penalty).view(len(self.runs), -1).sum(1).tolist()
+        for run, whole in zip(self.runs, sums, strict=True):
+            if not run.is_over and not math.isfinite(whole):
+                run.error = DivergedError(f"the loss is {whole} by step {self.at} (lr {run.settings.lr:.2g})")
+
+    def validate(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The figures of the runs that go on, after a validation."""
+        deltas = self.model.transcoders(self.deviation, self.data.layer, self.data.taps)
+        for number, run in enumerate(self.runs):
+            if run.is_over:
+                continue
+            own = deltas[number * self.shared.replicas :][: self.shared.replicas]
+            figures = {
+                **validate(own, self.data, self.shared.l0_budget),
+                "step": self.at,
+                "tokens": self.tokens,
+            }
+            run.error = _insane(figures, self.data, run.settings)
+            if run.error is None:
+                run.note(own, figures)
+                yield number, figures
+
+    def keep(self, keeper: Keeper) -> None:
+        kept = {
+            f"best/{number}/{i}/{name}": getattr(delta, name)
+            for number, run in enumerate(self.runs)
+            for i, delta in enumerate(run.best.deltas if run.best else [])
+            for name in WEIGHTS
+        }
+        keeper.write(
+            {**self.model.tensors(), **checkpoints.optimiser_tensors(self.optimiser.adamw), **kept},
+            {
+                "run": self._identity(),
+                "at": self.at,
+                "tokens": self.tokens,
+                "runs": [
+                    {
+                        "waited": run.waited,
+                        "reported": run.reported,
+                        "best": run.best and run.best.figures,
+                        "error": run.error and str(run.error),
+                    }
+                    for run in self.runs
+                ],
+            },
+        )
+
+    def restore(self, keeper: Keeper) -> None:
+        """Restores the last checkpoint of these runs, if there is one."""
+        found = keeper.read(self._identity())
+        if found is None:
+            return
+        tensors, state = found
+        for name, tensor in self.model.tensors().items():
+            tensor.copy_(tensors[name])
+        self.optimiser.read_weights()
+        checkpoints.load_optimiser(self.optimiser.adamw, tensors)
+        self.at, self.tokens = state["at"], state["tokens"]
+        for number, (run, kept) in enumerate(zip(self.runs, state["runs"], strict=True)):
+            run.waited, run.reported = kept["waited"], kept["reported"]
+            run.error = kept["error"] and DivergedError(kept["error"])
+            if kept["best"]:
+                best = [
+                    Transcoder(
+                        **{name: tensors[f"best/{number}/{i}/{name}"] for name in WEIGHTS},
+                        b_dec=None,
+                        layer=self.data.layer,
+                        taps=self.data.taps,
+                    ).to(self.device)
+                    for i in range(self.shared.replicas)
+                ]
+                run.best = TrainedDelta(best, kept["best"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must match to belong to these runs."""
+        asked = [asdict(run.settings) for run in self.runs]
+        return {"runs": asked, "layer": self.data.layer, "tokens": self.data.train.tokens}
+
+
+def _insane(figures: dict[str, Any], data: DeltaData, settings: DeltaSettings) -> DivergedError | None:
+    name = data.error_name
+    if figures[name] <= DIVERGED * data.alone:  # not true of NaN
+        return None
+    return DivergedError(
+        f"{name} is {figures[name]:.3g} at step {figures['step']}, against {data.alone:.3g} without a delta "
+        f"(lr {settings.lr:.2g}, sparsity {settings.sparsity:.2g})"
+    )
+
+
+def _ramp(step: int, length: float) -> float:
+    return min(1.0, (step + 1) / length) if length >= 1 else 1.0
+
+
+def _decay(step: int, steps: int) -> float:
+    """Constant, then linear to zero over the last third."""
+    return min(1.0, 3 * (steps - step) / steps)
