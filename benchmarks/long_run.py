@@ -31,6 +31,8 @@ SMALL = (
 SETS = "[[0, 1], [0, 2], [0, 3]]"
 """All of two layers, and they begin in the same one, so that their cells cost the same."""
 SUBSETS, LAYERS = 3, 4
+WIDTHS = 12
+"""Values of d_new: a worker writes the cells of a width, set and subset at once, so there must be many of those."""
 TRIALS = 16
 """Of each group; more trials come as more groups, as in a large study, since what a proposal costs grows with those of
 its own study."""
@@ -100,9 +102,10 @@ def main(
         ]
         show("trials", [one["started"] + one["seconds"] for one in results], use, entries() - before)
 
-        count = cells // (SUBSETS * 3)
+        count = cells // (SUBSETS * 3 * WIDTHS)
         alphas = [round((number + 1) / (count + 1), 6) for number in range(count)]
-        grid = [*sweep, "name=cells", "deltas.trials=1", "deltas.d_new=[2]", f"evaluate.alphas={alphas}"]
+        widths = list(range(1, WIDTHS + 1))
+        grid = [*sweep, "name=cells", "deltas.trials=1", f"deltas.d_new={widths}", f"evaluate.alphas={alphas}"]
         use = watched([*base, *grid, f"evaluate.sets={SETS}"])
         found = [path.stat().st_mtime for path in place.glob("sweeps/cells/cells/*_alpha*.json")]
         show("cells", found, use, entries() - before)

@@ -79,6 +79,8 @@ class Transcoders(Section):
     epochs: Count = 4
     batch_size: Count = 2048
     lr: Positive = 1e-3
+    workers_per_layer: Count = 1
+    """Processes that share each batch of a layer's bases; each takes what a whole layer would otherwise."""
 
 
 class DeltaSpace(Section):
@@ -102,6 +104,12 @@ class Deltas(Section):
     """Trials of each group: layer, target, d_new, and base where there is one."""
     replicas: Count = 1
     """Seeds trained side by side in every trial; the trial's value is their mean."""
+    side_by_side: Literal["auto"] | Count = "auto"
+    """Trials of a group trained side by side, so that every batch is read once for all of them: its first, random ones,
+    and any of the samplers `random` and `grid`. With `auto`, 4 on a GPU; on a CPU 1, which repeats earlier results to
+    the last digit."""
+    workers_per_trial: Count = 1
+    """Processes that share each batch of a trial; each takes the CPUs and GPUs that a whole trial would otherwise."""
     epochs: Count = 4
     batch_size: Count = 2048
     l0_budget: Positive = 16.0

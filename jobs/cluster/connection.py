@@ -46,15 +46,13 @@ class Share:
             return {"memory": 1}  # one byte, because Tune accepts no empty request
         return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
 
-    def of_several(self, workers: int) -> Share:
-        """The share of a trial that only starts workers, each of which takes this share; raises RequestError if they do
-        not fit."""
+    def of_several(self, workers: int, setting: str) -> Share:
+        """The share of a trial that only starts workers, each of which takes this share; raises RequestError, which
+        names the setting, if they do not fit."""
         if workers == 1:
             return self
         if workers > self.at_once:
-            raise RequestError(
-                f"lora.workers_per_trial: got {workers}, but the cluster only has room for {self.at_once} at once"
-            )
+            raise RequestError(f"{setting}: got {workers}, but the cluster only has room for {self.at_once} at once")
         return Share(0, 0.0, self.at_once // workers)
 
 

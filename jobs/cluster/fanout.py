@@ -139,7 +139,7 @@ class Pool:
         import ray
 
         options = {"num_cpus": self.share.cpus, "num_gpus": self.share.gpus, "max_restarts": 0}
-        return ray.remote(_Worker).options(**options).remote(self.share.cpus)
+        return ray.remote(_Worker).options(**options).remote(max(1, self.share.cpus))
 
     def close(self) -> None:
         """Stops the idle workers; a later `run` starts new ones."""

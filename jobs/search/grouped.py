@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ from jobs.cluster.connection import Share
 from jobs.errors import NO_STORAGE, no_storage
 from jobs.files import write_json
 from jobs.progress import Bar
+from jobs.search.ends import End, figures_of
 from jobs.search.halving import EarlyStopping, GroupedHalving, InOrder
-from jobs.search.studies import COMPLETE, FAILED, STOPPED, Again, Group, Storage, Study
+from jobs.search.studies import Again, Group, Storage, Study
 from jobs.search.turns import Turns
+
+NO_LOSS = {"val_loss": math.inf}
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,17 @@ def run_search(
     `report` with `step` and `val_loss` after each validation, and returns the figures of its result, including
     `val_loss`, or `failed` with the reason. An exception counts as a lost worker: the trial is retried up to
     `max_retries` times, and then it has failed.
+
+    A group that allows several `side_by_side` gets them as `side_by_side`, a list of {searched values, trial, folder};
+    `trial` then reports nothing and returns `side_by_side`, for each of them its figures and `history`, what it would
+    have reported; or `apart`, if each is to be run alone. They are stopped early, after the fact, where one by one they
+    would have been.
     """
     share = runtime.share
-    search = GroupedSearch(groups, runtime, bar, on_trial)
+    halving = GroupedHalving(early_stopping, groups) if early_stopping else None
+    search = GroupedSearch(groups, runtime, bar, on_trial, halving)
     if not search.missing:
         return
-    scheduler = GroupedHalving(early_stopping, groups) if early_stopping else InOrder()
 
     logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_not_a_worker_death)
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it lists every failed attempt as a failed trial
@@ -74,7 +83,7 @@ def run_search(
             if (number := no_storage(error)) is None:
                 raise
             figures = {"no_storage": number}  # the search ends here: no trial has failed
-        tune.report({"val_loss": math.inf, **figures, "final": True})
+        tune.report({**NO_LOSS, **figures, "final": True})
 
     resources = {key.lower(): value for key, value in share.resources.items()}
     tuner = tune.Tuner(
@@ -83,7 +92,7 @@ def run_search(
             metric="val_loss",
             mode="min",
             search_alg=search,
-            scheduler=scheduler,
+            scheduler=halving or InOrder(),
             num_samples=-1,  # as many as the search proposes
             max_concurrent_trials=share.at_once,
             reuse_actors=True,
@@ -122,11 +131,28 @@ def _until_the_disk_fails(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass
 class _Running:
+    """Trials of a group that a worker was given together, nearly always one."""
+
     group: Group
-    trial: optuna.Trial | Again
+    trials: list[optuna.Trial | Again]
     started: float
     history: list[dict[str, Any]] = field(default_factory=list)
     deaths: int = 0
+
+    def config(self) -> dict[str, Any]:
+        """What the trial function gets."""
+        group, first = self.group, self.trials[0].number
+        places = [
+            {**one.params, "trial": one.number, "folder": str(group.folder / f"trial_{one.number:04d}")}
+            for one in self.trials
+        ]
+        # The first is the one that the scheduler knows, and where a checkpoint lies.
+        own = places[0] if len(places) == 1 else {"side_by_side": places, "trial": first, "folder": places[0]["folder"]}
+        return {**group.constants, **group.fixed, **own, "group": group.name}
+
+    def __str__(self) -> str:
+        numbers = [str(one.number) for one in self.trials]
+        return f"{self.group.name} trial {numbers[0]}" if len(numbers) == 1 else f"{self.group.name} trials {numbers}"
 
 
 class GroupedSearch(Searcher):
@@ -138,10 +164,11 @@ class GroupedSearch(Searcher):
         runtime: Runtime,
         bar: Bar,
         on_trial: Callable[[Group, dict[str, Any]], None],
+        halving: GroupedHalving | None = None,
     ) -> None:
         super().__init__(metric="val_loss", mode="min")
         self._groups = {group.name: group for group in groups}
-        self._max_retries, self._bar, self._on_trial = runtime.max_retries, bar, on_trial
+        self._max_retries, self._bar, self._on_trial, self._halving = runtime.max_retries, bar, on_trial, halving
         self._studies = {group.name: Study(group, runtime.storage) for group in groups}
         left = {group.name: max(0, group.trials - self._studies[group.name].finished) for group in groups}
         self._turns = Turns(left, {group.name: group.reads for group in groups}, runtime.share.at_once, runtime.groups)
@@ -157,24 +184,14 @@ class GroupedSearch(Searcher):
 
     @_until_the_disk_fails
     def suggest(self, trial_id: str) -> Any:
-        if self.no_storage is not None:
-            return None if self._running else Searcher.FINISHED
-        running = self._next()
+        running = None if self.no_storage is not None else self._next()
         if running is None:
             return None if self._running else Searcher.FINISHED
         self._running[trial_id] = running
-        group, number = running.group, running.trial.number
-        return {
-            **group.constants,
-            **group.fixed,
-            **running.trial.params,
-            "group": group.name,
-            "trial": number,
-            "folder": str(group.folder / f"trial_{number:04d}"),
-        }
+        return running.config()
 
     def _next(self) -> _Running | None:
-        """A trial whose worker died, else one that has not been started, if one may start now."""
+        """A trial whose worker died, else what has not been started, if it may start now."""
         if self._retries:
             running = self._retries.pop()
             self._turns.again(running.group.name)
@@ -182,8 +199,10 @@ class GroupedSearch(Searcher):
         name = self._turns.take()
         if name is None:
             return None
-        study = self._studies[name]
-        return _Running(self._groups[name], study.unfinished.pop(0) if study.unfinished else study.ask(), time.time())
+        group, left = self._groups[name], self._turns.left[name]
+        trials = self._studies[name].take(min(group.side_by_side, left + 1))
+        self._turns.beside(name, len(trials) - 1)
+        return _Running(group, trials, time.time())
 
     @_until_the_disk_fails
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -193,13 +212,13 @@ class GroupedSearch(Searcher):
         seen = {entry["step"] for entry in running.history}
         if result["step"] in seen:  # a retried trial reports its steps again
             return
-        running.history.append(_figures(result))
-        if math.isfinite(result.get("val_loss", math.nan)):
-            self._studies[running.group.name].report(running.trial, result["val_loss"], result["step"])
-        self._bar.note(
-            f"{running.group.name} trial {running.trial.number}: step {result['step']}, "
-            f"val_loss {result.get('val_loss', math.nan):.4g}"
-        )
+        running.history.append(figures_of(result))
+        self._report(running, running.trials[0], result)
+        self._bar.note(f"{running}: step {result['step']}, val_loss {result.get('val_loss', math.nan):.4g}")
+
+    def _report(self, running: _Running, trial: optuna.Trial | Again, figures: dict[str, Any]) -> None:
+        if math.isfinite(figures.get("val_loss", math.nan)):
+            self._studies[running.group.name].report(trial, figures["val_loss"], figures["step"])
 
     @_until_the_disk_fails
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -209,39 +228,55 @@ class GroupedSearch(Searcher):
         if running is None:
             return
         self._turns.ended(running.group.name)
-        if error and running.deaths < self._max_retries:
-            running.deaths += 1
-            self._retries.append(running)
-            tries = f"{running.deaths} of {self._max_retries}"
-            self._bar.line(
-                f"{running.group.name} trial {running.trial.number}: its worker died, trying again ({tries})"
-            )
+        figures = figures_of(result or {})
+        if (error and running.deaths < self._max_retries) or "apart" in figures:
+            self._again(running, died=error)
             return
-        figures = _figures(result or {})
         if (number := figures.pop("no_storage", None)) is not None:
             self.no_storage = number
             return
-        value = figures.get("val_loss")
-        reason = figures.pop("failed", None)
-        if error or reason or value is None or not math.isfinite(value):
-            state, reason = FAILED, reason or ("its worker died" if error else f"val_loss is {value}")
-        else:
-            state = COMPLETE if result and result.get("final") else STOPPED
+        ended = bool(result and result.get("final"))
+        if len(running.trials) == 1:
+            self._end(running, running.trials[0], End(figures, running.history, ended, error))
+            return
+        for trial, one in zip(running.trials, figures.get("side_by_side", [{}] * len(running.trials)), strict=True):
+            history = one.pop("history", [])
+            self._end(running, trial, self._as_alone(running, trial, End(NO_LOSS | one, history, ended, error)))
+
+    def _again(self, running: _Running, died: bool) -> None:
+        """Puts trials whose worker died, or that must be run apart, in line; each by itself."""
+        deaths = running.deaths + died
+        for one in reversed(running.trials):
+            self._retries.append(replace(running, trials=[one], history=[*running.history], deaths=deaths))
+        tries = f", trying again ({deaths} of {self._max_retries})"
+        self._bar.line(f"{running}: " + (f"its worker died{tries}" if died else "too large side by side, one by one"))
+
+    def _as_alone(self, running: _Running, trial: optuna.Trial | Again, end: End) -> End:
+        """How a trial that ran beside others would have ended alone, after those before it; what it left is deleted if
+        it would have been stopped."""
+        stop = self._halving.stops(running.group.name, trial.number, end.history) if self._halving else None
+        history = end.history[:stop]
+        for figures in history:
+            self._report(running, trial, figures)
+        if stop is None:
+            return end
+        shutil.rmtree(running.group.folder / f"trial_{trial.number:04d}", ignore_errors=True)
+        return End(dict(history[-1]), history, False, False)
+
+    def _end(self, running: _Running, trial: optuna.Trial | Again, end: End) -> None:
+        """Writes and tells how a trial has ended."""
+        number, group = trial.number, running.group
         record = {
-            "group": running.group.name,
-            "trial": running.trial.number,
-            "state": state,
-            "value": None if state == FAILED else value,
-            "params": {**running.group.fixed, **running.trial.params},
-            "figures": figures,
-            "history": running.history,
+            **end.record(),
+            "group": group.name,
+            "trial": number,
+            "params": {**group.fixed, **trial.params},
             "started": running.started,
-            "seconds": time.time() - running.started,
-            "reason": reason,
+            "seconds": (time.time() - running.started) / len(running.trials),
         }
-        write_json(running.group.folder / f"trial_{running.trial.number:04d}" / "result.json", record)
-        self._studies[running.group.name].tell(running.trial, record)
-        self._on_trial(running.group, record)
+        write_json(group.folder / f"trial_{number:04d}" / "result.json", record)
+        self._studies[group.name].tell(trial, record)
+        self._on_trial(group, record)
         self._bar.advance()
 
     def __deepcopy__(self, memo: dict) -> GroupedSearch:
@@ -261,15 +296,3 @@ class GroupedSearch(Searcher):
 def _is_not_a_worker_death(record: logging.LogRecord) -> bool:
     """False for the traceback that Tune logs when a worker dies: the search reports that in one line."""
     return not (record.exc_info and isinstance(record.exc_info[1], RayActorError))
-
-
-_TUNE_KEYS = {
-    "timestamp", "time_this_iter_s", "time_total_s", "training_iteration", "pid", "hostname", "node_ip", "date",
-    "trial_id", "time_since_restore", "iterations_since_restore", "done", "final", "checkpoint_dir_name",
-    "should_checkpoint", "experiment_tag",
-}  # fmt: skip
-
-
-def _figures(result: dict[str, Any]) -> dict[str, Any]:
-    """The part of a result that the trial itself reported."""
-    return {key: value for key, value in result.items() if key not in _TUNE_KEYS and not key.startswith("config/")}

@@ -7,6 +7,7 @@ In: how early and how often a trial may be stopped, and groups. Out: a scheduler
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -54,12 +55,12 @@ class GroupedHalving(InOrder):
             stop_last_trials=False,
         )
         for result in trials_of(group):
-            earlier = _stand_in(result["trial"])
-            bracket.on_trial_add(NO_CONTROLLER, earlier)
-            for iteration, figures in enumerate(result["history"], start=1):
-                if math.isfinite(loss := figures.get("val_loss", math.nan)):
-                    bracket.on_trial_result(NO_CONTROLLER, earlier, {"training_iteration": iteration, "val_loss": loss})
+            _replay(bracket, result["trial"], result["history"])
         return bracket
+
+    def stops(self, group: str, number: int, history: Sequence[dict[str, Any]]) -> int | None:
+        """After how many validations a trial that has run to its end would have been stopped; None if it would not."""
+        return _replay(self._brackets[group], number, history)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._brackets[trial.config["group"]].on_trial_add(tune_controller, _stand_in(trial.config["trial"]))
@@ -69,6 +70,18 @@ class GroupedHalving(InOrder):
             return TrialScheduler.CONTINUE
         bracket = self._brackets[trial.config["group"]]
         return bracket.on_trial_result(tune_controller, _stand_in(trial.config["trial"]), result)
+
+
+def _replay(bracket: AsyncHyperBandScheduler, number: int, history: Sequence[dict[str, Any]]) -> int | None:
+    """Tells a bracket of a trial's validations up to the one at which it stops the trial, whose number is returned."""
+    trial = _stand_in(number)
+    bracket.on_trial_add(NO_CONTROLLER, trial)
+    for iteration, figures in enumerate(history, start=1):
+        if math.isfinite(loss := figures.get("val_loss", math.nan)):
+            told = {"training_iteration": iteration, "val_loss": loss}
+            if bracket.on_trial_result(NO_CONTROLLER, trial, told) == TrialScheduler.STOP:
+                return iteration
+    return None
 
 
 NO_CONTROLLER: Any = None

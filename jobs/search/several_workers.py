@@ -1,7 +1,7 @@
-"""One trial on several workers: a Ray Train job whose reports reach Tune.
+"""One trial, or another piece of work, on several workers: a Ray Train job, whose reports reach Tune if there is one.
 
-In: a module-level trial function `train(config, report)`, and its configuration, which says how many workers share it.
-Out: what the function returns on the first worker.
+In: a module-level function `train(config, report)`, and its configuration, which says how many workers share it. Out:
+what the function returns on the first worker.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OUTCOME = "outcome.json"
 Train = Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], dict[str, Any]]
 
 
-def train_together(train: Train, config: dict[str, Any]) -> dict[str, Any]:
+def train_together(train: Train, config: dict[str, Any], in_tune: bool = True) -> dict[str, Any]:
     """Runs `train` on `config["workers"]` workers, each with `config["resources"]`."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -33,7 +33,11 @@ def train_together(train: Train, config: dict[str, Any]) -> dict[str, Any]:
         scaling_config=ScalingConfig(
             num_workers=config["workers"], use_gpu=config["device"] == "cuda", resources_per_worker=config["resources"]
         ),
-        run_config=RunConfig(name=".train", storage_path=str(folder), callbacks=[TuneReportCallback()]),  # type: ignore[list-item]
+        run_config=RunConfig(
+            name=".train",
+            storage_path=str(folder),
+            callbacks=[TuneReportCallback()] if in_tune else [],  # type: ignore[list-item]
+        ),
     )
     trainer.fit()
     shutil.rmtree(folder / ".train", ignore_errors=True)

@@ -43,7 +43,8 @@ class Group:
 
     `objectives` are the figures that the study minimises; with more than one, nothing is stopped early. `warm_start` is
     a prefix of the names of earlier studies whose best values are tried first. `reads` names what the trials read: a
-    worker that holds it is given trials of other groups that read the same.
+    worker that holds it is given trials of other groups that read the same. `side_by_side` is how many trials one call
+    of the trial function may be given, where none of their values depends on another's result.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Group:
     objectives: tuple[str, ...] = ("val_loss",)
     warm_start: str | None = None
     reads: str = ""
+    side_by_side: int = 1
 
     @property
     def searched(self) -> dict[str, Range | Choice]:
@@ -188,6 +190,16 @@ class Study:
             for params in _best_values(group, storage):
                 self._study.enqueue_trial(params)
 
+    def take(self, most: int) -> list[optuna.Trial | Again]:
+        """The next trials, at most so many: one, and those after it whose values do not depend on its result."""
+        taken, self.unfinished = self.unfinished[:most], self.unfinished[most:]
+        learns = self._group.sampler not in ("random", "grid")
+        while len(taken) < most:
+            if taken and learns and len(self._study.get_trials(deepcopy=False, states=_OPEN)) >= STARTUP_TRIALS:
+                break
+            taken.append(self.ask())
+        return taken
+
     def ask(self) -> optuna.Trial:
         """The next trial. Its values depend on the group's seed, on how many trials were started and on the finished
         ones, not on how often the driver was started."""
@@ -259,7 +271,7 @@ def _sampler(group: Group, seed: int) -> optuna.samplers.BaseSampler:
 
 def _best_values(group: Group, storage: Storage) -> list[dict[str, Any]]:
     """Searched values of the best trials in this group's earlier studies, as far as they are within this space."""
-    found: list[tuple[float, dict[str, Any]]] = []
+    found = []
     for name in optuna.get_all_study_names(storage):
         if name.startswith(f"{group.warm_start}@"):
             earlier = optuna.load_study(study_name=name, storage=storage)

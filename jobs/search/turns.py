@@ -42,6 +42,10 @@ class Turns:
         self._busy[name] += 1
         return name
 
+    def beside(self, name: str, count: int) -> None:
+        """So many more trials of the group have started beside the one just taken, by the same worker."""
+        self.left[name] -= count
+
     def again(self, name: str) -> None:
         """A trial of the group has started once more."""
         self._busy[name] += 1

@@ -21,6 +21,8 @@ MODEL_FILES = (".safetensors", ".json", ".jinja")
 GROUPED_BY = ("targets", "layers", "percentiles", "target_l0", "d_new", "trials")
 """Settings of the deltas that say which groups there are, and not what a group's trials do."""
 POLISH = ("polish_steps", "polish_lr")
+HOW = ("side_by_side", "workers_per_trial", "workers_per_layer")
+"""Settings that change how something is computed, and what it is by no more than rounding."""
 
 
 def _dump(section: Section, *leave_out: str) -> dict:
@@ -114,7 +116,7 @@ def base(settings: Sweep, layer: int) -> str:
     section = settings.transcoders
     if section.source != "train":
         return key_of("published", section.source, section.width, layer, section.convention)
-    return key_of("base", base_activations(settings), _dump(section, "layers"), layer)
+    return key_of("base", base_activations(settings), _dump(section, "layers", *HOW), layer)
 
 
 def transcoders(settings: Sweep, layers: list[int]) -> str:
@@ -147,7 +149,7 @@ def delta_group(settings: Sweep, group: DeltaGroup) -> str:
         delta_data(settings, group.layer, group.ground),
         group.d_new,
         settings.seed,
-        _dump(settings.deltas, *GROUPED_BY, *POLISH),
+        _dump(settings.deltas, *GROUPED_BY, *POLISH, *HOW),
         settings.compute.precision,
     )
 

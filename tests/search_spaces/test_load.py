@@ -270,8 +270,8 @@ def test_the_names_of_the_settings_are_the_trainers(section, space, trainer):
     search = {"trials", "asha", "grace_evals", "reduction_factor", "space", "sampler", "warm_start"}
     elsewhere = {
         "lora": search | {"workers_per_trial"},
-        "deltas": search | {"targets", "layers", "percentiles", "target_l0", "objectives", *keys.POLISH},
-        "transcoders": {"source", "convention", "layers"},
+        "deltas": search | {"targets", "layers", "percentiles", "target_l0", "objectives", *keys.POLISH, *keys.HOW},
+        "transcoders": {"source", "convention", "layers", *keys.HOW},
     }
     meant = set(type(getattr(sweep, section)).model_fields) - elsewhere[section]
     assert meant <= known

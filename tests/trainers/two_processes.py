@@ -59,6 +59,8 @@ def main(folder: Path, device: str) -> None:
         {name: one.contiguous().cpu() for name, one in found.items()},
         folder / f"{group.index}_of_{group.count}.safetensors",
     )
+    if group.count > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

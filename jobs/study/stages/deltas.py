@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from jobs.search.studies import Group
     from models.transcoder import Taps
     from trainers.delta_data import DeltaData
+    from trainers.delta_stack import TrainedDelta
 
 STAGE = "deltas"
 PASSED_ON = {
@@ -95,7 +96,13 @@ def _search(context: Context, groups: list[Group], of: int) -> None:
         run_search(
             groups,
             trial,
-            Runtime(context.studies, context.share, retries, context.space.folder / ".tune" / STAGE, of),
+            Runtime(
+                context.studies,
+                context.share.of_several(section.workers_per_trial, "deltas.workers_per_trial"),
+                retries,
+                context.space.folder / ".tune" / STAGE,
+                of,
+            ),
             early_stopping=halving if section.asha and one_objective and section.epochs > section.grace_evals else None,
             bar=bar,
             on_trial=lambda group, result: context.finish_trial(STAGE, group.name, result),
@@ -123,6 +130,8 @@ def delta_groups(context: Context) -> list[Group]:
             "convention": settings.transcoders.convention,
             "precision": settings.compute.precision,
             "threads": context.share.cpus,
+            "workers": section.workers_per_trial,
+            "resources": context.share.resources,
             "checkpoint_seconds": settings.compute.checkpoint_seconds,
             "settings": {**fixed, "d_new": one.d_new, "seed": settings.seed},
         }
@@ -140,58 +149,110 @@ def delta_groups(context: Context) -> list[Group]:
                 tuple(section.objectives.replace("val_error", error_name(one.ground.target)).split(", ")),
                 section.warm_start and f"{section.warm_start}/{STAGE}/{one.name}",
                 reads=f"layer_{one.layer:02d}/{one.ground.label}",
+                side_by_side=side_by_side(context),
             )
         )
     return groups
 
 
+def side_by_side(context: Context) -> int:
+    """How many trials train side by side where they may."""
+    from jobs.search.studies import STARTUP_TRIALS
+
+    asked = context.settings.deltas.side_by_side
+    return asked if asked != "auto" else 1 if context.device == "cpu" else STARTUP_TRIALS
+
+
 def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """One delta run; at the end the best replica is in the trial's folder, the others in `replica_1` and so on."""
+    """One delta run, or several side by side, here or on several workers; at the end the best replica of each is in its
+    trial's folder, the others in `replica_1` and so on."""
     environment.prepare()
+    if config["workers"] == 1:
+        return train(config, report)
+    from jobs.search.several_workers import train_together
+
+    return train_together(train, config)
+
+
+def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
+    """The runs themselves, in one process or in each of several."""
     import torch
 
-    from models.deltas import write_delta
-    from models.transcoder import CONVENTIONS, with_bos
-    from trainers.capture import read_bos
+    from models.transcoder import CONVENTIONS
     from trainers.checkpoints import Keeper
-    from trainers.delta_transcoder import DeltaSettings, DivergedError, train_delta
+    from trainers.delta_transcoder import DeltaSettings, train_deltas
+    from trainers.errors import DivergedError
     from trainers.precision import resolve_precision
+    from trainers.processes import processes
 
     torch.set_num_threads(config["threads"])
-    settings = DeltaSettings(
-        **config["settings"],
-        lr=config["lr"],
-        sparsity=config["sparsity"],
-        precision=resolve_precision(config["precision"], config["device"]),
-    )
-    taps = CONVENTIONS[config["convention"]]
-    activations, layer = Path(config["activations"]), config["layer"]
-    at_bos = read_bos(activations)[layer] if config["target"] == "change" else None
+    together = config.get("side_by_side")
+    members = together or [config]
+    settings = [
+        DeltaSettings(
+            **config["settings"],
+            lr=one["lr"],
+            sparsity=one["sparsity"],
+            precision=resolve_precision(config["precision"], config["device"]),
+        )
+        for one in ({**config, **member} for member in members)
+    ]
     of = config["residuals"] and Residuals(
         **{**config["residuals"], "candidate": tuple(config["residuals"]["candidate"])}
     )
-    data = pairs(activations, layer, taps, of or None, config["device"])
+    taps = CONVENTIONS[config["convention"]]
+    data = pairs(Path(config["activations"]), config["layer"], taps, of or None, config["device"])
+    reported: list[list[dict[str, Any]]] = [[] for _ in members]
+
+    def note(number: int, figures: dict[str, Any]) -> None:
+        reported[number].append(figures)
+        if not together:
+            report(figures)
+
     keeper = Keeper(Path(config["folder"]) / "checkpoint.safetensors", config["checkpoint_seconds"])
+    writes = processes(config["device"]).index == 0
+    ends: list[dict[str, Any]] = []
     try:
-        trained = train_delta(
-            data,
-            settings,
-            device=config["device"],
-            report=report,
-            keeper=keeper,
-        )
-    except (DivergedError, torch.OutOfMemoryError) as error:
-        keeper.forget()
-        return {"failed": " ".join(str(error).split())[:500]}
+        for member, trained in zip(
+            members, train_deltas(data, settings, device=config["device"], report=note, keeper=keeper), strict=True
+        ):
+            if isinstance(trained, DivergedError):
+                ends.append(_failed(trained))
+            else:
+                if writes:
+                    _write(trained, Path(member["folder"]), config)
+                ends.append(trained.figures)
+    except torch.OutOfMemoryError as error:
+        ends = [{"apart": True} if together else _failed(error)]
+    keeper.forget()
+    if not together or "apart" in ends[0]:
+        return ends[0]
+    return {"side_by_side": [{**one, "history": seen} for one, seen in zip(ends, reported, strict=True)]}
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    return {"failed": " ".join(str(error).split())[:500]}
+
+
+def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any]) -> None:
+    """Writes a trial's replicas, best first."""
+    from models.deltas import write_delta
+    from models.transcoder import with_bos
+    from trainers.capture import read_bos
+
+    at_bos = read_bos(Path(config["activations"]))[config["layer"]] if config["target"] == "change" else None
     losses = trained.figures["val_loss_replicas"]
     ranked = sorted(range(len(losses)), key=losses.__getitem__)
     for rank, index in reversed(list(enumerate(ranked))):
-        facts = {"target": config["target"], "d_new": settings.d_new, "kept_replica": index, **trained.figures}
+        facts = {
+            "target": config["target"],
+            "d_new": config["settings"]["d_new"],
+            "kept_replica": index,
+            **trained.figures,
+        }
         delta = trained.deltas[index] if at_bos is None else with_bos(trained.deltas[index], at_bos)
-        write_delta(delta, replica_folder(Path(config["folder"]), rank), facts)
-    keeper.forget()
-    seal(Path(config["folder"]))
-    return trained.figures
+        write_delta(delta, replica_folder(folder, rank), facts)
+    seal(folder)
 
 
 def replica_folder(trial: Path, rank: int) -> Path:

@@ -76,7 +76,7 @@ def _search(context: Context) -> dict[str, Any]:
             trial,
             Runtime(
                 context.studies,
-                context.share.of_several(section.workers_per_trial),
+                context.share.of_several(section.workers_per_trial, "lora.workers_per_trial"),
                 settings.compute.max_retries,
                 space.folder / ".tune" / STAGE,
             ),

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.cluster.fanout import Pool
 from jobs.errors import WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json
@@ -40,6 +41,9 @@ class LayerTask(NamedTuple):
     device: str
     precision: str
     convention: str
+    threads: int
+    workers: int
+    resources: dict[str, float]
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -74,20 +78,37 @@ def chosen_base(context: Context, layer: int, percentile: float | None) -> Candi
 
 
 def train_layer(task: LayerTask) -> dict[str, Any]:
-    """Trains one layer's bases side by side; writes them and a manifest."""
+    """Trains one layer's bases side by side, here or on several workers; writes them and a manifest."""
+    started = time.perf_counter()
+    bridge.cache_clear()  # the capture's model is no longer needed
+    if task.workers == 1:
+        found = train(task._asdict(), None)
+    else:
+        from jobs.search.several_workers import train_together
+
+        found = train_together(train, task._asdict(), in_tune=False)
+    seal(Path(task.folder))
+    finish_folder(Path(task.folder), task.key, {**found, "seconds": time.perf_counter() - started})
+    return {"layer": task.layer, **found}
+
+
+def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
+    """The training of a `LayerTask`, in one process or in each of several, of which the first writes what it gives."""
+    import torch
+
     from trainers.activations import read_pairs
     from trainers.base_transcoder import BaseSettings, train_bases
     from trainers.capture import layer_folder
     from trainers.precision import resolve_precision
+    from trainers.processes import processes
 
-    started = time.perf_counter()
-    bridge.cache_clear()  # the capture's model is no longer needed
-    section = dict(task.section)
+    task = LayerTask(**config)
+    torch.set_num_threads(task.threads)
     splits = [layer_folder(Path(task.activations) / split, task.layer) for split in ("train", "validation")]
     trained = train_bases(
         read_pairs(splits[0]),
         read_pairs(splits[1]),
-        BaseSettings(**section, seed=task.seed, precision=resolve_precision(task.precision, task.device)),
+        BaseSettings(**task.section, seed=task.seed, precision=resolve_precision(task.precision, task.device)),
         layer=task.layer,
         taps=CONVENTIONS[task.convention],
         device=task.device,
@@ -98,12 +119,11 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
         name = f"average_l0_{one.facts['val_l0']:.0f}"
         if any(fact["path"].endswith(name) for fact in facts):
             name = f"average_l0_{one.facts['val_l0']:.2f}"
-        path = folder / width_label(section["width"]) / name
-        write(one.transcoder, path, one.facts)
+        path = folder / width_label(task.section["width"]) / name
+        if processes(task.device).index == 0:
+            write(one.transcoder, path, one.facts)
         facts.append({"layer": task.layer, "path": str(path.relative_to(folder.parent)), **one.facts})
-    seal(folder)
-    finish_folder(folder, task.key, {"bases": facts, "seconds": time.perf_counter() - started})
-    return {"layer": task.layer, "bases": facts}
+    return {"bases": facts}
 
 
 def _train(context: Context) -> None:
@@ -147,14 +167,23 @@ def _train_window(context: Context, folders: dict[int, Path]) -> None:
             device=context.device,
             precision=settings.compute.precision,
             convention=section.convention,
+            threads=context.share.cpus,
+            workers=section.workers_per_layer,
+            resources=context.share.resources,
         )
         for layer, folder in folders.items()
     ]
+    pool = context.pool
+    if section.workers_per_layer > 1:  # which need the machine
+        pool.close()
+        pool = Pool(context.share.of_several(section.workers_per_layer, "transcoders.workers_per_layer"))
     with context.progress.bar("base transcoders", len(tasks), "layers") as bar:
-        for outcome in context.pool.run(train_layer, tasks, settings.compute.max_retries):
+        for outcome in pool.run(train_layer, tasks, settings.compute.max_retries):
             if outcome.error:
                 raise WorkFailed(f"base transcoders of layer {outcome.task.layer}: {outcome.error}")
             bar.advance()
+    if pool is not context.pool:
+        pool.close()
 
 
 def _check(context: Context, candidate: Candidate, layer: int) -> None:

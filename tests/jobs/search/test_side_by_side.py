@@ -1,0 +1,111 @@
+"""Trials of a group that one worker is given together end as one by one: values, states, files and studies."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cluster.connection import Share
+from jobs.files import write_json
+from jobs.search.halving import EarlyStopping
+from jobs.search.studies import Group, trials_of
+from search_spaces.dimensions import Choice
+from tests.jobs.search.test_grouped import group, search, states
+
+STEPS = 4
+HALVING = EarlyStopping(grace=1, longest=STEPS, reduction_factor=3)
+
+
+def one(member: dict[str, Any], centre: float, report: Any) -> dict[str, Any]:
+    """Best at x = centre; a trial near 1 fails after two validations, others leave a file as trainers do."""
+    loss = (member["x"] - centre) ** 2
+    for step in range(1, STEPS + 1):
+        report({"step": step, "val_loss": loss + 1 / step})
+        if step == 2 and member["x"] > 0.95:
+            return {"failed": "x is too large"}
+    write_json(Path(member["folder"]) / "delta.json", loss)
+    return {"step": STEPS, "val_loss": loss + 1 / STEPS}
+
+
+def bowls(config: dict[str, Any], report: Any) -> dict[str, Any]:
+    """The trials of `config`, side by side if they are several; notes how many in the group's folder."""
+    members = config.get("side_by_side") or [config]
+    folder = Path(members[0]["folder"]).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "calls").open("a") as file:
+        file.write(f"{len(members)}\n")
+    if len(members) == 1:
+        return one(config, config["centre"], report)
+    found = []
+    for member in members:
+        history: list[dict[str, Any]] = []
+        found.append({**one(member, config["centre"], history.append), "history": history})
+    return {"side_by_side": found}
+
+
+def too_large(config: dict[str, Any], report: Any) -> dict[str, Any]:
+    return {"apart": True} if "side_by_side" in config else bowls(config, report)
+
+
+def dies_together(config: dict[str, Any], report: Any) -> dict[str, Any]:
+    if "side_by_side" in config:
+        os._exit(1)
+    return bowls(config, report)
+
+
+def outcome(one: Group) -> list[dict[str, Any]]:
+    """What does not depend on when and where trials ran."""
+    found = [{name: value for name, value in result.items() if name != "seconds"} for result in trials_of(one)]
+    for result in found:
+        del result["started"]
+        result["files"] = sorted(p.name for p in (one.folder / f"trial_{result['trial']:04d}").iterdir())
+    return found
+
+
+def calls(one: Group) -> list[int]:
+    return [int(line) for line in (one.folder / "calls").read_text().split()]
+
+
+@pytest.fixture
+def alone(share: Share) -> Share:
+    """Room for one worker, so that trials one by one are in order."""
+    return replace(share, at_once=1)
+
+
+@pytest.mark.parametrize("halving", [None, HALVING], ids=["all to their end", "stopped early"])
+@pytest.mark.parametrize(("sampler", "expected"), [("tpe", [4, 1, 1, 1]), ("random", [4, 3]), ("grid", [4, 3])])
+def test_side_by_side_is_one_by_one(alone, tmp_path, sampler: str, expected: list[int], halving) -> None:
+    def made(name: str, at_once: int) -> Group:
+        made = replace(group(tmp_path / name, "bowls", 7), sampler=sampler, side_by_side=at_once)
+        if sampler == "grid":
+            made = replace(made, space={"x": Choice(choice=[0.0, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0])})
+        return made
+
+    apart, together = made("apart", 1), made("together", 4)
+    for one_of in (apart, together):
+        told = search(one_of.folder.parent, [one_of], bowls, alone, halving)
+        assert len(told) == 7
+    assert outcome(together) == outcome(apart)
+    assert states(tmp_path / "together", "bowls") == states(tmp_path / "apart", "bowls")
+    assert calls(apart) == [1] * 7
+    assert calls(together) == expected
+    found = {result["state"] for result in trials_of(together)}
+    assert ("STOPPED" in found) == (halving is not None)
+    if sampler == "grid":
+        assert halving is not None or "FAILED" in found
+
+
+@pytest.mark.parametrize("trial", [too_large, dies_together])
+def test_what_does_not_work_together_is_run_one_by_one(alone, tmp_path, trial, capsys) -> None:
+    apart, together = (
+        replace(group(tmp_path / name, "bowls", 5), side_by_side=at_once) for name, at_once in (("a", 1), ("t", 4))
+    )
+    search(tmp_path / "a", [apart], bowls, alone)
+    search(tmp_path / "t", [together], trial, alone)
+    assert outcome(together) == outcome(apart)
+    assert calls(together) == [1] * 5
+    assert "trials ['0', '1', '2', '3']" in capsys.readouterr().out
