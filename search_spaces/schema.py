@@ -34,6 +34,10 @@ class Model(Section):
     """A finetuned model to look at, instead of one that is trained here: a folder or hub repository that holds a full
     model of the same architecture and shape, or a PEFT adapter."""
     finetuned_revision: Name | None = None
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """What the model is evaluated in. `auto`: bf16 on a GPU and fp32 on a CPU, unless `compute.precision` says another,
+    and fp32 for the exactness checks. `bf16` is for models that do not fit in fp32: the checks then allow what it
+    rounds."""
 
 
 class Data(Section):

@@ -45,6 +45,32 @@ def weights_of(folder: Path) -> Weights:
     return Weights(sum(every.values()), mlp, sum(every.values()) - looked_up)
 
 
+def memory_rows(context: Context) -> list[tuple[str, str]]:
+    """The weights that a worker has on its GPU to evaluate all layers at once: of the model, the un-finetuned MLPs, the
+    bases and the deltas; for the exactness checks, both models' MLPs once more. A batch comes on top."""
+    weights, settings = weights_of(context.model), context.settings
+    count, d_model = (model_facts(context.model)[name] for name in ("n_layers", "d_model"))
+    dtype = {"auto": settings.compute.precision, "fp32": "fp32", "bf16": "bf16"}[settings.model.dtype]
+    size = 2 if dtype in ("auto", "bf16") else 4
+    mlps = size * weights.mlp * len(context.layers_of("change")) / count
+    width, residual = settings.transcoders.width, len(context.layers_of("residual"))
+    features = width if isinstance(width, int) else THOUSAND * int(width.removesuffix("k")) if width[-1] == "k" else 0
+    parts = {
+        "model": size * weights.all,
+        "un-finetuned MLPs": mlps,
+        "bases": 4 * 2 * d_model * features * residual,
+        "deltas": 4 * 2 * d_model * max(settings.deltas.d_new) * max(residual, len(context.layers_of("change"))),
+    }
+    exact = 1 if settings.model.dtype == "bf16" else 4 // size
+    checks = sum(parts.values()) + (exact - 1) * parts["model"] + (3 * exact - 1) * mlps
+    listed = ", ".join(f"{name} {one / 1e9:.3g}" for name, one in parts.items() if one)
+    allowed = "" if exact == 1 or size == 4 else ", which are in fp32 unless model.dtype=bf16"
+    said = f"{sum(parts.values()) / 1e9:.3g} GB of weights ({listed}); {checks / 1e9:.3g} GB in the checks{allowed}"
+    return [("memory of a GPU", said)]
+
+
+THOUSAND = 1024
+"""Of a published width such as 16k."""
 STEP_KERNELS, VALIDATION = 75, 20
 """Kernels of a delta step, and how many steps one validation counts as."""
 FP32 = 8

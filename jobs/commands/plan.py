@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evaluators.conditions import CONDITIONS
 from evaluators.layer_sets import layer_label
-from jobs.commands.assumed import assumed_rows
+from jobs.commands.assumed import assumed_rows, memory_rows
 from jobs.commands.forecast import WORKERS, other_kinds, schedule_rows
 from jobs.commands.status import Rows, finetuned_row
 from jobs.errors import RequestError
@@ -47,8 +47,9 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     forecast = schedule_rows(context, measured or context.space.folder, workers)
     if measured and not forecast:
         raise RequestError(f"--measured: {measured} has no sweep with trials and cells of these widths")
-    if not forecast and settings.compute.gpus_per_trial:
-        forecast = assumed_rows(context, workers)
+    if settings.compute.gpus_per_trial:
+        rows += memory_rows(context)
+        forecast = forecast or assumed_rows(context, workers)
     return rows + (forecast or [("time on more workers", "unknown: run it once, or name a sweep with --measured")])
 
 

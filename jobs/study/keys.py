@@ -53,7 +53,7 @@ def _stamp(path: str) -> list[int]:
 
 
 def _unfinetuned(settings: Sweep) -> dict:
-    return _dump(settings.model, "finetuned", "finetuned_revision")
+    return _dump(settings.model, "finetuned", "finetuned_revision", "dtype")
 
 
 def lora_group(settings: Sweep) -> str:
@@ -72,7 +72,7 @@ def lora(settings: Sweep) -> str:
     model = settings.model
     if model.finetuned:
         files = [path for path in sorted(Path(model.finetuned).glob("*")) if path.suffix in MODEL_FILES]
-        return key_of("adopted", data(settings), _dump(model), [_stamp(str(path)) for path in files])
+        return key_of("adopted", data(settings), _dump(model, "dtype"), [_stamp(str(path)) for path in files])
     return key_of(lora_group(settings), settings.lora.trials)
 
 

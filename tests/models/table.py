@@ -158,7 +158,9 @@ def _alpha_0_is_the_plain_model(bridge: Any, before: Path) -> bool:
         splice.reset(batch.editable, torch.ones(len(ROWS)))
         ours = forward(bridge, batch, batch.ids.shape[1])
     theirs = plain(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions).logits
-    return torch.allclose(ours[batch.mask], theirs[batch.mask], atol=ROUNDING * theirs.abs().max().item(), rtol=0)
+    return torch.allclose(
+        ours[batch.mask], theirs[batch.mask], atol=ROUNDING[torch.float32] * theirs.abs().max().item(), rtol=0
+    )
 
 
 def _random_delta(layer: int, d_model: int) -> Transcoder:

@@ -15,13 +15,15 @@ from data.rows import read_rows, slug
 from jobs.files import read_json, write_json
 from jobs.study.stages import behaviour_cells
 from jobs.study.stages.work import SitePlan, Work
-from jobs.study.stages.worker_memory import bridge, exact_paths, reference
+from jobs.study.stages.worker_memory import bridge, exact_paths, own_paths, reference
 from jobs.study.stages.worker_sites import cell_file, kept_passes, load_sites, plain_passes
 
 CHECK_ROWS = 1
 """Rows of each subset that the exactness checks use; of each, all logits at all positions are compared."""
 RANKING_ROWS = 16
 """Held-out rows of each label on which features are ranked."""
+EXACT_LAYERS = 4
+"""Layers whose MLPs lie in fp32 beside a model in less, which may be a large one."""
 CARD_ROWS = 8
 """Rows of each subset on which a feature is ablated, and kept, alone."""
 
@@ -54,13 +56,17 @@ def _reconstruction(work: Work, model: Any, rows: list[Any]) -> list[str]:
 def _change(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from evaluators.measures.change_fit import evaluate_change
 
-    started = time.perf_counter()
-    exact = None
-    if work.model.precision != "fp32":
-        layers_of = tuple(plan.layer for plan in work.sites)
-        before, after = (exact_paths(work.model, one, layers_of) for one in (work.shared.base_model, work.model.folder))
-        exact = (before, after)
-    found = evaluate_change(plain_passes(work, model), load_sites(work), rows, exact)
+    started, sites, passes = time.perf_counter(), load_sites(work), plain_passes(work, model)
+    if work.model.precision == "fp32":
+        found = evaluate_change(passes, sites, rows)
+    else:
+        found = []
+        for some in (sites[first : first + EXACT_LAYERS] for first in range(0, len(sites), EXACT_LAYERS)):
+            layers_of = tuple(site.layer for site in some)
+            before, after = (
+                exact_paths(work.model, one, layers_of) for one in (work.shared.base_model, work.model.folder)
+            )
+            found += evaluate_change(passes, some, rows, (before, after))
     layers = [{"layer": plan.layer, "rows": entries} for plan, entries in zip(work.sites, found, strict=True)]
     return _write(work, {"d_new": work.sites[0].d_new, "layers": layers}, started)
 
@@ -164,7 +170,7 @@ def _exactness(work: Work, model: Any, rows: list[Any]) -> list[str]:
     if work.sites[0].ground.target == "change":
         folders = (work.shared.base_model, work.model.folder)
         layers = tuple(site.layer for site in sites)
-        before, after = (exact_paths(work.model, folder, layers) for folder in folders)
+        before, after = (own_paths(work.model, folder, layers) for folder in folders)
         checks += [one for chosen in sets for one in change_checks(model, few, chosen, before, after)]
     write_json(Path(work.shared.cells).parent / f"{work.name}.json", {"key": work.key, "checks": checks})
     return []

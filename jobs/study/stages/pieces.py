@@ -49,8 +49,9 @@ def _model(context: Context, folder: Path | None = None) -> ModelSpec:
     from trainers.precision import resolve_precision
 
     settings, device = context.settings, context.device
-    # On a CPU, bf16 is not worth the loss of exactness, so it must be set explicitly.
-    precision = "fp32" if device == "cpu" and settings.compute.precision == "auto" else settings.compute.precision
+    precision = settings.compute.precision if settings.model.dtype == "auto" else settings.model.dtype
+    if device == "cpu" and precision == "auto":
+        precision = "fp32"  # bf16 is not worth the loss of exactness there, so it must be set explicitly
     return ModelSpec(
         str(folder or context.finetuned),
         device,
@@ -225,8 +226,9 @@ def reconstruction_work(context: Context) -> list[Work]:
 
 def exactness_work(context: Context, chosen: dict[str, Combination]) -> list[Work]:
     works = []
-    # In fp32 whatever the sweep runs in: less would drown what is compared in rounding.
-    model = _model(context)._replace(precision="fp32")
+    model = _model(context)
+    if context.settings.model.dtype != "bf16":  # less than fp32 would drown what is compared in rounding
+        model = model._replace(precision="fp32")
     for target, one in chosen.items():
         sites = site_plans(context, tuple(context.layers_of(target)), one)
         key = key_of("exactness", lineage(context, sites), evaluation_settings(context))

@@ -97,6 +97,7 @@ def evaluation_settings(context: Context) -> list[Any]:
         settings.evaluate.max_new_tokens,
         settings.evaluate.stop,
         settings.compute.precision,
+        *([] if settings.model.dtype == "auto" else [settings.model.dtype]),
     ]
 
 

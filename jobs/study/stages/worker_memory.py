@@ -44,6 +44,13 @@ def paths(model: ModelSpec, folder: str, layers: tuple[int, ...]) -> dict[int, B
     return read_paths(bridge(model.folder, model.device, model.precision), Path(folder), layers)
 
 
+def own_paths(model: ModelSpec, folder: str, layers: tuple[int, ...]) -> dict[int, BlockPath]:
+    """The same, read for the caller alone: `paths` may hold the model's weights while it runs with theirs."""
+    from models.blocks import read_paths
+
+    return read_paths(bridge(model.folder, model.device, model.precision), Path(folder), layers)
+
+
 @lru_cache(maxsize=2)
 def exact_paths(model: ModelSpec, folder: str, layers: tuple[int, ...]) -> dict[int, BlockPath]:
     """The same in fp32: a change is a small difference of two outputs."""

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from evaluators.measures.checks import exactness_checks
 from evaluators.splice import interventions
@@ -19,6 +20,21 @@ def test_a_right_splice_passes(subject, place):
     assert len(checks) >= 6
     assert not failed(checks)
     assert all(check["detail"] for check in checks)
+
+
+@pytest.fixture(scope="module")
+def half(subject, wrapped):
+    """The same model in bf16."""
+    return wrapped(subject.folder, torch.bfloat16)
+
+
+def test_a_right_splice_passes_in_bf16_and_a_broken_one_does_not(subject, half, monkeypatch):
+    bridge, site = half, subject.site
+    assert not failed(exactness_checks(bridge, subject.rows, site, Limits(4)))
+    registry = interventions.CONDITIONS
+    broken = dataclasses.replace(registry["true_output"], combine=lambda y, base, delta, alpha: y + 0.01)
+    monkeypatch.setitem(registry, "true_output", broken)
+    assert any("own output back" in name for name in failed(exactness_checks(bridge, subject.rows, site, Limits(4))))
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import Gemma2Config
 
-from jobs.commands.assumed import Weights, assumed_loads, assumed_rows, weights_of
+from jobs.commands.assumed import Weights, assumed_loads, assumed_rows, memory_rows, weights_of
 from jobs.commands.forecast import Load
 from jobs.study.context import Context
 from models.sources import load_model
@@ -60,3 +63,36 @@ def test_a_slow_storage_holds_every_worker_up(tmp_path: Path) -> None:
     rows = dict(assumed_rows(context))
     assert "storage" in rows["on 64 GPUs"]
     assert "1e-06 GB/s of storage" in rows["assumed"]
+
+
+GEMMA_2_9B = {
+    "hidden_size": 3584,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 42,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "vocab_size": 256000,
+}
+"""From its config.json."""
+
+
+def test_nine_billion_parameters_in_bf16_fit_on_80_gb(tmp_path: Path, gemma_folder: Path) -> None:
+    """With the un-finetuned MLPs and change deltas of all layers, the exactness checks among it."""
+    shutil.copytree(gemma_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    Gemma2Config(**GEMMA_2_9B).save_pretrained(tmp_path / "model")
+    asked = [f"model.source={tmp_path / 'model'}", f"storage.root={tmp_path}", "compute.gpus_per_trial=1"]
+    asked += ["deltas.targets=[change]", "deltas.d_new=[128]", "deltas.layers=all", "evaluate.controls=[]"]
+
+    def memory(*settings: str) -> tuple[float, float]:
+        ((_, text),) = memory_rows(Context(load("tiny", [*asked, *settings])))
+        evaluation, checks = re.findall(r"([\d.]+) GB", text)
+        return float(evaluation), float(checks)
+
+    in_bf16, assumed = memory("model.dtype=bf16"), memory()
+    model, mlps, deltas = 18.48, 2 * 42 * 3 * 3584 * 14336 / 1e9, 42 * 2 * 3584 * 128 * 4 / 1e9
+    assert in_bf16[0] == pytest.approx(model + mlps + deltas, rel=1e-2)
+    assert in_bf16[1] == pytest.approx(model + 3 * mlps + deltas, rel=1e-2)
+    assert in_bf16[1] < 80
+    assert assumed[0] == in_bf16[0]
+    assert assumed[1] == pytest.approx(2 * (model + 3 * mlps) + deltas, rel=1e-2)
