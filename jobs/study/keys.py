@@ -165,8 +165,14 @@ def deltas(settings: Sweep, groups: list[DeltaGroup]) -> str:
     return key_of([delta_group(settings, group) for group in groups], settings.deltas.trials, *together)
 
 
+def evaluated_in(settings: Sweep) -> list[str]:
+    """The precision that the settings ask for, beside that of `compute`."""
+    return [settings.compute.precision, *([] if settings.model.dtype == "auto" else [settings.model.dtype])]
+
+
 def evaluate(settings: Sweep, groups: list[DeltaGroup]) -> str:
-    return key_of("evaluate", deltas(settings, groups), _dump(settings.evaluate), behaviours(settings))
+    asked = [_dump(settings.evaluate), behaviours(settings), *evaluated_in(settings)[1:]]
+    return key_of("evaluate", deltas(settings, groups), *asked)
 
 
 def report(settings: Sweep, groups: list[DeltaGroup]) -> str:

@@ -96,8 +96,7 @@ def evaluation_settings(context: Context) -> list[Any]:
         finetuned,
         settings.evaluate.max_new_tokens,
         settings.evaluate.stop,
-        settings.compute.precision,
-        *([] if settings.model.dtype == "auto" else [settings.model.dtype]),
+        *keys.evaluated_in(settings),
     ]
 
 
