@@ -170,13 +170,12 @@ class Stack:
 
     def _update(self, x: Tensor, residual: Tensor) -> Losses:
         shared, share = self.shared, self.processes.share
-        losses = self.model.backward(share(x), share(residual), self._sparsity(), self.deviation, len(x))
+        learned = shared.threshold == "learned"
+        losses = self.model.backward(share(x), share(residual), self._sparsity(), self.deviation, len(x), learned)
         self.processes.add_up([*self.model.raw_gradients(), *losses])
-        if calibrated := shared.threshold == "calibrated":
-            self.model.log_threshold.grad = torch.zeros_like(self.model.log_threshold)
         clip_each(self.model.gradients(), shared.grad_clip)
         self.optimiser.step()
-        if calibrated:
+        if not learned:
             self.model.steer(losses.active, CALIBRATED * shared.l0_budget)
         return losses
 

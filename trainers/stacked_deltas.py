@@ -76,9 +76,10 @@ class StackedDeltas:
         sparsity: float | Tensor,
         deviation: float = 1.0,
         of_tokens: int | None = None,
+        thresholds: bool = True,
     ) -> Losses:
         """Sets the gradients of every replica's `error + sparsity * penalty`, `residual` in units of `deviation`;
-        `sparsity` is a number or one for each feature (n * d_new,).
+        `sparsity` is a number or one for each feature (n * d_new,). Without `thresholds` theirs are zero.
 
         `x` and `residual` (tokens, d_model) are fp32 or bf16; products with them are computed in their dtype,
         everything else in fp32. They may be a share of a batch `of_tokens`: gradients and losses then add up over its
@@ -105,8 +106,11 @@ class StackedDeltas:
         expected = apart.transpose(1, 2) @ apart @ self.W_dec  # a' a W
         self.W_dec.grad = expected.sub_(seen).mul_(per_error).add_(self.W_dec * pull.view(self.count, -1, 1))
 
-        near = (pre > threshold - BANDWIDTH / 2) & (pre < threshold + BANDWIDTH / 2)
-        self.log_threshold.grad = (to_acts * near).sum(0) * threshold.square() / -BANDWIDTH
+        if thresholds:
+            near = (pre > threshold - BANDWIDTH / 2) & (pre < threshold + BANDWIDTH / 2)
+            self.log_threshold.grad = (to_acts * near).sum(0) * threshold.square() / -BANDWIDTH
+        else:
+            self.log_threshold.grad = torch.zeros_like(self.log_threshold)
         to_pre = to_acts.mul_(on)
         self.b_enc.grad = to_pre.sum(0)
         self.W_enc.grad = _product(x.T, to_pre)
