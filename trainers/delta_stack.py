@@ -123,7 +123,8 @@ class Stack:
         self.optimiser = StackedAdamW(self.model, len(settings), self.shared.weight_decay)
         on_gpu = device.startswith("cuda")
         self.sparsity = [torch.zeros((), device=device) if on_gpu else 0.0 for _ in settings]
-        self.update = Graphed(self._update)
+        # No one has tried whether an exchange between processes can be recorded.
+        self.update = Graphed(self._update) if self.processes.count == 1 else self._update
         per_epoch = data.train.batch_count(self.shared.batch_size)
         self.steps = per_epoch * self.shared.epochs
         self.every = max(1, per_epoch // self.shared.evals_per_epoch)

@@ -41,10 +41,13 @@ ALONE = Processes()
 
 
 def processes(device: str) -> Processes:
-    """Those that this process is one of, connected by Accelerate."""
+    """Those that this process is one of, connected by Accelerate; `cuda` is then this process's own device, so ask
+    before anything is put there."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=device == "cpu")
+    if accelerator.device.type == "cuda":
+        torch.cuda.set_device(accelerator.device)
     return Processes(accelerator.process_index, accelerator.num_processes)

@@ -18,6 +18,7 @@ from jobs.progress import clock
 from jobs.study.context import CARDS_AT_ONCE, Context
 from jobs.study.disk import disk_of, pair_bytes, reads_of
 from jobs.study.stages.activations import SHARD_TOKENS
+from jobs.study.stages.deltas import trials_at_once
 from models.sources import model_facts
 from search_spaces.dimensions import Choice, Range
 
@@ -71,8 +72,9 @@ def memory_rows(context: Context) -> list[tuple[str, str]]:
 
 THOUSAND = 1024
 """Of a published width such as 16k."""
-STEP_KERNELS, VALIDATION = 75, 20
-"""Kernels of a delta step, and how many steps one validation counts as."""
+STEP_KERNELS, VALIDATION, BESIDE = 75, 20, 0.11
+"""Kernels of a delta step, how many steps one validation counts as, and what share of its time each further run side by
+side adds to a step (an H100 took 1.8 times as long for eight)."""
 FP32 = 8
 """So many times as long as in bf16 takes a product in fp32."""
 
@@ -159,8 +161,10 @@ def _deltas(context: Context, workers: int) -> Load:
     steps = section.epochs * (settings.activations.train_tokens // section.batch_size + VALIDATION)
     trials = len(context.delta_groups) * section.trials
     read = reads_of(context, workers) * pair_bytes(context)
-    each = steps * STEP_KERNELS * machine.kernel_us * 1e-6 + machine.start_s + read / trials / (machine.pcie_gbs * 1e9)
-    return Load("deltas", [each] * trials, shared=max(_storage(context, read), trials * machine.trial_ms * 1e-3))
+    each = steps * STEP_KERNELS * machine.kernel_us * 1e-6
+    around = machine.start_s + read / trials / (machine.pcie_gbs * 1e9)
+    units = [each * (1 + BESIDE * (runs - 1)) + around for runs in trials_at_once(context)] * len(context.delta_groups)
+    return Load("deltas", units, shared=max(_storage(context, read), trials * machine.trial_ms * 1e-3))
 
 
 def _evaluation(context: Context, weights: Weights) -> list[float]:

@@ -78,12 +78,14 @@ def layer_bytes(context: Context, layer: int) -> int:
 
 def keeps_base_errors(context: Context) -> bool:
     """Whether what bases leave is kept on disk. On a GPU, multiplying again should be cheaper than reading."""
-    asked, gpus = context.settings.storage.base_errors, context.settings.compute.gpus_per_trial
-    if asked != "auto":
-        return asked == "kept"
-    if gpus is None and "share" in vars(context):  # the cluster is known, which decides
-        return context.device == "cpu"
-    return not gpus
+    asked = context.settings.storage.base_errors
+    return asked == "kept" if asked != "auto" else not on_gpu(context)
+
+
+def on_gpu(context: Context) -> bool:
+    """Whether trials have a GPU, or would have one by the settings where no cluster is known yet."""
+    gpus = context.settings.compute.gpus_per_trial
+    return context.device != "cpu" if gpus is None and "share" in vars(context) else bool(gpus)
 
 
 def pair_bytes(context: Context) -> int:

@@ -13,9 +13,10 @@ from data.encoding import encode_row
 from jobs.commands.device_checks import CHECKS, Check, examine
 from jobs.commands.device_figures import ROWS, models, pairs, polish_subject
 from models.sources import load_model
+from tests.trainers.two_processes import check_two_are_one
 from trainers.checkpoints import Keeper
 from trainers.delta_stack import Stack
-from trainers.delta_transcoder import DeltaSettings, train_delta
+from trainers.delta_transcoder import DeltaSettings, TrainedDelta, train_delta, train_deltas
 from trainers.joint_polish import PolishSettings, polish
 from trainers.lora import LoraSettings, Splits, train_lora
 from trainers.precision import number_format
@@ -151,3 +152,18 @@ def test_memory_is_given_back_after_a_trial(device: str) -> None:
     for _ in range(3):
         train_delta(pairs(), SETTINGS, device=device)
     assert left() <= before
+
+
+def test_runs_side_by_side_are_those_of_the_cpu(device: str) -> None:
+    asked = [replace(SETTINGS, lr=lr, sparsity=sparsity) for lr, sparsity in ((1e-2, 1e-4), (3e-3, 1e-2))]
+    found, expected = (train_deltas(pairs(), asked, device=where) for where in (device, "cpu"))
+    for one, other in zip(found, expected, strict=True):
+        assert isinstance(one, TrainedDelta)
+        assert isinstance(other, TrainedDelta)
+        for name in ("val_loss", "val_l0_delta"):
+            assert one.figures[name] == pytest.approx(other.figures[name], rel=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_processes_on_two_devices_are_one(tmp_path: Path) -> None:
+    check_two_are_one(tmp_path, "cuda")

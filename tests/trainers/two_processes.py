@@ -5,11 +5,12 @@ In: a folder. Out: in it `INDEX_of_COUNT.safetensors`, what this process has lea
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from trainers.activations import Pairs
 from trainers.base_transcoder import BaseSettings, train_bases
@@ -31,8 +32,6 @@ def made(tokens: int, seed: int) -> Pairs:
 
 def main(folder: Path, device: str) -> None:
     group = processes(device)
-    if device == "cuda":
-        torch.cuda.set_device(group.index)
     train, validation = made(1501, 1), made(400, 2)
     found: dict[str, torch.Tensor] = {}
     # More activations in a batch than the sample that a cut is found from, and fewer.
@@ -61,6 +60,33 @@ def main(folder: Path, device: str) -> None:
     )
     if group.count > 1:
         torch.distributed.destroy_process_group()
+
+
+def two(folder: Path, device: str) -> None:
+    """Runs `main` in two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "tests.trainers.two_processes", str(folder), device],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def check_two_are_one(folder: Path, device: str) -> None:
+    """Both processes learn the same, and within rounding what one does."""
+    main(folder, device)
+    two(folder, device)
+    alone = load_file(folder / "0_of_1.safetensors")
+    first, second = (load_file(folder / f"{index}_of_2.safetensors") for index in range(2))
+    assert set(first) == set(second) == set(alone)
+    for name, one in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(
+            first[name], one, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 if __name__ == "__main__":

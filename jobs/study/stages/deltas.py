@@ -19,7 +19,7 @@ from jobs.files import keyed_folder, write_json
 from jobs.seals import seal
 from jobs.study import keys
 from jobs.study.context import Context
-from jobs.study.disk import disk_of, drop
+from jobs.study.disk import disk_of, drop, on_gpu
 from jobs.study.grounds import error_name
 from jobs.study.stages.activations import capture_finetuned
 from jobs.study.stages.base_errors import (
@@ -160,7 +160,17 @@ def side_by_side(context: Context) -> int:
     from jobs.search.studies import STARTUP_TRIALS
 
     asked = context.settings.deltas.side_by_side
-    return asked if asked != "auto" else 1 if context.device == "cpu" else STARTUP_TRIALS
+    return asked if asked != "auto" else STARTUP_TRIALS if on_gpu(context) else 1
+
+
+def trials_at_once(context: Context) -> list[int]:
+    """How many of a group's trials each call of a worker is given."""
+    from jobs.search.studies import STARTUP_TRIALS
+
+    section, most = context.settings.deltas, side_by_side(context)
+    free = section.trials if section.sampler in ("random", "grid") else min(section.trials, STARTUP_TRIALS)
+    full, rest = divmod(free, most)
+    return [most] * full + [rest] * (rest > 0) + [1] * (section.trials - free)
 
 
 def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
@@ -186,6 +196,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     from trainers.processes import processes
 
     torch.set_num_threads(config["threads"])
+    writes = processes(config["device"]).index == 0
     together = config.get("side_by_side")
     members = together or [config]
     settings = [
@@ -210,7 +221,6 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
             report(figures)
 
     keeper = Keeper(Path(config["folder"]) / "checkpoint.safetensors", config["checkpoint_seconds"])
-    writes = processes(config["device"]).index == 0
     ends: list[dict[str, Any]] = []
     try:
         for member, trained in zip(

@@ -143,7 +143,9 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     from trainers.errors import TrainingError
     from trainers.lora import LoraSettings, Splits, train_lora
     from trainers.precision import number_format, resolve_precision
+    from trainers.processes import processes
 
+    processes(config["device"])
     torch.set_num_threads(config["threads"])
     precision = resolve_precision(config["precision"], config["device"])
     searched = {name: config[name] for name in LoraSettings.__dataclass_fields__ if name in config}

@@ -104,6 +104,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
 
     task = LayerTask(**config)
     torch.set_num_threads(task.threads)
+    writes = processes(task.device).index == 0
     splits = [layer_folder(Path(task.activations) / split, task.layer) for split in ("train", "validation")]
     trained = train_bases(
         read_pairs(splits[0]),
@@ -120,7 +121,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
         if any(fact["path"].endswith(name) for fact in facts):
             name = f"average_l0_{one.facts['val_l0']:.2f}"
         path = folder / width_label(task.section["width"]) / name
-        if processes(task.device).index == 0:
+        if writes:
             write(one.transcoder, path, one.facts)
         facts.append({"layer": task.layer, "path": str(path.relative_to(folder.parent)), **one.facts})
     return {"bases": facts}
