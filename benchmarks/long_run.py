@@ -31,8 +31,8 @@ SMALL = (
 SETS = "[[0, 1], [0, 2], [0, 3]]"
 """All of two layers, and they begin in the same one, so that their cells cost the same."""
 SUBSETS, LAYERS = 3, 4
-WIDTHS = 12
-"""Values of d_new: a worker writes the cells of a width, set and subset at once, so there must be many of those."""
+SEEDS = 8
+"""Of each delta: a worker writes the cells of a seed, set and subset at once, so there must be many of those."""
 TRIALS = 16
 """Of each group; more trials come as more groups, as in a large study, since what a proposal costs grows with those of
 its own study."""
@@ -102,11 +102,11 @@ def main(
         ]
         show("trials", [one["started"] + one["seconds"] for one in results], use, entries() - before)
 
-        count = cells // (SUBSETS * 3 * WIDTHS)
+        count = cells // (SUBSETS * 3 * SEEDS)
         alphas = [round((number + 1) / (count + 1), 6) for number in range(count)]
-        widths = list(range(1, WIDTHS + 1))
-        grid = [*sweep, "name=cells", "deltas.trials=1", f"deltas.d_new={widths}", f"evaluate.alphas={alphas}"]
-        use = watched([*base, *grid, f"evaluate.sets={SETS}"])
+        seeds = [f"deltas.replicas={SEEDS}", f"evaluate.replicas={SEEDS}", "deltas.trials=1", "deltas.d_new=[2]"]
+        grid = [*sweep, "name=cells", *seeds, f"evaluate.alphas={alphas}", f"evaluate.sets={SETS}"]
+        use = watched([*base, *grid])
         found = [path.stat().st_mtime for path in place.glob("sweeps/cells/cells/*_alpha*.json")]
         show("cells", found, use, entries() - before)
 

@@ -43,7 +43,8 @@ ALONE = Processes()
 def processes(device: str) -> Processes:
     """Those that this process is one of, connected by Accelerate; `cuda` is then this process's own device, so ask
     before anything is put there."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    # A job script may have set the first for something else; a launcher sets all three.
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not {"RANK", "LOCAL_RANK"} <= set(os.environ):
         return ALONE
     from accelerate import Accelerator
 

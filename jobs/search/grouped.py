@@ -151,8 +151,8 @@ class _Running:
         return {**group.constants, **group.fixed, **own, "group": group.name}
 
     def __str__(self) -> str:
-        numbers = [str(one.number) for one in self.trials]
-        return f"{self.group.name} trial {numbers[0]}" if len(numbers) == 1 else f"{self.group.name} trials {numbers}"
+        numbers = ", ".join(str(one.number) for one in self.trials)
+        return f"{self.group.name} trial{'s' * (len(self.trials) > 1)} {numbers}"
 
 
 class GroupedSearch(Searcher):

@@ -233,6 +233,8 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
                     _write(trained, Path(member["folder"]), config)
                 ends.append(trained.figures)
     except torch.OutOfMemoryError as error:
+        if config["workers"] > 1:
+            raise  # the others would wait for this one
         ends = [{"apart": True} if together else _failed(error)]
     keeper.forget()
     if not together or "apart" in ends[0]:

@@ -108,4 +108,4 @@ def test_what_does_not_work_together_is_run_one_by_one(alone, tmp_path, trial, c
     search(tmp_path / "t", [together], trial, alone)
     assert outcome(together) == outcome(apart)
     assert calls(together) == [1] * 5
-    assert "trials ['0', '1', '2', '3']" in capsys.readouterr().out
+    assert "bowls trials 0, 1, 2, 3: " in capsys.readouterr().out
