@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -80,7 +81,8 @@ class StackedBases:
         losses, fired = [], []
         for index, target in enumerate(target_l0):
             pre = torch.addmm(self.b_enc[index].to(dtype), narrow, self.W_enc[index].to(dtype).T)
-            active = _Active.of(pre, batch_cut(pre, target, generator, group, tokens))
+            kind = _Active if has_sparse_products(pre.device.type) else _DenseActive
+            active = kind.of(pre, batch_cut(pre, target, generator, group, tokens))
             error = torch.addmm(self.b_dec[index] - y, active.matrix(active.values), self.W_dec[index])
             losses.append(error.square().mean() * (len(x) / tokens))
             fired.append(active.counts)
@@ -172,6 +174,35 @@ class _Active(NamedTuple):
         """`left @ right.T` (tokens, width) where there is an activation: (nnz,)."""
         blank = self.matrix(torch.zeros_like(self.values))
         return torch.sparse.sampled_addmm(blank, left, right.T, beta=0.0).values()
+
+
+class _DenseActive(_Active):
+    """The same for devices without sparse products: dense ones, with all the zeros."""
+
+    def matrix(self, values: Tensor) -> Tensor:
+        dense = values.new_zeros(len(self.starts) - 1, len(self.counts))
+        dense[self.rows, self.columns] = values
+        return dense
+
+    def transposed(self, values: Tensor) -> Tensor:
+        return self.matrix(values).T
+
+    def sampled(self, left: Tensor, right: Tensor) -> Tensor:
+        return (left @ right.T)[self.rows, self.columns]
+
+
+@lru_cache
+def has_sparse_products(device: str) -> bool:
+    """Whether torch has, on such a device, the products of sparse matrices in fp32 that a step needs."""
+    indices = torch.tensor([0, 1], device=device), torch.tensor([0], device=device)
+    try:
+        one = torch.sparse_csr_tensor(*indices, torch.ones(1, device=device), (1, 1), check_invariants=False)
+        square = torch.ones(1, 1, device=device)
+        torch.addmm(square, one, square)
+        torch.sparse.sampled_addmm(one, square, square)
+    except RuntimeError:  # NotImplementedError among them
+        return False
+    return True
 
 
 def _starts(counts: Tensor) -> Tensor:

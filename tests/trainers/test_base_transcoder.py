@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models.transcoder import Taps, Transcoder
+from trainers import stacked_bases
 from trainers.activations import Pairs
 from trainers.base_transcoder import (
     BaseSettings,
@@ -45,9 +46,12 @@ def trained(data):
     return train_bases(*data, SETTINGS, layer=4, taps=Taps("a", "b"))
 
 
+@pytest.mark.parametrize("has_sparse", [True, False], ids=["sparse products", "none on this device"])
 @pytest.mark.parametrize("cut_at", ["some", "none active"])
-def test_sparse_gradients_are_those_of_the_dense_loss(cut_at):
+def test_gradients_are_those_of_the_dense_loss(cut_at, has_sparse, monkeypatch):
     """The same loss written with dense products and left to autograd."""
+    assert stacked_bases.has_sparse_products("cpu")
+    monkeypatch.setattr(stacked_bases, "has_sparse_products", lambda device: has_sparse)
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(50, D_MODEL, generator=generator) for _ in range(2))
     model = StackedBases(D_MODEL, 2, WIDTH, generator, "cpu")
