@@ -40,6 +40,6 @@ class WorkFailed(RuntimeError):
 def no_storage(error: BaseException) -> int | None:
     """The number of an error of `NO_STORAGE`, also where a library passes it on as text; None for any other error."""
     number = getattr(error, "errno", None)
-    if number is None and (told := re.search(r"\(os error (\d+)\)", str(error))):
-        number = int(told[1])
+    if number is None and (told := re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))):
+        number = int(told[1] or told[2])
     return number if number in NO_STORAGE else None

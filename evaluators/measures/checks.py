@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 FED_ALONE = 3
 """Tokens that are fed one by one to compare cached with uncached logits."""
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Of the largest logit: by so much may two orders of the same additions differ after all layers, in the model's
-dtype."""
+"""Of the largest logit: by so much may two orders of the same additions differ after all layers, in the model's dtype.
+In bf16, on a CPU, they differed by 0.014 in a tiny random Gemma-2 and by nothing in SmolLM2-135M."""
 
 
 def exactness_checks(
@@ -80,7 +80,8 @@ def exactness_checks(
         {
             "name": f"cached and uncached greedy generation under full agree (layer {where})",
             "passed": same == len(cached),
-            "detail": f"{same} of {len(cached)} prompts give the same tokens, {sum(map(len, cached))} tokens",
+            "detail": f"{same} of {len(cached)} prompts give the same tokens, {sum(map(len, cached))} tokens"
+            + (f", or others within {within:.3g} of the largest logit" if within else ""),
         }
     )
     return checks

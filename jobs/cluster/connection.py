@@ -51,6 +51,11 @@ class Share:
         names the setting, if they do not fit."""
         if workers == 1:
             return self
+        if 0 < self.gpus < 1:
+            raise RequestError(
+                f"{setting}: got {workers}, but processes that exchange gradients need whole GPUs, and "
+                f"compute.gpus_per_trial is {self.gpus:g}"
+            )
         if workers > self.at_once:
             raise RequestError(f"{setting}: got {workers}, but the cluster only has room for {self.at_once} at once")
         return Share(0, 0.0, self.at_once // workers)

@@ -47,34 +47,44 @@ def weights_of(folder: Path) -> Weights:
 
 
 def memory_rows(context: Context) -> list[tuple[str, str]]:
-    """The weights that a worker has on its GPU to evaluate all layers at once: of the model, the un-finetuned MLPs, the
-    bases and the deltas; for the exactness checks, both models' MLPs once more. A batch comes on top."""
-    weights, settings = weights_of(context.model), context.settings
+    """The weights that a worker holds at most: in evaluation, in the exactness checks, and where changes are computed
+    in fp32 whatever the model is in, which is in their capture and in `pca_delta`. A batch comes on top."""
+    weights, settings, change = weights_of(context.model), context.settings, context.layers_of("change")
     count, d_model = (model_facts(context.model)[name] for name in ("n_layers", "d_model"))
-    dtype = {"auto": settings.compute.precision, "fp32": "fp32", "bf16": "bf16"}[settings.model.dtype]
-    size = 2 if dtype in ("auto", "bf16") else 4
-    mlps = size * weights.mlp * len(context.layers_of("change")) / count
-    width, residual = settings.transcoders.width, len(context.layers_of("residual"))
-    features = width if isinstance(width, int) else THOUSAND * int(width.removesuffix("k")) if width[-1] == "k" else 0
+    dtypes = [one for one in (settings.model.dtype, settings.compute.precision) if one != "auto"]
+    size = 2 if (*dtypes, "bf16")[0] == "bf16" else 4
+    mlps, exact_mlps = (one * weights.mlp * len(change) / count for one in (size, 4))
+    residual = len(context.layers_of("residual"))
     parts = {
         "model": size * weights.all,
         "un-finetuned MLPs": mlps,
-        "bases": 4 * 2 * d_model * features * residual,
-        "deltas": 4 * 2 * d_model * max(settings.deltas.d_new) * max(residual, len(context.layers_of("change"))),
+        "bases": 4 * 2 * d_model * _features(settings.transcoders.width) * residual,
+        "deltas": 4 * 2 * d_model * max(settings.deltas.d_new) * max(residual, len(change)),
     }
-    exact = 1 if settings.model.dtype == "bf16" else 4 // size
-    checks = sum(parts.values()) + (exact - 1) * parts["model"] + (3 * exact - 1) * mlps
+    evaluation, beside = sum(parts.values()), parts["bases"] + parts["deltas"]
+    checked = size if settings.model.dtype == "bf16" else 4
+    peaks = {
+        "checks": checked * (weights.all + 3 * weights.mlp * len(change) / count) + beside,
+        "capture": size * weights.all + 2 * exact_mlps,
+        "pca_delta": evaluation + 2 * exact_mlps if change and "pca_delta" in settings.evaluate.controls else 0,
+    }
     listed = ", ".join(f"{name} {one / 1e9:.3g}" for name, one in parts.items() if one)
-    allowed = "" if exact == 1 or size == 4 else ", which are in fp32 unless model.dtype=bf16"
-    said = f"{sum(parts.values()) / 1e9:.3g} GB of weights ({listed}); {checks / 1e9:.3g} GB in the checks{allowed}"
-    return [("memory of a GPU", said)]
+    others = ", ".join(f"{name} {one / 1e9:.3g}" for name, one in peaks.items() if one)
+    return [("weights", f"{evaluation / 1e9:.3g} GB a worker in evaluation ({listed}); {others}")]
 
 
-THOUSAND = 1024
-"""Of a published width such as 16k."""
+def _features(width: str | int) -> int:
+    """Of a width such as 16384, or 16k as published ones are called; 0 for a label that says no number."""
+    number, scale = str(width), 1
+    if number[-1:] in ("k", "m"):
+        number, scale = number[:-1], 1024 if number[-1] == "k" else 1024**2
+    return int(number) * scale if number.isdigit() else 0
+
+
 STEP_KERNELS, VALIDATION, BESIDE = 75, 20, 0.11
-"""Kernels of a delta step, how many steps one validation counts as, and what share of its time each further run side by
-side adds to a step (an H100 took 1.8 times as long for eight)."""
+"""Kernels of a delta step when one was timed (calibrated thresholds have needed ten fewer since), how many steps one
+validation counts as, and what share of its time each further run side by side adds to a step (an H100 took 1.8 times as
+long for eight)."""
 FP32 = 8
 """So many times as long as in bf16 takes a product in fp32."""
 
@@ -162,8 +172,9 @@ def _deltas(context: Context, workers: int) -> Load:
     trials = len(context.delta_groups) * section.trials
     read = reads_of(context, workers) * pair_bytes(context)
     each = steps * STEP_KERNELS * machine.kernel_us * 1e-6
-    around = machine.start_s + read / trials / (machine.pcie_gbs * 1e9)
-    units = [each * (1 + BESIDE * (runs - 1)) + around for runs in trials_at_once(context)] * len(context.delta_groups)
+    calls = trials_at_once(context)
+    around = machine.start_s + read / max(1, len(calls) * len(context.delta_groups)) / (machine.pcie_gbs * 1e9)
+    units = [each * (1 + BESIDE * (runs - 1)) + around for runs in calls] * len(context.delta_groups)
     return Load("deltas", units, shared=max(_storage(context, read), trials * machine.trial_ms * 1e-3))
 
 

@@ -191,12 +191,13 @@ class GroupedSearch(Searcher):
         return running.config()
 
     def _next(self) -> _Running | None:
-        """A trial whose worker died, else what has not been started, if it may start now."""
-        if self._retries:
-            running = self._retries.pop()
-            self._turns.again(running.group.name)
-            return running
-        name = self._turns.take()
+        """A trial that is run again, else what has not been started, if it may start now."""
+        for place, running in enumerate(self._retries):
+            if self._turns.may_start(running.group.name):
+                del self._retries[place]
+                self._turns.again(running.group.name)
+                return replace(running, started=time.time())
+        name = self._turns.take(but={running.group.name for running in self._retries})
         if name is None:
             return None
         group, left = self._groups[name], self._turns.left[name]
@@ -229,32 +230,31 @@ class GroupedSearch(Searcher):
             return
         self._turns.ended(running.group.name)
         figures = figures_of(result or {})
-        if (error and running.deaths < self._max_retries) or "apart" in figures:
-            self._again(running, died=error)
+        several = len(running.trials) > 1
+        if several and (error or "apart" in figures):  # which of them is to blame will be seen
+            self._bar.line(f"{running}: {'their worker died' if error else 'too large side by side'}, now one by one")
+            self._retries += [replace(running, trials=[one], history=[]) for one in running.trials]
+            return
+        if error and running.deaths < self._max_retries:
+            deaths = running.deaths + 1
+            self._retries.append(replace(running, deaths=deaths))
+            self._bar.line(f"{running}: its worker died, trying again ({deaths} of {self._max_retries})")
             return
         if (number := figures.pop("no_storage", None)) is not None:
             self.no_storage = number
             return
         ended = bool(result and result.get("final"))
-        if len(running.trials) == 1:
+        if not several:
             self._end(running, running.trials[0], End(figures, running.history, ended, error))
             return
-        for trial, one in zip(running.trials, figures.get("side_by_side", [{}] * len(running.trials)), strict=True):
-            history = one.pop("history", [])
+        for trial, one in zip(running.trials, figures["side_by_side"], strict=True):
+            history = one.pop("history")
             self._end(running, trial, self._as_alone(running, trial, End(NO_LOSS | one, history, ended, error)))
-
-    def _again(self, running: _Running, died: bool) -> None:
-        """Puts trials whose worker died, or that must be run apart, in line; each by itself."""
-        deaths = running.deaths + died
-        for one in reversed(running.trials):
-            self._retries.append(replace(running, trials=[one], history=[*running.history], deaths=deaths))
-        tries = f", trying again ({deaths} of {self._max_retries})"
-        self._bar.line(f"{running}: " + (f"its worker died{tries}" if died else "too large side by side, one by one"))
 
     def _as_alone(self, running: _Running, trial: optuna.Trial | Again, end: End) -> End:
         """How a trial that ran beside others would have ended alone, after those before it; what it left is deleted if
         it would have been stopped."""
-        stop = self._halving.stops(running.group.name, trial.number, end.history) if self._halving else None
+        stop = self._halving.replay(running.group.name, trial.number, end.history) if self._halving else None
         history = end.history[:stop]
         for figures in history:
             self._report(running, trial, figures)

@@ -19,9 +19,10 @@ OUTCOME = "outcome.json"
 Train = Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], dict[str, Any]]
 
 
-def train_together(train: Train, config: dict[str, Any], in_tune: bool = True) -> dict[str, Any]:
-    """Runs `train` on `config["workers"]` workers, each with `config["resources"]`."""
-    from ray.train import RunConfig, ScalingConfig
+def train_together(train: Train, config: dict[str, Any], retries: int | None = None) -> dict[str, Any]:
+    """Runs `train` on `config["workers"]` workers, each with `config["resources"]`; where no trial of Tune does the
+    retrying, once more for each of `retries` if one dies."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -36,7 +37,8 @@ def train_together(train: Train, config: dict[str, Any], in_tune: bool = True) -
         run_config=RunConfig(
             name=".train",
             storage_path=str(folder),
-            callbacks=[TuneReportCallback()] if in_tune else [],  # type: ignore[list-item]
+            callbacks=[TuneReportCallback()] if retries is None else [],  # type: ignore[list-item]
+            failure_config=FailureConfig(max_failures=retries or 0),
         ),
     )
     trainer.fit()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 
 class Turns:
@@ -25,10 +25,14 @@ class Turns:
         self._held: list[str] = []
         """What workers that are free have read, the last one last."""
 
-    def take(self) -> str | None:
-        """The group of the trial to start now, if there is one: of what the free worker holds; else of what no other
-        worker is at; and of those the one with the most trials left."""
-        allowed = [name for name, left in self.left.items() if left and self._busy[name] < self._most]
+    def may_start(self, name: str) -> bool:
+        """Whether another trial of the group may run now."""
+        return self._busy[name] < self._most
+
+    def take(self, but: Collection[str] = ()) -> str | None:
+        """The group of the trial to start now, if there is one, none of `but`: of what the free worker holds; else of
+        what no other worker is at; and of those the one with the most trials left."""
+        allowed = [name for name, left in self.left.items() if left and self.may_start(name) and name not in but]
         if not allowed:
             return None
         held = self._held.pop() if self._held else None

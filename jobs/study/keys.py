@@ -76,9 +76,15 @@ def lora(settings: Sweep) -> str:
     return key_of(lora_group(settings), settings.lora.trials)
 
 
+def own_dtype(settings: Sweep) -> list[str]:
+    """The dtype that the settings give the model, if they do."""
+    return [] if settings.model.dtype == "auto" else [settings.model.dtype]
+
+
 def finetuned_check(settings: Sweep) -> str:
     """The key of what the finetuned model says on the validation rows."""
-    return key_of(lora(settings), behaviours(settings), settings.evaluate.max_new_tokens, settings.evaluate.stop)
+    evaluate = settings.evaluate
+    return key_of(lora(settings), behaviours(settings), evaluate.max_new_tokens, evaluate.stop, *own_dtype(settings))
 
 
 def behaviours(settings: Sweep) -> list[object]:
@@ -165,13 +171,8 @@ def deltas(settings: Sweep, groups: list[DeltaGroup]) -> str:
     return key_of([delta_group(settings, group) for group in groups], settings.deltas.trials, *together)
 
 
-def evaluated_in(settings: Sweep) -> list[str]:
-    """The precision that the settings ask for, beside that of `compute`."""
-    return [settings.compute.precision, *([] if settings.model.dtype == "auto" else [settings.model.dtype])]
-
-
 def evaluate(settings: Sweep, groups: list[DeltaGroup]) -> str:
-    asked = [_dump(settings.evaluate), behaviours(settings), *evaluated_in(settings)[1:]]
+    asked = [_dump(settings.evaluate), behaviours(settings), *own_dtype(settings)]
     return key_of("evaluate", deltas(settings, groups), *asked)
 
 

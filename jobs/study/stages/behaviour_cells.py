@@ -128,8 +128,7 @@ def _true_change(work: Work, layer: int) -> Any:
     """What finetuning changed in the layer's MLP, computed by both."""
     from evaluators.splice.sites import TrueChange
 
-    # Beside a model in less than fp32, which may be a large one, there is room for one layer.
-    layers = tuple(plan.layer for plan in work.sites) if work.model.precision == "fp32" else (layer,)
+    layers = tuple(plan.layer for plan in work.sites)
     before, after = (exact_paths(work.model, one, layers) for one in (work.shared.base_model, work.model.folder))
     return TrueChange(before[layer], after[layer])
 

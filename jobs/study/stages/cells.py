@@ -22,8 +22,8 @@ CHECK_ROWS = 1
 """Rows of each subset that the exactness checks use; of each, all logits at all positions are compared."""
 RANKING_ROWS = 16
 """Held-out rows of each label on which features are ranked."""
-EXACT_LAYERS = 4
-"""Layers whose MLPs lie in fp32 beside a model in less, which may be a large one."""
+EXACT_LAYERS = 14
+"""Layers whose MLPs lie in fp32 at once, beside a model in bf16, which may be a large one."""
 CARD_ROWS = 8
 """Rows of each subset on which a feature is ablated, and kept, alone."""
 
@@ -62,11 +62,13 @@ def _change(work: Work, model: Any, rows: list[Any]) -> list[str]:
     else:
         found = []
         for some in (sites[first : first + EXACT_LAYERS] for first in range(0, len(sites), EXACT_LAYERS)):
+            exact_paths.cache_clear()  # before more are read
             layers_of = tuple(site.layer for site in some)
             before, after = (
                 exact_paths(work.model, one, layers_of) for one in (work.shared.base_model, work.model.folder)
             )
             found += evaluate_change(passes, some, rows, (before, after))
+            del before, after
     layers = [{"layer": plan.layer, "rows": entries} for plan, entries in zip(work.sites, found, strict=True)]
     return _write(work, {"d_new": work.sites[0].d_new, "layers": layers}, started)
 

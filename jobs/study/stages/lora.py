@@ -145,7 +145,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     from trainers.precision import number_format, resolve_precision
     from trainers.processes import processes
 
-    processes(config["device"])
+    processes(config["device"])  # of several, each has a device of its own
     torch.set_num_threads(config["threads"])
     precision = resolve_precision(config["precision"], config["device"])
     searched = {name: config[name] for name in LoraSettings.__dataclass_fields__ if name in config}

@@ -96,7 +96,8 @@ def evaluation_settings(context: Context) -> list[Any]:
         finetuned,
         settings.evaluate.max_new_tokens,
         settings.evaluate.stop,
-        *keys.evaluated_in(settings),
+        settings.compute.precision,
+        *keys.own_dtype(settings),
     ]
 
 

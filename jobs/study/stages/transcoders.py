@@ -21,6 +21,7 @@ from jobs.study.disk import disk_of, drop
 from jobs.study.grounds import selection_label
 from jobs.study.stages.activations import capture_base
 from jobs.study.stages.worker_memory import bridge
+from jobs.study.workspace import TIMELINE
 from models.gemma_scope import Candidate, candidates, read, select, width_label, write
 from models.sources import model_facts
 from models.transcoder import CONVENTIONS, Taps, check_fits
@@ -44,6 +45,7 @@ class LayerTask(NamedTuple):
     threads: int
     workers: int
     resources: dict[str, float]
+    retries: int
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
     else:
         from jobs.search.several_workers import train_together
 
-        found = train_together(train, task._asdict(), in_tune=False)
+        found = train_together(train, task._asdict(), task.retries)
     seal(Path(task.folder))
     finish_folder(Path(task.folder), task.key, {**found, "seconds": time.perf_counter() - started})
     return {"layer": task.layer, **found}
@@ -171,13 +173,15 @@ def _train_window(context: Context, folders: dict[int, Path]) -> None:
             threads=context.share.cpus,
             workers=section.workers_per_layer,
             resources=context.share.resources,
+            retries=settings.compute.max_retries,
         )
         for layer, folder in folders.items()
     ]
     pool = context.pool
     if section.workers_per_layer > 1:  # which need the machine
         pool.close()
-        pool = Pool(context.share.of_several(section.workers_per_layer, "transcoders.workers_per_layer"))
+        share = context.share.of_several(section.workers_per_layer, "transcoders.workers_per_layer")
+        pool = Pool(share, context.space.folder / TIMELINE)
     with context.progress.bar("base transcoders", len(tasks), "layers") as bar:
         for outcome in pool.run(train_layer, tasks, settings.compute.max_retries):
             if outcome.error:

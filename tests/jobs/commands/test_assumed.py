@@ -87,15 +87,18 @@ def test_nine_billion_parameters_in_bf16_fit_on_80_gb(tmp_path: Path, gemma_fold
     asked = [f"model.source={tmp_path / 'model'}", f"storage.root={tmp_path}", "compute.gpus_per_trial=1"]
     asked += ["deltas.targets=[change]", "deltas.d_new=[128]", "deltas.layers=all", "evaluate.controls=[]"]
 
-    def memory(*settings: str) -> tuple[float, float]:
+    def memory(*settings: str) -> dict[str, float]:
         ((_, text),) = memory_rows(Context(load("tiny", [*asked, *settings])))
-        evaluation, checks = re.findall(r"([\d.]+) GB", text)
-        return float(evaluation), float(checks)
+        found = {name: float(size) for name, size in re.findall(r"(\w+) ([\d.]+)", text)}
+        return {**found, "evaluation": float(text.split()[0])}
 
     in_bf16, assumed = memory("model.dtype=bf16"), memory()
     model, mlps, deltas = 18.48, 2 * 42 * 3 * 3584 * 14336 / 1e9, 42 * 2 * 3584 * 128 * 4 / 1e9
-    assert in_bf16[0] == pytest.approx(model + mlps + deltas, rel=1e-2)
-    assert in_bf16[1] == pytest.approx(model + 3 * mlps + deltas, rel=1e-2)
-    assert in_bf16[1] < 80
-    assert assumed[0] == in_bf16[0]
-    assert assumed[1] == pytest.approx(2 * (model + 3 * mlps) + deltas, rel=1e-2)
+    assert in_bf16["evaluation"] == pytest.approx(model + mlps + deltas, rel=1e-2)
+    assert in_bf16["checks"] == pytest.approx(model + 3 * mlps + deltas, rel=1e-2)
+    assert in_bf16["capture"] == pytest.approx(model + 4 * mlps, rel=1e-2)
+    assert max(in_bf16.values()) < 80
+    assert assumed["evaluation"] == in_bf16["evaluation"]
+    assert assumed["checks"] == pytest.approx(2 * (model + 3 * mlps) + deltas, rel=1e-2)
+    fitted = memory("evaluate.controls=[pca_delta]")
+    assert fitted["pca_delta"] == pytest.approx(model + 5 * mlps + deltas, rel=1e-2)

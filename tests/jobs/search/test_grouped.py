@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def search(
     share: Share,
     halving: EarlyStopping | None = None,
     max_retries: int = 1,
+    on_trial: Callable[[Group, dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = []
     with Progress().bar("trials", sum(one.trials for one in groups), "trials") as bar:
@@ -84,7 +86,7 @@ def search(
             Runtime(open_storage(None, root), share, max_retries, root / ".tune"),
             early_stopping=halving,
             bar=bar,
-            on_trial=lambda group, result: told.append(result),
+            on_trial=on_trial or (lambda group, result: told.append(result)),
         )
     return told
 

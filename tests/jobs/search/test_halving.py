@@ -11,11 +11,13 @@ from jobs.search.halving import InOrder
 
 
 def test_the_next_trial_is_that_of_tunes_own_scheduler() -> None:
-    trials = [Trial("anything", trial_id=f"search_{number:05d}", stub=True) for number in range(40)]
+    trials, ours = [Trial("anything", trial_id=Trial.generate_id(), stub=True) for _ in range(40)], InOrder()
+    for trial in trials:
+        ours.on_trial_add(None, trial)
     for number, trial in enumerate(trials):
         trial.set_status(Trial.TERMINATED if number < 30 else Trial.RUNNING if number == 30 else Trial.PENDING)
     controller = SimpleNamespace(get_trials=lambda: trials, get_live_trials=lambda: set(trials[30:]))
     for trial in trials[31:]:
-        assert InOrder().choose_trial_to_run(controller) is FIFOScheduler().choose_trial_to_run(controller) is trial
+        assert ours.choose_trial_to_run(controller) is FIFOScheduler().choose_trial_to_run(controller) is trial
         trial.set_status(Trial.RUNNING)
-    assert InOrder().choose_trial_to_run(controller) is None
+    assert ours.choose_trial_to_run(controller) is None
