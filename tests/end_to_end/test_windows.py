@@ -17,8 +17,9 @@ from tests.end_to_end.damage import tables
 @pytest.mark.long("two whole sweeps, one of them in windows", minutes=2)
 def test_windows_and_recomputing_change_no_table_and_leave_no_activations(tmp_path: Path) -> None:
     controls = "evaluate.controls=[dense_delta, pca_delta]"
-    asked = ("tiny", *SMALL, controls, "deltas.polish_steps=2", "evaluate.cards=0")
-    one_layer = layer_bytes(Context(load("tiny", [*SMALL, f"storage.root={tmp_path / 'whole'}"])), 1)
+    small = (*SMALL, "lora.trials=1", "lora.steps=2", "data.eval_rows=2", "evaluate.curve=false", "evaluate.cards=0")
+    asked = ("tiny", *small, controls, "deltas.polish_steps=2")
+    one_layer = layer_bytes(Context(load("tiny", [*small, f"storage.root={tmp_path / 'whole'}"])), 1)
     budget = f"storage.budget_gb={one_layer / 1e9!r}"
     parts = (*asked, f"storage.root={tmp_path / 'parts'}", budget, "storage.base_errors=recomputed")
     planned, whole, begun, parted = commands = together(
