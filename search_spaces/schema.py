@@ -36,8 +36,7 @@ class Model(Section):
     finetuned_revision: Name | None = None
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """What the model is evaluated in. `auto`: bf16 on a GPU and fp32 on a CPU, unless `compute.precision` says another,
-    and fp32 for the exactness checks and the finetuned model's own check. `bf16`, for large models, is for those too;
-    the exactness checks then allow what it rounds."""
+    and fp32 for the exactness checks. `bf16`, for large models, is for those too, which then allow what it rounds."""
 
 
 class Data(Section):

@@ -83,8 +83,7 @@ def own_dtype(settings: Sweep) -> list[str]:
 
 def finetuned_check(settings: Sweep) -> str:
     """The key of what the finetuned model says on the validation rows."""
-    evaluate = settings.evaluate
-    return key_of(lora(settings), behaviours(settings), evaluate.max_new_tokens, evaluate.stop, *own_dtype(settings))
+    return key_of(lora(settings), behaviours(settings), settings.evaluate.max_new_tokens, settings.evaluate.stop)
 
 
 def behaviours(settings: Sweep) -> list[object]:

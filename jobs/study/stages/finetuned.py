@@ -52,7 +52,6 @@ class Task(NamedTuple):
     behaviours: dict[str, Any]
     limits: Limits
     device: str
-    precision: str
 
 
 def adopt(context: Context) -> dict[str, Any]:
@@ -136,7 +135,6 @@ def make(context: Context, adapter: Path | None, key: str) -> dict[str, Any]:
             context.settings.evaluate.behaviours,
             context.limits,
             context.device,
-            "bf16" if context.settings.model.dtype == "bf16" else "fp32",
         )
         for outcome in context.pool.run(merge_and_check, [task], context.settings.compute.max_retries):
             if outcome.error:
@@ -174,7 +172,6 @@ def merge_and_check(task: Task) -> None:
     from evaluators.measures.finetuned import check_rows
     from models.sources import load_model
     from trainers.adapters import merge
-    from trainers.precision import dtype_of
 
     if task.adapter:
         model, tokenizer = load_model(Path(task.base), torch.float32)
@@ -182,7 +179,7 @@ def merge_and_check(task: Task) -> None:
         tokenizer.save_pretrained(task.finetuned)
         seal(Path(task.finetuned))
     # Read back from disk, as every later stage reads it.
-    finetuned, tokenizer = load_model(Path(task.finetuned), dtype_of(task.precision), task.device)
+    finetuned, tokenizer = load_model(Path(task.finetuned), torch.float32, task.device)
     found: dict[str, Any] = {"key": task.key}
     if task.answered:
         found["answered"] = _answer(task, finetuned, tokenizer)
