@@ -241,7 +241,8 @@ def kill_at_random(
 
 def check_equal(root: Path, calm: Path, damage: bool = False) -> None:
     """Checks for the tables of the sweep in the folder `calm` except times, one MLflow run per result and none RUNNING,
-    no zombie in Optuna. What was damaged and made again has two runs, which differ in when they were started."""
+    no zombie in Optuna. What was damaged and made again has two runs, which differ in when they were started; where it
+    was `start.json`, all of the sweep is told anew, and what a kill had left of the first telling stays KILLED."""
     sweep = root / "sweeps/tiny"
     found = tables(sweep)
     for name, expected in tables(calm).items():
@@ -250,7 +251,12 @@ def check_equal(root: Path, calm: Path, damage: bool = False) -> None:
     experiment = client.get_experiment_by_name("tiny")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], max_results=5000)
-    assert {run.info.status for run in runs} == {"FINISHED"}
+    newest = max((run for run in runs if run.info.run_name == "tiny"), key=lambda run: run.info.start_time)
+    start = newest.data.tags["deltascope.key"].rpartition("#")[2]
+    for run in runs:
+        present = run.data.tags["deltascope.key"].endswith(f"#{start}")
+        assert present or damage, "runs of an earlier start"
+        assert run.info.status in ({"FINISHED"} if present else {"FINISHED", "KILLED"}), run.info.run_name
     keys = [run.data.tags["deltascope.key"] for run in runs]
     assert len(keys) == len(set(keys)), "two runs share a key"
     assert _results(sweep) == _results(calm)
