@@ -35,8 +35,8 @@ def train_delta(
 
     The loss of a replica is `mean((delta(x) - r)^2) / unit + sparsity * mean_tokens(sum_i acts_i |W_dec_i|)`, r being
     the residual or the change and W_dec in units of `sqrt(unit)`, so that `lr` and `sparsity` mean the same on every
-    layer. A replica
-    trains as it would alone: only early stopping and the choice of the best validation look at the replicas' mean.
+    layer. A replica trains as it would alone: only early stopping and the choice of the best validation look at the
+    replicas' mean.
 
     With a `keeper`, an interrupted run continues from its last checkpoint: it repeats its earlier reports, and ends as
     it would have without the interruption. `on_step` gets the losses of every step from there on. In a process group,
