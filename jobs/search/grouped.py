@@ -231,7 +231,7 @@ class GroupedSearch(Searcher):
         self._turns.ended(running.group.name)
         figures = figures_of(result or {})
         several = len(running.trials) > 1
-        if several and (error or "apart" in figures):  # which of them is to blame will be seen
+        if several and not figures.keys() & {"side_by_side", "no_storage"}:  # which is to blame will be seen
             self._bar.line(f"{running}: {'their worker died' if error else 'too large side by side'}, now one by one")
             self._retries += [replace(running, trials=[one], history=[]) for one in running.trials]
             return
