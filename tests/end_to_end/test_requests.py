@@ -84,7 +84,7 @@ def test_a_missing_settings_file(jobs: Jobs) -> None:
 
 def test_an_address_that_does_not_answer(jobs: Jobs, tmp_path: Path) -> None:
     port = free_port()
-    done = jobs("sweep", "tiny", f"storage.root={tmp_path}", "--address", f"127.0.0.1:{port}", timeout=60)
+    done = jobs("sweep", "tiny", f"storage.root={tmp_path}", "--address", f"127.0.0.1:{port}", timeout=200)
     check(done, ["--address", f"127.0.0.1:{port}"])
 
 
@@ -94,6 +94,6 @@ def test_an_unknown_command_and_option(jobs: Jobs) -> None:
 
 
 def test_gemma_without_the_hub_fails_at_once(jobs: Jobs, tmp_path: Path) -> None:
-    done = jobs("sweep", "gemma2_2b", f"storage.root={tmp_path}", timeout=30)
+    done = jobs("sweep", "gemma2_2b", f"storage.root={tmp_path}", timeout=200)
     check(done, ["model.source", "google/gemma-2-2b"])
     assert list(tmp_path.iterdir()) == []

@@ -98,7 +98,7 @@ def test_an_interrupt_stops_cleanly_and_says_how_to_continue(tmp_path: Path, how
         time.sleep(0.1)
     time.sleep(3)
     process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 130
     assert "run the same command to continue" in errors
     assert "Traceback" not in errors
@@ -112,7 +112,7 @@ def test_a_second_driver_is_refused(jobs: Jobs, tmp_path: Path) -> None:
         while not (tmp_path / "sweeps/tiny/data/manifest.json").is_file():
             assert first.poll() is None
             time.sleep(0.1)
-        second = jobs(*arguments, timeout=60)
+        second = jobs(*arguments, timeout=200)
         assert second.returncode == 2
         assert "another process is running the sweep" in second.stderr
     finally:

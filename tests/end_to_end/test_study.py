@@ -200,7 +200,7 @@ def test_no_pickle_is_left(finished: Finished) -> None:
 
 def test_a_second_run_finds_everything_done(finished: Finished, jobs: Jobs) -> None:
     before = {path: path.stat().st_mtime_ns for path in (finished[0] / "sweeps/tiny/cells").iterdir()}
-    again = jobs("sweep", "tiny", f"storage.root={finished[0]}", timeout=60)
+    again = jobs("sweep", "tiny", f"storage.root={finished[0]}", timeout=200)
     assert again.returncode == 0, again.stderr
     assert "everything is done already" in again.stdout
     assert "report.html" in again.stdout

@@ -100,7 +100,7 @@ def test_a_failed_build_leaves_nothing(tmp_path):
 
 
 def test_two_builders_at_once_leave_one_folder(tmp_path):
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=100)
 
     def build(folder):
         both.wait()  # neither finishes before both have begun

@@ -8,6 +8,7 @@ task and trial the device it was given, its process, and from when to when it ra
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -25,19 +26,23 @@ from jobs.search.studies import Group, open_storage, trials_of
 from search_spaces.dimensions import Range
 from search_spaces.schema import Compute
 
-GPUS, SHORT = 2, 0.5
-"""How many there are, and how many seconds a task takes: long enough that all workers have one at the same time."""
+GPUS, SHORT, LONG = 2, 0.2, 120.0
+"""How many there are, how many seconds a task takes at least, and how many it waits for the other workers at most."""
 
 
-def task(number: int) -> dict[str, Any]:
-    started = time.time()
+def task(number: int, workers: Path, at_once: int) -> dict[str, Any]:
+    """Waits until all workers have a task: on a busy machine the first could end all of them before the next starts."""
+    started, device, process = time.time(), os.environ.get("CUDA_VISIBLE_DEVICES"), os.getpid()
+    (workers / str(process)).touch()
+    while len(list(workers.iterdir())) < at_once and time.time() < started + LONG:
+        time.sleep(0.05)
     time.sleep(SHORT)
-    device, process = os.environ.get("CUDA_VISIBLE_DEVICES"), os.getpid()
     return {"device": device, "process": process, "started": started, "ended": time.time()}
 
 
 def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    return {**task(config["trial"]), "val_loss": config["x"], "step": 1}
+    seen = task(config["trial"], Path(config["workers"]), config["at_once"])
+    return {**seen, "val_loss": config["x"], "step": 1}
 
 
 def main(root: Path) -> None:
@@ -45,17 +50,22 @@ def main(root: Path) -> None:
     found = {}
     for part in (1.0, 0.5):
         share = cluster.share_of(Compute(gpus_per_trial=part))
+        folder, at_once = root / str(part), share.at_once
+        of_tasks, of_trials = folder / "of_tasks", folder / "of_trials"
+        for workers in (of_tasks, of_trials):
+            workers.mkdir(parents=True)
         pool = Pool(share)
-        tasks = [outcome.result for outcome in pool.run(task, range(2 * share.at_once))]
+        wait = functools.partial(task, workers=of_tasks, at_once=at_once)
+        tasks = [outcome.result for outcome in pool.run(wait, range(2 * at_once))]
         pool.close()
-        folder = root / str(part)
         space = {"x": Range(low=0.0, high=1.0)}
-        groups = [Group(name, folder / name, space, 4, 1, {}, f"test/{name}") for name in ("one", "two")]
+        constants = {"workers": str(of_trials), "at_once": at_once}
+        groups = [Group(name, folder / name, space, 4, 1, constants, f"test/{name}") for name in ("one", "two")]
         runtime = Runtime(open_storage(None, folder), share, 1, folder / ".tune")
         with Progress().bar("trials", 8, "trials") as bar:
             run_search(groups, trial, runtime, early_stopping=None, bar=bar)
         trials = [result["figures"] for group in groups for result in trials_of(group)]
-        found[str(part)] = {"at_once": share.at_once, "tasks": tasks, "trials": trials}
+        found[str(part)] = {"at_once": at_once, "tasks": tasks, "trials": trials}
     print(json.dumps(found))
     ray.shutdown()
 

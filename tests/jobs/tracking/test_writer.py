@@ -115,7 +115,7 @@ def interrupted(tmp_path: Path) -> tuple[Tracker, list[str]]:
     began = time.monotonic()
     record(one)
     one.close("deltas", {"seconds": 1.0})
-    assert time.monotonic() - began < 0.1, "the sweep waited for the store"
+    assert time.monotonic() - began < 1.9, "the sweep waited for the store"  # two seconds before it tries again
     return one, said
 
 
@@ -148,7 +148,7 @@ def test_a_store_that_stays_down_is_reported_once_and_gets_it_later(
     one, said = interrupted
     began = time.monotonic()
     one.finish()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60, "it waits until the store is back"
     assert one.lost
     assert len(said) == 1
     back(tmp_path)
