@@ -33,7 +33,7 @@ from evaluators.splice.interventions import Site
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
 from evaluators.splice.reference import Reference
-from models.bridge import device_of, read_input, tap_names
+from models.bridge import device_of, hooked, read_input, tap_names, whole
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CELLS = (("raw", 0.0), ("no_delta", 0.0), ("full", 1.0), *(("alpha", alpha) for alpha in ALPHAS))
@@ -108,14 +108,14 @@ def plain_cell(
     pad, device = bridge.tokenizer.pad_token_id, device_of(bridge)
     with torch.inference_mode():
         batch = pad_left([row.ids for row in encoded], pad).to(device)
-        with bridge.hooks(fwd_hooks=_hooks(site, condition, alpha, batch.editable)):
+        with whole(bridge), hooked(bridge, _hooks(site, condition, alpha, batch.editable)):
             logits = bridge(
                 batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions, return_type="logits"
             )
         steps = logits[:, :-1].float().log_softmax(-1).gather(2, batch.ids[:, 1:, None])[..., 0]
         ces = [-steps[i, -len(row.target) :].mean().item() for i, row in enumerate(encoded)]
         prompts = pad_left([row.prompt for row in encoded], pad).to(device)
-        with bridge.hooks(fwd_hooks=_hooks(site, condition, alpha, prompts.editable)):
+        with whole(bridge), hooked(bridge, _hooks(site, condition, alpha, prompts.editable)):
             written = bridge.generate(
                 prompts.ids,
                 attention_mask=prompts.mask.long(),

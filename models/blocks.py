@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from models.bridge import block_of, whole
 from models.errors import ModelError
 from models.tensors import read_tensors
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps
@@ -159,23 +160,24 @@ def _own(bridge: TransformerBridge, layer: int) -> dict[str, nn.Parameter]:
 def _split(ours: dict[str, nn.Parameter]) -> None:
     """Where a model has gate and up projection in one weight, the bridge runs with copies of its halves: they follow
     it."""
-    for name, whole in ours.items():
+    for name, joined in ours.items():
         if name.startswith("mlp.gate_up_proj."):
             kind = name.rpartition(".")[2]
-            ours[f"mlp.gate.{kind}"].data, ours[f"mlp.in.{kind}"].data = whole.data.chunk(2)
+            ours[f"mlp.gate.{kind}"].data, ours[f"mlp.in.{kind}"].data = joined.data.chunk(2)
 
 
 def _parts(bridge: TransformerBridge, layer: int) -> dict[str, Any]:
     """The bridge's components on the path of a layer."""
-    blocks: Any = bridge.blocks
-    found = {part: getattr(blocks[layer], part, None) for part in PARTS}
+    block = block_of(bridge, layer)
+    found = {part: getattr(block, part, None) for part in PARTS}
     return {part: component for part, component in found.items() if component is not None}
 
 
 def _places(bridge: TransformerBridge, layer: int) -> dict[str, str]:
     """Where a plain model of the architecture keeps each part, such as `model.layers.3.mlp`."""
     model: Any = bridge.original_model
-    named = {id(parameter): _plain(name) for name, parameter in model.named_parameters()}
+    with whole(bridge):
+        named = {id(parameter): _plain(name) for name, parameter in model.named_parameters()}
     places = {}
     for part, component in _parts(bridge, layer).items():
         inner, parameter = next(iter(_plain_parameters(component).items()))

@@ -1,20 +1,23 @@
-"""The model wrapped for TransformerLens, and the names of its taps.
+"""The model wrapped for TransformerLens, its hooks, and the names of its taps.
 
-In: a transformers model and its tokenizer. Out: a `TransformerBridge` around the same weights, with fast attention
-if the architecture allows it.
+In: a transformers model and its tokenizer. Out: a `TransformerBridge` around the same weights. Its parts stand in the
+model only where a hook is: each computes what the module that it wraps does, but in Python, which takes longer than a
+small model's arithmetic.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.errors import ModelError
 from models.transcoder import RESID_MID_TAPS, Taps
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,8 +25,26 @@ ROUNDING = 1e-3
 """Of the largest logit: by so much may another attention kernel move one in fp32."""
 
 
+class _Seat(NamedTuple):
+    """A place in the model, of a module or of the part of the bridge that wraps it."""
+
+    parent: nn.Module
+    name: str
+    part: Any
+
+    @property
+    def is_taken(self) -> bool:
+        return self.parent._modules[self.name] is self.part
+
+    def take(self) -> None:
+        self.parent._modules[self.name] = self.part
+
+    def leave(self) -> None:
+        self.parent._modules[self.name] = self.part.original_component
+
+
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
-    """Wraps `model` in place; no second copy of the weights is made.
+    """Wraps `model` in place; no second copy of the weights is made. Hooks are then set with `hooked`.
 
     Raises ModelError where a model in fp32 computes something else than before.
     """
@@ -32,21 +53,103 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
 
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
     before = _some_logits(model) if model.dtype == torch.float32 else None
+    # This switches to eager attention, which is what the bridge's own parts compute, to the last bit.
     bridge = TransformerBridge.boot_transformers(
         model.config._name_or_path or "local", hf_model=model, tokenizer=tokenizer, device=str(model.device)
     )
-    # Booting switches to eager attention, which only soft-capped attention (Gemma-2) needs.
-    if getattr(model.config, "attn_logit_softcapping", None) is None:
-        model.set_attn_implementation("sdpa")
+    bridge.__dict__.update(seats=_find_seats(bridge), parts=list(bridge.blocks))  # type: ignore[arg-type]
+    after = _some_logits(model)
     if before is not None:  # in bf16, rounding alone moves logits by a third of the largest
-        largest, apart = before.abs().max().item(), (_some_logits(model) - before).abs().max().item()
+        largest, apart = before.abs().max().item(), (after - before).abs().max().item()
         if not apart <= largest * ROUNDING:
             raise ModelError(
                 f"model.source: TransformerLens' bridge changes what a model of the architecture "
                 f"{model.config.model_type} computes (logits up to {largest:.3g} differ by {apart:.3g}), so it cannot "
                 "be looked at"
             )
+    _leave_seats(bridge, after)
     return bridge
+
+
+def _leave_seats(bridge: TransformerBridge, logits: Tensor) -> None:
+    """Takes the bridge's parts out of its model, unless that changes a bit of `logits`, without hooks or with some in
+    every block, or one of these is not run then. (The bridge computes a LayerNorm in another order than torch.)"""
+    import torch
+
+    model: Any = bridge.original_model
+    kinds = ("ln2.hook_normalized", "hook_resid_mid", "hook_mlp_out", "hook_out")
+    names = {f"blocks.{layer}.{kind}" for layer in range(bridge.cfg.n_layers) for kind in kinds}
+    names &= set(bridge.hook_dict)
+    seen: set[str] = set()
+
+    def note(name: str) -> Callable:
+        return lambda activation, hook: seen.add(name)
+
+    for seat in _seats(bridge):
+        seat.leave()
+    alone = _some_logits(model)
+    with hooked(bridge, [(name, note(name)) for name in sorted(names)]):
+        beside = _some_logits(model)
+    if not (torch.equal(alone, logits) and torch.equal(beside, logits) and seen == names):
+        for seat in _seats(bridge):
+            seat.take()
+
+
+@contextmanager
+def hooked(bridge: TransformerBridge, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
+    """Runs `hooks`, pairs of a hook's name and a function (activation, hook), in every pass inside the `with`.
+
+    The bridge's own `hooks` would find no part in place.
+    """
+    points = {id(bridge.hook_dict[name]) for name, _ in hooks}
+    seats = [(seat, set(map(id, seat.part.children()))) for seat in _seats(bridge)]
+    owners = [seat for seat, own in seats if own & points]
+    if not points <= {one for _, own in seats for one in own}:  # of a part that another one runs
+        owners = _seats(bridge)
+    with _seated(bridge, owners), bridge.hooks(fwd_hooks=list(hooks)):
+        yield
+
+
+@contextmanager
+def whole(bridge: TransformerBridge) -> Iterator[None]:
+    """Every part of the bridge is in place inside the `with`, as TransformerLens leaves it."""
+    with _seated(bridge, _seats(bridge)):
+        yield
+
+
+@contextmanager
+def _seated(bridge: TransformerBridge, seats: Sequence[_Seat]) -> Iterator[None]:
+    ours = [seat for seat in seats if not seat.is_taken]
+    for seat in ours:
+        seat.take()
+    try:
+        yield
+    finally:
+        for seat in ours:
+            seat.leave()
+
+
+def block_of(bridge: TransformerBridge, layer: int) -> Any:
+    """The bridge's part that wraps a layer's block, in place or not."""
+    return bridge.__dict__["parts"][layer]
+
+
+def _seats(bridge: TransformerBridge) -> list[_Seat]:
+    return bridge.__dict__["seats"]
+
+
+def _find_seats(bridge: TransformerBridge) -> list[_Seat]:
+    """The places that parts of a bridge have taken in its model."""
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    model: Any = bridge.original_model
+    return [
+        _Seat(parent, name, part)
+        for parent in model.modules()
+        if not isinstance(parent, GeneralizedComponent)
+        for name, part in parent._modules.items()
+        if isinstance(part, GeneralizedComponent) and part.original_component is not None
+    ]
 
 
 def _some_logits(model: PreTrainedModel) -> Tensor:

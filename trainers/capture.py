@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.encoding import by_length, pad_left
 from models.blocks import BlockPath
-from models.bridge import device_of, read_input, tap_names
+from models.bridge import device_of, hooked, read_input, tap_names
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps
 from trainers import checked_files
 from trainers.activations import shard_tokens, write_index, write_shard
@@ -165,7 +165,7 @@ def bos_changes(
 
     model: Any = bridge.original_model
     bos = torch.tensor([[first]], device=device_of(bridge))
-    with bridge.hooks(fwd_hooks=[(tap_names(taps, layer)[0], reader(layer)) for layer in unfinetuned]):
+    with hooked(bridge, [(tap_names(taps, layer)[0], reader(layer)) for layer in unfinetuned]):
         model.base_model(input_ids=bos, use_cache=False)
     return found
 
@@ -213,7 +213,7 @@ def capture_batch(
     names = {layer: tap_names(taps, layer) for layer in layers}
     hooks = [(name, make(layer)) for layer in layers for name, make in zip(names[layer], (reader, writer), strict=True)]
     try:
-        with bridge.hooks(fwd_hooks=hooks):
+        with hooked(bridge, hooks):
             model.base_model(
                 input_ids=batch.ids,
                 attention_mask=batch.mask.long(),

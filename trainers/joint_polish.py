@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.encoding import Encoded, by_length, pad_right
 from models.blocks import BlockPath, exchanged
-from models.bridge import device_of, read_input, tap_names
+from models.bridge import device_of, hooked, read_input, tap_names
 from models.transcoder import Transcoder
 from trainers import checkpoints
 from trainers.checkpoints import Keeper
@@ -201,7 +201,7 @@ class _Run:
         hooks = self._hooks(batch.editable, batch.bos, active)
         # The gradient reads the weights that the pass ran with, so it too is taken while they are exchanged.
         with exchanged(self.bridge, [self.subject.paths[layer] for layer in self.layers]):
-            with self.bridge.hooks(fwd_hooks=hooks), torch.set_grad_enabled(backward):
+            with hooked(self.bridge, hooks), torch.set_grad_enabled(backward):
                 spliced = predictions()
             kl = (finetuned.exp() * (finetuned - spliced)).sum()
             if backward:

@@ -31,7 +31,7 @@ from torch import Tensor
 from data.encoding import Batch, pad_left
 from evaluators.splice.passes import project, resume
 from evaluators.splice.sites import Site
-from models.bridge import device_of, read_input, tap_names
+from models.bridge import device_of, hooked, read_input, tap_names
 from models.transcoder import Transcoder, with_bos
 
 WARM_UP = 0.05
@@ -105,7 +105,7 @@ class Adapters(torch.nn.Module):
     @torch.no_grad()
     def spliced(self, pair: Pair, first: int) -> list[Site]:
         """The adapters as deltas; what they do at BOS, the token `first`, is one vector and becomes a feature."""
-        with pair.adapted.hooks(fwd_hooks=self.hooks()):
+        with hooked(pair.adapted, self.hooks()):
             streams(pair.adapted, pair.batch([[first]]))
         found = []
         for place, site in enumerate(self.sites):
@@ -134,7 +134,7 @@ def streams(bridge: Any, batch: Batch) -> list[Tensor]:
     def note(stream: Tensor, hook: object) -> None:
         seen.append(stream)
 
-    with bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_out", note) for layer in range(bridge.cfg.n_layers - 1)]):
+    with hooked(bridge, [(f"blocks.{layer}.hook_out", note) for layer in range(bridge.cfg.n_layers - 1)]):
         last = resume(bridge, batch)
     return [*seen, last]
 
@@ -157,7 +157,7 @@ def losses(pair: Pair, adapters: Adapters, batch: Batch, cutoff: int | None = No
         with pair.blocks():
             wanted = streams(pair.finetuned, batch)
         predicted = predictions(pair, wanted[-1][mask])
-    with pair.blocks(), pair.adapted.hooks(fwd_hooks=adapters.hooks()):
+    with pair.blocks(), hooked(pair.adapted, adapters.hooks()):
         made = streams(pair.adapted, batch)
         acts = {layer: one[mask] for layer, one in adapters.acts.items()}
         upper = [] if cutoff is None else [resume(pair.adapted, batch, cutoff, wanted[cutoff])]

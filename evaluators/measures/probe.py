@@ -19,7 +19,7 @@ from evaluators.splice.interventions import Edit, RowEdits, Site, spliced
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, forward
 from evaluators.splice.teacher_forcing import Job
-from models.bridge import device_of, read_input, tap_names
+from models.bridge import device_of, hooked, read_input, tap_names
 from models.transcoder import Taps, Transcoder
 
 if TYPE_CHECKING:
@@ -94,9 +94,7 @@ def _features(bridge: TransformerBridge, encoded: Encoded, sites: Sequence[Site]
 
         return read
 
-    with bridge.hooks(
-        fwd_hooks=[(tap_names(site.taps, site.layer)[0], reader(site.layer, site.taps)) for site in sites]
-    ):
+    with hooked(bridge, [(tap_names(one.taps, one.layer)[0], reader(one.layer, one.taps)) for one in sites]):
         forward(bridge, batch, 1)
     tokens = [bridge.tokenizer.decode([index]) for index in encoded.ids]
     found = []

@@ -19,7 +19,7 @@ from evaluators.conditions import CONDITIONS, Condition
 from evaluators.splice.passes import Prefix
 from evaluators.splice.sites import Site
 from models.blocks import exchanged
-from models.bridge import read_input, tap_names
+from models.bridge import hooked, read_input, tap_names
 from models.errors import ModelError
 from models.transcoder import check_fits
 
@@ -231,7 +231,7 @@ def spliced(
     splice = Splice(edit.sites, CONDITIONS[edit.condition], record)
     edited = splice.sites[above_first:]
     paths = [site.path for site in edited if site.path is not None and splice.condition.uses_ground]
-    with exchanged(bridge, paths), bridge.hooks(fwd_hooks=splice.hooks(edited)):
+    with exchanged(bridge, paths), hooked(bridge, splice.hooks(edited)):
         yield splice
 
 

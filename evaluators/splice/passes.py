@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data.encoding import Batch, pad_left
-from models.bridge import device_of, tap_names
+from models.bridge import device_of, hooked, tap_names
 from models.transcoder import Taps
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def _last_output(
         raise _Reached
 
     try:
-        with bridge.hooks(fwd_hooks=[*hooks, (f"blocks.{layer}.hook_out", stop)]):
+        with hooked(bridge, [*hooks, (f"blocks.{layer}.hook_out", stop)]):
             model.base_model(
                 input_ids=batch.ids,
                 attention_mask=(batch.mask if mask is None else mask).long(),
@@ -261,7 +261,7 @@ def _handed_through(bridge: TransformerBridge, after: int, residual: Tensor) -> 
     blocks: Any = bridge.blocks
     skipped = [blocks[layer] for layer in range(after + 1)]
     try:
-        # In the instance's own dictionary: assignment would reach the module that the bridge's block wraps.
+        # In the instance's own dictionary: assignment to a bridge's part would reach the module that it wraps.
         for block in skipped[:-1]:
             block.__dict__["forward"] = lambda hidden_states, *_, **__: hidden_states
         skipped[-1].__dict__["forward"] = lambda *_, **__: residual

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data.encoding import encode_text, pad_left
-from models.bridge import read_input, tap_names
+from models.bridge import hooked, read_input, tap_names, whole
 from models.transcoder import GEMMA_SCOPE_TAPS, RESID_MID_TAPS, Taps
 
 TEXTS = ["What is 12 + 30?", "A much longer line, so that the first one is padded on the left.", "9"]
@@ -13,7 +13,7 @@ TEXTS = ["What is 12 + 30?", "A much longer line, so that the first one is padde
 def bridged(bridge, batch, names):
     seen = []
     hooks = [(name, lambda activation, hook: seen.append(activation)) for name in names]
-    with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
+    with torch.no_grad(), hooked(bridge, hooks):
         bridge.original_model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
     return seen
 
@@ -67,10 +67,42 @@ def test_wrapping_changes_no_logit(both):
     torch.testing.assert_close(found[batch.mask], expected[batch.mask], rtol=1e-4, atol=1e-4)
 
 
-def test_attention_is_fast_where_soft_capping_allows_it(both):
-    model, bridge, _ = both
-    capped = model.config.model_type == "gemma2"
-    assert bridge.original_model.config._attn_implementation == ("eager" if capped else "sdpa")
+def test_without_a_hook_the_model_runs_as_it_is_and_its_logits_are_the_bridge_s_to_the_last_bit(both):
+    _, bridge, batch = both
+    plain = [type(one) for one in bridge.original_model.modules()]
+    assert not any("Bridge" in one.__name__ or one.__name__ == "HookPoint" for one in plain)
+
+    def logits():
+        with torch.no_grad():
+            return bridge.original_model(
+                input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions
+            ).logits[batch.mask]
+
+    alone = logits()
+    with whole(bridge):
+        assert torch.equal(logits(), alone)
+    for names in (["blocks.1.hook_mlp_out"], ["blocks.0.hook_out", "blocks.1.ln2.hook_normalized"]):
+        with hooked(bridge, [(name, lambda activation, hook: None) for name in names]):
+            assert torch.equal(logits(), alone)
+    assert [type(one) for one in bridge.original_model.modules()] == plain
+
+
+def test_hooks_inside_others_and_hooks_of_what_runs_inside_a_part_are_all_run(both):
+    _, bridge, batch = both
+    expected = ["blocks.0.hook_out", "blocks.1.hook_mlp_out", "blocks.0.attn.hook_pattern", "blocks.1.mlp.hook_in"]
+    seen = []
+
+    def note(name):
+        return (name, lambda activation, hook: seen.append(name))
+
+    with (
+        torch.no_grad(),
+        hooked(bridge, [note(expected[0]), note(expected[1])]),
+        hooked(bridge, [note(expected[1])]),
+        hooked(bridge, [note(expected[2]), note(expected[3])]),
+    ):
+        bridge.original_model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
+    assert sorted(seen) == sorted([*expected, expected[1]])
 
 
 def test_the_bridge_tokenises_as_we_do(both, load, model_folder):

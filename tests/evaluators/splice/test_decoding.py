@@ -14,6 +14,7 @@ from evaluators.splice.interventions import Edit, spliced
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes
 from evaluators.splice.teacher_forcing import Job, score
+from models.bridge import hooked
 
 BUDGET = 7
 PLACES = ("site", "sites")
@@ -262,7 +263,7 @@ def test_bos_and_padding_are_never_edited(subject):
     def note(residual, hook):
         after[condition] = residual
 
-    with torch.no_grad(), subject.bridge.hooks(fwd_hooks=[("blocks.1.hook_out", note)]):
+    with torch.no_grad(), hooked(subject.bridge, [("blocks.1.hook_out", note)]):
         for condition in ("raw", "no_delta"):
             with spliced(subject.bridge, Edit([site], condition)) as splice:
                 splice.reset(batch.editable, torch.ones(len(batch.ids)))

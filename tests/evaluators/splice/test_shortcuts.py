@@ -15,6 +15,7 @@ from evaluators.splice.interventions import Edit
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts, forward, project, read_prefixes, resume
 from evaluators.splice.teacher_forcing import Job, score
+from models.bridge import hooked
 from tests.evaluators.conftest import CALCULATOR
 
 PLACES = ("site", "sites")
@@ -96,9 +97,8 @@ def test_the_model_goes_on_from_any_layer(subject, place):
         n_layers = subject.bridge.cfg.n_layers
         for layer in range(n_layers):
             seen = {}
-            with subject.bridge.hooks(
-                fwd_hooks=[(f"blocks.{layer}.hook_out", lambda out, hook: seen.update(out=out.clone()))]  # noqa: B023
-            ):
+            note = [(f"blocks.{layer}.hook_out", lambda out, hook: seen.update(out=out.clone()))]  # noqa: B023
+            with hooked(subject.bridge, note):
                 forward(subject.bridge, batch, 1)
             found = resume(subject.bridge, batch, layer, seen["out"])
             torch.testing.assert_close(found[batch.mask], last[batch.mask], rtol=1e-4, atol=1e-4)
