@@ -194,7 +194,7 @@ class Machine(Section):
     """Reached in products in bf16, all overheads included."""
     kernel_us: Positive = 4.8
     """A kernel of a delta step, within its CUDA graph."""
-    layer_ms: Positive = 1.1
+    layer_ms: Positive = 0.6
     """The Python of a spliced layer in one pass of evaluation, which the GPU waits for."""
     answer_passes: Count = 24
     """Passes over single tokens until every row of a batch has its answer."""
