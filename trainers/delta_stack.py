@@ -127,6 +127,8 @@ class Stack:
         self.update = Graphed(self._update) if self.processes.count == 1 else self._update
         per_epoch = data.train.batch_count(self.shared.batch_size)
         self.steps = per_epoch * self.shared.epochs
+        tokens = min(self.shared.batch_size, data.train.tokens)
+        self.wanted = self.model.W_dec.new_full((self.model.count,), CALIBRATED * self.shared.l0_budget * tokens)
         self.every = max(1, per_epoch // self.shared.evals_per_epoch)
         self.at = self.tokens = 0
         self.casts: dict[str, Tensor] = {}
@@ -173,11 +175,11 @@ class Stack:
         shared, share = self.shared, self.processes.share
         learned = shared.threshold == "learned"
         losses = self.model.backward(share(x), share(residual), self._sparsity(), self.deviation, len(x), learned)
-        self.processes.add_up([*self.model.raw_gradients(), *losses])
+        self.processes.add_up([*self.model.raw_gradients(), losses.on])
         clip_each(self.model.gradients(), shared.grad_clip)
         self.optimiser.step()
         if not learned:
-            self.model.steer(losses.active, CALIBRATED * shared.l0_budget)
+            self.model.steer(losses.on, self.wanted)
         return losses
 
     def _sparsity(self) -> float | Tensor:
@@ -189,8 +191,9 @@ class Stack:
 
     def check(self, losses: Losses) -> None:
         """Checks that the losses are finite, which waits for the device."""
-        sums = (losses.error + losses.penalty).view(len(self.runs), -1).sum(1).tolist()
-        for run, whole in zip(self.runs, sums, strict=True):
+        sums = (losses.error + losses.penalty).view(len(self.runs), -1).sum(1)
+        self.processes.add_up([sums])
+        for run, whole in zip(self.runs, sums.tolist(), strict=True):
             if not run.is_over and not math.isfinite(whole):
                 run.error = DivergedError(f"the loss is {whole} by step {self.at} (lr {run.settings.lr:.2g})")
 

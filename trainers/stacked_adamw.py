@@ -29,15 +29,18 @@ class StackedAdamW:
         self.rates: list[float | Tensor] = [model.W_enc.new_zeros(()) if on_gpu else 0.0 for _ in range(parts)]
         groups = []
         for rate, encoder, (W_dec, *offsets) in zip(self.rates, self.encoders, self.rows, strict=True):
-            groups.append({"params": [encoder, W_dec], "lr": rate, "weight_decay": weight_decay})
-            groups.append({"params": offsets, "lr": rate, "weight_decay": 0.0})
+            together = [] if weight_decay else offsets  # one call instead of two
+            groups.append({"params": [encoder, W_dec, *together], "lr": rate, "weight_decay": weight_decay})
+            if weight_decay:
+                groups.append({"params": offsets, "lr": rate, "weight_decay": 0.0})
         self.adamw = torch.optim.AdamW(groups, lr=self.rates[0], fused=True, capturable=on_gpu)
 
     def set_rates(self, rates: Sequence[float]) -> None:
         """Sets each part's learning rate."""
         self.rates = [held_or(held, rate) for held, rate in zip(self.rates, rates, strict=True)]
+        of_part = len(self.adamw.param_groups) // len(self.rates)
         for number, group in enumerate(self.adamw.param_groups):
-            group["lr"] = self.rates[number // 2]
+            group["lr"] = self.rates[number // of_part]
 
     def step(self) -> None:
         if len(self.encoders) > 1:

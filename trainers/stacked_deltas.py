@@ -17,7 +17,8 @@ from models.transcoder import Taps, Transcoder
 BANDWIDTH = 0.1
 """Width of the rectangle that stands in for the step's derivative (straight-through), in units of pre-activation."""
 SMALLEST_SQUARE = 1e-12
-"""Smallest squared norm of a decoder row; a smaller one is treated as this, as its direction is not known yet."""
+"""Squared norm of a decoder row below which the penalty's gradient falls to zero with the row: its direction is not
+known yet."""
 RIDGE = 0.1
 """Ridge of the regression that initialises the encoders, in units of the mean variance of x."""
 STEER = 0.3
@@ -25,13 +26,34 @@ STEER = 0.3
 
 
 class Losses(NamedTuple):
-    """For each replica, (n,): `error`, the mean squared error per dimension minus that of predicting zero, and
-    `penalty`, the mean over tokens of sum_i acts_i |W_dec_i|. Adding mean(residual^2) to `error` gives the squared
-    error. `active` is the mean number of active features per token."""
+    """What a step leaves to compute its losses from, until the next one: most steps are not asked for them.
 
-    error: Tensor
-    penalty: Tensor
-    active: Tensor
+    `on` (n,) counts each replica's active features over `tokens`. The others are, of all features: activations, what
+    the decoder makes of the error and of the residual, sums of activations, decoder norms.
+    """
+
+    tokens: int
+    d_model: int
+    on: Tensor
+    acts: Tensor
+    beyond: Tensor
+    along: Tensor
+    total: Tensor
+    norms: Tensor
+
+    @property
+    def error(self) -> Tensor:
+        """(n,): the mean squared error per dimension minus that of predicting zero; adding mean(residual^2) gives the
+        squared error."""
+        return self._by_replica((self.acts * (self.beyond - self.along)).sum(0)) / (self.tokens * self.d_model)
+
+    @property
+    def penalty(self) -> Tensor:
+        """(n,): the mean over tokens of sum_i acts_i |W_dec_i|."""
+        return self._by_replica(self.total * self.norms) / self.tokens
+
+    def _by_replica(self, of_features: Tensor) -> Tensor:
+        return of_features.view(len(self.on), -1).sum(1)
 
 
 class StackedDeltas:
@@ -57,6 +79,8 @@ class StackedDeltas:
         self.log_threshold = (pre + self.b_enc).kthvalue(below, dim=0).values.clamp(min=1e-2).log()
         self.count, self.d_new = times * replicas, d_new
         self.W_dec = x.new_zeros(self.count, d_new, d_model)
+        self._none = x.new_full((self.count,), -1.0)
+        """The relative error in L0 where nothing is active."""
 
     def raw_gradients(self) -> list[Tensor]:
         """Those of W_enc, b_enc, log_threshold and W_dec."""
@@ -86,44 +110,48 @@ class StackedDeltas:
         shares. The threshold's gradient is the straight-through one (arXiv 2407.14435, section 3).
         """
         tokens, d_model = of_tokens or len(x), x.shape[1]
-        per_error, per_token = 2.0 / (tokens * d_model), sparsity / tokens
-        rows = self.W_dec.flatten(0, 1)
+        per_error = 2.0 / (tokens * d_model)
         threshold = self.log_threshold.exp()
         pre = _product(x, _by_columns(self.W_enc, x.dtype)).add_(self.b_enc)
-        along = _product(residual, (rows / deviation).T)
         on = pre > threshold
         acts = pre * on
+        # Calls that take several tensors start one kernel for them all.
+        rows, seen = torch._foreach_div([self.W_dec.flatten(0, 1), _product(residual.T, acts).T], deviation)  # W, a' r
+        along = _product(residual, rows.T)
         apart = self._apart(acts)
         gram = self.W_dec @ self.W_dec.transpose(1, 2)
         squares = gram.diagonal(dim1=1, dim2=2).flatten()
         norms = squares.clamp(min=SMALLEST_SQUARE).sqrt()
         total = acts.sum(0)
         beyond = self._by_replica(torch.baddbmm(self._apart(along), apart, gram, beta=-1))  # W (aW - r)'
-        to_acts = torch.add(norms * per_token, beyond, alpha=per_error)
-
-        pull = torch.where(squares > SMALLEST_SQUARE, total / norms, 0.0) * per_token
-        seen = _product(residual.T, acts).T.div(deviation).view_as(self.W_dec)  # a' r
+        per_token = sparsity / tokens
+        pull, push = torch._foreach_mul(
+            [total / norms, norms], [per_token] * 2 if isinstance(per_token, Tensor) and per_token.ndim else per_token
+        )
+        to_acts = torch.add(push, beyond, alpha=per_error)
         expected = apart.transpose(1, 2) @ apart @ self.W_dec  # a' a W
-        self.W_dec.grad = expected.sub_(seen).mul_(per_error).add_(self.W_dec * pull.view(self.count, -1, 1))
+        self.W_dec.grad = (
+            expected.sub_(seen.view_as(expected)).mul_(per_error).add_(self.W_dec * pull.view(self.count, -1, 1))
+        )
 
         if thresholds:
             near = (pre > threshold - BANDWIDTH / 2) & (pre < threshold + BANDWIDTH / 2)
             self.log_threshold.grad = (to_acts * near).sum(0) * threshold.square() / -BANDWIDTH
-        else:
+        elif self.log_threshold.grad is None:
             self.log_threshold.grad = torch.zeros_like(self.log_threshold)
         to_pre = to_acts.mul_(on)
         self.b_enc.grad = to_pre.sum(0)
         self.W_enc.grad = _product(x.T, to_pre)
 
-        error = acts.mul_(beyond.sub_(along)).sum(0).view(self.count, -1).sum(1) * (per_error / 2)
-        penalty = (total * norms).view(self.count, -1).sum(1) / tokens
-        return Losses(error, penalty, on.sum(0).view(self.count, -1).sum(1) / tokens)
+        counts = on.view(len(on), self.count, self.d_new).sum((0, 2), dtype=torch.float32)
+        return Losses(tokens, d_model, counts, acts, beyond, along, total, norms)
 
     @torch.no_grad()
-    def steer(self, active: Tensor, target: float) -> None:
-        """Moves all thresholds of each replica together, to bring its `active` (n,) features per token to `target`."""
-        error = (active / target - 1).clamp(max=1)
-        self.log_threshold += STEER * error.repeat_interleave(self.d_new)
+    def steer(self, on: Tensor, wanted: Tensor) -> None:
+        """Moves all thresholds of each replica together, to bring its active features in a batch, `on` (n,), to
+        `wanted` (n,)."""
+        error = torch.addcdiv(self._none, on, wanted).clamp_(max=1).mul_(STEER)
+        self.log_threshold.view(self.count, -1).add_(error.unsqueeze(1))
 
     @torch.no_grad()
     def transcoders(self, deviation: float, layer: int, taps: Taps) -> list[Transcoder]:

@@ -29,8 +29,8 @@ def test_a_delta_step_stays_on_its_device(dtype: torch.dtype) -> None:
         model = StackedDeltas(x, residual, replicas=2, d_new=8, l0_budget=3.0, seed=0)
         losses = model.backward(x.to(dtype), residual.to(dtype), torch.zeros((), device="meta"))
         clip_each(model.gradients(), 1.0)
-        model.steer(losses.active, 3.0)
-    made = [*losses, *model.gradients(), *model.tensors().values()]
+        model.steer(losses.on, torch.full((2,), 300.0, device="meta"))
+    made = [losses.error, losses.penalty, losses.on, *model.gradients(), *model.tensors().values()]
     assert {one.device.type for one in made} == {"meta"}
 
 
