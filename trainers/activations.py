@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainers import checked_files
+from trainers import checked_files, prefetch
 
 INDEX = "index.json"
 
@@ -59,9 +59,12 @@ class Pairs:
         return tuple(torch.cat(columns) for columns in zip(*self.shards, strict=True))
 
     def near(self, device: str) -> Pairs:
-        """The same in the memory of a GPU, where half of what is free there holds them; else as they are."""
-        if not device.startswith("cuda") or self.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+        """The same in the memory of a GPU, where half of what is free there holds them; else as near as they get: in
+        pinned memory of the host. On a CPU as they are."""
+        if not device.startswith("cuda"):
             return self
+        if self.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+            return Pairs(prefetch.pinned(self.shards))
         return Pairs([tuple(one.to(device) for one in shard) for shard in self.shards])
 
     @property
@@ -88,8 +91,8 @@ class Pairs:
         order = torch.randperm(len(self.shards), generator=generator).tolist()
         left: list[tuple[Tensor, ...]] = []
         number = 0
-        for start in range(0, len(order), window):
-            fresh = [tuple(one.to(device) for one in self.shards[i]) for i in order[start : start + window]]
+        groups = [[self.shards[i] for i in order[start : start + window]] for start in range(0, len(order), window)]
+        for fresh in prefetch.moved(groups, device):
             mixed = Pairs([*left, *fresh]).whole()
             rows = torch.randperm(len(mixed[0]), generator=generator).to(device)
             full = len(rows) - len(rows) % size

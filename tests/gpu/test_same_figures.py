@@ -14,6 +14,7 @@ from jobs.commands.device_checks import CHECKS, Check, examine
 from jobs.commands.device_figures import ROWS, models, pairs, polish_subject
 from models.sources import load_model
 from tests.trainers.two_processes import check_two_are_one
+from trainers.activations import Pairs
 from trainers.checkpoints import Keeper
 from trainers.delta_stack import Stack
 from trainers.delta_transcoder import DeltaSettings, TrainedDelta, train_delta, train_deltas
@@ -152,6 +153,21 @@ def test_memory_is_given_back_after_a_trial(device: str) -> None:
     for _ in range(3):
         train_delta(pairs(), SETTINGS, device=device)
     assert left() <= before
+
+
+def test_pairs_that_do_not_fit_on_the_device_train_the_same_from_pinned_memory(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pairs()
+    parts = [part for x, change in data.train.shards for part in zip(x.chunk(3), change.chunk(3), strict=True)]
+    data = data._replace(train=Pairs(parts))  # more than one group of them
+    expected = train_delta(data, SETTINGS, device=device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    assert all(one.is_pinned() for shard in data.train.near(device).shards for one in shard)
+    found = train_delta(data, SETTINGS, device=device)
+    assert found.figures == expected.figures
+    for one, other in zip(found.deltas, expected.deltas, strict=True):
+        assert torch.equal(one.W_dec, other.W_dec)
 
 
 def test_runs_side_by_side_are_those_of_the_cpu(device: str) -> None:
