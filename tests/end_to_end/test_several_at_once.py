@@ -1,4 +1,4 @@
-"""Two workers a trial and a layer, and trials side by side, give the bases and deltas of one by one."""
+"""Two workers a trial and a layer, and trials side by side, give the adapters, bases and deltas of one by one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ from tests.end_to_end.conftest import SMALL, Jobs, read
 FIGURES = ("val_loss", "val_l0_delta", "val_cos")
 
 
-@pytest.mark.long("a sweep whose bases and deltas are trained by two workers each", minutes=1)
+@pytest.mark.long("a sweep whose adapters, bases and deltas are trained by two workers each", minutes=1)
 def test_two_workers_and_two_trials_at_once_change_no_figure(jobs: Jobs, seeds, tmp_path: Path) -> None:
     asked = ("deltas.side_by_side=2", "deltas.workers_per_trial=2", "transcoders.workers_per_layer=2")
-    fewer = ("deltas.targets=[residual]", "transcoders.layers=[1]", "compute.max_concurrent=2")
+    asked = (*asked, "lora.workers_per_trial=2")
+    fewer = ("deltas.targets=[residual]", "evaluate.controls=[]", "transcoders.layers=[1]", "compute.max_concurrent=2")
     done = jobs("deltas", "tiny", *SMALL, *fewer, *asked, f"storage.root={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = tmp_path / "sweeps/tiny", seeds.root / "sweeps/tiny-s0"
+    for path in sorted(theirs.glob("lora/trial_*/result.json")):
+        one, other = (read(root / path.relative_to(theirs)) for root in (ours, theirs))
+        assert (one["state"], one["params"]) == (other["state"], other["params"])
+        losses, expected = ([figures["val_loss"] for figures in found["history"]] for found in (one, other))
+        assert len(losses) > 1
+        assert losses == pytest.approx(expected, rel=1e-3), path
     (base,), (other,) = (read(root / "transcoders/layer_1/manifest.json")["bases"] for root in (ours, theirs))
     assert base["val_fvu"] == pytest.approx(other["val_fvu"], rel=1e-2)
     results = sorted(theirs.glob("deltas/layer_01/p*/**/trial_*/result.json"))

@@ -4,9 +4,7 @@ two workers is the same trial as on one."""
 import pytest
 
 from data.rows import Row, write_rows
-from jobs.study.stages.lora import PASSED_ON, trial
-from search_spaces.load import load
-from tests.end_to_end.conftest import read
+from jobs.study.stages.lora import trial
 
 CALL = "<tool_call>calculator({})</tool_call>"
 ROWS = [Row(f"What is {n} + 2?", CALL.format(f"{n} + 2"), "tool") for n in range(4)]
@@ -74,22 +72,3 @@ def test_a_trial_that_cannot_continue_says_why(gemma_folder, data, tmp_path):
     found = trial({**config(tmp_path / "one", gemma_folder, data), "targets": "query"}, lambda figures: None)
     assert set(found) == {"failed"}
     assert found["failed"].startswith("lora.space.targets 'query' cannot be adapted")
-
-
-@pytest.mark.long("a LoRA study whose trial has two workers", minutes=1)
-def test_two_workers_are_one_trial(jobs, tmp_path):
-    """The same rows, steps and losses as one worker's, which needs no Ray; the two are processes of a Ray Train job
-    inside the Tune trial."""
-    given = [f"storage.root={tmp_path}", "lora.trials=1", "lora.workers_per_trial=2", "compute.precision=fp32"]
-    done = jobs("lora", "tiny", *given)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (model,), sweep = tmp_path.glob("models/*"), tmp_path / "sweeps/tiny"
-    result = read(sweep / "lora/trial_0000/result.json")
-    assert result["state"] == "COMPLETE"
-    settings = {"settings": load("tiny", given).lora.model_dump(include=PASSED_ON)}
-    alone = []
-    found = trial(config(tmp_path / "alone", model, sweep / "data") | settings | result["params"], alone.append)
-    assert "failed" not in found
-    losses = [one["val_loss"] for one in alone]
-    assert [one["val_loss"] for one in result["history"]] == pytest.approx(losses, rel=1e-4)
-    assert len(losses) > 1
