@@ -8,7 +8,7 @@ small model's arithmetic.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,6 +43,16 @@ class _Seat(NamedTuple):
         self.parent._modules[self.name] = self.part.original_component
 
 
+class _Wiring(NamedTuple):
+    """What a bridge has wrapped: hook points by their names, the places of its parts, for each hook point the places
+    of the parts that run it, and its blocks."""
+
+    points: dict[str, Any]
+    seats: list[_Seat]
+    owners: dict[int, list[_Seat]]
+    blocks: list[Any]
+
+
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
     """Wraps `model` in place; no second copy of the weights is made. Hooks are then set with `hooked`.
 
@@ -57,7 +67,7 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
     bridge = TransformerBridge.boot_transformers(
         model.config._name_or_path or "local", hf_model=model, tokenizer=tokenizer, device=str(model.device)
     )
-    bridge.__dict__.update(seats=_find_seats(bridge), parts=list(bridge.blocks))  # type: ignore[arg-type]
+    bridge.__dict__["wiring"] = _find_wiring(bridge)
     after = _some_logits(model)
     if before is not None:  # in bf16, rounding alone moves logits by a third of the largest
         largest, apart = before.abs().max().item(), (after - before).abs().max().item()
@@ -79,19 +89,19 @@ def _leave_seats(bridge: TransformerBridge, logits: Tensor) -> None:
     model: Any = bridge.original_model
     kinds = ("ln2.hook_normalized", "hook_resid_mid", "hook_mlp_out", "hook_out")
     names = {f"blocks.{layer}.{kind}" for layer in range(bridge.cfg.n_layers) for kind in kinds}
-    names &= set(bridge.hook_dict)
+    names &= set(hook_names(bridge))
     seen: set[str] = set()
 
     def note(name: str) -> Callable:
         return lambda activation, hook: seen.add(name)
 
-    for seat in _seats(bridge):
+    for seat in _wiring(bridge).seats:
         seat.leave()
     alone = _some_logits(model)
     with hooked(bridge, [(name, note(name)) for name in sorted(names)]):
         beside = _some_logits(model)
     if not (torch.equal(alone, logits) and torch.equal(beside, logits) and seen == names):
-        for seat in _seats(bridge):
+        for seat in _wiring(bridge).seats:
             seat.take()
 
 
@@ -99,29 +109,40 @@ def _leave_seats(bridge: TransformerBridge, logits: Tensor) -> None:
 def hooked(bridge: TransformerBridge, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
     """Runs `hooks`, pairs of a hook's name and a function (activation, hook), in every pass inside the `with`.
 
-    The bridge's own `hooks` would find no part in place.
+    The bridge's own `hooks` would find no part in place, and looks all names up again, which takes milliseconds.
+    Raises KeyError for a name that is none of `hook_names`.
     """
-    points = {id(bridge.hook_dict[name]) for name, _ in hooks}
-    seats = [(seat, set(map(id, seat.part.children()))) for seat in _seats(bridge)]
-    owners = [seat for seat, own in seats if own & points]
-    if not points <= {one for _, own in seats for one in own}:  # of a part that another one runs
-        owners = _seats(bridge)
-    with _seated(bridge, owners), bridge.hooks(fwd_hooks=list(hooks)):
-        yield
+    wiring = _wiring(bridge)
+    points = [wiring.points[name] for name, _ in hooks]
+    with _seated([seat for point in points for seat in wiring.owners.get(id(point), wiring.seats)]):
+        handles = [(point, point.add_hook(run)) for point, (_, run) in zip(points, hooks, strict=True)]
+        try:
+            yield
+        finally:
+            for point, handle in handles:
+                handle.hook.remove()
+                point.fwd_hooks.remove(handle)
+
+
+def hook_names(bridge: TransformerBridge) -> Collection[str]:
+    """All names that a hook can have."""
+    return _wiring(bridge).points.keys()
 
 
 @contextmanager
 def whole(bridge: TransformerBridge) -> Iterator[None]:
     """Every part of the bridge is in place inside the `with`, as TransformerLens leaves it."""
-    with _seated(bridge, _seats(bridge)):
+    with _seated(_wiring(bridge).seats):
         yield
 
 
 @contextmanager
-def _seated(bridge: TransformerBridge, seats: Sequence[_Seat]) -> Iterator[None]:
-    ours = [seat for seat in seats if not seat.is_taken]
-    for seat in ours:
-        seat.take()
+def _seated(seats: Sequence[_Seat]) -> Iterator[None]:
+    ours = []
+    for seat in seats:
+        if not seat.is_taken:
+            seat.take()
+            ours.append(seat)
     try:
         yield
     finally:
@@ -131,25 +152,32 @@ def _seated(bridge: TransformerBridge, seats: Sequence[_Seat]) -> Iterator[None]
 
 def block_of(bridge: TransformerBridge, layer: int) -> Any:
     """The bridge's part that wraps a layer's block, in place or not."""
-    return bridge.__dict__["parts"][layer]
+    return _wiring(bridge).blocks[layer]
 
 
-def _seats(bridge: TransformerBridge) -> list[_Seat]:
-    return bridge.__dict__["seats"]
+def _wiring(bridge: TransformerBridge) -> _Wiring:
+    return bridge.__dict__["wiring"]
 
 
-def _find_seats(bridge: TransformerBridge) -> list[_Seat]:
-    """The places that parts of a bridge have taken in its model."""
+def _find_wiring(bridge: TransformerBridge) -> _Wiring:
+    """As TransformerLens has wired the bridge, with all parts in place."""
+    from transformer_lens.hook_points import HookPoint
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
     model: Any = bridge.original_model
-    return [
+    seats = [
         _Seat(parent, name, part)
         for parent in model.modules()
         if not isinstance(parent, GeneralizedComponent)
         for name, part in parent._modules.items()
         if isinstance(part, GeneralizedComponent) and part.original_component is not None
     ]
+    owners: dict[int, list[_Seat]] = {}
+    for seat in seats:
+        for child in seat.part.children():
+            if isinstance(child, HookPoint):
+                owners.setdefault(id(child), []).append(seat)
+    return _Wiring(dict(bridge.hook_dict), seats, owners, list(bridge.blocks))  # type: ignore[arg-type]
 
 
 def _some_logits(model: PreTrainedModel) -> Tensor:

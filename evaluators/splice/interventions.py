@@ -19,7 +19,7 @@ from evaluators.conditions import CONDITIONS, Condition
 from evaluators.splice.passes import Prefix
 from evaluators.splice.sites import Site
 from models.blocks import exchanged
-from models.bridge import hooked, read_input, tap_names
+from models.bridge import hook_names, hooked, read_input, tap_names
 from models.errors import ModelError
 from models.transcoder import check_fits
 
@@ -251,5 +251,5 @@ def _check(bridge: TransformerBridge, edit: Edit) -> None:
             shape = {"d_model": bridge.cfg.d_model, "n_layers": bridge.cfg.n_layers}
             check_fits(site.base, **shape, taps=site.taps, origin=f"layer {site.layer}: base")
         for name in tap_names(site.taps, site.layer):
-            if name not in bridge.hook_dict:
+            if name not in hook_names(bridge):
                 raise ModelError(f"layer {site.layer}: this model has no {name}, which the transcoder needs")
