@@ -211,8 +211,6 @@ def main(
     rows.append(rows[0]._replace(name="ours, no BOS", sites=without(sites)))
 
     other = wrap(*load_model(finetuned(context), torch.float32, str(device)))
-    for model in (bridge, other):
-        model.original_model.requires_grad_(False)
     pair = Pair(bridge, other, sites, dtype_of(precision))
     nudges = nudge or [0.02]
     given = batches(pair, learnt), batches(pair, held_out), inputs, asked[1], active, context.settings.seed

@@ -30,8 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _minutes(item: pytest.Item) -> float:
     """Of a short test none; but those marked as `early` come first, and those that read the shared sweep last, so that
-    no worker waits for it. So that none waits for the shared seeds either, only the longest of their tests is among the
-    first."""
+    no worker waits for it. Of the tests that need the shared seeds, only the longest is among the first, for the same
+    reason."""
     reads = getattr(item, "fixturenames", ())
     of_short = 0.1 if item.get_closest_marker("early") else -0.1 if "finished" in reads else 0.0
     minutes = max((one.kwargs.get("minutes", 0.5) for one in item.iter_markers("long")), default=of_short)

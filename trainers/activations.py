@@ -59,9 +59,9 @@ class Pairs:
         return tuple(torch.cat(columns) for columns in zip(*self.shards, strict=True))
 
     def near(self, device: str) -> Pairs:
-        """The same in the memory of a GPU, where half of what is free there holds them; else as near as they get: in
-        pinned memory of the host. On a CPU as they are."""
-        if not device.startswith("cuda"):
+        """The same in the memory of a GPU, where half of what is free there holds them; else, where there is room, in
+        pinned memory of the host. For a CPU, and where they are on a GPU already, as they are."""
+        if not device.startswith("cuda") or all(one.is_cuda for shard in self.shards for one in shard):
             return self
         if self.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
             return Pairs(prefetch.pinned(self.shards))
@@ -94,6 +94,7 @@ class Pairs:
         groups = [[self.shards[i] for i in order[start : start + window]] for start in range(0, len(order), window)]
         for fresh in prefetch.moved(groups, device):
             mixed = Pairs([*left, *fresh]).whole()
+            del fresh
             rows = torch.randperm(len(mixed[0]), generator=generator).to(device)
             full = len(rows) - len(rows) % size
             for first in range(0, full, size):

@@ -39,8 +39,9 @@ def train_delta(
     replicas' mean.
 
     With a `keeper`, an interrupted run continues from its last checkpoint: it repeats its earlier reports, and ends as
-    it would have without the interruption. `on_step` gets the losses of every step from there on. In a process group,
-    such as that of `accelerate launch`, each process trains on its share of every batch, and all return the same.
+    it would have without the interruption. In a process group, such as that of `accelerate launch`, each process trains
+    on its share of every batch, and all return the same. `on_step` gets the losses of every step from there on; in a
+    process group those of its own share.
     Raises DivergedError if a loss is not finite or the deltas make the reconstruction far worse.
     """
     (found,) = train_deltas(

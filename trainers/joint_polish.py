@@ -107,8 +107,6 @@ class _Run:
         self.subject, self.train, self.settings = subject, train, settings
         self.bridge, self.layers = subject.bridge, sorted(subject.deltas)
         self.device = device_of(self.bridge)
-        model: Any = self.bridge.original_model
-        model.requires_grad_(False)
         self.scales = torch.tensor([subject.scales[one] for one in self.layers], device=self.device).view(-1, 1, 1)
 
         def stacked(name: str) -> Tensor:

@@ -39,8 +39,6 @@ class Ranked(NamedTuple):
 def rank_features(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) -> list[Ranked]:
     """Every feature of every site, the one that lowers the cross-entropy of the rows' targets most first."""
     bridge = passes.bridge
-    model: Any = bridge.original_model
-    model.requires_grad_(False)
     encoded = sorted((encode_row(bridge.tokenizer, row) for row in rows), key=lambda one: len(one.ids))
     device = device_of(bridge)
     effects = {site.layer: torch.zeros(_delta(site).d_sae) for site in sites}

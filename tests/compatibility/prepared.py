@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from models.bridge import tap_names, wrap
+from models.bridge import tap_names, whole, wrap
 from models.exports import ExportedModel, write_circuit_tracer, write_gemma_scope, write_saelens
 from models.fuse import fuse
 from models.sources import load_model
@@ -98,9 +98,11 @@ def _in_model(folder: Path, tokens: Tensor, transcoders: dict[int, Transcoder]) 
     names = {layer: tap_names(GEMMA_SCOPE_TAPS, layer) for layer in transcoders}
     reads: list[Any] = [(read, reader(layer)) for layer, (read, _) in names.items()]
     writes: list[Any] = [(write, writer(layer)) for layer, (_, write) in names.items()]
-    raw = bridge.run_with_hooks(tokens, fwd_hooks=reads)
+    with whole(bridge):
+        raw = bridge.run_with_hooks(tokens, fwd_hooks=reads)
     acts = {f"acts.{layer}": transcoder.encode(seen[layer][0]) for layer, transcoder in transcoders.items()}
-    spliced = bridge.run_with_hooks(tokens, fwd_hooks=reads + writes)
+    with whole(bridge):
+        spliced = bridge.run_with_hooks(tokens, fwd_hooks=reads + writes)
     if (spliced - raw).abs().max() < 0.1:
         raise AssertionError(f"{folder.name}: splicing hardly changes the logits, so comparing them would show nothing")
     return acts | {"logits": spliced}

@@ -29,7 +29,7 @@ SMALL = (
     "transcoders.target_l0=[4]",
     "evaluate.alphas=[0.0, 1.0]",
     "evaluate.sets=[all]",
-    "evaluate.controls=[pca_delta]",
+    "evaluate.controls=[dense_delta, pca_delta]",
     "evaluate.cards=2",
     "compute.max_concurrent=1",
 )

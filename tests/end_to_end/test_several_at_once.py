@@ -19,7 +19,9 @@ def test_two_workers_and_two_trials_at_once_change_no_figure(jobs: Jobs, seeds, 
     done = jobs("deltas", "tiny", *SMALL, *fewer, *asked, f"storage.root={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = tmp_path / "sweeps/tiny", seeds.root / "sweeps/tiny-s0"
-    for path in sorted(theirs.glob("lora/trial_*/result.json")):
+    adapters = sorted(theirs.glob("lora/trial_*/result.json"))
+    assert len(adapters) == 2
+    for path in adapters:
         one, other = (read(root / path.relative_to(theirs)) for root in (ours, theirs))
         assert (one["state"], one["params"]) == (other["state"], other["params"])
         losses, expected = ([figures["val_loss"] for figures in found["history"]] for found in (one, other))

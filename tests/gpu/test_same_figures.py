@@ -162,7 +162,9 @@ def test_pairs_that_do_not_fit_on_the_device_train_the_same_from_pinned_memory(
     parts = [part for x, change in data.train.shards for part in zip(x.chunk(3), change.chunk(3), strict=True)]
     data = data._replace(train=Pairs(parts))  # more than one group of them
     expected = train_delta(data, SETTINGS, device=device)
+    there = data.train.near(device)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    assert there.near(device) is there
     assert all(one.is_pinned() for shard in data.train.near(device).shards for one in shard)
     found = train_delta(data, SETTINGS, device=device)
     assert found.figures == expected.figures

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from data.encoding import encode_text, pad_left
-from models.bridge import hooked, read_input, tap_names, whole
+from models.bridge import hooked, read_input, tap_names, whole, wrap
+from models.sources import load_model
 from models.transcoder import GEMMA_SCOPE_TAPS, RESID_MID_TAPS, Taps
+from tests.models.table import build
 
 TEXTS = ["What is 12 + 30?", "A much longer line, so that the first one is padded on the left.", "9"]
 
@@ -84,7 +86,23 @@ def test_without_a_hook_the_model_runs_as_it_is_and_its_logits_are_the_bridge_s_
     for names in (["blocks.1.hook_mlp_out"], ["blocks.0.hook_out", "blocks.1.ln2.hook_normalized"]):
         with hooked(bridge, [(name, lambda activation, hook: None) for name in names]):
             assert torch.equal(logits(), alone)
+    with pytest.raises(ZeroDivisionError), hooked(bridge, [("blocks.1.hook_out", lambda activation, hook: 1 / 0)]):
+        logits()
     assert [type(one) for one in bridge.original_model.modules()] == plain
+    assert torch.equal(logits(), alone)
+
+
+def test_parts_stay_where_without_them_a_bit_would_change(tmp_path):
+    """GPT-2 has LayerNorms, which the bridge computes in an order of its own."""
+    model, tokenizer = load_model(build("gpt2", tmp_path / "gpt2"), torch.float32)
+    bridge = wrap(model, tokenizer)
+    names = [type(one).__name__ for one in model.modules()]
+    assert "BlockBridge" in names
+    seen = []
+    with torch.no_grad(), hooked(bridge, [("blocks.1.hook_mlp_out", lambda activation, hook: seen.append(activation))]):
+        model(input_ids=torch.tensor([[2, 50, 60]]))
+    assert len(seen) == 1
+    assert [type(one).__name__ for one in model.modules()] == names
 
 
 def test_hooks_inside_others_and_hooks_of_what_runs_inside_a_part_are_all_run(both):

@@ -179,6 +179,17 @@ def test_figures_of_a_perfect_and_of_a_silent_transcoder(data):
     assert (figures["val_l0"], figures["dead_fraction"]) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize("limit", [1.0, 2.0, 1000.0])
+def test_clipping_one_model_is_clipping_several_to_the_last_bit(limit):
+    generator = torch.Generator().manual_seed(0)
+    several = [torch.randn(3, 64, 5, generator=generator), torch.randn(3, 2, generator=generator)]
+    alone = [one[1:2].clone() for one in several]
+    norms, norm = clip_each(several, limit), clip_each(alone, limit)
+    assert torch.equal(norm, norms[1:2])
+    for one, other in zip(alone, several, strict=True):
+        assert torch.equal(one, other[1:2])
+
+
 def test_clipping_looks_at_one_model_at_a_time():
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(3, 4, 5, generator=generator), torch.randn(3, 2, generator=generator)]
