@@ -18,6 +18,7 @@ _LEFT_OUT: Counter[tuple[str, str]] = Counter()
 """Tests by their file and the reason."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         marker = item.get_closest_marker("long")
@@ -26,6 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marker is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     items.sort(key=_minutes, reverse=True)  # which leaves the order of the short ones
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """pytest 9.2 and xdist 3.8 together lose the groups without a word: every worker then sets all files up."""
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in grouped):
+        raise pytest.UsageError("this pytest does not let xdist see the groups of tests")
 
 
 def _minutes(item: pytest.Item) -> float:

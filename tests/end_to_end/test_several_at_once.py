@@ -15,7 +15,12 @@ FIGURES = ("val_loss", "val_l0_delta", "val_cos")
 def test_two_workers_and_two_trials_at_once_change_no_figure(jobs: Jobs, seeds, tmp_path: Path) -> None:
     asked = ("deltas.side_by_side=2", "deltas.workers_per_trial=2", "transcoders.workers_per_layer=2")
     asked = (*asked, "lora.workers_per_trial=2")
-    fewer = ("deltas.targets=[residual]", "evaluate.controls=[]", "transcoders.layers=[1]", "compute.max_concurrent=2")
+    fewer = (
+        "deltas.targets=[residual]",
+        "evaluate.controls=[dense_delta]",
+        "transcoders.layers=[1]",
+        "compute.max_concurrent=2",
+    )
     done = jobs("deltas", "tiny", *SMALL, *fewer, *asked, f"storage.root={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = tmp_path / "sweeps/tiny", seeds.root / "sweeps/tiny-s0"

@@ -22,6 +22,8 @@ from jobs.search.halving import EarlyStopping
 from jobs.search.studies import Group, best_of, open_storage, pareto_front, trials_of
 from search_spaces.dimensions import Choice, Range
 
+pytestmark = pytest.mark.early  # the file that takes longest
+
 Mixed = tuple[Path, dict[str, Group]]
 
 
