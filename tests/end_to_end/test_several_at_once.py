@@ -26,7 +26,7 @@ def test_two_workers_and_two_trials_at_once_change_no_figure(jobs: Jobs, seeds, 
         assert (one["state"], one["params"]) == (other["state"], other["params"])
         losses, expected = ([figures["val_loss"] for figures in found["history"]] for found in (one, other))
         assert len(losses) > 1
-        assert losses == pytest.approx(expected, rel=1e-3), path
+        assert losses == pytest.approx(expected, rel=2e-4), path
     (base,), (other,) = (read(root / "transcoders/layer_1/manifest.json")["bases"] for root in (ours, theirs))
     assert base["val_fvu"] == pytest.approx(other["val_fvu"], rel=1e-2)
     results = sorted(theirs.glob("deltas/layer_01/p*/**/trial_*/result.json"))

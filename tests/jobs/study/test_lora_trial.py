@@ -1,5 +1,4 @@
-"""A LoRA trial whose worker is lost resumes in the same folder and ends with the same figures and adapter bytes; one on
-two workers is the same trial as on one."""
+"""A LoRA trial whose worker is lost resumes in the same folder and ends with the same figures and adapter bytes."""
 
 import pytest
 
