@@ -7,7 +7,6 @@ the missing trials.
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
 import time
@@ -19,7 +18,6 @@ from typing import Any
 
 import optuna
 from ray import tune
-from ray.exceptions import RayActorError
 from ray.tune.search import Searcher
 
 from jobs.cluster.connection import Share
@@ -28,6 +26,7 @@ from jobs.files import write_json
 from jobs.progress import Bar
 from jobs.search.ends import End, figures_of
 from jobs.search.halving import EarlyStopping, GroupedHalving, InOrder
+from jobs.search.logs import quieten_tune
 from jobs.search.studies import Again, Group, Storage, Study
 from jobs.search.turns import Turns
 
@@ -73,8 +72,7 @@ def run_search(
     if not search.missing:
         return
 
-    logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_not_a_worker_death)
-    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it lists every failed attempt as a failed trial
+    quieten_tune()
 
     def run(config: dict[str, Any]) -> None:
         try:
@@ -291,8 +289,3 @@ class GroupedSearch(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Does nothing, like `save`."""
-
-
-def _is_not_a_worker_death(record: logging.LogRecord) -> bool:
-    """False for the traceback that Tune logs when a worker dies: the search reports that in one line."""
-    return not (record.exc_info and isinstance(record.exc_info[1], RayActorError))
