@@ -9,6 +9,7 @@ import importlib
 import platform
 import subprocess
 import time
+from collections.abc import Collection
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
     tracker.open("sweep", context.settings.name, params=told_apart_by(context.settings))
     status = "FAILED"
     try:
+        check_workers(context, [stage.name for stage in stages if not stage.finished(context)])
         for number, stage in enumerate(stages, start=1):
             label = f"[{number}/{len(stages)}] {stage.name}"
             if stage.finished(context):
@@ -145,6 +147,19 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         raise
     finally:
         context.tracker.close(stage.name, {"seconds": seconds or time.time() - started}, status=status)
+
+
+def check_workers(context: Context, stages: Collection[str]) -> None:
+    """Raises RequestError, before the first stage works, if the workers that a trial of a later one asks for do not fit
+    on the cluster."""
+    for section, setting in (
+        ("lora", "workers_per_trial"),
+        ("transcoders", "workers_per_layer"),
+        ("deltas", "workers_per_trial"),
+    ):
+        workers = getattr(getattr(context.settings, section), setting)
+        if section in stages and workers > 1:
+            context.share.of_several(workers, f"{section}.{setting}")
 
 
 def write_settings(context: Context) -> None:
