@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
-from scipy.stats import rankdata
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -180,6 +179,8 @@ def slope_and_spearman(
     of alpha. Both are NaN for fewer than two distinct alphas; rho is NaN for a metric that never changes.
     Raises ValueError when the shapes do not match.
     """
+    from scipy.stats import rankdata  # takes half a second to import, which workers need not wait for
+
     doses = np.asarray(alpha, dtype=np.float64)
     tops, bottoms = (np.asarray(sums, dtype=np.float64) for sums in (numerators, denominators))
     if tops.ndim not in (2, 3) or tops.shape != bottoms.shape or len(tops) != len(doses):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,9 @@ def test_a_sweep_goes_on_once_there_is_room(seeds, disk: Path) -> None:
     for stage, begun in BEGUN.items():
         process = start(*arguments)
         wait_until(lambda begun=begun: next(sweep.glob(begun), None) is not None, process)
+        process.send_signal(signal.SIGSTOP)  # a short stage would end before the disk is full
         ballast = fill(disk)
+        process.send_signal(signal.SIGCONT)
         _, errors = process.communicate(timeout=120)
         ballast.unlink()
         assert process.returncode == 1, f"{stage}: {process.returncode} {errors}"
