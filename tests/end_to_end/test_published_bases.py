@@ -9,9 +9,7 @@ import pandas as pd
 import pytest
 
 from models.tiny import build_tiny_gemma2
-from tests.end_to_end.conftest import Jobs, read
-
-whole = pytest.mark.long("one more whole study", minutes=1)
+from tests.end_to_end.conftest import Jobs, read, together
 
 D_MODEL, D_SAE, LAYERS = 32, 96, 4
 AVERAGE_L0 = {0: (5, 11, 30), 1: (4, 9), 2: (6, 13, 29, 60), 3: (8,)}
@@ -43,20 +41,30 @@ def publish(folder: Path) -> None:
             np.savez(path / "params.npz", **{key: array.astype(np.float32) for key, array in arrays.items()})
 
 
-@whole
-def test_the_full_study_runs_on_published_transcoders(jobs: Jobs, tmp_path: Path) -> None:
+@pytest.fixture
+def asked(tmp_path: Path) -> tuple[str, ...]:
+    """The preset on a small model and small published transcoders."""
     build_tiny_gemma2(tmp_path / "gemma", seed=0)
     publish(tmp_path / "scope")
-    done = jobs(
-        "sweep",
+    return (
         "gemma2_2b",
         f"model.source={tmp_path / 'gemma'}",
         f"transcoders.source={tmp_path / 'scope'}",
         f"storage.root={tmp_path / 'runs'}",
         *SCALED_DOWN,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.long("a whole study, and a second one of the same adapter", minutes=2)
+def test_studies_run_on_published_transcoders(jobs: Jobs, asked: tuple[str, ...], tmp_path: Path) -> None:
     sweep = tmp_path / "runs" / "sweeps" / "gemma2_2b"
+    _the_full_study(jobs, asked, sweep)
+    _a_target_l0_and_another_convention(asked, sweep)
+
+
+def _the_full_study(jobs: Jobs, asked: tuple[str, ...], sweep: Path) -> None:
+    done = jobs("sweep", *asked)
+    assert done.returncode == 0, done.stdout + done.stderr
     chosen = read(sweep / "transcoders" / "manifest.json")["chosen"]
     # Index min(n - 1, int(n * p)) by ascending L0.
     assert chosen["0"] == {
@@ -79,16 +87,10 @@ def test_the_full_study_runs_on_published_transcoders(jobs: Jobs, tmp_path: Path
     assert set(doses["alpha"]) == {0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0}
 
 
-@whole
-def test_a_target_l0_selects_and_another_convention_is_named_in_every_table(jobs: Jobs, tmp_path: Path) -> None:
-    build_tiny_gemma2(tmp_path / "gemma", seed=0)
-    publish(tmp_path / "scope")
-    common = (
-        "gemma2_2b",
-        f"model.source={tmp_path / 'gemma'}",
-        f"transcoders.source={tmp_path / 'scope'}",
-        f"storage.root={tmp_path / 'runs'}",
-        *SCALED_DOWN,
+def _a_target_l0_and_another_convention(asked: tuple[str, ...], sweep: Path) -> None:
+    """One base is selected by its L0, and every table names the convention."""
+    asked = (
+        *asked,
         "transcoders.convention=resid_mid/sqrt(d_model)",
         "transcoders.layers=[1, 2]",
         "deltas.targets=[residual]",
@@ -99,12 +101,11 @@ def test_a_target_l0_selects_and_another_convention_is_named_in_every_table(jobs
         "deltas.threshold=learned",
         "deltas.trials=2",
     )
-    planned = jobs("plan", *common)
+    planned, done = together(("plan", *asked), ("sweep", *asked))
     assert planned.returncode == 0, planned.stdout + planned.stderr
     assert "l0 layer_2/width_16k/average_l0_13" in planned.stdout
-    done = jobs("sweep", *common)
     assert done.returncode == 0, done.stdout + done.stderr
-    sweep = tmp_path / "runs" / "sweeps" / "gemma2_2b"
+    assert "lora: done already" in done.stdout
     chosen = read(sweep / "transcoders" / "manifest.json")["chosen"]
     assert chosen == {
         "1": {"l0": "layer_1/width_16k/average_l0_9"},
@@ -122,18 +123,8 @@ def test_a_target_l0_selects_and_another_convention_is_named_in_every_table(jobs
     assert set(features["target"]) == {"residual"}
 
 
-def test_a_missing_layer_is_named(jobs: Jobs, tmp_path: Path) -> None:
-    build_tiny_gemma2(tmp_path / "gemma", seed=0)
-    publish(tmp_path / "scope")
-    done = jobs(
-        "transcoders",
-        "gemma2_2b",
-        f"model.source={tmp_path / 'gemma'}",
-        f"transcoders.source={tmp_path / 'scope'}",
-        f"storage.root={tmp_path / 'runs'}",
-        "transcoders.width=65k",
-        *SCALED_DOWN,
-    )
+def test_a_missing_layer_is_named(jobs: Jobs, asked: tuple[str, ...]) -> None:
+    done = jobs("transcoders", *asked, "transcoders.width=65k")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "layer_0/width_65k" in done.stderr
     assert "Traceback" not in done.stderr
