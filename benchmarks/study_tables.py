@@ -186,11 +186,11 @@ def cards(folder: Path) -> str:
     rows = []
     for adapter, here in table.groupby("adapter", sort=False):
         for _, row in here.head(10).iterrows():
-            where = f"layer {row['layer']}, " + ("at BOS" if row["at_bos"] else f"feature {row['feature']}")
+            where = f"layer {row['layer']}, " + ("at BOS" if row["at_bos"] else f"feature {int(row['feature'])}")
             effects = [number(row[f"{way}_ce_{subset}"]) for way in ("ablated", "alone") for subset in subsets[:1]]
             words = [ast.literal_eval(word).strip().replace("`", "'") for word in QUOTED.findall(str(row["promoted"]))]
             promoted = ", ".join(f"`{word}`" for word in words[:4])
-            rows.append([str(adapter), str(row["rank"]), where, *effects, promoted.replace("|", "\\|")])
+            rows.append([str(adapter), str(int(row["rank"])), where, *effects, promoted.replace("|", "\\|")])
     return markdown(
         ["adapters", "rank", "feature", "CE on `tool`, change without it", "change with it alone", "promotes"], rows
     )

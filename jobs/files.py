@@ -61,10 +61,15 @@ def read_json(path: Path) -> Any:
     return value
 
 
+def is_for(folder: Path, key: str) -> bool:
+    """Whether what `folder` holds was made for this key."""
+    held = read_json(folder / KEY)
+    return held is not None and held["key"] == key
+
+
 def keyed_folder(folder: Path, key: str) -> Path:
     """`folder`, emptied first if it holds results for another key."""
-    held = read_json(folder / KEY)
-    if held is None or held["key"] != key:
+    if not is_for(folder, key):
         shutil.rmtree(folder, ignore_errors=True)
         write_json(folder / KEY, {"key": key})
     return folder

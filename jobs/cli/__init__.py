@@ -70,4 +70,6 @@ def main() -> None:
 
 
 def _say(text: str) -> None:
+    if not text:
+        return  # a command is missing, and the help has been shown
     print(f"error: {text}" if not text.startswith("stopped") else text, file=sys.stderr)

@@ -5,14 +5,20 @@ In: what was typed. Out: types for Typer's signatures, and a `Context`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.errors import RequestError
+
 if TYPE_CHECKING:
     from jobs.study.context import Context
 
-Config = Annotated[str, typer.Argument(help="A settings file, or a preset: quickstart, tiny, smollm2, gemma2_2b.")]
+Config = Annotated[
+    str, typer.Argument(help="A settings file, or a preset: quickstart, tiny, smollm2, study, gemma2_2b.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override those in the file.")
 ]
@@ -25,6 +31,13 @@ Address = Annotated[
 Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster that others can use without a token.")]
 DeltaTarget = Annotated[str | None, typer.Option(help="change or residual; default: the first of deltas.targets.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete this sweep's earlier results and start over.")]
+
+
+def check_strengths(alphas: Iterable[float]) -> None:
+    """Raises RequestError, before a model is loaded, for an `--alpha` that is no number."""
+    for alpha in alphas:
+        if not math.isfinite(alpha):
+            raise RequestError(f"--alpha: got {alpha}, must be a finite number")
 
 
 def context_of(config: str, overrides: list[str] | None) -> Context:

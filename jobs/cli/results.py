@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import Config, DeltaTarget, Overrides, context_of
+from jobs.cli.options import Config, DeltaTarget, Overrides, check_strengths, context_of
+from jobs.errors import RequestError
 
 commands = typer.Typer()
 
@@ -19,7 +20,9 @@ commands = typer.Typer()
 @commands.command()
 def score(
     file: Annotated[str, typer.Argument(help="JSON lines of {input, target, generation, label}; label is optional.")],
-    behaviours: Annotated[str, typer.Option(help="Settings whose evaluate.behaviours are asked.")] = "quickstart",
+    behaviours: Annotated[
+        str, typer.Option(help="A preset, or a whole settings file, whose evaluate.behaviours are asked.")
+    ] = "quickstart",
     by: Annotated[str, typer.Option(help="The column to group by.")] = "label",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
@@ -27,9 +30,13 @@ def score(
     from evaluators.measures.behaviours import read_behaviours
     from evaluators.measures.scoring import score_file
     from jobs.commands.show import show_scores
-    from search_spaces.load import load
+    from search_spaces.load import SettingsError, load
 
-    groups = score_file(file, read_behaviours(load(behaviours, []).evaluate.behaviours), by)
+    try:
+        settings = load(behaviours, [])
+    except SettingsError as error:
+        raise RequestError(f"--behaviours: {behaviours} is no settings file: {error}") from None
+    groups = score_file(file, read_behaviours(settings.evaluate.behaviours), by)
     if as_json:
         print(json.dumps(groups))
         return
@@ -55,6 +62,7 @@ def probe(
     from jobs.commands.finished import Asked, asked, combination, load_bridge, load_sites
     from models.bridge import device_of
 
+    check_strengths(alpha or [])
     context = context_of(config, overrides)
     model = load_bridge(context)
     sites = load_sites(context, layer, combination(context, Asked(deltas, percentile, d_new)), model)
@@ -78,11 +86,18 @@ def chat(
         float | None, typer.Option(help="Talk to the model with its deltas spliced in at this strength; 0 is no delta.")
     ] = None,
     deltas: DeltaTarget = None,
-    layer: Annotated[list[int] | None, typer.Option(help="A layer to splice, repeatable; default: all.")] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="A layer to splice with --alpha, repeatable; default: all.")
+    ] = None,
 ) -> None:
     """Talk to the finetuned model, one request per line."""
     from jobs.commands.chat import chat as run
 
+    if alpha is not None:
+        check_strengths([alpha])
+    elif deltas or layer:
+        given = "--deltas" if deltas else "--layer"
+        raise RequestError(f"{given}: needs --alpha too, without which no delta is spliced in")
     run(context_of(config, overrides), max_new_tokens, alpha, deltas, layer)
 
 
@@ -103,6 +118,7 @@ def export(
     """Write change deltas, or bases and residual deltas fused, as one transcoder per layer in another tool's format."""
     from jobs.commands import finished
 
+    check_strengths([alpha])
     context, asked = context_of(config, overrides), finished.Asked(deltas, percentile, d_new)
     for path in finished.export(context, kind, Path(folder), asked, alpha, onto_bases):
         print(path)

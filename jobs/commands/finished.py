@@ -79,7 +79,7 @@ def combination(context: Context, asked: Asked) -> tuple[Ground, int]:
     targets = context.settings.deltas.targets
     target = asked.target or targets[0]
     if target not in targets:
-        raise RequestError(f"--target: got {target}, but the sweep has {' and '.join(targets)}")
+        raise RequestError(f"--deltas: got {target}, but the sweep has {' and '.join(targets)}")
     evaluated = (read_json(context.space.cells / MANIFEST) or {}).get("chosen", {}).get(target, {})
     percentile = asked.percentile if asked.percentile is not None else evaluated.get("percentile")
     d_new = asked.d_new if asked.d_new is not None else evaluated.get("d_new")

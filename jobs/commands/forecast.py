@@ -54,9 +54,12 @@ def forecast(loads: Sequence[Load], workers: int) -> Forecast:
     lost = [span * workers - sum(load.units) for span, load in zip(spans, loads, strict=True)]
     worst = loads[lost.index(max(lost))]
     limit, longest = f"{worst.stage}: ", makespan(worst.units, workers)
-    if worst.alone > max(worst.shared, longest):
+    at_the_end, waiting = longest - sum(worst.units) / workers, max(0.0, worst.shared - longest)
+    if max(lost) <= 0.01 * sum(spans) * workers:
+        limit = "the work itself"
+    elif worst.alone >= max(waiting, at_the_end):
         limit += f"{clock(worst.alone)} of work that cannot be shared out"
-    elif worst.shared > longest:
+    elif waiting >= at_the_end:
         limit += f"{clock(worst.shared)} of storage or a driver that all share"
     elif len(worst.units) < workers:
         limit += f"{len(worst.units)} units for {workers} workers"

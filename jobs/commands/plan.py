@@ -45,6 +45,8 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     ]
     rows += _measured(context)
     forecast = schedule_rows(context, measured or context.space.folder, workers)
+    if measured and not measured.is_dir():
+        raise RequestError(f"--measured: there is no folder {measured}")
     if measured and not forecast:
         raise RequestError(f"--measured: {measured} has no sweep with trials and cells of these widths")
     if settings.compute.gpus_per_trial:
@@ -125,5 +127,8 @@ def _measured(context: Context) -> Rows:
     known = {name: one["seconds"] for name, one in manifests.items() if one and "seconds" in one}
     if not known:
         return []
+    workers = max(one.get("workers", 1) for one in manifests.values() if one)
     listed = ", ".join(f"{name} {clock(seconds)}" for name, seconds in known.items())
-    return [("time", f"{clock(sum(known.values()))} when last run ({listed})")]
+    return [
+        ("time", f"{clock(sum(known.values()))} when last run, on {workers} worker{'s' * (workers > 1)} ({listed})")
+    ]

@@ -13,18 +13,19 @@ from rich.text import Text
 
 
 def show_probe(found: dict[str, Any]) -> None:
-    """The conditions first, then the active features token by token."""
+    """The active features token by token, and last, where a long list does not push them away, the conditions."""
     console = Console()
-    table = Table("condition", "CE", "CE - raw", "next tokens", "output", title=f"target: {found['target']!r}")
+    table = Table("layer", "token", "delta features", "base features", title="active features (feature:strength)")
+    for one in found["features"]:
+        table.add_row(str(one["layer"]), Text(repr(one["token"])), _listed(one["delta"]), _listed(one["base"]))
+    console.print(table)
+    table = Table("condition", "CE", "CE - raw", "next tokens", title=f"target: {found['target']!r}")
+    table.add_column("output", overflow="fold")
     for one in found["conditions"]:
         following = ", ".join(f"{entry['token']!r} {entry['probability']:.3f}" for entry in one["next_tokens"])
         table.add_row(
             one["condition"], f"{one['ce']:.4f}", f"{one['delta_ce']:+.4f}", Text(following), Text(one["output"])
         )
-    console.print(table)
-    table = Table("layer", "token", "delta features", "base features", title="active features (feature:strength)")
-    for one in found["features"]:
-        table.add_row(str(one["layer"]), Text(repr(one["token"])), _listed(one["delta"]), _listed(one["base"]))
     console.print(table)
 
 

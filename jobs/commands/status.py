@@ -5,10 +5,13 @@ In: a `Context`. Out: rows of text, read off the results on disk; nothing heavy 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from jobs.files import MANIFEST, read_json
+from jobs.files import MANIFEST, is_for, read_json
 from jobs.progress import clock, read_progress
+from jobs.seals import SEAL
+from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.stage_list import STAGES
 
@@ -30,15 +33,20 @@ def status_rows(context: Context) -> Rows:
     if settings.model.finetuned:
         rows.append(finetuned_row(context))
     else:
-        results = [read_json(path) for path in sorted(space.folder.glob("lora/trial_*/result.json"))]
+        results = _results(space.lora, keys.lora_group(settings))
         rows.append(("LoRA trials", _counts(results, settings.lora.trials)))
-    groups = len(context.delta_groups)
-    results = [read_json(path) for path in sorted(space.deltas.glob("layer_*/*/d*/trial_*/result.json"))]
-    rows.append(("delta trials", _counts(results, groups * settings.deltas.trials)))
-    cells = [path for path in space.cells.glob("*.json") if path.name != MANIFEST]
+    groups = [(space.deltas / one.name, keys.delta_group(settings, one)) for one in context.delta_groups]
+    results = [result for folder, key in groups for result in _results(folder, key)]
+    rows.append(("delta trials", _counts(results, len(groups) * settings.deltas.trials)))
+    cells = [path for path in space.cells.glob("*.json") if path.name not in (MANIFEST, SEAL)]
     rows.append(("cells", f"{len(cells)} on disk"))
     rows += [("failed", f"{one['group']} trial {one['trial']}: {one['reason']}") for one in results if one["reason"]]
     return rows
+
+
+def _results(folder: Path, key: str) -> list[dict[str, Any]]:
+    """Those of the trials in `folder`; none where they are of other settings, and will be made again."""
+    return [read_json(path) for path in sorted(folder.glob("trial_*/result.json"))] if is_for(folder, key) else []
 
 
 def _counts(results: list[dict[str, Any]], total: int) -> str:

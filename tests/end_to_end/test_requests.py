@@ -3,6 +3,7 @@ traceback."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -97,3 +98,47 @@ def test_gemma_without_the_hub_fails_at_once(jobs: Jobs, tmp_path: Path) -> None
     done = jobs("sweep", "gemma2_2b", f"storage.root={tmp_path}", timeout=200)
     check(done, ["model.source", "google/gemma-2-2b"])
     assert list(tmp_path.iterdir()) == []
+
+
+ON_A_FINISHED_SWEEP = [
+    (["chat", "tiny", "--layer", "1"], "--layer: needs --alpha too"),
+    (["chat", "tiny", "--deltas", "change"], "--deltas: needs --alpha too"),
+    (["chat", "tiny", "--alpha", "1", "--deltas", "other"], "--deltas: got other, but the sweep has change and"),
+    (["chat", "tiny", "--alpha", "nan"], "--alpha: got nan, must be a finite number"),
+    (["probe", "tiny", "--prompt", "2 + 2", "--alpha", "inf"], "--alpha: got inf, must be a finite number"),
+    (["export", "tiny", "--to", "nowhere", "--alpha", "nan"], "--alpha: got nan, must be a finite number"),
+    (["plan", "tiny", "--measured", "nowhere"], "--measured: there is no folder nowhere"),
+]
+
+
+def test_options_that_cannot_be_followed_on_a_finished_sweep(finished) -> None:
+    asked = [[*words, f"storage.root={finished[0]}"] for words, _ in ON_A_FINISHED_SWEEP]
+    for done, (_, sentence) in zip(together(*asked), ON_A_FINISHED_SWEEP, strict=True):
+        check(done, [sentence])
+
+
+def test_a_file_without_a_name_is_no_settings_file_for_behaviours(tmp_path: Path) -> None:
+    bare = tmp_path / "bare.yaml"
+    bare.write_text("evaluate: {behaviours: {polite: {contains: please}}}\n")
+    (done,) = together(["score", str(tmp_path / "texts.jsonl"), "--behaviours", str(bare)])
+    check(done, [f"--behaviours: {bare} is no settings file: name is missing"])
+
+
+def test_without_a_command_there_is_help_and_no_empty_error(jobs: Jobs) -> None:
+    done = jobs()
+    assert done.returncode == 2
+    assert "Usage: deltascope" in done.stdout
+    assert "error" not in done.stderr
+
+
+def test_status_counts_what_was_made_with_these_settings(finished) -> None:
+    root = f"storage.root={finished[0]}"
+    these, others, planned = together(
+        ["status", "tiny", root], ["status", "tiny", root, "seed=1"], ["plan", "tiny", root]
+    )
+    cells = re.search(r"(\d+) cells", planned.stdout)
+    assert cells is not None, planned.stdout
+    for counted in ("4 of 4 (", "32 of 32 (", f"{cells[1]} on disk"):
+        assert counted in these.stdout
+    for counted in ("LoRA trials   0 of 4", "delta trials  0 of 32"):
+        assert counted in others.stdout

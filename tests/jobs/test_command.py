@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from search_spaces.load import presets
 from tests.end_to_end.conftest import SMALLEST, environment, run
 
 COMMAND = Path(sys.executable).with_name("deltascope")
@@ -38,6 +39,7 @@ def test_both_names_are_one_program() -> None:
     assert (ours.returncode, ours.stderr) == (0, "")
     assert ours.stdout == module.stdout
     assert "Usage: deltascope sweep" in ours.stdout
+    assert all(name in ours.stdout for name in presets())
 
 
 def test_paths_are_those_of_the_current_folder_and_presets_are_found(elsewhere: Path) -> None:

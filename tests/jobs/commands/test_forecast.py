@@ -30,3 +30,4 @@ def test_the_stage_that_loses_most_is_named() -> None:
     assert many.limit == "lora: 4 units for 400 workers"
     assert "20s of work that cannot be shared out" in forecast(loads[1:], 400).limit
     assert "its longest unit takes 1m40s" in forecast(loads[:1], 3).limit
+    assert forecast(loads[:1], 1).limit == forecast(loads[:1], 4).limit == "the work itself"
