@@ -91,7 +91,7 @@ COLUMNS = (
     "bases and residual deltas train",
 )
 EXACT = ("splicing the MLP's own", "alpha = 0 gives the logits of the model", "the true change", "cached and uncached")
-"""How the checks of the first four columns begin."""
+"""How the checks of the first four answers begin."""
 ROWS = [make_row("12 + 30?", "42", ""), make_row("Seven times a lot of words", "no", ""), make_row("x", "yes", "")]
 
 
@@ -137,7 +137,7 @@ def tried(name: str, folder: Path) -> str:
 
 
 def _exact(before: Path, after: Path) -> list[bool]:
-    """The first four columns: the checks that every sweep makes, on one layer and on two."""
+    """The first four answers: the checks that every sweep makes, on one layer and on two."""
     bridge = wrap(*load_model(after, torch.float32))
     checks = []
     for layers in ((1,), (0, 2)):
@@ -213,8 +213,8 @@ def page(lines: list[str]) -> str:
     return f"""# Architectures
 
 Each line was tried on a small random model by `python -m tests.models.table`, and is tried again by a test. The first
-four columns are the checks that every sweep makes on your own model too: a splice changes what it should and nothing
-else.
+four answers of a line are the checks that every sweep makes on your own model too: a splice changes what it should and
+nothing else.
 
 | architecture | such as | {" | ".join(COLUMNS)} |
 |---|---|{"---|" * len(COLUMNS)}
