@@ -35,7 +35,7 @@ def score(
     try:
         settings = load(behaviours, [])
     except SettingsError as error:
-        raise RequestError(f"--behaviours: {behaviours} is no settings file: {error}") from None
+        raise RequestError(f"--behaviours {behaviours}: {error}") from None
     groups = score_file(file, read_behaviours(settings.evaluate.behaviours), by)
     if as_json:
         print(json.dumps(groups))

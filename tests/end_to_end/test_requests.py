@@ -117,11 +117,11 @@ def test_options_that_cannot_be_followed_on_a_finished_sweep(finished) -> None:
         check(done, [sentence])
 
 
-def test_a_file_without_a_name_is_no_settings_file_for_behaviours(tmp_path: Path) -> None:
+def test_behaviours_are_read_from_whole_settings_files(tmp_path: Path) -> None:
     bare = tmp_path / "bare.yaml"
     bare.write_text("evaluate: {behaviours: {polite: {contains: please}}}\n")
     (done,) = together(["score", str(tmp_path / "texts.jsonl"), "--behaviours", str(bare)])
-    check(done, [f"--behaviours: {bare} is no settings file: name is missing"])
+    check(done, [f"--behaviours {bare}: name is missing"])
 
 
 def test_without_a_command_there_is_help_and_no_empty_error(jobs: Jobs) -> None:
