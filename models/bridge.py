@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.errors import ModelError
+from models.no_installs import nothing_installed
 from models.transcoder import RESID_MID_TAPS, Taps
 
 if TYPE_CHECKING:
@@ -65,9 +66,10 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
     before = _some_logits(model) if model.dtype == torch.float32 else None
     # This switches to eager attention, which is what the bridge's own parts compute, to the last bit.
-    bridge = TransformerBridge.boot_transformers(
-        model.config._name_or_path or "local", hf_model=model, tokenizer=tokenizer, device=str(model.device)
-    )
+    with nothing_installed():
+        bridge = TransformerBridge.boot_transformers(
+            model.config._name_or_path or "local", hf_model=model, tokenizer=tokenizer, device=str(model.device)
+        )
     bridge.__dict__["wiring"] = _find_wiring(bridge)
     model.requires_grad_(False)  # while all parts are in place, some of which have copies of weights
     after = _some_logits(model)

@@ -1,7 +1,8 @@
 """Process-wide switches of the libraries, set before any of them is imported.
 
 In: nothing. Out: environment variables (telemetry off, Ray on loopback, no pickles read from results, no progress bars)
-and handlers for SIGINT and SIGTERM. A user's own values win, except for telemetry and pickles.
+and handlers for SIGINT and SIGTERM; no library may install packages. A user's own values win, except for telemetry and
+pickles.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 import threading
 import warnings
 from typing import Any
+
+from models.no_installs import forbid_installs
 
 ALWAYS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -56,6 +59,7 @@ def prepare(address: str | None = None) -> None:
 
     A Ray that we start requires a token; an existing cluster at `address` (or RAY_ADDRESS) has its own mode.
     """
+    forbid_installs()
     os.environ.update(ALWAYS)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
