@@ -7,7 +7,7 @@ is the one place that knows how a block is built between the taps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from models.bridge import block_of, whole
+from models.bridge import block_of
 from models.errors import ModelError
-from models.tensors import read_tensors
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps
+from models.weights import build_skeleton, open_weights
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -84,20 +84,18 @@ def read_paths(
 
     Only the tensors of those layers are read. Raises ModelError where the folder lacks one or its shape differs.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    skeleton = build_skeleton(folder)
+    weights = open_weights(folder, skeleton=skeleton)
     paths = {}
     for layer in layers:
-        parts = _parts(bridge, layer)
-        modules = {part: skeleton.get_submodule(place) for part, place in _places(bridge, layer).items()}
+        parts, places = _parts(bridge, layer), part_places(skeleton.config, layer)
+        modules = {part: skeleton.get_submodule(place) for part, place in places.items()}
         names = {
             f"{place}.{name}": (part, name)
-            for part, place in _places(bridge, layer).items()
+            for part, place in places.items()
             for name, _ in modules[part].named_parameters()
         }
-        found = read_tensors(folder, list(names))
+        found = weights.read(names)
         states: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
         for full, (part, name) in names.items():
             ours = _plain_parameters(parts[part])[name]
@@ -109,6 +107,36 @@ def read_paths(
             module.eval().requires_grad_(False)
         paths[layer] = BlockPath(layer, modules["ln2"], modules["mlp"], modules.get("ln2_post"))
     return paths
+
+
+def part_places(config: Any, layer: int) -> dict[str, str]:
+    """Where a plain model of this transformers config keeps each part of a layer's path, such as `model.layers.3.mlp`:
+    TransformerLens knows, without a model. Empty for an architecture that it does not know."""
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+    from transformers import AutoModelForCausalLM
+
+    name = AutoModelForCausalLM._model_mapping[type(config)].__name__  # type: ignore[attr-defined]
+    try:
+        adapter = ArchitectureAdapterFactory.select_architecture_adapter(
+            build_bridge_config_from_hf(config, name, "local", torch.float32)
+        )
+    except (ValueError, KeyError):
+        return {}
+    blocks: Any = (adapter.component_mapping or {}).get("blocks")
+    inner = blocks.submodules if blocks is not None else {}
+    return {part: f"{blocks.name}.{layer}.{inner[part].name}" for part in PARTS if part in inner}
+
+
+def layers_on_path(config: Any, names: Iterable[str]) -> list[int]:
+    """The layers whose path holds one of these parameters or modules, ascending."""
+    changed = [f"{name}." for name in names]
+    found = []
+    for layer in range(config.num_hidden_layers):
+        places = tuple(f"{place}." for place in part_places(config, layer).values())
+        if any(name.startswith(places) for name in changed):
+            found.append(layer)
+    return found
 
 
 @contextmanager
@@ -171,18 +199,6 @@ def _parts(bridge: TransformerBridge, layer: int) -> dict[str, Any]:
     block = block_of(bridge, layer)
     found = {part: getattr(block, part, None) for part in PARTS}
     return {part: component for part, component in found.items() if component is not None}
-
-
-def _places(bridge: TransformerBridge, layer: int) -> dict[str, str]:
-    """Where a plain model of the architecture keeps each part, such as `model.layers.3.mlp`."""
-    model: Any = bridge.original_model
-    with whole(bridge):
-        named = {id(parameter): _plain(name) for name, parameter in model.named_parameters()}
-    places = {}
-    for part, component in _parts(bridge, layer).items():
-        inner, parameter = next(iter(_plain_parameters(component).items()))
-        places[part] = named[id(parameter)].removesuffix(f".{inner}")
-    return places
 
 
 def _plain_parameters(component: nn.Module) -> dict[str, nn.Parameter]:

@@ -19,7 +19,7 @@ from evaluators.splice.substitutes import SUBSTITUTES, Material, dense_delta, ra
 from evaluators.splice.teacher_forcing import Job, score
 from models.blocks import exchanged, read_paths
 from models.errors import ModelError
-from models.tensors import read_tensors
+from models.weights import open_weights
 from search_spaces.schema import Evaluate
 
 
@@ -157,10 +157,10 @@ def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, model_fo
 
 def test_weights_that_are_not_there_are_named(subject, tmp_path):
     shutil.copy(subject.folder / "config.json", tmp_path)
-    with pytest.raises(ModelError, match="is missing"):
+    with pytest.raises(ModelError, match=r"needs weights as model\.safetensors; it has none"):
         read_paths(subject.bridge, tmp_path, [1])
     with pytest.raises(ModelError, match=r"lack nothing\.weight"):
-        read_tensors(subject.folder, ["nothing.weight"])
+        open_weights(subject.folder).read(["nothing.weight"])
 
 
 def test_a_control_without_what_it_needs_is_refused(subject):

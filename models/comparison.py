@@ -1,0 +1,134 @@
+"""What differs between the weights of two saved models, before any work is done on them.
+
+In: the weights of a model before and after finetuning. Out: the names of what changed, values that are no numbers, and
+what a coarser dtype of the second one rounds away; and a copy of the first one, rounded the same way. Each file is read
+once, a tensor at a time.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from models.weights import Weights, places_in
+
+JSON_AND_TOKENIZER = (".json", ".jinja", ".model", ".txt")
+
+
+class Comparison(NamedTuple):
+    """changed: parameters that differ, those of a coarser dtype after rounding the first model's. not_finite: per model
+    and parameter, how many values are NaN or infinite. rounded: parameters that rounding changes, with the dtype.
+    rounding_share: the mean square of what rounding changes over that of all that changes."""
+
+    changed: tuple[str, ...]
+    not_finite: tuple[tuple[str, str, int], ...]
+    rounded: dict[str, str]
+    rounding_share: float
+
+
+def compare(before: Weights, after: Weights) -> Comparison:
+    """Compares the tensors of two models of one architecture. Raises ModelError where a file cannot be read."""
+    import torch
+
+    changed, not_finite, rounded = [], [], {}
+    by_rounding = in_all = 0.0
+    for name in sorted(before.places.keys() & after.places.keys(), key=lambda one: str(after.places[one].file)):
+        old, new = before.read([name])[name], after.read([name])[name]
+        for which, tensor in (("before", old), ("after", new)):
+            if tensor.is_floating_point() and (bad := int((~torch.isfinite(tensor)).sum())):
+                not_finite.append((which, name, bad))
+        as_new = old.to(new.dtype)
+        if old.dtype != new.dtype and not torch.equal(as_new.to(old.dtype), old):
+            rounded[name] = str(new.dtype).removeprefix("torch.")
+            by_rounding += (as_new.double() - old.double()).pow(2).sum().item()
+            in_all += (new.double() - old.double()).pow(2).sum().item()
+        elif not torch.equal(as_new, new):
+            in_all += (new.double() - as_new.double()).pow(2).sum().item()
+        if not torch.equal(as_new, new):
+            changed.append(name)
+    return Comparison(tuple(sorted(changed)), tuple(not_finite), rounded, by_rounding / in_all if in_all else 0.0)
+
+
+def write_rounded(before: Weights, rounded: Mapping[str, str], folder: Path) -> Path:
+    """A copy of the model in which the parameters of `rounded` have the dtypes named there, written under a temporary
+    name and then renamed; `folder` as it is, where it exists already."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    if folder.is_dir():
+        return folder
+    dtypes = {
+        (before.places[name].file, before.places[name].name): getattr(torch, dtype) for name, dtype in rounded.items()
+    }
+    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        for path in before.folder.iterdir():
+            if path.is_file() and path.suffix in JSON_AND_TOKENIZER:
+                shutil.copyfile(path, temporary / path.name)
+        for file in before.files:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata()
+                tensors = {name: opened.get_tensor(name) for name in places_in(file)}
+            tensors = {name: one.to(dtypes.get((file, name), one.dtype)) for name, one in tensors.items()}
+            save_file(tensors, temporary / file.name, metadata or {"format": "pt"})
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def in_words(names: Iterable[str], n_layers: int) -> str:
+    """Parameters as a person lists them: `q_proj, v_proj in all 30 layers; embed_tokens`."""
+    layers: dict[str, set[int]] = {}
+    for name in names:
+        module = re.sub(r"\.(weight|bias)$", "", name)
+        number = re.search(r"\.(\d+)\.", module)
+        layers.setdefault(module.rpartition(".")[2], set()).update([int(number[1])] if number else [])
+    alike: dict[frozenset[int], list[str]] = {}
+    for module, numbers in layers.items():
+        alike.setdefault(frozenset(numbers), []).append(module)
+    parts = []
+    for where_to, modules in sorted(alike.items(), key=lambda pair: -len(pair[0])):
+        where = ""
+        if where_to:
+            where = f" in all {n_layers} layers" if len(where_to) == n_layers else f" in {layer_list(where_to)}"
+        parts.append(", ".join(sorted(modules)) + where)
+    return "; ".join(parts)
+
+
+def layer_list(layers: Iterable[int]) -> str:
+    """`layer 3`, `layers 0-5, 9`."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    shown = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"layer{'s' if len(runs) > 1 or len(runs[0]) > 1 else ''} {shown}" if runs else "no layer"
+
+
+def config_differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+    """Settings that two transformers configs differ in and that change what a model computes."""
+    one, other = before.to_dict(), after.to_dict()
+    return {
+        name: (one.get(name), other.get(name))
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name) and name not in _BOOKKEEPING and not name.endswith("_token_id")
+    }
+
+
+_BOOKKEEPING = {
+    *("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache", "auto_map"),
+    *("id2label", "label2id", "tie_word_embeddings", "output_attentions", "output_hidden_states", "return_dict"),
+    *("_attn_implementation", "attn_implementation", "chunk_size_feed_forward", "problem_type", "unsloth_version"),
+    *("unsloth_fixed", "pretraining_tp", "initializer_range", "model_type", "_attn_implementation_autoset"),
+    *("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "transformers_weights"),
+}
+"""What configs record of themselves, and what only training reads."""

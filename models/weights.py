@@ -1,0 +1,182 @@
+"""The tensors of a saved model, under the names by which transformers loads them.
+
+In: a model's folder. Out: names, shapes, dtypes, and single tensors; nothing is read that is not asked for. Which files
+hold the weights, and what old names have become, is decided by transformers' own code: what is compared and exchanged
+here is what runs elsewhere. Other files in the folder do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from models.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+INDEX = "model.safetensors.index.json"
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: its file, its name there, its shape, and its dtype as safetensors calls it."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A saved model's tensors.
+
+    places: by transformers' name; two names that are tied may share a place. files: those that hold the weights.
+    missing: what the architecture needs and the files lack. unused: names in the files that the architecture has no
+    place for, which transformers ignores.
+    """
+
+    folder: Path
+    files: tuple[Path, ...]
+    places: dict[str, Place]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors, in the dtype of the file. Raises ModelError where one is missing or a file is damaged."""
+        asked = list(names)
+        if lacking := [name for name in asked if name not in self.places]:
+            raise ModelError(f"{self.folder}: the model's files lack {lacking[0]}")
+        found: dict[str, Tensor] = {}
+        for file in dict.fromkeys(self.places[name].file for name in asked):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in asked:
+                        if self.places[name].file == file:
+                            found[name] = opened.get_tensor(self.places[name].name)
+            except (OSError, SafetensorError) as error:
+                raise _unreadable(file, error) from None
+        return found
+
+
+def open_weights(folder: Path, key: str = "model.source", skeleton: PreTrainedModel | None = None) -> Weights:
+    """Finds the tensors of the model in `folder`; `key` is the setting that names it, `skeleton` the empty model.
+
+    Raises ModelError where there are no safetensors weights, or where one of the files is missing or damaged.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    model: Any = build_skeleton(folder, key) if skeleton is None else skeleton
+    expected: dict[str, Any] = model.state_dict()
+    conversions = get_model_conversion_mapping(model)
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    renamings: list[Any] = [one for one in conversions if not isinstance(one, WeightConverter)]
+    files = _weight_files(folder, key, getattr(model.config, "transformers_weights", None))
+    places: dict[str, Place] = {}
+    unused = []
+    for file in files:
+        for name, place in places_in(file).items():
+            renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+            if converter is not None:
+                raise ModelError(
+                    f"{key}: {folder} stores {name} in a form that transformers converts as it loads it; load the "
+                    "model and save it anew with save_pretrained"
+                )
+            if renamed in expected:
+                places[renamed] = place
+            else:
+                unused.append(name)
+    for target, origin in model.all_tied_weights_keys.items():
+        for one, other in ((target, origin), (origin, target)):
+            if one not in places and other in places:
+                places[one] = places[other]
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]  # buffers may be left out
+    missing = tuple(name for name in parameters if name not in places)
+    return Weights(folder, tuple(files), places, missing, tuple(unused))
+
+
+def build_skeleton(folder: Path, key: str = "model.source") -> PreTrainedModel:
+    """The model without values: its modules and shapes. Raises ModelError where config.json does not describe one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder, key)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"{key}: the config.json in {folder} does not describe a causal LM that transformers can build "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from None
+
+
+def load_config(folder: Path, key: str = "model.source") -> Any:
+    """The transformers config in a folder. Code that comes with a model is never run. Raises ModelError."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"{key}: {folder / 'config.json'} cannot be read as a model's config ({' '.join(str(error).split())[:200]})"
+        ) from None
+
+
+def places_in(file: Path) -> dict[str, Place]:
+    """Every tensor of a safetensors file by its name there. Raises ModelError for a file that cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {
+                name: Place(file, name, tuple(one.get_shape()), str(one.get_dtype())) for name, one in slices.items()
+            }
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(file, error) from None
+
+
+def dtype_of(place: Place) -> torch.dtype:
+    """The torch dtype of a tensor in a file."""
+    import torch
+
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return getattr(torch, names.get(place.dtype, place.dtype.lower()), torch.uint8)
+
+
+def _weight_files(folder: Path, key: str, named: str | None) -> list[Path]:
+    """The files that transformers loads, which are either a single one or those of an index."""
+    from transformers.modeling_utils import _get_resolved_checkpoint_files
+
+    try:
+        found, _ = _get_resolved_checkpoint_files(
+            str(folder),
+            variant=None,
+            gguf_file=None,
+            use_safetensors=True,
+            user_agent=None,
+            is_remote_code=False,
+            transformers_explicit_filename=named,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if (index := folder / INDEX).is_file():
+            raise ModelError(f"{key}: {index} cannot be read ({' '.join(str(error).split())[:200]})") from None
+        pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
+        has = f"only {pickled[0].name}, and pickled weights are not read" if pickled else "none"
+        raise ModelError(f"{key}: {folder} needs weights as model.safetensors; it has {has}") from None
+    files = [Path(one) for one in found or ()]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ModelError(f"{key}: {folder / INDEX} names {missing[0]}, which is not there")
+    return files
+
+
+def _unreadable(file: Path, error: Exception) -> ModelError:
+    return ModelError(f"{file} cannot be read as safetensors ({' '.join(str(error).split())[:160]})")
