@@ -1,13 +1,12 @@
-"""PEFT adapters: adding one to a model, folding it in, and the forward pass that trains it.
+"""PEFT adapters: adding one to a model, and the forward pass that trains it.
 
-In: a transformers model. Out: a PeftModel, or a plain model again; `forward_of` picks the fastest forward pass that
-computes the same as the PeftModel.
+In: a transformers model. Out: a PeftModel; `forward_of` picks the fastest forward pass that computes the same as it.
+Folding an adapter in is `models.adapters`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,22 +56,6 @@ def add_adapter(
             f"lora.space.targets {targets!r} cannot be adapted ({' '.join(str(error).split())[:160]}); "
             f"allowed: all-linear, or some of {', '.join(sorted(linear))}"
         ) from None
-
-
-def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """`model` with the adapter saved in `adapter` folded into its weights; a plain transformers model again.
-
-    Load `model` in fp32: rounding a weight to bf16 loses small changes. Raises TrainingError if the folder has no
-    adapter for this model.
-    """
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    try:
-        adapted = PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise TrainingError(f"{adapter} has no adapter for this model ({' '.join(str(error).split())[:200]})") from None
-    return adapted.merge_and_unload()  # type: ignore[operator]
 
 
 def forward_of(adapted: Any, longest: int, checkpointing: bool = False) -> Forward:

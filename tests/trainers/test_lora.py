@@ -14,8 +14,10 @@ from torch.nn import functional
 
 from data.encoding import encode_row
 from data.rows import Row
+from models.adapters import attach
+from models.errors import ModelError
 from trainers import lora
-from trainers.adapters import PlainForward, add_adapter, merge
+from trainers.adapters import PlainForward, add_adapter
 from trainers.errors import DivergedError, TrainingError
 from trainers.fused import cross_entropy_sum
 from trainers.lora import LoraSettings, Splits, train_lora
@@ -188,7 +190,7 @@ def test_merged_is_adapter_on_base(model_folder, load, tmp_path):
     adapted = kept[-1].eval()
     adapted.save_pretrained(tmp_path / "adapter")
     base, tokenizer = load(model_folder)
-    merged = merge(base, tmp_path / "adapter")
+    merged = attach(base, tmp_path / "adapter").fold_in()
     ids = torch.tensor([encode_row(tokenizer, Row("What is 8 + 9?", "x", "")).ids])
     plain, _ = load(model_folder)
     with torch.no_grad():
@@ -245,16 +247,16 @@ def test_a_loss_that_is_not_finite_is_said(load, gemma_folder):
 
 def test_an_adapter_that_is_not_there_is_one_sentence(load, gemma_folder, tmp_path):
     model, _ = load(gemma_folder)
-    with pytest.raises(TrainingError, match="has no adapter for this model"):
-        merge(model, tmp_path)
+    with pytest.raises(ModelError, match=r"has no adapter_model\.safetensors"):
+        attach(model, tmp_path)
 
 
 def test_an_adapter_of_another_model_is_one_sentence(load, gemma_folder, llama_folder, tmp_path):
     _, kept = train(load, llama_folder, dataclasses.replace(SETTINGS, steps=1))
     kept[-1].save_pretrained(tmp_path)
     model, _ = load(gemma_folder)
-    with pytest.raises(TrainingError, match="has no adapter for this model"):
-        merge(model, tmp_path)
+    with pytest.raises(ModelError, match="it is for another model"):
+        attach(model, tmp_path)
 
 
 SCRIPT = """

@@ -1,0 +1,312 @@
+"""PEFT adapters that were made elsewhere: whether PEFT can fold one into a model's weights, and the folding.
+
+In: a transformers model, with or without values, and an adapter's folder. Out: a ModelError of one sentence with PEFT's
+own reason where it cannot be folded in exactly; the model with the adapter attached, or folded in. What an adapter is,
+and what can be done with it, is PEFT's to say: it is asked on a model without values, which takes a second.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+KEY = "model.finetuned"
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+NAME = "default"
+PROBES = 4
+"""Random inputs on which each adapted module is compared before and after it is folded in."""
+_NOISE = ("is_gradient_checkpointing", "CUDA extension", "Sparse invariant checks")
+"""Warnings that say nothing about the adapter."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds a PEFT adapter instead of a whole model."""
+    return (folder / ADAPTER).is_file()
+
+
+@dataclass
+class Attached:
+    """A model with an adapter, not folded in yet.
+
+    model: PEFT's, around the transformers model `base`. body: the name of the part that the adapter was made for, where
+    it is not the whole model. warned: what PEFT warned of.
+    """
+
+    model: Any
+    base: PreTrainedModel
+    body: str
+    warned: list[str]
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules that the adapter changes, by their names in the transformers model."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        found: dict[str, Any] = {}
+        for name, module in self.model.get_base_model().named_modules():
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                inside = any(name.startswith(f"{outer}.") for outer in found)
+                if not inside:
+                    found[f"{self.body}.{name}" if self.body else name] = module
+        return found
+
+    def fold_in(self) -> PreTrainedModel:
+        """The transformers model with the adapter in its weights. Raises ModelError where PEFT cannot."""
+        self.model.merge_and_unload()
+        if self.body:
+            return self.base
+        return self.model.get_base_model()
+
+
+def check_adapter(folder: Path, skeleton: PreTrainedModel, source: str) -> tuple[list[str], list[str]]:
+    """The modules that an adapter changes in the model `skeleton` (without values, and not to be used afterwards), and
+    notes on what PEFT warned of; `source` is the model's name in the settings.
+
+    Raises ModelError where the adapter is damaged, belongs to another model, or cannot be folded in exactly.
+    """
+    config = _config(folder)
+    before = {name: tuple(one.shape) for name, one in skeleton.state_dict().items()}
+    # Without values some methods cannot be tried; the folding itself, and the check after it, will tell.
+    try:
+        attached = attach(skeleton, folder, source)
+    except Exception as error:
+        if not _needs_values(error):
+            raise
+        return _named_modules(folder), []
+    modules = sorted(attached.modules())
+    _check_ties(attached, folder)
+    try:
+        attached.model.to("meta")
+        folded = attached.fold_in()
+    except Exception as error:
+        if not _needs_values(error):
+            kind = str(config.get("peft_type", "unknown"))
+            raise ModelError(
+                f"{KEY}: the adapter in {folder} (PEFT type {kind}) cannot be merged into the weights: "
+                f"{_reason(error, kind)}"
+            ) from None
+        return modules, attached.warned
+    after = {name: tuple(one.shape) for name, one in folded.state_dict().items()}
+    if before != after:
+        differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        raise ModelError(
+            f"{KEY}: with the adapter in {folder} the model has other tensors than {source}, such as {differing[0]}; "
+            "only models of one shape can be compared"
+        )
+    return modules, attached.warned
+
+
+def attach(model: PreTrainedModel, folder: Path, source: str = "model.source") -> Attached:
+    """`model` with the adapter saved in `folder`, loaded by PEFT; one that was made for the model's body, without its
+    head, is put there.
+
+    Load `model` in fp32: rounding a weight to bf16 loses small changes. Raises ModelError where PEFT cannot load the
+    adapter, or where tensors of it belong nowhere or are missing.
+    """
+    check_values(folder)
+    body_name = model.base_model_prefix
+    is_body = _is_of_body(folder, model, body_name)
+    root: Any = getattr(model, body_name) if is_body else model
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = _load(root, folder, source)
+    _check_loaded(adapted, root, folder, source)
+    said = [" ".join(str(one.message).split()) for one in caught if issubclass(one.category, UserWarning)]
+    warned = [one[:300] for one in dict.fromkeys(said) if not any(noise in one for noise in _NOISE)]
+    return Attached(adapted, model, body_name if is_body else "", warned)
+
+
+def _load(root: Any, folder: Path, source: str) -> Any:
+    from peft import PeftConfig, PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # whatever PEFT makes of a config that it does not know
+        raise ModelError(f"{KEY}: PEFT cannot read {folder / ADAPTER} ({_short(error)})") from None
+    if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
+        raise ModelError(
+            f"{KEY}: the adapter in {folder} (PEFT type {config.peft_type.value}) cannot be merged into the weights: "
+            "it adds tokens or states to the input instead of changing weights"
+        )
+    try:
+        return PeftModel.from_pretrained(root, str(folder), torch_device="cpu", low_cpu_mem_usage=_is_empty(root))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{KEY}: the adapter in {folder} cannot be read ({_short(error)})") from None
+    except Exception as error:  # each PEFT method raises errors of its own
+        if _is_empty(root) and _needs_values(error):
+            raise
+        raise ModelError(
+            f"{KEY}: PEFT cannot load the adapter in {folder} into {source}, so it is for another model, or damaged "
+            f"({_short(error)})"
+        ) from None
+
+
+def _check_loaded(adapted: Any, root: Any, folder: Path, source: str) -> None:
+    """PEFT reports tensors that are missing as a warning, and drops those it has no place for without a word."""
+    from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    key_mapping = getattr(root, "_checkpoint_conversion_mapping", {})
+    given = load_peft_weights(str(folder), device="cpu", key_mapping=key_mapping)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        asked = get_peft_model_state_dict(adapted, adapter_name=NAME, save_embedding_layers=False)
+        loaded: Any = set_peft_model_state_dict(adapted, given, adapter_name=NAME, low_cpu_mem_usage=_is_empty(root))
+    if loaded.unexpected_keys:
+        raise ModelError(
+            f"{KEY}: the adapter in {folder} adapts {_module(loaded.unexpected_keys[0])}, which {source} does not have "
+            f"(PEFT finds no place for {len(loaded.unexpected_keys)} of its {len(given)} tensors)"
+        )
+    if missing := sorted(asked.keys() - given.keys()):
+        raise ModelError(
+            f"{KEY}: the adapter in {folder} lacks {len(missing)} of the {len(asked)} tensors that its {ADAPTER} asks "
+            f"for, such as that of {_module(missing[0])}"
+        )
+
+
+def check_values(folder: Path) -> None:
+    """Raises ModelError where the adapter's file is missing or damaged, or holds tensors without values, NaN or
+    infinities."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise ModelError(f"{KEY}: {folder} has no {ADAPTER_WEIGHTS}; pickled weights are not read")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            names = list(opened.keys())
+            if not names:
+                raise ModelError(f"{KEY}: {path} holds no tensors")
+            for name in names:
+                tensor = opened.get_tensor(name)
+                if tensor.numel() == 0:
+                    raise ModelError(
+                        f"{KEY}: {name} in {path} has no values (shape {' x '.join(map(str, tensor.shape))}), as when "
+                        "an adapter was saved from a process that held only a part of it; save it anew"
+                    )
+                if tensor.is_floating_point() and (bad := int((~torch.isfinite(tensor)).sum())):
+                    raise ModelError(f"{KEY}: {name} in {path} has {bad} values that are NaN or infinite")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read as safetensors ({_short(error)})") from None
+
+
+def _check_ties(attached: Attached, folder: Path) -> None:
+    """Raises ModelError where the adapter adds to one of two tied tensors: in the weights there is one for both."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base: Any = attached.base
+    if not getattr(base.config, "tie_word_embeddings", False):
+        return
+    ends = {"the embeddings": base.get_input_embeddings(), "the unembedding": base.get_output_embeddings()}
+    for what, module in ends.items():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
+            other = next(name for name in ends if name != what)
+            raise ModelError(
+                f"{KEY}: the adapter in {folder} changes {what}, which this model ties to {other}: merging it would "
+                "change both of them, which training with it did not"
+            )
+
+
+def probe(module: nn.Module, seed: int) -> Tensor | None:
+    """What a module makes of a few random inputs, always the same for a seed; None for one that takes no such input."""
+    import torch
+
+    inner: Any = module
+    while hasattr(inner, "base_layer") or hasattr(inner, "original_module"):
+        inner = inner.base_layer if hasattr(inner, "base_layer") else inner.original_module
+    weight = getattr(inner, "weight", None)
+    if weight is None:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    given: Tensor
+    if isinstance(inner, torch.nn.Embedding):
+        given = torch.randint(0, inner.num_embeddings, (1, 64), generator=generator)
+    else:  # GPT-2 keeps its weights transposed
+        width = weight.shape[0] if type(inner).__name__ == "Conv1D" else weight.shape[-1]
+        given = torch.randn(1, PROBES, width, generator=generator).to(weight.dtype)
+    with torch.inference_mode():
+        return module(given.to(weight.device)).float().cpu()
+
+
+def apart(before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> float:
+    """The largest difference of two outputs, of the largest value; infinite where one of them is not a number."""
+    found = [
+        ((one - other).abs().max() / one.abs().max().clamp(min=1e-12)).item()
+        for one, other in zip(before, after, strict=True)
+        if one is not None and other is not None
+    ]
+    return math.inf if any(map(math.isnan, found)) else max(found, default=0.0)
+
+
+def _is_of_body(folder: Path, model: PreTrainedModel, body: str) -> bool:
+    """Whether all tensors of the adapter have their places in the model's body, and not in the whole model."""
+    from models.weights import places_in
+
+    if not body or not hasattr(model, body):
+        return False
+    names = [name.removeprefix("base_model.model.") for name in places_in(folder / ADAPTER_WEIGHTS)]
+    whole, inner = ({name for name, _ in one.named_modules()} for one in (model, getattr(model, body)))
+    return not all(_fits(name, whole) for name in names) and all(_fits(name, inner) for name in names)
+
+
+def _fits(name: str, modules: set[str]) -> bool:
+    """Whether a tensor's name begins with that of a module with a parent; what all modules share fits anywhere."""
+    parts = name.split(".")
+    return name.startswith("base_model.") or any(
+        ".".join(parts[:length]) in modules for length in range(len(parts) - 1, 0, -1)
+    )
+
+
+def _named_modules(folder: Path) -> list[str]:
+    from models.weights import places_in
+
+    names = {name.removeprefix("base_model.model.").rpartition(".")[0] for name in places_in(folder / ADAPTER_WEIGHTS)}
+    return sorted(names)
+
+
+def _is_empty(model: Any) -> bool:
+    return next(model.parameters()).device.type == "meta"
+
+
+def _needs_values(error: Exception) -> bool:
+    """Whether something failed because a model without values has none."""
+    return isinstance(error, RuntimeError | ValueError) and "meta" in str(error)
+
+
+def _reason(error: Exception, kind: str) -> str:
+    if isinstance(error, AttributeError) and "merge" in str(error):
+        return "PEFT has no way to merge this type"
+    return _short(error) or f"PEFT does not merge {kind}"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{KEY}: {folder / ADAPTER} cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{KEY}: {folder / ADAPTER} holds no JSON object")
+    return config
+
+
+def _module(name: str) -> str:
+    """`base_model.model.model.layers.0.mlp.up_proj.lora_A.weight` as the model calls the module."""
+    return name.removeprefix("base_model.model.").partition(".lora_")[0]
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:250]
