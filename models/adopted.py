@@ -1,75 +1,75 @@
-"""A finetuned model that was made elsewhere: what it is, and whether it belongs to the un-finetuned one.
+"""A finetuned model that was made elsewhere: what it is, whether it belongs to the un-finetuned one, what it changed.
 
 In: the folder of the un-finetuned model, and a folder with a full causal LM or a PEFT adapter. Out: a ModelError of one
-sentence where they are no pair, or notes on what is unusual. Only JSON files and the heads of safetensors files are
-read.
+sentence where they are no pair, or what is known of it before any work: which weights differ, and what is unusual.
+Of a whole model every weight is read once, of an adapter its own file.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
+from models.adapters import ADAPTER, KEY, check_adapter, is_adapter
+from models.architectures import check_architecture
+from models.comparison import Comparison, compare, config_differences
 from models.errors import ModelError
 from models.sources import model_facts
-from models.tensors import Shapes, shapes_of
+from models.weights import Weights, build_skeleton, load_config, open_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KEY = "model.finetuned"
-ADAPTER = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-MERGEABLE = (
-    "LORA",
-    "LOHA",
-    "LOKR",
-    "OFT",
-    "BOFT",
-    "HRA",
-    "IA3",
-    "LN_TUNING",
-    "ADALORA",
-    "VERA",
-    "FOURIERFT",
-    "RANDLORA",
-)
-"""PEFT types whose adapters can be folded into the weights."""
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
+MOST_SHOWN = 6
+"""Names in a note."""
 
 
-SHARED_PROJECTIONS = ("base_model.vera_", "base_model.randlora_")
-"""Tensors of an adapter that are of no single module."""
-BUFFERS = (".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-"""Tensors in some old checkpoints that are no weights."""
+class Pair(NamedTuple):
+    """notes: what is unusual, a sentence each. changed: the parameters that differ; of an adapter the modules that it
+    changes, whose values are known only once it is merged. rounded: parameters of the un-finetuned model that must be
+    rounded to a coarser dtype, that of the finetuned one, before the two compare."""
+
+    notes: tuple[str, ...]
+    changed: tuple[str, ...]
+    rounded: dict[str, str]
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds a PEFT adapter instead of a whole model."""
-    return (folder / ADAPTER).is_file()
+def check_pair(base: Path, finetuned: Path, source: str) -> Pair:
+    """What two models differ in; `source` is the un-finetuned one's name in the settings.
 
-
-def check_pair(base: Path, finetuned: Path, source: str) -> list[str]:
-    """Notes on a pair that can be compared; `source` is the un-finetuned model's name in the settings.
-
-    Raises ModelError for another architecture or shape, weights that are not safetensors, or a folder that holds
-    neither a model nor an adapter.
+    Raises ModelError for another architecture or shape, weights that are not safetensors or hold values that are no
+    numbers, an adapter that cannot be merged, a folder that holds neither a model nor an adapter, or where nothing
+    differs.
     """
     if is_adapter(finetuned):
-        return _check_adapter(base, finetuned, source)
+        modules, warned = check_adapter(finetuned, build_skeleton(base), source)
+        notes = [*_other_base(base, finetuned, source), *(f"PEFT warns of {finetuned}: {one}" for one in warned)]
+        if (finetuned / "config.json").is_file() and any(finetuned.glob("model*.safetensors")):
+            notes.append(f"{finetuned} holds a whole model too, which is not used: its adapter is merged into {source}")
+        return Pair(tuple(notes), tuple(modules), {})
     if not (finetuned / "config.json").is_file():
-        raise ModelError(f"{KEY}: {finetuned} has neither a config.json nor an {ADAPTER}, so it is not a saved model")
-    ours, theirs = (model_facts(folder) for folder in (base, finetuned))
+        raise ModelError(f"{KEY}: {finetuned} has neither a config.json nor an {ADAPTER}{_inside(finetuned)}")
+    check_architecture(finetuned, str(finetuned), KEY)
+    ours, theirs = model_facts(base), model_facts(finetuned, KEY)
     for name, what in (("architecture", "architecture"), ("n_layers", "number of layers"), ("d_model", "width")):
         if ours[name] != theirs[name]:
             raise ModelError(
                 f"{KEY}: {finetuned} has {what} {theirs[name]}, model.source {source} has {ours[name]}; "
                 "only models of one architecture and shape can be compared"
             )
-    _compare(_weights(base, "model.source"), _weights(finetuned, KEY), finetuned)
-    return []
+    before, after = open_weights(base), open_weights(finetuned, KEY)
+    _check_shapes(before, after)
+    found = compare(before, after)
+    _check_values(found, before, after)
+    if not found.changed:
+        raise ModelError(
+            f"{KEY}: every weight of {finetuned} equals that of model.source {source}"
+            + (", rounded to its dtype" if found.rounded else "")
+            + ", so there is nothing to look at"
+        )
+    return Pair(tuple(_notes(before, after, found, source)), found.changed, found.rounded)
 
 
 def check_tokenizers(
@@ -96,98 +96,69 @@ def check_ends(base: PreTrainedTokenizerBase, finetuned: PreTrainedTokenizerBase
             )
 
 
-def _check_adapter(base: Path, folder: Path, source: str) -> list[str]:
-    config = _config(folder)
-    kind = str(config.get("peft_type", "")).upper()
-    if kind not in MERGEABLE:
-        raise ModelError(
-            f"{KEY}: the adapter in {folder} is of PEFT type {kind or 'unknown'}, which cannot be merged into the "
-            f"weights; allowed: {', '.join(MERGEABLE)}"
+def _notes(before: Weights, after: Weights, found: Comparison, source: str) -> list[str]:
+    notes = []
+    for weights, which in ((before, f"model.source {source}"), (after, str(after.folder))):
+        if weights.unused:
+            shown = ", ".join(weights.unused[:MOST_SHOWN])
+            notes.append(f"{which} holds tensors that its architecture has no place for, which are ignored: {shown}")
+    for name, (ours, theirs) in config_differences(load_config(before.folder), load_config(after.folder, KEY)).items():
+        notes.append(
+            f"the two config.json differ in {name}: {ours!r} in {source}, {theirs!r} in {after.folder}; each model "
+            "runs with its own, the un-finetuned MLPs inside the finetuned model"
         )
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ModelError(f"{KEY}: {folder} has no {ADAPTER_WEIGHTS}; pickled weights are not read")
-    weights = _weights(base, "model.source")
-    for name, shape in shapes_of(folder / ADAPTER_WEIGHTS).items():
-        found = _adapted(name, weights)
-        if name.startswith(SHARED_PROJECTIONS):
-            continue
-        if found is None:
-            raise ModelError(f"{KEY}: the adapter in {folder} adapts {_module(name)}, which {source} does not have")
-        # GPT-2 keeps its weights transposed.
-        fits = {"lora_A": shape[-1] in found, "lora_B": shape[0] in found, "": shape == found}
-        if len(shape) == len(found) and not fits.get(_part(name), True):
+    if found.rounded:
+        dtypes = ", ".join(sorted(set(found.rounded.values())))
+        notes.append(
+            f"the weights in {after.folder} are {dtypes}, coarser than those of {source}: the latter are rounded the "
+            f"same way before they are compared (by itself, this rounding would be {found.rounding_share:.2%} of the "
+            f"squared difference, in {len(found.rounded)} tensors)"
+        )
+    return notes
+
+
+def _check_values(found: Comparison, before: Weights, after: Weights) -> None:
+    for which, name, count in found.not_finite:
+        key, folder = ("model.source", before.folder) if which == "before" else (KEY, after.folder)
+        others = len({name for _, name, _ in found.not_finite}) - 1
+        also = f", and {others} more tensors hold such values" if others else ""
+        raise ModelError(f"{key}: {name} in {folder} has {count} values that are NaN or infinite{also}")
+
+
+def _check_shapes(before: Weights, after: Weights) -> None:
+    """Raises ModelError for a weight that is missing, or the first whose shape differs."""
+    for weights, key in ((before, "model.source"), (after, KEY)):
+        if weights.missing:
             raise ModelError(
-                f"{KEY}: the adapter in {folder} is for another model: {_module(name)} has shape {_shown(found)} in "
-                f"{source}, which does not fit {_part(name) or 'the new weight'} of shape {_shown(shape)}"
+                f"{key}: the weights in {weights.folder} lack {len(weights.missing)} tensors, such as "
+                f"{weights.missing[0]}"
             )
-    made_for = config.get("base_model_name_or_path")
+    for name in sorted(before.places.keys() & after.places.keys()):
+        ours, theirs = before.places[name].shape, after.places[name].shape
+        if ours != theirs:
+            what = "the embeddings" if name in EMBEDDINGS else name
+            raise ModelError(
+                f"{KEY}: {what} in {after.folder}: shape {_shown(theirs)}, and {_shown(ours)} in model.source; "
+                "only models of one shape can be compared"
+            )
+
+
+def _other_base(base: Path, folder: Path, source: str) -> list[str]:
+    """A note where the adapter says that it was made for another model."""
+    from peft import PeftConfig
+
+    made_for = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if made_for and made_for not in (source, str(base)) and Path(made_for).name != base.name:
         return [f"the adapter in {folder} was made for {made_for}, and is merged into {source}"]
     return []
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{KEY}: {folder / ADAPTER} cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{KEY}: {folder / ADAPTER} holds no JSON object")
-    return config
-
-
-def _module(name: str) -> str:
-    """`base_model.model.model.layers.0.mlp.up_proj.lora_A.weight` as the model calls the module."""
-    return name.removeprefix("base_model.model.").partition(".lora_")[0]
-
-
-def _part(name: str) -> str:
-    """`lora_A`, `lora_B` or another piece of an adapter."""
-    return next((piece for piece in name.split(".") if piece.startswith("lora_")), "")
-
-
-def _adapted(name: str, weights: Shapes) -> tuple[int, ...] | None:
-    """The shape of the weight that a tensor of an adapter belongs to; None where the model has none."""
-    module = name.removeprefix("base_model.model.")
-    while module:
-        for prefix in ("", "model."):  # an adapter on the body alone leaves the prefix out
-            if (found := weights.get(f"{prefix}{module}.weight", weights.get(f"{prefix}{module}"))) is not None:
-                return found
-        module = module.rpartition(".")[0]
-    return None
-
-
-def _weights(folder: Path, key: str) -> Shapes:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{key}: {index} cannot be read ({type(error).__name__})") from None
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-        found = f"only {pickled[0].name}, and pickled weights are not read" if pickled else "none"
-        raise ModelError(f"{key}: {folder} needs weights as safetensors; it has {found}")
-    return {name: shape for file in files for name, shape in shapes_of(file).items() if not name.endswith(BUFFERS)}
-
-
-def _compare(ours: Shapes, theirs: Shapes, folder: Path) -> None:
-    """Raises ModelError for the first weight whose shape differs; a head that is tied may be left out of either."""
-    for name in sorted(ours.keys() & theirs.keys()):
-        if ours[name] != theirs[name]:
-            what = "the embeddings" if name in EMBEDDINGS else name
-            raise ModelError(
-                f"{KEY}: {what} in {folder}: shape {_shown(theirs[name])}, and {_shown(ours[name])} in model.source; "
-                "only models of one shape can be compared"
-            )
-    for one, other, where in ((ours, theirs, f"{folder} lacks"), (theirs, ours, "model.source lacks")):
-        if missing := sorted(one.keys() - other.keys() - {"lm_head.weight"}):
-            raise ModelError(
-                f"{KEY}: {where} {missing[0]}, which the other model has; in all {len(missing)} such weights"
-            )
+def _inside(folder: Path) -> str:
+    """What to say of a folder whose subfolders hold what is missing in it."""
+    inner = sorted({path.parent.name for name in (ADAPTER, "config.json") for path in folder.glob(f"*/{name}")})
+    if not inner:
+        return ", so it is not a saved model"
+    return f"; there are some in its subfolders: give one of {', '.join(str(folder / name) for name in inner[:4])}"
 
 
 def _shown(shape: Sequence[int]) -> str:

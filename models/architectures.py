@@ -38,10 +38,9 @@ MISSING = {
 """By architecture (`model_type`)."""
 
 
-def check_architecture(folder: Path, source: str) -> None:
-    """Raises ModelError where nothing can be spliced into the model's blocks; `source` is its name in the settings."""
-    name = model_facts(folder)["architecture"]
+def check_architecture(folder: Path, source: str, key: str = "model.source") -> None:
+    """Raises ModelError where nothing can be spliced into the model's blocks; `source` is its name in the settings, and
+    `key` the one that gives it."""
+    name = model_facts(folder, key)["architecture"]
     if name in MISSING:
-        raise ModelError(
-            f"model.source: {source} is of the architecture {name}, which is not supported: {MISSING[name]}"
-        )
+        raise ModelError(f"{key}: {source} is of the architecture {name}, which is not supported: {MISSING[name]}")

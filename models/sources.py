@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import multiprocessing
+import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -60,6 +61,11 @@ def check_source(source: str, revision: str | None = None, key: str = "model.sou
     if source in EMBEDDED:
         _embedded_file(EMBEDDED[source])
     elif Path(source).is_dir():
+        if key == "model.source" and (Path(source) / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{key}: the folder {source} holds a PEFT adapter (adapter_config.json); give the model that it was "
+                "trained on here, and the adapter as model.finetuned"
+            )
         if key == "model.source" and not (Path(source) / "config.json").is_file():
             raise ModelError(f"{key}: the folder {source} has no config.json, so it is not a saved model")
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
@@ -103,25 +109,62 @@ def repository_of(source: str) -> str | None:
 
 FACTS = {"n_layers": ("num_hidden_layers", "n_layer", "num_layers"), "d_model": ("hidden_size", "n_embd")}
 """What the architectures call them in config.json."""
+_PART = re.compile(
+    r"(vision|visual|image|video|audio|speech|text|language|llm|thinker|talker|perceiver|qformer|vq|vit|encoder|decoder"
+    r"|backbone)(_\w+)?_(config|cfg)|encoder|decoder|(mm_)?vision_tower"
+)
+"""Keys of config.json that describe one of several parts of a model."""
 
 
-def model_facts(folder: Path) -> dict[str, Any]:
-    """`n_layers`, `d_model` and `architecture`, read from config.json alone.
+def model_facts(folder: Path, key: str = "model.source") -> dict[str, Any]:
+    """`n_layers`, `d_model` and `architecture`, read from config.json alone; `key` is the setting that names the model.
 
-    Raises ModelError if the file is missing or does not describe a causal LM.
+    Raises ModelError if the file is missing, or describes what cannot be looked at: no causal LM, one of several parts
+    (text and images, say), quantised weights, or a model that needs code of its own.
     """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        config = config.get("text_config", config)
+        _check_config(config, folder, key)
         found: dict[str, Any] = {"architecture": str(config.get("model_type", "unknown"))}
         for fact, names in FACTS.items():
             if (name := next((one for one in names if one in config), None)) is None:
-                raise ModelError(f"model.source: {path} lacks {names[0]!r}, so it is not a causal LM")
+                raise ModelError(f"{key}: {path} lacks {names[0]!r}, so it is not a causal LM")
             found[fact] = int(config[name])
         return found
+    except ModelError:  # a ValueError itself
+        raise
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"model.source: {path} cannot be read as a model's config ({error})") from None
+        raise ModelError(f"{key}: {path} cannot be read as a model's config ({error})") from None
+
+
+def _check_config(config: dict[str, Any], folder: Path, key: str) -> None:
+    parts = sorted(name for name, value in config.items() if value and _PART.fullmatch(name))
+    if parts:
+        raise ModelError(
+            f"{key}: {folder} is a model of several parts ({', '.join(parts)} in its config.json), and only language "
+            "models on their own can be looked at; save its language model by itself as a causal LM"
+        )
+    if config.get("is_encoder_decoder"):
+        raise ModelError(f"{key}: {folder} is an encoder-decoder model, and only causal LMs can be looked at")
+    if quantised := config.get("quantization_config"):
+        how = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
+        raise ModelError(
+            f"{key}: the config.json in {folder} says that its weights are quantised ({how}), and only plain weights "
+            "can be compared: give the model before quantisation, or a copy that was dequantised; if its weights are "
+            "plain, remove quantization_config from that file"
+        )
+    if config.get("auto_map") and not _is_known(config.get("model_type")):
+        raise ModelError(
+            f"{key}: {folder} needs code of its own (auto_map in its config.json), and code that comes with a model is "
+            "never run"
+        )
+
+
+def _is_known(architecture: str | None) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return architecture in CONFIG_MAPPING
 
 
 def load_model(
@@ -138,7 +181,9 @@ def load_model(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"model.source: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     model, loading = loaded
@@ -148,26 +193,43 @@ def load_model(
     return model.to(device).eval(), load_tokenizer(folder)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, key: str = "model.source") -> PreTrainedTokenizerBase:
     """The tokenizer in a folder. One without BOS, such as Qwen's, starts every text with EOS, as TransformerLens does.
 
     Raises ModelError where it cannot be loaded or has no EOS.
     """
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model.source: the tokenizer in {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from None
+    tokenizer = read_tokenizer(folder, key)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"model.source: the tokenizer of {folder} has no EOS token, which generation needs to stop")
+        raise ModelError(f"{key}: the tokenizer of {folder} has no EOS token, which generation needs to stop")
     if tokenizer.bos_token_id is None:
         tokenizer.bos_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def read_tokenizer(folder: Path, key: str = "model.source") -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder as it is; code that comes with it is never run. Raises ModelError."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise their own, and some that are only ever Exception
+        reason = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in reason or _has_own_code(folder):
+            raise ModelError(
+                f"{key}: the tokenizer in {folder} needs code of its own, and code that comes with a model is never "
+                "run; save a tokenizer that transformers has there"
+            ) from None
+        raise ModelError(f"{key}: the tokenizer in {folder} cannot be loaded: {reason}") from None
+
+
+def _has_own_code(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("auto_map"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _embedded_file(embedded: EmbeddedModel) -> Path:

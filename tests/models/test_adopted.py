@@ -10,8 +10,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from models.adopted import check_ends, check_pair, check_tokenizers, is_adapter
+from models.adapters import is_adapter
+from models.adopted import check_ends, check_pair, check_tokenizers
+from models.architectures import check_architecture
 from models.errors import ModelError
+from models.sources import check_source, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +44,44 @@ def refused(base: Path, finetuned: Path) -> str:
     return str(raised.value)
 
 
-def test_a_model_and_itself_are_a_pair(model_folder):
-    assert check_pair(model_folder, model_folder, "some-base") == []
+def changed_copy(load, folder: Path, to: Path, *parts: str, dtype: torch.dtype = torch.float32) -> Path:
+    """A copy of a model in which every parameter whose name holds one of `parts` is another."""
+    model, tokenizer = load(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in parts):
+                parameter.mul_(1.25)
+    model.to(dtype).save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    return to
+
+
+def test_a_model_and_itself_differ_in_nothing(model_folder):
+    assert "every weight of" in (said := refused(model_folder, model_folder))
+    assert "nothing to look at" in said
     assert not is_adapter(model_folder)
+
+
+def test_what_changed_is_named(llama_folder, load, tmp_path):
+    after = changed_copy(load, llama_folder, tmp_path, "layers.1.mlp.up_proj", "embed_tokens")
+    pair = check_pair(llama_folder, after, "some-base")
+    assert pair.changed == ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight")
+    assert pair.notes == ()
+    assert pair.rounded == {}
 
 
 def test_an_adapter_fits_its_base(llama_folder, adapter):
     assert is_adapter(adapter)
-    assert check_pair(llama_folder, adapter, str(llama_folder)) == []
+    pair = check_pair(llama_folder, adapter, str(llama_folder))
+    assert pair.notes == ()
+    wanted = {f"model.layers.{layer}.{name}" for layer in range(3) for name in ("mlp.up_proj", "self_attn.q_proj")}
+    assert set(pair.changed) == wanted
 
 
 def test_an_adapter_made_for_another_name_is_noted(llama_folder, adapter, copy_of):
     folder = copy_of(adapter)
     edit(folder / "adapter_config.json", base_model_name_or_path="someone/else")
-    (note,) = check_pair(llama_folder, folder, "some-base")
+    (note,) = check_pair(llama_folder, folder, "some-base").notes
     assert "was made for someone/else" in note
 
 
@@ -63,7 +90,7 @@ def test_another_architecture_is_refused(gemma_folder, llama_folder):
 
 
 def test_an_adapter_for_another_architecture_or_shape_is_refused(gemma_folder, llama_folder, adapter, copy_of):
-    assert "is for another model" in refused(gemma_folder, adapter)
+    assert "it is for another model" in refused(gemma_folder, adapter)
     folder = copy_of(adapter)
     weights = load_file(folder / "adapter_model.safetensors")
     name = next(name for name in weights if "up_proj.lora_A" in name)
@@ -76,12 +103,8 @@ def test_an_adapter_for_another_architecture_or_shape_is_refused(gemma_folder, l
     ("change", "said"),
     [
         (
-            lambda weights: weights | {"extra": torch.zeros(1)},
-            "model.source lacks extra, which the other model has; in all 1 such weights",
-        ),
-        (
             lambda weights: {name: one for name, one in weights.items() if "layers.2.mlp" not in name},
-            "lacks model.layers.2.mlp.down_proj.weight, which the other model has; in all 3 such weights",
+            "lack 3 tensors, such as model.layers.2.mlp",
         ),
         (
             lambda weights: weights | {"model.embed_tokens.weight": weights["model.embed_tokens.weight"][:-1].clone()},
@@ -112,17 +135,79 @@ def test_damaged_and_unknown_files_are_sentences(llama_folder, adapter, copy_of,
     (folder / "config.json").unlink()
     assert "neither a config.json nor an adapter_config.json" in refused(llama_folder, folder)
     other = Path(shutil.copytree(adapter, tmp_path / "adapter"))
-    edit(other / "adapter_config.json", peft_type="PROMPT_TUNING")
-    assert "of PEFT type PROMPT_TUNING, which cannot be merged" in refused(llama_folder, other)
+    edit(other / "adapter_config.json", peft_type="SOMETHING_NEW")
+    assert "PEFT cannot read" in refused(llama_folder, other)
     (other / "adapter_config.json").write_text("[]")
     assert "holds no JSON object" in refused(llama_folder, other)
 
 
-def test_a_damaged_index_is_one_sentence(llama_folder, tmp_path):
-    copy = Path(shutil.copytree(llama_folder, tmp_path / "copy"))
-    (copy / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json cannot be read"):
-        check_pair(llama_folder, copy, "the base")
+def test_values_that_are_no_numbers_are_refused(llama_folder, copy_of):
+    folder = copy_of(llama_folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    weights["model.layers.2.mlp.up_proj.weight"][0, :2] = float("inf")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    said = refused(llama_folder, folder)
+    assert "model.layers.1.mlp.up_proj.weight" in said
+    assert "1 values that are NaN or infinite, and 1 more tensors" in said
+    with pytest.raises(ModelError, match=r"^model\.source: model\.layers\.1\.mlp\.up_proj\.weight"):
+        check_pair(folder, llama_folder, "some-base")
+
+
+def test_settings_that_change_what_is_computed_are_noted(llama_folder, load, tmp_path):
+    after = changed_copy(load, llama_folder, tmp_path, "mlp")
+    edit(after / "config.json", rms_norm_eps=1e-3, use_cache=False, eos_token_id=5)
+    (note,) = check_pair(llama_folder, after, "some-base").notes
+    assert "rms_norm_eps" in note
+    assert "0.001" in note
+
+
+def test_tensors_without_a_place_are_noted(llama_folder, load, tmp_path):
+    after = changed_copy(load, llama_folder, tmp_path, "mlp")
+    weights = load_file(after / "model.safetensors") | {"score.weight": torch.zeros(2, 24)}
+    save_file(weights, after / "model.safetensors", {"format": "pt"})
+    (note,) = check_pair(llama_folder, after, "some-base").notes
+    assert "score.weight" in note
+
+
+@pytest.mark.parametrize(
+    ("edits", "said"),
+    [
+        ({"vision_config": {"hidden_size": 8}}, "several parts (vision_config"),
+        ({"text_config": {"hidden_size": 24}, "audio_config": {"a": 1}}, "several parts (audio_config, text_config"),
+        ({"thinker_config": {"text_config": {}}}, "several parts (thinker_config"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised (bitsandbytes)"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "remove quantization_config"),
+        ({"model_type": "never_heard_of", "auto_map": {"AutoConfig": "a.B"}}, "needs code of its own"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_said_of_the_config_alone(llama_folder, copy_of, edits, said):
+    folder = copy_of(llama_folder)
+    edit(folder / "config.json", **edits)
+    (folder / "model.safetensors").unlink()
+    assert said in refused(llama_folder, folder)
+    with pytest.raises(ModelError, match=r"^model\.source: "):
+        check_architecture(folder, "some-base")
+
+
+def test_an_adapter_in_a_subfolder_is_named(llama_folder, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "run" / "checkpoint-60")
+    assert f"{tmp_path / 'run' / 'checkpoint-60'}" in refused(llama_folder, tmp_path / "run")
+
+
+def test_an_adapter_is_no_base_model(adapter):
+    with pytest.raises(ModelError, match="holds a PEFT adapter"):
+        check_source(str(adapter))
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(llama_folder, copy_of, monkeypatch):
+    folder = copy_of(llama_folder)
+    edit(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]})
+    (folder / "own.py").write_text("raise SystemExit('this ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    with pytest.raises(ModelError, match=r"model\.finetuned: the tokenizer in .* needs code of its own"):
+        load_tokenizer(folder, "model.finetuned")
 
 
 def test_tokenizers_must_encode_alike(llama_folder, tmp_path):
