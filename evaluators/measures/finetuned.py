@@ -6,7 +6,8 @@ label, and the rows themselves.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -44,23 +45,36 @@ def answers(
     """The greedy continuation of each prompt up to one of the tokens `ends`, or to its limits, in their order."""
     found: dict[int, Said] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    generate: Any = model.generate
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id).to(model.device)
-        output = generate(
-            input_ids=batch.ids,
-            attention_mask=batch.mask.long(),
-            max_new_tokens=limits.max_new_tokens,
-            do_sample=False,
-            eos_token_id=sorted(ends),
-            pad_token_id=tokenizer.pad_token_id,
-            stop_strings=list(limits.texts) or None,
-            tokenizer=tokenizer,
-        )
-        for i, tokens in zip(chosen, output[:, batch.ids.shape[1] :].tolist(), strict=True):
-            found[i] = _said(tokenizer, tokens, limits, ends)
+    with _greedy(model) as generate:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id).to(model.device)
+            output = generate(
+                input_ids=batch.ids,
+                attention_mask=batch.mask.long(),
+                max_new_tokens=limits.max_new_tokens,
+                do_sample=False,
+                eos_token_id=sorted(ends),
+                pad_token_id=tokenizer.pad_token_id,
+                stop_strings=list(limits.texts) or None,
+                tokenizer=tokenizer,
+            )
+            for i, tokens in zip(chosen, output[:, batch.ids.shape[1] :].tolist(), strict=True):
+                found[i] = _said(tokenizer, tokens, limits, ends)
     return [found[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def _greedy(model: PreTrainedModel) -> Iterator[Any]:
+    """The model's `generate` without its generation config, from which `generate` fills in whatever it is not told: a
+    repetition penalty, forced tokens, a least length."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield model.generate
+    finally:
+        model.generation_config = own
 
 
 def _said(tokenizer: Any, tokens: list[int], limits: Limits, ends: Collection[int]) -> Said:

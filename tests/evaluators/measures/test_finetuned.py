@@ -1,5 +1,9 @@
 """The merged model on held-out rows: answers are plain greedy decoding, figures are counted as they are named."""
 
+import json
+import shutil
+
+import pytest
 import torch
 
 from data.encoding import encode_row
@@ -32,6 +36,33 @@ def test_answers_are_greedy_decoding_whatever_the_batch(model_folder, load):
         said = answers(model, tokenizer, prompts, Limits(12), [tokenizer.eos_token_id], batch_size=size)
         assert [one.text for one in said] == expected
         assert [one.cut for one in said] == [one.tokens == 12 for one in said]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"repetition_penalty": 1.8},
+        {"no_repeat_ngram_size": 2},
+        {"do_sample": True, "temperature": 5.0, "top_k": 0},
+        {"min_new_tokens": 12},
+        {"suppress_tokens": list(range(20, 200))},
+        {"begin_suppress_tokens": list(range(20, 200)), "forced_eos_token_id": 1},
+        {"num_beams": 3, "length_penalty": -2.0},
+        {"max_length": 3},
+        {"bad_words_ids": [[token] for token in range(30, 150)]},
+        {"guidance_scale": 3.0},
+    ],
+)
+def test_a_models_generation_config_changes_no_answer(llama_folder, load, tmp_path, config):
+    model, tokenizer = load(llama_folder)
+    prompts = [encode_row(tokenizer, Row(text, "x", "")).prompt for text in PROMPTS]
+    expected = [tokenizer.decode(greedy(model, tokenizer, one, 12), skip_special_tokens=True) for one in prompts]
+    shutil.copytree(llama_folder, folder := tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [1, 7]}))
+    model, tokenizer = load(folder)
+    said = answers(model, tokenizer, prompts, Limits(12), [tokenizer.eos_token_id])
+    assert [one.text for one in said] == expected
+    assert model.generation_config.eos_token_id == [1, 7], "which chats still end at"
 
 
 def test_an_answer_ends_at_a_text_or_at_any_of_several_tokens(gemma_folder, load):
