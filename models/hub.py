@@ -38,6 +38,17 @@ def cached_snapshot(repository: str) -> Path | None:
     return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def snapshot_of(repository: str, revision: str | None = None) -> Path | None:
+    """The downloaded snapshot of a revision (a branch, a tag or a commit; None: main), or None."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    named = folder / "refs" / (revision or "main")
+    commit = named.read_text().strip() if named.is_file() else revision
+    snapshot = folder / "snapshots" / commit if commit else None
+    return snapshot if snapshot is not None and snapshot.is_dir() else None
+
+
 @contextmanager
 def hub_errors(key: str, repository: str) -> Iterator[None]:
     """Turns what the hub client raises into a ModelError; EntryNotFoundError from a reachable hub passes through."""

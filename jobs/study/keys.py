@@ -10,13 +10,11 @@ import importlib.util
 from pathlib import Path
 
 from jobs.files import key_of, short_hash
+from jobs.study.fingerprints import fingerprint
 from jobs.study.grounds import DeltaGroup, Ground
+from jobs.study.workspace import storage_root
 from search_spaces.schema import Sweep
 from search_spaces.sections import Section
-
-MODEL_FILES = (".safetensors", ".json", ".jinja")
-"""What an adopted model consists of."""
-
 
 GROUPED_BY = ("targets", "layers", "percentiles", "target_l0", "d_new", "trials")
 """Settings of the deltas that say which groups there are, and not what a group's trials do."""
@@ -38,8 +36,8 @@ def data(settings: Sweep) -> str:
     model, chat = settings.model, section.format == "chat"
     reader: list[object] | None = None
     if given or chat:
-        reader = [model.source, model.revision, model.finetuned is None]
-        reader += [model.finetuned, model.finetuned_revision] if chat else []
+        reader = [model.source, model.revision, model.finetuned is None, *model_files(settings)]
+        reader += [model.finetuned, model.finetuned_revision, *finetuned_files(settings)] if chat else []
     return key_of("data", settings.seed, _dump(section), reader, given)
 
 
@@ -52,8 +50,25 @@ def _stamp(path: str) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _unfinetuned(settings: Sweep) -> dict:
-    return _dump(settings.model, "finetuned", "finetuned_revision", "dtype")
+def model_files(settings: Sweep) -> list[object]:
+    """What the un-finetuned model's files hold, where it is a folder or of the hub; nothing for one that a package
+    brings, which its name stands for."""
+    return _files(settings, settings.model.source, settings.model.revision)
+
+
+def finetuned_files(settings: Sweep) -> list[object]:
+    """The same of a finetuned model that is adopted."""
+    model = settings.model
+    return _files(settings, model.finetuned, model.finetuned_revision) if model.finetuned else []
+
+
+def _files(settings: Sweep, source: str, revision: str | None) -> list[object]:
+    found = fingerprint(source, revision, storage_root(settings.storage.root) / "models")
+    return [] if found is None else [found]
+
+
+def _unfinetuned(settings: Sweep) -> list[object]:
+    return [_dump(settings.model, "finetuned", "finetuned_revision", "dtype"), *model_files(settings)]
 
 
 def lora_group(settings: Sweep) -> str:
@@ -62,7 +77,7 @@ def lora_group(settings: Sweep) -> str:
         "lora",
         data(settings),
         settings.seed,
-        _unfinetuned(settings),
+        *_unfinetuned(settings),
         _dump(settings.lora, "trials"),
         settings.compute.precision,
     )
@@ -71,8 +86,8 @@ def lora_group(settings: Sweep) -> str:
 def lora(settings: Sweep) -> str:
     model = settings.model
     if model.finetuned:
-        files = [path for path in sorted(Path(model.finetuned).glob("*")) if path.suffix in MODEL_FILES]
-        return key_of("adopted", data(settings), _dump(model, "dtype"), [_stamp(str(path)) for path in files])
+        both = [*model_files(settings), *finetuned_files(settings)]
+        return key_of("adopted", data(settings), _dump(model, "dtype"), *both)
     return key_of(lora_group(settings), settings.lora.trials)
 
 
@@ -110,7 +125,7 @@ def base_activations(settings: Sweep) -> str:
         settings.transcoders.convention,
         data(settings),
         settings.seed,
-        _unfinetuned(settings),
+        *_unfinetuned(settings),
         _dump(settings.activations),
         settings.compute.precision,
     )
@@ -120,7 +135,11 @@ def base(settings: Sweep, layer: int) -> str:
     """The key of a layer's base transcoders."""
     section = settings.transcoders
     if section.source != "train":
-        return key_of("published", section.source, section.width, layer, section.convention)
+        files = (
+            sorted(Path(section.source).glob(f"layer_{layer}/*/*/params.npz")) if Path(section.source).is_dir() else []
+        )
+        stamps = [_stamp(str(path)) for path in files]
+        return key_of("published", section.source, section.width, layer, section.convention, *stamps)
     return key_of("base", base_activations(settings), _dump(section, "layers", *HOW), layer)
 
 

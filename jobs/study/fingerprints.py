@@ -1,0 +1,79 @@
+"""What a model's files hold, as hashes that results are keyed by.
+
+In: a folder, or a repository of the hub that lies in its cache. Out: name and SHA-256 of every file that transformers
+or PEFT reads there; others do not matter. A large file is read once: its hash is kept with size and time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+from models.adapters import ADAPTER_WEIGHTS
+from models.hub import snapshot_of
+
+CACHE = "fingerprints.json"
+"""Under the storage root's `models/`."""
+READ = (
+    *("config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_BLOB = re.compile(r"[0-9a-f]{64}")
+"""How the hub's cache calls a large file: by its SHA-256."""
+_known: dict[tuple[str, int, int], str] = {}
+_read_from: set[Path] = set()
+
+
+def fingerprint(source: str, revision: str | None, models: Path) -> list[list[str]] | None:
+    """(name, SHA-256) of the files of a model; None where `source` is neither a folder nor in the hub's cache. `models`
+    is where hashes are kept."""
+    folder = Path(source) if Path(source).is_dir() else snapshot_of(source, revision)
+    if folder is None:
+        return None
+    with contextlib.suppress(OSError):
+        return [[path.name, _hash(path, models / CACHE)] for path in files_read(folder)]
+    return None
+
+
+def files_read(folder: Path) -> list[Path]:
+    """The files that make a model, or an adapter, what it is."""
+    names = [name for name in (*READ, ADAPTER_WEIGHTS) if (folder / name).is_file()]
+    if (folder / SINGLE).is_file():  # which transformers prefers to an index
+        names.append(SINGLE)
+    elif (folder / INDEX).is_file():
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+            shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            names += [INDEX, *(name for name in sorted(shards) if (folder / name).is_file())]
+    return [folder / name for name in names]
+
+
+def _hash(path: Path, cache: Path) -> str:
+    if _BLOB.fullmatch(real := path.resolve().name):
+        return real
+    stat = path.stat()
+    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    if key not in _known and cache not in _read_from:
+        _read_from.add(cache)
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            _known.update({(name, size, time): one for name, size, time, one in json.loads(cache.read_text())})
+    if key not in _known:
+        with path.open("rb") as file:
+            _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        _keep(cache)
+    return _known[key]
+
+
+def _keep(cache: Path) -> None:
+    """Best effort: without it, files are only hashed again."""
+    with contextlib.suppress(OSError):
+        if cache.parent.parent.is_dir():
+            cache.parent.mkdir(exist_ok=True)
+            temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
+            temporary.write_text(json.dumps([[*key, one] for key, one in sorted(_known.items())]))
+            temporary.replace(cache)

@@ -1,0 +1,124 @@
+"""Results are keyed by what a model's files hold, not by when they were written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs.study import fingerprints, keys
+from jobs.study.fingerprints import files_read, fingerprint
+from search_spaces.load import load
+from search_spaces.schema import Sweep
+
+
+@pytest.fixture
+def base(llama_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama_folder, tmp_path / "base"))
+
+
+@pytest.fixture
+def other(llama_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama_folder, tmp_path / "other"))
+
+
+def settings(base: Path, root: Path, *more: str) -> Sweep:
+    return load("tiny", [f"model.source={base}", f"storage.root={root}", *more])
+
+
+def flip(path: Path) -> None:
+    """Another value in a file of the same size and time."""
+    stat = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000))
+
+
+def test_a_base_that_was_written_anew_changes_every_key_that_depends_on_it(base: Path, tmp_path: Path) -> None:
+    asked = settings(base, tmp_path)
+    kinds = (keys.lora, keys.lora_group, keys.base_activations, keys.finetuned_activations, keys.finetuned_check)
+    before = [key(asked) for key in kinds]
+    assert [key(asked) for key in kinds] == before
+    flip(base / "model.safetensors")
+    assert not set(before) & {key(asked) for key in kinds}
+
+
+def test_a_base_under_an_adopted_model_counts_too(base: Path, other: Path, tmp_path: Path) -> None:
+    asked = settings(base, tmp_path, f"model.finetuned={other}")
+    before = keys.lora(asked)
+    flip(base / "model.safetensors")
+    assert (second := keys.lora(asked)) != before
+    flip(other / "model.safetensors")
+    assert keys.lora(asked) not in (before, second)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_every_file_that_is_read_counts(base: Path, tmp_path: Path, name: str) -> None:
+    asked = settings(base, tmp_path)
+    before = keys.lora(asked)
+    (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | {"something": "else"}))
+    assert keys.lora(asked) != before
+
+
+def test_a_copy_and_a_touch_change_nothing_and_other_files_do_not_count(base: Path, tmp_path: Path) -> None:
+    before = fingerprint(str(base), None, tmp_path)
+    os.utime(base / "model.safetensors")
+    (base / "trainer_state.json").write_text("{}")
+    (base / "optimizer.safetensors").write_bytes(b"x")
+    assert fingerprint(str(base), None, tmp_path) == before
+    copy = shutil.copytree(base, tmp_path / "copy")
+    assert fingerprint(str(copy), None, tmp_path) == before
+
+
+def test_the_files_are_those_that_are_loaded(base: Path) -> None:
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))
+    (base / "a.safetensors").write_bytes(b"x")
+    assert {path.name for path in files_read(base)} >= {"config.json", "model.safetensors"}
+    assert "a.safetensors" not in {path.name for path in files_read(base)}
+    (base / "model.safetensors").unlink()
+    assert "a.safetensors" in {path.name for path in files_read(base)}
+
+
+def test_a_file_is_hashed_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = tmp_path / "root" / "models"
+    models.mkdir(parents=True)
+    expected = fingerprint(str(base), None, models)
+    monkeypatch.setattr(fingerprints, "_known", {})  # as in another process
+    monkeypatch.setattr(fingerprints, "_read_from", set())
+    monkeypatch.setattr(fingerprints.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert fingerprint(str(base), None, models) == expected
+    (models / fingerprints.CACHE).write_text("[[")
+    monkeypatch.undo()
+    assert fingerprint(str(base), None, models) == expected
+
+
+def test_a_snapshot_of_the_hub_counts_by_its_commit(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    assert fingerprint("someone/model", None, tmp_path) is None
+    held = cache / "models--someone--model"
+    shutil.copytree(base, held / "snapshots" / "abc")
+    flip(Path(shutil.copytree(base, held / "snapshots" / "def")) / "model.safetensors")
+    (held / "refs").mkdir()
+    (held / "refs" / "main").write_text("abc")
+    (held / "refs" / "v2").write_text("def")
+    assert fingerprint("someone/model", None, tmp_path) == fingerprint(str(base), None, tmp_path)
+    assert fingerprint("someone/model", "v2", tmp_path) != fingerprint("someone/model", None, tmp_path)
+    assert fingerprint("someone/model", "def", tmp_path) == fingerprint("someone/model", "v2", tmp_path)
+
+
+def test_published_bases_count_by_size_and_time(tmp_path: Path, base: Path) -> None:
+    params = tmp_path / "scope" / "layer_1" / "width_64" / "average_l0_4" / "params.npz"
+    params.parent.mkdir(parents=True)
+    params.write_bytes(b"one")
+    asked = settings(base, tmp_path, f"transcoders.source={tmp_path / 'scope'}")
+    before = keys.base(asked, 1), keys.base(asked, 2)
+    flip(params)
+    assert keys.base(asked, 1) != before[0]
+    assert keys.base(asked, 2) == before[1]
