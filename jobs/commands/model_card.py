@@ -17,7 +17,7 @@ from jobs.files import read_json
 from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup, Ground, error_name
 from jobs.study.stages.transcoders import taps_of
-from models.adopted import is_adapter
+from models.adapters import is_adapter
 from models.sources import repository_of
 
 TEMPLATE = "model_card.md.jinja"

@@ -21,12 +21,13 @@ from evaluators.layer_sets import layers_of
 from evaluators.splice.limits import Limits
 from jobs.cluster import connection as cluster
 from jobs.cluster.fanout import Pool
-from jobs.errors import RequestError
+from jobs.errors import DamagedFileError, RequestError
 from jobs.files import MANIFEST, read_json
 from jobs.progress import Progress
+from jobs.study import keys
 from jobs.study.grounds import DeltaGroup, grounds_of
-from jobs.study.workspace import TIMELINE, Workspace, storage_root
-from models.adopted import is_adapter
+from jobs.study.workspace import FINETUNED, PAIR, TIMELINE, Workspace, storage_root
+from models.adapters import is_adapter
 from models.sources import check_hub, check_source, model_facts, resolve
 from search_spaces.schema import Sweep
 
@@ -65,10 +66,36 @@ class Context:
         return Workspace(storage_root(self.settings.storage.root), self.settings.name)
 
     @cached_property
-    def model(self) -> Path:
-        """The folder of the un-finetuned model."""
+    def source(self) -> Path:
+        """The folder of the un-finetuned model as it was given."""
         chosen = self.settings.model
         return self._resolve(chosen.source, chosen.revision, "model.source")
+
+    @property
+    def model(self) -> Path:
+        """The folder of the un-finetuned model; of a copy where it has to be rounded to the finetuned one's dtype."""
+        rounded = self.pair["rounded"] if self.pair is not None else ""
+        return Path(rounded) if rounded else self.source
+
+    @cached_property
+    def pair(self) -> dict[str, Any] | None:
+        """What finetuning changed, once it is known of the finetuned model of these settings; see `jobs.study.pair`."""
+        try:
+            held = read_json(self.space.folder / PAIR)
+        except DamagedFileError:  # made anew
+            return None
+        return held if held is not None and held["key"] == self.pair_key else None
+
+    @property
+    def pair_key(self) -> str | None:
+        """Which finetuned model it is: one that is adopted, or the last that was trained here."""
+        if self.settings.model.finetuned:
+            return keys.lora(self.settings)
+        return (read_json(self.space.folder / FINETUNED) or {}).get("key")
+
+    def forget_pair(self) -> None:
+        """To read again what finetuning changed."""
+        vars(self).pop("pair", None)
 
     @cached_property
     def adopted(self) -> Path | None:
@@ -111,19 +138,34 @@ class Context:
         """Where generations are cut."""
         return Limits(self.settings.evaluate.max_new_tokens, tuple(self.settings.evaluate.stop))
 
-    @cached_property
+    @property
     def layers(self) -> list[int]:
         """Every layer that gets deltas, ascending."""
         return sorted({layer for target in self.settings.deltas.targets for layer in self.layers_of(target)})
 
     def layers_of(self, target: str) -> list[int]:
-        """The layers of a target's deltas, ascending, none where the target is not asked for; raises RequestError where
-        the model lacks one."""
+        """The layers of a target's deltas, ascending: none where the target is not asked for, and of change deltas none
+        whose MLP finetuning is known to have left as it was. Raises RequestError where the model lacks a layer."""
+        asked = self._asked_layers(target)
+        return [layer for layer in asked if target != "change" or layer not in self._unchanged]
+
+    @property
+    def unchanged(self) -> list[int]:
+        """Layers that change deltas are asked for, and whose MLP finetuning left as it was."""
+        return [layer for layer in self._asked_layers("change") if layer in self._unchanged]
+
+    @property
+    def _unchanged(self) -> set[int]:
+        if self.pair is None:
+            return set()
+        return set(range(model_facts(self.source)["n_layers"])) - set(self.pair["layers"])
+
+    def _asked_layers(self, target: str) -> list[int]:
         settings = self.settings
         if target not in settings.deltas.targets:
             return []
         key, section = ("deltas", settings.deltas) if target == "change" else ("transcoders", settings.transcoders)
-        asked, count = section.layers, model_facts(self.model)["n_layers"]
+        asked, count = section.layers, model_facts(self.source)["n_layers"]
         if not isinstance(asked, list):
             return list(range(count))
         outside = [layer for layer in asked if not 0 <= layer < count]
@@ -159,7 +201,10 @@ class Context:
             controls = settings.controls if entry.controls else []
             asked = [one for one in [*settings.conditions, *controls] if one != "raw"]
             conditions = tuple(one for one in asked if target in CONDITIONS[one].targets)
-            for layers in layers_of(entry.layers, self.layers_of(target)):
+            chosen = entry.layers
+            if isinstance(chosen, list) and target == "change":
+                chosen = [layer for layer in chosen if layer not in self._unchanged]
+            for layers in layers_of(chosen, self.layers_of(target)) if chosen else []:
                 found[layers] = SetPlan(conditions, tuple(sorted(alphas)))
         return found
 

@@ -18,6 +18,7 @@ from jobs.errors import DamagedFileError
 from jobs.files import KEY, MANIFEST, read_json
 from jobs.seals import SEAL, SMALL, Damage, Seen, damage, listed, seal
 from jobs.study.context import Context
+from jobs.study.pair import examine
 from jobs.study.stage_list import STAGES, Stage
 from jobs.study.stages.finetuned import VALIDATION_FILE
 from jobs.study.workspace import FINETUNED, START
@@ -60,7 +61,9 @@ def _mend_model(context: Context, most_bytes: float) -> None:
     if broken := next(damage(folder, most_bytes), None):
         context.progress.line(f"  {broken.path} {broken.why}: damaged, or edited by hand; built again")
         shutil.rmtree(folder)
-        del context.model  # a cached property
+        vars(context).pop("source", None)  # a cached property
+        if context.adopted is not None:
+            examine(context)
         seal(context.model)
 
 

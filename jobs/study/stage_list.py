@@ -13,7 +13,7 @@ from jobs.files import MANIFEST, is_finished
 from jobs.seals import SEAL, files_in
 from jobs.study import keys
 from jobs.study.context import Context
-from jobs.study.workspace import FINETUNED
+from jobs.study.workspace import FINETUNED, PAIR
 
 
 class Stage(NamedTuple):
@@ -49,7 +49,7 @@ STAGES = (
         lambda c: c.space.lora,
         lambda c: keys.finetuned_check(c.settings),
         ("model", "lora"),
-        ("lora", "data/answered", FINETUNED),
+        ("lora", "data/answered", FINETUNED, PAIR),
     ),
     Stage(
         "transcoders",

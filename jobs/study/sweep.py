@@ -48,7 +48,7 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
         progress.line(f"sweep {space.name} in {space.folder}")
         if not Path(context.settings.model.source).is_dir():
             progress.line(f"model {context.settings.model.source}")
-        _ = context.model, context.layers
+        _ = context.source, context.layers
         check_models(context)
         stages = STAGES[: NAMES.index(until) + 1]
         if fresh or not context.space.data.is_dir():
@@ -127,15 +127,20 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
     for later in STAGES[NAMES.index(stage.name) :]:
         later.drop(context)
     open_stage(context, stage)
-    status, seconds = "FAILED", 0.0
+    status, seconds, key = "FAILED", 0.0, stage.key(context)
     try:
         module = importlib.import_module(f"jobs.study.stages.{stage.name}")
         facts: dict[str, Any] = module.run(context)
         seconds = time.time() - started
+        if stage.key(context) != key:
+            raise WorkFailed(
+                f"a model, or another file that the {stage.name} stage reads, changed while it ran; run the same "
+                "command again, which redoes what depends on it"
+            )
         # After a failure the stage does not count as finished: the next run of the same command continues it.
         if not context.failures:
             workers = context.share.at_once if "share" in vars(context) else 1  # a stage with no work starts no Ray
-            manifest = {"key": stage.key(context), **facts, "seconds": seconds, "workers": workers}
+            manifest = {"key": key, **facts, "seconds": seconds, "workers": workers}
         else:
             manifest = {"key": "incomplete", **facts, "seconds": seconds}
         status = "FINISHED"

@@ -23,6 +23,8 @@ START = "start.json"
 TIMELINE = "timeline.jsonl"
 """What the fan-out workers did when."""
 FINETUNED = "finetuned.json"
+PAIR = "pair.json"
+"""What finetuning changed."""
 
 
 class Workspace:

@@ -135,7 +135,7 @@ def test_a_card_names_models_of_the_hub(context: Context) -> None:
         update={"model": context.settings.model.model_copy(update={"source": "smollm2-135m"})}
     )
     known = Context(settings)
-    known.__dict__["model"] = context.model
+    known.__dict__["source"] = context.source
     card = ModelCard(model_card(known, Exported("saelens", ground, d_new, [1, 2], 1.0, False)))
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert card.data.to_dict()["base_model_relation"] == "adapter"

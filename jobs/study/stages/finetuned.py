@@ -20,10 +20,11 @@ from jobs.errors import RequestError, WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, key_of, keyed_folder, read_json, write_json
 from jobs.seals import seal
-from jobs.study import keys
+from jobs.study import keys, pair
 from jobs.study.context import Context
 from jobs.study.workspace import FINETUNED
-from models.adopted import is_adapter
+from models.adapters import is_adapter
+from search_spaces.dimensions import Choice
 
 VALIDATION_FILE = "validation.json"
 """The finetuned model's answers to the validation rows."""
@@ -37,14 +38,21 @@ SAMPLES = (
 """What both models' tokenizers must encode alike, before the rows are there."""
 
 
+MERGED_ROWS = 4
+"""Rows on which the merged model is compared with the model and its adapter."""
+ROUNDING = 1e-3
+"""Of the largest output: by so much may folding an adapter into fp32 weights move one."""
+
+
 class Task(NamedTuple):
     """As passed to a worker: the un-finetuned model, an adapter to merge into it (empty: none), where the finetuned
-    model is or goes, the folder of the rows, where they go with its answers as their targets (empty: they have some),
-    and how it is checked on the validation rows, with the key of that."""
+    model is or goes, whether their weights are to be compared, the folder of the rows, where they go with its answers
+    as their targets (empty: they have some), and how it is checked on the validation rows, with the key of that."""
 
     base: str
     adapter: str
     finetuned: str
+    compares: bool
     rows: str
     answered: str
     validation: str
@@ -76,23 +84,23 @@ def adopt(context: Context) -> dict[str, Any]:
 def check_models(context: Context) -> None:
     """Says what is unusual about a pair of models; raises ModelError or RequestError where they are no pair, or their
     architecture has no place for a transcoder."""
-    from models.adopted import check_ends, check_pair, check_tokenizers
+    from models.adopted import check_ends, check_tokenizers
     from models.architectures import check_architecture
     from models.sources import load_tokenizer
 
-    check_architecture(context.model, context.settings.model.source)
+    check_architecture(context.source, context.settings.model.source)
     adopted, folder = context.adopted, context.space.folder
     if adopted is None:
+        check_targets(context)
         return
     if adopted.is_relative_to(folder.resolve()):
         raise RequestError(
             f"model.finetuned: {adopted} lies in this sweep's own folder, where it would be replaced; give the new "
             "sweep a name of its own (name=...)"
         )
-    for note in check_pair(context.model, adopted, context.settings.model.source):
-        context.progress.line(f"note: {note}")
+    pair.examine(context)
     if (adopted / "tokenizer_config.json").is_file():
-        base, finetuned = (load_tokenizer(one) for one in (context.model, adopted))
+        base, finetuned = load_tokenizer(context.source), load_tokenizer(adopted, "model.finetuned")
         check_tokenizers(base, finetuned, SAMPLES, adopted)
         if context.settings.data.format == "plain":
             check_ends(base, finetuned, adopted)
@@ -100,6 +108,35 @@ def check_models(context: Context) -> None:
         raise RequestError(
             f"model.finetuned: {adopted} has no tokenizer; save that of model.source there with "
             f"tokenizer.save_pretrained({str(adopted)!r})"
+        )
+
+
+def check_targets(context: Context) -> None:
+    """Raises RequestError where LoRA cannot adapt what `lora.space.targets` names, or would change no MLP that change
+    deltas are asked to explain."""
+    from models.blocks import layers_on_path
+    from models.weights import build_skeleton
+    from trainers.adapters import add_adapter
+    from trainers.errors import TrainingError
+
+    settings = context.settings
+    named = settings.lora.space.targets
+    given = [str(one) for one in named.choice] if isinstance(named, Choice) else [str(named)]
+    if given == ["all-linear"] or is_finished(context.space.lora, keys.finetuned_check(settings)):
+        return
+    reached: set[int] = set()
+    for targets in given:
+        try:
+            adapted = add_adapter(build_skeleton(context.source), targets, r=1)
+        except TrainingError as error:
+            raise RequestError(str(error)) from None
+        found = [name for name, module in adapted.get_base_model().named_modules() if hasattr(module, "lora_A")]
+        reached.update(layers_on_path(adapted.config, found))
+    if "change" in settings.deltas.targets and not reached.intersection(context.layers_of("change")):
+        raise RequestError(
+            f"lora.space.targets: {' or '.join(given)} changes no MLP in the layers of deltas.layers, so there is "
+            "nothing for change deltas to explain; add gate_proj, up_proj, down_proj or all-linear, or ask for "
+            "deltas.targets=[residual]"
         )
 
 
@@ -121,13 +158,15 @@ def make(context: Context, adapter: Path | None, key: str) -> dict[str, Any]:
     merged = adapter is None or is_finished(context.finetuned, key)
     answered = space.answered.is_dir() or not _without_target(context)
     checked = keys.finetuned_check(context.settings)
-    if not (merged and answered and (read_json(validation) or {}).get("key") == checked):
+    compared = context.pair is not None and context.pair["exact"]
+    if not (merged and answered and compared and (read_json(validation) or {}).get("key") == checked):
         if not merged:
             keyed_folder(context.finetuned, key)
         task = Task(
             str(context.model),
             "" if merged else str(adapter),
             str(context.finetuned),
+            not compared,
             str(context.rows),
             "" if answered else str(space.answered),
             str(validation),
@@ -139,10 +178,45 @@ def make(context: Context, adapter: Path | None, key: str) -> dict[str, Any]:
         for outcome in context.pool.run(merge_and_check, [task], context.settings.compute.max_retries):
             if outcome.error:
                 raise WorkFailed(f"the finetuned model {adapter or context.finetuned}: {outcome.error}")
+        found = read_json(validation)
+        if not compared:
+            _note_change(context, found)
         if not merged:
             assert adapter is not None
             finish_folder(context.finetuned, key, {"adapter": adapter.parent.name})
     return read_json(validation)["figures"]
+
+
+def _note_change(context: Context, found: dict[str, Any]) -> None:
+    """Checks what merging did, and notes what it changed; raises RequestError where it is not what the adapter says, or
+    is nothing."""
+    setting, source = "model.finetuned", context.settings.model.finetuned
+    if source is None:
+        setting, source = "lora", "the best trial's adapter"
+    if (merge := found.get("merge")) is not None and not merge_check(merge)["passed"]:
+        raise RequestError(f"{setting}: merging {source} changes what it computes ({merge_check(merge)['detail']})")
+    if not found["changed"]:
+        raise RequestError(
+            f"{setting}: {source} leaves every weight as it was, so there is nothing to look at; was it ever trained?"
+        )
+    notes = list(context.pair["notes"]) if context.pair is not None else []
+    if merge and (idle := merge["unchanged"]):
+        notes.append(f"{len(idle)} of {merge['modules']} modules that {source} adapts are unchanged, such as {idle[0]}")
+        context.progress.line(f"note: {notes[-1]}")
+    pair.note(context, found["changed"], exact=True, notes=notes)
+    pair.say_what_changed(context)
+
+
+def merge_check(merge: dict[str, Any]) -> dict[str, Any]:
+    """Whether the merged model computes what the model with its adapter does, as a check of the report."""
+    same = merge["modules_apart"] <= ROUNDING and merge["logits_apart"] <= ROUNDING
+    return {
+        "name": "the merged model computes what the model with its adapter attached does",
+        "passed": same and len(merge["unchanged"]) < merge["modules"],
+        "detail": f"logits of {merge['rows']} rows differ by {merge['logits_apart']:.2g} of the largest, outputs of "
+        f"{merge['modules']} adapted modules by {merge['modules_apart']:.2g}; "
+        f"{merge['modules'] - len(merge['unchanged'])} of them changed",
+    }
 
 
 def _replace(context: Context, identity: str) -> None:
@@ -170,24 +244,77 @@ def merge_and_check(task: Task) -> None:
     from data.rows import read_rows
     from evaluators.measures.behaviours import read_behaviours
     from evaluators.measures.finetuned import check_rows
+    from models.comparison import compare
     from models.sources import load_model
-    from trainers.adapters import merge
+    from models.weights import open_weights
 
-    if task.adapter:
-        model, tokenizer = load_model(Path(task.base), torch.float32)
-        merge(model, Path(task.adapter)).save_pretrained(task.finetuned)
-        tokenizer.save_pretrained(task.finetuned)
-        seal(Path(task.finetuned))
+    before = read_json(Path(task.validation)) or {}
+    found: dict[str, Any] = {"key": task.key}
+    merging = _Merging(task) if task.adapter else None
     # Read back from disk, as every later stage reads it.
     finetuned, tokenizer = load_model(Path(task.finetuned), torch.float32, task.device)
-    found: dict[str, Any] = {"key": task.key}
+    if merging is not None:
+        found["merge"] = merging.compared_with(finetuned)
+    elif "merge" in before:
+        found["merge"] = before["merge"]
+    if task.compares:
+        found["changed"] = list(compare(open_weights(Path(task.base)), open_weights(Path(task.finetuned))).changed)
+        if merging is not None:
+            names = [f"{name}." for name in found["changed"]]
+            idle = [one for one in merging.outputs if not any(name.startswith(f"{one}.") for name in names)]
+            found["merge"]["unchanged"] = idle
     if task.answered:
         found["answered"] = _answer(task, finetuned, tokenizer)
-    elif "answered" in (before := read_json(Path(task.validation)) or {}):
+    elif "answered" in before:
         found["answered"] = before["answered"]
     rows = read_rows(Path(task.answered or task.rows) / "validation.jsonl")
     found |= check_rows(finetuned, tokenizer, rows, read_behaviours(task.behaviours), task.limits)
     write_json(Path(task.validation), found)
+
+
+class _Merging:
+    """Merges an adapter into the un-finetuned model and saves the result; holds what the model and its adapter computed
+    before: logits of some rows, and outputs of the adapted modules."""
+
+    def __init__(self, task: Task) -> None:
+        import torch
+
+        from data.encoding import encode_row
+        from data.rows import read_rows
+        from models.adapters import attach, probe
+        from models.sources import load_model
+
+        model, tokenizer = load_model(Path(task.base), torch.float32)
+        rows = read_rows(Path(task.rows) / "validation.jsonl")[:MERGED_ROWS]
+        self.rows = [encode_row(tokenizer, row).ids for row in rows]
+        attached = attach(model, Path(task.adapter))
+        self.logits = _logits(attached.base, self.rows)  # whose modules PEFT has exchanged
+        self.outputs = {name: probe(one, seed) for seed, (name, one) in enumerate(attached.modules().items())}
+        attached.fold_in().save_pretrained(task.finetuned)
+        tokenizer.save_pretrained(task.finetuned)
+        seal(Path(task.finetuned))
+
+    def compared_with(self, merged: Any) -> dict[str, Any]:
+        """How far the merged model, read back, is from that; shares of the largest logit and output."""
+        from models.adapters import apart, probe
+
+        modules = dict(merged.named_modules())
+        after = [probe(modules[name], seed) for seed, name in enumerate(self.outputs)]
+        return {
+            "rows": len(self.rows),
+            "modules": len(self.outputs),
+            "unchanged": [],
+            "logits_apart": apart(self.logits, _logits(merged, self.rows)),
+            "modules_apart": apart(list(self.outputs.values()), after),
+        }
+
+
+def _logits(model: Any, rows: list[list[int]]) -> list[Any]:
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        return [model(input_ids=torch.tensor([row], device=device)).logits.float().cpu() for row in rows]
 
 
 def _without_target(context: Context) -> int:

@@ -18,7 +18,7 @@ from jobs.progress import clock
 from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup, Ground, error_name
 from jobs.study.stages.evaluate import checks_file
-from jobs.study.stages.finetuned import VALIDATION_FILE
+from jobs.study.stages.finetuned import VALIDATION_FILE, merge_check
 from jobs.study.stages.lora import STAGE as LORA
 from jobs.study.stages.lora import study_name
 from jobs.study.stages.transcoders import chosen_base
@@ -150,6 +150,8 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
     raw = raw[raw["condition"] == "raw"].set_index("subset")
     found = [_expected(one, raw) for one in context.settings.evaluate.expected if one.subset in raw.index]
     kept = [one for one in deltas if one["best"]]
+    if context.adopted is not None and (merge := (read_json(context.space.lora / VALIDATION_FILE) or {}).get("merge")):
+        found.append(merge_check(merge))
     found += _fits(kept)
     found.append(_wider_is_no_worse(kept))
     for name, key in read_json(context.space.cells / MANIFEST)["exactness"].items():

@@ -1,0 +1,98 @@
+"""What finetuning changed, as far as a sweep needs to know before it trains anything on it.
+
+In: a `Context` and what was found of its two models. Out: `pair.json`: which parameters differ, in which layers the
+MLPs do, and the rounded copy of the un-finetuned model where one is needed. A layer whose MLP did not change gets no
+change deltas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.errors import RequestError
+from jobs.files import short_hash, write_json
+from jobs.study import keys
+from jobs.study.context import Context
+from jobs.study.workspace import PAIR
+
+if TYPE_CHECKING:
+    from models.adopted import Pair
+
+
+def examine(context: Context) -> None:
+    """Looks at a pair that was made elsewhere, unless that has been done, and says what is unusual or left out.
+
+    Raises ModelError or RequestError where the two are no pair, or nothing of what is asked for has changed.
+    """
+    from models.adopted import check_pair
+
+    held, adopted = context.pair, context.adopted
+    assert adopted is not None
+    if held is None or (held["rounded"] and not Path(held["rounded"]).is_dir()):
+        found = check_pair(context.source, adopted, context.settings.model.source)
+        rounded = _round(context, found) if found.rounded else ""
+        held = note(context, found.changed, notes=found.notes, rounded=rounded, exact=adopted == context.finetuned)
+    for one in held["notes"]:
+        context.progress.line(f"note: {one}")
+    say_what_changed(context)
+
+
+def note(
+    context: Context, changed: Sequence[str], *, exact: bool, notes: Sequence[str] = (), rounded: str = ""
+) -> dict[str, Any]:
+    """Writes and returns what is known of the finetuned model: the parameters that changed, or, of an adapter that is
+    not merged yet (not `exact`), the modules that it adapts."""
+    from models.blocks import layers_on_path
+    from models.comparison import in_words
+    from models.weights import load_config
+
+    config = load_config(context.source)
+    known = {
+        "key": context.pair_key,
+        "exact": exact,
+        "changed": sorted(changed),
+        "in_words": in_words(changed, config.num_hidden_layers),
+        "layers": layers_on_path(config, changed),
+        "notes": list(notes),
+        "rounded": rounded,
+    }
+    write_json(context.space.folder / PAIR, known)
+    context.forget_pair()
+    return known
+
+
+def say_what_changed(context: Context) -> None:
+    """One line on what finetuning changed, one on layers that are left out; raises RequestError where no change delta
+    that is asked for has anything to explain."""
+    known = context.pair
+    assert known is not None
+    source = context.settings.model.finetuned or "the finetuned model"
+    context.progress.line(f"  finetuning changed {known['in_words'] or 'nothing'}")
+    if "change" not in context.settings.deltas.targets:
+        return
+    from models.comparison import layer_list
+
+    if not context.layers_of("change"):
+        asked = context.settings.deltas.layers
+        where = "in any layer" if asked == "all" else f"in {layer_list(asked)}"
+        raise RequestError(
+            f"{'model.finetuned' if context.settings.model.finetuned else 'lora.space.targets'}: {source} changed "
+            f"{known['in_words'] or 'nothing'}, and no MLP {where}, so there is nothing for change deltas to explain; "
+            "they explain what finetuning changed in MLPs (deltas.targets=[residual] asks how base transcoders fare)"
+        )
+    if left_out := context.unchanged:
+        context.progress.line(f"  the MLPs of {layer_list(left_out)} are unchanged: they get no change deltas")
+
+
+def _round(context: Context, found: Pair) -> str:
+    """The folder of the un-finetuned model in the finetuned one's dtype."""
+    from models.comparison import write_rounded
+    from models.weights import open_weights
+
+    name = Path(context.settings.model.source).name
+    identity = short_hash(keys.model_files(context.settings), found.rounded)
+    context.space.models.mkdir(parents=True, exist_ok=True)
+    folder = context.space.models / f"{name}-rounded-{identity}"
+    return str(write_rounded(open_weights(context.source), found.rounded, folder))

@@ -1,0 +1,184 @@
+"""Before any work, a sweep knows what finetuning changed, and says what it leaves out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from jobs.errors import RequestError
+from jobs.study.context import Context
+from jobs.study.disk import disk_of
+from jobs.study.pair import note
+from jobs.study.stages.finetuned import check_models, merge_check
+from models.errors import ModelError
+from models.weights import open_weights
+from search_spaces.load import load as load_settings
+
+Make = Callable[..., Context]
+
+
+@pytest.fixture
+def sweep(llama_folder: Path, tmp_path: Path) -> Make:
+    """A sweep of the random Llama with three layers, whose change deltas alone are asked for."""
+
+    def make(*more: str) -> Context:
+        plain = ["deltas.targets=[change]", "deltas.layers=all", "evaluate.controls=[]"]
+        root = [f"model.source={llama_folder}", f"storage.root={tmp_path / 'runs'}"]
+        context = Context(load_settings("tiny", [*root, *plain, *more]))
+        context.space.create()
+        return context
+
+    return make
+
+
+@pytest.fixture
+def changed(llama_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the Llama in which some parameters are others."""
+
+    def make(*parts: str, dtype: torch.dtype = torch.float32) -> Path:
+        folder = Path(shutil.copytree(llama_folder, tmp_path / f"changed{len(list(tmp_path.iterdir()))}"))
+        weights = load_file(folder / "model.safetensors")
+        held = {name: one * 1.5 if any(part in name for part in parts) else one for name, one in weights.items()}
+        save_file({name: one.to(dtype) for name, one in held.items()}, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return make
+
+
+def adapter_on(load: Any, base: Path, folder: Path, **settings: Any) -> Path:
+    model, _ = load(base)
+    adapted = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def said(context: Context, capsys: pytest.CaptureFixture[str]) -> str:
+    check_models(context)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_unchanged_layers_are_left_out_and_said(
+    sweep: Make, changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = sweep(f"model.finetuned={changed('layers.2.mlp.up', 'layers.0.post_attention', 'layers.1.self_attn')}")
+    assert context.layers == [0, 1, 2]
+    printed = said(context, capsys)
+    assert "the MLPs of layer 1 are unchanged" in printed
+    assert "up_proj in layer 2" in printed
+    assert context.layers_of("change") == context.layers == [0, 2]
+    assert {group.layer for group in context.delta_groups} == {0, 2}
+    assert set(disk_of(context).sizes) == {0, 2}
+    again = Context(context.settings)
+    assert again.layers_of("change") == [0, 2], "which other commands read from disk"
+
+
+def test_sets_of_layers_leave_out_what_is_unchanged(
+    sweep: Make, changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetuned = changed("layers.0.mlp", "layers.2.mlp")
+    context = sweep(f"model.finetuned={finetuned}", "evaluate.sets=[all, [1, 2], [1], each]")
+    said(context, capsys)
+    assert set(context.sets_of("change")) == {(0, 2), (2,), (0,)}
+
+
+@pytest.mark.parametrize(
+    "parts", [("q_proj", "v_proj"), ("embed_tokens",), ("input_layernorm", "o_proj"), ("model.norm",)]
+)
+def test_where_no_mlp_changed_nothing_is_started(sweep: Make, changed: Callable[..., Path], parts: tuple[str]) -> None:
+    with pytest.raises(RequestError, match="nothing for change deltas to explain") as raised:
+        check_models(sweep(f"model.finetuned={changed(*parts)}"))
+    assert parts[0].rpartition(".")[2] in str(raised.value)
+
+
+def test_layers_asked_for_by_number_must_hold_a_change(
+    sweep: Make, changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetuned = changed("layers.2.mlp")
+    said(sweep(f"model.finetuned={finetuned}", "deltas.layers=[2]", "evaluate.sets=[all]"), capsys)
+    with pytest.raises(RequestError, match="no MLP in layers 0-1"):
+        check_models(sweep(f"model.finetuned={finetuned}", "deltas.layers=[0, 1]", "evaluate.sets=[all]"))
+
+
+def test_a_pair_that_is_equal_is_said_at_once(sweep: Make, changed: Callable[..., Path]) -> None:
+    with pytest.raises(ModelError, match="nothing to look at"):
+        check_models(sweep(f"model.finetuned={changed()}"))
+    with pytest.raises(ModelError, match="rounded to its dtype, so there is nothing"):
+        check_models(sweep(f"model.finetuned={changed(dtype=torch.bfloat16)}"))
+
+
+def test_a_coarser_finetuned_model_is_compared_with_a_rounded_base(
+    sweep: Make, changed: Callable[..., Path], llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetuned = changed("layers.1.mlp.down_proj", dtype=torch.bfloat16)
+    context = sweep(f"model.finetuned={finetuned}")
+    printed = said(context, capsys)
+    assert "coarser" in printed
+    assert "finetuning changed down_proj in layer 1" in printed
+    assert context.layers == [1]
+    assert context.source == llama_folder.resolve()
+    assert context.model != context.source
+    held = load_file(llama_folder / "model.safetensors")
+    rounded = open_weights(context.model)
+    assert all(torch.equal(one, held[name].bfloat16()) for name, one in rounded.read(held).items())
+    shutil.rmtree(context.model)  # it is made again
+    said(again := Context(context.settings), capsys)
+    assert again.model == context.model
+    assert again.model.is_dir()
+
+
+def test_an_adapter_is_known_by_its_modules_before_it_is_merged(
+    sweep: Make, load: Any, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    default = adapter_on(load, llama_folder, tmp_path / "default")
+    with pytest.raises(RequestError, match="q_proj, v_proj in all 3 layers"):
+        check_models(sweep(f"model.finetuned={default}"))
+    last = adapter_on(load, llama_folder, tmp_path / "last", target_modules=["up_proj"], layers_to_transform=[2])
+    context = sweep(f"model.finetuned={last}")
+    assert "the MLPs of layers 0-1 are unchanged" in said(context, capsys)
+    assert context.layers == [2]
+
+
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [("q_proj,v_proj", "changes no MLP"), ("nothing_proj", "cannot be adapted"), ("o_proj", "changes no MLP")],
+)
+def test_what_lora_is_asked_to_adapt_is_checked_before_it_is_trained(sweep: Make, targets: str, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as raised:
+        check_models(sweep(f"lora.space.targets={targets}"))
+    assert str(raised.value).startswith("lora.space.targets")
+    check_models(sweep("lora.space.targets={choice: ['q_proj,v_proj', 'q_proj,up_proj']}"))
+    check_models(sweep("lora.space.targets=all-linear"))
+
+
+def test_another_pair_is_looked_at_anew(
+    sweep: Make, changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = changed("layers.0.mlp"), changed("layers.1.mlp")
+    said(first := sweep(f"model.finetuned={one}"), capsys)
+    assert first.layers == [0]
+    second = sweep(f"model.finetuned={other}")
+    assert second.pair is None
+    said(second, capsys)
+    assert second.layers == [1]
+    note(second, ["model.layers.2.mlp.up_proj.weight"], exact=True)
+    assert second.layers == [2]
+
+
+def test_a_merge_that_changes_what_is_computed_fails() -> None:
+    merge = {"rows": 4, "modules": 6, "unchanged": [], "logits_apart": 1e-6, "modules_apart": 2e-6}
+    assert merge_check(merge)["passed"]
+    assert not merge_check(merge | {"logits_apart": 0.2})["passed"]
+    assert not merge_check(merge | {"modules_apart": 0.2})["passed"]
+    assert not merge_check(merge | {"logits_apart": float("nan")})["passed"]
+    assert not merge_check(merge | {"unchanged": ["a", "b", "c", "d", "e", "f"]})["passed"]
