@@ -65,6 +65,11 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
 
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
     before = _some_logits(model) if model.dtype == torch.float32 else None
+    if before is not None and not torch.isfinite(before).all():
+        raise ModelError(
+            f"model.source: the logits of {model.config._name_or_path or 'the model'} are not finite numbers: its "
+            "weights hold NaN or infinite values, or values too large for fp32"
+        )
     # This switches to eager attention, which is what the bridge's own parts compute, to the last bit.
     with nothing_installed():
         bridge = TransformerBridge.boot_transformers(

@@ -125,11 +125,17 @@ def load_config(folder: Path, key: str = "model.source") -> Any:
 
     transformers.logging.set_verbosity_error()
     try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(
             f"{key}: {folder / 'config.json'} cannot be read as a model's config ({' '.join(str(error).split())[:200]})"
         ) from None
+    if parts := sorted(type(config).sub_configs):
+        raise ModelError(
+            f"{key}: {folder} is a model of several parts ({', '.join(parts)}), and only language models on their own "
+            "can be looked at"
+        )
+    return config
 
 
 def places_in(file: Path) -> dict[str, Place]:

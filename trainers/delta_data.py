@@ -47,6 +47,8 @@ def read_change(activations: Path, layer: int, taps: Taps) -> DeltaData:
     folders = {split: activations / split / f"layer_{layer:02d}" for split in ("train", "validation")}
     train, validation = (read_pairs(folders[split], ("x", "change")) for split in ("train", "validation"))
     unit = change_unit(activations, layer)
+    if not unit:
+        raise ValueError(f"finetuning did not change what the MLP of layer {layer} computes on the validation tokens")
     totals = read_pairs(folders["validation"], ("sum", "sum_of_squares")).shards
     mean, square = (torch.stack(column).sum(0) / validation.tokens for column in zip(*totals, strict=True))
     share = unit / (square - mean.pow(2)).mean().item()

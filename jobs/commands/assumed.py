@@ -34,11 +34,9 @@ class Weights(NamedTuple):
 @lru_cache(maxsize=1)
 def weights_of(folder: Path) -> Weights:
     """Counted on a model without values, from its config alone."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from models.weights import build_skeleton
 
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model: Any = build_skeleton(folder)
     every = {name: parameter.numel() for name, parameter in model.named_parameters()}
     mlp = sum(count for name, count in every.items() if ".mlp." in name)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight

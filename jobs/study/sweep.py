@@ -132,11 +132,7 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         module = importlib.import_module(f"jobs.study.stages.{stage.name}")
         facts: dict[str, Any] = module.run(context)
         seconds = time.time() - started
-        if stage.key(context) != key:
-            raise WorkFailed(
-                f"a model, or another file that the {stage.name} stage reads, changed while it ran; run the same "
-                "command again, which redoes what depends on it"
-            )
+        check_unchanged(context, stage, key)
         # After a failure the stage does not count as finished: the next run of the same command continues it.
         if not context.failures:
             workers = context.share.at_once if "share" in vars(context) else 1  # a stage with no work starts no Ray
@@ -152,6 +148,15 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         raise
     finally:
         context.tracker.close(stage.name, {"seconds": seconds or time.time() - started}, status=status)
+
+
+def check_unchanged(context: Context, stage: Stage, key: str) -> None:
+    """Raises WorkFailed where a file that a stage reads was written anew since `key`: its results are of two models."""
+    if stage.key(context) != key:
+        raise WorkFailed(
+            f"a model, or another file that the {stage.name} stage reads, changed while it ran; run the same command "
+            "again, which redoes what depends on it"
+        )
 
 
 def check_workers(context: Context, stages: Collection[str]) -> None:

@@ -260,7 +260,8 @@ def test_facts_of_a_bad_config(tmp_path, config, said):
     assert said in str(raised.value)
 
 
-def test_facts_of_a_nested_config(tmp_path):
+def test_a_model_of_several_parts_is_refused(tmp_path):
     inner = {"num_hidden_layers": 3, "hidden_size": 8, "model_type": "inner"}
     (tmp_path / "config.json").write_text(json.dumps({"text_config": inner, "model_type": "outer"}))
-    assert model_facts(tmp_path) == {"n_layers": 3, "d_model": 8, "architecture": "inner"}
+    with pytest.raises(ModelError, match=r"several parts \(text_config"):
+        model_facts(tmp_path)

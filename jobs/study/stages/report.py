@@ -220,6 +220,7 @@ def facts(context: Context) -> dict[str, str]:
         "sweep": settings.name,
         "model": settings.model.source,
         **({"finetuned model": f"{settings.model.finetuned}, {_how(context)}"} if settings.model.finetuned else {}),
+        **_what_changed(context),
         **{
             f"{target} deltas": f"layers {layer_label(context.layers_of(target))}, d_new "
             + ", ".join(map(str, settings.deltas.d_new))
@@ -237,6 +238,18 @@ def facts(context: Context) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
         "git commit": str((read_json(space.folder / "versions.json") or {}).get("git commit", "unknown")),
     }
+
+
+def _what_changed(context: Context) -> dict[str, str]:
+    """What finetuning changed, what was left out for it, and what is unusual about the pair."""
+    known = context.pair
+    if known is None:
+        return {}
+    left_out = (
+        {"left out": f"MLPs without a change: layers {layer_label(context.unchanged)}"} if context.unchanged else {}
+    )
+    notes = {"notes on the pair": "; ".join(known["notes"])} if known["notes"] else {}
+    return {"finetuning changed": known["in_words"], **left_out, **notes}
 
 
 def pair(context: Context) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from jobs.cluster.connection import Share
-from jobs.errors import RequestError
+from jobs.errors import RequestError, WorkFailed
 from jobs.study.context import Context
-from jobs.study.stage_list import NAMES
-from jobs.study.sweep import check_workers
+from jobs.study.stage_list import NAMES, STAGES
+from jobs.study.sweep import check_unchanged, check_workers
 from search_spaces.load import load
 
 SETTINGS = ["lora.workers_per_trial", "transcoders.workers_per_layer", "deltas.workers_per_trial"]
@@ -23,3 +25,16 @@ def test_workers_that_do_not_fit_are_refused_before_any_stage(tmp_path: Path, se
     with pytest.raises(RequestError, match=f"{setting}: got 3, .* room for 2 at once"):
         check_workers(context, NAMES)
     check_workers(context, [name for name in NAMES if name != setting.partition(".")[0]])  # it is done already
+
+
+def test_a_base_that_is_written_anew_while_a_stage_runs_fails_it(tmp_path: Path, llama_folder: Path) -> None:
+    base = Path(shutil.copytree(llama_folder, tmp_path / "base"))
+    context = Context(load("tiny", [f"storage.root={tmp_path}", f"model.source={base}"]))
+    stages = [stage for stage in STAGES if stage.name in ("lora", "transcoders", "deltas", "evaluate")]
+    keys = [stage.key(context) for stage in stages]
+    for stage, key in zip(stages, keys, strict=True):
+        check_unchanged(context, stage, key)
+    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | {"rope_theta": 5.0}))
+    for stage, key in zip(stages, keys, strict=True):
+        with pytest.raises(WorkFailed, match=f"the {stage.name} stage reads, changed while it ran"):
+            check_unchanged(context, stage, key)
