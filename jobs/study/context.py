@@ -19,6 +19,7 @@ from data.sources import is_dataset
 from evaluators.conditions import CONDITIONS
 from evaluators.layer_sets import layers_of
 from evaluators.splice.limits import Limits
+from jobs.cluster import address
 from jobs.cluster import connection as cluster
 from jobs.cluster.fanout import Pool
 from jobs.errors import RequestError
@@ -163,10 +164,15 @@ class Context:
                 found[layers] = SetPlan(conditions, tuple(sorted(alphas)))
         return found
 
+    @property
+    def joins_cluster(self) -> bool:
+        """Whether the work is done on an existing cluster, not on a Ray of its own."""
+        return address.chosen(self.address).joins
+
     @cached_property
     def share(self) -> cluster.Share:
         """What one worker gets. The first access starts or joins the cluster, whose nodes must share the storage."""
-        cluster.connect(self.address, self.insecure)
+        cluster.connect(self.address, self.insecure, self.progress.line)
         cluster.check_storage(self.space.root)
         return cluster.share_of(self.settings.compute)
 
@@ -246,8 +252,8 @@ class Context:
         from evaluators.measures.behaviours import read_behaviours
 
         read_behaviours(self.settings.evaluate.behaviours)
-        if self.address:
-            cluster.check_answers(self.address)
+        if self.joins_cluster:
+            address.check(address.chosen(self.address))
 
 
 def tracking_uri(settings: Sweep, root: Path) -> str:

@@ -149,9 +149,15 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         context.tracker.close(stage.name, {"seconds": seconds or time.time() - started}, status=status)
 
 
+WITHOUT_RAY = {"data", "report"}
+"""Stages that the driver does by itself."""
+
+
 def check_workers(context: Context, stages: Collection[str]) -> None:
-    """Raises RequestError, before the first stage works, if the workers that a trial of a later one asks for do not fit
-    on the cluster."""
+    """Raises RequestError, before the first stage works, if the cluster to join cannot be used, or if the workers that
+    a trial of a later stage asks for do not fit on it."""
+    if context.joins_cluster and set(stages) - WITHOUT_RAY:
+        _ = context.share
     for section, setting in (
         ("lora", "workers_per_trial"),
         ("transcoders", "workers_per_layer"),
