@@ -22,6 +22,7 @@ from evaluators.splice.limits import Limits
 from jobs.cluster import address
 from jobs.cluster import connection as cluster
 from jobs.cluster.fanout import Pool
+from jobs.cluster.sockets import check_temporary_folder
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
 from jobs.progress import Progress
@@ -254,6 +255,8 @@ class Context:
         read_behaviours(self.settings.evaluate.behaviours)
         if self.joins_cluster:
             address.check(address.chosen(self.address))
+        else:
+            check_temporary_folder()
 
 
 def tracking_uri(settings: Sweep, root: Path) -> str:
