@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cluster import address as addresses
-from jobs.cluster import environment
+from jobs.cluster import connection, environment
 from jobs.cluster.address import Address, chosen
 from jobs.errors import RequestError
 from jobs.progress import Progress
@@ -119,6 +119,24 @@ def test_an_address_that_answers_is_good(listening: str, monkeypatch: pytest.Mon
     addresses.check(chosen(listening))
     monkeypatch.setenv("RAY_ADDRESS", listening)
     addresses.check(chosen(None))
+
+
+@pytest.mark.parametrize(("option", "lines"), [(None, 1), ("127.0.0.1:6379", 0)])
+def test_a_cluster_that_the_variable_names_is_said(
+    option: str | None, lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    joined: list[Address] = []
+    said: list[str] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(connection, "_join", joined.append)
+    monkeypatch.setattr(environment, "install_stop_handlers", lambda: None)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    connection.connect(option, insecure=True, say=said.append)
+    assert [one.value for one in joined] == [option or "10.0.0.1:6379"]
+    assert len(said) == lines
+    assert all("10.0.0.1:6379" in line and "RAY_ADDRESS" in line for line in said)
 
 
 def test_the_command_ends_with_one_sentence(tmp_path: Path) -> None:
