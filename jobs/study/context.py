@@ -257,6 +257,11 @@ class Context:
             address.check(address.chosen(self.address))
         else:
             check_temporary_folder()
+        if self.settings.storage.optuna_url:
+            from jobs.search.databases import is_file
+
+            if not is_file(self.settings.storage.optuna_url):  # a file may lie in a folder that is yet to be made
+                _ = self.studies
 
 
 def tracking_uri(settings: Sweep, root: Path) -> str:

@@ -64,6 +64,8 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
             progress.line("everything is done already; --fresh starts over")
         else:
             context.check_bases()
+            if context.settings.storage.optuna_url:
+                _ = context.studies  # whether it can be opened
             with progress.kept_in(space.folder):
                 _run_stages(context, stages)
         if until == "report":
