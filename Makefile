@@ -11,7 +11,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar o
 PINS := import json, sys; found = [one["metadata"] for one in json.load(sys.stdin)["install"]]; \
   print(*sorted(("{name}=={version}".format(**one) for one in found), key=str.lower), sep="\n")
 
-.PHONY: setup sweep test test-all check format compatibility ui constraints
+.PHONY: setup sweep test test-all check format compatibility another-python ui constraints
 
 sweep: setup
 	$(PY) -m jobs sweep $(CONFIG) $(ARGS)
@@ -40,6 +40,12 @@ format: setup
 # the long tests runs it too.
 compatibility: setup
 	$(PY) -m tests.compatibility.check_exports
+
+# What is tried with other versions of Python, in an environment of their own: the tiny preset from nothing, and the short
+# tests of three rooms. `make another-python PYTHON=python3.13 VENV=.venv313`
+another-python: setup
+	@root="$$(mktemp -d)" && trap 'rm -rf "$$root"' EXIT && $(PY) -m jobs sweep tiny storage.root="$$root"
+	$(PY) -m pytest -n 0 -m "not long" tests/data tests/models tests/jobs/cluster
 
 ui: setup
 	$(PY) -m jobs ui

@@ -11,12 +11,14 @@ import logging
 import os
 import socket
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jobs.cluster import environment, raylet_watch
+from jobs.cluster.address import LOCAL, Address, check, chosen
 from jobs.errors import RequestError, WorkFailed
 from search_spaces.schema import Compute
 
@@ -24,7 +26,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 OBJECT_STORE_BYTES = 256 * 2**20
 """Results travel as files; only small messages go through the object store."""
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-CONNECT_SECONDS = 5.0
 STORAGE_SECONDS = 60.0
 NOT_UPLOADED = [".git", ".venv", "mlruns", "**/__pycache__", "*.log", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
 NOT_UPLOADED += [".ray-token.*"]  # a Slurm job's, which lies here while the job runs
@@ -61,24 +62,26 @@ class Share:
         return Share(0, 0.0, self.at_once // workers)
 
 
-def connect(address: str | None, insecure: bool = False) -> None:
-    """Starts Ray on this machine (loopback only), or joins the cluster at `address`.
+def connect(address: str | None, insecure: bool = False, say: Callable[[str], None] = lambda text: None) -> None:
+    """Starts Ray on this machine (loopback only), or joins the cluster at `address`, else at RAY_ADDRESS, which is
+    then said.
 
     Inside a submitted job, joins the job's own cluster. Raises RequestError if the address does not answer, or if
     others can use the cluster without a token and `insecure` does not allow that; WorkFailed if Ray does not start
     here. If this machine's raylet dies later, the process ends.
     """
-    given = address
-    address = address or environment.cluster_address() or "local"
+    where = chosen(address)
     import ray
 
     if ray.is_initialized():
         return
     try:
-        if address == "local":
-            _start()
+        if where.joins:
+            _join(where)
+            if where.source == environment.ADDRESS:
+                say(f"  joined the Ray cluster at {where.value}, which the variable {environment.ADDRESS} names")
         else:
-            _join(address)
+            _start()
         environment.install_stop_handlers()
     except (KeyboardInterrupt, SystemExit):  # Ray raises SystemExit on a SIGTERM while it starts
         environment.acknowledge_stop()
@@ -87,7 +90,7 @@ def connect(address: str | None, insecure: bool = False) -> None:
     except Exception:
         disconnect()
         raise
-    if given and not insecure:
+    if address and not insecure:
         try:
             check_closed(ray.get_runtime_context().gcs_address)
         except RequestError:
@@ -100,23 +103,25 @@ def _start() -> None:
 
     _watches.append(raylet_watch.Watch(raylet_watch.child))
     try:
-        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **QUIET)
+        ray.init(address=LOCAL, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **QUIET)
     except Exception as error:  # Ray has no specific class for this
         raise WorkFailed(
             f"Ray did not start on this machine ({first_line(error)}); run the same command again"
         ) from None
 
 
-def _join(address: str) -> None:
+def _join(address: Address) -> None:
     import ray
 
-    check_answers(address)
+    check(address)
     in_job = "runtime_resources" in Path.cwd().parts
     runtime = {} if in_job else {"working_dir": str(REPOSITORY), "excludes": NOT_UPLOADED}
     try:
-        ray.init(address=address, runtime_env=runtime, **QUIET)
+        ray.init(address=address.value, runtime_env=runtime, **QUIET)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
-        raise RequestError(f"--address: no Ray cluster answers at {address} ({first_line(error)})") from None
+        raise address.refusal(
+            f"no Ray cluster answers at {address.value} ({first_line(error)})", "start the cluster"
+        ) from None
     here = ray.get_runtime_context().get_node_id()
     (socket_name,) = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == here]
     _watches.append(raylet_watch.Watch(partial(raylet_watch.at, socket_name)))
@@ -199,19 +204,6 @@ def check_storage(root: Path) -> None:
 def _may_write_beside(marker: str) -> bool:
     """Runs on each node."""
     return Path(marker).is_file() and os.access(Path(marker).parent, os.W_OK)
-
-
-def check_answers(address: str) -> None:
-    """Tries a TCP connection for a few seconds, so that a wrong address does not hang for as long as Ray would wait."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise RequestError(f"--address: {address!r} is not auto, HOST:PORT or ray://HOST:PORT")
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise RequestError(f"--address: no Ray cluster answers at {address} ({error})") from None
 
 
 def first_line(error: Exception) -> str:

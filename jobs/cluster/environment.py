@@ -50,6 +50,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 REPEAT_SECONDS = 1.0
 _acknowledged = threading.Event()
 
+ADDRESS = "RAY_ADDRESS"
 AUTH_MODE = "RAY_AUTH_MODE"
 _USERS_AUTH_MODE = os.environ.get(AUTH_MODE)
 
@@ -63,7 +64,7 @@ def prepare(address: str | None = None) -> None:
     os.environ.update(ALWAYS)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if address or cluster_address():
+    if (address or cluster_address() or "local") != "local":
         if _USERS_AUTH_MODE is None:
             os.environ.pop(AUTH_MODE, None)
     else:
@@ -72,9 +73,10 @@ def prepare(address: str | None = None) -> None:
 
 
 def cluster_address() -> str | None:
-    """RAY_ADDRESS if it names a cluster; for job submission it holds an http address instead."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    return None if not address or address.startswith("http") else address
+    """RAY_ADDRESS if it names a cluster. `local` asks for a Ray of one's own, and an http address is where jobs are
+    submitted."""
+    address = os.environ.get(ADDRESS, "").strip()
+    return None if address in ("", "local") or address.startswith("http") else address
 
 
 def install_stop_handlers() -> None:

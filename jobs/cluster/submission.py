@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 
 from jobs.addresses import without_secrets
 from jobs.cluster import environment
-from jobs.cluster.connection import NOT_UPLOADED, REPOSITORY, check_answers, check_closed, first_line
+from jobs.cluster.address import check_answers
+from jobs.cluster.connection import NOT_UPLOADED, REPOSITORY, check_closed, first_line
 from jobs.errors import RequestError, WorkFailed
 
 if TYPE_CHECKING:

@@ -19,9 +19,8 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from jobs.addresses import without_secrets
-from jobs.errors import RequestError
 from jobs.files import read_json
+from jobs.search.databases import open_database
 from search_spaces.dimensions import Choice, Dimension, Range
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -107,11 +106,7 @@ def pareto_front(results: Iterable[dict[str, Any]], objectives: tuple[str, ...])
 def open_storage(url: str | None, root: Path) -> Storage:
     """The study storage: a database URL, or a journal file under `root`/optuna."""
     if url:
-        try:
-            return optuna.storages.RDBStorage(url)
-        except Exception as error:  # each database driver has its own exceptions
-            shown = without_secrets(f"{url} cannot be opened ({type(error).__name__}: {error})")
-            raise RequestError("storage.optuna_url: " + " ".join(shown.split())[:300]) from None
+        return open_database(url)
     path = root / "optuna" / "journal.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     return optuna.storages.JournalStorage(JournalFileBackend(str(path)))

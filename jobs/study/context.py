@@ -19,8 +19,10 @@ from data.sources import is_dataset
 from evaluators.conditions import CONDITIONS
 from evaluators.layer_sets import layers_of
 from evaluators.splice.limits import Limits
+from jobs.cluster import address
 from jobs.cluster import connection as cluster
 from jobs.cluster.fanout import Pool
+from jobs.cluster.sockets import check_temporary_folder
 from jobs.errors import DamagedFileError, RequestError
 from jobs.files import MANIFEST, read_json
 from jobs.progress import Progress
@@ -208,10 +210,15 @@ class Context:
                 found[layers] = SetPlan(conditions, tuple(sorted(alphas)))
         return found
 
+    @property
+    def joins_cluster(self) -> bool:
+        """Whether the work is done on an existing cluster, not on a Ray of its own."""
+        return address.chosen(self.address).joins
+
     @cached_property
     def share(self) -> cluster.Share:
         """What one worker gets. The first access starts or joins the cluster, whose nodes must share the storage."""
-        cluster.connect(self.address, self.insecure)
+        cluster.connect(self.address, self.insecure, self.progress.line)
         cluster.check_storage(self.space.root)
         return cluster.share_of(self.settings.compute)
 
@@ -291,8 +298,15 @@ class Context:
         from evaluators.measures.behaviours import read_behaviours
 
         read_behaviours(self.settings.evaluate.behaviours)
-        if self.address:
-            cluster.check_answers(self.address)
+        if self.joins_cluster:
+            address.check(address.chosen(self.address))
+        else:
+            check_temporary_folder()
+        if self.settings.storage.optuna_url:
+            from jobs.search.databases import is_file
+
+            if not is_file(self.settings.storage.optuna_url):  # a file may lie in a folder that is yet to be made
+                _ = self.studies
 
 
 def tracking_uri(settings: Sweep, root: Path) -> str:

@@ -64,6 +64,8 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
             progress.line("everything is done already; --fresh starts over")
         else:
             context.check_bases()
+            if context.settings.storage.optuna_url:
+                _ = context.studies  # whether it can be opened
             with progress.kept_in(space.folder):
                 _run_stages(context, stages)
         if until == "report":
@@ -159,9 +161,15 @@ def check_unchanged(context: Context, stage: Stage, key: str) -> None:
         )
 
 
+WITHOUT_RAY = {"data", "report"}
+"""Stages that the driver does by itself."""
+
+
 def check_workers(context: Context, stages: Collection[str]) -> None:
-    """Raises RequestError, before the first stage works, if the workers that a trial of a later one asks for do not fit
-    on the cluster."""
+    """Raises RequestError, before the first stage works, if the cluster to join cannot be used, or if the workers that
+    a trial of a later stage asks for do not fit on it."""
+    if context.joins_cluster and set(stages) - WITHOUT_RAY:
+        _ = context.share
     for section, setting in (
         ("lora", "workers_per_trial"),
         ("transcoders", "workers_per_layer"),

@@ -96,6 +96,7 @@ def _a_submitted_job_runs_the_study(head: dict[str, str]) -> None:
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
     assert "succeeded" in printed
+    assert "which the variable RAY_ADDRESS names" in printed, "Ray sets it for a job"
     # The upload is deleted with the job, so a relative storage root goes to the home folder.
     report = Path(head["HOME"]) / "deltascope/mlruns/sweeps/tiny/report/report.html"
     assert str(report) in printed
