@@ -193,6 +193,11 @@ def _note_change(context: Context, found: dict[str, Any]) -> None:
     setting, source = "model.finetuned", context.settings.model.finetuned
     if source is None:
         setting, source = "lora", "the best trial's adapter"
+    for which, name, count in found["not_finite"][:1]:
+        where = (
+            f"model.source: {name} of {context.settings.model.source}" if which == "before" else f"{setting}: {name}"
+        )
+        raise RequestError(f"{where} has {count} values that are NaN or infinite")
     if (merge := found.get("merge")) is not None and not merge_check(merge)["passed"]:
         raise RequestError(f"{setting}: merging {source} changes what it computes ({merge_check(merge)['detail']})")
     if not found["changed"]:
@@ -258,7 +263,8 @@ def merge_and_check(task: Task) -> None:
     elif "merge" in before:
         found["merge"] = before["merge"]
     if task.compares:
-        found["changed"] = list(compare(open_weights(Path(task.base)), open_weights(Path(task.finetuned))).changed)
+        weights = compare(open_weights(Path(task.base)), open_weights(Path(task.finetuned)))
+        found |= {"changed": list(weights.changed), "not_finite": [list(one) for one in weights.not_finite]}
         if merging is not None:
             names = [f"{name}." for name in found["changed"]]
             idle = [one for one in merging.outputs if not any(name.startswith(f"{one}.") for name in names)]
