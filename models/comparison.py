@@ -7,14 +7,18 @@ once, a tensor at a time.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.weights import Weights, places_in
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 JSON_AND_TOKENIZER = (".json", ".jinja", ".model", ".txt")
 
@@ -22,7 +26,7 @@ JSON_AND_TOKENIZER = (".json", ".jinja", ".model", ".txt")
 class Comparison(NamedTuple):
     """changed: parameters that differ, those of a coarser dtype after rounding the first model's. not_finite: per model
     and parameter, how many values are NaN or infinite. rounded: parameters that rounding changes, with the dtype.
-    rounding_share: the mean square of what rounding changes over that of all that changes."""
+    rounding_share: the mean square of what rounding changes in these, over that of all that changes in them."""
 
     changed: tuple[str, ...]
     not_finite: tuple[tuple[str, str, int], ...]
@@ -36,21 +40,37 @@ def compare(before: Weights, after: Weights) -> Comparison:
 
     changed, not_finite, rounded = [], [], {}
     by_rounding = in_all = 0.0
-    for name in sorted(before.places.keys() & after.places.keys(), key=lambda one: str(after.places[one].file)):
-        old, new = before.read([name])[name], after.read([name])[name]
-        for which, tensor in (("before", old), ("after", new)):
-            if tensor.is_floating_point() and (bad := int((~torch.isfinite(tensor)).sum())):
-                not_finite.append((which, name, bad))
-        as_new = old.to(new.dtype)
-        if old.dtype != new.dtype and not torch.equal(as_new.to(old.dtype), old):
-            rounded[name] = str(new.dtype).removeprefix("torch.")
-            by_rounding += (as_new.double() - old.double()).pow(2).sum().item()
-            in_all += (new.double() - old.double()).pow(2).sum().item()
-        elif not torch.equal(as_new, new):
-            in_all += (new.double() - as_new.double()).pow(2).sum().item()
-        if not torch.equal(as_new, new):
-            changed.append(name)
+    shared = sorted(before.places.keys() & after.places.keys(), key=lambda name: str(after.places[name].file))
+    with before.reader() as read_old, after.reader() as read_new:
+        for name in shared:
+            old, new = read_old(name), read_new(name)
+            as_new = old.to(new.dtype)
+            same = torch.equal(as_new, new)
+            for which, tensor in (("after", new),) if same else (("before", old), ("after", new)):
+                if not _all_finite(tensor):
+                    not_finite.append((which, name, int((~torch.isfinite(tensor)).sum())))
+            if old.dtype != new.dtype and not torch.equal(as_new.to(old.dtype), old):
+                rounded[name] = str(new.dtype).removeprefix("torch.")
+                by_rounding += _squared(as_new, old)
+                in_all += _squared(new, old)
+            if not same:
+                changed.append(name)
     return Comparison(tuple(sorted(changed)), tuple(not_finite), rounded, by_rounding / in_all if in_all else 0.0)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """One pass without a copy: NaN and infinities show in the ends."""
+    import torch
+
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(map(math.isfinite, map(float, torch.aminmax(tensor))))
+
+
+def _squared(one: Tensor, other: Tensor) -> float:
+    import torch
+
+    return (one.float() - other.float()).square_().sum(dtype=torch.float64).item()
 
 
 def write_rounded(before: Weights, rounded: Mapping[str, str], folder: Path) -> Path:

@@ -7,7 +7,8 @@ here is what runs elsewhere. Other files in the folder do not matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,19 +52,26 @@ class Weights:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, in the dtype of the file. Raises ModelError where one is missing or a file is damaged."""
-        asked = list(names)
-        if lacking := [name for name in asked if name not in self.places]:
-            raise ModelError(f"{self.folder}: the model's files lack {lacking[0]}")
-        found: dict[str, Tensor] = {}
-        for file in dict.fromkeys(self.places[name].file for name in asked):
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in asked:
-                        if self.places[name].file == file:
-                            found[name] = opened.get_tensor(self.places[name].name)
-            except (OSError, SafetensorError) as error:
-                raise _unreadable(file, error) from None
-        return found
+        with self.reader() as tensor:
+            return {name: tensor(name) for name in names}
+
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[str], Tensor]]:
+        """A function that reads one tensor by its name, while the `with` lasts; it raises as `read` does."""
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+
+            def tensor(name: str) -> Tensor:
+                if (place := self.places.get(name)) is None:
+                    raise ModelError(f"{self.folder}: the model's files lack {name}")
+                try:
+                    if place.file not in opened:
+                        opened[place.file] = stack.enter_context(safe_open(place.file, framework="pt"))
+                    return opened[place.file].get_tensor(place.name)
+                except (OSError, SafetensorError) as error:
+                    raise _unreadable(place.file, error) from None
+
+            yield tensor
 
 
 def open_weights(folder: Path, key: str = "model.source", skeleton: PreTrainedModel | None = None) -> Weights:
