@@ -21,7 +21,7 @@ from data.requests.draw import LABELS, Generator
 from data.requests.generator import RequestOptions
 from data.rows import DataError, Row, read_lines, read_rows, sha256_of, write_lines, write_rows
 from data.selection import fingerprint
-from data.user_files import SPLITS, Sizes, sample_user_texts, split_user_rows
+from data.user_files import SPLITS, Repeated, Sizes, sample_user_texts, split_user_rows
 
 TEXT_SPLITS = ("validation", "train")
 REPORT = "report.json"
@@ -44,6 +44,7 @@ class DataOptions(RequestOptions):
     text_validation_file: str | None = None
     copy_source: str = "shipped"
     max_reject_fraction: float = 0.05
+    repeated: Repeated = "exact"
     reading: Reading = field(default_factory=Reading)
 
 
@@ -81,7 +82,8 @@ def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
     sizes, lines = _sizes(options)
     texts: dict[str, list[str]] = {split: [] for split in TEXT_SPLITS}
     if options.rows_file:
-        splits, labels, files = split_user_rows(options.rows_file, options.evaluation_file, sizes, **reading)
+        given = (options.rows_file, options.evaluation_file, sizes)
+        splits, labels, files = split_user_rows(*given, **reading, repeated=options.repeated)
     else:
         generator = Generator(options, options.seed, options.copy_source, options.reading.problem)
         splits, labels = generator.splits(*sizes), list(LABELS)

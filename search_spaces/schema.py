@@ -56,6 +56,9 @@ class Data(Section):
     """What these are called in your files, where they have other names."""
     format: Literal["plain", "chat"] = "plain"
     """`chat` renders input or messages with the tokenizer's chat template; in `plain` a line break ends the input."""
+    repeated: Literal["exact", "folded"] = "exact"
+    """Rows left out as copies: those equal in input, target and label, or (`folded`) those whose inputs differ at most
+    in case and spacing."""
     text_train_file: Name | None = None
     """Further text for transcoders and deltas, one a line; null: generated with generated rows, else the rows alone."""
     text_validation_file: Name | None = None
