@@ -7,6 +7,7 @@ one sentence about the setting that maps them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from data.conversations import Message, Reject, from_json, text
@@ -41,6 +42,9 @@ _MAPPED = (
 """Columns of prompts and answers that no shape claims: too many tools use them differently."""
 
 
+_SHARE_GPT = "read as ShareGPT: each message is {from, value}, human is the user and gpt the assistant"
+
+
 class Shape(NamedTuple):
     """A known shape: a sentence that says how it is read, the columns it uses, and what turns a record into ours."""
 
@@ -54,6 +58,9 @@ def shape_of(record: Record, path: str, columns: Mapping[str, str]) -> Shape | N
 
     Raises DataError for a common shape that is not read, naming the setting that maps its columns.
     """
+    messages = columns.get("messages", "messages")
+    if "input" not in columns and _has_speakers(record.get(messages)):
+        return Shape(_SHARE_GPT, (messages, "system"), partial(_share_gpt, column=messages))
     if {"input", "messages", "target"} & set(columns):
         return None
     if {"instruction", "output"} <= set(record) and not {"messages", "target"} & set(record):
@@ -62,8 +69,7 @@ def shape_of(record: Record, path: str, columns: Mapping[str, str]) -> Shape | N
     if "messages" in record or ("input" in record and ("target" in record or "output" not in record)):
         return None
     if "conversations" in record:
-        note = "read as ShareGPT: conversations are the messages, human is the user and gpt the assistant"
-        return Shape(note, ("conversations", "system"), _share_gpt)
+        return Shape(_SHARE_GPT, ("conversations", "system"), _share_gpt)
     if {"prompt", "completion"} <= set(record):
         note = "read as prompt and completion: the prompt is the input, the completion the target"
         return Shape(note, ("prompt", "completion"), _completion)
@@ -78,8 +84,13 @@ def _alpaca(record: Record) -> dict[str, Any]:
     return {"input": instruction, "target": record.get("output")}
 
 
-def _share_gpt(record: Record) -> dict[str, Any]:
-    turns = from_json(record.get("conversations"), "conversations")
+def _has_speakers(turns: Any) -> bool:
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return isinstance(first, dict) and "from" in first and "role" not in first
+
+
+def _share_gpt(record: Record, column: str = "conversations") -> dict[str, Any]:
+    turns = from_json(record.get(column), "conversations")
     if not isinstance(turns, list) or not turns or not all(isinstance(one, dict) for one in turns):
         raise Reject("conversations are not a list of {from, value}")
     messages = [_turn(one) for one in turns]

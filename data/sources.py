@@ -19,6 +19,8 @@ from data.rows import DataError
 
 MAX_LINE_BYTES = 1 << 20
 JSON_LINES = (".jsonl", ".json", ".ndjson")
+COLUMNS_OF_ROWS = {"input", "messages", "instruction", "prompt", "conversations", "question", "text"}
+"""By these, an object in a list is taken for a row."""
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 DATASET = re.compile(r"^(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.-]+))?$", re.ASCII)
 KINDS = f"a file ending in {', '.join((*JSON_LINES, *SEPARATORS, '.parquet'))}, nor a hub dataset OWNER/NAME[:SPLIT]"
@@ -115,8 +117,8 @@ def _only_object(path: str, first: bytes, more: bool) -> dict[str, Any] | None:
         except (ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
-    rows = [value for value in found.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    return found if not more and rows and not {"messages", "conversations", "prompt"} & set(found) else None
+    inside = [one[0] for one in found.values() if isinstance(one, list) and one and isinstance(one[0], dict)]
+    return found if not more and any(not COLUMNS_OF_ROWS.isdisjoint(one) for one in inside) else None
 
 
 def _json_array(path: str) -> Records:

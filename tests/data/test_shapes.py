@@ -79,6 +79,16 @@ def test_shapes_of_conversations(tmp_path: Path, record: dict, messages: list[di
     assert len(log.notes) == 1
 
 
+@pytest.mark.parametrize(("name", "columns"), [("messages", {}), ("chat", {"messages": "chat"})])
+def test_share_gpt_under_another_name(tmp_path: Path, name: str, columns: dict) -> None:
+    tokenizer, reading = in_chat()
+    path = write(tmp_path / "rows.jsonl", [{name: [HUMAN, GPT]}])
+    rows, log = read(path, Reading(chat=reading.chat, columns=columns))
+    ids, whole = encode_row(tokenizer, rows[0]).ids, tokenizer.apply_chat_template([USER, ANSWER], return_dict=False)
+    assert whole[: len(ids)] == ids
+    assert ["read as ShareGPT" in note for note in log.notes] == [True]
+
+
 def test_tools_of_a_share_gpt_file(tmp_path: Path) -> None:
     tokenizer, reading = in_chat()
     tools = [{"type": "function", "function": {"name": "lookup"}}]
