@@ -47,9 +47,9 @@ class Renderings:
             found = [
                 f"in {self.unlike_generation} of {self.rows} rows the generation prompt, the answer and its end differ "
                 "from the chat template's rendering of the whole conversation, which is what training reads; the rows "
-                f"follow {taken} (data.rendering={self.taken}); {self.example['row']}:",
-                f"  generation:   {self.example['generation']}",
-                f"  conversation: {self.example['conversation']}",
+                f"follow {taken} (data.rendering={self.taken})",
+                f"{self.example['row']} by its generation prompt: {self.example['generation']}",
+                f"{self.example['row']} in its conversation: {self.example['conversation']}",
             ]
         if self.regrouped:
             found.append(

@@ -136,7 +136,7 @@ def test_what_differs_is_said(
         assert example["row"].startswith("line ")
         assert example["generation"] != example["conversation"]
         assert {example["generation"], example["conversation"]} <= {
-            line.split(":", 1)[1].strip() for line in shown.split("\n")
+            line.partition(": ")[2] for line in shown.split("\n")
         }
         assert f"data.rendering={rendering}" in shown
 
