@@ -180,7 +180,7 @@ class Chat:
         sample = {"role": "assistant", **flags, "content": content}
         before, found, after = self._render([*asked, sample], False, variables).rpartition(_ANSWER)
         if not found:
-            raise DataError("the chat template leaves out what an assistant says")
+            raise DataError("the chat template does not write an answer as it is given")
         closing = after.lstrip()
         end = next((token for token in self._special if closing.startswith(token)), "")
         given = min(self._given, len(before) - len(before.rstrip()))
