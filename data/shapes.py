@@ -71,7 +71,8 @@ def shape_of(record: Record, path: str, columns: Mapping[str, str]) -> Shape | N
     if "conversations" in record:
         return Shape(_SHARE_GPT, ("conversations", "system"), _share_gpt)
     if {"prompt", "completion"} <= set(record):
-        note = "read as prompt and completion: the prompt is the input, the completion the target"
+        note = "read as prompt and completion: the prompt is the input, the completion the target; in the plain format "
+        note += "data.separator stands between them"
         return Shape(note, ("prompt", "completion"), _completion)
     _refuse(record, path)
     return None

@@ -82,6 +82,13 @@ class Data(Section):
     parentheses: bool = False
     """Also longer expressions, with parentheses."""
 
+    @field_validator("separator", mode="before")
+    @classmethod
+    def _separator(cls, separator: object) -> object:
+        if separator is None:
+            raise ValueError("""must be text; a blank one needs quotes of its own: data.separator='" "'""")
+        return separator
+
     @model_validator(mode="after")
     def _ranges(self) -> Data:
         for low, high in (("operand_min", "operand_max"), ("ood_operand_min", "ood_operand_max")):
