@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data.chat import Chat, Message
 from data.leakage import find_leaks, request_key, text_key
 from data.readers import Reading
+from data.renderings import Renderings
 from data.requests.draw import LABELS, Generator
 from data.requests.generator import RequestOptions
 from data.rows import DataError, Row, read_lines, read_rows, sha256_of, write_lines, write_rows
 from data.selection import fingerprint
-from data.user_files import SPLITS, Sizes, sample_user_texts, split_user_rows
+from data.user_files import SPLITS, Repeated, Sizes, sample_user_texts, split_user_rows
 
 TEXT_SPLITS = ("validation", "train")
 REPORT = "report.json"
@@ -44,6 +44,7 @@ class DataOptions(RequestOptions):
     text_validation_file: str | None = None
     copy_source: str = "shipped"
     max_reject_fraction: float = 0.05
+    repeated: Repeated = "exact"
     reading: Reading = field(default_factory=Reading)
 
 
@@ -61,7 +62,8 @@ def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
 
     The report has `labels` in their order, `files` (an account of each of the user's files), `counts` per split and
     label, `without_target` per split, `leakage` (`ok`, `left_out`, and what each pair of training, validation and
-    evaluation shares), and the `sha256` of each file.
+    evaluation shares), and the `sha256` of each file. For generated chats it also has `rendering` and `notes`, see
+    `data.renderings`; a user's files have these in their accounts.
 
     Raises `DataError` if a file cannot be read, has more than `max_reject_fraction` unusable lines or too few rows, or
     if settings contradict each other.
@@ -78,17 +80,18 @@ def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
     # What makes two generated prompts one exercise says nothing about a user's own.
     key = text_key if options.rows_file else request_key
     files: dict[str, Any] = {}
+    generated = Renderings(options.reading.chat.rendering) if options.reading.chat else None
     sizes, lines = _sizes(options)
     texts: dict[str, list[str]] = {split: [] for split in TEXT_SPLITS}
     if options.rows_file:
-        splits, labels, files = split_user_rows(options.rows_file, options.evaluation_file, sizes, **reading)
+        given = (options.rows_file, options.evaluation_file, sizes)
+        splits, labels, files = split_user_rows(*given, **reading, repeated=options.repeated)
     else:
         generator = Generator(options, options.seed, options.copy_source, options.reading.problem)
         splits, labels = generator.splits(*sizes), list(LABELS)
         if not options.text_train_file:
             texts = {split: generator.texts(f"text_{split}", lines[split]) for split in TEXT_SPLITS}
-        if options.reading.chat:
-            splits = {split: [_in_chat(row, options.reading.chat) for row in rows] for split, rows in splits.items()}
+        splits = {split: [_as_read(row, options.reading, generated) for row in rows] for split, rows in splits.items()}
     for split in ("validation", "train"):
         random.Random(f"{options.seed}/order/{split}").shuffle(splits[split])
     if options.text_train_file:
@@ -106,6 +109,7 @@ def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
         "copy_source": options.copy_source,
         "labels": labels,
         "files": files,
+        **({"rendering": generated.as_dict(), "notes": generated.sentences()} if generated and generated.rows else {}),
         **_inspect(folder, key),
     }
     report["leakage"]["left_out"] = sum(account.get("leaking", 0) for account in files.values())
@@ -119,8 +123,13 @@ def _sizes(options: DataOptions) -> tuple[Sizes, dict[str, int]]:
     return rows, {"validation": options.text_validation_lines, "train": options.text_train_lines}
 
 
-def _in_chat(row: Row, chat: Chat) -> Row:
-    return replace(row, prompt=chat.prompt([Message("user", row.input)]), end=chat.end)
+def _as_read(row: Row, reading: Reading, rendered: Renderings | None) -> Row:
+    """A generated row in the format of the settings."""
+    if reading.chat is None or rendered is None:
+        return replace(row, separator=reading.separator)
+    found = reading.chat.render_text(row.input, row.target)
+    rendered.add(f"the row {row.input[:40]!r}", found)
+    return found.row(row.input, row.label)
 
 
 def _user_texts(

@@ -1,21 +1,24 @@
 """Text to tokens, in the same way for training, capture, scoring and generation.
 
 In: a tokenizer, texts and rows. Out: token lists that start with BOS, and left-padded batches of them. Training text is
-`BOS + input + "\\n" + target + EOS`; the prefix `BOS + input + "\\n"` is tokenised on its own, so that it has the same
-tokens with and without a target. A text that spells out a special token, such as `</s>`, is read as plain characters:
-only this file adds BOS and EOS. In a chat, the conversation that `data.chat` has rendered takes the place of the
-prefix, and the token that ends a turn that of EOS; what the conversation begins with is then called BOS here.
+`BOS + input + separator + target + EOS`; the prefix `BOS + input + separator` is tokenised on its own, so that it has
+the same tokens with and without a target. A text that spells out a special token, such as `</s>`, is read as plain
+characters, unless its row says that special tokens are read as such: then neither BOS nor EOS is added where the text
+has it already. In a chat, the conversation that `data.chat` has rendered takes the place of the prefix, and the token
+that ends a turn that of EOS; what the conversation begins with is then called BOS here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from data.rows import Row
+from data.special import special_tokens_of, spelled_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,15 +62,48 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
-    """What the model reads before it answers: `BOS + input + "\\n"`, or the conversation of a chat row."""
+    """What the model reads before it answers: `BOS + input + separator`, or the conversation of a chat row."""
     if row.prompt:
-        return tokenizer(row.prompt, add_special_tokens=False)["input_ids"]
-    return encode_text(tokenizer, row.input + "\n")
+        return _with_special(tokenizer, row.prompt)
+    if not row.special_tokens:
+        return encode_text(tokenizer, row.input + row.separator)
+    ids, bos = _with_special(tokenizer, row.input + row.separator), tokenizer.bos_token_id
+    return ids if ids[:1] == [bos] else [bos, *ids]
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> Encoded:
     """A whole training row."""
-    return Encoded(encode_prompt(tokenizer, row), [*_plain(tokenizer, row.target), end_of(tokenizer, row)])
+    prompt, end = encode_prompt(tokenizer, row), end_of(tokenizer, row)
+    if row.prompt:
+        return Encoded(prompt, [*_answer(tokenizer, row, prompt), end])
+    target = (_with_special if row.special_tokens else _plain)(tokenizer, row.target)
+    return Encoded(prompt, target if row.special_tokens and target[-1:] == [end] else [*target, end])
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: list[int]) -> list[int]:
+    """A chat row's target. It is read after its prompt, as training reads it: alone, its first token may be another.
+    Where a token stands across the end of the prompt, the target is read alone."""
+    if not row.special_tokens and spelled_out([row.target], special_tokens_of(tokenizer)) is not None:
+        return _plain(tokenizer, row.target)
+    whole, end = _with_special(tokenizer, row.prompt + row.target + row.end), end_of(tokenizer, row)
+    if whole[: len(prompt)] == prompt and whole[len(prompt) :][-1:] == [end]:
+        return whole[len(prompt) : -1]
+    return _with_special(tokenizer, row.target)
+
+
+def target_text(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
+    """The row's target as an answer's tokens are decoded, which answers are compared with: without special tokens, and,
+    in a tokenizer that marks where words begin, without the space of the first."""
+    if not row.prompt and not row.special_tokens:
+        return row.target
+    return _decoded(tokenizer, encode_row(tokenizer, row).target)
+
+
+def with_answer(tokenizer: PreTrainedTokenizerBase, row: Row, text: str, tokens: Sequence[int]) -> Row:
+    """The row with a model's answer as its target, `text` being what `tokens` are decoded to: with the space that
+    decoding leaves out where only that gives these tokens again."""
+    rows = [replace(row, target=text), replace(row, target=f" {text}")]
+    return next((one for one in rows if encode_row(tokenizer, one).target[:-1] == list(tokens)), rows[0])
 
 
 def end_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:
@@ -126,6 +162,14 @@ def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
+
+
+def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _with_special(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

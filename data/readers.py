@@ -6,60 +6,92 @@ rows or texts, and a `Log` of what was rejected and why.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.chat import Chat, Message
+from data.chat import KWARGS, Chat
+from data.conversations import Message, Reject, messages_of, text, text_of
+from data.renderings import Renderings
 from data.rows import DataError, Row, make_row
-from data.sources import MAX_LINE_BYTES, Unreadable, raw_lines, records
+from data.shapes import Shape, shape_of
+from data.sources import MAX_LINE_BYTES, Unreadable, open_source, raw_lines
+from data.special import spelled_out
 
 COLUMNS = ("input", "target", "label", "messages")
 UNLABELLED = "all"
 """The subset of rows without a label."""
 MAX_LABEL_CHARACTERS = 64
 NAMED_REJECTS = 10
-
-
-class _Reject(Exception):
-    """Why a row cannot be used: a short reason to count it under, and a detail about this one."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.detail = reason, detail
+SPECIAL = "the special token"
+"""Part of each reason that speaks of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """How rows are read: the file's names for our columns, the chat template (None: plain text), what is wrong with a
-    row for the model (None: nothing), and whether a row may lack its target."""
+    row for the model (None: nothing), and whether a row may lack its target.
+
+    In the plain format `separator` stands between input and target; a row that spells out one of the tokenizer's
+    `special` tokens is rejected or, with `special_tokens`, has it read as a token.
+    """
 
     columns: Mapping[Any, str] = field(default_factory=dict)
     chat: Chat | None = None
     problem: Callable[[Row], str | None] = lambda row: None
     targets_needed: bool = True
+    separator: str = "\n"
+    special: tuple[str, ...] = ()
+    special_tokens: bool = False
 
 
 @dataclass
 class Log:
-    """What happened to a file's rows. `first` lists up to ten rejected ones as `line 7: not JSON (...)`."""
+    """What happened to a file's rows. `first` lists up to ten rejected ones as `line 7: not JSON (...)`; `notes` what
+    was assumed to read it; `columns` and `keys` the columns and the keys of messages that have values, with whether
+    anything uses them; `rendered` how conversations compare with training's."""
 
     path: str
     unit: str = "line"
     lines: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    columns: dict[str, bool] = field(default_factory=dict)
+    keys: dict[str, bool] = field(default_factory=dict)
+    rendered: Renderings | None = None
 
     @property
     def rejected(self) -> int:
         return self.reasons.total()
 
-    def reject(self, why: _Reject) -> None:
+    @property
+    def here(self) -> str:
+        """Where the current row is, as in `line 7`."""
+        return f"{self.unit} {self.lines}"
+
+    def saw(self, columns: Iterable[str], used: Container[str], unread_keys: Iterable[str] = ()) -> None:
+        """Notes which columns of a row have values, which of these are used, and which keys of messages are not."""
+        for name in columns:
+            self.columns[name] = self.columns.get(name, False) or name in used
+        for key in unread_keys:
+            self.keys[key] = False
+
+    def sentences(self) -> list[str]:
+        """What was assumed and what is not used, one fact each."""
+        unused = [name for name, used in self.columns.items() if not used]
+        found = [*self.notes]
+        if unused:
+            found.append(f"columns that are not used: {', '.join(unused)}")
+        if self.keys:
+            found.append(f"keys of messages that the chat template does not read: {', '.join(self.keys)}")
+        return [*found, *(self.rendered.sentences() if self.rendered else [])]
+
+    def reject(self, why: Reject) -> None:
         self.reasons[why.reason] += 1
         if len(self.first) < NAMED_REJECTS:
-            self.first.append(f"{self.unit} {self.lines}: {why.reason}{f' ({why.detail})' if why.detail else ''}")
+            self.first.append(f"{self.here}: {why.reason}{f' ({why.detail})' if why.detail else ''}")
 
     def require(self, max_reject_fraction: float) -> None:
         """Raises `DataError` if more than that fraction of the rows was rejected, or if there were none."""
@@ -68,40 +100,56 @@ class Log:
         if self.rejected > max_reject_fraction * self.lines:
             raise DataError(
                 f"{self.path}: {self.rejected} of {self.lines} {self.unit}s cannot be used, more than the allowed "
-                f"fraction of {max_reject_fraction:g}; the first: {'; '.join(self.first)}"
+                f"fraction of {max_reject_fraction:g}; the first: {'; '.join(self.first)}{self._hint()}"
             )
 
+    def _hint(self) -> str:
+        if any(SPECIAL in reason for reason in self.reasons):
+            return "; data.special_tokens=tokens reads special tokens that are spelled out as tokens"
+        return ""
+
     def as_dict(self) -> dict[str, Any]:
-        """For the report: path, lines, rejected, reasons, first."""
+        """For the report: path, lines, rejected, reasons, first, notes and, of conversations, rendering."""
         return {
             "path": self.path,
             "lines": self.lines,
             "rejected": self.rejected,
             "reasons": dict(sorted(self.reasons.items())),
             "first": self.first,
+            "notes": self.sentences(),
+            **({"rendering": self.rendered.as_dict()} if self.rendered else {}),
         }
 
 
 def stream_rows(log: Log, reading: Reading) -> Iterator[Row]:
-    """Rows of `log.path` (see `data.sources.records`), in file order; rejected ones are noted in `log`.
+    """Rows of `log.path` (see `data.sources.open_source`), in file order; rejected ones are noted in `log`.
 
     A row has `input` or `messages`, a list of {role, content}; and a `target`, or an assistant's message at the end. A
-    label is any text or number. A row without a label is in the subset `all`.
+    label is any text or number. A row without a label is in the subset `all`. Files in the shapes of `data.shapes` are
+    read as well.
 
-    Raises `DataError` where the first row lacks a column that `reading` names.
+    Raises `DataError` where the first row lacks a column that `reading` names, or shows that the file has another
+    common shape.
     """
-    log.unit, found = records(log.path)
-    for record in found:
+    source = open_source(log.path)
+    log.unit, shape, first = source.unit, None, True
+    log.notes += [source.note] if source.note else []
+    if reading.chat is not None:
+        log.rendered = Renderings(reading.chat.rendering)
+    for record in source.records:
         log.lines += 1
         try:
             if isinstance(record, Unreadable):
-                raise _Reject(record.reason, record.detail)
-            if log.lines == 1:
+                raise Reject(record.reason, record.detail)
+            if first:
+                first = False
                 _check_columns(log.path, record, reading.columns)
-            row = _row(record, reading)
+                shape = shape_of(record, log.path, reading.columns)
+                log.notes += [shape.note] if shape else []
+            row = _row(record, reading, shape, log)
             if (problem := reading.problem(row)) is not None:
-                raise _Reject(problem)
-        except _Reject as reject:
+                raise Reject(problem)
+        except Reject as reject:
             log.reject(reject)
         else:
             yield row
@@ -117,16 +165,16 @@ def stream_texts(log: Log, problem: Callable[[Row], str | None] = lambda row: No
         log.lines += 1
         try:
             if len(raw) > MAX_LINE_BYTES:
-                raise _Reject("line longer than 1 MiB")
+                raise Reject("line longer than 1 MiB")
             try:
                 text = " ".join(raw.decode("utf-8").splitlines()).strip()
             except UnicodeDecodeError as error:
-                raise _Reject("not UTF-8", f"byte {error.start + 1}") from None
+                raise Reject("not UTF-8", f"byte {error.start + 1}") from None
             if not text:
-                raise _Reject("empty")
+                raise Reject("empty")
             if (wrong := problem(Row(text, "", ""))) is not None:
-                raise _Reject(wrong)
-        except _Reject as reject:
+                raise Reject(wrong)
+        except Reject as reject:
             log.reject(reject)
         else:
             yield text
@@ -138,65 +186,81 @@ def _check_columns(path: str, record: Mapping[str, Any], columns: Mapping[str, s
             raise DataError(f"data.columns.{ours}: {path} has no column {theirs!r}; it has {', '.join(record)}")
 
 
-def _row(record: Mapping[str, Any], reading: Reading) -> Row:
-    given = {ours: record.get(reading.columns.get(ours, ours)) for ours in COLUMNS}
+def _row(record: Mapping[str, Any], reading: Reading, shape: Shape | None, log: Log) -> Row:
+    theirs = {ours: reading.columns.get(ours, ours) for ours in COLUMNS}
     if "input" in reading.columns and "messages" not in reading.columns:
-        given["messages"] = None
-    if given["messages"] is not None:
-        if reading.chat is None:
-            raise _Reject("messages need data.format chat")
-        messages = _messages(given["messages"])
-        if given["target"] is None and messages[-1].role == "assistant":
-            *messages, last = messages
-            given["target"] = last.content
-    elif given["input"] is None:
-        raise _Reject("no input", f"it has {', '.join(record)}")
-    else:
-        messages = [Message("user", _text(given["input"], "input"))]
-    if not messages:
-        raise _Reject("messages hold an answer and no question")
-    target = "" if given["target"] is None else _text(given["target"], "target")
+        del theirs["messages"]
+    filled = [name for name, value in record.items() if value is not None]
+    used = {*theirs.values(), *(shape.columns if shape else ())}
+    rest = {name: value for name, value in record.items() if name not in used}
+    if shape is not None:
+        record = {theirs[ours]: value for ours, value in shape.convert(record).items()} | {
+            theirs["label"]: record.get(theirs["label"])
+        }
+    given = {ours: record.get(name) for ours, name in theirs.items()}
+    if given.get("messages") is not None:
+        used.discard(theirs["input"])
+    if reading.chat is not None:
+        variables = reading.chat.variables(rest)
+        log.saw(filled, {*used, *variables, *([KWARGS] if KWARGS in rest else [])})
+        return _in_chat(record, given, variables, reading, log)
+    log.saw(filled, used)
+    if given.get("messages") is not None:
+        raise Reject("messages need data.format chat")
+    asked = _input(given["input"], record)
+    target = "" if given["target"] is None else text(given["target"], "target")
     if not target and reading.targets_needed:
-        raise _Reject("no target")
-    text = "\n".join(message.content for message in messages)
-    if reading.chat is None:
-        return make_row(text, target, _label(given["label"]))
+        raise Reject("no target")
+    if not reading.special_tokens:
+        for name, value in (("input", asked), ("target", target)):
+            if (token := spelled_out([value], reading.special)) is not None:
+                raise Reject(f"{name} contains {SPECIAL} {token}")
+    tokens = reading.special_tokens and spelled_out([asked, target], reading.special) is not None
+    return make_row(asked, target, _label(given["label"]), separator=reading.separator, special_tokens=tokens)
+
+
+def _in_chat(
+    record: Mapping[str, Any], given: Mapping[str, Any], variables: Mapping[str, Any], reading: Reading, log: Log
+) -> Row:
+    assert reading.chat is not None
+    answer: Message | None = None
+    if given.get("messages") is not None:
+        messages = messages_of(given["messages"])
+        if given["target"] is None and messages[-1]["role"] == "assistant":
+            *messages, answer = messages
+    else:
+        messages = [{"role": "user", "content": _input(given["input"], record)}]
+    if not messages:
+        raise Reject("messages hold an answer and no question")
+    if given["target"] is not None:
+        answer = {"role": "assistant", "content": text(given["target"], "target")}
+    if answer is None and reading.targets_needed:
+        raise Reject("no target")
+    label = _label(given["label"])
     try:
-        prompt = reading.chat.prompt(messages)
+        found = reading.chat.render(messages, answer, variables)
+        unread = reading.chat.unread_keys([*messages, *([answer] if answer else [])], variables)
     except DataError as error:
-        raise _Reject(str(error)) from None
-    return make_row(text, target, _label(given["label"]), prompt, reading.chat.end)
+        raise Reject(str(error)) from None
+    assert log.rendered is not None
+    log.rendered.add(log.here, found)
+    log.saw((), (), unread)
+    asked = "\n".join(filter(None, map(text_of, messages)))
+    return found.row(asked, label)
 
 
-def _messages(given: Any) -> list[Message]:
-    if isinstance(given, str):  # a cell of a CSV file
-        try:
-            given = json.loads(given)
-        except (ValueError, RecursionError) as error:
-            raise _Reject("messages are not JSON", str(error)) from None
-    if not isinstance(given, list) or not given or not all(isinstance(one, dict) for one in given):
-        raise _Reject("messages are not a list of {role, content}")
-    return [Message(_text(one.get("role"), "role"), _text(one.get("content"), "content")) for one in given]
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise _Reject(f"{name} is not text", type(value).__name__)
-    if not value.strip():
-        raise _Reject(f"{name} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _Reject("not UTF-8", f"unpaired surrogate in {name}") from None
-    return value
+def _input(given: Any, record: Mapping[str, Any]) -> str:
+    if given is None:
+        raise Reject("no input", f"it has {', '.join(record)}")
+    return text(given, "input")
 
 
 def _label(value: Any) -> str:
     if value is None or value == "":
         return UNLABELLED
     if isinstance(value, bool | float | list | dict):
-        raise _Reject("label is neither text nor a whole number", type(value).__name__)
-    label = " ".join(_text(str(value), "label").split())
+        raise Reject("label is neither text nor a whole number", type(value).__name__)
+    label = " ".join(text(str(value), "label").split())
     if len(label) > MAX_LABEL_CHARACTERS:
-        raise _Reject(f"label longer than {MAX_LABEL_CHARACTERS} characters")
+        raise Reject(f"label longer than {MAX_LABEL_CHARACTERS} characters")
     return label

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -29,7 +30,9 @@ class Row:
 
     `template` and `operands` (the request with its numbers masked, and those numbers) identify an exercise: two prompts
     that share both differ only in context. See `request_identity`. In a chat format `prompt` is the conversation as
-    the chat template renders it, `end` the token that ends an answer, and `input` what the messages say.
+    the chat template renders it, `end` the token that ends an answer, and `input` what the messages say. In the plain
+    format `separator` stands between input and target. With `special_tokens`, special tokens that the target spells out
+    (in the plain format also the input) are read as tokens, otherwise as plain characters.
     """
 
     input: str
@@ -39,6 +42,12 @@ class Row:
     operands: str = ""
     prompt: str = ""
     end: str = ""
+    separator: str = "\n"
+    special_tokens: bool = False
+
+
+_OPTIONAL = {"prompt": "", "end": "", "separator": "\n", "special_tokens": False}
+"""Fields that a file leaves out where they have these values."""
 
 
 def slug(label: str) -> str:
@@ -61,9 +70,17 @@ def request_identity(text: str) -> tuple[str, str]:
     return _NUMBER.sub("#", request), " ".join(_NUMBER.findall(request))
 
 
-def make_row(text: str, target: str, label: str, prompt: str = "", end: str = "") -> Row:
+def make_row(
+    text: str,
+    target: str,
+    label: str,
+    prompt: str = "",
+    end: str = "",
+    separator: str = "\n",
+    special_tokens: bool = False,
+) -> Row:
     """A `Row` with its identity filled in."""
-    return Row(text, target, label, *request_identity(text), prompt, end)
+    return Row(text, target, label, *request_identity(text), prompt, end, separator, special_tokens)
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -90,8 +107,8 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     write_lines(path, (json.dumps(_record(row), ensure_ascii=False) for row in rows))
 
 
-def _record(row: Row) -> dict[str, str]:
-    return {name: value for name, value in asdict(row).items() if value or name not in ("prompt", "end")}
+def _record(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in asdict(row).items() if name not in _OPTIONAL or value != _OPTIONAL[name]}
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:

@@ -1,6 +1,6 @@
 """Choosing rows from a stream: a seeded sample in one pass, keeping only the sample in memory.
 
-In: items one by one, each with a key; at most one item per key is chosen. Out: the chosen items, in an order that
+In: items one by one, each with a key, and what makes two of them copies. Out: the chosen items, in an order that
 depends only on seed and keys, never on the order of the stream or on the machine.
 """
 
@@ -20,33 +20,49 @@ def fingerprint(key: str, seed: int = 0) -> int:
 
 
 class Sample(Generic[Item]):
-    """The `size` items with the smallest fingerprints of all those offered, one per key.
+    """The `size` items with the smallest fingerprints of all those offered.
+
+    Items with the same key form a group; of those that are also `exact` copies of each other one is kept, the first.
+    Without `exact`, all items of a group are copies. Whole groups are ranked, so that `items` may be longer than `size`
+    by the rest of the last group.
 
     The first n items of a larger sample are the sample of size n: evaluation rows taken from the front do not change
-    with the number of training rows. `offered` counts all items, `repeated` those whose key was already in the sample.
+    with the number of training rows. `offered` counts all items, `repeated` those that were copies of one in the
+    sample; `copy` is the first of these.
     """
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
         self.offered = self.repeated = 0
-        self._heap: list[tuple[int, Item]] = []
-        self._held: set[int] = set()
+        self.copy: Item | None = None
+        self._held = 0
+        self._ranks: list[int] = []
+        """A heap of the groups' ranks, negated: the largest comes first."""
+        self._groups: dict[int, dict[int, Item]] = {}
 
-    def offer(self, key: str, item: Item) -> None:
+    def offer(self, key: str, item: Item, exact: str = "") -> None:
         """Considers one item."""
         self.offered += 1
-        rank = fingerprint(key, self.seed)
-        if rank in self._held:
+        rank, copy = fingerprint(key, self.seed), fingerprint(exact, self.seed)
+        if rank not in self._groups:
+            if self._held >= self.size and (not self._ranks or rank > -self._ranks[0]):
+                return
+            heapq.heappush(self._ranks, -rank)
+            self._groups[rank] = {}
+        group = self._groups[rank]
+        if copy in group:
             self.repeated += 1
+            self.copy = item if self.copy is None else self.copy
             return
-        if len(self._heap) < self.size:
-            heapq.heappush(self._heap, (-rank, item))
-        elif self._heap and rank < -self._heap[0][0]:
-            self._held.discard(-heapq.heapreplace(self._heap, (-rank, item))[0])
-        else:
-            return
-        self._held.add(rank)
+        group[copy] = item
+        self._held += 1
+        while self._ranks and self._held - len(self._groups[-self._ranks[0]]) >= self.size:
+            self._held -= len(self._groups.pop(-heapq.heappop(self._ranks)))
 
     def items(self) -> list[Item]:
-        """The sample, smallest fingerprint first."""
-        return [item for _, item in sorted(self._heap, key=lambda pair: -pair[0])]
+        """The sample, smallest fingerprint first, in an order that does not depend on that of the offers."""
+        return [item for rank in sorted(self._groups) for _, item in sorted(self._groups[rank].items(), key=_first)]
+
+
+def _first(pair: tuple[int, object]) -> int:
+    return pair[0]

@@ -1,7 +1,8 @@
-"""Where rows come from: JSON lines, CSV, Parquet, or a dataset of the hub, record by record.
+"""Where rows come from: JSON lines, JSON arrays, CSV, Parquet, or a dataset of the hub, record by record.
 
 In: a path or a dataset's name. Out: what a record is called there, and an iterator of dictionaries; a record that
-cannot be read is an `Unreadable` in its place. Nothing is held in memory but the record at hand.
+cannot be read is an `Unreadable` in its place. Nothing is held in memory but the record at hand and the text of a JSON
+array.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from data.rows import DataError
 
 MAX_LINE_BYTES = 1 << 20
 JSON_LINES = (".jsonl", ".json", ".ndjson")
+COLUMNS_OF_ROWS = {"input", "messages", "instruction", "prompt", "conversations", "question", "text"}
+"""By these, an object in a list is taken for a row."""
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 DATASET = re.compile(r"^(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.-]+))?$", re.ASCII)
 KINDS = f"a file ending in {', '.join((*JSON_LINES, *SEPARATORS, '.parquet'))}, nor a hub dataset OWNER/NAME[:SPLIT]"
@@ -33,22 +36,31 @@ class Unreadable(NamedTuple):
 Records = Iterator[dict[str, Any] | Unreadable]
 
 
-def records(source: str) -> tuple[str, Records]:
-    """What a record is called (line or row), and the records.
+class Source(NamedTuple):
+    """What a record is called (line, record or row), the records, and what was assumed to read them, if anything."""
+
+    unit: str
+    records: Records
+    note: str = ""
+
+
+def open_source(source: str) -> Source:
+    """The records of a file or dataset.
 
     Raises `DataError` where the source is none of the known kinds, or cannot be read.
     """
     is_dataset(source)
     suffix = Path(source).suffix.lower()
     if suffix in JSON_LINES:
-        return "line", _json_lines(source)
+        return _json(source)
     if suffix in SEPARATORS:
-        return "row", _csv(source, SEPARATORS[suffix])
+        separator, note = _separator(source, SEPARATORS[suffix])
+        return Source("row", _csv(source, separator), note)
     if suffix == ".parquet":
-        return "row", _parquet(source)
+        return Source("row", _parquet(source))
     dataset = DATASET.match(source)
     assert dataset is not None, "`is_dataset` has been asked"
-    return "row", _dataset(dataset["name"], dataset["split"] or "train")
+    return Source("row", _dataset(dataset["name"], dataset["split"] or "train"))
 
 
 def is_dataset(source: str, key: str = "rows") -> bool:
@@ -81,6 +93,63 @@ def raw_lines(path: str, limit: int = MAX_LINE_BYTES) -> Iterator[bytes]:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
+def _json(path: str) -> Source:
+    """JSON lines, or a JSON array; raises `DataError` for a file that is one JSON object."""
+    lines = raw_lines(path)
+    first = next((line.strip() for line in lines if line.strip()), b"")
+    more = next((True for line in lines if line.strip()), False)
+    if first.startswith(b"["):
+        return Source("record", _json_array(path), "read as a JSON array")
+    if first.startswith(b"{") and (holder := _only_object(path, first, more)) is not None:
+        inside = next((name for name, value in holder.items() if isinstance(value, list | dict)), None)
+        also = f" (its rows may be in {inside!r})" if inside else ""
+        raise DataError(f"{path} holds a single JSON object{also}: give one object a line, or an array of objects")
+    return Source("line", _json_lines(path))
+
+
+def _only_object(path: str, first: bytes, more: bool) -> dict[str, Any] | None:
+    """The object that a file consists of, written over several lines, or with the rows in one of its fields."""
+    try:
+        found = json.loads(first)
+    except (ValueError, RecursionError):
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8-sig")) if more else None
+        except (ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) else None
+    inside = [one[0] for one in found.values() if isinstance(one, list) and one and isinstance(one[0], dict)]
+    return found if not more and any(not COLUMNS_OF_ROWS.isdisjoint(one) for one in inside) else None
+
+
+def _json_array(path: str) -> Records:
+    """The records of a JSON array, parsed one after another."""
+    try:
+        whole = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot read {path} as a JSON array (not UTF-8, byte {error.start + 1})") from None
+    decoder, at = json.JSONDecoder(), _skip(whole, whole.index("[") + 1)
+    try:
+        while whole[at : at + 1] != "]":
+            record, at = decoder.raw_decode(whole, at)
+            yield record if isinstance(record, dict) else Unreadable("not a JSON object")
+            at = _skip(whole, at)
+            if whole[at : at + 1] == ",":
+                at = _skip(whole, at + 1)
+            elif whole[at : at + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' or ']'", whole, at)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"cannot read {path} as a JSON array ({error})") from None
+    if whole[at + 1 :].strip():
+        raise DataError(f"cannot read {path} as a JSON array: there is more after its end")
+
+
+def _skip(text: str, at: int) -> int:
+    """The first place from `at` on that is not white space."""
+    while text[at : at + 1].isspace():
+        at += 1
+    return at
+
+
 def _json_lines(path: str) -> Records:
     for raw in raw_lines(path):
         if len(raw) > MAX_LINE_BYTES:
@@ -95,6 +164,26 @@ def _json_lines(path: str) -> Records:
             yield Unreadable("not JSON", str(error))
         else:
             yield record if isinstance(record, dict | Unreadable) else Unreadable("not a JSON object")
+
+
+def _separator(path: str, usual: str) -> tuple[str, str]:
+    """What separates a file's columns, and a note where that is not what its name says.
+
+    Raises `DataError` where the header leaves it open.
+    """
+    header = ""
+    for line in raw_lines(path):
+        header = re.sub(r'"[^"]*"', "", line.decode("utf-8", errors="replace"))
+        break
+    names = {",": "commas", ";": "semicolons", "\t": "tabs"}
+    found = [one for one in names if one in header]
+    if len(found) > 1 or (found and usual == "\t" and found != ["\t"]):
+        raise DataError(
+            f"{path}: its header has {' and '.join(names[one] for one in found)}, so its columns are not clear; "
+            f"separate them by {names[usual]} alone, and put a name that holds another of these in quotes"
+        )
+    separator = found[0] if found else usual
+    return separator, f"columns are separated by {names[separator]}" if separator != usual else ""
 
 
 def _csv(path: str, separator: str) -> Records:

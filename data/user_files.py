@@ -6,8 +6,9 @@ that were rejected (and why), repeated, not needed, and left out because they wo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from data.leakage import text_key
 from data.readers import Log, Reading, stream_rows, stream_texts
@@ -16,6 +17,12 @@ from data.selection import Sample, fingerprint
 
 SPLITS = ("evaluation", "validation", "train")
 MOST_LABELS = 12
+SHOWN = 80
+"""Characters of a row that is quoted."""
+
+Repeated = Literal["exact", "folded"]
+"""Which rows of a label are copies: those equal in input, target and prompt, or those whose inputs differ at most in
+case and spacing."""
 
 
 class Sizes(NamedTuple):
@@ -43,30 +50,34 @@ def split_user_rows(
     seed: int,
     reading: Reading,
     max_reject_fraction: float,
+    repeated: Repeated = "exact",
 ) -> UserRows:
     """Rows of a file, or of one for training and validation and another for evaluation.
 
     Rows are ranked by a hash of seed and input; of each label the first go to evaluation, the next to validation, the
     rest to training, validation and training in equal shares as far as the labels allow. So a file and a seed always
-    give the same splits, whatever the order of its rows. Of rows with the same input the first is kept. Where a label
-    has few rows, evaluation comes before validation and that before training, and the account says what is missing.
+    give the same splits, whatever the order of its rows. Of copies (`repeated`) the first is kept. Rows whose inputs
+    differ at most in case and spacing have one rank; where they would end up in two splits, those for the later split
+    are left out. Where a label has few rows, evaluation comes before validation and that before training, and the
+    account says what is missing.
 
     Raises `DataError` for an unreadable file, too many rejected rows, more than 12 labels, or too few rows to split.
     """
     accounts: dict[str, dict[str, Any]] = {}
     held_out: dict[str, Sample[Row]] = {}
     if evaluation_file is not None:
-        held_out, log, _ = _samples(evaluation_file, sizes.evaluation, seed, reading)
+        sampling = Sampling(sizes.evaluation, seed, repeated)
+        held_out, log, _ = _samples(evaluation_file, sampling, reading)
         log.require(max_reject_fraction)
-        accounts["evaluation_file"] = log.as_dict()
+        accounts["evaluation_file"] = log.as_dict() | _copies(held_out, repeated)
     forbidden = {fingerprint(text_key(row.input)) for sample in held_out.values() for row in sample.items()}
     here = sum(sizes) if evaluation_file is None else sizes.validation + sizes.train
-    samples, log, leaking = _samples(rows_file, here, seed, reading, forbidden)
+    samples, log, leaking = _samples(rows_file, Sampling(here, seed, repeated), reading, forbidden)
     log.require(max_reject_fraction)
-    accounts["rows_file"] = log.as_dict()
+    accounts["rows_file"] = log.as_dict() | _copies(samples, repeated)
 
     ranked = {label: sample.items() for label, sample in samples.items()}
-    evaluation = {label: sample.items() for label, sample in held_out.items()}
+    evaluation = {label: sample.items()[: sizes.evaluation] for label, sample in held_out.items()}
     if evaluation_file is None:
         evaluation = {label: rows[: sizes.evaluation] for label, rows in ranked.items()}
         ranked = {label: rows[sizes.evaluation :] for label, rows in ranked.items()}
@@ -86,19 +97,22 @@ def split_user_rows(
     for rows, held, taken in zip(ranked.values(), validation, train, strict=True):
         splits["validation"] += rows[:held]
         splits["train"] += rows[held : held + taken]
-    used = {label: len(evaluation.get(label, [])) if evaluation_file is None else 0 for label in ranked}
+    here_alone = SPLITS if evaluation_file is None else SPLITS[1:]
+    chosen = Counter(row.label for split in here_alone for row in splits[split])
+    dropped = _drop_shared_inputs(splits)
+    used = Counter(row.label for split in here_alone for row in splits[split])
     accounts["rows_file"]["labels"] = {
         label: {
-            "rows": samples[label].offered,
-            "used": used[label] + held + taken,
-            "repeated": samples[label].repeated,
-            "beyond_need": samples[label].offered - samples[label].repeated - used[label] - held - taken,
+            "rows": sample.offered,
+            "used": used[label],
+            "repeated": sample.repeated,
+            "beyond_need": sample.offered - sample.repeated - chosen[label],
         }
-        for label, held, taken in zip(ranked, validation, train, strict=True)
+        for label, sample in samples.items()
     }
     accounts["rows_file"]["validation_rows_missing"] = sizes.validation - sum(validation)
     accounts["rows_file"]["training_rows_missing"] = sizes.train - sum(train)
-    accounts["rows_file"]["leaking"] = leaking + _drop_shared_inputs(splits)
+    accounts["rows_file"]["leaking"] = leaking + dropped
     if empty := [split for split in SPLITS if not splits[split]]:
         raise DataError(f"{rows_file}: every row for {empty[0]} occurs among those for evaluation or validation too")
     return UserRows(splits, list(dict.fromkeys(row.label for row in splits["evaluation"])), accounts)
@@ -117,8 +131,16 @@ def shares(total: int, available: Sequence[int]) -> list[int]:
     return given
 
 
+class Sampling(NamedTuple):
+    """How many rows are sampled of each label, and which are copies of each other."""
+
+    size: int
+    seed: int
+    repeated: Repeated
+
+
 def _samples(
-    path: str, size: int, seed: int, reading: Reading, forbidden: set[int] | frozenset[int] = frozenset()
+    path: str, sampling: Sampling, reading: Reading, forbidden: set[int] | frozenset[int] = frozenset()
 ) -> tuple[dict[str, Sample[Row]], Log, int]:
     """A sample of each label's rows, in the order in which labels appear, the file's log, and how many rows have an
     input whose fingerprint is `forbidden`: those would leak, and are left out."""
@@ -133,8 +155,17 @@ def _samples(
                 f"{path} has more than {MOST_LABELS} labels, such as {', '.join(list(samples)[:3])}: too many subsets "
                 "to be told apart; data.columns.label says which column they are in"
             )
-        samples.setdefault(row.label, Sample(size, seed)).offer(key, row)
+        exact = "" if sampling.repeated == "folded" else repr((row.input, row.target, row.prompt))
+        samples.setdefault(row.label, Sample(sampling.size, sampling.seed)).offer(key, row, exact)
     return samples, log, leaking
+
+
+def _copies(samples: dict[str, Sample[Row]], repeated: Repeated) -> dict[str, Any]:
+    """For the account: how many rows were left out as copies, by which rule, and one of them."""
+    first = next((sample.copy for sample in samples.values() if sample.copy is not None), None)
+    example = None if first is None else {"input": first.input[:SHOWN], "target": first.target[:SHOWN]}
+    count = sum(sample.repeated for sample in samples.values())
+    return {"repeated": count, "repeated_rule": repeated, "repeated_example": example}
 
 
 def sample_user_texts(

@@ -48,14 +48,24 @@ class Data(Section):
     text_train_lines: Count = 16200
     text_validation_lines: Count = 1800
     rows_file: Name | None = None
-    """Your own rows instead of the generated ones: JSON lines, CSV, Parquet, or a hub dataset OWNER/NAME[:SPLIT]. Each
-    label is a subset, at most 12. Rows without a target take the finetuned model's own answer (`model.finetuned`)."""
+    """Your own rows instead of the generated ones: JSON, CSV, Parquet, or a hub dataset OWNER/NAME[:SPLIT]. Each label
+    is a subset, at most 12. Rows without a target take the finetuned model's own answer (`model.finetuned`)."""
     evaluation_file: Name | None = None
     """Rows for evaluation alone; null takes them from `rows_file`."""
     columns: dict[Literal["input", "target", "label", "messages"], Name] = {}
     """What these are called in your files, where they have other names."""
     format: Literal["plain", "chat"] = "plain"
-    """`chat` renders input or messages with the tokenizer's chat template; in `plain` a line break ends the input."""
+    """`chat` renders input or messages with the tokenizer's chat template; in `plain`, `separator` ends the input."""
+    separator: str = "\n"
+    """In the plain format, the text between input and target; may be empty."""
+    rendering: Literal["conversation", "generation"] = "conversation"
+    """Of chats: `conversation` splits the whole conversation, as training reads it, into prompt and target; the prompt
+    of `generation` is the template's generation prompt, and the target the answer's text alone."""
+    special_tokens: Literal["refuse", "tokens"] = "refuse"
+    """What to do with a row that spells out a special token, such as </s>: reject it, or read it as that token."""
+    repeated: Literal["exact", "folded"] = "exact"
+    """Rows left out as copies: those equal in input, target and label, or (`folded`) those whose inputs differ at most
+    in case and spacing."""
     text_train_file: Name | None = None
     """Further text for transcoders and deltas, one a line; null: generated with generated rows, else the rows alone."""
     text_validation_file: Name | None = None
@@ -71,6 +81,13 @@ class Data(Section):
     negatives: bool = False
     parentheses: bool = False
     """Also longer expressions, with parentheses."""
+
+    @field_validator("separator", mode="before")
+    @classmethod
+    def _separator(cls, separator: object) -> object:
+        if separator is None:
+            raise ValueError("""must be text; a blank one needs quotes of its own: data.separator='" "'""")
+        return separator
 
     @model_validator(mode="after")
     def _ranges(self) -> Data:

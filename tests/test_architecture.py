@@ -47,9 +47,13 @@ ONLY_IN = {
 }
 WITHOUT_MODELS = ("evaluators/tables", "evaluators/report")
 MOST_PARAMETERS = 7
-THE_REFERENCE_TASK = re.compile(r"calculator|tool_call|tool_ood|math_correct|copy_exact|CALL_OPEN|CALL_CLOSE|\"tool\"")
+THE_REFERENCE_TASK = re.compile(
+    r"calculator|tool_call(?!s\b)|tool_ood|math_correct|copy_exact|CALL_OPEN|CALL_CLOSE|\"tool\""
+)
+"""Its tags, labels and names; `tool_calls` is a field of any chat model's messages."""
 ITS_ROOMS = (
     "data/requests",
+    "data/shapes.py",  # names the role of a tool in chats
     "evaluators/measures/calculator.py",
     "evaluators/measures/behaviours.py",  # holds the check `calculator`, one function among others
 )

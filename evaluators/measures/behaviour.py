@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from data.encoding import encode_row
+from data.encoding import encode_row, target_text
 from data.rows import Row
 from evaluators.measures.behaviours import AGREES, Answer, Behaviour
 from evaluators.splice.decoding import Stop, generate
@@ -69,6 +69,7 @@ def evaluate_behaviour(
     """
     tokenizer = passes.bridge.tokenizer
     encoded = [encode_row(tokenizer, row) for row in rows]
+    targets = [target_text(tokenizer, row) for row in rows]
     first = [0, *accumulate(len(row.ids) - 1 for row in encoded[:-1])]
     stop = Stop.of(passes.bridge, limits, rows[0])
     for group in _together(asks) if passes.shortcuts.rows_for_strengths else [[ask] for ask in asks]:
@@ -87,8 +88,8 @@ def evaluate_behaviour(
             places = slice(number * len(rows), (number + 1) * len(rows))
             texts = [stop.text(tokens) for tokens in outputs[places]]
             answers = [
-                Answer(row.input, row.target, row.label, text, len(tokens))
-                for row, text, tokens in zip(rows, texts, outputs[places], strict=True)
+                Answer(row.input, target, row.label, text, len(tokens))
+                for row, target, text, tokens in zip(rows, targets, texts, outputs[places], strict=True)
             ]
             said = [{name: one(answer) for name, one in behaviours.items()} for answer in answers]
             for place, raw in enumerate(known.raw):

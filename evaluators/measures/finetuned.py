@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from data.encoding import Encoded, encode_row, ends_of, pad_left
+from data.encoding import Encoded, encode_row, ends_of, pad_left, target_text
 from data.rows import Row, slug
 from evaluators.measures.behaviours import Answer, Behaviour
 from evaluators.splice.limits import Limits
@@ -26,11 +26,13 @@ SPARE_TOKENS = 16
 
 
 class Said(NamedTuple):
-    """An answer, its length in tokens with what ended it, and whether it was cut at the token budget."""
+    """An answer, its length in tokens with what ended it, whether it was cut at the token budget, and its tokens
+    without the one that ended it (none where a text of the limits ended it)."""
 
     text: str
     tokens: int
     cut: bool
+    ids: tuple[int, ...] = ()
 
 
 @torch.inference_mode()
@@ -87,7 +89,7 @@ def _said(tokenizer: Any, tokens: list[int], limits: Limits, ends: Collection[in
     text = said(end)
     closed = [at + len(one) for one in limits.texts if (at := text.find(one)) >= 0]
     if not closed:
-        return Said(text, len(tokens[:end]), end is None)
+        return Said(text, len(tokens[:end]), end is None, tuple(tokens[: None if end is None else end - 1]))
     whole = text[: min(closed)]
     count = next(n for n in range(1, len(tokens) + 1) if len(said(n)) >= len(whole))
     return Said(whole, count, False)
@@ -107,8 +109,9 @@ def check_rows(
     `exact_match_rate` with `_low`, `_high` and `_n`, and the rates by name, `BEHAVIOUR_rate_LABEL`.
     """
     encoded = [encode_row(tokenizer, row) for row in rows]
+    targets = [target_text(tokenizer, row) for row in rows]
     exact = _says_target(model, tokenizer, encoded)
-    said = [Said(row.target, len(one.target), False) for row, one in zip(rows, encoded, strict=True)]
+    said = [Said(target, len(one.target), False) for target, one in zip(targets, encoded, strict=True)]
     missed = [i for i, hit in enumerate(exact) if not hit]
     if missed:
         longest = Limits(max(len(encoded[i].target) for i in missed) + SPARE_TOKENS, limits.texts)
@@ -116,15 +119,15 @@ def check_rows(
         for i, found in zip(missed, answers(model, tokenizer, prompts, longest, ends, batch_size), strict=True):
             said[i] = found
     records: list[dict[str, Any]] = []
-    for row, told in zip(rows, said, strict=True):
-        answer = Answer(row.input, row.target, row.label, told.text, told.tokens)
+    for row, target, told in zip(rows, targets, said, strict=True):
+        answer = Answer(row.input, target, row.label, told.text, told.tokens)
         records.append(
             {
                 "label": row.label,
                 "input": row.input,
-                "target": row.target,
+                "target": target,
                 "generation": told.text,
-                "exact": told.text == row.target,
+                "exact": told.text == target,
                 "behaviours": {name: check(answer) for name, check in behaviours.items()},
             }
         )

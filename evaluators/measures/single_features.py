@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data.encoding import Encoded, encode_row, pad_left
+from data.encoding import Encoded, encode_row, pad_left, target_text
 from data.rows import Row
 from evaluators.measures.behaviours import Answer, Behaviour
 from evaluators.splice.batching import in_slices
@@ -47,7 +47,8 @@ class Judge(NamedTuple):
     behaviours: Mapping[str, Behaviour]
 
     def __call__(self, row: Row, tokens: list[int]) -> dict[str, bool | None]:
-        answer = Answer(row.input, row.target, row.label, self.stop.text(tokens), len(tokens))
+        target = target_text(self.stop.tokenizer, row)
+        answer = Answer(row.input, target, row.label, self.stop.text(tokens), len(tokens))
         return {name: one(answer) for name, one in self.behaviours.items()}
 
 

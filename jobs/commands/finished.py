@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.chat import Message
 from data.readers import UNLABELLED
 from data.rows import Row, make_row
 from evaluators.layer_sets import layer_label
@@ -61,8 +60,10 @@ def asked(context: Context, prompt: str, target: str = "") -> Row:
 
     chat = chat_of(context)
     if chat is None:
-        return make_row(prompt, target, UNLABELLED)
-    return make_row(prompt, target, UNLABELLED, chat.prompt([Message("user", prompt)]), chat.end)
+        section = context.settings.data
+        tokens = section.special_tokens == "tokens"
+        return make_row(prompt, target, UNLABELLED, separator=section.separator, special_tokens=tokens)
+    return chat.render_text(prompt, target).row(prompt, UNLABELLED)
 
 
 @dataclass(frozen=True)

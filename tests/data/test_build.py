@@ -274,12 +274,14 @@ def test_an_input_in_two_spellings_or_labels_stays_on_one_side(tmp_path: Path) -
     rows = user_rows(60)
     contexts = [row | {"input": row["input"].upper().replace(" ", "  ")} for row in rows[::2]]
     mislabelled = [row | {"label": "negative"} for row in rows[:40:2]]
-    report = small(tmp_path, rows_file=write(tmp_path / "rows.jsonl", rows + contexts + mislabelled))
-    account = report["files"]["rows_file"]
-    assert account["labels"]["positive"]["repeated"] > 0
-    assert account["leaking"] > 0
-    assert report["leakage"]["left_out"] == account["leaking"]
-    assert report["leakage"]["ok"]
+    path = write(tmp_path / "rows.jsonl", rows + contexts + mislabelled)
+    for rule, repeated in (("exact", False), ("folded", True)):
+        report = small(tmp_path, rows_file=path, repeated=rule)
+        account = report["files"]["rows_file"]
+        assert (account["labels"]["positive"]["repeated"] > 0) == repeated
+        assert account["leaking"] > 0
+        assert report["leakage"]["left_out"] == account["leaking"]
+        assert report["leakage"]["ok"]
 
 
 def test_too_few_rows(tmp_path: Path) -> None:

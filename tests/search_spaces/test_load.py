@@ -174,6 +174,7 @@ BAD = {
     "storage.tracking_uri=''": 'storage.tracking_uri: got "", must not be empty',
     "storage.optuna_url=''": 'storage.optuna_url: got "", must not be empty',
     "data.rows_file=''": 'data.rows_file: got "", must not be empty',
+    "data.separator=": "data.separator: got null, must be text; a blank one needs quotes of its own",
     # what no value may be
     r'storage.root="a\0b"': r'storage.root: got "a\u0000b", must be text without a NUL character',
     r'data.rows_file="\0"': r'data.rows_file: got "\u0000", must be text without a NUL character',

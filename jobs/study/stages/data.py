@@ -18,12 +18,20 @@ from jobs.files import read_json, write_json
 from jobs.study.context import Context
 from jobs.study.stages.finetuned import check_rows_encode
 
+RULES = {
+    "exact": "the same label, input and target",
+    "folded": "the same label, and inputs that differ at most in case and spacing",
+}
+"""What makes two rows copies, by `data.repeated`."""
+
 
 def run(context: Context) -> dict[str, Any]:
     settings = context.settings.data
-    options = settings.model_dump(exclude={"columns", "format"})
-    options["reading"] = _reading(context) if asks_the_model(context) else Reading()
+    options = settings.model_dump(exclude={"columns", "format", "separator", "rendering", "special_tokens"})
+    options["reading"] = _reading(context) if asks_the_model(context) else Reading(separator=settings.separator)
     report = build_dataset(context.space.data, DataOptions(seed=context.settings.seed, **options))
+    if asks_the_model(context):
+        report |= _opening(context)
     write_json(context.space.data / REPORT, report)  # the same, with a checksum of its own
     _say(context, report)
     check_labels(context)
@@ -35,12 +43,14 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _say(context: Context, report: dict[str, Any]) -> None:
-    """Shows counts, rejected lines and the leakage check on the terminal and in MLflow."""
+    """Shows counts, rejected lines, what was assumed and the leakage check on the terminal, figures in MLflow."""
     leakage = report["leakage"]
     for key, account in report["files"].items():
         context.progress.line(f"  {key}: " + ", ".join(f"{name} {value}" for name, value in _numbers(account)))
         for example in account["first"]:
             context.progress.line(f"    {example}")
+    for note in notes_of(report):
+        context.progress.line(f"  {note}")
     context.progress.line(
         f"  leakage between train, validation and evaluation: {'none' if leakage['ok'] else leakage['pairs']}"
         + (f" ({leakage['left_out']} lines of your files would leak and were left out)" if leakage["left_out"] else "")
@@ -48,6 +58,22 @@ def _say(context: Context, report: dict[str, Any]) -> None:
     if missing := sum(report["without_target"].values()):
         context.progress.line(f"  {missing} rows have no target: the finetuned model's own answers will be theirs")
     context.tracker.log("data", metrics_of(report))
+
+
+def notes_of(report: dict[str, Any]) -> list[str]:
+    """What was assumed about the rows, and what of them was left out or not used, one fact each."""
+    found = list(report.get("notes", []))
+    for key, account in report["files"].items():
+        found += [f"{key}: {note}" for note in account.get("notes", [])]
+        if account.get("repeated_example"):
+            example, rule = account["repeated_example"], account["repeated_rule"]
+            found.append(
+                f"{key}: rows left out because they repeat another one: {account['repeated']} (data.repeated={rule}: "
+                f"{RULES[rule]}), such as {example['input']!r} with the target {example['target']!r}"
+            )
+    if "bos" in report and report["bos"] is None:
+        found.append(f"the tokenizer has no BOS token; {report['opens_with']!r} opens every plain text instead")
+    return found
 
 
 def metrics_of(report: dict[str, Any]) -> dict[str, float]:
@@ -75,39 +101,52 @@ def chat_of(context: Context) -> Chat | None:
     that of the model before finetuning. Raises DataError where there is none."""
     if context.settings.data.format == "plain":
         return None
-    from transformers import AutoTokenizer
+    from models.sources import read_tokenizer
 
-    adopted = context.adopted
+    adopted, section = context.adopted, context.settings.data
+    how = (section.rendering, section.special_tokens)
     if adopted is not None and (adopted / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(adopted)
+        tokenizer = read_tokenizer(adopted, "model.finetuned")
         if tokenizer.chat_template:
-            return Chat(tokenizer, str(context.settings.model.finetuned))
-    return Chat(AutoTokenizer.from_pretrained(context.model), context.settings.model.source)
+            return Chat(tokenizer, str(context.settings.model.finetuned), *how)
+    return Chat(read_tokenizer(context.model), context.settings.model.source, *how)
+
+
+def _opening(context: Context) -> dict[str, str | None]:
+    """The tokenizer's BOS token, if it has one, and the token that opens every plain text."""
+    from models.sources import load_tokenizer, read_tokenizer
+
+    bos = read_tokenizer(context.model).bos_token
+    return {"bos": bos, "opens_with": load_tokenizer(context.model).bos_token}
 
 
 def _reading(context: Context) -> Reading:
     """How a user's rows are read for this model, whose context they must fit."""
-    from transformers import AutoConfig
-
     from data.encoding import encode_row
+    from data.special import special_tokens_of
     from models.sources import load_tokenizer
+    from models.weights import load_config
 
     settings = context.settings
     tokenizer = load_tokenizer(context.model)
-    limit = getattr(AutoConfig.from_pretrained(context.model), "max_position_embeddings", None)
+    limit = getattr(load_config(context.model), "max_position_embeddings", None)
 
     def problem(row: Row) -> str | None:
         answer = 0 if row.target else settings.evaluate.max_new_tokens
         # No tokenizer in use gives more tokens than bytes, so most texts need no counting.
         if limit is None or len(f"{row.prompt or row.input}{row.target}".encode()) + answer + 3 <= limit:
             return None
-        return "longer than the context" if len(encode_row(tokenizer, row).ids) + answer > limit else None
+        too_long = f"longer than the context of {limit} tokens"
+        return too_long if len(encode_row(tokenizer, row).ids) + answer > limit else None
 
     return Reading(
         columns=settings.data.columns,
         chat=chat_of(context),
         problem=problem,
         targets_needed=settings.model.finetuned is None,
+        separator=settings.data.separator,
+        special=special_tokens_of(tokenizer),
+        special_tokens=settings.data.special_tokens == "tokens",
     )
 
 

@@ -332,9 +332,7 @@ def _without_target(context: Context) -> int:
 def _answer(task: Task, model: Any, tokenizer: Any) -> dict[str, int]:
     """Writes the rows with the model's greedy answers as the targets that they lack; counts `made` and, of these, `cut`
     at the token budget."""
-    from dataclasses import replace
-
-    from data.encoding import encode_prompt, ends_of
+    from data.encoding import encode_prompt, ends_of, with_answer
     from data.rows import read_rows, write_rows
     from evaluators.measures.finetuned import answers
 
@@ -346,7 +344,7 @@ def _answer(task: Task, model: Any, tokenizer: Any) -> dict[str, int]:
             prompts = [encode_prompt(tokenizer, rows[place]) for place in bare]
             said = answers(model, tokenizer, prompts, task.limits, ends_of(model, tokenizer, rows[bare[0]]))
             for place, answer in zip(bare, said, strict=True):
-                rows[place] = replace(rows[place], target=answer.text)
+                rows[place] = with_answer(tokenizer, rows[place], answer.text, answer.ids)
             counts["made"] += len(bare)
             counts["cut"] += sum(answer.cut for answer in said)
         write_rows(beside / f"{split}.jsonl", rows)

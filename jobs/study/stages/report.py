@@ -17,6 +17,7 @@ from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
 from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup, Ground, error_name
+from jobs.study.stages.data import notes_of
 from jobs.study.stages.evaluate import checks_file
 from jobs.study.stages.finetuned import VALIDATION_FILE, merge_check
 from jobs.study.stages.lora import STAGE as LORA
@@ -214,7 +215,8 @@ def facts(context: Context) -> dict[str, str]:
     chosen = read_json(space.cells / MANIFEST)["chosen"]
     stages = {name: read_json(getattr(space, folder) / MANIFEST) for name, folder in STAGE_FOLDERS.items()}
     seconds = {name: manifest["seconds"] for name, manifest in stages.items() if manifest and "seconds" in manifest}
-    leaks = read_json(space.data / "report.json")["leakage"]
+    data = read_json(space.data / "report.json")
+    leaks, notes = data["leakage"], notes_of(data)
     left_out = f"; {leaks['left_out']} lines would have leaked and were left out" if leaks["left_out"] else ""
     return {
         "sweep": settings.name,
@@ -232,6 +234,7 @@ def facts(context: Context) -> dict[str, str]:
         **({"trained together": together} if (together := polished(context)) else {}),
         "seed": str(settings.seed),
         "leakage between train, validation and evaluation": ("none" if leaks["ok"] else str(leaks["pairs"])) + left_out,
+        **({"rows": "; ".join(notes)} if notes else {}),
         "time by stage": ", ".join(f"{name} {clock(value)}" for name, value in seconds.items()),
         "machine": f"{platform.machine()}, {context.share.at_once} workers of {context.share.cpus} CPU"
         + (f" and {context.share.gpus:g} GPU" if context.share.gpus else ""),
