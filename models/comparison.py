@@ -40,7 +40,7 @@ def compare(before: Weights, after: Weights) -> Comparison:
 
     changed, not_finite, rounded = [], [], {}
     by_rounding = in_all = 0.0
-    shared = sorted(before.places.keys() & after.places.keys(), key=lambda name: str(after.places[name].file))
+    shared = sorted(before.places.keys() & after.places.keys(), key=lambda name: (after.places[name].file, name))
     with before.reader() as read_old, after.reader() as read_new:
         for name in shared:
             old, new = read_old(name), read_new(name)
