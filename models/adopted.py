@@ -7,7 +7,7 @@ Of a whole model every weight is read once, of an adapter its own file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,8 +36,9 @@ class Pair(NamedTuple):
     rounded: dict[str, str]
 
 
-def check_pair(base: Path, finetuned: Path, source: str) -> Pair:
-    """What two models differ in; `source` is the un-finetuned one's name in the settings.
+def check_pair(base: Path, finetuned: Path, source: str, seen: Callable[[Path], object] = lambda file: None) -> Pair:
+    """What two models differ in; `source` is the un-finetuned one's name in the settings. `seen` is called with each
+    file of weights just before its tensors are read.
 
     Raises ModelError for another architecture or shape, weights that are not safetensors or hold values that are no
     numbers, an adapter that cannot be merged, a folder that holds neither a model nor an adapter, or where nothing
@@ -61,7 +62,7 @@ def check_pair(base: Path, finetuned: Path, source: str) -> Pair:
             )
     before, after = open_weights(base), open_weights(finetuned, KEY)
     _check_shapes(before, after)
-    found = compare(before, after)
+    found = compare(before, after, seen)
     _check_values(found, before, after)
     if not found.changed:
         raise ModelError(

@@ -11,7 +11,7 @@ import math
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,15 +34,22 @@ class Comparison(NamedTuple):
     rounding_share: float
 
 
-def compare(before: Weights, after: Weights) -> Comparison:
-    """Compares the tensors of two models of one architecture. Raises ModelError where a file cannot be read."""
+def compare(before: Weights, after: Weights, seen: Callable[[Path], object] = lambda file: None) -> Comparison:
+    """Compares the tensors of two models of one architecture. `seen` is called with each file before its first tensor
+    is read: whoever reads all of it then leaves it in the system's cache. Raises ModelError for a file that cannot be
+    read.
+    """
     import torch
 
     changed, not_finite, rounded = [], [], {}
     by_rounding = in_all = 0.0
     shared = sorted(before.places.keys() & after.places.keys(), key=lambda name: (after.places[name].file, name))
+    files: set[Path] = set()
     with before.reader() as read_old, after.reader() as read_new:
         for name in shared:
+            for file in {before.places[name].file, after.places[name].file} - files:
+                files.add(file)
+                seen(file)
             old, new = read_old(name), read_new(name)
             as_new = old.to(new.dtype)
             same = torch.equal(as_new, new)

@@ -24,9 +24,9 @@ from jobs.cluster import connection as cluster
 from jobs.cluster.fanout import Pool
 from jobs.cluster.sockets import check_temporary_folder
 from jobs.errors import DamagedFileError, RequestError
-from jobs.files import MANIFEST, read_json
+from jobs.files import MANIFEST, key_of, read_json
 from jobs.progress import Progress
-from jobs.study import keys
+from jobs.study.fingerprints import stamps
 from jobs.study.grounds import DeltaGroup, grounds_of
 from jobs.study.workspace import FINETUNED, PAIR, TIMELINE, Workspace, storage_root
 from models.adapters import is_adapter
@@ -90,9 +90,12 @@ class Context:
 
     @property
     def pair_key(self) -> str | None:
-        """Which finetuned model it is: one that is adopted, or the last that was trained here."""
-        if self.settings.model.finetuned:
-            return keys.lora(self.settings)
+        """Which finetuned model it is: one that is adopted, by its files and those of the un-finetuned model, or the
+        last that was trained here."""
+        model = self.settings.model
+        if model.finetuned:
+            files = stamps(model.source, model.revision), stamps(model.finetuned, model.finetuned_revision)
+            return key_of("pair", model.source, model.finetuned, *files)
         return (read_json(self.space.folder / FINETUNED) or {}).get("key")
 
     def forget_pair(self) -> None:

@@ -33,11 +33,21 @@ _read_from: set[Path] = set()
 def fingerprint(source: str, revision: str | None, models: Path) -> list[list[str]] | None:
     """(name, SHA-256) of the files of a model; None where `source` is neither a folder nor in the hub's cache. `models`
     is where hashes are kept."""
-    folder = Path(source) if Path(source).is_dir() else snapshot_of(source, revision)
+    folder = _folder(source, revision)
     if folder is None:
         return None
     with contextlib.suppress(OSError):
-        return [[path.name, _hash(path, models / CACHE)] for path in files_read(folder)]
+        return [[path.name, hash_of(path, models)] for path in files_read(folder)]
+    return None
+
+
+def stamps(source: str, revision: str | None) -> list[list[object]] | None:
+    """(path, size, time) of the same files, which takes no reading."""
+    folder = _folder(source, revision)
+    if folder is None:
+        return None
+    with contextlib.suppress(OSError):
+        return [list(_stamp(path)) for path in files_read(folder)]
     return None
 
 
@@ -53,11 +63,12 @@ def files_read(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _hash(path: Path, cache: Path) -> str:
+def hash_of(path: Path, models: Path) -> str:
+    """The SHA-256 of a file, which is kept under `models`."""
+    cache = models / CACHE
     if _BLOB.fullmatch(real := path.resolve().name):
         return real
-    stat = path.stat()
-    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    key = _stamp(path)
     if key not in _known and cache not in _read_from:
         _read_from.add(cache)
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -67,6 +78,15 @@ def _hash(path: Path, cache: Path) -> str:
             _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
         _keep(cache)
     return _known[key]
+
+
+def _folder(source: str, revision: str | None) -> Path | None:
+    return Path(source) if Path(source).is_dir() else snapshot_of(source, revision)
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
 
 
 def _keep(cache: Path) -> None:

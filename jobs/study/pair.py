@@ -8,6 +8,7 @@ change deltas.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from jobs.errors import RequestError
 from jobs.files import short_hash, write_json
 from jobs.study import keys
 from jobs.study.context import Context
+from jobs.study.fingerprints import hash_of
 from jobs.study.workspace import PAIR
 
 if TYPE_CHECKING:
@@ -31,7 +33,9 @@ def examine(context: Context) -> None:
     held, adopted = context.pair, context.adopted
     assert adopted is not None
     if held is None or (held["rounded"] and not Path(held["rounded"]).is_dir()):
-        found = check_pair(context.source, adopted, context.settings.model.source)
+        # What results are keyed by is hashed now, while the files are read anyhow.
+        seen = partial(hash_of, models=context.space.models)
+        found = check_pair(context.source, adopted, context.settings.model.source, seen)
         rounded = _round(context, found) if found.rounded else ""
         held = note(context, found.changed, notes=found.notes, rounded=rounded, exact=adopted == context.finetuned)
     for one in held["notes"]:

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from jobs.errors import RequestError
+from jobs.study import fingerprints, keys
 from jobs.study.context import Context
 from jobs.study.disk import disk_of
 from jobs.study.pair import note
@@ -173,6 +174,29 @@ def test_another_pair_is_looked_at_anew(
     assert second.layers == [1]
     note(second, ["model.layers.2.mlp.up_proj.weight"], exact=True)
     assert second.layers == [2]
+
+
+def test_each_file_is_read_whole_once(
+    sweep: Make, changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hashes that keys need are made while the two models are compared."""
+    read: list[str] = []
+    digest = fingerprints.hashlib.file_digest
+
+    def counted(file: Any, name: str) -> Any:
+        read.append(file.name)
+        return digest(file, name)
+
+    monkeypatch.setattr(fingerprints.hashlib, "file_digest", counted)
+    monkeypatch.setattr(fingerprints, "_known", {})
+    monkeypatch.setattr(fingerprints, "_read_from", set())
+    context = sweep(f"model.finetuned={changed('mlp')}")
+    _ = context.layers, context.pair
+    assert read == [], "nothing is hashed before the pair is looked at"
+    said(context, capsys)
+    assert sorted(Path(name).name for name in read) == ["model.safetensors"] * 2
+    keys.finetuned_check(context.settings)
+    assert sum("model.safetensors" in name for name in read) == 2
 
 
 def test_a_merge_that_changes_what_is_computed_fails() -> None:
