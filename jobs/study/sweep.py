@@ -31,7 +31,7 @@ from jobs.study.mirror import mirrored
 from jobs.study.stage_list import NAMES, STAGES, Stage
 from jobs.study.stages.finetuned import check_models
 from jobs.study.stores import put_aside, untold
-from jobs.study.workspace import SETTINGS
+from jobs.study.workspace import PAIR, SETTINGS
 from search_spaces.schema import Sweep
 
 
@@ -81,7 +81,8 @@ def start_over(context: Context) -> None:
     """Deletes the sweep's files and studies; its MLflow runs stay, and the new ones are added beside them."""
     from jobs.search.studies import forget_studies
 
-    context.space.clear()
+    context.space.clear(keep=(PAIR,))  # of two models that were made elsewhere, which has just been looked at
+    context.forget_pair()
     forget_studies(context.studies, context.settings.name)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,10 +88,10 @@ class Workspace:
         finally:
             lock.release()
 
-    def clear(self) -> None:
-        """Removes every result of the sweep (its lock stays)."""
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Removes every result of the sweep; its lock stays, and files named in `keep`."""
         for path in self.folder.iterdir():
-            if path.name != ".lock":
+            if path.name not in (".lock", *keep):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -155,6 +155,7 @@ def make(context: Context, adapter: Path | None, key: str) -> dict[str, Any]:
     """The finetuned model of that key, merged where there is an adapter, in fp32; returns its figures on the rows."""
     space, validation = context.space, context.space.lora / VALIDATION_FILE
     _replace(context, key)
+    context.forget_pair()
     merged = adapter is None or is_finished(context.finetuned, key)
     answered = space.answered.is_dir() or not _without_target(context)
     checked = keys.finetuned_check(context.settings)

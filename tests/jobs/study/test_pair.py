@@ -13,11 +13,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from jobs.errors import RequestError
+from jobs.files import write_json
 from jobs.study import fingerprints, keys
 from jobs.study.context import Context
 from jobs.study.disk import disk_of
 from jobs.study.pair import note
 from jobs.study.stages.finetuned import check_models, merge_check
+from jobs.study.sweep import start_over
+from jobs.study.workspace import FINETUNED
 from models.errors import ModelError
 from models.weights import open_weights
 from search_spaces.load import load as load_settings
@@ -174,6 +177,20 @@ def test_another_pair_is_looked_at_anew(
     assert second.layers == [1]
     note(second, ["model.layers.2.mlp.up_proj.weight"], exact=True)
     assert second.layers == [2]
+
+
+def test_starting_over_keeps_what_is_known_of_an_adopted_pair_alone(
+    sweep: Make, changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(adopted := sweep(f"model.finetuned={changed('layers.1.mlp')}"), capsys)
+    start_over(adopted)
+    assert adopted.layers == Context(adopted.settings).layers == [1]
+    trained = sweep()
+    write_json(trained.space.folder / FINETUNED, {"key": "of an adapter"})
+    note(trained, ["model.layers.2.mlp.up_proj.weight"], exact=True)
+    assert trained.layers == [2]
+    start_over(trained)
+    assert trained.layers == [0, 1, 2]
 
 
 def test_each_file_is_read_whole_once(
