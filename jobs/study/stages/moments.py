@@ -34,7 +34,6 @@ class MomentsTask(NamedTuple):
     residuals: Residuals | None
     file: str
     device: str
-    convention: str
 
 
 def moments_file(context: Context, layer: int, ground: Ground) -> Path:
@@ -74,29 +73,21 @@ def write_moments(context: Context, places: Sequence[Place]) -> None:
 def _task(context: Context, layer: int, ground: Ground) -> MomentsTask:
     changes = context.space.activations / "finetuned" / "train" / f"layer_{layer:02d}"
     residuals = residuals_of(context, layer, ground) if ground.target == "residual" else None
-    return MomentsTask(
-        str(changes),
-        residuals,
-        str(moments_file(context, layer, ground)),
-        context.device,
-        context.settings.transcoders.convention,
-    )
+    return MomentsTask(str(changes), residuals, str(moments_file(context, layer, ground)), context.device)
 
 
 def compute_moments(task: MomentsTask) -> None:
-    """Reads the pairs once, on the worker's device, and writes their moments."""
+    """Reads the pairs once, on the worker's device, and writes their moments. The x of a capture is what a transcoder
+    reads already, whatever the convention."""
     from evaluators.splice.moments import Moments
-    from models.bridge import read_input
-    from models.transcoder import CONVENTIONS
     from trainers.activations import read_pairs
     from trainers.checked_files import save
 
-    taps = CONVENTIONS[task.convention]
     of = task.residuals
     whole = of.pairs("train") if of is not None else read_pairs(Path(task.changes), ("x", "change"))
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for x, target in whole.in_order(PAIRS):
-            yield read_input(taps, x.to(task.device).float()), target.to(task.device).float()
+            yield x.to(task.device).float(), target.to(task.device).float()
 
     save(Path(task.file), Moments.of(pairs())._asdict())
