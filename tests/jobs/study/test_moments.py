@@ -21,8 +21,8 @@ ROWS = [[2, *range(start, start + 40)] for start in range(20, 180, 20)]
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_a_linear_control_reads_what_the_splice_gives_it(convention, model_folder, wrapped, tmp_path: Path) -> None:
-    """Under the un-normalised convention x is the residual stream over sqrt(d_model). Dividing once more, for the moments
-    alone, would make the map that is fitted to them sqrt(d_model) times too large where it is spliced."""
+    """Under the un-normalised convention x is the residual stream over sqrt(d_model). Dividing once more, for the
+    moments alone, would make the map that is fitted to them sqrt(d_model) times too large where it is spliced."""
     bridge, taps = wrapped(model_folder), CONVENTIONS[convention]
     path = read_paths(bridge, model_folder, [1])[1]
     capture(bridge, Plan.make(ROWS), {1: Columns(y=True, unfinetuned=path)}, tmp_path, taps=taps)
