@@ -73,7 +73,8 @@ def say_what_changed(context: Context) -> None:
     known = context.pair
     assert known is not None
     source = context.settings.model.finetuned or "the finetuned model"
-    context.progress.line(f"  finetuning changed {known['in_words'] or 'nothing'}")
+    what = "finetuning changed" if known["exact"] else "the adapter adapts"
+    context.progress.line(f"  {what} {known['in_words'] or 'nothing'}")
     if "change" not in context.settings.deltas.targets:
         return
     from models.comparison import layer_list
