@@ -23,7 +23,8 @@ COLUMNS = ("input", "target", "label", "messages")
 UNLABELLED = "all"
 """The subset of rows without a label."""
 MAX_LABEL_CHARACTERS = 64
-NAMED_REJECTS = 10
+NAMED_REJECTS, NAMED_ALIKE = 10, 3
+"""Rejected rows that are quoted: in all, and for one reason."""
 SPECIAL = "the special token"
 """Part of each reason that speaks of one."""
 
@@ -48,9 +49,9 @@ class Reading:
 
 @dataclass
 class Log:
-    """What happened to a file's rows. `first` lists up to ten rejected ones as `line 7: not JSON (...)`; `notes` what
-    was assumed to read it; `columns` and `keys` the columns and the keys of messages that have values, with whether
-    anything uses them; `rendered` how conversations compare with training's."""
+    """What happened to a file's rows. `first` lists up to ten rejected ones, three of a reason, as `line 7: not JSON
+    (...)`; `notes` what was assumed to read it; `columns` and `keys` the columns and the keys of messages that have
+    values, with whether anything uses them; `rendered` how conversations compare with training's."""
 
     path: str
     unit: str = "line"
@@ -90,7 +91,7 @@ class Log:
 
     def reject(self, why: Reject) -> None:
         self.reasons[why.reason] += 1
-        if len(self.first) < NAMED_REJECTS:
+        if len(self.first) < NAMED_REJECTS and self.reasons[why.reason] <= NAMED_ALIKE:
             self.first.append(f"{self.here}: {why.reason}{f' ({why.detail})' if why.detail else ''}")
 
     def require(self, max_reject_fraction: float) -> None:
