@@ -118,7 +118,7 @@ def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Row
         return frozenset([end_of(tokenizer, row)])
     given: Any = model.generation_config.eos_token_id if model.generation_config else None
     listed = given if isinstance(given, list) else [given]
-    return frozenset(one for one in (*listed, tokenizer.eos_token_id, end_of(tokenizer, row)) if one is not None)
+    return frozenset(one for one in (*listed, tokenizer.eos_token_id, end_of(tokenizer, row)) if isinstance(one, int))
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:

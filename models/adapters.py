@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +85,7 @@ def check_adapter(folder: Path, skeleton: PreTrainedModel, source: str) -> tuple
         if not _needs_values(error):
             raise
         return _named_modules(folder), []
-    modules = sorted(attached.modules())
+    modules = sorted({*attached.modules(), *_replaced(folder, before)})
     _check_ties(attached, folder)
     try:
         attached.model.to("meta")
@@ -124,6 +124,8 @@ def attach(model: PreTrainedModel, folder: Path, source: str = "model.source") -
         adapted = _load(root, folder, source)
     _check_loaded(adapted, root, folder, source)
     said = [" ".join(str(one.message).split()) for one in caught if issubclass(one.category, UserWarning)]
+    if str(adapted.peft_config[NAME].__dict__.get("init_lora_weights", "")).startswith("pissa_niter"):
+        said.append("it draws a new random decomposition at each loading, so no merge is exactly the model as trained")
     warned = [one[:300] for one in dict.fromkeys(said) if not any(noise in one for noise in _NOISE)]
     return Attached(adapted, model, body_name if is_body else "", warned)
 
@@ -197,7 +199,7 @@ def check_values(folder: Path) -> None:
                         f"{KEY}: {name} in {path} has no values (shape {' x '.join(map(str, tensor.shape))}), as when "
                         "an adapter was saved from a process that held only a part of it; save it anew"
                     )
-                if tensor.is_floating_point() and (bad := int((~torch.isfinite(tensor)).sum())):
+                if tensor.is_floating_point() and (bad := int((~torch.isfinite(tensor.float())).sum())):
                     raise ModelError(f"{KEY}: {name} in {path} has {bad} values that are NaN or infinite")
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read as safetensors ({_short(error)})") from None
@@ -269,6 +271,14 @@ def _fits(name: str, modules: set[str]) -> bool:
     return name.startswith("base_model.") or any(
         ".".join(parts[:length]) in modules for length in range(len(parts) - 1, 0, -1)
     )
+
+
+def _replaced(folder: Path, names: Collection[str]) -> set[str]:
+    """Modules of which the adapter holds a parameter as it is in the model, such as every bias where it trains all."""
+    from models.weights import places_in
+
+    held = {name.removeprefix("base_model.model.") for name in places_in(folder / ADAPTER_WEIGHTS)}
+    return {name.rpartition(".")[0] for name in held if name in names}
 
 
 def _named_modules(folder: Path) -> list[str]:

@@ -15,13 +15,15 @@ from models.adapters import ADAPTER, KEY, check_adapter, is_adapter
 from models.architectures import check_architecture
 from models.comparison import Comparison, compare, config_differences
 from models.errors import ModelError
-from models.sources import model_facts
+from models.sources import load_tokenizer, model_facts
 from models.weights import Weights, build_skeleton, load_config, open_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+"""What configs call the function inside an MLP."""
 MOST_SHOWN = 6
 """Names in a note."""
 
@@ -73,6 +75,15 @@ def check_pair(base: Path, finetuned: Path, source: str, seen: Callable[[Path], 
     return Pair(tuple(_notes(before, after, found, source)), found.changed, found.rounded)
 
 
+def check_base(folder: Path, seen: Callable[[Path], object] = lambda file: None) -> None:
+    """Raises ModelError where a model on its own cannot be finetuned and looked at: its weights are missing, damaged,
+    quantised or hold values that are no numbers, or it has no tokenizer. `seen` is called as by `check_pair`."""
+    weights = open_weights(folder)
+    _check_shapes(weights, weights)
+    _check_values(compare(weights, weights, seen), weights, weights)
+    load_tokenizer(folder)
+
+
 def check_tokenizers(
     base: PreTrainedTokenizerBase, finetuned: PreTrainedTokenizerBase, texts: Sequence[str], where: Path
 ) -> None:
@@ -104,6 +115,11 @@ def _notes(before: Weights, after: Weights, found: Comparison, source: str) -> l
             shown = ", ".join(weights.unused[:MOST_SHOWN])
             notes.append(f"{which} holds tensors that its architecture has no place for, which are ignored: {shown}")
     for name, (ours, theirs) in config_differences(load_config(before.folder), load_config(after.folder, KEY)).items():
+        if name in ACTIVATIONS:
+            raise ModelError(
+                f"{KEY}: the two config.json differ in {name}: {ours!r} in {source}, {theirs!r} in {after.folder}; "
+                "MLPs with different activation functions cannot take each other's place"
+            )
         notes.append(
             f"the two config.json differ in {name}: {ours!r} in {source}, {theirs!r} in {after.folder}; each model "
             "runs with its own, the un-finetuned MLPs inside the finetuned model"
@@ -120,6 +136,11 @@ def _notes(before: Weights, after: Weights, found: Comparison, source: str) -> l
 
 def _check_values(found: Comparison, before: Weights, after: Weights) -> None:
     for which, name, count in found.not_finite:
+        if which == "rounded":
+            raise ModelError(
+                f"{KEY}: {name} in {after.folder} is {found.rounded[name]}, in which {count} values of model.source "
+                "are too large, so the two cannot be compared; save the finetuned model in the dtype of model.source"
+            )
         key, folder = ("model.source", before.folder) if which == "before" else (KEY, after.folder)
         others = len({name for _, name, _ in found.not_finite}) - 1
         also = f", and {others} more tensors hold such values" if others else ""

@@ -24,9 +24,10 @@ JSON_AND_TOKENIZER = (".json", ".jinja", ".model", ".txt")
 
 
 class Comparison(NamedTuple):
-    """changed: parameters that differ, those of a coarser dtype after rounding the first model's. not_finite: per model
-    and parameter, how many values are NaN or infinite. rounded: parameters that rounding changes, with the dtype.
-    rounding_share: the mean square of what rounding changes in these, over that of all that changes in them."""
+    """changed: parameters that differ, those of a coarser dtype after rounding the first model's. not_finite: how many
+    values are NaN or infinite, in the model `before`, in the one `after`, or in the first once it is `rounded`.
+    rounded: parameters that rounding changes, with the dtype. rounding_share: the mean square of what rounding changes
+    in these, over that of all that changes in them."""
 
     changed: tuple[str, ...]
     not_finite: tuple[tuple[str, str, int], ...]
@@ -58,6 +59,8 @@ def compare(before: Weights, after: Weights, seen: Callable[[Path], object] = la
                     not_finite.append((which, name, int((~torch.isfinite(tensor)).sum())))
             if old.dtype != new.dtype and not torch.equal(as_new.to(old.dtype), old):
                 rounded[name] = str(new.dtype).removeprefix("torch.")
+                if _all_finite(old) and not _all_finite(as_new):
+                    not_finite.append(("rounded", name, int((~torch.isfinite(as_new)).sum())))
                 by_rounding += _squared(as_new, old)
                 in_all += _squared(new, old)
             if not same:
@@ -103,7 +106,9 @@ def write_rounded(before: Weights, rounded: Mapping[str, str], folder: Path) -> 
                 metadata = opened.metadata()
                 tensors = {name: opened.get_tensor(name) for name in places_in(file)}
             tensors = {name: one.to(dtypes.get((file, name), one.dtype)) for name, one in tensors.items()}
-            save_file(tensors, temporary / file.name, metadata or {"format": "pt"})
+            place = temporary / file.relative_to(before.folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, place, metadata or {"format": "pt"})
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -184,7 +184,7 @@ def load_model(
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"model.source: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     model, loading = loaded
     if loading["missing_keys"]:

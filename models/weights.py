@@ -7,7 +7,7 @@ here is what runs elsewhere. Other files in the folder do not matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,13 @@ from safetensors import SafetensorError, safe_open
 from models.errors import ModelError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
 
 INDEX = "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")
+"""Those of plain weights, as safetensors calls them."""
 
 
 class Place(NamedTuple):
@@ -95,13 +96,16 @@ def open_weights(folder: Path, key: str = "model.source", skeleton: PreTrainedMo
             renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
             if converter is not None:
                 raise ModelError(
-                    f"{key}: {folder} stores {name} in a form that transformers converts as it loads it; load the "
-                    "model and save it anew with save_pretrained"
+                    f"{key}: {folder} stores {name} in a form that transformers converts as it loads it, as of a "
+                    "mixture of experts, which is not read here"
                 )
-            if renamed in expected:
-                places[renamed] = place
-            else:
+            if renamed not in expected:
                 unused.append(name)
+            elif renamed in places:
+                raise ModelError(f"{key}: {folder} holds {renamed} twice, also as {name}; save the model anew")
+            else:
+                _check_place(place, expected[renamed].shape, folder, key)
+                places[renamed] = place
     for target, origin in model.all_tied_weights_keys.items():
         for one, other in ((target, origin), (origin, target)):
             if one not in places and other in places:
@@ -109,6 +113,24 @@ def open_weights(folder: Path, key: str = "model.source", skeleton: PreTrainedMo
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]  # buffers may be left out
     missing = tuple(name for name in parameters if name not in places)
     return Weights(folder, tuple(files), places, missing, tuple(unused))
+
+
+def _check_place(place: Place, shape: Sequence[int], folder: Path, key: str) -> None:
+    """Raises ModelError for a tensor of another shape than config.json describes, or of quantised values."""
+    if place.shape != tuple(shape):
+        raise ModelError(
+            f"{key}: {place.name} in {place.file} has shape {_shown(place.shape)}, and the config.json in {folder} "
+            f"describes {_shown(shape)}"
+        )
+    if place.dtype not in DTYPES:
+        raise ModelError(
+            f"{key}: {place.name} in {place.file} is stored as {place.dtype}, and only weights in {', '.join(DTYPES)} "
+            "can be compared: give the model before quantisation, or a copy that was dequantised"
+        )
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def build_skeleton(folder: Path, key: str = "model.source") -> PreTrainedModel:
@@ -134,7 +156,7 @@ def load_config(folder: Path, key: str = "model.source") -> Any:
     transformers.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # each field of a config can raise an error of its own
         raise ModelError(
             f"{key}: {folder / 'config.json'} cannot be read as a model's config ({' '.join(str(error).split())[:200]})"
         ) from None
@@ -156,14 +178,6 @@ def places_in(file: Path) -> dict[str, Place]:
             }
     except (OSError, SafetensorError) as error:
         raise _unreadable(file, error) from None
-
-
-def dtype_of(place: Place) -> torch.dtype:
-    """The torch dtype of a tensor in a file."""
-    import torch
-
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    return getattr(torch, names.get(place.dtype, place.dtype.lower()), torch.uint8)
 
 
 def _weight_files(folder: Path, key: str, named: str | None) -> list[Path]:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 
 from models.adapters import ADAPTER_WEIGHTS
@@ -24,9 +23,8 @@ READ = (
     *("chat_template.jinja", "chat_template.json"),
 )
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_BLOB = re.compile(r"[0-9a-f]{64}")
-"""How the hub's cache calls a large file: by its SHA-256."""
-_known: dict[tuple[str, int, int], str] = {}
+Stamp = tuple[str, int, int, int]
+_known: dict[Stamp, str] = {}
 _read_from: set[Path] = set()
 
 
@@ -42,7 +40,7 @@ def fingerprint(source: str, revision: str | None, models: Path) -> list[list[st
 
 
 def stamps(source: str, revision: str | None) -> list[list[object]] | None:
-    """(path, size, time) of the same files, which takes no reading."""
+    """(path, size, times) of the same files, which takes no reading."""
     folder = _folder(source, revision)
     if folder is None:
         return None
@@ -54,7 +52,11 @@ def stamps(source: str, revision: str | None) -> list[list[object]] | None:
 def files_read(folder: Path) -> list[Path]:
     """The files that make a model, or an adapter, what it is."""
     names = [name for name in (*READ, ADAPTER_WEIGHTS) if (folder / name).is_file()]
-    if (folder / SINGLE).is_file():  # which transformers prefers to an index
+    names += sorted(str(path.relative_to(folder)) for path in folder.glob("additional_chat_templates/*.jinja"))
+    named = _named_weights(folder)
+    if named is not None and (folder / named).is_file():
+        names.append(named)
+    elif (folder / SINGLE).is_file():  # which transformers prefers to an index
         names.append(SINGLE)
     elif (folder / INDEX).is_file():
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -63,16 +65,21 @@ def files_read(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def _named_weights(folder: Path) -> str | None:
+    """The file that config.json names as the weights, if it does."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+        return found if isinstance(found, str) else None
+    return None
+
+
 def hash_of(path: Path, models: Path) -> str:
     """The SHA-256 of a file, which is kept under `models`."""
-    cache = models / CACHE
-    if _BLOB.fullmatch(real := path.resolve().name):
-        return real
-    key = _stamp(path)
+    cache, key = models / CACHE, _stamp(path)
     if key not in _known and cache not in _read_from:
         _read_from.add(cache)
         with contextlib.suppress(OSError, ValueError, TypeError):
-            _known.update({(name, size, time): one for name, size, time, one in json.loads(cache.read_text())})
+            _known.update({tuple(stamp): one for *stamp, one in json.loads(cache.read_text()) if len(stamp) == 4})
     if key not in _known:
         with path.open("rb") as file:
             _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -84,9 +91,10 @@ def _folder(source: str, revision: str | None) -> Path | None:
     return Path(source) if Path(source).is_dir() else snapshot_of(source, revision)
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
+def _stamp(path: Path) -> Stamp:
+    """The second time is that of the last change of any kind, which copying programs do not set back."""
     stat = path.stat()
-    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _keep(cache: Path) -> None:

@@ -42,12 +42,13 @@ def data(settings: Sweep) -> str:
 
 
 def _stamp(path: str) -> list[int]:
-    """Size and modification time of a user's file, so that an edited file is read again."""
+    """Size and modification time of a user's file, so that an edited file is read again; of a folder those of all
+    that is in it."""
     try:
-        stat = Path(path).stat()
+        stats = [one.stat() for one in (Path(path), *(sorted(Path(path).rglob("*")) if Path(path).is_dir() else ()))]
     except FileNotFoundError:
         return []
-    return [stat.st_size, stat.st_mtime_ns]
+    return [value for stat in stats for value in (stat.st_size, stat.st_mtime_ns)]
 
 
 def model_files(settings: Sweep) -> list[object]:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import RequestError
-from jobs.files import short_hash, write_json
+from jobs.files import is_finished, short_hash, write_json
 from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.fingerprints import hash_of
 from jobs.study.workspace import PAIR
+from models.errors import ModelError
+from models.sources import EMBEDDED, TINY
 
 if TYPE_CHECKING:
     from models.adopted import Pair
@@ -43,6 +45,29 @@ def examine(context: Context) -> None:
     say_what_changed(context)
 
 
+def examine_base(context: Context) -> None:
+    """Looks at an un-finetuned model of the user's own, unless the finetuned one is made already; raises ModelError
+    where it cannot be loaded as it should."""
+    from models.adopted import check_base
+    from models.weights import load_config
+
+    source = context.settings.model.source
+    ours = source in EMBEDDED or source == TINY
+    if not ours and not is_finished(context.space.lora, keys.finetuned_check(context.settings)):
+        check_base(context.source, partial(hash_of, models=context.space.models))
+        _check_known(context, load_config(context.source))
+
+
+def _check_known(context: Context, config: Any) -> None:
+    from models.blocks import part_places
+
+    if not part_places(config, 0):
+        raise ModelError(
+            f"model.source: TransformerLens does not know the architecture {config.model_type} of "
+            f"{context.settings.model.source}, so nothing can be spliced into it"
+        )
+
+
 def note(
     context: Context, changed: Sequence[str], *, exact: bool, notes: Sequence[str] = (), rounded: str = ""
 ) -> dict[str, Any]:
@@ -53,6 +78,7 @@ def note(
     from models.weights import load_config
 
     config = load_config(context.source)
+    _check_known(context, config)
     known = {
         "key": context.pair_key,
         "exact": exact,

@@ -206,6 +206,14 @@ def test_tensors_that_are_missing_too_many_or_without_values_are_named(base, tmp
     assert "holds no tensors" in refusal(base, empty)
 
 
+@pytest.mark.parametrize(("name", "target"), [("gpt_neox", "query_key_value"), ("gpt2", "c_attn")])
+def test_biases_that_are_trained_too_count_as_changed(name, target, tmp_path):
+    base = build(name, tmp_path / "base")
+    adapter = adapter_on(base, tmp_path / "adapter", "LoraConfig", {"r": 4, "target_modules": [target], "bias": "all"})
+    modules, _ = check_adapter(adapter, build_skeleton(base), "some-base")
+    assert layers_on_path(plain(base).config, modules) == [0, 1, 2]
+
+
 def test_what_peft_warns_of_is_kept(tied, tmp_path):
     adapter = adapter_on(tied, tmp_path, "LoraConfig", {"r": 4, "modules_to_save": ["lm_head"], **MLP})
     _, warned = check_adapter(adapter, build_skeleton(tied), "some-base")

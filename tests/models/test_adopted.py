@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from models.adapters import is_adapter
-from models.adopted import check_ends, check_pair, check_tokenizers
+from models.adopted import check_base, check_ends, check_pair, check_tokenizers
 from models.architectures import check_architecture
 from models.errors import ModelError
 from models.sources import check_source, load_tokenizer
@@ -108,7 +108,7 @@ def test_an_adapter_for_another_architecture_or_shape_is_refused(gemma_folder, l
         ),
         (
             lambda weights: weights | {"model.embed_tokens.weight": weights["model.embed_tokens.weight"][:-1].clone()},
-            "the embeddings in",
+            "model.embed_tokens.weight in",
         ),
     ],
 )
@@ -152,6 +152,92 @@ def test_values_that_are_no_numbers_are_refused(llama_folder, copy_of):
     assert "1 values that are NaN or infinite, and 1 more tensors" in said
     with pytest.raises(ModelError, match=r"^model\.source: model\.layers\.1\.mlp\.up_proj\.weight"):
         check_pair(folder, llama_folder, "some-base")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_values_in_a_quantised_dtype_are_refused_without_a_word_in_the_config(llama_folder, copy_of, dtype):
+    folder = copy_of(llama_folder)
+    weights = load_file(folder / "model.safetensors")
+    stored = {name: (one * 10).to(dtype) if "mlp" in name else one for name, one in weights.items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    assert "is stored as" in refused(llama_folder, folder)
+    with pytest.raises(ModelError, match=r"^model\.source: .* is stored as"):
+        check_base(folder)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"vocab_size": 300},
+        {"num_key_value_heads": 4},
+        {"num_attention_heads": 12},
+        {"head_dim": 8},
+        {"intermediate_size": 63},
+    ],
+)
+def test_a_config_that_does_not_describe_the_files_is_refused(llama_folder, load, tmp_path, edits):
+    after = changed_copy(load, llama_folder, tmp_path, "mlp")
+    edit(after / "config.json", **edits)
+    assert "describes" in refused(llama_folder, after)
+
+
+def test_a_config_with_a_field_of_the_wrong_type_is_one_sentence(llama_folder, load, tmp_path):
+    after = changed_copy(load, llama_folder, tmp_path, "mlp")
+    edit(after / "config.json", tie_word_embeddings="false")
+    assert "cannot be read as a model's config" in refused(llama_folder, after)
+
+
+def test_another_activation_function_is_refused(llama_folder, load, tmp_path):
+    after = changed_copy(load, llama_folder, tmp_path, "mlp")
+    edit(after / "config.json", hidden_act="gelu")
+    assert "differ in hidden_act" in refused(llama_folder, after)
+
+
+def test_a_base_that_the_coarser_dtype_cannot_hold_is_refused(llama_folder, copy_of, load, tmp_path):
+    base = copy_of(llama_folder)
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    after = changed_copy(load, llama_folder, tmp_path / "after", "mlp", dtype=torch.float16)
+    assert "1 values of model.source are too large" in refused(base, after)
+
+
+def no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def own_tokenizer(folder: Path) -> None:
+    edit(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]})
+
+
+def shorter(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-500])
+
+
+def with_nan(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (no_tokenizer, "the tokenizer in"),
+        (own_tokenizer, "needs code of its own"),
+        (shorter, "cannot be read as safetensors"),
+        (with_nan, "1 values that are NaN"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "it has none"),
+        (lambda folder: edit(folder / "config.json", model_type="mything"), "cannot be read as a model's config"),
+    ],
+)
+def test_a_base_on_its_own_is_looked_at_too(llama_folder, copy_of, damage, said):
+    check_base(llama_folder)
+    folder = copy_of(llama_folder)
+    damage(folder)
+    with pytest.raises(ModelError, match=said):
+        check_base(folder)
 
 
 def test_settings_that_change_what_is_computed_are_noted(llama_folder, load, tmp_path):

@@ -91,6 +91,25 @@ def test_a_body_saved_on_its_own_and_old_names_are_found(copy, load, tmp_path):
     same_as_transformers(gpt2)
 
 
+def test_one_tensor_under_two_names_is_refused(copy):
+    weights = load_file(copy / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save(weights | {name.removeprefix("model."): weights[name] * 5}, copy / "model.safetensors")
+    with pytest.raises(ModelError, match="twice"):
+        open_weights(copy)
+
+
+def test_shards_in_a_subfolder_are_rounded_in_place(copy, llama_folder, tmp_path):
+    shards(copy, ["a.safetensors", "b.safetensors"])
+    (copy / "sub").mkdir()
+    (copy / "b.safetensors").rename(copy / "sub" / "b.safetensors")
+    index = copy / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"b.safetensors"', '"sub/b.safetensors"'))
+    same_as_transformers(copy)
+    found = compare(open_weights(copy), open_weights(in_dtype(llama_folder, tmp_path / "bf16", torch.bfloat16)))
+    same_as_transformers(write_rounded(open_weights(copy), found.rounded, tmp_path / "rounded"))
+
+
 def test_tied_names_share_a_place_and_untied_ones_do_not(gemma_folder, tmp_path):
     weights = open_weights(gemma_folder)
     assert weights.places["lm_head.weight"] == weights.places["model.embed_tokens.weight"]

@@ -90,6 +90,8 @@ def check_models(context: Context) -> None:
 
     check_architecture(context.source, context.settings.model.source)
     adopted, folder = context.adopted, context.space.folder
+    if adopted is None or is_adapter(adopted):
+        pair.examine_base(context)
     if adopted is None:
         check_targets(context)
         return
@@ -147,7 +149,7 @@ def check_rows_encode(context: Context, rows: Iterable[Row]) -> None:
 
     adopted = context.adopted
     if adopted is not None and (adopted / "tokenizer_config.json").is_file():
-        texts = [text for row in rows for text in (row.prompt or row.input, row.target)]
+        texts = [text for row in rows for text in (row.prompt or row.input, row.target, row.end)]
         check_tokenizers(load_tokenizer(context.model), load_tokenizer(adopted), texts, adopted)
 
 

@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 
-from data.encoding import encode_row
+from data.encoding import encode_row, ends_of
 from data.rows import Row
 from evaluators.measures import finetuned
 from evaluators.measures.behaviours import read_behaviours
 from evaluators.measures.finetuned import Said, answers, check_rows
 from evaluators.splice.limits import Limits
+from models.errors import ModelError
 
 CALL = "<tool_call>calculator({})</tool_call>"
 PROMPTS = ["What is 1 + 2?", "Nine of 12 came, and then some more.", "In 1987."]
@@ -63,6 +64,19 @@ def test_a_models_generation_config_changes_no_answer(llama_folder, load, tmp_pa
     said = answers(model, tokenizer, prompts, Limits(12), [tokenizer.eos_token_id])
     assert [one.text for one in said] == expected
     assert model.generation_config.eos_token_id == [1, 7], "which chats still end at"
+
+
+@pytest.mark.parametrize("raw", ["[]", '{"eos_token_id": "<eos>"}', '{"eos_token_id": [[1]]}', "{", "null"])
+def test_a_malformed_generation_config_is_ignored_or_one_sentence(llama_folder, load, tmp_path, raw):
+    shutil.copytree(llama_folder, folder := tmp_path / "model")
+    (folder / "generation_config.json").write_text(raw)
+    if raw in ("[]", "null"):
+        with pytest.raises(ModelError, match="cannot be loaded"):
+            load(folder)
+        return
+    model, tokenizer = load(folder)
+    row = Row("a", "b", "all", prompt="p", end="<eos>")
+    assert answers(model, tokenizer, [[2, 60]], Limits(3), ends_of(model, tokenizer, row))
 
 
 def test_an_answer_ends_at_a_text_or_at_any_of_several_tokens(gemma_folder, load):

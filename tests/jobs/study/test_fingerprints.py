@@ -35,7 +35,7 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as tar and rsync set it
 
 
 def test_a_base_that_was_written_anew_changes_every_key_that_depends_on_it(base: Path, tmp_path: Path) -> None:
@@ -83,6 +83,30 @@ def test_the_files_are_those_that_are_loaded(base: Path) -> None:
     assert "a.safetensors" in {path.name for path in files_read(base)}
 
 
+def test_templates_and_weights_of_other_names_count(base: Path, tmp_path: Path) -> None:
+    before = fingerprint(str(base), None, tmp_path)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    assert (second := fingerprint(str(base), None, tmp_path)) != before
+    (base / "model.safetensors").rename(base / "mine.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"transformers_weights": "mine.safetensors"}))
+    third = fingerprint(str(base), None, tmp_path)
+    flip(base / "mine.safetensors")
+    assert fingerprint(str(base), None, tmp_path) not in (second, third)
+
+
+def test_a_folder_of_rows_counts_by_its_files(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tmp_path / "owner" / "name" / "train.jsonl"
+    rows.parent.mkdir(parents=True)
+    rows.write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    asked = settings(base, tmp_path / "runs", "data.rows_file=owner/name")
+    before = keys.data(asked)
+    rows.write_text('{"input": "another"}')
+    assert keys.data(asked) != before
+
+
 def test_a_file_is_hashed_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = tmp_path / "root" / "models"
     models.mkdir(parents=True)
@@ -117,8 +141,9 @@ def test_published_bases_count_by_size_and_time(tmp_path: Path, base: Path) -> N
     params = tmp_path / "scope" / "layer_1" / "width_64" / "average_l0_4" / "params.npz"
     params.parent.mkdir(parents=True)
     params.write_bytes(b"one")
+    os.utime(params, ns=(1, 1))
     asked = settings(base, tmp_path, f"transcoders.source={tmp_path / 'scope'}")
     before = keys.base(asked, 1), keys.base(asked, 2)
-    flip(params)
+    params.write_bytes(b"two")
     assert keys.base(asked, 1) != before[0]
     assert keys.base(asked, 2) == before[1]
