@@ -98,10 +98,11 @@ class Chat:
         given = {**record, **(more if isinstance(more, dict) else {})}
         known = self._reads(given).variables - self._reserved
         found = {name: without_none(value) for name, value in given.items() if name in known and value is not None}
+        in_csv = all(value is None or isinstance(value, str) for value in record.values())
         for name, value in found.items():
             if name in _LISTS:
                 found[name] = without_none(from_json(value, name))
-            elif isinstance(value, str) and value.casefold() in ("true", "false"):  # a cell of a CSV file
+            elif in_csv and isinstance(value, str) and value.casefold() in ("true", "false"):
                 found[name] = value.casefold() == "true"
         return found
 

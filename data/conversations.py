@@ -33,7 +33,9 @@ def messages_of(given: Any) -> list[Message]:
     for message in messages:
         text(message.get("role"), "role")
         if "content" in message or not message.get("tool_calls"):
-            _check_content(message.get("content"), bool(message.get("tool_calls")))
+            more = message.get("tool_calls") or message.get("reasoning_content")
+            may_be_empty = bool(more) or message["role"] not in ("user", "assistant")
+            _check_content(message.get("content"), may_be_empty)
     for one in strings_in(messages):
         _check_unicode(one, "messages")
     return messages
@@ -56,6 +58,13 @@ def without_none(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_none(one) for one in value]
     return value
+
+
+def holds_none(value: Any) -> bool:
+    """Whether a key has no value, at any depth."""
+    if isinstance(value, Mapping):
+        return any(one is None or holds_none(one) for one in value.values())
+    return isinstance(value, list | tuple) and any(map(holds_none, value))
 
 
 def text_of(message: Message) -> str:

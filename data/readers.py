@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.chat import KWARGS, Chat
-from data.conversations import Message, Reject, messages_of, text, text_of
+from data.conversations import Message, Reject, holds_none, messages_of, text, text_of
 from data.renderings import Renderings
 from data.rows import DataError, Row, make_row
 from data.shapes import Shape, shape_of
@@ -51,7 +51,8 @@ class Reading:
 class Log:
     """What happened to a file's rows. `first` lists up to ten rejected ones, three of a reason, as `line 7: not JSON
     (...)`; `notes` what was assumed to read it; `columns` and `keys` the columns and the keys of messages that have
-    values, with whether anything uses them; `rendered` how conversations compare with training's."""
+    values, with whether anything uses them; `rendered` how conversations compare with training's; `nulls` the number of
+    rows in whose messages or tools keys without a value were left out."""
 
     path: str
     unit: str = "line"
@@ -62,6 +63,7 @@ class Log:
     columns: dict[str, bool] = field(default_factory=dict)
     keys: dict[str, bool] = field(default_factory=dict)
     rendered: Renderings | None = None
+    nulls: int = 0
 
     @property
     def rejected(self) -> int:
@@ -87,6 +89,11 @@ class Log:
             found.append(f"columns that are not used: {', '.join(unused)}")
         if self.keys:
             found.append(f"keys of messages that the chat template does not read: {', '.join(self.keys)}")
+        if self.nulls:
+            found.append(
+                f"in {self.nulls} rows keys without a value (null) are left out of messages and tools, since Parquet "
+                "files fill them in"
+            )
         return [*found, *(self.rendered.sentences() if self.rendered else [])]
 
     def reject(self, why: Reject) -> None:
@@ -243,6 +250,7 @@ def _in_chat(
         unread = reading.chat.unread_keys([*messages, *([answer] if answer else [])], variables)
     except DataError as error:
         raise Reject(str(error)) from None
+    log.nulls += holds_none([given.get("messages"), *(record.get(name) for name in variables)])
     assert log.rendered is not None
     log.rendered.add(log.here, found)
     log.saw((), (), unread)

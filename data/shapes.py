@@ -63,9 +63,13 @@ def shape_of(record: Record, path: str, columns: Mapping[str, str]) -> Shape | N
         return Shape(_SHARE_GPT, (messages, "system"), partial(_share_gpt, column=messages))
     if {"input", "messages", "target"} & set(columns):
         return None
-    if {"instruction", "output"} <= set(record) and not {"messages", "target"} & set(record):
+    ours = "target" in record and "output" in record
+    if "instruction" in record and "messages" not in record and not ours and {"input", "output"} & set(record):
+        answer = next((name for name in ("output", "target", "response", "answer") if name in record), None)
         note = "read as Alpaca: the instruction, a line break and the input, where there is one, are the input"
-        return Shape(f"{note}; the output is the target", ("instruction", "input", "output"), _alpaca)
+        note += f"; the {answer} is the target" if answer else ""
+        names = ("instruction", "input", *([answer] if answer else []))
+        return Shape(note, names, partial(_alpaca, answer=answer))
     if "messages" in record or ("input" in record and ("target" in record or "output" not in record)):
         return None
     if "conversations" in record:
@@ -78,11 +82,11 @@ def shape_of(record: Record, path: str, columns: Mapping[str, str]) -> Shape | N
     return None
 
 
-def _alpaca(record: Record) -> dict[str, Any]:
+def _alpaca(record: Record, answer: str | None) -> dict[str, Any]:
     instruction, more = record.get("instruction"), record.get("input")
     if isinstance(instruction, str) and isinstance(more, str) and more.strip():
         instruction = f"{instruction}\n{more}"
-    return {"input": instruction, "target": record.get("output")}
+    return {"input": instruction, "target": record.get(answer) if answer else None}
 
 
 def _has_speakers(turns: Any) -> bool:
@@ -107,11 +111,12 @@ def _turn(turn: Record) -> Message:
     if speaker not in ROLES:
         raise Reject("conversations have an unknown speaker", speaker)
     said = text(turn.get("value"), "value")
+    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
     if speaker != "function_call":
-        return {"role": ROLES[speaker], "content": said}
+        return {**rest, "role": ROLES[speaker], "content": said}
     calls = from_json(said, "function calls")
     functions = calls if isinstance(calls, list) else [calls]
-    return {"role": "assistant", "tool_calls": [{"type": "function", "function": one} for one in functions]}
+    return {**rest, "role": "assistant", "tool_calls": [{"type": "function", "function": one} for one in functions]}
 
 
 def _completion(record: Record) -> dict[str, Any]:
@@ -126,10 +131,16 @@ def _completion(record: Record) -> dict[str, Any]:
 def _refuse(record: Record, path: str) -> None:
     names = set(record)
     if {"chosen", "rejected"} <= names:
-        asked = "messages: chosen" if isinstance(record["chosen"], list) else "input: prompt, target: chosen"
-        raise DataError(
-            f"{path} has preferences, chosen and rejected; data.columns={{{asked}}} reads the chosen answers"
-        )
+        lists = isinstance(record["chosen"], list)
+        if lists and "prompt" not in names:
+            how = "data.columns={messages: chosen} reads the chosen conversations"
+        elif "prompt" in names and not lists:
+            how = "data.columns={input: prompt, target: chosen} reads the chosen answers"
+        elif lists:
+            how = "write each prompt with its chosen answer as one list of messages to read these"
+        else:
+            how = "split each chosen text into an input and a target to read these"
+        raise DataError(f"{path} has preferences, chosen and rejected; {how}")
     for first, second in _MAPPED:
         if {first, second} <= names:
             raise DataError(

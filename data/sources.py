@@ -140,7 +140,10 @@ def _json_array(path: str) -> Records:
     except (ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path} as a JSON array ({error})") from None
     if whole[at + 1 :].strip():
-        raise DataError(f"cannot read {path} as a JSON array: there is more after its end")
+        raise DataError(
+            f"cannot read {path} as a JSON array: there is more after its end (in JSON lines, each line is an object, "
+            'such as {"messages": [...]})'
+        )
 
 
 def _skip(text: str, at: int) -> int:
@@ -190,7 +193,11 @@ def _csv(path: str, separator: str) -> Records:
     csv.field_size_limit(MAX_LINE_BYTES)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            for record in csv.DictReader(file, delimiter=separator, strict=True):
+            reader = csv.DictReader(file, delimiter=separator, strict=True)
+            names = reader.fieldnames or []
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(f"{path} has two columns {twice!r}")
+            for record in reader:
                 if None in record or None in record.values():
                     yield Unreadable("more or fewer fields than the header")
                 else:

@@ -231,3 +231,49 @@ def test_a_header_that_can_be_read_in_two_ways(tmp_path: Path, name: str, header
     (tmp_path / name).write_text(f"{header}\na,b\n")
     with pytest.raises(DataError, match=r"rows\..sv: its header has .*(commas|semicolons)"):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("answer", ["output", "target", "response", "answer"])
+def test_an_instruction_with_an_input_is_never_read_without_it(tmp_path: Path, answer: str) -> None:
+    record = {"instruction": "Translate", "input": "hello", answer: "bonjour"}
+    rows, log = read(write(tmp_path / "rows.jsonl", [record]))
+    assert [(row.input, row.target) for row in rows] == [("Translate\nhello", "bonjour")]
+    assert any("read as Alpaca" in one and answer in one for one in log.sentences())
+
+
+@pytest.mark.parametrize(
+    ("record", "advice"),
+    [
+        ({"chosen": "Human: q Assistant: a", "rejected": "x"}, "split each chosen text"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "input: prompt, target: chosen"),
+        ({"chosen": [{"role": "user", "content": "q"}], "rejected": []}, "messages: chosen"),
+        ({"prompt": [{"role": "user", "content": "q"}], "chosen": [], "rejected": []}, "one list of messages"),
+    ],
+)
+def test_what_is_said_of_preferences_can_be_done(tmp_path: Path, record: dict, advice: str) -> None:
+    with pytest.raises(DataError, match="preferences") as raised:
+        read(write(tmp_path / "rows.jsonl", [record]))
+    assert advice in str(raised.value)
+
+
+def test_a_column_that_a_csv_file_has_twice_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("input,target,target\na,b,c\n")
+    with pytest.raises(DataError, match="two columns 'target'"):
+        read(tmp_path / "rows.csv")
+
+
+def test_null_and_empty_content_in_conversations(tmp_path: Path) -> None:
+    """A null of the file's own is left out as Parquet's are, which is said; a tool may answer nothing."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1, "limit": None}}}
+    turns = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "q?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": ""},
+        {"role": "assistant", "content": "ans"},
+    ]
+    _, reading = in_chat()
+    rows, log = read(write(tmp_path / "rows.jsonl", [{"messages": turns}]), reading)
+    assert len(rows) == 1, log.first
+    assert "limit" not in rows[0].prompt
+    assert any("keys without a value" in one and "1 rows" in one for one in log.sentences())

@@ -32,6 +32,8 @@ def run(context: Context) -> dict[str, Any]:
     report = build_dataset(context.space.data, DataOptions(seed=context.settings.seed, **options))
     if asks_the_model(context):
         report |= _opening(context)
+    if settings.rows_file and settings.format == "plain":
+        report["notes"] = [*report.get("notes", []), *_regrouped(context)]
     write_json(context.space.data / REPORT, report)  # the same, with a checksum of its own
     _say(context, report)
     check_labels(context)
@@ -118,6 +120,31 @@ def _opening(context: Context) -> dict[str, str | None]:
 
     bos = read_tokenizer(context.model).bos_token
     return {"bos": bos, "opens_with": load_tokenizer(context.model).bos_token}
+
+
+COMPARED_ROWS = 2000
+"""Plain rows whose tokens are compared with those of their text as a whole."""
+
+
+def _regrouped(context: Context) -> list[str]:
+    """Says how many plain rows would have other tokens if input, separator and target were one text, as they are where
+    a model is trained on whole texts: a token may hold the end of the one and the beginning of the other."""
+    from data.encoding import encode_row, encode_text
+    from models.sources import load_tokenizer
+
+    tokenizer = load_tokenizer(context.model)
+    rows = [row for split in SPLITS for row in read_rows(context.space.data / f"{split}.jsonl")]
+    compared = [row for row in rows if row.target and not row.special_tokens][:COMPARED_ROWS]
+    unlike = 0
+    for row in compared:
+        whole = encode_text(tokenizer, f"{row.input}{row.separator}{row.target}")
+        unlike += encode_row(tokenizer, row).ids[: len(whole)] != whole
+    if not unlike:
+        return []
+    return [
+        f"in {unlike} of {len(compared)} rows some tokens are not those of input, separator and target as one text: a "
+        "token would hold the end of the separator and the beginning of the target (data.separator)"
+    ]
 
 
 def _reading(context: Context) -> Reading:
