@@ -181,7 +181,7 @@ def seeds(tmp_path_factory, jobs) -> Seeds:
     def make(root: Path) -> list[Any]:
         with tempfile.TemporaryDirectory(prefix="ray") as sessions:  # its sockets need a short path
             variables = {**environment(), "RAY_TMPDIR": sessions}
-            done = jobs(*asked, f"storage.root={root}", timeout=500, env=variables)
+            done = jobs(*asked, f"storage.root={root}", timeout=1200, env=variables)
             return [*_said(done), len(list(Path(sessions).rglob("session_2*")))]
 
     root, (*said, sessions) = _once(tmp_path_factory, "seeds", make)

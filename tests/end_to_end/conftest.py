@@ -51,7 +51,7 @@ def environment() -> dict[str, str]:
     return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
-def run(*arguments: str, timeout: float = 400, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, timeout: float = 1200, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jobs", *arguments]
     settings: dict[str, Any] = {"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True} | options
     return subprocess.run(command, timeout=timeout, check=False, **settings)
@@ -66,7 +66,7 @@ def together(*commands: Sequence[str], env: dict[str, str] | None = None) -> lis
         env=env or environment(),
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1200,
         check=True,
     )
     answers = json.loads(done.stdout)
