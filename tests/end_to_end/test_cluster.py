@@ -92,7 +92,7 @@ def _a_submitted_job_runs_the_study(head: dict[str, str]) -> None:
         RAY, "job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs", "sweep", "search_spaces/tiny.yaml",
         *SMALLEST,
     ]  # fmt: skip
-    done = subprocess.run(submit, cwd=REPOSITORY, env=head, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(submit, cwd=REPOSITORY, env=head, capture_output=True, text=True, timeout=1200, check=False)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
     assert "succeeded" in printed

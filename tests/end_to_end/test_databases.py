@@ -77,9 +77,9 @@ def test_a_sweep_with_a_database_and_a_tracking_server(
         stores = (f"storage.optuna_url={postgres.url(STUDIES)}", f"storage.tracking_uri={tracking}")
         asked = ("sweep", "tiny", f"storage.root={root}", *stores, *SOME)
         variables = {**environment(), "RAY_TMPDIR": session}
-        done = jobs(*asked, env=variables, timeout=500)
+        done = jobs(*asked, env=variables, timeout=1200)
         assert done.returncode == 0, done.stdout + done.stderr
-        again = jobs(*asked, env=variables, timeout=500)
+        again = jobs(*asked, env=variables, timeout=1200)
         assert again.returncode == 0, again.stdout + again.stderr
         assert "everything is done already" in again.stdout
         assert "[1/" not in again.stdout

@@ -45,7 +45,7 @@ def test_a_job_brings_ray_up_runs_the_sweep_and_leaves_nothing(allocation: dict[
             env={**allocation, "RAY_TMPDIR": session},
             capture_output=True,
             text=True,
-            timeout=500,
+            timeout=1200,
             check=False,
         )
     assert done.returncode == 0, done.stdout + done.stderr

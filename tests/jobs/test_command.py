@@ -20,7 +20,7 @@ def deltascope(*arguments: str, **options: Any) -> subprocess.CompletedProcess[s
     assert COMMAND.is_file(), "`make setup` installs it"
     settings = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
     return subprocess.run(
-        [str(COMMAND), *arguments], env=settings, capture_output=True, text=True, timeout=400, check=False, **options
+        [str(COMMAND), *arguments], env=settings, capture_output=True, text=True, timeout=1200, check=False, **options
     )
 
 
