@@ -23,7 +23,7 @@ from tests.end_to_end.damage import LOGS, WAYS, Tried, check_mended, copied, cut
 
 
 @pytest.mark.long("a sweep that makes again what was damaged", minutes=2)
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("which", ["one file of every kind", "single files"])
 def test_what_is_damaged_is_made_again(seeds, tmp_path: Path, which: str) -> None:
     chance = random.Random(0)
