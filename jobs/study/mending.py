@@ -20,8 +20,7 @@ from jobs.seals import SEAL, SMALL, Damage, Seen, damage, listed, seal
 from jobs.study.context import Context
 from jobs.study.pair import examine
 from jobs.study.stage_list import STAGES, Stage
-from jobs.study.stages.finetuned import VALIDATION_FILE
-from jobs.study.workspace import FINETUNED, START
+from jobs.study.workspace import FINETUNED, START, VALIDATION_FILE
 
 ASIDE = "set_aside"
 ADDED = "was not written by this sweep"

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import RequestError
-from jobs.files import is_finished, short_hash, write_json
+from jobs.files import is_finished, read_json, short_hash, write_json
 from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.fingerprints import hash_of
-from jobs.study.workspace import PAIR
+from jobs.study.workspace import PAIR, VALIDATION_FILE
 from models.errors import ModelError
 from models.sources import EMBEDDED, TINY
 
@@ -39,7 +39,9 @@ def examine(context: Context) -> None:
         seen = partial(hash_of, models=context.space.models)
         found = check_pair(context.source, adopted, context.settings.model.source, seen)
         rounded = _round(context, found) if found.rounded else ""
-        held = note(context, found.changed, notes=found.notes, rounded=rounded, exact=adopted == context.finetuned)
+        merged = [] if adopted == context.finetuned else _changed_by_merging(context)
+        exact = adopted == context.finetuned or bool(merged)
+        held = note(context, merged or found.changed, notes=found.notes, rounded=rounded, exact=exact)
     for one in held["notes"]:
         context.progress.line(f"note: {one}")
     say_what_changed(context)
@@ -91,6 +93,14 @@ def note(
     write_json(context.space.folder / PAIR, known)
     context.forget_pair()
     return known
+
+
+def _changed_by_merging(context: Context) -> list[str]:
+    """The parameters that merging changed, where an adapter of this content was merged before: its files may only have
+    been copied or touched since, and a layer that it left untrained must stay left out."""
+    if not is_finished(context.space.lora, keys.finetuned_check(context.settings)):
+        return []
+    return (read_json(context.space.lora / VALIDATION_FILE) or {}).get("changed", [])
 
 
 def say_what_changed(context: Context) -> None:

@@ -25,6 +25,8 @@ TIMELINE = "timeline.jsonl"
 FINETUNED = "finetuned.json"
 PAIR = "pair.json"
 """What finetuning changed."""
+VALIDATION_FILE = "validation.json"
+"""The finetuned model's answers to the validation rows."""
 
 
 class Workspace:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformer_lens.model_bridge.sources.transformers import helpers
 
-from models.no_installs import InstallRefused, forbid_installs, installs, nothing_installed
+from models.no_installs import InstallRefused, installs, nothing_installed
 
 
 @pytest.fixture
@@ -23,11 +23,27 @@ def stubs(tmp_path, monkeypatch) -> Path:
     return log
 
 
-def test_the_bridge_would_install_and_may_not(stubs, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)  # not to be had
-    helpers._ensure_torchvision()
-    assert "pip install torchvision" in stubs.read_text(), "else this guards against nothing"
-    stubs.unlink()
+BRIDGE_INSTALLS = (
+    "import sys; sys.modules['torchvision'] = None\n"  # not installed, whatever else is
+    "from transformer_lens.model_bridge.sources.transformers import helpers\n"
+    "print(helpers._ensure_torchvision())"
+)
+"""For a process of its own: in this one, an earlier test may have forbidden installs for good."""
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_bridge_would_install(stubs):
+    run(BRIDGE_INSTALLS)
+    assert "pip install torchvision" in stubs.read_text(), "else the other tests guard against nothing"
+
+
+def test_the_bridge_may_not(stubs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     with nothing_installed():
         assert not helpers._ensure_torchvision()
     assert not stubs.exists()
@@ -71,13 +87,6 @@ def test_other_programs_start_as_ever():
 
 
 def test_a_process_of_ours_refuses_for_good(stubs):
-    code = (
-        "from jobs.cluster import environment; environment.prepare(); environment.prepare()\n"
-        "from transformer_lens.model_bridge.sources.transformers import helpers\n"
-        "import sys; sys.modules['torchvision'] = None\n"
-        "print(helpers._ensure_torchvision())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip().endswith("False"), done.stderr
+    said = run(f"from jobs.cluster import environment; environment.prepare(); environment.prepare()\n{BRIDGE_INSTALLS}")
+    assert said.endswith("False")
     assert not stubs.exists()
-    assert forbid_installs.__doc__

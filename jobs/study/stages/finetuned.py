@@ -22,13 +22,9 @@ from jobs.files import is_finished, key_of, keyed_folder, read_json, write_json
 from jobs.seals import seal
 from jobs.study import keys, pair
 from jobs.study.context import Context
-from jobs.study.workspace import FINETUNED
+from jobs.study.workspace import FINETUNED, VALIDATION_FILE
 from models.adapters import is_adapter
 from search_spaces.dimensions import Choice
-
-VALIDATION_FILE = "validation.json"
-"""The finetuned model's answers to the validation rows."""
-
 
 SAMPLES = (
     "The museum opened its doors on March 4, 1987; 12.5% of all visitors came by train.",
@@ -272,6 +268,8 @@ def merge_and_check(task: Task) -> None:
             names = [f"{name}." for name in found["changed"]]
             idle = [one for one in merging.outputs if not any(name.startswith(f"{one}.") for name in names)]
             found["merge"]["unchanged"] = idle
+    elif "changed" in before:
+        found["changed"] = before["changed"]
     if task.answered:
         found["answered"] = _answer(task, finetuned, tokenizer)
     elif "answered" in before:

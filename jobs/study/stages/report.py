@@ -19,11 +19,11 @@ from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup, Ground, error_name
 from jobs.study.stages.data import notes_of
 from jobs.study.stages.evaluate import checks_file
-from jobs.study.stages.finetuned import VALIDATION_FILE, merge_check
+from jobs.study.stages.finetuned import merge_check
 from jobs.study.stages.lora import STAGE as LORA
 from jobs.study.stages.lora import study_name
 from jobs.study.stages.transcoders import chosen_base
-from jobs.study.workspace import SETTINGS
+from jobs.study.workspace import SETTINGS, VALIDATION_FILE
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from jobs.errors import RequestError
-from jobs.files import write_json
+from jobs.files import finish, keyed_folder, write_json
 from jobs.study import fingerprints, keys
 from jobs.study.context import Context
 from jobs.study.disk import disk_of
 from jobs.study.pair import note
 from jobs.study.stages.finetuned import check_models, merge_check
 from jobs.study.sweep import start_over
-from jobs.study.workspace import FINETUNED
+from jobs.study.workspace import FINETUNED, VALIDATION_FILE
 from models.errors import ModelError
 from models.weights import open_weights
 from search_spaces.load import load as load_settings
@@ -151,6 +152,27 @@ def test_an_adapter_is_known_by_its_modules_before_it_is_merged(
     context = sweep(f"model.finetuned={last}")
     assert "the MLPs of layers 0-1 are unchanged" in said(context, capsys)
     assert context.layers == [2]
+
+
+def test_touched_files_of_a_merged_adapter_change_nothing(
+    sweep: Make, load: Any, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The adapter's files name a layer that it left untrained, which only the merge can tell."""
+    adapter = adapter_on(load, llama_folder, tmp_path / "adapter", target_modules=["up_proj"])
+    context = sweep(f"model.finetuned={adapter}")
+    said(context, capsys)
+    key = keys.finetuned_check(context.settings)
+    changed = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 2)]
+    write_json(keyed_folder(context.space.lora, key) / VALIDATION_FILE, {"key": key, "changed": changed})
+    finish(context.space.lora, key, {})
+    note(context, changed, exact=True)
+    assert context.layers == [0, 2]
+    for file in adapter.iterdir():
+        os.utime(file)
+    again = Context(context.settings)
+    assert again.pair is None
+    assert "finetuning changed up_proj in layers 0, 2" in said(again, capsys)
+    assert again.layers == [0, 2]
 
 
 @pytest.mark.parametrize(
