@@ -11,7 +11,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar o
 PINS := import json, sys; found = [one["metadata"] for one in json.load(sys.stdin)["install"]]; \
   print(*sorted(("{name}=={version}".format(**one) for one in found), key=str.lower), sep="\n")
 
-.PHONY: setup sweep test test-all check format compatibility another-python ui constraints
+.PHONY: setup sweep test test-ci test-all check format compatibility another-python ui constraints
 
 sweep: setup
 	$(PY) -m jobs sweep $(CONFIG) $(ARGS)
@@ -21,7 +21,11 @@ sweep: setup
 TESTS := $(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -rs --durations 15
 
 test: setup
-	$(TESTS) -m "not long"
+	$(TESTS) --most-minutes 0
+
+# What CI runs.
+test-ci: setup
+	$(TESTS) --most-minutes 1
 
 test-all: setup
 	$(TESTS)
@@ -45,7 +49,7 @@ compatibility: setup
 # tests of three rooms. `make another-python PYTHON=python3.13 VENV=.venv313`
 another-python: setup
 	@root="$$(mktemp -d)" && trap 'rm -rf "$$root"' EXIT && $(PY) -m jobs sweep tiny storage.root="$$root"
-	$(PY) -m pytest -n 0 -m "not long" tests/data tests/models tests/jobs/cluster
+	$(PY) -m pytest -n 0 --most-minutes 0 tests/data tests/models tests/jobs/cluster
 
 ui: setup
 	$(PY) -m jobs ui
