@@ -34,7 +34,7 @@ test-all: setup
 check: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(PY) -m mypy data models search_spaces trainers evaluators jobs benchmarks
+	$(PY) -m mypy data sites models search_spaces trainers evaluators jobs benchmarks
 
 format: setup
 	$(PY) -m ruff format .

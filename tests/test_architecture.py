@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-OURS = {"jobs", "search_spaces", "trainers", "evaluators", "models", "data"}
+OURS = {"jobs", "search_spaces", "trainers", "evaluators", "models", "data", "sites"}
 MAY_IMPORT = {
     "jobs": OURS,
-    "search_spaces": {"search_spaces"},
-    "trainers": {"trainers", "models", "data"},
-    "evaluators": {"evaluators", "models", "data"},
-    "models": {"models"},
+    "search_spaces": {"search_spaces", "sites"},
+    "trainers": {"trainers", "models", "data", "sites"},
+    "evaluators": {"evaluators", "models", "data", "sites"},
+    "models": {"models", "sites"},
     "data": {"data"},
+    "sites": {"sites"},
 }
 GROUND = {"jobs.errors", "jobs.files", "jobs.seals", "jobs.addresses", "jobs.progress"}
 """Files of `jobs` that every room of it may use."""
@@ -45,7 +46,7 @@ ONLY_IN = {
     "ray.tune": {"jobs/search"},
     "ray": {"jobs/cluster", "jobs/search"},
 }
-WITHOUT_MODELS = ("evaluators/tables", "evaluators/report")
+WITHOUT_MODELS = ("evaluators/tables", "evaluators/report", "sites")
 MOST_PARAMETERS = 7
 THE_REFERENCE_TASK = re.compile(
     r"calculator|tool_call(?!s\b)|tool_ood|math_correct|copy_exact|CALL_OPEN|CALL_CLOSE|\"tool\""

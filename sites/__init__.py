@@ -1,0 +1,28 @@
+"""Places in a model: kinds of site, sites, sets of sites, and the names that files, tables and settings give them.
+
+Pure: no torch, no files. Every room may import it, and it imports none.
+"""
+
+from sites.addresses import Address, Ground, SetAddress
+from sites.kinds import KINDS, MLP, READINGS, Kind, kind_of_taps
+from sites.sets import NOTHING, is_set, label_order, parse_sites, sets_of, sites_label
+from sites.site import Site, mlp_sites
+
+__all__ = [
+    "KINDS",
+    "MLP",
+    "NOTHING",
+    "READINGS",
+    "Address",
+    "Ground",
+    "Kind",
+    "SetAddress",
+    "Site",
+    "is_set",
+    "kind_of_taps",
+    "label_order",
+    "mlp_sites",
+    "parse_sites",
+    "sets_of",
+    "sites_label",
+]

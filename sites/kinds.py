@@ -1,0 +1,61 @@
+"""Kinds of site: the position-wise functions x -> y inside a transformer block.
+
+In: nothing. Out: a table with one row for each kind. A new kind is a new row here, and a path in `models/blocks.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, order=True)
+class Kind:
+    """What sites of one kind read and write, as TransformerLens hook names inside `blocks.L`."""
+
+    order: int
+    """Place in a block's forward pass."""
+    name: str
+    """As in labels, folders and settings."""
+    reads: str
+    """The hook that holds x."""
+    writes: tuple[str, ...]
+    """The hooks that hold y, whose features are concatenated in this order."""
+    parts: tuple[str, ...]
+    """The bridge's components between x and y, whose weights the site owns; not every architecture has all of them."""
+    in_stream: bool
+    """Whether y is added to the residual stream."""
+    words: str
+    """As in sentences."""
+    scaled: bool = False
+    """Whether a transcoder reads x / sqrt(d_model) instead of x."""
+
+    @property
+    def reading(self) -> str:
+        """What a transcoder reads, as settings (`transcoders.convention`), tables and files call it."""
+        return "resid_mid/sqrt(d_model)" if self.scaled else self.reads
+
+    @property
+    def taps(self) -> list[str]:
+        """What a transcoder reads and writes, as its config.json says it; the reverse of `kind_of_taps`."""
+        return [self.reading, *self.writes]
+
+
+MLP = Kind(2, "mlp", "ln2.hook_normalized", ("hook_mlp_out",), ("ln2", "mlp", "ln2_post"), True, "the MLP")
+"""x: after RMS normalisation, before the norm's gain, as Gemma Scope reads it. y: as added to the residual stream."""
+UNNORMALISED_MLP = replace(MLP, reads="hook_resid_mid", scaled=True)
+"""The same place, read before the norm and divided by a constant. Gemma Scope was not trained on this; it exists so
+that checkpoints made with it can be read, and tables name it."""
+
+KINDS = {kind.name: kind for kind in (MLP,)}
+READINGS = {kind.reading: kind for kind in (MLP, UNNORMALISED_MLP)}
+"""The MLP's kinds by what a base transcoder reads there."""
+
+
+def kind_of_taps(taps: Sequence[str]) -> Kind:
+    """The kind of the transcoder whose config.json has these taps; raises ValueError where there is none."""
+    for kind in (*KINDS.values(), *READINGS.values()):
+        if kind.taps == list(taps):
+            return kind
+    known = "; ".join(", ".join(kind.taps) for kind in dict.fromkeys([*KINDS.values(), *READINGS.values()]))
+    raise ValueError(f"taps {', '.join(map(str, taps))} belong to no kind of site (there are {known})")
