@@ -1,45 +1,87 @@
-"""A block's own path from a transcoder's input tap to what it adds to the residual stream, as plain modules.
+"""What lies between what a site reads and what it writes: the hooks there, and the block's own path as plain modules.
 
-In: a TransformerBridge, which says where an architecture keeps the parts of the path, and the folder of a model of
-that architecture. Out: for each layer a `BlockPath`: its norm's gain, its MLP, and the norm after the MLP if any. This
-is the one place that knows how a block is built between the taps.
+In: a TransformerBridge, which says where an architecture keeps the parts of a block, and the folder of a model of that
+architecture. Out: hooks that read and write at a site, and for each site a `BlockPath`: its norm's gain, its MLP, and
+the norm after the MLP if any. This is the one file that knows how blocks are built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from models.bridge import block_of
+from models.bridge import Hook, block_of, hook_names
 from models.errors import ModelError
-from models.transcoder import GEMMA_SCOPE_TAPS, Taps
 from models.weights import build_skeleton, open_weights
+from sites import MLP, Site
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-PARTS = ("ln2", "mlp", "ln2_post")
+PARTS = MLP.parts
 """The bridge's names of what lies on the path; Gemma-2 has all three."""
+
+
+def hooks_at(
+    site: Site,
+    read: Callable[[Tensor], None] | None = None,
+    write: Callable[[Tensor], Tensor | None] | None = None,
+) -> list[Hook]:
+    """Hooks for `models.bridge.hooked` at one site. In a pass, `read` is called with x (batch, position, d_in) as a
+    transcoder reads it, then `write` with y (batch, position, d_out); what that returns takes y's place, unless None.
+
+    Heads are flattened, whatever shape the model has there. This is the only place that turns what a hook holds into
+    what a transcoder reads.
+    """
+    hooks: list[Hook] = []
+    if read is not None:
+
+        def on_read(activation: Tensor, hook: object) -> None:
+            x = activation.flatten(2)
+            read(x / x.shape[-1] ** 0.5 if site.kind.scaled else x)
+
+        hooks.append((site.reads, on_read))
+    if write is not None:
+        (written,) = site.writes  # several are parts of one y, which no kind has yet
+
+        def on_write(activation: Tensor, hook: object) -> Tensor | None:
+            edited = write(activation.flatten(2))
+            return None if edited is None else edited.reshape(activation.shape)
+
+        hooks.append((written, on_write))
+    return hooks
+
+
+def widths(bridge: TransformerBridge, site: Site) -> tuple[int, int]:
+    """d_in and d_out of a site of this model: an MLP reads and writes the residual stream's width."""
+    return bridge.cfg.d_model, bridge.cfg.d_model
+
+
+def check_hooks(bridge: TransformerBridge, site: Site) -> None:
+    """Raises ModelError where this model lacks the layer, or what the site reads or writes there."""
+    for name in (site.reads, *site.writes):
+        if name not in hook_names(bridge):
+            raise ModelError(f"layer {site.label}: this model has no {name}, which the transcoder needs")
 
 
 @dataclass(frozen=True)
 class BlockPath:
     """What a block makes of x at `ln2.hook_normalized`: `post(mlp(x * gain + bias))`, its `hook_mlp_out`."""
 
-    layer: int
+    site: Site
     norm: nn.Module
     mlp: nn.Module
     post: nn.Module | None = None
-    taps: Taps = GEMMA_SCOPE_TAPS
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., d_model), in the dtype of the weights."""
+        """(..., d_out), in the dtype of the weights."""
         inner = x.to(self.gain.dtype) * self.gain
         output = self.mlp(inner if self.bias is None else inner + self.bias)
         return output if self.post is None else self.post(output)
@@ -56,8 +98,13 @@ class BlockPath:
         return getattr(self.norm, "bias", None)
 
     @property
-    def d_model(self) -> int:
+    def d_in(self) -> int:
         return len(self.gain)
+
+    @cached_property
+    def d_out(self) -> int:
+        with torch.no_grad():  # by what comes out: MLPs keep their last projection under many names
+            return self(self.gain.new_zeros(1, self.d_in)).shape[-1]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By part and name, such as `mlp.up_proj.weight`."""
@@ -78,17 +125,17 @@ class BlockPath:
 
 
 def read_paths(
-    bridge: TransformerBridge, folder: Path, layers: Sequence[int], dtype: torch.dtype | None = None
-) -> dict[int, BlockPath]:
+    bridge: TransformerBridge, folder: Path, sites: Sequence[Site], dtype: torch.dtype | None = None
+) -> dict[Site, BlockPath]:
     """The paths of the model in `folder`, on the bridge's device, in its dtype or in `dtype`.
 
-    Only the tensors of those layers are read. Raises ModelError where the folder lacks one or its shape differs.
+    Only the tensors of those sites are read. Raises ModelError where the folder lacks one or its shape differs.
     """
     skeleton = build_skeleton(folder)
     weights = open_weights(folder, skeleton=skeleton)
     paths = {}
-    for layer in layers:
-        parts, places = _parts(bridge, layer), part_places(skeleton.config, layer)
+    for site in sites:
+        parts, places = _parts(bridge, site.layer), part_places(skeleton.config, site.layer)
         modules = {part: skeleton.get_submodule(place) for part, place in places.items()}
         names = {
             f"{place}.{name}": (part, name)
@@ -105,7 +152,7 @@ def read_paths(
         for part, module in modules.items():
             module.load_state_dict(states[part], assign=True)
             module.eval().requires_grad_(False)
-        paths[layer] = BlockPath(layer, modules["ln2"], modules["mlp"], modules.get("ln2_post"))
+        paths[site] = BlockPath(site, modules["ln2"], modules["mlp"], modules.get("ln2_post"))
     return paths
 
 
@@ -145,7 +192,7 @@ def exchanged(bridge: TransformerBridge, paths: Sequence[BlockPath]) -> Iterator
 
     Tensors change places, none is copied, so this costs nothing and every strength can be a row of one batch.
     """
-    held = [(_own(bridge, path.layer), path.parameters()) for path in paths]
+    held = [(_own(bridge, path.site.layer), path.parameters()) for path in paths]
     _exchange(held)
     try:
         yield
@@ -158,7 +205,7 @@ def interpolated(bridge: TransformerBridge, paths: Sequence[BlockPath], alpha: f
     """The bridge runs with weights `W + alpha (W' - W)`, W of `paths` and W' its own, while the `with` lasts."""
     held: list[tuple[dict[str, nn.Parameter], dict[str, Tensor]]] = []
     for path in paths:
-        ours, starts = _own(bridge, path.layer), path.parameters()
+        ours, starts = _own(bridge, path.site.layer), path.parameters()
         held.append((ours, {name: ours[name].data for name in starts}))
         for name, start in starts.items():
             ours[name].data = torch.lerp(start.data, ours[name].data, alpha)

@@ -1,4 +1,4 @@
-"""The model wrapped for TransformerLens, its hooks, and the names of its taps.
+"""The model wrapped for TransformerLens, and its hooks.
 
 In: a transformers model and its tokenizer. Out: a `TransformerBridge` around the same weights. Its parts stand in the
 model only where a hook is: each computes what the module that it wraps does, but in Python, which takes longer than a
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.errors import ModelError
 from models.no_installs import nothing_installed
-from models.transcoder import RESID_MID_TAPS, Taps
+from sites import KINDS, READINGS, Site
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Hook = tuple[str, "Callable[[Tensor, object], Tensor | None]"]
+"""A hook's full name, and what is called with the activation there; what it returns, unless None, takes its place."""
 ROUNDING = 1e-3
 """Of the largest logit: by so much may another attention kernel move one in fp32."""
 
@@ -97,8 +99,9 @@ def _leave_seats(bridge: TransformerBridge, logits: Tensor) -> None:
     import torch
 
     model: Any = bridge.original_model
-    kinds = ("ln2.hook_normalized", "hook_resid_mid", "hook_mlp_out", "hook_out")
-    names = {f"blocks.{layer}.{kind}" for layer in range(bridge.cfg.n_layers) for kind in kinds}
+    kinds = dict.fromkeys([*KINDS.values(), *READINGS.values()])
+    sites = [Site(layer, kind) for layer in range(bridge.cfg.n_layers) for kind in kinds]
+    names = {name for site in sites for name in (site.reads, *site.writes, f"blocks.{site.layer}.hook_out")}
     names &= set(hook_names(bridge))
     seen: set[str] = set()
 
@@ -120,7 +123,7 @@ def _leave_seats(bridge: TransformerBridge, logits: Tensor) -> None:
 
 
 @contextmanager
-def hooked(bridge: TransformerBridge, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
+def hooked(bridge: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
     """Runs `hooks`, pairs of a hook's name and a function (activation, hook), in every pass inside the `with`.
 
     The bridge's own `hooks` would find no part in place, and looks all names up again, which takes milliseconds. For
@@ -210,14 +213,3 @@ def _some_logits(model: PreTrainedModel) -> Tensor:
 def device_of(bridge: TransformerBridge) -> torch.device:
     """The device that holds the model's weights."""
     return next(bridge.original_model.parameters()).device  # type: ignore[operator]
-
-
-def tap_names(taps: Taps, layer: int) -> tuple[str, str]:
-    """The full hook names of a layer's input and output taps."""
-    read = "hook_resid_mid" if taps.input == RESID_MID_TAPS.input else taps.input
-    return f"blocks.{layer}.{read}", f"blocks.{layer}.{taps.output}"
-
-
-def read_input(taps: Taps, activation: Tensor) -> Tensor:
-    """What a transcoder reads, given the activation (..., d_model) at its input hook."""
-    return activation / activation.shape[-1] ** 0.5 if taps.input == RESID_MID_TAPS.input else activation

@@ -44,7 +44,7 @@ def read_delta(folder: Path) -> Transcoder:
     for needed in (path, folder / "config.json"):
         if not needed.is_file():
             raise ModelError(f"{folder} has no delta transcoder ({needed.name} is missing)")
-    config = read_config(folder / "config.json")
+    site = read_config(folder / "config.json")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -56,8 +56,6 @@ def read_delta(folder: Path) -> Transcoder:
     if stray:
         raise ModelError(f"{path}: {stray[0]}, expected floating point")
     try:
-        return Transcoder(
-            **{key: tensors[key].float() for key in WEIGHTS}, b_dec=None, layer=config.layer, taps=config.taps
-        )
+        return Transcoder(**{key: tensors[key].float() for key in WEIGHTS}, b_dec=None, site=site)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None

@@ -1,9 +1,9 @@
 """Transcoders in the formats of Gemma Scope, SAELens and circuit-tracer.
 
-In: one transcoder per layer (a base, or base and delta fused), and the facts of the model. Out: a folder that those
+In: transcoders by site (a base, or base and delta fused), and the facts of the model. Out: a folder that those
 libraries' own loaders can read, with the same outputs there; `tests/compatibility/` shows that.
 
-Each writer takes transcoders by layer and looks each one up at most twice, so a mapping that loads them lazily keeps
+Each writer takes transcoders by site and looks each one up at most twice, so a mapping that loads them lazily keeps
 only one in memory. `notes` are JSON-able facts (alpha, sweep, which base and delta) stored under the key `deltascope`,
 `card` is the text of README.md (empty: none).
 Each returns the weight files it wrote; it writes either all of them or none. Each raises ModelError if there is nothing
@@ -31,7 +31,8 @@ from torch import Tensor
 
 from models import gemma_scope
 from models.errors import ModelError
-from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder, check_fits
+from models.transcoder import Transcoder, check_fits
+from sites import MLP, Kind, Site
 
 SAELENS_SCHEMA = "6.0.0"
 """The first SAELens version whose cfg.json has hook names under `metadata`; with no version, SAELens drops them."""
@@ -51,56 +52,59 @@ class ExportedModel:
     n_layers: int
     d_model: int
     context_size: int
-    taps: Taps = GEMMA_SCOPE_TAPS
+    kind: Kind = MLP
+    """Of the sites that the transcoders are for."""
 
 
 def write_gemma_scope(
-    transcoders: Mapping[int, Transcoder],
+    transcoders: Mapping[Site, Transcoder],
     model: ExportedModel,
     folder: Path,
-    average_l0: Mapping[int, float],
+    average_l0: Mapping[Site, float],
     notes: Mapping[str, Any],
     card: str = "",
 ) -> list[Path]:
     """Writes `layer_L/width_W/average_l0_N/params.npz`, each with a config.json that holds the taps and `notes`.
 
-    `average_l0` is the mean number of active features per token, by layer (of base and delta together if they are
+    `average_l0` is the mean number of active features per token, by site (of base and delta together if they are
     fused). Rounded, it is part of the folder's name.
     """
     _check(transcoders, model)
-    for layer in transcoders:
-        if not math.isfinite(average_l0.get(layer, math.nan)):
-            raise ModelError(f"Gemma Scope export: layer {layer} has no average_l0, which the folder's name needs")
+    _check_mlps("Gemma Scope", transcoders)
+    for site in transcoders:
+        if not math.isfinite(average_l0.get(site, math.nan)):
+            raise ModelError(f"Gemma Scope export: layer {site.label} has no average_l0, which the folder's name needs")
     written = []
     with _complete(folder, card) as staged:
-        for layer in sorted(transcoders):
-            transcoder = transcoders[layer]
-            place = f"layer_{layer}/{gemma_scope.width_label(transcoder.d_sae)}/average_l0_{average_l0[layer]:.0f}"
-            facts = {"model_name": model.name, "average_l0": float(average_l0[layer]), "deltascope": dict(notes)}
+        for site in sorted(transcoders):
+            transcoder = transcoders[site]
+            width = gemma_scope.width_label(transcoder.d_sae)
+            place = f"{site.published_folder}/{width}/average_l0_{average_l0[site]:.0f}"
+            facts = {"model_name": model.name, "average_l0": float(average_l0[site]), "deltascope": dict(notes)}
             gemma_scope.write(_portable(transcoder), staged / place, facts)
             written.append(folder / place / "params.npz")
     return written
 
 
 def write_saelens(
-    transcoders: Mapping[int, Transcoder], model: ExportedModel, folder: Path, notes: Mapping[str, Any], card: str = ""
+    transcoders: Mapping[Site, Transcoder], model: ExportedModel, folder: Path, notes: Mapping[str, Any], card: str = ""
 ) -> list[Path]:
     """Writes `layer_L/cfg.json` and `layer_L/sae_weights.safetensors`, for `SAE.load_from_disk(folder / "layer_L")`."""
     _check(transcoders, model)
-    _check_hooks("SAELens", model.taps)
+    _check_hooks("SAELens", model.kind)
     with _complete(folder, card) as staged:
-        for layer in sorted(transcoders):
-            transcoder = _portable(transcoders[layer])
-            place = staged / f"layer_{layer}"
+        for site in sorted(transcoders):
+            transcoder = _portable(transcoders[site])
+            place = staged / site.published_folder
             place.mkdir()
             save_file({key: getattr(transcoder, key) for key in gemma_scope.KEYS}, place / "sae_weights.safetensors")
             config = json.dumps(_saelens_config(transcoder, model, notes), indent=1)
             (place / "cfg.json").write_text(config, encoding="utf-8")
-    return [folder / f"layer_{layer}" / "sae_weights.safetensors" for layer in sorted(transcoders)]
+    return [folder / site.published_folder / "sae_weights.safetensors" for site in sorted(transcoders)]
 
 
 def write_circuit_tracer(
-    transcoders: Mapping[int, Transcoder], model: ExportedModel, folder: Path, notes: Mapping[str, Any], card: str = ""
+    transcoders: Mapping[Site, Transcoder], model: ExportedModel, folder: Path, notes: Mapping[str, Any], card: str = ""
 ) -> list[Path]:
     """Writes config.yaml and `layer_{i}.safetensors` for every layer of the model, all as wide as the widest.
 
@@ -110,17 +114,19 @@ def write_circuit_tracer(
     backend supports `ln2.hook_normalized` only for Gemma; its TransformerLens backend supports it for every model.
     """
     width = _check(transcoders, model)
-    _check_hooks("circuit-tracer", model.taps)
+    _check_hooks("circuit-tracer", model.kind)
+    _check_mlps("circuit-tracer", transcoders)
     config = {
         "model_name": model.name,
         "model_kind": "transcoder_set",
-        "feature_input_hook": model.taps.input,
-        "feature_output_hook": model.taps.output,
+        "feature_input_hook": model.kind.reads,
+        "feature_output_hook": model.kind.writes[0],
         "deltascope": dict(notes),
     }
     with _complete(folder, card) as staged:
         for layer in range(model.n_layers):
-            known = transcoders[layer] if layer in transcoders else _featureless(model, layer)
+            site = Site(layer, model.kind)
+            known = transcoders[site] if site in transcoders else _featureless(model, site)
             transcoder = _padded(_portable(known), width)
             tensors = {key: getattr(transcoder, key) for key in gemma_scope.KEYS}
             tensors["W_enc"] = transcoder.W_enc.T.contiguous()
@@ -131,17 +137,20 @@ def write_circuit_tracer(
     return [folder / f"layer_{layer}.safetensors" for layer in range(model.n_layers)]
 
 
-def _check(transcoders: Mapping[int, Transcoder], model: ExportedModel) -> int:
-    """The largest width; raises ModelError if there are no transcoders, or one does not fit its layer or the model."""
+def _check(transcoders: Mapping[Site, Transcoder], model: ExportedModel) -> int:
+    """The largest width; raises ModelError if there are no transcoders, or one does not fit its site or the model."""
     if not transcoders:
         raise ModelError("export: no transcoders were given; give one for at least one layer")
     width = 0
-    for layer, transcoder in transcoders.items():
-        if transcoder.layer != layer:
-            raise ModelError(f"export: the transcoder given for layer {layer} was made for layer {transcoder.layer}")
-        check_fits(
-            transcoder, d_model=model.d_model, n_layers=model.n_layers, taps=model.taps, origin=f"export, layer {layer}"
-        )
+    for site, transcoder in transcoders.items():
+        origin = f"export, layer {site.label}"
+        if not 0 <= site.layer < model.n_layers:
+            raise ModelError(f"{origin}: the model has layers 0 to {model.n_layers - 1}")
+        mlp = model.kind.name == MLP.name  # only an MLP's widths follow from the model's
+        d_in, d_out = (model.d_model, model.d_model) if mlp else (transcoder.d_in, transcoder.d_out)
+        check_fits(transcoder, Site(site.layer, model.kind), d_in=d_in, d_out=d_out, origin=origin)
+        if transcoder.site != site:
+            raise ModelError(f"{origin}: {site.words} was given a transcoder of {transcoder.site.words}")
         width = max(width, transcoder.d_sae)
     return width
 
@@ -170,7 +179,7 @@ def _portable(transcoder: Transcoder) -> Transcoder:
     def plain(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", torch.float32).contiguous()
 
-    b_dec = transcoder.b_dec if transcoder.b_dec is not None else torch.zeros(transcoder.d_model)
+    b_dec = transcoder.b_dec if transcoder.b_dec is not None else torch.zeros(transcoder.d_out)
     return replace(
         transcoder,
         W_enc=plain(transcoder.W_enc),
@@ -181,17 +190,17 @@ def _portable(transcoder: Transcoder) -> Transcoder:
     )
 
 
-def _featureless(model: ExportedModel, layer: int) -> Transcoder:
+def _featureless(model: ExportedModel, site: Site) -> Transcoder:
     """A placeholder for a layer without a transcoder: no features and no bias, so its output is 0."""
     none, wide = torch.zeros(0), torch.zeros(model.d_model, 0)
-    return Transcoder(wide, none, none, wide.T, None, layer=layer, taps=model.taps)
+    return Transcoder(wide, none, none, wide.T, None, site)
 
 
 def _saelens_config(transcoder: Transcoder, model: ExportedModel, notes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "architecture": "jumprelu_transcoder",
-        "d_in": transcoder.d_model,
-        "d_out": transcoder.d_model,
+        "d_in": transcoder.d_in,
+        "d_out": transcoder.d_out,
         "d_sae": transcoder.d_sae,
         "dtype": "float32",
         "device": "cpu",
@@ -201,8 +210,8 @@ def _saelens_config(transcoder: Transcoder, model: ExportedModel, notes: Mapping
         "metadata": {
             "sae_lens_version": SAELENS_SCHEMA,
             "model_name": model.name,
-            "hook_name": f"blocks.{transcoder.layer}.{model.taps.input}",
-            "hook_name_out": f"blocks.{transcoder.layer}.{model.taps.output}",
+            "hook_name": transcoder.site.reads,
+            "hook_name_out": transcoder.site.writes[0],
             "prepend_bos": True,
             "context_size": model.context_size,
             "deltascope": dict(notes),
@@ -210,12 +219,25 @@ def _saelens_config(transcoder: Transcoder, model: ExportedModel, notes: Mapping
     }
 
 
-def _check_hooks(format_name: str, taps: Taps) -> None:
-    for tap in taps:
+def _check_hooks(format_name: str, kind: Kind) -> None:
+    """Raises ModelError where a format that names one hook to read and one to write cannot name this kind's."""
+    for tap in kind.taps:
         if not _HOOK.fullmatch(tap):
             raise ModelError(
                 f"{format_name} export: {tap} is a convention of the reference study, not a hook of a model; "
-                f"this format can only name hooks such as {GEMMA_SCOPE_TAPS.input}"
+                f"this format can only name hooks such as {MLP.reads}"
+            )
+    if len(kind.writes) > 1:
+        raise ModelError(f"{format_name} export: {kind.words} writes {len(kind.writes)} hooks; this format has one")
+
+
+def _check_mlps(format_name: str, transcoders: Mapping[Site, Transcoder]) -> None:
+    """Raises ModelError for what a format without widths of its own and without kinds of site cannot hold."""
+    for site, transcoder in transcoders.items():
+        if site.kind.name != MLP.name or transcoder.d_in != transcoder.d_out:
+            raise ModelError(
+                f"{format_name} export: {site.words} reads {transcoder.d_in} and writes {transcoder.d_out} dimensions; "
+                "this format holds transcoders of MLPs, which read and write the residual stream's"
             )
 
 

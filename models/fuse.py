@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from models.errors import ModelError
-from models.transcoder import Transcoder
+from models.transcoder import Transcoder, check_fits
 
 
 def scaled(delta: Transcoder, alpha: float) -> Transcoder:
@@ -26,17 +26,9 @@ def fuse(base: Transcoder, delta: Transcoder, alpha: float = 1.0) -> Transcoder:
 
     The base's features come first and keep their indices. `alpha` scales the delta's decoder rows, so activations and
     thresholds stay as trained; at 0 the delta's features still fire but write nothing. The result is on the base's
-    device. Raises ModelError if layer, taps or d_model differ, `alpha` is not finite, or the delta has a decoder bias.
+    device. Raises ModelError if sites or widths differ, `alpha` is not finite, or the delta has a decoder bias.
     """
-    if base.layer != delta.layer:
-        raise ModelError(f"fuse: the base was made for layer {base.layer}, the delta for layer {delta.layer}")
-    if base.taps != delta.taps:
-        raise ModelError(
-            f"fuse: the base reads {base.taps.input} and replaces {base.taps.output}, "
-            f"the delta reads {delta.taps.input} and replaces {delta.taps.output}"
-        )
-    if base.d_model != delta.d_model:
-        raise ModelError(f"fuse: the base has d_model {base.d_model}, the delta {delta.d_model}")
+    check_fits(delta, base.site, d_in=base.d_in, d_out=base.d_out, origin="fuse: the delta")
     if delta.b_dec is not None:
         raise ModelError("fuse: the delta has a decoder bias, which a strength would scale as if it were a feature")
     if not math.isfinite(alpha):
@@ -48,6 +40,5 @@ def fuse(base: Transcoder, delta: Transcoder, alpha: float = 1.0) -> Transcoder:
         threshold=torch.cat([base.threshold, delta.threshold]),
         W_dec=torch.cat([base.W_dec, alpha * delta.W_dec]),
         b_dec=base.b_dec,
-        layer=base.layer,
-        taps=base.taps,
+        site=base.site,
     )

@@ -2,7 +2,7 @@
 
 In: a local folder or a hub repository. Out: a layer's candidates, the one that a percentile or a target L0 selects, and
 its `Transcoder`; also writes transcoders in this layout. For transcoders trained here, a `config.json` beside
-params.npz names the taps; without it the taps are Gemma Scope's.
+params.npz names the taps; without it they are Gemma Scope's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 
 from models.errors import ModelError
 from models.hub import cached_snapshot, hub_errors
-from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder, read_config, write_config
+from models.transcoder import Transcoder, read_config, write_config
+from sites import Site
 
 KEYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 _L0_FILE = re.compile(r"(average_l0_(\d+(?:\.\d+)?))/params\.npz")
@@ -78,10 +79,10 @@ def select(found: list[Candidate], percentile: float | None, target_l0: float | 
     return select_target_l0(found, target_l0)
 
 
-def read(root: str, candidate: Candidate, layer: int, taps: Taps = GEMMA_SCOPE_TAPS) -> Transcoder:
+def read(root: str, candidate: Candidate, site: Site) -> Transcoder:
     """The transcoder of `candidate`, fp32, on the CPU. Raises ModelError if it cannot be fetched or read."""
     if Path(root).is_dir():
-        return read_npz(Path(root) / candidate.path / "params.npz", layer, taps)
+        return read_npz(Path(root) / candidate.path / "params.npz", site)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -90,12 +91,12 @@ def read(root: str, candidate: Candidate, layer: int, taps: Taps = GEMMA_SCOPE_T
             path = hf_hub_download(root, f"{candidate.path}/params.npz")
     except EntryNotFoundError:
         raise ModelError(f"transcoders.source: {root} has no {candidate.path}/params.npz") from None
-    return read_npz(Path(path), layer, taps)
+    return read_npz(Path(path), site)
 
 
-def read_npz(path: Path, layer: int, taps: Taps = GEMMA_SCOPE_TAPS) -> Transcoder:
-    """Reads one params.npz as the transcoder of `layer`; pickled arrays are refused. `taps` apply to a file that has no
-    config.json naming its own.
+def read_npz(path: Path, site: Site) -> Transcoder:
+    """Reads one params.npz as the transcoder of `site`; pickled arrays are refused. The kind of site is that of the
+    config.json beside it, if there is one.
 
     Raises ModelError if the file is missing or truncated or lacks a key, or if a shape, a dtype, a value or the
     config.json beside it is wrong.
@@ -111,12 +112,12 @@ def read_npz(path: Path, layer: int, taps: Taps = GEMMA_SCOPE_TAPS) -> Transcode
             raise ModelError(f"{path}: {key} has values that are not finite")
     config = path.with_name("config.json")
     if config.is_file():
-        made_for, taps = read_config(config)
-        if made_for != layer:
-            raise ModelError(f"{path}: made for layer {made_for}, but found in the folder of layer {layer}")
+        found_in, site = site.layer, read_config(config)
+        if site.layer != found_in:
+            raise ModelError(f"{path}: made for layer {site.layer}, but found in the folder of layer {found_in}")
     tensors = {key: torch.from_numpy(array.astype(np.float32)) for key, array in arrays.items()}
     try:
-        return Transcoder(**tensors, layer=layer, taps=taps)
+        return Transcoder(**tensors, site=site)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
 
@@ -125,7 +126,7 @@ def write(transcoder: Transcoder, folder: Path, facts: dict[str, Any]) -> None:
     """Writes config.json (layer, taps and `facts`) and then params.npz to `folder`, each by rename."""
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder / "config.json", transcoder, facts)
-    b_dec = transcoder.b_dec if transcoder.b_dec is not None else torch.zeros(transcoder.d_model)
+    b_dec = transcoder.b_dec if transcoder.b_dec is not None else torch.zeros(transcoder.d_out)
     arrays = {key: b_dec if key == "b_dec" else getattr(transcoder, key) for key in KEYS}
     beside = folder / f"params.{os.getpid()}.tmp.npz"
     np.savez(beside, **{key: tensor.detach().cpu().float().numpy() for key, tensor in arrays.items()})  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""JumpReLU transcoders as objects, and the config.json with a transcoder's layer and taps.
+"""JumpReLU transcoders as objects, and the config.json that says which site a transcoder is for.
 
-In: weights. Out: feature activations and reconstructions of an MLP's output. A base transcoder has a decoder bias; a
+In: weights. Out: feature activations and reconstructions of what a site writes. A base transcoder has a decoder bias; a
 delta transcoder has none, so that a strength can scale it.
 """
 
@@ -12,35 +12,20 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from models.errors import ModelError
-
-
-class Taps(NamedTuple):
-    """Where a transcoder reads and writes, as TransformerLens hook names inside `blocks.L`."""
-
-    input: str
-    output: str
-
-
-GEMMA_SCOPE_TAPS = Taps("ln2.hook_normalized", "hook_mlp_out")
-"""Input: after RMS normalisation, before the norm's gain. Output: as added to the residual stream."""
-RESID_MID_TAPS = Taps("resid_mid/sqrt(d_model)", "hook_mlp_out")
-"""Input: the un-normalised residual divided by a constant. Gemma Scope was not trained on this; it exists so that
-checkpoints made with it can be read, and tables name it."""
-CONVENTIONS = {taps.input: taps for taps in (GEMMA_SCOPE_TAPS, RESID_MID_TAPS)}
-"""Taps by the name that settings and tables use, which is the name of the input."""
+from sites import Site, kind_of_taps
 
 
 @dataclass(frozen=True)
 class Transcoder:
     """`acts = relu(pre) * (pre > threshold)`, `pre = x @ W_enc + b_enc`, `output = acts @ W_dec + b_dec`.
 
-    W_enc (d_model, d_sae), W_dec (d_sae, d_model), b_enc and threshold (d_sae,), b_dec (d_model,) or None.
+    W_enc (d_in, d_sae), W_dec (d_sae, d_out), b_enc and threshold (d_sae,), b_dec (d_out,) or None.
     The decoder bias is not subtracted from the input. Source: Gemma Scope (arXiv 2408.05147), section 2 and
     appendix on transcoders. The last feature of a change delta has an infinite threshold: it is active at BOS, where no
     other is read, and nowhere else (`with_bos`).
@@ -51,24 +36,29 @@ class Transcoder:
     threshold: Tensor
     W_dec: Tensor
     b_dec: Tensor | None
-    layer: int
-    taps: Taps = GEMMA_SCOPE_TAPS
+    site: Site
 
     def __post_init__(self) -> None:
-        if self.W_enc.ndim != 2:
-            raise ModelError(f"W_enc has shape {tuple(self.W_enc.shape)}, expected (d_model, d_sae)")
-        d_model, d_sae = self.W_enc.shape
-        expected = {"W_dec": (d_sae, d_model), "b_enc": (d_sae,), "threshold": (d_sae,), "b_dec": (d_model,)}
+        for name, of in (("W_enc", "(d_in, d_sae)"), ("W_dec", "(d_sae, d_out)")):
+            if getattr(self, name).ndim != 2:
+                raise ModelError(f"{name} has shape {tuple(getattr(self, name).shape)}, expected {of}")
+        d_sae, d_out = self.d_sae, self.d_out
+        expected = {"W_dec": (d_sae, d_out), "b_enc": (d_sae,), "threshold": (d_sae,), "b_dec": (d_out,)}
         for name, shape in expected.items():
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ModelError(
-                    f"{name} has shape {tuple(tensor.shape)}, expected {shape} to match W_enc {(d_model, d_sae)}"
+                    f"{name} has shape {tuple(tensor.shape)}, expected {shape} to match "
+                    f"W_enc {tuple(self.W_enc.shape)} and W_dec {tuple(self.W_dec.shape)}"
                 )
 
     @property
-    def d_model(self) -> int:
+    def d_in(self) -> int:
         return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.W_dec.shape[1]
 
     @property
     def d_sae(self) -> int:
@@ -81,11 +71,11 @@ class Transcoder:
         return own.to(self.W_enc.dtype) if own.any() else None
 
     def encode(self, x: Tensor) -> Tensor:
-        """Feature activations (..., d_sae) of `x` (..., d_model)."""
+        """Feature activations (..., d_sae) of `x` (..., d_in)."""
         return jump_relu(x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc, self.threshold)
 
     def decode(self, acts: Tensor) -> Tensor:
-        """Output (..., d_model) of `acts` (..., d_sae)."""
+        """Output (..., d_out) of `acts` (..., d_sae)."""
         output = acts @ self.W_dec
         return output if self.b_dec is None else output + self.b_dec
 
@@ -103,7 +93,7 @@ class Transcoder:
 
 
 def with_bos(delta: Transcoder, direction: Tensor) -> Transcoder:
-    """`delta` and one more feature, which adds `direction` (d_model,) at BOS and is silent at every other token."""
+    """`delta` and one more feature, which adds `direction` (d_out,) at BOS and is silent at every other token."""
     return replace(
         delta,
         W_enc=torch.cat([delta.W_enc, torch.zeros_like(delta.W_enc[:, :1])], dim=1),
@@ -127,41 +117,53 @@ def jump_relu(pre: Tensor, threshold: Tensor) -> Tensor:
     return torch.relu(pre) * (pre > threshold)
 
 
-def check_fits(transcoder: Transcoder, *, d_model: int, n_layers: int, taps: Taps, origin: str) -> None:
-    """Raises ModelError if a transcoder and a model do not belong together; nothing is rescaled silently."""
-    if transcoder.d_model != d_model:
-        raise ModelError(f"{origin}: made for d_model {transcoder.d_model}, but the model has d_model {d_model}")
-    if not 0 <= transcoder.layer < n_layers:
-        raise ModelError(f"{origin}: made for layer {transcoder.layer}, but the model has layers 0 to {n_layers - 1}")
-    if transcoder.taps != taps:
+class HasSite(Protocol):
+    """A transcoder, or what takes the place of one."""
+
+    @property
+    def site(self) -> Site: ...
+
+    @property
+    def d_in(self) -> int: ...
+
+    @property
+    def d_out(self) -> int: ...
+
+
+def check_fits(transcoder: HasSite, site: Site, *, d_in: int, d_out: int, origin: str) -> None:
+    """Raises ModelError if a transcoder was not made for `site`, or has other widths; nothing is rescaled silently."""
+    made_for, (reading, *writes) = transcoder.site, site.kind.taps
+    if made_for.kind != site.kind:
         raise ModelError(
-            f"{origin}: reads {transcoder.taps.input} and replaces {transcoder.taps.output}, "
-            f"but the sweep uses {taps.input} and {taps.output}"
+            f"{origin}: reads {made_for.kind.reading} and replaces {', '.join(made_for.kind.writes)}, "
+            f"but the sweep uses {reading} and {', '.join(writes)}"
         )
-
-
-class Config(NamedTuple):
-    """What a transcoder's config.json must contain."""
-
-    layer: int
-    taps: Taps
+    if made_for != site:
+        raise ModelError(f"{origin}: made for layer {made_for.layer}, not for layer {site.layer}")
+    for side, width, wanted in (("reads", transcoder.d_in, d_in), ("writes", transcoder.d_out, d_out)):
+        if width != wanted:
+            raise ModelError(f"{origin}: {side} {width} dimensions, but {site.words} of the model {side} {wanted}")
 
 
 def write_config(path: Path, transcoder: Transcoder, facts: dict[str, Any]) -> None:
     """Writes `facts`, layer and taps as JSON, under a temporary name and then renamed to `path`."""
-    config = {**facts, "layer": transcoder.layer, "taps": list(transcoder.taps)}
+    config = {**facts, "layer": transcoder.site.layer, "taps": transcoder.site.kind.taps}
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     beside.write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
     beside.rename(path)
 
 
-def read_config(path: Path) -> Config:
-    """Layer and taps from a config.json; raises ModelError if `write_config` did not write it."""
+def read_config(path: Path) -> Site:
+    """The site of a transcoder, by the layer and taps in its config.json; raises ModelError if `write_config` did not
+    write it."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        layer, (tap_in, tap_out) = config["layer"], config["taps"]
+        layer, taps = config["layer"], config["taps"]
+        if not isinstance(layer, int) or not all(isinstance(tap, str) for tap in taps):
+            raise TypeError(f"layer {layer!r}, taps {taps!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is not a transcoder's config with layer and taps ({error!r})") from None
-    if not isinstance(layer, int) or not isinstance(tap_in, str) or not isinstance(tap_out, str):
-        raise ModelError(f"{path}: layer must be a number and taps two names, got {layer!r}, {tap_in!r}, {tap_out!r}")
-    return Config(layer, Taps(tap_in, tap_out))
+    try:
+        return Site(layer, kind_of_taps(taps))
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}") from None

@@ -5,7 +5,7 @@ Pure: no torch, no files. Every room may import it, and it imports none.
 
 from sites.addresses import Address, Ground, SetAddress
 from sites.kinds import KINDS, MLP, READINGS, Kind, kind_of_taps
-from sites.sets import NOTHING, is_set, label_order, parse_sites, sets_of, sites_label
+from sites.sets import NOTHING, is_set, label_of_keys, label_order, parse_sites, sets_of, sites_label
 from sites.site import Site, mlp_sites
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Site",
     "is_set",
     "kind_of_taps",
+    "label_of_keys",
     "label_order",
     "mlp_sites",
     "parse_sites",

@@ -68,6 +68,11 @@ def parse_sites(label: str) -> list[Site]:
     return sorted(sites)
 
 
+def label_of_keys(keys: Iterable[int | str]) -> str:
+    """The label of sites as JSON files hold them."""
+    return sites_label(Site.parse(key) for key in keys)
+
+
 def label_order(label: str) -> tuple[int, list[Site]]:
     """Sort key of a label: nothing, single sites in order, then sets by size."""
     sites = parse_sites(label)

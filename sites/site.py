@@ -29,6 +29,16 @@ class Site:
         return self._name(f"layer_{self.layer:02d}")
 
     @property
+    def key(self) -> int | str:
+        """As JSON files hold it: an MLP's layer, the label of other kinds; the reverse of `parse`."""
+        return self.layer if self.kind.name == MLP.name else self.label
+
+    @property
+    def published_folder(self) -> str:
+        """`layer_8`, as Gemma Scope and SAELens name folders."""
+        return f"layer_{self.label}"
+
+    @property
     def words(self) -> str:
         """`the MLP of layer 8`."""
         return f"{self.kind.words} of layer {self.layer}"
@@ -44,8 +54,9 @@ class Site:
         return tuple(f"blocks.{self.layer}.{hook}" for hook in self.kind.writes)
 
     @classmethod
-    def parse(cls, text: str) -> Site:
-        """The site of a label or a folder; raises ValueError for other text."""
+    def parse(cls, name: str | int) -> Site:
+        """The site of a label, a folder or a key; raises ValueError for anything else."""
+        text = str(name)
         layer, _, kind = text.removeprefix("layer_").partition(".")
         if not layer.isascii() or not layer.isdigit() or (kind or MLP.name) not in KINDS:
             raise ValueError(f"{text!r} is not the name of a site, such as 8 or layer_08")

@@ -30,15 +30,14 @@ INNER = {
     "jobs/study": {"jobs.study", "jobs.search", "jobs.tracking", "jobs.cluster", *GROUND},
     "jobs/commands": {"jobs.commands", "jobs.study", "jobs.tracking", "jobs.cluster", *GROUND},
     "evaluators/splice": {"evaluators.splice", "evaluators.conditions"},
-    "evaluators/tables": {"evaluators.tables", "evaluators.conditions", "evaluators.layer_sets"},
+    "evaluators/tables": {"evaluators.tables", "evaluators.conditions"},
     "evaluators/measures": {
         "evaluators.measures",
         "evaluators.splice",
         "evaluators.tables",
         "evaluators.conditions",
-        "evaluators.layer_sets",
     },
-    "evaluators/report": {"evaluators.report", "evaluators.tables", "evaluators.layer_sets"},
+    "evaluators/report": {"evaluators.report", "evaluators.tables"},
 }
 ONLY_IN = {
     "mlflow": {"jobs/tracking"},

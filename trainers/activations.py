@@ -1,6 +1,6 @@
 """Activation shards on disk: what a transcoder reads (`x`) and what the MLP wrote (`y`), token by token.
 
-In: (tokens, d_model) tensors. Out: bf16 safetensors shards with an `index.json`, read back memory-mapped. A shard is
+In: tensors with a row a token. Out: bf16 safetensors shards with an `index.json`, read back memory-mapped. A shard is
 written under a temporary name and renamed; the index is written last.
 """
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder
+from models.transcoder import Transcoder
+from sites import Site
 from trainers.activations import Pairs
 from trainers.clipping import clip_each
 from trainers.errors import DivergedError
@@ -62,14 +63,13 @@ def train_bases(
     validation: Pairs,
     settings: BaseSettings,
     *,
-    layer: int,
-    taps: Taps = GEMMA_SCOPE_TAPS,
+    site: Site,
     device: str = "cpu",
     report: Callable[[int, int, dict[str, Any]], None] = lambda step, steps, figures: None,
 ) -> list[TrainedBase]:
     """Trains a transcoder for each of `settings.target_l0`, all on the same batches; deterministic for a seed.
 
-    `train` and `validation` hold x and y, each (tokens, d_model). `report(step, steps, figures)` is called every
+    `train` and `validation` hold x (tokens, d_in) and y (tokens, d_out). `report(step, steps, figures)` is called every
     REPORT_EVERY steps. Each transcoder's facts: `target_l0, val_l0, val_fvu, dead_fraction, revived, tokens`. Features
     that fired on no token of an epoch are revived at its end; those that never fire on validation tokens are dead.
     In a process group, such as that of `accelerate launch`, each process computes its share of every batch, and all
@@ -79,7 +79,8 @@ def train_bases(
     generator, target_l0 = torch.Generator().manual_seed(settings.seed), settings.target_l0
     train, validation = train.near(device), validation.near(device)
     scale = output_scale(train)
-    model = StackedBases(train.shards[0][0].shape[1], len(target_l0), settings.width, generator, device)
+    d_in, d_out = (column.shape[1] for column in train.shards[0])
+    model = StackedBases(d_in, d_out, len(target_l0), settings.width, generator, device)
     optimiser = torch.optim.Adam(model.parameters, lr=settings.lr, fused=True)
     steps = train.batch_count(settings.batch_size) * settings.epochs
     step = tokens = 0
@@ -101,7 +102,9 @@ def train_bases(
             if step % REPORT_EVERY == 0 or step == steps:
                 train_fvu = losses.mean().item()
                 if not math.isfinite(train_fvu):
-                    raise DivergedError(f"the loss of layer {layer} is {train_fvu} at step {step} (lr {settings.lr:g})")
+                    raise DivergedError(
+                        f"the loss of layer {site.label} is {train_fvu} at step {step} (lr {settings.lr:g})"
+                    )
                 report(step, steps, {"train_fvu": train_fvu})
         if epoch < settings.epochs - 1:
             for index, count in enumerate(model.revive(fired, x, y, target_l0, optimiser)):
@@ -110,7 +113,7 @@ def train_bases(
     results = []
     for index, target in enumerate(target_l0):
         cut = calibrated_cut(model.W_enc[index].T, model.b_enc[index], train, target)
-        transcoder = model.transcoder(index, cut, mean, scale.deviation, layer, taps)
+        transcoder = model.transcoder(index, cut, mean, scale.deviation, site)
         figures = reconstruction_figures(transcoder, validation)
         facts = {"target_l0": target, **figures, "revived": revived[index], "tokens": tokens}
         results.append(TrainedBase(transcoder, facts))

@@ -1,6 +1,6 @@
-"""Activation capture: one pass of a model over texts, every swept layer at once, streamed to disk.
+"""Activation capture: one pass of a model over texts, every swept site at once, streamed to disk.
 
-In: a TransformerBridge, token sequences, and which columns are wanted of which layer. Out:
+In: a TransformerBridge, token sequences, and which columns are wanted of which site. Out:
 `FOLDER/layer_LL/shard_*.safetensors` with `x`, `y` or `change` of every token but BOS and padding. Memory holds one
 shard; an interrupted capture goes on from its last shard.
 """
@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.encoding import by_length, pad_left
-from models.blocks import BlockPath
-from models.bridge import device_of, hooked, read_input, tap_names
-from models.transcoder import GEMMA_SCOPE_TAPS, Taps
+from models.blocks import BlockPath, hooks_at
+from models.bridge import device_of, hooked
+from sites import Site
 from trainers import checked_files
 from trainers.activations import shard_tokens, write_index, write_shard
 
@@ -33,16 +33,11 @@ BOS_FILE = "bos.safetensors"
 
 
 class _LastTap(Exception):
-    """Ends a forward pass early: nothing above the last swept layer is needed."""
-
-
-def layer_folder(folder: Path, layer: int) -> Path:
-    """Where a capture in `folder` stores a layer."""
-    return folder / f"layer_{layer:02d}"
+    """Ends a forward pass early: nothing after the last swept site is needed."""
 
 
 class Columns(NamedTuple):
-    """What is kept of a layer beside its input x: its output y, and the change c = y - y_un(x), where `unfinetuned` is
+    """What is kept of a site beside its input x: its output y, and the change c = y - y_un(x), where `unfinetuned` is
     the un-finetuned block's own path, in fp32 (with `finetuned` the y in it is that path's, where the model itself runs
     in less than fp32)."""
 
@@ -90,54 +85,52 @@ class Plan:
 def capture(
     bridge: TransformerBridge,
     plan: Plan,
-    layers: Mapping[int, Columns],
+    sites: Mapping[Site, Columns],
     folder: Path,
     *,
-    taps: Taps = GEMMA_SCOPE_TAPS,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Captures every missing shard, then writes the indices; calls `report(shards done, shards in all)`."""
     for number in range(len(plan.shards)):
-        capture_shard(bridge, plan, number, layers, folder, taps)
+        capture_shard(bridge, plan, number, sites, folder)
         report(number + 1, len(plan.shards))
-    finish_capture(plan, layers, folder, taps)
+    finish_capture(plan, sites, folder)
 
 
 def capture_shard(
     bridge: TransformerBridge,
     plan: Plan,
     number: int,
-    layers: Mapping[int, Columns],
+    sites: Mapping[Site, Columns],
     folder: Path,
-    taps: Taps = GEMMA_SCOPE_TAPS,
 ) -> None:
-    """Writes one shard of the bf16 activations of `layers`, unless all of it exists already."""
-    if all((layer_folder(folder, layer) / _shard_name(number)).is_file() for layer in layers):
+    """Writes one shard of the bf16 activations of `sites`, unless all of it exists already."""
+    if all((folder / site.folder / _shard_name(number)).is_file() for site in sites):
         return
-    held: dict[int, list[dict[str, Tensor]]] = {layer: [] for layer in layers}
+    held: dict[Site, list[dict[str, Tensor]]] = {site: [] for site in sites}
     for batch in plan.shards[number]:
         rows = [plan.sequences[i] for i in batch]
-        for layer, columns in capture_batch(bridge, rows, layers, taps).items():
-            held[layer].append(columns)
-    for layer, parts in held.items():
+        for site, columns in capture_batch(bridge, rows, sites).items():
+            held[site].append(columns)
+    for site, parts in held.items():
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if not name.startswith("sum")}
         sums = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0] if name.startswith("sum")}
-        write_shard(layer_folder(folder, layer) / _shard_name(number), whole | sums)
+        write_shard(folder / site.folder / _shard_name(number), whole | sums)
 
 
-def finish_capture(plan: Plan, layers: Mapping[int, object], folder: Path, taps: Taps = GEMMA_SCOPE_TAPS) -> None:
-    """Marks the layers' folders as complete.
+def finish_capture(plan: Plan, sites: Mapping[Site, object], folder: Path) -> None:
+    """Marks the sites' folders as complete.
 
     Raises ValueError if a shard does not belong to this plan, as when the folder was used by a different capture.
     """
-    for layer in layers:
+    for site in sites:
         for number in range(len(plan.shards)):
-            path = layer_folder(folder, layer) / _shard_name(number)
+            path = folder / site.folder / _shard_name(number)
             if (held := shard_tokens(path)) != plan.tokens(number):
                 raise ValueError(f"{path} has {held} tokens, but the plan has {plan.tokens(number)}; delete {folder}")
     shards = [{"file": _shard_name(n), "tokens": plan.tokens(n)} for n in range(len(plan.shards))]
-    for layer in layers:
-        write_index(layer_folder(folder, layer), shards, {"layer": layer, "taps": list(taps)})
+    for site in sites:
+        write_index(folder / site.folder, shards, {"layer": site.layer, "taps": site.kind.taps})
 
 
 def _shard_name(number: int) -> str:
@@ -148,70 +141,68 @@ def _shard_name(number: int) -> str:
 def bos_changes(
     bridge: TransformerBridge,
     first: int,
-    unfinetuned: Mapping[int, BlockPath],
-    finetuned: Mapping[int, BlockPath],
-    taps: Taps = GEMMA_SCOPE_TAPS,
-) -> dict[int, Tensor]:
-    """For each layer the change at BOS, the token `first`; (d_model,) fp32 on the CPU. BOS attends to itself alone, so
+    unfinetuned: Mapping[Site, BlockPath],
+    finetuned: Mapping[Site, BlockPath],
+) -> dict[Site, Tensor]:
+    """For each site the change at BOS, the token `first`; (d_out,) fp32 on the CPU. BOS attends to itself alone, so
     it is the same in every text."""
-    found: dict[int, Tensor] = {}
+    found: dict[Site, Tensor] = {}
 
-    def reader(layer: int):
-        def read(activation: Tensor, hook: object) -> None:
-            x = read_input(taps, activation[0, 0])
-            found[layer] = (finetuned[layer](x).float() - unfinetuned[layer](x).float()).cpu()
+    def reader(site: Site) -> Callable[[Tensor], None]:
+        def read(x: Tensor) -> None:
+            found[site] = (finetuned[site](x[0, 0]).float() - unfinetuned[site](x[0, 0]).float()).cpu()
 
         return read
 
     model: Any = bridge.original_model
     bos = torch.tensor([[first]], device=device_of(bridge))
-    with hooked(bridge, [(tap_names(taps, layer)[0], reader(layer)) for layer in unfinetuned]):
+    with hooked(bridge, [hook for site in unfinetuned for hook in hooks_at(site, reader(site))]):
         model.base_model(input_ids=bos, use_cache=False)
     return found
 
 
-def write_bos(folder: Path, changes: Mapping[int, Tensor]) -> None:
+def write_bos(folder: Path, changes: Mapping[Site, Tensor]) -> None:
     """The changes at BOS of a capture, under a temporary name and then renamed."""
-    checked_files.save(folder / BOS_FILE, {str(layer): one for layer, one in changes.items()})
+    checked_files.save(folder / BOS_FILE, {site.label: one for site, one in changes.items()})
 
 
-def read_bos(folder: Path) -> dict[int, Tensor]:
-    """The change at BOS of each layer that it was captured of, (d_model,) fp32; none where the file is damaged."""
+def read_bos(folder: Path) -> dict[Site, Tensor]:
+    """The change at BOS of each site that it was captured at, (d_out,) fp32; none where the file is damaged."""
     if not checked_files.is_intact(folder / BOS_FILE):
         return {}
-    return {int(layer): one for layer, one in load_file(folder / BOS_FILE).items()}
+    return {Site.parse(label): one for label, one in load_file(folder / BOS_FILE).items()}
 
 
 @torch.inference_mode()
 def capture_batch(
-    bridge: TransformerBridge, rows: Sequences, layers: Mapping[int, Columns], taps: Taps = GEMMA_SCOPE_TAPS
-) -> dict[int, dict[str, Tensor]]:
-    """For each layer its columns, (tokens, d_model) bf16 on the CPU, row by row, without BOS and padding.
+    bridge: TransformerBridge, rows: Sequences, sites: Mapping[Site, Columns]
+) -> dict[Site, dict[str, Tensor]]:
+    """For each site its columns, (tokens, d_in or d_out) bf16 on the CPU, row by row, without BOS and padding.
 
-    Beside `change` also `sum` and `sum_of_squares`, (d_model,) fp64, of y, from which follows its variance.
+    Beside `change` also `sum` and `sum_of_squares`, (d_out,) fp64, of y, from which follows its variance.
     """
     model: Any = bridge.original_model
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     kept = batch.editable
-    inputs: dict[int, Tensor] = {}
-    found: dict[int, dict[str, Tensor]] = {}
+    last = max(sites)
+    inputs: dict[Site, Tensor] = {}
+    found: dict[Site, dict[str, Tensor]] = {}
 
-    def reader(layer: int):
-        def read(activation: Tensor, hook: object) -> None:
-            inputs[layer] = read_input(taps, activation[kept])
+    def reader(site: Site) -> Callable[[Tensor], None]:
+        def read(x: Tensor) -> None:
+            inputs[site] = x[kept]
 
         return read
 
-    def writer(layer: int):
-        def write(activation: Tensor, hook: object) -> None:
-            found[layer] = _columns(layers[layer], inputs.pop(layer), activation[kept])
-            if layer == max(layers):
+    def writer(site: Site) -> Callable[[Tensor], None]:
+        def write(y: Tensor) -> None:
+            found[site] = _columns(sites[site], inputs.pop(site), y[kept])
+            if site == last:
                 raise _LastTap
 
         return write
 
-    names = {layer: tap_names(taps, layer) for layer in layers}
-    hooks = [(name, make(layer)) for layer in layers for name, make in zip(names[layer], (reader, writer), strict=True)]
+    hooks = [hook for site in sites for hook in hooks_at(site, reader(site), writer(site))]
     try:
         with hooked(bridge, hooks):
             model.base_model(
@@ -226,7 +217,7 @@ def capture_batch(
 
 
 def _columns(wanted: Columns, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """x and y (tokens, d_model) as they are kept."""
+    """x (tokens, d_in) and y (tokens, d_out) as they are kept."""
     kept = {"x": x} | ({"y": y} if wanted.y else {})
     sums = {}
     if wanted.unfinetuned is not None:

@@ -1,6 +1,6 @@
-"""What a delta is trained and validated on: pairs of one layer, and a delta's figures on the held-out pairs.
+"""What a delta is trained and validated on: pairs of one site, and a delta's figures on the held-out pairs.
 
-In: activations of a layer. Out: what a delta is to explain there, its unit, and validation figures.
+In: activations of a site. Out: what a delta is to explain there, its unit, and validation figures.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder
+from models.transcoder import Transcoder
+from sites import Site
 from trainers.activations import Pairs, read_pairs
 from trainers.base_transcoder import output_scale
 
 
 class DeltaData(NamedTuple):
-    """What every trial of a layer and target shares.
+    """What every trial of a site and target shares.
 
     train and validation: Pairs of x and what the delta is to explain: the residual y - base(x) that a base transcoder
     leaves, or the change y - y_un(x) that finetuning made. unit: the mean square a dimension that errors are measured
     in on validation tokens: the variance of y for a residual, the mean square of the change itself for a change. alone:
     the error without a delta in that unit: the base's FVU, and 1. change_share: the change's mean square over the
-    variance of y, where it is known. layer and taps: where x and y are read.
+    variance of y, where it is known.
     """
 
     train: Pairs
     validation: Pairs
     unit: float
     alone: float
-    layer: int
+    site: Site
     target: Literal["change", "residual"] = "residual"
     change_share: float | None = None
-    taps: Taps = GEMMA_SCOPE_TAPS
 
     @property
     def error_name(self) -> str:
@@ -42,22 +42,22 @@ class DeltaData(NamedTuple):
         return "val_unexplained" if self.target == "change" else "val_fvu"
 
 
-def read_change(activations: Path, layer: int, taps: Taps) -> DeltaData:
-    """The (x, change) pairs of a layer, captured under `activations`, memory-mapped."""
-    folders = {split: activations / split / f"layer_{layer:02d}" for split in ("train", "validation")}
+def read_change(activations: Path, site: Site) -> DeltaData:
+    """The (x, change) pairs of a site, captured under `activations`, memory-mapped."""
+    folders = {split: activations / split / site.folder for split in ("train", "validation")}
     train, validation = (read_pairs(folders[split], ("x", "change")) for split in ("train", "validation"))
-    unit = change_unit(activations, layer)
+    unit = change_unit(activations, site)
     if not unit:
-        raise ValueError(f"finetuning did not change what the MLP of layer {layer} computes on the validation tokens")
+        raise ValueError(f"finetuning did not change what {site.words} computes on the validation tokens")
     totals = read_pairs(folders["validation"], ("sum", "sum_of_squares")).shards
     mean, square = (torch.stack(column).sum(0) / validation.tokens for column in zip(*totals, strict=True))
     share = unit / (square - mean.pow(2)).mean().item()
-    return DeltaData(train, validation, unit, 1.0, layer, "change", share, taps)
+    return DeltaData(train, validation, unit, 1.0, site, "change", share)
 
 
-def change_unit(activations: Path, layer: int) -> float:
-    """The mean square of a layer's change on validation tokens, the only ones that need to be there."""
-    return mean_square(read_pairs(activations / "validation" / f"layer_{layer:02d}", ("change",)))
+def change_unit(activations: Path, site: Site) -> float:
+    """The mean square of a site's change on validation tokens, the only ones that need to be there."""
+    return mean_square(read_pairs(activations / "validation" / site.folder, ("change",)))
 
 
 def mean_square(pairs: Pairs) -> float:
@@ -68,7 +68,7 @@ def mean_square(pairs: Pairs) -> float:
 
 @torch.no_grad()
 def residual_of(base: Transcoder, x: Tensor, y: Tensor, batch_size: int = 4096) -> Tensor:
-    """`y - base(x)` (tokens, d_model), fp32 on the CPU: the part of the finetuned output that the base misses."""
+    """`y - base(x)` (tokens, d_out), fp32 on the CPU: the part of the finetuned output that the base misses."""
     device = base.W_enc.device
     parts = []
     for inputs, outputs in zip(x.split(batch_size), y.split(batch_size), strict=True):
@@ -81,7 +81,7 @@ def residual_of(base: Transcoder, x: Tensor, y: Tensor, batch_size: int = 4096) 
 def fraction_unexplained(base: Transcoder, pairs: Pairs) -> float:
     """The mean square of y - base(x), of pairs (x, y), over the variance of y (FVU)."""
     error = sum(residual_of(base, x, y).pow(2).sum(dtype=torch.float64).item() for x, y in pairs.shards)
-    return error / (pairs.tokens * base.d_model * output_variance(pairs))
+    return error / (pairs.tokens * base.d_out * output_variance(pairs))
 
 
 def output_variance(pairs: Pairs) -> float:
@@ -112,7 +112,7 @@ def validate(deltas: list[Transcoder], data: DeltaData, l0_budget: float, batch_
             fired |= (acts > 0).any(0)
             cosine += torch.cosine_similarity(output, target, dim=1).sum().item()
             ratio += (left.norm(dim=1) / target.norm(dim=1).clamp(min=1e-12)).sum().item()
-        left_over.append(error / (tokens * delta.d_model * data.unit))
+        left_over.append(error / (tokens * delta.d_out * data.unit))
         l0.append(active / tokens)
         dead.append(1.0 - fired.float().mean().item())
         cosines.append(cosine / tokens)

@@ -72,7 +72,7 @@ class TrainedDelta(NamedTuple):
 
 
 def starting_sample(train: Pairs, device: str, tokens: int = 4096) -> tuple[Tensor, Tensor]:
-    """x and residual (tokens, d_model), fp32 on `device`: what the features start from, the same for every seed."""
+    """x (tokens, d_in) and residual (tokens, d_out), fp32 on `device`: what features of every seed start from."""
     x, residual = next(train.batches(min(tokens, train.tokens), torch.Generator().manual_seed(0), device=device))
     return x.to(torch.float32), residual.to(torch.float32)
 
@@ -199,7 +199,7 @@ class Stack:
 
     def validate(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The figures of the runs that go on, after a validation."""
-        deltas = self.model.transcoders(self.deviation, self.data.layer, self.data.taps)
+        deltas = self.model.transcoders(self.deviation, self.data.site)
         for number, run in enumerate(self.runs):
             if run.is_over:
                 continue
@@ -258,8 +258,7 @@ class Stack:
                     Transcoder(
                         **{name: tensors[f"best/{number}/{i}/{name}"] for name in WEIGHTS},
                         b_dec=None,
-                        layer=self.data.layer,
-                        taps=self.data.taps,
+                        site=self.data.site,
                     ).to(self.device)
                     for i in range(self.shared.replicas)
                 ]
@@ -268,7 +267,7 @@ class Stack:
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must match to belong to these runs."""
         asked = [asdict(run.settings) for run in self.runs]
-        return {"runs": asked, "layer": self.data.layer, "tokens": self.data.train.tokens}
+        return {"runs": asked, "layer": self.data.site.layer, "tokens": self.data.train.tokens}
 
 
 def _insane(figures: dict[str, Any], data: DeltaData, settings: DeltaSettings) -> DivergedError | None:

@@ -1,7 +1,7 @@
-"""Joint polish: the change deltas of all layers, trained together where each was trained alone.
+"""Joint polish: the change deltas of all sites, trained together where each was trained alone.
 
-In: a TransformerBridge of the finetuned model, the un-finetuned blocks' paths, deltas trained layer by layer, and rows.
-Out: the same deltas, moved to lower KL(finetuned || spliced) at the rows' targets. Layer by layer a delta's squared
+In: a TransformerBridge of the finetuned model, the un-finetuned blocks' paths, deltas trained site by site, and rows.
+Out: the same deltas, moved to lower KL(finetuned || spliced) at the rows' targets. Trained alone, a delta's squared
 error weighs every direction alike and knows nothing of the layers above; here what counts is what the model says.
 """
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from data.encoding import Encoded, by_length, pad_right
-from models.blocks import BlockPath, exchanged
-from models.bridge import device_of, hooked, read_input, tap_names
+from models.blocks import BlockPath, exchanged, hooks_at
+from models.bridge import Hook, device_of, hooked
 from models.transcoder import Transcoder
+from sites import Site
 from trainers import checkpoints
 from trainers.checkpoints import Keeper
 from trainers.errors import DivergedError
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec")
 VALIDATIONS = 6
 SIMILAR = 8
-"""A batch is one of so many of similar length, drawn together."""
+"""Rows are drawn this many batches at a time and sorted by length, so that a batch holds rows of similar length."""
 STEER = 0.1
 """How fast thresholds follow the number of active features: the share of the way in a step."""
 SPARSE = 1.05
@@ -54,20 +55,20 @@ class Polished(NamedTuple):
     """The deltas of the best validation, which may be the one before the first step, and its figures; `history` has
     those of every validation."""
 
-    deltas: dict[int, Transcoder]
+    deltas: dict[Site, Transcoder]
     figures: dict[str, Any]
     history: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is polished: deltas by layer, on the un-finetuned paths, in the finetuned model. `scales` by layer are the
-    root mean squares of the changes that the deltas were trained on."""
+    """What is polished: deltas by site, on the un-finetuned paths, in the finetuned model. `scales` are the root mean
+    squares of the changes that the deltas were trained on."""
 
     bridge: TransformerBridge
-    paths: Mapping[int, BlockPath]
-    deltas: Mapping[int, Transcoder]
-    scales: Mapping[int, float]
+    paths: Mapping[Site, BlockPath]
+    deltas: Mapping[Site, Transcoder]
+    scales: Mapping[Site, float]
 
 
 def polish(
@@ -79,7 +80,7 @@ def polish(
     report: Callable[[dict[str, Any]], None] = lambda figures: None,
     keeper: Keeper | None = None,
 ) -> Polished:
-    """Adam on KL(finetuned || spliced), nats a target token; thresholds are steered to each layer's own L0 on the
+    """Adam on KL(finetuned || spliced), nats a target token; thresholds are steered to each site's own L0 on the
     validation rows, and only deltas that are about as sparse as before are kept.
 
     With a `keeper`, an interrupted run goes on from its last checkpoint. Raises DivergedError if a loss is not finite.
@@ -100,27 +101,26 @@ def polish(
 
 
 class _Run:
-    """The state of a run between its steps. Weights of all layers are stacked: W_enc (layers, d_model, n), b_enc and
-    log_threshold (layers, n), W_dec (layers, n, d_model)."""
+    """The state of a run between its steps: for each site W_enc (d_in, n) and W_dec (n, d_out), in units of the site's
+    change, and for all of them stacked b_enc and log_threshold (sites, n)."""
 
     def __init__(self, subject: Subject, train: Sequence[Encoded], settings: PolishSettings) -> None:
         self.subject, self.train, self.settings = subject, train, settings
-        self.bridge, self.layers = subject.bridge, sorted(subject.deltas)
+        self.bridge, self.sites = subject.bridge, sorted(subject.deltas)
         self.device = device_of(self.bridge)
-        self.scales = torch.tensor([subject.scales[one] for one in self.layers], device=self.device).view(-1, 1, 1)
-
-        def stacked(name: str) -> Tensor:
-            return torch.stack([getattr(subject.deltas[one], name) for one in self.layers]).to(self.device)
-
-        self.log_threshold = stacked("threshold").log()
+        deltas = [subject.deltas[site].to(self.device) for site in self.sites]
+        self.scales = [subject.scales[site] for site in self.sites]
+        self.log_threshold = torch.stack([delta.threshold for delta in deltas]).log()
         self.bos = torch.isinf(self.log_threshold)
-        weights = {"W_enc": stacked("W_enc"), "b_enc": stacked("b_enc"), "W_dec": stacked("W_dec") / self.scales}
-        self.weights = {name: one.clone().requires_grad_() for name, one in weights.items()}
-        self.optimiser = torch.optim.Adam(self.weights.values(), lr=settings.lr)
+        self.W_enc = [delta.W_enc.clone().requires_grad_() for delta in deltas]
+        self.b_enc = torch.stack([delta.b_enc for delta in deltas]).requires_grad_()
+        scaled = zip(deltas, self.scales, strict=True)
+        self.W_dec = [(delta.W_dec / scale).requires_grad_() for delta, scale in scaled]
+        self.optimiser = torch.optim.Adam([*self.W_enc, self.b_enc, *self.W_dec], lr=settings.lr)
         self.at, self.started, self.before = 0, time.monotonic(), 0.0
         self.wanted_l0: Tensor | None = None
         self.history: list[dict[str, Any]] = []
-        self.best: dict[int, Transcoder] | None = None
+        self.best: dict[Site, Transcoder] | None = None
         self.best_figures: dict[str, Any] = {}
         self.last_kl = math.nan
 
@@ -139,7 +139,7 @@ class _Run:
         self.last_kl = kl / tokens
         if not math.isfinite(self.last_kl):
             raise DivergedError(f"joint polish: KL is {self.last_kl} at step {self.at} (lr {settings.lr:.2g})")
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), settings.grad_clip)
+        torch.nn.utils.clip_grad_norm_([*self.W_enc, self.b_enc, *self.W_dec], settings.grad_clip)
         self.optimiser.step()
         assert self.wanted_l0 is not None
         off = (active / self.wanted_l0.clamp(min=1e-3) - 1).clamp(-1, 1)
@@ -148,7 +148,7 @@ class _Run:
 
     def validate(self, rows: Sequence[Encoded], report: Callable[[dict[str, Any]], None]) -> None:
         """KL and L0 on the validation rows; keeps the deltas if they are the best so far."""
-        kl, tokens, active, places = 0.0, 0, torch.zeros(len(self.layers), device=self.device), 0
+        kl, tokens, active, places = 0.0, 0, torch.zeros(len(self.sites), device=self.device), 0
         for chosen in by_length([len(row.ids) for row in rows], VALIDATION_TOKENS):
             batch = [rows[row] for row in chosen]
             found = self._divergence(batch)
@@ -169,8 +169,8 @@ class _Run:
         report(figures)
 
     def _divergence(self, rows: Sequence[Encoded], backward: bool = False) -> tuple[float, int, Tensor]:
-        """KL(finetuned || spliced) summed over the rows' targets, their number, and the features active per token in
-        each layer (layers,); with `backward`, the gradient of the mean goes to the weights."""
+        """KL(finetuned || spliced) summed over the rows' targets, their number, and the features active per token at
+        each site (sites,); with `backward`, the gradient of the mean goes to the weights."""
         # Padding comes last, where no token of a text attends to it, so no mask is needed.
         batch = pad_right([row.ids for row in rows], [0] * len(rows), self.bridge.tokenizer.pad_token_id)
         batch = batch.to(self.device)
@@ -198,7 +198,7 @@ class _Run:
         active: list[Tensor] = []
         hooks = self._hooks(batch.editable, batch.bos, active)
         # The gradient reads the weights that the pass ran with, so it too is taken while they are exchanged.
-        with exchanged(self.bridge, [self.subject.paths[layer] for layer in self.layers]):
+        with exchanged(self.bridge, [self.subject.paths[site] for site in self.sites]):
             with hooked(self.bridge, hooks), torch.set_grad_enabled(backward):
                 spliced = predictions()
             kl = (finetuned.exp() * (finetuned - spliced)).sum()
@@ -206,55 +206,55 @@ class _Run:
                 (kl / len(finetuned)).backward()
         return kl.item(), len(finetuned), torch.stack(active)
 
-    def _hooks(self, editable: Tensor, bos: Tensor, active: list[Tensor]) -> list[tuple[str, Callable]]:
-        """Adds every layer's delta to what its un-finetuned block writes; counts the active features into `active`."""
+    def _hooks(self, editable: Tensor, bos: Tensor, active: list[Tensor]) -> list[Hook]:
+        """Adds every site's delta to what its un-finetuned block writes; counts the active features into `active`."""
         inputs: dict[int, Tensor] = {}
 
-        def reader(place: int, taps: Any) -> Callable:
-            def read(x: Tensor, hook: object) -> None:
-                inputs[place] = read_input(taps, x)
+        def reader(place: int) -> Callable[[Tensor], None]:
+            def read(x: Tensor) -> None:
+                inputs[place] = x
 
             return read
 
-        def writer(place: int) -> Callable:
-            def write(y: Tensor, hook: object) -> Tensor:
+        def writer(place: int) -> Callable[[Tensor], Tensor]:
+            def write(y: Tensor) -> Tensor:
                 x = inputs.pop(place)
-                pre = x @ self.weights["W_enc"][place].to(x.dtype) + self.weights["b_enc"][place]
+                pre = x @ self.W_enc[place].to(x.dtype) + self.b_enc[place]
                 on = (pre > 0) & (pre > self.log_threshold[place].exp()) & editable.unsqueeze(-1)
                 active.append(on.sum() / editable.sum())
                 acts = torch.where(bos.unsqueeze(-1), self.bos[place].to(pre.dtype), pre * on)
-                added = acts @ (self.weights["W_dec"][place] * self.scales[place]).to(acts.dtype)
+                added = acts @ (self.W_dec[place] * self.scales[place]).to(acts.dtype)
                 return (y + added).to(y.dtype)
 
             return write
 
-        found = []
-        for place, layer in enumerate(self.layers):
-            taps = self.subject.deltas[layer].taps
-            read, write = tap_names(taps, layer)
-            found += [(read, reader(place, taps)), (write, writer(place))]
-        return found
+        return [hook for place, site in enumerate(self.sites) for hook in hooks_at(site, reader(place), writer(place))]
 
     @torch.no_grad()
-    def _deltas(self) -> dict[int, Transcoder]:
-        threshold, W_dec = self.log_threshold.exp(), self.weights["W_dec"] * self.scales
-        found = {}
-        for place, layer in enumerate(self.layers):
-            made = {
-                "W_enc": self.weights["W_enc"],
-                "b_enc": self.weights["b_enc"],
-                "threshold": threshold,
-                "W_dec": W_dec,
-            }
-            own: dict[str, Any] = {name: tensor[place].detach().clone() for name, tensor in made.items()}
-            found[layer] = replace(self.subject.deltas[layer], **own)
+    def _deltas(self) -> dict[Site, Transcoder]:
+        return {
+            site: replace(
+                self.subject.deltas[site],
+                W_enc=self.W_enc[place].detach().clone(),
+                b_enc=self.b_enc[place].detach().clone(),
+                threshold=self.log_threshold[place].exp(),
+                W_dec=self.W_dec[place].detach() * self.scales[place],
+            )
+            for place, site in enumerate(self.sites)
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that a step changes, by name."""
+        found = {"b_enc": self.b_enc, "log_threshold": self.log_threshold}
+        for place, site in enumerate(self.sites):
+            found |= {f"W_enc/{site.label}": self.W_enc[place], f"W_dec/{site.label}": self.W_dec[place]}
         return found
 
     def keep(self, keeper: Keeper) -> None:
         assert self.best is not None
         assert self.wanted_l0 is not None
-        best = {f"best/{layer}/{name}": getattr(delta, name) for layer, delta in self.best.items() for name in WEIGHTS}
-        now = {**self.weights, "log_threshold": self.log_threshold, "wanted_l0": self.wanted_l0}
+        best = {f"best/{at.label}/{name}": getattr(one, name) for at, one in self.best.items() for name in WEIGHTS}
+        now = {**self._tensors(), "wanted_l0": self.wanted_l0}
         state = {"run": self._identity(), "at": self.at, "history": self.history, "best": self.best_figures}
         state |= {"seconds": self.before + time.monotonic() - self.started, "last_kl": self.last_kl}
         keeper.write({**now, **checkpoints.optimiser_tensors(self.optimiser), **best}, state)
@@ -266,19 +266,18 @@ class _Run:
             return False
         tensors, state = found
         with torch.no_grad():
-            for name, tensor in self.weights.items():
+            for name, tensor in self._tensors().items():
                 tensor.copy_(tensors[name])
-        self.log_threshold.copy_(tensors["log_threshold"])
         self.wanted_l0 = tensors["wanted_l0"].to(self.device)
         checkpoints.load_optimiser(self.optimiser, tensors)
         self.at, self.history, self.best_figures = state["at"], state["history"], state["best"]
         self.before, self.last_kl = state["seconds"], state["last_kl"]
         self.best = {}
-        for layer, delta in self.subject.deltas.items():
-            own: dict[str, Any] = {name: tensors[f"best/{layer}/{name}"] for name in WEIGHTS}
-            self.best[layer] = replace(delta, **own)
+        for site, delta in self.subject.deltas.items():
+            own: dict[str, Any] = {name: tensors[f"best/{site.label}/{name}"] for name in WEIGHTS}
+            self.best[site] = replace(delta, **own)
         return True
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must match to belong to this run."""
-        return {**asdict(self.settings), "layers": self.layers, "rows": len(self.train)}
+        return {**asdict(self.settings), "sites": [site.label for site in self.sites], "rows": len(self.train)}

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from models.transcoder import Taps, Transcoder
+from models.transcoder import Transcoder
+from sites import Site
 from trainers.processes import ALONE, Processes
 
 THRESHOLD_SAMPLE = 1 << 16
@@ -35,18 +36,18 @@ class Step(NamedTuple):
 
 
 class StackedBases:
-    """n transcoders: W_enc and W_dec (n, width, d_model), b_enc (n, width), b_dec (n, d_model).
+    """n transcoders: W_enc (n, width, d_in), W_dec (n, width, d_out), b_enc (n, width), b_dec (n, d_out).
 
     They start with unit-norm encoder directions, small random decoder rows, and zero biases, since y is standardised.
     """
 
-    def __init__(self, d_model: int, count: int, width: int, generator: torch.Generator, device: str) -> None:
-        W_enc = torch.randn(count, width, d_model, generator=generator)
-        W_dec = torch.randn(count, width, d_model, generator=generator) * (0.1 / math.sqrt(d_model))
+    def __init__(self, d_in: int, d_out: int, count: int, width: int, generator: torch.Generator, device: str) -> None:
+        W_enc = torch.randn(count, width, d_in, generator=generator)
+        W_dec = torch.randn(count, width, d_out, generator=generator) * (0.1 / math.sqrt(d_in))
         self.W_enc = (W_enc / W_enc.norm(dim=2, keepdim=True)).to(device)
         self.W_dec = W_dec.to(device)
         self.b_enc = torch.zeros(count, width, device=device)
-        self.b_dec = torch.zeros(count, d_model, device=device)
+        self.b_dec = torch.zeros(count, d_out, device=device)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -66,7 +67,7 @@ class StackedBases:
         dtype: torch.dtype,
         group: Processes = ALONE,
     ) -> Step:
-        """Sets the gradients of every transcoder's mean squared error; `x` and `y` (tokens, d_model) are fp32.
+        """Sets the gradients of every transcoder's mean squared error; `x` and `y` (tokens, d_in and d_out) are fp32.
 
         The encoder's product is computed in `dtype`, everything else in fp32. Each process of a `group` gets the whole
         batch, computes its share, and ends with the gradients of the whole.
@@ -122,7 +123,7 @@ class StackedBases:
                     optimiser.state[parameter][key][index, dead] = 0.0
         return counts
 
-    def transcoder(self, index: int, cut: float, mean: Tensor, deviation: float, layer: int, taps: Taps) -> Transcoder:
+    def transcoder(self, index: int, cut: float, mean: Tensor, deviation: float, site: Site) -> Transcoder:
         """One of them with threshold `cut`, in raw units: y = standardised y * deviation + mean."""
         return Transcoder(
             W_enc=self.W_enc[index].T.contiguous(),
@@ -130,8 +131,7 @@ class StackedBases:
             threshold=torch.full_like(self.b_enc[index], cut),
             W_dec=self.W_dec[index] * deviation,
             b_dec=self.b_dec[index] * deviation + mean,
-            layer=layer,
-            taps=taps,
+            site=site,
         )
 
 

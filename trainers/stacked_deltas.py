@@ -1,7 +1,7 @@
 """Several delta transcoders side by side in stacked tensors: initialisation, gradients, and the finished transcoders.
 
 In: a batch (x, residual). Out: the gradients of every replica's loss, in feature space:
-`|aW - r|^2 = a(WW')a' - 2a(Wr)' + |r|^2`, so that nothing of size (replicas, tokens, d_model) is created and each
+`|aW - r|^2 = a(WW')a' - 2a(Wr)' + |r|^2`, so that nothing of size (replicas, tokens, d_out) is created and each
 product reads x or the residual once for all replicas.
 """
 
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.transcoder import Taps, Transcoder
+from models.transcoder import Transcoder
+from sites import Site
 
 BANDWIDTH = 0.1
 """Width of the rectangle that stands in for the step's derivative (straight-through), in units of pre-activation."""
@@ -33,7 +34,7 @@ class Losses(NamedTuple):
     """
 
     tokens: int
-    d_model: int
+    d_out: int
     on: Tensor
     acts: Tensor
     beyond: Tensor
@@ -45,7 +46,7 @@ class Losses(NamedTuple):
     def error(self) -> Tensor:
         """(n,): the mean squared error per dimension minus that of predicting zero; adding mean(residual^2) gives the
         squared error."""
-        return self._by_replica((self.acts * (self.beyond - self.along)).sum(0)) / (self.tokens * self.d_model)
+        return self._by_replica((self.acts * (self.beyond - self.along)).sum(0)) / (self.tokens * self.d_out)
 
     @property
     def penalty(self) -> Tensor:
@@ -57,28 +58,27 @@ class Losses(NamedTuple):
 
 
 class StackedDeltas:
-    """n deltas, `times` times `replicas`: W_enc (d_model, n * d_new), b_enc and log_threshold (n * d_new,), W_dec
-    (n, d_new, d_model).
+    """n deltas, `times` times `replicas`: W_enc (d_in, n * d_new), b_enc and log_threshold (n * d_new,), W_dec
+    (n, d_new, d_out).
 
-    They start from a sample `x` and `residual` (tokens, d_model), fp32: each feature reads a random mixture, drawn with
-    `seed + replica`, of the directions from which ridge regression predicts the residual; its bias subtracts the mean
-    of what it reads, and its threshold is an upper quantile of that, so that about `l0_budget` features are active on
-    each token. The decoders start at zero.
+    They start from a sample of `x` (tokens, d_in) and `residual` (tokens, d_out), fp32: each feature reads a random
+    mixture, drawn with `seed + replica`, of the directions from which ridge regression predicts the residual; its bias
+    subtracts the mean of what it reads, and its threshold is an upper quantile of that, so that about `l0_budget`
+    features are active on each token. The decoders start at zero.
     """
 
     def __init__(
         self, x: Tensor, residual: Tensor, *, replicas: int, d_new: int, l0_budget: float, seed: int, times: int = 1
     ) -> None:
-        d_model = x.shape[1]
         generators = [torch.Generator().manual_seed(seed + index) for index in range(replicas)]
-        drawn = [torch.randn(d_model, d_new, generator=generator) for generator in generators] * times
+        drawn = [torch.randn(residual.shape[1], d_new, generator=generator) for generator in generators] * times
         self.W_enc = _predictive(x, residual, torch.cat(drawn, dim=1).to(x.device))
         pre = x @ self.W_enc
         self.b_enc = -pre.mean(0)
         below = max(1, round((1 - min(0.5, l0_budget / d_new)) * len(x)))
         self.log_threshold = (pre + self.b_enc).kthvalue(below, dim=0).values.clamp(min=1e-2).log()
         self.count, self.d_new = times * replicas, d_new
-        self.W_dec = x.new_zeros(self.count, d_new, d_model)
+        self.W_dec = x.new_zeros(self.count, d_new, residual.shape[1])
         self._none = x.new_full((self.count,), -1.0)
         """The relative error in L0 where nothing is active."""
 
@@ -105,12 +105,12 @@ class StackedDeltas:
         """Sets the gradients of every replica's `error + sparsity * penalty`, `residual` in units of `deviation`;
         `sparsity` is a number or one for each feature (n * d_new,). Without `thresholds` theirs are zero.
 
-        `x` and `residual` (tokens, d_model) are fp32 or bf16; products with them are computed in their dtype,
-        everything else in fp32. They may be a share of a batch `of_tokens`: gradients and losses then add up over its
-        shares. The threshold's gradient is the straight-through one (arXiv 2407.14435, section 3).
+        `x` (tokens, d_in) and `residual` (tokens, d_out) are fp32 or bf16; products with them are computed in their
+        dtype, everything else in fp32. They may be a share of a batch `of_tokens`: gradients and losses then add up
+        over its shares. The threshold's gradient is the straight-through one (arXiv 2407.14435, section 3).
         """
-        tokens, d_model = of_tokens or len(x), x.shape[1]
-        per_error = 2.0 / (tokens * d_model)
+        tokens, d_out = of_tokens or len(x), residual.shape[1]
+        per_error = 2.0 / (tokens * d_out)
         threshold = self.log_threshold.exp()
         pre = _product(x, _by_columns(self.W_enc, x.dtype)).add_(self.b_enc)
         on = pre > threshold
@@ -144,7 +144,7 @@ class StackedDeltas:
         self.W_enc.grad = _product(x.T, to_pre)
 
         counts = on.view(len(on), self.count, self.d_new).sum((0, 2), dtype=torch.float32)
-        return Losses(tokens, d_model, counts, acts, beyond, along, total, norms)
+        return Losses(tokens, d_out, counts, acts, beyond, along, total, norms)
 
     @torch.no_grad()
     def steer(self, on: Tensor, wanted: Tensor) -> None:
@@ -154,7 +154,7 @@ class StackedDeltas:
         self.log_threshold.view(self.count, -1).add_(error.unsqueeze(1))
 
     @torch.no_grad()
-    def transcoders(self, deviation: float, layer: int, taps: Taps) -> list[Transcoder]:
+    def transcoders(self, deviation: float, site: Site) -> list[Transcoder]:
         """The replicas as transcoders in raw units."""
         columns = [slice(index * self.d_new, (index + 1) * self.d_new) for index in range(self.count)]
         return [
@@ -164,8 +164,7 @@ class StackedDeltas:
                 threshold=self.log_threshold[chosen].exp(),
                 W_dec=self.W_dec[index] * deviation,
                 b_dec=None,
-                layer=layer,
-                taps=taps,
+                site=site,
             )
             for index, chosen in enumerate(columns)
         ]
@@ -184,13 +183,15 @@ class StackedDeltas:
 
 
 def _predictive(x: Tensor, residual: Tensor, mixtures: Tensor) -> Tensor:
-    """Unit columns `(cov(x) + ridge)^-1 cov(x, residual) mixtures`; a column that would be zero is left as drawn."""
+    """Unit columns (d_in, n): `(cov(x) + ridge)^-1 cov(x, residual) mixtures` of `mixtures` (d_out, n); a column that
+    would be zero is left as drawn, as far as it reaches."""
     apart = x - x.mean(0)
     covariance = apart.T @ apart / len(x)
     ridge = (RIDGE * covariance.diagonal().mean()).clamp(min=1e-6)
     crossed = apart.T @ ((residual - residual.mean(0)) @ mixtures) / len(x)
     found = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance), device=x.device), crossed)
-    found = torch.where(found.norm(dim=0) > 1e-12, found, mixtures)
+    drawn = torch.nn.functional.pad(mixtures, (0, 0, 0, len(found) - len(mixtures)))  # or cut, where d_in is smaller
+    found = torch.where(found.norm(dim=0) > 1e-12, found, drawn)
     return (found / found.norm(dim=0)).contiguous()  # the fused optimiser assumes its gradient's layout
 
 

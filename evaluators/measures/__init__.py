@@ -1,4 +1,4 @@
 """Measurements: what one cell of the evaluation holds.
 
-Rows and a model with its sites come in, plain numbers come out.
+Rows and a model with its patches come in, plain numbers come out.
 """

@@ -1,6 +1,6 @@
 """Behaviour cells: cross-entropy, behaviours and activations of one subset under one condition.
 
-In: a model's passes, sites, rows and the conditions asked for. Out: cell dictionaries (one a condition, strength and
+In: a model's passes, patches, rows and the conditions asked for. Out: cell dictionaries (one a condition, strength and
 subset) with one entry a row, and the generated texts.
 """
 
@@ -16,7 +16,7 @@ from data.encoding import encode_row, target_text
 from data.rows import Row
 from evaluators.measures.behaviours import AGREES, Answer, Behaviour
 from evaluators.splice.decoding import Stop, generate
-from evaluators.splice.interventions import Edit, Site
+from evaluators.splice.interventions import Edit, Patch
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes
 from evaluators.splice.reference import Reference
@@ -53,7 +53,7 @@ NOTHING_KNOWN = Known()
 
 def evaluate_behaviour(
     passes: Passes,
-    sites: Sequence[Site],
+    patches: Sequence[Patch],
     rows: Sequence[Row],
     asks: Sequence[Ask],
     *,
@@ -73,7 +73,7 @@ def evaluate_behaviour(
     first = [0, *accumulate(len(row.ids) - 1 for row in encoded[:-1])]
     stop = Stop.of(passes.bridge, limits, rows[0])
     for group in _together(asks) if passes.shortcuts.rows_for_strengths else [[ask] for ask in asks]:
-        edit = Edit(sites, group[0].condition)
+        edit = Edit(patches, group[0].condition)
         started = time.perf_counter()
         strengths = [1.0 if ask.alpha is None else ask.alpha for ask in group]
         jobs = [

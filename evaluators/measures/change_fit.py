@@ -1,6 +1,6 @@
 """How much finetuning changed each MLP, and what the deltas leave of it, on evaluation text.
 
-In: the finetuned model's passes, sites on un-finetuned paths, and rows. Out: for each site, sums over the tokens of
+In: the finetuned model's passes, patches on un-finetuned paths, and rows. Out: for each patch, sums over the tokens of
 every row, those of prompts and of targets apart.
 """
 
@@ -13,51 +13,54 @@ import torch
 
 from data.encoding import Encoded, encode_row
 from data.rows import Row
-from evaluators.splice.interventions import Site
+from evaluators.splice.interventions import Patch
 from evaluators.splice.passes import Passes, read_prefixes
 from models.blocks import BlockPath
+from sites import Site
 
 
 @torch.inference_mode()
 def evaluate_change(
     passes: Passes,
-    sites: Sequence[Site],
+    patches: Sequence[Patch],
     rows: Sequence[Row],
-    exact: tuple[Mapping[int, BlockPath], Mapping[int, BlockPath]] | None = None,
+    exact: tuple[Mapping[Site, BlockPath], Mapping[Site, BlockPath]] | None = None,
 ) -> list[list[dict[str, Any]]]:
-    """For each site one entry a row and part (`prompt`, `target`), in the order of the rows.
+    """For each patch one entry a row and part (`prompt`, `target`), in the order of the rows.
 
     `change`: sum of |c|^2 over the part's tokens after BOS, c = y - y_un(x) at the raw model's own x; `left`: sum of
     |c - delta(x)|^2; `active`: features that fire, summed over tokens; `n_tokens`. With `exact`, the paths of the
     un-finetuned and the finetuned model in fp32, c is theirs: a model in less shows mostly rounding where finetuning
-    changed little. Raises ValueError for a site whose ground is not a path, or without a delta.
+    changed little. Raises ValueError for a patch whose ground is not a path, or without a delta.
     """
-    for site in sites:
-        if site.path is None or site.delta is None:
-            raise ValueError(f"layer {site.layer}: a change is read where the ground is a path, and a delta is there")
+    for patch in patches:
+        if patch.path is None or patch.delta is None:
+            raise ValueError(
+                f"layer {patch.site.label}: a change is read where the ground is a path, and a delta is there"
+            )
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
-    found: list[dict[int, list[dict[str, Any]]]] = [{} for _ in sites]
+    found: list[dict[int, list[dict[str, Any]]]] = [{} for _ in patches]
     for start in range(0, len(order), passes.batch_size):
         chosen = order[start : start + passes.batch_size]
         batch = [encoded[i].ids for i in chosen]
-        captured = read_prefixes(passes.bridge, batch, [site.layer for site in sites], sites[0].taps)
-        for number, site in enumerate(sites):
-            for i, prefix in zip(chosen, captured[site.layer], strict=True):
+        captured = read_prefixes(passes.bridge, batch, [patch.site for patch in patches])
+        for number, patch in enumerate(patches):
+            for i, prefix in zip(chosen, captured[patch.site], strict=True):
                 x, y = prefix.x[1:], prefix.y[1:].float()
-                before = site.path
+                before = patch.path
                 if exact is not None:
-                    before, after = (paths[site.layer] for paths in exact)
+                    before, after = (paths[patch.site] for paths in exact)
                     y = after(x).float()
                 assert before is not None
-                found[number][i] = _row(site, rows[i], encoded[i], x, y - before(x).float())
+                found[number][i] = _row(patch, rows[i], encoded[i], x, y - before(x).float())
     return [[entry for i in range(len(rows)) for entry in of_site[i]] for of_site in found]
 
 
-def _row(site: Site, row: Row, encoded: Encoded, x: torch.Tensor, change: torch.Tensor) -> list[dict[str, Any]]:
-    assert site.delta is not None
-    acts = site.delta.encode(x)
-    left = change - site.delta.decode(acts)
+def _row(patch: Patch, row: Row, encoded: Encoded, x: torch.Tensor, change: torch.Tensor) -> list[dict[str, Any]]:
+    assert patch.delta is not None
+    acts = patch.delta.encode(x)
+    left = change - patch.delta.decode(acts)
     parts = {"prompt": slice(0, len(encoded.prompt) - 1), "target": slice(len(encoded.prompt) - 1, None)}
     return [
         {

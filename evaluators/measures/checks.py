@@ -1,6 +1,6 @@
 """Exactness checks that run in every sweep, on the finetuned model itself.
 
-In: a TransformerBridge, a few rows and sites. Out: named checks, passed or not, with what was seen.
+In: a TransformerBridge, a few rows and patches. Out: named checks, passed or not, with what was seen.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from transformers import DynamicCache
 
 from data.encoding import Batch, Encoded, encode_row, pad_left
 from data.rows import Row
-from evaluators.layer_sets import layer_label
 from evaluators.splice.decoding import Stop, decode
-from evaluators.splice.interventions import Edit, RowEdits, Site, spliced
+from evaluators.splice.interventions import Edit, Patch, RowEdits, spliced
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, forward
-from evaluators.splice.sites import TrueChange
+from evaluators.splice.patches import TrueChange
 from evaluators.splice.teacher_forcing import Job
 from models.blocks import BlockPath, exchanged
 from models.bridge import device_of
+from sites import Site, sites_label
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -38,13 +38,13 @@ In bf16, on a CPU, they differed by 0.014 in a tiny random Gemma-2 and by nothin
 
 
 def exactness_checks(
-    bridge: TransformerBridge, rows: Sequence[Row], sites: Sequence[Site], limits: Limits
+    bridge: TransformerBridge, rows: Sequence[Row], patches: Sequence[Patch], limits: Limits
 ) -> list[dict[str, Any]]:
     """Each check as {name, passed, detail}; logits are those of every position of `rows` in one batch."""
     encoded = [encode_row(bridge.tokenizer, row) for row in rows]
-    zeroed = [replace(site, delta=_with_zero_decoder(site)) for site in sites]
+    zeroed = [replace(patch, delta=_with_zero_decoder(patch)) for patch in patches]
 
-    def logits(condition: str, alpha: float = 1.0, where: Sequence[Site] = sites) -> Tensor:
+    def logits(condition: str, alpha: float = 1.0, where: Sequence[Patch] = patches) -> Tensor:
         return _logits(bridge, [row.ids for row in encoded], Edit(where, condition), alpha)
 
     raw = logits("raw")
@@ -52,7 +52,7 @@ def exactness_checks(
     full = logits("full")
     stop = Stop.of(bridge, limits, rows[0])
     prompts = [Job(Encoded(row.prompt, [])) for row in encoded]
-    edit = Edit(sites, "full")
+    edit = Edit(patches, "full")
     cached = decode(Passes(bridge, len(prompts)), edit, prompts, [[] for _ in prompts], stop)
     # One pass over prompt and output without a cache chooses, at each place, what uncached decoding would; in bf16 also
     # another token that is as good but for rounding.
@@ -60,7 +60,7 @@ def exactness_checks(
     written = [[*row.prompt, *output] for row, output in zip(encoded, cached, strict=True)]
     plain = _logits(bridge, written, edit, 1.0).split([len(one) for one in written])
     same = sum(_behind(one, output) <= within for one, output in zip(plain, cached, strict=True))
-    where = layer_label(site.layer for site in sites)
+    where = sites_label(patch.site for patch in patches)
     compare = [
         ("alpha = 0 gives the logits of no_delta", lambda: logits("alpha", 0.0), no_delta),
         ("alpha = 1 gives the logits of full", lambda: logits("alpha", 1.0), full),
@@ -90,28 +90,25 @@ def exactness_checks(
 def change_checks(
     bridge: TransformerBridge,
     rows: Sequence[Row],
-    sites: Sequence[Site],
-    unfinetuned: Mapping[int, BlockPath],
-    finetuned: Mapping[int, BlockPath],
+    patches: Sequence[Patch],
+    unfinetuned: Mapping[Site, BlockPath],
+    finetuned: Mapping[Site, BlockPath],
 ) -> list[dict[str, Any]]:
     """That the ground is the un-finetuned MLPs, and that a delta stands where the change does: with alpha 0 the logits
     are those of the swapped model, and with the true change in a delta's place they are raw's, within rounding. The
-    paths are copies of their own: those of the sites hold the model's weights while it runs with theirs."""
+    paths are copies of their own: those of the patches hold the model's weights while it runs with theirs."""
     sequences = [encode_row(bridge.tokenizer, row).ids for row in rows]
-    layers = [site.layer for site in sites]
-    true: list[Site] = [
-        replace(site, delta=TrueChange(unfinetuned[site.layer], finetuned[site.layer]))  # type: ignore[arg-type]
-        for site in sites
-    ]
+    sites = [patch.site for patch in patches]
+    true = [replace(patch, delta=TrueChange(unfinetuned[patch.site], finetuned[patch.site])) for patch in patches]
     raw = _logits(bridge, sequences, Edit(), 1.0)
     found = []
-    where = layer_label(layers)
+    where = sites_label(sites)
     within = _rounding(bridge, raw)
     for way, cached in (("in one pass", False), ("token by token with a cache", True)):
-        with exchanged(bridge, [unfinetuned[layer] for layer in layers]):
+        with exchanged(bridge, [unfinetuned[site] for site in sites]):
             swapped = _logits(bridge, sequences, Edit(), 1.0, cached=cached)
         name = f"alpha = 0 gives the logits of the model with un-finetuned MLPs, {way} (layer {where})"
-        make = partial(_logits, bridge, sequences, Edit(sites, "alpha"), 0.0, cached=cached)
+        make = partial(_logits, bridge, sequences, Edit(patches, "alpha"), 0.0, cached=cached)
         found.append(_compare(name, make, swapped))
         name = f"the true change in a delta's place gives raw's logits, {way} (layer {where})"
         make = partial(_logits, bridge, sequences, Edit(true, "full"), 1.0, bos=True, cached=cached)
@@ -136,9 +133,8 @@ def _behind(logits: Tensor, output: Sequence[int]) -> float:
     return (before.max(dim=1, keepdim=True).values - chosen).max().item() if output else 0.0
 
 
-def _with_zero_decoder(site: Site) -> Any:
-    assert site.delta is not None
-    return replace(site.delta, W_dec=torch.zeros_like(site.delta.W_dec))
+def _with_zero_decoder(patch: Patch) -> Any:
+    return replace(patch.transcoder, W_dec=torch.zeros_like(patch.transcoder.W_dec))
 
 
 def _compare(name: str, make: Callable[[], Tensor], other: Tensor, within: float = 0.0) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """How few features carry the change: all features of all layers in order of effect, and the first k of them alone.
 
-In: a model's passes, sites, rows to rank on and rows to measure on. Out: each feature's estimated effect, and figures
+In: a model's passes, patches, rows to rank on and rows to measure on. Out: each feature's estimated effect, and figures
 of each prompt for each k. The estimate is a gradient times an activation, averaged over strengths on the way from the
 un-finetuned MLPs to the full deltas (integrated gradients, arXiv 1703.01365): at full strength alone the loss is so
 low that its gradient says little.
@@ -18,31 +18,32 @@ from torch.nn import functional
 
 from data.encoding import encode_row, pad_left
 from data.rows import Row
-from evaluators.splice.interventions import Edit, Ranks, RowEdits, Site, spliced
+from evaluators.splice.interventions import Edit, Patch, Ranks, RowEdits, spliced
 from evaluators.splice.passes import Passes, project, resume
 from evaluators.splice.reference import Reference
 from evaluators.splice.teacher_forcing import Job, score
 from models.bridge import device_of
+from sites import Site
 
 STRENGTHS = (0.25, 0.75)
 """Midpoints of equal steps from alpha 0 to 1."""
 
 
 class Ranked(NamedTuple):
-    """A feature of a layer, and by how many nats a target token it lowers the cross-entropy, to first order."""
+    """A feature of a site, and by how many nats a target token it lowers the cross-entropy, to first order."""
 
-    layer: int
+    site: Site
     feature: int
     effect: float
 
 
-def rank_features(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) -> list[Ranked]:
-    """Every feature of every site, the one that lowers the cross-entropy of the rows' targets most first."""
+def rank_features(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) -> list[Ranked]:
+    """Every feature of every patch, the one that lowers the cross-entropy of the rows' targets most first."""
     bridge = passes.bridge
     encoded = sorted((encode_row(bridge.tokenizer, row) for row in rows), key=lambda one: len(one.ids))
     device = device_of(bridge)
-    effects = {site.layer: torch.zeros(_delta(site).d_sae) for site in sites}
-    edit = Edit(sites, "alpha")
+    effects = {patch.site: torch.zeros(patch.transcoder.d_sae) for patch in patches}
+    edit = Edit(patches, "alpha")
     for start in range(0, len(encoded), passes.batch_size):
         chosen = encoded[start : start + passes.batch_size]
         batch = pad_left([row.ids for row in chosen], bridge.tokenizer.pad_token_id).to(device)
@@ -54,7 +55,8 @@ def rank_features(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) ->
                 strengths = torch.full((len(chosen),), alpha, device=device)
                 splice.reset(batch.editable, strengths, RowEdits(bos=batch.bos))
                 splice.gates = {
-                    site.layer: torch.ones(_delta(site).d_sae, device=device, requires_grad=True) for site in sites
+                    patch.site: torch.ones(patch.transcoder.d_sae, device=device, requires_grad=True)
+                    for patch in patches
                 }
                 last = resume(bridge, batch)
                 loss, done = last.new_zeros(()), 0
@@ -64,16 +66,16 @@ def rank_features(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) ->
                     loss = loss + functional.cross_entropy(logits, ends, reduction="sum")
                     done += len(logits)
                 gradients = torch.autograd.grad(loss, list(splice.gates.values()))
-            for layer, gradient in zip(splice.gates, gradients, strict=True):
+            for site, gradient in zip(splice.gates, gradients, strict=True):
                 # A gate moves the output alpha times as much as the strength does.
-                effects[layer] -= gradient.cpu() / (alpha * len(STRENGTHS))
+                effects[site] -= gradient.cpu() / (alpha * len(STRENGTHS))
     tokens = sum(len(row.target) for row in encoded)
     ranked = [
-        Ranked(layer, feature, effect / tokens)
-        for layer, of_layer in effects.items()
-        for feature, effect in enumerate(of_layer.tolist())
+        Ranked(site, feature, effect / tokens)
+        for site, of_site in effects.items()
+        for feature, effect in enumerate(of_site.tolist())
     ]
-    return sorted(ranked, key=lambda one: (-one.effect, one.layer, one.feature))
+    return sorted(ranked, key=lambda one: (-one.effect, one.site, one.feature))
 
 
 def counts(total: int) -> list[int]:
@@ -85,11 +87,11 @@ def counts(total: int) -> list[int]:
 
 
 def evaluate_curve(
-    passes: Passes, sites: Sequence[Site], rows: Sequence[Row], ranked: Sequence[Ranked], reference: Reference
+    passes: Passes, patches: Sequence[Patch], rows: Sequence[Row], ranked: Sequence[Ranked], reference: Reference
 ) -> dict[int, list[dict[str, Any]]]:
     """By k, with only the first k features on: one entry a row with `nll`, `kl` and `n_tokens`."""
-    places = {(one.layer, one.feature): place for place, one in enumerate(ranked)}
-    marked = [replace(site, ranks=_ranks(site, places)) for site in sites]
+    places = {(one.site, one.feature): place for place, one in enumerate(ranked)}
+    marked = [replace(patch, ranks=_ranks(patch, places)) for patch in patches]
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
     kept = counts(len(ranked))
     jobs = [Job(row, kept=Ranks(0, count)) for count in kept for row in encoded]
@@ -104,12 +106,6 @@ def evaluate_curve(
     }
 
 
-def _ranks(site: Site, places: dict[tuple[int, int], int]) -> Tensor:
-    delta = _delta(site)
-    return torch.tensor([places[site.layer, feature] for feature in range(delta.d_sae)], device=delta.W_enc.device)
-
-
-def _delta(site: Site) -> Any:
-    if site.delta is None:
-        raise ValueError(f"layer {site.layer} has no delta whose features could be ranked")
-    return site.delta
+def _ranks(patch: Patch, places: dict[tuple[Site, int], int]) -> Tensor:
+    delta = patch.transcoder
+    return torch.tensor([places[patch.site, feature] for feature in range(delta.d_sae)], device=delta.W_enc.device)

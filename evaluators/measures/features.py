@@ -1,6 +1,6 @@
 """What delta features read and write: how often they fire, where, how strongly, and which tokens they move.
 
-In: a model's passes, sites, rows, and features by layer and number. Out: plain values, one entry a feature.
+In: a model's passes, patches, rows, and features by site and number. Out: plain values, one entry a feature.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch.nn import functional
 from data.encoding import encode_row, pad_left
 from data.rows import Row
 from evaluators.measures.single_features import Feature, activations
-from evaluators.splice.interventions import Site
+from evaluators.splice.interventions import Patch
 from evaluators.splice.passes import Passes, project, read_prefixes, resume
 from models.bridge import device_of
+from sites import Site
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -32,39 +33,39 @@ STEP = 0.01
 
 
 class _Text(NamedTuple):
-    """A row as it is run, with the activations of some layers' deltas, (tokens, d_new) by layer, BOS included."""
+    """A row as it is run, with the activations of some sites' deltas, (tokens, d_new), BOS included."""
 
     row: Row
     ids: list[int]
-    acts: Mapping[int, Tensor]
+    acts: Mapping[Site, Tensor]
 
 
 @torch.inference_mode()
-def firing_rates(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) -> dict[int, dict[str, list[float]]]:
-    """By layer and subset, the share of tokens after BOS on which each feature fires in the finetuned model's stream;
+def firing_rates(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) -> dict[Site, dict[str, list[float]]]:
+    """By site and subset, the share of tokens after BOS on which each feature fires in the finetuned model's stream;
     of a feature at BOS, the share of texts."""
-    fired: dict[int, dict[str, Tensor]] = {site.layer: {} for site in sites}
+    fired: dict[Site, dict[str, Tensor]] = {patch.site: {} for patch in patches}
     tokens: dict[str, int] = {}
     texts: dict[str, int] = {}
-    for text in _texts(passes, sites, rows):
+    for text in _texts(passes, patches, rows):
         subset = text.row.label
         tokens[subset] = tokens.get(subset, 0) + len(text.ids) - 1
         texts[subset] = texts.get(subset, 0) + 1
-        for layer, acts in text.acts.items():
-            fired[layer][subset] = fired[layer].get(subset, 0) + (acts > 0).sum(0).cpu()
-    at_bos = {site.layer: _at_bos(site) for site in sites}
+        for site, acts in text.acts.items():
+            fired[site][subset] = fired[site].get(subset, 0) + (acts > 0).sum(0).cpu()
+    at_bos = {patch.site: _at_bos(patch) for patch in patches}
     return {
-        layer: {
-            subset: (of_layer[subset] / torch.where(at_bos[layer], texts[subset], tokens[subset])).tolist()
+        site: {
+            subset: (of_site[subset] / torch.where(at_bos[site], texts[subset], tokens[subset])).tolist()
             for subset in dict.fromkeys(row.label for row in rows)
         }
-        for layer, of_layer in fired.items()
+        for site, of_site in fired.items()
     }
 
 
 @torch.inference_mode()
 def read_features(
-    passes: Passes, sites: Sequence[Site], rows: Sequence[Row], features: Sequence[Feature]
+    passes: Passes, patches: Sequence[Patch], rows: Sequence[Row], features: Sequence[Feature]
 ) -> dict[Feature, dict[str, Any]]:
     """By feature: `at_bos`, whether it is active at BOS alone; `contexts`, where it fires most strongly, at most one a
     text; `histogram` of its activations; `promoted` and `suppressed`, the tokens that its decoder row moves most
@@ -74,50 +75,49 @@ def read_features(
     and `peak`, the strongest one's place. The histogram counts tokens in equal bars from 0 to `top`. Activations are
     those in the finetuned model's own stream.
     """
-    layers = {layer for layer, _ in features}
-    chosen = [site for site in sites if site.layer in layers]
+    sites = {site for site, _ in features}
+    chosen = [patch for patch in patches if patch.site in sites]
     texts = list(_texts(passes, chosen, rows))
-    moved = _moved_tokens(passes.bridge, {site.layer: site for site in chosen}, texts, features)
-    at_bos = {site.layer: _at_bos(site) for site in chosen}
+    moved = _moved_tokens(passes.bridge, {patch.site: patch for patch in chosen}, texts, features)
+    at_bos = {patch.site: _at_bos(patch) for patch in chosen}
     tokenizer: Any = passes.bridge.tokenizer
     return {
-        (layer, feature): {
-            "at_bos": bool(at_bos[layer][feature]),
-            "contexts": _contexts(tokenizer, texts, layer, feature),
-            "histogram": _histogram(texts, layer, feature),
-            **moved[layer, feature],
+        (site, feature): {
+            "at_bos": bool(at_bos[site][feature]),
+            "contexts": _contexts(tokenizer, texts, site, feature),
+            "histogram": _histogram(texts, site, feature),
+            **moved[site, feature],
         }
-        for layer, feature in features
+        for site, feature in features
     }
 
 
-def _texts(passes: Passes, sites: Sequence[Site], rows: Sequence[Row]) -> Iterator[_Text]:
+def _texts(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) -> Iterator[_Text]:
     encoded = [encode_row(passes.bridge.tokenizer, row).ids for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i]))
     for start in range(0, len(order), passes.batch_size):
         batch = order[start : start + passes.batch_size]
-        found = read_prefixes(passes.bridge, [encoded[i] for i in batch], [site.layer for site in sites], sites[0].taps)
+        found = read_prefixes(passes.bridge, [encoded[i] for i in batch], [patch.site for patch in patches])
         for place, i in enumerate(batch):
-            acts = {site.layer: activations(site, found[site.layer][place].x) for site in sites}
+            acts = {patch.site: activations(patch, found[patch.site][place].x) for patch in patches}
             yield _Text(rows[i], encoded[i], acts)
 
 
-def _at_bos(site: Site) -> Tensor:
-    assert site.delta is not None
-    own = None if site.path is None else site.delta.at_bos
-    return torch.zeros(site.delta.d_sae, dtype=torch.bool) if own is None else own.cpu() > 0
+def _at_bos(patch: Patch) -> Tensor:
+    own = None if patch.path is None else patch.transcoder.at_bos
+    return torch.zeros(patch.transcoder.d_sae, dtype=torch.bool) if own is None else own.cpu() > 0
 
 
-def _contexts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[_Text], layer: int, feature: int) -> list[dict]:
+def _contexts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[_Text], site: Site, feature: int) -> list[dict]:
     found = []
     for number, text in enumerate(texts):
-        strength = float(text.acts[layer][:, feature].max())
+        strength = float(text.acts[site][:, feature].max())
         if strength > 0:
             found.append((-strength, text.row.label, number))
     shown = []
     for _, _, number in sorted(found)[:CONTEXTS]:
         text = texts[number]
-        acts: list[float] = text.acts[layer][:, feature].tolist()
+        acts: list[float] = text.acts[site][:, feature].tolist()
         middle = max(range(len(acts)), key=acts.__getitem__)
         around = slice(max(0, middle - WINDOW), middle + WINDOW + 1)
         pieces, strengths = pieces_of(tokenizer, text.ids[around], acts[around])
@@ -146,8 +146,8 @@ def pieces_of(
     return pieces, strengths
 
 
-def _histogram(texts: Sequence[_Text], layer: int, feature: int) -> dict[str, Any]:
-    acts = torch.cat([text.acts[layer][:, feature] for text in texts]).float().cpu()
+def _histogram(texts: Sequence[_Text], site: Site, feature: int) -> dict[str, Any]:
+    acts = torch.cat([text.acts[site][:, feature] for text in texts]).float().cpu()
     active = acts[acts > 0]
     if not len(active):
         return {"top": 0.0, "counts": []}
@@ -156,7 +156,7 @@ def _histogram(texts: Sequence[_Text], layer: int, feature: int) -> dict[str, An
 
 
 def _moved_tokens(
-    bridge: TransformerBridge, sites: Mapping[int, Site], texts: Sequence[_Text], features: Sequence[Feature]
+    bridge: TransformerBridge, patches: Mapping[Site, Patch], texts: Sequence[_Text], features: Sequence[Feature]
 ) -> dict[Feature, dict[str, list[str]]]:
     """For each feature the tokens whose logits a small step along its decoder row raises and lowers most.
 
@@ -167,7 +167,7 @@ def _moved_tokens(
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     at = resume(bridge, batch)[:, -1].float().mean(0)
     dtype = next(iter(bridge.original_model.parameters())).dtype  # type: ignore[operator]
-    directions = torch.stack([_decoder_row(sites[layer], feature) for layer, feature in features]).to(at)
+    directions = torch.stack([patches[site].transcoder.W_dec[feature].float() for site, feature in features]).to(at)
     steps = functional.normalize(directions, dim=1) * at.norm() * STEP
     found = {}
     done = 0
@@ -180,8 +180,3 @@ def _moved_tokens(
             found[features[done]] = {"promoted": names[0], "suppressed": names[1]}
             done += 1
     return found
-
-
-def _decoder_row(site: Site, feature: int) -> Tensor:
-    assert site.delta is not None
-    return site.delta.W_dec[feature].float()

@@ -1,11 +1,11 @@
 """One prompt under every condition: cross-entropy, next tokens, and which features are active where.
 
-In: a TransformerBridge, a row, maybe without a target, and sites. Out: plain values, ready for a terminal or JSON.
+In: a TransformerBridge, a row, maybe without a target, and patches. Out: plain values, ready for a terminal or JSON.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +15,14 @@ from torch.nn import functional
 from data.encoding import Encoded, encode_prompt, encode_row, pad_left
 from data.rows import Row
 from evaluators.splice.decoding import Stop, decode
-from evaluators.splice.interventions import Edit, RowEdits, Site, spliced
+from evaluators.splice.interventions import Edit, Patch, RowEdits, spliced
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, forward
 from evaluators.splice.teacher_forcing import Job
-from models.bridge import device_of, hooked, read_input, tap_names
-from models.transcoder import Taps, Transcoder
+from models.blocks import hooks_at
+from models.bridge import device_of, hooked
+from models.transcoder import Transcoder
+from sites import Site
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 def probe(
     bridge: TransformerBridge,
     row: Row,
-    sites: Sequence[Site],
+    patches: Sequence[Patch],
     alphas: Sequence[float],
     *,
     top: int,
@@ -38,7 +40,7 @@ def probe(
 ) -> dict[str, Any]:
     """`conditions`: for raw, no_delta, full and each further alpha its `ce` (nats a target token; without a target, of
     raw's own greedy output), `delta_ce`, the `top` next tokens with their probabilities, and the greedy `output`.
-    `features`: for each site and token the `top` active base and delta features, strongest first, in the raw run."""
+    `features`: for each patch and token the `top` active base and delta features, strongest first, in the raw run."""
     passes, stop = Passes(bridge), Stop.of(bridge, limits, row)
     prompt = encode_prompt(bridge.tokenizer, row)
     start = [Job(Encoded(prompt, []))]
@@ -51,7 +53,7 @@ def probe(
     asks += [(f"alpha {alpha:g}", "alpha", alpha) for alpha in alphas]
     conditions: list[dict[str, Any]] = []
     for name, condition, alpha in asks:
-        edit = Edit(sites, condition)
+        edit = Edit(patches, condition)
         logits = _logits(bridge, encoded, edit, alpha)
         ce = functional.cross_entropy(logits[:-1], torch.tensor(encoded.target, device=logits.device)).item()
         chances = logits[0].softmax(-1).topk(min(top, logits.shape[-1]))
@@ -71,7 +73,7 @@ def probe(
     return {
         "target": stop.text(encoded.target),
         "conditions": conditions,
-        "features": _features(bridge, encoded, sites, top),
+        "features": _features(bridge, encoded, patches, top),
     }
 
 
@@ -84,28 +86,30 @@ def _logits(bridge: TransformerBridge, encoded: Encoded, edit: Edit, alpha: floa
         return forward(bridge, batch, len(encoded.target) + 1)[0]
 
 
-def _features(bridge: TransformerBridge, encoded: Encoded, sites: Sequence[Site], top: int) -> list[dict[str, Any]]:
+def _features(bridge: TransformerBridge, encoded: Encoded, patches: Sequence[Patch], top: int) -> list[dict[str, Any]]:
     batch = pad_left([encoded.ids], bridge.tokenizer.pad_token_id).to(device_of(bridge))
-    seen: dict[int, Tensor] = {}
+    seen: dict[Site, Tensor] = {}
 
-    def reader(layer: int, taps: Taps):
-        def read(x: Tensor, hook: object) -> None:
-            seen[layer] = read_input(taps, x[0].float())
+    def reader(site: Site) -> Callable[[Tensor], None]:
+        def read(x: Tensor) -> None:
+            seen[site] = x[0].float()
 
         return read
 
-    with hooked(bridge, [(tap_names(one.taps, one.layer)[0], reader(one.layer, one.taps)) for one in sites]):
+    with hooked(bridge, [hook for patch in patches for hook in hooks_at(patch.site, reader(patch.site))]):
         forward(bridge, batch, 1)
     tokens = [bridge.tokenizer.decode([index]) for index in encoded.ids]
     found = []
-    for site in sites:
-        x = seen[site.layer][1:]  # BOS is never read
-        base, delta = ([[], *(_strongest(one, x, top) if one else [[] for _ in x])] for one in (site.base, site.delta))
-        if site.delta is not None and site.delta.at_bos is not None:  # but a delta may have a feature there
-            active = site.delta.at_bos.nonzero()[:, 0].tolist()
-            delta[0] = [{"feature": one, "strength": site.delta.at_bos[one].item()} for one in active]
+    for patch in patches:
+        x = seen[patch.site][1:]  # BOS is never read
+        transcoders = (patch.base, patch.transcoder if patch.delta is not None else None)
+        base, delta = ([[], *(_strongest(one, x, top) if one else [[] for _ in x])] for one in transcoders)
+        at_bos = None if patch.delta is None else patch.delta.at_bos
+        if at_bos is not None:  # but a delta may have a feature there
+            active = at_bos.nonzero()[:, 0].tolist()
+            delta[0] = [{"feature": feature, "strength": at_bos[feature].item()} for feature in active]
         found += [
-            {"layer": site.layer, "position": place, "token": token, "base": base[place], "delta": delta[place]}
+            {"layer": patch.site.layer, "position": place, "token": token, "base": base[place], "delta": delta[place]}
             for place, token in enumerate(tokens)
             if place > 0 or delta[0]
         ]

@@ -1,7 +1,7 @@
 """Reconstruction: how well base and base + delta stand in for a layer's MLP on evaluation text.
 
-In: the finetuned model's passes, the sites of one layer, and rows. Out: one reconstruction cell for each
-site.
+In: the finetuned model's passes, the patches of one layer, and rows. Out: one reconstruction cell for each
+patch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from data.encoding import encode_row
 from data.rows import Row
-from evaluators.splice.interventions import Edit, Site
+from evaluators.splice.interventions import Edit, Patch
 from evaluators.splice.passes import Passes
 from evaluators.splice.teacher_forcing import Job, score
-from models.bridge import read_input
 from models.transcoder import Transcoder
 
 TOKENS = 4096
@@ -35,51 +34,52 @@ def text_cross_entropy(passes: Passes, edit: Edit, rows: Sequence[Row]) -> tuple
 
 
 @torch.inference_mode()
-def site_activations(passes: Passes, site: Site, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """(tokens, d_model) what the site's transcoders read, and its MLP's output, in the raw model; without BOS."""
-    prefixes = passes.with_prefixes(site.layer, site.taps)
+def site_activations(passes: Passes, patch: Patch, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """x (tokens, d_in), what the patch's transcoders read, and y (tokens, d_out) in the raw model; without BOS."""
+    prefixes = passes.with_prefixes(patch.site)
     encoded = [encode_row(passes.bridge.tokenizer, row).ids for row in rows]
-    found = prefixes.get(site.layer, encoded)
+    found = prefixes.get(patch.site, encoded)
     x, y = (torch.cat([prefix[column][1:] for prefix in found]) for column in (0, 1))
-    return read_input(site.taps, x), y
+    return x, y
 
 
 @torch.inference_mode()
 def evaluate_reconstruction(
-    passes: Passes, sites: Sequence[Site], rows: Sequence[Row], ce_raw: float
+    passes: Passes, patches: Sequence[Patch], rows: Sequence[Row], ce_raw: float
 ) -> Iterator[dict[str, Any]]:
-    """The figures of every site, in their order; all are of one layer.
+    """The figures of every patch, in their order; all are of one site.
 
-    `ce_recovered` is 1 - (ce - ce_raw) / (ce_zero - ce_raw), with the layer's MLP output zeroed as reference, and None
-    where zeroing it changes nothing. Raises ValueError where the sites do not share their layer, or lack a delta.
+    `ce_recovered` is 1 - (ce - ce_raw) / (ce_zero - ce_raw), with the site's output zeroed as reference, and None
+    where zeroing it changes nothing. Raises ValueError where the patches do not share their site, or lack a delta.
     """
     started = time.perf_counter()
-    layer = sites[0].layer
-    if any(site.layer != layer for site in sites):
-        raise ValueError(f"reconstruction: the sites must be of one layer, got {[site.layer for site in sites]}")
-    if any(site.base is None for site in sites):
+    site = patches[0].site
+    if any(patch.site != site for patch in patches):
+        labels = ", ".join(patch.site.label for patch in patches)
+        raise ValueError(f"reconstruction: the patches must be of one layer, got {labels}")
+    if any(patch.base is None for patch in patches):
         raise ValueError("reconstruction: the ground must be a base transcoder; a path leaves no error of its own")
-    passes = replace(passes, prefixes=passes.with_prefixes(layer, sites[0].taps))
+    passes = replace(passes, prefixes=passes.with_prefixes(site))
 
-    def cross_entropy(site: Site, condition: str) -> float:
-        return text_cross_entropy(passes, Edit((site,), condition), rows)[0]
+    def cross_entropy(patch: Patch, condition: str) -> float:
+        return text_cross_entropy(passes, Edit((patch,), condition), rows)[0]
 
-    x, y = site_activations(passes, sites[0], rows)
+    x, y = site_activations(passes, patches[0], rows)
     variance = (y.float() - y.float().mean(0)).pow(2).sum().item()
-    ce_zero = cross_entropy(sites[0], "zero_ablation")
+    ce_zero = cross_entropy(patches[0], "zero_ablation")
     bases: list[tuple[Transcoder, dict[str, Any]]] = []
-    for site in sites:
-        assert site.base is not None
-        shared = next((figures for base, figures in bases if torch.equal(base.W_dec, site.base.W_dec)), None)
+    for patch in patches:
+        assert patch.base is not None
+        shared = next((figures for base, figures in bases if torch.equal(base.W_dec, patch.base.W_dec)), None)
         if shared is None:
-            ce_base = cross_entropy(site, "no_delta")
+            ce_base = cross_entropy(patch, "no_delta")
             shared = {"ce_base": ce_base, "dce_base": ce_base - ce_raw}
             shared["ce_recovered_base"] = _recovered(ce_base, ce_raw, ce_zero)
-            bases.append((site.base, shared))
-        ce_full = cross_entropy(site, "full")
+            bases.append((patch.base, shared))
+        ce_full = cross_entropy(patch, "full")
         yield {
             **shared,
-            **_fit(site, x, y, variance),
+            **_fit(patch, x, y, variance),
             "n_tokens": len(x),
             "ce_raw": ce_raw,
             "ce_zero": ce_zero,
@@ -91,16 +91,16 @@ def evaluate_reconstruction(
         started = time.perf_counter()
 
 
-def _fit(site: Site, x: Tensor, y: Tensor, variance: float) -> dict[str, float]:
+def _fit(patch: Patch, x: Tensor, y: Tensor, variance: float) -> dict[str, float]:
     """Means over tokens of how close base and base + delta come to `y`, and of how many features are active."""
-    assert site.base is not None and site.delta is not None  # noqa: PT018
+    assert patch.base is not None and patch.delta is not None  # noqa: PT018
     sums: dict[str, float] = {}
     for inputs, outputs in zip(x.split(TOKENS), y.float().split(TOKENS), strict=True):
-        base_acts, delta_acts = site.base.encode(inputs), site.delta.encode(inputs)
-        base = site.base.decode(base_acts)
+        base_acts, delta_acts = patch.base.encode(inputs), patch.delta.encode(inputs)
+        base = patch.base.decode(base_acts)
         length = outputs.norm(dim=1).clamp(min=1e-12)
         parts = {"l0_base": (base_acts > 0).sum(1), "l0_delta": (delta_acts > 0).sum(1)}
-        for name, made in (("base", base), ("full", base + site.delta.decode(delta_acts))):
+        for name, made in (("base", base), ("full", base + patch.delta.decode(delta_acts))):
             error = made - outputs
             parts[f"mean_cos_{name}"] = torch.cosine_similarity(made, outputs, dim=1)
             parts[f"mean_l2_{name}"] = error.norm(dim=1) / length

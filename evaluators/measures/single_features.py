@@ -1,7 +1,7 @@
 """What one feature does alone: all deltas without it, and it on the ground without the others.
 
-In: a model's passes, sites, rows, and features by layer and number. Out: by feature, one entry a prompt and way. An
-edit is added to the residual stream, so what leaves the feature's own layer follows from one shared pass: the stream
+In: a model's passes, patches, rows, and features by site and number. Out: by feature, one entry a prompt and way. An
+edit is added to the residual stream, so what leaves the feature's own block follows from one shared pass: the stream
 there, less (or plus) its activation times its decoder row. Only the layers above run for each feature, and only texts
 on which it fires; where such a pass proves that the output stays, nothing is decoded.
 """
@@ -22,11 +22,12 @@ from data.rows import Row
 from evaluators.measures.behaviours import Answer, Behaviour
 from evaluators.splice.batching import in_slices
 from evaluators.splice.decoding import Stop, generate
-from evaluators.splice.interventions import Edit, Ranks, RowEdits, Site, spliced
+from evaluators.splice.interventions import Edit, Patch, Ranks, RowEdits, spliced
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, project, read_prefixes, resume
 from evaluators.splice.teacher_forcing import Job, Scored, score
-from models.bridge import device_of, read_input
+from models.bridge import device_of
+from sites import Site
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 WAYS = {"ablated": "full", "alone": "no_delta"}
 """Each way to look at a feature, and the condition that it is held against."""
 
-Feature = tuple[int, int]
-"""A layer, and a row of its delta's decoder."""
+Feature = tuple[Site, int]
+"""A site, and a row of its delta's decoder."""
 Guesses = Mapping[str, Sequence[Sequence[int]]]
 """By condition, what the outputs of the rows may be, in the order of the rows."""
 
@@ -67,7 +68,7 @@ class _Whole(NamedTuple):
 
 
 class _Stream(NamedTuple):
-    """A text at a feature's layer: the delta's activations (tokens, d_new), and what leaves the block, (tokens,
+    """A text at a feature's site: the delta's activations (tokens, d_new), and what leaves the block, (tokens,
     d_model)."""
 
     acts: Tensor
@@ -83,7 +84,7 @@ class _Run(NamedTuple):
 
 def single_features(
     passes: Passes,
-    sites: Sequence[Site],
+    patches: Sequence[Patch],
     rows: Sequence[Row],
     features: Sequence[Feature],
     *,
@@ -94,18 +95,18 @@ def single_features(
     """By feature, for each of `WAYS` one entry a row: `nll` and `n_tokens` of the target, `behaviours` of the output,
     and `nll_whole` and `behaviours_whole` under the condition that the way is held against.
 
-    Raises ValueError for a feature that no site has.
+    Raises ValueError for a feature that no patch has.
     """
-    deltas = {site.layer: site.delta for site in sites if site.delta is not None}
-    for layer, number in features:
-        if layer not in deltas or not 0 <= number < deltas[layer].d_sae:
-            raise ValueError(f"no delta has a feature {number} in layer {layer}")
+    widths = {patch.site: patch.transcoder.d_sae for patch in patches if patch.delta is not None}
+    for site, number in features:
+        if not 0 <= number < widths.get(site, 0):
+            raise ValueError(f"no delta has a feature {number} in layer {site.label}")
     judge = Judge(Stop.of(passes.bridge, limits, rows[0]), behaviours)
     found: dict[Feature, dict[str, list[dict[str, Any]]]] = {feature: {} for feature in features}
     for way, condition in WAYS.items():
-        wholes = _wholes(passes, Edit(sites, condition), rows, judge.stop, (guesses or {}).get(condition, ()))
-        runs = _runs(passes, sites, condition, wholes, features)
-        outputs = _outputs(passes, sites, way, wholes, runs, judge.stop)
+        wholes = _wholes(passes, Edit(patches, condition), rows, judge.stop, (guesses or {}).get(condition, ()))
+        runs = _runs(passes, patches, condition, wholes, features)
+        outputs = _outputs(passes, patches, way, wholes, runs, judge.stop)
         for feature in features:
             found[feature][way] = [
                 {
@@ -133,7 +134,7 @@ def _wholes(
 
 @torch.inference_mode()
 def _runs(
-    passes: Passes, sites: Sequence[Site], condition: str, wholes: Sequence[_Whole], features: Sequence[Feature]
+    passes: Passes, patches: Sequence[Patch], condition: str, wholes: Sequence[_Whole], features: Sequence[Feature]
 ) -> dict[tuple[Feature, int, int], _Run]:
     """By feature, row and number of the row's text; none where the feature does not fire on the text."""
     texts = [(place, number, text) for place, whole in enumerate(wholes) for number, text in enumerate(whole.texts)]
@@ -141,17 +142,17 @@ def _runs(
     found: dict[tuple[Feature, int, int], _Run] = {}
 
     def of_texts(chosen: Sequence[tuple[int, int, Encoded]]) -> None:
-        streams = _streams(passes.bridge, Edit(sites, condition), [text for *_, text in chosen], features)
-        for layer in dict.fromkeys(layer for layer, _ in features):
+        streams = _streams(passes.bridge, Edit(patches, condition), [text for *_, text in chosen], features)
+        for site in dict.fromkeys(site for site, _ in features):
             pairs = [  # text by text, so that a batch has texts of one length
                 (feature, place)
-                for place, stream in enumerate(streams[layer])
+                for place, stream in enumerate(streams[site])
                 for feature in features
-                if feature[0] == layer and stream.acts[:, feature[1]].any()
+                if feature[0] == site and stream.acts[:, feature[1]].any()
             ]
 
-            def of_pairs(some: Sequence[tuple[Feature, int]], layer: int = layer) -> None:
-                runs = _above(passes.bridge, sites, condition, layer, some, streams[layer], [one[2] for one in chosen])
+            def of_pairs(some: Sequence[tuple[Feature, int]], site: Site = site) -> None:
+                runs = _above(passes.bridge, patches, condition, site, some, streams[site], [one[2] for one in chosen])
                 found.update(
                     ((feature, *chosen[place][:2]), run) for (feature, place), run in zip(some, runs, strict=True)
                 )
@@ -164,55 +165,51 @@ def _runs(
 
 def _streams(
     bridge: TransformerBridge, edit: Edit, texts: Sequence[Encoded], features: Sequence[Feature]
-) -> dict[int, list[_Stream]]:
-    """By layer of the features, each text under the condition."""
-    layers = sorted({layer for layer, _ in features})
+) -> dict[Site, list[_Stream]]:
+    """By site of the features, each text under the condition."""
+    sites = sorted({site for site, _ in features})
     rows = [text.ids for text in texts]
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     with spliced(bridge, edit) as splice:
         splice.reset(batch.editable, torch.ones(len(rows), device=batch.ids.device), RowEdits(bos=batch.bos))
-        prefixes = read_prefixes(bridge, rows, layers, edit.sites[0].taps)
-    by_layer = {site.layer: site for site in edit.sites}
-    return {
-        layer: [_Stream(activations(by_layer[layer], one.x), one.output) for one in prefixes[layer]] for layer in layers
-    }
+        prefixes = read_prefixes(bridge, rows, sites)
+    by_site = {patch.site: patch for patch in edit.patches}
+    return {site: [_Stream(activations(by_site[site], one.x), one.output) for one in prefixes[site]] for site in sites}
 
 
-def activations(site: Site, x: Tensor) -> Tensor:
-    """(tokens, d_new) of a site's delta on a text, BOS included, from what its input tap holds, (tokens, d_model)."""
-    assert site.delta is not None
-    acts = site.delta.encode(read_input(site.taps, x))
-    at_bos = None if site.path is None else site.delta.at_bos
+def activations(patch: Patch, x: Tensor) -> Tensor:
+    """(tokens, d_new) of a patch's delta on a text, BOS included, from x (tokens, d_in)."""
+    acts = patch.transcoder.encode(x)
+    at_bos = None if patch.path is None else patch.transcoder.at_bos
     acts[0] = 0.0 if at_bos is None else at_bos
     return acts
 
 
 def _above(
     bridge: TransformerBridge,
-    sites: Sequence[Site],
+    patches: Sequence[Patch],
     condition: str,
-    layer: int,
+    site: Site,
     pairs: Sequence[tuple[Feature, int]],
     streams: Sequence[_Stream],
     texts: Sequence[Encoded],
 ) -> list[_Run]:
-    """A run for each pair of a feature of `layer` and a text, from what leaves the layer."""
-    (delta,) = (site.delta for site in sites if site.layer == layer)
-    assert delta is not None
+    """A run for each pair of a feature of `site` and a text, from what leaves its block."""
+    (W_dec,) = (patch.transcoder.W_dec for patch in patches if patch.site == site)
     sign = -1.0 if condition == "full" else 1.0
     rows = [texts[place] for _, place in pairs]
     batch = pad_left([row.ids for row in rows], bridge.tokenizer.pad_token_id).to(device_of(bridge))
     length = batch.ids.shape[1]
-    residual = streams[0].output.new_zeros(len(rows), length, delta.d_model)
+    residual = streams[0].output.new_zeros(len(rows), length, streams[0].output.shape[1])
     for line, ((_, feature), place) in enumerate(pairs):
         acts, output = streams[place]
-        moved = output.float() + sign * acts[:, feature, None].float() * delta.W_dec[feature].float()
+        moved = output.float() + sign * acts[:, feature, None].float() * W_dec[feature].float()
         residual[line, length - len(output) :] = moved.to(output.dtype)
-    above = [site for site in sites if site.layer > layer]
+    above = [patch for patch in patches if patch.site > site]
     with spliced(bridge, Edit(above, condition)) if above else nullcontext() as splice:
         if splice is not None:
             splice.reset(batch.editable, torch.ones(len(rows), device=batch.ids.device), RowEdits(bos=batch.bos))
-        last = resume(bridge, batch, layer, residual)
+        last = resume(bridge, batch, site.layer, residual)
         return list(_answers(bridge, last, batch.ids, [len(row.target) for row in rows]))
 
 
@@ -236,7 +233,7 @@ def _answers(bridge: TransformerBridge, last: Tensor, ids: Tensor, counts: Seque
 
 def _outputs(
     passes: Passes,
-    sites: Sequence[Site],
+    patches: Sequence[Patch],
     way: str,
     wholes: Sequence[_Whole],
     runs: Mapping[tuple[Feature, int, int], _Run],
@@ -250,12 +247,12 @@ def _outputs(
             changed.append((feature, place, run))
     if not changed:
         return {}
-    ranked = [replace(site, ranks=_numbers(site, sites)) for site in sites]
+    ranked = [replace(patch, ranks=_numbers(patch, patches)) for patch in patches]
     jobs, scored = [], []
-    for (layer, number), place, run in changed:
-        (site,) = (one for one in ranked if one.layer == layer)
-        assert site.ranks is not None
-        rank = int(site.ranks[number])
+    for (site, number), place, run in changed:
+        (patch,) = (one for one in ranked if one.site == site)
+        assert patch.ranks is not None
+        rank = int(patch.ranks[number])
         whole, kept = wholes[place], Ranks(rank, rank + 1, outside=way == "ablated")
         jobs.append(Job(whole.texts[-1], kept=kept))
         scored.append(whole.scored._replace(argmax=run.argmax, guessed=[]))  # what decoding starts from
@@ -263,8 +260,7 @@ def _outputs(
     return {(feature, place): output for (feature, place, _), output in zip(changed, outputs, strict=True)}
 
 
-def _numbers(site: Site, sites: Sequence[Site]) -> Tensor:
-    """Ranks that only tell features apart: the place of each in a row of all sites' features."""
-    first = sum(one.delta.d_sae for one in sites if one.layer < site.layer and one.delta is not None)
-    assert site.delta is not None
-    return torch.arange(first, first + site.delta.d_sae, device=site.delta.W_dec.device)
+def _numbers(patch: Patch, patches: Sequence[Patch]) -> Tensor:
+    """Ranks that only tell features apart: the place of each in a row of all patches' features."""
+    first = sum(one.transcoder.d_sae for one in patches if one.site < patch.site)
+    return torch.arange(first, first + patch.transcoder.d_sae, device=patch.transcoder.W_dec.device)

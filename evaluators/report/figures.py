@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from evaluators.layer_sets import NO_LAYER, is_set, layer_order, layers_in
 from evaluators.tables.pooling import rates_in
+from sites import NOTHING, is_set, label_order, parse_sites
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -35,7 +35,7 @@ HEATMAP_TITLES = {
 
 def short_layer(label: str) -> str:
     """Axis text of a layer label: long sets are counted, not listed."""
-    count = len(layers_in(label))
+    count = len(parse_sites(label))
     return label if len(label) <= 8 else f"{count}\nlayers"
 
 
@@ -79,7 +79,7 @@ def behaviour_by_layer(conditions: pd.DataFrame, subset: str) -> Figure:
     table = conditions[conditions["subset"] == subset]
     rates = [rate for rate in rates_in(table) if table[rate].notna().any()]
     figure, grid = panels(len(rates))
-    raw = table[table["layer"] == NO_LAYER]
+    raw = table[table["layer"] == NOTHING]
     for axes, rate in zip(grid, rates, strict=True):
         _by_layer(axes, _spliced(table), rate)
         if len(raw):
@@ -195,7 +195,7 @@ def finish(figure: Figure, legend_of: Axes, note: str) -> Figure:
 
 
 def _spliced(table: pd.DataFrame) -> pd.DataFrame:
-    return table[table["layer"] != NO_LAYER]
+    return table[table["layer"] != NOTHING]
 
 
 def _count(table: pd.DataFrame) -> str:
@@ -217,7 +217,7 @@ def _series_names(table: pd.DataFrame, series: str) -> pd.Series:
 
 def _by_layer(axes: Axes, table: pd.DataFrame, column: str, *, series: str = "condition") -> None:
     """Points with whiskers at each layer, series side by side, single layers joined by a line."""
-    places = {layer: place for place, layer in enumerate(sorted(table["layer"].unique(), key=layer_order))}
+    places = {layer: place for place, layer in enumerate(sorted(table["layer"].unique(), key=label_order))}
     names = _series_names(table, series)
     groups = [(name, table[names == name].dropna(subset=[column])) for name in names.unique()]
     for number, (name, rows) in enumerate(groups):

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from evaluators.layer_sets import NO_LAYER, is_set
 from evaluators.tables.pooling import rates_in
 from evaluators.tables.statistics import Estimate
+from sites import NOTHING, is_set
 
 NATS = "nats per token"
 
@@ -71,7 +71,7 @@ def difference_sentence(value: Estimate, unit: str) -> str:
 def raw_findings(conditions: pd.DataFrame) -> Findings:
     """What the finetuned model does with nothing spliced, one sentence per subset."""
     sentences = []
-    for _, row in conditions[conditions["layer"] == NO_LAYER].iterrows():
+    for _, row in conditions[conditions["layer"] == NOTHING].iterrows():
         rates = [
             f"{rate} {number(row[rate])} ({_ends(estimate(row, rate))})"
             for rate in rates_in(conditions)

@@ -9,10 +9,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluators.layer_sets import layers_in
 from evaluators.report.figures import MUTED, band, finish, look, panels, plain, whiskers
 from evaluators.tables.pooling import RATE, rates_in
 from evaluators.tables.recovery import ENOUGH
+from sites import parse_sites
 
 SERIES = {"alpha": "sparse delta", "scaled_weights": "scaled weights (dense)"}
 
@@ -140,13 +140,13 @@ def where_it_is(deltas: pd.DataFrame, gaps: pd.DataFrame, recovered: pd.DataFram
 def _sets(axes: Axes, rows: pd.DataFrame, column: str) -> None:
     """A line over the layers of each set but that of all, one colour a subset, side by side within the set."""
     subsets = list(rows["subset"].unique())
-    most = max(len(layers_in(label)) for label in rows["layer"])
-    several = rows[rows["layer"].map(lambda label: len(layers_in(label)) < most)]
+    most = max(len(parse_sites(label)) for label in rows["layer"])
+    several = rows[rows["layer"].map(lambda label: len(parse_sites(label)) < most)]
     shown = several if len(several) else rows
     for number, subset in enumerate(subsets):
         colour, marker = look(number)
         for place, (_, row) in enumerate(shown[shown["subset"] == subset].iterrows()):
-            layers = layers_in(row["layer"])
+            layers = [site.layer for site in parse_sites(row["layer"])]
             ends: Sequence[float] = (min(layers) - 0.4, max(layers) + 0.4)
             axes.plot(ends, [row[column]] * 2, color=colour, linewidth=2, solid_capstyle="butt", alpha=0.7)
             at = ends[0] + (ends[1] - ends[0]) * (number + 1) / (len(subsets) + 1)

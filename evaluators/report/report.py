@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
-from evaluators.layer_sets import NO_LAYER
 from evaluators.report import lora_sections, sections, training_sections
 from evaluators.report.feature_page import PAGE, feature_page, most_effective
 from evaluators.report.findings import number, with_interval
@@ -19,6 +18,7 @@ from evaluators.report.knob_section import headline_rows, knob_section
 from evaluators.report.page import Block, Gallery, Link, Picture, Section, render
 from evaluators.tables import tables
 from evaluators.tables.pooling import Cell, rates_in
+from sites import NOTHING
 
 Rows: TypeAlias = pd.DataFrame | Sequence[dict[str, Any]]
 
@@ -130,7 +130,7 @@ def _glance(conditions: pd.DataFrame) -> list[dict[str, str]]:
         which = {name: "-" if pd.isna(row[name]) else f"{row[name]:g}" for name in several}
         names = {"layer": row["layer"], "condition": row["condition"], **which}
         line = rows.setdefault(tuple(names.values()), names | dict.fromkeys(subsets, "-"))
-        if row["layer"] == NO_LAYER:
+        if row["layer"] == NOTHING:
             rates = [f"{rate} {number(row[rate])}" for rate in rates_in(conditions) if not pd.isna(row[rate])]
             line[row["subset"]] = ", ".join(rates)
         else:

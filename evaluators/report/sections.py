@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 
 from data.rows import slug
-from evaluators.layer_sets import NO_LAYER, is_set, layer_label, layer_order
 from evaluators.report import figures, findings
 from evaluators.report.page import Block, Gallery, Section, Sentences, Table, picture, table_block
 from evaluators.tables.pooling import condition_order, rates_in
 from evaluators.tables.tables import RECONSTRUCTION_COLUMNS, SUMMARY_METRICS, Results
+from sites import NOTHING, is_set, label_of_keys, label_order, parse_sites, sites_label
 
 GENERATIONS_SHOWN = 3  # raw examples a subset, and changed examples a subset
 TEXT_SHOWN = 240  # characters of a text in the samples
@@ -90,7 +90,7 @@ def findings_section(results: Results, glance: Sequence[dict[str, str]], *, seed
 
 
 def _by_layer(conditions: pd.DataFrame, seed: int) -> list[Block]:
-    spliced = conditions[conditions["layer"] != NO_LAYER]
+    spliced = conditions[conditions["layer"] != NOTHING]
     several = spliced["layer"].map(is_set).astype(bool)
     help = "Points above 0 predict the target worse than raw; a bar that crosses 0 is compatible with no difference."
     return [
@@ -138,7 +138,7 @@ def conditions_section(results: Results, *, seed: int) -> Section | None:
     table = results.conditions
     if table.empty:
         return None
-    spliced = table[table["layer"] != NO_LAYER]
+    spliced = table[table["layer"] != NOTHING]
     blocks: list[Block] = []
     for subset in spliced["subset"].unique():
         help = "The dotted line is raw on the same prompts; the table below gives each paired difference from it."
@@ -169,7 +169,7 @@ def dose_section(results: Results, *, seed: int) -> Section | None:
     blocks: list[Block] = []
     help = "A knob is a line that moves with alpha beyond its band; alpha 0 is the base alone, 1 the delta as trained."
     several = [name for name in ("percentile", "d_new") if table[name].nunique() > 1]
-    for layer in sorted(table["layer"].unique(), key=layer_order):
+    for layer in sorted(table["layer"].unique(), key=label_order):
         groups = table[table["layer"] == layer].groupby(["percentile", "d_new"], dropna=False)
         for values, rows in groups:
             which = [
@@ -178,7 +178,7 @@ def dose_section(results: Results, *, seed: int) -> Section | None:
                 if name in several
             ]
             title = ", ".join([f"Layer {layer}", *which])
-            label = layer if is_set(layer) else f"{int(layer):02d}"
+            label = layer if is_set(layer) else sites_label(parse_sites(layer), digits=2)
             name = "_".join(["dose_response_layer", label, *(text.replace(" ", "_") for text in which)])
             blocks.append(picture(name, figures.dose_response(rows, seed=seed), title, help))
     columns = {"layer": "layer", "percentile": "percentile", "d_new": "d_new", "subset": "subset", "metric": "metric"}
@@ -202,14 +202,14 @@ def generations_section(generations: Sequence[dict[str, Any]]) -> Section | None
         return None
     subsets = list(dict.fromkeys(row["subset"] for row in generations))
     rows = sorted(
-        ({**row, "layer": layer_label(row["layers"])} for row in generations),
+        ({**row, "layer": label_of_keys(row["layers"])} for row in generations),
         key=lambda row: (
             *(subsets.index(row["subset"]), row["index"]),
-            *(condition_order(row["condition"]), layer_order(row["layer"]), row["alpha"] or 0.0),
+            *(condition_order(row["condition"]), label_order(row["layer"]), row["alpha"] or 0.0),
         ),
     )
     raw = {(row["subset"], row["index"]): row["generation"] for row in rows if row["condition"] == "raw"}
-    spliced = [row for row in rows if row["layer"] != NO_LAYER and (row["subset"], row["index"]) in raw]
+    spliced = [row for row in rows if row["layer"] != NOTHING and (row["subset"], row["index"]) in raw]
     changed = [row for row in spliced if row["generation"] != raw[row["subset"], row["index"]]]
     help = (
         f"{len(changed)} of {len(spliced)} texts written under a splice differ from the finetuned model's (raw) for "

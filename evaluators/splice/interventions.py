@@ -1,6 +1,6 @@
-"""Interventions: the hooks that replace a layer's MLP output.
+"""Interventions: the hooks that replace what sites write.
 
-In: a TransformerBridge and an `Edit`: sites (layer, ground, delta) and a condition's name. Out: a context in which
+In: a TransformerBridge and an `Edit`: patches (site, ground, delta) and a condition's name. Out: a context in which
 every forward pass of the model is edited, prompt and generated tokens alike; never on padding, and on BOS only by a
 delta's feature for it.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from evaluators.conditions import CONDITIONS, Condition
 from evaluators.splice.passes import Prefix
-from evaluators.splice.sites import Site
-from models.blocks import exchanged
-from models.bridge import hook_names, hooked, read_input, tap_names
-from models.errors import ModelError
+from evaluators.splice.patches import Patch
+from models.blocks import check_hooks, exchanged, hooks_at, widths
+from models.bridge import Hook, hooked
 from models.transcoder import check_fits
+from sites import Site
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -29,15 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Edit:
-    """What is spliced in: the sites, and the condition that says how they replace their MLPs; `raw` edits nothing,
-    whatever the sites."""
+    """What is spliced in: the patches, and the condition that says how they replace what their sites write; `raw`
+    edits nothing, whatever the patches."""
 
-    sites: Sequence[Site] = ()
+    patches: Sequence[Patch] = ()
     condition: str = "raw"
 
 
 class Outputs(NamedTuple):
-    """What a site makes of some tokens: outputs of ground and delta (tokens, d_model), sums of |activation| (tokens,),
+    """What a patch makes of some tokens: outputs of ground and delta (tokens, d_out), sums of |activation| (tokens,),
     and the delta's activations (tokens, d_new)."""
 
     ground: Tensor
@@ -65,7 +66,7 @@ EVERY = Ranks(0, 0, outside=True)
 class RowEdits(NamedTuple):
     """What differs between the rows of a batch beside their strength.
 
-    `numbers` (batch, chunk): the tokens' numbers in the text, for sites with a pool (0 where not given). `kept`
+    `numbers` (batch, chunk): the tokens' numbers in the text, for patches with a pool (0 where not given). `kept`
     (batch, 3): the `Ranks` that are on in each row. `bos` (batch, chunk): True at BOS, for deltas with a feature there.
     """
 
@@ -82,16 +83,16 @@ class Splice:
 
     Before each forward pass the caller says with `reset` which tokens are replaced and how strong each row's delta is.
     With `record`, `base_acts` and `delta_acts` (batch,) are then the sums of |activation| over those tokens and all
-    sites. `gates` by layer (d_new,) multiply the activations of a delta's features: what a gradient is taken of.
+    sites. `gates` by site (d_new,) multiply the activations of a delta's features: what a gradient is taken of.
     """
 
-    def __init__(self, sites: Sequence[Site], condition: Condition, record: bool) -> None:
-        self.sites, self.condition, self.record = sorted(sites, key=lambda site: site.layer), condition, record
-        self.gates: dict[int, Tensor] = {}
-        # A base transcoder has no business at BOS; an un-finetuned path is there already.
-        on_paths = condition.uses_delta and all(site.path is not None for site in sites)
-        self._at_bos = on_paths and any(_at_bos(site) is not None for site in sites)
-        self._inputs: dict[int, Tensor] = {}
+    def __init__(self, patches: Sequence[Patch], condition: Condition, record: bool) -> None:
+        self.patches, self.condition, self.record = sorted(patches, key=attrgetter("site")), condition, record
+        self.gates: dict[Site, Tensor] = {}
+        # Base transcoders are not applied at BOS; the un-finetuned path needs no edit there.
+        on_paths = condition.uses_delta and all(patch.path is not None for patch in patches)
+        self._at_bos = on_paths and any(patch.delta is not None and patch.delta.at_bos is not None for patch in patches)
+        self._inputs: dict[Site, Tensor] = {}
 
     def reset(self, editable: Tensor, alpha: Tensor, rows: RowEdits = NO_ROW_EDITS) -> None:
         """Prepares for a forward pass over a chunk: `editable` (batch, chunk) is True where a token is replaced,
@@ -109,18 +110,17 @@ class Splice:
         self.delta_acts = torch.zeros(len(editable), device=editable.device)
 
     def start(self, prefixes: Sequence[Prefix], rows: Sequence[int], length: int) -> Tensor:
-        """The residual streams (batch, length, d_model), left-padded, that leave the first site's layer.
+        """The residual streams (batch, length, d_model), left-padded, that leave the first patch's block.
 
-        Row i of the batch that `reset` was told is the text of `prefixes[rows[i]]`: its site is evaluated once a text,
+        Row i of the batch that `reset` was told is the text of `prefixes[rows[i]]`: its patch is evaluated once a text,
         whatever the number of strengths.
         """
-        site, device = self.sites[0], self._alpha.device
+        patch, device = self.patches[0], self._alpha.device
         lengths = [len(prefix.x) for prefix in prefixes]
         x, y = (torch.cat([prefix[column] for prefix in prefixes]) for column in (0, 1))
-        x = read_input(site.taps, x)
         streams = [prefix.output for prefix in prefixes]
-        if site.path is not None and self.condition.uses_ground:
-            ground = site.path(x)
+        if patch.path is not None and self.condition.uses_ground:
+            ground = patch.path(x)
             # The block adds the MLP's output to the stream, so that an edit is the difference of two outputs.
             moved = torch.cat(streams).float() + (ground.float() - y.float())
             streams, y = list(moved.to(y.dtype).split(lengths)), ground
@@ -133,83 +133,78 @@ class Splice:
         x, y = x[chosen.to(device)], y[chosen.to(device)]
         numbers = torch.arange(len(x)).split([count - first for count in lengths])
         tokens = torch.cat([numbers[row] for row in rows]).to(device)
-        outputs = self._of_row(site, self._outputs(site, x, y, places == 0).take(tokens))
+        outputs = self._of_row(patch, self._outputs(patch, x, y, places == 0).take(tokens))
         y = y[tokens]
         change = self._replaced(y, outputs) - y.float()
         residual[self._where] = (residual[self._where].float() + change).to(residual.dtype)
         return residual
 
-    def hooks(self, sites: Sequence[Site]) -> list[tuple[str, Callable]]:
-        """(hook name, function) pairs that make the edit at `sites`; none where exchanged weights are all of it."""
-        pairs: list[tuple[str, Callable]] = []
-        for site in sites:
+    def hooks(self, patches: Sequence[Patch]) -> list[Hook]:
+        """What makes the edit at `patches`; nothing where exchanged weights are all of it."""
+        hooks: list[Hook] = []
+        for patch in patches:
             if self.condition.model in ("swapped", "scaled"):
                 continue  # the caller has put other weights in place: nothing is left to edit
-            if site.path is not None and self.condition.uses_ground and not self.condition.uses_delta:
+            if patch.path is not None and self.condition.uses_ground and not self.condition.uses_delta:
                 continue
-            read, write = tap_names(site.taps, site.layer)
-            pairs += [(read, self._reader(site)), (write, self._writer(site))]
-        return pairs
+            hooks += hooks_at(patch.site, self._reader(patch), self._writer(patch))
+        return hooks
 
-    def _reader(self, site: Site) -> Callable:
-        def read(x: Tensor, hook: object) -> None:
-            self._inputs[site.layer] = read_input(site.taps, x)
+    def _reader(self, patch: Patch) -> Callable[[Tensor], None]:
+        def read(x: Tensor) -> None:
+            self._inputs[patch.site] = x
 
         return read
 
-    def _writer(self, site: Site) -> Callable:
-        def write(y: Tensor, hook: object) -> Tensor:
-            x, here = self._inputs.pop(site.layer)[self._where], y[self._where]
-            outputs = self._of_row(site, self._outputs(site, x, here, self._bos))
+    def _writer(self, patch: Patch) -> Callable[[Tensor], Tensor]:
+        def write(y: Tensor) -> Tensor:
+            x, here = self._inputs.pop(patch.site)[self._where], y[self._where]
+            outputs = self._of_row(patch, self._outputs(patch, x, here, self._bos))
             edited = y.clone()
             edited[self._where] = self._replaced(here, outputs).to(y.dtype)
             return edited
 
         return write
 
-    def _outputs(self, site: Site, x: Tensor, y: Tensor, bos: Tensor) -> Outputs:
-        """At tokens (tokens, d_model), of which `bos` (tokens,) are BOS; where the ground is a path, `y` is its output
-        already."""
-        if site.base is None:
+    def _outputs(self, patch: Patch, x: Tensor, y: Tensor, bos: Tensor) -> Outputs:
+        """Of x (tokens, d_in) and y (tokens, d_out), of which `bos` (tokens,) are BOS; where the ground is a path, `y`
+        is its output already."""
+        if patch.base is None:
             ground, ground_acts = y.float(), y.new_zeros(len(y), dtype=torch.float32)
         else:
-            acts = site.base.encode(x)
-            ground, ground_acts = site.base.decode(acts), acts.abs().sum(1)
-        if site.delta is None or not self.condition.uses_delta:
+            acts = patch.base.encode(x)
+            ground, ground_acts = patch.base.decode(acts), acts.abs().sum(1)
+        if patch.delta is None or not self.condition.uses_delta:
             nothing = torch.zeros_like(ground)
             return Outputs(ground, nothing, ground_acts, nothing[:, 0], nothing[:, :0])
-        delta_acts = site.delta.encode(x)
+        delta_acts = patch.delta.encode(x)
         if self._with_bos:
-            own = _at_bos(site)
+            own = patch.delta.at_bos
             delta_acts = torch.where(bos.unsqueeze(1), delta_acts.new_zeros(()) if own is None else own, delta_acts)
-        if site.layer in self.gates:
-            delta_acts = delta_acts * self.gates[site.layer]
-        return Outputs(ground, site.delta.decode(delta_acts), ground_acts, delta_acts.abs().sum(1), delta_acts)
+        if patch.site in self.gates:
+            delta_acts = delta_acts * self.gates[patch.site]
+        return Outputs(ground, patch.delta.decode(delta_acts), ground_acts, delta_acts.abs().sum(1), delta_acts)
 
-    def _of_row(self, site: Site, outputs: Outputs) -> Outputs:
-        """The same with what differs between rows: the delta's output from the site's pool, or of some features."""
+    def _of_row(self, patch: Patch, outputs: Outputs) -> Outputs:
+        """The same with what differs between rows: the delta's output from the patch's pool, or of some features."""
         if not self.condition.uses_delta:
             return outputs
-        if site.pool is not None:
-            shuffled = site.pool[self._numbers % len(site.pool)]
+        if patch.pool is not None:
+            shuffled = patch.pool[self._numbers % len(patch.pool)]
             return outputs._replace(delta=torch.where(self._bos.unsqueeze(1), outputs.delta, shuffled))
-        if site.delta is None or self._kept is None:
+        if patch.delta is None or self._kept is None:
             return outputs
-        assert site.ranks is not None
+        assert patch.ranks is not None
         first, end, outside = self._kept.unsqueeze(2).unbind(1)
-        acts = outputs.features * (((site.ranks >= first) & (site.ranks < end)) != outside.bool())
-        return outputs._replace(delta=site.delta.decode(acts), delta_acts=acts.abs().sum(1), features=acts)
+        acts = outputs.features * (((patch.ranks >= first) & (patch.ranks < end)) != outside.bool())
+        return outputs._replace(delta=patch.delta.decode(acts), delta_acts=acts.abs().sum(1), features=acts)
 
     def _replaced(self, y: Tensor, outputs: Outputs) -> Tensor:
-        """(tokens, d_model) fp32 in place of `y`, for the tokens told to `reset`."""
+        """(tokens, d_out) fp32 in place of `y`, for the tokens told to `reset`."""
         if self.record:  # of what comes after BOS
             self.base_acts.index_add_(0, self._where[0], outputs.base_acts * ~self._bos)
             self.delta_acts.index_add_(0, self._where[0], outputs.delta_acts * ~self._bos)
         return self.condition.combine(y.float(), outputs.ground, outputs.delta, self._alpha)
-
-
-def _at_bos(site: Site) -> Tensor | None:
-    return getattr(site.delta, "at_bos", None)
 
 
 @contextmanager
@@ -219,7 +214,7 @@ def spliced(
     """Makes the edit in every forward pass of `bridge.original_model` inside the `with`.
 
     Where the ground is the un-finetuned path, the model runs with its weights, and the delta is added.
-    With `above_first` the edit of the lowest site is left to `Splice.start`, for passes that begin above its layer.
+    With `above_first` the edit of the first patch is left to `Splice.start`, for passes that begin above its block.
 
     Raises ModelError where a transcoder does not fit the model, ValueError where the condition is unknown or lacks what
     it needs.
@@ -228,9 +223,9 @@ def spliced(
         yield Splice((), CONDITIONS["no_delta"], record)
         return
     _check(bridge, edit)
-    splice = Splice(edit.sites, CONDITIONS[edit.condition], record)
-    edited = splice.sites[above_first:]
-    paths = [site.path for site in edited if site.path is not None and splice.condition.uses_ground]
+    splice = Splice(edit.patches, CONDITIONS[edit.condition], record)
+    edited = splice.patches[above_first:]
+    paths = [patch.path for patch in edited if patch.path is not None and splice.condition.uses_ground]
     with exchanged(bridge, paths), hooked(bridge, splice.hooks(edited)):
         yield splice
 
@@ -239,17 +234,16 @@ def _check(bridge: TransformerBridge, edit: Edit) -> None:
     condition = edit.condition
     if condition not in CONDITIONS:
         raise ValueError(f"no condition {condition!r}; there are raw, {', '.join(CONDITIONS)}")
-    layers = [site.layer for site in edit.sites]
-    if not layers or len(set(layers)) != len(layers):
-        raise ValueError(f"condition {condition} needs one site for each of one or more layers, got layers {layers}")
-    for site in edit.sites:
-        if site.delta is None and CONDITIONS[condition].uses_delta:
-            raise ValueError(f"condition {condition} needs a delta transcoder, and layer {site.layer} has none")
-        if condition == "shuffled_delta" and site.pool is None:
-            raise ValueError(f"condition {condition} needs a pool of outputs, and layer {site.layer} has none")
-        if site.base is not None:
-            shape = {"d_model": bridge.cfg.d_model, "n_layers": bridge.cfg.n_layers}
-            check_fits(site.base, **shape, taps=site.taps, origin=f"layer {site.layer}: base")
-        for name in tap_names(site.taps, site.layer):
-            if name not in hook_names(bridge):
-                raise ModelError(f"layer {site.layer}: this model has no {name}, which the transcoder needs")
+    sites = [patch.site for patch in edit.patches]
+    if not sites or len(set(sites)) != len(sites):
+        labels = ", ".join(site.label for site in sites) or "none"
+        raise ValueError(f"condition {condition} needs one patch for each of one or more layers, got layers {labels}")
+    for patch in edit.patches:
+        if patch.delta is None and CONDITIONS[condition].uses_delta:
+            raise ValueError(f"condition {condition} needs a delta transcoder, and layer {patch.site.label} has none")
+        if condition == "shuffled_delta" and patch.pool is None:
+            raise ValueError(f"condition {condition} needs a pool of outputs, and layer {patch.site.label} has none")
+        if patch.base is not None:
+            d_in, d_out = widths(bridge, patch.site)
+            check_fits(patch.base, patch.site, d_in=d_in, d_out=d_out, origin=f"layer {patch.site.label}: base")
+        check_hooks(bridge, patch.site)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from data.encoding import Batch, pad_left
-from models.bridge import device_of, hooked, tap_names
-from models.transcoder import Taps
+from models.blocks import hooks_at
+from models.bridge import Hook, device_of, hooked
+from sites import Site
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -58,8 +59,8 @@ ALL = Shortcuts()
 
 
 class Prefix(NamedTuple):
-    """What the unedited model computes of one row at a layer: the activations at the input and output taps, and the
-    residual stream that leaves the block; (length, d_model) each, without padding."""
+    """What the unedited model computes of one row at a site: x (length, d_in), y (length, d_out), and the residual
+    stream that leaves the block (length, d_model), without padding."""
 
     x: Tensor
     y: Tensor
@@ -67,41 +68,40 @@ class Prefix(NamedTuple):
 
 
 class Prefixes:
-    """The prefixes of rows at some layers, computed when they are first asked for and kept as long as memory allows."""
+    """The prefixes of rows at some sites, computed when they are first asked for and kept as long as memory allows."""
 
     def __init__(
         self,
         bridge: TransformerBridge,
-        layers: Sequence[int],
-        taps: Taps,
+        sites: Sequence[Site],
         *,
         together: bool = True,
         batch_size: int = 32,
     ) -> None:
-        self.bridge, self.layers, self.taps, self.batch_size = bridge, sorted(set(layers)), taps, batch_size
+        self.bridge, self.sites, self.batch_size = bridge, sorted(set(sites)), batch_size
         self.together = together
-        self._held: OrderedDict[tuple[int, tuple[int, ...]], Prefix] = OrderedDict()
+        self._held: OrderedDict[tuple[Site, tuple[int, ...]], Prefix] = OrderedDict()
         self._bytes = 0
 
-    def get(self, layer: int, rows: Sequence[Sequence[int]]) -> list[Prefix]:
-        """The prefixes at `layer` of rows of token ids, in their order."""
-        missing = [row for row in dict.fromkeys(map(tuple, rows)) if (layer, row) not in self._held]
+    def get(self, site: Site, rows: Sequence[Sequence[int]]) -> list[Prefix]:
+        """The prefixes at `site` of rows of token ids, in their order."""
+        missing = [row for row in dict.fromkeys(map(tuple, rows)) if (site, row) not in self._held]
         missing.sort(key=len)
-        wanted = [one for one in self.layers if one >= layer] if self.together else [layer]
+        wanted = [later for later in self.sites if later >= site] if self.together else [site]
         found = {}
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
-            for place, prefixes in read_prefixes(self.bridge, batch, wanted, self.taps).items():
+            for place, prefixes in read_prefixes(self.bridge, batch, wanted).items():
                 found.update({(place, row): prefix for row, prefix in zip(batch, prefixes, strict=True)})
         for row in rows:
-            if (layer, tuple(row)) in self._held:
-                self._held.move_to_end((layer, tuple(row)))
-                found[layer, tuple(row)] = self._held[layer, tuple(row)]
+            if (site, tuple(row)) in self._held:
+                self._held.move_to_end((site, tuple(row)))
+                found[site, tuple(row)] = self._held[site, tuple(row)]
         for key, prefix in found.items():
             self._keep(key, prefix)
-        return [found[layer, tuple(row)] for row in rows]
+        return [found[site, tuple(row)] for row in rows]
 
-    def _keep(self, key: tuple[int, tuple[int, ...]], prefix: Prefix) -> None:
+    def _keep(self, key: tuple[Site, tuple[int, ...]], prefix: Prefix) -> None:
         if key not in self._held:
             self._held[key] = prefix
             self._bytes += sum(tensor.nbytes for tensor in prefix)
@@ -120,9 +120,9 @@ class Passes:
     shortcuts: Shortcuts = ALL
     prefixes: Prefixes | None = None
 
-    def with_prefixes(self, layer: int, taps: Taps) -> Prefixes:
-        """The prefixes at `layer` that are kept, or new ones."""
-        return self.prefixes or Prefixes(self.bridge, [layer], taps, batch_size=self.batch_size)
+    def with_prefixes(self, site: Site) -> Prefixes:
+        """The prefixes at `site` that are kept, or new ones."""
+        return self.prefixes or Prefixes(self.bridge, [site], batch_size=self.batch_size)
 
 
 def forward(
@@ -147,25 +147,23 @@ def forward(
 
 
 def read_prefixes(
-    bridge: TransformerBridge, rows: Sequence[Sequence[int]], layers: Sequence[int], taps: Taps
-) -> dict[int, list[Prefix]]:
-    """The prefixes of `rows` at each of `layers`, from one pass that ends after the last of them."""
+    bridge: TransformerBridge, rows: Sequence[Sequence[int]], sites: Sequence[Site]
+) -> dict[Site, list[Prefix]]:
+    """The prefixes of `rows` at each of `sites`, from one pass that ends after the last of them."""
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
-    seen: dict[str, Tensor] = {}
-    names = {layer: (*tap_names(taps, layer), f"blocks.{layer}.hook_out") for layer in layers}
-
-    def note(name: str) -> Callable:
-        def read(activation: Tensor, hook: object) -> None:
-            seen[name] = activation
-
-        return read
-
-    hooks = [(name, note(name)) for of_layer in names.values() for name in of_layer]
-    _last_output(bridge, batch, max(layers), hooks)
+    seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    hooks: list[Hook] = []
+    for site, held in seen.items():  # x, then y, then what leaves the block
+        hooks += [*hooks_at(site, held.append, held.append), (f"blocks.{site.layer}.hook_out", _noting(held))]
+    _last_output(bridge, batch, max(site.layer for site in sites), hooks)
     return {  # copies: a slice would keep its whole batch in memory
-        layer: [Prefix(*(seen[name][i, -len(row) :].clone() for name in of_layer)) for i, row in enumerate(rows)]
-        for layer, of_layer in names.items()
+        site: [Prefix(*(one[i, -len(row) :].clone() for one in held)) for i, row in enumerate(rows)]
+        for site, held in seen.items()
     }
+
+
+def _noting(held: list[Tensor]) -> Callable[[Tensor, object], None]:
+    return lambda activation, hook: held.append(activation)
 
 
 def resume(
@@ -229,7 +227,7 @@ def _last_output(
     bridge: TransformerBridge,
     batch: Batch,
     layer: int,
-    hooks: Sequence[tuple[str, Callable]] = (),
+    hooks: Sequence[Hook] = (),
     cache: Any = None,
     mask: Tensor | None = None,
 ) -> Tensor:

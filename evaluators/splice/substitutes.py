@@ -1,6 +1,6 @@
 """What takes a delta's place in the controls: random, shuffled, dense, or the true change along a few directions.
 
-In: a `Site` with a delta, and the material that its substitute is made from. Out: a site with another delta.
+In: a `Patch` with a delta, and the material that its substitute is made from. Out: a patch with another delta.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from evaluators.splice.moments import Moments, principal_directions, reduced_rank_regression
-from evaluators.splice.sites import PrincipalChange, Site, TrueChange
-from models.transcoder import Transcoder, with_bos, without_bos
+from evaluators.splice.patches import Patch, PrincipalChange, TrueChange
+from models.transcoder import with_bos, without_bos
 
 
 class Material(NamedTuple):
-    """What substitutes are made from: `x` (tokens, d_model), what the site's transcoders read of the text in the raw
+    """What substitutes are made from: `x` (tokens, d_in), what the site's transcoders read of the text in the raw
     model, token by token; the moments of what the delta was trained on, x and residual or change; a seed; and, for the
-    one that needs it, the layer's true change."""
+    one that needs it, the site's true change."""
 
     x: Tensor
     moments: Callable[[], Moments]
@@ -28,59 +28,53 @@ class Material(NamedTuple):
     change: Callable[[], TrueChange] | None = None
 
 
-def random_delta(site: Site, material: Material) -> Site:
+def random_delta(patch: Patch, material: Material) -> Patch:
     """The delta's features with random decoder directions; on the text its output has the same mean squared norm."""
-    delta = _delta_of(site)
+    delta = patch.transcoder
     generator = torch.Generator().manual_seed(material.seed)
     directions = torch.randn(delta.W_dec.shape, generator=generator).to(delta.W_dec)
     directions *= delta.W_dec.norm(dim=1, keepdim=True) / directions.norm(dim=1, keepdim=True)
     acts = delta.encode(material.x)
     wanted, made = (acts @ delta.W_dec).norm(), (acts @ directions).norm()
-    return replace(site, delta=replace(delta, W_dec=directions * (wanted / made if made > 0 else 1.0)))
+    return replace(patch, delta=replace(delta, W_dec=directions * (wanted / made if made > 0 else 1.0)))
 
 
-def shuffled_delta(site: Site, material: Material) -> Site:
+def shuffled_delta(patch: Patch, material: Material) -> Patch:
     """The delta's outputs on the text, each at the place of another token; a feature at BOS stays."""
-    outputs = _delta_of(site)(material.x)
+    outputs = patch.transcoder(material.x)
     order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(material.seed))
-    return replace(site, pool=outputs[order.to(outputs.device)])
+    return replace(patch, pool=outputs[order.to(outputs.device)])
 
 
-def dense_delta(site: Site, material: Material) -> Site:
+def dense_delta(patch: Patch, material: Material) -> Patch:
     """The linear map of rank d_new that best fits what the delta was trained on (reduced-rank regression); a feature at
     BOS stays."""
-    delta = _delta_of(site)
+    delta = patch.transcoder
     encoder, decoder = reduced_rank_regression(material.moments(), without_bos(delta).d_sae)
     encoder, decoder = encoder.to(delta.W_enc), decoder.to(delta.W_dec)
     # z = relu(z) - relu(-z): twice as many features make a transcoder linear.
     zeros = torch.zeros(2 * encoder.shape[1]).to(encoder)
     W_enc, W_dec = torch.cat([encoder, -encoder], dim=1), torch.cat([decoder, -decoder])
     dense = replace(delta, W_enc=W_enc, W_dec=W_dec, b_enc=zeros, threshold=zeros)
-    return replace(site, delta=dense if delta.at_bos is None else with_bos(dense, delta.at_bos @ delta.W_dec))
+    return replace(patch, delta=dense if delta.at_bos is None else with_bos(dense, delta.at_bos @ delta.W_dec))
 
 
-def pca_delta(site: Site, material: Material) -> Site:
+def pca_delta(patch: Patch, material: Material) -> Patch:
     """The change along its d_new principal directions, and its mean (PCA of activation differences, as in
     diffing-toolkit); a feature at BOS stays. Raises ValueError where the material has no true change."""
-    delta = _delta_of(site)
+    delta = patch.transcoder
     if material.change is None:
-        raise ValueError(f"layer {site.layer}: principal directions are of a change, which is not known here")
+        raise ValueError(f"layer {patch.site.label}: principal directions are of a change, which is not known here")
     mean, directions = principal_directions(material.moments(), without_bos(delta).d_sae)
     at_bos = torch.zeros_like(mean) if delta.at_bos is None else (delta.at_bos @ delta.W_dec).to(mean)
     rows = torch.cat([directions, mean.unsqueeze(0), at_bos.unsqueeze(0)])
-    return replace(site, delta=PrincipalChange(material.change(), rows.to(delta.W_dec)))  # type: ignore[arg-type]
+    return replace(patch, delta=PrincipalChange(material.change(), rows.to(delta.W_dec)))
 
 
-def _delta_of(site: Site) -> Transcoder:
-    if site.delta is None:
-        raise ValueError(f"layer {site.layer} has no delta that another could replace")
-    return site.delta
-
-
-SUBSTITUTES: dict[str, Callable[[Site, Material], Site]] = {
+SUBSTITUTES: dict[str, Callable[[Patch, Material], Patch]] = {
     "random_delta": random_delta,
     "shuffled_delta": shuffled_delta,
     "dense_delta": dense_delta,
     "pca_delta": pca_delta,
 }
-"""By condition, what makes the site whose delta is something else."""
+"""By condition, what makes the patch whose delta is something else."""

@@ -74,11 +74,10 @@ def score(
     """Teacher-forced pass over every row, in batches of rows of similar length, in the order of `jobs`.
 
     With `whole_text`, `text_nll` too. With a `reference` that knows the rows, `kl`; but raw itself is what others are
-    held against, and its pass fills the reference. Prefixes that hold the lowest site's layer spare its computation.
+    held against, and its pass fills the reference. Prefixes that hold the first patch's site spare its computation.
     """
     if passes.shortcuts.share_prefix and edit.condition != "raw":
-        lowest = min(edit.sites, key=lambda site: site.layer)
-        passes = replace(passes, prefixes=passes.with_prefixes(lowest.layer, lowest.taps))
+        passes = replace(passes, prefixes=passes.with_prefixes(min(patch.site for patch in edit.patches)))
     else:
         passes = replace(passes, prefixes=None)
     results: dict[int, Scored] = {}
@@ -113,10 +112,10 @@ def _score_batch(
         after, start = _start(splice, prefixes, rows, length)
         residual = resume(bridge, batch, after, start, cache)
         chunks = _logits(passes, residual, lines, columns - 1)
-        if reference is not None and not splice.sites:
+        if reference is not None and not splice.patches:
             reference.keep(rows, residual)
     nlls, choices, done = [], [], 0
-    divergence = reference.divergence(rows) if reference is not None and splice.sites else None
+    divergence = reference.divergence(rows) if reference is not None and splice.patches else None
     for logits in chunks:
         ends = labels[done : done + len(logits)]
         nlls.append(functional.cross_entropy(logits, ends, reduction="none"))
@@ -193,8 +192,8 @@ def _start(
     if prefixes is None:
         return None, None
     texts = list(dict.fromkeys(tuple(row.ids) for row in rows))
-    found = prefixes.get(splice.sites[0].layer, texts)
-    return splice.sites[0].layer, splice.start(found, [texts.index(tuple(row.ids)) for row in rows], length)
+    found = prefixes.get(splice.patches[0].site, texts)
+    return splice.patches[0].site.layer, splice.start(found, [texts.index(tuple(row.ids)) for row in rows], length)
 
 
 def _logits(passes: Passes, residual: Tensor, lines: Tensor, columns: Tensor) -> Iterable[Tensor]:

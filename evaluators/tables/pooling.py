@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from evaluators.layer_sets import layer_label, layer_order
+from sites import label_of_keys, label_order
 
 Cell = dict[str, Any]
 
@@ -113,7 +113,7 @@ def _key(cell: Cell) -> CellKey:
         alpha = 1.0
     return CellKey(
         cell["target"],
-        layer_label(cell["layers"]),
+        label_of_keys(cell["layers"]),
         cell["percentile"],
         d_new,
         condition,
@@ -126,7 +126,7 @@ def _key(cell: Cell) -> CellKey:
 def table_order(key: CellKey, subsets: list[str]) -> tuple:
     """Sort key of table rows, with the subsets in their order."""
     numbers = tuple(-math.inf if value is None else value for value in (key.percentile, key.d_new, key.alpha))
-    layers, subset = layer_order(key.layer), subsets.index(key.subset)
+    layers, subset = label_order(key.layer), subsets.index(key.subset)
     return (
         TARGETS.index(key.target),
         layers,

@@ -13,9 +13,9 @@ import pandas as pd
 
 from data.rows import slug
 from evaluators.conditions import CONDITIONS
-from evaluators.layer_sets import layer_label
 from evaluators.tables.pooling import MEANS, Cell, CellKey, PromptSums, of_kind, pool
 from evaluators.tables.statistics import Estimate, paired_bootstrap, rate_difference, recovered_share
+from sites import label_of_keys, parse_sites
 
 ENOUGH = 0.9
 """The share of the CE gap that the headline's number of features recovers."""
@@ -95,7 +95,7 @@ def widths_table(cells: Sequence[Cell], *, seed: int = 0) -> pd.DataFrame:
     """What the change deltas of each width recover in all layers at once at alpha 1, and controls of the same rank; the
     columns of `recovered_table`. Empty where one width alone was measured."""
     widths = of_kind(cells, "width")
-    labels = {layer_label(cell["layers"]) for cell in widths}
+    labels = {label_of_keys(cell["layers"]) for cell in widths}
     every = [cell | {"kind": "behaviour"} for cell in [*of_kind(cells, "behaviour"), *widths]]
     table = recovered_table(every, seed=seed) if widths else pd.DataFrame(columns=RECOVERED_COLUMNS)
     conditions = [name for name, one in CONDITIONS.items() if one.ranked or name == "full"]
@@ -117,7 +117,7 @@ def curve_table(cells: Sequence[Cell], *, seed: int = 0) -> pd.DataFrame:
             if _excludes_zero(gap):
                 pairs = [(nll[0], tokens), (nll[entry["k"]], tokens), (reference, tokens)]
                 found = recovered_share(*pairs, seed=seed)
-            row = {"layer": layer_label(cell["layers"]), "d_new": cell["d_new"], "subset": cell["subset"]}
+            row = {"layer": label_of_keys(cell["layers"]), "d_new": cell["d_new"], "subset": cell["subset"]}
             row |= {"k": entry["k"], "mean_ce": nll[entry["k"]].sum() / tokens.sum()}
             row |= {"kl": sum(one["kl"] for one in entry["rows"]) / tokens.sum()} | _columns("recovered", found)
             rows.append(row)
@@ -174,9 +174,7 @@ def headlines(gaps: pd.DataFrame, recovered: pd.DataFrame, curve: pd.DataFrame) 
 
 def widest_set(table: pd.DataFrame) -> str:
     """The label of the set of most layers in a table."""
-    from evaluators.layer_sets import layers_in
-
-    return max(table["layer"].unique(), key=lambda label: len(layers_in(label)))
+    return max(table["layer"].unique(), key=lambda label: len(parse_sites(label)))
 
 
 def _raw(pooled: dict[CellKey, PromptSums], key: CellKey, condition: str) -> PromptSums | None:

@@ -1,6 +1,6 @@
 """A second implementation of the splice, on a plain transformers model with plain hooks, one row at a time, no cache.
 
-In: a model, sites and a combination. Out: logits, activation sums and greedy outputs to hold the fast one against.
+In: a model, patches and a combination. Out: logits, activation sums and greedy outputs to hold the fast one against.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from data.encoding import encode_row
 from data.rows import Row
-from evaluators.splice.interventions import Site
+from evaluators.splice.interventions import Patch
 from evaluators.splice.passes import Passes
 from models.blocks import read_paths
 from models.transcoder import with_bos
@@ -54,10 +54,10 @@ WRITES = {"gemma2": "post_feedforward_layernorm"}
 
 
 class ByHand:
-    """The plain model, edited at `sites`; what `evaluators` computes, computed the slow way."""
+    """The plain model, edited at `patches`; what `evaluators` computes, computed the slow way."""
 
-    def __init__(self, model, sites, condition, alpha=1.0):
-        self.model, self.sites, self.condition, self.alpha = model, sites, condition, alpha
+    def __init__(self, model, patches, condition, alpha=1.0):
+        self.model, self.patches, self.condition, self.alpha = model, patches, condition, alpha
 
     @staticmethod
     def activations(transcoder, x):
@@ -69,15 +69,15 @@ class ByHand:
         sums = SimpleNamespace(base=0.0, delta=0.0)
         with ExitStack() as stack:
             if self.condition != "raw":
-                for site in self.sites:
-                    for handle in self._hooks(site, sums):
+                for patch in self.patches:
+                    for handle in self._hooks(patch, sums):
                         stack.callback(handle.remove)
             with torch.no_grad():
                 logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
         return logits, sums.base, sums.delta
 
-    def _hooks(self, site, sums):
-        kind, block = self.model.config.model_type, self.model.model.layers[site.layer]
+    def _hooks(self, patch, sums):
+        kind, block = self.model.config.model_type, self.model.model.layers[patch.layer]
         seen = {}
 
         def read(module, args):
@@ -86,12 +86,12 @@ class ByHand:
         def write(module, args, y):
             middle = seen["middle"][0, 1:]
             x = middle / (middle.pow(2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps).sqrt()
-            base_acts = self.activations(site.base, x)
-            base, delta = base_acts @ site.base.W_dec + site.base.b_dec, torch.zeros_like(x)
+            base_acts = self.activations(patch.base, x)
+            base, delta = base_acts @ patch.base.W_dec + patch.base.b_dec, torch.zeros_like(x)
             sums.base += base_acts.sum().item()
-            if site.delta is not None and self.condition in ("full", "alpha"):
-                delta_acts = self.activations(site.delta, x)
-                delta = delta_acts @ site.delta.W_dec
+            if patch.delta is not None and self.condition in ("full", "alpha"):
+                delta_acts = self.activations(patch.delta, x)
+                delta = delta_acts @ patch.delta.W_dec
                 sums.delta += delta_acts.sum().item()
             edited = COMBINE[self.condition](y[0, 1:], base, delta, self.alpha)
             return torch.cat([y[:, :1], edited.unsqueeze(0)], dim=1)
@@ -121,13 +121,13 @@ def by_hand():
 
 @pytest.fixture(scope="session")
 def subject(model_folder, load, wrapped, random_transcoder):
-    """One architecture: its plain model, its bridge, encoded rows, one site and a set of sites."""
+    """One architecture: its plain model, its bridge, encoded rows, one patch and a set of patches."""
     plain, tokenizer = load(model_folder)
     d_model, bridge = plain.config.hidden_size, wrapped(model_folder)
 
-    def site(layer: int) -> Site:
+    def patch(layer: int) -> Patch:
         base = random_transcoder(d_model, 96, layer, seed=layer)
-        return Site(layer, base, random_transcoder(d_model, 12, layer, seed=50 + layer, bias=False))
+        return Patch(layer, base, random_transcoder(d_model, 12, layer, seed=50 + layer, bias=False))
 
     return SimpleNamespace(
         folder=model_folder,
@@ -137,8 +137,8 @@ def subject(model_folder, load, wrapped, random_transcoder):
         passes=Passes(bridge),
         rows=ROWS,
         encoded=[encode_row(tokenizer, row) for row in ROWS],
-        site=[site(1)],
-        sites=[site(0), site(2)],
+        patch=[patch(1)],
+        patches=[patch(0), patch(2)],
         d_model=d_model,
     )
 
@@ -167,5 +167,5 @@ def path_sites(request, subject, base_folder, random_transcoder):
         delta = random_transcoder(subject.d_model, 12, layer, seed=50 + layer, bias=False)
         if layer in at_bos:
             delta = with_bos(delta, 3 * torch.randn(subject.d_model, generator=torch.Generator().manual_seed(layer)))
-        found.append(Site(layer, paths[layer], delta))
+        found.append(Patch(layer, paths[layer], delta))
     return found

@@ -25,7 +25,7 @@ def raw(subject):
 @pytest.fixture(scope="module")
 def cells(subject, raw):
     outputs = [one["tokens"] for one in raw[1]]
-    asked = evaluate_behaviour(subject.passes, subject.site, subject.rows, ASKS, known=Known(outputs), **SETTINGS)
+    asked = evaluate_behaviour(subject.passes, subject.patch, subject.rows, ASKS, known=Known(outputs), **SETTINGS)
     return {ask: (figures, texts) for ask, figures, texts in asked}
 
 
@@ -39,7 +39,7 @@ def test_every_ask_is_answered_once(cells):
 def test_an_ask_is_a_run_of_its_own(subject, cells, ask):
     alpha = 1.0 if ask.alpha is None else ask.alpha
     figures, texts = cells[ask]
-    scored = score(subject.passes, Edit(subject.site, ask.condition), [Job(row, alpha) for row in subject.encoded])
+    scored = score(subject.passes, Edit(subject.patch, ask.condition), [Job(row, alpha) for row in subject.encoded])
     for one, expected in zip(figures, scored, strict=True):
         assert one["nll"] == pytest.approx(expected.nll, rel=1e-5)
         assert one["sum_abs_base_acts"] == pytest.approx(expected.base_acts, rel=1e-5)
@@ -47,7 +47,7 @@ def test_an_ask_is_a_run_of_its_own(subject, cells, ask):
         assert (one["n_tokens"], one["n_act_tokens"]) == (expected.n_tokens, expected.n_act_tokens)
     stop = Stop.of(subject.bridge, SETTINGS["limits"], subject.rows[0])
     prompts = [Job(Encoded(row.prompt, []), alpha) for row in subject.encoded]
-    outputs = decode(subject.passes, Edit(subject.site, ask.condition), prompts, [[] for _ in prompts], stop)
+    outputs = decode(subject.passes, Edit(subject.patch, ask.condition), prompts, [[] for _ in prompts], stop)
     assert [one["tokens"] for one in texts] == outputs
     assert [one["generation"] for one in texts] == [stop.text(output) for output in outputs]
 
@@ -92,7 +92,7 @@ def test_agreeing_with_raw_is_saying_the_same(subject, raw):
     settings = {**SETTINGS, "behaviours": {}}
     for known, expected in ((Known(raw=outputs), {True}), (Known(raw=[[*one, 7] for one in outputs]), {False})):
         asked = evaluate_behaviour(
-            subject.passes, subject.site, subject.rows, [Ask("true_output")], known=known, **settings
+            subject.passes, subject.patch, subject.rows, [Ask("true_output")], known=known, **settings
         )
         ((_, figures, _),) = asked
         assert {one["behaviours"]["agrees_with_raw"] for one in figures} == expected

@@ -14,7 +14,7 @@ def failed(checks):
     return [check["name"] for check in checks if not check["passed"]]
 
 
-@pytest.mark.parametrize("place", ["site", "sites"])
+@pytest.mark.parametrize("place", ["patch", "patches"])
 def test_a_right_splice_passes(subject, place):
     checks = exactness_checks(subject.bridge, subject.rows, getattr(subject, place), Limits(4))
     assert len(checks) >= 6
@@ -29,12 +29,12 @@ def half(subject, wrapped):
 
 
 def test_a_right_splice_passes_in_bf16_and_a_broken_one_does_not(subject, half, monkeypatch):
-    bridge, site = half, subject.site
-    assert not failed(exactness_checks(bridge, subject.rows, site, Limits(4)))
+    bridge, patch = half, subject.patch
+    assert not failed(exactness_checks(bridge, subject.rows, patch, Limits(4)))
     registry = interventions.CONDITIONS
     broken = dataclasses.replace(registry["true_output"], combine=lambda y, base, delta, alpha: y + 0.01)
     monkeypatch.setitem(registry, "true_output", broken)
-    assert any("own output back" in name for name in failed(exactness_checks(bridge, subject.rows, site, Limits(4))))
+    assert any("own output back" in name for name in failed(exactness_checks(bridge, subject.rows, patch, Limits(4))))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_broken_splice_is_named(subject, monkeypatch, condition, broken, named
     registry = interventions.CONDITIONS
     monkeypatch.setitem(registry, condition, dataclasses.replace(registry[condition], combine=broken))
     assert any(
-        named in name for name in failed(exactness_checks(subject.bridge, subject.rows, subject.site, Limits(4)))
+        named in name for name in failed(exactness_checks(subject.bridge, subject.rows, subject.patch, Limits(4)))
     )
 
 
@@ -63,5 +63,5 @@ def test_a_splice_that_spares_a_chunks_first_token_is_named(subject, monkeypatch
         real(self, editable, alpha, *numbers)
 
     monkeypatch.setattr(interventions.Splice, "reset", sparing)
-    checks = exactness_checks(subject.bridge, subject.rows, subject.site, Limits(8))
+    checks = exactness_checks(subject.bridge, subject.rows, subject.patch, Limits(8))
     assert any("cached and uncached" in name for name in failed(checks))

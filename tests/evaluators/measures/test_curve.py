@@ -14,27 +14,27 @@ from evaluators.splice.teacher_forcing import Job, score
 
 @pytest.fixture(scope="module")
 def ranked(subject):
-    return rank_features(subject.passes, subject.sites, subject.rows)
+    return rank_features(subject.passes, subject.patches, subject.rows)
 
 
-def with_gate(site, feature, gate):
-    W_dec = site.delta.W_dec.clone()
+def with_gate(patch, feature, gate):
+    W_dec = patch.delta.W_dec.clone()
     W_dec[feature] *= gate
-    return dataclasses.replace(site, delta=dataclasses.replace(site.delta, W_dec=W_dec))
+    return dataclasses.replace(patch, delta=dataclasses.replace(patch.delta, W_dec=W_dec))
 
 
 def test_every_feature_has_its_place(subject, ranked):
     assert {(one.layer, one.feature) for one in ranked} == {
-        (site.layer, feature) for site in subject.sites for feature in range(site.delta.d_sae)
+        (patch.layer, feature) for patch in subject.patches for feature in range(patch.delta.d_sae)
     }
     assert [one.effect for one in ranked] == sorted((one.effect for one in ranked), reverse=True)
 
 
 def test_an_effect_is_the_slope_of_the_features_gate_averaged_over_strengths(subject):
-    """Central differences of the summed CE in a gate, at each strength, over the path's derivative. At one site: what a
-    gate does to the thresholds of sites above is a jump, which no gradient sees."""
-    (site,) = subject.site
-    ranked = rank_features(subject.passes, [site], subject.rows)
+    """Central differences of the summed CE in a gate, at each strength, over the path's derivative. At one patch: what a
+    gate does to the thresholds of patches above is a jump, which no gradient sees."""
+    (patch,) = subject.patch
+    ranked = rank_features(subject.passes, [patch], subject.rows)
     tokens = sum(len(row.target) for row in subject.encoded)
     step = 0.02
     for one in (ranked[0], ranked[-1], ranked[len(ranked) // 2]):
@@ -42,7 +42,7 @@ def test_an_effect_is_the_slope_of_the_features_gate_averaged_over_strengths(sub
         for alpha in curve.STRENGTHS:
             jobs = [Job(row, alpha) for row in subject.encoded]
             up, down = (
-                sum(row.nll for row in score(subject.passes, Edit([with_gate(site, one.feature, gate)], "alpha"), jobs))
+                sum(row.nll for row in score(subject.passes, Edit([with_gate(patch, one.feature, gate)], "alpha"), jobs))
                 for gate in (1 + step, 1 - step)
             )
             expected -= (up - down) / (2 * step) / alpha / len(curve.STRENGTHS) / tokens
@@ -50,17 +50,17 @@ def test_an_effect_is_the_slope_of_the_features_gate_averaged_over_strengths(sub
 
 
 def test_each_count_is_the_first_features_alone(subject, ranked):
-    found = evaluate_curve(subject.passes, subject.sites, subject.rows, ranked, Reference(subject.bridge))
+    found = evaluate_curve(subject.passes, subject.patches, subject.rows, ranked, Reference(subject.bridge))
     assert list(found) == counts(len(ranked)) == [0, 1, 2, 4, 8, 16, 24]
     jobs = [Job(row) for row in subject.encoded]
     for count in (0, 4, len(ranked)):
         kept = {(one.layer, one.feature) for one in ranked[:count]}
-        sites = []
-        for site in subject.sites:
-            gate = torch.tensor([float((site.layer, feature) in kept) for feature in range(site.delta.d_sae)])
-            delta = dataclasses.replace(site.delta, W_dec=site.delta.W_dec * gate.unsqueeze(1))
-            sites.append(dataclasses.replace(site, delta=delta))
-        expected = score(subject.passes, Edit(sites, "full"), jobs)
+        patches = []
+        for patch in subject.patches:
+            gate = torch.tensor([float((patch.layer, feature) in kept) for feature in range(patch.delta.d_sae)])
+            delta = dataclasses.replace(patch.delta, W_dec=patch.delta.W_dec * gate.unsqueeze(1))
+            patches.append(dataclasses.replace(patch, delta=delta))
+        expected = score(subject.passes, Edit(patches, "full"), jobs)
         assert [row["nll"] for row in found[count]] == pytest.approx([one.nll for one in expected], rel=1e-5)
         assert [row["n_tokens"] for row in found[count]] == [one.n_tokens for one in expected]
 
@@ -73,7 +73,7 @@ def test_counts_are_powers_of_two_and_all():
 
 
 def test_a_site_without_a_delta_is_named(subject):
-    bare = dataclasses.replace(subject.site[0], delta=None)
+    bare = dataclasses.replace(subject.patch[0], delta=None)
     with pytest.raises(ValueError, match="layer 1 has no delta"):
         rank_features(subject.passes, [bare], subject.rows)
     with pytest.raises(ValueError, match="layer 1 has no delta"):

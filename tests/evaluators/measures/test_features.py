@@ -12,37 +12,37 @@ from evaluators.measures.reconstruction import site_activations
 
 @pytest.fixture(scope="module")
 def found(subject):
-    (site,) = subject.site
-    every = [(site.layer, feature) for feature in range(site.delta.d_sae)]
-    return read_features(subject.passes, subject.site, subject.rows, every)
+    (patch,) = subject.patch
+    every = [(patch.layer, feature) for feature in range(patch.delta.d_sae)]
+    return read_features(subject.passes, subject.patch, subject.rows, every)
 
 
 def test_firing_rates_are_those_of_a_loop(subject):
-    (site,) = subject.site
-    rates = firing_rates(subject.passes, subject.site, subject.rows)
+    (patch,) = subject.patch
+    rates = firing_rates(subject.passes, subject.patch, subject.rows)
     assert set(rates) == {1}
     for label in ("tool", "copy", "tool_ood"):
         rows = [row for row in subject.rows if row.label == label]
-        acts = site.delta.encode(site_activations(subject.passes, site, rows)[0])
+        acts = patch.delta.encode(site_activations(subject.passes, patch, rows)[0])
         assert rates[1][label] == pytest.approx((acts > 0).float().mean(0).tolist())
 
 
 def test_a_feature_at_bos_fires_once_a_text(subject, path_sites):
     rates = firing_rates(subject.passes, path_sites, subject.rows)
-    for site in path_sites:
-        if site.delta.at_bos is not None:
-            assert all(of_subset[-1] == 1.0 for of_subset in rates[site.layer].values())
-            last = (site.layer, site.delta.d_sae - 1)
+    for patch in path_sites:
+        if patch.delta.at_bos is not None:
+            assert all(of_subset[-1] == 1.0 for of_subset in rates[patch.layer].values())
+            last = (patch.layer, patch.delta.d_sae - 1)
             (one,) = read_features(subject.passes, path_sites, subject.rows, [last]).values()
             assert one["at_bos"]
             assert [context["peak"] for context in one["contexts"]] == [0] * len(subject.rows)
 
 
 def test_contexts_hold_the_strongest_token_of_each_text(subject, found):
-    (site,) = subject.site
+    (patch,) = subject.patch
     texts = []
     for row in subject.rows:
-        texts.append(site.delta.encode(site_activations(subject.passes, site, [row])[0]))
+        texts.append(patch.delta.encode(site_activations(subject.passes, patch, [row])[0]))
     for (_, feature), one in found.items():
         strongest = sorted((acts[:, feature].max().item() for acts in texts), reverse=True)
         peaks = [context["acts"][context["peak"]] for context in one["contexts"]]
@@ -56,14 +56,14 @@ def test_contexts_hold_the_strongest_token_of_each_text(subject, found):
 
 def test_the_marked_token_is_the_one_that_fires(subject):
     """A feature that reads one token's input fires there and nowhere else as strongly."""
-    (site,) = subject.site
-    x, _ = site_activations(subject.passes, site, subject.rows[:1])
+    (patch,) = subject.patch
+    x, _ = site_activations(subject.passes, patch, subject.rows[:1])
     place = 7
-    W_enc = torch.zeros_like(site.delta.W_enc)
+    W_enc = torch.zeros_like(patch.delta.W_enc)
     W_enc[:, 0] = x[place - 1] / x[place - 1].norm()
-    zeros = torch.zeros_like(site.delta.b_enc)
-    delta = dataclasses.replace(site.delta, W_enc=W_enc, b_enc=zeros, threshold=zeros)
-    changed = [dataclasses.replace(site, delta=delta)]
+    zeros = torch.zeros_like(patch.delta.b_enc)
+    delta = dataclasses.replace(patch.delta, W_enc=W_enc, b_enc=zeros, threshold=zeros)
+    changed = [dataclasses.replace(patch, delta=delta)]
     (one, other) = read_features(subject.passes, changed, subject.rows[:1], [(1, 0), (1, 1)]).values()
     (context,) = one["contexts"]
     assert context["tokens"][context["peak"]] == subject.tokenizer.decode([subject.encoded[0].ids[place]])
@@ -72,14 +72,14 @@ def test_the_marked_token_is_the_one_that_fires(subject):
 
 
 def test_promoted_tokens_gain_most_along_the_decoder_direction(subject, found):
-    """On a model whose last block is the site's own, a larger step along the direction moves the same tokens."""
-    site = subject.site[0]
+    """On a model whose last block is the patch's own, a larger step along the direction moves the same tokens."""
+    patch = subject.patch[0]
     weights = subject.plain.get_output_embeddings().weight
     assert all(len(one["promoted"]) == len(one["suppressed"]) == features.TOKENS for one in found.values())
     gain = subject.plain.model.norm.weight + (1 if subject.plain.config.model_type == "gemma2" else 0)
     agreed = 0
     for (_, feature), one in found.items():
-        through = weights.detach() @ (site.delta.W_dec[feature] * gain.detach())
+        through = weights.detach() @ (patch.delta.W_dec[feature] * gain.detach())
         named = {subject.tokenizer.decode([token]) for token in through.topk(3 * features.TOKENS).indices.tolist()}
         agreed += len(named & set(one["promoted"]))
     assert agreed / (len(found) * features.TOKENS) > 0.5

@@ -17,22 +17,22 @@ BUDGET = Limits(6)
 
 
 @pytest.fixture(scope="module")
-def sites(subject):
-    """The first site's delta has a feature at BOS."""
+def patches(subject):
+    """The first patch's delta has a feature at BOS."""
     bos = torch.randn(subject.d_model, generator=torch.Generator().manual_seed(3))
-    first, *others = subject.sites
+    first, *others = subject.patches
     return [dataclasses.replace(first, delta=with_bos(first.delta, bos)), *others]
 
 
 @pytest.fixture(scope="module")
-def found(subject, sites):
-    return probe(subject.bridge, subject.rows[0], sites, [0.5], top=3, limits=BUDGET)
+def found(subject, patches):
+    return probe(subject.bridge, subject.rows[0], patches, [0.5], top=3, limits=BUDGET)
 
 
-def test_cross_entropies_are_those_of_the_cells(subject, sites, found):
+def test_cross_entropies_are_those_of_the_cells(subject, patches, found):
     row, expected = subject.encoded[0], {}
     for name, condition, alpha in (("raw", "raw", 1.0), ("full", "full", 1.0), ("alpha 0.5", "alpha", 0.5)):
-        edit = Edit() if condition == "raw" else Edit(sites, condition)
+        edit = Edit() if condition == "raw" else Edit(patches, condition)
         (one,) = score(subject.passes, edit, [Job(row, alpha)])
         expected[name] = one.nll / one.n_tokens
     shown = {one["condition"]: one for one in found["conditions"]}
@@ -43,14 +43,14 @@ def test_cross_entropies_are_those_of_the_cells(subject, sites, found):
     assert all(len(one["next_tokens"]) == 3 for one in shown.values())
 
 
-def test_features_are_those_of_the_raw_run_and_the_one_at_bos(subject, sites, found):
+def test_features_are_those_of_the_raw_run_and_the_one_at_bos(subject, patches, found):
     tokens = len(subject.encoded[0].ids)
     at_bos = [one for one in found["features"] if one["position"] == 0]
     assert [(one["layer"], one["delta"]) for one in at_bos] == [
-        (sites[0].layer, [{"feature": sites[0].delta.d_sae - 1, "strength": 1.0}])
+        (patches[0].layer, [{"feature": patches[0].delta.d_sae - 1, "strength": 1.0}])
     ]
-    for site in sites:
-        here = [one for one in found["features"] if one["layer"] == site.layer and one["position"] > 0]
+    for patch in patches:
+        here = [one for one in found["features"] if one["layer"] == patch.layer and one["position"] > 0]
         assert [one["position"] for one in here] == list(range(1, tokens))
         assert any(one["base"] for one in here)
         for one in here:
@@ -60,8 +60,8 @@ def test_features_are_those_of_the_raw_run_and_the_one_at_bos(subject, sites, fo
             assert all(entry["feature"] < 12 for entry in one["delta"])
 
 
-def test_without_a_target_the_models_own_answer_is_scored(subject, sites):
-    found = probe(subject.bridge, Row("Seven", "", ""), sites, [], top=1, limits=BUDGET)
+def test_without_a_target_the_models_own_answer_is_scored(subject, patches):
+    found = probe(subject.bridge, Row("Seven", "", ""), patches, [], top=1, limits=BUDGET)
     raw = found["conditions"][0]
     assert found["target"] == raw["output"]
     prompt = encode_row(subject.tokenizer, Row("Seven", raw["output"], "")).prompt

@@ -21,25 +21,25 @@ BEHAVIOURS = read_behaviours(
 
 
 @pytest.fixture(params=["paths", "bases"])
-def sites(request, subject, path_sites):
-    return path_sites if request.param == "paths" else subject.sites
+def patches(request, subject, path_sites):
+    return path_sites if request.param == "paths" else subject.patches
 
 
-def by_hand(sites, layer, feature, way):
-    """The sites with every decoder row silent but the feature's, or with that one silent alone."""
+def by_hand(patches, layer, feature, way):
+    """The patches with every decoder row silent but the feature's, or with that one silent alone."""
     edited = []
-    for site in sites:
-        on = torch.full((site.delta.d_sae, 1), 1.0 if way == "ablated" else 0.0)
-        if site.layer == layer:
+    for patch in patches:
+        on = torch.full((patch.delta.d_sae, 1), 1.0 if way == "ablated" else 0.0)
+        if patch.layer == layer:
             on[feature] = 1.0 - on[feature]
-        edited.append(dataclasses.replace(site, delta=dataclasses.replace(site.delta, W_dec=site.delta.W_dec * on)))
+        edited.append(dataclasses.replace(patch, delta=dataclasses.replace(patch.delta, W_dec=patch.delta.W_dec * on)))
     return edited
 
 
-def test_every_figure_is_that_of_a_silent_decoder_row(subject, sites):
+def test_every_figure_is_that_of_a_silent_decoder_row(subject, patches):
     """The last of the features of a path may be the one at BOS."""
-    features = [(site.layer, feature) for site in sites for feature in (0, 5, site.delta.d_sae - 1)]
-    found = single_features(subject.passes, sites, subject.rows, features, limits=Limits(BUDGET), behaviours=BEHAVIOURS)
+    features = [(patch.layer, feature) for patch in patches for feature in (0, 5, patch.delta.d_sae - 1)]
+    found = single_features(subject.passes, patches, subject.rows, features, limits=Limits(BUDGET), behaviours=BEHAVIOURS)
     stop = Stop.of(subject.bridge, Limits(BUDGET), subject.rows[0])
     judge = measured.Judge(stop, BEHAVIOURS)
     jobs = [Job(row) for row in subject.encoded]
@@ -47,10 +47,10 @@ def test_every_figure_is_that_of_a_silent_decoder_row(subject, sites):
     moved = 0.0
     for (layer, feature), ways in found.items():
         for way, condition in WAYS.items():
-            edit = Edit(by_hand(sites, layer, feature, way), "full")
+            edit = Edit(by_hand(patches, layer, feature, way), "full")
             expected = score(subject.passes, edit, jobs)
             outputs = decode(subject.passes, edit, starts, [[] for _ in starts], stop)
-            whole = score(subject.passes, Edit(sites, condition), jobs)
+            whole = score(subject.passes, Edit(patches, condition), jobs)
             for row, entry, one, output, every in zip(subject.rows, ways[way], expected, outputs, whole, strict=True):
                 assert entry["subset"] == row.label
                 assert entry["nll"] == pytest.approx(one.nll, rel=1e-4)
@@ -61,9 +61,9 @@ def test_every_figure_is_that_of_a_silent_decoder_row(subject, sites):
 
 
 def test_texts_on_which_a_feature_is_silent_are_not_run_again(subject, monkeypatch):
-    site = subject.site[0]
+    patch = subject.patch[0]
     quiet = dataclasses.replace(
-        site, delta=dataclasses.replace(site.delta, threshold=torch.full_like(site.delta.threshold, 1e9))
+        patch, delta=dataclasses.replace(patch.delta, threshold=torch.full_like(patch.delta.threshold, 1e9))
     )
 
     def never(*arguments):
@@ -90,4 +90,4 @@ def test_guesses_change_nothing(subject, path_sites):
 @pytest.mark.parametrize("feature", [(1, 99), (7, 0), (1, -1)])
 def test_a_feature_that_is_not_there(subject, feature):
     with pytest.raises(ValueError, match=f"no delta has a feature {feature[1]} in layer {feature[0]}"):
-        single_features(subject.passes, subject.site, subject.rows, [feature], limits=Limits(1), behaviours={})
+        single_features(subject.passes, subject.patch, subject.rows, [feature], limits=Limits(1), behaviours={})

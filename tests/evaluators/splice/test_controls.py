@@ -14,7 +14,7 @@ from evaluators.splice.interventions import Edit, spliced
 from evaluators.splice.limits import Limits
 from evaluators.splice.moments import Moments, reduced_rank_regression
 from evaluators.splice.passes import Passes, Shortcuts
-from evaluators.splice.sites import Site
+from evaluators.splice.patches import Patch
 from evaluators.splice.substitutes import SUBSTITUTES, Material, dense_delta, random_delta, shuffled_delta
 from evaluators.splice.teacher_forcing import Job, score
 from models.blocks import exchanged, read_paths
@@ -29,16 +29,16 @@ def no_moments():
 
 @pytest.fixture(scope="module")
 def material(subject):
-    def make(site, moments=no_moments, seed=3):
-        return Material(site_activations(subject.passes, site, subject.rows)[0], moments, seed)
+    def make(patch, moments=no_moments, seed=3):
+        return Material(site_activations(subject.passes, patch, subject.rows)[0], moments, seed)
 
     return make
 
 
-def run(subject, sites, condition, shortcuts=Shortcuts(), batch_size=3):  # noqa: B008
+def run(subject, patches, condition, shortcuts=Shortcuts(), batch_size=3):  # noqa: B008
     passes = Passes(subject.bridge, batch_size, shortcuts)
     ((_, figures, texts),) = evaluate_behaviour(
-        passes, sites, subject.rows, [Ask(condition)], limits=Limits(5), behaviours={}
+        passes, patches, subject.rows, [Ask(condition)], limits=Limits(5), behaviours={}
     )
     return [one["nll"] for one in figures], [one["tokens"] for one in texts]
 
@@ -51,32 +51,32 @@ def test_the_settings_allow_every_control_there_is():
 
 
 def test_a_random_delta_keeps_features_and_size_and_turns_their_directions(subject, material):
-    (site,) = subject.site
-    made = material(site)
-    other = random_delta(site, made)
-    assert torch.equal(other.delta.encode(made.x), site.delta.encode(made.x))
-    assert other.delta(made.x).norm().item() == pytest.approx(site.delta(made.x).norm().item(), rel=1e-5)
-    cosines = torch.cosine_similarity(other.delta.W_dec, site.delta.W_dec, dim=1)
+    (patch,) = subject.patch
+    made = material(patch)
+    other = random_delta(patch, made)
+    assert torch.equal(other.delta.encode(made.x), patch.delta.encode(made.x))
+    assert other.delta(made.x).norm().item() == pytest.approx(patch.delta(made.x).norm().item(), rel=1e-5)
+    cosines = torch.cosine_similarity(other.delta.W_dec, patch.delta.W_dec, dim=1)
     assert cosines.abs().max() < 0.9
-    assert torch.equal(random_delta(site, made).delta.W_dec, other.delta.W_dec)
-    assert not torch.equal(random_delta(site, made._replace(seed=4)).delta.W_dec, other.delta.W_dec)
+    assert torch.equal(random_delta(patch, made).delta.W_dec, other.delta.W_dec)
+    assert not torch.equal(random_delta(patch, made._replace(seed=4)).delta.W_dec, other.delta.W_dec)
 
 
 def test_a_shuffled_delta_gives_each_token_the_output_of_another(subject, material):
-    (site,) = subject.site
-    made = material(site)
-    pool = shuffled_delta(site, made).pool
-    outputs = site.delta(made.x)
+    (patch,) = subject.patch
+    made = material(patch)
+    pool = shuffled_delta(patch, made).pool
+    outputs = patch.delta(made.x)
     assert not torch.equal(pool, outputs)
     torch.testing.assert_close(pool.sort(dim=0).values, outputs.sort(dim=0).values, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("place", ["site", "sites"])
+@pytest.mark.parametrize("place", ["patch", "patches"])
 def test_a_shuffled_delta_is_the_same_however_it_is_computed(subject, material, place):
-    sites = [shuffled_delta(site, material(site)) for site in getattr(subject, place)]
-    nlls, tokens = run(subject, sites, "shuffled_delta")
+    patches = [shuffled_delta(patch, material(patch)) for patch in getattr(subject, place)]
+    nlls, tokens = run(subject, patches, "shuffled_delta")
     for shortcuts, batch_size in ((Shortcuts.none(), 4), (Shortcuts(), 1)):
-        other, written = run(subject, sites, "shuffled_delta", shortcuts, batch_size)
+        other, written = run(subject, patches, "shuffled_delta", shortcuts, batch_size)
         assert other == pytest.approx(nlls, rel=1e-4)
         assert written == tokens
     assert run(subject, getattr(subject, place), "full")[0] != pytest.approx(nlls, rel=1e-3)
@@ -84,7 +84,7 @@ def test_a_shuffled_delta_is_the_same_however_it_is_computed(subject, material, 
     stop = Stop.of(subject.bridge, Limits(5), subject.rows[0])
     begun = [[] for _ in starts]
     for use_cache in (True, False):
-        assert decode(subject.passes, Edit(sites, "shuffled_delta"), starts, begun, stop, use_cache=use_cache) == tokens
+        assert decode(subject.passes, Edit(patches, "shuffled_delta"), starts, begun, stop, use_cache=use_cache) == tokens
 
 
 def placed(subject):
@@ -96,15 +96,15 @@ def placed(subject):
 
 
 def test_a_dense_delta_is_the_linear_map_of_its_rank_that_fits_best(subject, material):
-    (site,) = subject.site
+    (patch,) = subject.patch
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, subject.d_model, generator=generator)
     true = torch.randn(subject.d_model, 3, generator=generator) @ torch.randn(3, subject.d_model, generator=generator)
     moments = Moments.of([(x[:200], x[:200] @ true), (x[200:], x[200:] @ true)])
-    other = dense_delta(site, material(site, lambda: moments))
+    other = dense_delta(patch, material(patch, lambda: moments))
     torch.testing.assert_close(other.delta(x), x @ true, rtol=1e-3, atol=1e-2)
     assert torch.linalg.matrix_rank(other.delta(torch.eye(subject.d_model)), tol=1e-3) == 3
-    assert run(subject, [other], "dense_delta")[0] != pytest.approx(run(subject, [site], "full")[0], rel=1e-3)
+    assert run(subject, [other], "dense_delta")[0] != pytest.approx(run(subject, [patch], "full")[0], rel=1e-3)
 
 
 def test_reduced_rank_regression_beats_other_maps_of_its_rank():
@@ -134,12 +134,12 @@ def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, model_fo
     other.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     jobs = [Job(row) for row in subject.encoded]
-    before = score(subject.passes, Edit(subject.site, "mlp_swap"), jobs)
+    before = score(subject.passes, Edit(subject.patch, "mlp_swap"), jobs)
     assert [one.nll for one in before] == pytest.approx(
         [one.nll for one in score(subject.passes, Edit((), "raw"), jobs)]
     )
     with exchanged(subject.bridge, list(read_paths(subject.bridge, tmp_path, [1]).values())):
-        swapped = score(subject.passes, Edit(subject.site, "mlp_swap"), jobs)
+        swapped = score(subject.passes, Edit(subject.patch, "mlp_swap"), jobs)
     by_hand, _ = load(model_folder)
     names = ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")
     if by_hand.config.model_type == "llama":
@@ -152,7 +152,7 @@ def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, model_fo
         first = len(row.prompt)
         nll = -sum(logits[first - 1 + place, token].item() for place, token in enumerate(row.target))
         assert one.nll == pytest.approx(nll, rel=1e-4)
-    assert score(subject.passes, Edit(subject.site, "mlp_swap"), jobs) == before
+    assert score(subject.passes, Edit(subject.patch, "mlp_swap"), jobs) == before
 
 
 def test_weights_that_are_not_there_are_named(subject, tmp_path):
@@ -166,8 +166,8 @@ def test_weights_that_are_not_there_are_named(subject, tmp_path):
 def test_a_control_without_what_it_needs_is_refused(subject):
     with (
         pytest.raises(ValueError, match="needs a pool of outputs, and layer 1 has none"),
-        spliced(subject.bridge, Edit(subject.site, "shuffled_delta")),
+        spliced(subject.bridge, Edit(subject.patch, "shuffled_delta")),
     ):
         pass
     with pytest.raises(ValueError, match="has no delta that another could replace"):
-        random_delta(Site(1, subject.site[0].base), Material(torch.zeros(1, subject.d_model), no_moments, 0))
+        random_delta(Patch(1, subject.patch[0].base), Material(torch.zeros(1, subject.d_model), no_moments, 0))

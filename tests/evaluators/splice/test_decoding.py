@@ -17,16 +17,16 @@ from evaluators.splice.teacher_forcing import Job, score
 from models.bridge import hooked
 
 BUDGET = 7
-PLACES = ("site", "sites")
+PLACES = ("patch", "patches")
 SPLICED = ("no_delta", "full", "alpha", "zero_ablation")
 ALPHAS = (0.0, -0.7, 1.0, 2.5)
 EDITS = [name for name, one in CONDITIONS.items() if one.model == "finetuned" and not one.substitute]
 
 
-def logits(subject, sites, condition, alpha=1.0):
+def logits(subject, patches, condition, alpha=1.0):
     """Of every token of every row, left-padded into one batch."""
     batch = pad_left([row.ids for row in subject.encoded], subject.tokenizer.pad_token_id)
-    with torch.no_grad(), spliced(subject.bridge, Edit(sites, condition)) as splice:
+    with torch.no_grad(), spliced(subject.bridge, Edit(patches, condition)) as splice:
         splice.reset(batch.editable, torch.full((len(batch.ids),), alpha))
         return forward(subject.bridge, batch, batch.ids.shape[1])[batch.mask]
 
@@ -52,20 +52,20 @@ def ends(tokenizer, budget):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_strength_zero_is_no_delta_and_one_is_full_to_the_last_bit(subject, place):
-    sites = getattr(subject, place)
-    no_delta, full = logits(subject, sites, "no_delta"), logits(subject, sites, "full")
-    assert torch.equal(logits(subject, sites, "alpha", 0.0), no_delta)
-    assert torch.equal(logits(subject, sites, "alpha", 1.0), full)
+    patches = getattr(subject, place)
+    no_delta, full = logits(subject, patches, "no_delta"), logits(subject, patches, "full")
+    assert torch.equal(logits(subject, patches, "alpha", 0.0), no_delta)
+    assert torch.equal(logits(subject, patches, "alpha", 1.0), full)
     assert (full - no_delta).abs().max() > 0.01
-    assert (no_delta - logits(subject, sites, "raw")).abs().max() > 0.01
+    assert (no_delta - logits(subject, patches, "raw")).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_true_output_put_back_is_raw(subject, place):
-    sites = getattr(subject, place)
-    raw = logits(subject, sites, "raw")
-    assert torch.equal(logits(subject, sites, "true_output"), raw)
-    torch.testing.assert_close(logits(subject, sites, "error_term"), raw, rtol=1e-4, atol=1e-4)
+    patches = getattr(subject, place)
+    raw = logits(subject, patches, "raw")
+    assert torch.equal(logits(subject, patches, "true_output"), raw)
+    torch.testing.assert_close(logits(subject, patches, "error_term"), raw, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -82,10 +82,10 @@ def test_a_zero_decoder_is_no_delta_exactly(subject, place):
 @pytest.mark.parametrize("place", PLACES)
 def test_scores_are_those_of_the_splice_by_hand(subject, by_hand, place, condition):
     """CE, argmax, activation sums and counts, row by row: padding and BOS are neither edited nor counted."""
-    sites, alpha = getattr(subject, place), 1.7
-    reference = by_hand(subject.plain, sites, condition, alpha)
+    patches, alpha = getattr(subject, place), 1.7
+    reference = by_hand(subject.plain, patches, condition, alpha)
     for row, found in zip(
-        subject.encoded, score(subject.passes, Edit(sites, condition), jobs(subject, alpha)), strict=True
+        subject.encoded, score(subject.passes, Edit(patches, condition), jobs(subject, alpha)), strict=True
     ):
         nll, argmax = reference.nll(row)
         _, base_acts, delta_acts = reference.run(row.ids)
@@ -100,8 +100,8 @@ def test_scores_are_those_of_the_splice_by_hand(subject, by_hand, place, conditi
 
 def test_a_batch_of_one_scores_as_a_batch_of_many(subject):
     for condition in ("raw", "full"):
-        many = score(subject.passes, Edit(subject.sites, condition), jobs(subject))
-        ones = score(Passes(subject.bridge, batch_size=1), Edit(subject.sites, condition), jobs(subject))
+        many = score(subject.passes, Edit(subject.patches, condition), jobs(subject))
+        ones = score(Passes(subject.bridge, batch_size=1), Edit(subject.patches, condition), jobs(subject))
         for one, other in zip(many, ones, strict=True):
             assert one.nll == pytest.approx(other.nll, rel=1e-5)
             assert one.base_acts == pytest.approx(other.base_acts, rel=1e-5)
@@ -110,17 +110,17 @@ def test_a_batch_of_one_scores_as_a_batch_of_many(subject):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_strengths_in_one_batch_are_one_run_each(subject, stop, place):
-    sites = getattr(subject, place)
+    patches = getattr(subject, place)
     mixed = [Job(row, alpha) for row in subject.encoded for alpha in ALPHAS]
-    scored = score(subject.passes, Edit(sites, "alpha"), mixed)
-    outputs = generate(subject.passes, Edit(sites, "alpha"), mixed, scored, stop)
+    scored = score(subject.passes, Edit(patches, "alpha"), mixed)
+    outputs = generate(subject.passes, Edit(patches, "alpha"), mixed, scored, stop)
     for place_in_alphas, alpha in enumerate(ALPHAS):
-        alone = score(subject.passes, Edit(sites, "alpha"), jobs(subject, alpha))
+        alone = score(subject.passes, Edit(patches, "alpha"), jobs(subject, alpha))
         mine = scored[place_in_alphas :: len(ALPHAS)]
         assert [one.nll for one in mine] == pytest.approx([one.nll for one in alone], rel=1e-5)
         assert [one.delta_acts for one in mine] == pytest.approx([one.delta_acts for one in alone], rel=1e-5)
         assert [one.argmax for one in mine] == [one.argmax for one in alone]
-        output = generate(subject.passes, Edit(sites, "alpha"), jobs(subject, alpha), alone, stop)
+        output = generate(subject.passes, Edit(patches, "alpha"), jobs(subject, alpha), alone, stop)
         assert outputs[place_in_alphas :: len(ALPHAS)] == output
     assert len({tuple(map(tuple, outputs[n :: len(ALPHAS)])) for n in range(len(ALPHAS))}) > 1
 
@@ -129,12 +129,12 @@ def test_strengths_in_one_batch_are_one_run_each(subject, stop, place):
 @pytest.mark.parametrize("place", PLACES)
 def test_every_way_to_generate_gives_the_tokens_of_the_splice_by_hand(subject, stop, by_hand, place, condition):
     """Cached, uncached, one by one, verified from the target and from any guess: generated tokens are edited."""
-    sites, alpha = getattr(subject, place), 0.6
-    reference = by_hand(subject.plain, sites, condition, alpha)
+    patches, alpha = getattr(subject, place), 0.6
+    reference = by_hand(subject.plain, patches, condition, alpha)
     expected = [reference.greedy(row.prompt, {subject.tokenizer.eos_token_id}, BUDGET) for row in subject.encoded]
     assert len({tuple(output) for output in expected}) == len(expected)
     prompts, begun = bare(subject, alpha)
-    edit = Edit(sites, condition)
+    edit = Edit(patches, condition)
     assert decode(subject.passes, edit, prompts, begun, stop) == expected
     assert decode(subject.passes, edit, prompts, begun, stop, use_cache=False) == expected
     assert decode(Passes(subject.bridge, batch_size=1), edit, prompts, begun, stop) == expected
@@ -148,7 +148,7 @@ def test_every_way_to_generate_gives_the_tokens_of_the_splice_by_hand(subject, s
         [[], *expected[1:]],
     ):
         guessing = [dataclasses.replace(job, guess=guess) for job, guess in zip(full, guesses, strict=True)]
-        scored = score(subject.passes, Edit(sites, condition), guessing)
+        scored = score(subject.passes, Edit(patches, condition), guessing)
         assert generate(subject.passes, edit, guessing, scored, stop) == expected
 
 
@@ -163,14 +163,14 @@ def test_raw_output_is_what_transformers_generates(subject, stop):
 
 def test_generated_tokens_are_edited(subject, stop):
     """Edit the prompt alone, by hand: the first token is the same, and some later one is not."""
-    sites = subject.site
+    patches = subject.patch
     prompts, begun = bare(subject)
-    expected = decode(subject.passes, Edit(sites, "full"), prompts, begun, stop)
+    expected = decode(subject.passes, Edit(patches, "full"), prompts, begun, stop)
     differs = 0
     for row, output in zip(subject.encoded, expected, strict=True):
         batch = pad_left([row.prompt + output[:-1]], 0)
         prompt_only = batch.editable & (batch.positions < len(row.prompt))
-        with torch.no_grad(), spliced(subject.bridge, Edit(sites, "full")) as splice:
+        with torch.no_grad(), spliced(subject.bridge, Edit(patches, "full")) as splice:
             splice.reset(prompt_only, torch.ones(1))
             found = forward(subject.bridge, batch, len(output)).argmax(-1)[0].tolist()
         assert found[0] == output[0]
@@ -180,7 +180,7 @@ def test_generated_tokens_are_edited(subject, stop):
 
 def test_what_a_guess_proves_is_not_decoded(subject, stop, monkeypatch):
     prompts, begun = bare(subject)
-    outputs = decode(subject.passes, Edit(subject.site, "full"), prompts, begun, stop)
+    outputs = decode(subject.passes, Edit(subject.patch, "full"), prompts, begun, stop)
     decoded = []
     real = decoding.decode
 
@@ -192,15 +192,15 @@ def test_what_a_guess_proves_is_not_decoded(subject, stop, monkeypatch):
     wrong = [*outputs[0][:4], (outputs[0][4] + 1) % 200, *outputs[0][5:]]
     for guesses in (outputs, [wrong, *outputs[1:]]):
         guessing = [dataclasses.replace(job, guess=one) for job, one in zip(jobs(subject), guesses, strict=True)]
-        scored = score(subject.passes, Edit(subject.site, "full"), guessing)
-        assert generate(subject.passes, Edit(subject.site, "full"), guessing, scored, stop) == outputs
+        scored = score(subject.passes, Edit(subject.patch, "full"), guessing)
+        assert generate(subject.passes, Edit(subject.patch, "full"), guessing, scored, stop) == outputs
     assert decoded == [[], [outputs[0][:5]]], "all proven; then one row goes on from the first token that differs"
 
 
 def test_a_guess_goes_on_where_it_leaves_the_target(subject, stop, monkeypatch):
     """Prompts and what the guess shares with the target are not computed again."""
     prompts, begun = bare(subject)
-    outputs = decode(subject.passes, Edit(subject.sites, "full"), prompts, begun, stop)
+    outputs = decode(subject.passes, Edit(subject.patches, "full"), prompts, begun, stop)
     targets = [[*output[:3], (output[3] + 1) % 200, 5, 6] for output in outputs]
     guessing = [
         Job(Encoded(row.prompt, target), guess=output)
@@ -214,7 +214,7 @@ def test_a_guess_goes_on_where_it_leaves_the_target(subject, stop, monkeypatch):
         return real(bridge, batch, *rest, **named)
 
     monkeypatch.setattr(teacher_forcing, "resume", spy)
-    scored = score(subject.passes, Edit(subject.sites, "full"), guessing)
+    scored = score(subject.passes, Edit(subject.patches, "full"), guessing)
     whole, tails = passes
     assert sorted(whole) == sorted(len(job.encoded.ids) for job in guessing)
     assert tails == [BUDGET - 3] * len(guessing)
@@ -226,7 +226,7 @@ def test_hints_are_tried_ahead_and_change_no_token(subject, stop, monkeypatch):
     """Right ones spare steps, wrong ones are taken back; beside a sliding window nothing is tried."""
     short = [row for row in subject.encoded if len(row.prompt) < 40]
     prompts, begun = [Job(Encoded(row.prompt, [])) for row in short], [[] for _ in short]
-    asked = (subject.passes, Edit(subject.site, "full"))
+    asked = (subject.passes, Edit(subject.patch, "full"))
     expected = decode(*asked, prompts, begun, stop)
     steps = []
     real = decoding.forward
@@ -255,8 +255,8 @@ def test_hints_are_tried_ahead_and_change_no_token(subject, stop, monkeypatch):
 
 def test_bos_and_padding_are_never_edited(subject):
     """A base that shouts: the residual after its layer is raw's on BOS and padding, and another one everywhere else."""
-    loud = dataclasses.replace(subject.site[0].base, b_dec=torch.full((subject.d_model,), 1e3))
-    site = dataclasses.replace(subject.site[0], ground=loud)
+    loud = dataclasses.replace(subject.patch[0].base, b_dec=torch.full((subject.d_model,), 1e3))
+    patch = dataclasses.replace(subject.patch[0], ground=loud)
     batch = pad_left([row.ids for row in subject.encoded], subject.tokenizer.pad_token_id)
     after = {}
 
@@ -265,7 +265,7 @@ def test_bos_and_padding_are_never_edited(subject):
 
     with torch.no_grad(), hooked(subject.bridge, [("blocks.1.hook_out", note)]):
         for condition in ("raw", "no_delta"):
-            with spliced(subject.bridge, Edit([site], condition)) as splice:
+            with spliced(subject.bridge, Edit([patch], condition)) as splice:
                 splice.reset(batch.editable, torch.ones(len(batch.ids)))
                 forward(subject.bridge, batch, 1)
     same = (after["raw"] == after["no_delta"]).all(-1)
@@ -278,20 +278,20 @@ def test_bos_and_padding_are_never_edited(subject):
 def test_rows_that_end_early_leave_the_others_alone(subject):
     """EOS is a token that one row says in its middle and others do not."""
     prompts, begun = bare(subject)
-    outputs = decode(subject.passes, Edit(subject.site, "full"), prompts, begun, ends(subject.tokenizer, BUDGET))
+    outputs = decode(subject.passes, Edit(subject.patch, "full"), prompts, begun, ends(subject.tokenizer, BUDGET))
     end = outputs[0][4]
     expected = [one[: one.index(end) + 1] if end in one else one for one in outputs]
     assert len({len(one) for one in expected}) > 1
     early = Stop(subject.tokenizer, Limits(BUDGET), frozenset([end]))
     for use_cache in (True, False):
         assert (
-            decode(subject.passes, Edit(subject.site, "full"), prompts, begun, early, use_cache=use_cache) == expected
+            decode(subject.passes, Edit(subject.patch, "full"), prompts, begun, early, use_cache=use_cache) == expected
         )
 
 
 def test_no_rows_are_no_results(subject, stop):
-    assert score(subject.passes, Edit(subject.site, "full"), []) == []
-    assert generate(subject.passes, Edit(subject.site, "full"), [], [], stop) == []
+    assert score(subject.passes, Edit(subject.patch, "full"), []) == []
+    assert generate(subject.passes, Edit(subject.patch, "full"), [], [], stop) == []
 
 
 @pytest.mark.parametrize(

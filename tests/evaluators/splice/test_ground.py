@@ -13,7 +13,7 @@ from evaluators.splice.interventions import Edit, Ranks
 from evaluators.splice.limits import Limits
 from evaluators.splice.moments import Moments, principal_directions
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
-from evaluators.splice.sites import Site, TrueChange
+from evaluators.splice.patches import Patch, TrueChange
 from evaluators.splice.substitutes import SUBSTITUTES, Material, pca_delta
 from evaluators.splice.teacher_forcing import Job, score
 from models.blocks import read_paths
@@ -25,38 +25,38 @@ WRITES = {"gemma2": "post_feedforward_layernorm"}
 
 
 @pytest.fixture(scope="module")
-def sites(path_sites):
+def patches(path_sites):
     return path_sites
 
 
 class Plain:
-    """The finetuned model with un-finetuned blocks' parts at the sites and the delta added, by hand."""
+    """The finetuned model with un-finetuned blocks' parts at the patches and the delta added, by hand."""
 
-    def __init__(self, subject, load, base_folder, sites):
+    def __init__(self, subject, load, base_folder, patches):
         self.model, _ = load(subject.folder)
         before, _ = load(base_folder)
         kind = self.model.config.model_type
-        self.sites, self.alpha = sites, 1.0
-        for site in sites:
-            block, other = self.model.model.layers[site.layer], before.model.layers[site.layer]
+        self.patches, self.alpha = patches, 1.0
+        for patch in patches:
+            block, other = self.model.model.layers[patch.layer], before.model.layers[patch.layer]
             for name in PARTS.get(kind, ("mlp", "post_attention_layernorm")):
                 getattr(block, name).load_state_dict(getattr(other, name).state_dict())
-            getattr(block, NORMS[kind]).register_forward_pre_hook(self._reader(site))
-            getattr(block, WRITES.get(kind, "mlp")).register_forward_hook(self._writer(site))
+            getattr(block, NORMS[kind]).register_forward_pre_hook(self._reader(patch))
+            getattr(block, WRITES.get(kind, "mlp")).register_forward_hook(self._writer(patch))
         self.inputs = {}
 
-    def _reader(self, site):
+    def _reader(self, patch):
         def read(module, args):
-            self.inputs[site.layer] = args[0]
+            self.inputs[patch.layer] = args[0]
 
         return read
 
-    def _writer(self, site):
+    def _writer(self, patch):
         def write(module, args, y):
-            middle = self.inputs[site.layer][0, 1:]
+            middle = self.inputs[patch.layer][0, 1:]
             x = middle / (middle.pow(2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps).sqrt()
-            delta = site.delta.encode(x) @ site.delta.W_dec
-            bos = site.delta.W_dec[12] if len(site.delta.W_dec) > 12 else torch.zeros_like(x[0])
+            delta = patch.delta.encode(x) @ patch.delta.W_dec
+            bos = patch.delta.W_dec[12] if len(patch.delta.W_dec) > 12 else torch.zeros_like(x[0])
             return y + self.alpha * torch.cat([bos.unsqueeze(0), delta]).unsqueeze(0)
 
         return write
@@ -78,42 +78,42 @@ class Plain:
 
 
 @pytest.fixture(scope="module")
-def plain(subject, load, base_folder, sites):
-    return Plain(subject, load, base_folder, sites)
+def plain(subject, load, base_folder, patches):
+    return Plain(subject, load, base_folder, patches)
 
 
 @pytest.mark.parametrize("shortcuts", [Shortcuts(), Shortcuts.none()], ids=["shortcuts", "none"])
-def test_scores_and_tokens_are_those_of_a_plain_model(subject, sites, plain, shortcuts):
+def test_scores_and_tokens_are_those_of_a_plain_model(subject, patches, plain, shortcuts):
     passes, stop = Passes(subject.bridge, 3, shortcuts), Stop.of(subject.bridge, Limits(BUDGET), subject.rows[0])
     for alpha in (0.0, 0.7, 1.0, -0.5):
         plain.alpha = alpha
         expected = [plain.greedy(row.prompt, subject.tokenizer.eos_token_id) for row in subject.encoded]
         jobs = [Job(row, alpha, guess=output) for row, output in zip(subject.encoded, expected, strict=True)]
-        edit = Edit(sites, "alpha")
+        edit = Edit(patches, "alpha")
         scored = score(passes, edit, jobs)
         assert [one.nll for one in scored] == pytest.approx([plain.nll(row) for row in subject.encoded], rel=1e-4)
         assert generate(passes, edit, jobs, scored, stop) == expected
         assert all(one.base_acts == 0 for one in scored)
 
 
-def test_strengths_share_a_batch_and_zero_and_one_have_names(subject, sites):
+def test_strengths_share_a_batch_and_zero_and_one_have_names(subject, patches):
     jobs = [Job(row, alpha) for alpha in (0.0, 0.5, 1.0) for row in subject.encoded]
-    found = [one.nll for one in score(subject.passes, Edit(sites, "alpha"), jobs)]
+    found = [one.nll for one in score(subject.passes, Edit(patches, "alpha"), jobs)]
     count = len(subject.encoded)
     plain_jobs = [Job(row) for row in subject.encoded]
     for place, condition in ((0, "no_delta"), (2, "full")):
-        alone = [one.nll for one in score(subject.passes, Edit(sites, condition), plain_jobs)]
+        alone = [one.nll for one in score(subject.passes, Edit(patches, condition), plain_jobs)]
         assert found[place * count : (place + 1) * count] == pytest.approx(alone, rel=1e-6)
 
 
-def test_the_model_is_raw_again_afterwards(subject, sites):
+def test_the_model_is_raw_again_afterwards(subject, patches):
     jobs = [Job(row) for row in subject.encoded]
     before = score(subject.passes, Edit(), jobs)
-    score(subject.passes, Edit(sites, "full"), jobs)
+    score(subject.passes, Edit(patches, "full"), jobs)
     with pytest.raises(ZeroDivisionError):
         decode(
             subject.passes,
-            Edit(sites, "full"),
+            Edit(patches, "full"),
             jobs,
             [[] for _ in jobs],
             Broken(subject.tokenizer, Limits(3), frozenset()),
@@ -126,55 +126,55 @@ class Broken(Stop):
         raise ZeroDivisionError
 
 
-def test_only_the_first_features_are_kept(subject, sites):
-    sizes = [site.delta.d_sae for site in sites]
+def test_only_the_first_features_are_kept(subject, patches):
+    sizes = [patch.delta.d_sae for patch in patches]
     ranks = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(1)).split(sizes)
-    marked = [dataclasses.replace(site, ranks=one) for site, one in zip(sites, ranks, strict=True)]
+    marked = [dataclasses.replace(patch, ranks=one) for patch, one in zip(patches, ranks, strict=True)]
     counts = (0, 1, 5, sum(sizes))
     jobs = [Job(row, kept=Ranks(0, count)) for count in counts for row in subject.encoded]
     found = [one.nll for one in score(subject.passes, Edit(marked, "full"), jobs)]
     no_delta = [
-        one.nll for one in score(subject.passes, Edit(sites, "no_delta"), [Job(row) for row in subject.encoded])
+        one.nll for one in score(subject.passes, Edit(patches, "no_delta"), [Job(row) for row in subject.encoded])
     ]
-    full = [one.nll for one in score(subject.passes, Edit(sites, "full"), [Job(row) for row in subject.encoded])]
+    full = [one.nll for one in score(subject.passes, Edit(patches, "full"), [Job(row) for row in subject.encoded])]
     size = len(subject.encoded)
     assert found[:size] == pytest.approx(no_delta, rel=1e-5)
     assert found[-size:] == pytest.approx(full, rel=1e-5)
     silenced = [
         dataclasses.replace(
-            site, delta=dataclasses.replace(site.delta, W_dec=site.delta.W_dec * (one < 5).unsqueeze(1))
+            patch, delta=dataclasses.replace(patch.delta, W_dec=patch.delta.W_dec * (one < 5).unsqueeze(1))
         )
-        for site, one in zip(sites, ranks, strict=True)
+        for patch, one in zip(patches, ranks, strict=True)
     ]
     five = [one.nll for one in score(subject.passes, Edit(silenced, "full"), [Job(row) for row in subject.encoded])]
     assert found[2 * size : 3 * size] == pytest.approx(five, rel=1e-5)
 
 
-def test_the_checks_of_every_sweep_hold_here_and_name_a_wrong_ground(subject, sites, base_folder):
-    layers = [site.layer for site in sites]
+def test_the_checks_of_every_sweep_hold_here_and_name_a_wrong_ground(subject, patches, base_folder):
+    layers = [patch.layer for patch in patches]
     before, after = (read_paths(subject.bridge, folder, layers) for folder in (base_folder, subject.folder))
-    checks = change_checks(subject.bridge, subject.rows, sites, before, after)
-    checks += exactness_checks(subject.bridge, subject.rows, sites, Limits(4))
+    checks = change_checks(subject.bridge, subject.rows, patches, before, after)
+    checks += exactness_checks(subject.bridge, subject.rows, patches, Limits(4))
     assert [check["name"] for check in checks if not check["passed"]] == []
-    wrong = change_checks(subject.bridge, subject.rows, sites, after, after)
+    wrong = change_checks(subject.bridge, subject.rows, patches, after, after)
     assert sum("true change" in check["name"] for check in wrong if not check["passed"]) == 2
 
 
 @pytest.mark.parametrize("control", ["shuffled_delta", "dense_delta", "random_delta", "pca_delta"])
-def test_controls_keep_a_feature_at_bos(subject, sites, base_folder, control):
+def test_controls_keep_a_feature_at_bos(subject, patches, base_folder, control):
     """As it is, but for the random one, which turns its direction and keeps its size; however it is computed."""
-    layers = [site.layer for site in sites]
-    raw = Passes(subject.bridge, prefixes=Prefixes(subject.bridge, layers, sites[0].taps))
+    layers = [patch.layer for patch in patches]
+    raw = Passes(subject.bridge, prefixes=Prefixes(subject.bridge, layers, patches[0].taps))
     before, after = (read_paths(subject.bridge, folder, layers) for folder in (base_folder, subject.folder))
     made = []
-    for site in sites:
-        x = site_activations(raw, site, subject.rows)[0]
-        change = TrueChange(before[site.layer], after[site.layer])
-        material = Material(x, lambda x=x, site=site: Moments.of([(x, site.delta(x))]), 3, lambda change=change: change)
-        other = SUBSTITUTES[control](site, material)
+    for patch in patches:
+        x = site_activations(raw, patch, subject.rows)[0]
+        change = TrueChange(before[patch.layer], after[patch.layer])
+        material = Material(x, lambda x=x, patch=patch: Moments.of([(x, patch.delta(x))]), 3, lambda change=change: change)
+        other = SUBSTITUTES[control](patch, material)
         made.append(other)
-        if site.delta.at_bos is not None:
-            ours, theirs = (one.delta.at_bos @ one.delta.W_dec for one in (site, other))
+        if patch.delta.at_bos is not None:
+            ours, theirs = (one.delta.at_bos @ one.delta.W_dec for one in (patch, other))
             if control == "random_delta":
                 assert theirs.norm().item() == pytest.approx(ours.norm().item(), rel=0.5)
                 assert torch.cosine_similarity(ours, theirs, dim=0).abs() < 0.9
@@ -201,50 +201,50 @@ def test_principal_directions_are_those_of_the_covariance_largest_last():
     assert len(principal_directions(Moments.of([(rows, rows)]), 9)[1]) == 6
 
 
-def test_a_pca_delta_is_the_true_change_along_its_directions(subject, sites, base_folder):
+def test_a_pca_delta_is_the_true_change_along_its_directions(subject, patches, base_folder):
     """With as many directions as dimensions it is all of the change; with d_new, the change's projection on them."""
-    layers = [site.layer for site in sites]
+    layers = [patch.layer for patch in patches]
     before, after = (read_paths(subject.bridge, folder, layers) for folder in (base_folder, subject.folder))
-    raw = Passes(subject.bridge, prefixes=Prefixes(subject.bridge, layers, sites[0].taps))
+    raw = Passes(subject.bridge, prefixes=Prefixes(subject.bridge, layers, patches[0].taps))
     made, whole, true = [], [], []
-    for site in sites:
-        change = TrueChange(before[site.layer], after[site.layer])
-        x = site_activations(raw, site, subject.rows)[0]
+    for patch in patches:
+        change = TrueChange(before[patch.layer], after[patch.layer])
+        x = site_activations(raw, patch, subject.rows)[0]
         c = change.decode(x)
         moments = Moments.of([(x, c)])
         material = Material(x, lambda moments=moments: moments, 3, lambda change=change: change)
-        made.append(pca_delta(site, material))
+        made.append(pca_delta(patch, material))
         mean, directions = principal_directions(moments, 12)
         expected = mean.float() + (c - mean.float()) @ directions.float().T @ directions.float()
         torch.testing.assert_close(made[-1].delta.decode(made[-1].delta.encode(x)), expected, rtol=1e-3, atol=1e-3)
-        rows = torch.cat([principal_directions(moments, site.delta.d_model)[1].float(), made[-1].delta.W_dec[-2:]])
-        whole.append(dataclasses.replace(site, delta=dataclasses.replace(made[-1].delta, W_dec=rows)))
-        true.append(Site(site.layer, site.ground, change))
+        rows = torch.cat([principal_directions(moments, patch.delta.d_model)[1].float(), made[-1].delta.W_dec[-2:]])
+        whole.append(dataclasses.replace(patch, delta=dataclasses.replace(made[-1].delta, W_dec=rows)))
+        true.append(Patch(patch.layer, patch.ground, change))
         with pytest.raises(ValueError, match="not known here"):
-            pca_delta(site, material._replace(change=None))
+            pca_delta(patch, material._replace(change=None))
 
     def nlls(spliced, condition="full"):
         jobs = [Job(row, alpha=1.0) for row in subject.encoded]
         return [one.nll for one in score(Passes(subject.bridge, 3), Edit(spliced, condition), jobs)]
 
-    if all(site.delta.at_bos is None for site in sites):
+    if all(patch.delta.at_bos is None for patch in patches):
         assert nlls(whole) == pytest.approx(nlls(true), rel=1e-3)
     assert nlls(made, "pca_delta") != pytest.approx(nlls(whole), rel=1e-3)
 
 
-def test_what_a_feature_at_bos_does_is_ranked_with_the_others(subject, sites):
+def test_what_a_feature_at_bos_does_is_ranked_with_the_others(subject, patches):
     """Its estimated effect is the slope of its gate, by central differences at each strength."""
-    site = sites[-1]
-    ranked = {one.feature: one.effect for one in rank_features(subject.passes, [site], subject.rows)}
-    if site.delta.at_bos is None:
+    patch = patches[-1]
+    ranked = {one.feature: one.effect for one in rank_features(subject.passes, [patch], subject.rows)}
+    if patch.delta.at_bos is None:
         assert sorted(ranked) == list(range(12))
         return
     tokens, step, expected = sum(len(row.target) for row in subject.encoded), 0.02, 0.0
     for alpha in STRENGTHS:
         nlls = []
         for gate in (1 + step, 1 - step):
-            W_dec = torch.where(site.delta.at_bos.unsqueeze(1) > 0, gate * site.delta.W_dec, site.delta.W_dec)
-            gated = dataclasses.replace(site, delta=dataclasses.replace(site.delta, W_dec=W_dec))
+            W_dec = torch.where(patch.delta.at_bos.unsqueeze(1) > 0, gate * patch.delta.W_dec, patch.delta.W_dec)
+            gated = dataclasses.replace(patch, delta=dataclasses.replace(patch.delta, W_dec=W_dec))
             jobs = [Job(row, alpha) for row in subject.encoded]
             nlls.append(sum(one.nll for one in score(subject.passes, Edit([gated], "alpha"), jobs)))
         expected -= (nlls[0] - nlls[1]) / (2 * step) / alpha / len(STRENGTHS) / tokens

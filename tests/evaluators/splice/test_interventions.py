@@ -8,7 +8,7 @@ import torch
 
 from data.encoding import pad_left
 from evaluators.conditions import CONDITIONS
-from evaluators.splice.interventions import Edit, Site, spliced
+from evaluators.splice.interventions import Edit, Patch, spliced
 from evaluators.splice.passes import forward
 from models.errors import ModelError
 from models.transcoder import Taps
@@ -24,7 +24,7 @@ def test_nothing_stays_behind_even_after_an_error(subject):
     batch = pad_left([row.ids for row in subject.encoded], 0)
     with torch.no_grad():
         before = forward(subject.bridge, batch, 1)
-        with suppress(ZeroDivisionError), spliced(subject.bridge, Edit(subject.site, "full")) as splice:
+        with suppress(ZeroDivisionError), spliced(subject.bridge, Edit(subject.patch, "full")) as splice:
             splice.reset(batch.editable, torch.ones(len(batch.ids)))
             changed = forward(subject.bridge, batch, 1)
             raise ZeroDivisionError
@@ -36,22 +36,22 @@ def test_raw_edits_nothing_whatever_the_sites(subject):
     batch = pad_left([row.ids for row in subject.encoded], 0)
     with torch.no_grad():
         before = forward(subject.bridge, batch, 1)
-        for sites in ((), subject.sites):
-            with spliced(subject.bridge, Edit(sites, "raw"), record=True) as splice:
+        for patches in ((), subject.patches):
+            with spliced(subject.bridge, Edit(patches, "raw"), record=True) as splice:
                 splice.reset(batch.editable, torch.ones(len(batch.ids)))
                 assert torch.equal(forward(subject.bridge, batch, 1), before)
                 assert splice.base_acts.tolist() == [0.0] * len(batch.ids)
 
 
 def test_an_unknown_condition_and_missing_parts_are_named(subject):
-    without = [Site(1, subject.site[0].base)]
-    for sites, condition, said in (
-        (subject.site, "fulll", "no condition 'fulll'; there are raw, no_delta, full, alpha"),
-        ([], "full", "condition full needs one site for each of one or more layers, got layers []"),
-        ([*subject.site, *subject.site], "no_delta", "got layers [1, 1]"),
+    without = [Patch(1, subject.patch[0].base)]
+    for patches, condition, said in (
+        (subject.patch, "fulll", "no condition 'fulll'; there are raw, no_delta, full, alpha"),
+        ([], "full", "condition full needs one patch for each of one or more layers, got layers []"),
+        ([*subject.patch, *subject.patch], "no_delta", "got layers [1, 1]"),
         (without, "full", "condition full needs a delta transcoder, and layer 1 has none"),
     ):
-        with pytest.raises(ValueError) as raised, spliced(subject.bridge, Edit(sites, condition)):  # noqa: PT011
+        with pytest.raises(ValueError) as raised, spliced(subject.bridge, Edit(patches, condition)):  # noqa: PT011
             pass
         assert said in str(raised.value)
     with spliced(subject.bridge, Edit(without, "no_delta")):
@@ -61,7 +61,7 @@ def test_an_unknown_condition_and_missing_parts_are_named(subject):
 def test_a_site_is_of_one_layer_and_one_kind(random_transcoder):
     base = random_transcoder(6, 8, layer=1, seed=0)
     delta = random_transcoder(6, 4, layer=1, seed=1, bias=False)
-    assert Site(1, base, delta).delta is delta
+    assert Patch(1, base, delta).delta is delta
     other_taps = dataclasses.replace(delta, taps=Taps("ln2.hook_out", "hook_mlp_out"))
     for arguments, said in (
         ((2, base, delta), "layer 2: what lies under the delta is of layer 1"),
@@ -71,7 +71,7 @@ def test_a_site_is_of_one_layer_and_one_kind(random_transcoder):
         ((1, base, other_taps), "layer 1: delta: reads ln2.hook_out"),
     ):
         with pytest.raises(ModelError) as raised:
-            Site(*arguments)
+            Patch(*arguments)
         assert str(raised.value).startswith(said)
 
 
@@ -85,22 +85,22 @@ def test_a_transcoder_of_another_model_is_refused(subject, random_transcoder):
         (random_transcoder(d_model, 8, layer=n_layers, seed=0), f"the model has layers 0 to {n_layers - 1}"),
         (wrong_tap, "this model has no blocks.1.ln9.hook_normalized"),
     ):
-        site = Site(base.layer, base)
-        with pytest.raises(ModelError) as raised, spliced(subject.bridge, Edit([site], "no_delta")):
+        patch = Patch(base.layer, base)
+        with pytest.raises(ModelError) as raised, spliced(subject.bridge, Edit([patch], "no_delta")):
             pass
         assert said in str(raised.value)
 
 
 def test_half_precision_models_keep_their_dtype_and_the_transcoders_theirs(gemma_folder, wrapped, random_transcoder):
     bridge = wrapped(gemma_folder, torch.bfloat16)
-    site = Site(1, random_transcoder(32, 96, 1, seed=0), random_transcoder(32, 8, 1, seed=1, bias=False))
+    patch = Patch(1, random_transcoder(32, 96, 1, seed=0), random_transcoder(32, 8, 1, seed=1, bias=False))
     batch = pad_left([[2, 50, 60, 70], [2, 50]], 0)
     with torch.no_grad():
         raw = forward(bridge, batch, 1)
-        with spliced(bridge, Edit([site], "true_output")) as splice:
+        with spliced(bridge, Edit([patch], "true_output")) as splice:
             splice.reset(batch.editable, torch.ones(2))
             assert torch.equal(forward(bridge, batch, 1), raw)
-        with spliced(bridge, Edit([site], "full")) as splice:
+        with spliced(bridge, Edit([patch], "full")) as splice:
             splice.reset(batch.editable, torch.ones(2))
             full = forward(bridge, batch, 1)
     assert full.isfinite().all()

@@ -25,7 +25,7 @@ def test_it_is_the_sum_over_the_vocabulary(subject, monkeypatch, held):
     """Also where no row's probabilities stay in memory, and where chunks of logits end inside a row."""
     monkeypatch.setattr(module, "HELD_BYTES", held)
     monkeypatch.setattr("evaluators.splice.passes.PROJECTED", 7)
-    edit, jobs = Edit(subject.sites, "full"), [Job(row) for row in subject.encoded]
+    edit, jobs = Edit(subject.patches, "full"), [Job(row) for row in subject.encoded]
     reference = Reference(subject.bridge, 3)
     reference.add(subject.encoded)
     found = [one.kl for one in score(subject.passes, edit, jobs, reference=reference)]
@@ -49,9 +49,9 @@ def test_of_the_true_output_spliced_it_is_zero(subject):
     reference = Reference(subject.bridge)
     reference.add(subject.encoded)
     jobs = [Job(row) for row in subject.encoded]
-    found = score(subject.passes, Edit(subject.sites, "true_output"), jobs, reference=reference)
+    found = score(subject.passes, Edit(subject.patches, "true_output"), jobs, reference=reference)
     assert [one.kl for one in found] == pytest.approx([0.0] * len(found), abs=1e-3)
 
 
 def test_without_a_reference_there_is_none(subject):
-    assert score(subject.passes, Edit(subject.sites, "full"), [Job(subject.encoded[0])])[0].kl is None
+    assert score(subject.passes, Edit(subject.patches, "full"), [Job(subject.encoded[0])])[0].kl is None

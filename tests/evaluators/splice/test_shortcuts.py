@@ -18,7 +18,7 @@ from evaluators.splice.teacher_forcing import Job, score
 from models.bridge import hooked
 from tests.evaluators.conftest import CALCULATOR
 
-PLACES = ("site", "sites")
+PLACES = ("patch", "patches")
 ASKS = [Ask("no_delta"), Ask("full"), *(Ask("alpha", alpha) for alpha in (0.0, 0.5, 2.0))]
 NAMES = [one.name for one in dataclasses.fields(Shortcuts)]
 
@@ -56,7 +56,7 @@ def test_no_shortcut_changes_a_figure_or_a_token(subject, plain, place, off):
 
 def test_reconstruction_is_the_same_without_shortcuts(subject):
     fast, slow = (
-        list(evaluate_reconstruction(Passes(subject.bridge, shortcuts=shortcuts), subject.site, subject.rows, 1.0))
+        list(evaluate_reconstruction(Passes(subject.bridge, shortcuts=shortcuts), subject.patch, subject.rows, 1.0))
         for shortcuts in (Shortcuts(), Shortcuts.none())
     )
     for one, expected in zip(fast, slow, strict=True):
@@ -82,7 +82,7 @@ def test_a_shortcut_that_is_off_is_not_taken(subject, monkeypatch):
 
     for module in (decoding, teacher_forcing):
         monkeypatch.setattr(module, "forward", counted)
-    cells(subject, "site", Shortcuts.none())
+    cells(subject, "patch", Shortcuts.none())
     batches = 2 * len(ASKS)  # four rows in threes
     assert sum(keep == 1 for keep in stepped) == 6 * batches, "every row is decoded to the budget"
 
@@ -118,7 +118,7 @@ def test_after_an_error_the_model_runs_all_its_layers(subject):
 
 def test_layers_captured_together_are_those_captured_alone(subject):
     rows = [row.ids for row in subject.encoded]
-    taps = subject.site[0].base.taps
+    taps = subject.patch[0].base.taps
     together = read_prefixes(subject.bridge, rows, [0, 1, 2], taps)
     for layer in (0, 1, 2):
         alone = read_prefixes(subject.bridge, rows, [layer], taps)[layer]
@@ -135,7 +135,7 @@ def test_prefixes_are_read_once_and_forgotten_when_memory_is_short(subject, monk
         return real(bridge, rows, layers, taps)
 
     monkeypatch.setattr(passes, "read_prefixes", spy)
-    rows, taps = [row.ids for row in subject.encoded], subject.site[0].base.taps
+    rows, taps = [row.ids for row in subject.encoded], subject.patch[0].base.taps
     held = Prefixes(subject.bridge, [0, 2], taps, batch_size=3)
     held.get(0, rows)
     held.get(2, rows)
@@ -154,14 +154,14 @@ def test_prefixes_are_read_once_and_forgotten_when_memory_is_short(subject, monk
 
 def test_the_whole_text_holds_the_target(subject):
     jobs = [Job(row) for row in subject.encoded]
-    whole = score(subject.passes, Edit(subject.site, "full"), jobs, whole_text=True)
-    target = score(subject.passes, Edit(subject.site, "full"), jobs)
+    whole = score(subject.passes, Edit(subject.patch, "full"), jobs, whole_text=True)
+    target = score(subject.passes, Edit(subject.patch, "full"), jobs)
     for one, other in zip(whole, target, strict=True):
         assert one.nll == pytest.approx(other.nll, rel=1e-5)
         assert one.argmax == other.argmax
         assert one.text_nll > one.nll
         assert other.text_nll is None
-    ce, tokens = text_cross_entropy(subject.passes, Edit(subject.site, "full"), subject.rows)
+    ce, tokens = text_cross_entropy(subject.passes, Edit(subject.patch, "full"), subject.rows)
     assert ce == pytest.approx(sum(one.text_nll for one in whole) / tokens)
 
 
@@ -201,7 +201,7 @@ def test_other_errors_are_not_retried():
 
 
 def test_memory_that_runs_out_in_the_model_changes_no_figure(subject, monkeypatch):
-    expected = score(subject.passes, Edit(subject.sites, "full"), [Job(row) for row in subject.encoded])
+    expected = score(subject.passes, Edit(subject.patches, "full"), [Job(row) for row in subject.encoded])
     real = teacher_forcing.resume
 
     def cramped(bridge, batch, *rest, **named):
@@ -210,7 +210,7 @@ def test_memory_that_runs_out_in_the_model_changes_no_figure(subject, monkeypatc
         return real(bridge, batch, *rest, **named)
 
     monkeypatch.setattr(teacher_forcing, "resume", cramped)
-    found = score(subject.passes, Edit(subject.sites, "full"), [Job(row) for row in subject.encoded])
+    found = score(subject.passes, Edit(subject.patches, "full"), [Job(row) for row in subject.encoded])
     for one, other in zip(found, expected, strict=True):
         assert one.nll == pytest.approx(other.nll, rel=1e-5)
         assert one.base_acts == pytest.approx(other.base_acts, rel=1e-5)
