@@ -136,7 +136,7 @@ def check_fits(transcoder: HasSite, site: Site, *, d_in: int, d_out: int, origin
     if made_for.kind != site.kind:
         raise ModelError(
             f"{origin}: reads {made_for.kind.reading} and replaces {', '.join(made_for.kind.writes)}, "
-            f"but the sweep uses {reading} and {', '.join(writes)}"
+            f"not {reading} and {', '.join(writes)}"
         )
     if made_for != site:
         raise ModelError(f"{origin}: made for layer {made_for.layer}, not for layer {site.layer}")

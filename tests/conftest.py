@@ -76,6 +76,7 @@ def random_transcoder():
     import torch
 
     from models.transcoder import Transcoder
+    from sites import Site
 
     def make(d_model: int, d_sae: int, layer: int, seed: int, bias: bool = True) -> Transcoder:
         generator = torch.Generator().manual_seed(seed)
@@ -89,7 +90,7 @@ def random_transcoder():
             threshold=0.4 + 0.4 * torch.rand(d_sae, generator=generator),
             W_dec=normal(d_sae, d_model) / d_sae**0.5,
             b_dec=0.3 * normal(d_model) if bias else None,
-            layer=layer,
+            site=Site(layer),
         )
 
     return make

@@ -17,6 +17,7 @@ from evaluators.splice.interventions import Patch
 from evaluators.splice.passes import Passes
 from models.blocks import read_paths
 from models.transcoder import with_bos
+from sites import Site, mlp_sites
 
 CALL = "<tool_call>calculator({})</tool_call>"
 ROWS = [
@@ -77,7 +78,7 @@ class ByHand:
         return logits, sums.base, sums.delta
 
     def _hooks(self, patch, sums):
-        kind, block = self.model.config.model_type, self.model.model.layers[patch.layer]
+        kind, block = self.model.config.model_type, self.model.model.layers[patch.site.layer]
         seen = {}
 
         def read(module, args):
@@ -127,7 +128,7 @@ def subject(model_folder, load, wrapped, random_transcoder):
 
     def patch(layer: int) -> Patch:
         base = random_transcoder(d_model, 96, layer, seed=layer)
-        return Patch(layer, base, random_transcoder(d_model, 12, layer, seed=50 + layer, bias=False))
+        return Patch(Site(layer), base, random_transcoder(d_model, 12, layer, seed=50 + layer, bias=False))
 
     return SimpleNamespace(
         folder=model_folder,
@@ -161,11 +162,11 @@ def base_folder(model_folder, load, tmp_path_factory):
 @pytest.fixture(scope="module", params=sorted(SETS))
 def path_sites(request, subject, base_folder, random_transcoder):
     layers, at_bos = SETS[request.param]
-    paths = read_paths(subject.bridge, base_folder, layers)
+    paths = read_paths(subject.bridge, base_folder, mlp_sites(layers))
     found = []
     for layer in layers:
         delta = random_transcoder(subject.d_model, 12, layer, seed=50 + layer, bias=False)
         if layer in at_bos:
             delta = with_bos(delta, 3 * torch.randn(subject.d_model, generator=torch.Generator().manual_seed(layer)))
-        found.append(Patch(layer, paths[layer], delta))
+        found.append(Patch(Site(layer), paths[Site(layer)], delta))
     return found

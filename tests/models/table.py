@@ -22,7 +22,7 @@ import torch
 from data.encoding import encode_row, pad_left
 from data.rows import make_row
 from evaluators.measures.checks import ROUNDING, change_checks, exactness_checks
-from evaluators.splice.interventions import Edit, Site, spliced
+from evaluators.splice.interventions import Edit, Patch, spliced
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import forward
 from models.adopted import check_pair
@@ -32,6 +32,7 @@ from models.bridge import wrap
 from models.sources import load_model
 from models.tiny import byte_tokenizer
 from models.transcoder import Transcoder
+from sites import Site, mlp_sites
 from trainers.activations import Pairs
 from trainers.base_transcoder import BaseSettings, train_bases
 from trainers.capture import Columns, capture_batch
@@ -141,9 +142,9 @@ def _exact(before: Path, after: Path) -> list[bool]:
     bridge = wrap(*load_model(after, torch.float32))
     checks = []
     for layers in ((1,), (0, 2)):
-        ground, own, other = (read_paths(bridge, one, layers) for one in (before, after, before))
-        sites = [Site(layer, ground[layer], _random_delta(layer, ground[layer].d_model)) for layer in layers]
-        checks += change_checks(bridge, ROWS, sites, other, own) + exactness_checks(bridge, ROWS, sites, Limits(4))
+        ground, own, other = (read_paths(bridge, one, mlp_sites(layers)) for one in (before, after, before))
+        patches = [Patch(site, path, _random_delta(site, path.d_in)) for site, path in ground.items()]
+        checks += change_checks(bridge, ROWS, patches, other, own) + exactness_checks(bridge, ROWS, patches, Limits(4))
     holds = [all(one["passed"] for one in checks if one["name"].startswith(start)) for start in EXACT]
     return [holds[0], holds[1] and _alpha_0_is_the_plain_model(bridge, before), *holds[2:]]
 
@@ -152,9 +153,10 @@ def _exact(before: Path, after: Path) -> list[bool]:
 def _alpha_0_is_the_plain_model(bridge: Any, before: Path) -> bool:
     """Every un-finetuned MLP put back gives what the un-finetuned model gives without a bridge: only MLPs differ."""
     plain, tokenizer = load_model(before, torch.float32)
-    sites = [Site(layer, path) for layer, path in read_paths(bridge, before, range(bridge.cfg.n_layers)).items()]
+    every = mlp_sites(range(bridge.cfg.n_layers))
+    patches = [Patch(site, path) for site, path in read_paths(bridge, before, every).items()]
     batch = pad_left([encode_row(tokenizer, row).ids for row in ROWS], tokenizer.pad_token_id)
-    with spliced(bridge, Edit(sites, "no_delta")) as splice:
+    with spliced(bridge, Edit(patches, "no_delta")) as splice:
         splice.reset(batch.editable, torch.ones(len(ROWS)))
         ours = forward(bridge, batch, batch.ids.shape[1])
     theirs = plain(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions).logits
@@ -163,15 +165,15 @@ def _alpha_0_is_the_plain_model(bridge: Any, before: Path) -> bool:
     )
 
 
-def _random_delta(layer: int, d_model: int) -> Transcoder:
-    generator = torch.Generator().manual_seed(layer)
+def _random_delta(site: Site, d_model: int) -> Transcoder:
+    generator = torch.Generator().manual_seed(site.layer)
     return Transcoder(
         W_enc=torch.randn(d_model, 6, generator=generator) / d_model**0.5,
         b_enc=torch.zeros(6),
         threshold=torch.full((6,), 0.4),
         W_dec=torch.randn(6, d_model, generator=generator),
         b_dec=None,
-        layer=layer,
+        site=site,
     )
 
 
@@ -189,20 +191,21 @@ def _lora_trains(folder: Path) -> bool:
 def _deltas_train(before: Path, after: Path) -> list[bool]:
     """Both kinds explain part of what they are trained on, on other tokens."""
     bridge = wrap(*load_model(after, torch.float32))
-    path = read_paths(bridge, before, [1])[1]
+    site = Site(1)
+    path = read_paths(bridge, before, [site])[site]
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 200, (60, 30), generator=generator).tolist()
-    found = capture_batch(bridge, [[2, *row] for row in ids], {1: Columns(True, path)})[1]
+    found = capture_batch(bridge, [[2, *row] for row in ids], {site: Columns(True, path)})[site]
     x, y, change = (found[name].float().split([1400, len(found["x"]) - 1400]) for name in ("x", "y", "change"))
     settings = DeltaSettings(d_new=24, lr=1e-2, sparsity=1e-5, epochs=6, batch_size=200, l0_budget=24)
     pairs = [Pairs([one]) for one in zip(x, change, strict=True)]
-    data = DeltaData(*pairs, mean_square(Pairs([(change[1],)])), 1.0, 1, "change")
+    data = DeltaData(*pairs, mean_square(Pairs([(change[1],)])), 1.0, site, "change")
     explained = train_delta(data, settings).figures["val_unexplained"]
 
     outputs = [Pairs([one]) for one in zip(x, y, strict=True)]
-    (base,) = train_bases(*outputs, BaseSettings([8.0], width=64, epochs=4, batch_size=200, lr=3e-3), layer=1)
+    (base,) = train_bases(*outputs, BaseSettings([8.0], width=64, epochs=4, batch_size=200, lr=3e-3), site=site)
     left = [Pairs([(one, residual_of(base.transcoder, one, other))]) for one, other in zip(x, y, strict=True)]
-    data = DeltaData(*left, output_variance(outputs[1]), base.facts["val_fvu"], 1)
+    data = DeltaData(*left, output_variance(outputs[1]), base.facts["val_fvu"], site)
     figures = train_delta(data, dataclasses.replace(settings, l0_budget=12)).figures
     return [explained < 1, base.facts["val_fvu"] < 1 and figures["val_fvu"] < figures["val_fvu_base"]]
 

@@ -7,6 +7,7 @@ from data.encoding import pad_left
 from evaluators.splice.passes import forward
 from models.blocks import exchanged, interpolated, read_paths
 from models.errors import ModelError
+from sites import mlp_sites
 
 ROWS = [[2, 50, 60, 70, 80], [2, 90]]
 LAYERS = [0, 2]
@@ -58,8 +59,8 @@ def plain_logits(load, folder, layers, donor):
 def test_a_path_gives_the_models_own_output_at_its_tap(bridge, model_folder, load, plain_taps):
     batch = pad_left(ROWS, bridge.tokenizer.pad_token_id)
     model, _ = load(model_folder)
-    for layer, path in read_paths(bridge, model_folder, LAYERS).items():
-        x, y, gained = plain_taps(model, batch, layer)
+    for site, path in read_paths(bridge, model_folder, mlp_sites(LAYERS)).items():
+        x, y, gained = plain_taps(model, batch, site.layer)
         with torch.no_grad():
             torch.testing.assert_close(x * path.gain, gained, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(path(x)[batch.mask], y[batch.mask], rtol=1e-4, atol=1e-4)
@@ -67,7 +68,7 @@ def test_a_path_gives_the_models_own_output_at_its_tap(bridge, model_folder, loa
 
 def test_exchanged_weights_are_those_of_a_model_put_together_by_hand(bridge, model_folder, other_folder, load):
     before = logits(bridge)
-    paths = read_paths(bridge, other_folder, LAYERS)
+    paths = read_paths(bridge, other_folder, mlp_sites(LAYERS))
     held = [parameter.clone() for path in paths.values() for parameter in path.parameters().values()]
     with exchanged(bridge, list(paths.values())):
         swapped = logits(bridge)
@@ -80,7 +81,7 @@ def test_exchanged_weights_are_those_of_a_model_put_together_by_hand(bridge, mod
 
 def test_weights_go_back_after_an_error(bridge, other_folder):
     before = logits(bridge)
-    paths = list(read_paths(bridge, other_folder, LAYERS).values())
+    paths = list(read_paths(bridge, other_folder, mlp_sites(LAYERS)).values())
     for change in (lambda: exchanged(bridge, paths), lambda: interpolated(bridge, paths, 0.5)):
         with pytest.raises(ZeroDivisionError), change():
             raise ZeroDivisionError
@@ -89,7 +90,7 @@ def test_weights_go_back_after_an_error(bridge, other_folder):
 
 def test_interpolated_weights_end_at_both_models(bridge, other_folder):
     before = logits(bridge)
-    paths = list(read_paths(bridge, other_folder, LAYERS).values())
+    paths = list(read_paths(bridge, other_folder, mlp_sites(LAYERS)).values())
     with exchanged(bridge, paths):
         swapped = logits(bridge)
     found = {}
@@ -105,4 +106,4 @@ def test_interpolated_weights_end_at_both_models(bridge, other_folder):
 def test_a_model_of_another_shape_is_refused(bridge, gemma_folder, llama_folder, model_folder):
     wrong = llama_folder if model_folder == gemma_folder else gemma_folder
     with pytest.raises((ModelError, AttributeError)):
-        read_paths(bridge, wrong, [1])
+        read_paths(bridge, wrong, mlp_sites([1]))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from models.deltas import WEIGHTS, read_delta, write_delta
 from models.errors import ModelError
-from models.transcoder import Taps
+from sites import READINGS, Site
 
 
 @pytest.fixture
@@ -26,16 +26,17 @@ def folder(tmp_path, delta):
 def test_round_trip(folder, delta):
     found = read_delta(folder)
     assert all(torch.equal(getattr(found, key), getattr(delta, key)) for key in WEIGHTS)
-    assert (found.layer, found.taps, found.b_dec) == (delta.layer, delta.taps, None)
+    assert (found.site, found.b_dec) == (delta.site, None)
     assert json.loads((folder / "config.json").read_text())["base"] == "layer_2/width_16k/average_l0_12"
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "delta.safetensors"]
 
 
 def test_taps_travel_and_bf16_becomes_fp32(tmp_path, delta):
-    other = dataclasses.replace(delta, taps=Taps("a", "b"), W_dec=delta.W_dec.bfloat16())
+    site = Site(2, READINGS["resid_mid/sqrt(d_model)"])
+    other = dataclasses.replace(delta, site=site, W_dec=delta.W_dec.bfloat16())
     write_delta(other, tmp_path, {"layer": 77})
     found = read_delta(tmp_path)
-    assert (found.layer, found.taps) == (2, Taps("a", "b"))
+    assert found.site == site
     assert found.W_dec.dtype == torch.float32
     assert torch.equal(found.W_dec, other.W_dec.float())
 
@@ -69,7 +70,7 @@ BAD = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
     "cut short": (cut, "not a readable safetensors file"),
     "tensor missing": (edit(threshold=None), "lacks threshold; found W_dec, W_enc, b_enc"),
-    "wrong shape": (edit(W_dec=torch.zeros(4, 7)), "W_dec has shape (4, 7), expected (4, 6)"),
+    "wrong shape": (edit(W_dec=torch.zeros(5, 6)), "W_dec has shape (5, 6), expected (4, 6)"),
     "flat matrix": (edit(W_enc=torch.zeros(24)), "W_enc has shape (24,)"),
     "whole numbers": (edit(b_enc=torch.zeros(4, dtype=torch.int64)), "b_enc has dtype torch.int64"),
     "config not json": (lambda folder: (folder / "config.json").write_text("{"), "not a transcoder's config"),

@@ -7,7 +7,7 @@ import torch
 
 from models.errors import ModelError
 from models.fuse import fuse
-from models.transcoder import Taps
+from sites import MLP, Site
 
 D_MODEL, D_SAE, D_NEW = 16, 48, 6
 
@@ -42,9 +42,9 @@ def test_base_features_come_first_and_no_activation_changes(base, delta, x):
 
 
 def test_layer_taps_and_bias_are_the_bases(base, delta):
-    taps = Taps("ln2.hook_normalized", "mlp.hook_out")
-    fused = fuse(dataclasses.replace(base, taps=taps), dataclasses.replace(delta, taps=taps))
-    assert (fused.layer, fused.taps) == (3, taps)
+    site = Site(3, dataclasses.replace(MLP, writes=("mlp.hook_out",)))
+    fused = fuse(dataclasses.replace(base, site=site), dataclasses.replace(delta, site=site))
+    assert fused.site == site
     assert torch.equal(fused.b_dec, base.b_dec)
     assert fuse(dataclasses.replace(base, b_dec=None), delta).b_dec is None
 
@@ -59,9 +59,13 @@ def test_neither_part_is_changed(base, delta):
 @pytest.mark.parametrize(
     ("part", "change", "said"),
     [
-        ("delta", {"layer": 4}, "base was made for layer 3, the delta for layer 4"),
-        ("base", {"taps": Taps("ln2.hook_normalized", "mlp.hook_out")}, "replaces mlp.hook_out"),
-        ("delta", {"taps": Taps("hook_resid_mid", "hook_mlp_out")}, "the delta reads hook_resid_mid"),
+        ("delta", {"site": Site(4)}, "the delta: made for layer 4, not for layer 3"),
+        ("base", {"site": Site(3, dataclasses.replace(MLP, writes=("mlp.hook_out",)))}, "and mlp.hook_out"),
+        (
+            "delta",
+            {"site": Site(3, dataclasses.replace(MLP, reads="hook_resid_mid"))},
+            "the delta: reads hook_resid_mid",
+        ),
         ("delta", {"b_dec": torch.zeros(D_MODEL)}, "the delta has a decoder bias"),
     ],
 )
@@ -73,7 +77,7 @@ def test_what_does_not_belong_together_is_refused(base, delta, part, change, sai
 
 
 def test_another_d_model_is_refused(base, random_transcoder):
-    with pytest.raises(ModelError, match="the base has d_model 16, the delta 8"):
+    with pytest.raises(ModelError, match="the delta: reads 8 dimensions, but the MLP of layer 3 of the model reads 16"):
         fuse(base, random_transcoder(8, D_NEW, layer=3, seed=1, bias=False))
 
 

@@ -12,7 +12,8 @@ import torch
 from models import gemma_scope
 from models.errors import ModelError
 from models.gemma_scope import Candidate, candidates, select_percentile, select_target_l0
-from models.transcoder import Taps, Transcoder
+from models.transcoder import Transcoder
+from sites import READINGS, Site
 
 D_MODEL, D_SAE = 6, 10
 
@@ -35,7 +36,7 @@ def write_plain(path, transcoder, **instead):
 
 
 def same(one: Transcoder, other: Transcoder) -> bool:
-    return (one.layer, one.taps) == (other.layer, other.taps) and all(
+    return one.site == other.site and all(
         torch.equal(getattr(one, key), getattr(other, key)) for key in gemma_scope.KEYS
     )
 
@@ -48,19 +49,24 @@ def test_candidates_by_ascending_l0(published):
 
 def test_reading_what_is_published(published, random_transcoder):
     chosen = select_target_l0(candidates(str(published), 3, "16k"), 40)
-    found = gemma_scope.read(str(published), chosen, 3)
+    found = gemma_scope.read(str(published), chosen, Site(3))
     assert same(found, random_transcoder(D_MODEL, D_SAE, 3, seed=41))
-    assert found.taps == Taps("ln2.hook_normalized", "hook_mlp_out")
+    assert found.site == Site(3)
 
 
 def test_round_trip_with_taps(tmp_path, random_transcoder):
-    transcoder = dataclasses.replace(random_transcoder(D_MODEL, D_SAE, 5, seed=1), taps=Taps("a", "b"))
+    site = Site(5, READINGS["resid_mid/sqrt(d_model)"])
+    transcoder = dataclasses.replace(random_transcoder(D_MODEL, D_SAE, 5, seed=1), site=site)
     folder = tmp_path / "layer_5" / "width_10" / "average_l0_4.5"
     gemma_scope.write(transcoder, folder, {"val_fvu": 0.25, "layer": 99})
     (found,) = candidates(str(tmp_path), 5, 10)
     assert found.average_l0 == 4.5
-    assert same(gemma_scope.read(str(tmp_path), found, 5), transcoder)
-    assert json.loads((folder / "config.json").read_text()) == {"layer": 5, "taps": ["a", "b"], "val_fvu": 0.25}
+    assert same(gemma_scope.read(str(tmp_path), found, Site(5)), transcoder)
+    assert json.loads((folder / "config.json").read_text()) == {
+        "layer": 5,
+        "taps": ["resid_mid/sqrt(d_model)", "hook_mlp_out"],
+        "val_fvu": 0.25,
+    }
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "params.npz"]
 
 
@@ -94,7 +100,7 @@ def test_a_missing_layer_or_width_says_what_there_is(published, layer, width, sa
 
 BAD_ARRAYS = [
     ({"threshold": None}, "lacks threshold; found W_enc, W_dec, b_enc, b_dec"),
-    ({"W_dec": np.zeros((D_SAE, D_MODEL + 1), np.float32)}, "W_dec has shape (10, 7), expected (10, 6)"),
+    ({"W_dec": np.zeros((D_SAE + 1, D_MODEL), np.float32)}, "W_dec has shape (11, 6), expected (10, 6)"),
     ({"b_enc": np.zeros((D_SAE, 1), np.float32)}, "b_enc has shape (10, 1), expected a vector"),
     ({"W_enc": np.zeros(D_SAE, np.float32)}, "W_enc has shape (10,), expected a matrix"),
     ({"b_dec": np.zeros(D_MODEL, np.int64)}, "b_dec has dtype int64, expected floating point"),
@@ -107,7 +113,7 @@ def test_bad_arrays(tmp_path, random_transcoder, instead, said):
     path = tmp_path / "params.npz"
     write_plain(path, random_transcoder(D_MODEL, D_SAE, 3, seed=0), **instead)
     with pytest.raises(ModelError) as raised:
-        gemma_scope.read_npz(path, 3)
+        gemma_scope.read_npz(path, Site(3))
     assert str(raised.value).startswith(f"{path}: ")
     assert said in str(raised.value)
 
@@ -115,7 +121,7 @@ def test_bad_arrays(tmp_path, random_transcoder, instead, said):
 def test_half_precision_is_read_as_fp32(tmp_path, random_transcoder):
     transcoder = random_transcoder(D_MODEL, D_SAE, 3, seed=0)
     write_plain(tmp_path / "params.npz", transcoder, W_enc=transcoder.W_enc.half().numpy())
-    assert torch.equal(gemma_scope.read_npz(tmp_path / "params.npz", 3).W_enc, transcoder.W_enc.half().float())
+    assert torch.equal(gemma_scope.read_npz(tmp_path / "params.npz", Site(3)).W_enc, transcoder.W_enc.half().float())
 
 
 class Bomb:
@@ -158,7 +164,7 @@ def test_unreadable_files(tmp_path, random_transcoder, damage, monkeypatch):
     path = tmp_path / "params.npz"
     damage(path, random_transcoder(D_MODEL, D_SAE, 3, seed=0))
     with pytest.raises(ModelError) as raised:
-        gemma_scope.read_npz(path, 3)
+        gemma_scope.read_npz(path, Site(3))
     assert str(raised.value).startswith(f"{path}: ")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "unpickled").exists()
@@ -166,7 +172,7 @@ def test_unreadable_files(tmp_path, random_transcoder, damage, monkeypatch):
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(ModelError, match="no such file"):
-        gemma_scope.read_npz(tmp_path / "params.npz", 3)
+        gemma_scope.read_npz(tmp_path / "params.npz", Site(3))
 
 
 @pytest.mark.parametrize(
@@ -175,16 +181,19 @@ def test_a_missing_file(tmp_path):
         ("{", "not a transcoder's config"),
         ("[]", "not a transcoder's config"),
         ('{"layer": 3}', "not a transcoder's config"),
-        ('{"layer": 3, "taps": ["a"]}', "not a transcoder's config"),
-        ('{"layer": "3", "taps": ["a", "b"]}', "layer must be a number"),
-        ('{"layer": 4, "taps": ["a", "b"]}', "made for layer 4, but found in the folder of layer 3"),
+        ('{"layer": 3, "taps": ["a"]}', "taps a belong to no kind of site"),
+        ('{"layer": "3", "taps": ["ln2.hook_normalized", "hook_mlp_out"]}', "not a transcoder's config"),
+        (
+            '{"layer": 4, "taps": ["ln2.hook_normalized", "hook_mlp_out"]}',
+            "layer 4, but found in the folder of layer 3",
+        ),
     ],
 )
 def test_a_bad_config_is_refused(tmp_path, random_transcoder, config, said):
     write_plain(tmp_path / "params.npz", random_transcoder(D_MODEL, D_SAE, 3, seed=0))
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ModelError) as raised:
-        gemma_scope.read_npz(tmp_path / "params.npz", 3)
+        gemma_scope.read_npz(tmp_path / "params.npz", Site(3))
     assert said in str(raised.value)
 
 
@@ -214,4 +223,4 @@ def test_offline_the_cached_repository_is_read(monkeypatch, tmp_path_factory, ra
     with pytest.raises(ModelError, match=r"transcoders\.source: owner/other is not on this machine"):
         candidates("owner/other", 3, "16k")
     with pytest.raises(ModelError, match=r"transcoders\.source"):
-        gemma_scope.read("owner/other", found[0], 3)
+        gemma_scope.read("owner/other", found[0], Site(3))

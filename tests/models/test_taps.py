@@ -1,21 +1,24 @@
 """The taps against plain transformers, on two architectures: what a transcoder reads and what it replaces."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from data.encoding import encode_text, pad_left
-from models.bridge import hooked, read_input, tap_names, whole, wrap
+from models.blocks import hooks_at
+from models.bridge import hooked, whole, wrap
 from models.sources import load_model
-from models.transcoder import GEMMA_SCOPE_TAPS, RESID_MID_TAPS, Taps
+from sites import MLP, READINGS, Site
 from tests.models.table import build
 
 TEXTS = ["What is 12 + 30?", "A much longer line, so that the first one is padded on the left.", "9"]
 
 
-def bridged(bridge, batch, names):
+def bridged(bridge, batch, site):
+    """x and y of a pass."""
     seen = []
-    hooks = [(name, lambda activation, hook: seen.append(activation)) for name in names]
-    with torch.no_grad(), hooked(bridge, hooks):
+    with torch.no_grad(), hooked(bridge, hooks_at(site, seen.append, seen.append)):
         bridge.original_model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
     return seen
 
@@ -31,7 +34,7 @@ def test_taps_are_the_normalised_residual_and_what_the_block_adds(both, plain_ta
     model, bridge, batch = both
     for layer in range(model.config.num_hidden_layers):
         x, y, gained = plain_taps(model, batch, layer)
-        read, written = bridged(bridge, batch, tap_names(GEMMA_SCOPE_TAPS, layer))
+        read, written = bridged(bridge, batch, Site(layer))
         torch.testing.assert_close(read[batch.mask], x[batch.mask], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(written[batch.mask], y[batch.mask], rtol=1e-4, atol=1e-4)
         # Before the gain: the norm's own output is another tensor altogether on these models.
@@ -41,7 +44,7 @@ def test_taps_are_the_normalised_residual_and_what_the_block_adds(both, plain_ta
 def test_other_taps_read_something_else(both, plain_taps):
     model, bridge, batch = both
     x, y, _ = plain_taps(model, batch, 1)
-    read, written = bridged(bridge, batch, tap_names(Taps("ln2.hook_in", "mlp.hook_in"), 1))
+    read, written = bridged(bridge, batch, Site(1, replace(MLP, reads="ln2.hook_in", writes=("mlp.hook_in",))))
     assert not torch.allclose(read[batch.mask], x[batch.mask], rtol=0.1)
     assert not torch.allclose(written[batch.mask], y[batch.mask], rtol=0.1)
 
@@ -50,15 +53,36 @@ def test_the_second_convention_reads_the_residual_over_a_constant(both, plain_ta
     """resid_mid/sqrt(d_model), read two ways: as the bridge's residual, and as plain x times its own rms."""
     model, bridge, batch = both
     x, y, _ = plain_taps(model, batch, 1)
-    activation, written = bridged(bridge, batch, tap_names(RESID_MID_TAPS, 1))
-    read = read_input(RESID_MID_TAPS, activation)
+    read, written = bridged(bridge, batch, Site(1, READINGS["resid_mid/sqrt(d_model)"]))
+    activation, _ = bridged(bridge, batch, Site(1, replace(MLP, reads="hook_resid_mid")))
     d_model = x.shape[-1]
     torch.testing.assert_close(read * d_model**0.5, activation)
     torch.testing.assert_close(written[batch.mask], y[batch.mask], rtol=1e-4, atol=1e-4)
     rms = (activation.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
     torch.testing.assert_close((read * d_model**0.5 / rms)[batch.mask], x[batch.mask], rtol=1e-4, atol=1e-5)
     assert (read - x)[batch.mask].norm() > 0.2 * x[batch.mask].norm(), "another input altogether"
-    assert read_input(GEMMA_SCOPE_TAPS, activation) is activation
+
+
+def test_heads_are_read_and_written_flat(both):
+    """As a kind whose hooks hold (batch, position, heads, d_head) needs it: attention's output projection."""
+    model, bridge, batch = both
+    site = Site(1, replace(MLP, order=1, name="o", reads="attn.hook_z", writes=("attn.hook_z",)))
+    z, _ = bridged(bridge, batch, site)
+    inputs = []
+    projection = model.model.layers[1].self_attn.o_proj
+    handle = projection.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
+    handle.remove()
+    assert z.ndim == 3
+    assert z.shape == inputs[0].shape
+    torch.testing.assert_close(z[batch.mask], inputs[0][batch.mask], rtol=1e-4, atol=1e-5)
+    after = []
+    hooks = [*hooks_at(site, write=torch.zeros_like), ("blocks.1.attn.hook_z", lambda one, hook: after.append(one))]
+    with torch.no_grad(), hooked(bridge, hooks):
+        bridge.original_model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
+    assert after[0].ndim == 4
+    assert not after[0].any()
 
 
 def test_wrapping_changes_no_logit(both):

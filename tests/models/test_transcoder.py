@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models.errors import ModelError
-from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder, check_fits, jump_relu, with_bos, without_bos
+from models.transcoder import Transcoder, check_fits, jump_relu, with_bos, without_bos
+from sites import MLP, READINGS, Site
 
 
 def test_output_is_the_formula(random_transcoder):
@@ -40,7 +41,8 @@ def test_without_a_decoder_bias_nothing_is_added(random_transcoder):
     ("name", "shape", "said"),
     [
         ("W_enc", (6,), "W_enc has shape (6,)"),
-        ("W_dec", (6, 10), "W_dec has shape (6, 10), expected (10, 6)"),
+        ("W_dec", (6, 10), "W_dec has shape (6, 10), expected (10, 10)"),
+        ("W_dec", (10,), "W_dec has shape (10,), expected (d_sae, d_out)"),
         ("b_enc", (9,), "b_enc has shape (9,), expected (10,)"),
         ("threshold", (1, 10), "threshold has shape (1, 10), expected (10,)"),
         ("b_dec", (10,), "b_dec has shape (10,), expected (6,)"),
@@ -55,15 +57,16 @@ def test_wrong_shapes_are_refused(random_transcoder, name, shape, said):
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ({"d_model": 8}, "d_model 6, but the model has d_model 8"),
-        ({"n_layers": 2}, "made for layer 2, but the model has layers 0 to 1"),
-        ({"taps": Taps("ln2.hook_out", "hook_mlp_out")}, "ln2.hook_normalized"),
-        ({"taps": Taps("ln2.hook_normalized", "mlp.hook_out")}, "mlp.hook_out"),
+        ({"d_in": 8}, "reads 6 dimensions, but the MLP of layer 2 of the model reads 8"),
+        ({"d_out": 8}, "writes 6 dimensions, but the MLP of layer 2 of the model writes 8"),
+        ({"site": Site(1)}, "made for layer 2, not for layer 1"),
+        ({"site": Site(2, READINGS["resid_mid/sqrt(d_model)"])}, "ln2.hook_normalized"),
+        ({"site": Site(2, dataclasses.replace(MLP, writes=("mlp.hook_out",)))}, "mlp.hook_out"),
     ],
 )
 def test_a_transcoder_of_another_model_is_refused(random_transcoder, model, said):
     transcoder = random_transcoder(6, 10, layer=2, seed=0)
-    fits = {"d_model": 6, "n_layers": 3, "taps": GEMMA_SCOPE_TAPS, "origin": "deltas/x"}
+    fits = {"site": Site(2), "d_in": 6, "d_out": 6, "origin": "deltas/x"}
     check_fits(transcoder, **fits)
     with pytest.raises(ModelError) as raised:
         check_fits(transcoder, **{**fits, **model})
@@ -87,4 +90,4 @@ def test_a_feature_at_bos_is_silent_elsewhere_and_can_be_left_out(random_transco
 def test_moving_keeps_everything(random_transcoder):
     moved = random_transcoder(6, 10, layer=2, seed=0, bias=False).to("cpu")
     assert isinstance(moved, Transcoder)
-    assert (moved.layer, moved.taps, moved.b_dec, moved.d_model, moved.d_sae) == (2, GEMMA_SCOPE_TAPS, None, 6, 10)
+    assert (moved.site, moved.b_dec, moved.d_in, moved.d_out, moved.d_sae) == (Site(2), None, 6, 6, 10)

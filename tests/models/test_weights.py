@@ -13,6 +13,7 @@ from models.blocks import part_places, read_paths
 from models.comparison import compare, in_words, write_rounded
 from models.errors import ModelError
 from models.weights import load_config, open_weights
+from sites import mlp_sites
 from tests.models.table import CONFIGS, build
 
 
@@ -133,8 +134,8 @@ def test_what_is_missing_or_damaged_is_named(copy):
 def test_the_parts_of_a_path_are_where_a_wrapped_model_has_them(model_folder, wrapped):
     bridge = wrapped(model_folder)
     config = load_config(model_folder)
-    for layer, path in read_paths(bridge, model_folder, [0, 2]).items():
-        places = part_places(config, layer)
+    for site, path in read_paths(bridge, model_folder, mlp_sites([0, 2])).items():
+        places = part_places(config, site.layer)
         expected = loaded(model_folder)
         for name, parameter in path.parameters().items():
             part, _, inner = name.partition(".")

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.transcoder import Taps, Transcoder
+from models.transcoder import Transcoder
+from sites import MLP, Site
 from trainers import stacked_bases
 from trainers.activations import Pairs
 from trainers.base_transcoder import (
@@ -21,6 +22,7 @@ from trainers.errors import DivergedError
 from trainers.stacked_bases import StackedBases, batch_cut
 
 D_MODEL, WIDTH = 12, 64
+OTHER, D_OUT = replace(MLP, reads="a", writes=("b",)), 20
 TARGETS = [2.0, 6.0]
 SETTINGS = BaseSettings(TARGETS, width=WIDTH, epochs=6, batch_size=128, lr=5e-3, seed=3)
 
@@ -43,7 +45,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def trained(data):
-    return train_bases(*data, SETTINGS, layer=4, taps=Taps("a", "b"))
+    return train_bases(*data, SETTINGS, site=Site(4, OTHER))
 
 
 @pytest.mark.parametrize("has_sparse", [True, False], ids=["sparse products", "none on this device"])
@@ -53,8 +55,8 @@ def test_gradients_are_those_of_the_dense_loss(cut_at, has_sparse, monkeypatch):
     assert stacked_bases.has_sparse_products("cpu")
     monkeypatch.setattr(stacked_bases, "has_sparse_products", lambda device: has_sparse)
     generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(50, D_MODEL, generator=generator) for _ in range(2))
-    model = StackedBases(D_MODEL, 2, WIDTH, generator, "cpu")
+    x, y = (torch.randn(50, width, generator=generator) for width in (D_MODEL, D_OUT))
+    model = StackedBases(D_MODEL, D_OUT, 2, WIDTH, generator, "cpu")
     model.b_enc.normal_(generator=generator).mul_(0.1).sub_(100.0 if cut_at == "none active" else 0.0)
     found = model.backward(x, y, TARGETS, generator, torch.float32)
     for index, target in enumerate(TARGETS):
@@ -79,15 +81,17 @@ def test_realised_l0_is_within_a_tenth_of_the_target(trained):
 
 def test_training_explains_the_output_and_more_features_explain_more(trained, data):
     few, many = (one.facts["val_fvu"] for one in trained)
-    (untrained, _) = train_bases(*data, BaseSettings(TARGETS, width=WIDTH, epochs=1, batch_size=3001, lr=1e-9), layer=4)
+    (untrained, _) = train_bases(
+        *data, BaseSettings(TARGETS, width=WIDTH, epochs=1, batch_size=3001, lr=1e-9), site=Site(4)
+    )
     assert many < few < 0.7 * untrained.facts["val_fvu"]
     assert many < 0.25
 
 
 def test_facts_are_those_of_the_transcoder_that_is_returned(trained, data):
     for one in trained:
-        assert (one.transcoder.layer, one.transcoder.taps) == (4, Taps("a", "b"))
-        assert (one.transcoder.d_model, one.transcoder.d_sae) == (D_MODEL, WIDTH)
+        assert one.transcoder.site == Site(4, OTHER)
+        assert (one.transcoder.d_in, one.transcoder.d_out, one.transcoder.d_sae) == (D_MODEL, D_MODEL, WIDTH)
         x, y = (column.float() for column in data[1].whole())
         error = (one.transcoder(x) - y).pow(2).sum() / (y - y.mean(0)).pow(2).sum()
         acts = one.transcoder.encode(x) > 0
@@ -99,8 +103,8 @@ def test_facts_are_those_of_the_transcoder_that_is_returned(trained, data):
 
 
 def test_a_seed_gives_one_transcoder(trained, data):
-    again = train_bases(*data, SETTINGS, layer=4)
-    other = train_bases(*data, BaseSettings(**{**vars(SETTINGS), "seed": 4}), layer=4)
+    again = train_bases(*data, SETTINGS, site=Site(4))
+    other = train_bases(*data, BaseSettings(**{**vars(SETTINGS), "seed": 4}), site=Site(4))
     for one, two, three in zip(trained, again, other, strict=True):
         assert all(
             torch.equal(getattr(one.transcoder, name), getattr(two.transcoder, name))
@@ -111,7 +115,7 @@ def test_a_seed_gives_one_transcoder(trained, data):
 
 
 def test_bf16_comes_close(trained, data):
-    half = train_bases(*data, BaseSettings(**{**vars(SETTINGS), "precision": "bf16"}), layer=4)
+    half = train_bases(*data, BaseSettings(**{**vars(SETTINGS), "precision": "bf16"}), site=Site(4))
     for one, two in zip(trained, half, strict=True):
         assert two.transcoder.W_enc.dtype == torch.float32
         assert two.facts["val_fvu"] < one.facts["val_fvu"] + 0.05
@@ -121,15 +125,15 @@ def test_bf16_comes_close(trained, data):
 def test_silent_features_are_revived(data):
     """With many more features than the data needs and few active at once, some die in the first epoch."""
     sparse = BaseSettings([1.0], width=512, epochs=2, batch_size=128, lr=5e-3)
-    (one,) = train_bases(*data, sparse, layer=0)
-    (never,) = train_bases(*data, BaseSettings(**{**vars(sparse), "epochs": 1}), layer=0)
+    (one,) = train_bases(*data, sparse, site=Site(0))
+    (never,) = train_bases(*data, BaseSettings(**{**vars(sparse), "epochs": 1}), site=Site(0))
     assert one.facts["revived"] > 0
     assert never.facts["revived"] == 0
 
 
 def test_reports_count_every_step(data):
     seen = []
-    train_bases(*data, replace(SETTINGS, target_l0=[4.0]), layer=0, report=lambda *one: seen.append(one))
+    train_bases(*data, replace(SETTINGS, target_l0=[4.0]), site=Site(0), report=lambda *one: seen.append(one))
     assert [step for step, *_ in seen][-1] == seen[-1][1] == 6 * 23
     assert seen[-1][2]["train_fvu"] < seen[0][2]["train_fvu"]
 
@@ -138,7 +142,7 @@ def test_a_loss_that_is_not_finite_ends_training(data):
     x, y = data[0].whole()
     broken = Pairs([(x, y.clone().index_fill_(0, torch.tensor([7]), torch.nan))])
     with pytest.raises(DivergedError, match="the loss of layer 9 is nan"):
-        train_bases(broken, data[1], SETTINGS, layer=9)
+        train_bases(broken, data[1], SETTINGS, site=Site(9))
 
 
 def test_scale_is_the_mean_and_the_overall_deviation(data):
@@ -172,7 +176,7 @@ def test_figures_of_a_perfect_and_of_a_silent_transcoder(data):
         threshold=torch.ones(3),
         W_dec=torch.zeros(3, D_MODEL),
         b_dec=x.float().mean(0),
-        layer=0,
+        site=Site(0),
     )
     figures = reconstruction_figures(silent, Pairs([(x, x)]))
     assert figures["val_fvu"] == pytest.approx(1.0, abs=1e-5)

@@ -5,6 +5,7 @@ import torch
 
 from data.encoding import encode_text, pad_left
 from models.blocks import read_paths
+from sites import Site, mlp_sites
 from trainers import capture as module
 from trainers.activations import read_index, read_pairs
 from trainers.capture import (
@@ -14,13 +15,12 @@ from trainers.capture import (
     capture,
     capture_batch,
     finish_capture,
-    layer_folder,
     read_bos,
     write_bos,
 )
 
 TEXTS = ["one", "a longer text than that", "12 + 30", "", "x" * 90, "what is 7 times 8?", "nine", "the end of it"]
-LAYERS = {0: Columns(), 2: Columns()}
+SITES = {Site(0): Columns(), Site(2): Columns()}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def bridge(wrapped, gemma_folder):
 
 @pytest.fixture
 def captured(tmp_path, bridge, plan):
-    capture(bridge, plan, LAYERS, tmp_path)
+    capture(bridge, plan, SITES, tmp_path)
     return tmp_path
 
 
@@ -66,10 +66,10 @@ def test_captured_rows_are_the_plain_models(model_folder, load, wrapped, plain_t
     model, tokenizer = load(model_folder)
     rows = [encode_text(tokenizer, text) for text in TEXTS]
     batch = pad_left(rows, tokenizer.pad_token_id)
-    layers = range(model.config.num_hidden_layers)
-    captured = capture_batch(wrapped(model_folder), rows, dict.fromkeys(layers, Columns()))
-    for layer in layers:
-        for found, expected in zip(captured[layer].values(), plain_taps(model, batch, layer)[:2], strict=True):
+    sites = mlp_sites(range(model.config.num_hidden_layers))
+    captured = capture_batch(wrapped(model_folder), rows, dict.fromkeys(sites, Columns()))
+    for site in sites:
+        for found, expected in zip(captured[site].values(), plain_taps(model, batch, site.layer)[:2], strict=True):
             assert found.dtype == torch.bfloat16
             assert len(found) == sum(len(row) - 1 for row in rows)
             wanted = torch.cat(
@@ -79,23 +79,23 @@ def test_captured_rows_are_the_plain_models(model_folder, load, wrapped, plain_t
 
 
 def test_a_row_alone_gives_what_it_gives_in_a_batch(bridge, sequences):
-    together = capture_batch(bridge, sequences, LAYERS)
-    alone = [capture_batch(bridge, [row], LAYERS) for row in sequences]
-    for layer in LAYERS:
+    together = capture_batch(bridge, sequences, SITES)
+    alone = [capture_batch(bridge, [row], SITES) for row in sequences]
+    for site in SITES:
         for column in ("x", "y"):
-            apart = torch.cat([one[layer][column] for one in alone]).float()
-            torch.testing.assert_close(together[layer][column].float(), apart, rtol=1e-2, atol=1e-2)
+            apart = torch.cat([one[site][column] for one in alone]).float()
+            torch.testing.assert_close(together[site][column].float(), apart, rtol=1e-2, atol=1e-2)
 
 
 def test_shards_hold_the_plan_in_order(captured, bridge, plan, sequences):
-    for layer in LAYERS:
-        pairs = read_pairs(layer_folder(captured, layer))
+    for site in SITES:
+        pairs = read_pairs(captured / site.folder)
         assert [len(x) for x, _ in pairs.shards] == [plan.tokens(n) for n in range(len(plan.shards))]
-        index = read_index(layer_folder(captured, layer))
-        assert (index["layer"], index["taps"]) == (layer, ["ln2.hook_normalized", "hook_mlp_out"])
+        index = read_index(captured / site.folder)
+        assert (index["layer"], index["taps"]) == (site.layer, ["ln2.hook_normalized", "hook_mlp_out"])
         assert index["tokens"] == sum(len(row) - 1 for row in sequences)
         first = [
-            capture_batch(bridge, [sequences[i] for i in batch], {layer: Columns()})[layer] for batch in plan.shards[0]
+            capture_batch(bridge, [sequences[i] for i in batch], {site: Columns()})[site] for batch in plan.shards[0]
         ]
         assert torch.equal(pairs.shards[0][0], torch.cat([one["x"] for one in first]))
         assert torch.equal(pairs.shards[0][1], torch.cat([one["y"] for one in first]))
@@ -105,7 +105,7 @@ def test_layers_above_the_last_swept_are_not_run(bridge, sequences):
     ran = []
     blocks = bridge.original_model.model.layers
     handles = [block.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, block in enumerate(blocks)]
-    capture_batch(bridge, sequences, {0: Columns(), 1: Columns()})
+    capture_batch(bridge, sequences, {Site(0): Columns(), Site(1): Columns()})
     for handle in handles:
         handle.remove()
     assert set(ran) <= {0, 1}
@@ -123,15 +123,15 @@ def test_an_interrupted_capture_goes_on_from_its_last_shard(tmp_path, captured, 
 
     monkeypatch.setattr(module, "capture_batch", failing)
     with pytest.raises(KeyboardInterrupt):
-        capture(bridge, plan, LAYERS, folder)
-    assert not (layer_folder(folder, 0) / "index.json").exists()
+        capture(bridge, plan, SITES, folder)
+    assert not (folder / "layer_00" / "index.json").exists()
     before = len(calls)
     done = []
-    capture(bridge, plan, LAYERS, folder, report=lambda shards, total: done.append((shards, total)))
+    capture(bridge, plan, SITES, folder, report=lambda shards, total: done.append((shards, total)))
     assert len(calls) - before == sum(map(len, plan.shards[2:])), "finished shards are not computed again"
     assert done[-1] == (len(plan.shards), len(plan.shards))
-    for layer in LAYERS:
-        whole, parts = layer_folder(captured, layer), layer_folder(folder, layer)
+    for site in SITES:
+        whole, parts = captured / site.folder, folder / site.folder
         assert {path.name: path.read_bytes() for path in whole.iterdir()} == {
             path.name: path.read_bytes() for path in parts.iterdir()
         }
@@ -140,7 +140,7 @@ def test_an_interrupted_capture_goes_on_from_its_last_shard(tmp_path, captured, 
 def test_shards_of_another_plan_are_refused(captured, plan, sequences):
     other = Plan.make(sequences[:-2], batch_tokens=64, shard_tokens=30, seed=5)
     with pytest.raises(ValueError, match=r"shard_\d+\.safetensors has \d+ tokens, but the plan has \d+; delete"):
-        finish_capture(other, LAYERS, captured)
+        finish_capture(other, SITES, captured)
 
 
 def test_the_change_at_bos_is_what_a_whole_text_shows_there(bridge, gemma_folder, load, sequences, tmp_path):
@@ -150,7 +150,7 @@ def test_the_change_at_bos_is_what_a_whole_text_shows_there(bridge, gemma_folder
         for layer in model.model.layers:
             layer.mlp.down_proj.weight.mul_(-2.0)
     model.save_pretrained(tmp_path)
-    before, after = (read_paths(bridge, folder, [0, 2]) for folder in (tmp_path, gemma_folder))
+    before, after = (read_paths(bridge, folder, mlp_sites([0, 2])) for folder in (tmp_path, gemma_folder))
     found = bos_changes(bridge, bridge.tokenizer.bos_token_id, before, after)
     seen = {}
     plain, _ = load(gemma_folder)
@@ -161,6 +161,6 @@ def test_the_change_at_bos_is_what_a_whole_text_shows_there(bridge, gemma_folder
     with torch.no_grad():
         plain(input_ids=torch.tensor([max(sequences, key=len)]))
     for layer in (0, 2):
-        torch.testing.assert_close(found[layer], seen[layer], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[Site(layer)], seen[layer], rtol=1e-4, atol=1e-5)
     write_bos(tmp_path, found)
-    assert all(torch.equal(one, found[layer]) for layer, one in read_bos(tmp_path).items())
+    assert all(torch.equal(one, found[site]) for site, one in read_bos(tmp_path).items())

@@ -1,12 +1,13 @@
 """Delta transcoders: the loss is the plain formula, replicas train as if alone, a planted change is found."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.plain_delta import PlainDelta, Step, train_plainly
-from models.transcoder import Taps
+from sites import MLP, Site
 from trainers.activations import Pairs
 from trainers.checkpoints import Keeper
 from trainers.delta_data import DeltaData, output_variance, residual_of, validate
@@ -15,6 +16,7 @@ from trainers.errors import DivergedError
 from trainers.stacked_deltas import BANDWIDTH, StackedDeltas
 
 D_MODEL = 12
+OTHER = Site(3, replace(MLP, reads="a", writes=("b",)))
 SETTINGS = DeltaSettings(d_new=8, lr=1e-2, sparsity=1e-4, epochs=8, batch_size=128, l0_budget=3.0, seed=1, patience=99)
 
 
@@ -45,7 +47,7 @@ def residuals(train: Pairs, validation: Pairs, base) -> DeltaData:
     made = [Pairs([(x, residual_of(base, x, y)) for x, y in split.shards]) for split in (train, validation)]
     variance = output_variance(validation)
     error = sum(residual.pow(2).sum().item() for _, residual in made[1].shards)
-    return DeltaData(*made, variance, error / (validation.tokens * D_MODEL * variance), layer=3)
+    return DeltaData(*made, variance, error / (validation.tokens * D_MODEL * variance), Site(3))
 
 
 def settings(**changed) -> DeltaSettings:
@@ -73,8 +75,8 @@ def test_a_planted_change_is_found(trained, planted):
 
 
 def test_the_delta_has_no_bias_and_knows_its_place(planted):
-    (delta,) = train_delta(planted._replace(taps=Taps("a", "b")), settings(epochs=1)).deltas
-    assert (delta.b_dec, delta.layer, delta.taps, delta.d_sae) == (None, 3, Taps("a", "b"), 8)
+    (delta,) = train_delta(planted._replace(site=OTHER), settings(epochs=1)).deltas
+    assert (delta.b_dec, delta.site, delta.d_sae) == (None, OTHER, 8)
     assert (delta.threshold > 0).all()
 
 
@@ -337,7 +339,7 @@ def test_features_start_where_the_residual_can_be_predicted(planted):
 def test_the_scale_of_a_layer_does_not_matter(planted, trained):
     """Everything 1000 times larger is the same problem: lr and sparsity mean the same on every layer."""
     scaled = [Pairs([(x, 1000 * residual) for x, residual in split.shards]) for split in planted[:2]]
-    large = train_delta(DeltaData(*scaled, 1e6 * planted.unit, planted.alone, 3), SETTINGS)
+    large = train_delta(DeltaData(*scaled, 1e6 * planted.unit, planted.alone, planted.site), SETTINGS)
     assert large.figures["val_fvu"] == pytest.approx(trained.figures["val_fvu"], rel=1e-3)
     torch.testing.assert_close(large.deltas[0].W_dec, 1000 * trained.deltas[0].W_dec, rtol=1e-2, atol=1.0)
 
@@ -390,3 +392,20 @@ def test_bf16_comes_close(planted, trained):
 def test_weight_decay_shrinks_the_weights(planted, trained):
     decayed = train_delta(planted, settings(weight_decay=1.0))
     assert decayed.deltas[0].W_dec.norm() < trained.deltas[0].W_dec.norm()
+
+
+def test_a_site_may_write_another_width_than_it_reads():
+    """As the queries, keys and values of attention do, or its output where heads are narrow."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, D_MODEL, generator=generator)
+    for d_out in (D_MODEL // 2, 2 * D_MODEL):
+        y = torch.relu(x @ torch.randn(D_MODEL, 4, generator=generator) - 1) @ torch.randn(
+            4, d_out, generator=generator
+        )
+        train, validation = (Pairs([(x[part], y[part])]) for part in (slice(0, 2500), slice(2500, None)))
+        data = DeltaData(train, validation, y.pow(2).mean().item(), 1.0, OTHER, "change")
+        done = train_delta(data, settings(epochs=4))
+        assert all((delta.d_in, delta.d_out) == (D_MODEL, d_out) for delta in done.deltas)
+        left = torch.stack([delta(x[2500:]) - y[2500:] for delta in done.deltas]).pow(2).mean().item()
+        assert done.figures["val_unexplained"] == pytest.approx(left / data.unit, rel=1e-3)
+        assert done.figures["val_unexplained"] < 0.6

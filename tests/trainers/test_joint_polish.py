@@ -11,11 +11,12 @@ from data.encoding import encode_row
 from data.rows import Row
 from evaluators.splice.interventions import Edit
 from evaluators.splice.passes import Passes
+from evaluators.splice.patches import Patch
 from evaluators.splice.reference import Reference
-from evaluators.splice.sites import Site
 from evaluators.splice.teacher_forcing import Job, score
 from models.blocks import read_paths
 from models.transcoder import with_bos
+from sites import Site, mlp_sites
 from trainers.checkpoints import Keeper
 from trainers.joint_polish import PolishSettings, Subject, polish
 
@@ -40,8 +41,8 @@ def subject(gemma_folder, load, wrapped, random_transcoder, tmp_path_factory):
         delta = dataclasses.replace(random_transcoder(d_model, 6, layer, seed=layer), b_dec=None)
         delta = dataclasses.replace(delta, W_dec=0.02 * delta.W_dec)
         at_bos = 0.05 * torch.ones(d_model) if layer == 2 else torch.zeros(d_model)
-        deltas[layer] = with_bos(delta, at_bos)
-    return Subject(bridge, read_paths(bridge, folder, (0, 2)), deltas, {0: 0.1, 2: 0.1})
+        deltas[Site(layer)] = with_bos(delta, at_bos)
+    return Subject(bridge, read_paths(bridge, folder, mlp_sites([0, 2])), deltas, dict.fromkeys(deltas, 0.1))
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +52,10 @@ def encoded(subject):
 
 def kl(subject, deltas, encoded) -> float:
     """As the evaluation measures it, nats a target token."""
-    sites = [Site(layer, subject.paths[layer], delta) for layer, delta in deltas.items()]
+    patches = [Patch(site, subject.paths[site], delta) for site, delta in deltas.items()]
     reference = Reference(subject.bridge)
     reference.add(encoded)
-    scored = score(Passes(subject.bridge), Edit(sites, "full"), [Job(row) for row in encoded], reference=reference)
+    scored = score(Passes(subject.bridge), Edit(patches, "full"), [Job(row) for row in encoded], reference=reference)
     return sum(one.kl for one in scored) / sum(one.n_tokens for one in scored)
 
 
@@ -66,18 +67,18 @@ def test_it_lowers_the_kl_that_the_evaluation_measures(subject, encoded) -> None
     assert done.figures["val_kl"] == pytest.approx(kl(subject, done.deltas, encoded), rel=1e-3)
     assert done.figures["val_kl"] < 0.95 * before["val_kl"]
     assert done.figures["val_l0"] <= 1.05 * before["val_l0"]
-    for layer, delta in done.deltas.items():
-        assert delta.layer == layer
+    for site, delta in done.deltas.items():
+        assert delta.site == site
         assert delta.at_bos is not None
-        assert torch.equal(delta.threshold.isinf(), subject.deltas[layer].threshold.isinf())
+        assert torch.equal(delta.threshold.isinf(), subject.deltas[site].threshold.isinf())
 
 
 def test_where_it_makes_things_worse_the_deltas_stay_as_they_were(subject, encoded) -> None:
     done = polish(subject, encoded, encoded, PolishSettings(steps=6, lr=1e3, rows=4))
     assert done.figures["step"] == 0
-    for layer, delta in done.deltas.items():
-        torch.testing.assert_close(delta.W_dec, subject.deltas[layer].W_dec)
-        torch.testing.assert_close(delta.threshold, subject.deltas[layer].threshold)
+    for site, delta in done.deltas.items():
+        torch.testing.assert_close(delta.W_dec, subject.deltas[site].W_dec)
+        torch.testing.assert_close(delta.threshold, subject.deltas[site].threshold)
 
 
 def test_a_run_that_is_cut_off_ends_as_it_would_have(subject, encoded, tmp_path) -> None:
@@ -96,6 +97,6 @@ def test_a_run_that_is_cut_off_ends_as_it_would_have(subject, encoded, tmp_path)
         polish(subject, encoded, encoded, settings, report=kill, keeper=keeper)
     again = polish(subject, encoded, encoded, settings, keeper=keeper)
     assert [one["val_kl"] for one in again.history] == [one["val_kl"] for one in whole.history]
-    for layer, delta in again.deltas.items():
+    for site, delta in again.deltas.items():
         for name in ("W_enc", "b_enc", "threshold", "W_dec"):
-            assert torch.equal(getattr(delta, name), getattr(whole.deltas[layer], name))
+            assert torch.equal(getattr(delta, name), getattr(whole.deltas[site], name))

@@ -63,7 +63,7 @@ def test_a_delta_step_starts_few_kernels_and_waits_for_none(runs: int, threshold
 def test_a_step_of_three_bases_starts_few_kernels() -> None:
     """It waits once for each base, to know how many activations passed the cut."""
     generator = torch.Generator().manual_seed(0)
-    model = StackedBases(32, 3, 128, generator, "cpu")
+    model = StackedBases(32, 32, 3, 128, generator, "cpu")
     optimiser = torch.optim.Adam(model.parameters, fused=True)
     (x, y), targets = pairs(64).shards[0], [2.0, 4.0, 8.0]
     for _ in range(2):

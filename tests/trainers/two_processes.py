@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from sites import Site
 from trainers.activations import Pairs
 from trainers.base_transcoder import BaseSettings, train_bases
 from trainers.delta_data import DeltaData
@@ -37,13 +38,13 @@ def main(folder: Path, device: str) -> None:
     # More activations in a batch than the sample that a cut is found from, and fewer.
     for name, width in (("many", 700), ("few", 40)):
         settings = BaseSettings([2.0, 6.0], width=width, epochs=2, batch_size=101, seed=1)
-        for number, one in enumerate(train_bases(train, validation, settings, layer=0, device=device)):
+        for number, one in enumerate(train_bases(train, validation, settings, site=Site(0), device=device)):
             found[f"{name}/{number}/W_enc"] = one.transcoder.W_enc
             found[f"{name}/{number}/W_dec"] = one.transcoder.W_dec
             found[f"{name}/{number}/threshold"] = one.transcoder.threshold
             found[f"{name}/{number}/figures"] = torch.tensor([one.facts["val_fvu"], one.facts["val_l0"]])
     unit = sum(y.square().mean().item() for _, y in validation.shards)
-    data = DeltaData(train, validation, unit, 1.0, 0, "change")
+    data = DeltaData(train, validation, unit, 1.0, Site(0), "change")
     same = {"d_new": 8, "epochs": 6, "batch_size": 101, "l0_budget": 3.0, "replicas": 2, "patience": 99}
     for threshold in ("calibrated", "learned"):
         asked = [DeltaSettings(lr=lr, sparsity=1e-4, threshold=threshold, **same) for lr in (1e-2, 3e-3)]

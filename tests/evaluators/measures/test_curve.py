@@ -24,15 +24,15 @@ def with_gate(patch, feature, gate):
 
 
 def test_every_feature_has_its_place(subject, ranked):
-    assert {(one.layer, one.feature) for one in ranked} == {
-        (patch.layer, feature) for patch in subject.patches for feature in range(patch.delta.d_sae)
+    assert {(one.site, one.feature) for one in ranked} == {
+        (patch.site, feature) for patch in subject.patches for feature in range(patch.delta.d_sae)
     }
     assert [one.effect for one in ranked] == sorted((one.effect for one in ranked), reverse=True)
 
 
 def test_an_effect_is_the_slope_of_the_features_gate_averaged_over_strengths(subject):
-    """Central differences of the summed CE in a gate, at each strength, over the path's derivative. At one patch: what a
-    gate does to the thresholds of patches above is a jump, which no gradient sees."""
+    """Central differences of the summed CE in a gate, at each strength, over the path's derivative. At one site: what a
+    gate does to the thresholds of sites above is a jump, which no gradient sees."""
     (patch,) = subject.patch
     ranked = rank_features(subject.passes, [patch], subject.rows)
     tokens = sum(len(row.target) for row in subject.encoded)
@@ -42,7 +42,9 @@ def test_an_effect_is_the_slope_of_the_features_gate_averaged_over_strengths(sub
         for alpha in curve.STRENGTHS:
             jobs = [Job(row, alpha) for row in subject.encoded]
             up, down = (
-                sum(row.nll for row in score(subject.passes, Edit([with_gate(patch, one.feature, gate)], "alpha"), jobs))
+                sum(
+                    row.nll for row in score(subject.passes, Edit([with_gate(patch, one.feature, gate)], "alpha"), jobs)
+                )
                 for gate in (1 + step, 1 - step)
             )
             expected -= (up - down) / (2 * step) / alpha / len(curve.STRENGTHS) / tokens
@@ -54,10 +56,10 @@ def test_each_count_is_the_first_features_alone(subject, ranked):
     assert list(found) == counts(len(ranked)) == [0, 1, 2, 4, 8, 16, 24]
     jobs = [Job(row) for row in subject.encoded]
     for count in (0, 4, len(ranked)):
-        kept = {(one.layer, one.feature) for one in ranked[:count]}
+        kept = {(one.site, one.feature) for one in ranked[:count]}
         patches = []
         for patch in subject.patches:
-            gate = torch.tensor([float((patch.layer, feature) in kept) for feature in range(patch.delta.d_sae)])
+            gate = torch.tensor([float((patch.site, feature) in kept) for feature in range(patch.delta.d_sae)])
             delta = dataclasses.replace(patch.delta, W_dec=patch.delta.W_dec * gate.unsqueeze(1))
             patches.append(dataclasses.replace(patch, delta=delta))
         expected = score(subject.passes, Edit(patches, "full"), jobs)

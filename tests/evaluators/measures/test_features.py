@@ -13,26 +13,26 @@ from evaluators.measures.reconstruction import site_activations
 @pytest.fixture(scope="module")
 def found(subject):
     (patch,) = subject.patch
-    every = [(patch.layer, feature) for feature in range(patch.delta.d_sae)]
+    every = [(patch.site, feature) for feature in range(patch.delta.d_sae)]
     return read_features(subject.passes, subject.patch, subject.rows, every)
 
 
 def test_firing_rates_are_those_of_a_loop(subject):
     (patch,) = subject.patch
     rates = firing_rates(subject.passes, subject.patch, subject.rows)
-    assert set(rates) == {1}
+    assert set(rates) == {patch.site}
     for label in ("tool", "copy", "tool_ood"):
         rows = [row for row in subject.rows if row.label == label]
         acts = patch.delta.encode(site_activations(subject.passes, patch, rows)[0])
-        assert rates[1][label] == pytest.approx((acts > 0).float().mean(0).tolist())
+        assert rates[patch.site][label] == pytest.approx((acts > 0).float().mean(0).tolist())
 
 
 def test_a_feature_at_bos_fires_once_a_text(subject, path_sites):
     rates = firing_rates(subject.passes, path_sites, subject.rows)
     for patch in path_sites:
         if patch.delta.at_bos is not None:
-            assert all(of_subset[-1] == 1.0 for of_subset in rates[patch.layer].values())
-            last = (patch.layer, patch.delta.d_sae - 1)
+            assert all(of_subset[-1] == 1.0 for of_subset in rates[patch.site].values())
+            last = (patch.site, patch.delta.d_sae - 1)
             (one,) = read_features(subject.passes, path_sites, subject.rows, [last]).values()
             assert one["at_bos"]
             assert [context["peak"] for context in one["contexts"]] == [0] * len(subject.rows)
@@ -64,7 +64,7 @@ def test_the_marked_token_is_the_one_that_fires(subject):
     zeros = torch.zeros_like(patch.delta.b_enc)
     delta = dataclasses.replace(patch.delta, W_enc=W_enc, b_enc=zeros, threshold=zeros)
     changed = [dataclasses.replace(patch, delta=delta)]
-    (one, other) = read_features(subject.passes, changed, subject.rows[:1], [(1, 0), (1, 1)]).values()
+    (one, other) = read_features(subject.passes, changed, subject.rows[:1], [(patch.site, 0), (patch.site, 1)]).values()
     (context,) = one["contexts"]
     assert context["tokens"][context["peak"]] == subject.tokenizer.decode([subject.encoded[0].ids[place]])
     assert other["contexts"] == []

@@ -47,10 +47,10 @@ def test_features_are_those_of_the_raw_run_and_the_one_at_bos(subject, patches, 
     tokens = len(subject.encoded[0].ids)
     at_bos = [one for one in found["features"] if one["position"] == 0]
     assert [(one["layer"], one["delta"]) for one in at_bos] == [
-        (patches[0].layer, [{"feature": patches[0].delta.d_sae - 1, "strength": 1.0}])
+        (patches[0].site.layer, [{"feature": patches[0].delta.d_sae - 1, "strength": 1.0}])
     ]
     for patch in patches:
-        here = [one for one in found["features"] if one["layer"] == patch.layer and one["position"] > 0]
+        here = [one for one in found["features"] if one["layer"] == patch.site.layer and one["position"] > 0]
         assert [one["position"] for one in here] == list(range(1, tokens))
         assert any(one["base"] for one in here)
         for one in here:

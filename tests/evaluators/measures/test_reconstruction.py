@@ -9,6 +9,7 @@ from data.encoding import pad_left
 from evaluators.measures import reconstruction
 from evaluators.measures.reconstruction import evaluate_reconstruction, site_activations, text_cross_entropy
 from evaluators.splice.interventions import Edit, Patch
+from sites import Site
 
 
 def run(subject, patches):
@@ -97,7 +98,7 @@ def test_bases_of_one_layer_share_the_layers_zero_ablation(subject, random_trans
 
 
 def test_sites_must_be_of_one_layer(subject):
-    with pytest.raises(ValueError, match=r"the patches must be of one layer, got \[0, 2\]"):
+    with pytest.raises(ValueError, match=r"the patches must be of one layer, got 0, 2"):
         run(subject, subject.patches)
     with pytest.raises(ValueError, match="needs a delta transcoder"):
-        run(subject, [Patch(1, subject.patch[0].base)])
+        run(subject, [Patch(Site(1), subject.patch[0].base)])

@@ -13,6 +13,7 @@ from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit
 from evaluators.splice.limits import Limits
 from evaluators.splice.teacher_forcing import Job, score
+from sites import Site
 
 BUDGET = 5
 BEHAVIOURS = read_behaviours(
@@ -25,12 +26,12 @@ def patches(request, subject, path_sites):
     return path_sites if request.param == "paths" else subject.patches
 
 
-def by_hand(patches, layer, feature, way):
+def by_hand(patches, site, feature, way):
     """The patches with every decoder row silent but the feature's, or with that one silent alone."""
     edited = []
     for patch in patches:
         on = torch.full((patch.delta.d_sae, 1), 1.0 if way == "ablated" else 0.0)
-        if patch.layer == layer:
+        if patch.site == site:
             on[feature] = 1.0 - on[feature]
         edited.append(dataclasses.replace(patch, delta=dataclasses.replace(patch.delta, W_dec=patch.delta.W_dec * on)))
     return edited
@@ -38,16 +39,18 @@ def by_hand(patches, layer, feature, way):
 
 def test_every_figure_is_that_of_a_silent_decoder_row(subject, patches):
     """The last of the features of a path may be the one at BOS."""
-    features = [(patch.layer, feature) for patch in patches for feature in (0, 5, patch.delta.d_sae - 1)]
-    found = single_features(subject.passes, patches, subject.rows, features, limits=Limits(BUDGET), behaviours=BEHAVIOURS)
+    features = [(patch.site, feature) for patch in patches for feature in (0, 5, patch.delta.d_sae - 1)]
+    found = single_features(
+        subject.passes, patches, subject.rows, features, limits=Limits(BUDGET), behaviours=BEHAVIOURS
+    )
     stop = Stop.of(subject.bridge, Limits(BUDGET), subject.rows[0])
     judge = measured.Judge(stop, BEHAVIOURS)
     jobs = [Job(row) for row in subject.encoded]
     starts = [Job(Encoded(row.prompt, [])) for row in subject.encoded]
     moved = 0.0
-    for (layer, feature), ways in found.items():
+    for (site, feature), ways in found.items():
         for way, condition in WAYS.items():
-            edit = Edit(by_hand(patches, layer, feature, way), "full")
+            edit = Edit(by_hand(patches, site, feature, way), "full")
             expected = score(subject.passes, edit, jobs)
             outputs = decode(subject.passes, edit, starts, [[] for _ in starts], stop)
             whole = score(subject.passes, Edit(patches, condition), jobs)
@@ -71,23 +74,23 @@ def test_texts_on_which_a_feature_is_silent_are_not_run_again(subject, monkeypat
 
     monkeypatch.setattr(measured, "_above", never)
     found = single_features(
-        subject.passes, [quiet], subject.rows, [(1, 3)], limits=Limits(BUDGET), behaviours=BEHAVIOURS
+        subject.passes, [quiet], subject.rows, [(Site(1), 3)], limits=Limits(BUDGET), behaviours=BEHAVIOURS
     )
     for way in WAYS:
-        for entry in found[1, 3][way]:
+        for entry in found[Site(1), 3][way]:
             assert entry["nll"] == entry["nll_whole"]
             assert entry["behaviours"] == entry["behaviours_whole"]
 
 
 def test_guesses_change_nothing(subject, path_sites):
-    features = [(path_sites[0].layer, 2)]
+    features = [(path_sites[0].site, 2)]
     asked = {"limits": Limits(BUDGET), "behaviours": BEHAVIOURS}
     plain = single_features(subject.passes, path_sites, subject.rows, features, **asked)
     guesses = {"full": [row.target for row in subject.encoded], "no_delta": [[1, 2, 3]] * len(subject.rows)}
     assert single_features(subject.passes, path_sites, subject.rows, features, guesses=guesses, **asked) == plain
 
 
-@pytest.mark.parametrize("feature", [(1, 99), (7, 0), (1, -1)])
+@pytest.mark.parametrize("feature", [(Site(1), 99), (Site(7), 0), (Site(1), -1)])
 def test_a_feature_that_is_not_there(subject, feature):
-    with pytest.raises(ValueError, match=f"no delta has a feature {feature[1]} in layer {feature[0]}"):
+    with pytest.raises(ValueError, match=f"no delta has a feature {feature[1]} in layer {feature[0].label}"):
         single_features(subject.passes, subject.patch, subject.rows, [feature], limits=Limits(1), behaviours={})

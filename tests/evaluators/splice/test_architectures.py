@@ -11,6 +11,7 @@ from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Shortcuts
 from evaluators.splice.teacher_forcing import Job, score
 from models.sources import load_model
+from sites import Site
 
 BUDGET = 5
 
@@ -59,7 +60,11 @@ def folder(request, tmp_path_factory):
 
 def sites_of(random_transcoder, layers):
     return [
-        Patch(layer, random_transcoder(24, 48, layer, layer), random_transcoder(24, 6, layer, 50 + layer, bias=False))
+        Patch(
+            Site(layer),
+            random_transcoder(24, 48, layer, layer),
+            random_transcoder(24, 6, layer, 50 + layer, bias=False),
+        )
         for layer in layers
     ]
 

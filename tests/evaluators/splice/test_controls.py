@@ -21,6 +21,7 @@ from models.blocks import exchanged, read_paths
 from models.errors import ModelError
 from models.weights import open_weights
 from search_spaces.schema import Evaluate
+from sites import Site, mlp_sites
 
 
 def no_moments():
@@ -84,7 +85,9 @@ def test_a_shuffled_delta_is_the_same_however_it_is_computed(subject, material, 
     stop = Stop.of(subject.bridge, Limits(5), subject.rows[0])
     begun = [[] for _ in starts]
     for use_cache in (True, False):
-        assert decode(subject.passes, Edit(patches, "shuffled_delta"), starts, begun, stop, use_cache=use_cache) == tokens
+        assert (
+            decode(subject.passes, Edit(patches, "shuffled_delta"), starts, begun, stop, use_cache=use_cache) == tokens
+        )
 
 
 def placed(subject):
@@ -138,7 +141,7 @@ def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, model_fo
     assert [one.nll for one in before] == pytest.approx(
         [one.nll for one in score(subject.passes, Edit((), "raw"), jobs)]
     )
-    with exchanged(subject.bridge, list(read_paths(subject.bridge, tmp_path, [1]).values())):
+    with exchanged(subject.bridge, list(read_paths(subject.bridge, tmp_path, mlp_sites([1])).values())):
         swapped = score(subject.passes, Edit(subject.patch, "mlp_swap"), jobs)
     by_hand, _ = load(model_folder)
     names = ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -158,7 +161,7 @@ def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, model_fo
 def test_weights_that_are_not_there_are_named(subject, tmp_path):
     shutil.copy(subject.folder / "config.json", tmp_path)
     with pytest.raises(ModelError, match=r"needs weights as model\.safetensors; it has none"):
-        read_paths(subject.bridge, tmp_path, [1])
+        read_paths(subject.bridge, tmp_path, mlp_sites([1]))
     with pytest.raises(ModelError, match=r"lack nothing\.weight"):
         open_weights(subject.folder).read(["nothing.weight"])
 
@@ -169,5 +172,5 @@ def test_a_control_without_what_it_needs_is_refused(subject):
         spliced(subject.bridge, Edit(subject.patch, "shuffled_delta")),
     ):
         pass
-    with pytest.raises(ValueError, match="has no delta that another could replace"):
-        random_delta(Patch(1, subject.patch[0].base), Material(torch.zeros(1, subject.d_model), no_moments, 0))
+    with pytest.raises(ValueError, match="layer 1 has no delta transcoder"):
+        random_delta(Patch(Site(1), subject.patch[0].base), Material(torch.zeros(1, subject.d_model), no_moments, 0))

@@ -38,7 +38,7 @@ class Plain:
         kind = self.model.config.model_type
         self.patches, self.alpha = patches, 1.0
         for patch in patches:
-            block, other = self.model.model.layers[patch.layer], before.model.layers[patch.layer]
+            block, other = self.model.model.layers[patch.site.layer], before.model.layers[patch.site.layer]
             for name in PARTS.get(kind, ("mlp", "post_attention_layernorm")):
                 getattr(block, name).load_state_dict(getattr(other, name).state_dict())
             getattr(block, NORMS[kind]).register_forward_pre_hook(self._reader(patch))
@@ -47,13 +47,13 @@ class Plain:
 
     def _reader(self, patch):
         def read(module, args):
-            self.inputs[patch.layer] = args[0]
+            self.inputs[patch.site] = args[0]
 
         return read
 
     def _writer(self, patch):
         def write(module, args, y):
-            middle = self.inputs[patch.layer][0, 1:]
+            middle = self.inputs[patch.site][0, 1:]
             x = middle / (middle.pow(2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps).sqrt()
             delta = patch.delta.encode(x) @ patch.delta.W_dec
             bos = patch.delta.W_dec[12] if len(patch.delta.W_dec) > 12 else torch.zeros_like(x[0])
@@ -151,8 +151,8 @@ def test_only_the_first_features_are_kept(subject, patches):
 
 
 def test_the_checks_of_every_sweep_hold_here_and_name_a_wrong_ground(subject, patches, base_folder):
-    layers = [patch.layer for patch in patches]
-    before, after = (read_paths(subject.bridge, folder, layers) for folder in (base_folder, subject.folder))
+    sites = [patch.site for patch in patches]
+    before, after = (read_paths(subject.bridge, folder, sites) for folder in (base_folder, subject.folder))
     checks = change_checks(subject.bridge, subject.rows, patches, before, after)
     checks += exactness_checks(subject.bridge, subject.rows, patches, Limits(4))
     assert [check["name"] for check in checks if not check["passed"]] == []
@@ -163,14 +163,16 @@ def test_the_checks_of_every_sweep_hold_here_and_name_a_wrong_ground(subject, pa
 @pytest.mark.parametrize("control", ["shuffled_delta", "dense_delta", "random_delta", "pca_delta"])
 def test_controls_keep_a_feature_at_bos(subject, patches, base_folder, control):
     """As it is, but for the random one, which turns its direction and keeps its size; however it is computed."""
-    layers = [patch.layer for patch in patches]
-    raw = Passes(subject.bridge, prefixes=Prefixes(subject.bridge, layers, patches[0].taps))
-    before, after = (read_paths(subject.bridge, folder, layers) for folder in (base_folder, subject.folder))
+    sites = [patch.site for patch in patches]
+    raw = Passes(subject.bridge, prefixes=Prefixes(subject.bridge, sites))
+    before, after = (read_paths(subject.bridge, folder, sites) for folder in (base_folder, subject.folder))
     made = []
     for patch in patches:
         x = site_activations(raw, patch, subject.rows)[0]
-        change = TrueChange(before[patch.layer], after[patch.layer])
-        material = Material(x, lambda x=x, patch=patch: Moments.of([(x, patch.delta(x))]), 3, lambda change=change: change)
+        change = TrueChange(before[patch.site], after[patch.site])
+        material = Material(
+            x, lambda x=x, patch=patch: Moments.of([(x, patch.delta(x))]), 3, lambda change=change: change
+        )
         other = SUBSTITUTES[control](patch, material)
         made.append(other)
         if patch.delta.at_bos is not None:
@@ -203,12 +205,12 @@ def test_principal_directions_are_those_of_the_covariance_largest_last():
 
 def test_a_pca_delta_is_the_true_change_along_its_directions(subject, patches, base_folder):
     """With as many directions as dimensions it is all of the change; with d_new, the change's projection on them."""
-    layers = [patch.layer for patch in patches]
-    before, after = (read_paths(subject.bridge, folder, layers) for folder in (base_folder, subject.folder))
-    raw = Passes(subject.bridge, prefixes=Prefixes(subject.bridge, layers, patches[0].taps))
+    sites = [patch.site for patch in patches]
+    before, after = (read_paths(subject.bridge, folder, sites) for folder in (base_folder, subject.folder))
+    raw = Passes(subject.bridge, prefixes=Prefixes(subject.bridge, sites))
     made, whole, true = [], [], []
     for patch in patches:
-        change = TrueChange(before[patch.layer], after[patch.layer])
+        change = TrueChange(before[patch.site], after[patch.site])
         x = site_activations(raw, patch, subject.rows)[0]
         c = change.decode(x)
         moments = Moments.of([(x, c)])
@@ -217,9 +219,9 @@ def test_a_pca_delta_is_the_true_change_along_its_directions(subject, patches, b
         mean, directions = principal_directions(moments, 12)
         expected = mean.float() + (c - mean.float()) @ directions.float().T @ directions.float()
         torch.testing.assert_close(made[-1].delta.decode(made[-1].delta.encode(x)), expected, rtol=1e-3, atol=1e-3)
-        rows = torch.cat([principal_directions(moments, patch.delta.d_model)[1].float(), made[-1].delta.W_dec[-2:]])
+        rows = torch.cat([principal_directions(moments, patch.delta.d_out)[1].float(), made[-1].delta.W_dec[-2:]])
         whole.append(dataclasses.replace(patch, delta=dataclasses.replace(made[-1].delta, W_dec=rows)))
-        true.append(Patch(patch.layer, patch.ground, change))
+        true.append(Patch(patch.site, patch.ground, change))
         with pytest.raises(ValueError, match="not known here"):
             pca_delta(patch, material._replace(change=None))
 

@@ -16,6 +16,7 @@ from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts, forward, project, read_prefixes, resume
 from evaluators.splice.teacher_forcing import Job, score
 from models.bridge import hooked
+from sites import Site, mlp_sites
 from tests.evaluators.conftest import CALCULATOR
 
 PLACES = ("patch", "patches")
@@ -118,11 +119,11 @@ def test_after_an_error_the_model_runs_all_its_layers(subject):
 
 def test_layers_captured_together_are_those_captured_alone(subject):
     rows = [row.ids for row in subject.encoded]
-    taps = subject.patch[0].base.taps
-    together = read_prefixes(subject.bridge, rows, [0, 1, 2], taps)
-    for layer in (0, 1, 2):
-        alone = read_prefixes(subject.bridge, rows, [layer], taps)[layer]
-        for one, other, row in zip(together[layer], alone, rows, strict=True):
+    sites = mlp_sites([0, 1, 2])
+    together = read_prefixes(subject.bridge, rows, sites)
+    for site in sites:
+        alone = read_prefixes(subject.bridge, rows, [site])[site]
+        for one, other, row in zip(together[site], alone, rows, strict=True):
             assert all(torch.equal(a, b) and len(a) == len(row) for a, b in zip(one, other, strict=True))
 
 
@@ -130,25 +131,25 @@ def test_prefixes_are_read_once_and_forgotten_when_memory_is_short(subject, monk
     asked = []
     real = passes.read_prefixes
 
-    def spy(bridge, rows, layers, taps):
-        asked.append((len(rows), tuple(layers)))
-        return real(bridge, rows, layers, taps)
+    def spy(bridge, rows, sites):
+        asked.append((len(rows), tuple(site.layer for site in sites)))
+        return real(bridge, rows, sites)
 
     monkeypatch.setattr(passes, "read_prefixes", spy)
-    rows, taps = [row.ids for row in subject.encoded], subject.patch[0].base.taps
-    held = Prefixes(subject.bridge, [0, 2], taps, batch_size=3)
-    held.get(0, rows)
-    held.get(2, rows)
-    held.get(0, rows[:1])
+    rows, sites = [row.ids for row in subject.encoded], mlp_sites([0, 2])
+    held = Prefixes(subject.bridge, sites, batch_size=3)
+    held.get(Site(0), rows)
+    held.get(Site(2), rows)
+    held.get(Site(0), rows[:1])
     assert asked == [(3, (0, 2)), (1, (0, 2))], "one capture serves both layers"
-    apart = Prefixes(subject.bridge, [0, 2], taps, together=False)
-    apart.get(0, rows)
-    apart.get(2, rows)
+    apart = Prefixes(subject.bridge, sites, together=False)
+    apart.get(Site(0), rows)
+    apart.get(Site(2), rows)
     assert asked[2:] == [(4, (0,)), (4, (2,))]
     monkeypatch.setattr(passes, "HELD_BYTES", 1)
-    short = Prefixes(subject.bridge, [0], taps)
+    short = Prefixes(subject.bridge, sites[:1])
     for _ in range(2):
-        assert len(short.get(0, rows)) == len(rows)
+        assert len(short.get(Site(0), rows)) == len(rows)
     assert len(asked) == 6
 
 

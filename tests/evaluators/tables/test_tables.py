@@ -5,7 +5,6 @@ import math
 import pandas as pd
 import pytest
 
-from evaluators.layer_sets import layer_order
 from evaluators.tables.pooling import pool
 from evaluators.tables.statistics import wilson
 from evaluators.tables.tables import (
@@ -17,6 +16,7 @@ from evaluators.tables.tables import (
     dose_response_table,
     reconstruction_table,
 )
+from sites import label_order
 
 
 def prompt(index, nll, tool_call=True, *, tokens=10, math_correct=True, copy_exact=None, delta_acts=2.0):
@@ -232,7 +232,7 @@ def test_contrast_is_full_minus_no_delta_over_shared_prompts():
 def test_layers_sort_by_number_and_sets_come_last():
     cells = [RAW] + [behaviour("full", RAW["rows"], layers=layers, alpha=1.0) for layers in ([16, 8], [20], [8])]
     assert conditions_table(cells)["layer"].tolist() == ["none", "8", "20", "8+16"]
-    assert sorted(["8+16", "20", "none", "8"], key=layer_order) == ["none", "8", "20", "8+16"]
+    assert sorted(["8+16", "20", "none", "8"], key=label_order) == ["none", "8", "20", "8+16"]
 
 
 def test_subsets_are_in_the_order_of_the_cells():
