@@ -22,7 +22,7 @@ from evaluators.splice.patches import Patch
 from models.blocks import check_hooks, exchanged, hooks_at, widths
 from models.bridge import Hook, hooked
 from models.transcoder import check_fits
-from sites import Site
+from sites import MLP, Site
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -110,7 +110,8 @@ class Splice:
         self.delta_acts = torch.zeros(len(editable), device=editable.device)
 
     def start(self, prefixes: Sequence[Prefix], rows: Sequence[int], length: int) -> Tensor:
-        """The residual streams (batch, length, d_model), left-padded, that leave the first patch's block.
+        """The residual streams (batch, length, d_model), left-padded, that leave the first patch's block: the shortcut
+        `start_above`, for an MLP alone. `passes.Prefixes.entering` is the general way.
 
         Row i of the batch that `reset` was told is the text of `prefixes[rows[i]]`: its patch is evaluated once a text,
         whatever the number of strengths.
@@ -124,9 +125,7 @@ class Splice:
             # The block adds the MLP's output to the stream, so that an edit is the difference of two outputs.
             moved = torch.cat(streams).float() + (ground.float() - y.float())
             streams, y = list(moved.to(y.dtype).split(lengths)), ground
-        residual = streams[0].new_zeros(len(rows), length, streams[0].shape[1])
-        for place, row in enumerate(rows):
-            residual[place, length - len(streams[row]) :] = streams[row]
+        residual = padded(streams, rows, length)
         first = 0 if self._with_bos else 1
         places = torch.cat([torch.arange(first, count) for count in lengths]).to(device)
         chosen = torch.cat([torch.arange(first, count) + sum(lengths[:i]) for i, count in enumerate(lengths)])
@@ -205,6 +204,20 @@ class Splice:
             self.base_acts.index_add_(0, self._where[0], outputs.base_acts * ~self._bos)
             self.delta_acts.index_add_(0, self._where[0], outputs.delta_acts * ~self._bos)
         return self.condition.combine(y.float(), outputs.ground, outputs.delta, self._alpha)
+
+
+def starts_above(patch: Patch) -> bool:
+    """Whether a pass can start from what leaves the patch's block: an MLP is the last that a block adds to the stream,
+    so that nothing else of the block reads what an edit changes."""
+    return patch.site.kind.name == MLP.name
+
+
+def padded(streams: Sequence[Tensor], rows: Sequence[int], length: int) -> Tensor:
+    """(len(rows), length, d_model), padded on the left: row i is `streams[rows[i]]`."""
+    found = streams[0].new_zeros(len(rows), length, streams[0].shape[1])
+    for place, row in enumerate(rows):
+        found[place, length - len(streams[row]) :] = streams[row]
+    return found
 
 
 @contextmanager

@@ -1,14 +1,14 @@
-"""Passes of the model: whole, up to the end of a layer, onwards from there, and the projection of chosen tokens.
+"""Passes of the model: whole, up to a block, onwards from there, and the projection of chosen tokens.
 
 In: a TransformerBridge, rows of token ids, residual streams. Out: logits of chosen positions, and what the unedited
-model computes up to the end of a layer, which every condition and strength spliced in there shares. Nothing here knows
+model computes up to a block, which every condition and strength spliced in there shares. Nothing here knows
 an architecture: a pass from a layer on is the model's own, with the blocks below handing the residual stream through.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,6 +46,9 @@ class Shortcuts:
     """A teacher-forced pass over a guess proves greedy output; else every output is decoded from its prompt."""
     rows_for_strengths: bool = True
     """Strengths of a condition are rows of the same batches; else each is a run of its own."""
+    start_above: bool = True
+    """Rows that share what is below the first splice start above it where that is an MLP, whose edit of the residual
+    stream is a difference of two outputs; else its whole block runs for every strength, as it must for other kinds."""
     stop_early: bool = True
     """Decoding a row ends with EOS or a closed call; else every row is decoded to the budget and cut afterwards."""
 
@@ -80,34 +83,49 @@ class Prefixes:
     ) -> None:
         self.bridge, self.sites, self.batch_size = bridge, sorted(set(sites)), batch_size
         self.together = together
-        self._held: OrderedDict[tuple[Site, tuple[int, ...]], Prefix] = OrderedDict()
+        self._held: OrderedDict[tuple[Any, tuple[int, ...]], Any] = OrderedDict()
         self._bytes = 0
 
     def get(self, site: Site, rows: Sequence[Sequence[int]]) -> list[Prefix]:
         """The prefixes at `site` of rows of token ids, in their order."""
-        missing = [row for row in dict.fromkeys(map(tuple, rows)) if (site, row) not in self._held]
-        missing.sort(key=len)
         wanted = [later for later in self.sites if later >= site] if self.together else [site]
+        return self._get(site, rows, lambda batch: read_prefixes(self.bridge, batch, wanted))
+
+    def entering(self, layer: int, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The residual streams (length, d_model) that enter block `layer`, which is not the first, of rows of token
+        ids, in their order."""
+        wanted = [layer, *(site.layer for site in self.sites if site.layer > layer)] if self.together else [layer]
+        return self._get(layer, rows, lambda batch: read_entering(self.bridge, batch, dict.fromkeys(wanted)))
+
+    def _get(
+        self, place: Any, rows: Sequence[Sequence[int]], read: Callable[[list[tuple[int, ...]]], Mapping[Any, list]]
+    ) -> list[Any]:
+        missing = [row for row in dict.fromkeys(map(tuple, rows)) if (place, row) not in self._held]
+        missing.sort(key=len)
         found = {}
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
-            for place, prefixes in read_prefixes(self.bridge, batch, wanted).items():
-                found.update({(place, row): prefix for row, prefix in zip(batch, prefixes, strict=True)})
+            for read_at, of_rows in read(batch).items():
+                found.update({(read_at, row): held for row, held in zip(batch, of_rows, strict=True)})
         for row in rows:
-            if (site, tuple(row)) in self._held:
-                self._held.move_to_end((site, tuple(row)))
-                found[site, tuple(row)] = self._held[site, tuple(row)]
-        for key, prefix in found.items():
-            self._keep(key, prefix)
-        return [found[site, tuple(row)] for row in rows]
+            if (place, tuple(row)) in self._held:
+                self._held.move_to_end((place, tuple(row)))
+                found[place, tuple(row)] = self._held[place, tuple(row)]
+        for key, held in found.items():
+            self._keep(key, held)
+        return [found[place, tuple(row)] for row in rows]
 
-    def _keep(self, key: tuple[Site, tuple[int, ...]], prefix: Prefix) -> None:
+    def _keep(self, key: tuple[Any, tuple[int, ...]], held: Prefix | Tensor) -> None:
         if key not in self._held:
-            self._held[key] = prefix
-            self._bytes += sum(tensor.nbytes for tensor in prefix)
+            self._held[key] = held
+            self._bytes += _nbytes(held)
         while self._bytes > HELD_BYTES:
             _, gone = self._held.popitem(last=False)
-            self._bytes -= sum(tensor.nbytes for tensor in gone)
+            self._bytes -= _nbytes(gone)
+
+
+def _nbytes(held: Prefix | Tensor) -> int:
+    return held.nbytes if isinstance(held, Tensor) else sum(tensor.nbytes for tensor in held)
 
 
 @dataclass(frozen=True)
@@ -160,6 +178,17 @@ def read_prefixes(
         site: [Prefix(*(one[i, -len(row) :].clone() for one in held)) for i, row in enumerate(rows)]
         for site, held in seen.items()
     }
+
+
+def read_entering(
+    bridge: TransformerBridge, rows: Sequence[Sequence[int]], layers: Iterable[int]
+) -> dict[int, list[Tensor]]:
+    """The streams that enter each of `layers`, none of which is 0: what leaves the block below, which alone runs."""
+    batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    hooks: list[Hook] = [(f"blocks.{layer - 1}.hook_out", _noting(held)) for layer, held in seen.items()]
+    _last_output(bridge, batch, max(seen) - 1, hooks)
+    return {layer: [held[0][i, -len(row) :].clone() for i, row in enumerate(rows)] for layer, held in seen.items()}
 
 
 def _noting(held: list[Tensor]) -> Callable[[Tensor, object], None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ from transformers import DynamicCache
 
 from data.encoding import Batch, Encoded, pad_left, pad_right
 from evaluators.splice.batching import in_slices
-from evaluators.splice.interventions import EVERY, Edit, Ranks, RowEdits, Splice, spliced
-from evaluators.splice.passes import Passes, Prefixes, first_tokens, forward, project, resume
+from evaluators.splice.interventions import EVERY, Edit, Ranks, RowEdits, Splice, padded, spliced, starts_above
+from evaluators.splice.passes import Passes, first_tokens, forward, project, resume
 from evaluators.splice.reference import Reference
 from models.bridge import device_of
 
@@ -77,12 +78,14 @@ def score(
     held against, and its pass fills the reference. Prefixes that hold the first patch's site spare its computation.
     """
     if passes.shortcuts.share_prefix and edit.condition != "raw":
-        passes = replace(passes, prefixes=passes.with_prefixes(min(patch.site for patch in edit.patches)))
+        first = min(edit.patches, key=attrgetter("site"))
+        passes = replace(passes, prefixes=passes.with_prefixes(first.site))
+        above_first = passes.shortcuts.start_above and starts_above(first)
     else:
-        passes = replace(passes, prefixes=None)
+        passes, above_first = replace(passes, prefixes=None), False
     results: dict[int, Scored] = {}
     order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.ids), jobs[i].encoded.ids, i))
-    with spliced(passes.bridge, edit, record=True, above_first=passes.prefixes is not None) as splice:
+    with spliced(passes.bridge, edit, record=True, above_first=above_first) as splice:
 
         def run(chosen: Sequence[int]) -> None:
             scored = _score_batch(passes, splice, [jobs[i] for i in chosen], whole_text, reference)
@@ -109,7 +112,7 @@ def _score_batch(
     if not shortcuts.target_logits and prefixes is None:
         chunks: Iterable[Tensor] = [forward(bridge, batch, length, cache=cache)[lines, columns - 1]]
     else:
-        after, start = _start(splice, prefixes, rows, length)
+        after, start = _start(splice, passes, rows, length)
         residual = resume(bridge, batch, after, start, cache)
         chunks = _logits(passes, residual, lines, columns - 1)
         if reference is not None and not splice.patches:
@@ -167,7 +170,7 @@ def _follow_guesses(
     context, mask = first_tokens(cache, batch, places, kept)
     whole = pad_left([row.ids for row in rows], bridge.tokenizer.pad_token_id).to(batch.ids.device)
     prepare(splice, whole, chosen)
-    after, residual = _start(splice, passes.prefixes, rows, whole.ids.shape[1])
+    after, residual = _start(splice, passes, rows, whole.ids.shape[1])
     if residual is not None:
         lengths = chunk.mask.sum(1, keepdim=True)
         columns = whole.ids.shape[1] - lengths + torch.arange(chunk.ids.shape[1], device=lengths.device)
@@ -186,14 +189,20 @@ def _follow_guesses(
 
 
 def _start(
-    splice: Splice, prefixes: Prefixes | None, rows: Sequence[Encoded], length: int
+    splice: Splice, passes: Passes, rows: Sequence[Encoded], length: int
 ) -> tuple[int, Tensor] | tuple[None, None]:
-    """The lowest spliced layer and what leaves it, (row, length, d_model), where prefixes are shared."""
-    if prefixes is None:
+    """The block that the rows have run through, and what leaves it, (row, length, d_model), where prefixes are shared:
+    the block below the first patch's, or with `start_above` that block itself."""
+    if passes.prefixes is None:
         return None, None
+    first = splice.patches[0]
     texts = list(dict.fromkeys(tuple(row.ids) for row in rows))
-    found = prefixes.get(splice.patches[0].site, texts)
-    return splice.patches[0].site.layer, splice.start(found, [texts.index(tuple(row.ids)) for row in rows], length)
+    which = [texts.index(tuple(row.ids)) for row in rows]
+    if passes.shortcuts.start_above and starts_above(first):
+        return first.site.layer, splice.start(passes.prefixes.get(first.site, texts), which, length)
+    if first.site.layer == 0:  # nothing is below
+        return None, None
+    return first.site.layer - 1, padded(passes.prefixes.entering(first.site.layer, texts), which, length)
 
 
 def _logits(passes: Passes, residual: Tensor, lines: Tensor, columns: Tensor) -> Iterable[Tensor]:

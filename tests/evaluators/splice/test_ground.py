@@ -82,7 +82,11 @@ def plain(subject, load, base_folder, patches):
     return Plain(subject, load, base_folder, patches)
 
 
-@pytest.mark.parametrize("shortcuts", [Shortcuts(), Shortcuts.none()], ids=["shortcuts", "none"])
+@pytest.mark.parametrize(
+    "shortcuts",
+    [Shortcuts(), dataclasses.replace(Shortcuts(), start_above=False), Shortcuts.none()],
+    ids=["shortcuts", "entering the first block", "none"],
+)
 def test_scores_and_tokens_are_those_of_a_plain_model(subject, patches, plain, shortcuts):
     passes, stop = Passes(subject.bridge, 3, shortcuts), Stop.of(subject.bridge, Limits(BUDGET), subject.rows[0])
     for alpha in (0.0, 0.7, 1.0, -0.5):
