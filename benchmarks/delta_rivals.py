@@ -22,8 +22,8 @@ from typing import Annotated, Any
 import typer
 from safetensors.torch import save_file
 
+from sites import Ground, Site
 from trainers.activations import Pairs, read_pairs
-from trainers.capture import layer_folder
 from trainers.delta_data import DeltaData, output_variance
 from trainers.delta_transcoder import DeltaSettings, train_delta
 from trainers.precision import resolve_precision
@@ -43,7 +43,7 @@ def main(
     epochs: Annotated[int, typer.Option()] = 2,
     batch: Annotated[int, typer.Option()] = 512,
 ) -> None:
-    data, energy = _pairs(sweep, layer, percentile)
+    data, energy = _pairs(sweep, Site(layer), percentile)
     tokens, d_model = data.train.tokens, data.train.shards[0][0].shape[1]
     typer.echo(f"{tokens} tokens, d_model {d_model}, width {d_new}, L0 {active}, {epochs} epochs, batch {batch}, fp32")
     rates: dict[str, float] = {}
@@ -78,19 +78,19 @@ def _ours(data: DeltaData, settings: DeltaSettings) -> dict[str, Any]:
     return {**trained.figures, "tokens_per_second": (len(times) - 1) * settings.batch_size / (times[-1] - times[0])}
 
 
-def _pairs(sweep: Path, layer: int, percentile: float) -> tuple[DeltaData, float]:
+def _pairs(sweep: Path, site: Site, percentile: float) -> tuple[DeltaData, float]:
     """A sweep's residuals for one (layer, base), and the variance of y over their energy, on validation tokens."""
     splits: list[Pairs] = []
     for split in ("train", "validation"):
-        inputs = read_pairs(layer_folder(sweep / "activations" / "finetuned" / split, layer), ("x",))
-        folder = sweep / "deltas" / f"layer_{layer:02d}" / f"p{percentile:.2f}" / "residual" / split
+        inputs = read_pairs(sweep / "activations" / "finetuned" / split / site.folder, ("x",))
+        folder = sweep / "deltas" / site.folder / Ground("residual", percentile).label / "residual" / split
         both = zip(inputs.shards, read_pairs(folder, ("residual",)).shards, strict=True)
         splits.append(Pairs([(x, residual) for (x,), (residual,) in both]))
-    outputs = read_pairs(layer_folder(sweep / "activations" / "finetuned" / "validation", layer))
+    outputs = read_pairs(sweep / "activations" / "finetuned" / "validation" / site.folder)
     variance = output_variance(outputs)
     energy = sum(residual.double().pow(2).sum().item() for _, residual in splits[1].shards)
     whole = variance * splits[1].tokens * splits[1].shards[0][1].shape[1]
-    return DeltaData(splits[0], splits[1], variance, energy / whole, layer), whole / energy
+    return DeltaData(splits[0], splits[1], variance, energy / whole, site), whole / energy
 
 
 def _run(command: list[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.plain_delta import train_plainly
 from models.transcoder import Transcoder
+from sites import Site
 from trainers.activations import Pairs
 from trainers.delta_data import DeltaData, output_variance, residual_of
 from trainers.delta_transcoder import DeltaSettings, train_delta
@@ -51,7 +52,7 @@ def main(
     variance = output_variance(Pairs([(x[held], y[held])]))
     unexplained = residual[held].float().pow(2).mean().item() / variance
     residual = residual.bfloat16()  # as a sweep keeps it
-    data = DeltaData(Pairs([(x, residual)]), Pairs([(x[held], residual[held])]), variance, unexplained, layer=0)
+    data = DeltaData(Pairs([(x, residual)]), Pairs([(x[held], residual[held])]), variance, unexplained, Site(0))
     settings = DeltaSettings(d_new=d_new, batch_size=batch, epochs=1, l0_budget=16, threshold="learned")
     reference = train_plainly(base, x, y, variance, settings, reference_steps + 1, device)
     settings = replace(settings, precision=precision)
@@ -79,7 +80,7 @@ def _problem(d_model: int, d_sae: int, tokens: int) -> tuple[Transcoder, Tensor,
     W_enc = torch.randn(d_model, d_sae, generator=generator) / math.sqrt(d_model)
     W_dec = torch.randn(d_sae, d_model, generator=generator) / math.sqrt(d_sae)
     zeros = torch.zeros(d_sae)
-    base = Transcoder(W_enc, zeros, torch.full((d_sae,), 2.5), W_dec, torch.zeros(d_model), layer=0)
+    base = Transcoder(W_enc, zeros, torch.full((d_sae,), 2.5), W_dec, torch.zeros(d_model), Site(0))
     x = torch.randn(tokens, d_model, generator=generator).bfloat16()
     y = torch.randn(tokens, d_model, generator=generator).bfloat16()
     return base, x, y

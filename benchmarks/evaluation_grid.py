@@ -29,11 +29,13 @@ from data.encoding import encode_row, pad_left
 from data.rows import Row, read_rows
 from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
 from evaluators.splice.decoding import Stop
-from evaluators.splice.interventions import Site
+from evaluators.splice.interventions import Patch
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
 from evaluators.splice.reference import Reference
-from models.bridge import device_of, hooked, read_input, tap_names, whole
+from models.blocks import hooks_at
+from models.bridge import Hook, device_of, hooked, whole
+from sites import Site
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CELLS = (("raw", 0.0), ("no_delta", 0.0), ("full", 1.0), *(("alpha", alpha) for alpha in ALPHAS))
@@ -49,13 +51,13 @@ class Figures(NamedTuple):
     output: list[int]
 
 
-Table = dict[tuple[int, str, float, str, int], Figures]  # layer, condition, alpha, subset, prompt
+Table = dict[tuple[Site, str, float, str, int], Figures]  # site, condition, alpha, subset, prompt
 
 
 def ours(
     bridge: Any,
     rows: dict[str, list[Row]],
-    sites: Sequence[Site],
+    patches: Sequence[Patch],
     budget: int,
     shortcuts: Shortcuts = Shortcuts(),  # noqa: B008
     with_kl: bool = False,
@@ -64,25 +66,25 @@ def ours(
     table: Table = {}
     how: dict[str, Any] = {"limits": Limits(budget), "behaviours": {}}
     plain = Passes(bridge, shortcuts=shortcuts)
-    prefixes = Prefixes(bridge, [site.layer for site in sites], sites[0].taps, together=shortcuts.capture_once)
+    prefixes = Prefixes(bridge, [patch.site for patch in patches], together=shortcuts.capture_once)
     for subset, of_subset in rows.items():
         outputs: list[list[int]] = []
         reference = Reference(bridge) if with_kl else None
-        for site in sites:
+        for patch in patches:
             if shortcuts.raw_once and outputs:
                 table |= {
-                    (site.layer, *key[1:]): figures
+                    (patch.site, *key[1:]): figures
                     for key, figures in list(table.items())
-                    if key[0] == sites[0].layer and key[1] == "raw" and key[3] == subset
+                    if key[0] == patches[0].site and key[1] == "raw" and key[3] == subset
                 }
             else:
                 known = Known(reference=reference)
                 ((_, figures, texts),) = evaluate_behaviour(plain, (), of_subset, [Ask("raw")], known=known, **how)
-                _file(table, (site.layer, "raw", 0.0, subset), figures, texts)
+                _file(table, (patch.site, "raw", 0.0, subset), figures, texts)
                 outputs = [one["tokens"] for one in texts]
             asked = evaluate_behaviour(
                 replace(plain, prefixes=prefixes if shortcuts.share_prefix else None),
-                [site],
+                [patch],
                 of_subset,
                 [Ask("alpha", alpha) for alpha in ALPHAS],
                 known=Known(outputs, reference=reference),
@@ -91,7 +93,7 @@ def ours(
             for ask, figures, texts in asked:
                 for condition, alpha in CELLS[1:]:
                     if alpha == ask.alpha:
-                        _file(table, (site.layer, condition, alpha, subset), figures, texts)
+                        _file(table, (patch.site, condition, alpha, subset), figures, texts)
     return table
 
 
@@ -101,21 +103,21 @@ def _file(table: Table, place: tuple[int, str, float, str], figures: Sequence[An
 
 
 def plain_cell(
-    bridge: Any, rows: Sequence[Row], site: Site, condition: str, alpha: float, budget: int
+    bridge: Any, rows: Sequence[Row], patch: Patch, condition: str, alpha: float, budget: int
 ) -> list[Figures]:
     """One cell for some prompts in one batch, as a script without any of our shortcuts would compute it."""
     encoded = [encode_row(bridge.tokenizer, row) for row in rows]
     pad, device = bridge.tokenizer.pad_token_id, device_of(bridge)
     with torch.inference_mode():
         batch = pad_left([row.ids for row in encoded], pad).to(device)
-        with whole(bridge), hooked(bridge, _hooks(site, condition, alpha, batch.editable)):
+        with whole(bridge), hooked(bridge, _hooks(patch, condition, alpha, batch.editable)):
             logits = bridge(
                 batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions, return_type="logits"
             )
         steps = logits[:, :-1].float().log_softmax(-1).gather(2, batch.ids[:, 1:, None])[..., 0]
         ces = [-steps[i, -len(row.target) :].mean().item() for i, row in enumerate(encoded)]
         prompts = pad_left([row.prompt for row in encoded], pad).to(device)
-        with whole(bridge), hooked(bridge, _hooks(site, condition, alpha, prompts.editable)):
+        with whole(bridge), hooked(bridge, _hooks(patch, condition, alpha, prompts.editable)):
             written = bridge.generate(
                 prompts.ids,
                 attention_mask=prompts.mask.long(),
@@ -129,30 +131,29 @@ def plain_cell(
     return [Figures(ce, stop.cut(output) or output) for ce, output in zip(ces, outputs, strict=True)]
 
 
-def _hooks(site: Site, condition: str, alpha: float, editable: Tensor) -> list[tuple[str, Callable]]:
+def _hooks(patch: Patch, condition: str, alpha: float, editable: Tensor) -> list[Hook]:
     if condition == "raw":
         return []
-    read_name, write_name = tap_names(site.taps, site.layer)
     seen: dict[str, Tensor] = {}
 
-    def read(x: Tensor, hook: object) -> None:
-        seen["x"] = read_input(site.taps, x)
+    def read(x: Tensor) -> None:
+        seen["x"] = x
 
-    def write(y: Tensor, hook: object) -> Tensor:
-        ground = made = site.ground(seen["x"])
-        if condition != "no_delta" and site.delta is not None:
-            made = made + (1.0 if condition == "full" else alpha) * site.delta(seen["x"])
+    def write(y: Tensor) -> Tensor:
+        ground = made = patch.ground(seen["x"])
+        if condition != "no_delta" and patch.delta is not None:
+            made = made + (1.0 if condition == "full" else alpha) * patch.transcoder(seen["x"])
         whole = y.shape[:2] == editable.shape
         where = editable if whole else torch.ones_like(y[..., 0], dtype=torch.bool)
-        elsewhere = y if site.path is None else ground
-        if whole and condition != "no_delta" and site.delta is not None and site.delta.at_bos is not None:
-            elsewhere = ground + (1.0 if condition == "full" else alpha) * (site.delta.at_bos @ site.delta.W_dec)
+        elsewhere = y if patch.path is None else ground
+        if whole and condition != "no_delta" and patch.delta is not None and patch.delta.at_bos is not None:
+            elsewhere = ground + (1.0 if condition == "full" else alpha) * (patch.delta.at_bos @ patch.transcoder.W_dec)
         return torch.where(where.unsqueeze(-1), made.to(y.dtype), elsewhere)
 
-    return [(read_name, read), (write_name, write)]
+    return hooks_at(patch.site, read, write)
 
 
-def compare(table: Table, key: tuple[int, str, float, str, int], found: Figures) -> None:
+def compare(table: Table, key: tuple[Site, str, float, str, int], found: Figures) -> None:
     """Raises SystemExit if our figures differ from those of the plain way."""
     mine = table[key]
     if mine.output != found.output or abs(mine.ce - found.ce) > 1e-4:
@@ -168,7 +169,7 @@ def matmul_rate(device: Any, size: int = 2048, tries: int = 6) -> float:
     return 2 * size**3 / best
 
 
-def unavoidable_flops(bridge: Any, rows: dict[str, list[Row]], sites: Sequence[Site], table: Table) -> float:
+def unavoidable_flops(bridge: Any, rows: dict[str, list[Row]], patches: Sequence[Patch], table: Table) -> float:
     """FLOPs in products with weights that any exact method needs: each text once below a layer and once per strength
     above it, one projection per target token, and the tokens of an output after it departs from target and raw
     output."""
@@ -179,15 +180,15 @@ def unavoidable_flops(bridge: Any, rows: dict[str, list[Row]], sites: Sequence[S
     for subset, of_subset in rows.items():
         for number, row in enumerate(of_subset):
             encoded = encode_row(bridge.tokenizer, row)
-            raw = table[sites[0].layer, "raw", 0.0, subset, number].output
+            raw = table[patches[0].site, "raw", 0.0, subset, number].output
             new = _beyond(raw, [encoded.target])
             total += len(encoded.ids) * body + len(encoded.target) * head + new * (body + head)
-            for site in sites:
-                above = (bridge.cfg.n_layers - 1 - site.layer) * a_layer
-                features = sum(one.W_enc.numel() * 2 for one in (site.base, site.delta) if one is not None)
+            for patch in patches:
+                above = (bridge.cfg.n_layers - 1 - patch.site.layer) * a_layer
+                features = sum(one.W_enc.numel() * 2 for one in (patch.base, patch.transcoder) if one is not None)
                 total += (len(encoded.ids) + new) * features
                 for alpha in ALPHAS:
-                    output = table[site.layer, "alpha", alpha, subset, number].output
+                    output = table[patch.site, "alpha", alpha, subset, number].output
                     off_target = _beyond(output, [encoded.target])
                     off_both = _beyond(output, [encoded.target, raw])
                     total += len(encoded.ids) * above + len(encoded.target) * head
@@ -236,22 +237,22 @@ def main(
     bridge = load_bridge(context)
     device = device_of(bridge)
     numbers = list(map(int, layers.split(",")))
-    sites = [
-        site.to(device) for site in load_sites(context, numbers, combination(context, Asked(deltas or None)), bridge)
+    patches = [
+        patch.to(device) for patch in load_sites(context, numbers, combination(context, Asked(deltas or None)), bridge)
     ]
     every = list(read_rows(str(context.space.data / "evaluation.jsonl")))
     rows = {subset: [row for row in every if row.label == subset][:prompts] for subset in ("tool", "copy", "tool_ood")}
-    cells = [(site, *cell, subset) for site in sites for cell in CELLS for subset in rows]
+    cells = [(patch, *cell, subset) for patch in patches for cell in CELLS for subset in rows]
     typer.echo(
         f"{len(cells)} cells of {prompts} prompts, {budget} new tokens, layers {layers}, "
-        f"{'base transcoders' if sites[0].path is None else 'un-finetuned MLPs'}; {device}, "
+        f"{'base transcoders' if patches[0].path is None else 'un-finetuned MLPs'}; {device}, "
         f"{torch.get_num_threads()} threads"
     )
-    seconds, table = timed(partial(ours, bridge, rows, sites, budget), device)
+    seconds, table = timed(partial(ours, bridge, rows, patches, budget), device)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    flops, rate = unavoidable_flops(bridge, rows, sites, table), matmul_rate(device)
+    flops, rate = unavoidable_flops(bridge, rows, patches, table), matmul_rate(device)
     typer.echo(f"ours                 {seconds:9.1f} s   {memory:.2f} GiB peak")
-    with_kl, _ = timed(partial(ours, bridge, rows, sites, budget, with_kl=True), device)
+    with_kl, _ = timed(partial(ours, bridge, rows, patches, budget, with_kl=True), device)
     typer.echo(f"ours with KL         {with_kl:9.1f} s   {with_kl / seconds:.2f}x ours")
     typer.echo(
         f"unavoidable matmuls  {flops / rate:9.1f} s   {flops / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s; "
@@ -263,29 +264,29 @@ def main(
         ("batched", SAMPLED_BATCHES, len(cells), prompts),
     ):
         spent = 0.0
-        for site, condition, alpha, subset in chance.sample(cells, sample):
+        for patch, condition, alpha, subset in chance.sample(cells, sample):
             first = chance.randrange(prompts) if size == 1 else 0
             chosen = rows[subset][first : first + size]
-            took, found = timed(partial(plain_cell, bridge, chosen, site, condition, alpha, budget), device)
+            took, found = timed(partial(plain_cell, bridge, chosen, patch, condition, alpha, budget), device)
             spent += took
             for number, figures in enumerate(found):
-                compare(table, (site.layer, condition, alpha, subset, first + number), figures)
+                compare(table, (patch.site, condition, alpha, subset, first + number), figures)
         whole = spent / sample * count
         typer.echo(
             f"{label:<20} {whole:9.1f} s   {whole / seconds:.1f}x ours (from {sample} of {count}, equal to ours)"
         )
     if ablate:
-        _ablations(bridge, rows, sites, budget, device)
+        _ablations(bridge, rows, patches, budget, device)
 
 
-def _ablations(bridge: Any, rows: dict[str, list[Row]], sites: Sequence[Site], budget: int, device: Any) -> None:
+def _ablations(bridge: Any, rows: dict[str, list[Row]], patches: Sequence[Patch], budget: int, device: Any) -> None:
     """Times a few prompts per subset with each shortcut off, relative to all of them on."""
     few = {subset: of_subset[:ABLATED_PROMPTS] for subset, of_subset in rows.items()}
-    on, expected = timed(partial(ours, bridge, few, sites, budget), device)
+    on, expected = timed(partial(ours, bridge, few, patches, budget), device)
     typer.echo(f"{ABLATED_PROMPTS} prompts per subset, all shortcuts: {on:.1f} s; relative time with one off:")
     for one in fields(Shortcuts):
         shortcuts = replace(Shortcuts(), **{one.name: False})
-        off, table = timed(partial(ours, bridge, few, sites, budget, shortcuts), device)
+        off, table = timed(partial(ours, bridge, few, patches, budget, shortcuts), device)
         for key, figures in table.items():
             compare(expected, key, figures)
         typer.echo(f"  {one.name:<20} {off / on:6.2f}x")

@@ -30,10 +30,11 @@ from benchmarks.lora import BATCH, train_ours, train_reference
 from benchmarks.plain_delta import train_plainly
 from benchmarks.random_subjects import SHAPES, random_pairs, random_rows, save_other_mlps
 from data.encoding import encode_row
-from evaluators.splice.interventions import Site
+from evaluators.splice.interventions import Patch
 from jobs.commands.device_figures import transcoder
 from models.blocks import read_paths
 from models.bridge import wrap
+from sites import Site, mlp_sites
 from trainers.activations import Pairs
 from trainers.base_transcoder import BaseSettings, train_bases
 from trainers.delta_data import DeltaData
@@ -125,9 +126,11 @@ def base_steps(device: str, d_model: int, width: int, batch: int, steps: int) ->
             times.append(time.perf_counter())
 
         with fresh_memory(device) as peak:
-            train_bases(pairs, held_out, settings, layer=0, device=device, report=note)
+            train_bases(pairs, held_out, settings, site=Site(0), device=device, report=note)
         rate = (len(times) - 1) * 20 / (times[-1] - times[0]) if len(times) > 1 else math.nan
-        seconds, launches = profiled(partial(train_bases, pairs, held_out, settings, layer=0, device=device), device)
+        seconds, launches = profiled(
+            partial(train_bases, pairs, held_out, settings, site=Site(0), device=device), device
+        )
         count = 2 * steps
         flops = 2 * batch * d_model * width  # the encoder's product; the others are sparse
         typer.echo(
@@ -169,27 +172,27 @@ def cells(device: str, name: str, prompts: int = 16, budget: int = 16, sampled: 
         layers = [len(model.model.layers) // 3, 2 * len(model.model.layers) // 3]
         save_other_mlps(model, layers, Path(scratch))
         bridge = wrap(model, tokenizer)
-        sites = []
-        for layer, path in read_paths(bridge, Path(scratch), layers).items():
-            delta = transcoder(bridge.cfg.d_model, 128, layer, bias=False)
-            sites.append(Site(layer, path, replace(delta, W_dec=0.05 * delta.W_dec)).to(device))
+        patches = []
+        for site, path in read_paths(bridge, Path(scratch), mlp_sites(layers)).items():
+            delta = transcoder(bridge.cfg.d_model, 128, site.layer, bias=False)
+            patches.append(Patch(site, path, replace(delta, W_dec=0.05 * delta.W_dec)).to(device))
         found = random_rows(4 * prompts)
         rows = {label: [row for row in found if row.label == label][:prompts] for label in ("tool", "copy")}
-        ours(bridge, {label: few[:2] for label, few in rows.items()}, sites, budget)  # libraries are set up
-        seconds, table = timed(lambda: ours(bridge, rows, sites, budget), device)
+        ours(bridge, {label: few[:2] for label, few in rows.items()}, patches, budget)  # libraries are set up
+        seconds, table = timed(lambda: ours(bridge, rows, patches, budget), device)
         chance, spent, same, furthest = random.Random(0), 0.0, 0, 0.0
-        asked = [(site, *cell, label) for site in sites for cell in CELLS for label in rows]
-        for site, condition, alpha, label in chance.sample(asked, sampled):
+        asked = [(patch, *cell, label) for patch in patches for cell in CELLS for label in rows]
+        for patch, condition, alpha, label in chance.sample(asked, sampled):
             place = chance.randrange(prompts)
             chosen = [rows[label][place]]
-            took, (one,) = timed(partial(plain_cell, bridge, chosen, site, condition, alpha, budget), device)
-            mine = table[site.layer, condition, alpha, label, place]
+            took, (one,) = timed(partial(plain_cell, bridge, chosen, patch, condition, alpha, budget), device)
+            mine = table[patch.site, condition, alpha, label, place]
             spent, same = spent + took, same + (mine.output == one.output)
             furthest = max(furthest, abs(mine.ce - one.ce))
         whole = spent / sampled * len(asked) * prompts
         few = {label: some[:4] for label, some in rows.items()}
-        less, _ = timed(lambda: ours(bridge, few, sites, budget), device)
-        computing, launches = profiled(lambda: ours(bridge, few, sites, budget), device)
+        less, _ = timed(lambda: ours(bridge, few, patches, budget), device)
+        computing, launches = profiled(lambda: ours(bridge, few, patches, budget), device)
         typer.echo(
             f"evaluation, {name}, fp32, {len(asked)} cells of {prompts} prompts: ours {seconds:.1f} s, "
             f"one by one {whole / seconds:.0f}x (from {sampled} of {len(asked) * prompts}; "

@@ -24,13 +24,14 @@ import typer
 from benchmarks.random_subjects import SHAPES, Shape, random_rows, save_other_mlps
 from data.encoding import Encoded, encode_row
 from evaluators.splice.decoding import Stop, decode
-from evaluators.splice.interventions import Edit, Site
+from evaluators.splice.interventions import Edit, Patch
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes
 from evaluators.splice.teacher_forcing import Job
 from models.blocks import read_paths
 from models.bridge import whole, wrap
 from models.transcoder import Transcoder
+from sites import Site, mlp_sites
 
 D_NEW, FEW, MANY, REPEATS = 8, 2, 10, 3
 """Features of a delta, tokens generated, repeats."""
@@ -52,8 +53,8 @@ def seconds_a_token(shape: Shape, batch: int, device: str, dtype: torch.dtype) -
         layers = range(model.config.num_hidden_layers)
         save_other_mlps(model, layers, Path(folder))
         bridge = wrap(model, tokenizer)
-        paths = read_paths(bridge, Path(folder), layers)
-    sites = [Site(layer, paths[layer], _delta(layer, model.config.hidden_size, device)) for layer in layers]
+        paths = read_paths(bridge, Path(folder), mlp_sites(layers))
+    patches = [Patch(site, path, _delta(site, model.config.hidden_size, device)) for site, path in paths.items()]
     row = random_rows(1)[0]
     prompt = encode_row(tokenizer, row).prompt
 
@@ -61,7 +62,7 @@ def seconds_a_token(shape: Shape, batch: int, device: str, dtype: torch.dtype) -
         stop = replace(Stop.of(bridge, Limits(tokens), row), ends=frozenset())
         jobs = [Job(Encoded(prompt, []), place / batch) for place in range(batch)]
         started = time.perf_counter()
-        written = decode(Passes(bridge, batch_size=batch), Edit(sites, "alpha"), jobs, [[]] * batch, stop)
+        written = decode(Passes(bridge, batch_size=batch), Edit(patches, "alpha"), jobs, [[]] * batch, stop)
         assert all(len(one) == tokens for one in written)
         return time.perf_counter() - started
 
@@ -73,15 +74,15 @@ def seconds_a_token(shape: Shape, batch: int, device: str, dtype: torch.dtype) -
     return found[0], found[1]
 
 
-def _delta(layer: int, d_model: int, device: str) -> Transcoder:
-    generator = torch.Generator().manual_seed(layer)
+def _delta(site: Site, d_model: int, device: str) -> Transcoder:
+    generator = torch.Generator().manual_seed(site.layer)
     weights = {
         "W_enc": torch.randn(d_model, D_NEW, generator=generator) / d_model**0.5,
         "b_enc": torch.zeros(D_NEW),
         "threshold": torch.full((D_NEW,), 0.4),
         "W_dec": torch.randn(D_NEW, d_model, generator=generator) / d_model,
     }
-    return Transcoder(**weights, b_dec=None, layer=layer).to(device)
+    return Transcoder(**weights, b_dec=None, site=site).to(device)
 
 
 def main(

@@ -35,22 +35,22 @@ from data.encoding import Batch, Encoded, by_length, encode_row
 from data.rows import read_rows
 from evaluators.splice.interventions import Edit
 from evaluators.splice.passes import Passes
+from evaluators.splice.patches import Patch
 from evaluators.splice.reference import Reference
-from evaluators.splice.sites import Site
 from evaluators.splice.teacher_forcing import Job, score
 from evaluators.tables.statistics import paired_bootstrap, recovered_share
 from jobs.commands.finished import Asked, combination, device_for, finetuned, load_bridge, load_sites
 from jobs.files import read_json
 from jobs.progress import clock
 from jobs.study.context import Context
-from jobs.study.grounds import DeltaGroup
 from jobs.study.stages.activations import Text, plan_of
 from jobs.study.stages.deltas import PASSED_ON
 from models.blocks import exchanged, read_paths
 from models.bridge import device_of, wrap
 from models.sources import load_model
-from models.transcoder import GEMMA_SCOPE_TAPS, without_bos
+from models.transcoder import without_bos
 from search_spaces.load import load
+from sites import Address, Site
 from trainers.capture import Columns, capture_batch
 from trainers.delta_data import read_change
 from trainers.delta_transcoder import DeltaSettings, train_delta
@@ -66,7 +66,7 @@ class Row(NamedTuple):
     """A line of the table."""
 
     name: str
-    sites: Sequence[Site]
+    patches: Sequence[Patch]
     active: float
     cpu_seconds: float
     memory: float
@@ -91,32 +91,34 @@ def batches(pair: Pair, sequences: Sequence[Sequence[int]]) -> list[Batch]:
     return [pair.batch([sequences[i] for i in places]) for places in chosen]
 
 
-def captured(bridge: Any, sequences: Sequence[Sequence[int]], columns: Mapping[int, Columns]) -> dict[int, Tensor]:
-    """What the MLPs of the finetuned model read, (tokens, d_model) by layer."""
+def captured(bridge: Any, sequences: Sequence[Sequence[int]], columns: Mapping[Site, Columns]) -> dict[Site, Tensor]:
+    """What the MLPs of the finetuned model read, (tokens, d_model) by site."""
     parts = [
         capture_batch(bridge, [sequences[i] for i in places], columns)
         for places in by_length([len(one) for one in sequences], 16 * BATCH_TOKENS)
     ]
-    return {layer: torch.cat([part[layer]["x"] for part in parts]) for layer in columns}
+    return {site: torch.cat([part[site]["x"] for part in parts]) for site in columns}
 
 
 @torch.no_grad()
-def l0(sites: Sequence[Site], inputs: Mapping[int, Tensor]) -> float:
+def l0(patches: Sequence[Patch], inputs: Mapping[Site, Tensor]) -> float:
     """Active features a token and layer, on what the MLPs of the finetuned model read."""
-    found = [(site.delta.encode(inputs[site.layer]) > 0).sum(1).double().mean().item() for site in sites if site.delta]
+    found = [
+        (patch.delta.encode(inputs[patch.site]) > 0).sum(1).double().mean().item() for patch in patches if patch.delta
+    ]
     return sum(found) / len(found)
 
 
-def without(sites: Sequence[Site]) -> list[Site]:
-    return [replace(site, delta=without_bos(site.delta)) for site in sites if site.delta]
+def without(patches: Sequence[Patch]) -> list[Patch]:
+    return [replace(patch, delta=without_bos(patch.transcoder)) for patch in patches if patch.delta]
 
 
-def repeat(context: Context, layer: int, asked: tuple[Any, int], precision: str) -> tuple[float, float]:
-    """Trains all trials of a layer's deltas again; CPU seconds of the one that was kept, and of the others."""
+def repeat(context: Context, site: Site, asked: tuple[Any, int], precision: str) -> tuple[float, float]:
+    """Trains all trials of a site's deltas again; CPU seconds of the one that was kept, and of the others."""
     section, settings = context.settings.deltas, context.settings
-    data = read_change(context.space.activations / "finetuned", layer, GEMMA_SCOPE_TAPS)
+    data = read_change(context.space.activations / "finetuned", site)
     fixed: dict[str, Any] = section.model_dump(include=PASSED_ON)
-    folder = context.space.deltas / DeltaGroup(layer, *asked).name
+    folder = context.space.deltas / Address(site, *asked).folder
     kept, seconds = read_json(folder / "best.json")["trial"], [0.0, 0.0]
     for path in sorted(folder.glob("trial_*/result.json")):
         params, begun = read_json(path)["params"], time.process_time()
@@ -142,11 +144,11 @@ def show(bridge: Any, context: Context, rows: Sequence[Row]) -> list[dict[str, A
         tokens = [float(len(row.target)) for row in encoded]
         asked: tuple[Any, ...] = (encoded, Reference(bridge))
         raw, _ = sums(Passes(bridge), Edit(), *asked)
-        ground, kl = sums(Passes(bridge), Edit(rows[0].sites, "no_delta"), *asked)
+        ground, kl = sums(Passes(bridge), Edit(rows[0].patches, "no_delta"), *asked)
         typer.echo(f"{subset}: CE gap {(sum(ground) - sum(raw)) / sum(tokens):.3f}, KL {kl:.3f} without deltas")
         best: list[float] = []
         for row in rows:
-            nats, kl = sums(Passes(bridge), Edit(row.sites, "full"), *asked)
+            nats, kl = sums(Passes(bridge), Edit(row.patches, "full"), *asked)
             share = recovered_share((ground, tokens), (nats, tokens), (raw, tokens), seed=context.settings.seed)
             best = best or nats
             above = paired_bootstrap(nats, tokens, best, tokens, seed=context.settings.seed)
@@ -192,26 +194,26 @@ def main(
     precision = resolve_precision(context.settings.compute.precision, device_for(context))
     bridge = load_bridge(context)
     device = device_of(bridge)
-    sites = [site.to(device) for site in load_sites(context, None, asked, bridge)]
-    layers = [site.layer for site in sites]
+    patches = [patch.to(device) for patch in load_sites(context, None, asked, bridge)]
+    sites = [patch.site for patch in patches]
     learnt = text(context, "train", section.train_tokens)
     held_out = text(context, "validation", section.validation_tokens)
 
-    before = read_paths(bridge, context.model, layers)
+    before = read_paths(bridge, context.model, sites)
     begun = time.process_time()
-    inputs = captured(bridge, learnt, {layer: Columns(y=False, unfinetuned=before[layer]) for layer in layers})
+    inputs = captured(bridge, learnt, {layer: Columns(y=False, unfinetuned=before[site]) for site in sites})
     seconds, others = time.process_time() - begun, 0.0
-    for layer in layers:
-        of_kept, of_others = repeat(context, layer, asked, precision)
+    for site in sites:
+        of_kept, of_others = repeat(context, site, asked, precision)
         seconds, others = seconds + of_kept, others + of_others
     typer.echo(f"ours: {seconds:.0f} CPU seconds; the trials that were not kept took {others:.0f} more")
-    seen = captured(bridge, held_out, dict.fromkeys(layers, Columns(y=False)))
-    active = l0(sites, seen)
-    rows = [Row("ours", sites, active, seconds, peak())]
-    rows.append(rows[0]._replace(name="ours, no BOS", sites=without(sites)))
+    seen = captured(bridge, held_out, dict.fromkeys(sites, Columns(y=False)))
+    active = l0(patches, seen)
+    rows = [Row("ours", patches, active, seconds, peak())]
+    rows.append(rows[0]._replace(name="ours, no BOS", patches=without(patches)))
 
     other = wrap(*load_model(finetuned(context), torch.float32, str(device)))
-    pair = Pair(bridge, other, sites, dtype_of(precision))
+    pair = Pair(bridge, other, patches, dtype_of(precision))
     nudges = nudge or [0.02]
     given = batches(pair, learnt), batches(pair, held_out), inputs, asked[1], active, context.settings.seed
     material = Material(*given, nudges[0])
@@ -234,7 +236,7 @@ def main(
             typer.echo(f"{name}: KL {done.held_out:.4f} a token of held-out text")
             made = done.adapters.spliced(pair, first)
             rows.append(Row(name, made, l0(made, seen), done.cpu_seconds, peak()))
-            rows.append(rows[-1]._replace(name=f"{name}, no BOS", sites=without(rows[-1].sites)))
+            rows.append(rows[-1]._replace(name=f"{name}, no BOS", patches=without(rows[-1].patches)))
     figures = show(bridge, context, rows)
     if csv is not None:
         pd.DataFrame(figures).round(5).to_csv(csv, index=False)

@@ -30,23 +30,25 @@ from torch import Tensor
 
 from data.encoding import Batch, pad_left
 from evaluators.splice.passes import project, resume
-from evaluators.splice.sites import Site
-from models.bridge import device_of, hooked, read_input, tap_names
+from evaluators.splice.patches import Patch
+from models.blocks import hooks_at
+from models.bridge import Hook, device_of, hooked
 from models.transcoder import Transcoder, with_bos
+from sites import Site
 
 WARM_UP = 0.05
 FIRST_WEIGHT, STEER = 1e-3, 0.15
 """Of the sparsity penalty: where it starts, and how far its log moves per step and unit of relative error in L0."""
-Hooks = list[tuple[str, Callable]]
+Hooks = list[Hook]
 
 
 class Pair(NamedTuple):
-    """The finetuned model, and a second one that runs with un-finetuned MLPs in the layers of `sites`; weights and
+    """The finetuned model, and a second one that runs with un-finetuned MLPs in the layers of `patches`; weights and
     residual stream are fp32, products inside the blocks in `dtype`."""
 
     finetuned: Any
     adapted: Any
-    sites: Sequence[Site]
+    patches: Sequence[Patch]
     dtype: torch.dtype
 
     def blocks(self) -> AbstractContextManager:
@@ -58,62 +60,61 @@ class Pair(NamedTuple):
 
 
 class Adapters(torch.nn.Module):
-    """One adapter for each site, stacked; `acts` (batch, position, width) by layer are those of the last pass."""
+    """One adapter for each patch, stacked; `acts` (batch, position, width) by layer are those of the last pass."""
 
-    def __init__(self, sites: Sequence[Site], width: int, seed: int) -> None:
+    def __init__(self, patches: Sequence[Patch], width: int, seed: int) -> None:
         super().__init__()
-        self.sites, d_model = sites, sites[0].ground.d_model
+        self.patches, d_model = patches, patches[0].ground.d_in
         bound = d_model**-0.5
-        drawn = torch.rand(len(sites), d_model, width, generator=torch.Generator().manual_seed(seed))
+        drawn = torch.rand(len(patches), d_model, width, generator=torch.Generator().manual_seed(seed))
         self.W_enc = torch.nn.Parameter((2 * drawn - 1) * bound)
-        self.b_enc = torch.nn.Parameter(torch.zeros(len(sites), width))
-        self.W_dec = torch.nn.Parameter(torch.zeros(len(sites), width, d_model))
-        self.b_dec = torch.nn.Parameter(torch.zeros(len(sites), d_model))
-        self.acts: dict[int, Tensor] = {}
+        self.b_enc = torch.nn.Parameter(torch.zeros(len(patches), width))
+        self.W_dec = torch.nn.Parameter(torch.zeros(len(patches), width, d_model))
+        self.b_dec = torch.nn.Parameter(torch.zeros(len(patches), d_model))
+        self.acts: dict[Site, Tensor] = {}
 
     @torch.no_grad()
-    def start(self, inputs: Mapping[int, Tensor], active: float) -> None:
+    def start(self, inputs: Mapping[Site, Tensor], active: float) -> None:
         """Sets the biases so that each feature is active on an equal share of `inputs` (tokens, d_model) by layer."""
-        for place, site in enumerate(self.sites):
-            pre = inputs[site.layer][:4096].to(self.W_enc) @ self.W_enc[place]
+        for place, patch in enumerate(self.patches):
+            pre = inputs[patch.site][:4096].to(self.W_enc) @ self.W_enc[place]
             self.b_enc[place] = -pre.quantile(1 - active / pre.shape[1], dim=0)
 
     def hooks(self) -> Hooks:
         """What adds the adapters to the model's MLPs."""
-        inputs: dict[int, Tensor] = {}
+        inputs: dict[Site, Tensor] = {}
 
-        def reader(site: Site) -> Callable:
-            def read(x: Tensor, hook: object) -> None:
-                inputs[site.layer] = read_input(site.taps, x)
+        def reader(site: Site) -> Callable[[Tensor], None]:
+            def read(x: Tensor) -> None:
+                inputs[site] = x
 
             return read
 
-        def writer(place: int, layer: int) -> Callable:
-            def write(y: Tensor, hook: object) -> Tensor:
-                acts = torch.relu(inputs.pop(layer) @ self.W_enc[place] + self.b_enc[place])
-                self.acts[layer] = acts
+        def writer(place: int, site: Site) -> Callable[[Tensor], Tensor]:
+            def write(y: Tensor) -> Tensor:
+                acts = torch.relu(inputs.pop(site) @ self.W_enc[place] + self.b_enc[place])
+                self.acts[site] = acts
                 return (y + acts @ self.W_dec[place] + self.b_dec[place]).to(y.dtype)
 
             return write
 
         pairs: Hooks = []
-        for place, site in enumerate(self.sites):
-            read, write = tap_names(site.taps, site.layer)
-            pairs += [(read, reader(site)), (write, writer(place, site.layer))]
+        for place, patch in enumerate(self.patches):
+            pairs += hooks_at(patch.site, reader(patch.site), writer(place, patch.site))
         return pairs
 
     @torch.no_grad()
-    def spliced(self, pair: Pair, first: int) -> list[Site]:
+    def spliced(self, pair: Pair, first: int) -> list[Patch]:
         """The adapters as deltas; what they do at BOS, the token `first`, is one vector and becomes a feature."""
         with hooked(pair.adapted, self.hooks()):
             streams(pair.adapted, pair.batch([[first]]))
         found = []
-        for place, site in enumerate(self.sites):
+        for place, patch in enumerate(self.patches):
             W_enc, b_enc, W_dec, b_dec = (
                 one[place].clone() for one in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
             )
-            delta = Transcoder(W_enc, b_enc, torch.zeros_like(b_enc), W_dec, b_dec, site.layer, site.taps)
-            found.append(replace(site, delta=with_bos(delta, self.acts[site.layer][0, 0] @ W_dec)))
+            delta = Transcoder(W_enc, b_enc, torch.zeros_like(b_enc), W_dec, b_dec, patch.site)
+            found.append(replace(patch, delta=with_bos(delta, self.acts[patch.site][0, 0] @ W_dec)))
         return found
 
 
@@ -159,7 +160,7 @@ def losses(pair: Pair, adapters: Adapters, batch: Batch, cutoff: int | None = No
         predicted = predictions(pair, wanted[-1][mask])
     with pair.blocks(), hooked(pair.adapted, adapters.hooks()):
         made = streams(pair.adapted, batch)
-        acts = {layer: one[mask] for layer, one in adapters.acts.items()}
+        acts = {site: one[mask] for site, one in adapters.acts.items()}
         upper = [] if cutoff is None else [resume(pair.adapted, batch, cutoff, wanted[cutoff])]
     with pair.blocks():
         lower = [] if cutoff is None else [resume(pair.finetuned, batch, cutoff, made[cutoff])]
@@ -168,7 +169,9 @@ def losses(pair: Pair, adapters: Adapters, batch: Batch, cutoff: int | None = No
         ((ours - theirs)[mask].pow(2).sum(1) / theirs[mask].pow(2).sum(1)).mean()
         for ours, theirs in zip(made, wanted, strict=True)
     ]
-    costs = [(acts[site.layer] @ adapters.W_dec[place].norm(dim=1)).mean() for place, site in enumerate(adapters.sites)]
+    costs = [
+        (acts[patch.site] @ adapters.W_dec[place].norm(dim=1)).mean() for place, patch in enumerate(adapters.patches)
+    ]
     return Losses(
         divergence(pair, predicted, made[-1][mask]),
         torch.stack(apart).mean(),
@@ -207,7 +210,7 @@ def train(
     """A batch a step, in another order each epoch; the rate rises first and then falls linearly to zero. `report` is
     given the number of each step that is done and its losses."""
     begun, started = time.process_time(), time.perf_counter()
-    adapters = Adapters(pair.sites, material.width, material.seed).to(device_of(pair.finetuned))
+    adapters = Adapters(pair.patches, material.width, material.seed).to(device_of(pair.finetuned))
     adapters.start(material.inputs, material.active)
     optimiser = torch.optim.Adam(adapters.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(material.seed)

@@ -17,12 +17,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from models.bridge import tap_names, whole, wrap
+from models.blocks import hooks_at
+from models.bridge import whole, wrap
 from models.exports import ExportedModel, write_circuit_tracer, write_gemma_scope, write_saelens
 from models.fuse import fuse
 from models.sources import load_model
 from models.tiny import build_tiny_gemma2, byte_tokenizer
-from models.transcoder import GEMMA_SCOPE_TAPS, Transcoder
+from models.transcoder import Transcoder
+from sites import Site
 
 N_LAYERS, D_MODEL, D_SAE, D_NEW = 4, 32, 200, 12
 ALPHA = {0: None, 1: 1.0, 3: 0.7}
@@ -48,10 +50,10 @@ def prepare(folder: Path) -> dict[str, Tensor]:
     results = {f"output.{layer}": torch.zeros(256, D_MODEL) for layer in range(N_LAYERS)}
     for layer, alpha in ALPHA.items():
         base, x = _transcoder(layer, D_SAE, generator, bias=True), inputs[f"x.{layer}"]
-        exported[layer], results[f"output.{layer}"] = base, base(x)
+        exported[Site(layer)], results[f"output.{layer}"] = base, base(x)
         if alpha is not None:
             delta = _transcoder(layer, D_NEW, generator, bias=False)
-            exported[layer], results[f"output.{layer}"] = fuse(base, delta, alpha), base(x) + alpha * delta(x)
+            exported[Site(layer)], results[f"output.{layer}"] = fuse(base, delta, alpha), base(x) + alpha * delta(x)
     for name in ("sandwich_norm", "pre_norm"):
         in_model = _in_model(folder / name, inputs["tokens"], exported)
         results |= {f"{name}.{what}": tensor for what, tensor in in_model.items()}
@@ -79,28 +81,27 @@ def _transcoder(layer: int, d_sae: int, generator: torch.Generator, bias: bool) 
         threshold=1.1 * torch.rand(d_sae, generator=generator) - 0.1,
         W_dec=normal(d_sae, D_MODEL) / d_sae**0.5,
         b_dec=0.3 * normal(D_MODEL) if bias else None,
-        layer=layer,
+        site=Site(layer),
     )
 
 
 @torch.inference_mode()
-def _in_model(folder: Path, tokens: Tensor, transcoders: dict[int, Transcoder]) -> dict[str, Tensor]:
+def _in_model(folder: Path, tokens: Tensor, transcoders: dict[Site, Transcoder]) -> dict[str, Tensor]:
     """Activations of every transcoder in the untouched model, and the logits with all of them spliced in."""
     bridge = wrap(*load_model(folder, torch.float32))
-    seen: dict[int, Tensor] = {}
+    seen: dict[Site, Tensor] = {}
 
-    def reader(layer: int) -> Callable:
-        return lambda x, hook: seen.__setitem__(layer, x)
+    def reader(site: Site) -> Callable:
+        return lambda x: seen.__setitem__(site, x)
 
-    def writer(layer: int) -> Callable:
-        return lambda y, hook: transcoders[layer](seen[layer])
+    def writer(site: Site) -> Callable:
+        return lambda y: transcoders[site](seen[site])
 
-    names = {layer: tap_names(GEMMA_SCOPE_TAPS, layer) for layer in transcoders}
-    reads: list[Any] = [(read, reader(layer)) for layer, (read, _) in names.items()]
-    writes: list[Any] = [(write, writer(layer)) for layer, (_, write) in names.items()]
+    reads: list[Any] = [hook for site in transcoders for hook in hooks_at(site, reader(site))]
+    writes: list[Any] = [hook for site in transcoders for hook in hooks_at(site, write=writer(site))]
     with whole(bridge):
         raw = bridge.run_with_hooks(tokens, fwd_hooks=reads)
-    acts = {f"acts.{layer}": transcoder.encode(seen[layer][0]) for layer, transcoder in transcoders.items()}
+    acts = {f"acts.{site.label}": transcoder.encode(seen[site][0]) for site, transcoder in transcoders.items()}
     with whole(bridge):
         spliced = bridge.run_with_hooks(tokens, fwd_hooks=reads + writes)
     if (spliced - raw).abs().max() < 0.1:
