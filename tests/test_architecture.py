@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "search_spaces": {"search_spaces", "sites"},
     "trainers": {"trainers", "models", "data", "sites"},
     "evaluators": {"evaluators", "models", "data", "sites"},
-    "models": {"models", "sites"},
+    "models": {"models", "sites", "data"},
     "data": {"data"},
     "sites": {"sites"},
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.files import replacing
 from evaluators.tables.comparison import ComparedSweep, repeated, settings_that_differ
 from jobs.commands.reports import Sources, read_sweeps
 from jobs.errors import RequestError
@@ -91,13 +92,12 @@ def page_path(root: str, found: Comparison) -> Path:
 
 
 def write(path: Path, text: str, key: str) -> Path:
-    """Writes beside and renames; raises RequestError where `path` cannot be written."""
+    """Atomic; raises RequestError where `path` cannot be written."""
     path = path.expanduser().absolute()
-    beside = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RequestError(f"{key}: {path} cannot be written ({error.strerror})") from None
     return path

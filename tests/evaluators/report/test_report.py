@@ -133,7 +133,7 @@ def test_every_promised_file_is_there(report):
         for kind in ("csv", "json")
     }
     assert promised <= names
-    assert not [name for name in names if name.endswith(".part")]
+    assert not [name for name in names if name.endswith(".tmp")]
     graphs = {path.stem for path in (report.parent / "graphs").glob("*.png")}
     assert {f"heatmap_{column}" for column in tables.SUMMARY_METRICS} <= graphs
     assert {"delta_ce_by_layer", "delta_ce_layer_sets", "activations_by_layer", "delta_fvu", "lora_search"} <= graphs
