@@ -7,7 +7,6 @@ name and renamed, and their names.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.files import replacing
 from data.rows import sha256_of, slug
 from jobs.files import write_json
 from jobs.study.stages.work import SitePlan, Work
@@ -152,9 +152,8 @@ def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: l
     lines = [json.dumps({**place, **{k: v for k, v in one.items() if k != "seconds"}}) for one in texts]
     path = generations_folder(work) / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text("\n".join(lines) + "\n")
-    beside.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
     cell = {
         "kind": "width" if work.kind == "width" else "behaviour",
         **place,

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from data.files import replacing
 from jobs.cluster import environment
 from jobs.errors import WorkFailed
 from jobs.files import key_of, keyed_folder, write_json
@@ -152,10 +153,10 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     best: dict[str, Any] = {}
 
     def keep(adapted: Any) -> None:
-        beside = Path(config["folder"]) / "adapter.tmp"
-        adapted.save_pretrained(beside, save_embedding_layers=False)
-        shutil.rmtree(beside.with_name("adapter"), ignore_errors=True)
-        beside.rename(beside.with_name("adapter"))
+        adapter = Path(config["folder"]) / "adapter"
+        with replacing(adapter) as temporary:
+            adapted.save_pretrained(temporary, save_embedding_layers=False)
+            shutil.rmtree(adapter, ignore_errors=True)
 
     def note(figures: dict[str, Any]) -> None:
         if not best or figures["val_loss"] < best["val_loss"]:
