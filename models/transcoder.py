@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from data.files import replacing
 from models.errors import ModelError
 
 
@@ -150,9 +150,8 @@ class Config(NamedTuple):
 def write_config(path: Path, transcoder: Transcoder, facts: dict[str, Any]) -> None:
     """Writes `facts`, layer and taps as JSON, under a temporary name and then renamed to `path`."""
     config = {**facts, "layer": transcoder.layer, "taps": list(transcoder.taps)}
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
-    beside.rename(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def read_config(path: Path) -> Config:
