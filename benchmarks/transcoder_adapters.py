@@ -45,7 +45,6 @@ from jobs.progress import clock
 from jobs.study.context import Context
 from jobs.study.grounds import DeltaGroup
 from jobs.study.stages.activations import Text, plan_of
-from jobs.study.stages.deltas import PASSED_ON
 from models.blocks import exchanged, read_paths
 from models.bridge import device_of, wrap
 from models.sources import load_model
@@ -53,8 +52,9 @@ from models.transcoder import GEMMA_SCOPE_TAPS, without_bos
 from search_spaces.load import load
 from trainers.capture import Columns, capture_batch
 from trainers.delta_data import read_change
-from trainers.delta_transcoder import DeltaSettings, train_delta
+from trainers.delta_transcoder import train_delta
 from trainers.precision import dtype_of, resolve_precision
+from trainers.settings import DeltaSettings, settings_of
 
 RATES = (1e-3, 3e-3, 1e-2)
 SHOWN = 20
@@ -115,13 +115,13 @@ def repeat(context: Context, layer: int, asked: tuple[Any, int], precision: str)
     """Trains all trials of a layer's deltas again; CPU seconds of the one that was kept, and of the others."""
     section, settings = context.settings.deltas, context.settings
     data = read_change(context.space.activations / "finetuned", layer, GEMMA_SCOPE_TAPS)
-    fixed: dict[str, Any] = section.model_dump(include=PASSED_ON)
+    fixed = settings_of(DeltaSettings, section, d_new=asked[1], seed=settings.seed, precision=precision)
     folder = context.space.deltas / DeltaGroup(layer, *asked).name
     kept, seconds = read_json(folder / "best.json")["trial"], [0.0, 0.0]
     for path in sorted(folder.glob("trial_*/result.json")):
         params, begun = read_json(path)["params"], time.process_time()
         chosen = {name: params[name] for name in ("lr", "sparsity")}
-        train_delta(data, DeltaSettings(**fixed, **chosen, d_new=asked[1], seed=settings.seed, precision=precision))
+        train_delta(data, replace(fixed, **chosen))
         seconds[path.parent.name != f"trial_{kept:04d}"] += time.process_time() - begun
     return seconds[0], seconds[1]
 

@@ -13,17 +13,15 @@ from pydantic import Field, field_validator, model_validator
 from search_spaces.dimensions import Finite, Range
 from search_spaces.sections import (
     Behaviours,
-    Count,
     Distinct,
     Expected,
-    Fraction,
     LayerSet,
     Name,
-    Positive,
     Section,
     Sets,
 )
 from search_spaces.training import Activations, Deltas, Lora, Transcoders
+from trainers.settings import Count, Fraction, Positive
 
 
 class Model(Section):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,10 @@ from jobs.study.context import Context
 from jobs.study.stages import finetuned
 from search_spaces.dimensions import Choice, Range
 from search_spaces.schema import Sweep
+from search_spaces.training import LoraSpace
+from trainers.settings import LoraSettings, settings_of
 
 STAGE = "lora"
-PASSED_ON = {
-    *("steps", "epochs", "eval_every", "patience", "accumulate", "gradient_checkpointing"),
-    *("warmup_fraction", "grad_clip", "loss_on"),
-}
-"""Settings of the section that are passed to the trainer under the same names."""
 
 
 def study_name(settings: Sweep) -> str:
@@ -61,9 +59,8 @@ def _search(context: Context) -> dict[str, Any]:
             "threads": context.share.cpus,
             "workers": section.workers_per_trial,
             "resources": context.share.resources,
-            "seed": settings.seed,
             "checkpoint_seconds": settings.compute.checkpoint_seconds,
-            "settings": section.model_dump(include=PASSED_ON),
+            "settings": settings_of(LoraSettings, section, seed=settings.seed),
         },
         study=study_name(settings),
         sampler=section.sampler,
@@ -142,14 +139,14 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     from models.sources import load_model
     from trainers.checkpoints import Keeper
     from trainers.errors import TrainingError
-    from trainers.lora import LoraSettings, Splits, train_lora
+    from trainers.lora import Splits, train_lora
     from trainers.precision import number_format, resolve_precision
     from trainers.processes import processes
 
     processes(config["device"])  # of several, each has a device of its own
     torch.set_num_threads(config["threads"])
     precision = resolve_precision(config["precision"], config["device"])
-    searched = {name: config[name] for name in LoraSettings.__dataclass_fields__ if name in config}
+    searched = {name: config[name] for name in LoraSpace.model_fields if name in config}
     best: dict[str, Any] = {}
 
     def keep(adapted: Any) -> None:
@@ -170,7 +167,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
             train_lora(
                 *load_model(Path(config["model"]), dtype, config["device"]),
                 Splits(read_rows(rows / "train.jsonl"), read_rows(rows / "validation.jsonl")),
-                LoraSettings(**config["settings"], **searched),
+                replace(config["settings"], **searched),
                 note,
                 keep,
                 keeper,
