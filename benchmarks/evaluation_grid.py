@@ -27,7 +27,7 @@ from torch import Tensor
 
 from data.encoding import encode_row, pad_left
 from data.rows import Row, read_rows
-from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
+from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
 from evaluators.splice.decoding import Stop
 from evaluators.splice.interventions import Site
 from evaluators.splice.limits import Limits
@@ -227,7 +227,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed for sampling the reference's cells.")] = 0,
 ) -> None:
     # Here, as benchmarks.gpu uses the rest of this file where only what trains and evaluates is installed.
-    from jobs.commands.finished import Asked, combination, load_bridge, load_sites
+    from jobs.commands.load import Asked, combination, load_bridge, load_sites
     from jobs.study.context import Context
     from search_spaces.load import load
 

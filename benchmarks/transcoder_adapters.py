@@ -39,7 +39,7 @@ from evaluators.splice.reference import Reference
 from evaluators.splice.sites import Site
 from evaluators.splice.teacher_forcing import Job, score
 from evaluators.tables.statistics import paired_bootstrap, recovered_share
-from jobs.commands.finished import Asked, combination, device_for, finetuned, load_bridge, load_sites
+from jobs.commands.load import Asked, combination, device_for, finetuned, load_bridge, load_sites
 from jobs.files import read_json
 from jobs.progress import clock
 from jobs.study.context import Context

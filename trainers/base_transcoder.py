@@ -17,9 +17,9 @@ from torch import Tensor
 from models.transcoder import GEMMA_SCOPE_TAPS, Taps, Transcoder
 from trainers.activations import Pairs
 from trainers.clipping import clip_each
+from trainers.distributed import processes
 from trainers.errors import DivergedError
 from trainers.precision import number_format
-from trainers.processes import processes
 from trainers.settings import BaseSettings
 from trainers.stacked_bases import StackedBases
 

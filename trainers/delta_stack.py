@@ -19,10 +19,10 @@ from trainers import checkpoints
 from trainers.activations import Pairs
 from trainers.checkpoints import Keeper
 from trainers.clipping import clip_each
+from trainers.cuda_graphs import Graphed
 from trainers.delta_data import DeltaData, validate
+from trainers.distributed import processes
 from trainers.errors import DivergedError
-from trainers.graphs import Graphed
-from trainers.processes import processes
 from trainers.settings import DeltaSettings
 from trainers.stacked_adamw import StackedAdamW, held_or
 from trainers.stacked_deltas import Losses, StackedDeltas

@@ -23,7 +23,7 @@ from trainers import checkpoints
 from trainers.adapters import add_adapter, forward_of
 from trainers.checkpoints import Keeper
 from trainers.errors import DivergedError, TrainingError, memory_error_named
-from trainers.fused import cross_entropy_sum
+from trainers.lora_forward import cross_entropy_sum
 from trainers.lora_validation import figures_of, validation_counts
 from trainers.packing import Example, example, pack, shuffled_batches
 from trainers.settings import LoraSettings

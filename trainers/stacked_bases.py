@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from models.transcoder import Taps, Transcoder
-from trainers.processes import ALONE, Processes
+from trainers.distributed import ALONE, Processes
 
 THRESHOLD_SAMPLE = 1 << 16
 """Pre-activations sampled to find a batch's cut: its L0 is then right to within a few percent, which does not affect

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from evaluators.splice.moments import Moments, principal_directions, reduced_rank_regression
+from evaluators.splice.second_moments import Moments, principal_directions, reduced_rank_regression
 from evaluators.splice.sites import PrincipalChange, Site, TrueChange
 from models.transcoder import Transcoder, with_bos, without_bos
 

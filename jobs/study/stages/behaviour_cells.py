@@ -23,8 +23,8 @@ from jobs.study.stages.worker_sites import cell_file, kept_passes, load_sites, p
 
 
 def raw(work: Work, model: Any, rows: list[Any]) -> list[str]:
-    from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
     from evaluators.measures.behaviours import AGREES, read_behaviours
+    from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
 
     behaviours = read_behaviours(work.shared.behaviours)
     is_raw = work.conditions[0] == "raw"
@@ -45,8 +45,8 @@ def raw(work: Work, model: Any, rows: list[Any]) -> list[str]:
 
 def behaviour(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from data.encoding import encode_row
-    from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
     from evaluators.measures.behaviours import read_behaviours
+    from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
 
     is_base = work.model.folder == work.shared.base_model
     of_change = work.sites[0].ground.target == "change"
@@ -137,7 +137,7 @@ def _moments(plan: SitePlan) -> Any:
     """Those of what the delta was trained on, x and residual or change."""
     from safetensors.torch import load_file
 
-    from evaluators.splice.moments import Moments
+    from evaluators.splice.second_moments import Moments
 
     return Moments(**load_file(plan.moments))
 

@@ -187,9 +187,9 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     from models.transcoder import CONVENTIONS
     from trainers.checkpoints import Keeper
     from trainers.delta_transcoder import train_deltas
+    from trainers.distributed import processes
     from trainers.errors import DivergedError
     from trainers.precision import resolve_precision
-    from trainers.processes import processes
 
     torch.set_num_threads(config["threads"])
     writes = processes(config["device"]).index == 0

@@ -247,7 +247,7 @@ def merge_and_check(task: Task) -> None:
 
     from data.rows import read_rows
     from evaluators.measures.behaviours import read_behaviours
-    from evaluators.measures.finetuned import check_rows
+    from evaluators.measures.finetuned_answers import check_rows
     from models.comparison import compare
     from models.sources import load_model
     from models.weights import open_weights
@@ -335,7 +335,7 @@ def _answer(task: Task, model: Any, tokenizer: Any) -> dict[str, int]:
     at the token budget."""
     from data.encoding import encode_prompt, ends_of, with_answer
     from data.rows import read_rows, write_rows
-    from evaluators.measures.finetuned import answers
+    from evaluators.measures.finetuned_answers import answers
 
     counts = {"made": 0, "cut": 0}
     with replacing(Path(task.answered)) as folder:

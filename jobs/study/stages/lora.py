@@ -138,10 +138,10 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     from data.rows import read_rows
     from models.sources import load_model
     from trainers.checkpoints import Keeper
+    from trainers.distributed import processes
     from trainers.errors import TrainingError
     from trainers.lora import Splits, train_lora
     from trainers.precision import number_format, resolve_precision
-    from trainers.processes import processes
 
     processes(config["device"])  # of several, each has a device of its own
     torch.set_num_threads(config["threads"])

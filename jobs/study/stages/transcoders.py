@@ -102,8 +102,8 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     from trainers.activations import read_pairs
     from trainers.base_transcoder import train_bases
     from trainers.capture import layer_folder
+    from trainers.distributed import processes
     from trainers.precision import resolve_precision
-    from trainers.processes import processes
 
     task = LayerTask(**config)
     torch.set_num_threads(task.threads)

@@ -1,6 +1,6 @@
 """Controls that are fitted to what deltas were trained on: from moments that are kept, and from the pairs each time.
 
-    python -m benchmarks.moments [--tokens 20000] [--d-model 576] [--fits 18]
+    python -m benchmarks.second_moments [--tokens 20000] [--d-model 576] [--fits 18]
 
 In: the shape of one layer's pairs, and how often a control is fitted to them: once for every width and subset (the
 study's: six and three). Out: seconds either way, linear maps and principal directions each time, their ratio, and how
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.random_subjects import random_pairs
-from evaluators.splice.moments import Moments, principal_directions, reduced_rank_regression
+from evaluators.splice.second_moments import Moments, principal_directions, reduced_rank_regression
 
 BATCH = 8192
 
