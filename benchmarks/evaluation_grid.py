@@ -27,7 +27,7 @@ from torch import Tensor
 
 from data.encoding import encode_row, pad_left
 from data.rows import Row, read_rows
-from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
+from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
 from evaluators.splice.decoding import Stop
 from evaluators.splice.interventions import Patch
 from evaluators.splice.limits import Limits
@@ -97,7 +97,7 @@ def ours(
     return table
 
 
-def _file(table: Table, place: tuple[int, str, float, str], figures: Sequence[Any], texts: Sequence[Any]) -> None:
+def _file(table: Table, place: tuple[Site, str, float, str], figures: Sequence[Any], texts: Sequence[Any]) -> None:
     for one, text in zip(figures, texts, strict=True):
         table[*place, one["index"]] = Figures(one["nll"] / one["n_tokens"], text["tokens"])
 
@@ -228,7 +228,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed for sampling the reference's cells.")] = 0,
 ) -> None:
     # Here, as benchmarks.gpu uses the rest of this file where only what trains and evaluates is installed.
-    from jobs.commands.finished import Asked, combination, load_bridge, load_sites
+    from jobs.commands.load import Asked, combination, load_bridge, load_sites
     from jobs.study.context import Context
     from search_spaces.load import load
 

@@ -39,12 +39,11 @@ from evaluators.splice.patches import Patch
 from evaluators.splice.reference import Reference
 from evaluators.splice.teacher_forcing import Job, score
 from evaluators.tables.statistics import paired_bootstrap, recovered_share
-from jobs.commands.finished import Asked, combination, device_for, finetuned, load_bridge, load_sites
+from jobs.commands.load import Asked, combination, device_for, finetuned, load_bridge, load_sites
 from jobs.files import read_json
 from jobs.progress import clock
 from jobs.study.context import Context
 from jobs.study.stages.activations import Text, plan_of
-from jobs.study.stages.deltas import PASSED_ON
 from models.blocks import exchanged, read_paths
 from models.bridge import device_of, wrap
 from models.sources import load_model
@@ -53,8 +52,9 @@ from search_spaces.load import load
 from sites import Address, Site
 from trainers.capture import Columns, capture_batch
 from trainers.delta_data import read_change
-from trainers.delta_transcoder import DeltaSettings, train_delta
+from trainers.delta_transcoder import train_delta
 from trainers.precision import dtype_of, resolve_precision
+from trainers.settings import DeltaSettings, settings_of
 
 RATES = (1e-3, 3e-3, 1e-2)
 SHOWN = 20
@@ -117,13 +117,13 @@ def repeat(context: Context, site: Site, asked: tuple[Any, int], precision: str)
     """Trains all trials of a site's deltas again; CPU seconds of the one that was kept, and of the others."""
     section, settings = context.settings.deltas, context.settings
     data = read_change(context.space.activations / "finetuned", site)
-    fixed: dict[str, Any] = section.model_dump(include=PASSED_ON)
+    fixed = settings_of(DeltaSettings, section, d_new=asked[1], seed=settings.seed, precision=precision)
     folder = context.space.deltas / Address(site, *asked).folder
     kept, seconds = read_json(folder / "best.json")["trial"], [0.0, 0.0]
     for path in sorted(folder.glob("trial_*/result.json")):
         params, begun = read_json(path)["params"], time.process_time()
         chosen = {name: params[name] for name in ("lr", "sparsity")}
-        train_delta(data, DeltaSettings(**fixed, **chosen, d_new=asked[1], seed=settings.seed, precision=precision))
+        train_delta(data, replace(fixed, **chosen))
         seconds[path.parent.name != f"trial_{kept:04d}"] += time.process_time() - begun
     return seconds[0], seconds[1]
 
@@ -201,7 +201,7 @@ def main(
 
     before = read_paths(bridge, context.model, sites)
     begun = time.process_time()
-    inputs = captured(bridge, learnt, {layer: Columns(y=False, unfinetuned=before[site]) for site in sites})
+    inputs = captured(bridge, learnt, {site: Columns(y=False, unfinetuned=before[site]) for site in sites})
     seconds, others = time.process_time() - begun, 0.0
     for site in sites:
         of_kept, of_others = repeat(context, site, asked, precision)

@@ -1,7 +1,7 @@
 """The conditions of an evaluation, by name: what replaces an MLP's output, in which model, compared with what.
 
 In: a name. Out: its entry. A new condition is one entry of `CONDITIONS`; only its `combine` ever sees a tensor, so that
-tables and plans read this registry without loading torch.
+settings, tables, reports and plans follow from this registry without loading torch.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Condition:
     targets: tuple[str, ...] = TARGETS
     baseline: str = "raw"
     """The condition that its differences are taken from."""
+    label: str = ""
+    """What a figure calls it; its name, if empty."""
 
 
 def _raw(y: Tensor, ground: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
@@ -78,18 +80,39 @@ CONDITIONS = {
     condition.name: condition
     for condition in (
         Condition("no_delta", "the ground alone", _ground, uses_delta=False),
-        Condition("full", "ground and delta", _full),
-        Condition("alpha", "dose-response", _alpha, dosed=True),
+        Condition("full", "ground and delta", _full, label="sparse deltas"),
+        Condition("alpha", "dose-response", _alpha, dosed=True, label="sparse delta"),
         Condition("true_output", "must equal raw exactly", _raw, uses_delta=False, uses_ground=False),
         Condition("zero_ablation", "the MLP's share", _zero, uses_delta=False, uses_ground=False),
+        _control("random_delta", "any perturbation of that size", _full, substitute=True),
         _control(
-            "base_model_no_delta",
-            "what the base's own reconstruction error does, without any finetuning",
-            _ground,
+            "scaled_weights",
+            "the dense knob: the MLPs' weights between un-finetuned and finetuned",
+            _raw,
             uses_delta=False,
-            model="base",
-            baseline="base_model_raw",
-            targets=("residual",),
+            uses_ground=False,
+            model="scaled",
+            dosed=True,
+            targets=("change",),
+            label="scaled weights (dense)",
+        ),
+        _control("shuffled_delta", "a shift that does not depend on the token", _full, substitute=True),
+        _control(
+            "dense_delta",
+            "a linear map of the same rank",
+            _full,
+            substitute=True,
+            ranked=True,
+            label="linear map of that rank",
+        ),
+        _control(
+            "pca_delta",
+            "the change along as many principal directions",
+            _full,
+            substitute=True,
+            ranked=True,
+            targets=("change",),
+            label="principal directions",
         ),
         _control(
             "mlp_swap",
@@ -101,25 +124,13 @@ CONDITIONS = {
             targets=("residual",),
         ),
         _control(
-            "scaled_weights",
-            "the dense knob: the MLPs' weights between un-finetuned and finetuned",
-            _raw,
+            "base_model_no_delta",
+            "what the base's own reconstruction error does, without any finetuning",
+            _ground,
             uses_delta=False,
-            uses_ground=False,
-            model="scaled",
-            dosed=True,
-            targets=("change",),
-        ),
-        _control("random_delta", "any perturbation of that size", _full, substitute=True),
-        _control("shuffled_delta", "a shift that does not depend on the token", _full, substitute=True),
-        _control("dense_delta", "a linear map of the same rank", _full, substitute=True, ranked=True),
-        _control(
-            "pca_delta",
-            "the change along as many principal directions",
-            _full,
-            substitute=True,
-            ranked=True,
-            targets=("change",),
+            model="base",
+            baseline="base_model_raw",
+            targets=("residual",),
         ),
         _control("error_term", "must equal raw", _error, uses_delta=False, targets=("residual",)),
     )
@@ -128,3 +139,5 @@ CONDITIONS = {
 UNEDITED = ("raw", "base_model_raw")
 """Nothing is replaced: in the finetuned model, and in the model that it was finetuned from."""
 CONTROLS = tuple(name for name, condition in CONDITIONS.items() if condition.control)
+CHANGE_CONTROLS = {name: CONDITIONS[name] for name in CONTROLS if "change" in CONDITIONS[name].targets}
+"""Those that the report sets against change deltas."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from data.files import replacing
 from jobs.errors import DamagedFileError
 
 FORMAT = 2
@@ -38,11 +38,10 @@ def short_hash(*parts: Any) -> str:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Atomic: a reader sees either the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = json.dumps(value, indent=1, sort_keys=True)
     body = (f",{text[1:]}" if value else "\n}").encode()
-    beside.write_bytes(_HEAD.format(hashlib.sha256(body).hexdigest()).encode() + body)
-    beside.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(_HEAD.format(hashlib.sha256(body).hexdigest()).encode() + body)
 
 
 def read_json(path: Path) -> Any:

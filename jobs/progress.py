@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+
+from data.files import replacing
 
 PLAIN_PERIOD_SECONDS = 10.0
 PLAIN_COLUMNS = 120
@@ -131,12 +133,9 @@ class Progress:
         self._saved = now
         driver = {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time()}
         shown = {**driver, "stage": self._stage, "bars": [bar.text() for bar in self._open]}
-        beside = self._file.with_name(f"{FILE}.{os.getpid()}.tmp")
-        try:
-            beside.write_text(json.dumps(shown))
-            beside.replace(self._file)
-        except OSError:  # a full disk is for those to report whose results are lost
-            beside.unlink(missing_ok=True)
+        # A full disk is for those to report whose results are lost.
+        with suppress(OSError), replacing(self._file) as temporary:
+            temporary.write_text(json.dumps(shown))
 
     def line(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from data.files import replacing
 from models.weights import Weights, places_in
 
 if TYPE_CHECKING:
@@ -95,9 +95,8 @@ def write_rounded(before: Weights, rounded: Mapping[str, str], folder: Path) -> 
     dtypes = {
         (before.places[name].file, before.places[name].name): getattr(torch, dtype) for name, dtype in rounded.items()
     }
-    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with replacing(folder) as temporary:
+        temporary.mkdir(parents=True)
         for path in before.folder.iterdir():
             if path.is_file() and path.suffix in JSON_AND_TOKENIZER:
                 shutil.copyfile(path, temporary / path.name)
@@ -109,9 +108,6 @@ def write_rounded(before: Weights, rounded: Mapping[str, str], folder: Path) -> 
             place = temporary / file.relative_to(before.folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, place, metadata or {"format": "pt"})
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

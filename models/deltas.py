@@ -5,7 +5,6 @@ In: a `Transcoder` without decoder bias and facts about its training. Out: the s
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from data.files import replacing
 from models.errors import ModelError
 from models.transcoder import Transcoder, read_config, write_config
 
@@ -30,9 +30,8 @@ def write_delta(delta: Transcoder, folder: Path, facts: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder / "config.json", delta, facts)
     tensors = {key: getattr(delta, key).detach().to("cpu", torch.float32).contiguous() for key in WEIGHTS}
-    beside = folder / f"delta.safetensors.{os.getpid()}.tmp"
-    save_file(tensors, beside)
-    beside.rename(folder / "delta.safetensors")
+    with replacing(folder / "delta.safetensors") as temporary:
+        save_file(tensors, temporary)
 
 
 def read_delta(folder: Path) -> Transcoder:

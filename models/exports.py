@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.files import replacing
 from models import gemma_scope
 from models.errors import ModelError
 from models.transcoder import Transcoder, check_fits
@@ -247,14 +246,11 @@ def _complete(folder: Path, card: str) -> Iterator[Path]:
     an existing one."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ModelError(f"{folder} already exists; an export needs a new or an empty folder")
-    staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        staged.mkdir(parents=True)
-        if card:
-            (staged / "README.md").write_text(card, encoding="utf-8")
-        yield staged
-        staged.rename(folder)
+        with replacing(folder) as staged:
+            staged.mkdir(parents=True)
+            if card:
+                (staged / "README.md").write_text(card, encoding="utf-8")
+            yield staged
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: the export could not be written ({error})") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)

@@ -7,7 +7,6 @@ params.npz names the taps; without it they are Gemma Scope's.
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
 import zlib
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.files import replacing
 from models.errors import ModelError
 from models.hub import cached_snapshot, hub_errors
 from models.transcoder import Transcoder, read_config, write_config
@@ -128,9 +128,8 @@ def write(transcoder: Transcoder, folder: Path, facts: dict[str, Any]) -> None:
     write_config(folder / "config.json", transcoder, facts)
     b_dec = transcoder.b_dec if transcoder.b_dec is not None else torch.zeros(transcoder.d_out)
     arrays = {key: b_dec if key == "b_dec" else getattr(transcoder, key) for key in KEYS}
-    beside = folder / f"params.{os.getpid()}.tmp.npz"
-    np.savez(beside, **{key: tensor.detach().cpu().float().numpy() for key, tensor in arrays.items()})  # type: ignore[arg-type]
-    beside.rename(folder / "params.npz")
+    with replacing(folder / "params.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, **{key: tensor.detach().cpu().float().numpy() for key, tensor in arrays.items()})  # type: ignore[arg-type]
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

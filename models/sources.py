@@ -11,14 +11,13 @@ import importlib.util
 import json
 import multiprocessing
 import re
-import shutil
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.files import replacing
 from models.errors import ModelError
 from models.hub import check_hub, hub_errors
 
@@ -274,15 +273,11 @@ def _apart(build: Callable[..., None], *arguments: Any) -> None:
 def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """Builds under a temporary name and renames, so that a killed build leaves nothing that looks finished."""
     if not folder.is_dir():
-        # Not the process id: two nodes of a cluster may share the folder and have the same process id.
-        beside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
-        beside.mkdir(parents=True)
         try:
-            build(beside)
-            beside.rename(folder)
+            with replacing(folder) as temporary:
+                temporary.mkdir(parents=True)
+                build(temporary)
         except OSError:
             if not folder.is_dir():  # otherwise another process finished it first
                 raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
     return folder

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from data.files import replacing
 from models.errors import ModelError
 from sites import Site, kind_of_taps
 
@@ -148,9 +148,8 @@ def check_fits(transcoder: HasSite, site: Site, *, d_in: int, d_out: int, origin
 def write_config(path: Path, transcoder: Transcoder, facts: dict[str, Any]) -> None:
     """Writes `facts`, layer and taps as JSON, under a temporary name and then renamed to `path`."""
     config = {**facts, "layer": transcoder.site.layer, "taps": transcoder.site.kind.taps}
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
-    beside.rename(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def read_config(path: Path) -> Site:

@@ -6,24 +6,23 @@ The defaults here are the tool's defaults; the presets beside this file only lis
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
+from evaluators.conditions import CONDITIONS, CONTROLS
 from search_spaces.dimensions import Finite, Range
 from search_spaces.sections import (
     Behaviours,
-    Count,
     Distinct,
     Expected,
-    Fraction,
     LayerSet,
     Name,
-    Positive,
     Section,
     Sets,
 )
 from search_spaces.training import Activations, Deltas, Lora, Transcoders
+from trainers.settings import Count, Fraction, Positive
 
 
 class Model(Section):
@@ -97,13 +96,7 @@ class Data(Section):
         return self
 
 
-CONTROLS_OF_ONE_TARGET = {
-    "scaled_weights": "change",
-    "pca_delta": "change",
-    "mlp_swap": "residual",
-    "base_model_no_delta": "residual",
-    "error_term": "residual",
-}
+Control: TypeAlias = Literal[CONTROLS]  # type: ignore[valid-type]  # they are known when this is imported
 
 
 class Evaluate(Section):
@@ -114,23 +107,9 @@ class Evaluate(Section):
         "no_delta",
         "full",
     ]
-    controls: Annotated[
-        list[
-            Literal[
-                "random_delta",
-                "scaled_weights",
-                "shuffled_delta",
-                "dense_delta",
-                "pca_delta",
-                "mlp_swap",
-                "base_model_no_delta",
-                "error_term",
-            ]
-        ],
-        Distinct,
-    ] = []
+    controls: Annotated[list[Control], Distinct] = []
     """Further conditions, each of which rules out one other explanation; every one costs about as much as an alpha.
-    `scaled_weights` and `pca_delta` belong to change deltas, the last three to residual ones."""
+    `evaluators/conditions.py` says which deltas each is for."""
     alphas: Annotated[list[Finite], Distinct] = [0.0, 0.25, 0.5, 0.75, 1.0]
     behaviours: Behaviours = {"exact": "equals_target"}
     """What is asked of each generated text; every entry becomes a rate in the tables, `NAME_rate`. A check's name, or
@@ -256,9 +235,10 @@ class Sweep(Section):
             if expected.behaviour not in evaluate.behaviours:
                 names = ", ".join(evaluate.behaviours)
                 raise ValueError(f"evaluate.expected: there is no behaviour {expected.behaviour!r}; allowed: {names}")
-        for control, target in CONTROLS_OF_ONE_TARGET.items():
-            if control in evaluate.controls and target not in targets:
-                raise ValueError(f"evaluate.controls: {control} needs {target} among deltas.targets, got {targets}")
+        for control in (one for one in CONTROLS if one in evaluate.controls):
+            if not set(CONDITIONS[control].targets) & set(targets):
+                needed = " or ".join(CONDITIONS[control].targets)
+                raise ValueError(f"evaluate.controls: {control} needs {needed} among deltas.targets, got {targets}")
         if self.deltas.objectives != "val_loss" and self.deltas.threshold == "calibrated":
             raise ValueError(
                 "deltas.threshold: got calibrated, must be learned with two objectives: "

@@ -5,15 +5,13 @@ In: plain values. Out: checked values, or a pydantic error that says what is all
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_serializer, model_validator
 
 from search_spaces.dimensions import STRICT, Finite
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+from trainers.settings import Fraction
 
 
 def _not_blank(value: str) -> str:
@@ -58,6 +56,13 @@ Sampler = Literal["tpe", "gp", "random", "grid"]
 
 class Section(BaseModel):
     model_config = STRICT
+    FIRST: ClassVar[tuple[str, ...]] = ()
+    """Settings that stand in a file before those that the section inherits from a trainer."""
+
+    @model_serializer(mode="wrap")
+    def _in_order(self, dump: Callable[[Section], dict[str, Any]]) -> dict[str, Any]:
+        values = dump(self)
+        return {name: values[name] for name in (*self.FIRST, *values) if name in values}
 
 
 def _behaviour(given: Any) -> Any:

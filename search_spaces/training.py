@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from search_spaces.dimensions import Choice, Dimension, Range, real, text, whole
-from search_spaces.sections import Count, Distinct, Fraction, Layers, Name, Positive, Sampler, Section
+from search_spaces.sections import Distinct, Layers, Name, Sampler, Section
+from trainers.settings import BaseTraining, Count, DeltaTraining, Fraction, LoraTraining, Positive
 
 
 class LoraSpace(Section):
@@ -27,22 +28,10 @@ class LoraSpace(Section):
     schedule: Annotated[Dimension, text("linear", "cosine", "constant", "constant_with_warmup")] = "linear"
 
 
-class Lora(Section):
+class Lora(Section, LoraTraining):  # type: ignore[misc]  # mypy does not see that sections are frozen
+    FIRST = ("trials",)
+
     trials: Count = 16
-    steps: Count = 400
-    epochs: Count | None = None
-    """Passes over the training rows, instead of `steps`."""
-    eval_every: Count = 50
-    """Optimiser steps between validations; ASHA may stop a trial at each."""
-    patience: Count | None = None
-    """Validations without a better loss after which a trial ends; null means never."""
-    accumulate: Count = 1
-    """Number of pieces a batch is computed in: less memory, same steps."""
-    gradient_checkpointing: bool = False
-    """Less memory, more time, same steps."""
-    warmup_fraction: Fraction = 0.05
-    grad_clip: Positive = 1.0
-    loss_on: Literal["target", "everything"] = "target"
     workers_per_trial: Count = 1
     """Processes that share each batch of a trial; each takes the CPUs and GPUs that a whole trial would otherwise."""
     asha: bool = True
@@ -64,7 +53,9 @@ class Activations(Section):
     """Captured texts are cut after this many tokens."""
 
 
-class Transcoders(Section):
+class Transcoders(Section, BaseTraining):  # type: ignore[misc]
+    FIRST = ("source", "convention", "layers", "width", "target_l0")
+
     source: Name = "train"
     """`train`, a local folder, or a hub repository in Gemma Scope's layout."""
     convention: Literal["ln2.hook_normalized", "resid_mid/sqrt(d_model)"] = "ln2.hook_normalized"
@@ -76,9 +67,6 @@ class Transcoders(Section):
     """Features of a trained base transcoder, or the width label of a published one (such as 16k)."""
     target_l0: Annotated[list[Positive], Field(min_length=1), Distinct] = [16.0, 32.0, 64.0]
     """Mean active features per token of the trained bases; one base for each value."""
-    epochs: Count = 4
-    batch_size: Count = 2048
-    lr: Positive = 1e-3
     workers_per_layer: Count = 1
     """Processes that share each batch of a layer's bases; each takes what a whole layer would otherwise."""
 
@@ -88,7 +76,12 @@ class DeltaSpace(Section):
     sparsity: Annotated[Dimension, real()] = Range(low=1e-4, high=1e-2, log=True)
 
 
-class Deltas(Section):
+class Deltas(Section, DeltaTraining):  # type: ignore[misc]
+    FIRST = (
+        *("targets", "layers", "percentiles", "target_l0", "d_new", "trials", "replicas", "side_by_side"),
+        "workers_per_trial",
+    )
+
     targets: Annotated[list[Literal["change", "residual"]], Field(min_length=1), Distinct] = ["change"]
     """What deltas are trained on: `change`, what finetuning changed in the MLP, or `residual`, what a base transcoder
     leaves of the finetuned MLP (the reference study's way, which needs base transcoders)."""
@@ -102,28 +95,12 @@ class Deltas(Section):
     d_new: Annotated[list[Count], Field(min_length=1), Distinct] = [32, 64, 128]
     trials: Count = 8
     """Trials of each group: layer, target, d_new, and base where there is one."""
-    replicas: Count = 1
-    """Seeds trained side by side in every trial; the trial's value is their mean."""
     side_by_side: Literal["auto"] | Count = "auto"
     """Trials of a group trained side by side, so that every batch is read once for all of them: its first, random ones,
     and any of the samplers `random` and `grid`. With `auto`, 4 on a GPU; on a CPU 1, which repeats earlier results to
     the last digit."""
     workers_per_trial: Count = 1
     """Processes that share each batch of a trial; each takes the CPUs and GPUs that a whole trial would otherwise."""
-    epochs: Count = 4
-    batch_size: Count = 2048
-    l0_budget: Positive = 16.0
-    """Active delta features per token above which `val_loss` is penalised."""
-    threshold: Literal["learned", "calibrated"] = "calibrated"
-    """Calibrated thresholds are adjusted at every step to use nearly all of the L0 budget, which makes deltas
-    comparable at equal L0; learned ones follow a straight-through gradient, and `sparsity` decides how much of it they
-    use."""
-    sparsity_warmup_fraction: Fraction = 0.2
-    lr_warmup_fraction: Fraction = 0.05
-    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
-    grad_clip: Positive = 1.0
-    patience: Count = 4
-    """Validations without improvement after which a trial ends."""
     asha: bool = True
     grace_evals: Count = 2
     reduction_factor: Annotated[int, Field(ge=2)] = 3

@@ -14,13 +14,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 OURS = {"jobs", "search_spaces", "trainers", "evaluators", "models", "data", "sites"}
 MAY_IMPORT = {
     "jobs": OURS,
-    "search_spaces": {"search_spaces", "sites"},
+    "search_spaces": {"search_spaces", "sites", "trainers", "evaluators"},
     "trainers": {"trainers", "models", "data", "sites"},
     "evaluators": {"evaluators", "models", "data", "sites"},
-    "models": {"models", "sites"},
+    "models": {"models", "sites", "data"},
     "data": {"data"},
     "sites": {"sites"},
 }
+PURE = {"trainers.settings", "evaluators.conditions"}
+"""Files of other rooms that the settings follow from; they import nothing heavy."""
 GROUND = {"jobs.errors", "jobs.files", "jobs.seals", "jobs.addresses", "jobs.progress"}
 """Files of `jobs` that every room of it may use."""
 INNER = {
@@ -37,7 +39,7 @@ INNER = {
         "evaluators.tables",
         "evaluators.conditions",
     },
-    "evaluators/report": {"evaluators.report", "evaluators.tables"},
+    "evaluators/report": {"evaluators.report", "evaluators.tables", "evaluators.conditions"},
 }
 ONLY_IN = {
     "mlflow": {"jobs/tracking"},
@@ -92,6 +94,12 @@ def within(name: str, modules: set[str]) -> bool:
 def test_rooms_import_only_what_they_may(folder: str) -> None:
     for path in sources(folder):
         assert {name.split(".")[0] for name in imports(path)} & OURS <= MAY_IMPORT[folder], path
+
+
+def test_settings_follow_from_pure_files() -> None:
+    for path in sources("search_spaces"):
+        ours = {name for name in imports(path) if within(name, OURS - {"search_spaces", "sites"})}
+        assert {name for name in ours if not within(name, PURE)} == set(), path
 
 
 @pytest.mark.parametrize("room", sorted(INNER))

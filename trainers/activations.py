@@ -7,7 +7,6 @@ written under a temporary name and renamed; the index is written last.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data.files import replacing
 from trainers import checked_files, prefetch
 
 INDEX = "index.json"
@@ -37,9 +37,8 @@ def shard_tokens(path: Path) -> int:
 def write_index(folder: Path, shards: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Marks a folder of shards as complete; `shards` are {file, tokens} in order."""
     index = {"shards": shards, "tokens": sum(shard["tokens"] for shard in shards), **facts}
-    beside = folder / f"{INDEX}.{os.getpid()}.tmp"
-    beside.write_text(json.dumps(index, indent=1, sort_keys=True))
-    beside.rename(folder / INDEX)
+    with replacing(folder / INDEX) as temporary:
+        temporary.write_text(json.dumps(index, indent=1, sort_keys=True))
 
 
 @dataclass(frozen=True)

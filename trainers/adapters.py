@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainers.errors import TrainingError
-from trainers.fused import FusedForward, can_fuse
+from trainers.lora_forward import FusedForward, can_fuse
 from trainers.packing import Packed
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ end one threshold is set so that the mean L0 on training tokens equals the targe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,31 +18,14 @@ from models.transcoder import Transcoder
 from sites import Site
 from trainers.activations import Pairs
 from trainers.clipping import clip_each
+from trainers.distributed import processes
 from trainers.errors import DivergedError
 from trainers.precision import number_format
-from trainers.processes import processes
+from trainers.settings import BaseSettings
 from trainers.stacked_bases import StackedBases
 
 REPORT_EVERY = 20
 """Steps between reports and loss checks; each of them waits for the device."""
-
-
-@dataclass(frozen=True)
-class BaseSettings:
-    """Hyperparameters of the transcoders of one layer."""
-
-    target_l0: Sequence[float]
-    """Mean active features per token; one transcoder for each."""
-    width: int = 16384
-    epochs: int = 4
-    batch_size: int = 2048
-    lr: float = 1e-3
-    lr_decay_fraction: float = 0.3
-    """Fraction of the steps, at the end, over which the learning rate falls to zero."""
-    grad_clip: float = 1.0
-    """Largest gradient norm of each transcoder."""
-    seed: int = 0
-    precision: str = "fp32"
 
 
 class Scale(NamedTuple):

@@ -7,7 +7,6 @@ holds what was written. Used for what is written often and read by workers: acti
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,17 +15,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.files import replacing
+
 HASH = "sha256"
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> None:
     """Saves both in one file, the tensors as they are on the CPU."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     texts = dict(texts or {})
-    save_file(whole, beside, metadata={**texts, HASH: _hash(whole.items(), texts)})
-    beside.replace(path)
+    with replacing(path) as temporary:
+        save_file(whole, temporary, metadata={**texts, HASH: _hash(whole.items(), texts)})
 
 
 def is_intact(path: Path) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ from trainers import checkpoints
 from trainers.activations import Pairs
 from trainers.checkpoints import Keeper
 from trainers.clipping import clip_each
+from trainers.cuda_graphs import Graphed
 from trainers.delta_data import DeltaData, validate
+from trainers.distributed import processes
 from trainers.errors import DivergedError
-from trainers.graphs import Graphed
-from trainers.processes import processes
+from trainers.settings import DeltaSettings
 from trainers.stacked_adamw import StackedAdamW, held_or
 from trainers.stacked_deltas import Losses, StackedDeltas
 
@@ -31,37 +32,6 @@ CALIBRATED = 0.95
 """Fraction of the L0 budget that calibrated thresholds aim for, so that validation tokens stay within it."""
 DIVERGED = 10.0
 """A validation error this many times that without a delta ends the run."""
-
-
-@dataclass(frozen=True)
-class DeltaSettings:
-    """Hyperparameters of one run.
-
-    Replica i starts from seed `seed + i`; the order of the batches does not depend on the seed, so that runs differ
-    only in their settings and starting points.
-    """
-
-    d_new: int = 32
-    lr: float = 3e-3
-    sparsity: float = 1e-3
-    replicas: int = 1
-    epochs: int = 4
-    batch_size: int = 2048
-    l0_budget: float = 16.0
-    """Active features per token above which `val_loss` is penalised."""
-    sparsity_warmup_fraction: float = 0.2
-    lr_warmup_fraction: float = 0.05
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    """Largest gradient norm of each replica."""
-    patience: int = 4
-    """Validations without a lower `val_loss` after which the run ends."""
-    evals_per_epoch: int = 1
-    seed: int = 0
-    precision: str = "fp32"
-    threshold: Literal["learned", "calibrated"] = "calibrated"
-    """Learned with a straight-through gradient, or adjusted so that the fraction `CALIBRATED` of the L0 budget is
-    used."""
 
 
 class TrainedDelta(NamedTuple):

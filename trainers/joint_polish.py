@@ -43,7 +43,7 @@ VALIDATION_TOKENS = 1024
 @dataclass(frozen=True)
 class PolishSettings:
     steps: int
-    lr: float = 3e-4
+    lr: float
     """Of Adam, with decoders in units of the size of each layer's change, as in training alone."""
     rows: int = 8
     grad_clip: float = 1.0

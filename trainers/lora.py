@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,9 +23,10 @@ from trainers import checkpoints
 from trainers.adapters import add_adapter, forward_of
 from trainers.checkpoints import Keeper
 from trainers.errors import DivergedError, TrainingError, memory_error_named
-from trainers.fused import cross_entropy_sum
+from trainers.lora_forward import cross_entropy_sum
 from trainers.lora_validation import figures_of, validation_counts
 from trainers.packing import Example, example, pack, shuffled_batches
+from trainers.settings import LoraSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,38 +38,6 @@ class Splits(NamedTuple):
 
     train: Sequence[Row]
     validation: Sequence[Row]
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Hyperparameters of one run."""
-
-    r: int = 16
-    alpha_over_r: float = 2.0
-    """Scale of the adapter; PEFT's `lora_alpha` is `alpha_over_r * r`."""
-    lr: float = 5e-4
-    dropout: float = 0.0
-    weight_decay: float = 0.0
-    batch_size: int = 8
-    """Rows per optimiser step."""
-    accumulate: int = 1
-    """Number of pieces a batch is computed in: less memory, same step."""
-    gradient_checkpointing: bool = False
-    """Less memory, more time, same step."""
-    targets: str = "all-linear"
-    """`all-linear`, or names of modules separated by commas."""
-    schedule: str = "linear"
-    steps: int = 100
-    epochs: int | None = None
-    """Passes over the rows, instead of `steps`."""
-    eval_every: int = 25
-    patience: int | None = None
-    """Validations without a better loss after which the run ends; None means never."""
-    warmup_fraction: float = 0.05
-    grad_clip: float = 1.0
-    loss_on: str = "target"
-    """`target`, or `everything` to train copy rows from their first token after BOS (requests always on the target)."""
-    seed: int = 0
 
 
 def steps_of(settings: LoraSettings, rows: int) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from data.encoding import Encoded
 from trainers.adapters import Forward
-from trainers.fused import cross_entropy_sum
+from trainers.lora_forward import cross_entropy_sum
 from trainers.packing import Example, pack
 
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from models.transcoder import Transcoder
 from sites import Site
-from trainers.processes import ALONE, Processes
+from trainers.distributed import ALONE, Processes
 
 THRESHOLD_SAMPLE = 1 << 16
 """Pre-activations sampled to find a batch's cut: its L0 is then right to within a few percent, which does not affect

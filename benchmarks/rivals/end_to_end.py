@@ -197,7 +197,7 @@ class Material(NamedTuple):
 
     batches: list[Batch]
     held_out: list[Batch]
-    inputs: Mapping[int, Tensor]
+    inputs: Mapping[Site, Tensor]
     width: int
     active: float
     seed: int

@@ -9,12 +9,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from evaluators.conditions import CHANGE_CONTROLS, CONDITIONS
 from evaluators.report.figures import MUTED, band, finish, look, panels, plain, whiskers
 from evaluators.tables.pooling import RATE, rates_in
 from evaluators.tables.recovery import ENOUGH
 from sites import parse_sites
 
-SERIES = {"alpha": "sparse delta", "scaled_weights": "scaled weights (dense)"}
+SERIES = {"alpha": CONDITIONS["alpha"]} | {name: one for name, one in CHANGE_CONTROLS.items() if one.dosed}
 
 
 def knob(dose: pd.DataFrame, conditions: pd.DataFrame, *, seed: int) -> Figure:
@@ -27,10 +28,10 @@ def knob(dose: pd.DataFrame, conditions: pd.DataFrame, *, seed: int) -> Figure:
     random = conditions[conditions["condition"] == "random_delta"]
     for place, axes in enumerate(grid):
         subset, metric = subsets[place % len(subsets)], list(metrics)[place // len(subsets)]
-        for number, (condition, label) in enumerate(SERIES.items()):
+        for number, (condition, drawn) in enumerate(SERIES.items()):
             rows = dose[(dose["subset"] == subset) & (dose["condition"] == condition)].sort_values("alpha")
             if len(rows):
-                band(axes, rows, metric, label=label, number=number)
+                band(axes, rows, metric, label=drawn.label or condition, number=number)
         _random(axes, random[random["subset"] == subset], metric)
         axes.axhline(float(raw.loc[subset, metric]), color="black", linestyle=":", linewidth=1.2, label="finetuned")
         axes.set_xlabel("alpha")
@@ -77,7 +78,7 @@ def recovered_by_count(curve: pd.DataFrame, *, seed: int) -> Figure:
     return finish(figure, axes, note)
 
 
-WIDTHS = {"full": "sparse deltas", "dense_delta": "linear map of that rank", "pca_delta": "principal directions"}
+WIDTHS = {"full": CONDITIONS["full"]} | {name: one for name, one in CHANGE_CONTROLS.items() if one.ranked}
 
 
 def recovered_by_width(widths: pd.DataFrame, *, seed: int) -> Figure:
@@ -87,10 +88,11 @@ def recovered_by_width(widths: pd.DataFrame, *, seed: int) -> Figure:
     subsets, tried = list(rows["subset"].unique()), sorted(rows["d_new"].astype(int).unique())
     figure, grid = panels(len(subsets), columns=len(subsets), height=2.7)
     for axes, subset in zip(grid, subsets, strict=True):
-        for number, (condition, label) in enumerate(WIDTHS.items()):
+        for number, (condition, drawn) in enumerate(WIDTHS.items()):
             here = rows[(rows["subset"] == subset) & (rows["condition"] == condition)].sort_values("d_new")
             if len(here):
-                band(axes, here.assign(alpha=here["d_new"].astype(float)), "recovered", label=label, number=number)
+                here = here.assign(alpha=here["d_new"].astype(float))
+                band(axes, here, "recovered", label=drawn.label or condition, number=number)
         axes.axhline(1, color=MUTED, linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(tried, [str(one) for one in tried])

@@ -8,6 +8,7 @@ import math
 
 import pandas as pd
 
+from evaluators.conditions import CHANGE_CONTROLS
 from evaluators.report import figures, knob_figures
 from evaluators.report.feature_page import most_effective
 from evaluators.report.findings import NATS, Findings, estimate, number, with_interval
@@ -141,6 +142,9 @@ def _ceilings(gaps: pd.DataFrame) -> list[str]:
 
 def _recovered(results: Results, gaps: pd.DataFrame) -> list[str]:
     table = results.recovered[(results.recovered["target"] == "change") & (results.recovered["metric"] == "mean_ce")]
+    controls_at_one = [name for name, one in CHANGE_CONTROLS.items() if not one.dosed]
+    names = {"alpha": "the deltas"}
+    names |= {name: f"the {name.replace('_', ' ')}" for name, one in CHANGE_CONTROLS.items() if one.dosed}
     sentences = []
     for _, gap in gaps.iterrows():
         rows = table[(table["layer"] == gap["layer"]) & (table["subset"] == gap["subset"])].dropna(subset=["recovered"])
@@ -150,10 +154,9 @@ def _recovered(results: Results, gaps: pd.DataFrame) -> list[str]:
         text = f"{gap['subset']}: {with_interval(full.iloc[0], 'recovered')} of the gap in CE at alpha 1"
         for _, row in _others_of(results, gap).iterrows():
             text += f", {with_interval(row, 'recovered')} of that in {row['metric']}"
-        others = rows[rows["condition"].isin(["random_delta", "shuffled_delta", "dense_delta", "pca_delta"])]
+        others = rows[rows["condition"].isin(controls_at_one)]
         controls = [f"{row['condition']} {with_interval(row, 'recovered')}" for _, row in others.iterrows()]
-        half = rows[(rows["alpha"] == 0.5) & rows["condition"].isin(["alpha", "scaled_weights"])]
-        names = {"alpha": "the deltas", "scaled_weights": "the scaled weights"}
+        half = rows[(rows["alpha"] == 0.5) & rows["condition"].isin(names)]
         middle = [f"{names[row['condition']]} {with_interval(row, 'recovered')}" for _, row in half.iterrows()]
         text += f"; controls: {', '.join(controls)}" if controls else ""
         sentences.append(text + (f"; at alpha 0.5: {', '.join(middle)}." if middle else "."))

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
+from data.files import replacing
 from evaluators.report import lora_sections, sections, training_sections
 from evaluators.report.feature_page import PAGE, feature_page, most_effective
 from evaluators.report.findings import number, with_interval
@@ -181,7 +182,5 @@ def _pictures(blocks: Sequence[Block]) -> list[Picture]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write beside and rename, so that a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_bytes(content)
-    beside.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

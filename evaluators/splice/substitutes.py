@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from evaluators.splice.moments import Moments, principal_directions, reduced_rank_regression
 from evaluators.splice.patches import Patch, PrincipalChange, TrueChange
+from evaluators.splice.second_moments import Moments, principal_directions, reduced_rank_regression
 from models.transcoder import with_bos, without_bos
 
 

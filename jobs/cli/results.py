@@ -59,7 +59,7 @@ def probe(
 ) -> None:
     """One prompt under raw, no_delta, full and any alpha: CE, next tokens, output, active features."""
     from evaluators.measures.probe import probe as run
-    from jobs.commands.finished import Asked, asked, combination, load_bridge, load_sites
+    from jobs.commands.load import Asked, asked, combination, load_bridge, load_sites
     from models.bridge import device_of
 
     check_strengths(alpha or [])
@@ -116,11 +116,12 @@ def export(
     ] = False,
 ) -> None:
     """Write change deltas, or bases and residual deltas fused, as one transcoder per layer in another tool's format."""
-    from jobs.commands import finished
+    from jobs.commands import export as exporting
+    from jobs.commands.load import Asked
 
     check_strengths([alpha])
-    context, asked = context_of(config, overrides), finished.Asked(deltas, percentile, d_new)
-    for path in finished.export(context, kind, Path(folder), asked, alpha, onto_bases):
+    asked = Asked(deltas, percentile, d_new)
+    for path in exporting.export(context_of(config, overrides), kind, Path(folder), asked, alpha, onto_bases):
         print(path)
 
 

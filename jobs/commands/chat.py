@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from evaluators.splice.limits import Limits
-from jobs.commands.finished import Asked, asked, combination, device_for, finetuned, load_bridge, load_sites
+from jobs.commands.load import Asked, asked, combination, device_for, finetuned, load_bridge, load_sites
 from jobs.study.context import Context
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _model(
 ) -> tuple[PreTrainedTokenizerBase, int | None, Answer]:
     """The tokenizer, the model's context in tokens, and what answers."""
     from data.encoding import Encoded, ends_of
-    from evaluators.measures.finetuned import answers
+    from evaluators.measures.finetuned_answers import answers
     from evaluators.splice.decoding import Stop, decode
     from evaluators.splice.interventions import Edit
     from evaluators.splice.passes import Passes

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluators.tables.comparison import ComparedSweep, repeated, settings_that_differ
-from jobs.commands.reports import Sources, read_sweeps
+from data.files import replacing
+from evaluators.tables.compared_sweeps import ComparedSweep, repeated, settings_that_differ
+from jobs.commands.finished_sweeps import Sources, read_sweeps
 from jobs.errors import RequestError
 from jobs.study.workspace import storage_root
 
@@ -50,7 +51,7 @@ def compare(sources: Sources) -> Comparison:
 
 def as_json(found: Comparison) -> dict[str, Any]:
     """The comparison as plain values."""
-    from evaluators.report.comparison import records
+    from evaluators.report.comparison_page import records
 
     names = [sweep.name for sweep in found.sweeps]
     return {
@@ -67,7 +68,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
 
 def as_csv(found: Comparison) -> str:
     """Every figure as one row, those pooled over seeds at the end."""
-    from evaluators.report.comparison import records
+    from evaluators.report.comparison_page import records
 
     rows, text = records(found.sweeps), io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -77,7 +78,7 @@ def as_csv(found: Comparison) -> str:
 
 
 def as_page(found: Comparison) -> str:
-    from evaluators.report.comparison import page
+    from evaluators.report.comparison_page import page
 
     return page(found.sweeps, found.notes)
 
@@ -91,13 +92,12 @@ def page_path(root: str, found: Comparison) -> Path:
 
 
 def write(path: Path, text: str, key: str) -> Path:
-    """Writes beside and renames; raises RequestError where `path` cannot be written."""
+    """Atomic; raises RequestError where `path` cannot be written."""
     path = path.expanduser().absolute()
-    beside = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RequestError(f"{key}: {path} cannot be written ({error.strerror})") from None
     return path
@@ -105,17 +105,17 @@ def write(path: Path, text: str, key: str) -> Path:
 
 def show(found: Comparison, console: Console) -> None:
     """The tables of the page on the terminal, as many sweeps side by side as fit."""
-    from evaluators.report import comparison
+    from evaluators.report import comparison_page
 
     several = max(1, (console.width - FIRST_COLUMN) // COLUMN)
-    for table in [comparison.differing(found.sweeps), *comparison.side_by_side(found.sweeps)]:
+    for table in [comparison_page.differing(found.sweeps), *comparison_page.side_by_side(found.sweeps)]:
         for first in range(1, len(table.header), several):
             _print(table, [0, *range(first, min(first + several, len(table.header)))], console)
-    pooled = comparison.pooled_tables(found.sweeps)
+    pooled = comparison_page.pooled_tables(found.sweeps)
     for table in pooled:
         _print(table, range(len(table.header)), console)
     if pooled:
-        console.print(comparison.spread_note(found.sweeps), highlight=False, markup=False)
+        console.print(comparison_page.spread_note(found.sweeps), highlight=False, markup=False)
     for note in found.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
 

@@ -199,13 +199,13 @@ def evaluation(kind: str, ground: str) -> Callable[[Path, str, str], Tensor]:
     def figures(scratch: Path, device: str, precision: str) -> Tensor:
         import torch
 
-        from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
         from evaluators.measures.curve import evaluate_curve, rank_features
+        from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
         from evaluators.measures.reconstruction import site_activations
         from evaluators.splice.limits import Limits
-        from evaluators.splice.moments import Moments
         from evaluators.splice.passes import Passes
         from evaluators.splice.reference import Reference
+        from evaluators.splice.second_moments import Moments
         from evaluators.splice.substitutes import SUBSTITUTES, Material
 
         bridge = _bridge(scratch, kind, device, precision)

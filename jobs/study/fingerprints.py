@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 
+from data.files import replacing
 from models.adapters import ADAPTER_WEIGHTS
 from models.hub import snapshot_of
 
@@ -102,6 +102,5 @@ def _keep(cache: Path) -> None:
     with contextlib.suppress(OSError):
         if cache.parent.parent.is_dir():
             cache.parent.mkdir(exist_ok=True)
-            temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps([[*key, one] for key, one in sorted(_known.items())]))
-            temporary.replace(cache)
+            with replacing(cache) as temporary:
+                temporary.write_text(json.dumps([[*key, one] for key, one in sorted(_known.items())]))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from evaluators.report.comparison import page as comparison_page
+from evaluators.report.comparison_page import page as comparison_page
 from evaluators.report.feature_page import feature_page
 from evaluators.tables.feature_tables import features_table, ranking_table
 from tests.browser.conftest import PICTURES

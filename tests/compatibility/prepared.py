@@ -46,7 +46,7 @@ def prepare(folder: Path) -> dict[str, Tensor]:
     inputs["tokens"] = torch.cat([torch.tensor([[2]]), torch.randint(3, 259, (1, 15), generator=generator)], dim=1)
     save_file(inputs, folder / "inputs.safetensors")
 
-    exported: dict[int, Transcoder] = {}
+    exported: dict[Site, Transcoder] = {}
     results = {f"output.{layer}": torch.zeros(256, D_MODEL) for layer in range(N_LAYERS)}
     for layer, alpha in ALPHA.items():
         base, x = _transcoder(layer, D_SAE, generator, bias=True), inputs[f"x.{layer}"]

@@ -13,7 +13,8 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from jobs.commands.finished import FORMATS, Asked, combination, export, load_deltas, load_sites
+from jobs.commands.export import FORMATS, export
+from jobs.commands.load import Asked, combination, load_deltas, load_sites
 from jobs.errors import RequestError
 from jobs.study.context import Context
 from models.gemma_scope import read_npz

@@ -7,8 +7,8 @@ import math
 
 import pandas as pd
 
-from evaluators.tables import comparison
-from evaluators.tables.comparison import ReportTables
+from evaluators.tables import compared_sweeps
+from evaluators.tables.compared_sweeps import ReportTables
 
 SETTINGS = {
     "name": "one",
@@ -58,6 +58,6 @@ def made(gap: float = 2.0, recovered: float = 0.9, calls: float = 1.0, enough: i
     return ReportTables(*map(pd.DataFrame, (gaps, shares, conditions, curve, dose)))
 
 
-def sweep(name: str, seed: int = 0, settings: dict | None = None, **tables: float) -> comparison.ComparedSweep:
+def sweep(name: str, seed: int = 0, settings: dict | None = None, **tables: float) -> compared_sweeps.ComparedSweep:
     merged = SETTINGS | {"name": name, "seed": seed} | (settings or {})
-    return comparison.from_tables(name, comparison.flat(merged), made(**tables), "here")
+    return compared_sweeps.from_tables(name, compared_sweeps.flat(merged), made(**tables), "here")

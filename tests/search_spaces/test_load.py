@@ -2,19 +2,18 @@
 is allowed."""
 
 import dataclasses
+import hashlib
 import json
 
 import pytest
 import yaml
 
 from jobs.study import keys
-from jobs.study.stages import deltas, lora
+from jobs.study.grounds import DeltaGroup, Ground
 from search_spaces.dimensions import Choice, Range
 from search_spaces.load import SettingsError, load, presets
 from search_spaces.schema import Sweep
-from trainers.base_transcoder import BaseSettings
-from trainers.delta_transcoder import DeltaSettings
-from trainers.lora import LoraSettings
+from trainers.settings import BaseSettings, DeltaSettings, LoraSettings, settings_of
 
 
 def refused(config, *overrides) -> str:
@@ -258,23 +257,45 @@ def test_settings_cannot_be_changed():
         load("tiny").lora.trials = 3
 
 
+OF_A_RUN = {"seed", "precision", "d_new", "evals_per_epoch", "target_l0", "width", "lr_decay_fraction", "grad_clip"}
+"""Settings of a trainer that are no key of their own, or one that is set otherwise."""
+
+
 @pytest.mark.parametrize(
-    ("section", "space", "trainer"),
-    [("lora", "lora", LoraSettings), ("deltas", "deltas", DeltaSettings), ("transcoders", None, BaseSettings)],
+    ("section", "trainer"), [("lora", LoraSettings), ("deltas", DeltaSettings), ("transcoders", BaseSettings)]
 )
-def test_the_names_of_the_settings_are_the_trainers(section, space, trainer):
-    """Settings reach a trainer by name: one that is not spelled alike would silently not arrive."""
+def test_every_setting_of_a_trainer_arrives_from_the_file(section, trainer):
+    """One that a section inherits or searches reaches the trainer under its name; there are no others."""
+    found = getattr(load("tiny"), section)
+    searched = set(type(found.space).model_fields) if hasattr(found, "space") else set()
     known = {field.name for field in dataclasses.fields(trainer)}
-    sweep = load("tiny")
-    if space:
-        assert set(type(getattr(sweep, space).space).model_fields) <= known
-    search = {"trials", "asha", "grace_evals", "reduction_factor", "space", "sampler", "warm_start"}
-    elsewhere = {
-        "lora": search | {"workers_per_trial"},
-        "deltas": search | {"targets", "layers", "percentiles", "target_l0", "objectives", *keys.POLISH, *keys.HOW},
-        "transcoders": {"source", "convention", "layers", *keys.HOW},
-    }
-    meant = set(type(getattr(sweep, section)).model_fields) - elsewhere[section]
-    assert meant <= known
-    passed_on = {"lora": lora.PASSED_ON, "deltas": deltas.PASSED_ON | {"d_new"}}
-    assert passed_on.get(section, meant) == meant
+    inherited = {field.name for field in dataclasses.fields(found)}
+    assert inherited | searched <= known
+    assert known - inherited - searched <= OF_A_RUN
+    given = {"target_l0": [4.0]} if trainer is BaseSettings else {}
+    changed = found.model_copy(update={"epochs": 7})
+    assert settings_of(trainer, changed, **given) == trainer(
+        **{name: getattr(changed, name) for name in inherited}, **given
+    )
+    assert settings_of(trainer, changed, **given).epochs == 7
+
+
+def test_a_settings_file_keeps_its_order():
+    """Settings that a section inherits stand where they always did."""
+    dumped = load("tiny").model_dump(mode="json")
+    assert list(dumped["lora"])[:4] == ["trials", "steps", "epochs", "eval_every"]
+    assert list(dumped["transcoders"])[4:6] == ["target_l0", "epochs"]
+    assert list(dumped["deltas"])[4:8] == ["d_new", "trials", "replicas", "side_by_side"]
+    text = yaml.safe_dump(dumped, sort_keys=False)
+    assert hashlib.sha256(text.encode()).hexdigest().startswith("7958adab01872c7b")
+
+
+def test_the_keys_of_earlier_sweeps_hold():
+    """A changed key makes every finished sweep start again: change one here only if its results are others."""
+    tiny = load("tiny")
+    groups = [DeltaGroup(1, Ground("change"), 4), DeltaGroup(1, Ground("residual", 0.25), 4)]
+    assert keys.data(tiny) == "71d9eeca1eb22567"
+    assert keys.lora(tiny) == "09e305cfb18a0530"
+    assert keys.base(tiny, 1) == "d6cc4b57931bb501"
+    assert [keys.delta_group(tiny, group) for group in groups] == ["988cbd9751eb10b6", "7bb7cbcf0cd24774"]
+    assert keys.report(tiny, groups) == "b388a2c814830cc5"

@@ -19,8 +19,8 @@ from models.errors import ModelError
 from trainers import lora
 from trainers.adapters import PlainForward, add_adapter
 from trainers.errors import DivergedError, TrainingError
-from trainers.fused import cross_entropy_sum
 from trainers.lora import LoraSettings, Splits, train_lora
+from trainers.lora_forward import cross_entropy_sum
 from trainers.lora_validation import figures_of, validation_counts
 from trainers.packing import example, pack
 

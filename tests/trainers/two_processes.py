@@ -17,7 +17,7 @@ from trainers.activations import Pairs
 from trainers.base_transcoder import BaseSettings, train_bases
 from trainers.delta_data import DeltaData
 from trainers.delta_transcoder import DeltaSettings, train_deltas
-from trainers.processes import processes
+from trainers.distributed import processes
 
 D_MODEL, DIRECTIONS = 12, 3
 

@@ -7,7 +7,6 @@ name and renamed, and their names.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.files import replacing
 from data.rows import sha256_of, slug
 from jobs.files import write_json
 from jobs.study.stages.work import SitePlan, Work
@@ -23,8 +23,8 @@ from jobs.study.stages.worker_sites import cell_file, kept_passes, load_sites, p
 
 
 def raw(work: Work, model: Any, rows: list[Any]) -> list[str]:
-    from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
     from evaluators.measures.behaviours import AGREES, read_behaviours
+    from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
 
     behaviours = read_behaviours(work.shared.behaviours)
     is_raw = work.conditions[0] == "raw"
@@ -45,8 +45,8 @@ def raw(work: Work, model: Any, rows: list[Any]) -> list[str]:
 
 def behaviour(work: Work, model: Any, rows: list[Any]) -> list[str]:
     from data.encoding import encode_row
-    from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
     from evaluators.measures.behaviours import read_behaviours
+    from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
 
     is_base = work.model.folder == work.shared.base_model
     of_change = work.sites[0].ground.target == "change"
@@ -137,7 +137,7 @@ def _moments(plan: SitePlan) -> Any:
     """Those of what the delta was trained on, x and residual or change."""
     from safetensors.torch import load_file
 
-    from evaluators.splice.moments import Moments
+    from evaluators.splice.second_moments import Moments
 
     return Moments(**load_file(plan.moments))
 
@@ -152,9 +152,8 @@ def _write_behaviour(work: Work, condition: str, alpha: float | None, figures: l
     lines = [json.dumps({**place, **{k: v for k, v in one.items() if k != "seconds"}}) for one in texts]
     path = generations_folder(work) / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text("\n".join(lines) + "\n")
-    beside.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
     cell = {
         "kind": "width" if work.kind == "width" else "behaviour",
         **place,

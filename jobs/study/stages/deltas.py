@@ -8,11 +8,13 @@ or `deltas/layer_LL/pP/dNNN/`, the trials' `trial_NNNN/{delta.safetensors,config
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluators.layer_sets import layer_label
+
 from jobs.cluster import environment
 from jobs.errors import WorkFailed
 from jobs.files import keyed_folder, write_json
@@ -31,6 +33,7 @@ from jobs.study.stages.base_errors import (
 )
 from jobs.study.stages.moments import fitted, write_moments
 from jobs.study.stages.polish import polish_widths
+from trainers.settings import DeltaSettings, settings_of
 
 if TYPE_CHECKING:
     from jobs.search.studies import Group
@@ -39,11 +42,6 @@ if TYPE_CHECKING:
     from trainers.delta_stack import TrainedDelta
 
 STAGE = "deltas"
-PASSED_ON = {
-    *("replicas", "epochs", "batch_size", "l0_budget", "threshold", "sparsity_warmup_fraction", "lr_warmup_fraction"),
-    *("weight_decay", "grad_clip", "patience"),
-}
-"""Settings of the section that are passed to the trainer under the same names."""
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -114,7 +112,6 @@ def delta_groups(context: Context) -> list[Group]:
     from jobs.search.studies import Group
 
     settings, section = context.settings, context.settings.deltas
-    fixed = section.model_dump(include=PASSED_ON)
     space = {one: getattr(section.space, one) for one in type(section.space).model_fields}
     groups = []
     for one in context.delta_groups:
@@ -133,7 +130,7 @@ def delta_groups(context: Context) -> list[Group]:
             "workers": section.workers_per_trial,
             "resources": context.share.resources,
             "checkpoint_seconds": settings.compute.checkpoint_seconds,
-            "settings": {**fixed, "d_new": one.d_new, "seed": settings.seed},
+            "settings": settings_of(DeltaSettings, section, d_new=one.d_new, seed=settings.seed),
         }
         groups.append(
             Group(
@@ -190,22 +187,18 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
 
     from models.transcoder import CONVENTIONS
     from trainers.checkpoints import Keeper
-    from trainers.delta_transcoder import DeltaSettings, train_deltas
+    from trainers.delta_transcoder import train_deltas
+    from trainers.distributed import processes
     from trainers.errors import DivergedError
     from trainers.precision import resolve_precision
-    from trainers.processes import processes
 
     torch.set_num_threads(config["threads"])
     writes = processes(config["device"]).index == 0
     together = config.get("side_by_side")
     members = together or [config]
+    precision = resolve_precision(config["precision"], config["device"])
     settings = [
-        DeltaSettings(
-            **config["settings"],
-            lr=one["lr"],
-            sparsity=one["sparsity"],
-            precision=resolve_precision(config["precision"], config["device"]),
-        )
+        replace(config["settings"], lr=one["lr"], sparsity=one["sparsity"], precision=precision)
         for one in ({**config, **member} for member in members)
     ]
     of = config["residuals"] and Residuals(
@@ -258,7 +251,7 @@ def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any]) -> None:
     for rank, index in reversed(list(enumerate(ranked))):
         facts = {
             "target": config["target"],
-            "d_new": config["settings"]["d_new"],
+            "d_new": config["settings"].d_new,
             "kept_replica": index,
             **trained.figures,
         }

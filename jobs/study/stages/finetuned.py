@@ -6,13 +6,13 @@ there is an adapter (a whole model is used where it lies), and `lora/validation.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.build import REPORT
+from data.files import replacing
 from data.rows import Row
 from data.user_files import SPLITS
 from evaluators.splice.limits import Limits
@@ -247,7 +247,7 @@ def merge_and_check(task: Task) -> None:
 
     from data.rows import read_rows
     from evaluators.measures.behaviours import read_behaviours
-    from evaluators.measures.finetuned import check_rows
+    from evaluators.measures.finetuned_answers import check_rows
     from models.comparison import compare
     from models.sources import load_model
     from models.weights import open_weights
@@ -335,21 +335,21 @@ def _answer(task: Task, model: Any, tokenizer: Any) -> dict[str, int]:
     at the token budget."""
     from data.encoding import encode_prompt, ends_of, with_answer
     from data.rows import read_rows, write_rows
-    from evaluators.measures.finetuned import answers
+    from evaluators.measures.finetuned_answers import answers
 
-    counts, beside = {"made": 0, "cut": 0}, Path(task.rows) / f".answered.{os.getpid()}.tmp"
-    for split in SPLITS:
-        rows = read_rows(Path(task.rows) / f"{split}.jsonl")
-        bare = [place for place, row in enumerate(rows) if not row.target]
-        if bare:
-            prompts = [encode_prompt(tokenizer, rows[place]) for place in bare]
-            said = answers(model, tokenizer, prompts, task.limits, ends_of(model, tokenizer, rows[bare[0]]))
-            for place, answer in zip(bare, said, strict=True):
-                rows[place] = with_answer(tokenizer, rows[place], answer.text, answer.ids)
-            counts["made"] += len(bare)
-            counts["cut"] += sum(answer.cut for answer in said)
-        write_rows(beside / f"{split}.jsonl", rows)
-    seal(beside)
-    shutil.rmtree(task.answered, ignore_errors=True)
-    beside.rename(task.answered)
+    counts = {"made": 0, "cut": 0}
+    with replacing(Path(task.answered)) as folder:
+        for split in SPLITS:
+            rows = read_rows(Path(task.rows) / f"{split}.jsonl")
+            bare = [place for place, row in enumerate(rows) if not row.target]
+            if bare:
+                prompts = [encode_prompt(tokenizer, rows[place]) for place in bare]
+                said = answers(model, tokenizer, prompts, task.limits, ends_of(model, tokenizer, rows[bare[0]]))
+                for place, answer in zip(bare, said, strict=True):
+                    rows[place] = with_answer(tokenizer, rows[place], answer.text, answer.ids)
+                counts["made"] += len(bare)
+                counts["cut"] += sum(answer.cut for answer in said)
+            write_rows(folder / f"{split}.jsonl", rows)
+        seal(folder)
+        shutil.rmtree(task.answered, ignore_errors=True)
     return counts

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data.files import replacing
 from jobs.cluster import environment
 from jobs.errors import WorkFailed
 from jobs.files import key_of, keyed_folder, write_json
@@ -20,13 +22,10 @@ from jobs.study.context import Context
 from jobs.study.stages import finetuned
 from search_spaces.dimensions import Choice, Range
 from search_spaces.schema import Sweep
+from search_spaces.training import LoraSpace
+from trainers.settings import LoraSettings, settings_of
 
 STAGE = "lora"
-PASSED_ON = {
-    *("steps", "epochs", "eval_every", "patience", "accumulate", "gradient_checkpointing"),
-    *("warmup_fraction", "grad_clip", "loss_on"),
-}
-"""Settings of the section that are passed to the trainer under the same names."""
 
 
 def study_name(settings: Sweep) -> str:
@@ -60,9 +59,8 @@ def _search(context: Context) -> dict[str, Any]:
             "threads": context.share.cpus,
             "workers": section.workers_per_trial,
             "resources": context.share.resources,
-            "seed": settings.seed,
             "checkpoint_seconds": settings.compute.checkpoint_seconds,
-            "settings": section.model_dump(include=PASSED_ON),
+            "settings": settings_of(LoraSettings, section, seed=settings.seed),
         },
         study=study_name(settings),
         sampler=section.sampler,
@@ -140,22 +138,22 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     from data.rows import read_rows
     from models.sources import load_model
     from trainers.checkpoints import Keeper
+    from trainers.distributed import processes
     from trainers.errors import TrainingError
-    from trainers.lora import LoraSettings, Splits, train_lora
+    from trainers.lora import Splits, train_lora
     from trainers.precision import number_format, resolve_precision
-    from trainers.processes import processes
 
     processes(config["device"])  # of several, each has a device of its own
     torch.set_num_threads(config["threads"])
     precision = resolve_precision(config["precision"], config["device"])
-    searched = {name: config[name] for name in LoraSettings.__dataclass_fields__ if name in config}
+    searched = {name: config[name] for name in LoraSpace.model_fields if name in config}
     best: dict[str, Any] = {}
 
     def keep(adapted: Any) -> None:
-        beside = Path(config["folder"]) / "adapter.tmp"
-        adapted.save_pretrained(beside, save_embedding_layers=False)
-        shutil.rmtree(beside.with_name("adapter"), ignore_errors=True)
-        beside.rename(beside.with_name("adapter"))
+        adapter = Path(config["folder"]) / "adapter"
+        with replacing(adapter) as temporary:
+            adapted.save_pretrained(temporary, save_embedding_layers=False)
+            shutil.rmtree(adapter, ignore_errors=True)
 
     def note(figures: dict[str, Any]) -> None:
         if not best or figures["val_loss"] < best["val_loss"]:
@@ -169,7 +167,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
             train_lora(
                 *load_model(Path(config["model"]), dtype, config["device"]),
                 Splits(read_rows(rows / "train.jsonl"), read_rows(rows / "validation.jsonl")),
-                LoraSettings(**config["settings"], **searched),
+                replace(config["settings"], **searched),
                 note,
                 keep,
                 keeper,

@@ -79,7 +79,7 @@ def _task(context: Context, layer: int, ground: Ground) -> MomentsTask:
 def compute_moments(task: MomentsTask) -> None:
     """Reads the pairs once, on the worker's device, and writes their moments. The x of a capture is what a transcoder
     reads already, whatever the convention."""
-    from evaluators.splice.moments import Moments
+    from evaluators.splice.second_moments import Moments
     from trainers.activations import read_pairs
     from trainers.checked_files import save
 

@@ -7,6 +7,7 @@ Scope's layout if they are trained here, and the candidate that each percentile 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from jobs.study.workspace import TIMELINE
 from models.gemma_scope import Candidate, candidates, read, select, width_label, write
 from models.sources import model_facts
 from models.transcoder import CONVENTIONS, Taps, check_fits
+from trainers.settings import BaseSettings, settings_of
 
 L0_TOLERANCE = 0.1
 """How far a base may miss its target L0, as a fraction of it, before a line says so."""
@@ -37,8 +39,7 @@ class LayerTask(NamedTuple):
     activations: str
     folder: str
     key: str
-    section: dict[str, Any]
-    seed: int
+    settings: BaseSettings
     device: str
     precision: str
     convention: str
@@ -99,10 +100,10 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     import torch
 
     from trainers.activations import read_pairs
-    from trainers.base_transcoder import BaseSettings, train_bases
+    from trainers.base_transcoder import train_bases
     from trainers.capture import layer_folder
+    from trainers.distributed import processes
     from trainers.precision import resolve_precision
-    from trainers.processes import processes
 
     task = LayerTask(**config)
     torch.set_num_threads(task.threads)
@@ -111,7 +112,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     trained = train_bases(
         read_pairs(splits[0]),
         read_pairs(splits[1]),
-        BaseSettings(**task.section, seed=task.seed, precision=resolve_precision(task.precision, task.device)),
+        replace(task.settings, precision=resolve_precision(task.precision, task.device)),
         layer=task.layer,
         taps=CONVENTIONS[task.convention],
         device=task.device,
@@ -122,7 +123,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
         name = f"average_l0_{one.facts['val_l0']:.0f}"
         if any(fact["path"].endswith(name) for fact in facts):
             name = f"average_l0_{one.facts['val_l0']:.2f}"
-        path = folder / width_label(task.section["width"]) / name
+        path = folder / width_label(task.settings.width) / name
         if writes:
             write(one.transcoder, path, one.facts)
         facts.append({"layer": task.layer, "path": str(path.relative_to(folder.parent)), **one.facts})
@@ -165,8 +166,9 @@ def _train_window(context: Context, folders: dict[int, Path]) -> None:
             activations=str(activations),
             folder=str(folder),
             key=keys.base(settings, layer),
-            section=section.model_dump(include={"width", "target_l0", "epochs", "batch_size", "lr"}),
-            seed=settings.seed,
+            settings=settings_of(
+                BaseSettings, section, width=section.width, target_l0=section.target_l0, seed=settings.seed
+            ),
             device=context.device,
             precision=settings.compute.precision,
             convention=section.convention,

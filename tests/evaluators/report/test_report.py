@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evaluators.report import figures, findings, sections
+from evaluators.conditions import CHANGE_CONTROLS
+from evaluators.report import figures, findings, knob_figures, sections
 from evaluators.report.page import table_block
 from evaluators.report.report import SweepData, summary_table, write_report
 from evaluators.tables import tables
@@ -133,7 +134,7 @@ def test_every_promised_file_is_there(report):
         for kind in ("csv", "json")
     }
     assert promised <= names
-    assert not [name for name in names if name.endswith(".part")]
+    assert not [name for name in names if name.endswith(".tmp")]
     graphs = {path.stem for path in (report.parent / "graphs").glob("*.png")}
     assert {f"heatmap_{column}" for column in tables.SUMMARY_METRICS} <= graphs
     assert {"delta_ce_by_layer", "delta_ce_layer_sets", "activations_by_layer", "delta_fvu", "lora_search"} <= graphs
@@ -302,3 +303,11 @@ def test_table_block_merges_intervals_and_drops_empty_columns():
     block = table_block(frame, {"alpha": "alpha", "rate": "share", "none": "none", "absent": "absent"}, "T", "H")
     assert block.header == ["alpha", "share"]
     assert block.rows == [["0.25", "0.500 [0.200, 0.800]"]]
+
+
+def test_the_report_names_the_controls_of_change_deltas():
+    """Every one is in a sentence, those that are dosed or ranked also in a figure."""
+    named = {**knob_figures.SERIES, **knob_figures.WIDTHS}
+    assert list(CHANGE_CONTROLS) == ["random_delta", "scaled_weights", "shuffled_delta", "dense_delta", "pca_delta"]
+    assert list(named) == ["alpha", "scaled_weights", "full", "dense_delta", "pca_delta"]
+    assert all(one.label for one in named.values())

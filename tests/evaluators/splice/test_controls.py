@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from evaluators.conditions import CONDITIONS, CONTROLS
-from evaluators.measures.behaviour import Ask, evaluate_behaviour
+from evaluators.measures.edited_behaviour import Ask, evaluate_behaviour
 from evaluators.measures.reconstruction import site_activations
 from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit, spliced
 from evaluators.splice.limits import Limits
-from evaluators.splice.moments import Moments, reduced_rank_regression
 from evaluators.splice.passes import Passes, Shortcuts
 from evaluators.splice.patches import Patch
+from evaluators.splice.second_moments import Moments, reduced_rank_regression
 from evaluators.splice.substitutes import SUBSTITUTES, Material, dense_delta, random_delta, shuffled_delta
 from evaluators.splice.teacher_forcing import Job, score
 from models.blocks import exchanged, read_paths
@@ -46,7 +46,7 @@ def run(subject, patches, condition, shortcuts=Shortcuts(), batch_size=3):  # no
 
 def test_the_settings_allow_every_control_there_is():
     (names, *_) = get_args(Evaluate.model_fields["controls"].annotation)
-    assert set(get_args(names)) == set(CONTROLS)
+    assert get_args(names) == CONTROLS
     assert set(CONTROLS) <= set(CONDITIONS)
     assert set(SUBSTITUTES) == {name for name, one in CONDITIONS.items() if one.substitute}
 

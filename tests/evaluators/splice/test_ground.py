@@ -11,9 +11,9 @@ from evaluators.measures.reconstruction import site_activations
 from evaluators.splice.decoding import Stop, decode, generate
 from evaluators.splice.interventions import Edit, Ranks
 from evaluators.splice.limits import Limits
-from evaluators.splice.moments import Moments, principal_directions
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
 from evaluators.splice.patches import Patch, TrueChange
+from evaluators.splice.second_moments import Moments, principal_directions
 from evaluators.splice.substitutes import SUBSTITUTES, Material, pca_delta
 from evaluators.splice.teacher_forcing import Job, score
 from models.blocks import read_paths

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from data.encoding import pad_left
-from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
 from evaluators.measures.behaviours import read_behaviours
+from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
 from evaluators.measures.reconstruction import evaluate_reconstruction, text_cross_entropy
 from evaluators.splice import decoding, passes, teacher_forcing
 from evaluators.splice.batching import in_slices

@@ -12,7 +12,7 @@ import yaml
 
 from jobs.commands import compare as command
 from jobs.commands.compare import Sources, compare
-from jobs.commands.reports import TABLES
+from jobs.commands.finished_sweeps import TABLES
 from jobs.errors import RequestError
 from jobs.files import finish
 from jobs.seals import seal

@@ -10,7 +10,7 @@ import pytest
 HEAVY = {"torch", "transformers", "pandas", "ray", "mlflow", "optuna", "matplotlib"}
 
 
-@pytest.mark.parametrize("module", ["jobs.cli", "jobs.commands.status"])
+@pytest.mark.parametrize("module", ["jobs.cli", "jobs.commands.status", "search_spaces.load", "trainers.settings"])
 def test_nothing_heavy_is_imported(module: str) -> None:
     asked = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)

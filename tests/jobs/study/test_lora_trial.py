@@ -4,6 +4,7 @@ import pytest
 
 from data.rows import Row, write_rows
 from jobs.study.stages.lora import trial
+from trainers.settings import LoraSettings
 
 CALL = "<tool_call>calculator({})</tool_call>"
 ROWS = [Row(f"What is {n} + 2?", CALL.format(f"{n} + 2"), "tool") for n in range(4)]
@@ -23,9 +24,8 @@ def config(folder, model, data):
         "precision": "fp32",
         "threads": 1,
         "workers": 1,
-        "seed": 0,
         "checkpoint_seconds": 0.0,
-        "settings": {"steps": 6, "eval_every": 2},
+        "settings": LoraSettings(steps=6, eval_every=2),
         "r": 2,
         "alpha_over_r": 2.0,
         "lr": 1e-2,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 import yaml
 
-from evaluators.tables.comparison import ComparedSweep, ReportTables, flat, from_metrics, from_tables
+from evaluators.tables.compared_sweeps import ComparedSweep, ReportTables, flat, from_metrics, from_tables
 from jobs.addresses import without_secrets
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json

@@ -3,8 +3,8 @@
 import pytest
 
 from data.encoding import Encoded
-from evaluators.measures.behaviour import Ask, Known, evaluate_behaviour
 from evaluators.measures.behaviours import read_behaviours
+from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
 from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit
 from evaluators.splice.limits import Limits
@@ -72,11 +72,12 @@ def test_generations_are_scored_by_the_subsets_rules(subject, raw):
 
 def test_what_the_model_says_is_what_is_scored(subject, monkeypatch):
     """A model that answers every row with its target scores full marks."""
-    from evaluators.measures import behaviour
+
+    from evaluators.measures import edited_behaviour
 
     targets = [row.target[:-1] for row in subject.encoded]
     monkeypatch.setattr(
-        behaviour, "generate", lambda passes, edit, jobs, *_: [targets[i % 4] for i in range(len(jobs))]
+        edited_behaviour, "generate", lambda passes, edit, jobs, *_: [targets[i % 4] for i in range(len(jobs))]
     )
     ((_, figures, texts),) = evaluate_behaviour(subject.passes, (), subject.rows, [Ask("raw")], **SETTINGS)
     assert [one["generation"] for one in texts] == [row.target for row in subject.rows]

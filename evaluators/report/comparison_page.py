@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from evaluators.report.figures import INCHES_PER_PANEL, band, finish, look, panels, plain
 from evaluators.report.findings import number, with_interval
 from evaluators.report.page import Block, Section, Table, picture, render
-from evaluators.tables import comparison
-from evaluators.tables.comparison import FEATURES, GAP, SHARE, ComparedSweep
+from evaluators.tables import compared_sweeps
+from evaluators.tables.compared_sweeps import FEATURES, GAP, SHARE, ComparedSweep
 from evaluators.tables.pooling import RATE
 
 CE = "CE (nats per target token)"
@@ -48,7 +48,7 @@ def page(sweeps: Sequence[ComparedSweep], notes: Sequence[str] = ()) -> str:
 
 def spread_note(sweeps: Sequence[ComparedSweep]) -> str:
     """What the spread of the pooled figures is over, and what the intervals are over."""
-    units = {comparison.unit_of(group) for group in comparison.seed_groups(sweeps)}
+    units = {compared_sweeps.unit_of(group) for group in compared_sweeps.seed_groups(sweeps)}
     over = " or ".join(sorted(units))
     return (
         f"Sweeps that differ in the seed alone. The spread here is over {over}, one value each: its standard deviation "
@@ -59,7 +59,7 @@ def spread_note(sweeps: Sequence[ComparedSweep]) -> str:
 
 def side_by_side(sweeps: Sequence[ComparedSweep]) -> list[Table]:
     """The figures, a table for each subset, with a column for each sweep."""
-    figures = comparison.figures_of(sweeps)
+    figures = compared_sweeps.figures_of(sweeps)
     tables = []
     for subset in figures["subset"].unique():
         here = figures[figures["subset"] == subset]
@@ -104,8 +104,8 @@ def _counts(sweeps: Sequence[ComparedSweep], subset: str) -> str:
 def pooled_tables(sweeps: Sequence[ComparedSweep]) -> list[Table]:
     """Mean and spread of each figure over sweeps that differ in the seed alone, a table for each such group."""
     tables = []
-    for group in comparison.seed_groups(sweeps):
-        unit = comparison.unit_of(group)
+    for group in compared_sweeps.seed_groups(sweeps):
+        unit = compared_sweeps.unit_of(group)
         rows = [
             [
                 row["subset"],
@@ -117,7 +117,7 @@ def pooled_tables(sweeps: Sequence[ComparedSweep]) -> list[Table]:
                 else " to ".join(_plain_number(row[end], row["figure"]) for end in ("low", "high")),
                 str(row["n"]),
             ]
-            for _, row in _rates_last(comparison.pooled(group)).iterrows()
+            for _, row in _rates_last(compared_sweeps.pooled(group)).iterrows()
         ]
         names = ", ".join(sweep.name for sweep in group)
         seeds = ", ".join(str(sweep.seed) for sweep in group)
@@ -164,7 +164,7 @@ def overview(sweeps: Sequence[ComparedSweep]) -> Table:
 
 def differing(sweeps: Sequence[ComparedSweep]) -> Table:
     """The settings that differ, with a column for each sweep."""
-    found = comparison.settings_that_differ(sweeps)
+    found = compared_sweeps.settings_that_differ(sweeps)
     rows = [[key, *(_shown(value) for value in values)] for key, values in found.items()]
     help = "-: not set. Where and how fast a sweep ran is left out." if rows else "No setting differs."
     header = ["setting", *(sweep.name for sweep in sweeps)]
@@ -202,7 +202,7 @@ def knobs(sweeps: Sequence[ComparedSweep]) -> Figure:
     counts = pd.concat([sweep.dose["n_examples"] for sweep in shown])
     low, high = int(counts.min()), int(counts.max())
     count = f"n = {low if low == high else f'{low} to {high}'} prompts per subset"
-    grouped = "; thin: one seed each, thick: their mean" if comparison.seed_groups(shown) else ""
+    grouped = "; thin: one seed each, thick: their mean" if compared_sweeps.seed_groups(shown) else ""
     return finish(figure, grid[0], f"{count}; bands: bootstrap (CE) and Wilson (rate) 95% over prompts{grouped}")
 
 
@@ -214,7 +214,7 @@ def _spoken(rates: Sequence[str]) -> str:
 
 def _one_panel(axes: Axes, sweeps: Sequence[ComparedSweep], subset: str, of_rate: bool) -> None:
     """A single sweep is drawn with its band, a group of seeds as thin lines and their mean."""
-    groups = comparison.seed_groups(sweeps)
+    groups = compared_sweeps.seed_groups(sweeps)
     together = {sweep.name: group for group in groups for sweep in group}
     colours: dict[str, int] = {}
     for place, sweep in enumerate(sweeps):
@@ -237,7 +237,7 @@ def _one_panel(axes: Axes, sweeps: Sequence[ComparedSweep], subset: str, of_rate
             axes.axhline(float(raw[column].iloc[0]), color=colour, linestyle=":", linewidth=1)
     for group in groups:
         means = _mean_curve(group, subset, of_rate)
-        label = f"mean of {len(group)} {comparison.unit_of(group)}"
+        label = f"mean of {len(group)} {compared_sweeps.unit_of(group)}"
         if len(groups) > 1:
             label += f": {plain(group[0].name)}, ..."
         colour = look(colours[group[0].name])[0]
@@ -265,10 +265,10 @@ def records(sweeps: Sequence[ComparedSweep]) -> list[dict[str, Any]]:
     """
     seeds = {sweep.name: sweep.seed for sweep in sweeps}
     found: list[dict[str, Any]] = []
-    for _, row in comparison.figures_of(sweeps).iterrows():
+    for _, row in compared_sweeps.figures_of(sweeps).iterrows():
         found.append({"kind": "sweep", "seed": seeds[row["sweep"]], "sd": None, "n": None, **row})
-    for group in comparison.seed_groups(sweeps):
-        for _, row in comparison.pooled(group).iterrows():
+    for group in compared_sweeps.seed_groups(sweeps):
+        for _, row in compared_sweeps.pooled(group).iterrows():
             one = {"kind": "pooled", "seed": None, "sweep": row["sweeps"], "value": row["mean"]}
             found.append(one | {name: row[name] for name in ("subset", "figure", "low", "high", "sd", "n")})
     names = ("kind", "sweep", "seed", "subset", "figure", "value", "low", "high", "sd", "n")

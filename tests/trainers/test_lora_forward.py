@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional
 
 from data.rows import Row
-from trainers import fused, lora
+from trainers import lora, lora_forward
 from trainers.adapters import PlainForward, add_adapter, forward_of
-from trainers.fused import LONGEST_ROW, FusedForward, cross_entropy_sum
 from trainers.lora import LoraSettings, Splits, train_lora
+from trainers.lora_forward import LONGEST_ROW, FusedForward, cross_entropy_sum
 from trainers.packing import example, pack
 
 CALL = "<tool_call>calculator({})</tool_call>"
@@ -134,7 +134,7 @@ def test_gradients_go_through_the_dropout_that_was_drawn(load, llama_folder):
 @pytest.mark.parametrize("at_once", [1, 120, 2**20])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
 def test_the_cross_entropy_is_the_librarys_with_its_gradient(monkeypatch, at_once, dtype, close):
-    monkeypatch.setattr(fused, "CROSS_ENTROPY_NUMBERS", (at_once, at_once))
+    monkeypatch.setattr(lora_forward, "CROSS_ENTROPY_NUMBERS", (at_once, at_once))
     torch.manual_seed(0)
     logits = (5 * torch.randn(7, 50)).to(dtype)
     logits[2] += 1000  # whose exponentials are beyond fp32

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.trainers.two_processes import check_two_are_one
-from trainers.processes import Processes
+from trainers.distributed import Processes
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

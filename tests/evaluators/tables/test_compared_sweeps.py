@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from evaluators.tables import comparison
-from evaluators.tables.comparison import FEATURES, GAP, SHARE
+from evaluators.tables import compared_sweeps
+from evaluators.tables.compared_sweeps import FEATURES, GAP, SHARE
 from tests.evaluators.compared import made, sweep
 
 
@@ -35,9 +35,9 @@ def test_without_change_deltas_there_is_nothing_to_compare():
     tables = made()
     none = tables._replace(gaps=tables.gaps.assign(target="residual"))
     with pytest.raises(ValueError, match="no change deltas"):
-        comparison.from_tables("one", {}, none)
+        compared_sweeps.from_tables("one", {}, none)
     with pytest.raises(ValueError, match="no change deltas"):
-        comparison.from_metrics("one", {}, {"recovered_ce_tool": 1.0})
+        compared_sweeps.from_metrics("one", {}, {"recovered_ce_tool": 1.0})
 
 
 def test_figures_of_a_tracker_are_the_same_by_other_names():
@@ -51,7 +51,7 @@ def test_figures_of_a_tracker_are_the_same_by_other_names():
         "recovered_ce_random_tool": -0.1,
         "features_for_90_percent_tool": 4.0,
     }
-    figures = comparison.from_metrics("one", {}, metrics).figures
+    figures = compared_sweeps.from_metrics("one", {}, metrics).figures
     assert set(figures["subset"]) == {"tool"}, "the end of an interval is no subset"
     figures = figures.set_index("figure")
     assert figures["value"].to_dict() == {
@@ -69,7 +69,7 @@ def test_the_settings_that_differ():
     other = {"lora": {"space": {"lr": {"low": 0.002}}}, "deltas": {"d_new": [8, 16]}, "storage": {"root": "elsewhere"}}
     other |= {"compute": {"precision": "bf16", "max_concurrent": 2}, "evaluate": {"curve": True}}
     pair = [sweep("one"), sweep("two", 1, other)]
-    assert comparison.settings_that_differ(pair) == {
+    assert compared_sweeps.settings_that_differ(pair) == {
         "seed": [0, 1],
         "lora.space.lr.low": [0.001, 0.002],
         "deltas.d_new": [[8], [8, 16]],
@@ -77,12 +77,12 @@ def test_the_settings_that_differ():
         "evaluate.curve": [None, True],
     }
     same = [sweep("one"), sweep("two", settings={"lora": {"space": {"lr": {"low": 1e-3, "high": None}}}})]
-    assert comparison.settings_that_differ(same) == {}
+    assert compared_sweeps.settings_that_differ(same) == {}
 
 
 def test_pooling_by_hand():
     group = [sweep("a", 0, gap=1.0, enough=4), sweep("b", 1, gap=2.0, enough=None), sweep("c", 2, gap=6.0, enough=16)]
-    table = comparison.pooled(group).set_index("figure")
+    table = compared_sweeps.pooled(group).set_index("figure")
     assert table.loc[GAP, ["mean", "low", "high", "n"]].tolist() == [3.0, 1.0, 6.0, 3]
     assert table.loc[GAP, "sd"] == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
     assert table.loc[GAP, "sweeps"] == "a, b, c"
@@ -101,9 +101,9 @@ def test_only_sweeps_that_differ_in_the_seed_alone_are_pooled():
         sweep("alone", 3, {"deltas": {"d_new": [32]}}),
         sweep("wider", 4, wide),
     ]
-    groups = [[one.name for one in group] for group in comparison.seed_groups(sweeps)]
+    groups = [[one.name for one in group] for group in compared_sweeps.seed_groups(sweeps)]
     assert groups == [["a", "b"], ["wide", "wider"]], "a seed counts once"
-    assert comparison.repeated(sweeps) == [("b", "again")]
-    assert comparison.unit_of(sweeps) == "adapters"
+    assert compared_sweeps.repeated(sweeps) == [("b", "again")]
+    assert compared_sweeps.unit_of(sweeps) == "adapters"
     adopted = sweep("a", settings={"model": {"source": "m", "finetuned": "f"}})
-    assert comparison.unit_of([adopted]) == "seeds"
+    assert compared_sweeps.unit_of([adopted]) == "seeds"

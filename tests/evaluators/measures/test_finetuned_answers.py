@@ -8,9 +8,9 @@ import torch
 
 from data.encoding import encode_row, ends_of
 from data.rows import Row
-from evaluators.measures import finetuned
+from evaluators.measures import finetuned_answers
 from evaluators.measures.behaviours import read_behaviours
-from evaluators.measures.finetuned import Said, answers, check_rows
+from evaluators.measures.finetuned_answers import Said, answers, check_rows
 from evaluators.splice.limits import Limits
 from models.errors import ModelError
 
@@ -104,12 +104,12 @@ def test_a_target_counts_as_said_only_where_greedy_decoding_says_it(llama_folder
     ]
     rows = [encode_row(tokenizer, Row(text, target, "")) for text, target in zip(PROMPTS, texts, strict=True)]
     # What the model says goes on after six tokens: with EOS in their place the target is not what it says.
-    assert finetuned._says_target(model, tokenizer, rows) == [False] * 3
+    assert finetuned_answers._says_target(model, tokenizer, rows) == [False] * 3
     without_end = [one._replace(target=greedy(model, tokenizer, one.prompt, 6)) for one in rows]
-    assert finetuned._says_target(model, tokenizer, without_end) == [True] * 3
+    assert finetuned_answers._says_target(model, tokenizer, without_end) == [True] * 3
     wrong = [one._replace(target=[*one.target[:3], 3 + one.target[3] % 2, *one.target[4:]]) for one in without_end]
     changed = [one.target != other.target for one, other in zip(wrong, without_end, strict=True)]
-    assert finetuned._says_target(model, tokenizer, wrong) == [not one for one in changed]
+    assert finetuned_answers._says_target(model, tokenizer, wrong) == [not one for one in changed]
 
 
 def test_figures_count_matches_and_what_the_behaviours_say(gemma_folder, load, monkeypatch):
@@ -117,8 +117,10 @@ def test_figures_count_matches_and_what_the_behaviours_say(gemma_folder, load, m
     rows = [Row(f"What is {n} + 2?", CALL.format(f"{n} + 2"), "tool") for n in range(4)]
     rows += [Row(f"Nine of {n}.", f"Nine of {n}.", "copy") for n in range(2)]
     said = {1: Said("no call", 3, False), 2: Said(CALL.format("2+2"), 9, False), 4: Said(CALL.format("1"), 8, True)}
-    monkeypatch.setattr(finetuned, "_says_target", lambda model, tokenizer, encoded: [i not in said for i in range(6)])
-    monkeypatch.setattr(finetuned, "answers", lambda *arguments: list(said.values()))
+    monkeypatch.setattr(
+        finetuned_answers, "_says_target", lambda model, tokenizer, encoded: [i not in said for i in range(6)]
+    )
+    monkeypatch.setattr(finetuned_answers, "answers", lambda *arguments: list(said.values()))
     asked = {"call": "calculator", "right": {"calculator": "correct", "on": ["tool"]}}
     found = check_rows(model, tokenizer, rows, read_behaviours(asked), Limits(20))
     figures = found["figures"]

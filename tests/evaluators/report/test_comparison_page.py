@@ -2,8 +2,8 @@
 
 import re
 
-from evaluators.report import comparison
-from evaluators.tables.comparison import ComparedSweep, from_metrics
+from evaluators.report import comparison_page
+from evaluators.tables.compared_sweeps import ComparedSweep, from_metrics
 from tests.evaluators.compared import sweep
 
 
@@ -12,7 +12,7 @@ def three() -> list[ComparedSweep]:
 
 
 def test_a_column_for_each_sweep():
-    (table,) = comparison.side_by_side([*three(), from_metrics("tracked", {}, {"gap_ce_tool": 1.0})])
+    (table,) = comparison_page.side_by_side([*three(), from_metrics("tracked", {}, {"gap_ce_tool": 1.0})])
     assert table.header == ["", "a", "b", "wide <i>", "tracked"]
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["CE gap, nats per target token"][1:] == ["+3.000 [+2.900, +3.100]", "+2.000 [+1.900, +2.100]", "+1.000"]
@@ -22,30 +22,30 @@ def test_a_column_for_each_sweep():
 
 
 def test_what_is_pooled_says_over_what():
-    (table,) = comparison.pooled_tables(three())
+    (table,) = comparison_page.pooled_tables(three())
     assert table.title == "2 adapters: a, b"
     assert "0, 1" in table.help
     gap = table.rows[0]
     assert gap == ["tool", "CE gap, nats per target token", "+2.000", "1.414", "+1.000 to +3.000", "2"]
-    note = comparison.spread_note(three())
+    note = comparison_page.spread_note(three())
     assert "over adapters" in note
     assert "over prompts within one" in note
-    assert comparison.pooled_tables(three()[1:]) == []
+    assert comparison_page.pooled_tables(three()[1:]) == []
 
 
 def test_the_page_loads_nothing_and_escapes_names():
-    page = comparison.page(three(), ["a note"])
+    page = comparison_page.page(three(), ["a note"])
     assert "<script" not in page
     assert not re.findall(r'(?:src|href)="(?!#|data:)', page)
     assert "wide &lt;i&gt;" in page
     assert "a note" in page
     assert page.count("data:image/png") == 1
-    without = comparison.page([from_metrics(name, {"seed": 0}, {"gap_ce_tool": 1.0}) for name in "ab"])
+    without = comparison_page.page([from_metrics(name, {"seed": 0}, {"gap_ce_tool": 1.0}) for name in "ab"])
     assert "data:image/png" not in without
 
 
 def test_every_sweep_and_mean_is_in_the_picture():
-    figure = comparison.knobs([*three(), sweep("c", 0, {"deltas": {"d_new": [32]}})])
+    figure = comparison_page.knobs([*three(), sweep("c", 0, {"deltas": {"d_new": [32]}})])
     assert len(figure.axes) == 2
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "wide <i>", "c", "mean of 2 adapters"]
@@ -57,7 +57,7 @@ def test_every_sweep_and_mean_is_in_the_picture():
 
 
 def test_plain_rows_for_files():
-    rows = comparison.records(three())
+    rows = comparison_page.records(three())
     assert {tuple(row) for row in rows} == {
         ("kind", "sweep", "seed", "subset", "figure", "value", "low", "high", "sd", "n")
     }
