@@ -75,7 +75,7 @@ def delta_steps(device: str, d_model: int, d_sae: int, batch: int, steps: int, d
     pairs = random_pairs(device, d_model, steps * batch)
     x, y = (torch.cat(column) for column in zip(*pairs.shards, strict=True))
     base = transcoder(d_model, d_sae, 0, bias=True)
-    data = DeltaData(pairs, Pairs([(x[:4096], y[:4096])]), 1.0, 1.0, 0, "change")
+    data = DeltaData(pairs, Pairs([(x[:4096], y[:4096])]), 1.0, 1.0, Site(0), "change")
     settings = DeltaSettings(d_new=d_new, batch_size=batch, epochs=4, sparsity=1e-4)
     with fresh_memory(device):
         curve = train_plainly(base, x[: 9 * batch], y[: 9 * batch], 1.0, settings, device=device)
