@@ -176,10 +176,9 @@ def workers(
     above: Annotated[int, typer.Option(help="Lowest layer to compute cells for.")] = 18,
 ) -> None:
     from jobs.cluster.fanout import Pool
-    from jobs.study.context import Context
-    from jobs.study.stages.cells import evaluate
-    from jobs.study.stages.pieces import behaviour_work
-    from jobs.study.stages.site_plans import combination
+    from jobs.context.context import Context
+    from jobs.evaluation.kinds import evaluate
+    from jobs.evaluation.plan import behaviour_work, combination
     from search_spaces.load import load
 
     name, *overrides = config or ["quickstart"]
@@ -213,10 +212,10 @@ def workers(
 def outside(
     config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
 ) -> None:
+    from jobs.context.context import Context
+    from jobs.context.workspace import TIMELINE
     from jobs.files import MANIFEST, read_json
-    from jobs.study.context import Context
     from jobs.study.stage_list import STAGES
-    from jobs.study.workspace import TIMELINE
     from search_spaces.load import load
 
     name, *overrides = config or ["quickstart"]

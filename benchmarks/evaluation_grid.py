@@ -228,7 +228,7 @@ def main(
 ) -> None:
     # Here, as benchmarks.gpu uses the rest of this file where only what trains and evaluates is installed.
     from jobs.commands.finished import Asked, combination, load_bridge, load_sites
-    from jobs.study.context import Context
+    from jobs.context.context import Context
     from search_spaces.load import load
 
     name, *overrides = config or ["quickstart"]

@@ -25,7 +25,7 @@ from evaluators.splice.passes import Passes
 from evaluators.splice.teacher_forcing import Job, score
 from evaluators.tables.feature_tables import ranking_table
 from jobs.commands.finished import Asked, combination, load_bridge, load_sites
-from jobs.study.context import Context
+from jobs.context.context import Context
 from models.bridge import device_of
 from search_spaces.load import load
 

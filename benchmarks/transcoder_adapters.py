@@ -39,12 +39,12 @@ from evaluators.splice.reference import Reference
 from evaluators.splice.sites import Site
 from evaluators.splice.teacher_forcing import Job, score
 from evaluators.tables.statistics import paired_bootstrap, recovered_share
+from jobs.capture.activations import Text, plan_of
 from jobs.commands.finished import Asked, combination, device_for, finetuned, load_bridge, load_sites
+from jobs.context.context import Context
+from jobs.context.grounds import DeltaGroup
 from jobs.files import read_json
 from jobs.progress import clock
-from jobs.study.context import Context
-from jobs.study.grounds import DeltaGroup
-from jobs.study.stages.activations import Text, plan_of
 from jobs.study.stages.deltas import PASSED_ON
 from models.blocks import exchanged, read_paths
 from models.bridge import device_of, wrap

@@ -24,7 +24,7 @@ from evaluators.splice.sites import Site, TrueChange
 from evaluators.splice.teacher_forcing import Job, score
 from evaluators.tables.statistics import recovered_share
 from jobs.commands.finished import Asked, combination, load_bridge, load_sites
-from jobs.study.context import Context
+from jobs.context.context import Context
 from models.blocks import read_paths
 from models.bridge import device_of
 from models.transcoder import without_bos

@@ -23,12 +23,19 @@ MAY_IMPORT = {
 }
 GROUND = {"jobs.errors", "jobs.files", "jobs.seals", "jobs.addresses", "jobs.progress"}
 """Files of `jobs` that every room of it may use."""
+ROOMS_OF_A_STUDY = {
+    *("jobs.context", "jobs.capture", "jobs.evaluation", "jobs.search", "jobs.tracking", "jobs.cluster"),
+    *GROUND,
+}
 INNER = {
     "jobs/cluster": {"jobs.cluster", *GROUND},
     "jobs/tracking": {"jobs.tracking", *GROUND},
     "jobs/search": {"jobs.search", "jobs.cluster", *GROUND},
-    "jobs/study": {"jobs.study", "jobs.search", "jobs.tracking", "jobs.cluster", *GROUND},
-    "jobs/commands": {"jobs.commands", "jobs.study", "jobs.tracking", "jobs.cluster", *GROUND},
+    "jobs/context": {"jobs.context", "jobs.search", "jobs.tracking", "jobs.cluster", *GROUND},
+    "jobs/capture": {"jobs.capture", "jobs.context", *GROUND},
+    "jobs/evaluation": {"jobs.evaluation", "jobs.capture", "jobs.context", *GROUND},
+    "jobs/study": {"jobs.study", *ROOMS_OF_A_STUDY},
+    "jobs/commands": {"jobs.commands", "jobs.study", *ROOMS_OF_A_STUDY},
     "evaluators/splice": {"evaluators.splice", "evaluators.conditions"},
     "evaluators/tables": {"evaluators.tables", "evaluators.conditions", "evaluators.layer_sets"},
     "evaluators/measures": {

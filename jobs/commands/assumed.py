@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaluators.conditions import CONDITIONS
+from jobs.capture.activations import SHARD_TOKENS
 from jobs.commands.forecast import WORKERS, Load, forecast, other_kinds
+from jobs.context.context import CARDS_AT_ONCE, Context
+from jobs.context.disk import disk_of, pair_bytes, reads_of
 from jobs.progress import clock
-from jobs.study.context import CARDS_AT_ONCE, Context
-from jobs.study.disk import disk_of, pair_bytes, reads_of
-from jobs.study.stages.activations import SHARD_TOKENS
 from jobs.study.stages.deltas import trials_at_once
 from models.sources import model_facts
 from search_spaces.dimensions import Choice, Range

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluators.splice.limits import Limits
 from jobs.commands.finished import Asked, asked, combination, device_for, finetuned, load_bridge, load_sites
-from jobs.study.context import Context
+from jobs.context.context import Context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

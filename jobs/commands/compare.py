@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from evaluators.tables.comparison import ComparedSweep, repeated, settings_that_differ
 from jobs.commands.reports import Sources, read_sweeps
+from jobs.context.workspace import storage_root
 from jobs.errors import RequestError
-from jobs.study.workspace import storage_root
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from data.readers import UNLABELLED
 from data.rows import Row, make_row
 from evaluators.layer_sets import layer_label
+from jobs.capture.bases import chosen_base, root, taps_of
+from jobs.context.context import Context
+from jobs.context.grounds import DeltaGroup, Ground
+from jobs.context.kept import delta_folder
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
 from jobs.seals import SEAL, require
-from jobs.study.context import Context
-from jobs.study.grounds import DeltaGroup, Ground
-from jobs.study.stages.site_plans import delta_folder
-from jobs.study.stages.transcoders import chosen_base, root, taps_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -42,7 +42,7 @@ def finetuned(context: Context) -> Path:
 
 def load_bridge(context: Context) -> TransformerBridge:
     """The finetuned model in fp32 on this machine's first device."""
-    from jobs.study.stages.worker_memory import bridge
+    from jobs.capture.worker_memory import bridge
 
     return bridge(str(finetuned(context)), device_for(context), "fp32")
 

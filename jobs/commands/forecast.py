@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaluators.conditions import CONDITIONS
+from jobs.context.context import CARDS_AT_ONCE, Context
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
-from jobs.study.context import CARDS_AT_ONCE, Context
 
 WORKERS = (1, 8, 64, 512)
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from evaluators.layer_sets import layer_label
+from jobs.context.context import Context
+from jobs.context.grounds import DeltaGroup, Ground, error_name
 from jobs.files import read_json
-from jobs.study.context import Context
-from jobs.study.grounds import DeltaGroup, Ground, error_name
 from jobs.study.stages.transcoders import taps_of
 from models.adapters import is_adapter
 from models.sources import repository_of

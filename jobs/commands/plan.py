@@ -9,18 +9,18 @@ from pathlib import Path
 
 from evaluators.conditions import CONDITIONS
 from evaluators.layer_sets import layer_label
+from jobs.capture.bases import chosen_base
 from jobs.commands.assumed import assumed_rows, memory_rows
 from jobs.commands.forecast import WORKERS, other_kinds, schedule_rows
 from jobs.commands.status import Rows, finetuned_row
+from jobs.context.context import Context
+from jobs.context.disk import bytes_needed, disk_of, pair_bytes, reads_of
+from jobs.context.grounds import selection_label
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
-from jobs.study.context import Context
-from jobs.study.disk import bytes_needed, disk_of, pair_bytes, reads_of
-from jobs.study.grounds import selection_label
+from jobs.study.finetuned import check_models
 from jobs.study.stage_list import STAGES
-from jobs.study.stages.finetuned import check_models
-from jobs.study.stages.transcoders import chosen_base
 
 
 def plan_rows(context: Context, measured: Path | None = None, workers: int | None = None) -> Rows:

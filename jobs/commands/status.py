@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from jobs.context import keys
+from jobs.context.context import Context
 from jobs.files import MANIFEST, is_for, read_json
 from jobs.progress import clock, read_progress
 from jobs.seals import SEAL
-from jobs.study import keys
-from jobs.study.context import Context
 from jobs.study.stage_list import STAGES
 
 Rows = list[tuple[str, str]]

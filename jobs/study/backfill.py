@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from jobs.context.context import Context
 from jobs.files import MANIFEST, read_json
-from jobs.study.context import Context
 from jobs.study.stage_list import STAGES, Stage
 from jobs.study.stages.data import metrics_of
 from jobs.study.stages.report import headlines

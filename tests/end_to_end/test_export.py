@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from jobs.commands.finished import FORMATS, Asked, combination, export, load_deltas, load_sites
+from jobs.context.context import Context
 from jobs.errors import RequestError
-from jobs.study.context import Context
 from models.gemma_scope import read_npz
 from search_spaces.load import load
 

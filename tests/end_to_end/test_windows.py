@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.study.context import Context
-from jobs.study.disk import layer_bytes
+from jobs.context.context import Context
+from jobs.context.disk import layer_bytes
 from search_spaces.load import load
 from tests.end_to_end.conftest import SMALL, together
 from tests.end_to_end.damage import tables

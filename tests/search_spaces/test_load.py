@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from jobs.study import keys
+from jobs.context import keys
 from jobs.study.stages import deltas, lora
 from search_spaces.dimensions import Choice, Range
 from search_spaces.load import SettingsError, load, presets

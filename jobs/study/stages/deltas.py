@@ -13,24 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluators.layer_sets import layer_label
-from jobs.cluster import environment
-from jobs.errors import WorkFailed
-from jobs.files import keyed_folder, write_json
-from jobs.seals import seal
-from jobs.study import keys
-from jobs.study.context import Context
-from jobs.study.disk import disk_of, drop, on_gpu
-from jobs.study.grounds import error_name
-from jobs.study.stages.activations import capture_finetuned
-from jobs.study.stages.base_errors import (
+from jobs.capture.activations import capture_finetuned
+from jobs.capture.bases import (
     Residuals,
     compute_base_errors,
     read_residuals,
     residuals_of,
     without_base_errors,
 )
-from jobs.study.stages.moments import fitted, write_moments
-from jobs.study.stages.polish import polish_widths
+from jobs.capture.moments import fitted, write_moments
+from jobs.cluster import environment
+from jobs.context import keys
+from jobs.context.context import Context
+from jobs.context.disk import disk_of, drop, on_gpu
+from jobs.context.grounds import error_name
+from jobs.context.kept import replica_folder
+from jobs.errors import WorkFailed
+from jobs.files import keyed_folder, write_json
+from jobs.seals import seal
+from jobs.study.polish import polish_widths
 
 if TYPE_CHECKING:
     from jobs.search.studies import Group
@@ -265,11 +266,6 @@ def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any]) -> None:
         delta = trained.deltas[index] if at_bos is None else with_bos(trained.deltas[index], at_bos)
         write_delta(delta, replica_folder(folder, rank), facts)
     seal(folder)
-
-
-def replica_folder(trial: Path, rank: int) -> Path:
-    """The folder of one of a trial's seeds, ranked by validation loss; the best, rank 0, has the trial's own."""
-    return trial / f"replica_{rank}" if rank else trial
 
 
 @lru_cache(maxsize=1)

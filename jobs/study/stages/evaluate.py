@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.conditions import CONDITIONS
+from jobs.capture.moments import write_moments
+from jobs.context.context import Context
 from jobs.errors import WorkFailed
+from jobs.evaluation import plan as pieces
+from jobs.evaluation.kinds import evaluate
+from jobs.evaluation.plan import Combination, combination
+from jobs.evaluation.work import Work
 from jobs.files import read_json
-from jobs.study.context import Context
-from jobs.study.stages import pieces
-from jobs.study.stages.cells import evaluate
 from jobs.study.stages.data import check_labels
-from jobs.study.stages.moments import write_moments
-from jobs.study.stages.site_plans import Combination, combination
-from jobs.study.stages.work import Work
 from jobs.tracking.records import record_cells
 from models.sources import model_facts
 

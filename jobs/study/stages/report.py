@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluators.layer_sets import layer_label
+from jobs.capture.bases import chosen_base
+from jobs.context.context import Context
+from jobs.context.grounds import DeltaGroup, Ground, error_name
+from jobs.context.workspace import SETTINGS, VALIDATION_FILE
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
-from jobs.study.context import Context
-from jobs.study.grounds import DeltaGroup, Ground, error_name
+from jobs.study.finetuned import merge_check
 from jobs.study.stages.data import notes_of
 from jobs.study.stages.evaluate import checks_file
-from jobs.study.stages.finetuned import merge_check
 from jobs.study.stages.lora import STAGE as LORA
 from jobs.study.stages.lora import study_name
-from jobs.study.stages.transcoders import chosen_base
-from jobs.study.workspace import SETTINGS, VALIDATION_FILE
 
 if TYPE_CHECKING:
     import pandas as pd

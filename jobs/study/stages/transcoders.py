@@ -10,21 +10,22 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.capture.activations import capture_base
+from jobs.capture.bases import root, taps_of
+from jobs.capture.worker_memory import bridge
 from jobs.cluster.fanout import Pool
+from jobs.context import keys
+from jobs.context.context import Context
+from jobs.context.disk import disk_of, drop
+from jobs.context.grounds import selection_label
+from jobs.context.workspace import TIMELINE
 from jobs.errors import WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json
 from jobs.seals import seal
-from jobs.study import keys
-from jobs.study.context import Context
-from jobs.study.disk import disk_of, drop
-from jobs.study.grounds import selection_label
-from jobs.study.stages.activations import capture_base
-from jobs.study.stages.worker_memory import bridge
-from jobs.study.workspace import TIMELINE
 from models.gemma_scope import Candidate, candidates, read, select, width_label, write
 from models.sources import model_facts
-from models.transcoder import CONVENTIONS, Taps, check_fits
+from models.transcoder import CONVENTIONS, check_fits
 
 L0_TOLERANCE = 0.1
 """How far a base may miss its target L0, as a fraction of it, before a line says so."""
@@ -59,24 +60,6 @@ def run(context: Context) -> dict[str, Any]:
             _check(context, candidate, layer)
             chosen.setdefault(str(layer), {})[selection_label(percentile).removeprefix("p")] = candidate.path
     return {"source": context.settings.transcoders.source, "chosen": chosen}
-
-
-def root(context: Context) -> str:
-    """The folder or hub repository that holds the bases."""
-    source = context.settings.transcoders.source
-    return str(context.space.transcoders) if source == "train" else source
-
-
-def taps_of(context: Context) -> Taps:
-    """The taps that the sweep's transcoders read and replace."""
-    return CONVENTIONS[context.settings.transcoders.convention]
-
-
-def chosen_base(context: Context, layer: int, percentile: float | None) -> Candidate:
-    """The base that a percentile, or the target L0, selects for a layer."""
-    settings = context.settings
-    found = candidates(root(context), layer, settings.transcoders.width)
-    return select(found, percentile, settings.deltas.target_l0)
 
 
 def train_layer(task: LayerTask) -> dict[str, Any]:

@@ -13,15 +13,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from jobs.context import fingerprints, keys
+from jobs.context.context import Context
+from jobs.context.disk import disk_of
+from jobs.context.workspace import FINETUNED, VALIDATION_FILE
 from jobs.errors import RequestError
 from jobs.files import finish, keyed_folder, write_json
-from jobs.study import fingerprints, keys
-from jobs.study.context import Context
-from jobs.study.disk import disk_of
+from jobs.study.finetuned import check_models, merge_check
 from jobs.study.pair import note
-from jobs.study.stages.finetuned import check_models, merge_check
 from jobs.study.sweep import start_over
-from jobs.study.workspace import FINETUNED, VALIDATION_FILE
 from models.errors import ModelError
 from models.weights import open_weights
 from search_spaces.load import load as load_settings

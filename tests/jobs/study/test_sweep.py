@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cluster.connection import Share
+from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
-from jobs.study.context import Context
 from jobs.study.stage_list import NAMES, STAGES
 from jobs.study.sweep import check_unchanged, check_workers
 from search_spaces.load import load

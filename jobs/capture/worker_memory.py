@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from jobs.study.stages.work import ModelSpec
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -18,6 +16,15 @@ if TYPE_CHECKING:
     from evaluators.splice.passes import Prefixes
     from evaluators.splice.reference import Reference
     from models.blocks import BlockPath
+
+
+class ModelSpec(NamedTuple):
+    """A model folder, and how a worker loads it and reads its layers."""
+
+    folder: str
+    device: str
+    precision: str
+    convention: str
 
 
 @lru_cache(maxsize=1)

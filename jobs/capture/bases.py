@@ -11,21 +11,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jobs.capture.activations import SPLITS, capture_base, set_damaged_aside
+from jobs.context import keys
+from jobs.context.context import Context
+from jobs.context.disk import keeps_base_errors
+from jobs.context.grounds import Ground, grounds_of
 from jobs.errors import WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json, write_json
-from jobs.study import keys
-from jobs.study.context import Context
-from jobs.study.disk import keeps_base_errors
-from jobs.study.grounds import Ground, grounds_of
-from jobs.study.stages.activations import SPLITS, capture_base, set_damaged_aside
-from jobs.study.stages.transcoders import chosen_base, root
+from models.gemma_scope import Candidate, candidates, select
+from models.transcoder import CONVENTIONS, Taps
 from trainers.activations import INDEX
 
 if TYPE_CHECKING:
     from models.transcoder import Transcoder
     from trainers.activations import Pairs
     from trainers.delta_data import DeltaData
+
+
+def root(context: Context) -> str:
+    """The folder or hub repository that holds the bases."""
+    source = context.settings.transcoders.source
+    return str(context.space.transcoders) if source == "train" else source
+
+
+def taps_of(context: Context) -> Taps:
+    """The taps that the sweep's transcoders read and replace."""
+    return CONVENTIONS[context.settings.transcoders.convention]
+
+
+def chosen_base(context: Context, layer: int, percentile: float | None) -> Candidate:
+    """The base that a percentile, or the target L0, selects for a layer."""
+    settings = context.settings
+    found = candidates(root(context), layer, settings.transcoders.width)
+    return select(found, percentile, settings.deltas.target_l0)
 
 
 class Residuals(NamedTuple):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.context.context import Context
+from jobs.context.disk import Disk, bytes_needed, disk_of, drop, layer_bytes
 from jobs.errors import RequestError
-from jobs.study.context import Context
-from jobs.study.disk import Disk, bytes_needed, disk_of, drop, layer_bytes
 from search_spaces.load import load
 
 
@@ -39,7 +39,7 @@ def test_without_a_budget_what_is_there_stays_however_full_the_disk(
     """Activations that are on disk do not count against what is free."""
     of = context(tmp_path)
     sizes = {layer: layer_bytes(of, layer) for layer in range(4)}
-    monkeypatch.setattr("jobs.study.disk._free", lambda context: sizes[0])
+    monkeypatch.setattr("jobs.context.disk._free", lambda context: sizes[0])
     assert disk_of(of).apart
     folder = of.space.activations / "finetuned/train/layer_00"
     folder.mkdir(parents=True)

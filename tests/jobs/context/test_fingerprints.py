@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.study import fingerprints, keys
-from jobs.study.fingerprints import files_read, fingerprint
+from jobs.context import fingerprints, keys
+from jobs.context.fingerprints import files_read, fingerprint
 from search_spaces.load import load
 from search_spaces.schema import Sweep
 

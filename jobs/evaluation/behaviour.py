@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from data.rows import sha256_of, slug
+from jobs.capture.worker_memory import exact_paths, paths, reference
+from jobs.evaluation.work import SitePlan, Work
+from jobs.evaluation.worker import cell_file, kept_passes, load_sites, plain_passes
 from jobs.files import write_json
-from jobs.study.stages.work import SitePlan, Work
-from jobs.study.stages.worker_memory import exact_paths, paths, reference
-from jobs.study.stages.worker_sites import cell_file, kept_passes, load_sites, plain_passes
 
 
 def raw(work: Work, model: Any, rows: list[Any]) -> list[str]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from data.rows import read_rows, slug
+from jobs.capture.worker_memory import bridge, exact_paths, own_paths, reference
+from jobs.evaluation import behaviour as behaviour_cells
+from jobs.evaluation.work import SitePlan, Work
+from jobs.evaluation.worker import cell_file, kept_passes, load_sites, plain_passes
 from jobs.files import read_json, write_json
-from jobs.study.stages import behaviour_cells
-from jobs.study.stages.work import SitePlan, Work
-from jobs.study.stages.worker_memory import bridge, exact_paths, own_paths, reference
-from jobs.study.stages.worker_sites import cell_file, kept_passes, load_sites, plain_passes
 
 CHECK_ROWS = 1
 """Rows of each subset that the exactness checks use; of each, all logits at all positions are compared."""

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evaluators.conditions import CONDITIONS
+from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.search.turns import count_reads
-from jobs.study.context import Context
 from models.sources import model_facts
 
 SHARE = 0.5

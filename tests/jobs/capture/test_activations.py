@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from data.rows import make_row, write_rows
+from jobs.capture.activations import BosTask, capture_bos
+from jobs.capture.worker_memory import ModelSpec
 from jobs.errors import WorkFailed
-from jobs.study.stages.activations import BosTask, capture_bos
-from jobs.study.stages.work import ModelSpec
 from trainers.capture import read_bos
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from evaluators.conditions import CONDITIONS
+from jobs.capture.activations import capture_finetuned, finetuned_folder
+from jobs.capture.bases import Residuals, compute_base_errors, residual_folder, residuals_of
+from jobs.context.context import Context
+from jobs.context.disk import disk_of, drop
+from jobs.context.grounds import Ground
 from jobs.errors import WorkFailed
-from jobs.study.context import Context
-from jobs.study.disk import disk_of, drop
-from jobs.study.grounds import Ground
-from jobs.study.stages.activations import capture_finetuned, finetuned_folder
-from jobs.study.stages.base_errors import Residuals, compute_base_errors, residual_folder, residuals_of
 from trainers.checked_files import is_intact
 
 if TYPE_CHECKING:

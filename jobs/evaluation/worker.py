@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.study.stages.work import Work
-from jobs.study.stages.worker_memory import paths, prefixes
+from jobs.capture.worker_memory import paths, prefixes
+from jobs.evaluation.work import Work
 
 
 def plain_passes(work: Work, model: Any) -> Any:

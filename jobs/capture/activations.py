@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 from data.encoding import encode_prompt, encode_row, encode_text
 from data.rows import read_lines, read_rows
+from jobs.capture.worker_memory import ModelSpec, bridge, exact_paths
+from jobs.context import keys
+from jobs.context.context import Context
 from jobs.errors import WorkFailed
 from jobs.files import keyed_folder
-from jobs.study import keys
-from jobs.study.context import Context
-from jobs.study.stages.work import ModelSpec
-from jobs.study.stages.worker_memory import bridge, exact_paths
 from models.transcoder import CONVENTIONS, GEMMA_SCOPE_TAPS
 from trainers.activations import INDEX, captured_columns, damaged_files, names_in
 from trainers.capture import Plan, finish_capture, layer_folder, read_bos

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from evaluators.splice.limits import Limits
-from jobs.study.grounds import Ground
-from jobs.study.stages.work import Evaluation, ModelSpec, SitePlan, Work
+from jobs.capture.worker_memory import ModelSpec
+from jobs.context.grounds import Ground
+from jobs.evaluation.work import Evaluation, SitePlan, Work
 
 SHARED = Evaluation("cells", "rows", "rows", "base", ("all",), Limits(4), 8, {})
 SITE = SitePlan(1, Ground("change"), 4, "delta", "moments")

@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.capture.activations import capture_finetuned
+from jobs.capture.worker_memory import ModelSpec, bridge, paths
+from jobs.context import keys
+from jobs.context.context import Context
+from jobs.context.disk import disk_of, drop
+from jobs.context.grounds import DeltaGroup, Ground
+from jobs.context.kept import best_of_group, polished_folder
 from jobs.errors import WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json
 from jobs.seals import seal, sealed_hash
-from jobs.study import keys
-from jobs.study.context import Context
-from jobs.study.disk import disk_of, drop
-from jobs.study.grounds import DeltaGroup, Ground
-from jobs.study.stages.activations import capture_finetuned
-from jobs.study.stages.site_plans import best_of_group, polished_folder
-from jobs.study.stages.work import ModelSpec
-from jobs.study.stages.worker_memory import bridge, paths
 
 
 class PolishTask(NamedTuple):

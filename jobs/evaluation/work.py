@@ -12,19 +12,11 @@ from typing import Any, NamedTuple
 
 from evaluators.conditions import CONDITIONS
 from evaluators.splice.limits import Limits
-from jobs.study.grounds import Ground
+from jobs.capture.worker_memory import ModelSpec
+from jobs.context.grounds import Ground
 
 NAMED = {"no_delta": 0.0, "full": 1.0}
 """Conditions that are strengths of the delta."""
-
-
-class ModelSpec(NamedTuple):
-    """A model folder, and how a worker loads it and reads its layers."""
-
-    folder: str
-    device: str
-    precision: str
-    convention: str
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from jobs.context.fingerprints import fingerprint
+from jobs.context.grounds import DeltaGroup, Ground
+from jobs.context.workspace import storage_root
 from jobs.files import key_of, short_hash
-from jobs.study.fingerprints import fingerprint
-from jobs.study.grounds import DeltaGroup, Ground
-from jobs.study.workspace import storage_root
 from search_spaces.schema import Sweep
 from search_spaces.sections import Section
 

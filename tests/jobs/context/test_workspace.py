@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from jobs.context import keys
+from jobs.context.grounds import DeltaGroup, Ground
+from jobs.context.workspace import Workspace, storage_root
 from jobs.errors import RequestError
 from jobs.files import finish, is_finished, key_of, keyed_folder, read_json, write_json
-from jobs.study import keys
-from jobs.study.grounds import DeltaGroup, Ground
-from jobs.study.workspace import Workspace, storage_root
 from search_spaces.load import load
 from search_spaces.schema import Sweep
 

@@ -23,12 +23,12 @@ from jobs.cluster import address
 from jobs.cluster import connection as cluster
 from jobs.cluster.fanout import Pool
 from jobs.cluster.sockets import check_temporary_folder
+from jobs.context.fingerprints import stamps
+from jobs.context.grounds import DeltaGroup, grounds_of
+from jobs.context.workspace import FINETUNED, PAIR, TIMELINE, Workspace, storage_root
 from jobs.errors import DamagedFileError, RequestError
 from jobs.files import MANIFEST, key_of, read_json
 from jobs.progress import Progress
-from jobs.study.fingerprints import stamps
-from jobs.study.grounds import DeltaGroup, grounds_of
-from jobs.study.workspace import FINETUNED, PAIR, TIMELINE, Workspace, storage_root
 from models.adapters import is_adapter
 from models.sources import check_hub, check_source, model_facts, resolve
 from search_spaces.schema import Sweep
