@@ -177,8 +177,9 @@ def workers(
 ) -> None:
     from jobs.cluster.fanout import Pool
     from jobs.context.context import Context
+    from jobs.evaluation.behaviour import Behaviour
     from jobs.evaluation.kinds import evaluate
-    from jobs.evaluation.plan import behaviour_work, combination
+    from jobs.evaluation.materials import Materials
     from search_spaces.load import load
 
     name, *overrides = config or ["quickstart"]
@@ -190,11 +191,10 @@ def workers(
             shutil.copytree(context.space.generations, place / "generations", ignore=_all_but_raw)
             works = [
                 replace(work, shared=replace(work.shared, cells=str(place / "cells")))
-                for target in context.settings.deltas.targets
-                for work in behaviour_work(context, target, combination(context, target))
-                if len(work.sites) == 1 and work.sites[0].layer >= above
+                for work in Behaviour.plan(Materials(context))
+                if len(work.sites) == 1 and work.sites[0].site.layer >= above
             ]
-            works.sort(key=lambda work: work.sites[0].layer)
+            works.sort(key=lambda work: work.sites[0].site.layer)
             pool = Pool(cluster.Share(1, share.gpus, count))
             list(pool.run(evaluate, works[:1] * count))  # loads the model
             started = time.perf_counter()

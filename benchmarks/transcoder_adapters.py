@@ -42,7 +42,6 @@ from evaluators.tables.statistics import paired_bootstrap, recovered_share
 from jobs.capture.activations import Text, plan_of
 from jobs.commands.finished import Asked, combination, device_for, finetuned, load_bridge, load_sites
 from jobs.context.context import Context
-from jobs.context.grounds import DeltaGroup
 from jobs.files import read_json
 from jobs.progress import clock
 from jobs.study.stages.deltas import PASSED_ON
@@ -51,6 +50,7 @@ from models.bridge import device_of, wrap
 from models.sources import load_model
 from models.transcoder import GEMMA_SCOPE_TAPS, without_bos
 from search_spaces.load import load
+from sites import Address
 from trainers.capture import Columns, capture_batch
 from trainers.delta_data import read_change
 from trainers.delta_transcoder import DeltaSettings, train_delta
@@ -116,7 +116,7 @@ def repeat(context: Context, layer: int, asked: tuple[Any, int], precision: str)
     section, settings = context.settings.deltas, context.settings
     data = read_change(context.space.activations / "finetuned", layer, GEMMA_SCOPE_TAPS)
     fixed: dict[str, Any] = section.model_dump(include=PASSED_ON)
-    folder = context.space.deltas / DeltaGroup(layer, *asked).name
+    folder = context.space.deltas / Address(context.site(layer), *asked).folder
     kept, seconds = read_json(folder / "best.json")["trial"], [0.0, 0.0]
     for path in sorted(folder.glob("trial_*/result.json")):
         params, begun = read_json(path)["params"], time.process_time()

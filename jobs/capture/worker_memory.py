@@ -6,9 +6,12 @@ asking for the same one again is free.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from sites import Site
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -44,29 +47,29 @@ def bridge(folder: str, device: str, precision: str) -> TransformerBridge:
 
 
 @lru_cache(maxsize=2)
-def paths(model: ModelSpec, folder: str, layers: tuple[int, ...]) -> dict[int, BlockPath]:
+def paths(model: ModelSpec, folder: str, sites: tuple[Site, ...]) -> dict[Site, BlockPath]:
     """The paths of the model in another folder, beside the model that is loaded and in its dtype."""
-    from models.blocks import read_paths
-
-    return read_paths(bridge(model.folder, model.device, model.precision), Path(folder), layers)
+    return own_paths(model, folder, sites)
 
 
-def own_paths(model: ModelSpec, folder: str, layers: tuple[int, ...]) -> dict[int, BlockPath]:
+def own_paths(model: ModelSpec, folder: str, sites: tuple[Site, ...]) -> dict[Site, BlockPath]:
     """The same, read for the caller alone: `paths` may hold the model's weights while it runs with theirs."""
     from models.blocks import read_paths
 
-    return read_paths(bridge(model.folder, model.device, model.precision), Path(folder), layers)
+    found = read_paths(bridge(model.folder, model.device, model.precision), Path(folder), layers_of(sites))
+    return {site: found[site.layer] for site in sites}
 
 
 @lru_cache(maxsize=2)
-def exact_paths(model: ModelSpec, folder: str, layers: tuple[int, ...]) -> dict[int, BlockPath]:
+def exact_paths(model: ModelSpec, folder: str, sites: tuple[Site, ...]) -> dict[Site, BlockPath]:
     """The same in fp32: a change is a small difference of two outputs."""
     import torch
 
     from models.blocks import read_paths
 
     loaded = bridge(model.folder, model.device, model.precision)
-    return read_paths(loaded, Path(folder), layers, torch.float32)
+    found = read_paths(loaded, Path(folder), layers_of(sites), torch.float32)
+    return {site: found[site.layer] for site in sites}
 
 
 @lru_cache(maxsize=1)
@@ -78,10 +81,15 @@ def reference(model: ModelSpec, rows: str, batch_size: int) -> Reference:
 
 
 @lru_cache(maxsize=1)
-def prefixes(model: ModelSpec, layer: int) -> Prefixes:
-    """The prefixes of the unedited model at one layer."""
+def prefixes(model: ModelSpec, site: Site) -> Prefixes:
+    """The prefixes of the unedited model at one site."""
     from evaluators.splice.passes import Prefixes
     from models.transcoder import CONVENTIONS
 
     loaded = bridge(model.folder, model.device, model.precision)
-    return Prefixes(loaded, [layer], CONVENTIONS[model.convention])
+    return Prefixes(loaded, [site.layer], CONVENTIONS[model.convention])
+
+
+def layers_of(sites: Sequence[Site]) -> list[int]:
+    """Their layers, for the rooms below, which know a place by its layer."""
+    return [site.layer for site in sites]

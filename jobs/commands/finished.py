@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from data.readers import UNLABELLED
 from data.rows import Row, make_row
-from evaluators.layer_sets import layer_label
 from jobs.capture.bases import chosen_base, root, taps_of
 from jobs.context.context import Context
-from jobs.context.grounds import DeltaGroup, Ground
 from jobs.context.kept import delta_folder
 from jobs.errors import RequestError
+from jobs.evaluation.kinds import Reconstruction
 from jobs.files import MANIFEST, read_json
 from jobs.seals import SEAL, require
+from sites import Address, Ground, sites_label
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -105,12 +105,14 @@ def load_sites(
     known = context.layers_of(ground.target)
     for layer in layers or []:
         if layer not in known:
-            raise RequestError(f"--layer: got {layer}, but the {ground.target} deltas have {layer_label(known)}")
+            raise RequestError(
+                f"--layer: got {layer}, but the {ground.target} deltas have {sites_label(map(context.site, known))}"
+            )
     deltas = load_deltas(context, layers or known, chosen)
     if ground.target == "change":
         paths = read_paths(bridge or load_bridge(context), context.model, list(deltas))
         return [Site(layer, paths[layer], delta) for layer, delta in deltas.items()]
-    bases = {layer: chosen_base(context, layer, ground.percentile) for layer in deltas}
+    bases = {layer: chosen_base(context, context.site(layer), ground.percentile) for layer in deltas}
     return [Site(layer, _base(context, bases[layer], layer), delta) for layer, delta in deltas.items()]
 
 
@@ -130,12 +132,12 @@ def load_deltas(context: Context, layers: list[int], chosen: tuple[Ground, int])
 
     found = {}
     for layer in layers:
-        group = DeltaGroup(layer, *chosen)
+        group = Address(context.site(layer), *chosen)
         folder = delta_folder(context, group)
         if folder is None:
             section = context.settings.deltas
             raise RequestError(
-                f"no kept delta under {context.space.deltas / group.name}; the sweep has targets {section.targets}, "
+                f"no kept delta under {context.space.deltas / group.folder}; the sweep has targets {section.targets}, "
                 f"percentiles {section.percentiles} and d_new {section.d_new}"
             )
         require(folder / "config.json", folder / "delta.safetensors")
@@ -208,18 +210,19 @@ def _bases(context: Context, asked: Asked, layers: list[int]) -> dict[int, Candi
             "deltas.targets"
         )
     ground, _ = combination(context, Asked("residual", asked.percentile, asked.d_new))
-    return {layer: chosen_base(context, layer, ground.percentile) for layer in known}
+    return {layer: chosen_base(context, context.site(layer), ground.percentile) for layer in known}
 
 
 def _average_l0(context: Context, ground: Ground, d_new: int) -> dict[int, float]:
     """Active features per token of what is exported, measured on the evaluation text or in training."""
     found: dict[int, float] = {}
     for layer in context.layers_of(ground.target):
-        best = read_json(context.space.deltas / DeltaGroup(layer, ground, d_new).name / "best.json")
+        group = Address(context.site(layer), ground, d_new)
+        best = read_json(context.space.deltas / group.folder / "best.json")
         found[layer] = best["figures"]["val_l0_delta"]
         if ground.target == "residual":
-            name = f"reconstruction_layer_{layer:02d}_{ground.label}_d{d_new:03d}.json"
-            cell: dict[str, Any] = read_json(context.space.cells / name) or {}
-            base = cell.get("l0_base", chosen_base(context, layer, ground.percentile).average_l0)
+            name = Reconstruction.name_of(group)
+            cell: dict[str, Any] = read_json(context.space.cells / f"{name}.json") or {}
+            base = cell.get("l0_base", chosen_base(context, group.site, ground.percentile).average_l0)
             found[layer] = base + cell.get("l0_delta", found[layer])
     return found

@@ -1,144 +1,168 @@
-"""A piece of evaluation as plain values: what a worker has to do, on which model, and the cells it will write.
+"""A piece of evaluation as plain values, and what the pieces of every kind have in common.
 
-In: paths, layers, conditions and strengths, filled in by the evaluate stage. Out: the names of the cells, each with the
-key it must hold; nothing is loaded or computed here.
+In: paths, sites and settings. Out: the names of the cells, each with the key that it must hold, and what they cost; on
+a worker, passes of the model, the sites spliced into it, and the cells' files. Nothing is loaded before that.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
 
-from evaluators.conditions import CONDITIONS
-from evaluators.splice.limits import Limits
-from jobs.capture.worker_memory import ModelSpec
-from jobs.context.grounds import Ground
-
-NAMED = {"no_delta": 0.0, "full": 1.0}
-"""Conditions that are strengths of the delta."""
+from jobs.capture.worker_memory import ModelSpec, paths, prefixes
+from jobs.evaluation.materials import Materials, Shared, SitePlan
+from jobs.files import write_json
+from sites import Ground, SetAddress, Site
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What all pieces of a sweep's evaluation share. `cells` is a folder, `rows` a file, `base_model` the folder of the
-    un-finetuned model."""
-
-    cells: str
-    rows: str
-    ranking_rows: str
-    base_model: str
-    subsets: tuple[str, ...]
-    limits: Limits
-    batch_size: int
-    behaviours: dict[str, Any]
-    """As the settings name them."""
+def cell_name(kind: str, *parts: object) -> str:
+    """What a cell's file is called: `ranking_layer_00-29_change_d032`, `raw_tool`. Empty parts are left out."""
+    return "_".join(str(part) for part in (kind, *parts) if part != "")
 
 
-class SitePlan(NamedTuple):
-    """A site as files: the delta's folder, the moments of what it was trained on, and, where the ground is a base
-    transcoder, where that is. `key` is that of the site's reconstruction cell."""
+class Timing(Protocol):
+    """How long a machine that nothing has run on should take."""
 
-    layer: int
-    ground: Ground
-    d_new: int
-    delta: str
-    moments: str
-    root: str = ""
-    candidate: tuple[float, str] | None = None
-    key: str = ""
+    n_layers: int
+    prompts: int
+    """Rows of a subset."""
+    subsets: int
 
-    @property
-    def cell(self) -> str:
-        return f"reconstruction_layer_{self.layer:02d}_{self.ground.label}_d{self.d_new:03d}"
+    def passes(self, rows: float) -> float:
+        """Seconds of passes over whole rows."""
+
+    def answers(self, rows: float, layers: int | None = None) -> float:
+        """Seconds to answer rows token by token, through `layers` layers (default: all)."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker is given: sites that share a model, and the cells to compute for them. An empty `subset` means all
-    subsets."""
+    """What a worker is given: sites that share a model, and the cells to compute for them.
 
-    kind: str
+    Each kind of cell is a subclass. It says what its pieces are (`plan`), what a worker does (`compute`), what that
+    costs (`cost`, `seconds`), and which of a cell's fields tell it from others (`columns`).
+    """
+
+    kind: ClassVar[str]
+    """As the cells' files say it."""
+    columns: ClassVar[tuple[str, ...]]
+    """Fields of a cell that trackers show as its parameters."""
+    first: ClassVar[bool] = False
+    """Whether other kinds read its cells, so that they are computed before."""
+
     name: str
+    """That of the cell, or what the names of its cells begin with."""
     key: str
     model: ModelSpec
-    shared: Evaluation
+    shared: Shared
     sites: tuple[SitePlan, ...] = ()
     subset: str = ""
-    conditions: tuple[str, ...] = ()
-    doses: tuple[float, ...] = ()
-    control_doses: tuple[float, ...] = ()
-    """Strengths of the controls that have one."""
-    ranking: str = ""
-    """The cell that ranks the sites' features."""
-    features: tuple[tuple[int, int], ...] = ()
-    """Those that are looked at one by one: layer, and number."""
+    """Empty: all subsets."""
     seed: int = 0
 
-    @property
-    def strengths(self) -> tuple[float, ...]:
-        """Every alpha to measure: the doses, plus 0 for no_delta and 1 for full."""
-        return tuple(sorted({*self.doses, *(NAMED[one] for one in self.conditions if one in NAMED)}))
+    @classmethod
+    def plan(cls, materials: Materials) -> Sequence[Work]:
+        """The pieces of this kind that an evaluation consists of."""
+        raise NotImplementedError
+
+    def compute(self, model: Any, rows: list[Any]) -> list[str]:
+        """Computes the cells, on a worker, and returns their names."""
+        raise NotImplementedError
+
+    def cost(self, n_layers: int) -> int:
+        """How long it takes, in layers for each row: passes times the layers above the first splice."""
+        raise NotImplementedError
+
+    def seconds(self, timing: Timing) -> float:
+        """How long each of its cells should take on a GPU that nothing has run on."""
+        raise NotImplementedError
 
     @property
-    def controls(self) -> tuple[str, ...]:
-        return tuple(one for one in self.conditions if one not in NAMED)
+    def units(self) -> int:
+        """In how many parts workers could share it out, for forecasts."""
+        return len(self.cells())
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """Work in one group shares a model and everything computed below the first spliced layer."""
-        return (self.model.folder, self.sites[0].layer) if self.sites else (self.model.folder, self.name)
+        """Work in one group shares a model and everything computed below the first spliced site."""
+        return (self.model.folder, self.sites[0].site) if self.sites else (self.model.folder, self.name)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it needs the moments of what its deltas were trained on."""
+        return False
 
     def cells(self) -> dict[str, str]:
         """The cells it will write, by name, and the key each must hold."""
-        if self.kind in ("raw", "cards", "ranking", "curve", "change"):
-            return {self.name: self.key}
-        if self.kind == "reconstruction":
-            return {plan.cell: plan.key for plan in self.sites}
-        if self.kind == "exactness":
-            return {}
-        return {self.cell_name(*one): self.key for one in self.asked}
+        return {self.name: self.key}
 
-    @property
-    def asked(self) -> list[tuple[str, float | None]]:
-        """Every condition of a behaviour cell, with its strength where it has one."""
-        dosed: list[tuple[str, float | None]] = [("alpha", dose) for dose in self.doses]
-        for condition in self.conditions:
-            if CONDITIONS[condition].dosed:
-                dosed += [(condition, dose) for dose in self.control_doses]
-            else:
-                dosed.append((condition, None))
-        return dosed
+    def reusable(self, done: Mapping[str, Sequence[float]]) -> set[str]:
+        """Those of the finished cells that need not be computed again; `done` says of each with which strengths it was
+        measured."""
+        return set(done)
 
-    def cell_name(self, condition: str, alpha: float | None) -> str:
-        if not self.sites:
-            return self.name
-        return f"{self.name}_{condition}{alpha!r}" if CONDITIONS[condition].dosed else f"{self.name}_{condition}"
-
-    def staying(self, done: Mapping[str, Sequence[float]]) -> set[str]:
-        """Those of the finished cells that need not be made again; `done` says of each with which strengths it was
-        measured. Where one of these is missing, all are made again: they were rows of the same batches, on which the
-        last bits depend."""
-        if self.kind not in ("behaviour", "width"):
-            return set(done)
-        strengths = {
-            self.cell_name(*one): NAMED.get(one[0], one[1]) for one in self.asked if one[0] not in self.controls
-        }
-        missing = {strength for name, strength in strengths.items() if name not in done}
-        return {name for name, together in done.items() if not missing & set(together)}
-
-    def without(self, done: set[str]) -> Work:
+    def remaining(self, done: set[str]) -> Self:
         """The same work without the cells in `done`."""
-        if self.kind == "reconstruction":
-            return replace(self, sites=tuple(plan for plan in self.sites if plan.cell not in done))
-        if self.kind not in ("behaviour", "width"):
-            return self
-        return replace(
-            self,
-            doses=tuple(dose for dose in self.doses if self.cell_name("alpha", dose) not in done),
-            conditions=tuple(
-                one
-                for one in self.conditions
-                if not all(self.cell_name(*asked) in done for asked in self.asked if asked[0] == one)
-            ),
-        )
+        return self
+
+    def is_finished(self) -> bool:
+        """Whether work without cells has left what it makes."""
+        return False
+
+    def above(self, n_layers: int) -> int:
+        """Layers from the first spliced one on."""
+        return n_layers - self.sites[0].site.layer if self.sites else n_layers
+
+    def cell_file(self, name: str) -> Path:
+        return Path(self.shared.cells) / f"{name}.json"
+
+    def plain_passes(self, model: Any) -> Any:
+        from evaluators.splice.passes import Passes
+
+        return Passes(model, self.shared.batch_size)
+
+    def kept_passes(self, model: Any) -> Any:
+        """Passes that reuse what this worker keeps of the raw model at the first spliced site."""
+        return replace(self.plain_passes(model), prefixes=prefixes(self.model, self.sites[0].site))
+
+    def load_sites(self) -> list[Any]:
+        """The sites with their grounds and deltas, on the worker's device."""
+        from evaluators.splice.interventions import Site as Spliced
+        from models.deltas import read_delta
+        from models.gemma_scope import Candidate, read
+        from models.transcoder import CONVENTIONS
+
+        taps = CONVENTIONS[self.model.convention]
+        without_base = tuple(plan.site for plan in self.sites if plan.candidate is None)
+        before = paths(self.model, self.shared.base_model, without_base) if without_base else {}
+        spliced = []
+        for plan in self.sites:
+            base = plan.candidate and read(plan.root, Candidate(*plan.candidate), plan.site.layer, taps)
+            ground = base or before[plan.site]
+            spliced.append(Spliced(plan.site.layer, ground, read_delta(Path(plan.delta))).to(self.model.device))
+        return spliced
+
+    def write(self, figures: dict[str, Any], started: float) -> list[str]:
+        """Writes the one cell of work that consists of it; returns its name."""
+        ground = self.sites[0].ground
+        cell = {
+            "kind": self.kind,
+            "target": ground.target,
+            "layers": [plan.site.layer for plan in self.sites],
+            "percentile": ground.percentile,
+            "d_new": self.sites[0].d_new,
+            "seed": self.seed,
+            "key": self.key,
+            "seconds": time.perf_counter() - started,
+            **figures,
+        }
+        write_json(self.cell_file(self.name), cell)
+        return [self.name]
+
+
+def place_of(sites: Sequence[Site], ground: Ground, d_new: int) -> str:
+    """The part of a cell's name that says what is spliced in: `layer_00-29_change_d032`."""
+    return SetAddress(tuple(sites), ground, d_new).name

@@ -54,7 +54,7 @@ STAGES = (
     Stage(
         "transcoders",
         lambda c: c.space.transcoders,
-        lambda c: keys.transcoders(c.settings, c.layers_of("residual")),
+        lambda c: keys.transcoders(c.settings, c.sites_of("residual")),
         ("activations", "transcoders"),
         ("transcoders",),
     ),

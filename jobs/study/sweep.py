@@ -48,7 +48,7 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
         progress.line(f"sweep {space.name} in {space.folder}")
         if not Path(context.settings.model.source).is_dir():
             progress.line(f"model {context.settings.model.source}")
-        _ = context.source, context.layers
+        _ = context.source, context.sites
         check_models(context)
         stages = STAGES[: NAMES.index(until) + 1]
         if fresh or not context.space.data.is_dir():
