@@ -6,7 +6,6 @@ asking for the same one again is free.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sites import Site
 
 if TYPE_CHECKING:
+    import torch
     from transformer_lens.model_bridge import TransformerBridge
 
     from evaluators.splice.passes import Prefixes
@@ -52,23 +52,22 @@ def paths(model: ModelSpec, folder: str, sites: tuple[Site, ...]) -> dict[Site, 
     return own_paths(model, folder, sites)
 
 
-def own_paths(model: ModelSpec, folder: str, sites: tuple[Site, ...]) -> dict[Site, BlockPath]:
-    """The same, read for the caller alone: `paths` may hold the model's weights while it runs with theirs."""
-    from models.blocks import read_paths
-
-    found = read_paths(bridge(model.folder, model.device, model.precision), Path(folder), layers_of(sites))
-    return {site: found[site.layer] for site in sites}
-
-
 @lru_cache(maxsize=2)
 def exact_paths(model: ModelSpec, folder: str, sites: tuple[Site, ...]) -> dict[Site, BlockPath]:
     """The same in fp32: a change is a small difference of two outputs."""
     import torch
 
+    return own_paths(model, folder, sites, torch.float32)
+
+
+def own_paths(
+    model: ModelSpec, folder: str, sites: tuple[Site, ...], dtype: torch.dtype | None = None
+) -> dict[Site, BlockPath]:
+    """The same, read for the caller alone: `paths` may hold the model's weights while it runs with theirs."""
     from models.blocks import read_paths
 
     loaded = bridge(model.folder, model.device, model.precision)
-    found = read_paths(loaded, Path(folder), layers_of(sites), torch.float32)
+    found = read_paths(loaded, Path(folder), [site.layer for site in sites], dtype)
     return {site: found[site.layer] for site in sites}
 
 
@@ -88,8 +87,3 @@ def prefixes(model: ModelSpec, site: Site) -> Prefixes:
 
     loaded = bridge(model.folder, model.device, model.precision)
     return Prefixes(loaded, [site.layer], CONVENTIONS[model.convention])
-
-
-def layers_of(sites: Sequence[Site]) -> list[int]:
-    """Their layers, for the rooms below, which know a place by its layer."""
-    return [site.layer for site in sites]

@@ -8,7 +8,6 @@ reading and writing by bytes; no trial stops early. An estimate to plan with: `-
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,36 +178,22 @@ def _deltas(context: Context, workers: int) -> Load:
     return Load("deltas", units, shared=max(_storage(context, read), trials * machine.trial_ms * 1e-3))
 
 
-@dataclass(frozen=True)
-class Machine(Timing):
-    """A pass over whole rows multiplies; one token further, it waits for Python, layer by layer."""
-
-    context: Context
-    weights: Weights
-    n_layers: int
-    prompts: int
-    subsets: int
-
-    def passes(self, rows: float, layers: int | None = None) -> float:
-        """Through `layers` layers (default: all)."""
-        machine, layers = self.context.settings.machine, self.n_layers if layers is None else layers
-        flops = 2 * self.weights.multiplied * rows * machine.row_tokens * layers / self.n_layers
-        return max(_products(self.context, flops), self._batches(rows) * layers * machine.layer_ms * 1e-3)
-
-    def answers(self, rows: float, layers: int | None = None) -> float:
-        machine, layers = self.context.settings.machine, self.n_layers if layers is None else layers
-        steps = self._batches(rows) * machine.answer_passes
-        return self.passes(rows, layers) + steps * layers * machine.layer_ms * 1e-3
-
-    def _batches(self, rows: float) -> int:
-        return math.ceil(rows / self.context.settings.evaluate.batch_size)
-
-
 def _evaluation(context: Context, weights: Weights) -> list[float]:
-    count, prompts = model_facts(context.model)["n_layers"], context.settings.data.eval_rows
-    machine = Machine(context, weights, count, prompts, len(context.subsets))
+    """A pass over whole rows multiplies; one token further, it waits for Python, layer by layer."""
+    settings, machine = context.settings, context.settings.machine
+    section, count = settings.evaluate, model_facts(context.model)["n_layers"]
+
+    def passes(rows: float, layers: int = count) -> float:
+        flops = 2 * weights.multiplied * rows * machine.row_tokens * layers / count
+        return max(_products(context, flops), math.ceil(rows / section.batch_size) * layers * machine.layer_ms * 1e-3)
+
+    def answers(rows: float, layers: int = count) -> float:
+        steps = math.ceil(rows / section.batch_size) * machine.answer_passes
+        return passes(rows, layers) + steps * layers * machine.layer_ms * 1e-3
+
+    timing = Timing(count, settings.data.eval_rows, len(context.subsets), passes, answers)
     works = [work for work in works_of(ExpectedMaterials(context)) if work.cells()]
-    return [work.seconds(machine) for work in works for _ in range(work.units)]
+    return [work.seconds(timing) for work in works for _ in range(work.units)]
 
 
 def _products(context: Context, flops: float) -> float:

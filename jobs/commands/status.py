@@ -35,7 +35,7 @@ def status_rows(context: Context) -> Rows:
     else:
         results = _results(space.lora, keys.lora_group(settings))
         rows.append(("LoRA trials", _counts(results, settings.lora.trials)))
-    groups = [(space.deltas / one.name, keys.delta_group(settings, one)) for one in context.delta_groups]
+    groups = [(space.deltas / one.folder, keys.delta_group(settings, one)) for one in context.delta_groups]
     results = [result for folder, key in groups for result in _results(folder, key)]
     rows.append(("delta trials", _counts(results, len(groups) * settings.deltas.trials)))
     cells = [path for path in space.cells.glob("*.json") if path.name not in (MANIFEST, SEAL)]

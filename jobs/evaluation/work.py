@@ -7,10 +7,10 @@ a worker, passes of the model, the sites spliced into it, and the cells' files. 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from jobs.capture.worker_memory import ModelSpec, paths, prefixes
 from jobs.evaluation.materials import Materials, Shared, SitePlan
@@ -23,19 +23,15 @@ def cell_name(kind: str, *parts: object) -> str:
     return "_".join(str(part) for part in (kind, *parts) if part != "")
 
 
-class Timing(Protocol):
-    """How long a machine that nothing has run on should take."""
+class Timing(NamedTuple):
+    """How long a machine that nothing has run on should take, in seconds: for passes over whole rows, and to answer
+    rows token by token, through all layers or as many as the second argument says. A subset has `prompts` rows."""
 
     n_layers: int
     prompts: int
-    """Rows of a subset."""
     subsets: int
-
-    def passes(self, rows: float) -> float:
-        """Seconds of passes over whole rows."""
-
-    def answers(self, rows: float, layers: int | None = None) -> float:
-        """Seconds to answer rows token by token, through `layers` layers (default: all)."""
+    passes: Callable[..., float]
+    answers: Callable[..., float]
 
 
 @dataclass(frozen=True)
