@@ -26,7 +26,7 @@ from trainers.capture import Plan, finish_capture, read_bos
 
 SPLITS = ("train", "validation")
 SHARDS, SHARD_TOKENS = 8, (4096, 16384)
-"""A split is cut into so many shards, of tokens between these bounds: the unit of work, of resuming and of memory."""
+"""Number of shards of a split, and the bounds of their tokens: the unit of work, of resuming and of memory."""
 
 
 class Text(NamedTuple):
@@ -64,7 +64,7 @@ class BosTask(NamedTuple):
 
 
 Wanted = dict[str, dict[Site, frozenset[str]]]
-"""By split and site, the columns beside x."""
+"""By split and site, the columns besides x."""
 
 
 def capture_base(context: Context, sites: Collection[Site], splits: tuple[str, ...] = SPLITS) -> Path:

@@ -1,8 +1,8 @@
-"""What the base transcoders leave of the finetuned MLPs, on which residual deltas are trained.
+"""The base transcoders that a sweep uses, and what they leave of the finetuned MLPs, on which residual deltas train.
 
-In: captured activations and bases. Out: `deltas/SITE/pP/base_error.json`, how large it is; the pairs of inputs and
-residuals; and `residual/{train,validation}` beside the former, where residuals are kept and not computed again by
-every worker that reads them.
+In: captured activations and bases. Out: the base that each selection chooses; `deltas/SITE/pP/base_error.json`, how
+much a base leaves; the pairs of inputs and residuals; and `residual/{train,validation}` next to that file, where
+residuals are kept and not computed again by every worker that reads them.
 """
 
 from __future__ import annotations
@@ -128,10 +128,10 @@ def without_base_errors(context: Context) -> set[Site]:
 def compute_base_errors(context: Context, sites: Collection[Site]) -> None:
     """What is missing of the errors in those of `sites` that have bases, whose activations are captured."""
     sites, missing = [site for site in context.sites_of("residual") if site in sites], []
-    asked = [(site, ground) for site in sites for ground in context.grounds_of("residual")]
-    held = [residual_folder(context, *one) / split for one in asked for split in SPLITS]
+    places = [(site, ground) for site in sites for ground in context.grounds_of("residual")]
+    held = [residual_folder(context, *one) / split for one in places for split in SPLITS]
     set_damaged_aside(context, held)
-    for site, ground in asked:
+    for site, ground in places:
         key, folder = keys.delta_data(context.settings, site, ground), residual_folder(context, site, ground)
         there = not keeps_base_errors(context) or all((folder / split / INDEX).is_file() for split in SPLITS)
         if not (is_finished(keyed_folder(folder, key), key) and _known(context, site, ground) and there):
@@ -151,7 +151,7 @@ def compute_residual(task: ResidualTask) -> None:
     """Measures y - base(x), and where it is kept writes it for both splits in bf16, one shard for each shard of the
     activations.
 
-    The manifest, and `base_error.json` beside the folder, hold the base's error on held-out text, as a share of the
+    The manifest, and `base_error.json` next to the folder, hold the base's error on held-out text, as a share of the
     output's variance, in both models' streams.
     """
     import torch

@@ -48,7 +48,7 @@ def bridge(folder: str, device: str, precision: str) -> TransformerBridge:
 
 @lru_cache(maxsize=2)
 def paths(model: ModelSpec, folder: str, sites: tuple[Site, ...]) -> dict[Site, BlockPath]:
-    """The paths of the model in another folder, beside the model that is loaded and in its dtype."""
+    """The paths of the model in another folder, next to the model that is loaded and in its dtype."""
     return own_paths(model, folder, sites)
 
 

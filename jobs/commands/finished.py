@@ -13,7 +13,7 @@ from data.readers import UNLABELLED
 from data.rows import Row, make_row
 from jobs.capture.bases import chosen_base, root, taps_of
 from jobs.context.context import Context
-from jobs.context.kept import delta_folder
+from jobs.context.kept import best_of_group, delta_folder
 from jobs.errors import RequestError
 from jobs.evaluation.kinds import Reconstruction
 from jobs.files import MANIFEST, read_json
@@ -218,7 +218,8 @@ def _average_l0(context: Context, ground: Ground, d_new: int) -> dict[int, float
     found: dict[int, float] = {}
     for layer in context.layers_of(ground.target):
         group = Address(context.site(layer), ground, d_new)
-        best = read_json(context.space.deltas / group.folder / "best.json")
+        best = best_of_group(context, group)
+        assert best is not None, "its delta has been loaded"
         found[layer] = best["figures"]["val_l0_delta"]
         if ground.target == "residual":
             name = Reconstruction.name_of(group)

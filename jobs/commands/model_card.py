@@ -14,7 +14,7 @@ import yaml
 
 from jobs.capture.bases import taps_of
 from jobs.context.context import Context
-from jobs.context.kept import error_name
+from jobs.context.kept import best_of_group, error_name
 from jobs.files import read_json
 from models.adapters import is_adapter
 from models.sources import repository_of
@@ -149,7 +149,9 @@ def _deltas(context: Context, exported: Exported) -> list[dict[str, str]]:
     rows = []
     for layer in exported.layers:
         group = Address(context.site(layer), exported.ground, exported.d_new)
-        figures = read_json(context.space.deltas / group.folder / "best.json")["figures"]
+        best = best_of_group(context, group)
+        assert best is not None, "it has just been exported"
+        figures = best["figures"]
         left = figures[error_name(exported.ground.target)]
         rows.append({"layer": str(layer), "l0": f"{figures['val_l0_delta']:.1f}", "unexplained": f"{left:.3f}"})
     return rows
