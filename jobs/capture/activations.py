@@ -111,8 +111,7 @@ def capture_finetuned(context: Context, sites: Collection[Site], splits: tuple[s
 def _spec(context: Context, model: Path, precision: str) -> ModelSpec:
     from trainers.precision import resolve_precision
 
-    convention = context.settings.transcoders.convention
-    return ModelSpec(str(model), context.device, resolve_precision(precision, context.device), convention)
+    return ModelSpec(str(model), context.device, resolve_precision(precision, context.device))
 
 
 def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key: str) -> Path:
@@ -146,7 +145,8 @@ def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key:
             bar.advance()
     for text in _texts(context):
         done = {site.layer: columns for site, columns in missing.get(text.split, {}).items()}
-        finish_capture(plan_of(text), done, folder / text.split, CONVENTIONS[model.convention])
+        taps = CONVENTIONS[context.settings.transcoders.convention]
+        finish_capture(plan_of(text), done, folder / text.split, taps)
     return folder
 
 
@@ -180,8 +180,8 @@ def capture_task(task: ShardTask) -> None:
         site.layer: Columns(y="y" in columns, unfinetuned=before.get(site), finetuned=after.get(site))
         for site, columns in task.sites
     }
-    folder = Path(task.folder) / task.text.split
-    capture_shard(loaded, plan_of(task.text), task.shard, layers, folder, CONVENTIONS[task.model.convention])
+    folder, taps = Path(task.folder) / task.text.split, CONVENTIONS[task.sites[0][0].kind.reading]
+    capture_shard(loaded, plan_of(task.text), task.shard, layers, folder, taps)
 
 
 def capture_bos(task: BosTask) -> None:

@@ -62,7 +62,6 @@ class Residuals(NamedTuple):
     root: str
     candidate: tuple[float, str]
     device: str
-    convention: str
     kept: bool
 
     def pairs(self, split: str) -> Pairs:
@@ -82,7 +81,7 @@ class Residuals(NamedTuple):
         from models.gemma_scope import Candidate, read
         from models.transcoder import CONVENTIONS
 
-        taps = CONVENTIONS[self.convention]
+        taps = CONVENTIONS[self.site.kind.reading]
         return read(self.root, Candidate(*self.candidate), self.site.layer, taps).to(self.device)
 
 
@@ -108,7 +107,6 @@ def residuals_of(context: Context, site: Site, ground: Ground) -> Residuals:
         root=root(context),
         candidate=(base.average_l0, base.path),
         device=context.device,
-        convention=context.settings.transcoders.convention,
         kept=keeps_base_errors(context),
     )
 
@@ -197,5 +195,5 @@ def read_residuals(of: Residuals) -> DeltaData:
         of.site.layer,
         "residual",
         facts["change_share"] or None,
-        CONVENTIONS[of.convention],
+        CONVENTIONS[of.site.kind.reading],
     )

@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 
 
 class ModelSpec(NamedTuple):
-    """A model folder, and how a worker loads it and reads its layers."""
+    """A model folder, and how a worker loads it."""
 
     folder: str
     device: str
     precision: str
-    convention: str
 
 
 @lru_cache(maxsize=1)
@@ -86,4 +85,4 @@ def prefixes(model: ModelSpec, site: Site) -> Prefixes:
     from models.transcoder import CONVENTIONS
 
     loaded = bridge(model.folder, model.device, model.precision)
-    return Prefixes(loaded, [site.layer], CONVENTIONS[model.convention])
+    return Prefixes(loaded, [site.layer], CONVENTIONS[site.kind.reading])

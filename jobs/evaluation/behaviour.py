@@ -65,7 +65,7 @@ class Answers(Work):
             "target": self.sites[0].ground.target if self.sites else "",
             "percentile": self.sites[0].ground.percentile if self.sites else None,
             "d_new": self.sites[0].d_new if self.sites and CONDITIONS[condition].uses_delta else None,
-            "convention": self.model.convention if self.sites else "",
+            "convention": self.sites[0].site.kind.reading if self.sites else "",
             "seed": self.seed,
             "strengths": self.strengths if condition in (*STRENGTHS, "alpha") else [],
             "seconds": texts[0]["seconds"] if texts else 0.0,

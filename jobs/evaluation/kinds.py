@@ -180,7 +180,7 @@ class Cards(Work):
         )
         read = read_features(passes, sites, rows, features)
         cards = [{"layer": one[0], "feature": one[1], **read[one], **effects[one]} for one in features]
-        return self.write({"convention": self.model.convention, "cards": cards}, started)
+        return self.write({"convention": self.sites[0].site.kind.reading, "cards": cards}, started)
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ class Reconstruction(Work):
                 "target": plan.ground.target,
                 "percentile": plan.ground.percentile,
                 "d_new": plan.d_new,
-                "convention": self.model.convention,
+                "convention": plan.site.kind.reading,
                 "seed": self.seed,
                 "base": plan.candidate[1],
                 "key": plan.key,

@@ -182,8 +182,7 @@ class Materials:
         precision = settings.compute.precision if settings.model.dtype == "auto" else settings.model.dtype
         if device == "cpu" and precision == "auto":
             precision = "fp32"  # bf16 is not worth the loss of exactness there, so it must be set explicitly
-        convention = settings.transcoders.convention
-        return ModelSpec(str(self.context.finetuned), device, resolve_precision(precision, device), convention)
+        return ModelSpec(str(self.context.finetuned), device, resolve_precision(precision, device))
 
     @property
     def unfinetuned(self) -> ModelSpec:
@@ -218,6 +217,4 @@ class ExpectedMaterials(Materials):
             (plan.site, feature) for plan in plans for feature in range(plan.d_new + (plan.ground.target == "change"))
         ]
 
-    @cached_property
-    def finetuned(self) -> ModelSpec:
-        return ModelSpec("finetuned", "", "", self.context.settings.transcoders.convention)
+    finetuned = ModelSpec("finetuned", "", "")

@@ -131,11 +131,11 @@ class Work:
         from models.gemma_scope import Candidate, read
         from models.transcoder import CONVENTIONS
 
-        taps = CONVENTIONS[self.model.convention]
         without_base = tuple(plan.site for plan in self.sites if plan.candidate is None)
         before = paths(self.model, self.shared.base_model, without_base) if without_base else {}
         spliced = []
         for plan in self.sites:
+            taps = CONVENTIONS[plan.site.kind.reading]
             base = plan.candidate and read(plan.root, Candidate(*plan.candidate), plan.site.layer, taps)
             ground = base or before[plan.site]
             spliced.append(Spliced(plan.site.layer, ground, read_delta(Path(plan.delta))).to(self.model.device))

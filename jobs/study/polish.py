@@ -100,7 +100,7 @@ def _task(context: Context, sites: tuple[Site, ...], deltas: list[Path], folder:
     settings = context.settings
     precision = resolve_precision(settings.compute.precision, context.device)
     return PolishTask(
-        model=ModelSpec(str(context.finetuned), context.device, "fp32", settings.transcoders.convention),
+        model=ModelSpec(str(context.finetuned), context.device, "fp32"),
         base_model=str(context.model),
         sites=sites,
         deltas=tuple(map(str, deltas)),

@@ -127,7 +127,6 @@ def delta_groups(context: Context) -> dict[Address, Group]:
             "activations": str(context.space.activations / "finetuned"),
             "residuals": residual and residuals_of(context, one.site, one.ground)._asdict(),
             "device": context.device,
-            "convention": settings.transcoders.convention,
             "precision": settings.compute.precision,
             "threads": context.share.cpus,
             "workers": section.workers_per_trial,
@@ -209,7 +208,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     of = config["residuals"] and Residuals(
         **{**config["residuals"], "candidate": tuple(config["residuals"]["candidate"])}
     )
-    taps = CONVENTIONS[config["convention"]]
+    taps = CONVENTIONS[config["site"].kind.reading]
     data = pairs(Path(config["activations"]), config["site"], taps, of or None, config["device"])
     reported: list[list[dict[str, Any]]] = [[] for _ in members]
 

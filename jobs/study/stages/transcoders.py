@@ -42,7 +42,6 @@ class LayerTask(NamedTuple):
     seed: int
     device: str
     precision: str
-    convention: str
     threads: int
     workers: int
     resources: dict[str, float]
@@ -95,7 +94,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
         read_pairs(splits[1]),
         BaseSettings(**task.section, seed=task.seed, precision=resolve_precision(task.precision, task.device)),
         layer=task.site.layer,
-        taps=CONVENTIONS[task.convention],
+        taps=CONVENTIONS[task.site.kind.reading],
         device=task.device,
     )
     folder = Path(task.folder)
@@ -151,7 +150,6 @@ def _train_window(context: Context, folders: dict[Site, Path]) -> None:
             seed=settings.seed,
             device=context.device,
             precision=settings.compute.precision,
-            convention=section.convention,
             threads=context.share.cpus,
             workers=section.workers_per_layer,
             resources=context.share.resources,

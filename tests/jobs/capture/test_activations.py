@@ -21,7 +21,7 @@ def test_more_layers_later_are_added(gemma_folder, load, tmp_path):
     tokenizer.save_pretrained(before)
     out.mkdir()
     assert read_bos(out) == {}
-    spec = ModelSpec(str(gemma_folder), "cpu", "fp32", "ln2.hook_normalized")
+    spec = ModelSpec(str(gemma_folder), "cpu", "fp32")
     rows = tmp_path / "rows.jsonl"
     write_rows(rows, [make_row("What is 3 + 4?", "7", "all"), make_row("Seven", "Seven", "all")])
     capture_bos(BosTask(spec, str(before), (Site(1),), str(out), str(rows)))

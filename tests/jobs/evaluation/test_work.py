@@ -15,7 +15,7 @@ SITE = SitePlan(Address(Site(1), Ground("change"), 4), "delta", "moments")
 WORK = Behaviour(
     "piece",
     "key",
-    ModelSpec("model", "cpu", "fp32", "ln2.hook_normalized"),
+    ModelSpec("model", "cpu", "fp32"),
     SHARED,
     (SITE,),
     "all",
