@@ -176,10 +176,10 @@ def workers(
     above: Annotated[int, typer.Option(help="Lowest layer to compute cells for.")] = 18,
 ) -> None:
     from jobs.cluster.fanout import Pool
-    from jobs.study.context import Context
-    from jobs.study.stages.cells import evaluate
-    from jobs.study.stages.pieces import behaviour_work
-    from jobs.study.stages.site_plans import combination
+    from jobs.context.context import Context
+    from jobs.evaluation.behaviour import Behaviour
+    from jobs.evaluation.kinds import evaluate
+    from jobs.evaluation.materials import Materials
     from search_spaces.load import load
 
     name, *overrides = config or ["quickstart"]
@@ -191,11 +191,10 @@ def workers(
             shutil.copytree(context.space.generations, place / "generations", ignore=_all_but_raw)
             works = [
                 replace(work, shared=replace(work.shared, cells=str(place / "cells")))
-                for target in context.settings.deltas.targets
-                for work in behaviour_work(context, target, combination(context, target))
-                if len(work.sites) == 1 and work.sites[0].layer >= above
+                for work in Behaviour.plan(Materials(context))
+                if len(work.sites) == 1 and work.sites[0].site.layer >= above
             ]
-            works.sort(key=lambda work: work.sites[0].layer)
+            works.sort(key=lambda work: work.sites[0].site.layer)
             pool = Pool(cluster.Share(1, share.gpus, count))
             list(pool.run(evaluate, works[:1] * count))  # loads the model
             started = time.perf_counter()
@@ -213,10 +212,10 @@ def workers(
 def outside(
     config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
 ) -> None:
+    from jobs.context.context import Context
+    from jobs.context.workspace import TIMELINE
     from jobs.files import MANIFEST, read_json
-    from jobs.study.context import Context
     from jobs.study.stage_list import STAGES
-    from jobs.study.workspace import TIMELINE
     from search_spaces.load import load
 
     name, *overrides = config or ["quickstart"]

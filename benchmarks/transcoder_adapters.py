@@ -39,11 +39,11 @@ from evaluators.splice.patches import Patch
 from evaluators.splice.reference import Reference
 from evaluators.splice.teacher_forcing import Job, score
 from evaluators.tables.statistics import paired_bootstrap, recovered_share
-from jobs.commands.load import Asked, combination, device_for, finetuned, load_bridge, load_sites
+from jobs.capture.activations import Text, plan_of
+from jobs.commands.load import Asked, combination, device_for, finetuned, load_bridge, load_patches
+from jobs.context.context import Context
 from jobs.files import read_json
 from jobs.progress import clock
-from jobs.study.context import Context
-from jobs.study.stages.activations import Text, plan_of
 from models.blocks import exchanged, read_paths
 from models.bridge import device_of, wrap
 from models.sources import load_model
@@ -194,7 +194,7 @@ def main(
     precision = resolve_precision(context.settings.compute.precision, device_for(context))
     bridge = load_bridge(context)
     device = device_of(bridge)
-    patches = [patch.to(device) for patch in load_sites(context, None, asked, bridge)]
+    patches = [patch.to(device) for patch in load_patches(context, None, asked, bridge)]
     sites = [patch.site for patch in patches]
     learnt = text(context, "train", section.train_tokens)
     held_out = text(context, "validation", section.validation_tokens)

@@ -1,10 +1,9 @@
-"""The walls between rooms, and the sizes that keep them readable, read off the source."""
+"""The walls between rooms and the depth of each, read off the source."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -25,12 +24,19 @@ PURE = {"trainers.settings", "evaluators.conditions"}
 """Files of other rooms that the settings follow from; they import nothing heavy."""
 GROUND = {"jobs.errors", "jobs.files", "jobs.seals", "jobs.addresses", "jobs.progress"}
 """Files of `jobs` that every room of it may use."""
+ROOMS_OF_A_STUDY = {
+    *("jobs.context", "jobs.capture", "jobs.evaluation", "jobs.search", "jobs.tracking", "jobs.cluster"),
+    *GROUND,
+}
 INNER = {
     "jobs/cluster": {"jobs.cluster", *GROUND},
     "jobs/tracking": {"jobs.tracking", *GROUND},
     "jobs/search": {"jobs.search", "jobs.cluster", *GROUND},
-    "jobs/study": {"jobs.study", "jobs.search", "jobs.tracking", "jobs.cluster", *GROUND},
-    "jobs/commands": {"jobs.commands", "jobs.study", "jobs.tracking", "jobs.cluster", *GROUND},
+    "jobs/context": {"jobs.context", "jobs.search", "jobs.tracking", "jobs.cluster", *GROUND},
+    "jobs/capture": {"jobs.capture", "jobs.context", *GROUND},
+    "jobs/evaluation": {"jobs.evaluation", "jobs.capture", "jobs.context", *GROUND},
+    "jobs/study": {"jobs.study", *ROOMS_OF_A_STUDY},
+    "jobs/commands": {"jobs.commands", "jobs.study", *ROOMS_OF_A_STUDY},
     "evaluators/splice": {"evaluators.splice", "evaluators.conditions"},
     "evaluators/tables": {"evaluators.tables", "evaluators.conditions"},
     "evaluators/measures": {
@@ -48,7 +54,8 @@ ONLY_IN = {
     "ray": {"jobs/cluster", "jobs/search"},
 }
 WITHOUT_MODELS = ("evaluators/tables", "evaluators/report", "sites")
-MOST_PARAMETERS = 7
+MOST_FLOORS = 8
+"""Files in the longest chain of imports within one room."""
 THE_REFERENCE_TASK = re.compile(
     r"calculator|tool_call(?!s\b)|tool_ood|math_correct|copy_exact|CALL_OPEN|CALL_CLOSE|\"tool\""
 )
@@ -59,8 +66,6 @@ ITS_ROOMS = (
     "evaluators/measures/calculator.py",
     "evaluators/measures/behaviours.py",  # holds the check `calculator`, one function among others
 )
-COMMAND_LINES = ("jobs/cli", "benchmarks")
-"""A command has a parameter for each option."""
 
 
 def sources(*folders: str) -> list[Path]:
@@ -123,18 +128,44 @@ def test_tables_and_reports_never_see_a_model(room: str) -> None:
         assert {name for name in imports(path) if within(name, {"torch", "transformers", "models"})} == set(), path
 
 
-def test_no_files_need_each_other() -> None:
-    """Imports inside functions count too."""
+@cache
+def needs() -> dict[str, set[str]]:
+    """The modules that each module imports, those inside functions too."""
     modules = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in sources(*OURS)}
-    needs = {
-        module: {one for one in modules for name in imports(path) if within(name, {one}) and one != module}
+    return {
+        module: {other for other in modules for name in imports(path) if within(name, {other}) and other != module}
         for module, path in modules.items()
     }
-    left = dict(needs)
+
+
+def test_no_files_need_each_other() -> None:
+    left = dict(needs())
     while free := [module for module, needed in left.items() if not needed & set(left)]:
         for module in free:
             del left[module]
     assert sorted(left) == []
+
+
+def room_of(module: str) -> str:
+    """A folder of `jobs` or `evaluators` with all that is in it, or one of the other packages."""
+    package, *inner, _ = module.split(".")
+    return f"{package}/{inner[0]}" if inner and package in ("jobs", "evaluators") else package
+
+
+def test_rooms_are_shallow() -> None:
+    """A reader of any file reaches the ground of its room in few steps."""
+
+    @cache
+    def chain(module: str) -> tuple[str, ...]:
+        below = [chain(other) for other in needs()[module] if room_of(other) == room_of(module)]
+        return (module, *max(below, key=len, default=()))
+
+    longest: dict[str, tuple[str, ...]] = {}
+    for module in needs():
+        room = room_of(module)
+        longest[room] = max(longest.get(room, ()), chain(module), key=len)
+    deep = {room: " -> ".join(found) for room, found in longest.items() if len(found) > MOST_FLOORS}
+    assert deep == {}
 
 
 def test_every_file_says_what_it_is() -> None:
@@ -148,17 +179,3 @@ def test_nothing_else_knows_of_the_reference_studys_task() -> None:
     templates = [path for folder in OURS for path in (REPOSITORY / folder).rglob("*.jinja")]
     assert templates
     assert [path for path in (*others, *templates) if THE_REFERENCE_TASK.search(path.read_text())] == []
-
-
-def test_functions_carry_few_parameters() -> None:
-    def crowded() -> Iterator[str]:
-        for path in sources(*OURS, "benchmarks"):
-            if any(path.is_relative_to(REPOSITORY / place) for place in COMMAND_LINES):
-                continue
-            for node in ast.walk(parsed(path)):
-                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                    names = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-                    if len([name for name in names if name not in ("self", "cls")]) > MOST_PARAMETERS:
-                        yield f"{path}: {node.name}"
-
-    assert list(crowded()) == []

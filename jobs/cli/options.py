@@ -14,7 +14,7 @@ import typer
 from jobs.errors import RequestError
 
 if TYPE_CHECKING:
-    from jobs.study.context import Context
+    from jobs.context.context import Context
 
 Config = Annotated[
     str, typer.Argument(help="A settings file, or a preset: quickstart, tiny, smollm2, study, gemma2_2b.")
@@ -45,6 +45,6 @@ def context_of(config: str, overrides: list[str] | None) -> Context:
     from search_spaces.load import load
 
     settings = load(config, overrides or [])
-    from jobs.study.context import Context
+    from jobs.context.context import Context
 
     return Context(settings)

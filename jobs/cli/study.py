@@ -62,7 +62,7 @@ def _run(name: str, config: str, overrides: list[str], address: str | None, inse
     settings = load(config, overrides)  # a wrong request is refused before seconds of imports
     if address and address.startswith("ray://"):
         raise typer.Exit(_submit(name, config, overrides, address, insecure, fresh))
-    from jobs.study.context import Context
+    from jobs.context.context import Context
     from jobs.study.sweep import run_sweep
 
     until = "report" if name == "sweep" else name

@@ -12,12 +12,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluators.conditions import CONDITIONS
-from jobs.commands.forecast import WORKERS, Load, forecast, other_kinds
+from jobs.capture.activations import SHARD_TOKENS
+from jobs.commands.forecast import WORKERS, Load, forecast
+from jobs.context.context import Context
+from jobs.context.disk import disk_of, pair_bytes, reads_of
+from jobs.evaluation.kinds import works_of
+from jobs.evaluation.materials import ExpectedMaterials
+from jobs.evaluation.work import Timing
 from jobs.progress import clock
-from jobs.study.context import CARDS_AT_ONCE, Context
-from jobs.study.disk import disk_of, pair_bytes, reads_of
-from jobs.study.stages.activations import SHARD_TOKENS
 from jobs.study.stages.deltas import trials_at_once
 from models.sources import model_facts
 from search_spaces.dimensions import Choice, Range
@@ -153,10 +155,10 @@ def _capture(context: Context, weights: Weights) -> list[float]:
     """Each token once through the model, up to the last layer, for every window of layers; where changes are captured,
     through both models' MLPs in fp32 as well. For bases once more, through the un-finetuned model."""
     section, count = context.settings.activations, model_facts(context.model)["n_layers"]
-    tokens, layers = section.train_tokens + section.validation_tokens, context.layers_of("residual")
-    passes = sum((window[-1] + 1) / count for window in disk_of(context).windows(context.layers))
-    if layers and context.settings.transcoders.source == "train":
-        passes += sum((window[-1] + 1) / count for window in disk_of(context).windows(layers))
+    tokens, sites = section.train_tokens + section.validation_tokens, context.sites_of("residual")
+    passes = sum((window[-1].layer + 1) / count for window in disk_of(context).windows(context.sites))
+    if sites and context.settings.transcoders.source == "train":
+        passes += sum((window[-1].layer + 1) / count for window in disk_of(context).windows(sites))
     exact = FP32 * 2 * weights.mlp * len(context.layers_of("change")) / count
     shards = math.ceil(tokens / SHARD_TOKENS[1])
     return [_products(context, 2 * tokens * (passes * weights.multiplied + exact)) / shards] * shards
@@ -179,7 +181,7 @@ def _deltas(context: Context, workers: int) -> Load:
 def _evaluation(context: Context, weights: Weights) -> list[float]:
     """A pass over whole rows multiplies; one token further, it waits for Python, layer by layer."""
     settings, machine = context.settings, context.settings.machine
-    section, count, subsets = settings.evaluate, model_facts(context.model)["n_layers"], len(context.subsets)
+    section, count = settings.evaluate, model_facts(context.model)["n_layers"]
 
     def passes(rows: float, layers: int = count) -> float:
         flops = 2 * weights.multiplied * rows * machine.row_tokens * layers / count
@@ -189,27 +191,9 @@ def _evaluation(context: Context, weights: Weights) -> list[float]:
         steps = math.ceil(rows / section.batch_size) * machine.answer_passes
         return passes(rows, layers) + steps * layers * machine.layer_ms * 1e-3
 
-    prompts = settings.data.eval_rows
-    units = [answers(prompts)] * (2 * subsets)
-    for target in settings.deltas.targets:
-        for layers, (conditions, doses) in context.sets_of(target).items():
-            controls = [CONDITIONS[name].dosed for name in conditions if CONDITIONS[name].control]
-            runs = sum(len(doses) if dosed else 1 for dosed in controls)
-            unit = answers(prompts * len({*doses, 0.0, 1.0}), count - layers[0]) + runs * answers(prompts)
-            units += [unit] * (subsets * section.replicas)
-    others = {
-        "reconstruction": 3 * passes(prompts * subsets),
-        "ranking": 8 * passes(prompts),
-        "cards": CARDS_AT_ONCE * passes(prompts * subsets) / 2,
-        "change": 2 * passes(prompts * subsets),
-        "width": answers(prompts),
-        "curve": passes(prompts * CURVE_STEPS),
-    }
-    return units + [others[name] for name, number in other_kinds(context).items() for _ in range(number)]
-
-
-CURVE_STEPS = 12
-"""About so many numbers of features are kept on, one after the other."""
+    timing = Timing(count, settings.data.eval_rows, len(context.subsets), passes, answers)
+    works = [work for work in works_of(ExpectedMaterials(context)) if work.cells()]
+    return [work.seconds(timing) for work in works for _ in range(work.units)]
 
 
 def _products(context: Context, flops: float) -> float:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from evaluators.splice.limits import Limits
-from jobs.commands.load import Asked, asked, combination, device_for, finetuned, load_bridge, load_sites
-from jobs.study.context import Context
+from jobs.commands.load import Asked, asked, combination, device_for, finetuned, load_bridge, load_patches
+from jobs.context.context import Context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ def _model(
         return tokenizer, longest, plain_answer
     bridge = load_bridge(context)
     chosen = combination(context, Asked(target))
-    sites = [site.to(device_of(bridge)) for site in load_sites(context, layers, chosen, bridge)]
+    sites = [site.to(device_of(bridge)) for site in load_patches(context, layers, chosen, bridge)]
     edit, passes = Edit(sites, "alpha"), Passes(bridge)
 
     def spliced_answer(tokens: list[int], row: Row) -> str:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from data.files import replacing
 from evaluators.tables.compared_sweeps import ComparedSweep, repeated, settings_that_differ
 from jobs.commands.finished_sweeps import Sources, read_sweeps
+from jobs.context.workspace import storage_root
 from jobs.errors import RequestError
-from jobs.study.workspace import storage_root
 
 if TYPE_CHECKING:
     from rich.console import Console

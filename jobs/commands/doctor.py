@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from jobs.cluster.connection import REPOSITORY
 from jobs.commands import device_checks
-from jobs.study.workspace import storage_root
+from jobs.context.workspace import storage_root
 from models.errors import ModelError
 from models.sources import EMBEDDED, check_hub, check_source
 

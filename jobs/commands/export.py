@@ -8,12 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.commands.load import Asked, combination, finetuned, load_base, load_deltas, load_sites
+from jobs.capture.bases import chosen_base
+from jobs.commands.load import Asked, combination, finetuned, load_base, load_deltas, load_patches
+from jobs.context.context import Context
+from jobs.context.kept import best_of_group
 from jobs.errors import RequestError
+from jobs.evaluation.kinds import Reconstruction
 from jobs.files import read_json
-from jobs.study.context import Context
-from jobs.study.grounds import DeltaGroup, Ground
-from jobs.study.stages.transcoders import chosen_base, taps_of
+from sites import Address, Ground, Site
 
 if TYPE_CHECKING:
     from models.gemma_scope import Candidate
@@ -40,64 +42,66 @@ def export(
         raise RequestError(f"--format: got {kind!r}, allowed are {', '.join(FORMATS)}")
     chosen = ground, d_new = combination(context, asked)
     layers = context.layers_of(ground.target)
-    bases: dict[int, Candidate] = {}
+    bases: dict[Site, Candidate] = {}
     if ground.target == "change":
         deltas = load_deltas(context, layers, chosen)
-        fused = {layer: scaled(without_bos(delta), alpha) for layer, delta in deltas.items()}
+        fused = {site: scaled(without_bos(delta), alpha) for site, delta in deltas.items()}
         if onto_bases:
             bases = _bases(context, asked, list(fused))
-            fused = {layer: fuse(load_base(context, base, layer), fused[layer]) for layer, base in bases.items()}
+            fused = {site: fuse(load_base(context, base, site), fused[site]) for site, base in bases.items()}
     else:
-        sites = load_sites(context, layers, chosen)
-        fused = {site.layer: fuse(site.base, site.delta, alpha) for site in sites if site.base and site.delta}
+        patches = load_patches(context, layers, chosen)
+        fused = {patch.site: fuse(patch.base, patch.transcoder, alpha) for patch in patches if patch.base}
     facts = model_facts(context.model)
     model = exports.ExportedModel(
         name=hub_name(context) or str(finetuned(context)),
         n_layers=facts["n_layers"],
         d_model=facts["d_model"],
         context_size=context.settings.activations.max_length,
-        taps=taps_of(context),
+        kind=context.kind,
     )
     notes = {"sweep": context.settings.name, **ground._asdict(), "d_new": d_new, "alpha": alpha}
     if ground.target == "change":
         error = "error(x) = y_un(x) - base(x), the base's error on the un-finetuned MLP"
         notes["use"] = f"add to the un-finetuned MLP's output, or to base(x) + error(x), {error}"
         if onto_bases:
-            notes["bases"] = {str(layer): base.path for layer, base in bases.items()}
+            notes["bases"] = {site.label: base.path for site, base in bases.items()}
             notes["use"] = f"holds base(x) + alpha * delta(x); the finetuned MLP also needs the error node {error}"
         notes["bos"] = "what the deltas add at BOS, where no transcoder is read, is left out"
     card = model_card(context, Exported(kind, ground, d_new, sorted(fused), alpha, onto_bases))
     if kind == "gemma-scope":
         average_l0 = _average_l0(context, ground, d_new)
-        for layer, base in bases.items():
-            average_l0[layer] += base.average_l0
+        for site, base in bases.items():
+            average_l0[site] += base.average_l0
         return exports.write_gemma_scope(fused, model, folder, average_l0, notes, card)
     if kind == "saelens":
         return exports.write_saelens(fused, model, folder, notes, card)
     return exports.write_circuit_tracer(fused, model, folder, notes, card)
 
 
-def _bases(context: Context, asked: Asked, layers: list[int]) -> dict[int, Candidate]:
-    """The base transcoders of those of `layers` that have one; raises RequestError where none has."""
-    known = [layer for layer in layers if layer in context.layers_of("residual")]
+def _bases(context: Context, asked: Asked, sites: list[Site]) -> dict[Site, Candidate]:
+    """The base transcoders of those of `sites` that have one; raises RequestError where none has."""
+    known = [site for site in sites if site in context.sites_of("residual")]
     if not known:
         raise RequestError(
             f"--onto-bases: the sweep {context.settings.name} has no base transcoders; they come with residual among "
             "deltas.targets"
         )
     ground, _ = combination(context, Asked("residual", asked.percentile, asked.d_new))
-    return {layer: chosen_base(context, layer, ground.percentile) for layer in known}
+    return {site: chosen_base(context, site, ground.percentile) for site in known}
 
 
-def _average_l0(context: Context, ground: Ground, d_new: int) -> dict[int, float]:
+def _average_l0(context: Context, ground: Ground, d_new: int) -> dict[Site, float]:
     """Active features per token of what is exported, measured on the evaluation text or in training."""
-    found: dict[int, float] = {}
-    for layer in context.layers_of(ground.target):
-        best = read_json(context.space.deltas / DeltaGroup(layer, ground, d_new).name / "best.json")
-        found[layer] = best["figures"]["val_l0_delta"]
+    found: dict[Site, float] = {}
+    for site in context.sites_of(ground.target):
+        group = Address(site, ground, d_new)
+        best = best_of_group(context, group)
+        assert best is not None, "its delta has been loaded"
+        found[site] = best["figures"]["val_l0_delta"]
         if ground.target == "residual":
-            name = f"reconstruction_layer_{layer:02d}_{ground.label}_d{d_new:03d}.json"
-            cell: dict[str, Any] = read_json(context.space.cells / name) or {}
-            base = cell.get("l0_base", chosen_base(context, layer, ground.percentile).average_l0)
-            found[layer] = base + cell.get("l0_delta", found[layer])
+            name = Reconstruction.name_of(group)
+            cell: dict[str, Any] = read_json(context.space.cells / f"{name}.json") or {}
+            base = cell.get("l0_base", chosen_base(context, site, ground.percentile).average_l0)
+            found[site] = base + cell.get("l0_delta", found[site])
     return found

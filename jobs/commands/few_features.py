@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.files import MANIFEST
-from jobs.study.context import Context
 
 
 def few_features(context: Context, top: int) -> dict[str, Any]:

@@ -18,10 +18,10 @@ import yaml
 
 from evaluators.tables.compared_sweeps import ComparedSweep, ReportTables, flat, from_metrics, from_tables
 from jobs.addresses import without_secrets
+from jobs.context.workspace import SETTINGS, START, storage_root
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
 from jobs.seals import require
-from jobs.study.workspace import SETTINGS, START, storage_root
 
 if TYPE_CHECKING:
     from jobs.tracking.reader import Reader

@@ -8,15 +8,17 @@ then hands out its units as the engine does: longest first, each to the first wo
 from __future__ import annotations
 
 import heapq
-import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluators.conditions import CONDITIONS
+from jobs.context.context import Context
+from jobs.evaluation.kinds import works_of
+from jobs.evaluation.materials import ExpectedMaterials
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
-from jobs.study.context import CARDS_AT_ONCE, Context
+from sites import Address
 
 WORKERS = (1, 8, 64, 512)
 
@@ -71,78 +73,54 @@ def forecast(loads: Sequence[Load], workers: int) -> Forecast:
 
 
 def measured_loads(context: Context, folder: Path) -> list[Load]:
-    """This sweep's units of work at the mean costs of the sweep in `folder`; empty if that lacks some of the costs."""
+    """This sweep's units of work at the mean costs of the sweep in `folder`; empty if that lacks some of the costs. The
+    raw models' cells, which are few, are left out."""
     settings = context.settings
-    deltas, evaluate = settings.deltas, settings.evaluate
-    residual, trained = len(context.layers_of("residual")), settings.transcoders.source == "train"
+    residual, trained = context.sites_of("residual"), settings.transcoders.source == "train"
     trials = _seconds(folder.glob("lora/trial_*/result.json"))
     bases = _seconds(folder.glob(f"transcoders/layer_*/{MANIFEST}"))
-    of_kind = {}
-    for group in context.delta_groups:
-        kind = "change" if group.ground.target == "change" else "[pl]*"
-        of_kind[kind, group.d_new] = _seconds(
-            folder.glob(f"deltas/layer_*/{kind}/d{group.d_new:03d}/trial_*/result.json")
-        )
-    behaviour = {target: _seconds(_cells_of(folder, target)) for target in deltas.targets}
-    others = {name: _seconds(folder.glob(f"cells/{name}_*.json")) for name in other_kinds(context)}
-    needed = [*of_kind.values(), *behaviour.values(), *others.values()]
+    delta_costs, cell_costs = _delta_seconds(folder), _cell_seconds(folder)
+    groups = [(group.ground.target, group.d_new) for group in context.delta_groups]
+    works = [work for work in works_of(ExpectedMaterials(context)) if work.sites and work.cells()]
+    kinds = [(work.kind, work.sites[0].ground.target) for work in works]
+    needed = [*(delta_costs[group] for group in groups), *(cell_costs[kind] for kind in kinds)]
     needed += [trials] * (settings.model.finetuned is None)
     needed += [bases] * (trained and bool(residual))
     if not all(needed):
         return []
-    # One piece of work is a set of layers on one subset: all its strengths are rows in the same batches.
-    pieces = [
-        _mean(behaviour[target]) * (len(doses) + len(conditions))
-        for target in deltas.targets
-        for conditions, doses in context.sets_of(target).values()
-    ]
-    delta_units = []
-    for group in context.delta_groups:
-        kind = "change" if group.ground.target == "change" else "[pl]*"
-        delta_units += [_mean(of_kind[kind, group.d_new])] * deltas.trials
-    cells = pieces * (len(context.subsets) * evaluate.replicas)
-    cells += [_mean(seconds) for name, seconds in others.items() for _ in range(other_kinds(context)[name])]
-    every = [one for seconds in of_kind.values() for one in seconds]
+    cells: list[float] = []
+    for work, kind in zip(works, kinds, strict=True):
+        cells += [_mean(cell_costs[kind]) * len(work.cells()) / work.units] * work.units
+    delta_units = [_mean(delta_costs[group]) for group in groups for _ in range(settings.deltas.trials)]
+    every = [one for group in dict.fromkeys(groups) for one in delta_costs[group]]
     adapters = []
     if settings.model.finetuned is None:
         adapters = [Load("lora", [_mean(trials)] * settings.lora.trials, _alone(folder / "lora", trials))]
-    layers = residual
     return [
         *adapters,
-        Load("transcoders", [_mean(bases)] * layers if trained else [], _alone(folder / "transcoders", bases)),
+        Load("transcoders", [_mean(bases)] * len(residual) * trained, _alone(folder / "transcoders", bases)),
         Load("deltas", delta_units, _alone(folder / "deltas", every)),
         Load("evaluate", cells),
     ]
 
 
-def other_kinds(context: Context) -> dict[str, int]:
-    """How many cells of each kind beside behaviour a sweep evaluates."""
-    settings, residual = context.settings, len(context.layers_of("residual"))
-    width = settings.evaluate.d_new or max(settings.deltas.d_new)
-    found = {"reconstruction": residual * len(settings.deltas.selections) * len(settings.deltas.d_new)}
-    found["ranking"] = residual * bool(context.cards_of("residual"))
-    found["cards"] = residual * _pieces(context.cards_of("residual"), width)
-    if "change" in settings.deltas.targets:
-        features = len(context.layers_of("change")) * (width + 1)
-        found["change"] = len(settings.deltas.d_new)
-        found["ranking"] += bool(context.cards_of("change")) or settings.evaluate.curve
-        found["cards"] += _pieces(context.cards_of("change"), features)
-        ranked = sum(CONDITIONS[one].ranked for one in settings.evaluate.controls)
-        found["width"] = (
-            (len(settings.deltas.d_new) - 1) * (1 + ranked) * len(context.subsets) * settings.evaluate.widths
-        )
-        found["curve"] = settings.evaluate.curve * len(context.subsets)
-    return {name: count for name, count in found.items() if count}
+def _delta_seconds(folder: Path) -> dict[tuple[str, int], list[float]]:
+    """Of finished trials, by target and d_new."""
+    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for path in sorted(folder.glob("deltas/layer_*/*/d*/trial_*/result.json")):
+        group = Address.parse(str(path.parents[1].relative_to(folder / "deltas")))
+        found[group.ground.target, group.d_new] += _seconds([path])
+    return found
 
 
-def _pieces(cards: int, features: int) -> int:
-    """Pieces of work that the cards of one ranking are."""
-    return math.ceil(min(cards, features) / CARDS_AT_ONCE)
-
-
-def _cells_of(folder: Path, target: str) -> list[Path]:
-    """Behaviour cells of a target's deltas."""
-    return [path for path in folder.glob("cells/layer_*.json") if ("_change_" in path.name) == (target == "change")]
+def _cell_seconds(folder: Path) -> dict[tuple[str, str], list[float]]:
+    """Of finished cells, by kind and target."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for path in sorted(folder.glob("cells/*.json")):
+        cell = read_json(path)
+        if cell and cell.get("seconds") and "kind" in cell:
+            found[cell["kind"], cell["target"]].append(cell["seconds"])
+    return found
 
 
 def schedule_rows(context: Context, folder: Path, workers: int | None) -> list[tuple[str, str]]:

@@ -9,22 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaluators.layer_sets import layer_label
-
 from data.readers import UNLABELLED
 from data.rows import Row, make_row
+from jobs.capture.bases import chosen_base, root
+from jobs.context.context import Context
+from jobs.context.kept import delta_folder
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
 from jobs.seals import SEAL, require
-from jobs.study.context import Context
-from jobs.study.grounds import DeltaGroup, Ground
-from jobs.study.stages.site_plans import delta_folder
-from jobs.study.stages.transcoders import chosen_base, root, taps_of
+from sites import Address, Ground, Site, sites_label
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from evaluators.splice.interventions import Site
+    from evaluators.splice.patches import Patch
     from models.gemma_scope import Candidate
     from models.transcoder import Transcoder
 
@@ -41,7 +39,7 @@ def finetuned(context: Context) -> Path:
 
 def load_bridge(context: Context) -> TransformerBridge:
     """The finetuned model in fp32 on this machine's first device."""
-    from jobs.study.stages.worker_memory import bridge
+    from jobs.capture.worker_memory import bridge
 
     return bridge(str(finetuned(context)), device_for(context), "fp32")
 
@@ -90,53 +88,55 @@ def combination(context: Context, asked: Asked) -> tuple[Ground, int]:
     return Ground(target, percentile if target == "residual" else None), d_new
 
 
-def load_sites(
+def load_patches(
     context: Context, layers: list[int] | None, chosen: tuple[Ground, int], bridge: TransformerBridge | None = None
-) -> list[Site]:
-    """The sites of `layers` (None: all of the target); a change delta's ground is read beside the `bridge`'s model.
+) -> list[Patch]:
+    """The patches of `layers` (None: all of the target); a change delta's ground is read beside the `bridge`'s model.
 
     Raises RequestError for a layer without deltas, or a group without a kept one.
     """
-    from evaluators.splice.interventions import Site
+    from evaluators.splice.patches import Patch
     from models.blocks import read_paths
 
     ground, _ = chosen
     known = context.layers_of(ground.target)
     for layer in layers or []:
         if layer not in known:
-            raise RequestError(f"--layer: got {layer}, but the {ground.target} deltas have {layer_label(known)}")
+            raise RequestError(
+                f"--layer: got {layer}, but the {ground.target} deltas have {sites_label(map(context.site, known))}"
+            )
     deltas = load_deltas(context, layers or known, chosen)
     if ground.target == "change":
         paths = read_paths(bridge or load_bridge(context), context.model, list(deltas))
-        return [Site(layer, paths[layer], delta) for layer, delta in deltas.items()]
-    bases = {layer: chosen_base(context, layer, ground.percentile) for layer in deltas}
-    return [Site(layer, load_base(context, bases[layer], layer), delta) for layer, delta in deltas.items()]
+        return [Patch(site, paths[site], delta) for site, delta in deltas.items()]
+    bases = {site: chosen_base(context, site, ground.percentile) for site in deltas}
+    return [Patch(site, load_base(context, bases[site], site), delta) for site, delta in deltas.items()]
 
 
-def load_base(context: Context, base: Candidate, layer: int) -> Transcoder:
+def load_base(context: Context, base: Candidate, site: Site) -> Transcoder:
     """A base transcoder; raises RequestError where it was trained here and is damaged."""
     from models.gemma_scope import read
 
     folder = Path(root(context)) / base.path
     if context.settings.transcoders.source == "train":
         require(folder / "config.json", folder / "params.npz")
-    return read(root(context), base, layer, taps_of(context))
+    return read(root(context), base, site)
 
 
-def load_deltas(context: Context, layers: list[int], chosen: tuple[Ground, int]) -> dict[int, Transcoder]:
+def load_deltas(context: Context, layers: list[int], chosen: tuple[Ground, int]) -> dict[Site, Transcoder]:
     """The kept deltas of `layers`."""
     from models.deltas import read_delta
 
     found = {}
     for layer in layers:
-        group = DeltaGroup(layer, *chosen)
+        group = Address(context.site(layer), *chosen)
         folder = delta_folder(context, group)
         if folder is None:
             section = context.settings.deltas
             raise RequestError(
-                f"no kept delta under {context.space.deltas / group.name}; the sweep has targets {section.targets}, "
+                f"no kept delta under {context.space.deltas / group.folder}; the sweep has targets {section.targets}, "
                 f"percentiles {section.percentiles} and d_new {section.d_new}"
             )
         require(folder / "config.json", folder / "delta.safetensors")
-        found[layer] = read_delta(folder)
+        found[group.site] = read_delta(folder)
     return found

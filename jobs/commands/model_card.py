@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from evaluators.layer_sets import layer_label
+from jobs.capture.bases import taps_of
+from jobs.context.context import Context
+from jobs.context.kept import best_of_group, error_name
 from jobs.files import read_json
-from jobs.study.context import Context
-from jobs.study.grounds import DeltaGroup, Ground, error_name
-from jobs.study.stages.transcoders import taps_of
 from models.adapters import is_adapter
 from models.sources import repository_of
+from sites import Address, Ground, sites_label
 
 TEMPLATE = "model_card.md.jinja"
 TAGS = ["transcoder", "mechanistic-interpretability", "deltascope"]
@@ -55,7 +55,7 @@ def model_card(context: Context, exported: Exported) -> str:
         kind=exported.kind,
         target=exported.ground.target,
         onto_bases=exported.onto_bases,
-        layers=layer_label(exported.layers),
+        layers=sites_label(map(context.site, exported.layers)),
         first=min(exported.layers),
         d_new=exported.d_new,
         alpha=f"{exported.alpha:g}",
@@ -109,7 +109,7 @@ def _figures(context: Context, exported: Exported) -> list[dict[str, str]]:
     if not all(file.is_file() for file in files):
         return []
     gaps, recovered = (pd.read_csv(file, dtype={"layer": str}) for file in files)
-    place = {"target": exported.ground.target, "layer": layer_label(exported.layers)}
+    place = {"target": exported.ground.target, "layer": sites_label(map(context.site, exported.layers))}
     condition = "full" if exported.alpha == 1 else "alpha"
     deltas = {"condition": condition, "alpha": exported.alpha, "d_new": exported.d_new}
     if exported.ground.percentile is not None:
@@ -148,8 +148,10 @@ def _deltas(context: Context, exported: Exported) -> list[dict[str, str]]:
     """L0 and error of each layer's kept delta on the validation text."""
     rows = []
     for layer in exported.layers:
-        group = DeltaGroup(layer, exported.ground, exported.d_new)
-        figures = read_json(context.space.deltas / group.name / "best.json")["figures"]
+        group = Address(context.site(layer), exported.ground, exported.d_new)
+        best = best_of_group(context, group)
+        assert best is not None, "it has just been exported"
+        figures = best["figures"]
         left = figures[error_name(exported.ground.target)]
         rows.append({"layer": str(layer), "l0": f"{figures['val_l0_delta']:.1f}", "unexplained": f"{left:.3f}"})
     return rows

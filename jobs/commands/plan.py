@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evaluators.conditions import CONDITIONS
-from evaluators.layer_sets import layer_label
+from jobs.capture.bases import chosen_base
 from jobs.commands.assumed import assumed_rows, memory_rows
-from jobs.commands.forecast import WORKERS, other_kinds, schedule_rows
+from jobs.commands.forecast import WORKERS, schedule_rows
 from jobs.commands.status import Rows, finetuned_row
+from jobs.context.context import Context
+from jobs.context.disk import bytes_needed, disk_of, pair_bytes, reads_of
 from jobs.errors import RequestError
+from jobs.evaluation.kinds import works_of
+from jobs.evaluation.materials import ExpectedMaterials
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
-from jobs.study.context import Context
-from jobs.study.disk import bytes_needed, disk_of, pair_bytes, reads_of
-from jobs.study.grounds import selection_label
+from jobs.study.finetuned import check_models
 from jobs.study.stage_list import STAGES
-from jobs.study.stages.finetuned import check_models
-from jobs.study.stages.transcoders import chosen_base
+from sites import sites_label
 
 
 def plan_rows(context: Context, measured: Path | None = None, workers: int | None = None) -> Rows:
@@ -32,13 +32,14 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     settings = context.settings
     deltas = settings.deltas
     groups = len(context.delta_groups)
+    cells = sum(len(work.cells()) for work in works_of(ExpectedMaterials(context)))
     prompts = len(context.subsets) * settings.data.eval_rows
     rows = [
         ("model", settings.model.source),
         finetuned_row(context),
         *((f"{target} deltas", _deltas(context, target)) for target in deltas.targets),
         ("delta groups", f"{groups}, {groups * deltas.trials} trials"),
-        ("evaluation", f"{_cells(context)} cells, {prompts} prompts"),
+        ("evaluation", f"{cells} cells, {prompts} prompts"),
         ("disk", _disk(context)),
         *_reads(context),
         *_bases(context),
@@ -56,28 +57,13 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
 
 
 def _deltas(context: Context, target: str) -> str:
-    sets = ", ".join(layer_label(layers) for layers in context.sets_of(target) if len(layers) > 1)
+    sets = ", ".join(sites_label(sites) for sites in context.sets_of(target) if len(sites) > 1)
     widths = ", ".join(map(str, context.settings.deltas.d_new))
-    return f"layers {layer_label(context.layers_of(target))}, d_new {widths}" + (f"; sets {sets}" if sets else "")
-
-
-def _cells(context: Context) -> int:
-    """Cells of the evaluation, counted as the stage makes them."""
-    evaluate, deltas = context.settings.evaluate, context.settings.deltas
-    change = "change" in deltas.targets
-    behaviour = 1 + (change or any(CONDITIONS[one].model == "base" for one in evaluate.controls))
-    for target in deltas.targets:
-        for names, doses in context.sets_of(target).values():
-            conditions = [CONDITIONS[one] for one in names]
-            between = sum(dose not in (0.0, 1.0) for dose in doses)
-            behaviour += len(doses) + sum(between if one.dosed else 1 for one in conditions)
-            seeded = sum(one.uses_delta for one in conditions) + sum(dose != 0 for dose in doses)
-            behaviour += (evaluate.replicas - 1) * seeded
-    return len(context.subsets) * behaviour + sum(other_kinds(context).values())
+    return f"layers {sites_label(context.sites_of(target))}, d_new {widths}" + (f"; sets {sets}" if sets else "")
 
 
 def _disk(context: Context) -> str:
-    needed, parts = bytes_needed(context), len(disk_of(context).windows(context.layers))
+    needed, parts = bytes_needed(context), len(disk_of(context).windows(context.sites))
     return f"{needed / 1e9:.2f} GB" + (f" at most, {parts} windows of layers one after the other" if parts > 1 else "")
 
 
@@ -112,12 +98,12 @@ def _bases(context: Context) -> Rows:
         targets = ", ".join(f"{target:g}" for target in section.target_l0)
         return [("bases", f"trained here, width {section.width}, target L0 {targets}")]
     rows = []
-    for layer in context.layers_of("residual"):
+    for site in context.sites_of("residual"):
         chosen = [
-            f"{selection_label(percentile)} {chosen_base(context, layer, percentile).path}"
-            for percentile in context.settings.deltas.selections
+            f"{ground.label} {chosen_base(context, site, ground.percentile).path}"
+            for ground in context.grounds_of("residual")
         ]
-        rows.append((f"bases of layer {layer}", ", ".join(chosen)))
+        rows.append((f"bases of layer {site.label}", ", ".join(chosen)))
     return rows
 
 

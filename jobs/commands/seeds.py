@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from data.rows import DataError
 from jobs.cluster import connection as cluster
 from jobs.commands.compare import Sources, as_page, compare, page_path, show, write
+from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
 from jobs.progress import Progress
-from jobs.study.context import Context
 from jobs.study.sweep import run_sweep
 from models.errors import ModelError
 from search_spaces.load import load

@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from jobs.context import keys
+from jobs.context.context import Context
 from jobs.files import MANIFEST, is_for, read_json
 from jobs.progress import clock, read_progress
 from jobs.seals import SEAL
-from jobs.study import keys
-from jobs.study.context import Context
 from jobs.study.stage_list import STAGES
 
 Rows = list[tuple[str, str]]
@@ -35,7 +35,7 @@ def status_rows(context: Context) -> Rows:
     else:
         results = _results(space.lora, keys.lora_group(settings))
         rows.append(("LoRA trials", _counts(results, settings.lora.trials)))
-    groups = [(space.deltas / one.name, keys.delta_group(settings, one)) for one in context.delta_groups]
+    groups = [(space.deltas / one.folder, keys.delta_group(settings, one)) for one in context.delta_groups]
     results = [result for folder, key in groups for result in _results(folder, key)]
     rows.append(("delta trials", _counts(results, len(groups) * settings.deltas.trials)))
     cells = [path for path in space.cells.glob("*.json") if path.name not in (MANIFEST, SEAL)]

@@ -5,10 +5,10 @@ In: a `Context` whose sweep has results. Out: the runs that MLflow is missing; e
 
 from __future__ import annotations
 
+from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
 from jobs.files import MANIFEST
 from jobs.study.backfill import tell
-from jobs.study.context import Context
 from jobs.study.stage_list import STAGES
 
 

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 
+from jobs.context.workspace import storage_root
 from jobs.errors import RequestError, WorkFailed
-from jobs.study.workspace import storage_root
 from jobs.tracking.opening_view import pages
 from jobs.tracking.reader import comparison
 

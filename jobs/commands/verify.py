@@ -8,10 +8,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
 from jobs.progress import clock
 from jobs.seals import SEAL, Damage, damage
-from jobs.study.context import Context
 from jobs.study.mending import find
 from jobs.study.stage_list import STAGES
 from jobs.study.stores import problems

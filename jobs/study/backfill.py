@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from jobs.context.context import Context
+from jobs.evaluation.kinds import COLUMNS
 from jobs.files import MANIFEST, read_json
-from jobs.study.context import Context
 from jobs.study.stage_list import STAGES, Stage
 from jobs.study.stages.data import metrics_of
 from jobs.study.stages.report import headlines
@@ -68,7 +69,7 @@ def _deltas(context: Context) -> None:
 
 
 def _cells(context: Context) -> None:
-    record_cells(context.tracker, context.space.cells, read_json(context.space.cells / MANIFEST)["cells"])
+    record_cells(context.tracker, context.space.cells, read_json(context.space.cells / MANIFEST)["cells"], COLUMNS)
 
 
 def _report(context: Context) -> None:

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.rows import sha256_of
+from jobs.context.context import Context
+from jobs.context.workspace import FINETUNED, START, VALIDATION_FILE
 from jobs.errors import DamagedFileError
 from jobs.files import KEY, MANIFEST, read_json
 from jobs.seals import SEAL, SMALL, Damage, Seen, damage, listed, seal
-from jobs.study.context import Context
 from jobs.study.pair import examine
 from jobs.study.stage_list import STAGES, Stage
-from jobs.study.workspace import FINETUNED, START, VALIDATION_FILE
 
 ASIDE = "set_aside"
 ADDED = "was not written by this sweep"

@@ -19,9 +19,9 @@ from typing import Any
 import fsspec
 
 from jobs.addresses import without_secrets
+from jobs.context.workspace import START
 from jobs.errors import RequestError
 from jobs.files import read_json, write_json
-from jobs.study.workspace import START
 
 PASS_SECONDS = 20.0
 LEDGER = ".mirror.json"

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.context import keys
+from jobs.context.context import Context
+from jobs.context.fingerprints import hash_of
+from jobs.context.workspace import PAIR, VALIDATION_FILE
 from jobs.errors import RequestError
 from jobs.files import is_finished, read_json, short_hash, write_json
-from jobs.study import keys
-from jobs.study.context import Context
-from jobs.study.fingerprints import hash_of
-from jobs.study.workspace import PAIR, VALIDATION_FILE
 from models.errors import ModelError
 from models.sources import EMBEDDED, TINY
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from jobs.context import keys
+from jobs.context.context import Context
+from jobs.context.workspace import FINETUNED, PAIR
 from jobs.files import MANIFEST, is_finished
 from jobs.seals import SEAL, files_in
-from jobs.study import keys
-from jobs.study.context import Context
-from jobs.study.workspace import FINETUNED, PAIR
 
 
 class Stage(NamedTuple):
@@ -54,7 +54,7 @@ STAGES = (
     Stage(
         "transcoders",
         lambda c: c.space.transcoders,
-        lambda c: keys.transcoders(c.settings, c.layers_of("residual")),
+        lambda c: keys.transcoders(c.settings, c.sites_of("residual")),
         ("activations", "transcoders"),
         ("transcoders",),
     ),

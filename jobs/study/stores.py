@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from jobs.study.context import Context, tracking_uri
+from jobs.context.context import Context, tracking_uri
 from jobs.study.stage_list import STAGES
 
 SEARCHES = ("lora", "deltas")

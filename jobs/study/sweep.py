@@ -19,19 +19,19 @@ import yaml
 from jobs.addresses import without_secrets
 from jobs.cluster import connection as cluster
 from jobs.cluster import environment
+from jobs.context.context import Context
+from jobs.context.disk import bytes_needed
+from jobs.context.workspace import PAIR, SETTINGS
 from jobs.errors import WorkFailed
 from jobs.files import MANIFEST, read_json, write_json
 from jobs.progress import clock
 from jobs.seals import seal
 from jobs.study.backfill import open_stage, send_missing, tell, told_apart_by
-from jobs.study.context import Context
-from jobs.study.disk import bytes_needed
+from jobs.study.finetuned import check_models
 from jobs.study.mending import mend
 from jobs.study.mirror import mirrored
 from jobs.study.stage_list import NAMES, STAGES, Stage
-from jobs.study.stages.finetuned import check_models
 from jobs.study.stores import put_aside, untold
-from jobs.study.workspace import PAIR, SETTINGS
 from search_spaces.schema import Sweep
 
 
@@ -48,7 +48,7 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
         progress.line(f"sweep {space.name} in {space.folder}")
         if not Path(context.settings.model.source).is_dir():
             progress.line(f"model {context.settings.model.source}")
-        _ = context.source, context.layers
+        _ = context.source, context.sites
         check_models(context)
         stages = STAGES[: NAMES.index(until) + 1]
         if fresh or not context.space.data.is_dir():

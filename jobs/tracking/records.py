@@ -5,12 +5,13 @@ In: results as stored on disk. Out: runs under their stage, named like the files
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.files import read_json
 from jobs.tracking.writer import Record, Tracker
+from sites import Address
 
 STATUS = {"COMPLETE": "FINISHED", "STOPPED": "KILLED", "FAILED": "FAILED"}
 
@@ -59,38 +60,26 @@ def record_base(tracker: Tracker, layer: int, key: str, base: dict[str, Any]) ->
     )
 
 
-def record_cells(tracker: Tracker, folder: Path, names: Iterable[str]) -> None:
+def record_cells(tracker: Tracker, folder: Path, names: Iterable[str], columns: Mapping[str, Sequence[str]]) -> None:
+    """Cells by their names; `columns` says of each kind which fields become parameters."""
     from evaluators.tables.pooling import cell_metrics
 
     for name in names:
         cell = read_json(folder / f"{name}.json")
-        record_cell(tracker, name, cell, cell_metrics(cell))
-
-
-def record_cell(tracker: Tracker, name: str, cell: dict[str, Any], metrics: dict[str, Any]) -> None:
-    places = (
-        "kind",
-        "target",
-        "layers",
-        "layer",
-        "percentile",
-        "d_new",
-        "condition",
-        "alpha",
-        "subset",
-        "base",
-        "convention",
-    )
-    tracker.record(
-        Record(
-            f"evaluate/{name}@{cell['key']}",
-            name,
-            "evaluate",
-            params={key: _shown(cell[key]) for key in places if cell.get(key) not in (None, "")},
-            metrics=metrics,
-            seconds=cell["seconds"],
+        tracker.record(
+            Record(
+                f"evaluate/{name}@{cell['key']}",
+                name,
+                "evaluate",
+                params={
+                    column: _shown(cell[column])
+                    for column in columns.get(cell["kind"], ())
+                    if cell.get(column) not in (None, "")
+                },
+                metrics=cell_metrics(cell),
+                seconds=cell["seconds"],
+            )
         )
-    )
 
 
 def _shown(value: Any) -> Any:
@@ -99,11 +88,10 @@ def _shown(value: Any) -> Any:
 
 
 def _place(group: str) -> dict[str, Any]:
-    """`layer_08/p0.50/d032` as parameters."""
-    parts = group.split("/")
-    if len(parts) != 3:
+    """`layer_08/p0.50/d032` as parameters; none for a group that is not of deltas."""
+    try:
+        site, ground, d_new = Address.parse(group)
+    except ValueError:
         return {}
-    layer, selection, d_new = parts
-    base = {"percentile": float(selection[1:])} if selection.startswith("p") else {}
-    target = "change" if selection == "change" else "residual"
-    return {"layer": int(layer[6:]), "target": target, **base, "d_new": int(d_new[1:])}
+    base = {} if ground.percentile is None else {"percentile": ground.percentile}
+    return {"layer": site.layer, "target": ground.target, **base, "d_new": d_new}

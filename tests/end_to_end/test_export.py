@@ -14,9 +14,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from jobs.commands.export import FORMATS, export
-from jobs.commands.load import Asked, combination, load_deltas, load_sites
+from jobs.commands.load import Asked, combination, load_deltas
+from jobs.context.context import Context
 from jobs.errors import RequestError
-from jobs.study.context import Context
 from models.gemma_scope import read_npz
 from search_spaces.load import load
 

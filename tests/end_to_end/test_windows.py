@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from jobs.study.context import Context
-from jobs.study.disk import layer_bytes
+from jobs.context.context import Context
+from jobs.context.disk import site_bytes
 from search_spaces.load import load
+from sites import Site
 from tests.end_to_end.conftest import SMALL, together
 from tests.end_to_end.damage import tables
 
 
 @pytest.mark.long("a whole sweep in windows, begun with fewer trials", minutes=2)
 def test_windows_and_recomputing_change_no_table_and_leave_no_activations(seeds, tmp_path: Path) -> None:
-    one_layer = layer_bytes(Context(load("tiny", [*SMALL, f"storage.root={tmp_path}"])), 1)
+    one_layer = site_bytes(Context(load("tiny", [*SMALL, f"storage.root={tmp_path}"])), Site(1))
     parts = ("tiny", *SMALL, f"storage.root={tmp_path}", f"storage.budget_gb={one_layer / 1e9!r}")
     parts = (*parts, "storage.base_errors=recomputed")
     planned, begun, parted = commands = together(

@@ -8,8 +8,7 @@ import json
 import pytest
 import yaml
 
-from jobs.study import keys
-from jobs.study.grounds import DeltaGroup, Ground
+from jobs.context import keys
 from search_spaces.dimensions import Choice, Range
 from search_spaces.load import SettingsError, load, presets
 from search_spaces.schema import Sweep

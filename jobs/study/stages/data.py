@@ -13,10 +13,10 @@ from data.readers import Reading
 from data.rows import Row, read_rows, slug
 from data.user_files import SPLITS
 from evaluators.measures.behaviours import subsets_of
+from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
 from jobs.files import read_json, write_json
-from jobs.study.context import Context
-from jobs.study.stages.finetuned import check_rows_encode
+from jobs.study.finetuned import check_rows_encode
 
 RULES = {
     "exact": "the same label, input and target",

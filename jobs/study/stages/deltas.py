@@ -1,7 +1,7 @@
 """Stage 4, deltas: the delta transcoders of every layer, target, base and d_new.
 
-In: the finetuned model, the un-finetuned one, the bases and text. Out: for every group, `deltas/layer_LL/change/dNNN/`
-or `deltas/layer_LL/pP/dNNN/`, the trials' `trial_NNNN/{delta.safetensors,config.json,result.json}` and `best.json`;
+In: the finetuned model, the un-finetuned one, the bases and text. Out: for every group, `deltas/SITE/change/dNNN/`
+or `deltas/SITE/pP/dNNN/`, the trials' `trial_NNNN/{delta.safetensors,config.json,result.json}` and `best.json`;
 `base_errors` adds what bases leave, `polish` may add `deltas/polished/`.
 """
 
@@ -13,26 +13,25 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluators.layer_sets import layer_label
-
-from jobs.cluster import environment
-from jobs.errors import WorkFailed
-from jobs.files import keyed_folder, write_json
-from jobs.seals import seal
-from jobs.study import keys
-from jobs.study.context import Context
-from jobs.study.disk import disk_of, drop, on_gpu
-from jobs.study.grounds import error_name
-from jobs.study.stages.activations import capture_finetuned
-from jobs.study.stages.base_errors import (
+from jobs.capture.activations import capture_finetuned
+from jobs.capture.bases import (
     Residuals,
     compute_base_errors,
     read_residuals,
     residuals_of,
     without_base_errors,
 )
-from jobs.study.stages.moments import fitted, write_moments
-from jobs.study.stages.polish import polish_widths
+from jobs.capture.moments import fitted, write_moments
+from jobs.cluster import environment
+from jobs.context import keys
+from jobs.context.context import Context
+from jobs.context.disk import disk_of, drop, on_gpu
+from jobs.context.kept import error_name, replica_folder
+from jobs.errors import WorkFailed
+from jobs.files import keyed_folder, write_json
+from jobs.seals import seal
+from jobs.study.polish import polish_widths
+from sites import Address, Site, sites_label
 from trainers.settings import DeltaSettings, settings_of
 
 if TYPE_CHECKING:
@@ -49,24 +48,24 @@ def run(context: Context) -> dict[str, Any]:
     from jobs.tracking.records import record_trial
 
     groups, disk = delta_groups(context), disk_of(context)
-    asked = {int(group.constants["layer"]) for group in groups}
-    if disk.apart:  # activations of finished layers are not made again
-        unfinished = {int(group.constants["layer"]) for group in groups if missing_trials(group)}
-        asked = unfinished | without_base_errors(context)
-    parts = disk.windows(sorted(asked))
-    for number, layers in enumerate(parts, start=1):
+    needed = {address.site for address in groups}
+    if disk.apart:  # activations of finished sites are not made again
+        unfinished = {address.site for address, group in groups.items() if missing_trials(group)}
+        needed = unfinished | without_base_errors(context)
+    parts = disk.windows(sorted(needed))
+    for number, sites in enumerate(parts, start=1):
         if disk.apart:
-            context.progress.line(f"  window {number} of {len(parts)}: layers {layer_label(tuple(layers))}")
-            drop(context, keep=layers)
-        capture_finetuned(context, layers)
-        compute_base_errors(context, layers)
-        _search(context, [group for group in groups if group.constants["layer"] in layers], len(groups))
+            context.progress.line(f"  window {number} of {len(parts)}: layers {sites_label(sites)}")
+            drop(context, keep=sites)
+        capture_finetuned(context, sites)
+        compute_base_errors(context, sites)
+        _search(context, [group for address, group in groups.items() if address.site in sites], len(groups))
         if disk.apart:
-            write_moments(context, [place for place in fitted(context) if place[0] in layers])
+            write_moments(context, [place for place in fitted(context) if place[0] in sites])
             drop(context)
     shutil.rmtree(context.space.folder / ".tune", ignore_errors=True)
     kept = {}
-    for group in groups:
+    for group in groups.values():
         results = trials_of(group)
         for result in results:  # an earlier driver may have died before tracking them
             record_trial(context.tracker, STAGE, group.name, result)
@@ -107,24 +106,23 @@ def _search(context: Context, groups: list[Group], of: int) -> None:
         )
 
 
-def delta_groups(context: Context) -> list[Group]:
-    """One search group for each layer, ground and d_new."""
+def delta_groups(context: Context) -> dict[Address, Group]:
+    """One search group for each site, ground and d_new."""
     from jobs.search.studies import Group
 
     settings, section = context.settings, context.settings.deltas
     space = {one: getattr(section.space, one) for one in type(section.space).model_fields}
-    groups = []
+    groups = {}
     for one in context.delta_groups:
         key = keys.delta_group(settings, one)
-        folder = keyed_folder(context.space.deltas / one.name, key)
+        folder = keyed_folder(context.space.deltas / one.folder, key)
         residual = one.ground.target == "residual"
         constants = {
-            "layer": one.layer,
+            "site": one.site,
             "target": one.ground.target,
             "activations": str(context.space.activations / "finetuned"),
-            "residuals": residual and residuals_of(context, one.layer, one.ground)._asdict(),
+            "residuals": residual and residuals_of(context, one.site, one.ground)._asdict(),
             "device": context.device,
-            "convention": settings.transcoders.convention,
             "precision": settings.compute.precision,
             "threads": context.share.cpus,
             "workers": section.workers_per_trial,
@@ -132,22 +130,20 @@ def delta_groups(context: Context) -> list[Group]:
             "checkpoint_seconds": settings.compute.checkpoint_seconds,
             "settings": settings_of(DeltaSettings, section, d_new=one.d_new, seed=settings.seed),
         }
-        groups.append(
-            Group(
-                one.name,
-                folder,
-                space,
-                section.trials,
-                # The first, random values are the same for every d_new, so that widths are compared like for like.
-                keys.search_seed(settings, one.layer, one.ground),
-                constants,
-                f"{settings.name}/{STAGE}/{one.name}@{key}",
-                section.sampler,
-                tuple(section.objectives.replace("val_error", error_name(one.ground.target)).split(", ")),
-                section.warm_start and f"{section.warm_start}/{STAGE}/{one.name}",
-                reads=f"layer_{one.layer:02d}/{one.ground.label}",
-                side_by_side=side_by_side(context),
-            )
+        groups[one] = Group(
+            one.folder,
+            folder,
+            space,
+            section.trials,
+            # The first, random values are the same for every d_new, so that widths are compared like for like.
+            keys.search_seed(settings, one.site, one.ground),
+            constants,
+            f"{settings.name}/{STAGE}/{one.folder}@{key}",
+            section.sampler,
+            tuple(section.objectives.replace("val_error", error_name(one.ground.target)).split(", ")),
+            section.warm_start and f"{section.warm_start}/{STAGE}/{one.folder}",
+            reads=f"{one.site.folder}/{one.ground.label}",
+            side_by_side=side_by_side(context),
         )
     return groups
 
@@ -204,8 +200,8 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     of = config["residuals"] and Residuals(
         **{**config["residuals"], "candidate": tuple(config["residuals"]["candidate"])}
     )
-    taps = CONVENTIONS[config["convention"]]
-    data = pairs(Path(config["activations"]), config["layer"], taps, of or None, config["device"])
+    taps = CONVENTIONS[config["site"].kind.reading]
+    data = pairs(Path(config["activations"]), config["site"], taps, of or None, config["device"])
     reported: list[list[dict[str, Any]]] = [[] for _ in members]
 
     def note(number: int, figures: dict[str, Any]) -> None:
@@ -245,7 +241,7 @@ def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any]) -> None:
     from models.transcoder import with_bos
     from trainers.capture import read_bos
 
-    at_bos = read_bos(Path(config["activations"]))[config["layer"]] if config["target"] == "change" else None
+    at_bos = read_bos(Path(config["activations"]))[config["site"].layer] if config["target"] == "change" else None
     losses = trained.figures["val_loss_replicas"]
     ranked = sorted(range(len(losses)), key=losses.__getitem__)
     for rank, index in reversed(list(enumerate(ranked))):
@@ -260,17 +256,12 @@ def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any]) -> None:
     seal(folder)
 
 
-def replica_folder(trial: Path, rank: int) -> Path:
-    """The folder of one of a trial's seeds, ranked by validation loss; the best, rank 0, has the trial's own."""
-    return trial / f"replica_{rank}" if rank else trial
-
-
 @lru_cache(maxsize=1)
-def pairs(activations: Path, layer: int, taps: Taps, of: Residuals | None, device: str) -> DeltaData:
-    """What the trials of a layer and ground share, `of` being what a base leaves there, if there is one; in the memory
+def pairs(activations: Path, site: Site, taps: Taps, of: Residuals | None, device: str) -> DeltaData:
+    """What the trials of a site and ground share, `of` being what a base leaves there, if there is one; in the memory
     of a GPU where it fits. A worker keeps the last."""
     from trainers.delta_data import read_change
 
     pairs.cache_clear()  # before the next is read
-    data = read_change(activations, layer, taps) if of is None else read_residuals(of)
+    data = read_change(activations, site.layer, taps) if of is None else read_residuals(of)
     return data._replace(train=data.train.near(device), validation=data.validation.near(device))

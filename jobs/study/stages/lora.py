@@ -14,12 +14,12 @@ from typing import Any
 
 from data.files import replacing
 from jobs.cluster import environment
+from jobs.context import keys
+from jobs.context.context import Context
 from jobs.errors import WorkFailed
 from jobs.files import key_of, keyed_folder, write_json
 from jobs.seals import Listed, listed, seal
-from jobs.study import keys
-from jobs.study.context import Context
-from jobs.study.stages import finetuned
+from jobs.study import finetuned
 from search_spaces.dimensions import Choice, Range
 from search_spaces.schema import Sweep
 from search_spaces.training import LoraSpace

@@ -12,18 +12,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluators.layer_sets import layer_label
+from jobs.capture.bases import base_folder, chosen_base
+from jobs.context.context import Context
+from jobs.context.kept import error_name
+from jobs.context.workspace import SETTINGS, VALIDATION_FILE
+from jobs.evaluation.kinds import checks_file
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
-from jobs.study.context import Context
-from jobs.study.grounds import DeltaGroup, Ground, error_name
+from jobs.study.finetuned import merge_check
 from jobs.study.stages.data import notes_of
-from jobs.study.stages.evaluate import checks_file
-from jobs.study.stages.finetuned import merge_check
 from jobs.study.stages.lora import STAGE as LORA
 from jobs.study.stages.lora import study_name
-from jobs.study.stages.transcoders import chosen_base
-from jobs.study.workspace import SETTINGS, VALIDATION_FILE
+from sites import Address, Ground, mlp_sites, sites_label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,15 +95,15 @@ def base_transcoders(context: Context) -> list[dict[str, Any]]:
     """One row for each (layer, percentile): the base that was chosen, and its figures if it was trained here."""
     rows = []
     here = context.settings.transcoders.source == "train"
-    for layer in context.layers_of("residual"):
-        manifest = read_json(context.space.transcoders / f"layer_{layer}" / MANIFEST) if here else None
+    for site in context.sites_of("residual"):
+        manifest = read_json(base_folder(context, site) / MANIFEST) if here else None
         trained = {one["path"]: one for one in manifest["bases"]} if manifest else {}
         for percentile in context.settings.deltas.selections:
-            base = chosen_base(context, layer, percentile)
+            base = chosen_base(context, site, percentile)
             names = ("target_l0", "val_l0", "val_fvu", "dead_fraction", "revived", "tokens")
             known = trained.get(base.path, {})
             figures = {name: known[name] for name in names if name in known}
-            rows.append({"layer": layer, "percentile": percentile, "path": base.path, **figures})
+            rows.append({"layer": site.layer, "percentile": percentile, "path": base.path, **figures})
     return rows
 
 
@@ -113,7 +113,7 @@ def delta_trials(context: Context) -> list[dict[str, Any]]:
     rows = []
     section = context.settings.deltas
     for group in context.delta_groups:
-        folder = context.space.deltas / group.name
+        folder = context.space.deltas / group.folder
         best = read_json(folder / "best.json")
         objectives = tuple(section.objectives.replace("val_error", error_name(group.ground.target)).split(", "))
         front = pareto_front(_results(folder), objectives) if len(objectives) > 1 else None
@@ -121,7 +121,7 @@ def delta_trials(context: Context) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "target": group.ground.target,
-                    "layer": group.layer,
+                    "layer": group.site.layer,
                     "percentile": group.ground.percentile,
                     "d_new": group.d_new,
                     "trial": one["trial"],
@@ -137,9 +137,9 @@ def delta_trials(context: Context) -> list[dict[str, Any]]:
     return rows
 
 
-def _before(context: Context, group: DeltaGroup) -> float | None:
+def _before(context: Context, group: Address) -> float | None:
     """What the base under a residual delta leaves of the un-finetuned model's output on held-out text."""
-    found = read_json((context.space.deltas / group.name).parent / "base_error.json")
+    found = read_json((context.space.deltas / group.folder).parent / "base_error.json")
     return (found or {}).get("val_fvu_base_unfinetuned")
 
 
@@ -156,7 +156,7 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
     found += _fits(kept)
     found.append(_wider_is_no_worse(kept))
     for name, key in read_json(context.space.cells / MANIFEST)["exactness"].items():
-        exactness = read_json(checks_file(context, name)) or {"key": None}
+        exactness = read_json(checks_file(context.space.cells, name)) or {"key": None}
         if exactness["key"] == key:
             found += exactness["checks"]
         else:
@@ -224,7 +224,7 @@ def facts(context: Context) -> dict[str, str]:
         **({"finetuned model": f"{settings.model.finetuned}, {_how(context)}"} if settings.model.finetuned else {}),
         **_what_changed(context),
         **{
-            f"{target} deltas": f"layers {layer_label(context.layers_of(target))}, d_new "
+            f"{target} deltas": f"layers {sites_label(context.sites_of(target))}, d_new "
             + ", ".join(map(str, settings.deltas.d_new))
             for target in settings.deltas.targets
         },
@@ -249,7 +249,9 @@ def _what_changed(context: Context) -> dict[str, str]:
     if known is None:
         return {}
     left_out = (
-        {"left out": f"MLPs without a change: layers {layer_label(context.unchanged)}"} if context.unchanged else {}
+        {"left out": f"MLPs without a change: layers {sites_label(mlp_sites(context.unchanged))}"}
+        if context.unchanged
+        else {}
     )
     notes = {"notes on the pair": "; ".join(known["notes"])} if known["notes"] else {}
     return {"finetuning changed": known["in_words"], **left_out, **notes}

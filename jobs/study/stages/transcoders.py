@@ -11,21 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.capture.activations import capture_base
+from jobs.capture.bases import base_folder, root, taps_of
+from jobs.capture.worker_memory import bridge
 from jobs.cluster.fanout import Pool
+from jobs.context import keys
+from jobs.context.context import Context
+from jobs.context.disk import disk_of, drop
+from jobs.context.workspace import TIMELINE
 from jobs.errors import WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json
 from jobs.seals import seal
-from jobs.study import keys
-from jobs.study.context import Context
-from jobs.study.disk import disk_of, drop
-from jobs.study.grounds import selection_label
-from jobs.study.stages.activations import capture_base
-from jobs.study.stages.worker_memory import bridge
-from jobs.study.workspace import TIMELINE
 from models.gemma_scope import Candidate, candidates, read, select, width_label, write
 from models.sources import model_facts
-from models.transcoder import CONVENTIONS, Taps, check_fits
+from models.transcoder import check_fits
+from sites import Site
 from trainers.settings import BaseSettings, settings_of
 
 L0_TOLERANCE = 0.1
@@ -33,16 +34,15 @@ L0_TOLERANCE = 0.1
 
 
 class LayerTask(NamedTuple):
-    """The base transcoders of one layer, as passed to a worker."""
+    """The base transcoders of one site, as passed to a worker."""
 
-    layer: int
+    site: Site
     activations: str
     folder: str
     key: str
     settings: BaseSettings
     device: str
     precision: str
-    convention: str
     threads: int
     workers: int
     resources: dict[str, float]
@@ -50,38 +50,20 @@ class LayerTask(NamedTuple):
 
 
 def run(context: Context) -> dict[str, Any]:
-    if context.settings.transcoders.source == "train" and context.layers_of("residual"):
+    if context.settings.transcoders.source == "train" and context.sites_of("residual"):
         _train(context)
     chosen: dict[str, dict[str, str]] = {}
-    for layer in context.layers_of("residual"):
-        found = candidates(root(context), layer, context.settings.transcoders.width)
-        for percentile in context.settings.deltas.selections:
-            candidate = select(found, percentile, context.settings.deltas.target_l0)
-            _check(context, candidate, layer)
-            chosen.setdefault(str(layer), {})[selection_label(percentile).removeprefix("p")] = candidate.path
+    for site in context.sites_of("residual"):
+        found = candidates(root(context), site.layer, context.settings.transcoders.width)
+        for ground in context.grounds_of("residual"):
+            candidate = select(found, ground.percentile, context.settings.deltas.target_l0)
+            _check(context, candidate, site)
+            chosen.setdefault(site.label, {})[ground.label.removeprefix("p")] = candidate.path
     return {"source": context.settings.transcoders.source, "chosen": chosen}
 
 
-def root(context: Context) -> str:
-    """The folder or hub repository that holds the bases."""
-    source = context.settings.transcoders.source
-    return str(context.space.transcoders) if source == "train" else source
-
-
-def taps_of(context: Context) -> Taps:
-    """The taps that the sweep's transcoders read and replace."""
-    return CONVENTIONS[context.settings.transcoders.convention]
-
-
-def chosen_base(context: Context, layer: int, percentile: float | None) -> Candidate:
-    """The base that a percentile, or the target L0, selects for a layer."""
-    settings = context.settings
-    found = candidates(root(context), layer, settings.transcoders.width)
-    return select(found, percentile, settings.deltas.target_l0)
-
-
 def train_layer(task: LayerTask) -> dict[str, Any]:
-    """Trains one layer's bases side by side, here or on several workers; writes them and a manifest."""
+    """Trains one site's bases side by side, here or on several workers; writes them and a manifest."""
     started = time.perf_counter()
     bridge.cache_clear()  # the capture's model is no longer needed
     if task.workers == 1:
@@ -92,7 +74,7 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
         found = train_together(train, task._asdict(), task.retries)
     seal(Path(task.folder))
     finish_folder(Path(task.folder), task.key, {**found, "seconds": time.perf_counter() - started})
-    return {"layer": task.layer, **found}
+    return {"layer": task.site.layer, **found}
 
 
 def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
@@ -101,20 +83,18 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
 
     from trainers.activations import read_pairs
     from trainers.base_transcoder import train_bases
-    from trainers.capture import layer_folder
     from trainers.distributed import processes
     from trainers.precision import resolve_precision
 
     task = LayerTask(**config)
     torch.set_num_threads(task.threads)
     writes = processes(task.device).index == 0
-    splits = [layer_folder(Path(task.activations) / split, task.layer) for split in ("train", "validation")]
+    splits = [Path(task.activations) / split / task.site.folder for split in ("train", "validation")]
     trained = train_bases(
         read_pairs(splits[0]),
         read_pairs(splits[1]),
         replace(task.settings, precision=resolve_precision(task.precision, task.device)),
-        layer=task.layer,
-        taps=CONVENTIONS[task.convention],
+        site=task.site,
         device=task.device,
     )
     folder = Path(task.folder)
@@ -126,58 +106,57 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
         path = folder / width_label(task.settings.width) / name
         if writes:
             write(one.transcoder, path, one.facts)
-        facts.append({"layer": task.layer, "path": str(path.relative_to(folder.parent)), **one.facts})
+        facts.append({"layer": task.site.layer, "path": str(path.relative_to(folder.parent)), **one.facts})
     return {"bases": facts}
 
 
 def _train(context: Context) -> None:
     from jobs.tracking.records import record_base
 
-    settings, space = context.settings, context.space
+    settings = context.settings
     folders = {
-        layer: keyed_folder(space.transcoders / f"layer_{layer}", keys.base(settings, layer))
-        for layer in context.layers_of("residual")
+        site: keyed_folder(base_folder(context, site), keys.base(settings, site))
+        for site in context.sites_of("residual")
     }
-    missing = [layer for layer, folder in folders.items() if not is_finished(folder, keys.base(settings, layer))]
+    missing = [site for site, folder in folders.items() if not is_finished(folder, keys.base(settings, site))]
     disk = disk_of(context)
-    for layers in disk.windows(missing):
+    for sites in disk.windows(missing):
         if disk.apart:
-            drop(context, keep=layers)
-        _train_window(context, {layer: folders[layer] for layer in layers})
+            drop(context, keep=sites)
+        _train_window(context, {site: folders[site] for site in sites})
     if missing and disk.apart:
         drop(context)
-    for layer, folder in folders.items():
+    for site, folder in folders.items():
         for base in read_json(folder / "manifest.json")["bases"]:
             if abs(base["val_l0"] / base["target_l0"] - 1) > L0_TOLERANCE:
                 context.progress.line(
-                    f"  layer {layer}: L0 is {base['val_l0']:.1f} instead of {base['target_l0']:g}, "
+                    f"  layer {site.label}: L0 is {base['val_l0']:.1f} instead of {base['target_l0']:g}, "
                     f"{base['dead_fraction']:.0%} of the features are dead (val_fvu {base['val_fvu']:.3f})"
                 )
-            record_base(context.tracker, layer, keys.base(settings, layer), base)
+            record_base(context.tracker, site.layer, keys.base(settings, site), base)
 
 
-def _train_window(context: Context, folders: dict[int, Path]) -> None:
-    """Captures these layers and trains their bases."""
+def _train_window(context: Context, folders: dict[Site, Path]) -> None:
+    """Captures these sites and trains their bases."""
     settings, section = context.settings, context.settings.transcoders
     activations = capture_base(context, list(folders))
     tasks = [
         LayerTask(
-            layer=layer,
+            site=site,
             activations=str(activations),
             folder=str(folder),
-            key=keys.base(settings, layer),
+            key=keys.base(settings, site),
             settings=settings_of(
                 BaseSettings, section, width=section.width, target_l0=section.target_l0, seed=settings.seed
             ),
             device=context.device,
             precision=settings.compute.precision,
-            convention=section.convention,
             threads=context.share.cpus,
             workers=section.workers_per_layer,
             resources=context.share.resources,
             retries=settings.compute.max_retries,
         )
-        for layer, folder in folders.items()
+        for site, folder in folders.items()
     ]
     pool = context.pool
     if section.workers_per_layer > 1:  # which need the machine
@@ -187,16 +166,16 @@ def _train_window(context: Context, folders: dict[int, Path]) -> None:
     with context.progress.bar("base transcoders", len(tasks), "layers") as bar:
         for outcome in pool.run(train_layer, tasks, settings.compute.max_retries):
             if outcome.error:
-                raise WorkFailed(f"base transcoders of layer {outcome.task.layer}: {outcome.error}")
+                raise WorkFailed(f"base transcoders of layer {outcome.task.site.label}: {outcome.error}")
             bar.advance()
     if pool is not context.pool:
         pool.close()
 
 
-def _check(context: Context, candidate: Candidate, layer: int) -> None:
+def _check(context: Context, candidate: Candidate, site: Site) -> None:
     facts = model_facts(context.model)
     check_fits(
-        read(root(context), candidate, layer, taps_of(context)),
+        read(root(context), candidate, site.layer, taps_of(context)),
         d_model=facts["d_model"],
         n_layers=facts["n_layers"],
         taps=taps_of(context),

@@ -12,9 +12,9 @@ import pytest
 from jobs.cluster import address as addresses
 from jobs.cluster import connection, environment
 from jobs.cluster.address import Address, chosen
+from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.progress import Progress
-from jobs.study.context import Context
 from jobs.study.sweep import run_sweep
 from search_spaces.load import load
 from tests.end_to_end.conftest import environment as variables

@@ -9,8 +9,8 @@ import pytest
 
 from jobs.cluster import sockets
 from jobs.cluster.sockets import check_temporary_folder
+from jobs.context.context import Context
 from jobs.errors import RequestError
-from jobs.study.context import Context
 from search_spaces.load import load
 from tests.end_to_end.conftest import environment, run
 

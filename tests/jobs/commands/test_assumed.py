@@ -11,7 +11,7 @@ from transformers import Gemma2Config
 
 from jobs.commands.assumed import Weights, assumed_loads, assumed_rows, memory_rows, weights_of
 from jobs.commands.forecast import Load
-from jobs.study.context import Context
+from jobs.context.context import Context
 from models.sources import load_model
 from search_spaces.load import load
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.search.databases import is_file, open_database
-from jobs.study.context import Context
 from search_spaces.load import load
 
 SECRETS = ("me-myself", "s3cret", "s3", "cret")

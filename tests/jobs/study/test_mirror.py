@@ -10,11 +10,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from jobs.context.workspace import START
 from jobs.errors import RequestError
 from jobs.files import write_json
 from jobs.study import mirror as module
 from jobs.study.mirror import Mirror, mirrored
-from jobs.study.workspace import START
 
 
 @pytest.fixture(scope="module")

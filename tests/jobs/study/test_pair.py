@@ -13,18 +13,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from jobs.context import fingerprints, keys
+from jobs.context.context import Context
+from jobs.context.disk import disk_of
+from jobs.context.workspace import FINETUNED, VALIDATION_FILE
 from jobs.errors import RequestError
 from jobs.files import finish, keyed_folder, write_json
-from jobs.study import fingerprints, keys
-from jobs.study.context import Context
-from jobs.study.disk import disk_of
+from jobs.study.finetuned import check_models, merge_check
 from jobs.study.pair import note
-from jobs.study.stages.finetuned import check_models, merge_check
 from jobs.study.sweep import start_over
-from jobs.study.workspace import FINETUNED, VALIDATION_FILE
 from models.errors import ModelError
 from models.weights import open_weights
 from search_spaces.load import load as load_settings
+from sites import mlp_sites
 
 Make = Callable[..., Context]
 
@@ -77,13 +78,13 @@ def test_unchanged_layers_are_left_out_and_said(
     sweep: Make, changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     context = sweep(f"model.finetuned={changed('layers.2.mlp.up', 'layers.0.post_attention', 'layers.1.self_attn')}")
-    assert context.layers == [0, 1, 2]
+    assert context.sites == mlp_sites([0, 1, 2])
     printed = said(context, capsys)
     assert "the MLPs of layer 1 are unchanged" in printed
     assert "up_proj in layer 2" in printed
-    assert context.layers_of("change") == context.layers == [0, 2]
-    assert {group.layer for group in context.delta_groups} == {0, 2}
-    assert set(disk_of(context).sizes) == {0, 2}
+    assert context.sites_of("change") == context.sites == mlp_sites([0, 2])
+    assert {group.site for group in context.delta_groups} == {*mlp_sites([0, 2])}
+    assert set(disk_of(context).sizes) == {*mlp_sites([0, 2])}
     again = Context(context.settings)
     assert again.layers_of("change") == [0, 2], "which other commands read from disk"
 
@@ -94,7 +95,7 @@ def test_sets_of_layers_leave_out_what_is_unchanged(
     finetuned = changed("layers.0.mlp", "layers.2.mlp")
     context = sweep(f"model.finetuned={finetuned}", "evaluate.sets=[all, [1, 2], [1], each]")
     said(context, capsys)
-    assert set(context.sets_of("change")) == {(0, 2), (2,), (0,)}
+    assert set(context.sets_of("change")) == {tuple(mlp_sites(layers)) for layers in ((0, 2), (2,), (0,))}
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_a_coarser_finetuned_model_is_compared_with_a_rounded_base(
     printed = said(context, capsys)
     assert "coarser" in printed
     assert "finetuning changed down_proj in layer 1" in printed
-    assert context.layers == [1]
+    assert context.sites == mlp_sites([1])
     assert context.source == llama_folder.resolve()
     assert context.model != context.source
     held = load_file(llama_folder / "model.safetensors")
@@ -151,7 +152,7 @@ def test_an_adapter_is_known_by_its_modules_before_it_is_merged(
     last = adapter_on(load, llama_folder, tmp_path / "last", target_modules=["up_proj"], layers_to_transform=[2])
     context = sweep(f"model.finetuned={last}")
     assert "the MLPs of layers 0-1 are unchanged" in said(context, capsys)
-    assert context.layers == [2]
+    assert context.sites == mlp_sites([2])
 
 
 def test_touched_files_of_a_merged_adapter_change_nothing(
@@ -166,13 +167,13 @@ def test_touched_files_of_a_merged_adapter_change_nothing(
     write_json(keyed_folder(context.space.lora, key) / VALIDATION_FILE, {"key": key, "changed": changed})
     finish(context.space.lora, key, {})
     note(context, changed, exact=True)
-    assert context.layers == [0, 2]
+    assert context.sites == mlp_sites([0, 2])
     for file in adapter.iterdir():
         os.utime(file)
     again = Context(context.settings)
     assert again.pair is None
     assert "finetuning changed up_proj in layers 0, 2" in said(again, capsys)
-    assert again.layers == [0, 2]
+    assert again.sites == mlp_sites([0, 2])
 
 
 @pytest.mark.parametrize(
@@ -192,13 +193,13 @@ def test_another_pair_is_looked_at_anew(
 ) -> None:
     one, other = changed("layers.0.mlp"), changed("layers.1.mlp")
     said(first := sweep(f"model.finetuned={one}"), capsys)
-    assert first.layers == [0]
+    assert first.sites == mlp_sites([0])
     second = sweep(f"model.finetuned={other}")
     assert second.pair is None
     said(second, capsys)
-    assert second.layers == [1]
+    assert second.sites == mlp_sites([1])
     note(second, ["model.layers.2.mlp.up_proj.weight"], exact=True)
-    assert second.layers == [2]
+    assert second.sites == mlp_sites([2])
 
 
 def test_starting_over_keeps_what_is_known_of_an_adopted_pair_alone(
@@ -206,13 +207,13 @@ def test_starting_over_keeps_what_is_known_of_an_adopted_pair_alone(
 ) -> None:
     said(adopted := sweep(f"model.finetuned={changed('layers.1.mlp')}"), capsys)
     start_over(adopted)
-    assert adopted.layers == Context(adopted.settings).layers == [1]
+    assert adopted.sites == Context(adopted.settings).sites == mlp_sites([1])
     trained = sweep()
     write_json(trained.space.folder / FINETUNED, {"key": "of an adapter"})
     note(trained, ["model.layers.2.mlp.up_proj.weight"], exact=True)
-    assert trained.layers == [2]
+    assert trained.sites == mlp_sites([2])
     start_over(trained)
-    assert trained.layers == [0, 1, 2]
+    assert trained.sites == mlp_sites([0, 1, 2])
 
 
 def test_each_file_is_read_whole_once(
@@ -230,7 +231,7 @@ def test_each_file_is_read_whole_once(
     monkeypatch.setattr(fingerprints, "_known", {})
     monkeypatch.setattr(fingerprints, "_read_from", set())
     context = sweep(f"model.finetuned={changed('mlp')}")
-    _ = context.layers, context.pair
+    _ = context.sites, context.pair
     assert read == [], "nothing is hashed before the pair is looked at"
     said(context, capsys)
     assert sorted(Path(name).name for name in read) == ["model.safetensors"] * 2

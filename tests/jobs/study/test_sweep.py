@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from jobs.cluster.connection import Share
+from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
-from jobs.study.context import Context
+from jobs.study import stages
 from jobs.study.stage_list import NAMES, STAGES
 from jobs.study.sweep import check_unchanged, check_workers
 from search_spaces.load import load
@@ -38,3 +39,8 @@ def test_a_base_that_is_written_anew_while_a_stage_runs_fails_it(tmp_path: Path,
     for stage, key in zip(stages, keys, strict=True):
         with pytest.raises(WorkFailed, match=f"the {stage.name} stage reads, changed while it ran"):
             check_unchanged(context, stage, key)
+
+
+def test_the_folder_of_stages_holds_stages_and_nothing_else() -> None:
+    files = {path.stem for path in Path(stages.__file__).parent.glob("*.py")}
+    assert files - {"__init__"} == set(NAMES)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from jobs.context import keys
+from jobs.context.workspace import Workspace, storage_root
 from jobs.errors import RequestError
 from jobs.files import finish, is_finished, key_of, keyed_folder, read_json, write_json
-from jobs.study import keys
-from jobs.study.grounds import DeltaGroup, Ground
-from jobs.study.workspace import Workspace, storage_root
 from search_spaces.load import load
 from search_spaces.schema import Sweep
+from sites import Address, Ground, Site, mlp_sites
 
 
 def test_equal_values_give_equal_keys() -> None:
@@ -70,13 +70,13 @@ def test_a_job_keeps_its_results_out_of_the_upload(tmp_path: Path, monkeypatch: 
     assert storage_root("mlruns") == tmp_path / "mlruns"
 
 
-LAYERS = [1, 2]
+SITES = mlp_sites([1, 2])
 
 
-def groups(settings: Sweep) -> list[DeltaGroup]:
-    """A group of each target in every layer and width."""
+def groups(settings: Sweep) -> list[Address]:
+    """A group of each target at every site and width."""
     grounds = Ground("change"), Ground("residual", 0.25)
-    return [DeltaGroup(layer, one, d_new) for one in grounds for layer in LAYERS for d_new in settings.deltas.d_new]
+    return [Address(site, one, d_new) for one in grounds for site in SITES for d_new in settings.deltas.d_new]
 
 
 def changed(*overrides: str) -> set[str]:
@@ -87,9 +87,9 @@ def changed(*overrides: str) -> set[str]:
         "lora": keys.lora,
         "lora trials": keys.lora_group,
         "base activations": keys.base_activations,
-        "transcoders": lambda settings: keys.transcoders(settings, LAYERS),
-        "change group": lambda settings: keys.delta_group(settings, DeltaGroup(1, Ground("change"), 4)),
-        "residual group": lambda settings: keys.delta_group(settings, DeltaGroup(1, Ground("residual", 0.25), 4)),
+        "transcoders": lambda settings: keys.transcoders(settings, SITES),
+        "change group": lambda settings: keys.delta_group(settings, Address(Site(1), Ground("change"), 4)),
+        "residual group": lambda settings: keys.delta_group(settings, Address(Site(1), Ground("residual", 0.25), 4)),
         "deltas": lambda settings: keys.deltas(settings, groups(settings)),
         "evaluate": lambda settings: keys.evaluate(settings, groups(settings)),
         "report": lambda settings: keys.report(settings, groups(settings)),

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.encoding import pad_left
-from jobs.study.stages.moments import MomentsTask, compute_moments
+from jobs.capture.moments import MomentsTask, compute_moments
 from models.blocks import read_paths
 from models.bridge import hooked
 from models.transcoder import CONVENTIONS

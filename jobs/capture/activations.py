@@ -1,12 +1,12 @@
 """Activation capture across the cluster: each worker runs some shards of the same plan.
 
-In: a model folder and the data stage's text and rows. Out: `activations/{base,finetuned}/{train,validation}/layer_LL`.
+In: a model folder and the data stage's text and rows. Out: `activations/{base,finetuned}/{train,validation}/SITE`.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 
 from data.encoding import encode_prompt, encode_row, encode_text
 from data.rows import read_lines, read_rows
+from jobs.capture.worker_memory import ModelSpec, bridge, exact_paths
+from jobs.context import keys
+from jobs.context.context import Context
 from jobs.errors import WorkFailed
 from jobs.files import keyed_folder
-from jobs.study import keys
-from jobs.study.context import Context
-from jobs.study.stages.work import ModelSpec
-from jobs.study.stages.worker_memory import bridge, exact_paths
 from models.transcoder import CONVENTIONS, GEMMA_SCOPE_TAPS
+from sites import Site
 from trainers.activations import INDEX, captured_columns, damaged_files, names_in
-from trainers.capture import Plan, finish_capture, layer_folder, read_bos
+from trainers.capture import Plan, finish_capture, read_bos
 
 SPLITS = ("train", "validation")
 SHARDS, SHARD_TOKENS = 8, (4096, 16384)
-"""A split is cut into so many shards, of tokens between these bounds: the unit of work, of resuming and of memory."""
+"""Number of shards of a split, and the bounds of their tokens: the unit of work, of resuming and of memory."""
 
 
 class Text(NamedTuple):
@@ -43,33 +43,33 @@ class Text(NamedTuple):
 
 
 class ShardTask(NamedTuple):
-    """One shard, as passed to a worker; `layers` with the columns wanted of each beside x."""
+    """One shard, as passed to a worker; `sites` with the columns wanted of each besides x."""
 
     text: Text
     shard: int
     model: ModelSpec
     base_model: str
     folder: str
-    layers: tuple[tuple[int, frozenset[str]], ...]
+    sites: tuple[tuple[Site, frozenset[str]], ...]
 
 
 class BosTask(NamedTuple):
-    """The change at BOS of some layers, as passed to a worker, and rows that begin with it."""
+    """The change at BOS of some sites, as passed to a worker, and rows that begin with it."""
 
     model: ModelSpec
     base_model: str
-    layers: tuple[int, ...]
+    sites: tuple[Site, ...]
     folder: str
     rows: str
 
 
-Wanted = dict[str, dict[int, frozenset[str]]]
-"""By split and layer, the columns beside x."""
+Wanted = dict[str, dict[Site, frozenset[str]]]
+"""By split and site, the columns besides x."""
 
 
-def capture_base(context: Context, layers: Sequence[int], splits: tuple[str, ...] = SPLITS) -> Path:
-    """x and y of the un-finetuned model in those of `layers` that have base transcoders; returns the splits' folder."""
-    columns = {layer: frozenset({"y"}) for layer in context.layers_of("residual") if layer in layers}
+def capture_base(context: Context, sites: Collection[Site], splits: tuple[str, ...] = SPLITS) -> Path:
+    """x and y of the un-finetuned model in those of `sites` that have base transcoders; returns the splits' folder."""
+    columns = {site: frozenset({"y"}) for site in context.sites_of("residual") if site in sites}
     spec = _spec(context, context.model, context.settings.compute.precision)
     wanted = dict.fromkeys(splits, columns)
     return _capture(context, "base", spec, wanted, keys.base_activations(context.settings))
@@ -80,13 +80,13 @@ def finetuned_folder(context: Context) -> Path:
     return keyed_folder(context.space.activations / "finetuned", keys.finetuned_activations(context.settings))
 
 
-def capture_finetuned(context: Context, layers: Sequence[int], splits: tuple[str, ...] = SPLITS) -> Path:
-    """What the deltas of `layers` are trained on, from one pass of the finetuned model; returns the splits' folder.
+def capture_finetuned(context: Context, sites: Collection[Site], splits: tuple[str, ...] = SPLITS) -> Path:
+    """What the deltas of `sites` are trained on, from one pass of the finetuned model; returns the splits' folder.
 
     Held-out text also gets the change where residual deltas are trained, to say how much of a residual it is. A change
     is a small difference of two outputs, so where deltas are trained on it, everything runs in fp32 on a CPU.
     """
-    change, residual = (set(context.layers_of(target)) & set(layers) for target in ("change", "residual"))
+    change, residual = (set(context.sites_of(target)) & set(sites) for target in ("change", "residual"))
     # A path reads what the MLP reads, and nothing else.
     readable = CONVENTIONS[context.settings.transcoders.convention] == GEMMA_SCOPE_TAPS
     wanted: Wanted = {}
@@ -94,12 +94,13 @@ def capture_finetuned(context: Context, layers: Sequence[int], splits: tuple[str
         with_change = change if split == "train" or not readable else change | residual
         columns = (("change", with_change), ("y", residual))
         wanted[split] = {
-            layer: frozenset(name for name, having in columns if layer in having) for layer in sorted(change | residual)
+            site: frozenset(name for name, having in columns if site in having) for site in sorted(change | residual)
         }
     exact = context.device == "cpu" and "change" in context.settings.deltas.targets
     spec = _spec(context, context.finetuned, "fp32" if exact else context.settings.compute.precision)
     folder = _capture(context, "finetuned", spec, wanted, keys.finetuned_activations(context.settings))
-    if missing := sorted(change - read_bos(folder).keys()):
+    known = read_bos(folder)
+    if missing := sorted(site for site in change if site.layer not in known):
         task = BosTask(spec, str(context.model), tuple(missing), str(folder), str(context.rows / "evaluation.jsonl"))
         for outcome in context.pool.run(capture_bos, [task], context.settings.compute.max_retries):
             if outcome.error:
@@ -110,25 +111,24 @@ def capture_finetuned(context: Context, layers: Sequence[int], splits: tuple[str
 def _spec(context: Context, model: Path, precision: str) -> ModelSpec:
     from trainers.precision import resolve_precision
 
-    convention = context.settings.transcoders.convention
-    return ModelSpec(str(model), context.device, resolve_precision(precision, context.device), convention)
+    return ModelSpec(str(model), context.device, resolve_precision(precision, context.device))
 
 
 def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key: str) -> Path:
-    """Captures every layer that lacks a wanted column."""
+    """Captures every site that lacks a wanted column."""
     folder = keyed_folder(context.space.activations / name, key)
-    set_damaged_aside(context, [layer_folder(folder / split, layer) for split in wanted for layer in wanted[split]])
+    set_damaged_aside(context, [folder / split / site.folder for split in wanted for site in wanted[split]])
     missing = {
         split: {
-            layer: columns
-            for layer, columns in layers.items()
-            if not columns <= captured_columns(layer_folder(folder / split, layer))
+            site: columns
+            for site, columns in sites.items()
+            if not columns <= captured_columns(folder / split / site.folder)
         }
-        for split, layers in wanted.items()
+        for split, sites in wanted.items()
     }
-    for split, layers in missing.items():
-        for layer, columns in layers.items():  # its shards may hold other columns
-            there = layer_folder(folder / split, layer)
+    for split, sites in missing.items():
+        for site, columns in sites.items():  # its shards may hold other columns
+            there = folder / split / site.folder
             if any(not columns <= names_in(shard) for shard in there.glob("*.safetensors")):
                 shutil.rmtree(there)
     tasks = [
@@ -144,8 +144,9 @@ def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key:
                 raise WorkFailed(f"capture of the {name} model: {outcome.error}")
             bar.advance()
     for text in _texts(context):
-        layers = missing.get(text.split, {})
-        finish_capture(plan_of(text), layers, folder / text.split, CONVENTIONS[model.convention])
+        done = {site.layer: columns for site, columns in missing.get(text.split, {}).items()}
+        taps = CONVENTIONS[context.settings.transcoders.convention]
+        finish_capture(plan_of(text), done, folder / text.split, taps)
     return folder
 
 
@@ -168,27 +169,30 @@ def set_damaged_aside(context: Context, folders: list[Path]) -> None:
 
 
 def capture_task(task: ShardTask) -> None:
-    """Captures one shard of every layer, unless it is already on disk."""
+    """Captures one shard of every site, unless it is already on disk."""
     from trainers.capture import Columns, capture_shard
 
     loaded = bridge(task.model.folder, task.model.device, task.model.precision)
-    changed = tuple(layer for layer, columns in task.layers if "change" in columns)
+    changed = tuple(site for site, columns in task.sites if "change" in columns)
     before = exact_paths(task.model, task.base_model, changed) if changed else {}
     after = exact_paths(task.model, task.model.folder, changed) if changed and task.model.precision != "fp32" else {}
     layers = {
-        layer: Columns(y="y" in columns, unfinetuned=before.get(layer), finetuned=after.get(layer))
-        for layer, columns in task.layers
+        site.layer: Columns(y="y" in columns, unfinetuned=before.get(site), finetuned=after.get(site))
+        for site, columns in task.sites
     }
-    folder = Path(task.folder) / task.text.split
-    capture_shard(loaded, plan_of(task.text), task.shard, layers, folder, CONVENTIONS[task.model.convention])
+    folder, taps = Path(task.folder) / task.text.split, CONVENTIONS[task.sites[0][0].kind.reading]
+    capture_shard(loaded, plan_of(task.text), task.shard, layers, folder, taps)
 
 
 def capture_bos(task: BosTask) -> None:
-    """Adds the change at BOS of some layers to what is there."""
+    """Adds the change at BOS of some sites to what is there."""
     from trainers.capture import bos_changes, write_bos
 
     loaded = bridge(task.model.folder, task.model.device, task.model.precision)
-    before, after = (exact_paths(task.model, one, task.layers) for one in (task.base_model, task.model.folder))
+    before, after = (
+        {site.layer: path for site, path in exact_paths(task.model, folder, task.sites).items()}
+        for folder in (task.base_model, task.model.folder)
+    )
     tokenizer: Any = loaded.tokenizer
     first = {encode_prompt(tokenizer, row)[0] for row in read_rows(task.rows)}
     if len(first) > 1:

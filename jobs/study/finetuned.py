@@ -16,13 +16,14 @@ from data.files import replacing
 from data.rows import Row
 from data.user_files import SPLITS
 from evaluators.splice.limits import Limits
+from jobs.context import keys
+from jobs.context.context import Context
+from jobs.context.workspace import FINETUNED, VALIDATION_FILE
 from jobs.errors import RequestError, WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, key_of, keyed_folder, read_json, write_json
 from jobs.seals import seal
-from jobs.study import keys, pair
-from jobs.study.context import Context
-from jobs.study.workspace import FINETUNED, VALIDATION_FILE
+from jobs.study import pair
 from models.adapters import is_adapter
 from search_spaces.dimensions import Choice
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.study import fingerprints, keys
-from jobs.study.fingerprints import files_read, fingerprint
+from jobs.context import fingerprints, keys
+from jobs.context.fingerprints import files_read, fingerprint
 from search_spaces.load import load
 from search_spaces.schema import Sweep
+from sites import Site
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def test_published_bases_count_by_size_and_time(tmp_path: Path, base: Path) -> N
     params.write_bytes(b"one")
     os.utime(params, ns=(1, 1))
     asked = settings(base, tmp_path, f"transcoders.source={tmp_path / 'scope'}")
-    before = keys.base(asked, 1), keys.base(asked, 2)
+    before = keys.base(asked, Site(1)), keys.base(asked, Site(2))
     params.write_bytes(b"two")
-    assert keys.base(asked, 1) != before[0]
-    assert keys.base(asked, 2) == before[1]
+    assert keys.base(asked, Site(1)) != before[0]
+    assert keys.base(asked, Site(2)) == before[1]

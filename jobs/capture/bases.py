@@ -1,25 +1,26 @@
-"""What the base transcoders leave of the finetuned MLPs, on which residual deltas are trained.
+"""The base transcoders that a sweep uses, and what they leave of the finetuned MLPs, on which residual deltas train.
 
-In: captured activations and bases. Out: `deltas/layer_LL/pP/base_error.json`, how large it is; the pairs of inputs and
-residuals; and `residual/{train,validation}` beside the former, where residuals are kept and not computed again by
-every worker that reads them.
+In: captured activations and bases. Out: the base that each selection chooses; `deltas/SITE/pP/base_error.json`, how
+much a base leaves; the pairs of inputs and residuals; and `residual/{train,validation}` next to that file, where
+residuals are kept and not computed again by every worker that reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jobs.capture.activations import SPLITS, capture_base, set_damaged_aside
+from jobs.context import keys
+from jobs.context.context import Context
+from jobs.context.disk import keeps_base_errors
 from jobs.errors import WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json, write_json
-from jobs.study import keys
-from jobs.study.context import Context
-from jobs.study.disk import keeps_base_errors
-from jobs.study.grounds import Ground, grounds_of
-from jobs.study.stages.activations import SPLITS, capture_base, set_damaged_aside
-from jobs.study.stages.transcoders import chosen_base, root
+from models.gemma_scope import Candidate, candidates, select
+from models.transcoder import CONVENTIONS, Taps
+from sites import Ground, Site
 from trainers.activations import INDEX
 
 if TYPE_CHECKING:
@@ -28,26 +29,47 @@ if TYPE_CHECKING:
     from trainers.delta_data import DeltaData
 
 
+def root(context: Context) -> str:
+    """The folder or hub repository that holds the bases."""
+    source = context.settings.transcoders.source
+    return str(context.space.transcoders) if source == "train" else source
+
+
+def taps_of(context: Context) -> Taps:
+    """The taps that the sweep's transcoders read and replace."""
+    return CONVENTIONS[context.settings.transcoders.convention]
+
+
+def base_folder(context: Context, site: Site) -> Path:
+    """Where the bases of a site are, if they are trained here, as in Gemma Scope."""
+    return context.space.transcoders / f"layer_{site.layer}"
+
+
+def chosen_base(context: Context, site: Site, percentile: float | None) -> Candidate:
+    """The base that a percentile, or the target L0, selects for a site."""
+    settings = context.settings
+    found = candidates(root(context), site.layer, settings.transcoders.width)
+    return select(found, percentile, settings.deltas.target_l0)
+
+
 class Residuals(NamedTuple):
-    """A base's errors on a layer's activations, as passed to a worker: the folder of the finetuned model's activations,
+    """A base's errors on a site's activations, as passed to a worker: the folder of the finetuned model's activations,
     that of the errors, and the base, by its root and candidate. `kept`: the errors are read, else computed."""
 
-    layer: int
+    site: Site
     activations: str
     folder: str
     root: str
     candidate: tuple[float, str]
     device: str
-    convention: str
     kept: bool
 
     def pairs(self, split: str) -> Pairs:
         """x and what the base leaves, (tokens, d_model) each, bf16; memory-mapped where they are kept."""
         from trainers.activations import Pairs, read_pairs
-        from trainers.capture import layer_folder
         from trainers.delta_data import residual_of
 
-        source = layer_folder(Path(self.activations) / split, self.layer)
+        source = Path(self.activations) / split / self.site.folder
         if not self.kept:
             base = self.base()
             return Pairs([(x, residual_of(base, x, y).bfloat16()) for x, y in read_pairs(source).shards])
@@ -59,8 +81,8 @@ class Residuals(NamedTuple):
         from models.gemma_scope import Candidate, read
         from models.transcoder import CONVENTIONS
 
-        taps = CONVENTIONS[self.convention]
-        return read(self.root, Candidate(*self.candidate), self.layer, taps).to(self.device)
+        taps = CONVENTIONS[self.site.kind.reading]
+        return read(self.root, Candidate(*self.candidate), self.site.layer, taps).to(self.device)
 
 
 class ResidualTask(NamedTuple):
@@ -72,50 +94,49 @@ class ResidualTask(NamedTuple):
     key: str
 
 
-def residual_folder(context: Context, layer: int, ground: Ground) -> Path:
-    return context.space.deltas / f"layer_{layer:02d}" / ground.label / "residual"
+def residual_folder(context: Context, site: Site, ground: Ground) -> Path:
+    return context.space.deltas / site.folder / ground.label / "residual"
 
 
-def residuals_of(context: Context, layer: int, ground: Ground) -> Residuals:
-    base = chosen_base(context, layer, ground.percentile)
+def residuals_of(context: Context, site: Site, ground: Ground) -> Residuals:
+    base = chosen_base(context, site, ground.percentile)
     return Residuals(
-        layer=layer,
+        site=site,
         activations=str(context.space.activations / "finetuned"),
-        folder=str(residual_folder(context, layer, ground)),
+        folder=str(residual_folder(context, site, ground)),
         root=root(context),
         candidate=(base.average_l0, base.path),
         device=context.device,
-        convention=context.settings.transcoders.convention,
         kept=keeps_base_errors(context),
     )
 
 
-def _known(context: Context, layer: int, ground: Ground) -> bool:
+def _known(context: Context, site: Site, ground: Ground) -> bool:
     """Whether it is known how large the errors of a base are."""
-    held = read_json(residual_folder(context, layer, ground).parent / "base_error.json") or {}
-    return held.get("key") == keys.delta_data(context.settings, layer, ground)
+    held = read_json(residual_folder(context, site, ground).parent / "base_error.json") or {}
+    return held.get("key") == keys.delta_data(context.settings, site, ground)
 
 
-def without_base_errors(context: Context) -> set[int]:
-    """Layers that have a base of which that is not known."""
-    grounds = grounds_of(context.settings.deltas, "residual")
-    return {layer for layer in context.layers_of("residual") if not all(_known(context, layer, one) for one in grounds)}
+def without_base_errors(context: Context) -> set[Site]:
+    """Sites with a base whose errors have not been measured yet."""
+    grounds = context.grounds_of("residual")
+    return {site for site in context.sites_of("residual") if not all(_known(context, site, one) for one in grounds)}
 
 
-def compute_base_errors(context: Context, layers: Sequence[int]) -> None:
-    """What is missing of the errors in those of `layers` that have bases, whose activations are captured."""
-    layers, missing = [layer for layer in context.layers_of("residual") if layer in layers], []
-    asked = [(layer, ground) for layer in layers for ground in grounds_of(context.settings.deltas, "residual")]
-    held = [residual_folder(context, *one) / split for one in asked for split in SPLITS]
+def compute_base_errors(context: Context, sites: Collection[Site]) -> None:
+    """What is missing of the errors in those of `sites` that have bases, whose activations are captured."""
+    sites, missing = [site for site in context.sites_of("residual") if site in sites], []
+    places = [(site, ground) for site in sites for ground in context.grounds_of("residual")]
+    held = [residual_folder(context, *one) / split for one in places for split in SPLITS]
     set_damaged_aside(context, held)
-    for layer, ground in asked:
-        key, folder = keys.delta_data(context.settings, layer, ground), residual_folder(context, layer, ground)
+    for site, ground in places:
+        key, folder = keys.delta_data(context.settings, site, ground), residual_folder(context, site, ground)
         there = not keeps_base_errors(context) or all((folder / split / INDEX).is_file() for split in SPLITS)
-        if not (is_finished(keyed_folder(folder, key), key) and _known(context, layer, ground) and there):
-            missing.append((residuals_of(context, layer, ground), key))
+        if not (is_finished(keyed_folder(folder, key), key) and _known(context, site, ground) and there):
+            missing.append((residuals_of(context, site, ground), key))
     if not missing:
         return
-    unfinetuned = str(capture_base(context, layers, ("validation",)) / "validation")
+    unfinetuned = str(capture_base(context, sites, ("validation",)) / "validation")
     tasks = [ResidualTask(of, unfinetuned, key) for of, key in missing]
     with context.progress.bar("base errors", len(tasks), "bases") as bar:
         for outcome in context.pool.run(compute_residual, tasks, context.settings.compute.max_retries):
@@ -128,19 +149,18 @@ def compute_residual(task: ResidualTask) -> None:
     """Measures y - base(x), and where it is kept writes it for both splits in bf16, one shard for each shard of the
     activations.
 
-    The manifest, and `base_error.json` beside the folder, hold the base's error on held-out text, as a share of the
+    The manifest, and `base_error.json` next to the folder, hold the base's error on held-out text, as a share of the
     output's variance, in both models' streams.
     """
     import torch
 
     from trainers.activations import captured_columns, read_index, read_pairs, write_index, write_shard
-    from trainers.capture import layer_folder
     from trainers.delta_data import fraction_unexplained, mean_square, output_variance, residual_of
 
     of, base = task.of, task.of.base()
     facts: dict[str, Any] = {"base": of.candidate[1]}
     for split in SPLITS if of.kept else ("validation",):
-        source = layer_folder(Path(of.activations) / split, of.layer)
+        source = Path(of.activations) / split / of.site.folder
         index = read_index(source)
         error = 0.0
         for shard, (x, y) in zip(index["shards"], read_pairs(source).shards, strict=True):
@@ -149,20 +169,20 @@ def compute_residual(task: ResidualTask) -> None:
             if of.kept:
                 write_shard(Path(of.folder) / split / shard["file"], {"residual": residual.bfloat16()})
         if of.kept:
-            write_index(Path(of.folder) / split, index["shards"], {"layer": of.layer})
+            write_index(Path(of.folder) / split, index["shards"], {"layer": of.site.layer})
         if split == "validation":
             facts["variance"] = output_variance(read_pairs(source))
             facts["val_fvu_base"] = error / (index["tokens"] * base.d_model * facts["variance"])
             captured = "change" in captured_columns(source)
             facts["change_share"] = captured and mean_square(read_pairs(source, ("change",))) / facts["variance"]
-    before = read_pairs(layer_folder(Path(task.unfinetuned), of.layer))
+    before = read_pairs(Path(task.unfinetuned) / of.site.folder)
     facts["val_fvu_base_unfinetuned"] = fraction_unexplained(base, before)
     write_json(Path(of.folder).parent / "base_error.json", {"key": task.key, **facts})
     finish_folder(Path(of.folder), task.key, facts)
 
 
 def read_residuals(of: Residuals) -> DeltaData:
-    """What residual deltas of one (layer, base) are trained and validated on."""
+    """What residual deltas of one (site, base) are trained and validated on."""
     from models.transcoder import CONVENTIONS
     from trainers.delta_data import DeltaData
 
@@ -172,8 +192,8 @@ def read_residuals(of: Residuals) -> DeltaData:
         of.pairs("validation"),
         facts["variance"],
         facts["val_fvu_base"],
-        of.layer,
+        of.site.layer,
         "residual",
         facts["change_share"] or None,
-        CONVENTIONS[of.convention],
+        CONVENTIONS[of.site.kind.reading],
     )

@@ -1,6 +1,6 @@
-"""How much disk a sweep takes, and the windows of layers that its activations are made in so that they fit.
+"""How much disk a sweep takes, and the windows of sites that its activations are made in so that they fit.
 
-In: a `Context`. Out: bytes on disk and bytes that trials read, and lists of layers; activations that are no longer
+In: a `Context`. Out: bytes on disk and bytes that trials read, and lists of sites; activations that are no longer
 needed are deleted here.
 """
 
@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evaluators.conditions import CONDITIONS
+from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.search.turns import count_reads
-from jobs.study.context import Context
 from models.sources import model_facts
+from sites import Site
 
 SHARE = 0.5
 """Of the free disk, which activations may take where no budget is set."""
 
 
 class Disk(NamedTuple):
-    """Bytes that each layer's activations and base errors take, and how many may be there at once."""
+    """Bytes that each site's activations and base errors take, and how many may be there at once."""
 
-    sizes: dict[int, int]
+    sizes: dict[Site, int]
     budget: float
 
     @property
@@ -33,24 +34,24 @@ class Disk(NamedTuple):
         """Whether they do not fit at once, so that each window's are deleted before the next one's are made."""
         return sum(self.sizes.values()) > self.budget
 
-    def windows(self, layers: Sequence[int]) -> list[list[int]]:
-        """The layers in as few parts as fit; a single one where those of the whole sweep do."""
+    def windows(self, sites: Sequence[Site]) -> list[list[Site]]:
+        """The sites in as few parts as fit; a single one where those of the whole sweep do."""
         if not self.apart:
-            return [sorted(layers)] if layers else []
-        found: list[list[int]] = []
+            return [sorted(sites)] if sites else []
+        found: list[list[Site]] = []
         left = 0.0
-        for layer in sorted(layers):
-            if not found or self.sizes[layer] > left:
+        for site in sorted(sites):
+            if not found or self.sizes[site] > left:
                 found.append([])
                 left = self.budget
-            found[-1].append(layer)
-            left -= self.sizes[layer]
+            found[-1].append(site)
+            left -= self.sizes[site]
         return found
 
 
 def disk_of(context: Context) -> Disk:
     """Raises RequestError where one layer exceeds a budget that is set. Ask once in a stage: what is free changes."""
-    sizes = {layer: layer_bytes(context, layer) for layer in context.layers}
+    sizes = {site: site_bytes(context, site) for site in context.sites}
     budget_gb, largest = context.settings.storage.budget_gb, max(sizes.values())
     if budget_gb is None:
         return Disk(sizes, _there(context) + SHARE * _free(context))
@@ -62,14 +63,14 @@ def disk_of(context: Context) -> Disk:
     return Disk(sizes, budget_gb * 1e9)
 
 
-def layer_bytes(context: Context, layer: int) -> int:
-    """What is captured of a layer, and its base errors, take so many bytes: bf16, d_model values a token and tensor.
-    Of the un-finetuned model it is held-out text alone, unless bases are trained on it."""
+def site_bytes(context: Context, site: Site) -> int:
+    """Bytes of what is captured at a site, base errors included: bf16, d_model values a token and tensor. Of the
+    un-finetuned model it is held-out text alone, unless bases are trained on it."""
     settings = context.settings
     section, d_model = settings.activations, model_facts(context.model)["d_model"]
-    tokens, changed = section.train_tokens + section.validation_tokens, layer in context.layers_of("change")
+    tokens, changed = section.train_tokens + section.validation_tokens, site in context.sites_of("change")
     values = tokens * (1 + changed)  # x, and the change
-    if layer in context.layers_of("residual"):
+    if site in context.sites_of("residual"):
         values += tokens + section.validation_tokens * (not changed)  # y, and the change of held-out text
         values += tokens * len(settings.deltas.selections) * keeps_base_errors(context)
         values += 2 * (tokens if settings.transcoders.source == "train" else section.validation_tokens)
@@ -97,13 +98,13 @@ def pair_bytes(context: Context) -> int:
 
 def reads_of(context: Context, workers: int) -> int:
     """How often so many workers, each of which keeps what its last trial read, read the pairs of a layer and ground."""
-    groups = {one.name: f"{one.layer}/{one.ground.label}" for one in context.delta_groups}
+    groups = {one.name: f"{one.site.folder}/{one.ground.label}" for one in context.delta_groups}
     return count_reads(dict.fromkeys(groups, context.settings.deltas.trials), groups, workers)
 
 
-def drop(context: Context, keep: Sequence[int] = ()) -> None:
-    """Deletes the activations and base errors of all layers but these."""
-    kept = {f"layer_{layer:02d}" for layer in keep}
+def drop(context: Context, keep: Sequence[Site] = ()) -> None:
+    """Deletes the activations and base errors of all sites but these."""
+    kept = {site.folder for site in keep}
     for folder in _held(context):
         if not kept & set(folder.relative_to(context.space.folder).parts):
             context.checked.discard(folder)
@@ -115,15 +116,15 @@ def bytes_needed(context: Context) -> int:
     moments, adapters and the merged model."""
     settings, disk = context.settings, disk_of(context)
     d_model = model_facts(context.model)["d_model"]
-    most = max(sum(disk.sizes[layer] for layer in window) for window in disk.windows(context.layers))
+    most = max(sum(disk.sizes[site] for site in window) for window in disk.windows(context.sites))
     weights = sum(path.stat().st_size for path in context.model.glob("*.safetensors"))
-    residual, bases = context.layers_of("residual"), 0
+    residual, bases = context.sites_of("residual"), 0
     if residual and settings.transcoders.source == "train" and isinstance(settings.transcoders.width, int):
         each = len(settings.transcoders.target_l0) * settings.transcoders.width
         bases = len(residual) * each * d_model * 8
     moments = 0
     if any(CONDITIONS[name].ranked for name in settings.evaluate.controls):
-        grounds = {(group.layer, group.ground) for group in context.delta_groups}
+        grounds = {(group.site, group.ground) for group in context.delta_groups}
         moments = len(grounds) * 3 * d_model**2 * 8
     return most + 2 * weights + bases + moments
 

@@ -1,7 +1,7 @@
 """The last part of stage 4: the kept change deltas of all layers, trained together, one run for each width.
 
 In: a `Context` whose delta searches are done, with `deltas.polish_steps`. Out: `deltas/polished/dNNN/`, with a
-`layer_LL/{delta.safetensors,config.json}` for each layer and a manifest with the run's figures.
+`SITE/{delta.safetensors,config.json}` for each site and a manifest with the run's figures.
 """
 
 from __future__ import annotations
@@ -11,27 +11,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.capture.activations import capture_finetuned
+from jobs.capture.worker_memory import ModelSpec, bridge, paths
+from jobs.context import keys
+from jobs.context.context import Context
+from jobs.context.disk import disk_of, drop
+from jobs.context.kept import polished_folder, trial_folder
 from jobs.errors import WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json
 from jobs.seals import seal, sealed_hash
-from jobs.study import keys
-from jobs.study.context import Context
-from jobs.study.disk import disk_of, drop
-from jobs.study.grounds import DeltaGroup, Ground
-from jobs.study.stages.activations import capture_finetuned
-from jobs.study.stages.site_plans import best_of_group, polished_folder
-from jobs.study.stages.work import ModelSpec
-from jobs.study.stages.worker_memory import bridge, paths
+from sites import Address, Ground, Site
 
 
 class PolishTask(NamedTuple):
-    """The deltas of one width, as passed to a worker: layer by layer the folders of the kept ones and the mean squares
+    """The deltas of one width, as passed to a worker: site by site the folders of the kept ones and the mean squares
     of what they explain, and the folder of the rows to train on together."""
 
     model: ModelSpec
     base_model: str
-    layers: tuple[int, ...]
+    sites: tuple[Site, ...]
     deltas: tuple[str, ...]
     units: tuple[float, ...]
     rows: str
@@ -45,26 +44,21 @@ def polish_widths(context: Context) -> dict[str, Any]:
     """By width, the figures of the run that trained its deltas together; empty where none is asked for."""
     from jobs.tracking.records import record_polish
 
-    section, layers = context.settings.deltas, tuple(context.layers_of("change"))
+    section, sites = context.settings.deltas, tuple(context.sites_of("change"))
     tasks, made = [], {}
     for d_new in section.d_new if section.polish_steps else ():
-        groups = [DeltaGroup(layer, Ground("change"), d_new) for layer in layers]
-        kept = [best_of_group(context, group) for group in groups]
-        if not layers or None in kept:
+        kept = [trial_folder(context, Address(site, Ground("change"), d_new)) for site in sites]
+        folders = [folder for folder in kept if folder is not None]
+        if not sites or len(folders) < len(kept):
             continue  # the search has said so
-        folders = [
-            context.space.deltas / group.name / f"trial_{best['trial']:04d}"
-            for group, best in zip(groups, kept, strict=True)
-            if best is not None
-        ]
         lineage = [sealed_hash(one / "delta.safetensors") for one in folders]
         key = keys.polished(context.settings, lineage)
         folder = keyed_folder(polished_folder(context, d_new), key)
         if not is_finished(folder, key):
-            tasks.append(_task(context, layers, folders, folder, key))
-        made[f"d{d_new:03d}"] = folder
+            tasks.append(_task(context, sites, folders, folder, key))
+        made[folder.name] = folder
     if tasks:
-        units = _units(context, layers)
+        units = _units(context, sites)
         tasks = [task._replace(units=units) for task in tasks]
         with context.progress.bar("joint polish", len(tasks), "widths") as bar:
             for outcome in context.pool.run(polish_width, tasks, context.settings.compute.max_retries):
@@ -77,37 +71,38 @@ def polish_widths(context: Context) -> dict[str, Any]:
     return {name: manifest["figures"] for name, manifest in found.items()}
 
 
-def _units(context: Context, layers: Sequence[int]) -> tuple[float, ...]:
-    """The mean square of each layer's change on held-out text, which is captured again where it was deleted."""
+def _units(context: Context, sites: Sequence[Site]) -> tuple[float, ...]:
+    """The mean square of each site's change on held-out text, which is captured again where it was deleted."""
     disk, found = disk_of(context), {}
-    for part in disk.windows(layers):
+    for part in disk.windows(sites):
         if disk.apart:
             drop(context, keep=part)
         folder = capture_finetuned(context, part, ("validation",))
-        for outcome in context.pool.run(_unit, [(folder, layer) for layer in part]):
+        for outcome in context.pool.run(_unit, [(folder, site) for site in part]):
             if outcome.error:
-                raise WorkFailed(f"the size of the change in layer {outcome.task[1]}: {outcome.error}")
+                raise WorkFailed(f"the size of the change in layer {outcome.task[1].layer}: {outcome.error}")
             found[outcome.task[1]] = outcome.result
     if disk.apart:
         drop(context)
-    return tuple(found[layer] for layer in layers)
+    return tuple(found[site] for site in sites)
 
 
-def _unit(task: tuple[Path, int]) -> float:
+def _unit(task: tuple[Path, Site]) -> float:
     from trainers.delta_data import change_unit
 
-    return change_unit(*task)
+    folder, site = task
+    return change_unit(folder, site.layer)
 
 
-def _task(context: Context, layers: tuple[int, ...], deltas: list[Path], folder: Path, key: str) -> PolishTask:
+def _task(context: Context, sites: tuple[Site, ...], deltas: list[Path], folder: Path, key: str) -> PolishTask:
     from trainers.precision import resolve_precision
 
     settings = context.settings
     precision = resolve_precision(settings.compute.precision, context.device)
     return PolishTask(
-        model=ModelSpec(str(context.finetuned), context.device, "fp32", settings.transcoders.convention),
+        model=ModelSpec(str(context.finetuned), context.device, "fp32"),
         base_model=str(context.model),
-        layers=layers,
+        sites=sites,
         deltas=tuple(map(str, deltas)),
         units=(),
         rows=str(context.rows),
@@ -133,18 +128,20 @@ def polish_width(task: PolishTask) -> None:
 
     started = time.perf_counter()
     model, folder = bridge(task.model.folder, task.model.device, task.model.precision), Path(task.folder)
-    deltas = {layer: read_delta(Path(one)) for layer, one in zip(task.layers, task.deltas, strict=True)}
-    scales = {layer: unit**0.5 for layer, unit in zip(task.layers, task.units, strict=True)}
-    subject = Subject(model, paths(task.model, task.base_model, task.layers), deltas, scales)
+    grounds = {site.layer: path for site, path in paths(task.model, task.base_model, task.sites).items()}
+    deltas = {site.layer: read_delta(Path(one)) for site, one in zip(task.sites, task.deltas, strict=True)}
+    scales = {site.layer: unit**0.5 for site, unit in zip(task.sites, task.units, strict=True)}
+    subject = Subject(model, grounds, deltas, scales)
     rows = {
         split: [encode_row(model.tokenizer, row) for row in read_rows(Path(task.rows) / f"{split}.jsonl")]
         for split in ("train", "validation")
     }
     keeper = Keeper(folder / "checkpoint.safetensors", task.checkpoint_seconds)
     done = polish(subject, rows["train"], rows["validation"], PolishSettings(**task.settings), keeper=keeper)
-    for layer, delta in done.deltas.items():
+    for site in task.sites:
+        delta = done.deltas[site.layer]
         facts = {"target": "change", "d_new": len(delta.threshold) - 1, "polished": done.figures}
-        write_delta(delta, folder / f"layer_{layer:02d}", facts)
+        write_delta(delta, folder / site.folder, facts)
     keeper.forget()
     seal(folder)
     before = done.history[0]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 from evaluators.splice.limits import Limits
-from jobs.study.grounds import Ground
-from jobs.study.stages.work import Evaluation, ModelSpec, SitePlan, Work
+from jobs.capture.worker_memory import ModelSpec
+from jobs.evaluation.behaviour import Behaviour, Raw
+from jobs.evaluation.materials import Shared, SitePlan
+from sites import Address, Ground, Site
 
-SHARED = Evaluation("cells", "rows", "rows", "base", ("all",), Limits(4), 8, {})
-SITE = SitePlan(1, Ground("change"), 4, "delta", "moments")
-WORK = Work(
-    "behaviour",
+SHARED = Shared("cells", "rows", "rows", "base", ("all",), Limits(4), 8, {})
+SITE = SitePlan(Address(Site(1), Ground("change"), 4), "delta", "moments")
+WORK = Behaviour(
     "piece",
     "key",
-    ModelSpec("model", "cpu", "fp32", "ln2.hook_normalized"),
+    ModelSpec("model", "cpu", "fp32"),
     SHARED,
     (SITE,),
     "all",
@@ -26,21 +27,21 @@ WORK = Work(
 def test_strengths_that_were_rows_of_one_batch_are_made_again_together() -> None:
     cells = WORK.cells()
     whole = {name: [] if "random" in name else [0.0, 0.5, 1.0] for name in cells}
-    assert WORK.staying(whole) == set(cells)
+    assert WORK.reusable(whole) == set(cells)
     for lost in ("piece_alpha0.5", "piece_full"):
-        assert WORK.staying({name: one for name, one in whole.items() if name != lost}) == {"piece_random_delta"}
+        assert WORK.reusable({name: one for name, one in whole.items() if name != lost}) == {"piece_random_delta"}
     lost_control = {name: one for name, one in whole.items() if "random" not in name}
-    assert WORK.staying(lost_control) == set(lost_control)
+    assert WORK.reusable(lost_control) == set(lost_control)
 
 
 def test_a_new_strength_leaves_the_others() -> None:
     whole = {name: [] if "random" in name else [0.0, 0.5, 1.0] for name in WORK.cells()}
     more = dataclasses.replace(WORK, doses=(0.0, 0.5, 1.0, 2.0))
-    assert more.staying(whole) == set(whole)
-    assert more.without(more.staying(whole)).strengths == (2.0,)
+    assert more.reusable(whole) == set(whole)
+    assert more.remaining(more.reusable(whole)).strengths == (2.0,)
 
 
 def test_a_piece_without_strengths_keeps_what_is_there() -> None:
-    raw = dataclasses.replace(WORK, kind="raw", sites=(), conditions=("raw",), doses=())
-    assert raw.staying({"piece": []}) == {"piece"}
-    assert raw.staying({}) == set()
+    raw = Raw("piece", "key", WORK.model, SHARED, subset="all")
+    assert raw.reusable({"piece": []}) == {"piece"}
+    assert raw.reusable({}) == set()

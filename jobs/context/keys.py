@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from jobs.context.fingerprints import fingerprint
+from jobs.context.workspace import storage_root
 from jobs.files import key_of, short_hash
-from jobs.study.fingerprints import fingerprint
-from jobs.study.grounds import DeltaGroup, Ground
-from jobs.study.workspace import storage_root
 from search_spaces.schema import Sweep
 from search_spaces.sections import Section
+from sites import MLP, Address, Ground, Site
 
 GROUPED_BY = ("targets", "layers", "percentiles", "target_l0", "d_new", "trials")
 """Settings of the deltas that say which groups there are, and not what a group's trials do."""
@@ -132,20 +132,27 @@ def base_activations(settings: Sweep) -> str:
     )
 
 
-def base(settings: Sweep, layer: int) -> str:
-    """The key of a layer's base transcoders."""
+def place(site: Site) -> int | str:
+    """A site within a key: an MLP is its layer, as it was before there were other kinds."""
+    return site.layer if site.kind.name == MLP.name else site.label
+
+
+def base(settings: Sweep, site: Site) -> str:
+    """The key of a site's base transcoders."""
     section = settings.transcoders
     if section.source != "train":
         files = (
-            sorted(Path(section.source).glob(f"layer_{layer}/*/*/params.npz")) if Path(section.source).is_dir() else []
+            sorted(Path(section.source).glob(f"layer_{site.layer}/*/*/params.npz"))
+            if Path(section.source).is_dir()
+            else []
         )
         stamps = [_stamp(str(path)) for path in files]
-        return key_of("published", section.source, section.width, layer, section.convention, *stamps)
-    return key_of("base", base_activations(settings), _dump(section, "layers", *HOW), layer)
+        return key_of("published", section.source, section.width, place(site), section.convention, *stamps)
+    return key_of("base", base_activations(settings), _dump(section, "layers", *HOW), place(site))
 
 
-def transcoders(settings: Sweep, layers: list[int]) -> str:
-    return key_of([base(settings, layer) for layer in layers], settings.deltas.selections, settings.deltas.target_l0)
+def transcoders(settings: Sweep, sites: list[Site]) -> str:
+    return key_of([base(settings, site) for site in sites], settings.deltas.selections, settings.deltas.target_l0)
 
 
 def finetuned_activations(settings: Sweep) -> str:
@@ -153,25 +160,25 @@ def finetuned_activations(settings: Sweep) -> str:
     return key_of("finetuned", lora(settings), base_activations(settings), exact)
 
 
-def delta_data(settings: Sweep, layer: int, ground: Ground) -> str:
-    """The key of what a ground's deltas are trained on in a layer."""
+def delta_data(settings: Sweep, site: Site, ground: Ground) -> str:
+    """The key of what a ground's deltas are trained on at a site."""
     activations = finetuned_activations(settings)
     if ground.target == "change":
-        return key_of("change with BOS", activations, layer)
+        return key_of("change with BOS", activations, place(site))
     which = settings.deltas.target_l0 if ground.percentile is None else ground.percentile
-    return key_of("residual", activations, base(settings, layer), which)
+    return key_of("residual", activations, base(settings, site), which)
 
 
-def search_seed(settings: Sweep, layer: int, ground: Ground) -> int:
+def search_seed(settings: Sweep, site: Site, ground: Ground) -> int:
     """What a search for a ground's deltas draws from: of no other setting, so that what is searched over is the same
     whether the finetuned model was trained or adopted."""
-    return int(short_hash(1, "search", settings.seed, layer, ground.label)[:8], 16) % 2**31
+    return int(short_hash(1, "search", settings.seed, place(site), ground.label)[:8], 16) % 2**31
 
 
-def delta_group(settings: Sweep, group: DeltaGroup) -> str:
+def delta_group(settings: Sweep, group: Address) -> str:
     return key_of(
         "delta",
-        delta_data(settings, group.layer, group.ground),
+        delta_data(settings, group.site, group.ground),
         group.d_new,
         settings.seed,
         _dump(settings.deltas, *GROUPED_BY, *POLISH, *HOW),
@@ -185,15 +192,15 @@ def polished(settings: Sweep, kept: object) -> str:
     return key_of("polished", kept, together, lora(settings), settings.seed, settings.compute.precision)
 
 
-def deltas(settings: Sweep, groups: list[DeltaGroup]) -> str:
+def deltas(settings: Sweep, groups: list[Address]) -> str:
     together = [getattr(settings.deltas, name) for name in POLISH] if settings.deltas.polish_steps else []
     return key_of([delta_group(settings, group) for group in groups], settings.deltas.trials, *together)
 
 
-def evaluate(settings: Sweep, groups: list[DeltaGroup]) -> str:
+def evaluate(settings: Sweep, groups: list[Address]) -> str:
     asked = [_dump(settings.evaluate), behaviours(settings), *own_dtype(settings)]
     return key_of("evaluate", deltas(settings, groups), *asked)
 
 
-def report(settings: Sweep, groups: list[DeltaGroup]) -> str:
+def report(settings: Sweep, groups: list[Address]) -> str:
     return key_of("report", evaluate(settings, groups), settings.name)

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from jobs.study.stages.work import ModelSpec
+from sites import Site
 
 if TYPE_CHECKING:
+    import torch
     from transformer_lens.model_bridge import TransformerBridge
 
     from evaluators.splice.passes import Prefixes
     from evaluators.splice.reference import Reference
     from models.blocks import BlockPath
+
+
+class ModelSpec(NamedTuple):
+    """A model folder, and how a worker loads it."""
+
+    folder: str
+    device: str
+    precision: str
 
 
 @lru_cache(maxsize=1)
@@ -37,29 +46,28 @@ def bridge(folder: str, device: str, precision: str) -> TransformerBridge:
 
 
 @lru_cache(maxsize=2)
-def paths(model: ModelSpec, folder: str, layers: tuple[int, ...]) -> dict[int, BlockPath]:
-    """The paths of the model in another folder, beside the model that is loaded and in its dtype."""
-    from models.blocks import read_paths
-
-    return read_paths(bridge(model.folder, model.device, model.precision), Path(folder), layers)
-
-
-def own_paths(model: ModelSpec, folder: str, layers: tuple[int, ...]) -> dict[int, BlockPath]:
-    """The same, read for the caller alone: `paths` may hold the model's weights while it runs with theirs."""
-    from models.blocks import read_paths
-
-    return read_paths(bridge(model.folder, model.device, model.precision), Path(folder), layers)
+def paths(model: ModelSpec, folder: str, sites: tuple[Site, ...]) -> dict[Site, BlockPath]:
+    """The paths of the model in another folder, next to the model that is loaded and in its dtype."""
+    return own_paths(model, folder, sites)
 
 
 @lru_cache(maxsize=2)
-def exact_paths(model: ModelSpec, folder: str, layers: tuple[int, ...]) -> dict[int, BlockPath]:
+def exact_paths(model: ModelSpec, folder: str, sites: tuple[Site, ...]) -> dict[Site, BlockPath]:
     """The same in fp32: a change is a small difference of two outputs."""
     import torch
 
+    return own_paths(model, folder, sites, torch.float32)
+
+
+def own_paths(
+    model: ModelSpec, folder: str, sites: tuple[Site, ...], dtype: torch.dtype | None = None
+) -> dict[Site, BlockPath]:
+    """The same, read for the caller alone: `paths` may hold the model's weights while it runs with theirs."""
     from models.blocks import read_paths
 
     loaded = bridge(model.folder, model.device, model.precision)
-    return read_paths(loaded, Path(folder), layers, torch.float32)
+    found = read_paths(loaded, Path(folder), [site.layer for site in sites], dtype)
+    return {site: found[site.layer] for site in sites}
 
 
 @lru_cache(maxsize=1)
@@ -71,10 +79,10 @@ def reference(model: ModelSpec, rows: str, batch_size: int) -> Reference:
 
 
 @lru_cache(maxsize=1)
-def prefixes(model: ModelSpec, layer: int) -> Prefixes:
-    """The prefixes of the unedited model at one layer."""
+def prefixes(model: ModelSpec, site: Site) -> Prefixes:
+    """The prefixes of the unedited model at one site."""
     from evaluators.splice.passes import Prefixes
     from models.transcoder import CONVENTIONS
 
     loaded = bridge(model.folder, model.device, model.precision)
-    return Prefixes(loaded, [layer], CONVENTIONS[model.convention])
+    return Prefixes(loaded, [site.layer], CONVENTIONS[site.kind.reading])

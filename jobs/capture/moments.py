@@ -1,6 +1,6 @@
 """Second moments of what deltas were trained on, for the controls that are fitted to it.
 
-In: a `Context`, layers and the ground under their deltas. Out: a file for each layer and ground beside the
+In: a `Context`, sites and the ground under their deltas. Out: a file for each site and ground beside the
 activations that it is made from; these are captured again where they have been deleted.
 """
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from evaluators.conditions import CONDITIONS
+from jobs.capture.activations import capture_finetuned, finetuned_folder
+from jobs.capture.bases import Residuals, compute_base_errors, residual_folder, residuals_of
+from jobs.context.context import Context
+from jobs.context.disk import disk_of, drop
 from jobs.errors import WorkFailed
-from jobs.study.context import Context
-from jobs.study.disk import disk_of, drop
-from jobs.study.grounds import Ground
-from jobs.study.stages.activations import capture_finetuned, finetuned_folder
-from jobs.study.stages.base_errors import Residuals, compute_base_errors, residual_folder, residuals_of
+from sites import Ground, Site
 from trainers.checked_files import is_intact
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 PAIRS = 8192
 """Pairs that are read at a time."""
-Place = tuple[int, Ground]
+Place = tuple[Site, Ground]
 
 
 class MomentsTask(NamedTuple):
-    """The folder of a layer's inputs and changes, or what a base leaves there, and the file to write."""
+    """The folder of a site's inputs and changes, or what a base leaves there, and the file to write."""
 
     changes: str
     residuals: Residuals | None
@@ -36,31 +36,31 @@ class MomentsTask(NamedTuple):
     device: str
 
 
-def moments_file(context: Context, layer: int, ground: Ground) -> Path:
+def moments_file(context: Context, site: Site, ground: Ground) -> Path:
     if ground.target == "residual":
-        return residual_folder(context, layer, ground) / "moments.safetensors"
-    return context.space.activations / "finetuned" / "moments" / f"layer_{layer:02d}.safetensors"
+        return residual_folder(context, site, ground) / "moments.safetensors"
+    return context.space.activations / "finetuned" / "moments" / f"{site.folder}.safetensors"
 
 
 def fitted(context: Context) -> list[Place]:
-    """Every layer and ground whose deltas some control stands for that is fitted to what they explain."""
+    """Each (site, ground) for which an enabled control is fitted to the training target."""
     controls = [CONDITIONS[name] for name in context.settings.evaluate.controls if CONDITIONS[name].ranked]
     targets = {target for control in controls for target in control.targets}
-    return list(dict.fromkeys((one.layer, one.ground) for one in context.delta_groups if one.ground.target in targets))
+    return list(dict.fromkeys((one.site, one.ground) for one in context.delta_groups if one.ground.target in targets))
 
 
 def write_moments(context: Context, places: Sequence[Place]) -> None:
-    """The moments of these layers and grounds that are missing."""
+    """The moments of these sites and grounds that are missing."""
     finetuned_folder(context)  # which is emptied where it is of other settings
     missing = [place for place in places if not is_intact(moments_file(context, *place))]
     disk = disk_of(context)
-    for layers in disk.windows(sorted({layer for layer, _ in missing})):
+    for sites in disk.windows(sorted({site for site, _ in missing})):
         if disk.apart:
-            drop(context, keep=layers)
-        capture_finetuned(context, layers)
-        if any(ground.target == "residual" for layer, ground in missing if layer in layers):
-            compute_base_errors(context, layers)
-        tasks = [_task(context, *place) for place in missing if place[0] in layers]
+            drop(context, keep=sites)
+        capture_finetuned(context, sites)
+        if any(ground.target == "residual" for site, ground in missing if site in sites):
+            compute_base_errors(context, sites)
+        tasks = [_task(context, *place) for place in missing if place[0] in sites]
         with context.progress.bar("moments of what deltas explain", len(tasks), "layers") as bar:
             for outcome in context.pool.run(compute_moments, tasks, context.settings.compute.max_retries):
                 if outcome.error:
@@ -70,10 +70,10 @@ def write_moments(context: Context, places: Sequence[Place]) -> None:
         drop(context)
 
 
-def _task(context: Context, layer: int, ground: Ground) -> MomentsTask:
-    changes = context.space.activations / "finetuned" / "train" / f"layer_{layer:02d}"
-    residuals = residuals_of(context, layer, ground) if ground.target == "residual" else None
-    return MomentsTask(str(changes), residuals, str(moments_file(context, layer, ground)), context.device)
+def _task(context: Context, site: Site, ground: Ground) -> MomentsTask:
+    changes = context.space.activations / "finetuned" / "train" / site.folder
+    residuals = residuals_of(context, site, ground) if ground.target == "residual" else None
+    return MomentsTask(str(changes), residuals, str(moments_file(context, site, ground)), context.device)
 
 
 def compute_moments(task: MomentsTask) -> None:

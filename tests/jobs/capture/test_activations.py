@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from data.rows import make_row, write_rows
+from jobs.capture.activations import BosTask, capture_bos
+from jobs.capture.worker_memory import ModelSpec
 from jobs.errors import WorkFailed
-from jobs.study.stages.activations import BosTask, capture_bos
-from jobs.study.stages.work import ModelSpec
+from sites import Site
 from trainers.capture import read_bos
 
 
@@ -20,12 +21,12 @@ def test_more_layers_later_are_added(gemma_folder, load, tmp_path):
     tokenizer.save_pretrained(before)
     out.mkdir()
     assert read_bos(out) == {}
-    spec = ModelSpec(str(gemma_folder), "cpu", "fp32", "ln2.hook_normalized")
+    spec = ModelSpec(str(gemma_folder), "cpu", "fp32")
     rows = tmp_path / "rows.jsonl"
     write_rows(rows, [make_row("What is 3 + 4?", "7", "all"), make_row("Seven", "Seven", "all")])
-    capture_bos(BosTask(spec, str(before), (1,), str(out), str(rows)))
+    capture_bos(BosTask(spec, str(before), (Site(1),), str(out), str(rows)))
     first = read_bos(out)
-    capture_bos(BosTask(spec, str(before), (0, 3), str(out), str(rows)))
+    capture_bos(BosTask(spec, str(before), (Site(0), Site(3)), str(out), str(rows)))
     found = read_bos(out)
     assert sorted(found) == [0, 1, 3]
     assert torch.equal(found[1], first[1])
@@ -33,4 +34,4 @@ def test_more_layers_later_are_added(gemma_folder, load, tmp_path):
 
     write_rows(rows, [make_row("a", "b", "all", prompt=f"{start}a", end=tokenizer.eos_token) for start in "<["])
     with pytest.raises(WorkFailed, match="conversations begin with different tokens"):
-        capture_bos(BosTask(spec, str(before), (2,), str(out), str(rows)))
+        capture_bos(BosTask(spec, str(before), (Site(2),), str(out), str(rows)))

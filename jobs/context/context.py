@@ -17,33 +17,28 @@ from data.readers import UNLABELLED
 from data.requests.draw import LABELS
 from data.sources import is_dataset
 from evaluators.conditions import CONDITIONS
-from evaluators.layer_sets import layers_of
 from evaluators.splice.limits import Limits
 from jobs.cluster import address
 from jobs.cluster import connection as cluster
 from jobs.cluster.fanout import Pool
 from jobs.cluster.sockets import check_temporary_folder
+from jobs.context.fingerprints import stamps
+from jobs.context.workspace import FINETUNED, PAIR, TIMELINE, Workspace, storage_root
 from jobs.errors import DamagedFileError, RequestError
 from jobs.files import MANIFEST, key_of, read_json
 from jobs.progress import Progress
-from jobs.study.fingerprints import stamps
-from jobs.study.grounds import DeltaGroup, grounds_of
-from jobs.study.workspace import FINETUNED, PAIR, TIMELINE, Workspace, storage_root
 from models.adapters import is_adapter
 from models.sources import check_hub, check_source, model_facts, resolve
 from search_spaces.schema import Sweep
+from sites import READINGS, Address, Ground, Site, sets_of
 
 if TYPE_CHECKING:
     from jobs.search.studies import Storage
     from jobs.tracking.writer import Tracker
 
 
-CARDS_AT_ONCE = 24
-"""Features that one worker looks at one by one, in one piece of work."""
-
-
 class SetPlan(NamedTuple):
-    """The conditions of a set of layers, and the strengths of its dose-response."""
+    """The conditions of a set of sites, and the strengths of its dose-response."""
 
     conditions: tuple[str, ...]
     doses: tuple[float, ...]
@@ -144,9 +139,17 @@ class Context:
         return Limits(self.settings.evaluate.max_new_tokens, tuple(self.settings.evaluate.stop))
 
     @property
-    def layers(self) -> list[int]:
-        """Every layer that gets deltas, ascending."""
-        return sorted({layer for target in self.settings.deltas.targets for layer in self.layers_of(target)})
+    def sites(self) -> list[Site]:
+        """Every site that gets deltas, in order."""
+        return sorted({site for target in self.settings.deltas.targets for site in self.sites_of(target)})
+
+    def sites_of(self, target: str) -> list[Site]:
+        """The sites of a target's deltas, in order."""
+        return [self.site(layer) for layer in self.layers_of(target)]
+
+    def site(self, layer: int) -> Site:
+        """The MLP of a layer, as the settings read it."""
+        return Site(layer, READINGS[self.settings.transcoders.convention])
 
     def layers_of(self, target: str) -> list[int]:
         """The layers of a target's deltas, ascending: none where the target is not asked for, and of change deltas none
@@ -178,16 +181,22 @@ class Context:
             raise RequestError(f"{key}.layers: got {outside[0]}, {settings.model.source} has layers 0 to {count - 1}")
         return sorted(asked)
 
-    @property
-    def delta_groups(self) -> list[DeltaGroup]:
-        """Every group of deltas, those of one layer and ground side by side."""
+    def grounds_of(self, target: str) -> list[Ground]:
+        """The grounds of one target; empty where the settings do not name it."""
         section = self.settings.deltas
+        if target not in section.targets:
+            return []
+        return [Ground("change")] if target == "change" else [Ground("residual", one) for one in section.selections]
+
+    @property
+    def delta_groups(self) -> list[Address]:
+        """Every group of deltas that one search trains; those of one site and ground follow each other."""
         return [
-            DeltaGroup(layer, ground, d_new)
-            for target in section.targets
-            for layer in self.layers_of(target)
-            for ground in grounds_of(section, target)
-            for d_new in section.d_new
+            Address(site, ground, d_new)
+            for target in self.settings.deltas.targets
+            for site in self.sites_of(target)
+            for ground in self.grounds_of(target)
+            for d_new in self.settings.deltas.d_new
         ]
 
     def cards_of(self, target: str) -> int:
@@ -197,10 +206,10 @@ class Context:
             return 0
         return math.ceil(self.settings.evaluate.cards / (1 if target == "change" else len(self.layers_of(target))))
 
-    def sets_of(self, target: str) -> dict[tuple[int, ...], SetPlan]:
-        """The sets of layers in which a target's deltas are spliced at once, and what is measured there."""
+    def sets_of(self, target: str) -> dict[tuple[Site, ...], SetPlan]:
+        """The sets of sites in which a target's deltas are spliced at once, and what is measured there."""
         settings = self.settings.evaluate
-        found: dict[tuple[int, ...], SetPlan] = {}
+        found: dict[tuple[Site, ...], SetPlan] = {}
         for entry in settings.sets:
             alphas = settings.alphas if entry.alphas is None else entry.alphas
             controls = settings.controls if entry.controls else []
@@ -209,8 +218,8 @@ class Context:
             chosen = entry.layers
             if isinstance(chosen, list) and target == "change":
                 chosen = [layer for layer in chosen if layer not in self._unchanged]
-            for layers in layers_of(chosen, self.layers_of(target)) if chosen else []:
-                found[layers] = SetPlan(conditions, tuple(sorted(alphas)))
+            for sites in sets_of(chosen, self.sites_of(target)) if chosen else []:
+                found[sites] = SetPlan(conditions, tuple(sorted(alphas)))
         return found
 
     @property

@@ -1,0 +1,393 @@
+"""Behaviour cells: one subset answered by a raw model, or under the conditions, the strengths and the controls.
+
+In: work with the deltas of a set of sites, a model and rows. Out: `cells/NAME.json` and `generations/NAME.jsonl`, each
+written under a temporary name and renamed, and their names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from data.rows import sha256_of, slug
+from evaluators.conditions import CONDITIONS
+from jobs.capture.worker_memory import exact_paths, paths, reference
+from jobs.context.kept import replica_folder
+from jobs.evaluation.materials import Combination, Materials, SitePlan
+from jobs.evaluation.work import Timing, Work, cell_name, place_of
+from jobs.files import key_of, write_json
+from sites import Ground, Site
+
+STRENGTHS = {"no_delta": 0.0, "full": 1.0}
+"""Conditions that are strengths of the delta."""
+UNFINETUNED = "base_model_raw"
+"""The condition, and the beginning of the cells' names, of the model before finetuning as it is."""
+
+
+@dataclass(frozen=True)
+class Answers(Work):
+    """Work whose cells hold what a model says, prompt by prompt."""
+
+    kind: ClassVar[str] = "behaviour"
+    columns: ClassVar[tuple[str, ...]] = (
+        *("kind", "target", "layers", "percentile", "d_new"),
+        *("condition", "alpha", "subset", "convention"),
+    )
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Every alpha that is measured in the same batches."""
+        return ()
+
+    def write_answers(
+        self, name: str, condition: str, alpha: float | None, figures: list[dict], texts: list[dict]
+    ) -> str:
+        """Writes one cell and what was generated for it; returns its name."""
+        from evaluators.measures.behaviours import AGREES
+
+        layers = [plan.site.layer for plan in self.sites]
+        place = {"layers": layers, "condition": condition, "alpha": alpha, "subset": self.subset}
+        lines = [json.dumps({**place, **{k: v for k, v in one.items() if k != "seconds"}}) for one in texts]
+        path = generations_folder(self) / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        beside.write_text("\n".join(lines) + "\n")
+        beside.replace(path)
+        cell = {
+            "kind": self.kind,
+            **place,
+            "target": self.sites[0].ground.target if self.sites else "",
+            "percentile": self.sites[0].ground.percentile if self.sites else None,
+            "d_new": self.sites[0].d_new if self.sites and CONDITIONS[condition].uses_delta else None,
+            "convention": self.sites[0].site.kind.reading if self.sites else "",
+            "seed": self.seed,
+            "strengths": self.strengths if condition in (*STRENGTHS, "alpha") else [],
+            "seconds": texts[0]["seconds"] if texts else 0.0,
+            "key": self.key,
+            "behaviours": [*self.shared.behaviours, AGREES],
+            "generations": sha256_of(path),
+            "rows": figures,
+        }
+        write_json(self.cell_file(name), cell)
+        return name
+
+
+@dataclass(frozen=True)
+class Raw(Answers):
+    """Nothing spliced: the finetuned model, and the one before finetuning where something is measured against it."""
+
+    first: ClassVar[bool] = True
+    condition: str = "raw"
+
+    @classmethod
+    def plan(cls, materials: Materials) -> Sequence[Work]:
+        key = key_of("raw with text", materials.finetuned_key, materials.judged_with)
+        models = {"raw": materials.finetuned}
+        unfinetuned = any(CONDITIONS[name].model == "base" for name in materials.settings.controls)
+        if unfinetuned or "change" in materials.context.settings.deltas.targets:
+            models[UNFINETUNED] = materials.unfinetuned
+        return [
+            cls(
+                cell_name(condition, slug(subset)),
+                key,
+                **{**materials.common(), "model": model},
+                subset=subset,
+                condition=condition,
+            )
+            for condition, model in models.items()
+            for subset in materials.subsets
+        ]
+
+    def cost(self, n_layers: int) -> int:
+        return n_layers
+
+    def seconds(self, timing: Timing) -> float:
+        return timing.answers(timing.prompts)
+
+    def compute(self, model: Any, rows: list[Any]) -> list[str]:
+        from evaluators.measures.behaviours import AGREES, read_behaviours
+        from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
+
+        is_raw = self.condition == "raw"
+        ((_, figures, texts),) = evaluate_behaviour(
+            self.plain_passes(model),
+            (),
+            rows,
+            [Ask("raw")],
+            limits=self.shared.limits,
+            behaviours=read_behaviours(self.shared.behaviours),
+            known=Known(reference=_reference(self)) if is_raw else Known(),
+        )
+        if is_raw:
+            figures = [{**one, "kl": 0.0, "behaviours": {**one["behaviours"], AGREES: True}} for one in figures]
+        return [self.write_answers(self.name, self.condition, None, figures, texts)]
+
+
+@dataclass(frozen=True)
+class Behaviour(Answers):
+    """The deltas of a set of sites under conditions and at strengths, and the controls."""
+
+    conditions: tuple[str, ...] = ()
+    doses: tuple[float, ...] = ()
+    control_doses: tuple[float, ...] = ()
+    """Strengths of the controls that have one."""
+
+    @classmethod
+    def plan(cls, materials: Materials) -> Sequence[Work]:
+        works: list[Work] = []
+        for target, chosen in materials.chosen.items():
+            for sites, (conditions, doses) in materials.context.sets_of(target).items():
+                elsewhere = tuple(one for one in conditions if CONDITIONS[one].model == "base")
+                here = tuple(one for one in conditions if one not in elsewhere)
+                plans = materials.kept(sites, *chosen)
+                made_of = ("cell", materials.lineage(plans), materials.judged_with)
+                # At 0 and 1 weights in between are those of no_delta and of raw.
+                between = tuple(dose for dose in doses if dose not in (0.0, 1.0))
+                for subset in materials.subsets:
+                    name = cell_name(place_of(sites, *chosen), slug(subset))
+                    fields = {**materials.common(), "sites": plans, "subset": subset}
+                    work = cls(name, key_of(*made_of), **fields, conditions=here, doses=doses, control_doses=between)
+                    replicas = range(1, materials.settings.replicas)
+                    works += [work, *(work._of_replica(rank, key_of(*made_of, rank)) for rank in replicas)]
+                    if elsewhere:  # another model, so another worker's
+                        fields["model"] = materials.unfinetuned
+                        works.append(cls(name, key_of(*made_of), **fields, conditions=elsewhere))
+        return works
+
+    def _of_replica(self, rank: int, key: str) -> Self:
+        """The same cells for the kept trials' next best seeds, without those in which the delta plays no part."""
+        return replace(
+            self,
+            name=cell_name(self.name, f"s{rank}"),
+            key=key,
+            sites=tuple(plan._replace(delta=str(replica_folder(Path(plan.delta), rank))) for plan in self.sites),
+            conditions=tuple(one for one in self.conditions if CONDITIONS[one].uses_delta),
+            doses=tuple(dose for dose in self.doses if dose),
+            seed=self.seed + rank,
+        )
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The doses, plus 0 for no_delta and 1 for full."""
+        return tuple(sorted({*self.doses, *(STRENGTHS[one] for one in self.conditions if one in STRENGTHS)}))
+
+    @property
+    def requested(self) -> list[tuple[str, float | None]]:
+        """The condition of every cell, with its strength where it has one."""
+        dosed: list[tuple[str, float | None]] = [("alpha", dose) for dose in self.doses]
+        for condition in self.conditions:
+            if CONDITIONS[condition].dosed:
+                dosed += [(condition, dose) for dose in self.control_doses]
+            else:
+                dosed.append((condition, None))
+        return dosed
+
+    @property
+    def controls(self) -> list[tuple[str, float | None]]:
+        """Those that are not strengths of the delta, each of which takes passes of its own."""
+        return [one for one in self.requested if one[0] not in (*STRENGTHS, "alpha")]
+
+    @property
+    def fitted(self) -> bool:
+        return any(CONDITIONS[one].ranked for one in self.conditions)
+
+    @property
+    def units(self) -> int:
+        """All strengths are rows in the same batches."""
+        return 1
+
+    def cells(self) -> dict[str, str]:
+        return {self.name_of(*one): self.key for one in self.requested}
+
+    def name_of(self, condition: str, alpha: float | None) -> str:
+        return cell_name(self.name, f"{condition}{alpha!r}" if CONDITIONS[condition].dosed else condition)
+
+    def reusable(self, done: Mapping[str, Sequence[float]]) -> set[str]:
+        """Where a strength is missing, all that were measured together with it are computed again: they were rows of
+        the same batches, on which the last bits depend."""
+        strengths = {self.name_of(*one): STRENGTHS.get(*one) for one in self.requested if one not in self.controls}
+        missing = {strength for name, strength in strengths.items() if name not in done}
+        return {name for name, together in done.items() if not missing & set(together)}
+
+    def remaining(self, done: set[str]) -> Self:
+        left = [one for one in self.requested if self.name_of(*one) not in done]
+        return replace(
+            self,
+            doses=tuple(dose for dose in self.doses if ("alpha", dose) in left),
+            conditions=tuple(one for one in self.conditions if one in {condition for condition, _ in left}),
+        )
+
+    def cost(self, n_layers: int) -> int:
+        """Rows are scored and also answered, token by token."""
+        return 4 * (max(1, len(self.strengths)) * self.above(n_layers) + len(self.controls) * n_layers)
+
+    def seconds(self, timing: Timing) -> float:
+        controls = [CONDITIONS[name].dosed for name in self.conditions if CONDITIONS[name].control]
+        alone = sum(len(self.doses) if dosed else 1 for dosed in controls) * timing.answers(timing.prompts)
+        if not self.strengths:
+            return alone
+        together = timing.prompts * len({*self.doses, *STRENGTHS.values()})
+        return alone + timing.answers(together, self.above(timing.n_layers))
+
+    def compute(self, model: Any, rows: list[Any]) -> list[str]:
+        from data.encoding import encode_row
+        from evaluators.measures.behaviours import read_behaviours
+        from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
+
+        is_base = self.model.folder == self.shared.base_model
+        of_change = self.sites[0].ground.target == "change"
+        finetuned, unfinetuned = (_outputs(self, name, self.subset) for name in ("raw", UNFINETUNED))
+        compared = None if is_base else _reference(self)
+        if compared is not None:  # now: a control may exchange the model's weights
+            compared.add([encode_row(model.tokenizer, row) for row in rows])
+        settings: dict[str, Any] = {
+            "limits": self.shared.limits,
+            "behaviours": read_behaviours(self.shared.behaviours),
+            "known": Known(
+                unfinetuned if is_base else finetuned,
+                unfinetuned if of_change else [],
+                compared,
+                finetuned,
+            ),
+        }
+        sites = self.load_sites()
+        asks = [Ask("alpha", strength) for strength in self.strengths]
+        names = []
+        for ask, figures, texts in evaluate_behaviour(self.kept_passes(model), sites, rows, asks, **settings):
+            if ask.alpha in self.doses:
+                names.append(self._write("alpha", ask.alpha, figures, texts))
+            # Strengths 0 and 1 are no_delta and full to the last bit (checks.json): measured once, filed twice.
+            if ask.alpha == 0.0 and "no_delta" in self.conditions:
+                silent = [{**one, "sum_abs_delta_acts": 0.0} for one in figures]
+                names.append(self._write("no_delta", 0.0, silent, texts))
+            if ask.alpha == 1.0 and "full" in self.conditions:
+                names.append(self._write("full", 1.0, figures, texts))
+        for control, alpha in self.controls:
+            with self._subject(control, alpha, model, rows, sites) as (passes, spliced):
+                found = evaluate_behaviour(passes, spliced, rows, [Ask(control, alpha)], **settings)
+                names += [self._write(control, alpha, figures, texts) for _, figures, texts in found]
+        return names
+
+    def _write(self, condition: str, alpha: float | None, figures: list[dict], texts: list[dict]) -> str:
+        return self.write_answers(self.name_of(condition, alpha), condition, alpha, figures, texts)
+
+    @contextmanager
+    def _subject(
+        self, control: str, alpha: float | None, model: Any, rows: list[Any], sites: list[Any]
+    ) -> Iterator[tuple[Any, Any]]:
+        """The passes and the sites of a control. Nothing is cached while the model's weights are swapped."""
+        from evaluators.measures.reconstruction import site_activations
+        from evaluators.splice.passes import Prefixes
+        from evaluators.splice.substitutes import SUBSTITUTES, Material
+        from models.blocks import exchanged, interpolated
+
+        condition, plain = CONDITIONS[control], self.plain_passes(model)
+        if condition.substitute:
+            raw = replace(plain, prefixes=Prefixes(model, [site.layer for site in sites], sites[0].taps))
+            sites = [
+                SUBSTITUTES[control](
+                    site,
+                    Material(
+                        site_activations(raw, site, rows)[0],
+                        partial(_moments, plan),
+                        self.seed,
+                        partial(_true_change, self, plan.site) if plan.ground.target == "change" else None,
+                    ),
+                )
+                for site, plan in zip(sites, self.sites, strict=True)
+            ]
+        if condition.model in ("swapped", "scaled"):
+            before = paths(self.model, self.shared.base_model, tuple(plan.site for plan in self.sites))
+            other = exchanged(model, list(before.values()))
+            with other if alpha is None else interpolated(model, list(before.values()), alpha):
+                yield plain, sites
+        else:
+            yield self.kept_passes(model), sites
+
+
+@dataclass(frozen=True)
+class Width(Behaviour):
+    """The change deltas of every width but the chosen one, at all sites at once, and controls of the same rank."""
+
+    kind: ClassVar[str] = "width"
+
+    @classmethod
+    def plan(cls, materials: Materials) -> Sequence[Work]:
+        if "change" not in materials.chosen or not materials.settings.widths:
+            return []
+        sites = materials.context.sites_of("change")
+        conditions = ("full", *(one for one in materials.settings.controls if CONDITIONS[one].ranked))
+        works: list[Work] = []
+        for d_new in materials.context.settings.deltas.d_new:
+            combination = Combination(Ground("change"), d_new)
+            plans = materials.kept(sites, *combination)
+            if d_new == materials.chosen["change"].d_new or len(plans) < len(sites):
+                continue
+            key = key_of("width", materials.lineage(plans), materials.judged_with)
+            works += [
+                cls(
+                    cell_name("width", place_of(sites, *combination), slug(subset)),
+                    key,
+                    **materials.common(),
+                    sites=plans,
+                    subset=subset,
+                    conditions=conditions,
+                )
+                for subset in materials.subsets
+            ]
+        return works
+
+    @property
+    def units(self) -> int:
+        return len(self.cells())
+
+    def seconds(self, timing: Timing) -> float:
+        return timing.answers(timing.prompts)
+
+
+def _reference(work: Work) -> Any:
+    return reference(work.model, work.shared.rows, work.shared.batch_size)
+
+
+def _true_change(work: Work, site: Site) -> Any:
+    """What finetuning changed in the site's function, computed by both models."""
+    from evaluators.splice.sites import TrueChange
+
+    sites = tuple(plan.site for plan in work.sites)
+    before, after = (exact_paths(work.model, one, sites) for one in (work.shared.base_model, work.model.folder))
+    return TrueChange(before[site], after[site])
+
+
+def _moments(plan: SitePlan) -> Any:
+    """Those of what the delta was trained on, x and residual or change."""
+    from safetensors.torch import load_file
+
+    from evaluators.splice.second_moments import Moments
+
+    return Moments(**load_file(plan.moments))
+
+
+def generations_folder(work: Work) -> Path:
+    return Path(work.shared.cells).parent / "generations"
+
+
+def guesses(work: Work, rows: list[Any], ground: str) -> dict[str, list[list[int]]]:
+    """What the first rows of each subset may be answered with under full and no_delta: as the finetuned model did, and
+    as the unedited model `ground`; an empty guess where that was not asked."""
+    found: dict[str, list[list[int]]] = {}
+    for condition, name in (("full", "raw"), ("no_delta", ground)):
+        left = {subset: iter(_outputs(work, name, subset)) for subset in work.shared.subsets}
+        found[condition] = [next(left[row.label], []) for row in rows]
+    return found
+
+
+def _outputs(work: Work, name: str, subset: str) -> list[list[int]]:
+    """What an unedited model wrote on the subset, as tokens; nothing where it was not asked."""
+    path = generations_folder(work) / f"{cell_name(name, slug(subset))}.jsonl"
+    return [json.loads(line)["tokens"] for line in path.read_text().splitlines()] if path.is_file() else []

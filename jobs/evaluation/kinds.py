@@ -1,0 +1,376 @@
+"""The kinds of cell besides behaviour, and the table of all kinds: from it follow the stage, the plan and the forecast.
+
+In: the materials of an evaluation. Out: its pieces of work, and, on a worker, `cells/NAME.json`. A new kind of cell is
+a class with a row in `KINDS`, and a table that reads its cells.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from data.rows import read_rows, slug
+from jobs.capture.worker_memory import bridge, exact_paths, own_paths, reference
+from jobs.context import keys
+from jobs.evaluation.behaviour import UNFINETUNED, Behaviour, Raw, Width, guesses
+from jobs.evaluation.materials import Combination, Materials
+from jobs.evaluation.work import Timing, Work, cell_name, place_of
+from jobs.files import key_of, read_json, write_json
+from sites import Address, Ground, Site
+
+CHECK_ROWS = 1
+"""Rows of each subset that the exactness checks use; of each, all logits at all positions are compared."""
+RANKING_ROWS = 16
+"""Held-out rows of each label on which features are ranked."""
+EXACT_LAYERS = 14
+"""Layers whose MLPs lie in fp32 at once, beside a model in bf16, which may be a large one."""
+CARD_ROWS = 8
+"""Rows of each subset on which a feature is ablated, and kept, alone."""
+CARDS_AT_ONCE = 24
+"""Features that one worker looks at one by one, in one piece of work."""
+CURVE_STEPS = 12
+"""Numbers of features that are kept on, one after the other, about."""
+OF_A_SET = ("kind", "target", "layers", "percentile", "d_new")
+
+
+@dataclass(frozen=True)
+class Ranking(Work):
+    """The order of the features: of the change deltas of all sites together, of residual deltas site by site."""
+
+    kind: ClassVar[str] = "ranking"
+    columns: ClassVar[tuple[str, ...]] = OF_A_SET
+    first: ClassVar[bool] = True
+
+    @classmethod
+    def plan(cls, materials: Materials) -> list[Ranking]:
+        works = []
+        for target, chosen in materials.chosen.items():
+            sites = materials.context.sites_of(target)
+            if materials.context.cards_of(target) or (materials.settings.curve and target == "change"):
+                for together in [sites] if target == "change" else [[site] for site in sites]:
+                    plans = materials.kept(together, *chosen)
+                    key = key_of("ranking with firing", materials.lineage(plans), materials.computed_with)
+                    name = cell_name("ranking", place_of(together, *chosen))
+                    works.append(cls(name, key, **materials.common(), sites=plans))
+        return works
+
+    @property
+    def place(self) -> str:
+        """What is ranked, as in names of cells."""
+        return place_of([plan.site for plan in self.sites], self.sites[0].ground, self.sites[0].d_new)
+
+    def cost(self, n_layers: int) -> int:
+        return 8 * self.above(n_layers)
+
+    def seconds(self, timing: Timing) -> float:
+        return 8 * timing.passes(timing.prompts)
+
+    def compute(self, model: Any, rows: list[Any]) -> list[str]:
+        from evaluators.measures.curve import rank_features
+        from evaluators.measures.features import firing_rates
+
+        started = time.perf_counter()
+        held_out = list(read_rows(self.shared.ranking_rows))
+        labels = dict.fromkeys(row.label for row in held_out)
+        chosen = [row for label in labels for row in [one for one in held_out if one.label == label][:RANKING_ROWS]]
+        passes, sites = self.plain_passes(model), self.load_sites()
+        rates = firing_rates(passes, sites, rows)
+        features = [
+            {**one._asdict(), "firing_rate": {name: of[one.feature] for name, of in rates[one.layer].items()}}
+            for one in rank_features(passes, sites, chosen)
+        ]
+        return self.write({"n_rows": len(chosen), "features": features}, started)
+
+
+@dataclass(frozen=True)
+class Curve(Work):
+    """The first k features of the change deltas, subset by subset."""
+
+    kind: ClassVar[str] = "curve"
+    columns: ClassVar[tuple[str, ...]] = (*OF_A_SET, "subset")
+    ranking: str = ""
+    """The cell that ranks the sites' features."""
+
+    @classmethod
+    def plan(cls, materials: Materials) -> Sequence[Work]:
+        return [
+            cls(
+                cell_name("curve", ranking.place, slug(subset)),
+                key_of("curve", ranking.key),
+                **materials.common(),
+                sites=ranking.sites,
+                subset=subset,
+                ranking=ranking.name,
+            )
+            for ranking in Ranking.plan(materials)
+            if ranking.sites[0].ground.target == "change" and materials.settings.curve
+            for subset in materials.subsets
+        ]
+
+    def cost(self, n_layers: int) -> int:
+        return self.above(n_layers) * sum(plan.d_new for plan in self.sites).bit_length()
+
+    def seconds(self, timing: Timing) -> float:
+        return timing.passes(timing.prompts * CURVE_STEPS)
+
+    def compute(self, model: Any, rows: list[Any]) -> list[str]:
+        from evaluators.measures.curve import Ranked, evaluate_curve
+
+        started = time.perf_counter()
+        listed = read_json(self.cell_file(self.ranking))["features"]
+        ranked = [Ranked(one["layer"], one["feature"], one["effect"]) for one in listed]
+        compared = reference(self.model, self.shared.rows, self.shared.batch_size)
+        found = evaluate_curve(self.kept_passes(model), self.load_sites(), rows, ranked, compared)
+        counts = [{"k": count, "rows": entries} for count, entries in found.items()]
+        return self.write({"subset": self.subset, "counts": counts}, started)
+
+
+@dataclass(frozen=True)
+class Cards(Work):
+    """The features of largest estimated effect, several of neighbouring sites at a time."""
+
+    kind: ClassVar[str] = "cards"
+    columns: ClassVar[tuple[str, ...]] = (*OF_A_SET, "convention")
+    features: tuple[tuple[Site, int], ...] = ()
+
+    @classmethod
+    def plan(cls, materials: Materials) -> Sequence[Work]:
+        works = []
+        for ranking in Ranking.plan(materials):
+            best = materials.ranked(ranking.name, ranking.sites)[
+                : materials.context.cards_of(ranking.sites[0].ground.target)
+            ]
+            for number, start in enumerate(range(0, len(best), CARDS_AT_ONCE)):
+                features = tuple(sorted(best)[start : start + CARDS_AT_ONCE])
+                listed = [(keys.place(site), feature) for site, feature in features]
+                key = key_of("cards", ranking.key, listed, materials.judged_with)
+                name = cell_name("cards", ranking.place, number)
+                works.append(cls(name, key, **materials.common(), sites=ranking.sites, features=features))
+        return works
+
+    def cost(self, n_layers: int) -> int:
+        """Two ways of each feature, on some of the rows, from its site on."""
+        return (4 + len(self.features)) * len(self.shared.subsets) * self.above(n_layers) // 2
+
+    def seconds(self, timing: Timing) -> float:
+        return CARDS_AT_ONCE * timing.passes(timing.prompts * timing.subsets) / 2
+
+    def compute(self, model: Any, rows: list[Any]) -> list[str]:
+        from evaluators.measures.behaviours import read_behaviours
+        from evaluators.measures.features import read_features
+        from evaluators.measures.single_features import single_features
+
+        started = time.perf_counter()
+        passes, sites = self.plain_passes(model), self.load_sites()
+        subsets = ([row for row in rows if row.label == subset] for subset in self.shared.subsets)
+        few = [row for subset in subsets for row in subset[:CARD_ROWS]]
+        features = [(site.layer, feature) for site, feature in self.features]
+        effects = single_features(
+            passes,
+            sites,
+            few,
+            features,
+            limits=self.shared.limits,
+            behaviours=read_behaviours(self.shared.behaviours),
+            guesses=guesses(self, few, UNFINETUNED if self.sites[0].ground.target == "change" else "raw"),
+        )
+        read = read_features(passes, sites, rows, features)
+        cards = [{"layer": one[0], "feature": one[1], **read[one], **effects[one]} for one in features]
+        return self.write({"convention": self.sites[0].site.kind.reading, "cards": cards}, started)
+
+
+@dataclass(frozen=True)
+class Change(Work):
+    """How much finetuning changed each site, and what the deltas of each width leave of it."""
+
+    kind: ClassVar[str] = "change"
+    columns: ClassVar[tuple[str, ...]] = ("kind", "target", "d_new")
+
+    @classmethod
+    def plan(cls, materials: Materials) -> Sequence[Work]:
+        works = []
+        sites = materials.context.sites_of("change")
+        for d_new in materials.context.settings.deltas.d_new if sites else ():
+            combination = Combination(Ground("change"), d_new)
+            plans = materials.kept(sites, *combination)
+            made_of = (materials.lineage(plans), materials.computed_with, sorted(materials.subsets))
+            name = cell_name("change", place_of(sites, *combination))
+            works.append(cls(name, key_of("change", *made_of), **materials.common(), sites=plans))
+        return works
+
+    def cost(self, n_layers: int) -> int:
+        return self.above(n_layers)
+
+    def seconds(self, timing: Timing) -> float:
+        return 2 * timing.passes(timing.prompts * timing.subsets)
+
+    def compute(self, model: Any, rows: list[Any]) -> list[str]:
+        from evaluators.measures.change_fit import evaluate_change
+
+        started, sites, passes = time.perf_counter(), self.load_sites(), self.plain_passes(model)
+        if self.model.precision == "fp32":
+            found = evaluate_change(passes, sites, rows)
+        else:
+            found = []
+            for first in range(0, len(sites), EXACT_LAYERS):
+                exact_paths.cache_clear()  # before more are read
+                some = tuple(plan.site for plan in self.sites[first : first + EXACT_LAYERS])
+                before, after = (
+                    {site.layer: path for site, path in exact_paths(self.model, folder, some).items()}
+                    for folder in (self.shared.base_model, self.model.folder)
+                )
+                found += evaluate_change(passes, sites[first : first + EXACT_LAYERS], rows, (before, after))
+                del before, after
+        layers = [{"layer": plan.site.layer, "rows": entries} for plan, entries in zip(self.sites, found, strict=True)]
+        return self.write({"d_new": self.sites[0].d_new, "layers": layers}, started)
+
+
+@dataclass(frozen=True)
+class Reconstruction(Work):
+    """What the bases and their deltas leave of a site's output: a cell for each ground and width."""
+
+    kind: ClassVar[str] = "reconstruction"
+    columns: ClassVar[tuple[str, ...]] = ("kind", "target", "layer", "percentile", "d_new", "base", "convention")
+
+    @classmethod
+    def plan(cls, materials: Materials) -> Sequence[Work]:
+        context, works = materials.context, []
+        for site in context.sites_of("residual"):
+            groups = [
+                Address(site, ground, d_new)
+                for ground in context.grounds_of("residual")
+                for d_new in context.settings.deltas.d_new
+            ]
+            plans = [plan for group in groups if (plan := materials.site_plan(group)) is not None]
+            if plans:
+                name = cell_name(cls.kind, site.folder)
+                works.append(cls(name, "", **materials.common(), sites=tuple(plans)))
+        return works
+
+    @classmethod
+    def name_of(cls, group: Address) -> str:
+        """The name of the cell of a kept delta."""
+        return cell_name(cls.kind, group.name)
+
+    def cells(self) -> dict[str, str]:
+        return {self.name_of(plan.address): plan.key for plan in self.sites}
+
+    def remaining(self, done: set[str]) -> Self:
+        return replace(self, sites=tuple(plan for plan in self.sites if self.name_of(plan.address) not in done))
+
+    def cost(self, n_layers: int) -> int:
+        """Every subset's rows, and every position is projected to the vocabulary."""
+        passes = 1 + len({plan.candidate for plan in self.sites}) + len(self.sites)
+        return passes * len(self.shared.subsets) * (self.above(n_layers) + n_layers // 4)
+
+    def seconds(self, timing: Timing) -> float:
+        return 3 * timing.passes(timing.prompts * timing.subsets)
+
+    def compute(self, model: Any, rows: list[Any]) -> list[str]:
+        from evaluators.measures.reconstruction import evaluate_reconstruction
+
+        raw = [read_json(self.cell_file(cell_name("raw", slug(subset))))["rows"] for subset in self.shared.subsets]
+        texts = [row for cell in raw for row in cell]
+        ce_raw = sum(row["text_nll"] for row in texts) / sum(row["n_act_tokens"] for row in texts)
+        names = []
+        found = evaluate_reconstruction(self.kept_passes(model), self.load_sites(), rows, ce_raw)
+        for plan, figures in zip(self.sites, found, strict=True):
+            assert plan.candidate is not None
+            cell = {
+                "kind": self.kind,
+                "layer": plan.site.layer,
+                "target": plan.ground.target,
+                "percentile": plan.ground.percentile,
+                "d_new": plan.d_new,
+                "convention": plan.site.kind.reading,
+                "seed": self.seed,
+                "base": plan.candidate[1],
+                "key": plan.key,
+                **figures,
+            }
+            names.append(self.name_of(plan.address))
+            write_json(self.cell_file(names[-1]), cell)
+        return names
+
+
+@dataclass(frozen=True)
+class Exactness(Work):
+    """Checks of the splice against a model edited by hand; they leave `checks_TARGET.json` instead of cells."""
+
+    kind: ClassVar[str] = "exactness"
+    columns: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def plan(cls, materials: Materials) -> Sequence[Work]:
+        works, context = [], materials.context
+        fields = materials.common()
+        if context.settings.model.dtype != "bf16":  # less than fp32 would drown what is compared in rounding
+            fields["model"] = materials.finetuned._replace(precision="fp32")
+        for target, chosen in materials.chosen.items():
+            plans = materials.kept(context.sites_of(target), *chosen)
+            key = key_of("exactness", materials.lineage(plans), materials.computed_with)
+            works.append(cls(cell_name("checks", target), key, **fields, sites=plans))
+        return works
+
+    def cells(self) -> dict[str, str]:
+        return {}
+
+    def is_finished(self) -> bool:
+        return (read_json(checks_file(self.shared.cells, self.name)) or {}).get("key") == self.key
+
+    def cost(self, n_layers: int) -> int:
+        return 8 * self.above(n_layers)
+
+    def seconds(self, timing: Timing) -> float:
+        return 0.0
+
+    def compute(self, model: Any, rows: list[Any]) -> list[str]:
+        from evaluators.measures.checks import change_checks, exactness_checks
+
+        by_label: dict[str, list[Any]] = defaultdict(list)
+        for row in rows:
+            by_label[row.label].append(row)
+        few = [row for subset in by_label.values() for row in subset[:CHECK_ROWS]]
+        sites = self.load_sites()
+        sets = [sites[:1], sites] if len(sites) > 1 else [sites]
+        checks = [one for chosen in sets for one in exactness_checks(model, few, chosen, self.shared.limits)]
+        if self.sites[0].ground.target == "change":
+            places = tuple(plan.site for plan in self.sites)
+            before, after = (
+                {site.layer: path for site, path in own_paths(self.model, folder, places).items()}
+                for folder in (self.shared.base_model, self.model.folder)
+            )
+            checks += [one for chosen in sets for one in change_checks(model, few, chosen, before, after)]
+        write_json(checks_file(self.shared.cells, self.name), {"key": self.key, "checks": checks})
+        return []
+
+
+KINDS: tuple[type[Work], ...] = (
+    *(Raw, Ranking),
+    *(Behaviour, Width, Curve, Cards, Change, Reconstruction, Exactness),
+)
+"""In the order in which a sweep's manifest lists their cells."""
+COLUMNS = {kind.kind: kind.columns for kind in KINDS}
+"""By what cells call their kind, the fields that tell cells apart."""
+
+
+def works_of(materials: Materials, kinds: Iterable[type[Work]] = KINDS) -> list[Work]:
+    """The pieces of work of these kinds that an evaluation consists of."""
+    return [work for kind in kinds for work in kind.plan(materials)]
+
+
+def evaluate(work: Work) -> list[str]:
+    """Computes the cells of one piece of work, on a worker; returns their names."""
+    subsets = (work.subset,) if work.subset else work.shared.subsets
+    every = read_rows(work.shared.rows)
+    rows = [row for subset in subsets for row in every if row.label == subset]
+    return work.compute(bridge(work.model.folder, work.model.device, work.model.precision), rows)
+
+
+def checks_file(cells: str | Path, name: str) -> Path:
+    """The file that exactness checks leave next to the folder of cells."""
+    return Path(cells).parent / f"{name}.json"
