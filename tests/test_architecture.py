@@ -23,7 +23,7 @@ MAY_IMPORT = {
 }
 PURE = {"trainers.settings", "evaluators.conditions"}
 """Files of other rooms that the settings follow from; they import nothing heavy."""
-GROUND = {"jobs.errors", "jobs.files", "jobs.seals", "jobs.addresses", "jobs.progress"}
+GROUND = {"jobs.errors", "jobs.files", "jobs.seals", "jobs.progress"}
 """Files of `jobs` that every room of it may use."""
 INNER = {
     "jobs/cluster": {"jobs.cluster", *GROUND},

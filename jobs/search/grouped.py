@@ -7,6 +7,7 @@ the missing trials.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import time
@@ -14,20 +15,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune.search import Searcher
 
 from jobs.cluster.connection import Share
 from jobs.errors import NO_STORAGE, no_storage
 from jobs.files import write_json
 from jobs.progress import Bar
-from jobs.search.ends import End, figures_of
 from jobs.search.halving import EarlyStopping, GroupedHalving, InOrder
-from jobs.search.logs import quieten_tune
-from jobs.search.studies import Again, Group, Storage, Study
+from jobs.search.studies import COMPLETE, FAILED, STOPPED, Again, Group, Storage, Study
 from jobs.search.turns import Turns
 
 NO_LOSS = {"val_loss": math.inf}
@@ -125,6 +125,44 @@ def _until_the_disk_fails(method: Callable[..., Any]) -> Callable[..., Any]:
             return None
 
     return call
+
+
+class End(NamedTuple):
+    """How a trial ended: its last figures, those of its validations, whether it ran to its end, and whether its worker
+    died."""
+
+    figures: dict[str, Any]
+    history: list[dict[str, Any]]
+    ended: bool
+    error: bool
+
+    def record(self) -> dict[str, Any]:
+        """Its state, value, figures and reason, as `result.json` has them."""
+        figures = dict(self.figures)
+        value, reason = figures.get("val_loss"), figures.pop("failed", None)
+        if self.error or reason or value is None or not math.isfinite(value):
+            state, reason = FAILED, reason or ("its worker died" if self.error else f"val_loss is {value}")
+        else:
+            state = COMPLETE if self.ended else STOPPED
+        return {
+            "state": state,
+            "value": None if state == FAILED else value,
+            "figures": figures,
+            "history": self.history,
+            "reason": reason,
+        }
+
+
+def figures_of(result: dict[str, Any]) -> dict[str, Any]:
+    """The part of a result of Tune that the trial itself reported."""
+    return {key: value for key, value in result.items() if key not in _TUNE_KEYS and not key.startswith("config/")}
+
+
+_TUNE_KEYS = {
+    "timestamp", "time_this_iter_s", "time_total_s", "training_iteration", "pid", "hostname", "node_ip", "date",
+    "trial_id", "time_since_restore", "iterations_since_restore", "done", "final", "checkpoint_dir_name",
+    "should_checkpoint", "experiment_tag",
+}  # fmt: skip
 
 
 @dataclass
@@ -289,3 +327,23 @@ class GroupedSearch(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Does nothing, like `save`."""
+
+
+LOGGERS = [
+    "ray.tune.execution.tune_controller",  # trials
+    "ray.tune.execution.experiment_state",  # Tune's own state, written in the background and read by nobody
+    "ray.train._internal.storage",  # Tune's folders
+]
+
+
+def quieten_tune() -> None:
+    """Keeps out of Tune's logs what the search says in a sentence of its own; may be called any number of times."""
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(is_news)
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it lists every failed attempt as a failed trial
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """False for the traceback of what the search reports in one line: a worker's death, or an error of the disk."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or not (isinstance(error, RayActorError) or no_storage(error) is not None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from search_spaces.training import Deltas
+from search_spaces.schema import Deltas
 
 
 def selection_label(percentile: float | None) -> str:

@@ -18,8 +18,7 @@ from typing import Any
 
 import fsspec
 
-from jobs.addresses import without_secrets
-from jobs.errors import RequestError
+from jobs.errors import RequestError, without_secrets
 from jobs.files import read_json, write_json
 from jobs.study.workspace import START
 

@@ -21,8 +21,7 @@ from jobs.study import keys
 from jobs.study.context import Context
 from jobs.study.stages import finetuned
 from search_spaces.dimensions import Choice, Range
-from search_spaces.schema import Sweep
-from search_spaces.training import LoraSpace
+from search_spaces.schema import LoraSpace, Sweep
 from trainers.settings import LoraSettings, settings_of
 
 STAGE = "lora"
