@@ -227,7 +227,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed for sampling the reference's cells.")] = 0,
 ) -> None:
     # Here, as benchmarks.gpu uses the rest of this file where only what trains and evaluates is installed.
-    from jobs.commands.load import Asked, combination, load_bridge, load_sites
+    from jobs.commands.load import DeltaChoice, combination, load_bridge, load_sites
     from jobs.study.context import Context
     from search_spaces.load import load
 
@@ -237,7 +237,8 @@ def main(
     device = device_of(bridge)
     numbers = list(map(int, layers.split(",")))
     sites = [
-        site.to(device) for site in load_sites(context, numbers, combination(context, Asked(deltas or None)), bridge)
+        site.to(device)
+        for site in load_sites(context, numbers, combination(context, DeltaChoice(deltas or None)), bridge)
     ]
     every = list(read_rows(str(context.space.data / "evaluation.jsonl")))
     rows = {subset: [row for row in every if row.label == subset][:prompts] for subset in ("tool", "copy", "tool_ood")}

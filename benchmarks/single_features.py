@@ -24,7 +24,7 @@ from evaluators.splice.interventions import Edit, Ranks
 from evaluators.splice.passes import Passes
 from evaluators.splice.teacher_forcing import Job, score
 from evaluators.tables.feature_tables import ranking_table
-from jobs.commands.load import Asked, combination, load_bridge, load_sites
+from jobs.commands.load import DeltaChoice, combination, load_bridge, load_sites
 from jobs.study.context import Context
 from models.bridge import device_of
 from search_spaces.load import load
@@ -39,7 +39,7 @@ def main(
     name, *overrides = config or ["quickstart"]
     context = Context(load(name, overrides))
     bridge = load_bridge(context)
-    kept = load_sites(context, None, combination(context, Asked("change")), bridge)
+    kept = load_sites(context, None, combination(context, DeltaChoice("change")), bridge)
     sites = [site.to(device_of(bridge)) for site in kept]
     every = list(read_rows(str(context.rows / "evaluation.jsonl")))
     rows = [row for subset in context.subsets for row in [one for one in every if one.label == subset][:prompts]]

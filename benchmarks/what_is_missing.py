@@ -23,7 +23,7 @@ from evaluators.splice.passes import Passes
 from evaluators.splice.sites import Site, TrueChange
 from evaluators.splice.teacher_forcing import Job, score
 from evaluators.tables.statistics import recovered_share
-from jobs.commands.load import Asked, combination, load_bridge, load_sites
+from jobs.commands.load import DeltaChoice, combination, load_bridge, load_sites
 from jobs.study.context import Context
 from models.blocks import read_paths
 from models.bridge import device_of
@@ -46,7 +46,7 @@ def main(
     name, *overrides = config or ["quickstart"]
     context = Context(load(name, overrides))
     bridge = load_bridge(context)
-    kept = load_sites(context, None, combination(context, Asked("change")), bridge)
+    kept = load_sites(context, None, combination(context, DeltaChoice("change")), bridge)
     sites = [site.to(device_of(bridge)) for site in kept]
     layers = [site.layer for site in sites]
     before, after = (read_paths(bridge, folder, layers) for folder in (context.model, context.finetuned))

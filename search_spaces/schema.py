@@ -323,7 +323,7 @@ class Machine(Section):
 
 
 class Sweep(Section):
-    """A whole study."""
+    """All settings of a sweep."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.commands.load import Asked, combination, finetuned, load_base, load_deltas, load_sites
+from jobs.commands.load import DeltaChoice, combination, finetuned, load_base, load_deltas, load_sites
 from jobs.errors import RequestError
 from jobs.files import read_json
 from jobs.study.context import Context
@@ -22,7 +22,7 @@ FORMATS = ("gemma-scope", "saelens", "circuit-tracer")
 
 
 def export(
-    context: Context, kind: str, folder: Path, asked: Asked, alpha: float, onto_bases: bool = False
+    context: Context, kind: str, folder: Path, asked: DeltaChoice, alpha: float, onto_bases: bool = False
 ) -> list[Path]:
     """Exports deltas in another tool's format, with a model card: a residual delta fused with its base, a change delta
     by itself or, with `onto_bases`, fused with its layer's base where there is one.
@@ -77,7 +77,7 @@ def export(
     return exports.write_circuit_tracer(fused, model, folder, notes, card)
 
 
-def _bases(context: Context, asked: Asked, layers: list[int]) -> dict[int, Candidate]:
+def _bases(context: Context, asked: DeltaChoice, layers: list[int]) -> dict[int, Candidate]:
     """The base transcoders of those of `layers` that have one; raises RequestError where none has."""
     known = [layer for layer in layers if layer in context.layers_of("residual")]
     if not known:
@@ -85,7 +85,7 @@ def _bases(context: Context, asked: Asked, layers: list[int]) -> dict[int, Candi
             f"--onto-bases: the sweep {context.settings.name} has no base transcoders; they come with residual among "
             "deltas.targets"
         )
-    ground, _ = combination(context, Asked("residual", asked.percentile, asked.d_new))
+    ground, _ = combination(context, DeltaChoice("residual", asked.percentile, asked.d_new))
     return {layer: chosen_base(context, layer, ground.percentile) for layer in known}
 
 

@@ -27,7 +27,7 @@ from jobs.errors import NO_STORAGE, no_storage
 from jobs.files import write_json
 from jobs.progress import Bar
 from jobs.search.halving import EarlyStopping, GroupedHalving, InOrder
-from jobs.search.studies import COMPLETE, FAILED, STOPPED, Again, Group, Storage, Study
+from jobs.search.studies import COMPLETE, FAILED, STOPPED, Group, LostTrial, Storage, Study
 from jobs.search.turns import Turns
 
 NO_LOSS = {"val_loss": math.inf}
@@ -127,7 +127,7 @@ def _until_the_disk_fails(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class End(NamedTuple):
+class TrialResult(NamedTuple):
     """How a trial ended: its last figures, those of its validations, whether it ran to its end, and whether its worker
     died."""
 
@@ -170,7 +170,7 @@ class _Running:
     """Trials of a group that a worker was given together, nearly always one."""
 
     group: Group
-    trials: list[optuna.Trial | Again]
+    trials: list[optuna.Trial | LostTrial]
     started: float
     history: list[dict[str, Any]] = field(default_factory=list)
     deaths: int = 0
@@ -233,7 +233,7 @@ class GroupedSearch(Searcher):
                 del self._retries[place]
                 self._turns.again(running.group.name)
                 return replace(running, started=time.time())
-        name = self._turns.take(but={running.group.name for running in self._retries})
+        name = self._turns.next_group(exclude={running.group.name for running in self._retries})
         if name is None:
             return None
         group, left = self._groups[name], self._turns.left[name]
@@ -253,7 +253,7 @@ class GroupedSearch(Searcher):
         self._report(running, running.trials[0], result)
         self._bar.note(f"{running}: step {result['step']}, val_loss {result.get('val_loss', math.nan):.4g}")
 
-    def _report(self, running: _Running, trial: optuna.Trial | Again, figures: dict[str, Any]) -> None:
+    def _report(self, running: _Running, trial: optuna.Trial | LostTrial, figures: dict[str, Any]) -> None:
         if math.isfinite(figures.get("val_loss", math.nan)):
             self._studies[running.group.name].report(trial, figures["val_loss"], figures["step"])
 
@@ -281,13 +281,15 @@ class GroupedSearch(Searcher):
             return
         ended = bool(result and result.get("final"))
         if not several:
-            self._end(running, running.trials[0], End(figures, running.history, ended, error))
+            self._end(running, running.trials[0], TrialResult(figures, running.history, ended, error))
             return
         for trial, one in zip(running.trials, figures["side_by_side"], strict=True):
             history = one.pop("history")
-            self._end(running, trial, self._as_alone(running, trial, End(NO_LOSS | one, history, ended, error)))
+            self._end(
+                running, trial, self._replay_as_solo(running, trial, TrialResult(NO_LOSS | one, history, ended, error))
+            )
 
-    def _as_alone(self, running: _Running, trial: optuna.Trial | Again, end: End) -> End:
+    def _replay_as_solo(self, running: _Running, trial: optuna.Trial | LostTrial, end: TrialResult) -> TrialResult:
         """How a trial that ran beside others would have ended alone, after those before it; what it left is deleted if
         it would have been stopped."""
         stop = self._halving.replay(running.group.name, trial.number, end.history) if self._halving else None
@@ -297,9 +299,9 @@ class GroupedSearch(Searcher):
         if stop is None:
             return end
         shutil.rmtree(running.group.folder / f"trial_{trial.number:04d}", ignore_errors=True)
-        return End(dict(history[-1]), history, False, False)
+        return TrialResult(dict(history[-1]), history, False, False)
 
-    def _end(self, running: _Running, trial: optuna.Trial | Again, end: End) -> None:
+    def _end(self, running: _Running, trial: optuna.Trial | LostTrial, end: TrialResult) -> None:
         """Writes and tells how a trial has ended."""
         number, group = trial.number, running.group
         record = {
