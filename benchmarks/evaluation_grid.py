@@ -228,7 +228,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed for sampling the reference's cells.")] = 0,
 ) -> None:
     # Here, as benchmarks.gpu uses the rest of this file where only what trains and evaluates is installed.
-    from jobs.commands.load import Asked, combination, load_bridge, load_patches
+    from jobs.commands.load import DeltaChoice, combination, load_bridge, load_patches
     from jobs.context.context import Context
     from search_spaces.load import load
 
@@ -237,10 +237,8 @@ def main(
     bridge = load_bridge(context)
     device = device_of(bridge)
     numbers = list(map(int, layers.split(",")))
-    patches = [
-        patch.to(device)
-        for patch in load_patches(context, numbers, combination(context, Asked(deltas or None)), bridge)
-    ]
+    chosen = combination(context, DeltaChoice(deltas or None))
+    patches = [patch.to(device) for patch in load_patches(context, numbers, chosen, bridge)]
     every = list(read_rows(str(context.space.data / "evaluation.jsonl")))
     rows = {subset: [row for row in every if row.label == subset][:prompts] for subset in ("tool", "copy", "tool_ood")}
     cells = [(patch, *cell, subset) for patch in patches for cell in CELLS for subset in rows]

@@ -40,7 +40,7 @@ from evaluators.splice.reference import Reference
 from evaluators.splice.teacher_forcing import Job, score
 from evaluators.tables.statistics import paired_bootstrap, recovered_share
 from jobs.capture.activations import Text, plan_of
-from jobs.commands.load import Asked, combination, device_for, finetuned, load_bridge, load_patches
+from jobs.commands.load import DeltaChoice, combination, device_for, finetuned, load_bridge, load_patches
 from jobs.context.context import Context
 from jobs.files import read_json
 from jobs.progress import clock
@@ -190,7 +190,7 @@ def main(
     name, *overrides = config or ["quickstart"]
     context = Context(load(name, overrides))
     section = context.settings.activations
-    asked = combination(context, Asked("change", d_new=max(context.settings.deltas.d_new)))
+    asked = combination(context, DeltaChoice("change", d_new=max(context.settings.deltas.d_new)))
     precision = resolve_precision(context.settings.compute.precision, device_for(context))
     bridge = load_bridge(context)
     device = device_of(bridge)

@@ -43,3 +43,12 @@ def no_storage(error: BaseException) -> int | None:
     if number is None and (told := re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))):
         number = int(told[1] or told[2])
     return number if number in NO_STORAGE else None
+
+
+_CREDENTIALS = re.compile(r"(?<=://)\S*@")
+_QUERY = re.compile(r"(://[^\s?]*)\?\S*")
+
+
+def without_secrets(text: str) -> str:
+    """`text` with `user:password@` and `?...` removed from every URL in it."""
+    return _QUERY.sub(r"\1", _CREDENTIALS.sub("", text))

@@ -17,12 +17,12 @@ from torch import Tensor
 from models.transcoder import Transcoder
 from sites import Site
 from trainers.activations import Pairs
-from trainers.clipping import clip_each
 from trainers.distributed import processes
 from trainers.errors import DivergedError
 from trainers.precision import number_format
 from trainers.settings import BaseSettings
 from trainers.stacked_bases import StackedBases
+from trainers.stacked_optimiser import clip_each
 
 REPORT_EVERY = 20
 """Steps between reports and loss checks; each of them waits for the device."""

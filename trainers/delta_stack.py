@@ -18,14 +18,13 @@ from models.transcoder import Transcoder
 from trainers import checkpoints
 from trainers.activations import Pairs
 from trainers.checkpoints import Keeper
-from trainers.clipping import clip_each
 from trainers.cuda_graphs import Graphed
 from trainers.delta_data import DeltaData, validate
 from trainers.distributed import processes
 from trainers.errors import DivergedError
 from trainers.settings import DeltaSettings
-from trainers.stacked_adamw import StackedAdamW, held_or
 from trainers.stacked_deltas import Losses, StackedDeltas
+from trainers.stacked_optimiser import StackedAdamW, clip_each, held_or
 
 WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec")
 CALIBRATED = 0.95

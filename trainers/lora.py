@@ -20,11 +20,10 @@ from torch import nn
 from data.encoding import Encoded, encode_row
 from data.rows import Row
 from trainers import checkpoints
-from trainers.adapters import add_adapter, forward_of
+from trainers.adapters import Forward, add_adapter, forward_of
 from trainers.checkpoints import Keeper
 from trainers.errors import DivergedError, TrainingError, memory_error_named
 from trainers.lora_forward import cross_entropy_sum
-from trainers.lora_validation import figures_of, validation_counts
 from trainers.packing import Example, example, pack, shuffled_batches
 from trainers.settings import LoraSettings
 
@@ -257,3 +256,34 @@ def _longest(model: PreTrainedModel, rows: Sequence[Row], encoded: Sequence[Exam
             f"a row has {longest} tokens, but the model's context holds {context}: drop or shorten {row.input[:60]!r}"
         )
     return longest
+
+
+@torch.no_grad()
+def validation_counts(
+    forward: Forward, rows: Sequence[Encoded], device: torch.device | str, batch_size: int = 16
+) -> torch.Tensor:
+    """Sums over `rows` (fp64): nats, target tokens, those that are the argmax, rows, rows whose first token is it."""
+    sums = torch.zeros(5, dtype=torch.float64)
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    for start in range(0, len(ordered), batch_size):
+        chunk = ordered[start : start + batch_size]
+        batch = pack([Example(row.ids, len(row.target)) for row in chunk]).to(device)
+        logits = forward(batch)
+        lengths = torch.tensor([len(row.target) for row in chunk])
+        firsts = lengths.cumsum(0) - lengths
+        wanted = torch.tensor([token for row in chunk for token in row.target])
+        right = logits.argmax(-1).cpu() == wanted
+        nats = cross_entropy_sum(logits, batch.labels).item()
+        sums += torch.tensor([nats, lengths.sum(), right.sum(), len(chunk), right[firsts].sum()], dtype=torch.float64)
+    return sums
+
+
+def figures_of(sums: torch.Tensor) -> dict[str, float]:
+    """From those sums, `val_loss` in nats per target token, `token_accuracy`, and `first_token_accuracy`, which tells
+    kinds of answers apart."""
+    nats, tokens, right, rows, first = sums.tolist()
+    return {
+        "val_loss": nats / max(tokens, 1.0),
+        "token_accuracy": right / max(tokens, 1.0),
+        "first_token_accuracy": first / max(rows, 1.0),
+    }

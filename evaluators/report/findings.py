@@ -85,7 +85,7 @@ def raw_findings(conditions: pd.DataFrame) -> Findings:
 
 
 def overview(conditions: pd.DataFrame, contrast: pd.DataFrame, statistics: pd.DataFrame) -> list[Findings]:
-    """The study's questions answered over all layers and sets, one sentence per subset.
+    """The report's questions answered over all layers and sets, one sentence per subset.
 
     Takes the conditions, contrast and dose-response statistics tables; a question without data is left out.
     """

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from data.files import replacing
-from evaluators.report import lora_sections, sections, training_sections
+from evaluators.report import sections
 from evaluators.report.feature_page import PAGE, feature_page, most_effective
 from evaluators.report.findings import number, with_interval
 from evaluators.report.knob_section import headline_rows, knob_section
@@ -66,10 +66,8 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
         knob_section(results, deltas, data.pair, seed=seed),
         sections.checks_section(data.checks),
         sections.findings_section(reference, _glance(reference.conditions), seed=seed),
-        lora_sections.completed(
-            training_sections.lora_section(pd.DataFrame(data.lora_trials)), data.finetuned, data.lora_pictures
-        ),
-        training_sections.transcoders_section(pd.DataFrame(data.base_transcoders), deltas),
+        sections.completed(sections.lora_section(pd.DataFrame(data.lora_trials)), data.finetuned, data.lora_pictures),
+        sections.transcoders_section(pd.DataFrame(data.base_transcoders), deltas),
         sections.reconstruction_section(results),
         sections.conditions_section(reference, seed=seed),
         sections.dose_section(reference, seed=seed),

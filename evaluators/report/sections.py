@@ -3,20 +3,32 @@
 In: the tables of a sweep and plain data about its searches. Out: `page.Section`s; a part without data gives None.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from data.rows import slug
 from evaluators.report import figures, findings
-from evaluators.report.page import Block, Gallery, Section, Sentences, Table, picture, table_block
+from evaluators.report.findings import number
+from evaluators.report.page import Block, Gallery, Picture, Section, Sentences, Table, picture, table_block
 from evaluators.tables.pooling import condition_order, rates_in
 from evaluators.tables.tables import RECONSTRUCTION_COLUMNS, SUMMARY_METRICS, Results
 from sites import NOTHING, is_set, label_of_keys, label_order, parse_sites, sites_label
 
 GENERATIONS_SHOWN = 3  # raw examples a subset, and changed examples a subset
 TEXT_SHOWN = 240  # characters of a text in the samples
+HELD_OUT_SHOWN = 200  # the same of held-out rows
+EXAMPLES = 4  # held-out rows shown of those that missed, and of those that matched
+STUDY_PICTURES = {
+    "lora_importances": ("Importances", "How much of the spread of the loss each searched value explains."),
+    "lora_parallel": ("Parallel coordinates", "One line a trial, through its values to its loss; dark is better."),
+    "lora_history": (
+        "Study history",
+        "Loss of each finished trial in the order of their numbers, and the best so far.",
+    ),
+}
 
 
 def behaviour_shown(table: pd.DataFrame) -> dict[str, str]:
@@ -234,9 +246,146 @@ def generations_section(generations: Sequence[dict[str, Any]]) -> Section | None
     return Section("generations", "Generations", intro, [table])
 
 
+def lora_section(trials: pd.DataFrame) -> Section | None:
+    """The search for the finetuned model."""
+    if trials.empty:
+        return None
+    parameters = {name: name.removeprefix("lora.") for name in trials.columns if name.startswith("lora.")}
+    columns = {
+        "trial": "trial",
+        "state": "state",
+        "value": "val_loss",
+        "step": "steps",
+        **parameters,
+        "seconds": "seconds",
+    }
+    help = "Each point is one trial's held-out loss; the line is the best so far, which gave the finetuned model."
+    return Section(
+        "lora",
+        "LoRA search",
+        "Optuna proposed these adapters, weak ones were stopped early, and the lowest validation loss was kept.",
+        [
+            picture("lora_search", figures.search_history(trials), "Search history", help),
+            table_block(
+                trials, columns, "Trials", "One row per trial; val_loss in nats per target token, lower is better."
+            ),
+        ],
+    )
+
+
+def transcoders_section(base: pd.DataFrame, deltas: pd.DataFrame) -> Section | None:
+    """The base transcoders and the search for the deltas."""
+    blocks: list[Block] = []
+    if len(base):
+        columns = {
+            name: name for name in ("layer", "percentile", "target_l0", "val_l0", "val_fvu", "dead_fraction", "path")
+        }
+        help = "FVU: share of the un-finetuned MLP's output variance left unexplained on held-out text; 0 is perfect."
+        blocks.append(table_block(base, columns, "Base transcoders", help))
+    if len(deltas):
+        change = deltas[(deltas["target"] == "change") & deltas["best"].astype(bool)]
+        if len(change):
+            names = ("layer", "d_new", "val_unexplained", "change_share", "val_l0_delta", "val_cos", "dead_fraction")
+            columns = {name: name for name in (*names, "tokens", "lr", "sparsity", "trial", "seconds")}
+            help = "val_unexplained: the share of finetuning's change that is left on held-out text; 1 without a delta."
+            blocks.append(table_block(change, columns, "Kept change deltas", help))
+        deltas = deltas[deltas["target"] == "residual"]
+    if len(deltas) and deltas["best"].astype(bool).any():
+        kept = deltas[deltas["best"].astype(bool)].sort_values(["layer", "percentile", "d_new"], kind="stable")
+        help = (
+            "Lower is better; the gap between a solid line and the dashed line of its colour is what the delta repairs."
+        )
+        blocks.append(
+            picture("delta_fvu", figures.unexplained_variance(deltas), "Residual deltas on held-out text", help)
+        )
+        columns = {
+            name: name
+            for name in (
+                *("layer", "percentile", "d_new", "val_fvu", "val_fvu_base", "val_l0_delta", "val_cos", "val_l2_ratio"),
+                *("dead_fraction", "tokens", "lr", "sparsity", "trial", "seconds"),
+            )
+        }
+        better = int((kept["val_fvu"] < kept["val_fvu_base"]).sum())
+        help = f"{better} of {len(kept)} kept deltas explain more held-out variance than their base alone."
+        blocks.append(table_block(kept, columns, "Kept residual deltas", help))
+        columns = {"layer": "layer", "percentile": "percentile", "d_new": "d_new", "trial": "trial", "state": "state"}
+        figures_of = ("val_loss", "val_fvu", "val_l0_delta", "pareto", "lr", "sparsity", "seconds")
+        columns |= {name: name for name in figures_of if name in deltas}
+        help = "Every delta trial; losses compare only within one layer and percentile."
+        blocks.append(table_block(deltas, columns, "All residual delta trials", help))
+    intro = "A base transcoder stands in for an MLP of the un-finetuned model; a delta adds d_new features to it."
+    return _section("transcoders", "Transcoders", intro, blocks)
+
+
+def completed(
+    section: Section | None, finetuned: Mapping[str, Any] | None, pictures: Mapping[str, bytes]
+) -> Section | None:
+    """The LoRA section with the study's pictures and the finetuned model's answers after what it holds; the answers
+    alone where the model was made elsewhere."""
+    if section is None:
+        lead = "It was made elsewhere and adopted: nothing was trained to get it."
+        return Section("finetuned", "The finetuned model", lead, finetuned_blocks(finetuned)) if finetuned else None
+    shown = [Picture(name, pictures[name], *says) for name, says in STUDY_PICTURES.items() if name in pictures]
+    blocks: list[Block] = [Gallery(shown)] if shown else []
+    return replace(section, blocks=[*section.blocks, *blocks, *finetuned_blocks(finetuned)])
+
+
+def finetuned_blocks(found: Mapping[str, Any] | None) -> list[Block]:
+    """Figures and examples of the merged model; none where it was not checked."""
+    if not found:
+        return []
+    exact = {end: found["figures"][f"exact_match_rate{end}"] for end in ("", "_low", "_high", "_n")}
+    lines = [
+        ["exact match", "all", f"{number(exact[''])} [{number(exact['_low'])}, {number(exact['_high'])}]", exact["_n"]]
+    ]
+    lines += [
+        [
+            one["behaviour"],
+            one["label"],
+            f"{number(one['value'])} [{number(one['low'])}, {number(one['high'])}]",
+            one["n"],
+        ]
+        for one in found["rates"]
+    ]
+    count = len(found["rows"])
+    help = f"The finetuned model's greedy answers to the {count} validation rows."
+    if answered := found.get("answered"):
+        help += (
+            f" {answered['made']} rows had no target: what it says itself, greedily, was made their target"
+            f" ({answered['cut']} were cut at the token budget)."
+        )
+    return [
+        Table("The finetuned model on held-out rows", help, ["behaviour", "subset", "rate", "n"], lines),
+        _examples(found["rows"]),
+    ]
+
+
+def _examples(rows: Sequence[Mapping[str, Any]]) -> Table:
+    missed = [row for row in rows if not row["exact"]][:EXAMPLES]
+    labels = dict.fromkeys(row["label"] for row in rows)
+    hit = {label: [row for row in rows if row["exact"] and row["label"] == label] for label in labels}
+    shown = [*missed, *(row for some in hit.values() for row in some[: EXAMPLES // 2])]
+    lines = [
+        [
+            "yes" if row["exact"] else "no",
+            row["label"],
+            *(_shorten(row[name], HELD_OUT_SHOWN) for name in ("input", "target", "generation")),
+        ]
+        for row in shown
+    ]
+    return Table(
+        "Examples",
+        "Rows whose answer is not the target come first.",
+        ["exact", "label", "input", "target", "generated"],
+        lines,
+        marks=["" if row["exact"] else "failed" for row in shown],
+        wide_text=True,
+    )
+
+
 def _section(anchor: str, title: str, intro: str, blocks: Sequence[Block]) -> Section | None:
     return Section(anchor, title, intro, blocks) if blocks else None
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= TEXT_SHOWN else text[: TEXT_SHOWN - 3] + "..."
+def _shorten(text: str, most: int = TEXT_SHOWN) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,7 +1,7 @@
 """The command line: `deltascope COMMAND` or `python -m jobs COMMAND`, each with `--help`.
 
 In: arguments. Out: an exit status: 0 done, 1 some trials or cells failed, 2 invalid request, 130 interrupted. The
-commands that run a study are in `study`, those that read finished ones in `results`.
+commands that run a sweep are in `sweep`, those that read finished ones in `results`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-from jobs.cli import results, study
+from jobs.cli import results, sweep
 from jobs.cluster import environment
 
 environment.prepare()
@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(study.commands)
+app.add_typer(sweep.commands)
 app.add_typer(results.commands)
 
 

@@ -1,4 +1,4 @@
-"""Commands that read what finished studies left: texts and figures on the terminal, exports, web pages.
+"""Commands that read what finished sweeps left: texts and figures on the terminal, exports, web pages.
 
 In: a settings file, or files of results. Out: tables on the terminal or JSON, and files for other tools.
 """
@@ -59,15 +59,15 @@ def probe(
 ) -> None:
     """One prompt under raw, no_delta, full and any alpha: CE, next tokens, output, active features."""
     from evaluators.measures.probe import probe as run
-    from jobs.commands.load import Asked, asked, combination, load_bridge, load_sites
+    from jobs.commands.load import DeltaChoice, combination, load_bridge, load_sites, prompt_row
     from models.bridge import device_of
 
     check_strengths(alpha or [])
     context = context_of(config, overrides)
     model = load_bridge(context)
-    sites = load_sites(context, layer, combination(context, Asked(deltas, percentile, d_new)), model)
+    sites = load_sites(context, layer, combination(context, DeltaChoice(deltas, percentile, d_new)), model)
     sites = [site.to(device_of(model)) for site in sites]
-    row = asked(context, prompt, target or "")
+    row = prompt_row(context, prompt, target or "")
     found = run(model, row, sites, alpha or [], top=top, limits=context.limits)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
@@ -117,10 +117,10 @@ def export(
 ) -> None:
     """Write change deltas, or bases and residual deltas fused, as one transcoder per layer in another tool's format."""
     from jobs.commands import export as exporting
-    from jobs.commands.load import Asked
+    from jobs.commands.load import DeltaChoice
 
     check_strengths([alpha])
-    asked = Asked(deltas, percentile, d_new)
+    asked = DeltaChoice(deltas, percentile, d_new)
     for path in exporting.export(context_of(config, overrides), kind, Path(folder), asked, alpha, onto_bases):
         print(path)
 

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from jobs.addresses import without_secrets
 from jobs.cluster import environment
 from jobs.cluster.address import check_answers
 from jobs.cluster.connection import NOT_UPLOADED, REPOSITORY, check_closed, first_line
-from jobs.errors import RequestError, WorkFailed
+from jobs.errors import RequestError, WorkFailed, without_secrets
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -1,4 +1,4 @@
-"""The commands that are not stages of a study.
+"""The commands that are not stages of a sweep.
 
-In: a study's settings and its results on disk. Out: text.
+In: a sweep's settings and its results on disk. Out: text.
 """

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from evaluators.splice.limits import Limits
-from jobs.commands.load import Asked, asked, combination, device_for, finetuned, load_bridge, load_patches
+from jobs.commands.load import DeltaChoice, combination, device_for, finetuned, load_bridge, load_patches, prompt_row
 from jobs.context.context import Context
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def chat(
     for prompt in _prompts(at_terminal):
         if not at_terminal:
             print(INVITATION + prompt)
-        text = reply(tokenizer, answer, asked(context, prompt), max_new_tokens, longest)
+        text = reply(tokenizer, answer, prompt_row(context, prompt), max_new_tokens, longest)
         for line in (text, *remarks(behaviours, text)):
             print(line, flush=True)
 
@@ -80,9 +80,9 @@ def _model(
 
         return tokenizer, longest, plain_answer
     bridge = load_bridge(context)
-    chosen = combination(context, Asked(target))
-    sites = [site.to(device_of(bridge)) for site in load_patches(context, layers, chosen, bridge)]
-    edit, passes = Edit(sites, "alpha"), Passes(bridge)
+    chosen = combination(context, DeltaChoice(target))
+    patches = [patch.to(device_of(bridge)) for patch in load_patches(context, layers, chosen, bridge)]
+    edit, passes = Edit(patches, "alpha"), Passes(bridge)
 
     def spliced_answer(tokens: list[int], row: Row) -> str:
         stop = Stop.of(bridge, limits, row)

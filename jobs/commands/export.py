@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.capture.bases import chosen_base
-from jobs.commands.load import Asked, combination, finetuned, load_base, load_deltas, load_patches
+from jobs.commands.load import DeltaChoice, combination, finetuned, load_base, load_deltas, load_patches
 from jobs.context.context import Context
 from jobs.context.kept import best_of_group
 from jobs.errors import RequestError
@@ -24,7 +24,7 @@ FORMATS = ("gemma-scope", "saelens", "circuit-tracer")
 
 
 def export(
-    context: Context, kind: str, folder: Path, asked: Asked, alpha: float, onto_bases: bool = False
+    context: Context, kind: str, folder: Path, asked: DeltaChoice, alpha: float, onto_bases: bool = False
 ) -> list[Path]:
     """Exports deltas in another tool's format, with a model card: a residual delta fused with its base, a change delta
     by itself or, with `onto_bases`, fused with its layer's base where there is one.
@@ -79,7 +79,7 @@ def export(
     return exports.write_circuit_tracer(fused, model, folder, notes, card)
 
 
-def _bases(context: Context, asked: Asked, sites: list[Site]) -> dict[Site, Candidate]:
+def _bases(context: Context, asked: DeltaChoice, sites: list[Site]) -> dict[Site, Candidate]:
     """The base transcoders of those of `sites` that have one; raises RequestError where none has."""
     known = [site for site in sites if site in context.sites_of("residual")]
     if not known:
@@ -87,7 +87,7 @@ def _bases(context: Context, asked: Asked, sites: list[Site]) -> dict[Site, Cand
             f"--onto-bases: the sweep {context.settings.name} has no base transcoders; they come with residual among "
             "deltas.targets"
         )
-    ground, _ = combination(context, Asked("residual", asked.percentile, asked.d_new))
+    ground, _ = combination(context, DeltaChoice("residual", asked.percentile, asked.d_new))
     return {site: chosen_base(context, site, ground.percentile) for site in known}
 
 

@@ -17,9 +17,8 @@ import pandas as pd
 import yaml
 
 from evaluators.tables.compared_sweeps import ComparedSweep, ReportTables, flat, from_metrics, from_tables
-from jobs.addresses import without_secrets
 from jobs.context.workspace import SETTINGS, START, storage_root
-from jobs.errors import RequestError
+from jobs.errors import RequestError, without_secrets
 from jobs.files import MANIFEST, read_json
 from jobs.seals import require
 

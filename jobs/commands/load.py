@@ -51,7 +51,7 @@ def device_for(context: Context) -> str:
     return "cuda" if torch.cuda.is_available() and context.settings.compute.gpus_per_trial != 0 else "cpu"
 
 
-def asked(context: Context, prompt: str, target: str = "") -> Row:
+def prompt_row(context: Context, prompt: str, target: str = "") -> Row:
     """A prompt in the format of the sweep's rows; raises DataError where its chat template refuses it."""
     from jobs.study.stages.data import chat_of
 
@@ -64,7 +64,7 @@ def asked(context: Context, prompt: str, target: str = "") -> Row:
 
 
 @dataclass(frozen=True)
-class Asked:
+class DeltaChoice:
     """Which deltas a command was asked for; what is None is as the sweep evaluated it."""
 
     target: str | None = None
@@ -72,7 +72,7 @@ class Asked:
     d_new: int | None = None
 
 
-def combination(context: Context, asked: Asked) -> tuple[Ground, int]:
+def combination(context: Context, asked: DeltaChoice) -> tuple[Ground, int]:
     """The ground and d_new asked for, or those whose behaviour was evaluated."""
     targets = context.settings.deltas.targets
     target = asked.target or targets[0]

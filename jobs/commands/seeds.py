@@ -1,4 +1,4 @@
-"""One study with several seeds: a sweep for each, one after the other on one cluster, and their comparison.
+"""The same settings with several seeds: a sweep for each, one after the other on one cluster, and their comparison.
 
 In: settings, overrides and seeds. Out: the sweeps NAME-s0, NAME-s1, ... and the page that compares them.
 

@@ -11,8 +11,7 @@ from typing import Any
 import optuna
 import sqlalchemy
 
-from jobs.addresses import without_secrets
-from jobs.errors import RequestError
+from jobs.errors import RequestError, without_secrets
 
 KEY = "storage.optuna_url"
 EXAMPLE = "postgresql://USER:PASSWORD@HOST/DATABASE"

@@ -7,6 +7,7 @@ the missing trials.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import time
@@ -14,20 +15,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune.search import Searcher
 
 from jobs.cluster.connection import Share
 from jobs.errors import NO_STORAGE, no_storage
 from jobs.files import write_json
 from jobs.progress import Bar
-from jobs.search.ends import End, figures_of
 from jobs.search.halving import EarlyStopping, GroupedHalving, InOrder
-from jobs.search.logs import quieten_tune
-from jobs.search.studies import Again, Group, Storage, Study
+from jobs.search.studies import COMPLETE, FAILED, STOPPED, Group, LostTrial, Storage, Study
 from jobs.search.turns import Turns
 
 NO_LOSS = {"val_loss": math.inf}
@@ -127,12 +127,50 @@ def _until_the_disk_fails(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+class TrialResult(NamedTuple):
+    """How a trial ended: its last figures, those of its validations, whether it ran to its end, and whether its worker
+    died."""
+
+    figures: dict[str, Any]
+    history: list[dict[str, Any]]
+    ended: bool
+    error: bool
+
+    def record(self) -> dict[str, Any]:
+        """Its state, value, figures and reason, as `result.json` has them."""
+        figures = dict(self.figures)
+        value, reason = figures.get("val_loss"), figures.pop("failed", None)
+        if self.error or reason or value is None or not math.isfinite(value):
+            state, reason = FAILED, reason or ("its worker died" if self.error else f"val_loss is {value}")
+        else:
+            state = COMPLETE if self.ended else STOPPED
+        return {
+            "state": state,
+            "value": None if state == FAILED else value,
+            "figures": figures,
+            "history": self.history,
+            "reason": reason,
+        }
+
+
+def figures_of(result: dict[str, Any]) -> dict[str, Any]:
+    """The part of a result of Tune that the trial itself reported."""
+    return {key: value for key, value in result.items() if key not in _TUNE_KEYS and not key.startswith("config/")}
+
+
+_TUNE_KEYS = {
+    "timestamp", "time_this_iter_s", "time_total_s", "training_iteration", "pid", "hostname", "node_ip", "date",
+    "trial_id", "time_since_restore", "iterations_since_restore", "done", "final", "checkpoint_dir_name",
+    "should_checkpoint", "experiment_tag",
+}  # fmt: skip
+
+
 @dataclass
 class _Running:
     """Trials of a group that a worker was given together, nearly always one."""
 
     group: Group
-    trials: list[optuna.Trial | Again]
+    trials: list[optuna.Trial | LostTrial]
     started: float
     history: list[dict[str, Any]] = field(default_factory=list)
     deaths: int = 0
@@ -195,7 +233,7 @@ class GroupedSearch(Searcher):
                 del self._retries[place]
                 self._turns.again(running.group.name)
                 return replace(running, started=time.time())
-        name = self._turns.take(but={running.group.name for running in self._retries})
+        name = self._turns.next_group(exclude={running.group.name for running in self._retries})
         if name is None:
             return None
         group, left = self._groups[name], self._turns.left[name]
@@ -215,7 +253,7 @@ class GroupedSearch(Searcher):
         self._report(running, running.trials[0], result)
         self._bar.note(f"{running}: step {result['step']}, val_loss {result.get('val_loss', math.nan):.4g}")
 
-    def _report(self, running: _Running, trial: optuna.Trial | Again, figures: dict[str, Any]) -> None:
+    def _report(self, running: _Running, trial: optuna.Trial | LostTrial, figures: dict[str, Any]) -> None:
         if math.isfinite(figures.get("val_loss", math.nan)):
             self._studies[running.group.name].report(trial, figures["val_loss"], figures["step"])
 
@@ -243,13 +281,15 @@ class GroupedSearch(Searcher):
             return
         ended = bool(result and result.get("final"))
         if not several:
-            self._end(running, running.trials[0], End(figures, running.history, ended, error))
+            self._end(running, running.trials[0], TrialResult(figures, running.history, ended, error))
             return
         for trial, one in zip(running.trials, figures["side_by_side"], strict=True):
             history = one.pop("history")
-            self._end(running, trial, self._as_alone(running, trial, End(NO_LOSS | one, history, ended, error)))
+            self._end(
+                running, trial, self._replay_as_solo(running, trial, TrialResult(NO_LOSS | one, history, ended, error))
+            )
 
-    def _as_alone(self, running: _Running, trial: optuna.Trial | Again, end: End) -> End:
+    def _replay_as_solo(self, running: _Running, trial: optuna.Trial | LostTrial, end: TrialResult) -> TrialResult:
         """How a trial that ran beside others would have ended alone, after those before it; what it left is deleted if
         it would have been stopped."""
         stop = self._halving.replay(running.group.name, trial.number, end.history) if self._halving else None
@@ -259,9 +299,9 @@ class GroupedSearch(Searcher):
         if stop is None:
             return end
         shutil.rmtree(running.group.folder / f"trial_{trial.number:04d}", ignore_errors=True)
-        return End(dict(history[-1]), history, False, False)
+        return TrialResult(dict(history[-1]), history, False, False)
 
-    def _end(self, running: _Running, trial: optuna.Trial | Again, end: End) -> None:
+    def _end(self, running: _Running, trial: optuna.Trial | LostTrial, end: TrialResult) -> None:
         """Writes and tells how a trial has ended."""
         number, group = trial.number, running.group
         record = {
@@ -289,3 +329,23 @@ class GroupedSearch(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Does nothing, like `save`."""
+
+
+LOGGERS = [
+    "ray.tune.execution.tune_controller",  # trials
+    "ray.tune.execution.experiment_state",  # Tune's own state, written in the background and read by nobody
+    "ray.train._internal.storage",  # Tune's folders
+]
+
+
+def quieten_tune() -> None:
+    """Keeps out of Tune's logs what the search says in a sentence of its own; may be called any number of times."""
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(is_news)
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it lists every failed attempt as a failed trial
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """False for the traceback of what the search reports in one line: a worker's death, or an error of the disk."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or not (isinstance(error, RayActorError) or no_storage(error) is not None)

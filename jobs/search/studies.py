@@ -136,8 +136,8 @@ def forget_studies(storage: Storage, sweep: str) -> None:
 
 
 @dataclass(frozen=True)
-class Again:
-    """A trial that the study knows the end of and whose result file is gone: it is run again under its own number."""
+class LostTrial:
+    """A finished trial whose result file is missing; it is run again under its own number."""
 
     number: int
     params: dict[str, Any]
@@ -164,11 +164,11 @@ class Study:
                 self._study.add_trial(_trial_from_record(group, results[number]))  # the files outlived the storage
             else:
                 self.ask()  # what this number was, or would have been
-        self.unfinished: list[optuna.Trial | Again] = []
+        self.unfinished: list[optuna.Trial | LostTrial] = []
         for frozen in self._study.get_trials(deepcopy=False, states=_OPEN):
             if frozen.state != TrialState.RUNNING:
                 if frozen.number not in results:
-                    self.unfinished.append(Again(frozen.number, frozen.params))
+                    self.unfinished.append(LostTrial(frozen.number, frozen.params))
             elif frozen.number in results:
                 self.tell(frozen.number, results[frozen.number])
             elif set(frozen.params) == set(group.searched):
@@ -178,14 +178,14 @@ class Study:
         self.finished = sum(result["state"] != FAILED for result in results.values())
         room = max(0, group.trials - self.finished)  # the settings may now ask for fewer trials than before
         for surplus in self.unfinished[room:]:
-            if not isinstance(surplus, Again):
+            if not isinstance(surplus, LostTrial):
                 self._study.tell(surplus, state=TrialState.FAIL)
         del self.unfinished[room:]
         if group.warm_start and not self._study.get_trials(deepcopy=False):
             for params in _best_values(group, storage):
                 self._study.enqueue_trial(params)
 
-    def take(self, most: int) -> list[optuna.Trial | Again]:
+    def take(self, most: int) -> list[optuna.Trial | LostTrial]:
         """The next trials, at most so many: one, and those after it whose values do not depend on its result."""
         taken, self.unfinished = self.unfinished[:most], self.unfinished[most:]
         learns = self._group.sampler not in ("random", "grid")
@@ -203,14 +203,14 @@ class Study:
         self._study.sampler = _sampler(self._group, (self._group.seed * 1_000_003 + number * 7919) % 2**31)
         return self._study.ask({name: _distribution(one) for name, one in self._group.searched.items()})
 
-    def report(self, trial: optuna.Trial | Again, value: float, step: int) -> None:
+    def report(self, trial: optuna.Trial | LostTrial, value: float, step: int) -> None:
         """An intermediate value; studies with several objectives have none."""
-        if len(self._group.objectives) == 1 and not isinstance(trial, Again):
+        if len(self._group.objectives) == 1 and not isinstance(trial, LostTrial):
             trial.report(value, step)
 
-    def tell(self, trial: optuna.Trial | Again | int, record: dict[str, Any]) -> None:
+    def tell(self, trial: optuna.Trial | LostTrial | int, record: dict[str, Any]) -> None:
         """Tells Optuna how a trial ended, unless it knows."""
-        if isinstance(trial, Again):
+        if isinstance(trial, LostTrial):
             return
         if record["state"] == COMPLETE:
             figures = {**record["figures"], "val_loss": record["value"]}

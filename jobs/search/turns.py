@@ -29,10 +29,10 @@ class Turns:
         """Whether another trial of the group may run now."""
         return self._busy[name] < self._most
 
-    def take(self, but: Collection[str] = ()) -> str | None:
-        """The group of the trial to start now, if there is one, none of `but`: of what the free worker holds; else of
-        what no other worker is at; and of those the one with the most trials left."""
-        allowed = [name for name, left in self.left.items() if left and self.may_start(name) and name not in but]
+    def next_group(self, exclude: Collection[str] = ()) -> str | None:
+        """Picks the next group to run, skipping `exclude`, and counts its trial as started. Prefers one whose data the
+        free worker has cached, then one that no other worker is reading; ties go to the most trials left."""
+        allowed = [name for name, left in self.left.items() if left and self.may_start(name) and name not in exclude]
         if not allowed:
             return None
         held = self._held.pop() if self._held else None
@@ -67,7 +67,7 @@ def count_reads(left: Mapping[str, int], reads: Mapping[str, str], workers: int)
     running: deque[tuple[int, str]] = deque()
     count = 0
     while True:
-        while free and (name := turns.take()) is not None:
+        while free and (name := turns.next_group()) is not None:
             worker = free.pop()
             count += held[worker] != reads[name]
             held[worker] = reads[name]

@@ -18,9 +18,8 @@ from typing import Any
 
 import fsspec
 
-from jobs.addresses import without_secrets
 from jobs.context.workspace import START
-from jobs.errors import RequestError
+from jobs.errors import RequestError, without_secrets
 from jobs.files import read_json, write_json
 
 PASS_SECONDS = 20.0

@@ -16,13 +16,12 @@ from typing import Any
 
 import yaml
 
-from jobs.addresses import without_secrets
 from jobs.cluster import connection as cluster
 from jobs.cluster import environment
 from jobs.context.context import Context
 from jobs.context.disk import bytes_needed
 from jobs.context.workspace import PAIR, SETTINGS
-from jobs.errors import WorkFailed
+from jobs.errors import WorkFailed, without_secrets
 from jobs.files import MANIFEST, read_json, write_json
 from jobs.progress import clock
 from jobs.seals import seal

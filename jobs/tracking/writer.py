@@ -25,8 +25,7 @@ from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs.addresses import without_secrets
-from jobs.errors import RequestError
+from jobs.errors import RequestError, without_secrets
 from jobs.tracking.opening_view import TAGS
 
 KEY_TAG = "deltascope.key"

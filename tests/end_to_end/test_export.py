@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from jobs.commands.export import FORMATS, export
-from jobs.commands.load import Asked, combination, load_deltas
+from jobs.commands.load import DeltaChoice, combination, load_deltas, load_patches
 from jobs.context.context import Context
 from jobs.errors import RequestError
 from models.gemma_scope import read_npz
@@ -32,10 +32,13 @@ def by_layer(files: list[Path]) -> dict[int, Path]:
 
 @pytest.mark.parametrize("onto_bases", [False, True])
 def test_change_deltas_alone_and_on_their_layers_bases(context: Context, tmp_path: Path, onto_bases: bool) -> None:
-    files = by_layer(export(context, "gemma-scope", tmp_path / "out", Asked("change"), 0.5, onto_bases))
+    files = by_layer(export(context, "gemma-scope", tmp_path / "out", DeltaChoice("change"), 0.5, onto_bases))
     assert sorted(files) == ([1, 2] if onto_bases else [0, 1, 2, 3])
-    deltas = load_deltas(context, list(files), combination(context, Asked("change")))
-    bases = {site.layer: site.base for site in load_sites(context, None, combination(context, Asked("residual")))}
+    deltas = load_deltas(context, list(files), combination(context, DeltaChoice("change")))
+    bases = {
+        patch.site.layer: patch.base
+        for patch in load_patches(context, None, combination(context, DeltaChoice("residual")))
+    }
     x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
     for layer, path in files.items():
         expected = 0.5 * deltas[layer](x) + (bases[layer](x) if onto_bases else 0)
@@ -47,20 +50,20 @@ def test_a_sweep_without_bases_says_so(context: Context, tmp_path: Path) -> None
     change = ["deltas.targets=[change]", "evaluate.controls=[random_delta]"]
     without = Context(load("tiny", [f"storage.root={context.space.root}", *change]))
     with pytest.raises(RequestError, match="--onto-bases: the sweep tiny has no base transcoders"):
-        export(without, "saelens", tmp_path / "out", Asked("change"), 1.0, True)
+        export(without, "saelens", tmp_path / "out", DeltaChoice("change"), 1.0, True)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_format_is_a_sentence(context: Context, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="--format: got 'onnx', allowed are gemma-scope, saelens, circuit-tracer"):
-        export(context, "onnx", tmp_path / "out", Asked("change"), 1.0)
+        export(context, "onnx", tmp_path / "out", DeltaChoice("change"), 1.0)
 
 
 def test_a_saved_delta_is_plain_safetensors(context: Context) -> None:
     """Its tensors and the formula of docs/formats.md are all there is to it."""
     x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
     for target in ("change", "residual"):
-        (ground, d_new), layers = combination(context, Asked(target)), context.layers_of(target)
+        (ground, d_new), layers = combination(context, DeltaChoice(target)), context.layers_of(target)
         for layer, delta in load_deltas(context, layers, (ground, d_new)).items():
             group = context.space.deltas / f"layer_{layer:02d}/{ground.label}/d{d_new:03d}"
             trial = json.loads((group / "best.json").read_text())["trial"]
@@ -74,7 +77,7 @@ class TestModelCard:
     @pytest.fixture(scope="class", params=FORMATS)
     def exported(self, request, context: Context, tmp_path_factory) -> Path:
         folder = tmp_path_factory.mktemp("cards") / request.param
-        export(context, request.param, folder, Asked("change"), 0.5)
+        export(context, request.param, folder, DeltaChoice("change"), 0.5)
         return folder
 
     def test_the_hub_reads_its_metadata(self, exported: Path) -> None:
@@ -90,7 +93,7 @@ class TestModelCard:
         names: dict[str, Any] = {}
         exec(by_hand, names)
         compile(theirs, "README.md", "exec")
-        delta = load_deltas(context, [0], combination(context, Asked("change")))[0]
+        delta = load_deltas(context, [0], combination(context, DeltaChoice("change")))[0]
         x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(names["transcoder"](x), 0.5 * delta(x), rtol=1e-4, atol=1e-5)
 
@@ -110,7 +113,7 @@ class TestModelCard:
             assert f"{gap['gap']:.3f} [{gap['gap_low']:.3f}, {gap['gap_high']:.3f}]" in line
             assert ("nothing to recover" if pd.isna(ce["recovered"]) else f"{ce['recovered']:.3f} [") in line
             assert line.endswith("| 4 |")
-        d_new = combination(context, Asked("change"))[1]
+        d_new = combination(context, DeltaChoice("change"))[1]
         best = json.loads((context.space.deltas / f"layer_02/change/d{d_new:03d}/best.json").read_text())
         assert f"| 2 | {best['figures']['val_l0_delta']:.1f} | {best['figures']['val_unexplained']:.3f} |" in card
 
@@ -122,7 +125,7 @@ class TestModelCard:
 
 
 def test_what_was_not_measured_is_not_claimed(context: Context, tmp_path: Path) -> None:
-    export(context, "saelens", tmp_path / "out", Asked("change"), 0.3, onto_bases=True)
+    export(context, "saelens", tmp_path / "out", DeltaChoice("change"), 0.3, onto_bases=True)
     card = (tmp_path / "out/README.md").read_text()
     assert "has measured no behaviour of exactly these layers, width and alpha" in card
     assert "error(x) = y_unfinetuned(x) - base(x)" in card
@@ -131,7 +134,7 @@ def test_what_was_not_measured_is_not_claimed(context: Context, tmp_path: Path) 
 def test_a_card_names_models_of_the_hub(context: Context) -> None:
     from jobs.commands.model_card import Exported, model_card
 
-    ground, d_new = combination(context, Asked("residual"))
+    ground, d_new = combination(context, DeltaChoice("residual"))
     settings = context.settings.model_copy(
         update={"model": context.settings.model.model_copy(update={"source": "smollm2-135m"})}
     )

@@ -12,6 +12,7 @@ from jobs.context import keys
 from search_spaces.dimensions import Choice, Range
 from search_spaces.load import SettingsError, load, presets
 from search_spaces.schema import Sweep
+from sites import Address, Ground, Site
 from trainers.settings import BaseSettings, DeltaSettings, LoraSettings, settings_of
 
 
@@ -292,7 +293,7 @@ def test_a_settings_file_keeps_its_order():
 def test_the_keys_of_earlier_sweeps_hold():
     """A changed key makes every finished sweep start again: change one here only if its results are others."""
     tiny = load("tiny")
-    groups = [DeltaGroup(1, Ground("change"), 4), DeltaGroup(1, Ground("residual", 0.25), 4)]
+    groups = [Address(Site(1), ground, 4) for ground in (Ground("change"), Ground("residual", 0.25))]
     assert keys.data(tiny) == "71d9eeca1eb22567"
     assert keys.lora(tiny) == "09e305cfb18a0530"
     assert keys.base(tiny, 1) == "d6cc4b57931bb501"

@@ -17,9 +17,9 @@ from trainers.base_transcoder import (
     reconstruction_figures,
     train_bases,
 )
-from trainers.clipping import clip_each
 from trainers.errors import DivergedError
 from trainers.stacked_bases import StackedBases, batch_cut
+from trainers.stacked_optimiser import clip_each
 
 D_MODEL, WIDTH = 12, 64
 OTHER, D_OUT = replace(MLP, reads="a", writes=("b",)), 20

@@ -9,10 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainers.activations import Pairs
-from trainers.clipping import clip_each
 from trainers.delta_data import DeltaData
 from trainers.delta_stack import DeltaSettings, Stack
 from trainers.stacked_bases import StackedBases
+from trainers.stacked_optimiser import clip_each
 
 VIEWS = {
     *("view", "t", "transpose", "slice", "select", "expand", "detach", "unsqueeze", "squeeze", "split", "permute"),

@@ -19,9 +19,8 @@ from models.errors import ModelError
 from trainers import lora
 from trainers.adapters import PlainForward, add_adapter
 from trainers.errors import DivergedError, TrainingError
-from trainers.lora import LoraSettings, Splits, train_lora
+from trainers.lora import LoraSettings, Splits, figures_of, train_lora, validation_counts
 from trainers.lora_forward import cross_entropy_sum
-from trainers.lora_validation import figures_of, validation_counts
 from trainers.packing import example, pack
 
 CALL = "<tool_call>calculator({})</tool_call>"

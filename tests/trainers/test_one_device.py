@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from trainers.clipping import clip_each
 from trainers.stacked_deltas import StackedDeltas
+from trainers.stacked_optimiser import clip_each
 
 
 class OneDevice(TorchDispatchMode):

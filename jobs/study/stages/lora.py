@@ -21,8 +21,7 @@ from jobs.files import key_of, keyed_folder, write_json
 from jobs.seals import Listed, listed, seal
 from jobs.study import finetuned
 from search_spaces.dimensions import Choice, Range
-from search_spaces.schema import Sweep
-from search_spaces.training import LoraSpace
+from search_spaces.schema import LoraSpace, Sweep
 from trainers.settings import LoraSettings, settings_of
 
 STAGE = "lora"

@@ -8,7 +8,7 @@ import logging
 import pytest
 from ray.exceptions import RayActorError
 
-from jobs.search.logs import LOGGERS, quieten_tune
+from jobs.search.grouped import LOGGERS, quieten_tune
 
 SAID = [
     RayActorError(),

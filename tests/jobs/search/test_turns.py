@@ -15,19 +15,23 @@ def groups(layers: int, widths: int, trials: int) -> tuple[dict[str, int], dict[
 def test_every_trial_gets_its_turn_and_a_group_no_more_at_once_than_needed() -> None:
     left, reads = groups(2, 1, 3)
     turns = Turns(left, reads, 2)
-    assert [turns.take(), turns.take(), turns.take()] == ["layer 0, width 0", "layer 1, width 0", None]
+    assert [turns.next_group(), turns.next_group(), turns.next_group()] == [
+        "layer 0, width 0",
+        "layer 1, width 0",
+        None,
+    ]
     turns.ended("layer 1, width 0")
-    assert turns.take() == "layer 1, width 0"
+    assert turns.next_group() == "layer 1, width 0"
     turns.ended("layer 0, width 0")
     turns.again("layer 0, width 0")
-    assert turns.take() is None, "a trial that runs once more takes its group's place"
+    assert turns.next_group() is None, "a trial that runs once more takes its group's place"
 
 
 def test_some_groups_of_a_search_run_as_many_trials_at_once_as_among_all() -> None:
     left, reads = groups(1, 1, 4)
     alone, among_four = Turns(left, reads, 4), Turns(left, reads, 4, groups=4)
     for turns, most in ((alone, 4), (among_four, 1)):
-        assert sum(turns.take() is not None for _ in range(5)) == most
+        assert sum(turns.next_group() is not None for _ in range(5)) == most
 
 
 @pytest.mark.parametrize(("workers", "most"), [(1, 104), (8, 112), (64, 190)])

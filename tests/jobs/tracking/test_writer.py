@@ -10,8 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from jobs.addresses import without_secrets
-from jobs.errors import RequestError
+from jobs.errors import RequestError, without_secrets
 from jobs.tracking.writer import KEY_TAG, Record, Tracker
 
 

@@ -1,4 +1,4 @@
-"""Commands that run a study, say what it would do or has done, and check the machine that it runs on.
+"""Commands that run a sweep, say what it would do or has done, and check the machine that it runs on.
 
 In: a settings file and overrides. Out: results on disk and in MLflow, lines on the terminal.
 """
@@ -55,7 +55,7 @@ def _stage_command(name: str, help: str) -> None:
 
 
 def _run(name: str, config: str, overrides: list[str], address: str | None, insecure: bool, fresh: bool) -> None:
-    """Runs the study up to a stage, here or as a job on the cluster."""
+    """Runs the sweep up to a stage, here or as a job on the cluster."""
     from search_spaces.load import load
 
     environment.prepare(address)
