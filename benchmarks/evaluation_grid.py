@@ -237,8 +237,8 @@ def main(
     bridge = load_bridge(context)
     device = device_of(bridge)
     numbers = list(map(int, layers.split(",")))
-    chosen = combination(context, DeltaChoice(deltas or None))
-    patches = [patch.to(device) for patch in load_patches(context, numbers, chosen, bridge)]
+    which = combination(context, DeltaChoice(deltas or None))
+    patches = [patch.to(device) for patch in load_patches(context, numbers, which, bridge)]
     every = list(read_rows(str(context.space.data / "evaluation.jsonl")))
     rows = {subset: [row for row in every if row.label == subset][:prompts] for subset in ("tool", "copy", "tool_ood")}
     cells = [(patch, *cell, subset) for patch in patches for cell in CELLS for subset in rows]

@@ -19,8 +19,7 @@ from jobs.context import keys
 from jobs.context.context import Context
 from jobs.errors import WorkFailed
 from jobs.files import keyed_folder
-from models.transcoder import CONVENTIONS, GEMMA_SCOPE_TAPS
-from sites import Site
+from sites import MLP, Site
 from trainers.activations import INDEX, captured_columns, damaged_files, names_in
 from trainers.capture import Plan, finish_capture, read_bos
 
@@ -88,7 +87,7 @@ def capture_finetuned(context: Context, sites: Collection[Site], splits: tuple[s
     """
     change, residual = (set(context.sites_of(target)) & set(sites) for target in ("change", "residual"))
     # A path reads what the MLP reads, and nothing else.
-    readable = CONVENTIONS[context.settings.transcoders.convention] == GEMMA_SCOPE_TAPS
+    readable = context.kind == MLP
     wanted: Wanted = {}
     for split in splits:
         with_change = change if split == "train" or not readable else change | residual
@@ -100,7 +99,7 @@ def capture_finetuned(context: Context, sites: Collection[Site], splits: tuple[s
     spec = _spec(context, context.finetuned, "fp32" if exact else context.settings.compute.precision)
     folder = _capture(context, "finetuned", spec, wanted, keys.finetuned_activations(context.settings))
     known = read_bos(folder)
-    if missing := sorted(site for site in change if site.layer not in known):
+    if missing := sorted(site for site in change if site not in known):
         task = BosTask(spec, str(context.model), tuple(missing), str(folder), str(context.rows / "evaluation.jsonl"))
         for outcome in context.pool.run(capture_bos, [task], context.settings.compute.max_retries):
             if outcome.error:
@@ -144,9 +143,7 @@ def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key:
                 raise WorkFailed(f"capture of the {name} model: {outcome.error}")
             bar.advance()
     for text in _texts(context):
-        done = {site.layer: columns for site, columns in missing.get(text.split, {}).items()}
-        taps = CONVENTIONS[context.settings.transcoders.convention]
-        finish_capture(plan_of(text), done, folder / text.split, taps)
+        finish_capture(plan_of(text), missing.get(text.split, {}), folder / text.split)
     return folder
 
 
@@ -176,12 +173,11 @@ def capture_task(task: ShardTask) -> None:
     changed = tuple(site for site, columns in task.sites if "change" in columns)
     before = exact_paths(task.model, task.base_model, changed) if changed else {}
     after = exact_paths(task.model, task.model.folder, changed) if changed and task.model.precision != "fp32" else {}
-    layers = {
-        site.layer: Columns(y="y" in columns, unfinetuned=before.get(site), finetuned=after.get(site))
+    wanted = {
+        site: Columns(y="y" in columns, unfinetuned=before.get(site), finetuned=after.get(site))
         for site, columns in task.sites
     }
-    folder, taps = Path(task.folder) / task.text.split, CONVENTIONS[task.sites[0][0].kind.reading]
-    capture_shard(loaded, plan_of(task.text), task.shard, layers, folder, taps)
+    capture_shard(loaded, plan_of(task.text), task.shard, wanted, Path(task.folder) / task.text.split)
 
 
 def capture_bos(task: BosTask) -> None:
@@ -189,10 +185,7 @@ def capture_bos(task: BosTask) -> None:
     from trainers.capture import bos_changes, write_bos
 
     loaded = bridge(task.model.folder, task.model.device, task.model.precision)
-    before, after = (
-        {site.layer: path for site, path in exact_paths(task.model, folder, task.sites).items()}
-        for folder in (task.base_model, task.model.folder)
-    )
+    before, after = (exact_paths(task.model, folder, task.sites) for folder in (task.base_model, task.model.folder))
     tokenizer: Any = loaded.tokenizer
     first = {encode_prompt(tokenizer, row)[0] for row in read_rows(task.rows)}
     if len(first) > 1:

@@ -19,7 +19,6 @@ from jobs.errors import WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json, write_json
 from models.gemma_scope import Candidate, candidates, select
-from models.transcoder import CONVENTIONS, Taps
 from sites import Ground, Site
 from trainers.activations import INDEX
 
@@ -35,14 +34,9 @@ def root(context: Context) -> str:
     return str(context.space.transcoders) if source == "train" else source
 
 
-def taps_of(context: Context) -> Taps:
-    """The taps that the sweep's transcoders read and replace."""
-    return CONVENTIONS[context.settings.transcoders.convention]
-
-
 def base_folder(context: Context, site: Site) -> Path:
     """Where the bases of a site are, if they are trained here, as in Gemma Scope."""
-    return context.space.transcoders / f"layer_{site.layer}"
+    return context.space.transcoders / site.published_folder
 
 
 def chosen_base(context: Context, site: Site, percentile: float | None) -> Candidate:
@@ -79,10 +73,8 @@ class Residuals(NamedTuple):
 
     def base(self) -> Transcoder:
         from models.gemma_scope import Candidate, read
-        from models.transcoder import CONVENTIONS
 
-        taps = CONVENTIONS[self.site.kind.reading]
-        return read(self.root, Candidate(*self.candidate), self.site.layer, taps).to(self.device)
+        return read(self.root, Candidate(*self.candidate), self.site).to(self.device)
 
 
 class ResidualTask(NamedTuple):
@@ -172,7 +164,7 @@ def compute_residual(task: ResidualTask) -> None:
             write_index(Path(of.folder) / split, index["shards"], {"layer": of.site.layer})
         if split == "validation":
             facts["variance"] = output_variance(read_pairs(source))
-            facts["val_fvu_base"] = error / (index["tokens"] * base.d_model * facts["variance"])
+            facts["val_fvu_base"] = error / (index["tokens"] * base.d_out * facts["variance"])
             captured = "change" in captured_columns(source)
             facts["change_share"] = captured and mean_square(read_pairs(source, ("change",))) / facts["variance"]
     before = read_pairs(Path(task.unfinetuned) / of.site.folder)
@@ -183,7 +175,6 @@ def compute_residual(task: ResidualTask) -> None:
 
 def read_residuals(of: Residuals) -> DeltaData:
     """What residual deltas of one (site, base) are trained and validated on."""
-    from models.transcoder import CONVENTIONS
     from trainers.delta_data import DeltaData
 
     facts = read_json(Path(of.folder) / "manifest.json")
@@ -192,8 +183,7 @@ def read_residuals(of: Residuals) -> DeltaData:
         of.pairs("validation"),
         facts["variance"],
         facts["val_fvu_base"],
-        of.site.layer,
+        of.site,
         "residual",
         facts["change_share"] or None,
-        CONVENTIONS[of.site.kind.reading],
     )

@@ -65,9 +65,7 @@ def own_paths(
     """The same, read for the caller alone: `paths` may hold the model's weights while it runs with theirs."""
     from models.blocks import read_paths
 
-    loaded = bridge(model.folder, model.device, model.precision)
-    found = read_paths(loaded, Path(folder), [site.layer for site in sites], dtype)
-    return {site: found[site.layer] for site in sites}
+    return read_paths(bridge(model.folder, model.device, model.precision), Path(folder), sites, dtype)
 
 
 @lru_cache(maxsize=1)
@@ -82,7 +80,5 @@ def reference(model: ModelSpec, rows: str, batch_size: int) -> Reference:
 def prefixes(model: ModelSpec, site: Site) -> Prefixes:
     """The prefixes of the unedited model at one site."""
     from evaluators.splice.passes import Prefixes
-    from models.transcoder import CONVENTIONS
 
-    loaded = bridge(model.folder, model.device, model.precision)
-    return Prefixes(loaded, [site.layer], CONVENTIONS[site.kind.reading])
+    return Prefixes(bridge(model.folder, model.device, model.precision), [site])

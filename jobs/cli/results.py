@@ -59,16 +59,16 @@ def probe(
 ) -> None:
     """One prompt under raw, no_delta, full and any alpha: CE, next tokens, output, active features."""
     from evaluators.measures.probe import probe as run
-    from jobs.commands.load import DeltaChoice, combination, load_bridge, load_sites, prompt_row
+    from jobs.commands.load import DeltaChoice, combination, load_bridge, load_patches, prompt_row
     from models.bridge import device_of
 
     check_strengths(alpha or [])
     context = context_of(config, overrides)
     model = load_bridge(context)
-    sites = load_sites(context, layer, combination(context, DeltaChoice(deltas, percentile, d_new)), model)
-    sites = [site.to(device_of(model)) for site in sites]
+    patches = load_patches(context, layer, combination(context, DeltaChoice(deltas, percentile, d_new)), model)
+    patches = [patch.to(device_of(model)) for patch in patches]
     row = prompt_row(context, prompt, target or "")
-    found = run(model, row, sites, alpha or [], top=top, limits=context.limits)
+    found = run(model, row, patches, alpha or [], top=top, limits=context.limits)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.rows import Row
+from sites import Site, mlp_sites
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evaluators.splice.interventions import Site
+    from evaluators.splice.patches import Patch
     from models.transcoder import Transcoder
     from trainers.delta_data import DeltaData
     from trainers.joint_polish import Subject
@@ -27,7 +28,7 @@ ROWS = [
     Row("A context sentence that makes this prompt much longer than the window: 8 times 7, please?", "no", "other"),
 ]
 """One prompt is longer than the tiny Gemma-2's sliding window of 64 tokens."""
-LAYERS = (0, 2)
+SITES = tuple(mlp_sites([0, 2]))
 
 
 def models(scratch: Path) -> dict[str, Path]:
@@ -71,7 +72,7 @@ def pairs(tokens: int = 6000, d_model: int = 64) -> DeltaData:
     cut = tokens * 4 // 5
     train = Pairs(list(zip(x[:cut].split(2000), change[:cut].split(2000), strict=True)))
     held_out = Pairs([(x[cut:], change[cut:])])
-    return DeltaData(train, held_out, mean_square(Pairs([(change[cut:],)])), 1.0, 0, "change")
+    return DeltaData(train, held_out, mean_square(Pairs([(change[cut:],)])), 1.0, Site(0), "change")
 
 
 def transcoder(d_model: int, d_sae: int, layer: int, bias: bool) -> Transcoder:
@@ -90,7 +91,7 @@ def transcoder(d_model: int, d_sae: int, layer: int, bias: bool) -> Transcoder:
         threshold=0.4 + 0.4 * torch.rand(d_sae, generator=generator),
         W_dec=0.1 * normal(d_sae, d_model),
         b_dec=0.1 * normal(d_model) if bias else None,
-        layer=layer,
+        site=Site(layer),
     )
 
 
@@ -123,7 +124,7 @@ def base_training(scratch: Path, device: str, precision: str) -> Tensor:
         pairs().train,
         pairs().validation,
         settings,
-        layer=0,
+        site=Site(0),
         device=device,
         report=lambda step, steps, figures: losses.append(figures["train_fvu"]),
     )
@@ -159,12 +160,12 @@ def capture(scratch: Path, device: str, precision: str) -> Tensor:
     from trainers.capture import Columns, bos_changes, capture_batch
 
     bridge, folders = _bridge(scratch, "gemma", device, precision), models(scratch)
-    before, after = (read_paths(bridge, folders[one], LAYERS, torch.float32) for one in ("gemma-before", "gemma"))
-    columns = {layer: Columns(True, before[layer], after[layer]) for layer in LAYERS}
+    before, after = (read_paths(bridge, folders[one], SITES, torch.float32) for one in ("gemma-before", "gemma"))
+    columns = {site: Columns(True, before[site], after[site]) for site in SITES}
     texts = [encode_text(bridge.tokenizer, row.input) for row in ROWS]
     found = capture_batch(bridge, texts, columns)
     at_bos = bos_changes(bridge, bridge.tokenizer.bos_token_id, before, after)
-    parts = [one for layer in LAYERS for _, one in sorted(found[layer].items())]
+    parts = [one for site in SITES for _, one in sorted(found[site].items())]
     return torch.cat([(one.float() / one.float().norm()).flatten() for one in [*parts, *at_bos.values()]])
 
 
@@ -186,10 +187,9 @@ def polish_subject(scratch: Path, device: str, precision: str) -> Subject:
     from trainers.joint_polish import Subject
 
     bridge = _bridge(scratch, "gemma", device, precision)
-    sites = _sites(bridge, models(scratch)["gemma-before"])
-    paths = {site.layer: site.path for site in sites if site.path is not None}
-    deltas = {site.layer: site.delta for site in sites if site.delta is not None}
-    return Subject(bridge, paths, deltas, dict.fromkeys(LAYERS, 0.1))
+    patches = _patches(bridge, models(scratch)["gemma-before"])
+    paths = {patch.site: patch.path for patch in patches if patch.path is not None}
+    return Subject(bridge, paths, {patch.site: patch.transcoder for patch in patches}, dict.fromkeys(SITES, 0.1))
 
 
 def evaluation(kind: str, ground: str) -> Callable[[Path, str, str], Tensor]:
@@ -209,12 +209,12 @@ def evaluation(kind: str, ground: str) -> Callable[[Path, str, str], Tensor]:
         from evaluators.splice.substitutes import SUBSTITUTES, Material
 
         bridge = _bridge(scratch, kind, device, precision)
-        sites = _sites(bridge, models(scratch)[f"{kind}-before"] if ground == "path" else None)
+        patches = _patches(bridge, models(scratch)[f"{kind}-before"] if ground == "path" else None)
         passes, reference = Passes(bridge), Reference(bridge)
         known = Known(reference=reference)
         found: list[float] = []
 
-        def measure(where: Sequence[Site], *asks: Ask) -> None:
+        def measure(where: Sequence[Patch], *asks: Ask) -> None:
             for _, of_rows, texts in evaluate_behaviour(
                 passes, where, ROWS, asks, limits=Limits(12), behaviours={}, known=known
             ):
@@ -225,15 +225,15 @@ def evaluation(kind: str, ground: str) -> Callable[[Path, str, str], Tensor]:
                     found.extend(float(token) for one in texts for token in one["tokens"])
 
         measure((), Ask("raw"))
-        measure(sites, Ask("no_delta"), Ask("full"), *(Ask("alpha", alpha) for alpha in (-0.5, 0.5, 2.0)))
+        measure(patches, Ask("no_delta"), Ask("full"), *(Ask("alpha", alpha) for alpha in (-0.5, 0.5, 2.0)))
         for name in ("random_delta", "shuffled_delta", "dense_delta"):
             made = []
-            for site in sites:
-                x, y = site_activations(passes, site, ROWS)
-                made.append(SUBSTITUTES[name](site, Material(x, partial(Moments.of, [(x, y)]), 0)))
+            for patch in patches:
+                x, y = site_activations(passes, patch, ROWS)
+                made.append(SUBSTITUTES[name](patch, Material(x, partial(Moments.of, [(x, y)]), 0)))
             measure(made, Ask(name))
-        ranked = rank_features(passes, sites, ROWS)
-        curve = evaluate_curve(passes, sites, ROWS, ranked, reference=reference)
+        ranked = rank_features(passes, patches, ROWS)
+        curve = evaluate_curve(passes, patches, ROWS, ranked, reference=reference)
         found.extend(row["nll"] for rows in curve.values() for row in rows)
         return torch.tensor(found)
 
@@ -248,18 +248,18 @@ def _bridge(scratch: Path, kind: str, device: str, precision: str) -> Any:
     return wrap(*load_model(models(scratch)[kind], dtype_of(precision), device))
 
 
-def _sites(bridge: Any, before: Path | None) -> list[Site]:
+def _patches(bridge: Any, before: Path | None) -> list[Patch]:
     """Random deltas on the un-finetuned paths of `before`, or on random bases."""
-    from evaluators.splice.interventions import Site
+    from evaluators.splice.patches import Patch
     from models.blocks import read_paths
     from models.bridge import device_of
     from models.transcoder import with_bos
 
-    d_model, paths = bridge.cfg.d_model, {} if before is None else read_paths(bridge, before, LAYERS)
-    sites = []
-    for layer in LAYERS:
-        delta = transcoder(d_model, 12, layer, bias=False)
+    d_model, paths = bridge.cfg.d_model, {} if before is None else read_paths(bridge, before, SITES)
+    patches = []
+    for site in SITES:
+        delta = transcoder(d_model, 12, site.layer, bias=False)
         if before is not None:
             delta = with_bos(delta, 0.1 * delta.W_dec[0])
-        sites.append(Site(layer, paths.get(layer) or transcoder(d_model, 48, layer, bias=True), delta))
-    return [site.to(device_of(bridge)) for site in sites]
+        patches.append(Patch(site, paths.get(site) or transcoder(d_model, 48, site.layer, bias=True), delta))
+    return [patch.to(device_of(bridge)) for patch in patches]

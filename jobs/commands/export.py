@@ -68,7 +68,7 @@ def export(
             notes["bases"] = {site.label: base.path for site, base in bases.items()}
             notes["use"] = f"holds base(x) + alpha * delta(x); the finetuned MLP also needs the error node {error}"
         notes["bos"] = "what the deltas add at BOS, where no transcoder is read, is left out"
-    card = model_card(context, Exported(kind, ground, d_new, sorted(fused), alpha, onto_bases))
+    card = model_card(context, Exported(kind, ground, d_new, sorted(site.layer for site in fused), alpha, onto_bases))
     if kind == "gemma-scope":
         average_l0 = _average_l0(context, ground, d_new)
         for site, base in bases.items():

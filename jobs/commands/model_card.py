@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from jobs.capture.bases import taps_of
 from jobs.context.context import Context
 from jobs.context.kept import best_of_group, error_name
 from jobs.files import read_json
@@ -59,7 +58,7 @@ def model_card(context: Context, exported: Exported) -> str:
         first=min(exported.layers),
         d_new=exported.d_new,
         alpha=f"{exported.alpha:g}",
-        taps=taps_of(context),
+        site=context.kind,
         sweep=context.settings.name,
         figures=_figures(context, exported),
         deltas=_deltas(context, exported),

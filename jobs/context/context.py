@@ -30,7 +30,7 @@ from jobs.progress import Progress
 from models.adapters import is_adapter
 from models.sources import check_hub, check_source, model_facts, resolve
 from search_spaces.schema import Sweep
-from sites import READINGS, Address, Ground, Site, sets_of
+from sites import READINGS, Address, Ground, Kind, Site, sets_of
 
 if TYPE_CHECKING:
     from jobs.search.studies import Storage
@@ -149,7 +149,12 @@ class Context:
 
     def site(self, layer: int) -> Site:
         """The MLP of a layer, as the settings read it."""
-        return Site(layer, READINGS[self.settings.transcoders.convention])
+        return Site(layer, self.kind)
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the sweep's sites."""
+        return READINGS[self.settings.transcoders.convention]
 
     def layers_of(self, target: str) -> list[int]:
         """The layers of a target's deltas, ascending: none where the target is not asked for, and of change deltas none

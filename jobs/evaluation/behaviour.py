@@ -256,10 +256,10 @@ class Behaviour(Answers):
                 finetuned,
             ),
         }
-        sites = self.load_sites()
+        patches = self.load_patches()
         asks = [Ask("alpha", strength) for strength in self.strengths]
         names = []
-        for ask, figures, texts in evaluate_behaviour(self.kept_passes(model), sites, rows, asks, **settings):
+        for ask, figures, texts in evaluate_behaviour(self.kept_passes(model), patches, rows, asks, **settings):
             if ask.alpha in self.doses:
                 names.append(self._write("alpha", ask.alpha, figures, texts))
             # Strengths 0 and 1 are no_delta and full to the last bit (checks.json): measured once, filed twice.
@@ -269,7 +269,7 @@ class Behaviour(Answers):
             if ask.alpha == 1.0 and "full" in self.conditions:
                 names.append(self._write("full", 1.0, figures, texts))
         for control, alpha in self.controls:
-            with self._subject(control, alpha, model, rows, sites) as (passes, spliced):
+            with self._subject(control, alpha, model, rows, patches) as (passes, spliced):
                 found = evaluate_behaviour(passes, spliced, rows, [Ask(control, alpha)], **settings)
                 names += [self._write(control, alpha, figures, texts) for _, figures, texts in found]
         return names
@@ -279,9 +279,9 @@ class Behaviour(Answers):
 
     @contextmanager
     def _subject(
-        self, control: str, alpha: float | None, model: Any, rows: list[Any], sites: list[Any]
+        self, control: str, alpha: float | None, model: Any, rows: list[Any], patches: list[Any]
     ) -> Iterator[tuple[Any, Any]]:
-        """The passes and the sites of a control. Nothing is cached while the model's weights are swapped."""
+        """The passes and the patches of a control. Nothing is cached while the model's weights are swapped."""
         from evaluators.measures.reconstruction import site_activations
         from evaluators.splice.passes import Prefixes
         from evaluators.splice.substitutes import SUBSTITUTES, Material
@@ -289,26 +289,26 @@ class Behaviour(Answers):
 
         condition, plain = CONDITIONS[control], self.plain_passes(model)
         if condition.substitute:
-            raw = replace(plain, prefixes=Prefixes(model, [site.layer for site in sites], sites[0].taps))
-            sites = [
+            raw = replace(plain, prefixes=Prefixes(model, [patch.site for patch in patches]))
+            patches = [
                 SUBSTITUTES[control](
-                    site,
+                    patch,
                     Material(
-                        site_activations(raw, site, rows)[0],
+                        site_activations(raw, patch, rows)[0],
                         partial(_moments, plan),
                         self.seed,
                         partial(_true_change, self, plan.site) if plan.ground.target == "change" else None,
                     ),
                 )
-                for site, plan in zip(sites, self.sites, strict=True)
+                for patch, plan in zip(patches, self.sites, strict=True)
             ]
         if condition.model in ("swapped", "scaled"):
             before = paths(self.model, self.shared.base_model, tuple(plan.site for plan in self.sites))
             other = exchanged(model, list(before.values()))
             with other if alpha is None else interpolated(model, list(before.values()), alpha):
-                yield plain, sites
+                yield plain, patches
         else:
-            yield self.kept_passes(model), sites
+            yield self.kept_passes(model), patches
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ def _reference(work: Work) -> Any:
 
 def _true_change(work: Work, site: Site) -> Any:
     """What finetuning changed in the site's function, computed by both models."""
-    from evaluators.splice.sites import TrueChange
+    from evaluators.splice.patches import TrueChange
 
     sites = tuple(plan.site for plan in work.sites)
     before, after = (exact_paths(work.model, one, sites) for one in (work.shared.base_model, work.model.folder))

@@ -77,11 +77,16 @@ class Ranking(Work):
         held_out = list(read_rows(self.shared.ranking_rows))
         labels = dict.fromkeys(row.label for row in held_out)
         chosen = [row for label in labels for row in [one for one in held_out if one.label == label][:RANKING_ROWS]]
-        passes, sites = self.plain_passes(model), self.load_sites()
-        rates = firing_rates(passes, sites, rows)
+        passes, patches = self.plain_passes(model), self.load_patches()
+        rates = firing_rates(passes, patches, rows)
         features = [
-            {**one._asdict(), "firing_rate": {name: of[one.feature] for name, of in rates[one.layer].items()}}
-            for one in rank_features(passes, sites, chosen)
+            {
+                "layer": ranked.site.key,
+                "feature": ranked.feature,
+                "effect": ranked.effect,
+                "firing_rate": {subset: of_subset[ranked.feature] for subset, of_subset in rates[ranked.site].items()},
+            }
+            for ranked in rank_features(passes, patches, chosen)
         ]
         return self.write({"n_rows": len(chosen), "features": features}, started)
 
@@ -122,9 +127,10 @@ class Curve(Work):
 
         started = time.perf_counter()
         listed = read_json(self.cell_file(self.ranking))["features"]
-        ranked = [Ranked(one["layer"], one["feature"], one["effect"]) for one in listed]
+        by_key = {plan.site.key: plan.site for plan in self.sites}
+        ranked = [Ranked(by_key[one["layer"]], one["feature"], one["effect"]) for one in listed]
         compared = reference(self.model, self.shared.rows, self.shared.batch_size)
-        found = evaluate_curve(self.kept_passes(model), self.load_sites(), rows, ranked, compared)
+        found = evaluate_curve(self.kept_passes(model), self.load_patches(), rows, ranked, compared)
         counts = [{"k": count, "rows": entries} for count, entries in found.items()]
         return self.write({"subset": self.subset, "counts": counts}, started)
 
@@ -165,21 +171,20 @@ class Cards(Work):
         from evaluators.measures.single_features import single_features
 
         started = time.perf_counter()
-        passes, sites = self.plain_passes(model), self.load_sites()
+        passes, patches = self.plain_passes(model), self.load_patches()
         subsets = ([row for row in rows if row.label == subset] for subset in self.shared.subsets)
         few = [row for subset in subsets for row in subset[:CARD_ROWS]]
-        features = [(site.layer, feature) for site, feature in self.features]
         effects = single_features(
             passes,
-            sites,
+            patches,
             few,
-            features,
+            self.features,
             limits=self.shared.limits,
             behaviours=read_behaviours(self.shared.behaviours),
             guesses=guesses(self, few, UNFINETUNED if self.sites[0].ground.target == "change" else "raw"),
         )
-        read = read_features(passes, sites, rows, features)
-        cards = [{"layer": one[0], "feature": one[1], **read[one], **effects[one]} for one in features]
+        read = read_features(passes, patches, rows, self.features)
+        cards = [{"layer": one[0].key, "feature": one[1], **read[one], **effects[one]} for one in self.features]
         return self.write({"convention": self.sites[0].site.kind.reading, "cards": cards}, started)
 
 
@@ -211,21 +216,20 @@ class Change(Work):
     def compute(self, model: Any, rows: list[Any]) -> list[str]:
         from evaluators.measures.change_fit import evaluate_change
 
-        started, sites, passes = time.perf_counter(), self.load_sites(), self.plain_passes(model)
+        started, patches, passes = time.perf_counter(), self.load_patches(), self.plain_passes(model)
         if self.model.precision == "fp32":
-            found = evaluate_change(passes, sites, rows)
+            found = evaluate_change(passes, patches, rows)
         else:
             found = []
-            for first in range(0, len(sites), EXACT_LAYERS):
+            for first in range(0, len(patches), EXACT_LAYERS):
                 exact_paths.cache_clear()  # before more are read
                 some = tuple(plan.site for plan in self.sites[first : first + EXACT_LAYERS])
                 before, after = (
-                    {site.layer: path for site, path in exact_paths(self.model, folder, some).items()}
-                    for folder in (self.shared.base_model, self.model.folder)
+                    exact_paths(self.model, folder, some) for folder in (self.shared.base_model, self.model.folder)
                 )
-                found += evaluate_change(passes, sites[first : first + EXACT_LAYERS], rows, (before, after))
+                found += evaluate_change(passes, patches[first : first + EXACT_LAYERS], rows, (before, after))
                 del before, after
-        layers = [{"layer": plan.site.layer, "rows": entries} for plan, entries in zip(self.sites, found, strict=True)]
+        layers = [{"layer": plan.site.key, "rows": entries} for plan, entries in zip(self.sites, found, strict=True)]
         return self.write({"d_new": self.sites[0].d_new, "layers": layers}, started)
 
 
@@ -277,12 +281,12 @@ class Reconstruction(Work):
         texts = [row for cell in raw for row in cell]
         ce_raw = sum(row["text_nll"] for row in texts) / sum(row["n_act_tokens"] for row in texts)
         names = []
-        found = evaluate_reconstruction(self.kept_passes(model), self.load_sites(), rows, ce_raw)
+        found = evaluate_reconstruction(self.kept_passes(model), self.load_patches(), rows, ce_raw)
         for plan, figures in zip(self.sites, found, strict=True):
             assert plan.candidate is not None
             cell = {
                 "kind": self.kind,
-                "layer": plan.site.layer,
+                "layer": plan.site.key,
                 "target": plan.ground.target,
                 "percentile": plan.ground.percentile,
                 "d_new": plan.d_new,
@@ -335,14 +339,13 @@ class Exactness(Work):
         for row in rows:
             by_label[row.label].append(row)
         few = [row for subset in by_label.values() for row in subset[:CHECK_ROWS]]
-        sites = self.load_sites()
-        sets = [sites[:1], sites] if len(sites) > 1 else [sites]
+        patches = self.load_patches()
+        sets = [patches[:1], patches] if len(patches) > 1 else [patches]
         checks = [one for chosen in sets for one in exactness_checks(model, few, chosen, self.shared.limits)]
         if self.sites[0].ground.target == "change":
             places = tuple(plan.site for plan in self.sites)
             before, after = (
-                {site.layer: path for site, path in own_paths(self.model, folder, places).items()}
-                for folder in (self.shared.base_model, self.model.folder)
+                own_paths(self.model, folder, places) for folder in (self.shared.base_model, self.model.folder)
             )
             checks += [one for chosen in sets for one in change_checks(model, few, chosen, before, after)]
         write_json(checks_file(self.shared.cells, self.name), {"key": self.key, "checks": checks})

@@ -1,7 +1,7 @@
 """A piece of evaluation as plain values, and what the pieces of every kind have in common.
 
 In: paths, sites and settings. Out: the names of the cells, each with the key that it must hold, and what they cost; on
-a worker, passes of the model, the sites spliced into it, and the cells' files. Nothing is loaded before that.
+a worker, passes of the model, what is spliced into it, and the cells' files. Nothing is loaded before that.
 """
 
 from __future__ import annotations
@@ -124,22 +124,20 @@ class Work:
         """Passes that reuse what this worker keeps of the raw model at the first spliced site."""
         return replace(self.plain_passes(model), prefixes=prefixes(self.model, self.sites[0].site))
 
-    def load_sites(self) -> list[Any]:
-        """The sites with their grounds and deltas, on the worker's device."""
-        from evaluators.splice.interventions import Site as Spliced
+    def load_patches(self) -> list[Any]:
+        """What is spliced in at the sites: their grounds and deltas, on the worker's device."""
+        from evaluators.splice.patches import Patch
         from models.deltas import read_delta
         from models.gemma_scope import Candidate, read
-        from models.transcoder import CONVENTIONS
 
         without_base = tuple(plan.site for plan in self.sites if plan.candidate is None)
         before = paths(self.model, self.shared.base_model, without_base) if without_base else {}
-        spliced = []
+        patches = []
         for plan in self.sites:
-            taps = CONVENTIONS[plan.site.kind.reading]
-            base = plan.candidate and read(plan.root, Candidate(*plan.candidate), plan.site.layer, taps)
-            ground = base or before[plan.site]
-            spliced.append(Spliced(plan.site.layer, ground, read_delta(Path(plan.delta))).to(self.model.device))
-        return spliced
+            base = plan.candidate and read(plan.root, Candidate(*plan.candidate), plan.site)
+            patch = Patch(plan.site, base or before[plan.site], read_delta(Path(plan.delta)))
+            patches.append(patch.to(self.model.device))
+        return patches
 
     def write(self, figures: dict[str, Any], started: float) -> list[str]:
         """Writes the one cell of work that consists of it; returns its name."""
@@ -147,7 +145,7 @@ class Work:
         cell = {
             "kind": self.kind,
             "target": ground.target,
-            "layers": [plan.site.layer for plan in self.sites],
+            "layers": [plan.site.key for plan in self.sites],
             "percentile": ground.percentile,
             "d_new": self.sites[0].d_new,
             "seed": self.seed,

@@ -80,7 +80,7 @@ def _units(context: Context, sites: Sequence[Site]) -> tuple[float, ...]:
         folder = capture_finetuned(context, part, ("validation",))
         for outcome in context.pool.run(_unit, [(folder, site) for site in part]):
             if outcome.error:
-                raise WorkFailed(f"the size of the change in layer {outcome.task[1].layer}: {outcome.error}")
+                raise WorkFailed(f"the size of the change in layer {outcome.task[1].label}: {outcome.error}")
             found[outcome.task[1]] = outcome.result
     if disk.apart:
         drop(context)
@@ -91,7 +91,7 @@ def _unit(task: tuple[Path, Site]) -> float:
     from trainers.delta_data import change_unit
 
     folder, site = task
-    return change_unit(folder, site.layer)
+    return change_unit(folder, site)
 
 
 def _task(context: Context, sites: tuple[Site, ...], deltas: list[Path], folder: Path, key: str) -> PolishTask:
@@ -128,9 +128,9 @@ def polish_width(task: PolishTask) -> None:
 
     started = time.perf_counter()
     model, folder = bridge(task.model.folder, task.model.device, task.model.precision), Path(task.folder)
-    grounds = {site.layer: path for site, path in paths(task.model, task.base_model, task.sites).items()}
-    deltas = {site.layer: read_delta(Path(one)) for site, one in zip(task.sites, task.deltas, strict=True)}
-    scales = {site.layer: unit**0.5 for site, unit in zip(task.sites, task.units, strict=True)}
+    grounds = paths(task.model, task.base_model, task.sites)
+    deltas = {site: read_delta(Path(folder)) for site, folder in zip(task.sites, task.deltas, strict=True)}
+    scales = {site: unit**0.5 for site, unit in zip(task.sites, task.units, strict=True)}
     subject = Subject(model, grounds, deltas, scales)
     rows = {
         split: [encode_row(model.tokenizer, row) for row in read_rows(Path(task.rows) / f"{split}.jsonl")]
@@ -139,7 +139,7 @@ def polish_width(task: PolishTask) -> None:
     keeper = Keeper(folder / "checkpoint.safetensors", task.checkpoint_seconds)
     done = polish(subject, rows["train"], rows["validation"], PolishSettings(**task.settings), keeper=keeper)
     for site in task.sites:
-        delta = done.deltas[site.layer]
+        delta = done.deltas[site]
         facts = {"target": "change", "d_new": len(delta.threshold) - 1, "polished": done.figures}
         write_delta(delta, folder / site.folder, facts)
     keeper.forget()

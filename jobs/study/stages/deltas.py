@@ -36,7 +36,6 @@ from trainers.settings import DeltaSettings, settings_of
 
 if TYPE_CHECKING:
     from jobs.search.studies import Group
-    from models.transcoder import Taps
     from trainers.delta_data import DeltaData
     from trainers.delta_stack import TrainedDelta
 
@@ -181,7 +180,6 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     """The runs themselves, in one process or in each of several."""
     import torch
 
-    from models.transcoder import CONVENTIONS
     from trainers.checkpoints import Keeper
     from trainers.delta_transcoder import train_deltas
     from trainers.distributed import processes
@@ -200,8 +198,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     of = config["residuals"] and Residuals(
         **{**config["residuals"], "candidate": tuple(config["residuals"]["candidate"])}
     )
-    taps = CONVENTIONS[config["site"].kind.reading]
-    data = pairs(Path(config["activations"]), config["site"], taps, of or None, config["device"])
+    data = pairs(Path(config["activations"]), config["site"], of or None, config["device"])
     reported: list[list[dict[str, Any]]] = [[] for _ in members]
 
     def note(number: int, figures: dict[str, Any]) -> None:
@@ -241,7 +238,7 @@ def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any]) -> None:
     from models.transcoder import with_bos
     from trainers.capture import read_bos
 
-    at_bos = read_bos(Path(config["activations"]))[config["site"].layer] if config["target"] == "change" else None
+    at_bos = read_bos(Path(config["activations"]))[config["site"]] if config["target"] == "change" else None
     losses = trained.figures["val_loss_replicas"]
     ranked = sorted(range(len(losses)), key=losses.__getitem__)
     for rank, index in reversed(list(enumerate(ranked))):
@@ -257,11 +254,11 @@ def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any]) -> None:
 
 
 @lru_cache(maxsize=1)
-def pairs(activations: Path, site: Site, taps: Taps, of: Residuals | None, device: str) -> DeltaData:
+def pairs(activations: Path, site: Site, of: Residuals | None, device: str) -> DeltaData:
     """What the trials of a site and ground share, `of` being what a base leaves there, if there is one; in the memory
     of a GPU where it fits. A worker keeps the last."""
     from trainers.delta_data import read_change
 
     pairs.cache_clear()  # before the next is read
-    data = read_change(activations, site.layer, taps) if of is None else read_residuals(of)
+    data = read_change(activations, site) if of is None else read_residuals(of)
     return data._replace(train=data.train.near(device), validation=data.validation.near(device))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs.capture.activations import capture_base
-from jobs.capture.bases import base_folder, root, taps_of
+from jobs.capture.bases import base_folder, root
 from jobs.capture.worker_memory import bridge
 from jobs.cluster.fanout import Pool
 from jobs.context import keys
@@ -175,9 +175,9 @@ def _train_window(context: Context, folders: dict[Site, Path]) -> None:
 def _check(context: Context, candidate: Candidate, site: Site) -> None:
     facts = model_facts(context.model)
     check_fits(
-        read(root(context), candidate, site.layer, taps_of(context)),
-        d_model=facts["d_model"],
-        n_layers=facts["n_layers"],
-        taps=taps_of(context),
+        read(root(context), candidate, site),
+        site,
+        d_in=facts["d_model"],
+        d_out=facts["d_model"],
         origin=f"{root(context)}/{candidate.path}",
     )
