@@ -40,17 +40,17 @@ def width_label(width: int | str) -> str:
     return f"width_{width}"
 
 
-def candidates(root: str, layer: int, width: int | str) -> list[Candidate]:
-    """The base transcoders of a layer and width, by ascending L0.
+def candidates(root: str, site: Site, width: int | str) -> list[Candidate]:
+    """The base transcoders of a site and width, by ascending L0.
 
     `root` is a local folder or a hub repository. If there are none, raises ModelError and says what exists instead.
     """
-    below = f"layer_{layer}/{width_label(width)}"
+    below = f"{site.published_folder}/{width_label(width)}"
     matches = [_L0_FILE.fullmatch(file) for file in _files(root, below)]
     found = [Candidate(float(match[2]), f"{below}/{match[1]}") for match in matches if match]
     if not found:
-        widths = {file.partition("/")[0] for file in _files(root, f"layer_{layer}")}
-        place, found_there = f"layer_{layer}", widths
+        widths = {file.partition("/")[0] for file in _files(root, site.published_folder)}
+        place, found_there = site.published_folder, widths
         if not widths:
             place, found_there = "the top folder", {file.partition("/")[0] for file in _files(root, "")}
         raise ModelError(

@@ -79,8 +79,13 @@ class SetAddress(NamedTuple):
         return cls(*_parse(name, "_"))
 
 
+def width_label(d_new: int) -> str:
+    """A delta's width in names of folders and cells: `d032`."""
+    return f"d{d_new:03d}"
+
+
 def _parts(sites: tuple[Site, ...] | list[Site], ground: Ground, d_new: int) -> list[str]:
-    return [f"layer_{sites_label(sites, digits=2)}", ground.label, f"d{d_new:03d}"]
+    return [f"layer_{sites_label(sites, digits=2)}", ground.label, width_label(d_new)]
 
 
 def _parse(text: str, between: str) -> tuple[tuple[Site, ...], Ground, int]:

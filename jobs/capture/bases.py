@@ -42,7 +42,7 @@ def base_folder(context: Context, site: Site) -> Path:
 def chosen_base(context: Context, site: Site, percentile: float | None) -> Candidate:
     """The base that a percentile, or the target L0, selects for a site."""
     settings = context.settings
-    found = candidates(root(context), site.layer, settings.transcoders.width)
+    found = candidates(root(context), site, settings.transcoders.width)
     return select(found, percentile, settings.deltas.target_l0)
 
 

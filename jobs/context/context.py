@@ -286,8 +286,8 @@ class Context:
         if self.settings.transcoders.source != "train":
             from models.gemma_scope import candidates
 
-            for layer in self.layers_of("residual"):
-                candidates(self.settings.transcoders.source, layer, self.settings.transcoders.width)
+            for site in self.sites_of("residual"):
+                candidates(self.settings.transcoders.source, site, self.settings.transcoders.width)
 
     def check_request(self) -> None:
         """Checks everything about the request that can be known within a second, before anything is written."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.context.context import Context
 from jobs.files import read_json
-from sites import Address
+from sites import Address, width_label
 
 
 def best_of_group(context: Context, group: Address) -> dict[str, Any] | None:
@@ -33,7 +33,7 @@ def delta_folder(context: Context, group: Address) -> Path | None:
 
 
 def polished_folder(context: Context, d_new: int) -> Path:
-    return context.space.deltas / "polished" / f"d{d_new:03d}"
+    return context.space.deltas / "polished" / width_label(d_new)
 
 
 def replica_folder(trial: Path, rank: int) -> Path:

@@ -142,7 +142,7 @@ def base(settings: Sweep, site: Site) -> str:
     section = settings.transcoders
     if section.source != "train":
         files = (
-            sorted(Path(section.source).glob(f"layer_{site.layer}/*/*/params.npz"))
+            sorted(Path(section.source).glob(f"{site.published_folder}/*/*/params.npz"))
             if Path(section.source).is_dir()
             else []
         )

@@ -48,4 +48,4 @@ def test_the_splice_goes_from_the_one_model_to_the_other(names: dict[str, Any]) 
 
 def test_a_delta_comes_back_from_disk(names: dict[str, Any]) -> None:
     for name in ("W_enc", "b_enc", "threshold", "W_dec"):
-        assert torch.equal(getattr(names["again"], name), getattr(names["deltas"][1], name))
+        assert torch.equal(getattr(names["again"], name), getattr(names["deltas"][names["sites"][1]], name))

@@ -54,7 +54,7 @@ def test_gemma_scope_is_found_selected_and_read_by_our_reader(transcoders, model
         ("layer_3", "width_47", "average_l0_33"),
     ]
     for site, transcoder in transcoders.items():
-        found = gemma_scope.candidates(str(tmp_path / "out"), site.layer, transcoder.d_sae)
+        found = gemma_scope.candidates(str(tmp_path / "out"), site, transcoder.d_sae)
         read = gemma_scope.read(str(tmp_path / "out"), gemma_scope.select_target_l0(found, 30), site)
         torch.testing.assert_close(read(X), transcoder(X))
     config = json.loads((written[1].parent / "config.json").read_text())

@@ -42,13 +42,13 @@ def same(one: Transcoder, other: Transcoder) -> bool:
 
 
 def test_candidates_by_ascending_l0(published):
-    found = candidates(str(published), 3, "16k")
+    found = candidates(str(published), Site(3), "16k")
     assert [candidate.average_l0 for candidate in found] == [12, 41, 90]
     assert found[0].path == "layer_3/width_16k/average_l0_12"
 
 
 def test_reading_what_is_published(published, random_transcoder):
-    chosen = select_target_l0(candidates(str(published), 3, "16k"), 40)
+    chosen = select_target_l0(candidates(str(published), Site(3), "16k"), 40)
     found = gemma_scope.read(str(published), chosen, Site(3))
     assert same(found, random_transcoder(D_MODEL, D_SAE, 3, seed=41))
     assert found.site == Site(3)
@@ -59,7 +59,7 @@ def test_round_trip_with_taps(tmp_path, random_transcoder):
     transcoder = dataclasses.replace(random_transcoder(D_MODEL, D_SAE, 5, seed=1), site=site)
     folder = tmp_path / "layer_5" / "width_10" / "average_l0_4.5"
     gemma_scope.write(transcoder, folder, {"val_fvu": 0.25, "layer": 99})
-    (found,) = candidates(str(tmp_path), 5, 10)
+    (found,) = candidates(str(tmp_path), Site(5), 10)
     assert found.average_l0 == 4.5
     assert same(gemma_scope.read(str(tmp_path), found, Site(5)), transcoder)
     assert json.loads((folder / "config.json").read_text()) == {
@@ -93,7 +93,7 @@ def test_target_l0_is_the_nearest_and_of_two_the_sparser():
 )
 def test_a_missing_layer_or_width_says_what_there_is(published, layer, width, said):
     with pytest.raises(ModelError) as raised:
-        candidates(str(published), layer, width)
+        candidates(str(published), Site(layer), width)
     assert str(raised.value).startswith("transcoders.source: ")
     assert said in str(raised.value)
 
@@ -216,11 +216,11 @@ def hub_cache(published, tmp_path_factory, monkeypatch):
 @pytest.mark.usefixtures("hub_cache")
 def test_offline_the_cached_repository_is_read(monkeypatch, tmp_path_factory, random_transcoder):
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    found = candidates("owner/scope", 3, "16k")
+    found = candidates("owner/scope", Site(3), "16k")
     assert [candidate.average_l0 for candidate in found] == [12, 41, 90]
     with pytest.raises(ModelError, match="layer_3 has width_16k"):
-        candidates("owner/scope", 3, "1m")
+        candidates("owner/scope", Site(3), "1m")
     with pytest.raises(ModelError, match=r"transcoders\.source: owner/other is not on this machine"):
-        candidates("owner/other", 3, "16k")
+        candidates("owner/other", Site(3), "16k")
     with pytest.raises(ModelError, match=r"transcoders\.source"):
         gemma_scope.read("owner/other", found[0], Site(3))

@@ -54,7 +54,7 @@ def run(context: Context) -> dict[str, Any]:
         _train(context)
     chosen: dict[str, dict[str, str]] = {}
     for site in context.sites_of("residual"):
-        found = candidates(root(context), site.layer, context.settings.transcoders.width)
+        found = candidates(root(context), site, context.settings.transcoders.width)
         for ground in context.grounds_of("residual"):
             candidate = select(found, ground.percentile, context.settings.deltas.target_l0)
             _check(context, candidate, site)

@@ -12,20 +12,20 @@ from data.encoding import pad_left
 from jobs.capture.moments import MomentsTask, compute_moments
 from models.blocks import read_paths
 from models.bridge import hooked
-from models.transcoder import CONVENTIONS
+from sites import READINGS, Site
 from trainers.activations import Pairs, read_pairs
 from trainers.capture import Columns, Plan, capture
 
 ROWS = [[2, *range(start, start + 40)] for start in range(20, 180, 20)]
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("convention", READINGS)
 def test_a_linear_control_reads_what_the_splice_gives_it(convention, model_folder, wrapped, tmp_path: Path) -> None:
     """Under the un-normalised convention x is the residual stream over sqrt(d_model). Dividing once more, for the
     moments alone, would make the map that is fitted to them sqrt(d_model) times too large where it is spliced."""
-    bridge, taps = wrapped(model_folder), CONVENTIONS[convention]
-    path = read_paths(bridge, model_folder, [1])[1]
-    capture(bridge, Plan.make(ROWS), {1: Columns(y=True, unfinetuned=path)}, tmp_path, taps=taps)
+    bridge, site = wrapped(model_folder), Site(1, READINGS[convention])
+    path = read_paths(bridge, model_folder, [site])[site]
+    capture(bridge, Plan.make(ROWS), {site: Columns(y=True, unfinetuned=path)}, tmp_path)
     compute_moments(MomentsTask(str(tmp_path / "layer_01"), None, str(tmp_path / "moments.safetensors"), "cpu"))
     moments = load_file(tmp_path / "moments.safetensors")
     pairs: Pairs = read_pairs(tmp_path / "layer_01", ("x", "change"))
