@@ -32,7 +32,7 @@ from evaluators.splice.decoding import Stop
 from evaluators.splice.interventions import Patch
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
-from evaluators.splice.reference import Reference
+from evaluators.splice.teacher_forcing import Reference
 from models.blocks import hooks_at
 from models.bridge import Hook, device_of, hooked, whole
 from sites import Site

@@ -36,8 +36,7 @@ from data.rows import read_rows
 from evaluators.splice.interventions import Edit
 from evaluators.splice.passes import Passes
 from evaluators.splice.patches import Patch
-from evaluators.splice.reference import Reference
-from evaluators.splice.teacher_forcing import Job, score
+from evaluators.splice.teacher_forcing import Job, Reference, score
 from evaluators.tables.statistics import paired_bootstrap, recovered_share
 from jobs.capture.activations import Text, plan_of
 from jobs.commands.load import DeltaChoice, combination, device_for, finetuned, load_bridge, load_patches

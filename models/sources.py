@@ -11,7 +11,7 @@ import importlib.util
 import json
 import multiprocessing
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from data.files import replacing
 from models.errors import ModelError
 from models.hub import check_hub, hub_errors
+from sites import Site
 
 if TYPE_CHECKING:
     import torch
@@ -135,6 +136,11 @@ def model_facts(folder: Path, key: str = "model.source") -> dict[str, Any]:
         raise
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{key}: {path} cannot be read as a model's config ({error})") from None
+
+
+def widths_of(facts: Mapping[str, Any], site: Site) -> tuple[int, int]:
+    """d_in and d_out of a site in the model of these facts: an MLP, the only kind yet, reads and writes d_model."""
+    return facts["d_model"], facts["d_model"]
 
 
 def _check_config(config: dict[str, Any], folder: Path, key: str) -> None:

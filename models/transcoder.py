@@ -64,6 +64,11 @@ class Transcoder:
     def d_sae(self) -> int:
         return self.W_enc.shape[1]
 
+    @property
+    def d_new(self) -> int:
+        """Features that read x: all but the one at BOS."""
+        return self.d_sae - (self.at_bos is not None)
+
     @cached_property
     def at_bos(self) -> Tensor | None:
         """The activations (d_sae,) at BOS, 1 for the feature that belongs there; None without such a feature."""

@@ -20,8 +20,7 @@ from data.encoding import encode_row, pad_left
 from data.rows import Row
 from evaluators.splice.interventions import Edit, Patch, Ranks, RowEdits, spliced
 from evaluators.splice.passes import Passes, project, resume
-from evaluators.splice.reference import Reference
-from evaluators.splice.teacher_forcing import Job, score
+from evaluators.splice.teacher_forcing import Job, Reference, score
 from models.bridge import device_of
 from sites import Site
 

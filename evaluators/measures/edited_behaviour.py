@@ -19,8 +19,7 @@ from evaluators.splice.decoding import Stop, generate
 from evaluators.splice.interventions import Edit, Patch
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes
-from evaluators.splice.reference import Reference
-from evaluators.splice.teacher_forcing import Job, Scored, score
+from evaluators.splice.teacher_forcing import Job, Reference, Scored, score
 
 
 @dataclass(frozen=True)

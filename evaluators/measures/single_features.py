@@ -20,11 +20,10 @@ from torch.nn import functional
 from data.encoding import Encoded, encode_row, pad_left, target_text
 from data.rows import Row
 from evaluators.measures.behaviours import Answer, Behaviour
-from evaluators.splice.batching import in_slices
 from evaluators.splice.decoding import Stop, generate
 from evaluators.splice.interventions import Edit, Patch, Ranks, RowEdits, spliced
 from evaluators.splice.limits import Limits
-from evaluators.splice.passes import Passes, project, read_prefixes, resume
+from evaluators.splice.passes import Passes, in_slices, project, read_prefixes, resume
 from evaluators.splice.teacher_forcing import Job, Scored, score
 from models.bridge import device_of
 from sites import Site

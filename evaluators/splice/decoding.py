@@ -19,10 +19,9 @@ from transformers import DynamicCache
 
 from data.encoding import Batch, Encoded, beside, ends_of, pad_left, pad_right
 from data.rows import Row
-from evaluators.splice.batching import in_slices
 from evaluators.splice.interventions import Edit, Splice, spliced
 from evaluators.splice.limits import Limits
-from evaluators.splice.passes import Passes, forward
+from evaluators.splice.passes import Passes, forward, in_slices
 from evaluators.splice.teacher_forcing import Job, Scored, agreed, prepare
 from models.bridge import device_of
 

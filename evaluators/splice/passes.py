@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ PROJECTED = 256
 """Tokens projected to the vocabulary at once: fewer read the projection's weights too often, more fill memory."""
 HELD_BYTES = 1 << 30
 """Memory for the prefixes that are kept."""
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -296,3 +297,33 @@ def _handed_through(bridge: TransformerBridge, after: int, residual: Tensor) -> 
     finally:
         for block in skipped:
             block.__dict__.pop("forward", None)
+
+
+def in_slices(items: Sequence[Item], size: int, run: Callable[[Sequence[Item]], None]) -> None:
+    """Calls `run` on consecutive slices of at most `size` items.
+
+    Where memory runs out, the same items are tried again in halves, so `run` must be idempotent. Raises what `run`
+    raises where a single item does not fit, and every error that is not about memory.
+    """
+    start = 0
+    while start < len(items):
+        chosen = items[start : start + size]
+        try:
+            run(chosen)
+        except (RuntimeError, MemoryError) as error:
+            if len(chosen) == 1 or not _out_of_memory(error):
+                raise
+            size = len(chosen) // 2
+        else:
+            start += len(chosen)
+            continue
+        # Outside the handler, where the failed slice's tensors are free again.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU (whose allocator raises a plain RuntimeError)."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "not enough memory" in str(error) or "can't allocate memory" in str(error)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evaluators.splice.patches import Patch, PrincipalChange, TrueChange
 from evaluators.splice.second_moments import Moments, principal_directions, reduced_rank_regression
-from models.transcoder import with_bos, without_bos
+from models.transcoder import with_bos
 
 
 class Material(NamedTuple):
@@ -50,7 +50,7 @@ def dense_delta(patch: Patch, material: Material) -> Patch:
     """The linear map of rank d_new that best fits what the delta was trained on (reduced-rank regression); a feature at
     BOS stays."""
     delta = patch.transcoder
-    encoder, decoder = reduced_rank_regression(material.moments(), without_bos(delta).d_sae)
+    encoder, decoder = reduced_rank_regression(material.moments(), delta.d_new)
     encoder, decoder = encoder.to(delta.W_enc), decoder.to(delta.W_dec)
     # z = relu(z) - relu(-z): twice as many features make a transcoder linear.
     zeros = torch.zeros(2 * encoder.shape[1]).to(encoder)
@@ -65,7 +65,7 @@ def pca_delta(patch: Patch, material: Material) -> Patch:
     delta = patch.transcoder
     if material.change is None:
         raise ValueError(f"layer {patch.site.label}: principal directions are of a change, which is not known here")
-    mean, directions = principal_directions(material.moments(), without_bos(delta).d_sae)
+    mean, directions = principal_directions(material.moments(), delta.d_new)
     at_bos = torch.zeros_like(mean) if delta.at_bos is None else (delta.at_bos @ delta.W_dec).to(mean)
     rows = torch.cat([directions, mean.unsqueeze(0), at_bos.unsqueeze(0)])
     return replace(patch, delta=PrincipalChange(material.change(), rows.to(delta.W_dec)))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from evaluators.splice.passes import Prefixes
-    from evaluators.splice.reference import Reference
+    from evaluators.splice.teacher_forcing import Reference
     from models.blocks import BlockPath
 
 
@@ -71,7 +71,7 @@ def own_paths(
 @lru_cache(maxsize=1)
 def reference(model: ModelSpec, rows: str, batch_size: int) -> Reference:
     """What the raw model predicts for the rows of a file."""
-    from evaluators.splice.reference import Reference
+    from evaluators.splice.teacher_forcing import Reference
 
     return Reference(bridge(model.folder, model.device, model.precision), batch_size)
 

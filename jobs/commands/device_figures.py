@@ -204,9 +204,9 @@ def evaluation(kind: str, ground: str) -> Callable[[Path, str, str], Tensor]:
         from evaluators.measures.reconstruction import site_activations
         from evaluators.splice.limits import Limits
         from evaluators.splice.passes import Passes
-        from evaluators.splice.reference import Reference
         from evaluators.splice.second_moments import Moments
         from evaluators.splice.substitutes import SUBSTITUTES, Material
+        from evaluators.splice.teacher_forcing import Reference
 
         bridge = _bridge(scratch, kind, device, precision)
         patches = _patches(bridge, models(scratch)[f"{kind}-before"] if ground == "path" else None)

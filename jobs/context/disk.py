@@ -16,7 +16,7 @@ from evaluators.conditions import CONDITIONS
 from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.search.turns import count_reads
-from models.sources import model_facts
+from models.sources import model_facts, widths_of
 from sites import Site
 
 SHARE = 0.5
@@ -64,17 +64,18 @@ def disk_of(context: Context) -> Disk:
 
 
 def site_bytes(context: Context, site: Site) -> int:
-    """Bytes of what is captured at a site, base errors included: bf16, d_model values a token and tensor. Of the
-    un-finetuned model it is held-out text alone, unless bases are trained on it."""
+    """Bytes of what is captured at a site, base errors included: bf16, d_in values a token of x, d_out of the others.
+    Of the un-finetuned model it is held-out text alone, unless bases are trained on it."""
     settings = context.settings
-    section, d_model = settings.activations, model_facts(context.model)["d_model"]
+    section, (d_in, d_out) = settings.activations, widths_of(model_facts(context.model), site)
     tokens, changed = section.train_tokens + section.validation_tokens, site in context.sites_of("change")
-    values = tokens * (1 + changed)  # x, and the change
+    values = tokens * (d_in + changed * d_out)  # x, and the change
     if site in context.sites_of("residual"):
-        values += tokens + section.validation_tokens * (not changed)  # y, and the change of held-out text
-        values += tokens * len(settings.deltas.selections) * keeps_base_errors(context)
-        values += 2 * (tokens if settings.transcoders.source == "train" else section.validation_tokens)
-    return 2 * values * d_model
+        values += (tokens + section.validation_tokens * (not changed)) * d_out  # y, and the change of held-out text
+        values += tokens * len(settings.deltas.selections) * keeps_base_errors(context) * d_out
+        unfinetuned = tokens if settings.transcoders.source == "train" else section.validation_tokens
+        values += unfinetuned * (d_in + d_out)
+    return 2 * values
 
 
 def keeps_base_errors(context: Context) -> bool:
@@ -90,14 +91,15 @@ def on_gpu(context: Context) -> bool:
 
 
 def pair_bytes(context: Context) -> int:
-    """What the trials of a layer and ground read takes so many bytes: x, and what is explained or what that follows
-    from."""
-    section = context.settings.activations
-    return 2 * 2 * (section.train_tokens + section.validation_tokens) * model_facts(context.model)["d_model"]
+    """Bytes that the trials of one site and ground read: x, and what is explained or what that follows from; of the
+    widest site."""
+    section, facts = context.settings.activations, model_facts(context.model)
+    widest = max((sum(widths_of(facts, site)) for site in context.sites), default=0)
+    return 2 * (section.train_tokens + section.validation_tokens) * widest
 
 
 def reads_of(context: Context, workers: int) -> int:
-    """How often so many workers, each of which keeps what its last trial read, read the pairs of a layer and ground."""
+    """Number of times that pairs are read from disk if each of `workers` caches what its last trial read."""
     groups = {one.name: f"{one.site.folder}/{one.ground.label}" for one in context.delta_groups}
     return count_reads(dict.fromkeys(groups, context.settings.deltas.trials), groups, workers)
 
@@ -115,17 +117,18 @@ def bytes_needed(context: Context) -> int:
     """Disk space for a whole sweep, small files aside: activations and base errors, as many as are there at once,
     moments, adapters and the merged model."""
     settings, disk = context.settings, disk_of(context)
-    d_model = model_facts(context.model)["d_model"]
+    facts = model_facts(context.model)
     most = max(sum(disk.sizes[site] for site in window) for window in disk.windows(context.sites))
     weights = sum(path.stat().st_size for path in context.model.glob("*.safetensors"))
     residual, bases = context.sites_of("residual"), 0
     if residual and settings.transcoders.source == "train" and isinstance(settings.transcoders.width, int):
         each = len(settings.transcoders.target_l0) * settings.transcoders.width
-        bases = len(residual) * each * d_model * 8
+        bases = sum(each * sum(widths_of(facts, site)) * 4 for site in residual)
     moments = 0
     if any(CONDITIONS[name].ranked for name in settings.evaluate.controls):
         grounds = {(group.site, group.ground) for group in context.delta_groups}
-        moments = len(grounds) * 3 * d_model**2 * 8
+        for d_in, d_out in (widths_of(facts, site) for site, _ in grounds):
+            moments += (d_in**2 + d_in * d_out + d_out**2) * 8
     return most + 2 * weights + bases + moments
 
 

@@ -140,7 +140,7 @@ def polish_width(task: PolishTask) -> None:
     done = polish(subject, rows["train"], rows["validation"], PolishSettings(**task.settings), keeper=keeper)
     for site in task.sites:
         delta = done.deltas[site]
-        facts = {"target": "change", "d_new": len(delta.threshold) - 1, "polished": done.figures}
+        facts = {"target": "change", "d_new": delta.d_new, "polished": done.figures}
         write_delta(delta, folder / site.folder, facts)
     keeper.forget()
     seal(folder)

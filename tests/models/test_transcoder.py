@@ -81,6 +81,7 @@ def test_a_feature_at_bos_is_silent_elsewhere_and_can_be_left_out(random_transco
     assert delta.at_bos is None
     assert more.at_bos.tolist() == [0, 0, 0, 0, 1]
     assert torch.equal(more.at_bos @ more.W_dec, direction)
+    assert (delta.d_new, more.d_new, more.d_sae) == (4, 4, 5)
     assert torch.equal(more(x), delta(x))
     back = without_bos(more)
     assert all(torch.equal(getattr(back, name), getattr(delta, name)) for name in ("W_enc", "b_enc", "W_dec"))

@@ -12,8 +12,7 @@ from data.rows import Row
 from evaluators.splice.interventions import Edit
 from evaluators.splice.passes import Passes
 from evaluators.splice.patches import Patch
-from evaluators.splice.reference import Reference
-from evaluators.splice.teacher_forcing import Job, score
+from evaluators.splice.teacher_forcing import Job, Reference, score
 from models.blocks import read_paths
 from models.transcoder import with_bos
 from sites import Site, mlp_sites

@@ -24,7 +24,7 @@ from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json
 from jobs.seals import seal
 from models.gemma_scope import Candidate, candidates, read, select, width_label, write
-from models.sources import model_facts
+from models.sources import model_facts, widths_of
 from models.transcoder import check_fits
 from sites import Site
 from trainers.settings import BaseSettings, settings_of
@@ -173,11 +173,11 @@ def _train_window(context: Context, folders: dict[Site, Path]) -> None:
 
 
 def _check(context: Context, candidate: Candidate, site: Site) -> None:
-    facts = model_facts(context.model)
+    d_in, d_out = widths_of(model_facts(context.model), site)
     check_fits(
         read(root(context), candidate, site),
         site,
-        d_in=facts["d_model"],
-        d_out=facts["d_model"],
+        d_in=d_in,
+        d_out=d_out,
         origin=f"{root(context)}/{candidate.path}",
     )

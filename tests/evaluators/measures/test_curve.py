@@ -8,8 +8,7 @@ import torch
 from evaluators.measures import curve
 from evaluators.measures.curve import Ranked, counts, evaluate_curve, rank_features
 from evaluators.splice.interventions import Edit
-from evaluators.splice.reference import Reference
-from evaluators.splice.teacher_forcing import Job, score
+from evaluators.splice.teacher_forcing import Job, Reference, score
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from evaluators.splice import reference as module
+from evaluators.splice import teacher_forcing as module
 from evaluators.splice.interventions import Edit, spliced
 from evaluators.splice.passes import forward
-from evaluators.splice.reference import Reference
-from evaluators.splice.teacher_forcing import Job, score
+from evaluators.splice.teacher_forcing import Job, Reference, score
 
 
 def log_probabilities(subject, row, edit):
@@ -23,7 +22,7 @@ def log_probabilities(subject, row, edit):
 @pytest.mark.parametrize("held", [1 << 30, 1])
 def test_it_is_the_sum_over_the_vocabulary(subject, monkeypatch, held):
     """Also where no row's probabilities stay in memory, and where chunks of logits end inside a row."""
-    monkeypatch.setattr(module, "HELD_BYTES", held)
+    monkeypatch.setattr(module, "PREDICTED_BYTES", held)
     monkeypatch.setattr("evaluators.splice.passes.PROJECTED", 7)
     edit, jobs = Edit(subject.patches, "full"), [Job(row) for row in subject.encoded]
     reference = Reference(subject.bridge, 3)

@@ -10,10 +10,9 @@ from evaluators.measures.behaviours import read_behaviours
 from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
 from evaluators.measures.reconstruction import evaluate_reconstruction, text_cross_entropy
 from evaluators.splice import decoding, passes, teacher_forcing
-from evaluators.splice.batching import in_slices
 from evaluators.splice.interventions import Edit
 from evaluators.splice.limits import Limits
-from evaluators.splice.passes import Passes, Prefixes, Shortcuts, forward, project, read_prefixes, resume
+from evaluators.splice.passes import Passes, Prefixes, Shortcuts, forward, in_slices, project, read_prefixes, resume
 from evaluators.splice.teacher_forcing import Job, score
 from models.bridge import hooked
 from sites import Site, mlp_sites
