@@ -33,9 +33,8 @@ from torch import Tensor
 from benchmarks.rivals.end_to_end import Losses, Material, Pair, Trained, train
 from data.encoding import Batch, Encoded, by_length, encode_row
 from data.rows import read_rows
-from evaluators.splice.interventions import Edit
+from evaluators.splice.interventions import Edit, Patch
 from evaluators.splice.passes import Passes
-from evaluators.splice.patches import Patch
 from evaluators.splice.teacher_forcing import Job, Reference, score
 from evaluators.tables.statistics import paired_bootstrap, recovered_share
 from jobs.capture.activations import Text, plan_of

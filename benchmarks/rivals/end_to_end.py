@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from data.encoding import Batch, pad_left
+from evaluators.splice.interventions import Patch
 from evaluators.splice.passes import project, resume
-from evaluators.splice.patches import Patch
 from models.blocks import hooks_at
 from models.bridge import Hook, device_of, hooked
 from models.transcoder import Transcoder, with_bos

@@ -20,7 +20,7 @@ from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit, Patch, RowEdits, spliced
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, forward
-from evaluators.splice.patches import TrueChange
+from evaluators.splice.substitutes import TrueChange
 from evaluators.splice.teacher_forcing import Job
 from models.blocks import BlockPath, exchanged
 from models.bridge import device_of

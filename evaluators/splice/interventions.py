@@ -1,4 +1,4 @@
-"""Interventions: the hooks that replace what sites write.
+"""Interventions: what is spliced in at sites, and the hooks that do it.
 
 In: a TransformerBridge and an `Edit`: patches (site, ground, delta) and a condition's name. Out: a context in which
 every forward pass of the model is edited, prompt and generated tokens alike; never on padding, and on BOS only by a
@@ -9,23 +9,82 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from evaluators.conditions import CONDITIONS, Condition
 from evaluators.splice.passes import Prefix
-from evaluators.splice.patches import Patch
-from models.blocks import check_hooks, exchanged, hooks_at, widths
+from models.blocks import BlockPath, check_hooks, exchanged, hooks_at, widths
 from models.bridge import Hook, hooked
-from models.transcoder import check_fits
+from models.errors import ModelError
+from models.transcoder import HasSite, Transcoder, check_fits
 from sites import MLP, Site
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+
+class Delta(HasSite, Protocol):
+    """What a splice asks of a delta, or of what takes its place."""
+
+    @property
+    def at_bos(self) -> Tensor | None:
+        """The activations (d_new,) at BOS; None without a feature for it."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Activations (tokens, d_new) of x (tokens, d_in)."""
+
+    def decode(self, acts: Tensor) -> Tensor:
+        """Output (tokens, d_out) of activations (tokens, d_new)."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What is spliced in at one site. Raises ModelError where its parts are not of that site, or of different widths.
+
+    `ground` is what lies under the delta: a base transcoder, under a delta trained on the residual that it leaves, or
+    the un-finetuned block's own path, under a delta trained on what finetuning changed. `pool` (tokens, d_out) holds
+    delta outputs in shuffled order, for the condition that reads them by token number. `ranks` (d_new,) are the
+    features' places among those of all sites, the most effective first, for rows that keep only the first of them.
+    """
+
+    site: Site
+    ground: Transcoder | BlockPath
+    delta: Delta | None = None
+    pool: Tensor | None = None
+    ranks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.ground.site != self.site:
+            raise ModelError(f"layer {self.site.label}: what lies under the delta is of layer {self.ground.site.label}")
+        if self.delta is not None:
+            widths = {"d_in": self.ground.d_in, "d_out": self.ground.d_out}
+            check_fits(self.delta, self.site, **widths, origin=f"layer {self.site.label}: delta")
+
+    @property
+    def base(self) -> Transcoder | None:
+        """The base transcoder, where that is the ground."""
+        return self.ground if isinstance(self.ground, Transcoder) else None
+
+    @property
+    def path(self) -> BlockPath | None:
+        """The un-finetuned path, where that is the ground."""
+        return self.ground if isinstance(self.ground, BlockPath) else None
+
+    @property
+    def transcoder(self) -> Transcoder:
+        """The delta, as something with features; raises ValueError where there is none, or it has none."""
+        if not isinstance(self.delta, Transcoder):
+            raise ValueError(f"layer {self.site.label} has no delta transcoder, whose features are needed here")
+        return self.delta
+
+    def to(self, device: str | torch.device) -> Patch:
+        delta = self.delta.to(device) if isinstance(self.delta, Transcoder) else self.delta
+        return replace(self, ground=self.ground.to(device), delta=delta)
 
 
 @dataclass(frozen=True)

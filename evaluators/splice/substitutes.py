@@ -6,15 +6,81 @@ In: a `Patch` with a delta, and the material that its substitute is made from. O
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from evaluators.splice.patches import Patch, PrincipalChange, TrueChange
+from evaluators.splice.interventions import Patch
 from evaluators.splice.second_moments import Moments, principal_directions, reduced_rank_regression
+from models.blocks import BlockPath
 from models.transcoder import with_bos
+from sites import Site
+
+
+@dataclass(frozen=True)
+class TrueChange:
+    """In a delta's place: the change itself, y_finetuned(x) - y_un(x), computed by both paths, at BOS too."""
+
+    unfinetuned: BlockPath
+    finetuned: BlockPath
+    at_bos: None = None
+
+    @property
+    def site(self) -> Site:
+        return self.finetuned.site
+
+    @property
+    def d_in(self) -> int:
+        return self.finetuned.d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.finetuned.d_out
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode(self, acts: Tensor) -> Tensor:
+        return self.finetuned(acts).float() - self.unfinetuned(acts).float()
+
+
+@dataclass(frozen=True)
+class PrincipalChange:
+    """In a delta's place: the part of the true change that lies along a few directions, the rows of `W_dec`.
+
+    Their coefficients are those of the change itself, computed by both paths, and not read off x by an encoder: what
+    is missing is missing for want of directions, not of features to find them. The row before the last is the change's
+    mean, always on; the last is what the change is at BOS.
+    """
+
+    true: TrueChange
+    W_dec: Tensor
+
+    @property
+    def site(self) -> Site:
+        return self.true.site
+
+    @property
+    def d_in(self) -> int:
+        return self.true.d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.true.d_out
+
+    @property
+    def at_bos(self) -> Tensor:
+        return torch.eye(len(self.W_dec)).to(self.W_dec)[-1]
+
+    def encode(self, x: Tensor) -> Tensor:
+        directions, mean = self.W_dec[:-2], self.W_dec[-2]
+        along = (self.true.decode(x) - mean) @ directions.T
+        return torch.cat([along, along.new_ones(len(x), 1), along.new_zeros(len(x), 1)], dim=1)
+
+    def decode(self, acts: Tensor) -> Tensor:
+        return acts @ self.W_dec
 
 
 class Material(NamedTuple):

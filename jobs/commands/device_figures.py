@@ -17,7 +17,7 @@ from sites import Site, mlp_sites
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evaluators.splice.patches import Patch
+    from evaluators.splice.interventions import Patch
     from models.transcoder import Transcoder
     from trainers.delta_data import DeltaData
     from trainers.joint_polish import Subject
@@ -250,7 +250,7 @@ def _bridge(scratch: Path, kind: str, device: str, precision: str) -> Any:
 
 def _patches(bridge: Any, before: Path | None) -> list[Patch]:
     """Random deltas on the un-finetuned paths of `before`, or on random bases."""
-    from evaluators.splice.patches import Patch
+    from evaluators.splice.interventions import Patch
     from models.blocks import read_paths
     from models.bridge import device_of
     from models.transcoder import with_bos

@@ -22,7 +22,7 @@ from sites import Address, Ground, Site, sites_label
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from evaluators.splice.patches import Patch
+    from evaluators.splice.interventions import Patch
     from models.gemma_scope import Candidate
     from models.transcoder import Transcoder
 
@@ -95,7 +95,7 @@ def load_patches(
 
     Raises RequestError for a layer without deltas, or a group without a kept one.
     """
-    from evaluators.splice.patches import Patch
+    from evaluators.splice.interventions import Patch
     from models.blocks import read_paths
 
     ground, _ = chosen

@@ -357,7 +357,7 @@ def _reference(work: Work) -> Any:
 
 def _true_change(work: Work, site: Site) -> Any:
     """What finetuning changed in the site's function, computed by both models."""
-    from evaluators.splice.patches import TrueChange
+    from evaluators.splice.substitutes import TrueChange
 
     sites = tuple(plan.site for plan in work.sites)
     before, after = (exact_paths(work.model, one, sites) for one in (work.shared.base_model, work.model.folder))

@@ -126,7 +126,7 @@ class Work:
 
     def load_patches(self) -> list[Any]:
         """What is spliced in at the sites: their grounds and deltas, on the worker's device."""
-        from evaluators.splice.patches import Patch
+        from evaluators.splice.interventions import Patch
         from models.deltas import read_delta
         from models.gemma_scope import Candidate, read
 

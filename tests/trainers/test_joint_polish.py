@@ -9,9 +9,8 @@ import torch
 
 from data.encoding import encode_row
 from data.rows import Row
-from evaluators.splice.interventions import Edit
+from evaluators.splice.interventions import Edit, Patch
 from evaluators.splice.passes import Passes
-from evaluators.splice.patches import Patch
 from evaluators.splice.teacher_forcing import Job, Reference, score
 from models.blocks import read_paths
 from models.transcoder import with_bos

@@ -10,10 +10,9 @@ from evaluators.conditions import CONDITIONS, CONTROLS
 from evaluators.measures.edited_behaviour import Ask, evaluate_behaviour
 from evaluators.measures.reconstruction import site_activations
 from evaluators.splice.decoding import Stop, decode
-from evaluators.splice.interventions import Edit, spliced
+from evaluators.splice.interventions import Edit, Patch, spliced
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Shortcuts
-from evaluators.splice.patches import Patch
 from evaluators.splice.second_moments import Moments, reduced_rank_regression
 from evaluators.splice.substitutes import SUBSTITUTES, Material, dense_delta, random_delta, shuffled_delta
 from evaluators.splice.teacher_forcing import Job, score

@@ -9,12 +9,11 @@ from evaluators.measures.checks import change_checks, exactness_checks
 from evaluators.measures.curve import STRENGTHS, rank_features
 from evaluators.measures.reconstruction import site_activations
 from evaluators.splice.decoding import Stop, decode, generate
-from evaluators.splice.interventions import Edit, Ranks
+from evaluators.splice.interventions import Edit, Patch, Ranks
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts
-from evaluators.splice.patches import Patch, TrueChange
 from evaluators.splice.second_moments import Moments, principal_directions
-from evaluators.splice.substitutes import SUBSTITUTES, Material, pca_delta
+from evaluators.splice.substitutes import SUBSTITUTES, Material, TrueChange, pca_delta
 from evaluators.splice.teacher_forcing import Job, score
 from models.blocks import read_paths
 
