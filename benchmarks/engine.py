@@ -158,7 +158,7 @@ def cells(number: Annotated[int, typer.Option("--cells")] = 10_000) -> None:
         pool = Pool(share)
         list(pool.run(nothing, range(100)))
         started = time.perf_counter()
-        found = sorted(outcome.result for outcome in pool.run(nothing, range(number), group=lambda task: task // 8))
+        found = sorted(outcome.result for outcome in pool.run(nothing, range(number), affinity=lambda task: task // 8))
         ours = number / (time.perf_counter() - started)
         pool.close()
         started = time.perf_counter()
@@ -198,7 +198,7 @@ def workers(
             pool = Pool(cluster.Share(1, share.gpus, count))
             list(pool.run(evaluate, works[:1] * count))  # loads the model
             started = time.perf_counter()
-            outcomes = list(pool.run(evaluate, works, group=lambda work: work.group))
+            outcomes = list(pool.run(evaluate, works, affinity=lambda work: work.affinity))
             seconds[count] = time.perf_counter() - started
             pool.close()
             assert not any(outcome.error for outcome in outcomes), outcomes

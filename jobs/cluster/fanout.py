@@ -48,27 +48,27 @@ class _Worker:
 
 
 class Queue:
-    """Waiting tasks by group, each with the number of times it has been tried."""
+    """Waiting tasks by affinity, each with the number of times it has been tried."""
 
-    def __init__(self, group: Callable[[Any], Any]) -> None:
-        self._group = group
-        self._groups: dict[Any, deque[tuple[Any, int]]] = {}
+    def __init__(self, affinity: Callable[[Any], Any]) -> None:
+        self._affinity = affinity
+        self._waiting: dict[Any, deque[tuple[Any, int]]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._groups)
+        return bool(self._waiting)
 
     def add(self, task: Any, tries: int) -> None:
-        self._groups.setdefault(self._group(task), deque()).append((task, tries))
+        self._waiting.setdefault(self._affinity(task), deque()).append((task, tries))
 
     def take(self, own: Any, others: Collection[Any]) -> tuple[Any, int]:
-        """The next task of the worker's `own` group; failing that, of the first group that none of the `others` is
-        working on; failing that, of the first group."""
+        """The next task of the worker's `own` affinity; failing that, of the first that none of the `others` is working
+        on; failing that, of the first."""
         chosen = own
-        if own not in self._groups:
-            chosen = next((one for one in self._groups if one not in others), next(iter(self._groups)))
-        taken = self._groups[chosen].popleft()
-        if not self._groups[chosen]:
-            del self._groups[chosen]
+        if own not in self._waiting:
+            chosen = next((one for one in self._waiting if one not in others), next(iter(self._waiting)))
+        taken = self._waiting[chosen].popleft()
+        if not self._waiting[chosen]:
+            del self._waiting[chosen]
         return taken
 
 
@@ -87,16 +87,17 @@ class Pool:
         function: Callable[[Any], Any],
         tasks: Sequence[Any],
         max_retries: int = 1,
-        group: Callable[[Any], Any] = id,
+        affinity: Callable[[Any], Any] = id,
     ) -> Iterator[Outcome]:
         """Yields outcomes in the order they finish; pass the longest tasks first.
 
-        A worker stays with the `group` of its last task, then takes a group that no other worker is on, then helps out.
+        A worker stays with tasks of the `affinity` of its last one, then takes those that no other worker is on, then
+        helps out.
         """
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        waiting = Queue(group)
+        waiting = Queue(affinity)
         for task in tasks:
             waiting.add(task, 0)
         running: dict[Any, tuple[Any, Any, int]] = {}
@@ -105,9 +106,9 @@ class Pool:
             while waiting or running:
                 while waiting and len(running) < self.share.at_once:
                     worker = self._idle.pop() if self._idle else self._start()
-                    others = {group(task) for _, task, _ in running.values()}
+                    others = {affinity(task) for _, task, _ in running.values()}
                     task, tries = waiting.take(last.get(worker), others)
-                    last[worker] = group(task)
+                    last[worker] = affinity(task)
                     running[worker.run.remote(function, task)] = (worker, task, tries)
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 worker, task, tries = running.pop(done)

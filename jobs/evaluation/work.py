@@ -82,8 +82,8 @@ class Work:
         return len(self.cells())
 
     @property
-    def group(self) -> tuple[Any, ...]:
-        """Work in one group shares a model and everything computed below the first spliced site."""
+    def affinity(self) -> tuple[Any, ...]:
+        """Work of one affinity shares a model and everything computed below the first spliced site."""
         return (self.model.folder, self.sites[0].site) if self.sites else (self.model.folder, self.name)
 
     @property

@@ -60,7 +60,7 @@ def _compute(context: Context, works: list[Work], label: str) -> None:
     with context.progress.bar(label, total, "cells", cost) as bar:
         bar.start_at(finished)
         retries = context.settings.compute.max_retries
-        for outcome in context.pool.run(evaluate, missing, retries, group=lambda work: work.group):
+        for outcome in context.pool.run(evaluate, missing, retries, affinity=lambda work: work.affinity):
             if outcome.error:
                 context.failures.append(f"cells {outcome.task.name}: {outcome.error}")
             else:

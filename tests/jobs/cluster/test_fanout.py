@@ -102,8 +102,8 @@ def test_no_tasks(pool: Pool) -> None:
     assert list(pool.run(square, [])) == []
 
 
-def test_a_worker_stays_with_its_group_then_helps() -> None:
-    waiting = Queue(group=lambda task: task[0])
+def test_a_worker_stays_with_its_affinity_then_helps() -> None:
+    waiting = Queue(affinity=lambda task: task[0])
     for task in ("a1", "b1", "a2", "c1", "c2"):
         waiting.add(task, 0)
     assert waiting.take(None, []) == ("a1", 0)
@@ -117,5 +117,5 @@ def test_a_worker_stays_with_its_group_then_helps() -> None:
 
 def test_grouped_tasks_are_all_done(pool: Pool) -> None:
     tasks = [(name, number) for number in range(3) for name in ("a", "b")]
-    outcomes = list(pool.run(process, tasks, group=lambda task: task[0]))
+    outcomes = list(pool.run(process, tasks, affinity=lambda task: task[0]))
     assert sorted(outcome.task for outcome in outcomes) == sorted(tasks)
