@@ -17,7 +17,6 @@ from jobs.cluster import environment
 
 environment.prepare()
 
-INTERRUPTED = 130
 THEN = "once that is mended, run the same command to continue from here"
 
 app = typer.Typer(
@@ -43,7 +42,7 @@ def main() -> None:
     try:
         status = app(prog_name="deltascope", standalone_mode=False)  # a status if the command raised an exit
     except (typer.Abort, KeyboardInterrupt):
-        status = INTERRUPTED
+        status = environment.INTERRUPTED
     except (RequestError, ModelError, DataError, SettingsError) as error:
         _say(str(error))
         sys.exit(2)
@@ -58,14 +57,14 @@ def main() -> None:
             _say(error.format_message() if hasattr(error, "format_message") else str(error))
             sys.exit(2)
         raise
-    if status == INTERRUPTED:
+    if status == environment.INTERRUPTED:
         environment.acknowledge_stop()
-        _say("stopped; run the same command to continue from here")
+        _say(environment.STOPPED)
         # Everything is cleaned up. A full interpreter shutdown, with Ray's threads cut short by an interrupt, now and
         # then ends in a segmentation fault.
         atexit._run_exitfuncs()
         sys.stdout.flush()
-        os._exit(INTERRUPTED)
+        os._exit(environment.INTERRUPTED)
     sys.exit(status or 0)
 
 

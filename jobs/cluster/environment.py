@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from typing import Any
 
@@ -48,6 +49,11 @@ DEFAULTS = {
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 REPEAT_SECONDS = 1.0
+END_SECONDS = 120.0
+"""So long after a stop signal the process ends, whatever still waits: results on disk lose nothing by it."""
+INTERRUPTED = 130
+"""The exit status of a command that was stopped."""
+STOPPED = "stopped; run the same command to continue from here"
 _acknowledged = threading.Event()
 
 ADDRESS = "RAY_ADDRESS"
@@ -92,10 +98,12 @@ def install_stop_handlers() -> None:
 
 
 def repeat_stops_until_acknowledged() -> None:
-    """Sends a stop signal that has arrived again every `REPEAT_SECONDS` until `acknowledge_stop` is called.
+    """Sends a stop signal that has arrived again every `REPEAT_SECONDS` until `acknowledge_stop` is called, and ends the
+    process after `END_SECONDS`.
 
     Python drops an exception that a signal raises during a fork or garbage collection, and Ray forks as it starts: the
-    sweep would carry on as if nobody had stopped it.
+    sweep would carry on as if nobody had stopped it. And where Ray is cut short while it starts on a busy machine, it
+    now and then waits for itself forever.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -106,8 +114,12 @@ def repeat_stops_until_acknowledged() -> None:
     def repeat() -> None:
         while (number := os.read(reading, 1)[0]) not in STOPS:
             pass
-        while not _acknowledged.wait(REPEAT_SECONDS):
+        end = time.monotonic() + END_SECONDS
+        while not _acknowledged.wait(REPEAT_SECONDS) and time.monotonic() < end:
             signal.pthread_kill(main, number)  # the same signal: it counts once while it is still pending
+        time.sleep(max(0.0, end - time.monotonic()))
+        print(STOPPED, file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
 
     def report(dropped: Any) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt | SystemExit):

@@ -19,6 +19,7 @@ from jobs.context.context import Context
 from jobs.errors import RequestError
 from models.gemma_scope import read_npz
 from search_spaces.load import load
+from sites import Site
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def test_change_deltas_alone_and_on_their_layers_bases(context: Context, tmp_pat
     }
     x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
     for layer, path in files.items():
-        expected = 0.5 * deltas[layer](x) + (bases[layer](x) if onto_bases else 0)
-        torch.testing.assert_close(read_npz(path, layer)(x), expected, rtol=1e-4, atol=1e-5)
+        expected = 0.5 * deltas[Site(layer)](x) + (bases[layer](x) if onto_bases else 0)
+        torch.testing.assert_close(read_npz(path, Site(layer))(x), expected, rtol=1e-4, atol=1e-5)
     assert any("error(x)" in path.read_text() for path in (tmp_path / "out").rglob("*.json"))
 
 
@@ -64,8 +65,8 @@ def test_a_saved_delta_is_plain_safetensors(context: Context) -> None:
     x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
     for target in ("change", "residual"):
         (ground, d_new), layers = combination(context, DeltaChoice(target)), context.layers_of(target)
-        for layer, delta in load_deltas(context, layers, (ground, d_new)).items():
-            group = context.space.deltas / f"layer_{layer:02d}/{ground.label}/d{d_new:03d}"
+        for site, delta in load_deltas(context, layers, (ground, d_new)).items():
+            group = context.space.deltas / f"layer_{site.layer:02d}/{ground.label}/d{d_new:03d}"
             trial = json.loads((group / "best.json").read_text())["trial"]
             weights = load_file(group / f"trial_{trial:04d}/delta.safetensors")
             assert sorted(weights) == ["W_dec", "W_enc", "b_enc", "threshold"]
@@ -93,7 +94,7 @@ class TestModelCard:
         names: dict[str, Any] = {}
         exec(by_hand, names)
         compile(theirs, "README.md", "exec")
-        delta = load_deltas(context, [0], combination(context, DeltaChoice("change")))[0]
+        delta = load_deltas(context, [0], combination(context, DeltaChoice("change")))[Site(0)]
         x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(names["transcoder"](x), 0.5 * delta(x), rtol=1e-4, atol=1e-5)
 

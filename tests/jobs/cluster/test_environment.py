@@ -35,3 +35,25 @@ def test_a_stop_that_python_drops_is_repeated_until_it_is_acknowledged(how: sign
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["dropped", "acknowledged", "undisturbed"]
+
+
+HANGING = """
+import signal, time
+from jobs.cluster import environment
+environment.END_SECONDS = 2.0
+environment.install_stop_handlers()
+environment.repeat_stops_until_acknowledged()
+try:
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(30)
+except KeyboardInterrupt:
+    environment.acknowledge_stop()
+    time.sleep(1000)  # as Ray waits for itself, where it was cut short while it started
+"""
+
+
+def test_a_process_that_was_stopped_ends_even_where_something_waits_forever() -> None:
+    repository = Path(__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", HANGING], cwd=repository, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 130
+    assert done.stderr.strip() == "stopped; run the same command to continue from here"
