@@ -98,8 +98,8 @@ def install_stop_handlers() -> None:
 
 
 def repeat_stops_until_acknowledged() -> None:
-    """Sends a stop signal that has arrived again every `REPEAT_SECONDS` until `acknowledge_stop` is called, and ends the
-    process after `END_SECONDS`.
+    """Sends a stop signal that has arrived again every `REPEAT_SECONDS` until `acknowledge_stop` is called, and
+    ends the process after `END_SECONDS`.
 
     Python drops an exception that a signal raises during a fork or garbage collection, and Ray forks as it starts: the
     sweep would carry on as if nobody had stopped it. And where Ray is cut short while it starts on a busy machine, it
