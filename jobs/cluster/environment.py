@@ -50,11 +50,12 @@ DEFAULTS = {
 STOPS = (signal.SIGINT, signal.SIGTERM)
 REPEAT_SECONDS = 1.0
 END_SECONDS = 120.0
-"""So long after a stop signal the process ends, whatever still waits: results on disk lose nothing by it."""
+"""How long after a stop signal the process ends, whatever still waits: results on disk lose nothing by it."""
 INTERRUPTED = 130
 """The exit status of a command that was stopped."""
 STOPPED = "stopped; run the same command to continue from here"
 _acknowledged = threading.Event()
+_takes_long = threading.Event()
 
 ADDRESS = "RAY_ADDRESS"
 AUTH_MODE = "RAY_AUTH_MODE"
@@ -117,7 +118,8 @@ def repeat_stops_until_acknowledged() -> None:
         end = time.monotonic() + END_SECONDS
         while not _acknowledged.wait(REPEAT_SECONDS) and time.monotonic() < end:
             signal.pthread_kill(main, number)  # the same signal: it counts once while it is still pending
-        time.sleep(max(0.0, end - time.monotonic()))
+        if _takes_long.wait(max(0.0, end - time.monotonic())):
+            return
         print(STOPPED, file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
 
@@ -127,6 +129,11 @@ def repeat_stops_until_acknowledged() -> None:
 
     sys.unraisablehook = report
     threading.Thread(target=repeat, name="signals", daemon=True).start()
+
+
+def stop_may_take_long() -> None:
+    """Lifts the limit of `END_SECONDS`: from here on a stopped process waits for others, not for Ray in this one."""
+    _takes_long.set()
 
 
 def acknowledge_stop() -> None:

@@ -107,6 +107,7 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
             message = said.get()
         except KeyboardInterrupt:
             environment.acknowledge_stop()
+            environment.stop_may_take_long()  # the job cleans up first
             client.stop_job(job)
             continue
         if message is None:

@@ -7,7 +7,6 @@ written under a temporary name and renamed, and their names.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from data.files import replacing
 from data.rows import sha256_of, slug
 from evaluators.conditions import CONDITIONS
 from jobs.capture.worker_memory import exact_paths, paths, reference
@@ -56,9 +56,8 @@ class Answers(Work):
         lines = [json.dumps({**place, **{k: v for k, v in one.items() if k != "seconds"}}) for one in texts]
         path = generations_folder(self) / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        beside.write_text("\n".join(lines) + "\n")
-        beside.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n")
         cell = {
             "kind": self.kind,
             **place,

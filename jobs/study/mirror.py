@@ -18,6 +18,7 @@ from typing import Any
 
 import fsspec
 
+from jobs.cluster import environment
 from jobs.context.workspace import START
 from jobs.errors import RequestError, without_secrets
 from jobs.files import read_json, write_json
@@ -48,6 +49,7 @@ def mirrored(url: str | None, folder: Path, fresh: bool, say: Callable[[str], No
     try:
         yield
     finally:
+        environment.stop_may_take_long()  # a stopped sweep still sends the rest
         ended.set()
         sender.join()
 

@@ -57,3 +57,14 @@ def test_a_process_that_was_stopped_ends_even_where_something_waits_forever() ->
     done = subprocess.run([sys.executable, "-c", HANGING], cwd=repository, capture_output=True, text=True, timeout=200)
     assert done.returncode == 130
     assert done.stderr.strip() == "stopped; run the same command to continue from here"
+
+
+def test_a_stop_that_waits_for_others_is_not_cut_short() -> None:
+    """As where a job cleans up, or a bucket is sent the rest."""
+    repository = Path(__file__).resolve().parents[3]
+    waiting = "environment.stop_may_take_long(); time.sleep(4); print('sent')"
+    script = HANGING.replace(
+        "time.sleep(1000)  # as Ray waits for itself, where it was cut short while it started", waiting
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (0, "sent\n"), done.stderr
