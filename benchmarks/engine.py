@@ -179,7 +179,7 @@ def workers(
     from jobs.context.context import Context
     from jobs.evaluation.behaviour import Behaviour
     from jobs.evaluation.kinds import evaluate
-    from jobs.evaluation.materials import Materials
+    from jobs.evaluation.work import Materials
     from search_spaces.load import load
 
     name, *overrides = config or ["quickstart"]

@@ -155,10 +155,8 @@ def _prompt_sums(rows: list[dict[str, Any]], metrics: tuple[str, ...]) -> Prompt
     return PromptSums(metrics, prompts, tops[None], bottoms[None])
 
 
-def cell_metrics(cell: Cell) -> dict[str, float]:
-    """The metrics of one cell by their table names, undefined ones left out: what a tracker logs of it."""
-    if cell["kind"] not in ("behaviour", "width"):
-        return {name: value for name, value in cell.items() if isinstance(value, float)}
+def means_of(cell: Cell) -> dict[str, float]:
+    """The metrics of one behaviour cell by their table names, undefined ones left out."""
     sums = _prompt_sums(cell["rows"], (*MEANS, *rates_of([cell])))
     tops, bottoms = sums.tops.sum((0, 1)), sums.bottoms.sum((0, 1))
     found = {name: top / bottom for name, top, bottom in zip(sums.metrics, tops, bottoms, strict=True) if bottom}

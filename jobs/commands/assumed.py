@@ -17,8 +17,7 @@ from jobs.commands.forecast import WORKERS, Load, forecast
 from jobs.context.context import Context
 from jobs.context.disk import disk_of, pair_bytes, reads_of
 from jobs.evaluation.kinds import works_of
-from jobs.evaluation.materials import ExpectedMaterials
-from jobs.evaluation.work import Timing
+from jobs.evaluation.work import ExpectedMaterials, Timing
 from jobs.progress import clock
 from jobs.study.stages.deltas import trials_at_once
 from models.sources import model_facts

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from jobs.capture.bases import chosen_base
 from jobs.commands.load import DeltaChoice, combination, finetuned, load_base, load_deltas, load_patches
 from jobs.context.context import Context
-from jobs.context.kept import best_of_group
 from jobs.errors import RequestError
 from jobs.evaluation.kinds import Reconstruction
 from jobs.files import read_json
@@ -96,7 +95,7 @@ def _average_l0(context: Context, ground: Ground, d_new: int) -> dict[Site, floa
     found: dict[Site, float] = {}
     for site in context.sites_of(ground.target):
         group = Address(site, ground, d_new)
-        best = best_of_group(context, group)
+        best = context.best_of(group)
         assert best is not None, "its delta has been loaded"
         found[site] = best["figures"]["val_l0_delta"]
         if ground.target == "residual":

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jobs.context.context import Context
 from jobs.evaluation.kinds import works_of
-from jobs.evaluation.materials import ExpectedMaterials
+from jobs.evaluation.work import ExpectedMaterials
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
 from sites import Address

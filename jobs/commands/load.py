@@ -13,7 +13,6 @@ from data.readers import UNLABELLED
 from data.rows import Row, make_row
 from jobs.capture.bases import chosen_base, root
 from jobs.context.context import Context
-from jobs.context.kept import delta_folder
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
 from jobs.seals import SEAL, require
@@ -130,7 +129,7 @@ def load_deltas(context: Context, layers: list[int], chosen: tuple[Ground, int])
     found = {}
     for layer in layers:
         group = Address(context.site(layer), *chosen)
-        folder = delta_folder(context, group)
+        folder = context.kept_delta(group)
         if folder is None:
             section = context.settings.deltas
             raise RequestError(

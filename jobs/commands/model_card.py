@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from jobs.context.context import Context
-from jobs.context.kept import best_of_group, error_name
+from jobs.context.context import Context, error_name
 from jobs.files import read_json
 from models.adapters import is_adapter
 from models.sources import repository_of
@@ -148,7 +147,7 @@ def _deltas(context: Context, exported: Exported) -> list[dict[str, str]]:
     rows = []
     for layer in exported.layers:
         group = Address(context.site(layer), exported.ground, exported.d_new)
-        best = best_of_group(context, group)
+        best = context.best_of(group)
         assert best is not None, "it has just been exported"
         figures = best["figures"]
         left = figures[error_name(exported.ground.target)]

@@ -15,7 +15,7 @@ from jobs.context.context import Context
 from jobs.context.disk import bytes_needed, disk_of, pair_bytes, reads_of
 from jobs.errors import RequestError
 from jobs.evaluation.kinds import works_of
-from jobs.evaluation.materials import ExpectedMaterials
+from jobs.evaluation.work import ExpectedMaterials
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
 from jobs.study.finetuned import check_models

@@ -204,6 +204,22 @@ class Context:
             for d_new in self.settings.deltas.d_new
         ]
 
+    def best_of(self, group: Address) -> dict[str, Any] | None:
+        """The figures of the trial that a search kept; None where no trial succeeded."""
+        return read_json(self.space.deltas / group.folder / "best.json")
+
+    def kept_trial(self, group: Address) -> Path | None:
+        """The folder of the trial that a search kept."""
+        best = self.best_of(group)
+        return None if best is None else self.space.deltas / group.folder / f"trial_{best['trial']:04d}"
+
+    def kept_delta(self, group: Address) -> Path | None:
+        """The folder of the delta that is spliced in: the one that the search kept, or what joint polish made of it."""
+        kept = self.kept_trial(group)
+        together = self.space.polished(group.d_new) / group.site.folder
+        polished = group.ground.target == "change" and self.settings.deltas.polish_steps and together.is_dir()
+        return together if kept is not None and polished else kept
+
     def cards_of(self, target: str) -> int:
         """How many features get a card: of all layers' change deltas together, of each layer's residual ones; none of
         the second target's."""
@@ -324,6 +340,12 @@ class Context:
 
             if not is_file(self.settings.storage.optuna_url):  # a file may lie in a folder that is yet to be made
                 _ = self.studies
+
+
+def error_name(target: str) -> str:
+    """What a target's deltas leave unexplained, as figures call it: a share of the change, or of the output's
+    variance."""
+    return "val_unexplained" if target == "change" else "val_fvu"
 
 
 def tracking_uri(settings: Sweep, root: Path) -> str:

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from jobs.errors import RequestError
 from jobs.files import read_json, write_json
+from sites import width_label
 
 SETTINGS = "sweep.yaml"
 """The resolved settings."""
@@ -66,6 +67,10 @@ class Workspace:
         except OSError as error:
             raise RequestError(f"storage.root: {self.folder} cannot be written ({error.strerror})") from None
 
+    def polished(self, d_new: int) -> Path:
+        """The folder of the deltas of one width that were polished together."""
+        return self.deltas / "polished" / width_label(d_new)
+
     def check_space(self, needed: int) -> None:
         """Raises RequestError if less than `needed` bytes are free."""
         free = shutil.disk_usage(self.folder).free
@@ -95,6 +100,11 @@ class Workspace:
         for path in self.folder.iterdir():
             if path.name not in (".lock", *keep):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def replica_folder(trial: Path, rank: int) -> Path:
+    """The folder of one of a trial's seeds, ranked by validation loss; the best, rank 0, has the trial's own."""
+    return trial / f"replica_{rank}" if rank else trial
 
 
 def storage_root(root: str) -> Path:

@@ -18,9 +18,8 @@ from data.files import replacing
 from data.rows import sha256_of, slug
 from evaluators.conditions import CONDITIONS
 from jobs.capture.worker_memory import exact_paths, paths, reference
-from jobs.context.kept import replica_folder
-from jobs.evaluation.materials import Combination, Materials, SitePlan
-from jobs.evaluation.work import Timing, Work, cell_name, place_of
+from jobs.context.workspace import replica_folder
+from jobs.evaluation.work import Combination, Materials, SitePlan, Timing, Work, cell_name, place_of
 from jobs.files import key_of, write_json
 from sites import Ground, Site
 
@@ -39,6 +38,12 @@ class Answers(Work):
         *("kind", "target", "layers", "percentile", "d_new"),
         *("condition", "alpha", "subset", "convention"),
     )
+
+    @classmethod
+    def metrics(cls, cell: dict[str, Any]) -> dict[str, float]:
+        from evaluators.tables.pooling import means_of
+
+        return means_of(cell)
 
     @property
     def strengths(self) -> tuple[float, ...]:

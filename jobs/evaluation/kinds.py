@@ -17,8 +17,7 @@ from data.rows import read_rows, slug
 from jobs.capture.worker_memory import bridge, exact_paths, own_paths, reference
 from jobs.context import keys
 from jobs.evaluation.behaviour import UNFINETUNED, Behaviour, Raw, Width, guesses
-from jobs.evaluation.materials import Combination, Materials
-from jobs.evaluation.work import Timing, Work, cell_name, place_of
+from jobs.evaluation.work import Combination, Materials, Timing, Work, cell_name, place_of
 from jobs.files import key_of, read_json, write_json
 from sites import Address, Ground, Site
 
@@ -357,8 +356,8 @@ KINDS: tuple[type[Work], ...] = (
     *(Behaviour, Width, Curve, Cards, Change, Reconstruction, Exactness),
 )
 """In the order in which a sweep's manifest lists their cells."""
-COLUMNS = {kind.kind: kind.columns for kind in KINDS}
-"""By what cells call their kind, the fields that tell cells apart."""
+BY_NAME = {kind.kind: kind for kind in KINDS}
+"""By what cells call their kind."""
 
 
 def works_of(materials: Materials, kinds: Iterable[type[Work]] = KINDS) -> list[Work]:

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from jobs.context.context import Context
-from jobs.evaluation.kinds import COLUMNS
 from jobs.files import MANIFEST, read_json
 from jobs.study.stage_list import STAGES, Stage
 from jobs.study.stages.data import metrics_of
+from jobs.study.stages.evaluate import record_cells
 from jobs.study.stages.report import headlines
-from jobs.tracking.records import record_base, record_cells, record_polish, record_trial
+from jobs.tracking.records import record_base, record_polish, record_trial
 from search_spaces.schema import Sweep
 
 
@@ -69,7 +69,7 @@ def _deltas(context: Context) -> None:
 
 
 def _cells(context: Context) -> None:
-    record_cells(context.tracker, context.space.cells, read_json(context.space.cells / MANIFEST)["cells"], COLUMNS)
+    record_cells(context, read_json(context.space.cells / MANIFEST)["cells"])
 
 
 def _report(context: Context) -> None:

@@ -16,7 +16,6 @@ from jobs.capture.worker_memory import ModelSpec, bridge, paths
 from jobs.context import keys
 from jobs.context.context import Context
 from jobs.context.disk import disk_of, drop
-from jobs.context.kept import polished_folder, trial_folder
 from jobs.errors import WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, keyed_folder, read_json
@@ -47,13 +46,13 @@ def polish_widths(context: Context) -> dict[str, Any]:
     section, sites = context.settings.deltas, tuple(context.sites_of("change"))
     tasks, made = [], {}
     for d_new in section.d_new if section.polish_steps else ():
-        kept = [trial_folder(context, Address(site, Ground("change"), d_new)) for site in sites]
+        kept = [context.kept_trial(Address(site, Ground("change"), d_new)) for site in sites]
         folders = [folder for folder in kept if folder is not None]
         if not sites or len(folders) < len(kept):
             continue  # the search has said so
         lineage = [sealed_hash(one / "delta.safetensors") for one in folders]
         key = keys.polished(context.settings, lineage)
-        folder = keyed_folder(polished_folder(context, d_new), key)
+        folder = keyed_folder(context.space.polished(d_new), key)
         if not is_finished(folder, key):
             tasks.append(_task(context, sites, folders, folder, key))
         made[folder.name] = folder

@@ -1,15 +1,12 @@
-"""What a finished trial or cell becomes in MLflow.
+"""What a finished trial or base becomes in MLflow.
 
 In: results as stored on disk. Out: runs under their stage, named like the files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from jobs.files import read_json
 from jobs.tracking.writer import Record, Tracker
 from sites import Address
 
@@ -58,33 +55,6 @@ def record_base(tracker: Tracker, layer: int, key: str, base: dict[str, Any]) ->
             metrics=base,
         )
     )
-
-
-def record_cells(tracker: Tracker, folder: Path, names: Iterable[str], columns: Mapping[str, Sequence[str]]) -> None:
-    """Cells by their names; `columns` says of each kind which fields become parameters."""
-    from evaluators.tables.pooling import cell_metrics
-
-    for name in names:
-        cell = read_json(folder / f"{name}.json")
-        tracker.record(
-            Record(
-                f"evaluate/{name}@{cell['key']}",
-                name,
-                "evaluate",
-                params={
-                    column: _shown(cell[column])
-                    for column in columns.get(cell["kind"], ())
-                    if cell.get(column) not in (None, "")
-                },
-                metrics=cell_metrics(cell),
-                seconds=cell["seconds"],
-            )
-        )
-
-
-def _shown(value: Any) -> Any:
-    """Several layers as `1+2`, as in file names; MLflow's pages would break a list into lines."""
-    return "+".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _place(group: str) -> dict[str, Any]:

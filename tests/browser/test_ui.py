@@ -14,7 +14,7 @@ import pytest
 from optuna.storages.journal import JournalFileBackend
 from playwright.sync_api import Locator, Page, expect
 
-from evaluators.tables.pooling import cell_metrics
+from evaluators.tables.pooling import means_of
 from tests.browser.conftest import PICTURES
 from tests.end_to_end.conftest import read, served
 
@@ -79,7 +79,7 @@ def test_the_compare_page_of_two_cells(page: Page, mlflow: str, finished: tuple[
         expect(page.get_by_text(name, exact=True).first).to_be_visible()
     metric = page.get_by_role("link", name="mean_ce", exact=True)
     expect(metric).to_be_visible()
-    values = [f"{cell_metrics(read(cells / f'{name}.json'))['mean_ce']:.4g}" for name in names]
+    values = [f"{means_of(read(cells / f'{name}.json'))['mean_ce']:.4g}" for name in names]
     assert values[0] != values[1]
     for value in values:
         expect(page.get_by_text(value, exact=True).first).to_be_visible()

@@ -24,9 +24,9 @@ from jobs.capture.bases import (
 from jobs.capture.moments import fitted, write_moments
 from jobs.cluster import environment
 from jobs.context import keys
-from jobs.context.context import Context
+from jobs.context.context import Context, error_name
 from jobs.context.disk import disk_of, drop, on_gpu
-from jobs.context.kept import error_name, replica_folder
+from jobs.context.workspace import replica_folder
 from jobs.errors import WorkFailed
 from jobs.files import keyed_folder, write_json
 from jobs.seals import seal

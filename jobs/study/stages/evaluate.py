@@ -6,17 +6,17 @@ per finished cell, and `checks_*.json`. Existing cells with the same key are not
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from jobs.capture.moments import write_moments
 from jobs.context.context import Context
 from jobs.errors import WorkFailed
-from jobs.evaluation.kinds import COLUMNS, KINDS, Exactness, evaluate, works_of
-from jobs.evaluation.materials import Materials
-from jobs.evaluation.work import Work
+from jobs.evaluation.kinds import BY_NAME, KINDS, Exactness, evaluate, works_of
+from jobs.evaluation.work import Materials, Work
 from jobs.files import read_json
 from jobs.study.stages.data import check_labels
-from jobs.tracking.records import record_cells
+from jobs.tracking.writer import Record
 from models.sources import model_facts
 
 
@@ -49,7 +49,7 @@ def _compute(context: Context, works: list[Work], label: str) -> None:
     for work in works:
         cells = work.cells()
         done = work.reusable(existing(cells))
-        record_cells(context.tracker, context.space.cells, sorted(done), COLUMNS)
+        record_cells(context, sorted(done))
         total, finished = total + len(cells), finished + len(done)
         if len(done) < len(cells) or not (cells or work.is_finished()):
             missing.append(work.remaining(done))
@@ -64,8 +64,17 @@ def _compute(context: Context, works: list[Work], label: str) -> None:
             if outcome.error:
                 context.failures.append(f"cells {outcome.task.name}: {outcome.error}")
             else:
-                record_cells(context.tracker, context.space.cells, outcome.result, COLUMNS)
+                record_cells(context, outcome.result)
             cost, others = outcome.task.cost(n_layers), context.share.at_once - 1
             bar.advance(len(outcome.task.cells()), cost, others)
     if label == "raw model" and context.failures:
         raise WorkFailed("the raw model could not be evaluated: " + "; ".join(context.failures))
+
+
+def record_cells(context: Context, names: Iterable[str]) -> None:
+    """Sends finished cells to MLflow."""
+    for name in names:
+        cell = read_json(context.space.cells / f"{name}.json")
+        kind = BY_NAME[cell["kind"]]
+        key, params, metrics = f"evaluate/{name}@{cell['key']}", kind.params(cell), kind.metrics(cell)
+        context.tracker.record(Record(key, name, "evaluate", params=params, metrics=metrics, seconds=cell["seconds"]))

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.capture.bases import base_folder, chosen_base
-from jobs.context.context import Context
-from jobs.context.kept import error_name
+from jobs.context.context import Context, error_name
 from jobs.context.workspace import SETTINGS, VALIDATION_FILE
 from jobs.evaluation.kinds import checks_file
 from jobs.files import MANIFEST, read_json

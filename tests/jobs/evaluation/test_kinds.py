@@ -11,8 +11,7 @@ from jobs.cluster.connection import Share
 from jobs.commands.plan import plan_rows
 from jobs.context.context import Context
 from jobs.evaluation.kinds import KINDS, Behaviour, Cards, Exactness, Reconstruction, works_of
-from jobs.evaluation.materials import ExpectedMaterials, Materials
-from jobs.evaluation.work import Work
+from jobs.evaluation.work import ExpectedMaterials, Materials, Work
 from jobs.files import MANIFEST, read_json
 from search_spaces.load import load
 

@@ -7,7 +7,7 @@ import dataclasses
 from evaluators.splice.limits import Limits
 from jobs.capture.worker_memory import ModelSpec
 from jobs.evaluation.behaviour import Behaviour, Raw
-from jobs.evaluation.materials import Shared, SitePlan
+from jobs.evaluation.work import Shared, SitePlan
 from sites import Address, Ground, Site
 
 SHARED = Shared("cells", "rows", "rows", "base", ("all",), Limits(4), 8, {})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from jobs.evaluation.kinds import COLUMNS
 from jobs.files import write_json
-from jobs.tracking.records import record_cells, record_trial
+from jobs.study.stages.evaluate import record_cells
+from jobs.tracking.records import record_trial
 from jobs.tracking.writer import Record
 
 TRIAL = {
@@ -56,7 +57,8 @@ def test_a_cell_has_the_columns_of_its_kind(tmp_path: Path) -> None:
     for cell in (ranking, change):
         write_json(tmp_path / f"{cell['kind']}.json", cell)
     kept: Any = Kept()
-    record_cells(kept, tmp_path, ["ranking", "change"], COLUMNS)
+    context: Any = SimpleNamespace(tracker=kept, space=SimpleNamespace(cells=tmp_path))
+    record_cells(context, ["ranking", "change"])
     first, second = (record.params for record in kept.records)
     assert first == {"kind": "ranking", "target": "change", "layers": "0+2", "d_new": 4}
     assert second == {"kind": "change", "target": "change", "d_new": 4}, "and not all of its rows"
