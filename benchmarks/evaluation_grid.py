@@ -110,14 +110,14 @@ def plain_cell(
     pad, device = bridge.tokenizer.pad_token_id, device_of(bridge)
     with torch.inference_mode():
         batch = pad_left([row.ids for row in encoded], pad).to(device)
-        with whole(bridge), hooked(bridge, _hooks(patch, condition, alpha, batch.editable)):
+        with whole(bridge), hooked(bridge, _hooks(bridge, patch, condition, alpha, batch.editable)):
             logits = bridge(
                 batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions, return_type="logits"
             )
         steps = logits[:, :-1].float().log_softmax(-1).gather(2, batch.ids[:, 1:, None])[..., 0]
         ces = [-steps[i, -len(row.target) :].mean().item() for i, row in enumerate(encoded)]
         prompts = pad_left([row.prompt for row in encoded], pad).to(device)
-        with whole(bridge), hooked(bridge, _hooks(patch, condition, alpha, prompts.editable)):
+        with whole(bridge), hooked(bridge, _hooks(bridge, patch, condition, alpha, prompts.editable)):
             written = bridge.generate(
                 prompts.ids,
                 attention_mask=prompts.mask.long(),
@@ -131,7 +131,7 @@ def plain_cell(
     return [Figures(ce, stop.cut(output) or output) for ce, output in zip(ces, outputs, strict=True)]
 
 
-def _hooks(patch: Patch, condition: str, alpha: float, editable: Tensor) -> list[Hook]:
+def _hooks(bridge: Any, patch: Patch, condition: str, alpha: float, editable: Tensor) -> list[Hook]:
     if condition == "raw":
         return []
     seen: dict[str, Tensor] = {}
@@ -139,7 +139,7 @@ def _hooks(patch: Patch, condition: str, alpha: float, editable: Tensor) -> list
     def read(x: Tensor) -> None:
         seen["x"] = x
 
-    def write(y: Tensor) -> Tensor:
+    def write(y: Tensor, part: slice) -> Tensor:
         ground = made = patch.ground(seen["x"])
         if condition != "no_delta" and patch.delta is not None:
             made = made + (1.0 if condition == "full" else alpha) * patch.transcoder(seen["x"])
@@ -150,7 +150,7 @@ def _hooks(patch: Patch, condition: str, alpha: float, editable: Tensor) -> list
             elsewhere = ground + (1.0 if condition == "full" else alpha) * (patch.delta.at_bos @ patch.transcoder.W_dec)
         return torch.where(where.unsqueeze(-1), made.to(y.dtype), elsewhere)
 
-    return hooks_at(patch.site, read, write)
+    return hooks_at(bridge, patch.site, read, write)
 
 
 def compare(table: Table, key: tuple[Site, str, float, str, int], found: Figures) -> None:

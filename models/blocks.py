@@ -1,13 +1,13 @@
 """What lies between what a site reads and what it writes: the hooks there, and the block's own path as plain modules.
 
 In: a TransformerBridge, which says where an architecture keeps the parts of a block, and the folder of a model of that
-architecture. Out: hooks that read and write at a site, and for each site a `BlockPath`: its norm's gain, its MLP, and
-the norm after the MLP if any. This is the one file that knows how blocks are built.
+architecture. Out: hooks that read and write at a site, and for each site a `BlockPath` of the modules in between. This
+is the one file that knows how blocks are built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,22 +20,28 @@ from torch import Tensor, nn
 from models.bridge import Hook, block_of, hook_names
 from models.errors import ModelError
 from models.weights import build_skeleton, open_weights
-from sites import MLP, Site
+from sites import ATTENTION_OUT, KINDS, QKV, Site
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-PARTS = MLP.parts
-"""The bridge's names of what lies on the path; Gemma-2 has all three."""
+Write = Callable[[Tensor, slice], Tensor | None]
+"""Takes some of what a site writes, y[..., part] (batch, position, width) with `part` as its place in y, and returns
+what takes its place, or None. A site that writes in several places gives the parts one after the other."""
+JOINT = "attn.qkv"
+"""The part in which an architecture keeps queries, keys and values together; the bridge runs with copies of its
+parts."""
 
 
 def hooks_at(
+    bridge: TransformerBridge,
     site: Site,
     read: Callable[[Tensor], None] | None = None,
-    write: Callable[[Tensor], Tensor | None] | None = None,
+    write: Write | None = None,
+    see: Callable[[Tensor], None] | None = None,
 ) -> list[Hook]:
     """Hooks for `models.bridge.hooked` at one site. In a pass, `read` is called with x (batch, position, d_in) as a
-    transcoder reads it, then `write` with y (batch, position, d_out); what that returns takes y's place, unless None.
+    transcoder reads it, then `write` with y, part by part, and `see` with all of y (batch, position, d_out) as it was.
 
     Heads are flattened, whatever shape the model has there. This is the only place that turns what a hook holds into
     what a transcoder reads.
@@ -48,79 +54,117 @@ def hooks_at(
             read(x / x.shape[-1] ** 0.5 if site.kind.scaled else x)
 
         hooks.append((site.reads, on_read))
-    if write is not None:
-        (written,) = site.writes  # several are parts of one y, which no kind has yet
+    names = site.writes(hook_names(bridge)) if write is not None or see is not None else ()
+    parts: list[Tensor] = []
 
+    def writer(number: int) -> Callable[[Tensor, object], Tensor | None]:
         def on_write(activation: Tensor, hook: object) -> Tensor | None:
-            edited = write(activation.flatten(2))
+            if number == 0:
+                parts.clear()
+            y = activation.flatten(2)
+            before = sum(part.shape[-1] for part in parts)
+            parts.append(y)
+            if see is not None and number == len(names) - 1:
+                see(y if len(parts) == 1 else torch.cat(parts, dim=-1))
+            edited = None if write is None else write(y, slice(before, before + y.shape[-1]))
             return None if edited is None else edited.reshape(activation.shape)
 
-        hooks.append((written, on_write))
-    return hooks
+        return on_write
 
-
-def widths(bridge: TransformerBridge, site: Site) -> tuple[int, int]:
-    """d_in and d_out of a site of this model: an MLP reads and writes the residual stream's width."""
-    return bridge.cfg.d_model, bridge.cfg.d_model
+    return hooks + [(name, writer(number)) for number, name in enumerate(names)]
 
 
 def check_hooks(bridge: TransformerBridge, site: Site) -> None:
     """Raises ModelError where this model lacks the layer, or what the site reads or writes there."""
-    for name in (site.reads, *site.writes):
-        if name not in hook_names(bridge):
+    known = hook_names(bridge)
+    for name in (site.reads, *site.writes(known)):
+        if name not in known:
             raise ModelError(f"layer {site.label}: this model has no {name}, which the transcoder needs")
 
 
 @dataclass(frozen=True)
 class BlockPath:
-    """What a block makes of x at `ln2.hook_normalized`: `post(mlp(x * gain + bias))`, its `hook_mlp_out`."""
+    """What a block makes of what a site reads, in the modules of one model, by the bridge's names of the parts: of x at
+    `ln2.hook_normalized`, `ln2_post(mlp(x * gain + bias))`; of z, `ln1_post(o(z))`; of x at `ln1.hook_normalized`,
+    `q`, `k` and `v` of `x * gain + bias`, side by side."""
 
     site: Site
-    norm: nn.Module
-    mlp: nn.Module
-    post: nn.Module | None = None
+    parts: Mapping[str, nn.Module]
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., d_out), in the dtype of the weights."""
-        inner = x.to(self.gain.dtype) * self.gain
-        output = self.mlp(inner if self.bias is None else inner + self.bias)
-        return output if self.post is None else self.post(output)
+        parts, kind = self.parts, self.site.kind.name
+        x = x.to(self._some_weight.dtype)
+        if kind == QKV.name:
+            inner = self._normed(x)
+            return torch.cat([parts[part](inner) for part in ("attn.q", "attn.k", "attn.v")], dim=-1)
+        y = parts["attn.o"](x) if kind == ATTENTION_OUT.name else parts["mlp"](self._normed(x))
+        post = parts.get("ln1_post" if kind == ATTENTION_OUT.name else "ln2_post")
+        return y if post is None else post(y)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """As the norm hands it on."""
+        inner = x * self.gain
+        return inner if self.bias is None else inner + self.bias
+
+    @property
+    def _norm(self) -> Any:
+        return self.parts["ln1" if self.site.kind.name == QKV.name else "ln2"]
 
     @property
     def gain(self) -> Tensor:
         """What the norm multiplies its normalised input with, (d_model,): 1 + weight in Gemma and Nemotron."""
-        weight: Any = self.norm.weight
-        name = type(self.norm).__name__
+        name, weight = type(self._norm).__name__, self._norm.weight
         return weight + 1 if "Gemma" in name or name.endswith("1P") else weight
 
     @property
     def bias(self) -> Tensor | None:
-        return getattr(self.norm, "bias", None)
+        return getattr(self._norm, "bias", None)
 
     @property
+    def is_linear(self) -> bool:
+        """Whether y is an affine function of x, and with it what finetuning changed."""
+        return self.site.kind.name == QKV.name or (
+            self.site.kind.name == ATTENTION_OUT.name and "ln1_post" not in self.parts
+        )
+
+    @cached_property
     def d_in(self) -> int:
-        return len(self.gain)
+        if self.site.kind.name != ATTENTION_OUT.name:
+            return len(self.gain)
+        projection: Any = self.parts["attn.o"]
+        return projection.in_features if isinstance(projection, nn.Linear) else projection.weight.shape[0]
 
     @cached_property
     def d_out(self) -> int:
-        with torch.no_grad():  # by what comes out: MLPs keep their last projection under many names
-            return self(self.gain.new_zeros(1, self.d_in)).shape[-1]
+        with torch.no_grad():  # by what comes out: projections are kept under many names
+            return self(self._some_weight.new_zeros(1, self.d_in)).shape[-1]
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """Those of the parts of y: of queries, keys and values; else d_out alone."""
+        if self.site.kind.name != QKV.name:
+            return [self.d_out]
+        with torch.no_grad():
+            inner = self._some_weight.new_zeros(1, self.d_in)
+            return [self.parts[part](inner).shape[-1] for part in ("attn.q", "attn.k", "attn.v")]
+
+    @property
+    def _some_weight(self) -> Tensor:
+        return next(iter(self.parameters().values()))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By part and name, such as `mlp.up_proj.weight`."""
-        parts = zip(PARTS, (self.norm, self.mlp, self.post), strict=True)
         return {
             f"{part}.{name}": parameter
-            for part, module in parts
-            if module is not None
+            for part, module in self.parts.items()
             for name, parameter in module.named_parameters()
         }
 
     def to(self, device: str | torch.device) -> BlockPath:
         """The same path on `device`; its modules are moved in place."""
-        for module in (self.norm, self.mlp, self.post):
-            if module is not None:
-                module.to(device)
+        for module in self.parts.values():
+            module.to(device)
         return self
 
 
@@ -135,7 +179,7 @@ def read_paths(
     weights = open_weights(folder, skeleton=skeleton)
     paths = {}
     for site in sites:
-        parts, places = _parts(bridge, site.layer), part_places(skeleton.config, site.layer)
+        parts, places = _parts(bridge, site), part_places(skeleton.config, site)
         modules = {part: skeleton.get_submodule(place) for part, place in places.items()}
         names = {
             f"{place}.{name}": (part, name)
@@ -143,7 +187,7 @@ def read_paths(
             for name, _ in modules[part].named_parameters()
         }
         found = weights.read(names)
-        states: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+        states: dict[str, dict[str, Tensor]] = {part: {} for part in modules}
         for full, (part, name) in names.items():
             ours = _plain_parameters(parts[part])[name]
             if found[full].shape != ours.shape:
@@ -151,14 +195,39 @@ def read_paths(
             states[part][name] = found[full].to(ours.device, dtype or ours.dtype)
         for part, module in modules.items():
             module.load_state_dict(states[part], assign=True)
+        if JOINT in modules:  # in halves and thirds as TransformerLens cuts them
+            attention: Any = block_of(bridge, site.layer).attn
+            whole = skeleton.get_submodule(places[JOINT].rpartition(".")[0])
+            modules |= dict(zip(("attn.q", "attn.k", "attn.v"), attention.split_qkv_matrix(whole), strict=True))
+        for module in modules.values():
             module.eval().requires_grad_(False)
-        paths[site] = BlockPath(site, modules["ln2"], modules["mlp"], modules.get("ln2_post"))
+        paths[site] = BlockPath(site, modules)
     return paths
 
 
-def part_places(config: Any, layer: int) -> dict[str, str]:
-    """Where a plain model of this transformers config keeps each part of a layer's path, such as `model.layers.3.mlp`:
+def part_places(config: Any, site: Site) -> dict[str, str]:
+    """Where a plain model of this transformers config keeps each part of a site's path, such as `model.layers.3.mlp`:
     TransformerLens knows, without a model. Empty for an architecture that it does not know."""
+    return _places(_mapped_blocks(config), site)
+
+
+def _places(blocks: Any, site: Site) -> dict[str, str]:
+    """The same, where the map of the blocks is there already."""
+    places = {}
+    for part in site.kind.parts if blocks is not None else ():
+        inner, place = blocks, f"{blocks.name}.{site.layer}"
+        for step in part.split("."):
+            inner = inner.submodules.get(step) if inner is not None else None
+            place = f"{place}.{inner.name}" if inner is not None else place
+        if inner is not None and inner.name:
+            places[part] = place
+    if JOINT in places:  # its parts are no modules
+        places = {part: place for part, place in places.items() if part not in ("attn.q", "attn.k", "attn.v")}
+    return places
+
+
+def _mapped_blocks(config: Any) -> Any:
+    """How TransformerLens maps the blocks of this architecture; None where it does not know it."""
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
     from transformers import AutoModelForCausalLM
@@ -169,20 +238,18 @@ def part_places(config: Any, layer: int) -> dict[str, str]:
             build_bridge_config_from_hf(config, name, "local", torch.float32)
         )
     except (ValueError, KeyError):
-        return {}
-    blocks: Any = (adapter.component_mapping or {}).get("blocks")
-    inner = blocks.submodules if blocks is not None else {}
-    return {part: f"{blocks.name}.{layer}.{inner[part].name}" for part in PARTS if part in inner}
+        return None
+    return (adapter.component_mapping or {}).get("blocks")
 
 
-def layers_on_path(config: Any, names: Iterable[str]) -> list[int]:
-    """The layers whose path holds one of these parameters or modules, ascending."""
-    changed = [f"{name}." for name in names]
+def sites_with(config: Any, names: Iterable[str]) -> list[Site]:
+    """The sites whose path holds one of these parameters or modules, in order."""
+    changed, blocks = [f"{name}." for name in names], _mapped_blocks(config)
     found = []
-    for layer in range(config.num_hidden_layers):
-        places = tuple(f"{place}." for place in part_places(config, layer).values())
+    for site in (Site(layer, kind) for layer in range(config.num_hidden_layers) for kind in KINDS.values()):
+        places = tuple(f"{place}." for place in _places(blocks, site).values())
         if any(name.startswith(places) for name in changed):
-            found.append(layer)
+            found.append(site)
     return found
 
 
@@ -192,7 +259,7 @@ def exchanged(bridge: TransformerBridge, paths: Sequence[BlockPath]) -> Iterator
 
     Tensors change places, none is copied, so this costs nothing and every strength can be a row of one batch.
     """
-    held = [(_own(bridge, path.site.layer), path.parameters()) for path in paths]
+    held = [(_own(bridge, path.site), path.parameters()) for path in paths]
     _exchange(held)
     try:
         yield
@@ -205,7 +272,7 @@ def interpolated(bridge: TransformerBridge, paths: Sequence[BlockPath], alpha: f
     """The bridge runs with weights `W + alpha (W' - W)`, W of `paths` and W' its own, while the `with` lasts."""
     held: list[tuple[dict[str, nn.Parameter], dict[str, Tensor]]] = []
     for path in paths:
-        ours, starts = _own(bridge, path.site.layer), path.parameters()
+        ours, starts = _own(bridge, path.site), path.parameters()
         held.append((ours, {name: ours[name].data for name in starts}))
         for name, start in starts.items():
             ours[name].data = torch.lerp(start.data, ours[name].data, alpha)
@@ -226,9 +293,9 @@ def _exchange(held: Sequence[tuple[dict[str, nn.Parameter], dict[str, nn.Paramet
         _split(ours)
 
 
-def _own(bridge: TransformerBridge, layer: int) -> dict[str, nn.Parameter]:
-    """The bridge's parameters on the path of a layer, such as `mlp.up_proj.weight`."""
-    parts = _parts(bridge, layer)
+def _own(bridge: TransformerBridge, site: Site) -> dict[str, nn.Parameter]:
+    """The bridge's parameters on the path of a site, such as `mlp.up_proj.weight`."""
+    parts = _parts(bridge, site)
     return {f"{part}.{name}": one for part in parts for name, one in _plain_parameters(parts[part]).items()}
 
 
@@ -241,11 +308,16 @@ def _split(ours: dict[str, nn.Parameter]) -> None:
             ours[f"mlp.gate.{kind}"].data, ours[f"mlp.in.{kind}"].data = joined.data.chunk(2)
 
 
-def _parts(bridge: TransformerBridge, layer: int) -> dict[str, Any]:
-    """The bridge's components on the path of a layer."""
-    block = block_of(bridge, layer)
-    found = {part: getattr(block, part, None) for part in PARTS}
-    return {part: component for part, component in found.items() if component is not None}
+def _parts(bridge: TransformerBridge, site: Site) -> dict[str, Any]:
+    """The bridge's components on the path of a site."""
+    found = {}
+    for part in site.kind.parts:
+        component: Any = block_of(bridge, site.layer)
+        for step in part.split("."):
+            component = getattr(component, step, None)
+        if component is not None:
+            found[part] = component
+    return found
 
 
 def _plain_parameters(component: nn.Module) -> dict[str, nn.Parameter]:

@@ -101,8 +101,9 @@ def _leave_seats(bridge: TransformerBridge, logits: Tensor) -> None:
     model: Any = bridge.original_model
     kinds = dict.fromkeys([*KINDS.values(), *READINGS.values()])
     sites = [Site(layer, kind) for layer in range(bridge.cfg.n_layers) for kind in kinds]
-    names = {name for site in sites for name in (site.reads, *site.writes, f"blocks.{site.layer}.hook_out")}
-    names &= set(hook_names(bridge))
+    known = set(hook_names(bridge))
+    names = {name for site in sites for name in (site.reads, *site.writes(known), f"blocks.{site.layer}.hook_out")}
+    names &= known
     seen: set[str] = set()
 
     def note(name: str) -> Callable:

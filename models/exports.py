@@ -210,7 +210,7 @@ def _saelens_config(transcoder: Transcoder, model: ExportedModel, notes: Mapping
             "sae_lens_version": SAELENS_SCHEMA,
             "model_name": model.name,
             "hook_name": transcoder.site.reads,
-            "hook_name_out": transcoder.site.writes[0],
+            "hook_name_out": f"blocks.{transcoder.site.layer}.{transcoder.site.kind.writes[0]}",
             "prepend_bos": True,
             "context_size": model.context_size,
             "deltascope": dict(notes),

@@ -4,14 +4,16 @@ Pure: no torch, no files. Every room may import it, and it imports none.
 """
 
 from sites.addresses import Address, Ground, SetAddress, width_label
-from sites.kinds import KINDS, MLP, READINGS, Kind, kind_of_taps
+from sites.kinds import ATTENTION_OUT, KINDS, MLP, QKV, READINGS, Kind, kind_of_taps
 from sites.sets import NOTHING, is_set, label_of_keys, label_order, parse_sites, sets_of, sites_label
 from sites.site import Site, mlp_sites
 
 __all__ = [
+    "ATTENTION_OUT",
     "KINDS",
     "MLP",
     "NOTHING",
+    "QKV",
     "READINGS",
     "Address",
     "Ground",

@@ -27,6 +27,9 @@ class Kind:
     """Whether y is added to the residual stream."""
     words: str
     """As in sentences."""
+    at: tuple[tuple[str, ...], ...] = ()
+    """Of each of `writes`, the hooks that may hold it, of which the first that a model has is used: as near to the
+    weights as can be, so that TransformerLens need not run the attention around them. Empty: `writes` themselves."""
     scaled: bool = False
     """Whether a transcoder reads x / sqrt(d_model) instead of x."""
 
@@ -41,13 +44,26 @@ class Kind:
         return [self.reading, *self.writes]
 
 
+QKV = Kind(
+    *(0, "qkv", "ln1.hook_normalized", ("attn.hook_q", "attn.hook_k", "attn.hook_v")),
+    *(("ln1", "attn.q", "attn.k", "attn.v", "attn.qkv"), False, "the queries, keys and values"),
+)
+"""x: after the norm, before its gain. y: queries, keys and values as they are projected, one after the other: before
+norms of their own and the rotary embedding, so that a change of weights is linear in x. Attention as a whole is not
+position-wise, its projections are."""
+ATTENTION_OUT = Kind(
+    *(1, "o", "attn.hook_z", ("hook_attn_out",), ("attn.o", "ln1_post"), True, "attention's output"),
+    at=(("ln1_post.hook_out", "attn.o.hook_out"),),
+)
+"""x: the heads' outputs. y: what attention adds to the stream."""
 MLP = Kind(2, "mlp", "ln2.hook_normalized", ("hook_mlp_out",), ("ln2", "mlp", "ln2_post"), True, "the MLP")
 """x: after RMS normalisation, before the norm's gain, as Gemma Scope reads it. y: as added to the residual stream."""
 UNNORMALISED_MLP = replace(MLP, reads="hook_resid_mid", scaled=True)
 """The same place, read before the norm and divided by a constant. Gemma Scope was not trained on this; it exists so
 that checkpoints made with it can be read, and tables name it."""
 
-KINDS = {kind.name: kind for kind in (MLP,)}
+KINDS = {kind.name: kind for kind in (QKV, ATTENTION_OUT, MLP)}
+"""In the order of a block's forward pass."""
 READINGS = {kind.reading: kind for kind in (MLP, UNNORMALISED_MLP)}
 """The MLP's kinds by what a base transcoder reads there."""
 

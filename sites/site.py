@@ -5,7 +5,7 @@ In: a layer and a kind. Out: a key that is ordered as the forward pass runs, wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from sites.kinds import KINDS, MLP, Kind
@@ -48,10 +48,13 @@ class Site:
         """The full name of the hook that holds x."""
         return f"blocks.{self.layer}.{self.kind.reads}"
 
-    @property
-    def writes(self) -> tuple[str, ...]:
-        """The full names of the hooks that hold y."""
-        return tuple(f"blocks.{self.layer}.{hook}" for hook in self.kind.writes)
+    def writes(self, known: Collection[str]) -> tuple[str, ...]:
+        """The full names of the hooks that hold y in a model that has the hooks `known`."""
+        found = []
+        for alike in self.kind.at or [(name,) for name in self.kind.writes]:
+            names = [f"blocks.{self.layer}.{name}" for name in alike]
+            found.append(next((name for name in names if name in known), names[-1]))
+        return tuple(found)
 
     @classmethod
     def parse(cls, name: str | int) -> Site:

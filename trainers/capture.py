@@ -156,7 +156,7 @@ def bos_changes(
 
     model: Any = bridge.original_model
     bos = torch.tensor([[first]], device=device_of(bridge))
-    with hooked(bridge, [hook for site in unfinetuned for hook in hooks_at(site, reader(site))]):
+    with hooked(bridge, [hook for site in unfinetuned for hook in hooks_at(bridge, site, reader(site))]):
         model.base_model(input_ids=bos, use_cache=False)
     return found
 
@@ -202,7 +202,7 @@ def capture_batch(
 
         return write
 
-    hooks = [hook for site in sites for hook in hooks_at(site, reader(site), writer(site))]
+    hooks = [hook for site in sites for hook in hooks_at(bridge, site, reader(site), see=writer(site))]
     try:
         with hooked(bridge, hooks):
             model.base_model(

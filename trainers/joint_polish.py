@@ -208,27 +208,28 @@ class _Run:
 
     def _hooks(self, editable: Tensor, bos: Tensor, active: list[Tensor]) -> list[Hook]:
         """Adds every site's delta to what its un-finetuned block writes; counts the active features into `active`."""
-        inputs: dict[int, Tensor] = {}
+        added: dict[int, Tensor] = {}
 
         def reader(place: int) -> Callable[[Tensor], None]:
             def read(x: Tensor) -> None:
-                inputs[place] = x
-
-            return read
-
-        def writer(place: int) -> Callable[[Tensor], Tensor]:
-            def write(y: Tensor) -> Tensor:
-                x = inputs.pop(place)
                 pre = x @ self.W_enc[place].to(x.dtype) + self.b_enc[place]
                 on = (pre > 0) & (pre > self.log_threshold[place].exp()) & editable.unsqueeze(-1)
                 active.append(on.sum() / editable.sum())
                 acts = torch.where(bos.unsqueeze(-1), self.bos[place].to(pre.dtype), pre * on)
-                added = acts @ (self.W_dec[place] * self.scales[place]).to(acts.dtype)
-                return (y + added).to(y.dtype)
+                added[place] = acts @ (self.W_dec[place] * self.scales[place]).to(acts.dtype)
+
+            return read
+
+        def writer(place: int) -> Callable[[Tensor, slice], Tensor]:
+            def write(y: Tensor, part: slice) -> Tensor:
+                return (y + added[place][..., part]).to(y.dtype)
 
             return write
 
-        return [hook for place, site in enumerate(self.sites) for hook in hooks_at(site, reader(place), writer(place))]
+        hooks: list[Hook] = []
+        for place, site in enumerate(self.sites):
+            hooks += hooks_at(self.bridge, site, reader(place), writer(place))
+        return hooks
 
     @torch.no_grad()
     def _deltas(self) -> dict[Site, Transcoder]:

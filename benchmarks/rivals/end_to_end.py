@@ -90,8 +90,8 @@ class Adapters(torch.nn.Module):
 
             return read
 
-        def writer(place: int, site: Site) -> Callable[[Tensor], Tensor]:
-            def write(y: Tensor) -> Tensor:
+        def writer(place: int, site: Site) -> Callable[[Tensor, slice], Tensor]:
+            def write(y: Tensor, part: slice) -> Tensor:
                 acts = torch.relu(inputs.pop(site) @ self.W_enc[place] + self.b_enc[place])
                 self.acts[site] = acts
                 return (y + acts @ self.W_dec[place] + self.b_dec[place]).to(y.dtype)

@@ -96,7 +96,7 @@ def _features(bridge: TransformerBridge, encoded: Encoded, patches: Sequence[Pat
 
         return read
 
-    with hooked(bridge, [hook for patch in patches for hook in hooks_at(patch.site, reader(patch.site))]):
+    with hooked(bridge, [hook for patch in patches for hook in hooks_at(bridge, patch.site, reader(patch.site))]):
         forward(bridge, batch, 1)
     tokens = [bridge.tokenizer.decode([index]) for index in encoded.ids]
     found = []
@@ -109,7 +109,7 @@ def _features(bridge: TransformerBridge, encoded: Encoded, patches: Sequence[Pat
             active = at_bos.nonzero()[:, 0].tolist()
             delta[0] = [{"feature": feature, "strength": at_bos[feature].item()} for feature in active]
         found += [
-            {"layer": patch.site.layer, "position": place, "token": token, "base": base[place], "delta": delta[place]}
+            {"layer": patch.site.key, "position": place, "token": token, "base": base[place], "delta": delta[place]}
             for place, token in enumerate(tokens)
             if place > 0 or delta[0]
         ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from evaluators.conditions import CONDITIONS, Condition
 from evaluators.splice.passes import Prefix
-from models.blocks import BlockPath, check_hooks, exchanged, hooks_at, widths
+from models.blocks import BlockPath, check_hooks, exchanged, hooks_at
 from models.bridge import Hook, hooked
 from models.errors import ModelError
 from models.transcoder import HasSite, Transcoder, check_fits
@@ -145,13 +145,15 @@ class Splice:
     sites. `gates` by site (d_new,) multiply the activations of a delta's features: what a gradient is taken of.
     """
 
-    def __init__(self, patches: Sequence[Patch], condition: Condition, record: bool) -> None:
+    def __init__(self, bridge: TransformerBridge, patches: Sequence[Patch], condition: Condition, record: bool) -> None:
+        self.bridge = bridge
         self.patches, self.condition, self.record = sorted(patches, key=attrgetter("site")), condition, record
         self.gates: dict[Site, Tensor] = {}
         # Base transcoders are not applied at BOS; the un-finetuned path needs no edit there.
         on_paths = condition.uses_delta and all(patch.path is not None for patch in patches)
         self._at_bos = on_paths and any(patch.delta is not None and patch.delta.at_bos is not None for patch in patches)
         self._inputs: dict[Site, Tensor] = {}
+        self._held: dict[Site, Outputs] = {}
 
     def reset(self, editable: Tensor, alpha: Tensor, rows: RowEdits = NO_ROW_EDITS) -> None:
         """Prepares for a forward pass over a chunk: `editable` (batch, chunk) is True where a token is replaced,
@@ -193,6 +195,7 @@ class Splice:
         tokens = torch.cat([numbers[row] for row in rows]).to(device)
         outputs = self._of_row(patch, self._outputs(patch, x, y, places == 0).take(tokens))
         y = y[tokens]
+        self._note(outputs)
         change = self._replaced(y, outputs) - y.float()
         residual[self._where] = (residual[self._where].float() + change).to(residual.dtype)
         return residual
@@ -205,7 +208,7 @@ class Splice:
                 continue  # the caller has put other weights in place: nothing is left to edit
             if patch.path is not None and self.condition.uses_ground and not self.condition.uses_delta:
                 continue
-            hooks += hooks_at(patch.site, self._reader(patch), self._writer(patch))
+            hooks += hooks_at(self.bridge, patch.site, self._reader(patch), self._writer(patch))
         return hooks
 
     def _reader(self, patch: Patch) -> Callable[[Tensor], None]:
@@ -214,12 +217,21 @@ class Splice:
 
         return read
 
-    def _writer(self, patch: Patch) -> Callable[[Tensor], Tensor]:
-        def write(y: Tensor) -> Tensor:
-            x, here = self._inputs.pop(patch.site)[self._where], y[self._where]
-            outputs = self._of_row(patch, self._outputs(patch, x, here, self._bos))
+    def _writer(self, patch: Patch) -> Callable[[Tensor, slice], Tensor]:
+        def write(y: Tensor, part: slice) -> Tensor:
+            here = y[self._where]
+            if part.start == 0:
+                x = self._inputs.pop(patch.site)[self._where]
+                outputs = self._of_row(patch, self._outputs(patch, x, here, self._bos))
+                self._note(outputs)
+                if outputs.delta.shape[1] > part.stop:  # the first of several parts
+                    self._held[patch.site] = outputs
+            else:
+                outputs = self._held[patch.site]
+            # Where y comes in parts, the ground is a path, whose own output it is.
+            outputs = outputs._replace(ground=outputs.ground if part.start == 0 else here.float())
             edited = y.clone()
-            edited[self._where] = self._replaced(here, outputs).to(y.dtype)
+            edited[self._where] = self._replaced(here, outputs._replace(delta=outputs.delta[:, part])).to(y.dtype)
             return edited
 
         return write
@@ -233,7 +245,7 @@ class Splice:
             acts = patch.base.encode(x)
             ground, ground_acts = patch.base.decode(acts), acts.abs().sum(1)
         if patch.delta is None or not self.condition.uses_delta:
-            nothing = torch.zeros_like(ground)
+            nothing = ground.new_zeros(len(y), patch.ground.d_out)
             return Outputs(ground, nothing, ground_acts, nothing[:, 0], nothing[:, :0])
         delta_acts = patch.delta.encode(x)
         if self._with_bos:
@@ -257,11 +269,14 @@ class Splice:
         acts = outputs.features * (((patch.ranks >= first) & (patch.ranks < end)) != outside.bool())
         return outputs._replace(delta=patch.delta.decode(acts), delta_acts=acts.abs().sum(1), features=acts)
 
-    def _replaced(self, y: Tensor, outputs: Outputs) -> Tensor:
-        """(tokens, d_out) fp32 in place of `y`, for the tokens told to `reset`."""
-        if self.record:  # of what comes after BOS
+    def _note(self, outputs: Outputs) -> None:
+        """Adds up the activations of what comes after BOS."""
+        if self.record:
             self.base_acts.index_add_(0, self._where[0], outputs.base_acts * ~self._bos)
             self.delta_acts.index_add_(0, self._where[0], outputs.delta_acts * ~self._bos)
+
+    def _replaced(self, y: Tensor, outputs: Outputs) -> Tensor:
+        """(tokens, width of y) fp32 in place of `y`, for the tokens told to `reset`."""
         return self.condition.combine(y.float(), outputs.ground, outputs.delta, self._alpha)
 
 
@@ -292,10 +307,10 @@ def spliced(
     it needs.
     """
     if edit.condition == "raw":
-        yield Splice((), CONDITIONS["no_delta"], record)
+        yield Splice(bridge, (), CONDITIONS["no_delta"], record)
         return
     _check(bridge, edit)
-    splice = Splice(edit.patches, CONDITIONS[edit.condition], record)
+    splice = Splice(bridge, edit.patches, CONDITIONS[edit.condition], record)
     edited = splice.patches[above_first:]
     paths = [patch.path for patch in edited if patch.path is not None and splice.condition.uses_ground]
     with exchanged(bridge, paths), hooked(bridge, splice.hooks(edited)):
@@ -316,6 +331,6 @@ def _check(bridge: TransformerBridge, edit: Edit) -> None:
         if condition == "shuffled_delta" and patch.pool is None:
             raise ValueError(f"condition {condition} needs a pool of outputs, and layer {patch.site.label} has none")
         if patch.base is not None:
-            d_in, d_out = widths(bridge, patch.site)
-            check_fits(patch.base, patch.site, d_in=d_in, d_out=d_out, origin=f"layer {patch.site.label}: base")
+            d_model = bridge.cfg.d_model
+            check_fits(patch.base, patch.site, d_in=d_model, d_out=d_model, origin=f"layer {patch.site.label}: base")
         check_hooks(bridge, patch.site)

@@ -89,7 +89,8 @@ class Prefixes:
 
     def get(self, site: Site, rows: Sequence[Sequence[int]]) -> list[Prefix]:
         """The prefixes at `site` of rows of token ids, in their order."""
-        wanted = [later for later in self.sites if later >= site] if self.together else [site]
+        alike = [later for later in self.sites if later >= site and later.kind == site.kind]
+        wanted = alike if self.together else [site]
         return self._get(site, rows, lambda batch: read_prefixes(self.bridge, batch, wanted))
 
     def entering(self, layer: int, rows: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -173,7 +174,10 @@ def read_prefixes(
     seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
     hooks: list[Hook] = []
     for site, held in seen.items():  # x, then y, then what leaves the block
-        hooks += [*hooks_at(site, held.append, held.append), (f"blocks.{site.layer}.hook_out", _noting(held))]
+        hooks += [
+            *hooks_at(bridge, site, held.append, see=held.append),
+            (f"blocks.{site.layer}.hook_out", _noting(held)),
+        ]
     _last_output(bridge, batch, max(site.layer for site in sites), hooks)
     return {  # copies: a slice would keep its whole batch in memory
         site: [Prefix(*(one[i, -len(row) :].clone() for one in held)) for i, row in enumerate(rows)]

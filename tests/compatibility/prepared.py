@@ -97,8 +97,8 @@ def _in_model(folder: Path, tokens: Tensor, transcoders: dict[Site, Transcoder])
     def writer(site: Site) -> Callable:
         return lambda y: transcoders[site](seen[site])
 
-    reads: list[Any] = [hook for site in transcoders for hook in hooks_at(site, reader(site))]
-    writes: list[Any] = [hook for site in transcoders for hook in hooks_at(site, write=writer(site))]
+    reads: list[Any] = [hook for site in transcoders for hook in hooks_at(bridge, site, reader(site))]
+    writes: list[Any] = [hook for site in transcoders for hook in hooks_at(bridge, site, write=writer(site))]
     with whole(bridge):
         raw = bridge.run_with_hooks(tokens, fwd_hooks=reads)
     acts = {f"acts.{site.label}": transcoder.encode(seen[site][0]) for site, transcoder in transcoders.items()}
