@@ -7,9 +7,10 @@ is the one file that knows how blocks are built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from models.bridge import Hook, block_of, hook_names
 from models.errors import ModelError
 from models.weights import build_skeleton, open_weights
-from sites import ATTENTION_OUT, KINDS, QKV, Site
+from sites import ATTENTION_OUT, KINDS, QKV, Kind, Site
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -124,9 +125,15 @@ class BlockPath:
     @property
     def is_linear(self) -> bool:
         """Whether y is an affine function of x, and with it what finetuning changed."""
-        return self.site.kind.name == QKV.name or (
-            self.site.kind.name == ATTENTION_OUT.name and "ln1_post" not in self.parts
-        )
+        return is_linear(self.site.kind, self.parts)
+
+    @torch.no_grad()
+    def as_map(self) -> tuple[Tensor, Tensor]:
+        """Of a linear path, W (d_in, d_out) and b (d_out,), fp64, with which it is x W + b."""
+        exact = replace(self, parts={part: deepcopy(module).double() for part, module in self.parts.items()})
+        zero = exact._some_weight.new_zeros(1, self.d_in)
+        b = exact(zero)
+        return exact(torch.eye(self.d_in).to(zero)) - b, b[0]
 
     @cached_property
     def d_in(self) -> int:
@@ -166,6 +173,16 @@ class BlockPath:
         for module in self.parts.values():
             module.to(device)
         return self
+
+
+def is_linear(kind: Kind, parts: Collection[str]) -> bool:
+    """Whether a path of these parts is an affine function: projections without a norm after them."""
+    return kind.name == QKV.name or (kind.name == ATTENTION_OUT.name and "ln1_post" not in parts)
+
+
+def linear_kinds(config: Any) -> list[Kind]:
+    """The kinds of site that are affine functions in this architecture."""
+    return [kind for kind in KINDS.values() if is_linear(kind, part_places(config, Site(0, kind)))]
 
 
 def read_paths(

@@ -52,7 +52,7 @@ class ExportedModel:
     d_model: int
     context_size: int
     kind: Kind = MLP
-    """Of the sites that the transcoders are for."""
+    """Of its MLPs' sites."""
 
 
 def write_gemma_scope(
@@ -90,7 +90,8 @@ def write_saelens(
 ) -> list[Path]:
     """Writes `layer_L/cfg.json` and `layer_L/sae_weights.safetensors`, for `SAE.load_from_disk(folder / "layer_L")`."""
     _check(transcoders, model)
-    _check_hooks("SAELens", model.kind)
+    for kind in {site.kind for site in transcoders}:
+        _check_hooks("SAELens", kind)
     with _complete(folder, card) as staged:
         for site in sorted(transcoders):
             transcoder = _portable(transcoders[site])
@@ -145,9 +146,10 @@ def _check(transcoders: Mapping[Site, Transcoder], model: ExportedModel) -> int:
         origin = f"export, layer {site.label}"
         if not 0 <= site.layer < model.n_layers:
             raise ModelError(f"{origin}: the model has layers 0 to {model.n_layers - 1}")
-        mlp = model.kind.name == MLP.name  # only an MLP's widths follow from the model's
+        mlp = site.kind.name == MLP.name  # only an MLP's widths follow from the model's
         d_in, d_out = (model.d_model, model.d_model) if mlp else (transcoder.d_in, transcoder.d_out)
-        check_fits(transcoder, Site(site.layer, model.kind), d_in=d_in, d_out=d_out, origin=origin)
+        kind = model.kind if mlp else site.kind
+        check_fits(transcoder, Site(site.layer, kind), d_in=d_in, d_out=d_out, origin=origin)
         if transcoder.site != site:
             raise ModelError(f"{origin}: {site.words} was given a transcoder of {transcoder.site.words}")
         width = max(width, transcoder.d_sae)

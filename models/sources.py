@@ -109,6 +109,7 @@ def repository_of(source: str) -> str | None:
 
 FACTS = {"n_layers": ("num_hidden_layers", "n_layer", "num_layers"), "d_model": ("hidden_size", "n_embd")}
 """What the architectures call them in config.json."""
+HEADS = ("num_attention_heads", "n_head", "num_heads")
 _PART = re.compile(
     r"(vision|visual|image|video|audio|speech|text|language|llm|thinker|talker|perceiver|qformer|vq|vit|encoder|decoder"
     r"|backbone)(_\w+)?_(config|cfg)|encoder|decoder|(mm_)?vision_tower"
@@ -117,7 +118,8 @@ _PART = re.compile(
 
 
 def model_facts(folder: Path, key: str = "model.source") -> dict[str, Any]:
-    """`n_layers`, `d_model` and `architecture`, read from config.json alone; `key` is the setting that names the model.
+    """`n_layers`, `d_model`, `n_heads`, `n_kv_heads`, `d_head` and `architecture`, read from config.json alone; `key`
+    is the setting that names the model.
 
     Raises ModelError if the file is missing, or describes what cannot be looked at: no causal LM, one of several parts
     (text and images, say), quantised weights, or a model that needs code of its own.
@@ -131,6 +133,9 @@ def model_facts(folder: Path, key: str = "model.source") -> dict[str, Any]:
             if (name := next((one for one in names if one in config), None)) is None:
                 raise ModelError(f"{key}: {path} lacks {names[0]!r}, so it is not a causal LM")
             found[fact] = int(config[name])
+        heads = int(next((config[name] for name in HEADS if name in config), 1))
+        found["n_heads"], found["n_kv_heads"] = heads, int(config.get("num_key_value_heads") or heads)
+        found["d_head"] = int(config.get("head_dim") or found["d_model"] // heads)
         return found
     except ModelError:  # a ValueError itself
         raise
@@ -139,8 +144,10 @@ def model_facts(folder: Path, key: str = "model.source") -> dict[str, Any]:
 
 
 def widths_of(facts: Mapping[str, Any], site: Site) -> tuple[int, int]:
-    """d_in and d_out of a site in the model of these facts: an MLP, the only kind yet, reads and writes d_model."""
-    return facts["d_model"], facts["d_model"]
+    """d_in and d_out of a site in the model of these facts."""
+    queries, keys, d_model = facts["n_heads"] * facts["d_head"], facts["n_kv_heads"] * facts["d_head"], facts["d_model"]
+    widths = {"qkv": (d_model, queries + 2 * keys), "o": (queries, d_model), "mlp": (d_model, d_model)}
+    return widths[site.kind.name]
 
 
 def _check_config(config: dict[str, Any], folder: Path, key: str) -> None:

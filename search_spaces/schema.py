@@ -161,13 +161,16 @@ class DeltaSpace(Section):
 
 class Deltas(Section, DeltaTraining):  # type: ignore[misc]
     FIRST = (
-        *("targets", "layers", "percentiles", "target_l0", "d_new", "trials", "replicas", "side_by_side"),
-        "workers_per_trial",
+        *("targets", "sites", "layers", "percentiles", "target_l0", "d_new", "trials", "replicas"),
+        *("side_by_side", "workers_per_trial"),
     )
 
     targets: Annotated[list[Literal["change", "residual"]], Field(min_length=1), Distinct] = ["change"]
     """What deltas are trained on: `change`, what finetuning changed in the MLP, or `residual`, what a base transcoder
     leaves of the finetuned MLP (the reference study's way, which needs base transcoders)."""
+    sites: Literal["auto"] | Annotated[list[Literal["qkv", "o", "mlp"]], Field(min_length=1), Distinct] = "auto"
+    """Kinds of site of the change deltas: `mlp`; `qkv`, attention's queries, keys and values; `o`, attention's output.
+    With `auto` those that finetuning changed. Residual deltas are of MLPs."""
     layers: Layers = "all"
     """Layers of the change deltas; residual deltas have those of the base transcoders."""
     percentiles: Annotated[list[Fraction], Distinct] = [0.25, 0.5, 0.75]
@@ -238,9 +241,9 @@ class Evaluate(Section):
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """Texts that end an answer, beside the model's own end of text."""
     sets: Sets = [LayerSet(layers="all"), LayerSet(layers="each")]
-    """Sets of layers that are spliced at once, of each target's layers: `all`, `thirds`, `each`, or a list of layers.
-    An entry {layers: each, alphas: [], controls: false} has alphas of its own and no controls. A later entry of the
-    same layers wins."""
+    """Sets of sites that are spliced at once, of each target's: `all`, `thirds` of the layers, `each`, or a list of
+    layers, with all kinds of site; `qkv:all`, `mlp:thirds` and so on of one kind. An entry {layers: each, alphas: [],
+    controls: false} has alphas of its own and no controls. A later entry of the same layers wins."""
     cards: Annotated[int, Field(ge=0)] = 100
     """Features that get a card in the report, those of largest estimated effect: what they read and write, and what
     each does alone. They are of the first of `deltas.targets`; of residual deltas, as many in each layer. With 0 no

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_serializer, model_validator
 
 from search_spaces.dimensions import STRICT, Finite
+from sites import KINDS
 from trainers.settings import Fraction
 
 
@@ -42,13 +43,18 @@ def _as_layer_set(given: Any) -> Any:
 
 def _layers_of_set(given: Any) -> Any:
     whole = isinstance(given, list) and given and all(type(one) is int and one >= 0 for one in given)
-    if given not in NAMED_SETS and not (whole and len(set(given)) == len(given)):
-        raise ValueError(f"must be {', '.join(NAMED_SETS)} or a list of different layers, got {given!r}")
+    kind, between, name = given.rpartition(":") if isinstance(given, str) else ("", "", None)
+    named = name in NAMED_SETS and (kind in KINDS if between else True)
+    if not named and not (whole and len(set(given)) == len(given)):
+        raise ValueError(
+            f"must be {', '.join(NAMED_SETS)}, one of these of one kind, such as {next(iter(KINDS))}:all, or a list of "
+            f"different layers, got {given!r}"
+        )
     return given
 
 
 NAMED_SETS = ("all", "thirds", "each")
-"""All layers of a target at once, its lower, middle and upper third, and each layer alone."""
+"""All sites of a target at once, those of its lower, middle and upper third of layers, and each site alone."""
 
 Sampler = Literal["tpe", "gp", "random", "grid"]
 """How a study proposes values; `grid` tries every combination of choices, so it allows only choices."""

@@ -16,11 +16,15 @@ NOTHING = "none"
 
 
 def sets_of(name: str | Sequence[int], sites: Sequence[Site]) -> list[tuple[Site, ...]]:
-    """The sets that `all`, `thirds`, `each` or a list of layers stands for among `sites` (in order).
+    """The sets that `all`, `thirds`, `each`, one of these of one kind (`qkv:all`), or a list of layers stands for among
+    `sites` (in order).
 
     A list gives no set where `sites` lack one of its layers, and neither does `thirds` with fewer than three layers.
     """
     every = tuple(sites)
+    if isinstance(name, str) and ":" in name:
+        kind, _, name = name.partition(":")
+        every = tuple(site for site in every if site.kind.name == kind)
     if name == "all":
         return [every] if every else []
     if name == "each":

@@ -39,11 +39,12 @@ class _LastTap(Exception):
 class Columns(NamedTuple):
     """What is kept of a site beside its input x: its output y, and the change c = y - y_un(x), where `unfinetuned` is
     the un-finetuned block's own path, in fp32 (with `finetuned` the y in it is that path's, where the model itself runs
-    in less than fp32)."""
+    in less than fp32). `sums` are of y alone, as its variance needs them."""
 
     y: bool = True
     unfinetuned: BlockPath | None = None
     finetuned: BlockPath | None = None
+    sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ def capture_batch(
 ) -> dict[Site, dict[str, Tensor]]:
     """For each site its columns, (tokens, d_in or d_out) bf16 on the CPU, row by row, without BOS and padding.
 
-    Beside `change` also `sum` and `sum_of_squares`, (d_out,) fp64, of y, from which follows its variance.
+    Beside `change`, or with `sums`, also `sum` and `sum_of_squares`, (d_out,) fp64, of y, from which its variance
+    follows.
     """
     model: Any = bridge.original_model
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
@@ -223,5 +225,6 @@ def _columns(wanted: Columns, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     if wanted.unfinetuned is not None:
         finetuned = y if wanted.finetuned is None else wanted.finetuned(x)
         kept["change"] = finetuned.float() - wanted.unfinetuned(x).float()
+    if wanted.sums or wanted.unfinetuned is not None:
         sums = {"sum": y.double().sum(0).cpu(), "sum_of_squares": y.double().pow(2).sum(0).cpu()}
     return {name: tensor.to("cpu", torch.bfloat16) for name, tensor in kept.items()} | sums

@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from models.blocks import BlockPath
 from models.transcoder import Transcoder
 from sites import Site
 from trainers.activations import Pairs, read_pairs
 from trainers.base_transcoder import output_scale
+
+AT_ONCE = 8192
+"""Tokens whose change is computed at a time."""
 
 
 class DeltaData(NamedTuple):
@@ -34,6 +39,9 @@ class DeltaData(NamedTuple):
     site: Site
     target: Literal["change", "residual"] = "residual"
     change_share: float | None = None
+    scale: Tensor | None = None
+    """(d_out,): what the columns of the second tensor were divided by, where a site writes several things at once; a
+    delta's decoder has to be multiplied by it in the end."""
 
     @property
     def error_name(self) -> str:
@@ -43,27 +51,79 @@ class DeltaData(NamedTuple):
 
 
 def read_change(activations: Path, site: Site) -> DeltaData:
-    """The (x, change) pairs of a site, captured under `activations`, memory-mapped."""
-    folders = {split: activations / split / site.folder for split in ("train", "validation")}
-    train, validation = (read_pairs(folders[split], ("x", "change")) for split in ("train", "validation"))
-    unit = change_unit(activations, site)
+    """The (x, change) pairs of a site, captured under `activations`.
+
+    Queries, keys and values differ in size, and so do their changes: each is divided by its own root mean square, so
+    that the largest does not decide what features are spent on.
+    """
+    train, validation = (change_pairs(activations, split, site) for split in ("train", "validation"))
+    unit = mean_square(validation)
     if not unit:
         raise ValueError(f"finetuning did not change what {site.words} computes on the validation tokens")
-    totals = read_pairs(folders["validation"], ("sum", "sum_of_squares")).shards
+    totals = read_pairs(activations / "validation" / site.folder, ("sum", "sum_of_squares")).shards
     mean, square = (torch.stack(column).sum(0) / validation.tokens for column in zip(*totals, strict=True))
     share = unit / (square - mean.pow(2)).mean().item()
-    return DeltaData(train, validation, unit, 1.0, site, "change", share)
+    scale = _scale_by_part(activations, validation, site)
+    if scale is not None:
+        train, validation = (
+            Pairs([(x, (change / scale).bfloat16()) for x, change in pairs.shards]) for pairs in (train, validation)
+        )
+        unit = mean_square(validation)
+    return DeltaData(train, validation, unit, 1.0, site, "change", share, scale)
+
+
+def change_pairs(activations: Path, split: str, site: Site) -> Pairs:
+    """x and the change of a site: memory-mapped where both were captured; where the change is linear, it is made of x
+    and weights now, and lies in memory as bf16."""
+    folder, held = activations / split / site.folder, map_file(activations, site)
+    if not held.is_file():
+        return read_pairs(folder, ("x", "change"))
+    tensors = load_file(held)
+    shards: list[tuple[Tensor, ...]] = []
+    for (x,) in read_pairs(folder, ("x",)).shards:
+        parts = [torch.addmm(tensors["b"], one.float(), tensors["W"]).bfloat16() for one in x.split(AT_ONCE)]
+        shards.append((x, torch.cat(parts)))
+    return Pairs(shards)
+
+
+def map_file(activations: Path, site: Site) -> Path:
+    """The file of a change that is linear in x."""
+    return activations / "maps" / f"{site.folder}.safetensors"
+
+
+def change_map(unfinetuned: BlockPath, finetuned: BlockPath) -> dict[str, Tensor]:
+    """What finetuning changed in a linear path: W (d_in, d_out) and b (d_out,), fp32, of x W + b, and the `widths` of
+    the parts of y."""
+    (W_before, b_before), (W_after, b_after) = unfinetuned.as_map(), finetuned.as_map()
+    tensors = {"W": W_after - W_before, "b": b_after - b_before}
+    return {
+        **{name: one.float().cpu().contiguous() for name, one in tensors.items()},
+        "widths": torch.tensor(unfinetuned.widths),
+    }
+
+
+def _scale_by_part(activations: Path, validation: Pairs, site: Site) -> Tensor | None:
+    """(d_out,): the root mean square of the change of each part of y; 1 for a part that did not change. None where y is
+    one part."""
+    held = map_file(activations, site)
+    widths = load_file(held)["widths"].tolist() if held.is_file() else []
+    if len(widths) < 2:
+        return None
+    squares = torch.stack([change.float().pow(2).sum(0).double() for _, change in validation.shards]).sum(0)
+    parts = [part.mean().div(validation.tokens).sqrt().expand(len(part)) for part in squares.split(widths)]
+    scale = torch.cat(parts).float()
+    return torch.where(scale > 0, scale, 1.0)
 
 
 def change_unit(activations: Path, site: Site) -> float:
     """The mean square of a site's change on validation tokens, the only ones that need to be there."""
-    return mean_square(read_pairs(activations / "validation" / site.folder, ("change",)))
+    return mean_square(change_pairs(activations, "validation", site))
 
 
 def mean_square(pairs: Pairs) -> float:
-    """Mean over tokens and dimensions of the square of the only column."""
-    squares = sum(column.float().pow(2).sum(dtype=torch.float64).item() for (column,) in pairs.shards)
-    return squares / (pairs.tokens * pairs.shards[0][0].shape[1])
+    """Mean over tokens and dimensions of the square of the last column."""
+    squares = sum(columns[-1].float().pow(2).sum(dtype=torch.float64).item() for columns in pairs.shards)
+    return squares / (pairs.tokens * pairs.shards[0][-1].shape[1])
 
 
 @torch.no_grad()

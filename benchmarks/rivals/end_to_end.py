@@ -80,7 +80,7 @@ class Adapters(torch.nn.Module):
             pre = inputs[patch.site][:4096].to(self.W_enc) @ self.W_enc[place]
             self.b_enc[place] = -pre.quantile(1 - active / pre.shape[1], dim=0)
 
-    def hooks(self) -> Hooks:
+    def hooks(self, bridge: Any) -> Hooks:
         """What adds the adapters to the model's MLPs."""
         inputs: dict[Site, Tensor] = {}
 
@@ -100,13 +100,13 @@ class Adapters(torch.nn.Module):
 
         pairs: Hooks = []
         for place, patch in enumerate(self.patches):
-            pairs += hooks_at(patch.site, reader(patch.site), writer(place, patch.site))
+            pairs += hooks_at(bridge, patch.site, reader(patch.site), writer(place, patch.site))
         return pairs
 
     @torch.no_grad()
     def spliced(self, pair: Pair, first: int) -> list[Patch]:
         """The adapters as deltas; what they do at BOS, the token `first`, is one vector and becomes a feature."""
-        with hooked(pair.adapted, self.hooks()):
+        with hooked(pair.adapted, self.hooks(pair.adapted)):
             streams(pair.adapted, pair.batch([[first]]))
         found = []
         for place, patch in enumerate(self.patches):
@@ -158,7 +158,7 @@ def losses(pair: Pair, adapters: Adapters, batch: Batch, cutoff: int | None = No
         with pair.blocks():
             wanted = streams(pair.finetuned, batch)
         predicted = predictions(pair, wanted[-1][mask])
-    with pair.blocks(), hooked(pair.adapted, adapters.hooks()):
+    with pair.blocks(), hooked(pair.adapted, adapters.hooks(pair.adapted)):
         made = streams(pair.adapted, batch)
         acts = {site: one[mask] for site, one in adapters.acts.items()}
         upper = [] if cutoff is None else [resume(pair.adapted, batch, cutoff, wanted[cutoff])]

@@ -72,13 +72,16 @@ def read_features(
     through the final norm and the unembedding.
 
     A context has `subset`, `tokens` and `acts`, the pieces of text around the strongest one and the activations there,
-    and `peak`, the strongest one's place. The histogram counts tokens in equal bars from 0 to `top`. Activations are
-    those in the finetuned model's own stream.
+    and `peak`, the strongest one's place. A feature of queries, keys and values moves no token by itself: it has
+    `heads` instead, the share of its decoder row's square in each head of each. The histogram counts tokens in equal
+    bars from 0 to `top`. Activations are those in the finetuned model's own stream.
     """
     sites = {site for site, _ in features}
     chosen = [patch for patch in patches if patch.site in sites]
     texts = list(_texts(passes, chosen, rows))
-    moved = _moved_tokens(passes.bridge, {patch.site: patch for patch in chosen}, texts, features)
+    by_site = {patch.site: patch for patch in chosen}
+    written = [one for one in features if one[0].kind.in_stream]
+    moved = _moved_tokens(passes.bridge, by_site, texts, written) if written else {}
     at_bos = {patch.site: _at_bos(patch) for patch in chosen}
     tokenizer: Any = passes.bridge.tokenizer
     return {
@@ -86,7 +89,8 @@ def read_features(
             "at_bos": bool(at_bos[site][feature]),
             "contexts": _contexts(tokenizer, texts, site, feature),
             "histogram": _histogram(texts, site, feature),
-            **moved[site, feature],
+            **moved.get((site, feature), {"promoted": [], "suppressed": []}),
+            **({} if site.kind.in_stream else {"heads": _shares(by_site[site], feature, passes.bridge.cfg.d_head)}),
         }
         for site, feature in features
     }
@@ -101,6 +105,19 @@ def _texts(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) -> Ite
         for place, i in enumerate(batch):
             acts = {patch.site: activations(patch, found[patch.site][place].x) for patch in patches}
             yield _Text(rows[i], encoded[i], acts)
+
+
+def _shares(patch: Patch, feature: int, d_head: int) -> dict[str, list[float]]:
+    """By `q`, `k` and `v`, the shares of a decoder row's square that lie in each head. The three differ in size, so
+    each part of the row is measured against the mean square of the un-finetuned weights that write there."""
+    assert patch.path is not None
+    parts = patch.transcoder.W_dec[feature].float().square().split(patch.path.widths)
+    found = {}
+    for name, part in zip("qkv", parts, strict=True):
+        weight: Any = patch.path.parts[f"attn.{name}"].weight
+        found[name] = (part / weight.float().square().mean().clamp(min=1e-12)).view(-1, d_head).sum(1)
+    whole = torch.stack([one.sum() for one in found.values()]).sum().clamp(min=1e-12)
+    return {name: (one / whole).tolist() for name, one in found.items()}
 
 
 def _at_bos(patch: Patch) -> Tensor:

@@ -1,9 +1,10 @@
 """What one feature does alone: all deltas without it, and it on the ground without the others.
 
-In: a model's passes, patches, rows, and features by site and number. Out: by feature, one entry a prompt and way. An
-edit is added to the residual stream, so what leaves the feature's own block follows from one shared pass: the stream
-there, less (or plus) its activation times its decoder row. Only the layers above run for each feature, and only texts
-on which it fires; where such a pass proves that the output stays, nothing is decoded.
+In: a model's passes, patches, rows, and features by site and number. Out: by feature, one entry a prompt and way. What
+an MLP's feature writes is added to the residual stream, so what leaves its block follows from one shared pass: the
+stream there, less (or plus) its activation times its decoder row. Features of attention run in the general way. Only
+the layers above run for each feature, and only texts on which it fires; where such a pass proves that the output stays,
+nothing is decoded.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from data.encoding import Encoded, encode_row, pad_left, target_text
 from data.rows import Row
 from evaluators.measures.behaviours import Answer, Behaviour
 from evaluators.splice.decoding import Stop, generate
-from evaluators.splice.interventions import Edit, Patch, Ranks, RowEdits, spliced
+from evaluators.splice.interventions import Edit, Patch, Ranks, RowEdits, spliced, starts_above
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, in_slices, project, read_prefixes, resume
 from evaluators.splice.teacher_forcing import Job, Scored, score
@@ -151,7 +152,11 @@ def _runs(
             ]
 
             def of_pairs(some: Sequence[tuple[Feature, int]], site: Site = site) -> None:
-                runs = _above(passes.bridge, patches, condition, site, some, streams[site], [one[2] for one in chosen])
+                here = [one[2] for one in chosen]
+                if starts_above(site):
+                    runs = _above(passes.bridge, patches, condition, site, some, streams[site], here)
+                else:
+                    runs = _through(passes, patches, condition, some, here)
                 found.update(
                     ((feature, *chosen[place][:2]), run) for (feature, place), run in zip(some, runs, strict=True)
                 )
@@ -212,6 +217,31 @@ def _above(
         return list(_answers(bridge, last, batch.ids, [len(row.target) for row in rows]))
 
 
+def _through(
+    passes: Passes,
+    patches: Sequence[Patch],
+    condition: str,
+    pairs: Sequence[tuple[Feature, int]],
+    texts: Sequence[Encoded],
+) -> list[_Run]:
+    """The same in the general way, through every block from the first spliced one on: of a feature that other parts of
+    its own block read."""
+    ranked = {patch.site: replace(patch, ranks=_numbers(patch, patches)) for patch in patches}
+    jobs = [
+        Job(texts[place], kept=_only(ranked[site], number, outside=condition == "full"))
+        for (site, number), place in pairs
+    ]
+    scored = score(passes, Edit(list(ranked.values()), "full"), jobs)
+    return [_Run(one.nll, one.argmax) for one in scored]
+
+
+def _only(patch: Patch, feature: int, outside: bool) -> Ranks:
+    """That feature alone, or, `outside`, all but it."""
+    assert patch.ranks is not None
+    rank = int(patch.ranks[feature])
+    return Ranks(rank, rank + 1, outside=outside)
+
+
 def _answers(bridge: TransformerBridge, last: Tensor, ids: Tensor, counts: Sequence[int]) -> Iterator[_Run]:
     """Of what leaves the last block, (row, position, d_model): a run for each row's last `counts` tokens."""
     length = ids.shape[1]
@@ -250,10 +280,8 @@ def _outputs(
     jobs, scored = [], []
     for (site, number), place, run in changed:
         (patch,) = (one for one in ranked if one.site == site)
-        assert patch.ranks is not None
-        rank = int(patch.ranks[number])
-        whole, kept = wholes[place], Ranks(rank, rank + 1, outside=way == "ablated")
-        jobs.append(Job(whole.texts[-1], kept=kept))
+        whole = wholes[place]
+        jobs.append(Job(whole.texts[-1], kept=_only(patch, number, outside=way == "ablated")))
         scored.append(whole.scored._replace(argmax=run.argmax, guessed=[]))  # what decoding starts from
     outputs = generate(passes, Edit(ranked, "full"), jobs, scored, stop)
     return {(feature, place): output for (feature, place, _), output in zip(changed, outputs, strict=True)}

@@ -21,6 +21,7 @@ from evaluators.report.findings import number, with_interval
 from evaluators.report.page import Link, Table, template
 from evaluators.tables.feature_tables import FIRING, WAYS
 from evaluators.tables.pooling import RATE, Cell, of_kind
+from sites import MLP, Site
 
 PAGE = "features.html"
 SHOWN, SUBSETS_SHOWN = 8, 2
@@ -29,6 +30,10 @@ QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 SAID = {"ablated": "without it", "alone": "alone"}
 BAR = 8
 """Pixels across of a histogram's bar."""
+
+PROJECTIONS = {"q": "queries", "k": "keys", "v": "values"}
+HEADS = 4
+"""Heads that a card names of each projection."""
 
 
 class Piece(NamedTuple):
@@ -61,15 +66,19 @@ class Card(NamedTuple):
     top: str
     contexts: list[tuple[str, list[Piece]]]
     at_bos: bool
+    heads: list[tuple[str, str]]
+    """Of a feature of queries, keys and values: the share of its row in each, and the heads that hold most of it."""
 
 
-def address(target: str, layer: int, feature: int) -> str:
+def address(target: str, layer: int | str, feature: int) -> str:
     """Of a card on the page: `L17F042`; a residual delta's feature has its target before it."""
     return ("" if target == "change" else f"{target}-") + f"L{layer}F{feature:03d}"
 
 
-def name(layer: int, feature: int, at_bos: bool) -> str:
-    return f"layer {layer}, " + ("at BOS" if at_bos else f"feature {feature}")
+def name(layer: int | str, feature: int, at_bos: bool) -> str:
+    site = Site.parse(layer)
+    where = f"layer {site.layer}" if site.kind == MLP else f"{site.kind.words} of layer {site.layer}"
+    return f"{where}, " + ("at BOS" if at_bos else f"feature {feature}")
 
 
 def most_effective(features: pd.DataFrame, target: str) -> Table | None:
@@ -125,7 +134,7 @@ def feature_page(cells: Sequence[Cell], features: pd.DataFrame, ranking: pd.Data
 
 
 def _card(row: pd.Series, one: dict[str, Any], subsets: Sequence[str], total: int) -> Card:
-    layer, feature = int(row["layer"]), int(row["feature"])
+    layer, feature = row["layer"], int(row["feature"])
     target = "" if row["target"] == "change" else f" of the {row['target']} delta"
     counts, top = one["histogram"]["counts"], one["histogram"]["top"]
     most = max(counts, default=1)
@@ -141,7 +150,17 @@ def _card(row: pd.Series, one: dict[str, Any], subsets: Sequence[str], total: in
         f"{top:.3g}",
         [] if row["at_bos"] else [_context(context, top) for context in one["contexts"]],
         bool(row["at_bos"]),
+        _heads(one.get("heads", {})),
     )
+
+
+def _heads(shares: dict[str, list[float]]) -> list[tuple[str, str]]:
+    lines = []
+    for name, of_heads in shares.items():
+        most = sorted(range(len(of_heads)), key=lambda head: -of_heads[head])[:HEADS]
+        shown = ", ".join(f"head {head} {of_heads[head]:.0%}" for head in most if of_heads[head] >= 0.01)
+        lines.append((f"{PROJECTIONS[name]} {sum(of_heads):.0%}", shown))
+    return lines
 
 
 def _effect(row: pd.Series, subset: str) -> Effect:

@@ -24,7 +24,7 @@
   const cards = [...deck.children].map((element) => ({ element, ...data.cards[element.id] }));
   const keys = {
     rank: (card) => card.rank + (card.target === "change" ? 0 : 1e9),
-    layer: (card) => card.layer,
+    layer: (card) => parseInt(card.layer),
     ablated: (card, subset) => -largest(card.ablated, subset),
     alone: (card, subset) => -largest(card.alone, subset),
     fires: (card, subset) => -largest(card.fires, subset),
@@ -39,7 +39,7 @@
     for (const [, , , card] of ordered) {
       const fires = subset < 0 || (card.fires[subset] ?? 0) > 0;
       const strong = Math.max(largest(card.ablated, subset), largest(card.alone, subset)) >= least;
-      const visible = fires && strong && (!target || card.target === target) && (layer === null || card.layer === layer);
+      const visible = fires && strong && (!target || card.target === target) && (layer === null || parseInt(card.layer) === layer);
       card.element.hidden = !visible;
       shown += visible;
       deck.append(card.element);
@@ -86,7 +86,7 @@
   const showList = () => {
     const { target, layer, subset } = wanted();
     listed = data.list.filter(
-      (row) => (!target || row[0] === target) && (layer === null || row[1] === layer) && (subset < 0 || row[5 + subset] > 0),
+      (row) => (!target || row[0] === target) && (layer === null || parseInt(row[1]) === layer) && (subset < 0 || row[5 + subset] > 0),
     );
     const { column, down } = order, sign = down ? -1 : 1;
     listed.sort((a, b) => {

@@ -13,7 +13,7 @@ from evaluators.conditions import CHANGE_CONTROLS, CONDITIONS
 from evaluators.report.figures import MUTED, band, finish, look, panels, plain, whiskers
 from evaluators.tables.pooling import RATE, rates_in
 from evaluators.tables.recovery import ENOUGH
-from sites import parse_sites
+from sites import KINDS, Site, parse_sites
 
 SERIES = {"alpha": CONDITIONS["alpha"]} | {name: one for name, one in CHANGE_CONTROLS.items() if one.dosed}
 
@@ -105,9 +105,12 @@ def recovered_by_width(widths: pd.DataFrame, *, seed: int) -> Figure:
 
 
 def where_it_is(deltas: pd.DataFrame, gaps: pd.DataFrame, recovered: pd.DataFrame) -> Figure:
-    """By layer: how much of the MLP's output finetuning changed, and what the deltas leave of it. By set of layers and
-    subset: its gap in CE as a share of the whole effect, and how much of that gap comes back."""
-    kept = deltas[(deltas["target"] == "change") & deltas["best"].astype(bool)].sort_values("layer")
+    """By layer and kind: how much of a site's output finetuning changed, and what the deltas leave of it. By set of
+    layers and subset: its gap in CE as a share of the whole effect, and how much of that gap comes back."""
+    kept = deltas[(deltas["target"] == "change") & deltas["best"].astype(bool)]
+    places = kept["layer"].map(Site.parse)
+    kept = kept.assign(layer=[site.layer for site in places], kind=[site.kind.name for site in places])
+    kept = kept.sort_values("layer", kind="stable")
     full = recovered[(recovered["target"] == "change") & (recovered["condition"] == "full")]
     by_set = [
         (gaps[gaps["metric"] == "mean_ce"].dropna(subset=["share"]), "share", "share of the\nwhole effect"),
@@ -115,13 +118,27 @@ def where_it_is(deltas: pd.DataFrame, gaps: pd.DataFrame, recovered: pd.DataFram
     ]
     by_set = [one for one in by_set if len(one[0])]
     figure, grid = panels(2 + len(by_set), columns=1, width=7.0, height=2.0)
-    shares = kept.drop_duplicates("layer")
-    grid[0].bar(shares["layer"], shares["change_share"], color=MUTED)
+    shares = kept.drop_duplicates(["layer", "kind"])
+    kinds = [name for name in KINDS if name in set(kept["kind"])]
+    for number, kind in enumerate(kinds):
+        rows = shares[shares["kind"] == kind]
+        if len(kinds) == 1:
+            grid[0].bar(rows["layer"], rows["change_share"], color=MUTED)
+        else:
+            colour, marker = look(number)
+            grid[0].plot(rows["layer"], rows["change_share"], color=colour, marker=marker, label=kind)
+    if len(kinds) > 1:
+        grid[0].legend(frameon=False, fontsize=8, ncols=4, loc="upper right")
     grid[0].set_yscale("log")
     grid[0].set_ylabel("changed share\nof the output")
-    for number, (width, rows) in enumerate(kept.groupby("d_new")):
+    lines = list(kept.groupby("d_new")) if len(kinds) == 1 else []
+    lines += [
+        (kind, kept[(kept["kind"] == kind) & (kept["d_new"] == kept["d_new"].max())]) for kind in kinds[1:] and kinds
+    ]
+    for number, (which, rows) in enumerate(lines):
         colour, marker = look(number)
-        grid[1].plot(rows["layer"], rows["val_unexplained"], color=colour, marker=marker, label=f"d_new {width}")
+        label = f"d_new {which}" if len(kinds) == 1 else f"{which}, d_new {rows['d_new'].max()}"
+        grid[1].plot(rows["layer"], rows["val_unexplained"], color=colour, marker=marker, label=label)
     grid[1].set_ylim(0, max(1.0, float(kept["val_unexplained"].max())))
     grid[1].set_ylabel("unexplained\nshare of it")
     grid[1].legend(frameon=False, fontsize=8, ncols=4, loc="upper right")

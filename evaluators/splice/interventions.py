@@ -280,10 +280,10 @@ class Splice:
         return self.condition.combine(y.float(), outputs.ground, outputs.delta, self._alpha)
 
 
-def starts_above(patch: Patch) -> bool:
-    """Whether a pass can start from what leaves the patch's block: an MLP is the last that a block adds to the stream,
+def starts_above(site: Site) -> bool:
+    """Whether a pass can start from what leaves the site's block: an MLP is the last that a block adds to the stream,
     so that nothing else of the block reads what an edit changes."""
-    return patch.site.kind.name == MLP.name
+    return site.kind.name == MLP.name
 
 
 def padded(streams: Sequence[Tensor], rows: Sequence[int], length: int) -> Tensor:

@@ -169,7 +169,7 @@ def score(
     if passes.shortcuts.share_prefix and edit.condition != "raw":
         first = min(edit.patches, key=attrgetter("site"))
         passes = replace(passes, prefixes=passes.with_prefixes(first.site))
-        above_first = passes.shortcuts.start_above and starts_above(first)
+        above_first = passes.shortcuts.start_above and starts_above(first.site)
     else:
         passes, above_first = replace(passes, prefixes=None), False
     results: dict[int, Scored] = {}
@@ -287,7 +287,7 @@ def _start(
     first = splice.patches[0]
     texts = list(dict.fromkeys(tuple(row.ids) for row in rows))
     which = [texts.index(tuple(row.ids)) for row in rows]
-    if passes.shortcuts.start_above and starts_above(first):
+    if passes.shortcuts.start_above and starts_above(first.site):
         return first.site.layer, splice.start(passes.prefixes.get(first.site, texts), which, length)
     if first.site.layer == 0:  # nothing is below
         return None, None

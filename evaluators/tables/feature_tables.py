@@ -13,6 +13,7 @@ import pandas as pd
 
 from evaluators.tables.pooling import RATE, TARGETS, Cell, of_kind
 from evaluators.tables.statistics import Estimate, paired_bootstrap, rate_difference
+from sites import Site
 
 FIRING = "firing_rate_"
 """What the name of a column begins with that holds how often a feature fires on a subset."""
@@ -31,7 +32,7 @@ def ranking_table(cells: Sequence[Cell]) -> pd.DataFrame:
             row = {"target": target, "layer": one["layer"], "feature": one["feature"], "effect": one["effect"]}
             row |= {"d_new": cell["d_new"], "at_bos": target == "change" and one["feature"] == cell["d_new"]}
             rows.append(row | {f"{FIRING}{subset}": rate for subset, rate in one.get("firing_rate", {}).items()})
-    rows.sort(key=lambda row: (TARGETS.index(row["target"]), -row["effect"], row["layer"], row["feature"]))
+    rows.sort(key=lambda row: (TARGETS.index(row["target"]), -row["effect"], Site.parse(row["layer"]), row["feature"]))
     ranks: dict[str, int] = {}
     for row in rows:
         row["rank"] = ranks[row["target"]] = ranks.get(row["target"], 0) + 1

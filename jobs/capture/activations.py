@@ -22,6 +22,8 @@ from jobs.files import keyed_folder
 from sites import MLP, Site
 from trainers.activations import INDEX, captured_columns, damaged_files, names_in
 from trainers.capture import Plan, finish_capture, read_bos
+from trainers.checked_files import is_intact
+from trainers.delta_data import map_file
 
 SPLITS = ("train", "validation")
 SHARDS, SHARD_TOKENS = 8, (4096, 16384)
@@ -87,11 +89,12 @@ def capture_finetuned(context: Context, sites: Collection[Site], splits: tuple[s
     """
     change, residual = (set(context.sites_of(target)) & set(sites) for target in ("change", "residual"))
     # A path reads what the MLP reads, and nothing else.
-    readable = context.kind == MLP
+    readable = context.mlp_kind == MLP
     wanted: Wanted = {}
     for split in splits:
         with_change = change if split == "train" or not readable else change | residual
-        columns = (("change", with_change), ("y", residual))
+        linear = {site for site in with_change if context.is_linear(site)}  # whose change follows from x and weights
+        columns = (("change", with_change - linear), ("sum", linear), ("y", residual))
         wanted[split] = {
             site: frozenset(name for name, having in columns if site in having) for site in sorted(change | residual)
         }
@@ -99,7 +102,8 @@ def capture_finetuned(context: Context, sites: Collection[Site], splits: tuple[s
     spec = _spec(context, context.finetuned, "fp32" if exact else context.settings.compute.precision)
     folder = _capture(context, "finetuned", spec, wanted, keys.finetuned_activations(context.settings))
     known = read_bos(folder)
-    if missing := sorted(site for site in change if site not in known):
+    without = {site for site in change if context.is_linear(site) and not is_intact(map_file(folder, site))}
+    if missing := sorted(site for site in change if site not in known or site in without):
         task = BosTask(spec, str(context.model), tuple(missing), str(folder), str(context.rows / "evaluation.jsonl"))
         for outcome in context.pool.run(capture_bos, [task], context.settings.compute.max_retries):
             if outcome.error:
@@ -174,15 +178,17 @@ def capture_task(task: ShardTask) -> None:
     before = exact_paths(task.model, task.base_model, changed) if changed else {}
     after = exact_paths(task.model, task.model.folder, changed) if changed and task.model.precision != "fp32" else {}
     wanted = {
-        site: Columns(y="y" in columns, unfinetuned=before.get(site), finetuned=after.get(site))
+        site: Columns("y" in columns, before.get(site), after.get(site), sums="sum" in columns)
         for site, columns in task.sites
     }
     capture_shard(loaded, plan_of(task.text), task.shard, wanted, Path(task.folder) / task.text.split)
 
 
 def capture_bos(task: BosTask) -> None:
-    """Adds the change at BOS of some sites to what is there."""
+    """Adds the change at BOS of some sites to what is there, and what it is everywhere where it is linear."""
     from trainers.capture import bos_changes, write_bos
+    from trainers.checked_files import save
+    from trainers.delta_data import change_map
 
     loaded = bridge(task.model.folder, task.model.device, task.model.precision)
     before, after = (exact_paths(task.model, folder, task.sites) for folder in (task.base_model, task.model.folder))
@@ -193,6 +199,9 @@ def capture_bos(task: BosTask) -> None:
         raise WorkFailed(
             f"conversations begin with different tokens ({begin}): give every one a system message, or none"
         )
+    for site in task.sites:
+        if before[site].is_linear:
+            save(map_file(Path(task.folder), site), change_map(before[site], after[site]))
     write_bos(Path(task.folder), read_bos(Path(task.folder)) | bos_changes(loaded, first.pop(), before, after))
 
 

@@ -28,9 +28,10 @@ Place = tuple[Site, Ground]
 
 
 class MomentsTask(NamedTuple):
-    """The folder of a site's inputs and changes, or what a base leaves there, and the file to write."""
+    """The finetuned model's activations and a site, or what a base leaves there, and the file to write."""
 
-    changes: str
+    activations: str
+    site: Site
     residuals: Residuals | None
     file: str
     device: str
@@ -71,20 +72,20 @@ def write_moments(context: Context, places: Sequence[Place]) -> None:
 
 
 def _task(context: Context, site: Site, ground: Ground) -> MomentsTask:
-    changes = context.space.activations / "finetuned" / "train" / site.folder
+    activations = context.space.activations / "finetuned"
     residuals = residuals_of(context, site, ground) if ground.target == "residual" else None
-    return MomentsTask(str(changes), residuals, str(moments_file(context, site, ground)), context.device)
+    return MomentsTask(str(activations), site, residuals, str(moments_file(context, site, ground)), context.device)
 
 
 def compute_moments(task: MomentsTask) -> None:
     """Reads the pairs once, on the worker's device, and writes their moments. The x of a capture is what a transcoder
     reads already, whatever the convention."""
     from evaluators.splice.second_moments import Moments
-    from trainers.activations import read_pairs
     from trainers.checked_files import save
+    from trainers.delta_data import change_pairs
 
     of = task.residuals
-    whole = of.pairs("train") if of is not None else read_pairs(Path(task.changes), ("x", "change"))
+    whole = of.pairs("train") if of is not None else change_pairs(Path(task.activations), "train", task.site)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for x, target in whole.in_order(PAIRS):

@@ -5,6 +5,7 @@ In: a `Context` whose sweep is finished up to its deltas. Out: the folders that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,14 @@ from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.evaluation.kinds import Reconstruction
 from jobs.files import read_json
-from sites import Address, Ground, Site
+from sites import KINDS, Address, Ground, Site, sites_label
 
 if TYPE_CHECKING:
     from models.gemma_scope import Candidate
 
-FORMATS = ("gemma-scope", "saelens", "circuit-tracer")
+HELD = {"gemma-scope": ("mlp",), "saelens": ("o", "mlp"), "circuit-tracer": ("mlp",)}
+"""By format, the kinds of site whose transcoders it can hold: SAELens takes one hook to read and one to write."""
+FORMATS = tuple(HELD)
 
 
 def export(
@@ -40,16 +43,25 @@ def export(
     if kind not in FORMATS:
         raise RequestError(f"--format: got {kind!r}, allowed are {', '.join(FORMATS)}")
     chosen = ground, d_new = combination(context, asked)
-    layers = context.layers_of(ground.target)
+    sites = [site for site in context.sites_of(ground.target) if site.kind.name in HELD[kind]]
+    if not sites:
+        held = ", ".join(KINDS[name].words for name in HELD[kind])
+        raise RequestError(
+            f"--format: {kind} holds deltas of {held}, and the sweep has them at "
+            f"{sites_label(context.sites_of(ground.target))}; every delta lies as plain safetensors under "
+            f"{context.space.deltas}"
+        )
+    if left_out := [site for site in context.sites_of(ground.target) if site not in sites]:
+        context.progress.line(f"  left out, as {kind} cannot hold them: the deltas at {sites_label(left_out)}")
     bases: dict[Site, Candidate] = {}
     if ground.target == "change":
-        deltas = load_deltas(context, layers, chosen)
+        deltas = load_deltas(context, sites, chosen)
         fused = {site: scaled(without_bos(delta), alpha) for site, delta in deltas.items()}
         if onto_bases:
             bases = _bases(context, asked, list(fused))
             fused = {site: fuse(load_base(context, base, site), fused[site]) for site, base in bases.items()}
     else:
-        patches = load_patches(context, layers, chosen)
+        patches = load_patches(context, None, chosen)
         fused = {patch.site: fuse(patch.base, patch.transcoder, alpha) for patch in patches if patch.base}
     facts = model_facts(context.model)
     model = exports.ExportedModel(
@@ -57,7 +69,7 @@ def export(
         n_layers=facts["n_layers"],
         d_model=facts["d_model"],
         context_size=context.settings.activations.max_length,
-        kind=context.kind,
+        kind=context.mlp_kind,
     )
     notes = {"sweep": context.settings.name, **ground._asdict(), "d_new": d_new, "alpha": alpha}
     if ground.target == "change":
@@ -67,9 +79,9 @@ def export(
             notes["bases"] = {site.label: base.path for site, base in bases.items()}
             notes["use"] = f"holds base(x) + alpha * delta(x); the finetuned MLP also needs the error node {error}"
         notes["bos"] = "what the deltas add at BOS, where no transcoder is read, is left out"
-    card = model_card(context, Exported(kind, ground, d_new, sorted(site.layer for site in fused), alpha, onto_bases))
+    card = model_card(context, Exported(kind, ground, d_new, sorted(fused), alpha, onto_bases))
     if kind == "gemma-scope":
-        average_l0 = _average_l0(context, ground, d_new)
+        average_l0 = _average_l0(context, sites, ground, d_new)
         for site, base in bases.items():
             average_l0[site] += base.average_l0
         return exports.write_gemma_scope(fused, model, folder, average_l0, notes, card)
@@ -90,10 +102,10 @@ def _bases(context: Context, asked: DeltaChoice, sites: list[Site]) -> dict[Site
     return {site: chosen_base(context, site, ground.percentile) for site in known}
 
 
-def _average_l0(context: Context, ground: Ground, d_new: int) -> dict[Site, float]:
+def _average_l0(context: Context, sites: Sequence[Site], ground: Ground, d_new: int) -> dict[Site, float]:
     """Active features per token of what is exported, measured on the evaluation text or in training."""
     found: dict[Site, float] = {}
-    for site in context.sites_of(ground.target):
+    for site in sites:
         group = Address(site, ground, d_new)
         best = context.best_of(group)
         assert best is not None, "its delta has been loaded"

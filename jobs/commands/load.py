@@ -5,6 +5,7 @@ In: a `Context` whose sweep is finished up to its deltas. Out: a TransformerBrid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
 from jobs.seals import SEAL, require
-from sites import Address, Ground, Site, sites_label
+from sites import Address, Ground, Site, mlp_sites, sites_label
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -90,7 +91,8 @@ def combination(context: Context, asked: DeltaChoice) -> tuple[Ground, int]:
 def load_patches(
     context: Context, layers: list[int] | None, chosen: tuple[Ground, int], bridge: TransformerBridge | None = None
 ) -> list[Patch]:
-    """The patches of `layers` (None: all of the target); a change delta's ground is read beside the `bridge`'s model.
+    """The patches of all sites in `layers` (None: all of the target); a change delta's ground is read beside the model
+    of `bridge`.
 
     Raises RequestError for a layer without deltas, or a group without a kept one.
     """
@@ -102,9 +104,10 @@ def load_patches(
     for layer in layers or []:
         if layer not in known:
             raise RequestError(
-                f"--layer: got {layer}, but the {ground.target} deltas have {sites_label(map(context.site, known))}"
+                f"--layer: got {layer}, but the {ground.target} deltas have {sites_label(mlp_sites(known))}"
             )
-    deltas = load_deltas(context, layers or known, chosen)
+    sites = [site for site in context.sites_of(ground.target) if site.layer in (layers or known)]
+    deltas = load_deltas(context, sites, chosen)
     if ground.target == "change":
         paths = read_paths(bridge or load_bridge(context), context.model, list(deltas))
         return [Patch(site, paths[site], delta) for site, delta in deltas.items()]
@@ -122,13 +125,13 @@ def load_base(context: Context, base: Candidate, site: Site) -> Transcoder:
     return read(root(context), base, site)
 
 
-def load_deltas(context: Context, layers: list[int], chosen: tuple[Ground, int]) -> dict[Site, Transcoder]:
-    """The kept deltas of `layers`."""
+def load_deltas(context: Context, sites: Sequence[Site], chosen: tuple[Ground, int]) -> dict[Site, Transcoder]:
+    """The kept deltas of `sites`."""
     from models.deltas import read_delta
 
     found = {}
-    for layer in layers:
-        group = Address(context.site(layer), *chosen)
+    for site in sites:
+        group = Address(site, *chosen)
         folder = context.kept_delta(group)
         if folder is None:
             section = context.settings.deltas

@@ -16,20 +16,20 @@ from jobs.context.context import Context, error_name
 from jobs.files import read_json
 from models.adapters import is_adapter
 from models.sources import repository_of
-from sites import Address, Ground, sites_label
+from sites import Address, Ground, Site, sites_label
 
 TEMPLATE = "model_card.md.jinja"
 TAGS = ["transcoder", "mechanistic-interpretability", "deltascope"]
 
 
 class Exported(NamedTuple):
-    """What an export holds: its format, the deltas' ground and width, layers, the strength that is folded in, and
+    """What an export holds: its format, the deltas' ground and width, sites, the strength that is folded in, and
     whether change deltas are fused with bases."""
 
     kind: str
     ground: Ground
     d_new: int
-    layers: list[int]
+    sites: list[Site]
     alpha: float
     onto_bases: bool
 
@@ -53,11 +53,11 @@ def model_card(context: Context, exported: Exported) -> str:
         kind=exported.kind,
         target=exported.ground.target,
         onto_bases=exported.onto_bases,
-        layers=sites_label(map(context.site, exported.layers)),
-        first=min(exported.layers),
+        layers=sites_label(exported.sites),
+        first=min(exported.sites).label,
         d_new=exported.d_new,
         alpha=f"{exported.alpha:g}",
-        site=context.kind,
+        site=min(exported.sites).kind if exported.ground.target == "change" else context.mlp_kind,
         sweep=context.settings.name,
         figures=_figures(context, exported),
         deltas=_deltas(context, exported),
@@ -107,7 +107,7 @@ def _figures(context: Context, exported: Exported) -> list[dict[str, str]]:
     if not all(file.is_file() for file in files):
         return []
     gaps, recovered = (pd.read_csv(file, dtype={"layer": str}) for file in files)
-    place = {"target": exported.ground.target, "layer": sites_label(map(context.site, exported.layers))}
+    place = {"target": exported.ground.target, "layer": sites_label(exported.sites)}
     condition = "full" if exported.alpha == 1 else "alpha"
     deltas = {"condition": condition, "alpha": exported.alpha, "d_new": exported.d_new}
     if exported.ground.percentile is not None:
@@ -145,11 +145,11 @@ def _interval(row: Any, column: str) -> str:
 def _deltas(context: Context, exported: Exported) -> list[dict[str, str]]:
     """L0 and error of each layer's kept delta on the validation text."""
     rows = []
-    for layer in exported.layers:
-        group = Address(context.site(layer), exported.ground, exported.d_new)
+    for site in exported.sites:
+        group = Address(site, exported.ground, exported.d_new)
         best = context.best_of(group)
         assert best is not None, "it has just been exported"
         figures = best["figures"]
         left = figures[error_name(exported.ground.target)]
-        rows.append({"layer": str(layer), "l0": f"{figures['val_l0_delta']:.1f}", "unexplained": f"{left:.3f}"})
+        rows.append({"layer": site.label, "l0": f"{figures['val_l0_delta']:.1f}", "unexplained": f"{left:.3f}"})
     return rows

@@ -29,12 +29,21 @@ from jobs.files import MANIFEST, key_of, read_json
 from jobs.progress import Progress
 from models.adapters import is_adapter
 from models.sources import check_hub, check_source, model_facts, resolve
+from search_spaces.dimensions import Choice
 from search_spaces.schema import Sweep
-from sites import READINGS, Address, Ground, Kind, Site, sets_of
+from sites import KINDS, READINGS, Address, Ground, Kind, Site, sets_of
 
 if TYPE_CHECKING:
     from jobs.search.studies import Storage
     from jobs.tracking.writer import Tracker
+
+
+MODULES = {
+    "qkv": {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value"},
+    "o": {"o_proj", "out_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "fc_in", "fc_out", "fc1", "fc2"},
+}
+"""By kind of site, what architectures call its modules."""
 
 
 class SetPlan(NamedTuple):
@@ -81,7 +90,16 @@ class Context:
             held = read_json(self.space.folder / PAIR)
         except DamagedFileError:  # made anew
             return None
-        return held if held is not None and held["key"] == self.pair_key else None
+        if held is None or held["key"] != self.pair_key:
+            return None
+        if "sites" not in held:  # written before attention had sites
+            from models.blocks import linear_kinds, sites_with
+            from models.weights import load_config
+
+            config = load_config(self.source)
+            held["sites"] = [site.key for site in sites_with(config, held["changed"])]
+            held["linear"] = [kind.name for kind in linear_kinds(config)]
+        return held
 
     @property
     def pair_key(self) -> str | None:
@@ -144,34 +162,57 @@ class Context:
         return sorted({site for target in self.settings.deltas.targets for site in self.sites_of(target)})
 
     def sites_of(self, target: str) -> list[Site]:
-        """The sites of a target's deltas, in order."""
-        return [self.site(layer) for layer in self.layers_of(target)]
-
-    def site(self, layer: int) -> Site:
-        """The MLP of a layer, as the settings read it."""
-        return Site(layer, self.kind)
-
-    @property
-    def kind(self) -> Kind:
-        """The kind of the sweep's sites."""
-        return READINGS[self.settings.transcoders.convention]
+        """The sites of a target's deltas, in order: none where the target is not asked for, and of change deltas none
+        that finetuning is known to have left as it was. Raises RequestError where the model lacks a layer."""
+        unchanged = self._unchanged(target)
+        return [site for site in self._asked_sites(target) if site not in unchanged]
 
     def layers_of(self, target: str) -> list[int]:
-        """The layers of a target's deltas, ascending: none where the target is not asked for, and of change deltas none
-        whose MLP finetuning is known to have left as it was. Raises RequestError where the model lacks a layer."""
-        asked = self._asked_layers(target)
-        return [layer for layer in asked if target != "change" or layer not in self._unchanged]
+        """The layers of a target's sites, ascending."""
+        return sorted({site.layer for site in self.sites_of(target)})
 
     @property
-    def unchanged(self) -> list[int]:
-        """Layers that change deltas are asked for, and whose MLP finetuning left as it was."""
-        return [layer for layer in self._asked_layers("change") if layer in self._unchanged]
+    def mlp_kind(self) -> Kind:
+        """The kind of the sites of base transcoders: the MLP, as the settings read it."""
+        return READINGS[self.settings.transcoders.convention]
 
     @property
-    def _unchanged(self) -> set[int]:
-        if self.pair is None:
+    def kinds(self) -> list[Kind]:
+        """The kinds of site of change deltas: those of the settings; with `auto` those that finetuning changed, or, as
+        long as that is not known, those that LoRA may change."""
+        asked = self.settings.deltas.sites
+        if asked != "auto":
+            return [kind for name, kind in KINDS.items() if name in asked]
+        if self.pair is not None:
+            changed = {site.kind for site in self._changed}
+            return [kind for kind in KINDS.values() if kind in changed]
+        return kinds_of_targets(self.settings)
+
+    def is_linear(self, site: Site) -> bool:
+        """Whether what finetuning changed there is an affine function of x, so that its weights say it; before the pair
+        is known, as in most architectures."""
+        linear = ("qkv", "o") if self.pair is None else self.pair["linear"]
+        return site.kind.name in linear
+
+    @property
+    def unchanged(self) -> list[Site]:
+        """Sites that change deltas are asked for by layer and kind, and that finetuning left as they were."""
+        return sorted(self._unchanged("change"))
+
+    @property
+    def _changed(self) -> set[Site]:
+        """The sites that finetuning changed, once that is known."""
+        assert self.pair is not None
+        return {Site.parse(key) for key in self.pair["sites"]}
+
+    def _unchanged(self, target: str) -> set[Site]:
+        if target != "change" or self.pair is None:
             return set()
-        return set(range(model_facts(self.source)["n_layers"])) - set(self.pair["layers"])
+        return set(self._asked_sites(target)) - self._changed
+
+    def _asked_sites(self, target: str) -> list[Site]:
+        kinds = self.kinds if target == "change" else [self.mlp_kind]
+        return sorted(Site(layer, kind) for layer in self._asked_layers(target) for kind in kinds)
 
     def _asked_layers(self, target: str) -> list[int]:
         settings = self.settings
@@ -238,7 +279,7 @@ class Context:
             conditions = tuple(one for one in asked if target in CONDITIONS[one].targets)
             chosen = entry.layers
             if isinstance(chosen, list) and target == "change":
-                chosen = [layer for layer in chosen if layer not in self._unchanged]
+                chosen = [layer for layer in chosen if layer in self.layers_of(target)]
             for sites in sets_of(chosen, self.sites_of(target)) if chosen else []:
                 found[sites] = SetPlan(conditions, tuple(sorted(alphas)))
         return found
@@ -340,6 +381,18 @@ class Context:
 
             if not is_file(self.settings.storage.optuna_url):  # a file may lie in a folder that is yet to be made
                 _ = self.studies
+
+
+def kinds_of_targets(settings: Sweep) -> list[Kind]:
+    """The kinds of site that LoRA on `lora.space.targets` may change, by the names that architectures give their
+    modules; all where a name is not among them."""
+    named = settings.lora.space.targets
+    given = [str(one) for one in named.choice] if isinstance(named, Choice) else [str(named)]
+    names = {name.strip() for one in given for name in one.split(",")}
+    found = {kind for kind, known in MODULES.items() if names & known}
+    if names - set().union(*MODULES.values()):
+        return list(KINDS.values())
+    return [kind for name, kind in KINDS.items() if name in found]
 
 
 def error_name(target: str) -> str:

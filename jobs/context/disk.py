@@ -69,7 +69,10 @@ def site_bytes(context: Context, site: Site) -> int:
     settings = context.settings
     section, (d_in, d_out) = settings.activations, widths_of(model_facts(context.model), site)
     tokens, changed = section.train_tokens + section.validation_tokens, site in context.sites_of("change")
-    values = tokens * (d_in + changed * d_out)  # x, and the change
+    stored = changed and not context.is_linear(site)
+    values = (
+        tokens * (d_in + stored * d_out) + 2 * (changed and not stored) * d_in * d_out
+    )  # x, and the change or a map
     if site in context.sites_of("residual"):
         values += (tokens + section.validation_tokens * (not changed)) * d_out  # y, and the change of held-out text
         values += tokens * len(settings.deltas.selections) * keeps_base_errors(context) * d_out
@@ -94,7 +97,8 @@ def pair_bytes(context: Context) -> int:
     """Bytes that the trials of one site and ground read: x, and what is explained or what that follows from; of the
     widest site."""
     section, facts = context.settings.activations, model_facts(context.model)
-    widest = max((sum(widths_of(facts, site)) for site in context.sites), default=0)
+    widths = {site: widths_of(facts, site) for site in context.sites}
+    widest = max((d_in + d_out * (not context.is_linear(site)) for site, (d_in, d_out) in widths.items()), default=0)
     return 2 * (section.train_tokens + section.validation_tokens) * widest
 
 

@@ -16,7 +16,7 @@ from search_spaces.schema import Sweep
 from search_spaces.sections import Section
 from sites import MLP, Address, Ground, Site
 
-GROUPED_BY = ("targets", "layers", "percentiles", "target_l0", "d_new", "trials")
+GROUPED_BY = ("targets", "sites", "layers", "percentiles", "target_l0", "d_new", "trials")
 """Settings of the deltas that say which groups there are, and not what a group's trials do."""
 POLISH = ("polish_steps", "polish_lr")
 HOW = ("side_by_side", "workers_per_trial", "workers_per_layer")

@@ -56,7 +56,7 @@ class Answers(Work):
         """Writes one cell and what was generated for it; returns its name."""
         from evaluators.measures.behaviours import AGREES
 
-        layers = [plan.site.layer for plan in self.sites]
+        layers = [plan.site.key for plan in self.sites]
         place = {"layers": layers, "condition": condition, "alpha": alpha, "subset": self.subset}
         lines = [json.dumps({**place, **{k: v for k, v in one.items() if k != "seconds"}}) for one in texts]
         path = generations_folder(self) / f"{name}.jsonl"

@@ -26,6 +26,7 @@ from jobs.seals import seal
 from jobs.study import pair
 from models.adapters import is_adapter
 from search_spaces.dimensions import Choice
+from sites import Site
 
 SAMPLES = (
     "The museum opened its doors on March 4, 1987; 12.5% of all visitors came by train.",
@@ -111,9 +112,9 @@ def check_models(context: Context) -> None:
 
 
 def check_targets(context: Context) -> None:
-    """Raises RequestError where LoRA cannot adapt what `lora.space.targets` names, or would change no MLP that change
-    deltas are asked to explain."""
-    from models.blocks import layers_on_path
+    """Raises RequestError where LoRA cannot adapt what `lora.space.targets` names, or would change no site that
+    change deltas are asked to explain."""
+    from models.blocks import sites_with
     from models.weights import build_skeleton
     from trainers.adapters import add_adapter
     from trainers.errors import TrainingError
@@ -123,19 +124,19 @@ def check_targets(context: Context) -> None:
     given = [str(one) for one in named.choice] if isinstance(named, Choice) else [str(named)]
     if given == ["all-linear"] or is_finished(context.space.lora, keys.finetuned_check(settings)):
         return
-    reached: set[int] = set()
+    reached: set[Site] = set()
     for targets in given:
         try:
             adapted = add_adapter(build_skeleton(context.source), targets, r=1)
         except TrainingError as error:
             raise RequestError(str(error)) from None
         found = [name for name, module in adapted.get_base_model().named_modules() if hasattr(module, "lora_A")]
-        reached.update(layers_on_path(adapted.config, found))
-    if "change" in settings.deltas.targets and not reached.intersection(context.layers_of("change")):
+        reached.update(sites_with(adapted.config, found))
+    if "change" in settings.deltas.targets and not reached.intersection(context.sites_of("change")):
+        kinds = ", ".join(kind.name for kind in context.kinds)
         raise RequestError(
-            f"lora.space.targets: {' or '.join(given)} changes no MLP in the layers of deltas.layers, so there is "
-            "nothing for change deltas to explain; add gate_proj, up_proj, down_proj or all-linear, or ask for "
-            "deltas.targets=[residual]"
+            f"lora.space.targets: {' or '.join(given)} changes nothing in deltas.layers that deltas.sites asks for "
+            f"({kinds}), so there is nothing for change deltas to explain"
         )
 
 

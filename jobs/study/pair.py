@@ -20,6 +20,7 @@ from jobs.errors import RequestError
 from jobs.files import is_finished, read_json, short_hash, write_json
 from models.errors import ModelError
 from models.sources import EMBEDDED, TINY
+from sites import KINDS, Site
 
 if TYPE_CHECKING:
     from models.adopted import Pair
@@ -63,7 +64,7 @@ def examine_base(context: Context) -> None:
 def _check_known(context: Context, config: Any) -> None:
     from models.blocks import part_places
 
-    if not part_places(config, 0):
+    if not part_places(config, Site(0)):
         raise ModelError(
             f"model.source: TransformerLens does not know the architecture {config.model_type} of "
             f"{context.settings.model.source}, so nothing can be spliced into it"
@@ -75,7 +76,7 @@ def note(
 ) -> dict[str, Any]:
     """Writes and returns what is known of the finetuned model: the parameters that changed, or, of an adapter that is
     not merged yet (not `exact`), the modules that it adapts."""
-    from models.blocks import layers_on_path
+    from models.blocks import linear_kinds, sites_with
     from models.comparison import in_words
     from models.weights import load_config
 
@@ -86,7 +87,8 @@ def note(
         "exact": exact,
         "changed": sorted(changed),
         "in_words": in_words(changed, config.num_hidden_layers),
-        "layers": layers_on_path(config, changed),
+        "sites": [site.key for site in sites_with(config, changed)],
+        "linear": [kind.name for kind in linear_kinds(config)],
         "notes": list(notes),
         "rounded": rounded,
     }
@@ -110,21 +112,25 @@ def say_what_changed(context: Context) -> None:
     assert known is not None
     source = context.settings.model.finetuned or "the finetuned model"
     what = "finetuning changed" if known["exact"] else "the adapter adapts"
-    context.progress.line(f"  {what} {known['in_words'] or 'nothing'}")
+    kinds = context.kinds if "change" in context.settings.deltas.targets else []
+    deltas = f"; deltas for {', '.join(kind.name for kind in kinds)}" if kinds else ""
+    context.progress.line(f"  {what} {known['in_words'] or 'nothing'}{deltas}")
     if "change" not in context.settings.deltas.targets:
         return
     from models.comparison import layer_list
 
-    if not context.layers_of("change"):
-        asked = context.settings.deltas.layers
-        where = "in any layer" if asked == "all" else f"in {layer_list(asked)}"
+    if not context.sites_of("change"):
+        section = context.settings.deltas
+        where = "in any layer" if section.layers == "all" else f"in {layer_list(section.layers)}"
+        asked = KINDS if section.sites == "auto" else section.sites
         raise RequestError(
             f"{'model.finetuned' if context.settings.model.finetuned else 'lora.space.targets'}: {source} changed "
-            f"{known['in_words'] or 'nothing'}, and no MLP {where}, so there is nothing for change deltas to explain; "
-            "they explain what finetuning changed in MLPs (deltas.targets=[residual] asks how base transcoders fare)"
+            f"{known['in_words'] or 'nothing'}, and none of {', '.join(KINDS[name].words for name in asked)} {where}, "
+            "so there is nothing for change deltas to explain (deltas.sites and deltas.layers say where they look)"
         )
-    if left_out := context.unchanged:
-        context.progress.line(f"  the MLPs of {layer_list(left_out)} are unchanged: they get no change deltas")
+    for kind in kinds:
+        if left_out := [site.layer for site in context.unchanged if site.kind == kind]:
+            context.progress.line(f"  {kind.words} of {layer_list(left_out)} did not change: no change deltas there")
 
 
 def _round(context: Context, found: Pair) -> str:

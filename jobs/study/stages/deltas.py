@@ -35,6 +35,8 @@ from sites import Address, Site, sites_label
 from trainers.settings import DeltaSettings, settings_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from jobs.search.studies import Group
     from trainers.delta_data import DeltaData
     from trainers.delta_stack import TrainedDelta
@@ -216,7 +218,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
                 ends.append(_failed(trained))
             else:
                 if writes:
-                    _write(trained, Path(member["folder"]), config)
+                    _write(trained, Path(member["folder"]), config, data.scale)
                 ends.append(trained.figures)
     except torch.OutOfMemoryError as error:
         if config["workers"] > 1:
@@ -232,7 +234,7 @@ def _failed(error: Exception) -> dict[str, Any]:
     return {"failed": " ".join(str(error).split())[:500]}
 
 
-def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any]) -> None:
+def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any], scale: Tensor | None) -> None:
     """Writes a trial's replicas, best first."""
     from models.deltas import write_delta
     from models.transcoder import with_bos
@@ -248,7 +250,10 @@ def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any]) -> None:
             "kept_replica": index,
             **trained.figures,
         }
-        delta = trained.deltas[index] if at_bos is None else with_bos(trained.deltas[index], at_bos)
+        delta = trained.deltas[index]
+        if scale is not None:
+            delta = replace(delta, W_dec=delta.W_dec * scale.to(delta.W_dec))
+        delta = delta if at_bos is None else with_bos(delta, at_bos)
         write_delta(delta, replica_folder(folder, rank), facts)
     seal(folder)
 

@@ -22,7 +22,7 @@ from jobs.study.finetuned import merge_check
 from jobs.study.stages.data import notes_of
 from jobs.study.stages.lora import STAGE as LORA
 from jobs.study.stages.lora import study_name
-from sites import Address, Ground, mlp_sites, sites_label
+from sites import Address, Ground, sites_label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,7 +120,7 @@ def delta_trials(context: Context) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "target": group.ground.target,
-                    "layer": group.site.layer,
+                    "layer": group.site.key,
                     "percentile": group.ground.percentile,
                     "d_new": group.d_new,
                     "trial": one["trial"],
@@ -223,7 +223,7 @@ def facts(context: Context) -> dict[str, str]:
         **({"finetuned model": f"{settings.model.finetuned}, {_how(context)}"} if settings.model.finetuned else {}),
         **_what_changed(context),
         **{
-            f"{target} deltas": f"layers {sites_label(context.sites_of(target))}, d_new "
+            f"{target} deltas": f"sites {sites_label(context.sites_of(target))}, d_new "
             + ", ".join(map(str, settings.deltas.d_new))
             for target in settings.deltas.targets
         },
@@ -247,11 +247,8 @@ def _what_changed(context: Context) -> dict[str, str]:
     known = context.pair
     if known is None:
         return {}
-    left_out = (
-        {"left out": f"MLPs without a change: layers {sites_label(mlp_sites(context.unchanged))}"}
-        if context.unchanged
-        else {}
-    )
+    unchanged = context.unchanged
+    left_out = {"left out": f"sites that did not change: {sites_label(unchanged)}"} if unchanged else {}
     notes = {"notes on the pair": "; ".join(known["notes"])} if known["notes"] else {}
     return {"finetuning changed": known["in_words"], **left_out, **notes}
 
