@@ -259,15 +259,16 @@ def _mapped_blocks(config: Any) -> Any:
     return (adapter.component_mapping or {}).get("blocks")
 
 
-def sites_with(config: Any, names: Iterable[str]) -> list[Site]:
-    """The sites whose path holds one of these parameters or modules, in order."""
-    changed, blocks = [f"{name}." for name in names], _mapped_blocks(config)
-    found = []
+def sites_with(config: Any, names: Iterable[str]) -> tuple[list[Site], list[str]]:
+    """The sites whose path holds one of these parameters or modules, in order, and those that lie on no path."""
+    changed, blocks = {name: f"{name}." for name in names}, _mapped_blocks(config)
+    found, owned = [], set()
     for site in (Site(layer, kind) for layer in range(config.num_hidden_layers) for kind in KINDS.values()):
         places = tuple(f"{place}." for place in _places(blocks, site).values())
-        if any(name.startswith(places) for name in changed):
-            found.append(site)
-    return found
+        here = {name for name, ended in changed.items() if ended.startswith(places)}
+        owned |= here
+        found += [site] if here else []
+    return found, [name for name in changed if name not in owned]
 
 
 @contextmanager

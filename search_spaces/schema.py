@@ -242,8 +242,9 @@ class Evaluate(Section):
     """Texts that end an answer, beside the model's own end of text."""
     sets: Sets = [LayerSet(layers="all"), LayerSet(layers="each")]
     """Sets of sites that are spliced at once, of each target's: `all`, `thirds` of the layers, `each`, or a list of
-    layers, with all kinds of site; `qkv:all`, `mlp:thirds` and so on of one kind. An entry {layers: each, alphas: [],
-    controls: false} has alphas of its own and no controls. A later entry of the same layers wins."""
+    layers, with all kinds of site; `qkv:all`, `mlp:thirds` and so on are of one kind. An entry
+    {layers: each, alphas: [], controls: false} has alphas of its own and no controls. A later entry of the same sites
+    wins."""
     cards: Annotated[int, Field(ge=0)] = 100
     """Features that get a card in the report, those of largest estimated effect: what they read and write, and what
     each does alone. They are of the first of `deltas.targets`; of residual deltas, as many in each layer. With 0 no

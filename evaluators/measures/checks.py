@@ -64,7 +64,7 @@ def exactness_checks(
     compare = [
         ("alpha = 0 gives the logits of no_delta", lambda: logits("alpha", 0.0), no_delta),
         ("alpha = 1 gives the logits of full", lambda: logits("alpha", 1.0), full),
-        ("splicing the MLP's own output back gives raw's logits", lambda: logits("true_output"), raw),
+        ("splicing a site's own output back gives raw's logits", lambda: logits("true_output"), raw),
         ("with the decoder at zero, full gives the logits of no_delta", lambda: logits("full", 1.0, zeroed), no_delta),
     ]
     checks = [_compare(f"{name} (layer {where})", make, other) for name, make, other in compare]
@@ -94,7 +94,7 @@ def change_checks(
     unfinetuned: Mapping[Site, BlockPath],
     finetuned: Mapping[Site, BlockPath],
 ) -> list[dict[str, Any]]:
-    """That the ground is the un-finetuned MLPs, and that a delta stands where the change does: with alpha 0 the logits
+    """That the ground is the un-finetuned sites, and that a delta stands where the change does: with alpha 0 the logits
     are those of the swapped model, and with the true change in a delta's place they are raw's, within rounding. The
     paths are copies of their own: those of the patches hold the model's weights while it runs with theirs."""
     sequences = [encode_row(bridge.tokenizer, row).ids for row in rows]
@@ -107,7 +107,7 @@ def change_checks(
     for way, cached in (("in one pass", False), ("token by token with a cache", True)):
         with exchanged(bridge, [unfinetuned[site] for site in sites]):
             swapped = _logits(bridge, sequences, Edit(), 1.0, cached=cached)
-        name = f"alpha = 0 gives the logits of the model with un-finetuned MLPs, {way} (layer {where})"
+        name = f"alpha = 0 gives the logits of the model with un-finetuned weights there, {way} (layer {where})"
         make = partial(_logits, bridge, sequences, Edit(patches, "alpha"), 0.0, cached=cached)
         found.append(_compare(name, make, swapped))
         name = f"the true change in a delta's place gives raw's logits, {way} (layer {where})"

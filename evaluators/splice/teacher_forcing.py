@@ -22,6 +22,7 @@ from data.encoding import Batch, Encoded, pad_left, pad_right
 from evaluators.splice.interventions import EVERY, Edit, Ranks, RowEdits, Splice, padded, spliced, starts_above
 from evaluators.splice.passes import Passes, first_tokens, forward, in_slices, project, resume
 from models.bridge import device_of
+from models.rest import finetuned_rest
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -76,7 +77,8 @@ class Reference:
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]
-        log = torch.cat([logits.log_softmax(-1) for logits in project(self.bridge, self._streams[key])])
+        with finetuned_rest(self.bridge):
+            log = torch.cat([logits.log_softmax(-1) for logits in project(self.bridge, self._streams[key])])
         found = Predicted(log.exp(), (log.exp() * log).sum(-1))
         self._held[key] = found
         self._bytes += found.probabilities.nbytes

@@ -7,6 +7,7 @@ built lazily, so that a finished sweep can say so without starting anything.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -97,7 +98,8 @@ class Context:
             from models.weights import load_config
 
             config = load_config(self.source)
-            held["sites"] = [site.key for site in sites_with(config, held["changed"])]
+            sites, held["rest"] = sites_with(config, held["changed"])
+            held["sites"] = [site.key for site in sites]
             held["linear"] = [kind.name for kind in linear_kinds(config)]
         return held
 
@@ -187,6 +189,15 @@ class Context:
             changed = {site.kind for site in self._changed}
             return [kind for kind in KINDS.values() if kind in changed]
         return kinds_of_targets(self.settings)
+
+    @property
+    def rest(self) -> tuple[str, ...]:
+        """The parameters that finetuning changed and that no site owns, as transformers calls them."""
+        return tuple(self.pair["rest"]) if self.pair is not None and self.pair["exact"] else ()
+
+    def is_everything(self, sites: Collection[Site]) -> bool:
+        """Whether these are all sites that finetuning changed, so that with `rest` nothing of it is left out."""
+        return self.pair is not None and self._changed <= set(sites)
 
     def is_linear(self, site: Site) -> bool:
         """Whether what finetuning changed there is an affine function of x, so that its weights say it; before the pair

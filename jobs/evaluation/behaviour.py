@@ -141,6 +141,9 @@ class Behaviour(Answers):
     doses: tuple[float, ...] = ()
     control_doses: tuple[float, ...] = ()
     """Strengths of the controls that have one."""
+    rest: tuple[str, ...] = ()
+    """Parameters outside all sites that have the strength of the deltas: those that finetuning changed, where the sites
+    are all that it changed."""
 
     @classmethod
     def plan(cls, materials: Materials) -> Sequence[Work]:
@@ -150,12 +153,14 @@ class Behaviour(Answers):
                 elsewhere = tuple(one for one in conditions if CONDITIONS[one].model == "base")
                 here = tuple(one for one in conditions if one not in elsewhere)
                 plans = materials.kept(sites, *chosen)
-                made_of = ("cell", materials.lineage(plans), materials.judged_with)
+                rest = materials.context.rest if target == "change" and materials.context.is_everything(sites) else ()
+                made_of: tuple[Any, ...] = ("cell", materials.lineage(plans), materials.judged_with)
+                made_of += (rest,) if rest else ()
                 # At 0 and 1 weights in between are those of no_delta and of raw.
                 between = tuple(dose for dose in doses if dose not in (0.0, 1.0))
                 for subset in materials.subsets:
                     name = cell_name(place_of(sites, *chosen), slug(subset))
-                    fields = {**materials.common(), "sites": plans, "subset": subset}
+                    fields = {**materials.common(), "sites": plans, "subset": subset, "rest": rest}
                     work = cls(name, key_of(*made_of), **fields, conditions=here, doses=doses, control_doses=between)
                     replicas = range(1, materials.settings.replicas)
                     works += [work, *(work._of_replica(rank, key_of(*made_of, rank)) for rank in replicas)]
@@ -263,7 +268,12 @@ class Behaviour(Answers):
         patches = self.load_patches()
         asks = [Ask("alpha", strength) for strength in self.strengths]
         names = []
-        for ask, figures, texts in evaluate_behaviour(self.kept_passes(model), patches, rows, asks, **settings):
+        dosed = (
+            self._with_rest(model, patches, rows, asks, settings)
+            if self.rest
+            else evaluate_behaviour(self.kept_passes(model), patches, rows, asks, **settings)
+        )
+        for ask, figures, texts in dosed:
             if ask.alpha in self.doses:
                 names.append(self._write("alpha", ask.alpha, figures, texts))
             # Strengths 0 and 1 are no_delta and full to the last bit (checks.json): measured once, filed twice.
@@ -274,12 +284,48 @@ class Behaviour(Answers):
                 names.append(self._write("full", 1.0, figures, texts))
         for control, alpha in self.controls:
             with self._subject(control, alpha, model, rows, patches) as (passes, spliced):
-                found = evaluate_behaviour(passes, spliced, rows, [Ask(control, alpha)], **settings)
+                ask = Ask(control, alpha)
+                with self._rest_at(model, ask):
+                    found = list(evaluate_behaviour(self._whole(passes), spliced, rows, [ask], **settings))
                 names += [self._write(control, alpha, figures, texts) for _, figures, texts in found]
         return names
 
     def _write(self, condition: str, alpha: float | None, figures: list[dict], texts: list[dict]) -> str:
         return self.write_answers(self.name_of(condition, alpha), condition, alpha, figures, texts)
+
+    def _with_rest(
+        self, model: Any, patches: list[Any], rows: list[Any], asks: list[Any], settings: dict[str, Any]
+    ) -> Iterator[tuple[Any, list[dict], list[dict]]]:
+        """The strengths one by one, as other weights are the same for all rows of a batch."""
+        from evaluators.measures.edited_behaviour import evaluate_behaviour
+
+        for ask in asks:
+            with self._rest_at(model, ask):
+                found = list(
+                    evaluate_behaviour(self._whole(self.plain_passes(model)), patches, rows, [ask], **settings)
+                )
+            yield from found
+
+    @contextmanager
+    def _rest_at(self, model: Any, ask: Any) -> Iterator[None]:
+        """Inside, what lies in no site has the strength of what is asked; controls without one have all of it, unless
+        they swap weights."""
+        from models.rest import read_rest
+
+        if not self.rest:
+            yield
+            return
+        swapped = CONDITIONS[ask.condition].model == "swapped"
+        with read_rest(Path(self.shared.base_model), self.rest).at(
+            model, ask.alpha if ask.alpha is not None else 0.0 if swapped else 1.0
+        ):
+            yield
+
+    def _whole(self, passes: Any) -> Any:
+        """Passes of which nothing is shared with the raw model where its embeddings may be others."""
+        if not self.rest:
+            return passes
+        return replace(passes, prefixes=None, shortcuts=replace(passes.shortcuts, share_prefix=False))
 
     @contextmanager
     def _subject(

@@ -131,7 +131,7 @@ def check_targets(context: Context) -> None:
         except TrainingError as error:
             raise RequestError(str(error)) from None
         found = [name for name, module in adapted.get_base_model().named_modules() if hasattr(module, "lora_A")]
-        reached.update(sites_with(adapted.config, found))
+        reached.update(sites_with(adapted.config, found)[0])
     if "change" in settings.deltas.targets and not reached.intersection(context.sites_of("change")):
         kinds = ", ".join(kind.name for kind in context.kinds)
         raise RequestError(

@@ -82,12 +82,14 @@ def note(
 
     config = load_config(context.source)
     _check_known(context, config)
+    sites, rest = sites_with(config, changed)
     known = {
         "key": context.pair_key,
         "exact": exact,
         "changed": sorted(changed),
         "in_words": in_words(changed, config.num_hidden_layers),
-        "sites": [site.key for site in sites_with(config, changed)],
+        "sites": [site.key for site in sites],
+        "rest": sorted(rest),
         "linear": [kind.name for kind in linear_kinds(config)],
         "notes": list(notes),
         "rounded": rounded,

@@ -27,12 +27,15 @@ from evaluators.splice.limits import Limits
 from evaluators.splice.passes import forward
 from models.adopted import check_pair
 from models.architectures import MISSING, check_architecture
-from models.blocks import read_paths
+from models.blocks import read_paths, sites_with
 from models.bridge import wrap
+from models.comparison import compare
+from models.rest import read_rest
 from models.sources import load_model
 from models.tiny import byte_tokenizer
 from models.transcoder import Transcoder
-from sites import Site, mlp_sites
+from models.weights import open_weights
+from sites import KINDS, Site
 from trainers.activations import Pairs
 from trainers.base_transcoder import BaseSettings, train_bases
 from trainers.capture import Columns, capture_batch
@@ -83,16 +86,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan_v1_dense": ("Hunyuan, dense", LLAMA),
 }
 COLUMNS = (
-    "own output back = raw",
-    "alpha 0 = un-finetuned MLPs",
-    "with the true change = raw",
-    "cached = uncached",
+    "`mlp`",
+    "`qkv`",
+    "`o`",
+    "all three",
+    "alpha 0 of everything = the un-finetuned model",
     "LoRA trains",
     "change deltas train",
     "bases and residual deltas train",
 )
-EXACT = ("splicing the MLP's own", "alpha = 0 gives the logits of the model", "the true change", "cached and uncached")
-"""How the checks of the first four answers begin."""
+KINDS_TRIED = (["mlp"], ["qkv"], ["o"], ["qkv", "o", "mlp"])
 ROWS = [make_row("12 + 30?", "42", ""), make_row("Seven times a lot of words", "no", ""), make_row("x", "yes", "")]
 
 
@@ -126,8 +129,8 @@ def tried(name: str, folder: Path) -> str:
     with torch.no_grad():
         generator = torch.Generator().manual_seed(7)
         for parameter_name, parameter in model.named_parameters():
-            if "mlp" in parameter_name:
-                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+            if parameter.ndim > 1 or "norm" in parameter_name or "ln_" in parameter_name:
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(after)
     tokenizer.save_pretrained(after)
     check_architecture(before, name)
@@ -138,25 +141,31 @@ def tried(name: str, folder: Path) -> str:
 
 
 def _exact(before: Path, after: Path) -> list[bool]:
-    """The first four answers: the checks that every sweep makes, on one layer and on two."""
+    """The first five answers: the checks that every sweep makes, on one layer and on two, kind by kind and together."""
     bridge = wrap(*load_model(after, torch.float32))
-    checks = []
-    for layers in ((1,), (0, 2)):
-        ground, own, other = (read_paths(bridge, one, mlp_sites(layers)) for one in (before, after, before))
-        patches = [Patch(site, path, _random_delta(site, path.d_in)) for site, path in ground.items()]
-        checks += change_checks(bridge, ROWS, patches, other, own) + exactness_checks(bridge, ROWS, patches, Limits(4))
-    holds = [all(one["passed"] for one in checks if one["name"].startswith(start)) for start in EXACT]
-    return [holds[0], holds[1] and _alpha_0_is_the_plain_model(bridge, before), *holds[2:]]
+    holds = []
+    for kinds in KINDS_TRIED:
+        checks = []
+        for layers in ((1,), (0, 2)):
+            sites = [Site(layer, KINDS[kind]) for layer in layers for kind in kinds]
+            ground, own, other = (read_paths(bridge, one, sites) for one in (before, after, before))
+            patches = [Patch(site, path, _random_delta(site, path.d_in, path.d_out)) for site, path in ground.items()]
+            checks += change_checks(bridge, ROWS, patches, other, own)
+            checks += exactness_checks(bridge, ROWS, patches, Limits(4))
+        holds.append(all(one["passed"] for one in checks))
+    return [*holds, _alpha_0_is_the_plain_model(bridge, before, after)]
 
 
 @torch.inference_mode()
-def _alpha_0_is_the_plain_model(bridge: Any, before: Path) -> bool:
-    """Every un-finetuned MLP put back gives what the un-finetuned model gives without a bridge: only MLPs differ."""
+def _alpha_0_is_the_plain_model(bridge: Any, before: Path, after: Path) -> bool:
+    """Every un-finetuned site put back, with the rest, gives what the un-finetuned model gives without a bridge: all
+    weights differ."""
     plain, tokenizer = load_model(before, torch.float32)
-    every = mlp_sites(range(bridge.cfg.n_layers))
-    patches = [Patch(site, path) for site, path in read_paths(bridge, before, every).items()]
+    changed = compare(open_weights(before), open_weights(after)).changed
+    sites, rest = sites_with(plain.config, changed)
+    patches = [Patch(site, path) for site, path in read_paths(bridge, before, sites).items()]
     batch = pad_left([encode_row(tokenizer, row).ids for row in ROWS], tokenizer.pad_token_id)
-    with spliced(bridge, Edit(patches, "no_delta")) as splice:
+    with read_rest(before, rest).at(bridge, 0.0), spliced(bridge, Edit(patches, "no_delta")) as splice:
         splice.reset(batch.editable, torch.ones(len(ROWS)))
         ours = forward(bridge, batch, batch.ids.shape[1])
     theirs = plain(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions).logits
@@ -165,13 +174,13 @@ def _alpha_0_is_the_plain_model(bridge: Any, before: Path) -> bool:
     )
 
 
-def _random_delta(site: Site, d_model: int) -> Transcoder:
+def _random_delta(site: Site, d_in: int, d_out: int) -> Transcoder:
     generator = torch.Generator().manual_seed(site.layer)
     return Transcoder(
-        W_enc=torch.randn(d_model, 6, generator=generator) / d_model**0.5,
+        W_enc=torch.randn(d_in, 6, generator=generator) / d_in**0.5,
         b_enc=torch.zeros(6),
         threshold=torch.full((6,), 0.4),
-        W_dec=torch.randn(6, d_model, generator=generator),
+        W_dec=torch.randn(6, d_out, generator=generator),
         b_dec=None,
         site=site,
     )
@@ -216,8 +225,10 @@ def page(lines: list[str]) -> str:
     return f"""# Architectures
 
 Each line was tried on a small random model by `python -m tests.models.table`, and is tried again by a test. The first
-four answers of a line are the checks that every sweep makes on your own model too: a splice changes what it should and
-nothing else.
+four answers are about the kinds of site, each alone and all three together: putting a site's own output back gives the
+finetuned model, alpha 0 the one with un-finetuned weights there, the true change in a delta's place the finetuned one
+again, and decoding with a cache says the same as without. Every sweep makes these checks on your own model too. The
+fifth: with all weights finetuned, alpha 0 at all sites and in the rest gives the un-finetuned model run plainly.
 
 | architecture | such as | {" | ".join(COLUMNS)} |
 |---|---|{"---|" * len(COLUMNS)}

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from models.adapters import apart, attach, check_adapter, probe
-from models.blocks import layers_on_path
+from models.blocks import sites_with
 from models.errors import ModelError
 from models.weights import build_skeleton
+from sites import KINDS, Site
 from tests.models.table import build
 from trainers.adapters import add_adapter
 from trainers.errors import TrainingError
@@ -177,7 +178,9 @@ def test_an_adapter_of_the_body_is_put_on_the_body(name, tmp_path):
         inner = getattr(model, model.base_model_prefix)
         PeftModel.from_pretrained(inner, str(tmp_path / "adapter")).merge_and_unload()  # in place
     modules, _ = check_adapter(tmp_path / "adapter", build_skeleton(base), "some-base")
-    assert layers_on_path(model.config, modules) == [0, 1, 2]
+    sites, rest = sites_with(model.config, modules)
+    assert sites == [Site(layer, kind) for layer in range(3) for kind in KINDS.values()]
+    assert rest == []
     merged = attach(plain(base), tmp_path / "adapter").fold_in()
     assert torch.equal(logits(merged), logits(model))
     assert (logits(merged) - logits(plain(base))).abs().max() > 1e-2
@@ -211,7 +214,8 @@ def test_biases_that_are_trained_too_count_as_changed(name, target, tmp_path):
     base = build(name, tmp_path / "base")
     adapter = adapter_on(base, tmp_path / "adapter", "LoraConfig", {"r": 4, "target_modules": [target], "bias": "all"})
     modules, _ = check_adapter(adapter, build_skeleton(base), "some-base")
-    assert layers_on_path(plain(base).config, modules) == [0, 1, 2]
+    sites, _ = sites_with(plain(base).config, modules)
+    assert sites == [Site(layer, kind) for layer in range(3) for kind in KINDS.values()], "biases in all of them"
 
 
 def test_what_peft_warns_of_is_kept(tied, tmp_path):

@@ -9,7 +9,7 @@ from data.encoding import encode_text, pad_left
 from models.blocks import hooks_at
 from models.bridge import hooked, whole, wrap
 from models.sources import load_model
-from sites import MLP, READINGS, Site
+from sites import ATTENTION_OUT, MLP, QKV, READINGS, Site
 from tests.models.table import build
 
 TEXTS = ["What is 12 + 30?", "A much longer line, so that the first one is padded on the left.", "9"]
@@ -18,7 +18,7 @@ TEXTS = ["What is 12 + 30?", "A much longer line, so that the first one is padde
 def bridged(bridge, batch, site):
     """x and y of a pass."""
     seen = []
-    with torch.no_grad(), hooked(bridge, hooks_at(site, seen.append, seen.append)):
+    with torch.no_grad(), hooked(bridge, hooks_at(bridge, site, seen.append, see=seen.append)):
         bridge.original_model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
     return seen
 
@@ -63,26 +63,58 @@ def test_the_second_convention_reads_the_residual_over_a_constant(both, plain_ta
     assert (read - x)[batch.mask].norm() > 0.2 * x[batch.mask].norm(), "another input altogether"
 
 
-def test_heads_are_read_and_written_flat(both):
-    """As a kind whose hooks hold (batch, position, heads, d_head) needs it: attention's output projection."""
-    model, bridge, batch = both
-    site = Site(1, replace(MLP, order=1, name="o", reads="attn.hook_z", writes=("attn.hook_z",)))
-    z, _ = bridged(bridge, batch, site)
-    inputs = []
-    projection = model.model.layers[1].self_attn.o_proj
-    handle = projection.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+def projections(model, batch, layer):
+    """In one pass of the plain model, what each of attention's projections reads and writes, and what attention adds to
+    the stream."""
+    block, seen, handles = model.model.layers[layer], {}, []
+
+    def noting(name):
+        return lambda module, args, output: seen.update({name: (args[0] if args else None, output)})
+
+    modules = {name: getattr(block.self_attn, f"{name}_proj") for name in "qkvo"}
+    after = block.post_attention_layernorm if model.config.model_type == "gemma2" else block.self_attn.o_proj
+    handles = [one.register_forward_hook(noting(name)) for name, one in [*modules.items(), ("added", after)]]
     with torch.no_grad():
         model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
-    handle.remove()
-    assert z.ndim == 3
-    assert z.shape == inputs[0].shape
-    torch.testing.assert_close(z[batch.mask], inputs[0][batch.mask], rtol=1e-4, atol=1e-5)
-    after = []
-    hooks = [*hooks_at(site, write=torch.zeros_like), ("blocks.1.attn.hook_z", lambda one, hook: after.append(one))]
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_attention_s_sites_are_its_projections(both):
+    model, bridge, batch = both
+    seen = projections(model, batch, 1)
+    x, y = bridged(bridge, batch, Site(1, QKV))
+    weight = model.model.layers[1].input_layernorm.weight
+    gain = weight + 1 if model.config.model_type == "gemma2" else weight
+    torch.testing.assert_close((x * gain)[batch.mask], seen["q"][0][batch.mask], rtol=1e-4, atol=1e-4)
+    written = torch.cat([seen[name][1] for name in "qkv"], dim=-1)
+    torch.testing.assert_close(y[batch.mask], written[batch.mask], rtol=1e-4, atol=1e-4)
+    z, added = bridged(bridge, batch, Site(1, ATTENTION_OUT))
+    torch.testing.assert_close(z[batch.mask], seen["o"][0][batch.mask], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(added[batch.mask], seen["added"][1][batch.mask], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_written_in_parts_takes_the_place_of_each(both):
+    """Queries to zero, keys and values doubled."""
+    model, bridge, batch = both
+    parts, after = [], []
+
+    def write(y, part):
+        parts.append(part)
+        return torch.zeros_like(y) if part.start == 0 else 2 * y
+
+    site = Site(1, QKV)
+    hooks = [*hooks_at(bridge, site, write=write), *hooks_at(bridge, site, see=after.append)]
     with torch.no_grad(), hooked(bridge, hooks):
         bridge.original_model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
-    assert after[0].ndim == 4
-    assert not after[0].any()
+    before = torch.cat([projections(model, batch, 1)[name][1] for name in "qkv"], dim=-1)
+    queries, end = parts[0].stop, parts[-1].stop
+    assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
+    assert end == before.shape[-1]
+    assert not after[0][..., :queries].any()
+    expected = 2 * before[..., queries:]
+    torch.testing.assert_close(after[0][..., queries:][batch.mask], expected[batch.mask], rtol=1e-4, atol=1e-4)
 
 
 def test_wrapping_changes_no_logit(both):

@@ -135,7 +135,7 @@ def test_the_parts_of_a_path_are_where_a_wrapped_model_has_them(model_folder, wr
     bridge = wrapped(model_folder)
     config = load_config(model_folder)
     for site, path in read_paths(bridge, model_folder, mlp_sites([0, 2])).items():
-        places = part_places(config, site.layer)
+        places = part_places(config, site)
         expected = loaded(model_folder)
         for name, parameter in path.parameters().items():
             part, _, inner = name.partition(".")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.capture.bases import base_folder, chosen_base
 from jobs.context.context import Context, error_name
 from jobs.context.workspace import SETTINGS, VALIDATION_FILE
+from jobs.evaluation.behaviour import UNFINETUNED
 from jobs.evaluation.kinds import checks_file
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
@@ -22,13 +23,15 @@ from jobs.study.finetuned import merge_check
 from jobs.study.stages.data import notes_of
 from jobs.study.stages.lora import STAGE as LORA
 from jobs.study.stages.lora import study_name
-from sites import Address, Ground, sites_label
+from sites import Address, Ground, Site, sites_label
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from search_spaces.sections import Expected
 
+SAME_CE, SAME_CE_ON_GPU = 1e-4, 5e-3
+"""Nats a token, in fp32 and in bf16: by so much may two ways to compute one model differ."""
 LIBRARIES = ("torch", "transformers", "transformer-lens", "peft", "ray", "optuna", "mlflow")
 
 
@@ -154,6 +157,7 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
         found.append(merge_check(merge))
     found += _fits(kept)
     found.append(_wider_is_no_worse(kept))
+    found += _alpha_0_is_the_unfinetuned_model(context)
     for name, key in read_json(context.space.cells / MANIFEST)["exactness"].items():
         exactness = read_json(checks_file(context.space.cells, name)) or {"key": None}
         if exactness["key"] == key:
@@ -161,6 +165,31 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
         else:
             found.append({"name": f"exactness: {name}", "passed": False, "detail": "they could not be computed"})
     return found
+
+
+def _alpha_0_is_the_unfinetuned_model(context: Context) -> list[dict[str, Any]]:
+    """Where the deltas' sites are all that finetuning changed, nothing of it is left at alpha 0: the cross-entropy is
+    that of the un-finetuned model run plainly."""
+    ends: dict[str, dict[str, float]] = {}
+    for cell in context.cells:
+        if cell["kind"] == "behaviour" and cell["condition"] in (UNFINETUNED, "no_delta"):
+            everything = context.is_everything([Site.parse(key) for key in cell["layers"]])
+            if cell["condition"] == UNFINETUNED or (cell["target"] == "change" and everything):
+                tokens = sum(row["n_tokens"] for row in cell["rows"])
+                ce = sum(row["nll"] for row in cell["rows"]) / tokens
+                ends.setdefault(cell["subset"], {})[cell["condition"]] = ce
+    apart = {name: abs(two["no_delta"] - two[UNFINETUNED]) for name, two in ends.items() if len(two) == 2}
+    if not apart:
+        return []
+    most = max(apart, key=apart.__getitem__)
+    within = SAME_CE if context.device == "cpu" else SAME_CE_ON_GPU
+    return [
+        {
+            "name": "alpha 0 at all sites gives the cross-entropy of the un-finetuned model on every subset",
+            "passed": apart[most] <= within,
+            "detail": f"largest difference: {apart[most]:.2g} nats a token, on {most}; allowed {within:g}",
+        }
+    ]
 
 
 def _expected(one: Expected, raw: pd.DataFrame) -> dict[str, Any]:
@@ -175,7 +204,7 @@ def _expected(one: Expected, raw: pd.DataFrame) -> dict[str, Any]:
 def _fits(kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A delta explains part of what it was trained on, on held-out text."""
     names = {
-        "change": ("every kept change delta explains part of its MLP's change on held-out text", lambda one: 1.0),
+        "change": ("every kept change delta explains part of its site's change on held-out text", lambda one: 1.0),
         "residual": ("every kept residual delta lowers the FVU of its base", lambda one: one["val_fvu_base"]),
     }
     found = []
