@@ -85,7 +85,8 @@ def test_tiny_is_built_once(tmp_path, monkeypatch):
     assert resolve("tiny-gemma2", tmp_path, seed=3) == first
     assert len(built) == 1
     assert resolve("tiny-gemma2", tmp_path, seed=4) != first
-    assert model_facts(first) == {"n_layers": 4, "d_model": 32, "architecture": "gemma2"}
+    heads = {"n_heads": 4, "n_kv_heads": 2, "d_head": 8}
+    assert model_facts(first) == {"n_layers": 4, "d_model": 32, "architecture": "gemma2", **heads}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny-gemma2-seed3", "tiny-gemma2-seed4"]
 
 

@@ -108,8 +108,8 @@ BAD = {
     "lora.grad_clip=high": 'lora.grad_clip: got "high", must be a number',
     "evaluate.curve=maybe": 'evaluate.curve: got "maybe", must be true or false',
     "evaluate.sets=all": 'evaluate.sets: got "all", must be a list',
-    "evaluate.sets=[halves]": "must be all, thirds, each or a list of different layers, got 'halves'",
-    "evaluate.sets=[[1, 1]]": "must be all, thirds, each or a list of different layers, got [1, 1]",
+    "evaluate.sets=[halves]": "such as qkv:all, or a list of different layers, got 'halves'",
+    "evaluate.sets=[[1, 1]]": "such as qkv:all, or a list of different layers, got [1, 1]",
     "evaluate.behaviours={polite: 7}": "must be the name of a check, or {CHECK: OPTION} and maybe on: [SUBSETS], got 7",
     "evaluate.behaviours={polite: {contains: a, json: }}": "must be the name of a check, or {CHECK: OPTION}",
     "evaluate.behaviours={Polite now: json}": "evaluate.behaviours",
@@ -285,9 +285,9 @@ def test_a_settings_file_keeps_its_order():
     dumped = load("tiny").model_dump(mode="json")
     assert list(dumped["lora"])[:4] == ["trials", "steps", "epochs", "eval_every"]
     assert list(dumped["transcoders"])[4:6] == ["target_l0", "epochs"]
-    assert list(dumped["deltas"])[4:8] == ["d_new", "trials", "replicas", "side_by_side"]
+    assert list(dumped["deltas"])[5:9] == ["d_new", "trials", "replicas", "side_by_side"]
     text = yaml.safe_dump(dumped, sort_keys=False)
-    assert hashlib.sha256(text.encode()).hexdigest().startswith("7958adab01872c7b")
+    assert hashlib.sha256(text.encode()).hexdigest().startswith("bf229eab13213b7d")
 
 
 def test_the_keys_of_earlier_sweeps_hold():

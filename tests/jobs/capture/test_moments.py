@@ -25,10 +25,11 @@ def test_a_linear_control_reads_what_the_splice_gives_it(convention, model_folde
     moments alone, would make the map that is fitted to them sqrt(d_model) times too large where it is spliced."""
     bridge, site = wrapped(model_folder), Site(1, READINGS[convention])
     path = read_paths(bridge, model_folder, [site])[site]
-    capture(bridge, Plan.make(ROWS), {site: Columns(y=True, unfinetuned=path)}, tmp_path)
-    compute_moments(MomentsTask(str(tmp_path / "layer_01"), None, str(tmp_path / "moments.safetensors"), "cpu"))
+    train = tmp_path / "train"
+    capture(bridge, Plan.make(ROWS), {site: Columns(y=True, unfinetuned=path)}, train)
+    compute_moments(MomentsTask(str(tmp_path), site, None, str(tmp_path / "moments.safetensors"), "cpu"))
     moments = load_file(tmp_path / "moments.safetensors")
-    pairs: Pairs = read_pairs(tmp_path / "layer_01", ("x", "change"))
+    pairs: Pairs = read_pairs(train / "layer_01", ("x", "change"))
     x = torch.cat([x for x, _ in pairs.shards]).double()
     torch.testing.assert_close(moments["inputs"], x.T @ x)
 

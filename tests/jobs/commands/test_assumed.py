@@ -36,7 +36,7 @@ def test_there_are_as_many_units_as_trials_layers_and_pieces(tmp_path: Path) -> 
     assert len(found["lora"].units) == 4
     assert len(found["transcoders"].units) == 2
     # As many trials as the finished sweep has, of which a group's two are random, and so side by side.
-    assert len(found["deltas"].units) == 4 * 2 + 2 * 2 * 2
+    assert len(found["deltas"].units) == 3 * 4 * 2 + 2 * 2 * 2
     assert len(loads(tmp_path, "deltas.side_by_side=1")["deltas"].units) == 2 * len(found["deltas"].units)
     assert len(loads(tmp_path, "deltas.trials=7")["deltas"].units) == 4 * len(found["deltas"].units)
     assert all(unit > 0 for load in found.values() for unit in load.units)

@@ -17,7 +17,7 @@ SITES = mlp_sites(range(4))
 
 
 def context(root: Path, *settings: str) -> Context:
-    return Context(load("tiny", [f"storage.root={root}", *settings]))
+    return Context(load("tiny", [f"storage.root={root}", "deltas.sites=[mlp]", *settings]))
 
 
 def test_windows_hold_every_layer_once_and_fit_the_budget(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from jobs.study.sweep import start_over
 from models.errors import ModelError
 from models.weights import open_weights
 from search_spaces.load import load as load_settings
-from sites import mlp_sites
+from sites import ATTENTION_OUT, MLP, QKV, Kind, Site, mlp_sites
 
 Make = Callable[..., Context]
 
@@ -77,11 +77,13 @@ def said(context: Context, capsys: pytest.CaptureFixture[str]) -> str:
 def test_unchanged_layers_are_left_out_and_said(
     sweep: Make, changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    context = sweep(f"model.finetuned={changed('layers.2.mlp.up', 'layers.0.post_attention', 'layers.1.self_attn')}")
+    parts = ("layers.2.mlp.up", "layers.0.post_attention", "layers.1.self_attn")
+    context = sweep(f"model.finetuned={changed(*parts)}", "deltas.sites=[mlp]")
     assert context.sites == mlp_sites([0, 1, 2])
     printed = said(context, capsys)
-    assert "the MLPs of layer 1 are unchanged" in printed
+    assert "the MLP of layer 1 did not change" in printed
     assert "up_proj in layer 2" in printed
+    assert "deltas for mlp" in printed
     assert context.sites_of("change") == context.sites == mlp_sites([0, 2])
     assert {group.site for group in context.delta_groups} == {*mlp_sites([0, 2])}
     assert set(disk_of(context).sizes) == {*mlp_sites([0, 2])}
@@ -99,12 +101,46 @@ def test_sets_of_layers_leave_out_what_is_unchanged(
 
 
 @pytest.mark.parametrize(
-    "parts", [("q_proj", "v_proj"), ("embed_tokens",), ("input_layernorm", "o_proj"), ("model.norm",)]
+    ("parts", "sites"),
+    [
+        (("q_proj", "v_proj"), "[mlp]"),
+        (("embed_tokens",), "auto"),
+        (("input_layernorm", "o_proj"), "[mlp]"),
+        (("model.norm",), "auto"),
+        (("up_proj",), "[qkv, o]"),
+    ],
 )
-def test_where_no_mlp_changed_nothing_is_started(sweep: Make, changed: Callable[..., Path], parts: tuple[str]) -> None:
+def test_where_no_site_changed_nothing_is_started(
+    sweep: Make, changed: Callable[..., Path], parts: tuple[str], sites: str
+) -> None:
     with pytest.raises(RequestError, match="nothing for change deltas to explain") as raised:
-        check_models(sweep(f"model.finetuned={changed(*parts)}"))
+        check_models(sweep(f"model.finetuned={changed(*parts)}", f"deltas.sites={sites}"))
     assert parts[0].rpartition(".")[2] in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("parts", "kinds", "rest"),
+    [
+        (("q_proj", "v_proj"), [QKV], []),
+        (("input_layernorm", "down_proj"), [QKV, MLP], []),
+        (("layers.1.self_attn.o_proj", "model.norm"), [ATTENTION_OUT], ["model.norm.weight"]),
+    ],
+)
+def test_the_kinds_that_changed_get_deltas_and_are_said(
+    sweep: Make,
+    changed: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    parts: tuple[str],
+    kinds: list[Kind],
+    rest: list[str],
+) -> None:
+    context = sweep(f"model.finetuned={changed(*parts)}")
+    assert f"deltas for {', '.join(kind.name for kind in kinds)}" in said(context, capsys)
+    layers = [1] if kinds == [ATTENTION_OUT] else [0, 1, 2]
+    assert context.sites == [Site(layer, kind) for layer in layers for kind in kinds]
+    assert list(context.rest) == rest
+    assert context.is_everything(context.sites)
+    assert not context.is_everything(context.sites[1:])
 
 
 def test_layers_asked_for_by_number_must_hold_a_change(
@@ -112,7 +148,7 @@ def test_layers_asked_for_by_number_must_hold_a_change(
 ) -> None:
     finetuned = changed("layers.2.mlp")
     said(sweep(f"model.finetuned={finetuned}", "deltas.layers=[2]", "evaluate.sets=[all]"), capsys)
-    with pytest.raises(RequestError, match="no MLP in layers 0-1"):
+    with pytest.raises(RequestError, match=r"none of .* in layers 0-1"):
         check_models(sweep(f"model.finetuned={finetuned}", "deltas.layers=[0, 1]", "evaluate.sets=[all]"))
 
 
@@ -148,10 +184,13 @@ def test_an_adapter_is_known_by_its_modules_before_it_is_merged(
 ) -> None:
     default = adapter_on(load, llama_folder, tmp_path / "default")
     with pytest.raises(RequestError, match="q_proj, v_proj in all 3 layers"):
-        check_models(sweep(f"model.finetuned={default}"))
+        check_models(sweep(f"model.finetuned={default}", "deltas.sites=[mlp]"))
+    context = sweep(f"model.finetuned={default}")
+    assert "the adapter adapts q_proj, v_proj in all 3 layers; deltas for qkv" in said(context, capsys)
+    assert context.rest == (), "which the merge will tell"
     last = adapter_on(load, llama_folder, tmp_path / "last", target_modules=["up_proj"], layers_to_transform=[2])
     context = sweep(f"model.finetuned={last}")
-    assert "the MLPs of layers 0-1 are unchanged" in said(context, capsys)
+    assert "the MLP of layers 0-1 did not change" in said(context, capsys)
     assert context.sites == mlp_sites([2])
 
 
@@ -178,14 +217,15 @@ def test_touched_files_of_a_merged_adapter_change_nothing(
 
 @pytest.mark.parametrize(
     ("targets", "reason"),
-    [("q_proj,v_proj", "changes no MLP"), ("nothing_proj", "cannot be adapted"), ("o_proj", "changes no MLP")],
+    [("q_proj,v_proj", "changes nothing"), ("nothing_proj", "cannot be adapted"), ("o_proj", "changes nothing")],
 )
 def test_what_lora_is_asked_to_adapt_is_checked_before_it_is_trained(sweep: Make, targets: str, reason: str) -> None:
     with pytest.raises(RequestError, match=reason) as raised:
-        check_models(sweep(f"lora.space.targets={targets}"))
+        check_models(sweep(f"lora.space.targets={targets}", "deltas.sites=[mlp]"))
     assert str(raised.value).startswith("lora.space.targets")
     check_models(sweep("lora.space.targets={choice: ['q_proj,v_proj', 'q_proj,up_proj']}"))
     check_models(sweep("lora.space.targets=all-linear"))
+    check_models(sweep("lora.space.targets=q_proj,v_proj"))
 
 
 def test_another_pair_is_looked_at_anew(
@@ -208,7 +248,7 @@ def test_starting_over_keeps_what_is_known_of_an_adopted_pair_alone(
     said(adopted := sweep(f"model.finetuned={changed('layers.1.mlp')}"), capsys)
     start_over(adopted)
     assert adopted.sites == Context(adopted.settings).sites == mlp_sites([1])
-    trained = sweep()
+    trained = sweep("deltas.sites=[mlp]")
     write_json(trained.space.folder / FINETUNED, {"key": "of an adapter"})
     note(trained, ["model.layers.2.mlp.up_proj.weight"], exact=True)
     assert trained.sites == mlp_sites([2])
