@@ -215,7 +215,7 @@ def outside(
     from jobs.context.context import Context
     from jobs.context.workspace import TIMELINE
     from jobs.files import MANIFEST, read_json
-    from jobs.study.stage_list import STAGES
+    from jobs.sweep.stage_list import STAGES
     from search_spaces.load import load
 
     name, *overrides = config or ["quickstart"]

@@ -35,8 +35,8 @@ INNER = {
     "jobs/context": {"jobs.context", "jobs.search", "jobs.tracking", "jobs.cluster", *GROUND},
     "jobs/capture": {"jobs.capture", "jobs.context", *GROUND},
     "jobs/evaluation": {"jobs.evaluation", "jobs.capture", "jobs.context", *GROUND},
-    "jobs/study": {"jobs.study", *ROOMS_OF_A_STUDY},
-    "jobs/commands": {"jobs.commands", "jobs.study", *ROOMS_OF_A_STUDY},
+    "jobs/sweep": {"jobs.sweep", *ROOMS_OF_A_STUDY},
+    "jobs/commands": {"jobs.commands", "jobs.sweep", *ROOMS_OF_A_STUDY},
     "evaluators/splice": {"evaluators.splice", "evaluators.conditions"},
     "evaluators/tables": {"evaluators.tables", "evaluators.conditions"},
     "evaluators/measures": {

@@ -28,7 +28,7 @@ def sweep(
         typer.Option(help="Run a sweep for each of these seeds (0,1,2), named NAME-s0 and so on, and compare them."),
     ] = None,
 ) -> None:
-    """Run the whole study; finished work is kept."""
+    """Run the whole sweep; finished work is kept."""
     if seeds is None:
         _run("sweep", config, overrides or [], address, insecure, fresh)
         return
@@ -63,7 +63,7 @@ def _run(name: str, config: str, overrides: list[str], address: str | None, inse
     if address and address.startswith("ray://"):
         raise typer.Exit(_submit(name, config, overrides, address, insecure, fresh))
     from jobs.context.context import Context
-    from jobs.study.sweep import run_sweep
+    from jobs.sweep.sweep import run_sweep
 
     until = "report" if name == "sweep" else name
     run_sweep(Context(settings, address=address, insecure=insecure), until=until, fresh=fresh)
@@ -85,12 +85,12 @@ def _submit(
     return run_there(address, name, config, overrides, options, insecure)
 
 
-_stage_command("data", "Run the study up to and including the data.")
-_stage_command("lora", "Run the study up to and including the finetuned model.")
-_stage_command("transcoders", "Run the study up to and including the base transcoders.")
-_stage_command("deltas", "Run the study up to and including the delta transcoders.")
-_stage_command("evaluate", "Run the study up to and including the evaluation cells.")
-_stage_command("report", "Run the study up to and including the report.")
+_stage_command("data", "Run the sweep up to and including the data.")
+_stage_command("lora", "Run the sweep up to and including the finetuned model.")
+_stage_command("transcoders", "Run the sweep up to and including the base transcoders.")
+_stage_command("deltas", "Run the sweep up to and including the delta transcoders.")
+_stage_command("evaluate", "Run the sweep up to and including the evaluation cells.")
+_stage_command("report", "Run the sweep up to and including the report.")
 
 
 @commands.command()

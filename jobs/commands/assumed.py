@@ -19,7 +19,7 @@ from jobs.context.disk import disk_of, pair_bytes, reads_of
 from jobs.evaluation.kinds import works_of
 from jobs.evaluation.work import ExpectedMaterials, Timing
 from jobs.progress import clock
-from jobs.study.stages.deltas import trials_at_once
+from jobs.sweep.stages.deltas import trials_at_once
 from models.sources import model_facts
 from search_spaces.dimensions import Choice, Range
 

@@ -53,7 +53,7 @@ def device_for(context: Context) -> str:
 
 def prompt_row(context: Context, prompt: str, target: str = "") -> Row:
     """A prompt in the format of the sweep's rows; raises DataError where its chat template refuses it."""
-    from jobs.study.stages.data import chat_of
+    from jobs.sweep.stages.data import chat_of
 
     chat = chat_of(context)
     if chat is None:

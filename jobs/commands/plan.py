@@ -18,8 +18,8 @@ from jobs.evaluation.kinds import works_of
 from jobs.evaluation.work import ExpectedMaterials
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
-from jobs.study.finetuned import check_models
-from jobs.study.stage_list import STAGES
+from jobs.sweep.finetuned import check_models
+from jobs.sweep.stage_list import STAGES
 from sites import sites_label
 
 

@@ -22,7 +22,7 @@ from jobs.commands.compare import Sources, as_page, compare, page_path, show, wr
 from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
 from jobs.progress import Progress
-from jobs.study.sweep import run_sweep
+from jobs.sweep.sweep import run_sweep
 from models.errors import ModelError
 from search_spaces.load import load
 from search_spaces.schema import Sweep

@@ -13,7 +13,7 @@ from jobs.context.context import Context
 from jobs.files import MANIFEST, is_for, read_json
 from jobs.progress import clock, read_progress
 from jobs.seals import SEAL
-from jobs.study.stage_list import STAGES
+from jobs.sweep.stage_list import STAGES
 
 Rows = list[tuple[str, str]]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
 from jobs.files import MANIFEST
-from jobs.study.backfill import tell
-from jobs.study.stage_list import STAGES
+from jobs.sweep.backfill import tell
+from jobs.sweep.stage_list import STAGES
 
 
 def track(context: Context) -> None:

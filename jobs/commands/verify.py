@@ -12,9 +12,9 @@ from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
 from jobs.progress import clock
 from jobs.seals import SEAL, Damage, damage
-from jobs.study.mending import find
-from jobs.study.stage_list import STAGES
-from jobs.study.stores import problems
+from jobs.sweep.mending import find
+from jobs.sweep.stage_list import STAGES
+from jobs.sweep.stores import problems
 from trainers.activations import damaged_files
 
 

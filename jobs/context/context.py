@@ -86,7 +86,7 @@ class Context:
 
     @cached_property
     def pair(self) -> dict[str, Any] | None:
-        """What finetuning changed, once it is known of the finetuned model of these settings; see `jobs.study.pair`."""
+        """What finetuning changed, once it is known of the finetuned model of these settings; see `jobs.sweep.pair`."""
         try:
             held = read_json(self.space.folder / PAIR)
         except DamagedFileError:  # made anew

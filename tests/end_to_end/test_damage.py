@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from jobs.cli.options import context_of
 from jobs.search.studies import open_storage
-from jobs.study.mending import find
+from jobs.sweep.mending import find
 from tests.end_to_end.conftest import SMALL, together
 from tests.end_to_end.damage import LOGS, WAYS, Tried, check_mended, copied, cut, deleted, garbled, is_cache, kinds
 

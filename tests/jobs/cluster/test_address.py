@@ -15,7 +15,7 @@ from jobs.cluster.address import Address, chosen
 from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.progress import Progress
-from jobs.study.sweep import run_sweep
+from jobs.sweep.sweep import run_sweep
 from search_spaces.load import load
 from tests.end_to_end.conftest import environment as variables
 from tests.end_to_end.conftest import run

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobs.files import write_json
-from jobs.study.stages.evaluate import record_cells
+from jobs.sweep.stages.evaluate import record_cells
 from jobs.tracking.records import record_trial
 from jobs.tracking.writer import Record
 

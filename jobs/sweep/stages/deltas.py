@@ -30,7 +30,7 @@ from jobs.context.workspace import replica_folder
 from jobs.errors import WorkFailed
 from jobs.files import keyed_folder, write_json
 from jobs.seals import seal
-from jobs.study.polish import polish_widths
+from jobs.sweep.polish import polish_widths
 from sites import Address, Site, sites_label
 from trainers.settings import DeltaSettings, settings_of
 

@@ -3,7 +3,7 @@
 import pytest
 
 from data.rows import Row, write_rows
-from jobs.study.stages.lora import trial
+from jobs.sweep.stages.lora import trial
 from trainers.settings import LoraSettings
 
 CALL = "<tool_call>calculator({})</tool_call>"

@@ -9,7 +9,7 @@ import pytest
 from data.build import DataOptions, build_dataset
 from data.chat import Chat
 from data.readers import Reading
-from jobs.study.stages.data import notes_of
+from jobs.sweep.stages.data import notes_of
 from tests.data import chats
 from tests.data.chats import byte_level, write
 

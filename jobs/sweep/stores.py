@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from jobs.context.context import Context, tracking_uri
-from jobs.study.stage_list import STAGES
+from jobs.sweep.stage_list import STAGES
 
 SEARCHES = ("lora", "deltas")
 """Stages with Optuna studies."""

@@ -11,9 +11,9 @@ import pytest
 from jobs.cluster.connection import Share
 from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
-from jobs.study import stages
-from jobs.study.stage_list import NAMES, STAGES
-from jobs.study.sweep import check_unchanged, check_workers
+from jobs.sweep import stages
+from jobs.sweep.stage_list import NAMES, STAGES
+from jobs.sweep.sweep import check_unchanged, check_workers
 from search_spaces.load import load
 
 SETTINGS = ["lora.workers_per_trial", "transcoders.workers_per_layer", "deltas.workers_per_trial"]

@@ -15,7 +15,7 @@ from jobs.errors import WorkFailed
 from jobs.evaluation.kinds import BY_NAME, KINDS, Exactness, evaluate, works_of
 from jobs.evaluation.work import Materials, Work
 from jobs.files import read_json
-from jobs.study.stages.data import check_labels
+from jobs.sweep.stages.data import check_labels
 from jobs.tracking.writer import Record
 from models.sources import model_facts
 

@@ -19,7 +19,7 @@ from jobs.context.context import Context
 from jobs.errors import WorkFailed
 from jobs.files import key_of, keyed_folder, write_json
 from jobs.seals import Listed, listed, seal
-from jobs.study import finetuned
+from jobs.sweep import finetuned
 from search_spaces.dimensions import Choice, Range
 from search_spaces.schema import LoraSpace, Sweep
 from trainers.settings import LoraSettings, settings_of

@@ -16,7 +16,7 @@ from evaluators.measures.behaviours import subsets_of
 from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
 from jobs.files import read_json, write_json
-from jobs.study.finetuned import check_rows_encode
+from jobs.sweep.finetuned import check_rows_encode
 
 RULES = {
     "exact": "the same label, input and target",

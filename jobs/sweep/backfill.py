@@ -10,10 +10,10 @@ from typing import Any
 
 from jobs.context.context import Context
 from jobs.files import MANIFEST, read_json
-from jobs.study.stage_list import STAGES, Stage
-from jobs.study.stages.data import metrics_of
-from jobs.study.stages.evaluate import record_cells
-from jobs.study.stages.report import headlines
+from jobs.sweep.stage_list import STAGES, Stage
+from jobs.sweep.stages.data import metrics_of
+from jobs.sweep.stages.evaluate import record_cells
+from jobs.sweep.stages.report import headlines
 from jobs.tracking.records import record_base, record_polish, record_trial
 from search_spaces.schema import Sweep
 

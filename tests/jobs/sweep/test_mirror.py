@@ -13,8 +13,8 @@ import pytest
 from jobs.context.workspace import START
 from jobs.errors import RequestError
 from jobs.files import write_json
-from jobs.study import mirror as module
-from jobs.study.mirror import Mirror, mirrored
+from jobs.sweep import mirror as module
+from jobs.sweep.mirror import Mirror, mirrored
 
 
 @pytest.fixture(scope="module")

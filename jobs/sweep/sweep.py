@@ -25,12 +25,12 @@ from jobs.errors import WorkFailed, without_secrets
 from jobs.files import MANIFEST, read_json, write_json
 from jobs.progress import clock
 from jobs.seals import seal
-from jobs.study.backfill import open_stage, send_missing, tell, told_apart_by
-from jobs.study.finetuned import check_models
-from jobs.study.mending import mend
-from jobs.study.mirror import mirrored
-from jobs.study.stage_list import NAMES, STAGES, Stage
-from jobs.study.stores import put_aside, untold
+from jobs.sweep.backfill import open_stage, send_missing, tell, told_apart_by
+from jobs.sweep.finetuned import check_models
+from jobs.sweep.mending import mend
+from jobs.sweep.mirror import mirrored
+from jobs.sweep.stage_list import NAMES, STAGES, Stage
+from jobs.sweep.stores import put_aside, untold
 from search_spaces.schema import Sweep
 
 
@@ -131,7 +131,7 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
     open_stage(context, stage)
     status, seconds, key = "FAILED", 0.0, stage.key(context)
     try:
-        module = importlib.import_module(f"jobs.study.stages.{stage.name}")
+        module = importlib.import_module(f"jobs.sweep.stages.{stage.name}")
         facts: dict[str, Any] = module.run(context)
         seconds = time.time() - started
         check_unchanged(context, stage, key)

@@ -23,7 +23,7 @@ from jobs.errors import RequestError, WorkFailed
 from jobs.files import finish as finish_folder
 from jobs.files import is_finished, key_of, keyed_folder, read_json, write_json
 from jobs.seals import seal
-from jobs.study import pair
+from jobs.sweep import pair
 from models.adapters import is_adapter
 from search_spaces.dimensions import Choice
 from sites import Site

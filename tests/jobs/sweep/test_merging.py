@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from data.rows import make_row, write_rows
 from evaluators.splice.limits import Limits
 from jobs.files import read_json
-from jobs.study.finetuned import Task, merge_and_check, merge_check
+from jobs.sweep.finetuned import Task, merge_and_check, merge_check
 from models.adapters import Attached
 
 IDS = torch.arange(10, 130, 5).reshape(2, 12)

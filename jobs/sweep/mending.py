@@ -19,8 +19,8 @@ from jobs.context.workspace import FINETUNED, START, VALIDATION_FILE
 from jobs.errors import DamagedFileError
 from jobs.files import KEY, MANIFEST, read_json
 from jobs.seals import SEAL, SMALL, Damage, Seen, damage, listed, seal
-from jobs.study.pair import examine
-from jobs.study.stage_list import STAGES, Stage
+from jobs.sweep.pair import examine
+from jobs.sweep.stage_list import STAGES, Stage
 
 ASIDE = "set_aside"
 ADDED = "was not written by this sweep"

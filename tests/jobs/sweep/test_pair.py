@@ -19,9 +19,9 @@ from jobs.context.disk import disk_of
 from jobs.context.workspace import FINETUNED, VALIDATION_FILE
 from jobs.errors import RequestError
 from jobs.files import finish, keyed_folder, write_json
-from jobs.study.finetuned import check_models, merge_check
-from jobs.study.pair import note
-from jobs.study.sweep import start_over
+from jobs.sweep.finetuned import check_models, merge_check
+from jobs.sweep.pair import note
+from jobs.sweep.sweep import start_over
 from models.errors import ModelError
 from models.weights import open_weights
 from search_spaces.load import load as load_settings

@@ -19,10 +19,10 @@ from jobs.evaluation.behaviour import UNFINETUNED
 from jobs.evaluation.kinds import checks_file
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
-from jobs.study.finetuned import merge_check
-from jobs.study.stages.data import notes_of
-from jobs.study.stages.lora import STAGE as LORA
-from jobs.study.stages.lora import study_name
+from jobs.sweep.finetuned import merge_check
+from jobs.sweep.stages.data import notes_of
+from jobs.sweep.stages.lora import STAGE as LORA
+from jobs.sweep.stages.lora import study_name
 from sites import Address, Ground, Site, sites_label
 
 if TYPE_CHECKING:
