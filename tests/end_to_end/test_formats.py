@@ -33,7 +33,7 @@ def test_files_load_by_hand(finished: tuple[Path, Any]) -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_the_knob_by_hand(finished: tuple[Path, Any], alpha: float) -> None:
     """Its cross-entropy is that of the dose-response table, on every subset."""
-    assert len(plain_knob.blocks()[1].strip().splitlines()) < 40
+    assert len(plain_knob.blocks()[1].strip().splitlines()) < 50
     table = plain_knob.compare(finished[0] / "sweeps/tiny", finished[0] / "models", [alpha])
     assert set(table["subset"]) == {"tool", "copy", "tool_ood"}
     assert table["by_hand"].to_list() == pytest.approx(table["of_the_sweep"].to_list(), rel=plain_knob.ROUNDING)
