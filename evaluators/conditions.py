@@ -1,4 +1,4 @@
-"""The conditions of an evaluation, by name: what replaces an MLP's output, in which model, compared with what.
+"""The conditions of an evaluation, by name: what replaces a site's output, in which model, compared with what.
 
 In: a name. Out: its entry. A new condition is one entry of `CONDITIONS`; only its `combine` ever sees a tensor, so that
 settings, tables, reports and plans follow from this registry without loading torch.
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 TARGETS = ("change", "residual")
-"""What a delta is trained on: the MLP's own change, or the residual that a base transcoder leaves."""
+"""What a delta is trained on: the site's own change, or the residual that a base transcoder leaves."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """How an MLP's output y is replaced: `combine(y, ground(x), delta(x), alpha)`, each (tokens, d_model) in fp32,
-    alpha (tokens, 1). The ground is a base transcoder or the un-finetuned MLP, as the delta's target says.
+    """How a site's output y is replaced: `combine(y, ground(x), delta(x), alpha)`, each (tokens, d_out) in fp32,
+    alpha (tokens, 1). The ground is a base transcoder or the un-finetuned path, as the delta's target says.
 
     `model` is what is spliced into: the finetuned model, the base model it was finetuned from, the finetuned model with
-    the spliced layers' MLPs taken from the base model, or with weights between the two. With `substitute`, the site's
+    the spliced sites' weights taken from the base model, or with weights between the two. With `substitute`, the site's
     delta is replaced by the one that `splice.substitutes.SUBSTITUTES` makes under the condition's name. `targets` are
     those of the deltas that the condition makes sense for.
     """
@@ -87,7 +87,7 @@ CONDITIONS = {
         _control("random_delta", "any perturbation of that size", _full, substitute=True),
         _control(
             "scaled_weights",
-            "the dense knob: the MLPs' weights between un-finetuned and finetuned",
+            "the dense knob: weights between un-finetuned and finetuned",
             _raw,
             uses_delta=False,
             uses_ground=False,

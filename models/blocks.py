@@ -65,8 +65,10 @@ def hooks_at(
             y = activation.flatten(2)
             before = sum(part.shape[-1] for part in parts)
             parts.append(y)
-            if see is not None and number == len(names) - 1:
-                see(y if len(parts) == 1 else torch.cat(parts, dim=-1))
+            if number == len(names) - 1:
+                if see is not None:
+                    see(y if len(parts) == 1 else torch.cat(parts, dim=-1))
+                parts.clear()  # what was written is not kept until the next pass
             edited = None if write is None else write(y, slice(before, before + y.shape[-1]))
             return None if edited is None else edited.reshape(activation.shape)
 

@@ -166,7 +166,7 @@ class Deltas(Section, DeltaTraining):  # type: ignore[misc]
     )
 
     targets: Annotated[list[Literal["change", "residual"]], Field(min_length=1), Distinct] = ["change"]
-    """What deltas are trained on: `change`, what finetuning changed in the MLP, or `residual`, what a base transcoder
+    """What deltas are trained on: `change`, what finetuning changed at a site, or `residual`, what a base transcoder
     leaves of the finetuned MLP (the reference study's way, which needs base transcoders)."""
     sites: Literal["auto"] | Annotated[list[Literal["qkv", "o", "mlp"]], Field(min_length=1), Distinct] = "auto"
     """Kinds of site of the change deltas: `mlp`; `qkv`, attention's queries, keys and values; `o`, attention's output.

@@ -1,4 +1,4 @@
-"""How much finetuning changed each MLP, and what the deltas leave of it, on evaluation text.
+"""How much finetuning changed each site, and what the deltas leave of it, on evaluation text.
 
 In: the finetuned model's passes, patches on un-finetuned paths, and rows. Out: for each patch, sums over the tokens of
 every row, those of prompts and of targets apart.

@@ -2,7 +2,7 @@
 
 In: a model's passes, patches, rows to rank on and rows to measure on. Out: each feature's estimated effect, and figures
 of each prompt for each k. The estimate is a gradient times an activation, averaged over strengths on the way from the
-un-finetuned MLPs to the full deltas (integrated gradients, arXiv 1703.01365): at full strength alone the loss is so
+un-finetuned sites to the full deltas (integrated gradients, arXiv 1703.01365): at full strength alone the loss is so
 low that its gradient says little.
 """
 

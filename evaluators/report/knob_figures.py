@@ -44,7 +44,7 @@ def knob(dose: pd.DataFrame, conditions: pd.DataFrame, *, seed: int) -> Figure:
             axes.set_ylabel(metrics[metric])
     low, high = dose["n_examples"].min(), dose["n_examples"].max()
     count = f"n = {low if low == high else f'{low} to {high}'} prompts per subset"
-    note = f"alpha 0: un-finetuned MLPs; {count}; bands: bootstrap (CE, seed {seed}) and Wilson (rate) 95%"
+    note = f"alpha 0: un-finetuned sites; {count}; bands: bootstrap (CE, seed {seed}) and Wilson (rate) 95%"
     return finish(figure, grid[0], note)
 
 

@@ -21,7 +21,7 @@ THEN = "once that is mended, run the same command to continue from here"
 
 app = typer.Typer(
     name="deltascope",
-    help="Sweeps of delta transcoders: find what finetuning changed in a model's MLPs, splice it in and measure it.",
+    help="Sweeps of delta transcoders: find what finetuning changed in a model, splice it in and measure it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -221,7 +221,7 @@ def show_results(context: Context) -> None:
         table = Table(*columns, box=None)
         for row in rows[:HEADLINE_ROWS]:
             table.add_row(*(Text(row[name]) for name in columns))
-        what = "what the deltas recover of the MLPs' change" if of_change else "CE minus raw CE"
+        what = "what the deltas recover" if of_change else "CE minus raw CE"
         context.progress.line(f"{what} (CE in nats per target token, 95% intervals):")
         context.progress.console.print(table)
         if len(rows) > HEADLINE_ROWS:
