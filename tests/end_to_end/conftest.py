@@ -108,5 +108,14 @@ def _answers(url: str) -> bool:
         return False
 
 
+def of_every_kind(layers: Sequence[int]) -> str:
+    """What tables call the set of all sites in these layers."""
+    return sites_label(Site(layer, kind) for layer in layers for kind in KINDS.values())
+
+
+EVERY = of_every_kind(range(4))
+"""Of all sites of the tiny preset."""
+
+
 def read(path: Path) -> Any:
     return json.loads(path.read_text())

@@ -17,7 +17,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 
 from jobs.seals import seal
-from tests.end_to_end.conftest import Jobs, environment, together
+from tests.end_to_end.conftest import EVERY, Jobs, environment, together
 
 SUBSETS = ["tool", "copy", "tool_ood"]
 
@@ -50,7 +50,7 @@ def test_a_finished_sweep_and_another_seed_of_it(finished, other: Path, jobs: Jo
     assert len(rows) == len(found["figures"])
     gaps = pd.read_csv(root / "sweeps/tiny/report/gaps.csv", dtype={"layer": str})
     for subset in SUBSETS:
-        whole = (gaps.target == "change") & (gaps.layer == "0-3") & (gaps.metric == "mean_ce")
+        whole = (gaps.target == "change") & (gaps.layer == EVERY) & (gaps.metric == "mean_ce")
         (gap,) = gaps[whole & (gaps.subset == subset)].gap
         (one,) = [row for row in rows if row["kind"] == "pooled" and "gap" in row["figure"] and row["subset"] == subset]
         assert float(one["value"]) == pytest.approx(gap + 0.25)

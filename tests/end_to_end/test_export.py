@@ -19,7 +19,7 @@ from jobs.context.context import Context
 from jobs.errors import RequestError
 from models.gemma_scope import read_npz
 from search_spaces.load import load
-from sites import Site
+from sites import Site, mlp_sites
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def by_layer(files: list[Path]) -> dict[int, Path]:
 def test_change_deltas_alone_and_on_their_layers_bases(context: Context, tmp_path: Path, onto_bases: bool) -> None:
     files = by_layer(export(context, "gemma-scope", tmp_path / "out", DeltaChoice("change"), 0.5, onto_bases))
     assert sorted(files) == ([1, 2] if onto_bases else [0, 1, 2, 3])
-    deltas = load_deltas(context, list(files), combination(context, DeltaChoice("change")))
+    deltas = load_deltas(context, mlp_sites(files), combination(context, DeltaChoice("change")))
     bases = {
         patch.site.layer: patch.base
         for patch in load_patches(context, None, combination(context, DeltaChoice("residual")))
@@ -62,11 +62,11 @@ def test_an_unknown_format_is_a_sentence(context: Context, tmp_path: Path) -> No
 
 def test_a_saved_delta_is_plain_safetensors(context: Context) -> None:
     """Its tensors and the formula of docs/formats.md are all there is to it."""
-    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
     for target in ("change", "residual"):
-        (ground, d_new), layers = combination(context, DeltaChoice(target)), context.layers_of(target)
-        for site, delta in load_deltas(context, layers, (ground, d_new)).items():
-            group = context.space.deltas / f"layer_{site.layer:02d}/{ground.label}/d{d_new:03d}"
+        (ground, d_new), sites = combination(context, DeltaChoice(target)), context.sites_of(target)
+        for site, delta in load_deltas(context, sites, (ground, d_new)).items():
+            x = torch.randn(40, delta.d_in, generator=torch.Generator().manual_seed(0))
+            group = context.space.deltas / f"{site.folder}/{ground.label}/d{d_new:03d}"
             trial = json.loads((group / "best.json").read_text())["trial"]
             weights = load_file(group / f"trial_{trial:04d}/delta.safetensors")
             assert sorted(weights) == ["W_dec", "W_enc", "b_enc", "threshold"]
@@ -94,7 +94,7 @@ class TestModelCard:
         names: dict[str, Any] = {}
         exec(by_hand, names)
         compile(theirs, "README.md", "exec")
-        delta = load_deltas(context, [0], combination(context, DeltaChoice("change")))[Site(0)]
+        delta = load_deltas(context, [Site(0)], combination(context, DeltaChoice("change")))[Site(0)]
         x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(names["transcoder"](x), 0.5 * delta(x), rtol=1e-4, atol=1e-5)
 

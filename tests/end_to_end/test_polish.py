@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from tests.end_to_end.conftest import Jobs, read
+from tests.end_to_end.conftest import EVERY, Jobs, read
 
 
 @pytest.mark.long("trains the deltas of all layers together, and measures every cell again")
@@ -30,10 +30,10 @@ def test_deltas_that_were_trained_together_take_the_others_place(own: Path, jobs
     ce = [table.set_index(place)["mean_ce"] for table in (before, after)]
     for subset in after["subset"].unique():
         assert ce[1]["residual", "1+2", subset, "full"] == ce[0]["residual", "1+2", subset, "full"]
-        full = [table["change", "0-3", subset, "full"] for table in ce]
+        full = [table["change", EVERY, subset, "full"] for table in ce]
         same = full[1] == pytest.approx(full[0], abs=1e-6)
         assert same == (figures[f"d{chosen:03d}"]["step"] == 0), "the polished deltas are spliced in"
-        assert ce[1]["change", "0-3", subset, "no_delta"] == pytest.approx(ce[0]["change", "0-3", subset, "no_delta"])
+        assert ce[1]["change", EVERY, subset, "no_delta"] == pytest.approx(ce[0]["change", EVERY, subset, "no_delta"])
     assert "were then trained together" in (sweep / "report/report.html").read_text()
     client = MlflowClient(f"sqlite:///{own / 'mlflow.db'}")
     (experiment,) = [one for one in client.search_experiments() if one.name == "tiny"]

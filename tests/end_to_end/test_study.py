@@ -15,13 +15,16 @@ from mlflow import MlflowClient
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from tests.end_to_end.conftest import Jobs, read, together
+from tests.end_to_end.conftest import EVERY, Jobs, of_every_kind, read, together
 
 Finished = tuple[Path, subprocess.CompletedProcess[str]]
-SETS = {"change": ["0", "1", "3", "1+2", "0-3"], "residual": ["1", "1+2"]}
-CONTROLLED = {"change": ["1", "0-3"], "residual": ["1", "1+2"]}
-DOSED = {"change": "0-3", "residual": "1+2"}
-"""The sets of layers of the tiny preset, those with controls, and those measured at every alpha."""
+SETS = {
+    "change": [*(of_every_kind(layers) for layers in ([0], [1], [3], [1, 2])), EVERY, "0-3"],
+    "residual": ["1", "1+2"],
+}
+CONTROLLED = {"change": [of_every_kind([1]), EVERY], "residual": ["1", "1+2"]}
+DOSED = {"change": EVERY, "residual": "1+2"}
+"""The sets of sites of the tiny preset, those with controls, and those measured at every alpha."""
 SUBSETS = {"tool", "copy", "tool_ood"}
 OF_BOTH = ["random_delta", "shuffled_delta", "dense_delta"]
 OF_CHANGE = ["pca_delta"]
@@ -74,7 +77,8 @@ def test_every_table_has_its_rows(sweep: Path) -> None:
     assert 'id="L' in (report / "features.html").read_text()
     doses = pd.read_csv(report / "exp2B_metrics.csv")
     assert set(doses["alpha"]) == {0.0, 0.5, 1.0}
-    assert len(doses) == 3 * len(SUBSETS) * 3  # alphas x subsets x (both targets' deltas, and the scaled weights)
+    # alphas x subsets x (both targets' deltas, those of MLPs alone, and the scaled weights)
+    assert len(doses) == 3 * len(SUBSETS) * 4
 
 
 def test_gaps_recovered_shares_and_the_curve_have_their_rows(sweep: Path) -> None:
@@ -89,27 +93,28 @@ def test_gaps_recovered_shares_and_the_curve_have_their_rows(sweep: Path) -> Non
     widths = pd.read_csv(report / "widths.csv")
     assert set(widths["condition"]) == {"full", "dense_delta", "pca_delta"}
     assert set(widths["d_new"]) == {4, 8}
-    assert set(widths["layer"]) == {"0-3"}
+    assert set(widths["layer"]) == {EVERY}
     chosen = widths[widths["d_new"] == of_change["d_new"].dropna().iloc[0]]
     assert set(chosen["value"]) <= set(of_change["value"]), "those of the chosen width are the same cells"
     curve = pd.read_csv(report / "few_features.csv")
     ranking = pd.read_csv(report / "feature_ranking.csv")
-    assert len(ranking) == 4 * (curve["d_new"].iloc[0] + 1)
-    assert ranking["at_bos"].sum() == 4
+    assert len(ranking) == 12 * (curve["d_new"].iloc[0] + 1)
+    assert ranking["at_bos"].sum() == 12
     assert curve["k"].max() == len(ranking)
     by_k = curve.set_index(["subset", "k"])["mean_ce"]
     conditions = pd.read_csv(report / "exp2A_metrics.csv")
-    whole = conditions[(conditions["layer"] == "0-3") & (conditions["target"] == "change")]
+    whole = conditions[(conditions["layer"] == EVERY) & (conditions["target"] == "change")]
     for row in whole.itertuples():
         if row.condition in ("no_delta", "full"):
             k = 0 if row.condition == "no_delta" else len(ranking)
             assert by_k[row.subset, k] == pytest.approx(row.mean_ce, rel=1e-5)
     change = pd.read_csv(report / "change_by_subset.csv")
-    assert len(change) == 4 * 2 * len(SUBSETS) * 2  # layers x d_new x subsets x parts
+    assert len(change) == 12 * 2 * len(SUBSETS) * 2  # sites x d_new x subsets x parts
 
 
 def test_the_ends_of_the_dense_knob_are_the_swapped_and_the_finetuned_model(sweep: Path) -> None:
-    doses = pd.read_csv(sweep / "report" / "exp2B_metrics.csv").set_index(["condition", "subset", "alpha"])
+    doses = pd.read_csv(sweep / "report" / "exp2B_metrics.csv")
+    doses = doses[doses["layer"] != "0-3"].set_index(["condition", "subset", "alpha"])
     conditions = pd.read_csv(sweep / "report" / "exp2A_metrics.csv")
     raw = conditions[conditions["condition"] == "raw"].set_index("subset")
     for subset in SUBSETS:
