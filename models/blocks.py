@@ -224,6 +224,16 @@ def read_paths(
     return paths
 
 
+def output_of_heads(bridge: TransformerBridge, layer: int) -> BlockPath | None:
+    """What attention makes of z, in the model's own modules, none of them copied; None where the bridge does not know
+    its output projection."""
+    parts = _parts(bridge, Site(layer, ATTENTION_OUT))
+    modules = {part: getattr(component, "original_component", None) for part, component in parts.items()}
+    if modules.get("attn.o") is None:
+        return None
+    return BlockPath(Site(layer, ATTENTION_OUT), {part: one for part, one in modules.items() if one is not None})
+
+
 def part_places(config: Any, site: Site) -> dict[str, str]:
     """Where a plain model of this transformers config keeps each part of a site's path, such as `model.layers.3.mlp`:
     TransformerLens knows, without a model. Empty for an architecture that it does not know."""

@@ -5,8 +5,8 @@ In: a model's passes, patches, rows, and features by site and number. Out: plain
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,18 @@ from torch.nn import functional
 
 from data.encoding import encode_row, pad_left
 from data.rows import Row
+from evaluators.measures.attention_features import (
+    Look,
+    heads_read,
+    heads_written,
+    pattern_changes,
+    written_by_values,
+)
 from evaluators.measures.single_features import Feature, activations
 from evaluators.splice.interventions import Patch
 from evaluators.splice.passes import Passes, project, read_prefixes, resume
 from models.bridge import device_of
-from sites import Site
+from sites import ATTENTION_OUT, QKV, Site
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -28,16 +35,23 @@ CONTEXTS, TOKENS, BARS = 10, 8, 24
 """Contexts, tokens (promoted, and suppressed) and bars of the histogram that are kept of a feature."""
 WINDOW = 16
 """Tokens of a context on either side of the one that fires."""
+LOOKS = 3
+"""Contexts in which attention is looked at without a feature."""
+VALUE_HEADS = 2
+"""Heads whose values' tokens are kept."""
 STEP = 0.01
 """Of the residual stream's norm: the step along a decoder direction that measures its direct effect."""
+Key = TypeVar("Key", bound=Hashable)
 
 
 class _Text(NamedTuple):
-    """A row as it is run, with the activations of some sites' deltas, (tokens, d_new), BOS included."""
+    """A row as it is run, with the activations of some sites' deltas, (tokens, d_new), BOS included, and the sums of
+    squares (d_in,) of the heads' outputs after BOS where a delta reads these."""
 
     row: Row
     ids: list[int]
     acts: Mapping[Site, Tensor]
+    squares: Mapping[Site, Tensor]
 
 
 @torch.inference_mode()
@@ -72,28 +86,68 @@ def read_features(
     through the final norm and the unembedding.
 
     A context has `subset`, `tokens` and `acts`, the pieces of text around the strongest one and the activations there,
-    and `peak`, the strongest one's place. A feature of queries, keys and values moves no token by itself: it has
-    `heads` instead, the share of its decoder row's square in each head of each. The histogram counts tokens in equal
-    bars from 0 to `top`. Activations are those in the finetuned model's own stream.
+    and `peak`, the strongest one's place. The histogram counts tokens in equal bars from 0 to `top`. Activations are
+    those in the finetuned model's own stream.
+
+    A feature of queries, keys and values moves no token by itself. It has `heads`, the share of its decoder row's
+    square in each head of each; `patterns`, what it does to attention in the first `LOOKS` contexts
+    (`attention_features.pattern_changes`); and `values`, for the heads with most of its values the tokens that these
+    move once they are attended to (`attention_features.written_by_values`). A feature of attention's output has
+    `reads`, the share of each head in what it reads.
     """
     sites = {site for site, _ in features}
     chosen = [patch for patch in patches if patch.site in sites]
     texts = list(_texts(passes, chosen, rows))
     by_site = {patch.site: patch for patch in chosen}
-    written = [one for one in features if one[0].kind.in_stream]
-    moved = _moved_tokens(passes.bridge, by_site, texts, written) if written else {}
+    directions = {
+        (site, feature): by_site[site].transcoder.W_dec[feature] for site, feature in features if site.kind.in_stream
+    }
+    moved = _moved_tokens(passes.bridge, texts, directions)
     at_bos = {patch.site: _at_bos(patch) for patch in chosen}
-    tokenizer: Any = passes.bridge.tokenizer
+    contexts = {one: _contexts(passes.bridge.tokenizer, texts, *one) for one in features}  # type: ignore[arg-type]
+    of_attention = _of_attention(
+        passes, patches, texts, {one: [look for _, look in found] for one, found in contexts.items()}
+    )
     return {
         (site, feature): {
             "at_bos": bool(at_bos[site][feature]),
-            "contexts": _contexts(tokenizer, texts, site, feature),
+            "contexts": [context for context, _ in contexts[site, feature]],
             "histogram": _histogram(texts, site, feature),
             **moved.get((site, feature), {"promoted": [], "suppressed": []}),
-            **({} if site.kind.in_stream else {"heads": _shares(by_site[site], feature, passes.bridge.cfg.d_head)}),
+            **of_attention[site, feature],
         }
         for site, feature in features
     }
+
+
+def _of_attention(
+    passes: Passes, patches: Sequence[Patch], texts: Sequence[_Text], looks: Mapping[Feature, Sequence[Look]]
+) -> dict[Feature, dict[str, Any]]:
+    """By feature, the entries of `read_features` that only those of attention have."""
+    config, by_site = passes.bridge.cfg, {patch.site: patch for patch in patches}
+    found: dict[Feature, dict[str, Any]] = {feature: {} for feature in looks}
+    into_heads = [feature for feature in looks if feature[0].kind.name == QKV.name]
+    patterns = pattern_changes(passes, patches, {feature: looks[feature][:LOOKS] for feature in into_heads})
+    directions = {
+        (feature, head): direction
+        for feature in into_heads
+        for head, direction in written_by_values(
+            passes.bridge, by_site[feature[0]], feature[1], most=VALUE_HEADS
+        ).items()
+    }
+    moved = _moved_tokens(passes.bridge, texts, directions)
+    for feature in into_heads:
+        found[feature] = {
+            "heads": heads_written(by_site[feature[0]], feature[1], config.d_head),
+            "patterns": patterns[feature],
+            "values": [{"head": head, **tokens} for (one, head), tokens in moved.items() if one == feature],
+        }
+    n_tokens = sum(len(text.ids) - 1 for text in texts)
+    for site, number in looks:
+        if site.kind.name == ATTENTION_OUT.name:
+            squares = torch.stack([text.squares[site] for text in texts]).sum(0) / n_tokens
+            found[site, number]["reads"] = heads_read(by_site[site], number, squares, config.n_heads)
+    return found
 
 
 def _texts(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) -> Iterator[_Text]:
@@ -104,20 +158,12 @@ def _texts(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) -> Ite
         found = read_prefixes(passes.bridge, [encoded[i] for i in batch], [patch.site for patch in patches])
         for place, i in enumerate(batch):
             acts = {patch.site: activations(patch, found[patch.site][place].x) for patch in patches}
-            yield _Text(rows[i], encoded[i], acts)
-
-
-def _shares(patch: Patch, feature: int, d_head: int) -> dict[str, list[float]]:
-    """By `q`, `k` and `v`, the shares of a decoder row's square that lie in each head. The three differ in size, so
-    each part of the row is measured against the mean square of the un-finetuned weights that write there."""
-    assert patch.path is not None
-    parts = patch.transcoder.W_dec[feature].float().square().split(patch.path.widths)
-    found = {}
-    for name, part in zip("qkv", parts, strict=True):
-        weight: Any = patch.path.parts[f"attn.{name}"].weight
-        found[name] = (part / weight.float().square().mean().clamp(min=1e-12)).view(-1, d_head).sum(1)
-    whole = torch.stack([one.sum() for one in found.values()]).sum().clamp(min=1e-12)
-    return {name: (one / whole).tolist() for name, one in found.items()}
+            squares = {
+                patch.site: found[patch.site][place].x[1:].float().square().sum(0)
+                for patch in patches
+                if patch.site.kind.name == ATTENTION_OUT.name
+            }
+            yield _Text(rows[i], encoded[i], acts, squares)
 
 
 def _at_bos(patch: Patch) -> Tensor:
@@ -125,7 +171,10 @@ def _at_bos(patch: Patch) -> Tensor:
     return torch.zeros(patch.transcoder.d_sae, dtype=torch.bool) if own is None else own.cpu() > 0
 
 
-def _contexts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[_Text], site: Site, feature: int) -> list[dict]:
+def _contexts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[_Text], site: Site, feature: int
+) -> list[tuple[dict[str, Any], Look]]:
+    """The strongest first, each with where its tokens are."""
     found = []
     for number, text in enumerate(texts):
         strength = float(text.acts[site][:, feature].max())
@@ -136,10 +185,18 @@ def _contexts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[_Text], site: 
         text = texts[number]
         acts: list[float] = text.acts[site][:, feature].tolist()
         middle = max(range(len(acts)), key=acts.__getitem__)
-        around = slice(max(0, middle - WINDOW), middle + WINDOW + 1)
-        pieces, strengths = pieces_of(tokenizer, text.ids[around], acts[around])
+        first = max(0, middle - WINDOW)
+        around = slice(first, middle + WINDOW + 1)
+        counted = _counted_pieces(tokenizer, text.ids[around])
+        strengths = _strongest(counted, acts[around])
         peak = max(range(len(strengths)), key=strengths.__getitem__)
-        shown.append({"subset": text.row.label, "tokens": pieces, "acts": strengths, "peak": peak})
+        context = {
+            "subset": text.row.label,
+            "tokens": [piece for piece, _ in counted],
+            "acts": strengths,
+            "peak": peak,
+        }
+        shown.append((context, Look(text.ids, middle, first, [count for _, count in counted])))
     return shown
 
 
@@ -148,19 +205,32 @@ def pieces_of(
 ) -> tuple[list[str], list[float]]:
     """The pieces of text that tokens add to those before them, and their activations; tokens that are parts of one
     character become one piece, with the strongest activation."""
-    pieces: list[str] = []
-    strengths: list[float] = []
-    said, held, strongest = "", 0, 0.0
-    for place, act in enumerate(acts):
+    counted = _counted_pieces(tokenizer, ids)
+    return [piece for piece, _ in counted], _strongest(counted, acts)
+
+
+def _counted_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[tuple[str, int]]:
+    """The pieces, and how many tokens each is made of."""
+    pieces: list[tuple[str, int]] = []
+    said, held = "", 0
+    for place in range(len(ids)):
         text: Any = tokenizer.decode(list(ids[: place + 1]), clean_up_tokenization_spaces=False)
-        held, strongest = held + 1, max(strongest, act)
+        held += 1
         # A replacement sign is a part of a character, unless it stays one.
         if text.endswith("\ufffd") and held < 4 and place + 1 < len(ids):
             continue
-        pieces.append(text[len(said) :])
-        strengths.append(round(strongest, 4))
-        said, held, strongest = text, 0, 0.0
-    return pieces, strengths
+        pieces.append((text[len(said) :], held))
+        said, held = text, 0
+    return pieces
+
+
+def _strongest(counted: Sequence[tuple[str, int]], acts: Sequence[float]) -> list[float]:
+    """The strongest activation in each piece."""
+    strengths, done = [], 0
+    for _, count in counted:
+        strengths.append(round(max(0.0, *acts[done : done + count]), 4))
+        done += count
+    return strengths
 
 
 def _histogram(texts: Sequence[_Text], site: Site, feature: int) -> dict[str, Any]:
@@ -173,27 +243,27 @@ def _histogram(texts: Sequence[_Text], site: Site, feature: int) -> dict[str, An
 
 
 def _moved_tokens(
-    bridge: TransformerBridge, patches: Mapping[Site, Patch], texts: Sequence[_Text], features: Sequence[Feature]
-) -> dict[Feature, dict[str, list[str]]]:
-    """For each feature the tokens whose logits a small step along its decoder row raises and lowers most.
+    bridge: TransformerBridge, texts: Sequence[_Text], directions: Mapping[Key, Tensor]
+) -> dict[Key, dict[str, list[str]]]:
+    """For each direction (d_model,) the tokens whose logits a small step along it raises and lowers most.
 
     The step starts at the mean residual stream that leaves the last block at the ends of texts, one of each subset.
     """
+    if not directions:
+        return {}
     first = {text.row.label: text for text in reversed(texts)}
     rows = [encode_row(bridge.tokenizer, text.row).prompt for text in first.values()]
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     at = resume(bridge, batch)[:, -1].float().mean(0)
     dtype = next(iter(bridge.original_model.parameters())).dtype  # type: ignore[operator]
-    directions = torch.stack([patches[site].transcoder.W_dec[feature].float() for site, feature in features]).to(at)
-    steps = functional.normalize(directions, dim=1) * at.norm() * STEP
-    found = {}
-    done = 0
+    stacked = torch.stack([direction.float() for direction in directions.values()]).to(at)
+    steps = functional.normalize(stacked, dim=1) * at.norm() * STEP
+    moves: list[dict[str, list[str]]] = []
     # Both ends of a step in one chunk of logits, so that memory holds one chunk whatever the number of features.
     for part in steps.split(64):
         up, down = (torch.cat([*project(bridge, (at + sign * part).to(dtype))]) for sign in (1, -1))
         for moved in up - down:
             promoted, suppressed = moved.topk(TOKENS).indices.tolist(), (-moved).topk(TOKENS).indices.tolist()
             names = [[bridge.tokenizer.decode([token]) for token in tokens] for tokens in (promoted, suppressed)]
-            found[features[done]] = {"promoted": names[0], "suppressed": names[1]}
-            done += 1
-    return found
+            moves.append({"promoted": names[0], "suppressed": names[1]})
+    return dict(zip(directions, moves, strict=True))

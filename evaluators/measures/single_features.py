@@ -226,17 +226,17 @@ def _through(
 ) -> list[_Run]:
     """The same in the general way, through every block from the first spliced one on: of a feature that other parts of
     its own block read."""
-    ranked = {patch.site: replace(patch, ranks=_numbers(patch, patches)) for patch in patches}
+    ranked = {patch.site: patch for patch in numbered(patches)}
     jobs = [
-        Job(texts[place], kept=_only(ranked[site], number, outside=condition == "full"))
+        Job(texts[place], kept=only(ranked[site], number, outside=condition == "full"))
         for (site, number), place in pairs
     ]
     scored = score(passes, Edit(list(ranked.values()), "full"), jobs)
     return [_Run(one.nll, one.argmax) for one in scored]
 
 
-def _only(patch: Patch, feature: int, outside: bool) -> Ranks:
-    """That feature alone, or, `outside`, all but it."""
+def only(patch: Patch, feature: int, outside: bool) -> Ranks:
+    """That feature of a patch out of `numbered` alone, or, `outside`, all but it."""
     assert patch.ranks is not None
     rank = int(patch.ranks[feature])
     return Ranks(rank, rank + 1, outside=outside)
@@ -276,18 +276,22 @@ def _outputs(
             changed.append((feature, place, run))
     if not changed:
         return {}
-    ranked = [replace(patch, ranks=_numbers(patch, patches)) for patch in patches]
+    ranked = numbered(patches)
     jobs, scored = [], []
     for (site, number), place, run in changed:
         (patch,) = (one for one in ranked if one.site == site)
         whole = wholes[place]
-        jobs.append(Job(whole.texts[-1], kept=_only(patch, number, outside=way == "ablated")))
+        jobs.append(Job(whole.texts[-1], kept=only(patch, number, outside=way == "ablated")))
         scored.append(whole.scored._replace(argmax=run.argmax, guessed=[]))  # what decoding starts from
     outputs = generate(passes, Edit(ranked, "full"), jobs, scored, stop)
     return {(feature, place): output for (feature, place, _), output in zip(changed, outputs, strict=True)}
 
 
-def _numbers(patch: Patch, patches: Sequence[Patch]) -> Tensor:
-    """Ranks that only tell features apart: the place of each in a row of all patches' features."""
-    first = sum(one.transcoder.d_sae for one in patches if one.site < patch.site)
-    return torch.arange(first, first + patch.transcoder.d_sae, device=patch.transcoder.W_dec.device)
+def numbered(patches: Sequence[Patch]) -> list[Patch]:
+    """The patches with ranks that only tell features apart: the place of each in a row of all patches' features."""
+    found = []
+    for patch in patches:
+        first = sum(one.transcoder.d_sae for one in patches if one.site < patch.site)
+        ranks = torch.arange(first, first + patch.transcoder.d_sae, device=patch.transcoder.W_dec.device)
+        found.append(replace(patch, ranks=ranks))
+    return found

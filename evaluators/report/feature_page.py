@@ -34,6 +34,8 @@ BAR = 8
 PROJECTIONS = {"q": "queries", "k": "keys", "v": "values"}
 HEADS = 4
 """Heads that a card names of each projection."""
+LEAST = 0.001
+"""Share of attention that must move for a head's pattern to be drawn, and for a piece of its text to be shaded."""
 
 
 class Piece(NamedTuple):
@@ -44,6 +46,25 @@ class Piece(NamedTuple):
     shade: str
     title: str
     peak: bool
+
+
+class Shift(NamedTuple):
+    """A token of a context, whose attention grows (`gain`) or shrinks (`loss`); `shade` is by how much, as a share of
+    the largest change there, empty where nothing moves."""
+
+    text: str
+    shade: str
+    way: str
+    title: str
+    peak: bool
+
+
+class Pattern(NamedTuple):
+    """One head's change of attention in a context: in words, drawn on the text, and what lies before that text."""
+
+    words: str
+    shifts: list[Shift]
+    before: str
 
 
 class Effect(NamedTuple):
@@ -68,6 +89,12 @@ class Card(NamedTuple):
     at_bos: bool
     heads: list[tuple[str, str]]
     """Of a feature of queries, keys and values: the share of its row in each, and the heads that hold most of it."""
+    reads: str
+    """Of a feature of attention's output: the heads that it reads most of."""
+    patterns: list[Pattern] | None
+    """Of a feature of queries, keys and values: what it does to attention; None where nobody looked."""
+    values: list[tuple[int, list[str], list[str]]]
+    """By head: the tokens that its values promote, and suppress."""
 
 
 def address(target: str, layer: int | str, feature: int) -> str:
@@ -126,6 +153,7 @@ def feature_page(cells: Sequence[Cell], features: pd.DataFrame, ranking: pd.Data
         targets=list(totals),
         total=len(ranking),
         n_prompts=int(max((features[f"n_{subset}"].max() for subset in subsets), default=0)),
+        with_patterns=any(card.patterns is not None for card in cards),
         bar=BAR,
         policy=f"sha256-{digest}",
         script=Markup(script),
@@ -151,16 +179,59 @@ def _card(row: pd.Series, one: dict[str, Any], subsets: Sequence[str], total: in
         [] if row["at_bos"] else [_context(context, top) for context in one["contexts"]],
         bool(row["at_bos"]),
         _heads(one.get("heads", {})),
+        _most(one.get("reads", [])),
+        [line for pair in zip(one["contexts"], one["patterns"], strict=False) for line in _patterns(*pair)]
+        if one.get("patterns")
+        else None,
+        [
+            (values["head"], [*map(_visible, values["promoted"])], [*map(_visible, values["suppressed"])])
+            for values in one.get("values", [])
+        ],
     )
 
 
 def _heads(shares: dict[str, list[float]]) -> list[tuple[str, str]]:
+    return [(f"{PROJECTIONS[name]} {sum(of_heads):.0%}", _most(of_heads)) for name, of_heads in shares.items()]
+
+
+def _most(of_heads: list[float]) -> str:
+    """The heads of the largest shares."""
+    most = sorted(range(len(of_heads)), key=lambda head: -of_heads[head])[:HEADS]
+    return ", ".join(f"head {head} {of_heads[head]:.0%}" for head in most if of_heads[head] >= 0.01)
+
+
+def _patterns(context: dict[str, Any], changes: dict[str, Any]) -> list[Pattern]:
+    """What the strongest token attends to, and what later tokens pay to it, where enough moves."""
     lines = []
-    for name, of_heads in shares.items():
-        most = sorted(range(len(of_heads)), key=lambda head: -of_heads[head])[:HEADS]
-        shown = ", ".join(f"head {head} {of_heads[head]:.0%}" for head in most if of_heads[head] >= 0.01)
-        lines.append((f"{PROJECTIONS[name]} {sum(of_heads):.0%}", shown))
+    for way, one in changes.items():
+        sizes, head = one["sizes"], one["head"]
+        if sizes[head] < LEAST:
+            continue
+        others = sorted((other for other in range(len(sizes)) if other != head), key=lambda other: -sizes[other])
+        said = ", ".join(f"head {other} {sizes[other]:.1%}" for other in others[: HEADS - 1] if sizes[other] >= LEAST)
+        what = (
+            f"what the outlined token attends to; {sizes[head]:.1%} of its attention moves"
+            if way == "from"
+            else f"how much later tokens attend to the outlined one; {sizes[head]:.1%} of their attention on average"
+        )
+        words = f"{context['subset']}, head {head}: {what}" + (f" ({said})" if said else "")
+        before = one.get("before", 0.0)
+        rest = f"tokens before these: {_signed(before)}" if abs(before) >= LEAST else ""
+        lines.append(Pattern(words, _shifts(context, one["changes"]), rest))
     return lines
+
+
+def _shifts(context: dict[str, Any], changes: Sequence[float]) -> list[Shift]:
+    top, shifts = max(map(abs, changes), default=0.0), []
+    for place, (text, change) in enumerate(zip(context["tokens"], changes, strict=True)):
+        shade = f"{abs(change) / top:.2f}" if abs(change) >= LEAST else ""
+        way = "gain" if change > 0 else "loss"
+        shifts.append(Shift(_in_line(text), shade, way, _signed(change), place == context["peak"]))
+    return shifts
+
+
+def _signed(change: float) -> str:
+    return f"{100 * change:+.1f}%"
 
 
 def _effect(row: pd.Series, subset: str) -> Effect:
@@ -186,8 +257,12 @@ def _context(context: dict[str, Any], top: float) -> tuple[str, list[Piece]]:
     pieces = []
     for place, (text, act) in enumerate(zip(context["tokens"], context["acts"], strict=True)):
         shade = f"{act / top:.2f}" if act > 0 and top > 0 else ""
-        pieces.append(Piece(text.replace("\n", "\u23ce"), shade, f"{act:.3g}", place == context["peak"]))
+        pieces.append(Piece(_in_line(text), shade, f"{act:.3g}", place == context["peak"]))
     return context["subset"], pieces
+
+
+def _in_line(text: str) -> str:
+    return text.replace("\n", "\u23ce")
 
 
 def _visible(token: str) -> str:

@@ -200,6 +200,11 @@ def _noting(held: list[Tensor]) -> Callable[[Tensor, object], None]:
     return lambda activation, hook: held.append(activation)
 
 
+def run_up_to(bridge: TransformerBridge, batch: Batch, layer: int, hooks: Sequence[Hook]) -> None:
+    """A pass that ends with block `layer`, for what `hooks` see of it."""
+    _last_output(bridge, batch, layer, hooks)
+
+
 def resume(
     bridge: TransformerBridge,
     batch: Batch,
