@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from sites import KINDS, Site, sites_label
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 Jobs = Callable[..., subprocess.CompletedProcess[str]]
 

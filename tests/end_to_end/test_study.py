@@ -172,7 +172,7 @@ def test_mlflow_holds_the_run_tree(finished: Finished, sweep: Path) -> None:
     )
     assert children["tiny"] == 6
     assert children["lora"] == 4
-    assert children["deltas"] == 2 * (4 * 2 + 2 * 2 * 2)  # trials x (change: layers x d_new, residual: and bases)
+    assert children["deltas"] == 2 * (12 * 2 + 2 * 2 * 2)  # trials x (change: sites x d_new, residual: and bases)
     cells = read(sweep / "cells" / "manifest.json")["cells"]
     assert children["evaluate"] == len(cells)
     assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
@@ -192,7 +192,7 @@ def test_mlflow_holds_the_run_tree(finished: Finished, sweep: Path) -> None:
 def test_optuna_holds_a_study_for_each_group(finished: Finished) -> None:
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(finished[0] / "optuna" / "journal.log")))
     names = optuna.get_all_study_names(storage)
-    assert len(names) == 1 + 4 * 2 + 2 * 2 * 2
+    assert len(names) == 1 + 12 * 2 + 2 * 2 * 2
     for name in names:
         states = Counter(trial.state for trial in optuna.load_study(study_name=name, storage=storage).trials)
         assert states[TrialState.COMPLETE] >= 1
@@ -274,7 +274,7 @@ def test_a_new_alpha_and_a_second_seed_compute_new_cells_only(own: Path) -> None
     done, reported = together(("evaluate", *asked), ("report", *asked))
     assert done.returncode == 0, done.stdout + done.stderr
     of_best = [path for path in (sweep / "cells").glob("*_alpha2.0.json") if "scaled_weights" not in path.name]
-    assert len(of_best) == 2 * len(DOSED) * len(SUBSETS)
+    assert len(of_best) == 2 * (len(DOSED) + 1) * len(SUBSETS)  # and the set of all MLPs
     seeds = [read(path) for path in (sweep / "cells").glob("*_s1_*.json")]
     assert {one["condition"] for one in seeds} == {"full", "alpha", *OF_BOTH, *OF_CHANGE}
     assert reported.returncode == 0, reported.stdout + reported.stderr
