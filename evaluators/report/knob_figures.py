@@ -52,7 +52,7 @@ def where_it_lives(parts: pd.DataFrame, *, seed: int) -> Figure:
         if place < len(subsets):
             axes.set_title(plain(subsets[place]))
         if place % len(subsets) == 0:
-            axes.set_ylabel("share of the whole effect in CE")
+            axes.set_ylabel("share of the effect in CE")
         axes.set_xlabel("part of the model" if name == "part" else "layers, all parts but the rest")
     fewest, most = known["n_examples"].min(), known["n_examples"].max()
     count = f"n = {fewest if fewest == most else f'{fewest} to {most}'} prompts per subset"

@@ -80,7 +80,7 @@ def test_each_setting_adds_the_cells_of_its_kind(tmp_path: Path) -> None:
     assert plain["Reconstruction"] == 2 * 2 * 2, "layers, bases and widths"
     assert plain - counted("evaluate.curve=false") == Counter(Curve=subsets)
     assert plain - counted("evaluate.parts=false") == Counter(Parts=subsets)
-    assert counted("deltas.targets=[residual]")["Parts"] == 0
+    assert counted("deltas.targets=[residual]", "evaluate.controls=[]")["Parts"] == 0
     assert counted("evaluate.cards=100")["Cards"] == 2, "36 features of all sites, 24 at a time"
     assert counted("evaluate.widths=false")["Width"] == 0 < plain["Width"]
     assert counted("deltas.d_new=[4, 8, 16]")["Change"] == plain["Change"] + 1
@@ -92,7 +92,7 @@ def test_parts_are_of_all_that_finetuning_changed_whichever_sites_get_deltas(tmp
     (work, *_) = Parts.plan(ExpectedMaterials(context))
     assert work.changed == tuple(Site(layer, kind) for layer in range(4) for kind in SITES.values())
     assert (work.passes, work.cost(4), work.first) == (2 + 2 * (4 + 3), 64, True)
-    vars(context)["pair"] = {"sites": ["2.qkv", 0], "rest": ["model.norm.weight"], "exact": True}
+    vars(context)["pair"] = {"sites": ["2.qkv", 0], "rest": ["model.norm.weight"], "exact": True, "rounded": ""}
     (known, *_) = Parts.plan(ExpectedMaterials(context))
     assert known.changed == (Site(0), Site(2, QKV))
     assert known.rest == ("model.norm.weight",)
