@@ -8,7 +8,7 @@ is the one file that knows how blocks are built.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from models.bridge import Hook, block_of, hook_names
+from models.bridge import Hook, block_of, hook_names, whole
 from models.errors import ModelError
 from models.weights import build_skeleton, open_weights
 from sites import ATTENTION_OUT, KINDS, QKV, Kind, Site
@@ -170,6 +170,10 @@ class BlockPath:
             for name, parameter in module.named_parameters()
         }
 
+    def only(self, parts: Collection[str]) -> BlockPath:
+        """Those of its parts that are named: less than a path that can be run, but weights to exchange."""
+        return replace(self, parts={part: module for part, module in self.parts.items() if part in parts})
+
     def to(self, device: str | torch.device) -> BlockPath:
         """The same path on `device`; its modules are moved in place."""
         for module in self.parts.values():
@@ -290,11 +294,20 @@ def exchanged(bridge: TransformerBridge, paths: Sequence[BlockPath]) -> Iterator
     Tensors change places, none is copied, so this costs nothing and every strength can be a row of one batch.
     """
     held = [(_own(bridge, path.site), path.parameters()) for path in paths]
-    _exchange(held)
-    try:
-        yield
-    finally:
+    # Where a joint weight stays and only copies of its parts change, the model's own module would not see them.
+    copies = any(_has_copies_alone(bridge, path) for path in paths)
+    with whole(bridge) if copies else nullcontext():
         _exchange(held)
+        try:
+            yield
+        finally:
+            _exchange(held)
+
+
+def differs(bridge: TransformerBridge, path: BlockPath) -> bool:
+    """Whether any weight of `path` is another than the bridge's own."""
+    ours = _own(bridge, path.site)
+    return any(not torch.equal(ours[name], other) for name, other in path.parameters().items())
 
 
 @contextmanager
@@ -321,6 +334,11 @@ def _exchange(held: Sequence[tuple[dict[str, nn.Parameter], dict[str, nn.Paramet
         for name, other in theirs.items():
             ours[name].data, other.data = other.data, ours[name].data
         _split(ours)
+
+
+def _has_copies_alone(bridge: TransformerBridge, path: BlockPath) -> bool:
+    copies = [part for part in path.parts if part in ("attn.q", "attn.k", "attn.v")]
+    return bool(copies) and JOINT not in path.parts and JOINT in _parts(bridge, path.site)
 
 
 def _own(bridge: TransformerBridge, site: Site) -> dict[str, nn.Parameter]:

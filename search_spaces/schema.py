@@ -249,6 +249,9 @@ class Evaluate(Section):
     """Features that get a card in the report, those of largest estimated effect: what they read and write, and what
     each does alone. They are of the first of `deltas.targets`; of residual deltas, as many in each layer. With 0 no
     feature is looked at."""
+    parts: bool = True
+    """With change deltas: first also measure where the finetuning lives. Each part of the model (attention's patterns,
+    values and output, the MLPs, the rest), and each third of the layers, is un-finetuned alone, and finetuned alone."""
     curve: bool = True
     """With change deltas: also keep only the k most effective features of all layers, k from 1 to all of them."""
     widths: bool = True

@@ -1,6 +1,7 @@
-"""Pictures of the change deltas: the knob, how few features turn it, and where in the network the change is.
+"""Pictures of the change: in which parts it lives, the knob, how few features turn it, and where in the network it is.
 
-In: the dose-response, conditions, curve and delta-trial tables. Out: matplotlib Figures in the report's one style.
+In: the tables of parts, dose-response, conditions, curve and delta trials. Out: matplotlib Figures in the report's one
+style.
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,50 @@ from matplotlib.figure import Figure
 from evaluators.conditions import CHANGE_CONTROLS, CONDITIONS
 from evaluators.report.figures import MUTED, band, finish, look, panels, plain, whiskers
 from evaluators.tables.pooling import RATE, rates_in
-from evaluators.tables.recovery import ENOUGH
+from evaluators.tables.recovery import ENOUGH, EVERY_LAYER
 from sites import KINDS, Site, parse_sites
 
+MOST_SUBSETS = 3
+"""Panels side by side in a picture of parts."""
+WAYS = {"unfinetuned": "lost: only this un-finetuned", "finetuned": "brought: only this finetuned"}
 SERIES = {"alpha": CONDITIONS["alpha"]} | {name: one for name, one in CHANGE_CONTROLS.items() if one.dosed}
+
+
+def where_it_lives(parts: pd.DataFrame, *, seed: int) -> Figure:
+    """The share of the whole effect in CE that is lost without each part and that it brings alone, side by side, a
+    column per subset; below the parts, if they were measured, thirds of the layers. `parts` has shares."""
+    known = parts.dropna(subset=["share"])
+    subsets = list(known["subset"].unique())[:MOST_SUBSETS]
+    known = known[known["subset"].isin(subsets)]
+    whole = known["layers"] == EVERY_LAYER
+    lines = [(rows, name) for rows, name in ((known[whole], "part"), (known[~whole], "layers")) if len(rows)]
+    figure, grid = panels(len(lines) * len(subsets), columns=len(subsets), width=4.2, height=2.5)
+    low, high = float(known["share_low"].clip(lower=-1).min()), float(known["share_high"].clip(upper=2).max())
+    for place, axes in enumerate(grid):
+        rows, name = lines[place // len(subsets)]
+        labels = list(rows[name].unique())
+        here = rows[rows["subset"] == subsets[place % len(subsets)]]
+        for number, (way, label) in enumerate(WAYS.items()):
+            bars = here[here["way"] == way]
+            at = [labels.index(one) + 0.4 * (number - 0.5) for one in bars[name]]
+            axes.bar(at, bars["share"], 0.38, color=look(number)[0], label=label)
+            axes.errorbar(
+                at, bars["share"], yerr=whiskers(bars, "share"), color="black", capsize=2, elinewidth=1,
+                linestyle="none",
+            )  # fmt: skip
+        axes.axhline(0, color=MUTED, linewidth=1)
+        axes.axhline(1, color=MUTED, linewidth=1, linestyle="--")
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xlim(-0.7, len(labels) - 0.3)
+        axes.set_ylim(min(-0.05, low - 0.05), max(1.1, high + 0.05))
+        if place < len(subsets):
+            axes.set_title(plain(subsets[place]))
+        if place % len(subsets) == 0:
+            axes.set_ylabel("share of the effect in CE")
+        axes.set_xlabel("part of the model" if name == "part" else "layers, all parts but the rest")
+    fewest, most = known["n_examples"].min(), known["n_examples"].max()
+    count = f"n = {fewest if fewest == most else f'{fewest} to {most}'} prompts per subset"
+    return finish(figure, grid[0], f"{count}; bars: paired bootstrap 95% over prompts, seed {seed}; dashed: all of it")
 
 
 def knob(dose: pd.DataFrame, conditions: pd.DataFrame, *, seed: int) -> Figure:

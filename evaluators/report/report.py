@@ -17,6 +17,7 @@ from evaluators.report.feature_page import PAGE, feature_page, most_effective
 from evaluators.report.findings import number, with_interval
 from evaluators.report.knob_section import headline_rows, knob_section
 from evaluators.report.page import Block, Gallery, Link, Picture, Section, render
+from evaluators.report.parts_section import parts_section
 from evaluators.tables import tables
 from evaluators.tables.pooling import Cell, rates_in
 from sites import NOTHING
@@ -27,8 +28,8 @@ Rows: TypeAlias = pd.DataFrame | Sequence[dict[str, Any]]
 @dataclass(frozen=True)
 class SweepData:
     """What a sweep has found, as plain data: cells, trials, checks, facts and generations; `pair` says which two models
-    were compared, `finetuned` is what `finetuned.check_rows` found, `lora_pictures` are PNGs of the LoRA study by
-    name."""
+    were compared, `polished` what joint polish did to the change deltas, `finetuned` is what `finetuned.check_rows`
+    found, `lora_pictures` are PNGs of the LoRA study by name."""
 
     cells: Sequence[Cell]
     lora_trials: Rows
@@ -38,6 +39,7 @@ class SweepData:
     facts: dict[str, str]
     generations: Sequence[dict[str, Any]]
     pair: str = ""
+    polished: str = ""
     finetuned: Mapping[str, Any] | None = None
     lora_pictures: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -62,8 +64,10 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
         _write(folder / "lora_validation.csv", pd.DataFrame([data.finetuned["figures"]]).to_csv(index=False).encode())
     deltas = pd.DataFrame(data.delta_trials)
     reference = of_residuals(results)
+    parts, pair = parts_section(results, data.pair, seed=seed), f"{data.pair} {data.polished}".strip()
     page = [
-        knob_section(results, deltas, data.pair, seed=seed),
+        parts,
+        knob_section(results, deltas, data.polished if parts else pair, seed=seed),
         sections.checks_section(data.checks),
         sections.findings_section(reference, _glance(reference.conditions), seed=seed),
         sections.completed(sections.lora_section(pd.DataFrame(data.lora_trials)), data.finetuned, data.lora_pictures),
@@ -85,7 +89,7 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     pages = []
     if len(results.features):
         pages.append(Link("Features", PAGE))
-        _write(folder / PAGE, feature_page(data.cells, results.features, results.ranking, data.pair).encode())
+        _write(folder / PAGE, feature_page(data.cells, results.features, results.ranking, pair).encode())
     else:
         (folder / PAGE).unlink(missing_ok=True)
     html = folder / "report.html"
@@ -156,6 +160,7 @@ def _write_tables(folder: Path, results: tables.Results) -> None:
     else:
         (folder / "features.csv").unlink(missing_ok=True)
     for name, table in (
+        ("parts", results.parts),
         ("exp1_combo_summary", results.summary),
         ("exp2A_metrics", results.conditions),
         ("exp2B_metrics", results.dose),

@@ -1,7 +1,8 @@
 """The ceiling first, then what of it comes back: gaps between the ground and the finetuned model, and recovered shares.
 
-In: finished cells. Out: a table of gaps, one of recovered shares, one of the few-features curve, and one of what deltas
-leave of each MLP's change. Where the interval of a gap holds zero there is nothing to recover, and no share is given.
+In: finished cells. Out: a table of the parts' shares of the ceiling, one of gaps, one of recovered shares, one of the
+few-features curve, and one of what deltas leave of each MLP's change. Where the interval of a gap holds zero there is
+nothing to recover, and no share is given.
 """
 
 import math
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from data.rows import slug
 from evaluators.conditions import CONDITIONS
@@ -19,6 +21,8 @@ from sites import label_of_keys, parse_sites
 
 ENOUGH = 0.9
 """The share of the CE gap that the headline's number of features recovers."""
+EVERY_LAYER = "all"
+"""What cells and tables of parts call all layers, where a part is measured in all of them."""
 PLACE = ("target", "layer", "percentile", "d_new", "subset")
 GAP_COLUMNS = [
     *("target", "layer", "subset", "metric", "raw", "ground"),
@@ -29,7 +33,37 @@ RECOVERED_COLUMNS = [
     *("recovered", "recovered_low", "recovered_high", "n_examples"),
 ]
 CURVE_COLUMNS = ["layer", "d_new", "subset", "k", "mean_ce", "kl", "recovered", "recovered_low", "recovered_high"]
+PARTS_COLUMNS = ["part", "layers", "way", "subset", "mean_ce", "share", "share_low", "share_high", "n_examples"]
 CHANGE_COLUMNS = ["layer", "d_new", "subset", "part", "unexplained", "unexplained_low", "unexplained_high"]
+
+
+def parts_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
+    """The shares of the whole effect in CE, un-finetuned against finetuned, that lie in each part of the model: one row
+    for each (subset, part or third of the layers, way).
+
+    Where the part alone is un-finetuned, the share that is lost; where it alone is finetuned, the share that it brings.
+    `share` is NaN where the whole effect's interval holds zero.
+    """
+    rows = []
+    for cell in of_kind(cells, "parts"):
+        before, after = (_nll(cell[model]) for model in ("unfinetuned", "finetuned"))
+        is_effect = _excludes_zero(paired_bootstrap(*before, *after, seed=seed))
+        for one in cell["parts"]:
+            here = _nll(one["rows"])
+            start, end = (after, before) if one["way"] == "unfinetuned" else (before, after)
+            found = Estimate(math.nan, math.nan, math.nan)
+            if is_effect:
+                found = recovered_share(start, here, end, seed=seed)
+            row = {name: one[name] for name in ("part", "layers", "way")} | {"subset": cell["subset"]}
+            row |= {"mean_ce": here[0].sum() / here[1].sum()} | _columns("share", found)
+            rows.append(row | {"n_examples": len(one["rows"])})
+    return pd.DataFrame(rows, columns=PARTS_COLUMNS)
+
+
+def _nll(rows: Sequence[dict[str, Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nats and tokens of each prompt."""
+    nll, tokens = (np.array([row[name] for row in rows], dtype=np.float64) for name in ("nll", "n_tokens"))
+    return nll, tokens
 
 
 def gap_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:

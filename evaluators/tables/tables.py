@@ -51,6 +51,7 @@ def _count_of(rate: str) -> str:
 class Results(NamedTuple):
     """Every table of one sweep."""
 
+    parts: pd.DataFrame
     gaps: pd.DataFrame
     recovered: pd.DataFrame
     widths: pd.DataFrame
@@ -70,6 +71,7 @@ def all_tables(cells: Sequence[Cell], *, seed: int = 0) -> Results:
     """Every table of the functions below, from the cells of one sweep."""
     reconstruction = reconstruction_table(cells)
     return Results(
+        recovery.parts_table(cells, seed=seed),
         recovery.gap_table(cells, seed=seed),
         recovery.recovered_table(cells, seed=seed),
         recovery.widths_table(cells, seed=seed),

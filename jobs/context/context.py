@@ -191,6 +191,14 @@ class Context:
         return kinds_of_targets(self.settings)
 
     @property
+    def changed_sites(self) -> list[Site]:
+        """The sites that finetuning changed, in order, whether they get deltas or not; all of them, as long as that is
+        not known."""
+        if self.pair is not None:
+            return sorted(self._changed)
+        return [Site(layer, kind) for layer in range(model_facts(self.source)["n_layers"]) for kind in KINDS.values()]
+
+    @property
     def rest(self) -> tuple[str, ...]:
         """The parameters that finetuning changed and that no site owns, as transformers calls them."""
         return tuple(self.pair["rest"]) if self.pair is not None and self.pair["exact"] else ()

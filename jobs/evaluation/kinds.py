@@ -17,6 +17,7 @@ from data.rows import read_rows, slug
 from jobs.capture.worker_memory import bridge, exact_paths, own_paths, reference
 from jobs.context import keys
 from jobs.evaluation.behaviour import UNFINETUNED, Behaviour, Raw, Width, guesses
+from jobs.evaluation.parts import Parts
 from jobs.evaluation.work import Combination, Materials, Timing, Work, cell_name, place_of
 from jobs.files import key_of, read_json, write_json
 from sites import Address, Ground, Site
@@ -352,7 +353,7 @@ class Exactness(Work):
 
 
 KINDS: tuple[type[Work], ...] = (
-    *(Raw, Ranking),
+    *(Raw, Parts, Ranking),
     *(Behaviour, Width, Curve, Cards, Change, Reconstruction, Exactness),
 )
 """In the order in which a sweep's manifest lists their cells."""

@@ -250,7 +250,7 @@ class Work:
     columns: ClassVar[tuple[str, ...]]
     """Fields of a cell that trackers show as its parameters."""
     first: ClassVar[bool] = False
-    """Whether other kinds read its cells, so that they are computed before."""
+    """Whether its cells are computed before those of other kinds: others read them, or they need no deltas."""
 
     name: str
     """That of the cell, or what the names of its cells begin with."""

@@ -112,6 +112,19 @@ def test_gaps_recovered_shares_and_the_curve_have_their_rows(sweep: Path) -> Non
     assert len(change) == 12 * 2 * len(SUBSETS) * 2  # sites x d_new x subsets x parts
 
 
+def test_the_parts_lie_between_the_two_models(sweep: Path) -> None:
+    parts = pd.read_csv(sweep / "report" / "parts.csv")
+    assert set(parts["subset"]) == SUBSETS
+    assert set(parts["way"]) == {"unfinetuned", "finetuned"}
+    conditions = pd.read_csv(sweep / "report" / "exp2A_metrics.csv")
+    for subset in SUBSETS:
+        cell = read(sweep / "cells" / f"parts_{subset}.json")
+        for model, condition in (("finetuned", "raw"), ("unfinetuned", "base_model_raw")):
+            ce = sum(row["nll"] for row in cell[model]) / sum(row["n_tokens"] for row in cell[model])
+            whole = conditions[(conditions["subset"] == subset) & (conditions["condition"] == condition)]
+            assert ce == pytest.approx(whole["mean_ce"].item(), rel=1e-5), "nothing that changed is in no part"
+
+
 def test_the_ends_of_the_dense_knob_are_the_swapped_and_the_finetuned_model(sweep: Path) -> None:
     doses = pd.read_csv(sweep / "report" / "exp2B_metrics.csv")
     doses = doses[doses["layer"] != "0-3"].set_index(["condition", "subset", "alpha"])
@@ -145,9 +158,10 @@ def test_every_exactness_check_holds(sweep: Path) -> None:
 
 def test_the_report_stands_alone(sweep: Path) -> None:
     html = (sweep / "report" / "report.html").read_text()
-    first = ("h1>What finetuning changed", "h3>The answer", "h3>How few features?", "h2>Checks")
+    parts = "h2>Where the finetuning lives"
+    first = ("h1>What finetuning changed", parts, "h3>The answer", "h3>How few features?", "h2>Checks")
     order = [html.index(f"<{heading}<") for heading in first]
-    assert order == sorted(order), "the answer comes first"
+    assert order == sorted(order), "where to look, then the answer"
     assert "tiny-gemma2 before and after LoRA finetuning on" in html
     assert 'src="data:image/png;base64,' in html
     assert "http://" not in html.replace("http://www.w3.org", "")

@@ -49,7 +49,8 @@ def run(context: Context) -> dict[str, Any]:
         checks=found,
         facts=facts(context),
         generations=generations(context),
-        pair=f"{pair(context)} {polished(context)}".strip(),
+        pair=pair(context),
+        polished=polished(context),
         finetuned=read_json(space.lora / VALIDATION_FILE),
         lora_pictures=_lora_pictures(context),
     )

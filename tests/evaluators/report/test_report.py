@@ -11,7 +11,7 @@ from evaluators.conditions import CHANGE_CONTROLS
 from evaluators.report import figures, findings, knob_figures, sections
 from evaluators.report.page import table_block
 from evaluators.report.report import SweepData, summary_table, write_report
-from evaluators.tables import tables
+from evaluators.tables import recovery, tables
 from evaluators.tables.statistics import Estimate
 
 CHECKS = [{"name": "alpha 0 equals no_delta", "passed": True, "detail": "largest difference 0"}]
@@ -311,3 +311,57 @@ def test_the_report_names_the_controls_of_change_deltas():
     assert list(CHANGE_CONTROLS) == ["random_delta", "scaled_weights", "shuffled_delta", "dense_delta", "pca_delta"]
     assert list(named) == ["alpha", "scaled_weights", "full", "dense_delta", "pca_delta"]
     assert all(one.label for one in named.values())
+
+
+def parts_cells(subsets=SUBSETS, effect=0.5):
+    """The MLPs are needed, attention's values help; with `effect` 0 finetuning did nothing."""
+    shifts = {("values", "all"): (0.1, 0.4), ("mlp", "all"): (0.4, 0.1), ("all", "0-1"): (0.0, 0.5)}
+    return [
+        {
+            "kind": "parts",
+            "subset": subset,
+            "finetuned": rows_of(subset),
+            "unfinetuned": rows_of(subset, shift=effect),
+            "parts": [
+                {"part": part, "layers": layers, "way": way, "rows": rows_of(subset, shift=shift)}
+                for (part, layers), both in shifts.items()
+                for way, shift in zip(knob_figures.WAYS, both, strict=True)
+            ],
+        }
+        for subset in subsets
+    ]
+
+
+def test_where_the_finetuning_lives_comes_first(tmp_path):
+    pair = {"pair": "One model and another.", "polished": "Then they were trained together."}
+    page = write_report(tmp_path, inputs([*sweep(), *parts_cells()], **pair)).read_text()
+    headings = re.findall(r"<h[23]>([^<]+)<", page)
+    assert headings[0] == "Where the finetuning lives"
+    assert page.count("One model and another.") == 1
+    assert "neither share may be called the part" in page
+    assert (tmp_path / "graphs" / "parts.png").is_file()
+    table = pd.read_csv(tmp_path / "parts.csv")
+    assert len(table) == 3 * 3 * 2
+    lost = table[(table["part"] == "mlp") & (table["way"] == "unfinetuned")]
+    assert lost["share"].to_numpy() == pytest.approx([0.8] * 3, abs=0.05)
+
+
+def test_the_picture_of_parts_shows_both_ways_of_each_in_three_subsets_at_most():
+    table = recovery.parts_table(parts_cells((*SUBSETS, "more")))
+    figure = knob_figures.where_it_lives(table, seed=7)
+    assert len(figure.axes) == 3 * 2, "thirds below"
+    assert [axes.get_title() for axes in figure.axes[:3]] == list(SUBSETS)
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["values", "mlp"]
+    assert [text.get_text() for text in figure.axes[3].get_xticklabels()] == ["0-1"]
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    here = table[(table["subset"] == "tool") & (table["layers"] == "all")].sort_values("way", ascending=False)
+    assert heights == pytest.approx(here["share"].to_numpy())
+    assert "n = 12 prompts" in figure.get_supxlabel()
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == list(knob_figures.WAYS.values())
+
+
+def test_without_an_effect_the_parts_have_no_picture(tmp_path):
+    page = write_report(tmp_path, inputs(parts_cells(effect=0.0), **NOTHING)).read_text()
+    assert "Where the finetuning lives" in page
+    assert not (tmp_path / "graphs" / "parts.png").exists()

@@ -155,3 +155,47 @@ def test_unexplained_by_subset_and_part():
     table = recovery.change_table(cells).set_index("part")
     assert table["unexplained"].to_dict() == {"prompt": 0.25, "target": 0.5}
     assert table["l0"].to_dict() == {"prompt": 2.0, "target": 2.0}
+
+
+def parts_cell(whole, shifts, subset="tool"):
+    """CE `whole` above the finetuned model without finetuning; `shifts` by part, layers and way."""
+
+    def rows(shift):
+        return [{name: row[name] for name in ("index", "nll", "n_tokens")} for row in rows_of(shift, 1)]
+
+    parts = [
+        {"part": part, "layers": layers, "way": way, "rows": rows(shift)}
+        for (part, layers, way), shift in shifts.items()
+    ]
+    return {"kind": "parts", "subset": subset, "finetuned": rows(0.0), "unfinetuned": rows(whole), "parts": parts}
+
+
+SHIFTS = {
+    ("values", "all", "unfinetuned"): 0.5,
+    ("values", "all", "finetuned"): 1.6,
+    ("mlp", "all", "unfinetuned"): 1.5,
+    ("mlp", "all", "finetuned"): 0.4,
+    ("all", "0-3", "unfinetuned"): 0.2,
+    ("all", "0-3", "finetuned"): 2.2,
+}
+
+
+def test_what_is_lost_without_a_part_and_what_it_brings_alone():
+    table = recovery.parts_table([*CELLS, parts_cell(2.0, SHIFTS)])
+    assert list(table.columns) == recovery.PARTS_COLUMNS
+    shares = {(row.part, row.layers, row.way): row.share for row in table.itertuples()}
+    assert shares == pytest.approx(dict(zip(SHIFTS, (0.25, 0.2, 0.75, 0.8, 0.1, -0.1), strict=True)))
+    assert (table["share_low"] <= table["share"]).all()
+    assert (table["share"] <= table["share_high"]).all()
+    assert (table["n_examples"] == PROMPTS).all()
+    raw = one(recovery.gap_table(CELLS), layer="0-2", metric="mean_ce")["raw"]
+    assert table["mean_ce"].to_list() == pytest.approx([raw + shift for shift in SHIFTS.values()])
+
+
+def test_without_a_whole_effect_no_part_has_a_share():
+    cell = parts_cell(0.0, {("mlp", "all", "unfinetuned"): 0.1})
+    cell["unfinetuned"] = [row | {"nll": row["nll"] + 0.5 * (-1) ** row["index"]} for row in cell["finetuned"]]
+    (row,) = recovery.parts_table([cell]).itertuples()
+    assert math.isnan(row.share)
+    assert row.mean_ce == pytest.approx(0.6, abs=0.02)
+    assert recovery.parts_table(CELLS).empty

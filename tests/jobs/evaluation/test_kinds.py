@@ -10,15 +10,18 @@ import pytest
 from jobs.cluster.connection import Share
 from jobs.commands.plan import plan_rows
 from jobs.context.context import Context
-from jobs.evaluation.kinds import KINDS, Behaviour, Cards, Exactness, Reconstruction, works_of
+from jobs.evaluation.kinds import KINDS, Behaviour, Cards, Exactness, Parts, Reconstruction, works_of
 from jobs.evaluation.work import ExpectedMaterials, Materials, Work
 from jobs.files import MANIFEST, read_json
 from search_spaces.load import load
+from sites import KINDS as SITES
+from sites import QKV, Site
 
 VARIANTS = {
     "as it is": (),
     "replicas": ("evaluate.replicas=2",),
     "no controls": ("evaluate.controls=[]",),
+    "no parts": ("evaluate.parts=false",),
     "no curve": ("evaluate.curve=false",),
     "no cards": ("evaluate.cards=0",),
     "many cards": ("evaluate.cards=100",),
@@ -76,10 +79,33 @@ def test_each_setting_adds_the_cells_of_its_kind(tmp_path: Path) -> None:
     plain, subsets = counted(), 3
     assert plain["Reconstruction"] == 2 * 2 * 2, "layers, bases and widths"
     assert plain - counted("evaluate.curve=false") == Counter(Curve=subsets)
+    assert plain - counted("evaluate.parts=false") == Counter(Parts=subsets)
+    assert counted("deltas.targets=[residual]", "evaluate.controls=[]")["Parts"] == 0
     assert counted("evaluate.cards=100")["Cards"] == 2, "36 features of all sites, 24 at a time"
     assert counted("evaluate.widths=false")["Width"] == 0 < plain["Width"]
     assert counted("deltas.d_new=[4, 8, 16]")["Change"] == plain["Change"] + 1
     assert set(plain) == {kind.__name__ for kind in KINDS} - {"Exactness"}
+
+
+def test_parts_are_of_all_that_finetuning_changed_whichever_sites_get_deltas(tmp_path: Path) -> None:
+    context = context_of(tmp_path, "deltas.sites=[mlp]", "deltas.layers=[1]")
+    (work, *_) = Parts.plan(ExpectedMaterials(context))
+    assert work.changed == tuple(Site(layer, kind) for layer in range(4) for kind in SITES.values())
+    assert (work.passes, work.cost(4), work.first) == (2 + 2 * (4 + 3), 64, True)
+    vars(context)["pair"] = {"sites": ["2.qkv", 0], "rest": ["model.norm.weight"], "exact": True, "rounded": ""}
+    (known, *_) = Parts.plan(ExpectedMaterials(context))
+    assert known.changed == (Site(0), Site(2, QKV))
+    assert known.rest == ("model.norm.weight",)
+    assert known.passes == 2 + 2 * (3 + 1 + 3), "patterns, values, MLPs and the rest, and thirds"
+
+
+def test_the_keys_of_parts_do_not_depend_on_deltas(finished: tuple[Path, object]) -> None:
+    def keys(*settings: str) -> set[str]:
+        return {work.key for work in Parts.plan(Materials(context_of(finished[0], *settings)))}
+
+    assert len(keys()) == 1
+    assert keys() == keys("deltas.sites=[mlp]", "deltas.d_new=[16]", "evaluate.curve=false")
+    assert keys() != keys("compute.precision=bf16")
 
 
 def test_what_is_done_is_left_out(tmp_path: Path) -> None:

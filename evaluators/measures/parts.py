@@ -1,0 +1,126 @@
+"""Where the finetuning lives: what is lost when one part of the model is un-finetuned, and what it brings alone.
+
+In: a model's passes, the un-finetuned weights of what finetuning changed, and rows. Out: the cross-entropy of each row
+for the finetuned model, the un-finetuned one, and for each part in two ways: un-finetuned while all else is finetuned,
+and finetuned while all else is not. No deltas are needed. The parts stand in for each other, so that the two ways may
+give a part very different shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from data.encoding import Encoded, encode_row
+from data.rows import Row
+from evaluators.splice.interventions import Edit
+from evaluators.splice.passes import Passes
+from evaluators.splice.teacher_forcing import Job, score
+from models.blocks import BlockPath, differs, exchanged
+from models.rest import Rest
+from sites import mlp_sites, sets_of, sites_label
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+REST = "rest"
+PARTS = {
+    "patterns": ("attn.q", "attn.k"),
+    "values": ("attn.v",),
+    "output": ("attn.o", "ln1_post"),
+    "mlp": ("ln2", "mlp", "ln2_post"),
+    REST: ("ln1",),
+}
+"""By part of the model, which of the bridge's components it consists of. The norm before attention serves patterns and
+values alike, so it belongs to the rest, with all that lies in no site."""
+EVERY = "all"
+"""As a part: all parts of a block. As layers: all of them, and what lies outside the blocks."""
+UNFINETUNED, FINETUNED = "unfinetuned", "finetuned"
+"""The two ways: only this part is un-finetuned, or only this part is finetuned."""
+
+
+class Piece(NamedTuple):
+    """A part of one layer; the layer is None for what lies in no site."""
+
+    part: str
+    layer: int | None
+
+
+class Group(NamedTuple):
+    """Pieces that are measured together: a part in all layers, or all parts of a third of the layers."""
+
+    part: str
+    layers: str
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What finetuning changed, piece by piece: the un-finetuned weights."""
+
+    paths: Mapping[Piece, BlockPath]
+    rest: Rest | None = None
+
+    @classmethod
+    def of(cls, bridge: TransformerBridge, paths: Iterable[BlockPath], rest: Rest | None = None) -> Changes:
+        """Cuts un-finetuned paths into pieces and keeps those with a weight that is not the bridge's own; `rest` holds
+        the parameters outside all sites that finetuning changed."""
+        pieces = [(Piece(part, path.site.layer), path.only(owned)) for path in paths for part, owned in PARTS.items()]
+        return cls({piece: path for piece, path in pieces if differs(bridge, path)}, rest)
+
+    @property
+    def pieces(self) -> frozenset[Piece]:
+        return frozenset(self.paths) | ({Piece(REST, None)} if self.rest is not None else set())
+
+    def groups(self, n_layers: int) -> dict[Group, frozenset[Piece]]:
+        """The pieces of each part that finetuning changed, then those of each third of the model's layers, without the
+        rest."""
+        found = {Group(part, EVERY): frozenset(one for one in self.pieces if one.part == part) for part in PARTS}
+        for third in sets_of("thirds", mlp_sites(range(n_layers))):
+            layers = {site.layer for site in third}
+            found[Group(EVERY, sites_label(third))] = frozenset(
+                one for one in self.pieces if one.layer in layers and one.part != REST
+            )
+        return {group: pieces for group, pieces in found.items() if pieces}
+
+    @contextmanager
+    def undone(self, bridge: TransformerBridge, pieces: Collection[Piece]) -> Iterator[None]:
+        """The bridge runs with the un-finetuned weights of `pieces` while the `with` lasts."""
+        with ExitStack() as stack:
+            if self.rest is not None and Piece(REST, None) in pieces:
+                stack.enter_context(self.rest.at(bridge, 0.0))
+            stack.enter_context(exchanged(bridge, [path for piece, path in self.paths.items() if piece in pieces]))
+            yield
+
+
+def evaluate_parts(passes: Passes, changes: Changes, rows: Sequence[Row]) -> dict[str, Any]:
+    """`finetuned` and `unfinetuned`: one entry a row with `nll` (nats, summed over its `n_tokens` target tokens).
+    `parts`: for each group of pieces and each way its `part`, `layers`, `way` and `rows`."""
+    encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
+    everything = changes.pieces
+    groups = changes.groups(passes.bridge.cfg.n_layers)
+    asked = {(group, UNFINETUNED): pieces for group, pieces in groups.items()}
+    asked |= {(group, FINETUNED): everything - pieces for group, pieces in groups.items()}
+    # Where there is but one part, some of these are the same model.
+    found = {
+        pieces: _scored(passes, changes, pieces, encoded)
+        for pieces in dict.fromkeys([frozenset[Piece](), everything, *asked.values()])
+    }
+    return {
+        "finetuned": found[frozenset()],
+        "unfinetuned": found[everything],
+        "parts": [
+            {"part": group.part, "layers": group.layers, "way": way, "rows": found[asked[group, way]]}
+            for group in groups
+            for way in (UNFINETUNED, FINETUNED)
+        ],
+    }
+
+
+def _scored(
+    passes: Passes, changes: Changes, pieces: Collection[Piece], encoded: Sequence[Encoded]
+) -> list[dict[str, Any]]:
+    with changes.undone(passes.bridge, pieces):
+        scored = score(passes, Edit(), [Job(row) for row in encoded])  # raw shares no prefix with any other model
+    return [{"index": index, "nll": one.nll, "n_tokens": one.n_tokens} for index, one in enumerate(scored)]

@@ -1,0 +1,59 @@
+"""The section of the report before any deltas: in which parts of the model the finetuning lives.
+
+In: a sweep's table of parts. Out: a section of the page with a picture and a table.
+"""
+
+import pandas as pd
+
+from evaluators.report import knob_figures
+from evaluators.report.page import Block, Section, picture, table_block
+from evaluators.tables.tables import Results
+
+STAND_IN = "The parts stand in for each other, so neither share may be called the part's own."
+COLUMNS = {
+    "subset": "subset",
+    "part": "part",
+    "layers": "layers",
+    "unfinetuned_ce": "CE, only it un-finetuned",
+    "unfinetuned": "share lost",
+    "finetuned_ce": "CE, only it finetuned",
+    "finetuned": "share brought",
+    "n_examples": "prompts",
+}
+
+
+def parts_section(results: Results, pair: str, *, seed: int) -> Section | None:
+    """The picture, where there is an effect to share out, and the table; None where no parts were measured. `pair`
+    says which two models are compared."""
+    table = results.parts
+    if table.empty:
+        return None
+    blocks: list[Block] = []
+    if table["share"].notna().any():
+        figure = knob_figures.where_it_lives(table, seed=seed)
+        help = (
+            "What of the whole effect of finetuning on CE goes when one part alone is put back to what it was before, "
+            f"and what comes when that part alone is finetuned. {STAND_IN}"
+        )
+        blocks.append(picture("parts", figure, "Where the finetuning lives", help))
+    help = (
+        "CE in nats per target token. Patterns are attention's query and key projections, the rest is what lies in no "
+        f"part, such as embeddings. {STAND_IN} Without a share, the whole effect's interval holds 0."
+    )
+    blocks.append(table_block(_both_ways(table), COLUMNS, "Parts", help))
+    intro = (
+        f"{pair} Before asking what deltas explain: which parts of the model does the effect of finetuning need, and "
+        "which bring it about alone?"
+    ).strip()
+    return Section("parts", "Where the finetuning lives", intro, blocks)
+
+
+def _both_ways(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each subset and part, with the columns of both ways."""
+    place = ["subset", "part", "layers", "n_examples"]
+    names = {"mean_ce": "_ce", "share": "", "share_low": "_low", "share_high": "_high"}
+    ways = [
+        table[table["way"] == way].set_index(place)[list(names)].set_axis([way + end for end in names.values()], axis=1)
+        for way in knob_figures.WAYS
+    ]
+    return pd.concat(ways, axis=1).reset_index()

@@ -1,0 +1,166 @@
+"""Where the finetuning lives: each way of each part is a plain model put together by hand from two."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from data.encoding import encode_row
+from evaluators.measures.parts import EVERY, FINETUNED, PARTS, UNFINETUNED, Changes, Group, evaluate_parts
+from models.blocks import read_paths, sites_with
+from models.comparison import compare
+from models.rest import read_rest
+from models.tiny import byte_tokenizer
+from models.weights import open_weights
+
+NAMES = {
+    "patterns": ("q_proj", "k_proj"),
+    "values": ("v_proj",),
+    "output": ("o_proj",),
+    "mlp": ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+"""By part, what a parameter's name holds in Gemma-2 and Llama; all else is the rest, but for the norm between attention
+and MLP, which is called alike in both and is of another part in each."""
+
+
+def part_of(name, kind):
+    if "post_attention_layernorm" in name:
+        return "output" if kind == "gemma2" else "mlp"
+    return next((part for part, known in NAMES.items() if any(one in name for one in known)), "rest")
+
+
+def layer_of(name):
+    return int(name.split(".")[2]) if ".layers." in name else None
+
+
+def by_hand(after, before, is_undone):
+    """The finetuned plain model with those un-finetuned parameters for which `is_undone`."""
+    theirs = dict(before.named_parameters())
+    with torch.no_grad():
+        for name, parameter in after.named_parameters():
+            if is_undone(name):
+                parameter.copy_(theirs[name])
+    return after
+
+
+def nll(model, rows):
+    found = []
+    for row in rows:
+        with torch.no_grad():
+            steps = model(input_ids=torch.tensor([row.ids])).logits[0, len(row.prompt) - 1 : -1].log_softmax(-1)
+        found.append(-sum(step[token].item() for step, token in zip(steps, row.target, strict=True)))
+    return found
+
+
+def changed(folder, load, path, is_changed=lambda name: True):
+    """The same architecture with other values of the parameters for which `is_changed`."""
+    model, tokenizer = load(folder)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_changed(name):
+                parameter.mul_(1 + 0.4 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def changes_of(bridge, before, after):
+    sites, rest = sites_with(bridge.original_model.config, compare(open_weights(before), open_weights(after)).changed)
+    return Changes.of(bridge, read_paths(bridge, before, sites).values(), read_rest(before, rest) if rest else None)
+
+
+def test_each_way_of_each_part_is_a_model_put_together_by_hand(subject, load, tmp_path):
+    before = changed(subject.folder, load, tmp_path)
+    kind, n_layers = subject.plain.config.model_type, subject.plain.config.num_hidden_layers
+    held = [parameter.clone() for parameter in subject.bridge.original_model.parameters()]
+    found = evaluate_parts(subject.passes, changes_of(subject.bridge, before, subject.folder), subject.rows)
+    others = dict.fromkeys((one["part"], one["layers"]) for one in found["parts"] if one["layers"] != EVERY)
+    thirds = {"gemma2": [{0}, {1, 2}, {3}], "llama": [{0}, {1}, {2}]}[kind]
+    assert len(thirds) == len(others)
+    assert set().union(*thirds) == set(range(n_layers))
+    groups = {(part, EVERY): lambda name, part=part: part_of(name, kind) == part for part in PARTS}
+    for key, third in zip(others, thirds, strict=True):
+        groups[key] = lambda name, third=third: layer_of(name) in third and part_of(name, kind) != "rest"
+    seen = {(one["part"], one["layers"], one["way"]): one["rows"] for one in found["parts"]}
+    assert list(seen) == [(*group, way) for group in groups for way in (UNFINETUNED, FINETUNED)]
+    models = {
+        "finetuned": (found["finetuned"], lambda name: False),
+        "unfinetuned": (found["unfinetuned"], lambda name: True),
+    }
+    for group, is_here in groups.items():
+        models[*group, UNFINETUNED] = seen[*group, UNFINETUNED], is_here
+        models[*group, FINETUNED] = seen[*group, FINETUNED], lambda name, is_here=is_here: not is_here(name)
+    values = {}
+    for which, (rows, is_undone) in models.items():
+        expected = nll(by_hand(load(subject.folder)[0], load(before)[0], is_undone), subject.encoded)
+        values[which] = sum(expected)
+        assert [row["nll"] for row in rows] == pytest.approx(expected, rel=1e-4), which
+        assert [row["n_tokens"] for row in rows] == [len(row.target) for row in subject.encoded]
+        assert [row["index"] for row in rows] == list(range(len(rows)))
+    assert len({round(value, 3) for value in values.values()}) == len(values), "no two of them are alike"
+    after = subject.bridge.original_model.parameters()
+    assert all(torch.equal(one, other) for one, other in zip(held, after, strict=True)), "the weights go back"
+
+
+def test_only_what_changed_is_a_part(subject, load, tmp_path):
+    names = ("layers.1.self_attn.v_proj", "layers.1.mlp.up_proj")
+    before = changed(subject.folder, load, tmp_path, lambda name: any(one in name for one in names))
+    changes = changes_of(subject.bridge, before, subject.folder)
+    groups = changes.groups(subject.plain.config.num_hidden_layers)
+    assert [group for group in groups if group.layers == EVERY] == [Group("values", EVERY), Group("mlp", EVERY)]
+    assert [group.part for group in groups if group.layers != EVERY] == [EVERY], "one third alone holds layer 1"
+    found = evaluate_parts(subject.passes, changes, subject.rows)
+    rows = {(one["part"], one["way"]): one["rows"] for one in found["parts"]}
+    assert rows[EVERY, UNFINETUNED] == found["unfinetuned"]
+    assert rows["values", FINETUNED] == rows["mlp", UNFINETUNED], "the other of two"
+    assert rows["values", UNFINETUNED] != found["finetuned"]
+
+
+def test_a_norm_before_attention_is_of_the_rest(subject, load, tmp_path):
+    before = changed(subject.folder, load, tmp_path, lambda name: "input_layernorm" in name)
+    groups = changes_of(subject.bridge, before, subject.folder).groups(subject.plain.config.num_hidden_layers)
+    assert list(groups) == [Group("rest", EVERY)]
+
+
+def test_parts_of_a_joint_weight_change_alone(wrapped, load, tmp_path):
+    """Phi-3 has queries, keys and values in one weight, of which the bridge runs with copies."""
+    from evaluators.splice.passes import Passes
+    from tests.evaluators.conftest import ROWS
+
+    tokenizer = byte_tokenizer()
+    config = AutoConfig.for_model(
+        "phi3",
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    after, before = tmp_path / "after", tmp_path / "before"
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(6.0) if parameter.ndim > 1 else parameter.uniform_(0.3, 3.0)
+    model.save_pretrained(after)
+    tokenizer.save_pretrained(after)
+    changed(after, load, before, lambda name: "qkv_proj" in name)
+    bridge = wrapped(after)
+    found = evaluate_parts(Passes(bridge), changes_of(bridge, before, after), ROWS)
+    rows = {(one["part"], one["way"]): one["rows"] for one in found["parts"]}
+    assert {part for part, _ in rows} == {"patterns", "values"}
+    encoded, heads = [encode_row(tokenizer, row) for row in ROWS], 24 + 12
+    for part, here in (("patterns", slice(0, heads)), ("values", slice(heads, None))):
+        plain, other = load(after)[0], load(before)[0]
+        with torch.no_grad():
+            for block, theirs in zip(plain.model.layers, other.model.layers, strict=True):
+                block.self_attn.qkv_proj.weight[here] = theirs.self_attn.qkv_proj.weight[here]
+        assert [row["nll"] for row in rows[part, UNFINETUNED]] == pytest.approx(nll(plain, encoded), rel=1e-4)
+    assert [row["nll"] for row in found["unfinetuned"]] == pytest.approx(nll(load(before)[0], encoded), rel=1e-4)
+    assert [row["nll"] for row in found["finetuned"]] == pytest.approx(nll(load(after)[0], encoded), rel=1e-4)
