@@ -1,4 +1,4 @@
-"""The first section of the report: what finetuning changed in the MLPs, and whether that change is a knob.
+"""The first section of the report: what finetuning changed, and whether that change is a knob.
 
 In: a sweep's tables and its delta trials. Out: a section of the page, and its sentences, each held to its interval: the
 ceiling first (is there a gap?), then what comes back, then controls.
@@ -27,7 +27,7 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
     widest = recovery.widest_set(gaps)
     rows = headline_rows(results)
     help = (
-        f"Of layers {widest}, CE in nats per target token: what putting the un-finetuned MLPs back does, its share "
+        f"Of sites {widest}, CE in nats per target token: what putting un-finetuned weights back there does, its share "
         "of the whole effect of finetuning, and how much of it the deltas bring back at alpha 1, with 95% intervals."
     )
     lines = [list(row.values()) for row in rows]
@@ -44,7 +44,7 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
         figure = knob_figures.recovered_by_width(results.widths, seed=seed)
         help = (
             "What deltas of each width bring back. A linear map of the same rank is not sparse. The change along as "
-            "many principal directions is computed by both MLPs, not read off their input."
+            "many principal directions is computed with both weights, not read off their input."
         )
         blocks.append(picture("widths", figure, "How wide must a delta be", help))
     if len(results.curve):
@@ -57,7 +57,7 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
         figure = knob_figures.where_it_is(deltas, gaps, results.recovered)
         help = (
             "By layer: |y_finetuned - y_un|^2 over the variance of y, and what the deltas leave of it. By set of "
-            "layers: how much of the whole effect goes when only their MLPs are un-finetuned, and how much of that "
+            "sites: how much of the whole effect goes when only these are un-finetuned, and how much of that "
             "their deltas bring back. Layers make up for each other, so that the shares need not add up."
         )
         blocks.append(picture("where", figure, "Where in the network", help))
@@ -66,8 +66,8 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
     blocks += _every_behaviour(dose, seed)
     blocks += _tables(results, gaps)
     intro = (
-        f"{pair} The finetuned model's MLPs are put back to what they were before, and sparse deltas add what "
-        "finetuning changed in them, times alpha: at 0 nothing of it, at 1 all that the deltas have learnt."
+        f"{pair} The finetuned model's sites are put back to what they were before, and sparse deltas add what "
+        "finetuning changed there, times alpha: at 0 nothing of it, at 1 all that the deltas have learnt."
     ).strip()
     return Section("knob", "The change, as a knob", intro, blocks)
 
@@ -95,9 +95,9 @@ def _every_behaviour(dose: pd.DataFrame, seed: int) -> list[Block]:
 
 
 def _tables(results: Results, gaps: pd.DataFrame) -> list[Block]:
-    columns = {"layer": "layers", "subset": "subset", "metric": "metric", "raw": "finetuned", "ground": "MLPs swapped"}
-    columns |= {"gap": "gap", "unfinetuned": "un-finetuned", "share": "MLPs' share of the whole effect"}
-    help = "The ceiling: what swapping the MLPs of a set does. Where the gap's interval holds 0, nothing can come back."
+    columns = {"layer": "layers", "subset": "subset", "metric": "metric", "raw": "finetuned", "ground": "sites swapped"}
+    columns |= {"gap": "gap", "unfinetuned": "un-finetuned", "share": "share of the whole effect"}
+    help = "The ceiling: what un-finetuned weights at the sites of a set do. Where the gap's interval holds 0, nothing can come back."
     blocks: list[Block] = [table_block(gaps, columns, "Gaps", help)]
     recovered = results.recovered[results.recovered["target"] == "change"]
     columns = {
@@ -120,7 +120,7 @@ def knob_findings(results: Results, deltas: pd.DataFrame) -> list[Findings]:
         widest = recovery.widest_set(gaps)
         here = gaps[gaps["layer"] == widest]
         found += [
-            Findings(f"Is there anything to explain in the MLPs of layers {widest}?", _ceilings(here)),
+            Findings(f"Is there anything to explain at the sites {widest}?", _ceilings(here)),
             Findings("How much of it do the deltas bring back?", _recovered(results, here)),
             Findings("How wide must a delta be?", _wide(results)),
             Findings("How few features?", _few(results)),
@@ -131,7 +131,7 @@ def knob_findings(results: Results, deltas: pd.DataFrame) -> list[Findings]:
 def _ceilings(gaps: pd.DataFrame) -> list[str]:
     sentences = []
     for _, row in gaps.iterrows():
-        text = f"{row['subset']}: with un-finetuned MLPs CE is {number(row['ground'])}, finetuned {number(row['raw'])}"
+        text = f"{row['subset']}: with un-finetuned weights there CE is {number(row['ground'])}, finetuned {number(row['raw'])}"
         if not _leaves_out_zero(row, "gap"):
             sentences.append(f"{text}: nothing to recover here (gap {with_interval(row, 'gap', signed=True)} {NATS}).")
             continue
@@ -239,7 +239,7 @@ def headline_rows(results: Results) -> list[dict[str, str]]:
     for subset in gaps["subset"].unique():
         gap = gaps[(gaps["layer"] == widest) & (gaps["subset"] == subset) & (gaps["metric"] == "mean_ce")].iloc[0]
         row = {"subset": subset, "gap in CE": with_interval(gap, "gap", signed=True)}
-        row["MLPs' share"] = "-" if pd.isna(gap["share"]) else with_interval(gap, "share")
+        row["sites' share"] = "-" if pd.isna(gap["share"]) else with_interval(gap, "share")
         here = results.recovered[(results.recovered["target"] == "change") & (results.recovered["layer"] == widest)]
         here = here[here["subset"] == subset]
         here, kl = (here[here["metric"] == metric].set_index("condition") for metric in ("mean_ce", "kl"))

@@ -20,7 +20,7 @@ HERE_ONLY = ("name", "storage.", "compute.")
 NOT_HERE_ONLY = ("compute.precision",)
 FIGURE_COLUMNS = ["sweep", "subset", "figure", "value", "low", "high"]
 POOLED_COLUMNS = ["sweeps", "subset", "figure", "mean", "sd", "low", "high", "n"]
-GAP, SHARE = "CE gap, nats per target token", "MLPs' share of the whole effect"
+GAP, SHARE = "CE gap, nats per target token", "share of the whole effect"
 RECOVERED = {
     ("full", "mean_ce"): "CE recovered, alpha 1",
     ("full", "kl"): "KL recovered, alpha 1",

@@ -81,7 +81,7 @@ def test_each_setting_adds_the_cells_of_its_kind(tmp_path: Path) -> None:
     assert plain - counted("evaluate.curve=false") == Counter(Curve=subsets)
     assert plain - counted("evaluate.parts=false") == Counter(Parts=subsets)
     assert counted("deltas.targets=[residual]", "evaluate.controls=[]")["Parts"] == 0
-    assert counted("evaluate.cards=100")["Cards"] == 2, "36 features of all sites, 24 at a time"
+    assert counted("evaluate.cards=100")["Cards"] == 5, "100 of the 108 features of all sites, 24 at a time"
     assert counted("evaluate.widths=false")["Width"] == 0 < plain["Width"]
     assert counted("deltas.d_new=[4, 8, 16]")["Change"] == plain["Change"] + 1
     assert set(plain) == {kind.__name__ for kind in KINDS} - {"Exactness"}
