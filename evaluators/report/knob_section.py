@@ -97,7 +97,7 @@ def _every_behaviour(dose: pd.DataFrame, seed: int) -> list[Block]:
 def _tables(results: Results, gaps: pd.DataFrame) -> list[Block]:
     columns = {"layer": "layers", "subset": "subset", "metric": "metric", "raw": "finetuned", "ground": "sites swapped"}
     columns |= {"gap": "gap", "unfinetuned": "un-finetuned", "share": "share of the whole effect"}
-    help = "The ceiling: what un-finetuned weights at the sites of a set do. Where the gap's interval holds 0, nothing can come back."
+    help = "The ceiling: what un-finetuned weights at a set's sites do. Where the gap's interval holds 0, nothing can return."
     blocks: list[Block] = [table_block(gaps, columns, "Gaps", help)]
     recovered = results.recovered[results.recovered["target"] == "change"]
     columns = {
@@ -131,7 +131,7 @@ def knob_findings(results: Results, deltas: pd.DataFrame) -> list[Findings]:
 def _ceilings(gaps: pd.DataFrame) -> list[str]:
     sentences = []
     for _, row in gaps.iterrows():
-        text = f"{row['subset']}: with un-finetuned weights there CE is {number(row['ground'])}, finetuned {number(row['raw'])}"
+        text = f"{row['subset']}: un-finetuned there, CE is {number(row['ground'])}; finetuned, {number(row['raw'])}"
         if not _leaves_out_zero(row, "gap"):
             sentences.append(f"{text}: nothing to recover here (gap {with_interval(row, 'gap', signed=True)} {NATS}).")
             continue
