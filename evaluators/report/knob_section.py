@@ -97,7 +97,7 @@ def _every_behaviour(dose: pd.DataFrame, seed: int) -> list[Block]:
 def _tables(results: Results, gaps: pd.DataFrame) -> list[Block]:
     columns = {"layer": "layers", "subset": "subset", "metric": "metric", "raw": "finetuned", "ground": "sites swapped"}
     columns |= {"gap": "gap", "unfinetuned": "un-finetuned", "share": "share of the whole effect"}
-    help = "The ceiling: what un-finetuned weights at a set's sites do. Where the gap's interval holds 0, nothing can return."
+    help = "The ceiling: what un-finetuned weights at its sites do. Where a gap's interval holds 0, nothing comes back."
     blocks: list[Block] = [table_block(gaps, columns, "Gaps", help)]
     recovered = results.recovered[results.recovered["target"] == "change"]
     columns = {
