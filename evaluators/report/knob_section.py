@@ -16,6 +16,7 @@ from evaluators.report.page import Block, Section, Sentences, Table, picture, ta
 from evaluators.tables import recovery
 from evaluators.tables.pooling import rates_in
 from evaluators.tables.tables import Results
+from sites import MLP, parse_sites
 
 
 def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int) -> Section | None:
@@ -46,6 +47,11 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
             "What deltas of each width bring back. A linear map of the same rank is not sparse. The change along as "
             "many principal directions is computed with both weights, not read off their input."
         )
+        if any(site.kind.name != MLP.name for site in parse_sites(widest)):
+            help += (
+                " What finetuning changed in attention's projections is linear itself, of a rank that LoRA's bounds: "
+                "there the linear map of that rank is the change, a ceiling and no rival."
+            )
         blocks.append(picture("widths", figure, "How wide must a delta be", help))
     if len(results.curve):
         figure = knob_figures.recovered_by_count(results.curve, seed=seed)
