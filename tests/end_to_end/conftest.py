@@ -26,6 +26,7 @@ SMALL = (
     "lora.steps=4",
     "lora.asha=false",
     "deltas.layers=[1, 2]",
+    "deltas.sites=[mlp]",
     "deltas.d_new=[4]",
     "deltas.percentiles=[0.25]",
     "transcoders.target_l0=[4]",
@@ -43,6 +44,7 @@ SMALLEST = (
     "lora.steps=2",
     "deltas.targets=[change]",
     "deltas.layers=[1]",
+    "deltas.sites=[mlp]",
     "deltas.trials=1",
 )
 """One trial of everything there must be, for tests that only need a whole study."""

@@ -138,7 +138,7 @@ def test_status_counts_what_was_made_with_these_settings(finished) -> None:
     )
     cells = re.search(r"(\d+) cells", planned.stdout)
     assert cells is not None, planned.stdout
-    for counted in ("4 of 4 (", "32 of 32 (", f"{cells[1]} on disk"):
+    for counted in ("4 of 4 (", "64 of 64 (", f"{cells[1]} on disk"):
         assert counted in these.stdout
-    for counted in ("LoRA trials   0 of 4", "delta trials  0 of 32"):
+    for counted in ("LoRA trials   0 of 4", "delta trials  0 of 64"):
         assert counted in others.stdout
