@@ -99,7 +99,7 @@ class Card(NamedTuple):
 
 def address(target: str, layer: int | str, feature: int) -> str:
     """Of a card on the page: `L17F042`; a residual delta's feature has its target before it."""
-    return ("" if target == "change" else f"{target}-") + f"L{layer}F{feature:03d}"
+    return ("" if target == "change" else f"{target}-") + f"L{str(layer).replace('.', '-')}F{feature:03d}"
 
 
 def name(layer: int | str, feature: int, at_bos: bool) -> str:

@@ -6,7 +6,7 @@
   document.body.classList.add("scripted");
 
   const address = (target, layer, feature) =>
-    (target === "change" ? "" : target + "-") + "L" + layer + "F" + String(feature).padStart(3, "0");
+    (target === "change" ? "" : target + "-") + "L" + String(layer).replace(".", "-") + "F" + String(feature).padStart(3, "0");
   const largest = (values, subset) => {
     const chosen = subset < 0 ? values : [values[subset]];
     return Math.max(...chosen.map((one) => Math.abs(one ?? 0)));

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from evaluators.report.comparison_page import page as comparison_page
 from evaluators.report.feature_page import feature_page
@@ -123,20 +123,25 @@ def test_from_the_report_to_a_card(opened: Opened, report: Path) -> None:
     expect(page.locator(f"#{address}")).to_be_in_viewport()
 
 
+def layer_of(card: Locator) -> int:
+    """By a card's address: `L3F001` of an MLP, `L3-qkvF001` of attention."""
+    return int((card.get_attribute("id") or "").partition("F")[0].removeprefix("L").partition("-")[0])
+
+
 def test_sorting_and_filtering(opened: Opened, report: Path) -> None:
     page = opened(report / "features.html")
     cards = page.locator(".card")
     every = cards.count()
     page.locator("#sort").select_option("layer")
-    layers = [int(one.get_attribute("id").partition("F")[0].removeprefix("L")) for one in page.locator(".card").all()]
+    layers = [layer_of(one) for one in page.locator(".card").all()]
     assert layers == sorted(layers)
     assert len(set(layers)) > 1
-    layer = page.locator(".card:visible").first.get_attribute("id").partition("F")[0].removeprefix("L")
-    page.locator("#layer").fill(layer)
+    layer = layer_of(page.locator(".card:visible").first)
+    page.locator("#layer").fill(str(layer))
     shown = [one.get_attribute("id") for one in page.locator(".card:visible").all()]
     assert shown
-    assert all(one.startswith(f"L{layer}F") for one in shown)
-    assert all(one == layer for one in page.locator(".row > :nth-child(2)").all_inner_texts())
+    assert all(one.startswith((f"L{layer}F", f"L{layer}-")) for one in shown)
+    assert all(one.partition(".")[0] == str(layer) for one in page.locator(".row > :nth-child(2)").all_inner_texts())
     page.locator("#least").fill("1000")
     expect(page.locator(".card:visible")).to_have_count(0)
     expect(page.get_by_text(f"0 of {every} cards")).to_be_visible()

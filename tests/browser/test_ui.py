@@ -60,7 +60,9 @@ def test_the_run_tree(page: Page, mlflow: str, finished: tuple[Path, object]) ->
 
 def test_the_compare_page_of_two_cells(page: Page, mlflow: str, finished: tuple[Path, object]) -> None:
     cells = finished[0] / "sweeps" / "tiny" / "cells"
-    names = sorted(path.stem for path in cells.glob("layer_01+01.o+01.qkv_change_*_tool_*.json") if "_s1_" not in path.name)
+    names = sorted(
+        path.stem for path in cells.glob("layer_01+01.o+01.qkv_change_*_tool_*.json") if "_s1_" not in path.name
+    )
     names = [name for name in names if name.endswith(("_tool_full", "_tool_no_delta"))]
     assert len(names) == 2
     page.goto(mlflow)

@@ -103,7 +103,7 @@ def of_attention():
 
 def test_a_feature_of_attention_shows_whose_attention_moves(of_attention):
     text, cards = of_attention
-    one = cards["L4.qkvF001"]
+    one = cards["L4-qkvF001"]
     assert (
         "<small>tool, head 1: what the outlined token attends to; 12.5% of its attention moves (head 0 2.0%); "
         "tokens before these: -6.0%</small>"
@@ -111,25 +111,25 @@ def test_a_feature_of_attention_shows_whose_attention_moves(of_attention):
         '<i style="--a:0.50" title="-6.0%" class="loss peak">&lt;b&gt;</i>\u23ce</li>'
     ) in one
     assert "how much later tokens" not in one, "too little moves there"
-    assert "no head moves as much" in cards["L4.qkvF002"]
-    assert "What it does to attention" not in cards["L4.qkvF003"], "the model shows no patterns"
+    assert "no head moves as much" in cards["L4-qkvF002"]
+    assert "What it does to attention" not in cards["L4-qkvF003"], "the model shows no patterns"
     assert '<i class="gain">gain</i>' in text
 
 
 def test_a_feature_of_attention_shows_what_its_values_promote(of_attention):
-    one = of_attention[1]["L4.qkvF001"]
+    one = of_attention[1]["L4-qkvF001"]
     assert "Values of head 0 promote</h4><code>\u2423&lt;i&gt;</code>" in one
     assert "Values of head 0 suppress</h4><code>no</code>" in one
-    assert "Values of head" not in of_attention[1]["L4.qkvF002"]
+    assert "Values of head" not in of_attention[1]["L4-qkvF002"]
     assert "<h4>Promotes</h4>" not in one
 
 
 def test_a_feature_of_attention_s_output_names_the_heads_that_it_reads(of_attention):
-    assert "<h4>Which heads it reads</h4>\n<p>head 1 70%, head 2 30%</p>" in of_attention[1]["L4.oF000"]
+    assert "<h4>Which heads it reads</h4>\n<p>head 1 70%, head 2 30%</p>" in of_attention[1]["L4-oF000"]
 
 
 def test_a_card_written_before_is_as_it_was(of_attention, page):
-    new, old = of_attention[1]["L4.oF000"], of_attention[1]["L4.oF001"]
+    new, old = of_attention[1]["L4-oF000"], of_attention[1]["L4-oF001"]
     assert "Which heads it reads" not in old
     without = re.sub(r"<h4>Which heads it reads</h4>\n<p>.*?</p>\n", "", new)
     assert without.partition("</table>")[2] == old.partition("</table>")[2]
