@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from search_spaces.sections import Expected
 
-SAME_CE, SAME_CE_ON_GPU = 1e-4, 5e-3
+SAME_CE, SAME_CE_IN_BF16 = 1e-4, 5e-3
 """Nats a token, in fp32 and in bf16: by so much may two ways to compute one model differ."""
 LIBRARIES = ("torch", "transformers", "transformer-lens", "peft", "ray", "optuna", "mlflow")
 
@@ -183,7 +183,8 @@ def _alpha_0_is_the_unfinetuned_model(context: Context) -> list[dict[str, Any]]:
     if not apart:
         return []
     most = max(apart, key=apart.__getitem__)
-    within = SAME_CE if context.device == "cpu" else SAME_CE_ON_GPU
+    coarse = context.device != "cpu" or "bf16" in (context.settings.model.dtype, context.settings.compute.precision)
+    within = SAME_CE_IN_BF16 if coarse else SAME_CE
     return [
         {
             "name": "alpha 0 at all sites gives the cross-entropy of the un-finetuned model on every subset",
