@@ -86,7 +86,6 @@ class Answers(Work):
 class Raw(Answers):
     """Nothing spliced: the finetuned model, and the one before finetuning where something is measured against it."""
 
-    first: ClassVar[bool] = True
     condition: str = "raw"
 
     @classmethod

@@ -1,7 +1,7 @@
 """The kinds of cell besides behaviour, and the table of all kinds: from it follow the stage, the plan and the forecast.
 
 In: the materials of an evaluation. Out: its pieces of work, and, on a worker, `cells/NAME.json`. A new kind of cell is
-a class with a row in `KINDS`, and a table that reads its cells.
+a class with a place in `ROUNDS`, and a table that reads its cells.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ class Ranking(Work):
 
     kind: ClassVar[str] = "ranking"
     columns: ClassVar[tuple[str, ...]] = OF_A_SET
-    first: ClassVar[bool] = True
 
     @classmethod
     def plan(cls, materials: Materials) -> list[Ranking]:
@@ -352,11 +351,15 @@ class Exactness(Work):
         return []
 
 
-KINDS: tuple[type[Work], ...] = (
-    *(Raw, Parts, Ranking),
-    *(Behaviour, Width, Curve, Cards, Change, Reconstruction, Exactness),
-)
-"""In the order in which a sweep's manifest lists their cells."""
+CEILING: tuple[type[Work], ...] = (Raw, Parts)
+"""Kinds that need no deltas: what there is to explain, and where in the model it lies."""
+ROUNDS: dict[str, tuple[type[Work], ...]] = {
+    "ceiling": CEILING,
+    "rankings and fits": (Ranking, Change, Reconstruction, Exactness),
+    "behaviour": (Behaviour, Width, Curve, Cards),
+}
+"""In the order in which they are computed: cells of a round are made of those before it."""
+KINDS = tuple(kind for together in ROUNDS.values() for kind in together)
 BY_NAME = {kind.kind: kind for kind in KINDS}
 """By what cells call their kind."""
 

@@ -26,7 +26,6 @@ class Parts(Work):
 
     kind: ClassVar[str] = "parts"
     columns: ClassVar[tuple[str, ...]] = ("kind", "subset")
-    first: ClassVar[bool] = True
     changed: tuple[Site, ...] = ()
     """The sites that finetuning changed, whether they get deltas or not."""
     rest: tuple[str, ...] = ()

@@ -249,8 +249,6 @@ class Work:
     """As the cells' files say it."""
     columns: ClassVar[tuple[str, ...]]
     """Fields of a cell that trackers show as its parameters."""
-    first: ClassVar[bool] = False
-    """Whether its cells are computed before those of other kinds: others read them, or they need no deltas."""
 
     name: str
     """That of the cell, or what the names of its cells begin with."""

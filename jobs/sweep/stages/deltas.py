@@ -31,6 +31,7 @@ from jobs.errors import WorkFailed
 from jobs.files import keyed_folder, write_json
 from jobs.seals import seal
 from jobs.sweep.polish import polish_widths
+from jobs.sweep.stages.evaluate import measure_ceiling
 from sites import Address, Site, sites_label
 from trainers.settings import DeltaSettings, settings_of
 
@@ -48,6 +49,7 @@ def run(context: Context) -> dict[str, Any]:
     from jobs.search.studies import best_of, missing_trials, trials_of
     from jobs.tracking.records import record_trial
 
+    measure_ceiling(context)
     groups, disk = delta_groups(context), disk_of(context)
     needed = {address.site for address in groups}
     if disk.apart:  # activations of finished sites are not made again

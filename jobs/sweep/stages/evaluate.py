@@ -2,6 +2,7 @@
 
 In: the finetuned model, bases, kept deltas and evaluation rows. Out: `cells/*.json` and `generations/*.jsonl`, one file
 per finished cell, and `checks_*.json`. Existing cells with the same key are not computed again.
+`measure_ceiling` makes those that need no deltas, before any are trained.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from jobs.capture.moments import write_moments
 from jobs.context.context import Context
 from jobs.errors import WorkFailed
-from jobs.evaluation.kinds import BY_NAME, KINDS, Exactness, evaluate, works_of
+from jobs.evaluation.kinds import BY_NAME, CEILING, ROUNDS, Exactness, evaluate, works_of
 from jobs.evaluation.work import Materials, Work
 from jobs.files import read_json
 from jobs.sweep.stages.data import check_labels
@@ -24,18 +25,53 @@ def run(context: Context) -> dict[str, Any]:
     check_labels(context)
     materials = Materials(context)
     chosen = materials.chosen
-    first = works_of(materials, [kind for kind in KINDS if kind.first])
-    _compute(context, first, "raw model")
-    rest = works_of(materials, [kind for kind in KINDS if not kind.first])
-    _compute(context, rest, "evaluation")
-    names = [name for work in [*first, *rest] for name in work.cells()]
+    works: list[Work] = []
+    for label, kinds in ROUNDS.items():
+        together = works_of(materials, kinds)  # only now: some are planned by what cells of an earlier round say
+        _compute(context, together, label)
+        if kinds == CEILING:
+            _stop_at_failures(context)
+        works += together
+    names = [name for work in works for name in work.cells()]
     done = [name for name in names if (context.space.cells / f"{name}.json").is_file()]
     kept = {target: {"percentile": one.ground.percentile, "d_new": one.d_new} for target, one in chosen.items()}
-    checks = {work.name: work.key for work in rest if isinstance(work, Exactness)}
+    checks = {work.name: work.key for work in works if isinstance(work, Exactness)}
     return {"chosen": kept, "cells": done, "exactness": checks}
 
 
-def _compute(context: Context, works: list[Work], label: str) -> None:
+def measure_ceiling(context: Context) -> None:
+    """What both models do, and in which parts of the model the finetuning lives: what there is to explain, known before
+    any delta is trained. The cells are tracked with all others, once their stage is open."""
+    from evaluators.tables.recovery import parts_table
+
+    check_labels(context)
+    works = works_of(Materials(context), CEILING)
+    _compute(context, works, "ceiling", is_tracked=False)
+    _stop_at_failures(context)
+    cells = [read_json(context.space.cells / f"{name}.json") for work in works for name in work.cells()]
+    for line in _where_it_lives(parts_table(cells, seed=context.settings.seed)):
+        context.progress.line(f"  {line}")
+
+
+def _where_it_lives(parts: Any) -> list[str]:
+    """A line for each subset: the share of finetuning's effect on CE that is lost with one part un-finetuned."""
+    from evaluators.tables.recovery import EVERY_LAYER
+
+    table = parts[(parts["way"] == "unfinetuned") & (parts["layers"] == EVERY_LAYER)]
+    lines = []
+    for subset, rows in table.groupby("subset", sort=False):
+        shares = ", ".join(f"{row.part} {row.share:.2f}" for row in rows.itertuples() if row.share == row.share)
+        what = f"share of the effect lost with one part un-finetuned: {shares}" if shares else "no effect to share out"
+        lines.append(f"{subset}: {what}")
+    return lines
+
+
+def _stop_at_failures(context: Context) -> None:
+    if context.failures:
+        raise WorkFailed("the raw model could not be evaluated: " + "; ".join(context.failures))
+
+
+def _compute(context: Context, works: list[Work], label: str, is_tracked: bool = True) -> None:
     """Runs the missing work, longest first, and tracks every existing cell."""
 
     def existing(cells: dict[str, str]) -> dict[str, list[float]]:
@@ -49,7 +85,8 @@ def _compute(context: Context, works: list[Work], label: str) -> None:
     for work in works:
         cells = work.cells()
         done = work.reusable(existing(cells))
-        record_cells(context, sorted(done))
+        if is_tracked:
+            record_cells(context, sorted(done))
         total, finished = total + len(cells), finished + len(done)
         if len(done) < len(cells) or not (cells or work.is_finished()):
             missing.append(work.remaining(done))
@@ -63,12 +100,10 @@ def _compute(context: Context, works: list[Work], label: str) -> None:
         for outcome in context.pool.run(evaluate, missing, retries, affinity=lambda work: work.affinity):
             if outcome.error:
                 context.failures.append(f"cells {outcome.task.name}: {outcome.error}")
-            else:
+            elif is_tracked:
                 record_cells(context, outcome.result)
             cost, others = outcome.task.cost(n_layers), context.share.at_once - 1
             bar.advance(len(outcome.task.cells()), cost, others)
-    if label == "raw model" and context.failures:
-        raise WorkFailed("the raw model could not be evaluated: " + "; ".join(context.failures))
 
 
 def record_cells(context: Context, names: Iterable[str]) -> None:
