@@ -1,8 +1,7 @@
-"""Which architectures cannot be looked at, and what they lack.
+"""Which kinds of site an architecture has, and which architectures cannot be looked at.
 
-In: a model folder. Out: nothing, or a ModelError of one sentence. What a transcoder reads is the norm's output before
-the MLP, and what it stands for is what the block adds to the stream after that; an architecture without such a path has
-no place for it. docs/architectures.md lists those that a test has tried.
+In: a model folder, or an architecture's name. Out: kinds, or a ModelError of one sentence. An MLP is a site where it
+has a norm of its own before it, whose output a transcoder reads. docs/architectures.md lists what a test has tried.
 """
 
 from __future__ import annotations
@@ -11,31 +10,53 @@ from pathlib import Path
 
 from models.errors import ModelError
 from models.sources import model_facts
+from sites import KINDS, MLP, Kind
 
 NO_NORM = "its MLP reads the residual stream without a norm of its own before it"
 SHARED_NORM = "attention and MLP share one norm"
 EXPERTS = "a mixture of experts has no single MLP in a block"
 NO_GAIN = "its norms have no weights"
+NO_MODULE = "its MLP is no module of its own"
 MISSING = {
     "olmo2": NO_NORM,
     "olmo3": NO_NORM,
     "exaone4": NO_NORM,
+    "olmo": NO_GAIN,
+    "mixtral": EXPERTS,
+    "qwen2_moe": EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "bloom": "its MLP adds the residual stream itself",
+    "stablelm": "TransformerLens' bridge changes what it computes",
+    "apertus": "its activation function has parameters that its weights' files do not hold",
+}
+"""By architecture (`model_type`), why it is refused."""
+WITHOUT_MLP = {
     "phi": SHARED_NORM,
     "gptj": SHARED_NORM,
     "cohere": SHARED_NORM,
     "cohere2": SHARED_NORM,
     "falcon": SHARED_NORM,
-    "olmo": NO_GAIN,
-    "mixtral": EXPERTS,
-    "qwen2_moe": EXPERTS,
-    "qwen3_moe": EXPERTS,
     "gpt_oss": EXPERTS,
-    "bloom": "its MLP adds the residual stream itself",
-    "opt": "its MLP is no module of its own",
-    "stablelm": "TransformerLens' bridge changes what it computes",
-    "apertus": "its activation function has parameters that its weights' files do not hold",
+    "opt": NO_MODULE,
 }
-"""By architecture (`model_type`)."""
+"""By architecture, why its MLPs are no sites while attention's projections are; what finetuning changed in them belongs
+to the rest."""
+
+
+def kinds_of(architecture: str) -> list[Kind]:
+    """The kinds of site in the blocks of an architecture, in the order of a forward pass."""
+    return [kind for kind in KINDS.values() if not (kind == MLP and architecture in WITHOUT_MLP)]
+
+
+def check_mlps(folder: Path, source: str, asked: str) -> None:
+    """Raises ModelError where the model's MLPs are no sites; `asked` says which setting needs them."""
+    name = model_facts(folder)["architecture"]
+    if name in WITHOUT_MLP:
+        allowed = ", ".join(kind.name for kind in kinds_of(name))
+        raise ModelError(
+            f"{asked} needs the MLPs of {source}, which have no place for deltas in the architecture {name}: "
+            f"{WITHOUT_MLP[name]}; change deltas of {allowed} can be had (deltas.targets=[change] deltas.sites=auto)"
+        )
 
 
 def check_architecture(folder: Path, source: str, key: str = "model.source") -> None:

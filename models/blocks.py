@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from models.architectures import kinds_of
 from models.bridge import Hook, block_of, hook_names, whole
 from models.errors import ModelError
 from models.weights import build_skeleton, open_weights
-from sites import ATTENTION_OUT, KINDS, QKV, Kind, Site
+from sites import ATTENTION_OUT, QKV, Kind, Site
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -93,6 +94,8 @@ class BlockPath:
 
     site: Site
     parts: Mapping[str, nn.Module]
+    borrowed: frozenset[str] = frozenset()
+    """Parts that are the bridge's own: a norm that attention and MLP share belongs to the rest, not to the path."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., d_out), in the dtype of the weights."""
@@ -167,6 +170,7 @@ class BlockPath:
         return {
             f"{part}.{name}": parameter
             for part, module in self.parts.items()
+            if part not in self.borrowed
             for name, parameter in module.named_parameters()
         }
 
@@ -176,8 +180,9 @@ class BlockPath:
 
     def to(self, device: str | torch.device) -> BlockPath:
         """The same path on `device`; its modules are moved in place."""
-        for module in self.parts.values():
-            module.to(device)
+        for part, module in self.parts.items():
+            if part not in self.borrowed:
+                module.to(device)
         return self
 
 
@@ -188,7 +193,8 @@ def is_linear(kind: Kind, parts: Collection[str]) -> bool:
 
 def linear_kinds(config: Any) -> list[Kind]:
     """The kinds of site that are affine functions in this architecture."""
-    return [kind for kind in KINDS.values() if is_linear(kind, part_places(config, Site(0, kind)))]
+    kinds = kinds_of(config.model_type)
+    return [kind for kind in kinds if is_linear(kind, part_places(config, Site(0, kind)))]
 
 
 def read_paths(
@@ -224,7 +230,8 @@ def read_paths(
             modules |= dict(zip(("attn.q", "attn.k", "attn.v"), attention.split_qkv_matrix(whole), strict=True))
         for module in modules.values():
             module.eval().requires_grad_(False)
-        paths[site] = BlockPath(site, modules)
+        borrowed = {part: parts[part].original_component for part in ("ln1",) if part in parts and part not in modules}
+        paths[site] = BlockPath(site, modules | borrowed, frozenset(borrowed))
     return paths
 
 
@@ -254,6 +261,8 @@ def _places(blocks: Any, site: Site) -> dict[str, str]:
             place = f"{place}.{inner.name}" if inner is not None else place
         if inner is not None and inner.name:
             places[part] = place
+    if "ln2" not in (blocks.submodules if blocks is not None else ()):
+        places.pop("ln1", None)  # the MLP reads this norm too
     if JOINT in places:  # its parts are no modules
         places = {part: place for part, place in places.items() if part not in ("attn.q", "attn.k", "attn.v")}
     return places
@@ -279,7 +288,8 @@ def sites_with(config: Any, names: Iterable[str]) -> tuple[list[Site], list[str]
     """The sites whose path holds one of these parameters or modules, in order, and those that lie on no path."""
     changed, blocks = {name: f"{name}." for name in names}, _mapped_blocks(config)
     found, owned = [], set()
-    for site in (Site(layer, kind) for layer in range(config.num_hidden_layers) for kind in KINDS.values()):
+    kinds = kinds_of(config.model_type)
+    for site in (Site(layer, kind) for layer in range(config.num_hidden_layers) for kind in kinds):
         places = tuple(f"{place}." for place in _places(blocks, site).values())
         here = {name for name, ended in changed.items() if ended.startswith(places)}
         owned |= here

@@ -29,6 +29,7 @@ from jobs.errors import DamagedFileError, RequestError
 from jobs.files import MANIFEST, key_of, read_json
 from jobs.progress import Progress
 from models.adapters import is_adapter
+from models.architectures import kinds_of
 from models.sources import check_hub, check_source, model_facts, resolve
 from search_spaces.dimensions import Choice
 from search_spaces.schema import Sweep
@@ -187,8 +188,13 @@ class Context:
             return [kind for name, kind in KINDS.items() if name in asked]
         if self.pair is not None:
             changed = {site.kind for site in self._changed}
-            return [kind for kind in KINDS.values() if kind in changed]
-        return kinds_of_targets(self.settings)
+            return [kind for kind in self.known_kinds if kind in changed]
+        return [kind for kind in kinds_of_targets(self.settings) if kind in self.known_kinds]
+
+    @property
+    def known_kinds(self) -> list[Kind]:
+        """The kinds of site that the model's architecture has."""
+        return kinds_of(model_facts(self.source)["architecture"])
 
     @property
     def changed_sites(self) -> list[Site]:
@@ -196,7 +202,7 @@ class Context:
         not known."""
         if self.pair is not None:
             return sorted(self._changed)
-        return [Site(layer, kind) for layer in range(model_facts(self.source)["n_layers"]) for kind in KINDS.values()]
+        return [Site(layer, kind) for layer in range(model_facts(self.source)["n_layers"]) for kind in self.known_kinds]
 
     @property
     def rest(self) -> tuple[str, ...]:

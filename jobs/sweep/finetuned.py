@@ -83,10 +83,15 @@ def check_models(context: Context) -> None:
     """Says what is unusual about a pair of models; raises ModelError or RequestError where they are no pair, or their
     architecture has no place for a transcoder."""
     from models.adopted import check_ends, check_tokenizers
-    from models.architectures import check_architecture
+    from models.architectures import check_architecture, check_mlps
     from models.sources import load_tokenizer
 
     check_architecture(context.source, context.settings.model.source)
+    deltas = context.settings.deltas
+    if "residual" in deltas.targets:
+        check_mlps(context.source, context.settings.model.source, "deltas.targets: residual")
+    if "change" in deltas.targets and "mlp" in deltas.sites and deltas.sites != "auto":
+        check_mlps(context.source, context.settings.model.source, "deltas.sites: mlp")
     adopted, folder = context.adopted, context.space.folder
     if adopted is None or is_adapter(adopted):
         pair.examine_base(context)

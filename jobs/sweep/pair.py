@@ -20,7 +20,7 @@ from jobs.errors import RequestError
 from jobs.files import is_finished, read_json, short_hash, write_json
 from models.errors import ModelError
 from models.sources import EMBEDDED, TINY
-from sites import KINDS, Site
+from sites import ATTENTION_OUT, KINDS, Site
 
 if TYPE_CHECKING:
     from models.adopted import Pair
@@ -64,7 +64,7 @@ def examine_base(context: Context) -> None:
 def _check_known(context: Context, config: Any) -> None:
     from models.blocks import part_places
 
-    if not part_places(config, Site(0)):
+    if not part_places(config, Site(0, ATTENTION_OUT)):
         raise ModelError(
             f"model.source: TransformerLens does not know the architecture {config.model_type} of "
             f"{context.settings.model.source}, so nothing can be spliced into it"
@@ -119,7 +119,12 @@ def say_what_changed(context: Context) -> None:
     context.progress.line(f"  {what} {known['in_words'] or 'nothing'}{deltas}")
     if "change" not in context.settings.deltas.targets:
         return
+    from models.architectures import WITHOUT_MLP
     from models.comparison import layer_list
+    from models.sources import model_facts
+
+    if why := WITHOUT_MLP.get(model_facts(context.source)["architecture"]):
+        context.progress.line(f"  no deltas of MLPs: {why}; what changed in them goes with the rest")
 
     if not context.sites_of("change"):
         section = context.settings.deltas

@@ -117,7 +117,8 @@ class TestModelCard:
                 for table in (gaps, recovered)
             ]
             if label != "0-3":
-                assert here[0].empty and "has measured no behaviour of exactly these layers" in card
+                assert here[0].empty
+                assert "has measured no behaviour of exactly these layers" in card
                 continue
             gap, ce = (table[table["metric"] == "mean_ce"].iloc[0] for table in here)
             (line,) = [line for line in card.splitlines() if line.startswith(f"| `{subset}` |")]

@@ -26,16 +26,16 @@ from evaluators.splice.interventions import Edit, Patch, spliced
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import forward
 from models.adopted import check_pair
-from models.architectures import MISSING, check_architecture
+from models.architectures import MISSING, WITHOUT_MLP, check_architecture, kinds_of
 from models.blocks import read_paths, sites_with
 from models.bridge import wrap
 from models.comparison import compare
 from models.rest import read_rest
-from models.sources import load_model
+from models.sources import load_model, model_facts
 from models.tiny import byte_tokenizer
 from models.transcoder import Transcoder
 from models.weights import open_weights
-from sites import KINDS, Site
+from sites import KINDS, MLP, Site
 from trainers.activations import Pairs
 from trainers.base_transcoder import BaseSettings, train_bases
 from trainers.capture import Columns, capture_batch
@@ -84,12 +84,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("ERNIE 4.5", LLAMA),
     "seed_oss": ("Seed-OSS", LLAMA),
     "hunyuan_v1_dense": ("Hunyuan, dense", LLAMA),
+    "phi": ("Phi-1, Phi-2", {**NEOX, "num_attention_heads": 3}),
+    "gptj": ("GPT-J", {**GPT, "rotary_dim": 4}),
+    "cohere": ("Command R", LLAMA),
+    "cohere2": ("Command R7B", LLAMA),
+    "falcon": ("Falcon (7B)", NEOX),
+    "gpt_oss": ("gpt-oss", {**LLAMA, "num_local_experts": 4}),
+    "opt": ("OPT", {**NEOX, "ffn_dim": 48, "word_embed_proj_dim": 24}),
 }
 COLUMNS = (
     "`mlp`",
     "`qkv`",
     "`o`",
-    "all three",
+    "all of these",
     "alpha 0 of everything = the un-finetuned model",
     "LoRA trains",
     "change deltas train",
@@ -136,16 +143,20 @@ def tried(name: str, folder: Path) -> str:
     check_architecture(before, name)
     check_pair(before, after, name)
     found = [*_exact(before, after), _lora_trains(before), *_deltas_train(before, after)]
-    cells = " | ".join("yes" if one else "no" for one in found)
+    cells = " | ".join("-" if one is None else "yes" if one else "no" for one in found)
     return f"| `{name}` | {CONFIGS[name][0]} | {cells} |"
 
 
-def _exact(before: Path, after: Path) -> list[bool]:
+def _exact(before: Path, after: Path) -> list[bool | None]:
     """The first five answers: the checks that every sweep makes, on one layer and on two, kind by kind and together."""
     bridge = wrap(*load_model(after, torch.float32))
-    holds = []
-    for kinds in KINDS_TRIED:
-        checks = []
+    known = {kind.name for kind in kinds_of(model_facts(after)["architecture"])}
+    holds: list[bool | None] = []
+    for asked in KINDS_TRIED:
+        kinds, checks = [kind for kind in asked if kind in known], []
+        if not kinds:
+            holds.append(None)
+            continue
         for layers in ((1,), (0, 2)):
             sites = [Site(layer, KINDS[kind]) for layer in layers for kind in kinds]
             ground, own, other = (read_paths(bridge, one, sites) for one in (before, after, before))
@@ -197,10 +208,11 @@ def _lora_trains(folder: Path) -> bool:
     return reports[-1]["val_loss"] < reports[0]["val_loss"]
 
 
-def _deltas_train(before: Path, after: Path) -> list[bool]:
-    """Both kinds explain part of what they are trained on, on other tokens."""
+def _deltas_train(before: Path, after: Path) -> list[bool | None]:
+    """Both kinds explain part of what they are trained on, on other tokens; without MLPs there are no bases."""
     bridge = wrap(*load_model(after, torch.float32))
-    site = Site(1)
+    kind = kinds_of(model_facts(after)["architecture"])[-1]
+    site = Site(1, kind)
     path = read_paths(bridge, before, [site])[site]
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 200, (60, 30), generator=generator).tolist()
@@ -211,6 +223,8 @@ def _deltas_train(before: Path, after: Path) -> list[bool]:
     data = DeltaData(*pairs, mean_square(Pairs([(change[1],)])), 1.0, site, "change")
     explained = train_delta(data, settings).figures["val_unexplained"]
 
+    if kind != MLP:
+        return [explained < 1, None]
     outputs = [Pairs([one]) for one in zip(x, y, strict=True)]
     (base,) = train_bases(*outputs, BaseSettings([8.0], width=64, epochs=4, batch_size=200, lr=3e-3), site=site)
     left = [Pairs([(one, residual_of(base.transcoder, one, other))]) for one, other in zip(x, y, strict=True)]
@@ -221,11 +235,12 @@ def _deltas_train(before: Path, after: Path) -> list[bool]:
 
 def page(lines: list[str]) -> str:
     reasons = "\n".join(f"| `{name}` | {reason} |" for name, reason in sorted(MISSING.items()))
+    without = "\n".join(f"| `{name}` | {reason} |" for name, reason in sorted(WITHOUT_MLP.items()))
     table = "\n".join(lines)
     return f"""# Architectures
 
 Each line was tried on a small random model by `python -m tests.models.table`, and is tried again by a test. The first
-four answers are about the kinds of site, each alone and all three together: putting a site's own output back gives the
+four answers are about the kinds of site, each alone and all together: putting a site's own output back gives the
 finetuned model, alpha 0 the one with un-finetuned weights there, the true change in a delta's place the finetuned one
 again, and decoding with a cache says the same as without. Every sweep makes these checks on your own model too. The
 fifth: with all weights finetuned, alpha 0 at all sites and in the rest gives the un-finetuned model run plainly.
@@ -233,6 +248,12 @@ fifth: with all weights finetuned, alpha 0 at all sites and in the rest gives th
 | architecture | such as | {" | ".join(COLUMNS)} |
 |---|---|{"---|" * len(COLUMNS)}
 {table}
+
+Where `mlp` is "-", attention gets deltas and the MLPs do not; what finetuning changed in them goes with the rest:
+
+| architecture | why its MLPs are no sites |
+|---|---|
+{without}
 
 Not supported, and refused before any work:
 
