@@ -1,8 +1,8 @@
 """The evaluation grid computed in three ways in one run: one prompt at a time, batched, and ours.
 
-    python -m benchmarks.evaluation_grid [quickstart storage.root=mlruns] [--layers 12,18] [--deltas change]
+    python -m benchmarks.evaluation_grid [quickstart storage.root=mlruns] [--layers 12,18] [--kinds qkv,o,mlp]
 
-In: a sweep that is finished up to its deltas. The grid is raw, no_delta, full and five alphas for each layer on each
+In: a sweep that is finished up to its deltas. The grid is raw, no_delta, full and five alphas for each site on each
 subset. The reference wraps the model once, then runs each cell separately: a teacher-forced pass and a cached greedy
 generation with TransformerLens' own `generate`, with raw repeated for each layer; a random sample of its cells is timed
 and scaled up. Out: prints the three times, their ratios, what each shortcut gains on a smaller grid, our time divided
@@ -35,7 +35,7 @@ from evaluators.splice.passes import Passes, Prefixes, Shortcuts
 from evaluators.splice.teacher_forcing import Reference
 from models.blocks import hooks_at
 from models.bridge import Hook, device_of, hooked, whole
-from sites import Site
+from sites import Site, sites_label
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CELLS = (("raw", 0.0), ("no_delta", 0.0), ("full", 1.0), *(("alpha", alpha) for alpha in ALPHAS))
@@ -145,10 +145,11 @@ def _hooks(bridge: Any, patch: Patch, condition: str, alpha: float, editable: Te
             made = made + (1.0 if condition == "full" else alpha) * patch.transcoder(seen["x"])
         whole = y.shape[:2] == editable.shape
         where = editable if whole else torch.ones_like(y[..., 0], dtype=torch.bool)
-        elsewhere = y if patch.path is None else ground
+        elsewhere = ground
         if whole and condition != "no_delta" and patch.delta is not None and patch.delta.at_bos is not None:
             elsewhere = ground + (1.0 if condition == "full" else alpha) * (patch.delta.at_bos @ patch.transcoder.W_dec)
-        return torch.where(where.unsqueeze(-1), made.to(y.dtype), elsewhere)
+        unedited = y if patch.path is None else elsewhere[..., part]
+        return torch.where(where.unsqueeze(-1), made[..., part].to(y.dtype), unedited)
 
     return hooks_at(bridge, patch.site, read, write)
 
@@ -221,6 +222,7 @@ def timed(run: Callable[[], Any], device: Any) -> tuple[float, Any]:
 def main(
     config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
     layers: Annotated[str, typer.Option()] = "12,18",
+    kinds: Annotated[str, typer.Option(help="Kinds of site, each site by itself.")] = "mlp",
     deltas: Annotated[str, typer.Option(help="change or residual; default: the first of deltas.targets.")] = "",
     prompts: Annotated[int, typer.Option(help="Prompts per subset.")] = 20,
     budget: Annotated[int, typer.Option(help="New tokens per prompt.")] = 64,
@@ -238,19 +240,33 @@ def main(
     device = device_of(bridge)
     numbers = list(map(int, layers.split(",")))
     which = combination(context, DeltaChoice(deltas or None))
-    patches = [patch.to(device) for patch in load_patches(context, numbers, which, bridge)]
+    patches = [
+        patch.to(device)
+        for patch in load_patches(context, numbers, which, bridge)
+        if patch.site.kind.name in kinds.split(",")
+    ]
     every = list(read_rows(str(context.space.data / "evaluation.jsonl")))
     rows = {subset: [row for row in every if row.label == subset][:prompts] for subset in ("tool", "copy", "tool_ood")}
     cells = [(patch, *cell, subset) for patch in patches for cell in CELLS for subset in rows]
     typer.echo(
-        f"{len(cells)} cells of {prompts} prompts, {budget} new tokens, layers {layers}, "
-        f"{'base transcoders' if patches[0].path is None else 'un-finetuned MLPs'}; {device}, "
+        f"{len(cells)} cells of {prompts} prompts, {budget} new tokens, sites {sites_label(p.site for p in patches)}, "
+        f"{'base transcoders' if patches[0].path is None else 'un-finetuned paths'}; {device}, "
         f"{torch.get_num_threads()} threads"
     )
     seconds, table = timed(partial(ours, bridge, rows, patches, budget), device)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     flops, rate = unavoidable_flops(bridge, rows, patches, table), matmul_rate(device)
     typer.echo(f"ours                 {seconds:9.1f} s   {memory:.2f} GiB peak")
+    by_kind = {patch.site.kind: [one for one in patches if one.site.kind == patch.site.kind] for patch in patches}
+    if len(by_kind) > 1:
+        costs = {
+            kind: timed(partial(ours, bridge, rows, some, budget), device)[0] / len(some)
+            for kind, some in by_kind.items()
+        }
+        for kind, cost in costs.items():
+            typer.echo(
+                f"  a site of {kind.name:<12} {cost:7.1f} s   {cost / min(costs.values()):.2f}x the cheapest kind"
+            )
     with_kl, _ = timed(partial(ours, bridge, rows, patches, budget, with_kl=True), device)
     typer.echo(f"ours with KL         {with_kl:9.1f} s   {with_kl / seconds:.2f}x ours")
     typer.echo(
