@@ -6,7 +6,7 @@ In: texts. Out: plain answers for the check `calculator`.
 from __future__ import annotations
 
 from data.requests.generator import CALL_CLOSE, CALL_OPEN
-from evaluators.measures.arithmetic import equal, evaluate, ratio
+from evaluators.measures.arithmetic import equal, evaluate, exactly
 
 
 def called(text: str) -> bool:
@@ -22,7 +22,7 @@ def correct(target: str, generation: str) -> bool | None:
     """Whether the generation's first expression has the value of the target's; None where that has none. Never raises,
     whatever the texts hold."""
     gold_expression = first_expression(target)
-    gold = None if gold_expression is None else ratio(gold_expression)
+    gold = None if gold_expression is None else exactly(gold_expression)
     if gold is None:
         return None
     if generation == target:
@@ -32,7 +32,7 @@ def correct(target: str, generation: str) -> bool | None:
         return False
     if expression == gold_expression:
         return True
-    value = ratio(expression)
+    value = exactly(expression)
     return value is not None and equal(value, gold)
 
 
