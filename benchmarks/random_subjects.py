@@ -10,13 +10,14 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.requests.copy_grammar import copy_sentences
+from data.requests.copy_text import shipped_copy_texts
 from data.requests.generator import RequestOptions, tool_rows
 from data.rows import Row, make_row
 from models.sources import load_tokenizer
@@ -103,7 +104,7 @@ def random_rows(count: int) -> list[Row]:
     rng = random.Random("benchmark")
     sources: Sequence[Iterator[Row]] = (
         tool_rows(rng, RequestOptions()),
-        (make_row(text, text, "copy") for text in copy_sentences(rng)),
+        (make_row(text, text, "copy") for text in cycle(shipped_copy_texts())),
     )
     return [next(sources[place % 2]) for place in range(count)]
 
