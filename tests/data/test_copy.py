@@ -80,7 +80,7 @@ def test_no_sentence_shows_its_seams() -> None:
 
 
 def test_more_copy_rows_than_there_are_is_a_sentence() -> None:
-    with pytest.raises(DataError, match="only found 15969 of 16001 distinct copy rows for train.*data.copy_source=c4"):
+    with pytest.raises(DataError, match=r"only found 15969 of 16001 distinct copy rows for train.*copy_source=c4"):
         Generator(RequestOptions(), 0, "shipped", lambda row: None).rows("copy", "train", 16_001)
 
 
