@@ -28,9 +28,9 @@ def run(context: Context) -> dict[str, Any]:
     works: list[Work] = []
     for label, kinds in ROUNDS.items():
         together = works_of(materials, kinds)  # only now: some are planned by what cells of an earlier round say
-        _compute(context, together, label)
+        failed = _compute(context, together, label)
         if kinds == CEILING:
-            _stop_at_failures(context)
+            _stop_at(failed)
         works += together
     names = [name for work in works for name in work.cells()]
     done = [name for name in names if (context.space.cells / f"{name}.json").is_file()]
@@ -46,8 +46,7 @@ def measure_ceiling(context: Context) -> None:
 
     check_labels(context)
     works = works_of(Materials(context), CEILING)
-    _compute(context, works, "ceiling", is_tracked=False)
-    _stop_at_failures(context)
+    _stop_at(_compute(context, works, "ceiling", is_tracked=False))
     cells = [read_json(context.space.cells / f"{name}.json") for work in works for name in work.cells()]
     for line in _where_it_lives(parts_table(cells, seed=context.settings.seed)):
         context.progress.line(f"  {line}")
@@ -66,13 +65,13 @@ def _where_it_lives(parts: Any) -> list[str]:
     return lines
 
 
-def _stop_at_failures(context: Context) -> None:
-    if context.failures:
-        raise WorkFailed("the raw model could not be evaluated: " + "; ".join(context.failures))
+def _stop_at(failed: list[str]) -> None:
+    if failed:
+        raise WorkFailed("the raw model could not be evaluated: " + "; ".join(failed))
 
 
-def _compute(context: Context, works: list[Work], label: str, is_tracked: bool = True) -> None:
-    """Runs the missing work, longest first, and tracks every existing cell."""
+def _compute(context: Context, works: list[Work], label: str, is_tracked: bool = True) -> list[str]:
+    """Runs the missing work, longest first, and tracks every existing cell; returns what failed, each with why."""
 
     def existing(cells: dict[str, str]) -> dict[str, list[float]]:
         """Finished cells, each with the strengths it was measured with."""
@@ -93,17 +92,20 @@ def _compute(context: Context, works: list[Work], label: str, is_tracked: bool =
     places = [(plan.site, plan.ground) for work in missing if work.fitted for plan in work.sites]
     write_moments(context, list(dict.fromkeys(places)))
     missing.sort(key=lambda work: -work.cost(n_layers))
+    failed = []
     cost = sum(work.cost(n_layers) for work in missing)
     with context.progress.bar(label, total, "cells", cost) as bar:
         bar.start_at(finished)
         retries = context.settings.compute.max_retries
         for outcome in context.pool.run(evaluate, missing, retries, affinity=lambda work: work.affinity):
             if outcome.error:
-                context.failures.append(f"cells {outcome.task.name}: {outcome.error}")
+                failed.append(f"cells {outcome.task.name}: {outcome.error}")
             elif is_tracked:
                 record_cells(context, outcome.result)
             cost, others = outcome.task.cost(n_layers), context.share.at_once - 1
             bar.advance(len(outcome.task.cells()), cost, others)
+    context.failures += failed
+    return failed
 
 
 def record_cells(context: Context, names: Iterable[str]) -> None:
