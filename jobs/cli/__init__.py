@@ -33,7 +33,7 @@ app.add_typer(results.commands)
 def main() -> None:
     """Runs a command, and turns its errors into one line and an exit status."""
     from data.rows import DataError
-    from jobs.errors import NO_STORAGE, RequestError, WorkFailed, no_storage
+    from jobs.errors import DISK_ERRORS, RequestError, WorkFailed, disk_errno
     from models.errors import ModelError
     from search_spaces.load import SettingsError
 
@@ -50,8 +50,8 @@ def main() -> None:
         _say(str(error))
         sys.exit(1)
     except Exception as error:
-        if (number := no_storage(error)) is not None:
-            _say(f"{NO_STORAGE[number]}; {THEN}")
+        if (number := disk_errno(error)) is not None:
+            _say(f"{DISK_ERRORS[number]}; {THEN}")
             sys.exit(1)
         if type(error).__module__.startswith(("click", "typer")):
             _say(error.format_message() if hasattr(error, "format_message") else str(error))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from evaluators.conditions import CONDITIONS
 from jobs.context.context import Context
 from jobs.errors import RequestError
-from jobs.search.turns import count_reads
+from jobs.search.group_queue import count_reads
 from models.sources import model_facts, widths_of
 from sites import Site
 
