@@ -28,7 +28,7 @@ def open_stage(context: Context, stage: Stage) -> None:
 def tell(context: Context) -> None:
     """Sends whatever MLflow is missing of all finished stages."""
     tracker = context.tracker
-    tracker.sweep_orphans()
+    tracker.close_orphans()
     if not tracker.is_finished("sweep"):
         tracker.open("sweep", context.settings.name, params=told_apart_by(context.settings))
         tracker.close("sweep")

@@ -88,7 +88,7 @@ def start_over(context: Context) -> None:
 def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
     tracker = context.tracker
     write_settings(context)
-    tracker.sweep_orphans()
+    tracker.close_orphans()
     tracker.open("sweep", context.settings.name, params=told_apart_by(context.settings))
     status = "FAILED"
     try:
