@@ -100,8 +100,8 @@ def damage(folder: Path, most_bytes: float = math.inf, seen: Seen = lambda path:
 
 
 def require(*files: Path) -> None:
-    """Raises DamagedFileError for the first of these files that does not match its seal; a folder stands for all files in
-    its seal."""
+    """Raises DamagedFileError for the first of these files that does not match its seal; a folder stands for all files
+    in its seal."""
     for path in files:
         if path.is_dir():
             broken = next(damage(path), None)

@@ -74,14 +74,14 @@ def _units(context: Context, sites: Sequence[Site]) -> tuple[float, ...]:
     """The mean square of each site's change on held-out text, which is captured again where it was deleted."""
     disk, found = disk_of(context), {}
     for part in disk.windows(sites):
-        if disk.apart:
+        if disk.needs_windows:
             drop(context, keep=part)
         folder = capture_finetuned(context, part, ("validation",))
         for outcome in context.pool.run(_unit, [(folder, site) for site in part]):
             if outcome.error:
                 raise WorkFailed(f"the size of the change in layer {outcome.task[1].label}: {outcome.error}")
             found[outcome.task[1]] = outcome.result
-    if disk.apart:
+    if disk.needs_windows:
         drop(context)
     return tuple(found[site] for site in sites)
 

@@ -51,7 +51,7 @@ def _queued(method: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class Record:
-    """A finished trial or cell: its key, name, its parent run's key, and what to log. Each entry of `history` has a `step`."""
+    """A finished trial or cell: its key, name, parent run's key, and what to log. Each `history` entry has a `step`."""
 
     key: str
     name: str

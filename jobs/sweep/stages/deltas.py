@@ -21,7 +21,7 @@ from jobs.capture.bases import (
     residuals_of,
     without_base_errors,
 )
-from jobs.capture.moments import fitted, write_moments
+from jobs.capture.moments import fitted_places, write_moments
 from jobs.cluster import environment
 from jobs.context import keys
 from jobs.context.context import Context, error_name
@@ -52,19 +52,19 @@ def run(context: Context) -> dict[str, Any]:
     measure_ceiling(context)
     groups, disk = delta_groups(context), disk_of(context)
     needed = {address.site for address in groups}
-    if disk.apart:  # activations of finished sites are not made again
+    if disk.needs_windows:  # activations of finished sites are not made again
         unfinished = {address.site for address, group in groups.items() if missing_trials(group)}
         needed = unfinished | without_base_errors(context)
     parts = disk.windows(sorted(needed))
     for number, sites in enumerate(parts, start=1):
-        if disk.apart:
+        if disk.needs_windows:
             context.progress.line(f"  window {number} of {len(parts)}: layers {sites_label(sites)}")
             drop(context, keep=sites)
         capture_finetuned(context, sites)
         compute_base_errors(context, sites)
         _search(context, [group for address, group in groups.items() if address.site in sites], len(groups))
-        if disk.apart:
-            write_moments(context, [place for place in fitted(context) if place[0] in sites])
+        if disk.needs_windows:
+            write_moments(context, [place for place in fitted_places(context) if place[0] in sites])
             drop(context)
     shutil.rmtree(context.space.folder / ".tune", ignore_errors=True)
     kept = {}

@@ -14,7 +14,7 @@ from jobs.capture.moments import write_moments
 from jobs.context.context import Context
 from jobs.errors import WorkFailed
 from jobs.evaluation.kinds import BY_NAME, CEILING, ROUNDS, Exactness, evaluate, works_of
-from jobs.evaluation.work import Materials, Work
+from jobs.evaluation.work import PlanInputs, Work
 from jobs.files import read_json
 from jobs.sweep.stages.data import check_labels
 from jobs.tracking.writer import Record
@@ -23,11 +23,11 @@ from models.sources import model_facts
 
 def run(context: Context) -> dict[str, Any]:
     check_labels(context)
-    materials = Materials(context)
-    chosen = materials.chosen
+    inputs = PlanInputs(context)
+    chosen = inputs.chosen
     works: list[Work] = []
     for label, kinds in ROUNDS.items():
-        together = works_of(materials, kinds)  # only now: some are planned by what cells of an earlier round say
+        together = works_of(inputs, kinds)  # only now: some are planned by what cells of an earlier round say
         failed = _compute(context, together, label)
         if kinds == CEILING:
             _stop_at(failed)
@@ -45,7 +45,7 @@ def measure_ceiling(context: Context) -> None:
     from evaluators.tables.recovery import parts_table
 
     check_labels(context)
-    works = works_of(Materials(context), CEILING)
+    works = works_of(PlanInputs(context), CEILING)
     _stop_at(_compute(context, works, "ceiling", is_tracked=False))
     cells = [read_json(context.space.cells / f"{name}.json") for work in works for name in work.cells()]
     for line in _where_it_lives(parts_table(cells, seed=context.settings.seed)):
@@ -89,7 +89,7 @@ def _compute(context: Context, works: list[Work], label: str, is_tracked: bool =
         total, finished = total + len(cells), finished + len(done)
         if len(done) < len(cells) or not (cells or work.is_finished()):
             missing.append(work.remaining(done))
-    places = [(plan.site, plan.ground) for work in missing if work.fitted for plan in work.sites]
+    places = [(plan.site, plan.ground) for work in missing if work.needs_moments for plan in work.sites]
     write_moments(context, list(dict.fromkeys(places)))
     missing.sort(key=lambda work: -work.cost(n_layers))
     failed = []

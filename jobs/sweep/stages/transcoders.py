@@ -121,10 +121,10 @@ def _train(context: Context) -> None:
     missing = [site for site, folder in folders.items() if not is_finished(folder, keys.base(settings, site))]
     disk = disk_of(context)
     for sites in disk.windows(missing):
-        if disk.apart:
+        if disk.needs_windows:
             drop(context, keep=sites)
         _train_window(context, {site: folders[site] for site in sites})
-    if missing and disk.apart:
+    if missing and disk.needs_windows:
         drop(context)
     for site, folder in folders.items():
         for base in read_json(folder / "manifest.json")["bases"]:
