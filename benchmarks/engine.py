@@ -179,7 +179,7 @@ def workers(
     from jobs.context.context import Context
     from jobs.evaluation.behaviour import Behaviour
     from jobs.evaluation.kinds import evaluate
-    from jobs.evaluation.work import Materials
+    from jobs.evaluation.work import PlanInputs
     from search_spaces.load import load
 
     name, *overrides = config or ["quickstart"]
@@ -191,7 +191,7 @@ def workers(
             shutil.copytree(context.space.generations, place / "generations", ignore=_all_but_raw)
             works = [
                 replace(work, shared=replace(work.shared, cells=str(place / "cells")))
-                for work in Behaviour.plan(Materials(context))
+                for work in Behaviour.plan(PlanInputs(context))
                 if len(work.sites) == 1 and work.sites[0].site.layer >= above
             ]
             works.sort(key=lambda work: work.sites[0].site.layer)

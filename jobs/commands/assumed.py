@@ -17,7 +17,7 @@ from jobs.commands.forecast import WORKERS, Load, forecast
 from jobs.context.context import Context
 from jobs.context.disk import disk_of, pair_bytes, reads_of
 from jobs.evaluation.kinds import works_of
-from jobs.evaluation.work import ExpectedMaterials, Timing
+from jobs.evaluation.work import ExpectedPlanInputs, Timing
 from jobs.progress import clock
 from jobs.sweep.stages.deltas import trials_at_once
 from models.sources import model_facts
@@ -191,7 +191,7 @@ def _evaluation(context: Context, weights: Weights) -> list[float]:
         return passes(rows, layers) + steps * layers * machine.layer_ms * 1e-3
 
     timing = Timing(count, settings.data.eval_rows, len(context.subsets), passes, answers)
-    works = [work for work in works_of(ExpectedMaterials(context)) if work.cells()]
+    works = [work for work in works_of(ExpectedPlanInputs(context)) if work.cells()]
     return [work.seconds(timing) for work in works for _ in range(work.units)]
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jobs.context.context import Context
 from jobs.evaluation.kinds import works_of
-from jobs.evaluation.work import ExpectedMaterials
+from jobs.evaluation.work import ExpectedPlanInputs
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
 from sites import Address
@@ -81,7 +81,7 @@ def measured_loads(context: Context, folder: Path) -> list[Load]:
     bases = _seconds(folder.glob(f"transcoders/layer_*/{MANIFEST}"))
     delta_costs, cell_costs = _delta_seconds(folder), _cell_seconds(folder)
     groups = [(group.ground.target, group.d_new) for group in context.delta_groups]
-    works = [work for work in works_of(ExpectedMaterials(context)) if work.sites and work.cells()]
+    works = [work for work in works_of(ExpectedPlanInputs(context)) if work.sites and work.cells()]
     kinds = [(work.kind, work.sites[0].ground.target) for work in works]
     needed = [*(delta_costs[group] for group in groups), *(cell_costs[kind] for kind in kinds)]
     needed += [trials] * (settings.model.finetuned is None)

@@ -15,7 +15,7 @@ from jobs.context.context import Context
 from jobs.context.disk import bytes_needed, disk_of, pair_bytes, reads_of
 from jobs.errors import RequestError
 from jobs.evaluation.kinds import works_of
-from jobs.evaluation.work import ExpectedMaterials
+from jobs.evaluation.work import ExpectedPlanInputs
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
 from jobs.sweep.finetuned import check_models
@@ -32,7 +32,7 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     settings = context.settings
     deltas = settings.deltas
     groups = len(context.delta_groups)
-    cells = sum(len(work.cells()) for work in works_of(ExpectedMaterials(context)))
+    cells = sum(len(work.cells()) for work in works_of(ExpectedPlanInputs(context)))
     prompts = len(context.subsets) * settings.data.eval_rows
     rows = [
         ("model", settings.model.source),
