@@ -8,7 +8,7 @@ from __future__ import annotations
 from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
 from jobs.files import MANIFEST
-from jobs.sweep.backfill import tell
+from jobs.sweep.backfill import report_results
 from jobs.sweep.stage_list import STAGES
 
 
@@ -18,7 +18,7 @@ def track(context: Context) -> None:
     if not any((stage.folder(context) / MANIFEST).is_file() for stage in STAGES):
         raise RequestError(f"{space.folder} has no finished stage; run `deltascope sweep` first")
     with space.locked():
-        tell(context)
+        report_results(context)
     if tracker.lost:
         raise WorkFailed("MLflow stopped answering before everything was sent; run the same command again")
     if tracker.refused:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from search_spaces.sections import Expected
 
 SAME_CE, SAME_CE_IN_BF16 = 1e-4, 5e-3
-"""Nats a token, in fp32 and in bf16: by so much may two ways to compute one model differ."""
+"""Allowed difference in nats per token between two computations of the same model, in fp32 and in bf16."""
 LIBRARIES = ("torch", "transformers", "transformer-lens", "peft", "ray", "optuna", "mlflow")
 
 
@@ -55,7 +55,7 @@ def run(context: Context) -> dict[str, Any]:
         lora_pictures=_lora_pictures(context),
     )
     path = write_report(space.report, data, seed=context.settings.seed)
-    shutil.copy(space.folder / SETTINGS, space.report)  # so that the run in MLflow has the settings of its tables
+    shutil.copy(space.folder / SETTINGS, space.report)  # so that MLflow has the settings with the tables
     context.tracker.log("sweep", headlines(context))
     context.tracker.artifacts("sweep", space.report)
     context.tracker.artifacts("sweep", space.generations, "generations")
@@ -63,7 +63,7 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _lora_pictures(context: Context) -> dict[str, bytes]:
-    """Of the LoRA study, where there was one."""
+    """Plots of the LoRA study, if there was one."""
     from jobs.search.pictures import study_pictures
 
     if context.settings.model.finetuned:
@@ -72,7 +72,7 @@ def _lora_pictures(context: Context) -> dict[str, bytes]:
 
 
 def headlines(context: Context) -> dict[str, float]:
-    """The figures by which sweeps compare, which go to the sweep's own run in MLflow."""
+    """The figures for comparing sweeps, logged to the sweep's own run in MLflow."""
     from evaluators.tables import recovery
 
     cells, seed = context.cells, context.settings.seed
@@ -95,7 +95,7 @@ def lora_trials(context: Context) -> list[dict[str, Any]]:
 
 
 def base_transcoders(context: Context) -> list[dict[str, Any]]:
-    """One row for each (layer, percentile): the base that was chosen, and its figures if it was trained here."""
+    """One row for each (layer, percentile): the chosen base, and its figures if it was trained here."""
     rows = []
     here = context.settings.transcoders.source == "train"
     for site in context.sites_of("residual"):
@@ -141,7 +141,7 @@ def delta_trials(context: Context) -> list[dict[str, Any]]:
 
 
 def _before(context: Context, group: Address) -> float | None:
-    """What the base under a residual delta leaves of the un-finetuned model's output on held-out text."""
+    """The error of a residual delta's base on the un-finetuned model's output, on held-out text."""
     found = read_json((context.space.deltas / group.folder).parent / "base_error.json")
     return (found or {}).get("val_fvu_base_unfinetuned")
 
@@ -169,8 +169,8 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
 
 
 def _alpha_0_is_the_unfinetuned_model(context: Context) -> list[dict[str, Any]]:
-    """Where the deltas' sites are all that finetuning changed, nothing of it is left at alpha 0: the cross-entropy is
-    that of the un-finetuned model run plainly."""
+    """If the deltas' sites are all that finetuning changed, alpha 0 must give the cross-entropy of the plain
+    un-finetuned model."""
     ends: dict[str, dict[str, float]] = {}
     for cell in context.cells:
         if cell["kind"] == "behaviour" and cell["condition"] in (UNFINETUNED, "no_delta"):
@@ -204,7 +204,7 @@ def _expected(one: Expected, raw: pd.DataFrame) -> dict[str, Any]:
 
 
 def _fits(kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A delta explains part of what it was trained on, on held-out text."""
+    """Checks that each delta explains part of its training target on held-out text."""
     names = {
         "change": ("every kept change delta explains part of its site's change on held-out text", lambda one: 1.0),
         "residual": ("every kept residual delta lowers the FVU of its base", lambda one: one["val_fvu_base"]),
@@ -220,7 +220,7 @@ def _fits(kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _wider_is_no_worse(kept: list[dict[str, Any]]) -> dict[str, Any]:
-    """A wider delta's error may exceed a narrower one's by no more than the seed spreads of the two together."""
+    """Checks that a wider delta's error exceeds a narrower one's by at most the sum of their seed spreads."""
     worse, compared = [], 0
     for one in kept:
         name = error_name(one["target"])
@@ -274,7 +274,7 @@ def facts(context: Context) -> dict[str, str]:
 
 
 def _what_changed(context: Context) -> dict[str, str]:
-    """What finetuning changed, what was left out for it, and what is unusual about the pair."""
+    """What finetuning changed, what was left out because it did not change, and what is unusual about the pair."""
     known = context.pair
     if known is None:
         return {}
@@ -299,7 +299,7 @@ def _how(context: Context) -> str:
 
 
 def polished(context: Context) -> str:
-    """What joint polish did to the change deltas, as a sentence; empty where there was none."""
+    """The effect of joint polish on the change deltas, as a sentence; empty if there was none."""
     found = (read_json(context.space.deltas / MANIFEST) or {}).get("polished", {})
     parts = [
         f"{name}, step {one['step']} of {context.settings.deltas.polish_steps}: KL {one['val_kl_before']:.4f} to "

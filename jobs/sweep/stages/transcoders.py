@@ -30,7 +30,7 @@ from sites import Site
 from trainers.settings import BaseSettings, settings_of
 
 L0_TOLERANCE = 0.1
-"""How far a base may miss its target L0, as a fraction of it, before a line says so."""
+"""Relative deviation of a base's L0 from its target above which a line is printed."""
 
 
 class LayerTask(NamedTuple):
@@ -78,7 +78,7 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
 
 
 def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """The training of a `LayerTask`, in one process or in each of several, of which the first writes what it gives."""
+    """Trains the bases of a `LayerTask`, in one process or in each of several; the first writes the results."""
     import torch
 
     from trainers.activations import read_pairs
@@ -159,7 +159,7 @@ def _train_window(context: Context, folders: dict[Site, Path]) -> None:
         for site, folder in folders.items()
     ]
     pool = context.pool
-    if section.workers_per_layer > 1:  # which need the machine
+    if section.workers_per_layer > 1:  # they need the whole machine
         pool.close()
         share = context.share.of_several(section.workers_per_layer, "transcoders.workers_per_layer")
         pool = Pool(share, context.space.folder / TIMELINE)
