@@ -24,9 +24,8 @@ from sites import sites_label
 
 
 def plan_rows(context: Context, measured: Path | None = None, workers: int | None = None) -> Rows:
-    """What the whole sweep consists of, and its time on 1, 8, 64, 512 and `workers` workers, going by the costs of the
-    sweep in the folder `measured` (default: this sweep's own); raises RequestError or ModelError as the sweep would.
-    """
+    """The work of the whole sweep, and its time on 1, 8, 64, 512 and `workers` workers at the costs of the sweep in the
+    folder `measured` (default: this sweep's own). Raises RequestError or ModelError as the sweep would."""
     context.check_request()
     check_models(context)
     settings = context.settings
@@ -68,16 +67,16 @@ def _disk(context: Context) -> str:
 
 
 def _reads(context: Context) -> Rows:
-    """Bytes that delta trials read from disk, as workers keep what they last read, and what goes to GPUs."""
+    """Bytes that delta trials read from disk, with each worker caching its last data, and bytes sent to GPUs."""
     each, deltas = pair_bytes(context), context.settings.deltas
     trials = len(context.delta_groups) * deltas.trials
     if not trials:
         return []
-    kept = ", ".join(f"{size(reads_of(context, workers) * each)} by {workers}" for workers in WORKERS)
-    rows = [("pairs", f"{size(each)} a layer and base; read from disk in all: {kept} workers")]
+    totals = ", ".join(f"{size(reads_of(context, workers) * each)} by {workers}" for workers in WORKERS)
+    rows = [("pairs", f"{size(each)} a layer and base; read from disk in all: {totals} workers")]
     if context.settings.compute.gpus_per_trial:
-        kept = f"half of a GPU's memory holds {size(each)}"
-        rows.append(("over PCIe", f"as many bytes where {kept}, else {deltas.epochs} times {size(trials * each)}"))
+        fits = f"half of a GPU's memory holds {size(each)}"
+        rows.append(("over PCIe", f"as many bytes where {fits}, else {deltas.epochs} times {size(trials * each)}"))
     return rows
 
 
@@ -90,7 +89,7 @@ def size(count: float) -> str:
 
 
 def _bases(context: Context) -> Rows:
-    """Which published base each percentile, or the target L0, selects; trained bases are not known in advance."""
+    """The published base selected by each percentile or the target L0; trained bases are not known in advance."""
     section = context.settings.transcoders
     if "residual" not in context.settings.deltas.targets:
         return []

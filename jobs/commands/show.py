@@ -13,7 +13,7 @@ from rich.text import Text
 
 
 def show_probe(found: dict[str, Any]) -> None:
-    """The active features token by token, and last, where a long list does not push them away, the conditions."""
+    """Prints the active features token by token and then, so that they stay in view, the conditions."""
     console = Console()
     table = Table("layer", "token", "delta features", "base features", title="active features (feature:strength)")
     for one in found["features"]:

@@ -1,6 +1,6 @@
-"""How far a sweep has got.
+"""The progress of a sweep.
 
-In: a `Context`. Out: rows of text, read off the results on disk; nothing heavy is imported, so that it answers at once.
+In: a `Context`. Out: rows of text, from the results on disk. Imports nothing heavy, to answer at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Rows = list[tuple[str, str]]
 
 
 def status_rows(context: Context) -> Rows:
-    """How far the sweep with these settings has got."""
+    """The progress of the sweep with these settings."""
     space, settings = context.space, context.settings
     rows: Rows = []
     if shown := read_progress(space.folder):
@@ -45,7 +45,7 @@ def status_rows(context: Context) -> Rows:
 
 
 def _results(folder: Path, key: str) -> list[dict[str, Any]]:
-    """Those of the trials in `folder`; none where they are of other settings, and will be made again."""
+    """The results of the trials in `folder`; empty if they are from other settings and will be redone."""
     return [read_json(path) for path in sorted(folder.glob("trial_*/result.json"))] if is_for(folder, key) else []
 
 
@@ -56,7 +56,7 @@ def _counts(results: list[dict[str, Any]], total: int) -> str:
 
 
 def finetuned_row(context: Context) -> tuple[str, str]:
-    """Where the finetuned model comes from."""
+    """The origin of the finetuned model."""
     settings = context.settings
     if settings.model.finetuned:
         return "finetuned model", f"{settings.model.finetuned}, adopted"

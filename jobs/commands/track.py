@@ -1,6 +1,6 @@
 """Sends results from disk to MLflow: after a server outage, or to another server.
 
-In: a `Context` whose sweep has results. Out: the runs that MLflow is missing; existing runs stay as they are.
+In: a `Context` whose sweep has results. Out: the runs that MLflow lacks; existing runs are left alone.
 """
 
 from __future__ import annotations
