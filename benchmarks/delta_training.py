@@ -101,18 +101,18 @@ def _matmul_rate(batch: int, d_model: int, device: str, precision: str, tries: i
 
 def _curve(data: DeltaData, settings: DeltaSettings, device: str) -> list[float]:
     """Our loss at every step, plus the constant part of the squared error."""
-    losses: list[float] = []
+    curve: list[float] = []
     squares = data.train.shards[0][1].float().pow(2).mean(1) / data.unit
     batches = Pairs([(squares,)]).batches(settings.batch_size, torch.Generator().manual_seed(0))
     steps = data.train.batch_count(settings.batch_size)
 
     def note(losses: Losses) -> None:
-        warm = min(1.0, (len(losses) + 1) / max(settings.sparsity_warmup_fraction * steps, 1))
+        warm = min(1.0, (len(curve) + 1) / max(settings.sparsity_warmup_fraction * steps, 1))
         loss = losses.error + settings.sparsity * warm * losses.penalty
-        losses.append(loss.item() + next(batches)[0].mean().item())
+        curve.append(loss.item() + next(batches)[0].mean().item())
 
     train_delta(data, settings, device=device, on_step=note)
-    return losses
+    return curve
 
 
 def _steps_per_second(data: DeltaData, settings: DeltaSettings, device: str) -> float:
