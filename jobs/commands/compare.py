@@ -56,7 +56,8 @@ def as_json(found: Comparison) -> dict[str, Any]:
     names = [sweep.name for sweep in found.sweeps]
     return {
         "sweeps": [
-            {"name": one.name, "seed": one.seed, "layers": one.layers, "from": one.where} for one in found.sweeps
+            {"name": sweep.name, "seed": sweep.seed, "layers": sweep.layers, "from": sweep.where}
+            for sweep in found.sweeps
         ],
         "settings that differ": {
             key: dict(zip(names, values, strict=True)) for key, values in settings_that_differ(found.sweeps).items()

@@ -128,7 +128,7 @@ def base_training(scratch: Path, device: str, precision: str) -> Tensor:
         device=device,
         report=lambda step, steps, figures: losses.append(figures["train_fvu"]),
     )
-    return torch.tensor([*losses, *(one.facts["val_fvu"] for one in done)])
+    return torch.tensor([*losses, *(base.facts["val_fvu"] for base in done)])
 
 
 def lora_training(kind: str) -> Callable[[Path, str, str], Tensor]:
@@ -146,7 +146,7 @@ def lora_training(kind: str) -> Callable[[Path, str, str], Tensor]:
         with number_format(device, precision) as dtype:
             model, tokenizer = load_model(models(scratch)[kind], dtype, device)
             train_lora(model, tokenizer, Splits(ROWS, ROWS), settings, found.append, lambda adapted: None)
-        return torch.tensor([one[name] for one in found for name in ("val_loss", "train_loss")])
+        return torch.tensor([figures[name] for figures in found for name in ("val_loss", "train_loss")])
 
     return figures
 
@@ -166,7 +166,7 @@ def capture(scratch: Path, device: str, precision: str) -> Tensor:
     found = capture_batch(bridge, texts, columns)
     at_bos = bos_changes(bridge, bridge.tokenizer.bos_token_id, before, after)
     parts = [one for site in SITES for _, one in sorted(found[site].items())]
-    return torch.cat([(one.float() / one.float().norm()).flatten() for one in [*parts, *at_bos.values()]])
+    return torch.cat([(tensor.float() / tensor.float().norm()).flatten() for tensor in [*parts, *at_bos.values()]])
 
 
 def polish(scratch: Path, device: str, precision: str) -> Tensor:
@@ -180,7 +180,7 @@ def polish(scratch: Path, device: str, precision: str) -> Tensor:
     subject = polish_subject(scratch, device, precision)
     encoded = [encode_row(subject.bridge.tokenizer, row) for row in ROWS]
     done = train(subject, encoded, encoded, PolishSettings(steps=12, lr=1e-3, rows=3, precision=precision))
-    return torch.tensor([one["val_kl"] for one in done.history])
+    return torch.tensor([validation["val_kl"] for validation in done.history])
 
 
 def polish_subject(scratch: Path, device: str, precision: str) -> Subject:
@@ -218,11 +218,11 @@ def evaluation(kind: str, ground: str) -> Callable[[Path, str, str], Tensor]:
             for _, of_rows, texts in evaluate_behaviour(
                 passes, where, ROWS, asks, limits=Limits(12), behaviours={}, known=known
             ):
-                found.extend(one["nll"] for one in of_rows)
-                found.extend(one.get("kl", 0.0) for one in of_rows)
-                found.extend(one["sum_abs_delta_acts"] for one in of_rows)
+                found.extend(row["nll"] for row in of_rows)
+                found.extend(row.get("kl", 0.0) for row in of_rows)
+                found.extend(row["sum_abs_delta_acts"] for row in of_rows)
                 if precision == "fp32":
-                    found.extend(float(token) for one in texts for token in one["tokens"])
+                    found.extend(float(token) for text in texts for token in text["tokens"])
 
         measure((), Ask("raw"))
         measure(patches, Ask("no_delta"), Ask("full"), *(Ask("alpha", alpha) for alpha in (-0.5, 0.5, 2.0)))

@@ -45,12 +45,12 @@ def show(found: dict[str, Any]) -> None:
         answer = "no number of them does" if count is None else f"{count} of {found['total']} features do"
         console.print(f"{subset}: to recover {found['enough']:.0%} of the CE gap, {answer}", highlight=False)
     table = Table("rank", "layer", "feature", "effect (nats a target token)")
-    for one in found["features"]:
+    for feature in found["features"]:
         table.add_row(
-            str(one["rank"]),
-            str(one["layer"]),
-            "at BOS" if one["at_bos"] else str(one["feature"]),
-            f"{one['effect']:+.4f}",
+            str(feature["rank"]),
+            str(feature["layer"]),
+            "at BOS" if feature["at_bos"] else str(feature["feature"]),
+            f"{feature['effect']:+.4f}",
         )
     console.print(table)
     if (left := found["total"] - len(found["features"])) > 0:

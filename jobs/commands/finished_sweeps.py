@@ -94,12 +94,14 @@ def read_sweeps(sources: Sources) -> tuple[list[ComparedSweep], list[str]]:
         raise RequestError(
             f"a comparison takes two sweeps or more, got {len(loaded)}: give names, folders or --experiment"
         )
-    sweeps = [one.sweep for one in loaded]
+    sweeps = [entry.sweep for entry in loaded]
     names = [sweep.name for sweep in sweeps]
-    sweeps = [_renamed(one, f"{one.name} ({one.where})") if names.count(one.name) > 1 else one for one in sweeps]
-    if any(one.partly for one in loaded):
-        sweeps = [replace(one, settings=_tracked(one.settings)) for one in sweeps]
-    return sweeps, [note for one in loaded for note in one.notes]
+    sweeps = [
+        _renamed(sweep, f"{sweep.name} ({sweep.where})") if names.count(sweep.name) > 1 else sweep for sweep in sweeps
+    ]
+    if any(entry.partly for entry in loaded):
+        sweeps = [replace(sweep, settings=_tracked(sweep.settings)) for sweep in sweeps]
+    return sweeps, [note for entry in loaded for note in entry.notes]
 
 
 def _tracked(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -109,10 +109,10 @@ def _bases(context: Context) -> Rows:
 def _measured(context: Context) -> Rows:
     """Stage times of an earlier run with the same name."""
     manifests = {stage.name: read_json(stage.folder(context) / MANIFEST) for stage in STAGES}
-    known = {name: one["seconds"] for name, one in manifests.items() if one and "seconds" in one}
+    known = {name: manifest["seconds"] for name, manifest in manifests.items() if manifest and "seconds" in manifest}
     if not known:
         return []
-    workers = max(one.get("workers", 1) for one in manifests.values() if one)
+    workers = max(manifest.get("workers", 1) for manifest in manifests.values() if manifest)
     listed = ", ".join(f"{name} {clock(seconds)}" for name, seconds in known.items())
     return [
         ("time", f"{clock(sum(known.values()))} when last run, on {workers} worker{'s' * (workers > 1)} ({listed})")

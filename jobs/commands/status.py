@@ -35,12 +35,16 @@ def status_rows(context: Context) -> Rows:
     else:
         results = _results(space.lora, keys.lora_group(settings))
         rows.append(("LoRA trials", _counts(results, settings.lora.trials)))
-    groups = [(space.deltas / one.folder, keys.delta_group(settings, one)) for one in context.delta_groups]
+    groups = [(space.deltas / address.folder, keys.delta_group(settings, address)) for address in context.delta_groups]
     results = [result for folder, key in groups for result in _results(folder, key)]
     rows.append(("delta trials", _counts(results, len(groups) * settings.deltas.trials)))
     cells = [path for path in space.cells.glob("*.json") if path.name not in (MANIFEST, SEAL)]
     rows.append(("cells", f"{len(cells)} on disk"))
-    rows += [("failed", f"{one['group']} trial {one['trial']}: {one['reason']}") for one in results if one["reason"]]
+    rows += [
+        ("failed", f"{result['group']} trial {result['trial']}: {result['reason']}")
+        for result in results
+        if result["reason"]
+    ]
     return rows
 
 

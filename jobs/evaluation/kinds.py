@@ -127,7 +127,7 @@ class Curve(Work):
         started = time.perf_counter()
         listed = read_json(self.cell_file(self.ranking))["features"]
         by_key = {plan.site.key: plan.site for plan in self.sites}
-        ranked = [Ranked(by_key[one["layer"]], one["feature"], one["effect"]) for one in listed]
+        ranked = [Ranked(by_key[entry["layer"]], entry["feature"], entry["effect"]) for entry in listed]
         compared = reference(self.model, self.shared.rows, self.shared.batch_size)
         found = evaluate_curve(self.kept_passes(model), self.load_patches(), rows, ranked, compared)
         counts = [{"k": count, "rows": entries} for count, entries in found.items()]
@@ -181,7 +181,7 @@ class Cards(Work):
             guesses=guesses(self, few, UNFINETUNED if self.sites[0].ground.target == "change" else "raw"),
         )
         read = read_features(passes, patches, rows, self.features)
-        cards = [{"layer": one[0].key, "feature": one[1], **read[one], **effects[one]} for one in self.features]
+        cards = [{"layer": card[0].key, "feature": card[1], **read[card], **effects[card]} for card in self.features]
         return self.write({"convention": self.sites[0].site.kind.reading, "cards": cards}, started)
 
 

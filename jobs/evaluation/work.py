@@ -98,7 +98,9 @@ class PlanInputs:
                 means[combination] = sum(values) / len(values)
         if not means:
             raise WorkFailed(f"no {target} deltas of one width on every layer: " + "; ".join(self.context.failures))
-        return min(means, key=lambda one: (means[one], one.ground.percentile or 0.0, one.d_new))
+        return min(
+            means, key=lambda combination: (means[combination], combination.ground.percentile or 0.0, combination.d_new)
+        )
 
     def _combinations(self, target: str) -> list[Combination]:
         """The combinations that the settings allow."""
@@ -159,7 +161,7 @@ class PlanInputs:
         """The features of these sites in the order of the finished ranking cell; empty if it is missing."""
         listed = read_json(self.context.space.cells / f"{cell}.json") or {"features": []}
         sites = {plan.site.label: plan.site for plan in plans}
-        return [(sites[str(one["layer"])], one["feature"]) for one in listed["features"]]
+        return [(sites[str(entry["layer"])], entry["feature"]) for entry in listed["features"]]
 
     @cached_property
     def shared(self) -> Shared:
@@ -204,7 +206,7 @@ class ExpectedPlanInputs(PlanInputs):
     computed_with = judged_with = ()  # type: ignore[assignment]
 
     def _combination(self, target: str) -> Combination:
-        return max(self._combinations(target), key=lambda one: one.d_new)
+        return max(self._combinations(target), key=lambda combination: combination.d_new)
 
     def site_plan(self, group: Address) -> SitePlan:
         return SitePlan(group)

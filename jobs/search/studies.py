@@ -258,7 +258,9 @@ def _sampler(group: Group, seed: int) -> optuna.samplers.BaseSampler:
     if group.sampler == "gp":
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
     if group.sampler == "grid":
-        grid = {name: list(one.choice) for name, one in group.searched.items() if isinstance(one, Choice)}
+        grid = {
+            name: list(dimension.choice) for name, dimension in group.searched.items() if isinstance(dimension, Choice)
+        }
         return _Grid(grid, seed=group.seed)
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
 

@@ -270,7 +270,7 @@ def merge_and_check(task: Task) -> None:
         found["merge"] = before["merge"]
     if task.compares:
         weights = compare(open_weights(Path(task.base)), open_weights(Path(task.finetuned)))
-        found |= {"changed": list(weights.changed), "not_finite": [list(one) for one in weights.not_finite]}
+        found |= {"changed": list(weights.changed), "not_finite": [list(entry) for entry in weights.not_finite]}
         if merging is not None:
             names = [f"{name}." for name in found["changed"]]
             idle = [module for module in merging.outputs if not any(name.startswith(f"{module}.") for name in names)]

@@ -40,4 +40,8 @@ def pages(store: str) -> list[tuple[str, str]]:
     from mlflow import MlflowClient
 
     experiments = MlflowClient(store).search_experiments(order_by=["name"])
-    return [(one.name, page_of(one.experiment_id)) for one in experiments if one.name != "Default"]
+    return [
+        (experiment.name, page_of(experiment.experiment_id))
+        for experiment in experiments
+        if experiment.name != "Default"
+    ]

@@ -88,7 +88,7 @@ class Reader:
 def comparison(store: str) -> str | None:
     """The URL path of the MLflow page that compares every sweep's last finished run; None for fewer than two."""
     reader = Reader(store, "--root")
-    experiments = {one.name: one.experiment_id for one in MlflowClient(store).search_experiments()}
+    experiments = {experiment.name: experiment.experiment_id for experiment in MlflowClient(store).search_experiments()}
     found = [(experiments[name], last.run) for name in reader.sweeps if (last := reader.last_finished(name))]
     if len(found) < 2:
         return None

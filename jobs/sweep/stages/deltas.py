@@ -196,8 +196,8 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     members = together or [config]
     precision = resolve_precision(config["precision"], config["device"])
     settings = [
-        replace(config["settings"], lr=one["lr"], sparsity=one["sparsity"], precision=precision)
-        for one in ({**config, **member} for member in members)
+        replace(config["settings"], lr=values["lr"], sparsity=values["sparsity"], precision=precision)
+        for values in ({**config, **member} for member in members)
     ]
     residuals = config["residuals"] and Residuals(
         **{**config["residuals"], "candidate": tuple(config["residuals"]["candidate"])}

@@ -99,14 +99,14 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     )
     folder = Path(task.folder)
     facts: list[dict[str, Any]] = []
-    for one in trained:
-        name = f"average_l0_{one.facts['val_l0']:.0f}"
+    for base in trained:
+        name = f"average_l0_{base.facts['val_l0']:.0f}"
         if any(fact["path"].endswith(name) for fact in facts):
-            name = f"average_l0_{one.facts['val_l0']:.2f}"
+            name = f"average_l0_{base.facts['val_l0']:.2f}"
         path = folder / width_label(task.settings.width) / name
         if writes:
-            write(one.transcoder, path, one.facts)
-        facts.append({"layer": task.site.layer, "path": str(path.relative_to(folder.parent)), **one.facts})
+            write(base.transcoder, path, base.facts)
+        facts.append({"layer": task.site.layer, "path": str(path.relative_to(folder.parent)), **base.facts})
     return {"bases": facts}
 
 
