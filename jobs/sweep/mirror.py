@@ -156,10 +156,10 @@ class Mirror:
 
     def _current_writer(self) -> str | None:
         try:
-            held: dict[str, Any] = json.loads(self._files.cat_file(f"{self._root}/{WRITER}"))
+            content: dict[str, Any] = json.loads(self._files.cat_file(f"{self._root}/{WRITER}"))
         except FileNotFoundError:
             return None
-        return held["writer"]
+        return content["writer"]
 
     def _fetch(self, names: list[str]) -> None:
         """Fetches `START` last, so that an interrupted fetch is repeated."""

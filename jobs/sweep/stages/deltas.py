@@ -155,8 +155,8 @@ def side_by_side(context: Context) -> int:
     """Number of trials that may train side by side."""
     from jobs.search.studies import STARTUP_TRIALS
 
-    asked = context.settings.deltas.side_by_side
-    return asked if asked != "auto" else STARTUP_TRIALS if on_gpu(context) else 1
+    setting = context.settings.deltas.side_by_side
+    return setting if setting != "auto" else STARTUP_TRIALS if on_gpu(context) else 1
 
 
 def trials_at_once(context: Context) -> list[int]:
