@@ -129,10 +129,10 @@ def say_what_changed(context: Context) -> None:
     if not context.sites_of("change"):
         section = context.settings.deltas
         where = "in any layer" if section.layers == "all" else f"in {layer_list(section.layers)}"
-        requested = KINDS if section.sites == "auto" else section.sites
+        wanted = KINDS if section.sites == "auto" else section.sites
         raise RequestError(
             f"{'model.finetuned' if context.settings.model.finetuned else 'lora.space.targets'}: {source} changed "
-            f"{known['in_words'] or 'nothing'}, and none of {', '.join(KINDS[name].words for name in requested)} {where}, "
+            f"{known['in_words'] or 'nothing'}, and none of {', '.join(KINDS[name].words for name in wanted)} {where}, "
             "so there is nothing for change deltas to explain (deltas.sites and deltas.layers say where they look)"
         )
     for kind in kinds:
