@@ -2,9 +2,9 @@
 
     python -m benchmarks.delta_rivals mlruns/sweeps/quickstart --sparsify PYTHON --dictionary-learning PYTHON
 
-In: a sweep's folder, and the Python interpreters of environments with those packages. All train one transcoder of the
-same width on the same pairs (x, residual) with the same batch size, epochs and active features per token (ours: at most
-that many); the best of four learning rates counts. The others train in fp32, as they do on a CPU; ours in each
+In: a sweep's folder, and the Python interpreters of environments with those packages. Each trains one transcoder of the
+same width on the same pairs (x, residual) with the same batch size, epochs and active features per token (an upper
+bound for ours); the best of four learning rates counts. The others train in fp32, as they do on a CPU; ours in each
 precision that this machine supports. Out: prints tokens per second, the fraction of the residual left on validation
 tokens, and the ratios.
 """
@@ -35,7 +35,9 @@ LEARNING_RATES = (1e-3, 3e-3, 5e-3, 1e-2)
 def main(
     sweep: Annotated[Path, typer.Argument(help="Folder of a sweep that has reached its deltas.")],
     sparsify: Annotated[Path | None, typer.Option(help="Python of an environment with eai-sparsify.")] = None,
-    dictionary_learning: Annotated[Path | None, typer.Option(help="The same for dictionary-learning.")] = None,
+    dictionary_learning: Annotated[
+        Path | None, typer.Option(help="Python of an environment with dictionary-learning.")
+    ] = None,
     layer: Annotated[int, typer.Option()] = 18,
     percentile: Annotated[float, typer.Option()] = 0.75,
     d_new: Annotated[int, typer.Option()] = 128,
@@ -54,7 +56,7 @@ def main(
         rivals = {"train_sparsify.py": sparsify, "train_dictionary_learning.py": dictionary_learning}
         for script, python in rivals.items():
             if python is not None:
-                sizes = [str(one) for one in (d_new, active, epochs, batch)]
+                sizes = [str(size) for size in (d_new, active, epochs, batch)]
                 runs = [_run([str(python), str(HERE / script), str(pairs), *sizes, str(lr)]) for lr in LEARNING_RATES]
                 rates[script] = max(run["tokens_per_second"] for run in runs)
                 best = min(runs, key=lambda run: run["unexplained"])

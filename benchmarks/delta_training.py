@@ -1,4 +1,4 @@
-"""Delta training against a trainer written like the usual script, side by side in one run.
+"""Delta training against a trainer written like a typical script, side by side in one run.
 
     python -m benchmarks.delta_training [--d-model 2304 --d-sae 16384 --d-new 128 --batch 2048 --device cuda]
 
@@ -51,13 +51,13 @@ def main(
     held = slice(0, VALIDATION_TOKENS)
     variance = output_variance(Pairs([(x[held], y[held])]))
     unexplained = residual[held].float().pow(2).mean().item() / variance
-    residual = residual.bfloat16()  # as a sweep keeps it
+    residual = residual.bfloat16()  # as a sweep stores it
     data = DeltaData(Pairs([(x, residual)]), Pairs([(x[held], residual[held])]), variance, unexplained, Site(0))
     settings = DeltaSettings(d_new=d_new, batch_size=batch, epochs=1, l0_budget=16, threshold="learned")
     reference = train_plainly(base, x, y, variance, settings, reference_steps + 1, device)
     settings = replace(settings, precision=precision)
-    found = _curve(data, settings, device)[: reference_steps + 1]
-    apart = max(abs(one - other) / other for one, other in zip(found, reference.losses, strict=True))
+    curve = _curve(data, settings, device)[: reference_steps + 1]
+    apart = max(abs(ours - theirs) / theirs for ours, theirs in zip(curve, reference.losses, strict=True))
     peak = _matmul_rate(batch, d_model, device, precision)
     alone = _steps_per_second(data, settings, device)
     stacked = _steps_per_second(data, replace(settings, replicas=replicas), device)
@@ -66,7 +66,7 @@ def main(
     flops = 4 * 2 * batch * d_model * d_new
     typer.echo(f"reference          {plain:8.3f} steps/s")
     typer.echo(f"ours, one seed     {alone:8.3f} steps/s   {alone / plain:.1f}x the reference")
-    typer.echo(f"loss curves        at most {apart:.1e} apart (relative) over {len(found)} steps")
+    typer.echo(f"loss curves        at most {apart:.1e} apart (relative) over {len(curve)} steps")
     typer.echo(f"ours, {replicas} stacked    {stacked:8.3f} steps/s   {stacked * replicas / alone:.2f}x one seed alone")
     typer.echo(
         f"matmul peak {peak / 1e9:.0f} GFLOP/s ({precision}); ours uses {flops * alone / peak:.2f} of it alone, "
@@ -100,23 +100,23 @@ def _matmul_rate(batch: int, d_model: int, device: str, precision: str, tries: i
 
 
 def _curve(data: DeltaData, settings: DeltaSettings, device: str) -> list[float]:
-    """The loss of ours at every step, with the constant part of the squared error added."""
-    found: list[float] = []
+    """Our loss at every step, plus the constant part of the squared error."""
+    curve: list[float] = []
     squares = data.train.shards[0][1].float().pow(2).mean(1) / data.unit
     batches = Pairs([(squares,)]).batches(settings.batch_size, torch.Generator().manual_seed(0))
     steps = data.train.batch_count(settings.batch_size)
 
     def note(losses: Losses) -> None:
-        warm = min(1.0, (len(found) + 1) / max(settings.sparsity_warmup_fraction * steps, 1))
+        warm = min(1.0, (len(curve) + 1) / max(settings.sparsity_warmup_fraction * steps, 1))
         loss = losses.error + settings.sparsity * warm * losses.penalty
-        found.append(loss.item() + next(batches)[0].mean().item())
+        curve.append(loss.item() + next(batches)[0].mean().item())
 
     train_delta(data, settings, device=device, on_step=note)
-    return found
+    return curve
 
 
 def _steps_per_second(data: DeltaData, settings: DeltaSettings, device: str) -> float:
-    """Steps per second of `train_delta` between its first step and its last, including reading."""
+    """Steps per second of `train_delta` between its first and last step, including reading."""
     times: list[float] = []
     train_delta(data, settings, device=device, on_step=lambda losses: times.append(_now(device)))
     return (len(times) - 1) / (times[-1] - times[0])

@@ -1,4 +1,4 @@
-"""What the engine costs on top of training and evaluation, compared with plain tools; each comparison is one run.
+"""The engine's overhead on top of training and evaluation, compared with plain tools; each comparison is one run.
 
     python -m benchmarks.engine trials [--trials 200]
     python -m benchmarks.engine cells [--cells 10000]
@@ -6,7 +6,7 @@
     python -m benchmarks.engine outside [quickstart storage.root=mlruns]
 
 In: numbers of trials or cells, or a finished sweep's settings. Out: prints one comparison. `trials`: seconds that a
-short trial costs beyond its own time, with our search and tracking, with Ray Tune as in its documentation (defaults,
+short trial takes beyond its own time, with our search and tracking, with Ray Tune as in its documentation (defaults,
 MLflowLoggerCallback), and with Optuna alone on joblib processes. `cells`: trivial cells per second through the fan-out
 and as bare Ray tasks. `workers`: behaviour cells of a finished sweep on one worker and on two, one thread each.
 `outside`: the fraction of a finished sweep's wall time in which all workers were idle, that is, nothing was trained,
@@ -179,7 +179,7 @@ def workers(
     from jobs.context.context import Context
     from jobs.evaluation.behaviour import Behaviour
     from jobs.evaluation.kinds import evaluate
-    from jobs.evaluation.work import Materials
+    from jobs.evaluation.work import PlanInputs
     from search_spaces.load import load
 
     name, *overrides = config or ["quickstart"]
@@ -191,7 +191,7 @@ def workers(
             shutil.copytree(context.space.generations, place / "generations", ignore=_all_but_raw)
             works = [
                 replace(work, shared=replace(work.shared, cells=str(place / "cells")))
-                for work in Behaviour.plan(Materials(context))
+                for work in Behaviour.plan(PlanInputs(context))
                 if len(work.sites) == 1 and work.sites[0].site.layer >= above
             ]
             works.sort(key=lambda work: work.sites[0].site.layer)
@@ -224,7 +224,7 @@ def outside(
     done = [json.loads(line) for line in (folder / TIMELINE).read_text().splitlines()]
     for pattern in ("lora/trial_*/result.json", "deltas/layer_*/*/d*/trial_*/result.json"):
         done += [read_json(path) for path in folder.glob(pattern)]
-    work = [(one["started"], one["started"] + one["seconds"]) for one in done]
+    work = [(task["started"], task["started"] + task["seconds"]) for task in done]
     total = spent = 0.0
     for stage in STAGES:
         path = stage.folder(context) / MANIFEST

@@ -7,7 +7,7 @@ subset. The reference wraps the model once, then runs each cell separately: a te
 generation with TransformerLens' own `generate`, with raw repeated for each layer; a random sample of its cells is timed
 and scaled up. Out: prints the three times, their ratios, what each shortcut gains on a smaller grid, our time divided
 by the time that unavoidable matrix products take at the machine's measured rate, and peak memory; fails if any figures
-differ. The same grid with KL(raw || spliced) beside is timed too.
+differ. The same grid with KL(raw || spliced) is timed too.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CELLS = (("raw", 0.0), ("no_delta", 0.0), ("full", 1.0), *(("alpha", alpha) for alpha in ALPHAS))
 SAMPLED_PROMPTS, SAMPLED_BATCHES = 12, 3
 ABLATED_PROMPTS = 5
-"""Prompts per subset in the smaller grid, on which each shortcut is turned off."""
+"""Prompts per subset in the smaller grid, where each shortcut in turn is disabled."""
 
 
 class Figures(NamedTuple):
-    """What is compared for a prompt in a cell: cross-entropy in nats per token, and the greedy output."""
+    """What is compared per prompt and cell: cross-entropy in nats per token, and the greedy output."""
 
     ce: float
     output: list[int]
@@ -82,7 +82,7 @@ def ours(
                 ((_, figures, texts),) = evaluate_behaviour(plain, (), of_subset, [Ask("raw")], known=known, **how)
                 _file(table, (patch.site, "raw", 0.0, subset), figures, texts)
                 outputs = [one["tokens"] for one in texts]
-            asked = evaluate_behaviour(
+            answers = evaluate_behaviour(
                 replace(plain, prefixes=prefixes if shortcuts.share_prefix else None),
                 [patch],
                 of_subset,
@@ -90,7 +90,7 @@ def ours(
                 known=Known(outputs, reference=reference),
                 **how,
             )
-            for ask, figures, texts in asked:
+            for ask, figures, texts in answers:
                 for condition, alpha in CELLS[1:]:
                     if alpha == ask.alpha:
                         _file(table, (patch.site, condition, alpha, subset), figures, texts)
@@ -155,10 +155,10 @@ def _hooks(bridge: Any, patch: Patch, condition: str, alpha: float, editable: Te
 
 
 def compare(table: Table, key: tuple[Site, str, float, str, int], found: Figures) -> None:
-    """Raises SystemExit if our figures differ from those of the plain way."""
+    """Raises SystemExit if our figures differ from those of the plain computation."""
     mine = table[key]
     if mine.output != found.output or abs(mine.ce - found.ce) > 1e-4:
-        raise SystemExit(f"{key}: ours {mine}, the plain way {found}")
+        raise SystemExit(f"{key}: ours {mine}, plain {found}")
 
 
 def matmul_rate(device: Any, size: int = 2048, tries: int = 6) -> float:
@@ -171,11 +171,11 @@ def matmul_rate(device: Any, size: int = 2048, tries: int = 6) -> float:
 
 
 def unavoidable_flops(bridge: Any, rows: dict[str, list[Row]], patches: Sequence[Patch], table: Table) -> float:
-    """FLOPs in products with weights that any exact method needs: each text once below a layer and once per strength
-    above it, one projection per target token, and the tokens of an output after it departs from target and raw
-    output."""
+    """FLOPs of the products with weights that any exact method needs: each text once below a layer and once per
+    strength above it, one projection per target token, and an output's tokens from where it departs from both the
+    target and the raw output."""
     model = bridge.original_model
-    body = sum(one.numel() for one in bridge.blocks.parameters() if one.ndim == 2)
+    body = sum(weight.numel() for weight in bridge.blocks.parameters() if weight.ndim == 2)
     a_layer, head = body / bridge.cfg.n_layers, model.get_output_embeddings().weight.numel()
     total = 0.0
     for subset, of_subset in rows.items():
@@ -229,7 +229,7 @@ def main(
     ablate: Annotated[bool, typer.Option(help="Also time with each shortcut off.")] = True,
     seed: Annotated[int, typer.Option(help="Seed for sampling the reference's cells.")] = 0,
 ) -> None:
-    # Here, as benchmarks.gpu uses the rest of this file where only what trains and evaluates is installed.
+    # Imported here, because benchmarks.gpu uses the rest of this file without Ray installed.
     from jobs.commands.load import DeltaChoice, combination, load_bridge, load_patches
     from jobs.context.context import Context
     from search_spaces.load import load
@@ -299,12 +299,12 @@ def _ablations(bridge: Any, rows: dict[str, list[Row]], patches: Sequence[Patch]
     few = {subset: of_subset[:ABLATED_PROMPTS] for subset, of_subset in rows.items()}
     on, expected = timed(partial(ours, bridge, few, patches, budget), device)
     typer.echo(f"{ABLATED_PROMPTS} prompts per subset, all shortcuts: {on:.1f} s; relative time with one off:")
-    for one in fields(Shortcuts):
-        shortcuts = replace(Shortcuts(), **{one.name: False})
+    for shortcut in fields(Shortcuts):
+        shortcuts = replace(Shortcuts(), **{shortcut.name: False})
         off, table = timed(partial(ours, bridge, few, patches, budget, shortcuts), device)
         for key, figures in table.items():
             compare(expected, key, figures)
-        typer.echo(f"  {one.name:<20} {off / on:6.2f}x")
+        typer.echo(f"  {shortcut.name:<20} {off / on:6.2f}x")
 
 
 if __name__ == "__main__":

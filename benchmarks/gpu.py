@@ -1,10 +1,11 @@
-"""What a GPU gains: our trainers and evaluation against the usual way, on the device that is there, without Ray.
+"""Our trainers and evaluation against the usual way on a GPU (or the device that is there), without Ray.
 
     python -m benchmarks.gpu [--device cuda] [--only deltas,lora]
 
-In: nothing; models and activations are random, of the shapes of SmolLM2-135M and Gemma-2-2B. Out: prints for each part
-the rates of both ways and their ratio, kernels launched a step, and the share of the time in which the device computes:
-kernels' time, from a profiled run, over the time of a run without a profiler. Ratios compare runs of one process.
+In: nothing; models and activations are random, with the shapes of SmolLM2-135M and Gemma-2-2B. Out: prints for each
+part the rates of both ways and their ratio, kernel launches per step, and the share of the time in which the device
+computes: kernel time, from a profiled run, over the time of a run without a profiler. Ratios compare runs of one
+process.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ PARTS = ("deltas", "bases", "lora", "evaluation")
 def main(
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
     only: Annotated[str, typer.Option(help="Some of deltas, bases, lora, evaluation.")] = ",".join(PARTS),
-    models: Annotated[str, typer.Option(help="Whose shapes: some of smollm2, gemma2_2b, tiny.")] = "smollm2,gemma2_2b",
-    d_model: Annotated[int, typer.Option(help="Of the layer whose deltas and base are trained.")] = 2304,
+    models: Annotated[str, typer.Option(help="Model shapes: some of smollm2, gemma2_2b, tiny.")] = "smollm2,gemma2_2b",
+    d_model: Annotated[int, typer.Option(help="Width of the layer whose deltas and base are trained.")] = 2304,
     d_sae: Annotated[int, typer.Option(help="Features of its base.")] = 16384,
     batch: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
     steps: Annotated[int, typer.Option(help="Steps an epoch.")] = 50,
@@ -70,7 +71,7 @@ def main(
 
 
 def delta_steps(device: str, d_model: int, d_sae: int, batch: int, steps: int, d_new: int = 128) -> None:
-    """Optimiser steps of a delta, against a script that runs the frozen base in every step."""
+    """Optimiser steps of a delta, against a script that runs the frozen base at every step."""
     typer.echo(f"deltas: d_model {d_model}, d_sae {d_sae}, d_new {d_new}, {batch} tokens a step")
     pairs = random_pairs(device, d_model, steps * batch)
     x, y = (torch.cat(column) for column in zip(*pairs.shards, strict=True))
@@ -83,12 +84,12 @@ def delta_steps(device: str, d_model: int, d_sae: int, batch: int, steps: int, d
     typer.echo(f"  reference, fp32     {plain:9.1f} steps/s")
     for precision in ("fp32", "tf32", "bf16") if device.startswith("cuda") else ("fp32", "bf16"):
         for replicas in (1, 8):
-            asked = replace(settings, precision=precision, replicas=replicas)
+            run_settings = replace(settings, precision=precision, replicas=replicas)
             with fresh_memory(device) as peak:
-                train_delta(data, replace(asked, epochs=1), device=device)
-                rate = delta_rate(data, asked, device)
-            seconds, launches = profiled(partial(train_delta, data, asked, device=device), device)
-            count = asked.epochs * steps
+                train_delta(data, replace(run_settings, epochs=1), device=device)
+                rate = delta_rate(data, run_settings, device)
+            seconds, launches = profiled(partial(train_delta, data, run_settings, device=device), device)
+            count = run_settings.epochs * steps
             typer.echo(
                 f"  ours, {precision}, {replicas} side by side {rate:9.1f} steps/s   {rate / plain:7.1f}x   "
                 f"{launches / count:5.1f} launches a step   {share(seconds / count * rate)}"
@@ -97,7 +98,7 @@ def delta_steps(device: str, d_model: int, d_sae: int, batch: int, steps: int, d
 
 
 def delta_rate(data: DeltaData, settings: DeltaSettings, device: str) -> float:
-    """Steps per second of all but the first epoch, validations left out."""
+    """Steps per second of all but the first epoch, without validations."""
     times: list[float] = []
     per_epoch, count = data.train.batch_count(settings.batch_size), 0
 
@@ -150,15 +151,15 @@ def lora_tokens(device: str, name: str, steps: int = 30) -> None:
             model, tokenizer = SHAPES[name].build(device, torch.bfloat16, Path(folder))
             encoded = [encode_row(tokenizer, row) for row in rows]
             tokens = sum(len(row.ids) for row in encoded)
-            for asked in (replace(settings, steps=3, eval_every=3), settings):  # the first time libraries are set up
+            for run_settings in (replace(settings, steps=3, eval_every=3), settings):  # the first is a warm-up
                 if side == "ours":
-                    model, seconds = train_ours(model, tokenizer, rows, asked)
+                    model, seconds = train_ours(model, tokenizer, rows, run_settings)
                 else:
                     examples = [Example(row.ids, place) for place, row in enumerate(encoded)]
-                    batches = islice(shuffled_batches(examples, BATCH, 0), asked.steps)
+                    batches = islice(shuffled_batches(examples, BATCH, 0), run_settings.steps)
                     order = [encoded[row.labelled] for one in batches for row in one]
-                    model, seconds = train_reference(model, tokenizer, order, asked)
-                model = model.unload() if asked is not settings else model
+                    model, seconds = train_reference(model, tokenizer, order, run_settings)
+                model = model.unload() if run_settings is not settings else model
             rates[side] = tokens / seconds
             typer.echo(f"lora, {name}, bf16: {side:<9} {rates[side]:9.0f} tokens/s   {peak()}")
         del model
@@ -178,31 +179,31 @@ def cells(device: str, name: str, prompts: int = 16, budget: int = 16, sampled: 
             patches.append(Patch(site, path, replace(delta, W_dec=0.05 * delta.W_dec)).to(device))
         found = random_rows(4 * prompts)
         rows = {label: [row for row in found if row.label == label][:prompts] for label in ("tool", "copy")}
-        ours(bridge, {label: few[:2] for label, few in rows.items()}, patches, budget)  # libraries are set up
+        ours(bridge, {label: few[:2] for label, few in rows.items()}, patches, budget)  # warms up libraries
         seconds, table = timed(lambda: ours(bridge, rows, patches, budget), device)
         chance, spent, same, furthest = random.Random(0), 0.0, 0, 0.0
-        asked = [(patch, *cell, label) for patch in patches for cell in CELLS for label in rows]
-        for patch, condition, alpha, label in chance.sample(asked, sampled):
+        grid = [(patch, *cell, label) for patch in patches for cell in CELLS for label in rows]
+        for patch, condition, alpha, label in chance.sample(grid, sampled):
             place = chance.randrange(prompts)
             chosen = [rows[label][place]]
             took, (one,) = timed(partial(plain_cell, bridge, chosen, patch, condition, alpha, budget), device)
             mine = table[patch.site, condition, alpha, label, place]
             spent, same = spent + took, same + (mine.output == one.output)
             furthest = max(furthest, abs(mine.ce - one.ce))
-        whole = spent / sampled * len(asked) * prompts
+        whole = spent / sampled * len(grid) * prompts
         few = {label: some[:4] for label, some in rows.items()}
         less, _ = timed(lambda: ours(bridge, few, patches, budget), device)
         computing, launches = profiled(lambda: ours(bridge, few, patches, budget), device)
         typer.echo(
-            f"evaluation, {name}, fp32, {len(asked)} cells of {prompts} prompts: ours {seconds:.1f} s, "
-            f"one by one {whole / seconds:.0f}x (from {sampled} of {len(asked) * prompts}; "
+            f"evaluation, {name}, fp32, {len(grid)} cells of {prompts} prompts: ours {seconds:.1f} s, "
+            f"one by one {whole / seconds:.0f}x (from {sampled} of {len(grid) * prompts}; "
             f"{same} of {sampled} texts equal, CE at most {furthest:.1e} apart)   "
             f"{launches / less:.0f} launches a second   {share(computing / less)}   {peak()}"
         )
 
 
 def profiled(run: Callable[[], object], device: str) -> tuple[float, int]:
-    """The seconds in which kernels ran, and how many launches started them; of a graph one launch starts many."""
+    """Seconds in which kernels ran, and the number of launches; one launch of a graph starts many kernels."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -225,7 +226,7 @@ def profiled(run: Callable[[], object], device: str) -> tuple[float, int]:
 
 
 def share(computing: float) -> str:
-    """More than all of the time is rounding: a profiled run is another run."""
+    """The share as text, at most 1: it can exceed 1 slightly because the profiled run is another run."""
     return f"computing {min(1.0, computing):.2f} of the time" if math.isfinite(computing) else ""
 
 
@@ -239,7 +240,7 @@ def matmul_rate(device: str, precision: str, size: int = 8192, tries: int = 6) -
 
 @contextmanager
 def fresh_memory(device: str) -> Iterator[Callable[[], str]]:
-    """Yields what says how much memory of the device was used at most since."""
+    """Yields a function that describes the peak device memory since then."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()

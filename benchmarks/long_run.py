@@ -1,10 +1,10 @@
-"""Whether a long sweep stays as fast, and its driver as small, as it began: thousands of trials, and of cells.
+"""Whether a long sweep slows down or its driver grows, over thousands of trials and of cells.
 
     python -m benchmarks.long_run [--cells 10000] [--trials 5000] [--root FOLDER]
 
-In: how many. Out: for a sweep of the tiny model with so many trials, and one with so many cells: units a second in the
-first eighth and in the last one and their ratio, the driver's largest resident memory, most threads and open files,
-what was left in the temporary folder, and how long `status` takes afterwards.
+In: numbers of cells and trials. Out: for a sweep of the tiny model with that many trials, and one with that many cells:
+units per second in the first and the last eighth and their ratio, the driver's peak resident memory, threads and open
+files, the number of entries left in the temporary folder, and how long `status` takes afterwards.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ import psutil
 import typer
 
 PERIOD = 0.5
-"""Seconds between two looks at the driver."""
+"""Seconds between two samples of the driver."""
 SMALL = (
     *("data.train_rows=60", "data.validation_rows=8", "data.eval_rows=2", "lora.trials=1", "lora.steps=2"),
     *("activations.train_tokens=1000", "deltas.targets=[change]", "deltas.replicas=1", "deltas.epochs=1"),
     *("evaluate.controls=[]", "evaluate.cards=0", "evaluate.curve=false", "evaluate.widths=false"),
 )
 SETS = "[[0, 1], [0, 2], [0, 3]]"
-"""All of two layers, and they begin in the same one, so that their cells cost the same."""
+"""All have two layers and begin at the same one, so that their cells cost the same."""
 SUBSETS, LAYERS = 3, 4
 SEEDS = 8
-"""Of each delta: a worker writes the cells of a seed, set and subset at once, so there must be many of those."""
+"""Seeds of each delta: a worker writes the cells of a seed, set and subset at once, so there must be many of these."""
 TRIALS = 16
-"""Of each group; more trials come as more groups, as in a large study, since what a proposal costs grows with those of
-its own study."""
+"""Trials per group. More trials means more groups, as in a large study, because the cost of a proposal grows with the
+trials of its own study."""
 
 
 class Use(NamedTuple):
-    """The most that the driver used, and how long it ran in seconds."""
+    """Peak usage of the driver, and its run time in seconds."""
 
     memory: int
     threads: int
@@ -48,7 +48,7 @@ class Use(NamedTuple):
 
 
 def watched(command: Sequence[str]) -> Use:
-    """Runs a command to its end and looks at it all the time."""
+    """Runs a command to its end and samples its usage."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     driver, memory, threads, files = psutil.Process(process.pid), 0, 0, 0
@@ -65,7 +65,7 @@ def watched(command: Sequence[str]) -> Use:
 
 
 def eighths(ends: list[float]) -> tuple[float, float]:
-    """Units a second in the first eighth and in the last one, from when each unit ended."""
+    """Units per second in the first and the last eighth, from the end times of the units."""
     ends, part = sorted(ends), len(ends) // 8
     return part / (ends[part] - ends[0]), part / (ends[-1] - ends[-1 - part])
 
@@ -84,8 +84,8 @@ def entries() -> int:
 
 
 def main(
-    cells: Annotated[int, typer.Option(min=200, help="About how many cells.")] = 10_000,
-    trials: Annotated[int, typer.Option(min=64, help="About how many trials.")] = 5_000,
+    cells: Annotated[int, typer.Option(min=200, help="Approximate number of cells.")] = 10_000,
+    trials: Annotated[int, typer.Option(min=64, help="Approximate number of trials.")] = 5_000,
     root: Annotated[Path | None, typer.Option(help="Storage root; default: a temporary folder.")] = None,
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="long_run") as folder:
@@ -100,7 +100,7 @@ def main(
         results = [
             json.loads(path.read_text()) for path in place.glob("sweeps/trials/deltas/*/*/*/trial_*/result.json")
         ]
-        show("trials", [one["started"] + one["seconds"] for one in results], use, entries() - before)
+        show("trials", [result["started"] + result["seconds"] for result in results], use, entries() - before)
 
         count = cells // (SUBSETS * 3 * SEEDS)
         alphas = [round((number + 1) / (count + 1), 6) for number in range(count)]
@@ -110,8 +110,8 @@ def main(
         found = [path.stat().st_mtime for path in place.glob("sweeps/cells/cells/*_alpha*.json")]
         show("cells", found, use, entries() - before)
 
-        for name, asked in (("trials", searched), ("cells", grid)):
-            status = watched([*base, "status", *asked[1:]])
+        for name, arguments in (("trials", searched), ("cells", grid)):
+            status = watched([*base, "status", *arguments[1:]])
             typer.echo(f"status of the sweep with many {name}: {status.seconds:.1f} s")
 
 

@@ -3,10 +3,10 @@
     python -m benchmarks.lora [--dtype bf16] [--rows FILE.jsonl] [--rounds 2]
 
 In: a model and JSONL rows {input, target} (default: generated ones). The reference is set up as in its documentation:
-dynamic padding, -100 on every label outside the target, AdamW, and the same steps, schedule and clipping over the same
-batches from the same adapter. The sides take turns, each in its own process. Out: real tokens per second, peak memory,
-the held-out loss of both from one plain pass, their ratios, and the fraction of the measured matmul rate that the
-model's products reach.
+dynamic padding, -100 on every label outside the target, AdamW, and the same steps, schedule and clipping on the same
+batches from the same adapter. The two sides take turns, each in its own process. Out: real tokens per second, peak
+memory, the held-out loss of both from one plain pass, their ratios, and the fraction of the measured matmul rate that
+the model's products reach.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def run_side(side: str, folder: Path, path: str | None, steps: int, dtype: torch
     model, tokenizer = load_model(folder, dtype)
     # The prepared file is already in random order.
     records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    rows = [Row(one["input"], one["target"], "") for one in records]
+    rows = [Row(record["input"], record["target"], "") for record in records]
     train, held_out = rows[: steps * BATCH], rows[steps * BATCH :]
     settings = LoraSettings(r=16, lr=5e-4, batch_size=BATCH, steps=steps, eval_every=steps)
     encoded = [encode_row(tokenizer, row) for row in train]
@@ -120,11 +120,11 @@ def run_side(side: str, folder: Path, path: str | None, steps: int, dtype: torch
         trained, seconds = train_ours(model, tokenizer, train, settings)
     return {
         "tokens_per_second": tokens / seconds,
-        # Including set-up. With one thread, steadier than seconds if something else runs on the machine.
+        # Includes set-up. With one thread, more stable than wall time if something else runs on the machine.
         "tokens_per_cpu_second": tokens / (time.process_time() - before),
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "val_loss": plain_loss(trained, [encode_row(tokenizer, row) for row in held_out]),
-        # Forward, and the gradient of the input (frozen weights have none). Logits only at labelled positions.
+        # Forward, and the gradient of the input (frozen weights need none). Logits only at labelled positions.
         "flops_per_token": 4 * (linear + head),
     }
 
@@ -196,7 +196,7 @@ def train_reference(model: Any, tokenizer: Any, rows: Sequence[Encoded], setting
 
 @torch.no_grad()
 def plain_loss(model: Any, rows: Sequence[Encoded]) -> float:
-    """Nats per target token, with each row on its own through the unchanged model."""
+    """Nats per target token, running each row by itself through the unchanged model."""
     model.eval()
     total = 0.0
     for row in rows:

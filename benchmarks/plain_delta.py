@@ -1,4 +1,4 @@
-"""A delta trainer written like the usual script: the plain version that ours is timed and tested against.
+"""A delta trainer written like a typical script: the plain version that ours is timed and tested against.
 
 In: a base, pairs (x, y) and the settings of a run. Out: the loss of every step. It reads rows through a python-indexed
 DataLoader, runs the frozen base at every step, computes the whole reconstruction and leaves the rest to autograd.
@@ -49,7 +49,7 @@ class Step(torch.autograd.Function):
 
 
 class PlainDelta(torch.nn.Module):
-    """One delta, starting from the same point as one of our replicas."""
+    """One delta, with the same initial values as one of our replicas."""
 
     def __init__(self, start: StackedDeltas, replica: int = 0) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""A sweep's main table again, from its files alone, with the lines of plain transformers in docs/formats.md.
+"""Recomputes a sweep's main table from its files alone, with the plain transformers code of docs/formats.md.
 
     python -m benchmarks.plain_knob study-s2 [--root mlruns] [--csv FILE]
 
-In: the name of a finished sweep with change deltas in all its layers, of a model that is built here. Out: for every
-subset and strength the cross-entropy by hand and the sweep's own, printed, and how far apart they are at most; fails
-where that is more than rounding.
+In: the name of a finished sweep with change deltas in all layers, of a model that is built here. Out: prints, for every
+subset and strength, the cross-entropy by hand and the sweep's own, and the largest difference; fails if that exceeds
+rounding.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ ROUNDING = 1e-4
 
 
 def blocks() -> list[str]:
-    """The page's programs: the one that loads files, and the knob."""
+    """The page's two programs: the one that loads the files, and the knob."""
     return CODE.findall(PAGE.read_text(encoding="utf-8"))
 
 
 def cross_entropy(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
-    """Nats a target token, one row at a time."""
+    """Nats per target token, one row at a time."""
     nats = tokens = 0.0
     for row in rows:
         prompt = [tokenizer.bos_token_id, *tokenizer(row.input + "\n", add_special_tokens=False)["input_ids"]]
@@ -48,8 +48,8 @@ def cross_entropy(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
 
 @contextmanager
 def named_as_on_the_page(sweep: Path, models: Path) -> Iterator[None]:
-    """In a folder where this sweep is the quickstart, as the page's lines call it, and `models` holds its model."""
-    (model,) = [one for one in models.iterdir() if one.is_dir() and not one.name.endswith(".tmp")]
+    """Runs in a folder with the names of the page's code: this sweep is `quickstart`, and `models` has its model."""
+    (model,) = [folder for folder in models.iterdir() if folder.is_dir() and not folder.name.endswith(".tmp")]
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch) / "mlruns"
         for place, one in {"sweeps/quickstart": sweep, "models/smollm2-135m-here": model}.items():
@@ -70,15 +70,15 @@ def compare(sweep: Path, models: Path, alphas: Sequence[float] | None = None) ->
     names: dict[str, Any] = {}
     with named_as_on_the_page(sweep, models):
         exec(compile(blocks()[1], str(PAGE), "exec"), names)
-    found = []
+    records = []
     for alpha, of_alpha in doses.groupby("alpha"):
         if alphas is None or alpha in alphas:
             names["alpha"] = alpha
             for subset, expected in of_alpha.set_index("subset")["mean_ce"].items():
                 chosen = [row for row in rows if row.label == subset]
                 by_hand = cross_entropy(names["model"], names["tokenizer"], chosen)
-                found.append({"subset": subset, "alpha": alpha, "by_hand": by_hand, "of_the_sweep": expected})
-    return pd.DataFrame(found)
+                records.append({"subset": subset, "alpha": alpha, "by_hand": by_hand, "of_the_sweep": expected})
+    return pd.DataFrame(records)
 
 
 def main(

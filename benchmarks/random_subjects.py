@@ -1,7 +1,7 @@
-"""Models, activations and rows of real shapes with nothing learned in them, for measuring speed where no model is.
+"""Random models, activations and rows with real shapes, for measuring speed on machines without models.
 
-In: the name of a shape, or a number of tokens or rows. Out: a random transformers model with a tokenizer of bytes,
-random pairs, generated rows.
+In: the name of a shape, or a number of tokens or rows. Out: a random transformers model with a byte tokenizer, random
+pairs, generated rows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from trainers.activations import Pairs
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes, as its config has them."""
+    """A model's sizes, as in its config."""
 
     kind: str
     config: dict[str, Any]
 
     def build(self, device: str, dtype: torch.dtype, folder: Path) -> tuple[Any, Any]:
-        """A random model of these sizes, and a tokenizer of bytes, which TransformerLens reads from `folder` again."""
+        """A random model of these sizes, and a byte tokenizer, which TransformerLens reads again from `folder`."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         byte_tokenizer().save_pretrained(folder)
@@ -89,7 +89,7 @@ SHAPES = {
 
 
 def random_pairs(device: str, d_model: int, tokens: int, shard: int = 65536) -> Pairs:
-    """x and y in bf16, in the host's memory."""
+    """x and y in bf16, in host memory."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(count: int) -> Tensor:
@@ -110,13 +110,14 @@ def random_rows(count: int) -> list[Row]:
 
 
 def save_other_mlps(model: Any, layers: Sequence[int], folder: Path) -> None:
-    """The model's config, and of those layers the tensors on the way through the MLP, with other weights in it."""
+    """Saves the model's config and the tensors on the path through those layers' MLPs, with other MLP weights."""
     from safetensors.torch import save_file
 
     names = ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm", "mlp")
-    found = {}
-    for name, one in model.state_dict().items():
+    tensors = {}
+    for name, tensor in model.state_dict().items():
         if any(f".layers.{layer}." in name for layer in layers) and any(part in name for part in names):
-            found[name] = (one * (1 + 0.05 * torch.randn_like(one)) if "mlp" in name else one).cpu().contiguous()
-    save_file(found, folder / "model.safetensors")
+            changed = tensor * (1 + 0.05 * torch.randn_like(tensor)) if "mlp" in name else tensor
+            tensors[name] = changed.cpu().contiguous()
+    save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), default=str))

@@ -3,9 +3,9 @@
     python -m benchmarks.study collect [--root mlruns]
     python -m benchmarks.study write
 
-In: the finished sweeps `study-sN` (adapters on the MLPs alone) and `study-all-sN` (on all linear layers), N the seed,
-and `study-polish-sN` where there is one. Out: `collect` writes `docs/study/*.csv`, a row for each adapter and figure,
-and pictures beside them; `write` puts the tables that follow from these files into `docs/study.md`.
+In: the finished sweeps `study-sN` (adapters on MLPs only) and `study-all-sN` (on all linear layers), for seed N, and
+`study-polish-sN` if there is one. Out: `collect` writes `docs/study/*.csv`, a row for each adapter and figure, and
+pictures next to them; `write` inserts the tables made from these files into `docs/study.md`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from evaluators.tables.recovery import widest_set
 PAGE = Path(__file__).parents[1] / "docs" / "study.md"
 FOLDER = PAGE.with_suffix("")
 MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
-"""In the page, around each table."""
+"""The markers around each table in the page."""
 QUOTED = re.compile(r"<!-- (?P<file>\w+); (?P<adapter>[^;]*); (?P<subset>\w*); (?P<what>[^>]*?) -->[^<]*(?=<!-- / -->)")
-"""In the page, around each figure in the prose: which file and which rows it is the mean over adapters of."""
+"""The markers around each figure in the page's prose: the file and the rows whose mean over adapters it is."""
 ADAPTERS = {"MLPs": "study", "all linear": "study-all"}
 COLUMNS = ["adapter", "seed", "subset", "what", "value", "low", "high"]
 DIGITS = 5
@@ -42,14 +42,14 @@ SERIES = {
 
 
 def read(report: Path, name: str) -> pd.DataFrame:
-    """A table of a report, with `series`, its conditions in words; empty where the sweep had nothing for it."""
+    """A table of a report, with a column `series`, the conditions in words; empty if the sweep has no such results."""
     path = report / f"{name}.csv"
     table = pd.read_csv(path, dtype={"layer": str}) if path.is_file() and path.stat().st_size > 1 else pd.DataFrame()
     return table.assign(series=table["condition"].map(SERIES)) if "condition" in table else table
 
 
 def figures(table: pd.DataFrame, value: str, what: str) -> list[dict[str, Any]]:
-    """Rows of `value` with its interval, where there is one, each named by `what`, a format of the row's columns."""
+    """Rows of `value` with its interval, if any, each named by `what`, a format string over the row's columns."""
     return [
         {
             "subset": row.get("subset", ""),
@@ -63,7 +63,7 @@ def figures(table: pd.DataFrame, value: str, what: str) -> list[dict[str, Any]]:
 
 
 def whole(report: Path, name: str) -> pd.DataFrame:
-    """The rows of a table that are about the change deltas of all layers at once."""
+    """The rows of a table for the change deltas of all layers at once."""
     gaps, table = read(report, "gaps"), read(report, name)
     return table[(table["target"] == "change") & (table["layer"] == widest_set(gaps[gaps["target"] == "change"]))]
 
@@ -114,7 +114,7 @@ def doses(report: Path) -> list[dict[str, Any]]:
 
 
 def places(report: Path) -> list[dict[str, Any]]:
-    """Sets of some of the layers: what swapping them costs, its share of the whole effect, and what comes back."""
+    """Figures for sets of layers: the cost of swapping them, its share of the effect, and what is recovered."""
     found = []
     for name, value in (("gaps", "gap"), ("gaps", "share"), ("recovered", "recovered")):
         table = read(report, name)
@@ -131,7 +131,7 @@ def few(report: Path) -> list[dict[str, Any]]:
 
 
 def residuals(report: Path) -> list[dict[str, Any]]:
-    """The reference study's way: what a residual is made of, what the bases cost, and what residual deltas win back."""
+    """Figures for the reference study's method: the residuals' parts, the bases' cost, what deltas recover."""
     deltas, found = read(report, "kept_deltas"), []
     deltas = deltas[(deltas["target"] == "residual") & (deltas["d_new"] == deltas["d_new"].max())]
     names = {
@@ -163,7 +163,7 @@ TABLES: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
 
 
 def sweeps(root: Path) -> dict[tuple[str, int], Path]:
-    """The reports of the study that are there, by adapter and seed."""
+    """The existing reports of the study, by adapter and seed."""
     found = {}
     for adapter, name in ADAPTERS.items():
         for report in sorted(root.glob(f"sweeps/{name}-s[0-9]/report")):
@@ -177,8 +177,8 @@ app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
 
 @app.command()
 def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")] = Path("mlruns")) -> None:
-    """Writes docs/study/*.csv and the pictures from the finished sweeps; rows of adapters that are not under the root
-    stay as they are."""
+    """Writes docs/study/*.csv and the pictures from the finished sweeps; keeps the rows of adapters that are not under
+    the root."""
     from benchmarks.study_pictures import write_pictures
 
     found = sweeps(root)
@@ -210,7 +210,7 @@ def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")
 
 
 def save(name: str, table: pd.DataFrame) -> None:
-    """Writes a table's rows in place of those of the same adapters, in the order of adapters and seeds."""
+    """Replaces the table's rows of the same adapters; sorts by adapter and seed."""
     path = FOLDER / f"{name}.csv"
     if path.is_file():
         before = pd.read_csv(path)
@@ -226,7 +226,7 @@ def save(name: str, table: pd.DataFrame) -> None:
 
 @app.command()
 def write() -> None:
-    """Puts tables and figures into the page."""
+    """Inserts tables and figures into the page."""
     if not FOLDER.is_dir():
         typer.echo(f"error: there is no {FOLDER}; run `collect` first", err=True)
         raise typer.Exit(2)
@@ -234,11 +234,11 @@ def write() -> None:
 
 
 def filled(page: str) -> str:
-    """The page with every table, and every figure of the prose, as they follow from the files."""
+    """The page, with every table and every figure of the prose filled in from the files."""
     from benchmarks.study_tables import TABLES, quoted
 
-    page = MARKED.sub(lambda found: f"{found[1]}{found[2]}\n{TABLES[found[1]](FOLDER)}\n\n", page)
-    return QUOTED.sub(lambda found: found[0].partition("-->")[0] + "-->" + quoted(FOLDER, **found.groupdict()), page)
+    page = MARKED.sub(lambda match: f"{match[1]}{match[2]}\n{TABLES[match[1]](FOLDER)}\n\n", page)
+    return QUOTED.sub(lambda match: match[0].partition("-->")[0] + "-->" + quoted(FOLDER, **match.groupdict()), page)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Pictures over several adapters, from the files that `benchmarks.study` collects.
 
-In: the folder of the files. Out: `knob.png`, `widths.png` and `layers.png` beside them, in the style of the reports.
+In: the folder of the files. Out: `knob.png`, `widths.png` and `layers.png` next to them, in the style of the reports.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ METRICS = {"mean_ce": "CE (nats per target token)", "tool_call_rate": "share of 
 
 
 def split(table: pd.DataFrame, *names: str) -> pd.DataFrame:
-    """The parts of `what` as columns."""
+    """Splits `what` into columns."""
     parts = table["what"].str.split(": ", expand=True)
     return table.assign(**{name: parts[number] for number, name in enumerate(names)})
 
 
 def knob(doses: pd.DataFrame) -> Figure:
-    """CE and calls against alpha, a line for each adapter; dotted: the dense knob."""
+    """CE and calls against alpha, one line per adapter; the dense knob is dotted."""
     doses = split(doses, "metric", "series", "alpha")
     subsets, adapters = list(doses["subset"].unique()), list(doses["adapter"].unique())
     figure, grid = panels(len(METRICS) * len(subsets), columns=len(subsets), height=2.7)
@@ -51,7 +51,7 @@ def knob(doses: pd.DataFrame) -> Figure:
 
 
 def widths(table: pd.DataFrame) -> Figure:
-    """What comes back of the CE gap by width, the mean over adapters and their range."""
+    """The recovered share of the CE gap by width: the mean over adapters and their range."""
     table = split(table, "series", "width")
     table = table.assign(width=table["width"].astype(int))
     places = table[["adapter", "subset"]].drop_duplicates().itertuples(index=False)
@@ -75,7 +75,7 @@ def widths(table: pd.DataFrame) -> Figure:
 
 
 def layers(table: pd.DataFrame) -> Figure | None:
-    """What swapping each layer alone costs; None where no layer was swapped alone."""
+    """The cost of swapping each layer alone; None if no layer was swapped alone."""
     table = split(table, "of", "layer")
     table = table[table["layer"].str.fullmatch(r"\d+") & (table["of"] == "gap")]
     if table.empty:

@@ -1,7 +1,7 @@
-"""What training all layers' deltas together adds: the same prompts, spliced with the deltas before it and after it.
+"""The gain from training all layers' deltas together: the same prompts, with the deltas before and after it.
 
 In: the folders of two sweeps of one adapter, the second with `deltas.polish_steps`. Out: rows for
-`docs/study/polish.csv`: for each width and subset what is recovered before and after, and the paired differences.
+`docs/study/polish.csv`: for each width and subset, what is recovered before and after, and the paired differences.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Sums = tuple[np.ndarray, np.ndarray]
 
 
 def polish(before: Path, after: Path) -> Iterator[dict[str, Any]]:
-    """Rows of `subset`, `what`, `value`, `low`, `high` for every width that was polished."""
+    """Rows of `subset`, `what`, `value`, `low`, `high` for every polished width."""
     manifests = sorted((after / "deltas" / "polished").glob("d*/manifest.json"))
     for manifest in manifests:
         width, figures = int(manifest.parent.name[1:]), json.loads(manifest.read_text())["figures"]
@@ -57,7 +57,7 @@ def _cell(sweep: Path, pattern: str) -> Path:
 
 
 def _sums(cell: Path) -> dict[str, Sums]:
-    """By metric, numerators and denominators of each prompt."""
+    """Numerators and denominators of each prompt, by metric."""
     rows = sorted(json.loads(cell.read_text())["rows"], key=lambda row: row["index"])
     columns = {metric: MEANS[metric] for metric in NAMES}
     return {

@@ -1,7 +1,7 @@
 """Tables over several adapters, from the files that `benchmarks.study` collects.
 
-In: the folder of the files. Out: by name, a table as Markdown. A figure's brackets are its 95% interval over prompts; a
-mean over adapters has a t-interval over them (`over`), which says how far three adapters go.
+In: the folder of the files. Out: Markdown tables by name. The brackets of a figure are its 95% interval over prompts;
+those of a mean over adapters a t-interval over adapters (`mean_over`), which shows how much three adapters can tell.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 """Student's t for a two-sided 95% interval, by the number of values."""
 NONE = "-"
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
-"""A token of a list of them, as Python would write it."""
+"""A token in a list of tokens, as written by Python."""
 
 
 def number(value: float, digits: int = 3) -> str:
     if math.isnan(value):
-        return NONE  # was not measured
+        return NONE  # not measured
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
 
@@ -32,7 +32,7 @@ def bracketed(low: float, high: float, digits: int) -> str:
     return "" if math.isnan(low) else f" [{number(low, digits)}, {number(high, digits)}]"
 
 
-def one(rows: pd.DataFrame, digits: int = 3) -> str:
+def single(rows: pd.DataFrame, digits: int = 3) -> str:
     """The value of the only row, with its interval."""
     if rows.empty:
         return NONE
@@ -40,7 +40,7 @@ def one(rows: pd.DataFrame, digits: int = 3) -> str:
     return number(row["value"], digits) + bracketed(row["low"], row["high"], digits)
 
 
-def over(values: pd.Series, digits: int = 3) -> str:
+def mean_over(values: pd.Series, digits: int = 3) -> str:
     """The mean over adapters and its t-interval."""
     if values.empty:
         return NONE
@@ -54,30 +54,30 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def groups(table: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
-    """Adapter, subset and their rows, in the order of the file."""
+    """(adapter, subset, their rows), in the order of the file."""
     keys = table[["adapter", "subset"]].drop_duplicates().itertuples(index=False)
-    return [(one, two, table[(table["adapter"] == one) & (table["subset"] == two)]) for one, two in keys]
+    return [(name, subset, table[(table["adapter"] == name) & (table["subset"] == subset)]) for name, subset in keys]
 
 
 def seeds_of(table: pd.DataFrame) -> list[int]:
-    return sorted(int(one) for one in table["seed"].unique())
+    return sorted(int(seed) for seed in table["seed"].unique())
 
 
 def by_seed(table: pd.DataFrame, what: str, name: str) -> str:
-    """One figure: a row for each adapter and subset, a column for each seed, and the mean over them."""
+    """One figure: a row for each adapter and subset, a column for each seed and for their mean."""
     table = table[table["what"] == what]
     seeds = seeds_of(table)
     rows = []
     for adapter, subset, here in groups(table):
-        cells = [one(here[here["seed"] == seed]) for seed in seeds]
-        rows.append([adapter, f"`{subset}`", *cells, over(here["value"])])
+        cells = [single(here[here["seed"] == seed]) for seed in seeds]
+        rows.append([adapter, f"`{subset}`", *cells, mean_over(here["value"])])
     return markdown(["adapters", "subset", *(f"{name}, seed {seed}" for seed in seeds), "over adapters"], rows)
 
 
 def by_what(table: pd.DataFrame, whats: dict[str, str]) -> str:
-    """Several figures: a row for each adapter and subset, a column for each figure, as means over adapters."""
+    """Several figures as means over adapters: a row for each adapter and subset, a column for each figure."""
     rows = [
-        [adapter, f"`{subset}`", *(over(here.loc[here["what"] == what, "value"]) for what in whats)]
+        [adapter, f"`{subset}`", *(mean_over(here.loc[here["what"] == what, "value"]) for what in whats)]
         for adapter, subset, here in groups(table)
     ]
     return markdown(["adapters", "subset", *whats.values()], rows)
@@ -88,13 +88,13 @@ def read(folder: Path, name: str) -> pd.DataFrame:
 
 
 def quoted(folder: Path, file: str, adapter: str, subset: str, what: str) -> str:
-    """A figure for the prose: the mean over adapters and its interval, or that of a single one."""
+    """A figure for the prose with its interval: the mean over adapters, or the value of a single one."""
     table = read(folder, file)
     here = table[(table["adapter"] == adapter) & (table["subset"] == subset) & (table["what"].astype(str) == what)]
     if here.empty:
         raise KeyError(f"{file}.csv has no row of {adapter!r}, {subset!r}, {what!r}")
     digits = 4 if here["value"].abs().max() < 0.01 else 3
-    return one(here, digits) if len(here) == 1 else over(here["value"], digits)
+    return single(here, digits) if len(here) == 1 else mean_over(here["value"], digits)
 
 
 def ceiling(folder: Path) -> str:
@@ -113,11 +113,11 @@ def recovered(folder: Path) -> str:
 def widths(folder: Path) -> str:
     table = read(folder, "widths")
     table[["series", "width"]] = table["what"].str.split(": ", expand=True)
-    wide = sorted(int(one) for one in table["width"].unique())
+    wide = sorted(int(width) for width in table["width"].unique())
     rows = []
     for adapter, subset, here in groups(table):
         for series, lines in here.groupby("series", sort=False):
-            cells = [over(lines.loc[lines["width"].astype(int) == width, "value"], 2) for width in wide]
+            cells = [mean_over(lines.loc[lines["width"].astype(int) == width, "value"], 2) for width in wide]
             rows.append([adapter, f"`{subset}`", str(series), *cells])
     return markdown(["adapters", "subset", "in the MLPs' place", *(f"d_new {width}" for width in wide)], rows)
 
@@ -156,7 +156,7 @@ def thirds(folder: Path) -> str:
     rows = []
     for adapter, subset, here in groups(table):
         for layers, lines in here.groupby("layers", sort=False):
-            cells = [over(lines.loc[lines["of"] == of, "value"]) for of in ("gap", "share", "recovered")]
+            cells = [mean_over(lines.loc[lines["of"] == of, "value"]) for of in ("gap", "share", "recovered")]
             rows.append([adapter, f"`{subset}`", str(layers), *cells])
     return markdown(["adapters", "subset", "layers", "gap", "share of the whole effect", "recovered"], rows)
 
@@ -171,7 +171,7 @@ def few(folder: Path) -> str:
             enough = here[(here["seed"] == seed) & (here["value"] >= 0.9)]["what"]
             needed.append(NONE if enough.empty else str(enough.min()))
         ten = here[here["what"] == 16]
-        rows.append([adapter, f"`{subset}`", *needed, over(ten["value"], 2)])
+        rows.append([adapter, f"`{subset}`", *needed, mean_over(ten["value"], 2)])
     return markdown(["adapters", "subset", *(f"features for 90%, seed {seed}" for seed in seeds), "16 recover"], rows)
 
 
@@ -219,7 +219,7 @@ def residual_splices(folder: Path) -> str:
         "recovered": "residual deltas win back",
     }
     rows = [
-        [adapter, f"`{subset}`", *(one(here[here["of"] == of]) for of in columns)]
+        [adapter, f"`{subset}`", *(single(here[here["of"] == of]) for of in columns)]
         for adapter, subset, here in groups(table[table["of"].isin(columns)])
     ]
     return markdown(["adapters", "subset", *columns.values()], rows)
@@ -232,7 +232,7 @@ def polished(folder: Path) -> str:
     rows = []
     for (seed, width), here in table[table["subset"] != ""].groupby(["seed", "width"], sort=False):
         for subset, lines in here.groupby("subset", sort=False):
-            cells = [one(lines[lines["of"] == of], 4 if "-" in of else 3) for of in columns]
+            cells = [single(lines[lines["of"] == of], 4 if "-" in of else 3) for of in columns]
             rows.append([str(seed), str(width), f"`{subset}`", *cells])
     return markdown(["seed", "d_new", "subset", *columns], rows)
 

@@ -1,10 +1,11 @@
-"""How much of a generated token's time is Python: decoding with deltas spliced into every layer, a batch with a model
-of real size, and one row with a model so narrow that little but Python is left, with the bridge's parts where hooks are
-and with all of them.
+"""How much of a generated token's time is Python overhead.
+
+Decodes with deltas spliced into every layer: a batch with a model of real size, and one row with a model so narrow that
+almost only Python is left; both with only the bridge's parts that have hooks, and with all parts.
 
     python -m benchmarks.token_python [--shape smollm2] [--batch 100] [--device cpu] [--dtype bf16] [--python-only]
 
-In: the name of a shape and a batch size. Out: prints milliseconds a token and a layer, and the narrow model's share.
+In: the name of a shape and a batch size. Out: prints milliseconds per token and layer, and the narrow model's share.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ D_NEW, FEW, MANY, REPEATS = 8, 2, 10, 3
 
 
 def narrow(shape: Shape) -> Shape:
-    """The same layers and heads, 8 numbers a head."""
+    """The same layers and heads, with a head size of 8."""
     heads = shape.config["num_attention_heads"]
     sizes = {"hidden_size": 8 * heads, "intermediate_size": 16, "vocab_size": 512}
     sizes |= {name: 8 for name in ("head_dim", "query_pre_attn_scalar") if name in shape.config}
@@ -47,7 +48,7 @@ def narrow(shape: Shape) -> Shape:
 
 @torch.inference_mode()
 def seconds_a_token(shape: Shape, batch: int, device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """With the bridge's parts where hooks are, and with all of them."""
+    """Seconds per token with only the bridge's parts that have hooks, and with all parts."""
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = shape.build(device, dtype, Path(folder))
         layers = range(model.config.num_hidden_layers)
@@ -63,7 +64,7 @@ def seconds_a_token(shape: Shape, batch: int, device: str, dtype: torch.dtype) -
         jobs = [Job(Encoded(prompt, []), place / batch) for place in range(batch)]
         started = time.perf_counter()
         written = decode(Passes(bridge, batch_size=batch), Edit(patches, "alpha"), jobs, [[]] * batch, stop)
-        assert all(len(one) == tokens for one in written)
+        assert all(len(output) == tokens for output in written)
         return time.perf_counter() - started
 
     found = []

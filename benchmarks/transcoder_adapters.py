@@ -1,17 +1,18 @@
-"""Adapters trained end to end, as Transcoder Adapters are, beside deltas trained layer by layer, in one run.
+"""Transcoder Adapters, trained end to end, against deltas trained layer by layer, in one run.
 
     python -m benchmarks.transcoder_adapters [quickstart storage.root=mlruns] [--epochs 3] [--minutes 60]
 
 In: a sweep that is finished up to its change deltas. The rival is in `benchmarks/rivals/end_to_end.py`, which says what
-it takes from the paper and what is simplified. It learns from the text that our deltas learnt from, with as many
-features a layer (ours have one more, at BOS; theirs act at BOS too, and have a bias) and as many of them active. Short
-runs choose the learning rate, on held-out text; then come runs of as many epochs as asked for, those that end in time.
+it takes from the paper and what is simplified. It is trained on the same text as our deltas, with the same number of
+features per layer (ours have one more, at BOS; theirs act at BOS too, and have a bias) and of active features. Short
+runs choose the learning rate on held-out text; then come runs with the requested numbers of epochs, as far as they end
+in time.
 
-Out: prints a table for each subset: the share of the CE gap of swapping all MLPs that comes back at alpha 1, with
-paired 95% bootstrap intervals over prompts, how far the CE is above ours, KL(finetuned || spliced) a target token,
-active features a token and layer on held-out text, CPU seconds of training, and the most memory that the process had
-used by then. Ours are the pass that computes the changes and the trial that was kept of each layer, both repeated here;
-theirs the run itself. What choosing took is printed apart: our other trials, their short runs. Both multiply in the
+Out: prints a table for each subset: the share of the CE gap of swapping all MLPs that is recovered at alpha 1, with
+paired 95% bootstrap intervals over prompts; the CE above ours; KL(finetuned || spliced) per target token; active
+features per token and layer on held-out text; CPU seconds of training; and the process's peak memory so far. Our
+training is the pass that computes the changes and each layer's kept trial, both repeated here; theirs is the run
+itself. The cost of selection (our other trials, their short runs) is printed separately. Both compute products in the
 sweep's precision.
 """
 
@@ -30,7 +31,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.rivals.end_to_end import Losses, Material, Pair, Trained, train
+from benchmarks.rivals.end_to_end import Losses, Pair, Trained, TrainingInputs, train
 from data.encoding import Batch, Encoded, by_length, encode_row
 from data.rows import read_rows
 from evaluators.splice.interventions import Edit, Patch
@@ -56,12 +57,12 @@ from trainers.settings import DeltaSettings, settings_of
 
 RATES = (1e-3, 3e-3, 1e-2)
 SHOWN = 20
-"""Steps between two lines of progress."""
+"""Steps between two progress lines."""
 BATCH_TOKENS = 256
 
 
 class Row(NamedTuple):
-    """A line of the table."""
+    """A row of the table."""
 
     name: str
     patches: Sequence[Patch]
@@ -71,7 +72,7 @@ class Row(NamedTuple):
 
 
 def peak() -> float:
-    """GiB."""
+    """Peak memory of the process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -90,7 +91,7 @@ def batches(pair: Pair, sequences: Sequence[Sequence[int]]) -> list[Batch]:
 
 
 def captured(bridge: Any, sequences: Sequence[Sequence[int]], columns: Mapping[Site, Columns]) -> dict[Site, Tensor]:
-    """What the MLPs of the finetuned model read, (tokens, d_model) by site."""
+    """Inputs of the finetuned model's MLPs, (tokens, d_model), by site."""
     parts = [
         capture_batch(bridge, [sequences[i] for i in places], columns)
         for places in by_length([len(one) for one in sequences], 16 * BATCH_TOKENS)
@@ -100,7 +101,7 @@ def captured(bridge: Any, sequences: Sequence[Sequence[int]], columns: Mapping[S
 
 @torch.no_grad()
 def l0(patches: Sequence[Patch], inputs: Mapping[Site, Tensor]) -> float:
-    """Active features a token and layer, on what the MLPs of the finetuned model read."""
+    """Active features per token and layer, on the inputs of the finetuned model's MLPs."""
     found = [
         (patch.delta.encode(inputs[patch.site]) > 0).sum(1).double().mean().item() for patch in patches if patch.delta
     ]
@@ -111,12 +112,12 @@ def without(patches: Sequence[Patch]) -> list[Patch]:
     return [replace(patch, delta=without_bos(patch.transcoder)) for patch in patches if patch.delta]
 
 
-def repeat(context: Context, site: Site, asked: tuple[Any, int], precision: str) -> tuple[float, float]:
-    """Trains all trials of a site's deltas again; CPU seconds of the one that was kept, and of the others."""
+def repeat(context: Context, site: Site, which: tuple[Any, int], precision: str) -> tuple[float, float]:
+    """Trains all trials of a site's deltas again; returns the CPU seconds of the kept one and of the others."""
     section, settings = context.settings.deltas, context.settings
     data = read_change(context.space.activations / "finetuned", site)
-    fixed = settings_of(DeltaSettings, section, d_new=asked[1], seed=settings.seed, precision=precision)
-    folder = context.space.deltas / Address(site, *asked).folder
+    fixed = settings_of(DeltaSettings, section, d_new=which[1], seed=settings.seed, precision=precision)
+    folder = context.space.deltas / Address(site, *which).folder
     kept, seconds = read_json(folder / "best.json")["trial"], [0.0, 0.0]
     for path in sorted(folder.glob("trial_*/result.json")):
         params, begun = read_json(path)["params"], time.process_time()
@@ -127,26 +128,26 @@ def repeat(context: Context, site: Site, asked: tuple[Any, int], precision: str)
 
 
 def sums(passes: Passes, edit: Edit, rows: Sequence[Encoded], reference: Reference) -> tuple[list[float], float]:
-    """Nats of each row, and KL(finetuned || spliced) a target token."""
+    """Nats of each row, and KL(finetuned || spliced) per target token."""
     scored = score(passes, edit, [Job(row) for row in rows], reference=reference)
     return [one.nll for one in scored], sum(one.kl or 0.0 for one in scored) / sum(one.n_tokens for one in scored)
 
 
 def show(bridge: Any, context: Context, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Prints the tables, and returns their figures."""
+    """Prints the tables; returns their figures."""
     figures = []
     every = list(read_rows(str(context.rows / "evaluation.jsonl")))
     typer.echo(f"{'':<38}{'recovered of the CE gap':<25}{'above':>9}{'KL':>7}{'L0':>6}{'CPU seconds':>16}{'GiB':>6}")
     for subset in dict.fromkeys(row.label for row in every):
         encoded = [encode_row(bridge.tokenizer, row) for row in every if row.label == subset]
         tokens = [float(len(row.target)) for row in encoded]
-        asked: tuple[Any, ...] = (encoded, Reference(bridge))
-        raw, _ = sums(Passes(bridge), Edit(), *asked)
-        ground, kl = sums(Passes(bridge), Edit(rows[0].patches, "no_delta"), *asked)
+        measured_on: tuple[Any, ...] = (encoded, Reference(bridge))
+        raw, _ = sums(Passes(bridge), Edit(), *measured_on)
+        ground, kl = sums(Passes(bridge), Edit(rows[0].patches, "no_delta"), *measured_on)
         typer.echo(f"{subset}: CE gap {(sum(ground) - sum(raw)) / sum(tokens):.3f}, KL {kl:.3f} without deltas")
         best: list[float] = []
         for row in rows:
-            nats, kl = sums(Passes(bridge), Edit(row.patches, "full"), *asked)
+            nats, kl = sums(Passes(bridge), Edit(row.patches, "full"), *measured_on)
             share = recovered_share((ground, tokens), (nats, tokens), (raw, tokens), seed=context.settings.seed)
             best = best or nats
             above = paired_bootstrap(nats, tokens, best, tokens, seed=context.settings.seed)
@@ -160,8 +161,8 @@ def show(bridge: Any, context: Context, rows: Sequence[Row]) -> list[dict[str, A
     return figures
 
 
-def run(pair: Pair, material: Material, lr: float, steps: int) -> Trained:
-    """One of theirs, with lines of progress."""
+def run(pair: Pair, material: TrainingInputs, lr: float, steps: int) -> Trained:
+    """Trains their adapters once, with progress lines."""
     begun = time.perf_counter()
 
     def report(step: int, found: Losses) -> None:
@@ -175,24 +176,22 @@ def run(pair: Pair, material: Material, lr: float, steps: int) -> Trained:
 def main(
     config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
     nudge: Annotated[
-        list[float] | None, typer.Option(help="How hard biases are steered to our L0 [default: 0.02].")
+        list[float] | None, typer.Option(help="How strongly biases are steered to our L0 [default: 0.02].")
     ] = None,
-    epochs: Annotated[
-        list[int] | None, typer.Option(help="How often a run of theirs reads the text [default: 3].")
-    ] = None,
-    minutes: Annotated[float, typer.Option(help="No run of theirs starts that would end after these.")] = 60,
-    choice: Annotated[int, typer.Option(help="Steps of each run that chooses the learning rate.")] = 30,
+    epochs: Annotated[list[int] | None, typer.Option(help="Epochs of each of their runs [default: 3].")] = None,
+    minutes: Annotated[float, typer.Option(help="Skip their runs that would end after this time.")] = 60,
+    choice: Annotated[int, typer.Option(help="Steps of each run for choosing the learning rate.")] = 30,
     csv: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
     ends = time.perf_counter() + 60 * minutes
     name, *overrides = config or ["quickstart"]
     context = Context(load(name, overrides))
     section = context.settings.activations
-    asked = combination(context, DeltaChoice("change", d_new=max(context.settings.deltas.d_new)))
+    which = combination(context, DeltaChoice("change", d_new=max(context.settings.deltas.d_new)))
     precision = resolve_precision(context.settings.compute.precision, device_for(context))
     bridge = load_bridge(context)
     device = device_of(bridge)
-    patches = [patch.to(device) for patch in load_patches(context, None, asked, bridge)]
+    patches = [patch.to(device) for patch in load_patches(context, None, which, bridge)]
     sites = [patch.site for patch in patches]
     learnt = text(context, "train", section.train_tokens)
     held_out = text(context, "validation", section.validation_tokens)
@@ -202,7 +201,7 @@ def main(
     inputs = captured(bridge, learnt, {site: Columns(y=False, unfinetuned=before[site]) for site in sites})
     seconds, others = time.process_time() - begun, 0.0
     for site in sites:
-        of_kept, of_others = repeat(context, site, asked, precision)
+        of_kept, of_others = repeat(context, site, which, precision)
         seconds, others = seconds + of_kept, others + of_others
     typer.echo(f"ours: {seconds:.0f} CPU seconds; the trials that were not kept took {others:.0f} more")
     seen = captured(bridge, held_out, dict.fromkeys(sites, Columns(y=False)))
@@ -213,8 +212,8 @@ def main(
     other = wrap(*load_model(finetuned(context), torch.float32, str(device)))
     pair = Pair(bridge, other, patches, dtype_of(precision))
     nudges = nudge or [0.02]
-    given = batches(pair, learnt), batches(pair, held_out), inputs, asked[1], active, context.settings.seed
-    material = Material(*given, nudges[0])
+    given = batches(pair, learnt), batches(pair, held_out), inputs, which[1], active, context.settings.seed
+    material = TrainingInputs(*given, nudges[0])
     with exchanged(other, list(before.values())):
         tries = {}
         for lr in RATES:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-# Ray's workers look first in the folder that a command is run from: a package `models` in it is not ours.
+# Ray's workers search the current folder first, where a package `models` would shadow ours.
 _HOME = str(Path(__file__).resolve().parents[1])
 if sys.path[:1] != [_HOME]:
     sys.path.insert(0, _HOME)

@@ -1,4 +1,4 @@
-"""`python -m jobs COMMAND`, and `deltascope COMMAND`: the same program, the second one from any folder."""
+"""`python -m jobs COMMAND` and `deltascope COMMAND`: the same program; the latter runs from any folder."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from jobs.cli import main
 
 
 def command() -> None:
-    """What `deltascope` runs: modules in the current folder can be imported too, for `python` checks of your own."""
+    """Entry point of `deltascope`. Modules in the current folder can be imported, for your own `python` checks."""
     sys.path.append(os.getcwd())
     main()
 

@@ -9,13 +9,13 @@ import errno
 import re
 from pathlib import Path
 
-NO_STORAGE = {
+DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system has become read-only",
     errno.EIO: "the disk cannot be read or written",
 }
-"""Errors that no other trial or cell could escape either, by number."""
+"""Errors, by errno, that would hit every other trial or cell too."""
 
 
 class RequestError(ValueError):
@@ -23,7 +23,7 @@ class RequestError(ValueError):
 
 
 class DamagedFileError(RequestError):
-    """A file of a sweep is not as the sweep wrote it; a sweep makes such a file again, every other command ends."""
+    """A file is not as its sweep wrote it. The sweep's own command makes it again; every other command ends."""
 
     def __init__(self, path: Path, why: str) -> None:
         super().__init__(f"{path} {why}: it is damaged, or was edited by hand; the sweep's own command makes it again")
@@ -37,12 +37,12 @@ class WorkFailed(RuntimeError):
     """Some trials or cells failed; the message names them. Exit status 1."""
 
 
-def no_storage(error: BaseException) -> int | None:
-    """The number of an error of `NO_STORAGE`, also where a library passes it on as text; None for any other error."""
+def disk_errno(error: BaseException) -> int | None:
+    """The errno of a `DISK_ERRORS` error, also if a library passes it on as text; None for any other error."""
     number = getattr(error, "errno", None)
-    if number is None and (told := re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))):
-        number = int(told[1] or told[2])
-    return number if number in NO_STORAGE else None
+    if number is None and (match := re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))):
+        number = int(match[1] or match[2])
+    return number if number in DISK_ERRORS else None
 
 
 _CREDENTIALS = re.compile(r"(?<=://)\S*@")

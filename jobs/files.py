@@ -1,7 +1,7 @@
 """JSON result files, and the keys and manifests that say what they hold.
 
-In: values and folders. Out: files written under a temporary name and then renamed, so that a reader never sees half a
-file, each with a checksum of its own text; and folders marked with the key of the settings that made them.
+In: values and folders. Out: files with a checksum of their own text, written under a temporary name and then renamed,
+so that a reader never sees half a file; and folders marked with the key of the settings that made them.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ FORMAT = 2
 KEY = "key.json"
 MANIFEST = "manifest.json"
 _HEAD = '{{\n "sha256": "{}"'
-"""How a file begins; the checksum is of what follows."""
+"""The start of a file; the checksum covers what follows."""
 _HEAD_BYTES = len(_HEAD.format("0" * 64))
 
 
 def key_of(*parts: Any) -> str:
-    """A short hash of JSON-like values; equal values give equal keys on any machine."""
+    """A short hash of JSON-like values, the same on any machine."""
     return short_hash(FORMAT, *parts)
 
 
 def short_hash(*parts: Any) -> str:
-    """The same for what must not change with the format, such as a seed."""
+    """Like `key_of`, for values that must not change with `FORMAT`, such as a seed."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -61,9 +61,9 @@ def read_json(path: Path) -> Any:
 
 
 def is_for(folder: Path, key: str) -> bool:
-    """Whether what `folder` holds was made for this key."""
-    held = read_json(folder / KEY)
-    return held is not None and held["key"] == key
+    """Whether the contents of `folder` were made for this key."""
+    content = read_json(folder / KEY)
+    return content is not None and content["key"] == key
 
 
 def keyed_folder(folder: Path, key: str) -> Path:

@@ -1,6 +1,6 @@
 """Progress on the terminal: stage, units done, time left; plain lines if the output is not a terminal.
 
-In: counts from the stages. Out: text, and a small file that says the same to `status`. Nothing else in the project
+In: counts from the stages. Out: text, and a small file with the same content for `status`. Nothing else in the project
 prints while a sweep runs.
 """
 
@@ -26,14 +26,14 @@ PLAIN_PERIOD_SECONDS = 10.0
 PLAIN_COLUMNS = 120
 FILE_PERIOD_SECONDS = 1.0
 QUIET_SECONDS = 300
-"""A driver elsewhere that has shown nothing new for longer may be gone; one unit of work can take minutes."""
+"""A driver on another machine that is silent for longer counts as gone; one unit of work can take minutes."""
 FILE = ".progress.json"
-"""In the folder of a sweep that is running: what its driver shows."""
+"""What the driver shows, in the folder of a running sweep."""
 
 
 class Bar:
-    """One line of progress. Units that take unequal times have costs, on any scale: the time left then goes by `cost`,
-    that of all units still to do, and by what has been done of it."""
+    """One line of progress. If units take unequal times, `cost` is the total cost of the units left to do, on any
+    scale; the time left is then estimated from the share of it that is done."""
 
     def __init__(self, show: Progress, label: str, total: int, unit: str, cost: float = 0.0) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, 0
@@ -50,13 +50,13 @@ class Bar:
             show.line(f"  {label}: {total} {unit}")
 
     def start_at(self, done: int) -> None:
-        """So many units were there before this run, and say nothing of its speed."""
+        """`done` units were finished before this run, so they do not count towards its speed."""
         if not self._has_cost:
             self._whole = self._to_do = float(self.total - done)
         self._update(done, "")
 
     def advance(self, count: int = 1, cost: float = 0.0, running: int = 0) -> None:
-        """`count` units of a `cost` are done, while `running` others like them are half done, on average."""
+        """`count` units of cost `cost` are done; `running` similar ones are assumed to be half done."""
         self._to_do -= cost or count
         self._credit = min(self._to_do, 0.5 * running * (cost or count))
         self._update(self.done + count, "")
@@ -82,14 +82,14 @@ class Bar:
         return f"{self.label}: {self.done}/{self.total} {self.unit}{tail}{note}"
 
     def seconds_left(self) -> float | None:
-        """None at both ends: before anything is done in this run there is nothing to go by."""
+        """None at both ends: there is no estimate before this run has finished a unit."""
         spent = self._whole - self._to_do + self._credit
         if spent <= 0 or self.done >= self.total:
             return None
         return (time.monotonic() - self._started) * (self._to_do - self._credit) / spent
 
     def note(self, text: str) -> None:
-        """Says what is happening between two units, such as a running trial's loss."""
+        """Shows what is happening within a unit, such as a running trial's loss."""
         self._update(self.done, text)
 
     def line(self, text: str) -> None:
@@ -110,14 +110,14 @@ class Progress:
         self._open: list[Bar] = []
 
     def stage(self, label: str) -> None:
-        """Prints which stage begins."""
+        """Prints the name of the stage that begins."""
         self._stage = label
         self.line(label)
         self.save(at_once=True)
 
     @contextmanager
     def kept_in(self, folder: Path) -> Iterator[None]:
-        """While a sweep runs, what is shown also stands in `folder`, where `read_progress` finds it."""
+        """While a sweep runs, also writes what is shown to `folder`, for `read_progress`."""
         file = self._file = folder / FILE
         try:
             yield
@@ -126,14 +126,14 @@ class Progress:
             self._file = None
 
     def save(self, *, at_once: bool = False) -> None:
-        """Writes the file, if the sweep keeps one and has not just done so."""
+        """Writes the file, if there is one, at most once per `FILE_PERIOD_SECONDS` unless `at_once`."""
         now = time.monotonic()
         if self._file is None or (now - self._saved < FILE_PERIOD_SECONDS and not at_once):
             return
         self._saved = now
         driver = {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time()}
         shown = {**driver, "stage": self._stage, "bars": [bar.text() for bar in self._open]}
-        # A full disk is for those to report whose results are lost.
+        # A full disk is reported where results are written.
         with suppress(OSError), replacing(self._file) as temporary:
             temporary.write_text(json.dumps(shown))
 
@@ -179,8 +179,8 @@ class Progress:
 
 
 def read_progress(folder: Path) -> dict[str, Any] | None:
-    """What the driver of a sweep last showed: `stage`, a text for each of `bars`, and whether it is `running` still, as
-    far as one can tell from here; None where it has ended. After a kill its last word is there."""
+    """What a sweep's driver last showed: `stage`, a text for each of `bars`, and whether it seems to be `running`. None
+    if it has ended. After a kill this is the last state written."""
     try:
         shown = json.loads((folder / FILE).read_text())
         here = shown["host"] == socket.gethostname()

@@ -1,7 +1,7 @@
-"""What a finished piece of work left, file by file: sizes and hashes, against which damage shows.
+"""Seals: sizes and hashes of the files of a finished piece of work, to detect damage later.
 
-In: a folder. Out: `files.json` in it, which lists the files with their sizes in bytes and SHA-256, and what of them is
-no longer as it was. A worker seals what it made, so that a driver never reads a model or an adapter to list it.
+In: a folder. Out: `files.json` in it, with each file's size in bytes and SHA-256; and the files that no longer match.
+The worker that made the files seals them, so that the driver never has to read a model or an adapter.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from jobs.files import MANIFEST, read_json, write_json
 
 SEAL = "files.json"
 CACHES = {"activations", "residual"}
-"""Folders that are made again when they are needed; their files hold their own checksums (`trainers.checked_files`)."""
+"""Folders that are recomputed when needed; their files hold their own checksums (`trainers.checked_files`)."""
 SMALL = 2**20
-"""Most bytes of a file that is hashed whenever a sweep starts; larger ones are when they are read for work."""
+"""Largest file in bytes that is hashed at each start of a sweep; larger ones are hashed when they are read for work."""
 
 
 Seen = Callable[[Path], None]
 
 
 class Damage(NamedTuple):
-    """A file that is not as it was left, and what is wrong with it."""
+    """A file that no longer matches its seal, and how."""
 
     path: Path
     why: str
@@ -39,85 +39,85 @@ class Listed(NamedTuple):
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """Every file of ours in a folder, itself if it is one: not those being written, and not those of caches."""
+    """Every file in a folder (or the file itself), except temporary files and caches."""
     if folder.is_file():
         yield folder
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(one for one in folders if one not in CACHES and not _passing(one))
-        yield from (Path(parent) / one for one in sorted(names) if not _passing(one))
+        folders[:] = sorted(name for name in folders if name not in CACHES and not _is_temporary(name))
+        yield from (Path(parent) / name for name in sorted(names) if not _is_temporary(name))
 
 
-def _passing(name: str) -> bool:
+def _is_temporary(name: str) -> bool:
     return name.startswith(".") or name.endswith(".tmp")
 
 
 def seal(folder: Path, files: Iterable[Path] | None = None) -> None:
-    """Lists `files`, all that lie in `folder` unless they are given, in its `files.json`; not its own manifest, which
-    is written after that. What another seal among them lists is taken from there."""
+    """Writes `files` (default: all files in `folder`) to the folder's `files.json`, except its own manifest, which is
+    written later. Hashes that a nested seal lists are taken from it."""
     own = {folder / SEAL, folder / MANIFEST}
-    chosen = [one for one in (files_in(folder) if files is None else files) if one not in own]
+    chosen = [path for path in (files_in(folder) if files is None else files) if path not in own]
     known: dict[Path, Listed] = {}
     for path in chosen:
         if path.name == SEAL:
             known |= listed(path.parent)
-    found = {path: known.get(path) or Listed(path.stat().st_size, sha256_of(path)) for path in chosen}
-    write_json(folder / SEAL, {"files": {os.path.relpath(path, folder): one for path, one in found.items()}})
+    entries = {path: known.get(path) or Listed(path.stat().st_size, sha256_of(path)) for path in chosen}
+    write_json(folder / SEAL, {"files": {os.path.relpath(path, folder): entry for path, entry in entries.items()}})
 
 
 def listed(folder: Path) -> dict[Path, Listed]:
-    """What the folder's seal lists. Raises DamagedFileError where it has none that can be read."""
-    held = read_json(folder / SEAL)
-    if held is None:
+    """The entries of a folder's seal. Raises DamagedFileError if it is missing or cannot be read."""
+    content = read_json(folder / SEAL)
+    if content is None:
         raise DamagedFileError(folder / SEAL, "is missing")
-    return {Path(os.path.normpath(folder / name)): Listed(*one) for name, one in held["files"].items()}
+    return {Path(os.path.normpath(folder / name)): Listed(*entry) for name, entry in content["files"].items()}
 
 
 def sealed_hash(path: Path) -> str:
-    """The SHA-256 of a file as it was left. Raises DamagedFileError where no seal above lists it."""
+    """A file's SHA-256 according to its seal. Raises DamagedFileError if no seal above lists it."""
     return _nearest(path).sha256
 
 
 def _nearest(path: Path) -> Listed:
-    """A file as the nearest seal above it lists it."""
+    """The entry of a file in the nearest seal above it."""
     for folder in path.parents:
-        if (folder / SEAL).is_file() and path in (found := listed(folder)):
-            return found[path]
+        if (folder / SEAL).is_file() and path in (entries := listed(folder)):
+            return entries[path]
     raise DamagedFileError(path, "is not listed by what made it")
 
 
 def damage(folder: Path, most_bytes: float = math.inf, seen: Seen = lambda path: None) -> Iterator[Damage]:
-    """What is missing, cut or changed of what the folder's seal lists; files above `most_bytes` are not read. `seen` is
-    called after each file."""
+    """Files in the folder's seal that are missing, truncated or changed. Larger files than `most_bytes` are not hashed.
+    Calls `seen` after each file."""
     try:
         files = listed(folder)
     except DamagedFileError as error:
         yield Damage(error.path, error.why)
         return
-    for path, one in files.items():
-        if why := _wrong(path, one, most_bytes):
+    for path, entry in files.items():
+        if why := _mismatch(path, entry, most_bytes):
             yield Damage(path, why)
         seen(path)
 
 
 def require(*files: Path) -> None:
-    """Raises DamagedFileError for the first of these files that is not as it was left; of a folder, all that its seal
-    lists."""
+    """Raises DamagedFileError for the first of these files that does not match its seal; a folder stands for all files
+    in its seal."""
     for path in files:
         if path.is_dir():
             broken = next(damage(path), None)
         else:
-            why = _wrong(path, _nearest(path), math.inf)
+            why = _mismatch(path, _nearest(path), math.inf)
             broken = Damage(path, why) if why else None
         if broken is not None:
             raise DamagedFileError(*broken)
 
 
-def _wrong(path: Path, one: Listed, most_bytes: float) -> str | None:
+def _mismatch(path: Path, entry: Listed, most_bytes: float) -> str | None:
     try:
         size = path.stat().st_size
-        if size != one.size:
-            return f"has {size} bytes instead of {one.size}"
-        if size <= most_bytes and sha256_of(path) != one.sha256:
+        if size != entry.size:
+            return f"has {size} bytes instead of {entry.size}"
+        if size <= most_bytes and sha256_of(path) != entry.sha256:
             return "does not hold what was written to it"
     except FileNotFoundError:
         return "is missing"

@@ -1,19 +1,19 @@
-"""Transcoder Adapters, trained the way arXiv 2602.20904 describes: every layer together, through the whole model.
+"""Transcoder Adapters, trained as described in arXiv 2602.20904: all layers together, through the whole model.
 
 In: a finetuned model, a second one that runs with un-finetuned MLPs, batches of tokens, a learning rate and steps. Out:
 adapters of every layer, as deltas that can be spliced in. Written from the description of the method and its published
-settings, not from its code: beside each un-finetuned MLP of the finetuned model runs `relu(x W_enc + b_enc) W_dec +
-b_dec`, at BOS too, decoders start at zero, and Adam minimises, for all layers at once, the sum of
+settings, not from its code: next to each un-finetuned MLP of the finetuned model runs `relu(x W_enc + b_enc) W_dec +
+b_dec`, at BOS too. Decoders start at zero, and Adam minimises, for all layers at once, the sum of
 
 - KL(finetuned || adapted) of the next token, over all tokens;
 - the squared error of the residual stream after each layer, as a share of the finetuned one's square at that token;
 - bridging: the same KL with the finetuned model up to a random layer and the adapted one above it, and the reverse;
 - a weight times sum_i acts_i |W_dec_i|.
 
-Each KL and the error count once (the settings give bridging 2, and it has two directions; how its error of states is
-normalised is our reading). Simplified: the weight of the last is steered during training, and the first biases are set,
-so that as many features are active as asked for, where the authors compare fixed weights; they see each text once, far
-more of it, with a larger model.
+Each KL and the error have weight 1 (the settings give bridging 2, and it has two directions; how its error of states is
+normalised is our reading). Simplified: the weight of the last term is steered during training, and the initial biases
+are set, to reach the requested number of active features, where the authors compare fixed weights; they see each text
+once, far more of it, with a larger model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from sites import Site
 
 WARM_UP = 0.05
 FIRST_WEIGHT, STEER = 1e-3, 0.15
-"""Of the sparsity penalty: where it starts, and how far its log moves per step and unit of relative error in L0."""
+"""Sparsity weight: its initial value, and the change of its log per step and unit of relative L0 error."""
 Hooks = list[Hook]
 
 
@@ -52,7 +52,7 @@ class Pair(NamedTuple):
     dtype: torch.dtype
 
     def blocks(self) -> AbstractContextManager:
-        """In which the passes through the blocks run."""
+        """The context for the passes through the blocks."""
         return torch.autocast(device_of(self.finetuned).type, self.dtype, enabled=self.dtype != torch.float32)
 
     def batch(self, sequences: Sequence[Sequence[int]]) -> Batch:
@@ -81,7 +81,7 @@ class Adapters(torch.nn.Module):
             self.b_enc[place] = -pre.quantile(1 - active / pre.shape[1], dim=0)
 
     def hooks(self, bridge: Any) -> Hooks:
-        """What adds the adapters to the model's MLPs."""
+        """Hooks that add the adapters to the model's MLPs."""
         inputs: dict[Site, Tensor] = {}
 
         def reader(site: Site) -> Callable[[Tensor], None]:
@@ -105,7 +105,7 @@ class Adapters(torch.nn.Module):
 
     @torch.no_grad()
     def spliced(self, pair: Pair, first: int) -> list[Patch]:
-        """The adapters as deltas; what they do at BOS, the token `first`, is one vector and becomes a feature."""
+        """The adapters as deltas; their output at BOS, the token `first`, is one vector and becomes a feature."""
         with hooked(pair.adapted, self.hooks(pair.adapted)):
             streams(pair.adapted, pair.batch([[first]]))
         found = []
@@ -119,7 +119,7 @@ class Adapters(torch.nn.Module):
 
 
 class Losses(NamedTuple):
-    """`active` is the mean number of active features a token and layer."""
+    """`active` is the mean number of active features per token and layer."""
 
     kl: Tensor
     states: Tensor
@@ -129,7 +129,7 @@ class Losses(NamedTuple):
 
 
 def streams(bridge: Any, batch: Batch) -> list[Tensor]:
-    """The residual stream (batch, position, d_model) that leaves each layer."""
+    """The residual stream after each layer, (batch, position, d_model)."""
     seen: list[Tensor] = []
 
     def note(stream: Tensor, hook: object) -> None:
@@ -141,7 +141,7 @@ def streams(bridge: Any, batch: Batch) -> list[Tensor]:
 
 
 def divergence(pair: Pair, wanted: Sequence[Tensor], stream: Tensor) -> Tensor:
-    """KL a token between log-probabilities in chunks and the predictions from what leaves the last layer."""
+    """KL per token between log-probabilities in chunks and the predictions from the last layer's residual stream."""
     chunks = zip(project(pair.finetuned, stream), wanted, strict=True)
     sums = [(log_p.exp() * (log_p - logits.log_softmax(-1))).sum() for logits, log_p in chunks]
     return torch.stack(sums).sum() / len(stream)
@@ -152,7 +152,7 @@ def predictions(pair: Pair, stream: Tensor) -> list[Tensor]:
 
 
 def losses(pair: Pair, adapters: Adapters, batch: Batch, cutoff: int | None = None) -> Losses:
-    """`cutoff` is the last layer below the bridge; without it there is none."""
+    """`cutoff` is the last layer below the bridge; None for no bridging."""
     mask = batch.mask
     with torch.no_grad():
         with pair.blocks():
@@ -182,7 +182,7 @@ def losses(pair: Pair, adapters: Adapters, batch: Batch, cutoff: int | None = No
 
 
 class Trained(NamedTuple):
-    """Adapters and what their training took: the KL on held-out text, CPU seconds and seconds on the clock."""
+    """Adapters, their KL on held-out text, and the CPU and wall-clock seconds of training."""
 
     adapters: Adapters
     held_out: float
@@ -190,10 +190,10 @@ class Trained(NamedTuple):
     seconds: float
 
 
-class Material(NamedTuple):
-    """What a run is given: batches to train on and held-out ones, the inputs that biases start from, L0, and by how
-    much all biases move per step and unit of relative error in L0, so that features which no penalty moves any more
-    get there too."""
+class TrainingInputs(NamedTuple):
+    """Inputs of a run: training and held-out batches, the inputs from which initial biases are computed, L0, and by how
+    much all biases move per step and unit of relative L0 error, which also moves features that no penalty reaches any
+    more."""
 
     batches: list[Batch]
     held_out: list[Batch]
@@ -205,10 +205,10 @@ class Material(NamedTuple):
 
 
 def train(
-    pair: Pair, material: Material, lr: float, steps: int, report: Callable[[int, Losses], None] = lambda *_: None
+    pair: Pair, material: TrainingInputs, lr: float, steps: int, report: Callable[[int, Losses], None] = lambda *_: None
 ) -> Trained:
-    """A batch a step, in another order each epoch; the rate rises first and then falls linearly to zero. `report` is
-    given the number of each step that is done and its losses."""
+    """Trains one batch per step, reshuffled each epoch; the learning rate warms up, then falls linearly to zero. Calls
+    `report` with the number of each finished step and its losses."""
     begun, started = time.process_time(), time.perf_counter()
     adapters = Adapters(pair.patches, material.width, material.seed).to(device_of(pair.finetuned))
     adapters.start(material.inputs, material.active)

@@ -3,7 +3,7 @@
     python train_dictionary_learning.py PAIRS.safetensors WIDTH K EPOCHS BATCH LR
 
 In: pairs and sizes. The package trains autoencoders; the smallest change that makes its BatchTopK trainer learn pairs
-is a loss against another target. Everything else is its own `update`. Out: one JSON line, as from train_sparsify.py.
+is a loss against a separate target. Everything else is its own `update`. Out: one JSON line, as in train_sparsify.py.
 """
 
 import json

@@ -3,7 +3,7 @@
     python train_sparsify.py PAIRS.safetensors WIDTH K EPOCHS BATCH LR
 
 In: pairs and sizes. The package's `Trainer` is tied to a language model, so its `SparseCoder` is trained the way that
-trainer does it: the FVU it returns, Adam, gradients clipped to 1. Out: one JSON line with tokens per second, the
+trainer does: the FVU it returns, Adam, gradients clipped to 1. Out: one JSON line with tokens per second, the
 fraction of the target's energy left on validation rows, and L0.
 """
 

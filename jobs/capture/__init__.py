@@ -1,4 +1,4 @@
-"""What the models compute, read by hooks and kept on disk: activations, what bases leave of them, their moments.
+"""What the models compute, read by hooks and stored on disk: activations, errors of bases, second moments.
 
-In: a `Context` and sites. Out: files that trainers and controls read, and the models that workers keep in memory.
+In: a `Context` and sites. Out: files that trainers and controls read, and the models that workers cache.
 """

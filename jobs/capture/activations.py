@@ -27,11 +27,11 @@ from trainers.delta_data import map_file
 
 SPLITS = ("train", "validation")
 SHARDS, SHARD_TOKENS = 8, (4096, 16384)
-"""Number of shards of a split, and the bounds of their tokens: the unit of work, of resuming and of memory."""
+"""Number of shards per split, and the bounds of a shard's tokens. A shard is the unit of work, resuming and memory."""
 
 
 class Text(NamedTuple):
-    """The text that the capture of one split reads: the folders of rows and of text lines."""
+    """The input of one split's capture: the folders of rows and text lines, and how they are batched."""
 
     split: str
     tokens: int
@@ -44,7 +44,7 @@ class Text(NamedTuple):
 
 
 class ShardTask(NamedTuple):
-    """One shard, as passed to a worker; `sites` with the columns wanted of each besides x."""
+    """One shard, as passed to a worker; `sites` lists each site with the columns to capture besides x."""
 
     text: Text
     shard: int
@@ -55,7 +55,7 @@ class ShardTask(NamedTuple):
 
 
 class BosTask(NamedTuple):
-    """The change at BOS of some sites, as passed to a worker, and rows that begin with it."""
+    """Sites whose change at BOS a worker measures, and rows that begin with BOS."""
 
     model: ModelSpec
     base_model: str
@@ -65,11 +65,11 @@ class BosTask(NamedTuple):
 
 
 Wanted = dict[str, dict[Site, frozenset[str]]]
-"""By split and site, the columns besides x."""
+"""Columns to capture besides x, by split and site."""
 
 
 def capture_base(context: Context, sites: Collection[Site], splits: tuple[str, ...] = SPLITS) -> Path:
-    """x and y of the un-finetuned model in those of `sites` that have base transcoders; returns the splits' folder."""
+    """Captures x and y of the un-finetuned model at `sites` with base transcoders; returns the folder of the splits."""
     columns = {site: frozenset({"y"}) for site in context.sites_of("residual") if site in sites}
     spec = _spec(context, context.model, context.settings.compute.precision)
     wanted = dict.fromkeys(splits, columns)
@@ -77,33 +77,36 @@ def capture_base(context: Context, sites: Collection[Site], splits: tuple[str, .
 
 
 def finetuned_folder(context: Context) -> Path:
-    """The finetuned model's activations of these settings; the folder is emptied where it holds others."""
+    """The folder of the finetuned model's activations, emptied first if they are from other settings."""
     return keyed_folder(context.space.activations / "finetuned", keys.finetuned_activations(context.settings))
 
 
 def capture_finetuned(context: Context, sites: Collection[Site], splits: tuple[str, ...] = SPLITS) -> Path:
-    """What the deltas of `sites` are trained on, from one pass of the finetuned model; returns the splits' folder.
+    """Captures the training data of the deltas of `sites` in one pass of the finetuned model; returns the folder.
 
-    Held-out text also gets the change where residual deltas are trained, to say how much of a residual it is. A change
-    is a small difference of two outputs, so where deltas are trained on it, everything runs in fp32 on a CPU.
+    For residual deltas, the change is captured on held-out text too, to report its share of the residual. A change is a
+    small difference of two outputs, so if deltas are trained on it, everything runs in fp32 on a CPU.
     """
     change, residual = (set(context.sites_of(target)) & set(sites) for target in ("change", "residual"))
-    # A path reads what the MLP reads, and nothing else.
+    # A path reads the same input as the MLP, and nothing else.
     readable = context.mlp_kind == MLP
     wanted: Wanted = {}
     for split in splits:
         with_change = change if split == "train" or not readable else change | residual
-        linear = {site for site in with_change if context.is_linear(site)}  # whose change follows from x and weights
+        linear = {
+            site for site in with_change if context.is_linear(site)
+        }  # their change follows from x and the weights
         columns = (("change", with_change - linear), ("sum", linear), ("y", residual))
         wanted[split] = {
-            site: frozenset(name for name, having in columns if site in having) for site in sorted(change | residual)
+            site: frozenset(name for name, captured in columns if site in captured)
+            for site in sorted(change | residual)
         }
     exact = context.device == "cpu" and "change" in context.settings.deltas.targets
     spec = _spec(context, context.finetuned, "fp32" if exact else context.settings.compute.precision)
     folder = _capture(context, "finetuned", spec, wanted, keys.finetuned_activations(context.settings))
     known = read_bos(folder)
-    without = {site for site in change if context.is_linear(site) and not is_intact(map_file(folder, site))}
-    if missing := sorted(site for site in change if site not in known or site in without):
+    without_map = {site for site in change if context.is_linear(site) and not is_intact(map_file(folder, site))}
+    if missing := sorted(site for site in change if site not in known or site in without_map):
         task = BosTask(spec, str(context.model), tuple(missing), str(folder), str(context.rows / "evaluation.jsonl"))
         for outcome in context.pool.run(capture_bos, [task], context.settings.compute.max_retries):
             if outcome.error:
@@ -118,9 +121,9 @@ def _spec(context: Context, model: Path, precision: str) -> ModelSpec:
 
 
 def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key: str) -> Path:
-    """Captures every site that lacks a wanted column."""
+    """Captures every site that lacks one of the wanted columns."""
     folder = keyed_folder(context.space.activations / name, key)
-    set_damaged_aside(context, [folder / split / site.folder for split in wanted for site in wanted[split]])
+    delete_damaged(context, [folder / split / site.folder for split in wanted for site in wanted[split]])
     missing = {
         split: {
             site: columns
@@ -131,9 +134,9 @@ def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key:
     }
     for split, sites in missing.items():
         for site, columns in sites.items():  # its shards may hold other columns
-            there = folder / split / site.folder
-            if any(not columns <= names_in(shard) for shard in there.glob("*.safetensors")):
-                shutil.rmtree(there)
+            shards = folder / split / site.folder
+            if any(not columns <= names_in(shard) for shard in shards.glob("*.safetensors")):
+                shutil.rmtree(shards)
     tasks = [
         ShardTask(text, shard, model, str(context.model), str(folder), tuple(missing[text.split].items()))
         for text in _texts(context)
@@ -151,9 +154,9 @@ def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key:
     return folder
 
 
-def set_damaged_aside(context: Context, folders: list[Path]) -> None:
-    """Deletes damaged shards that an earlier command left in these folders, so that they are made again: workers read
-    all of them, once for each command."""
+def delete_damaged(context: Context, folders: list[Path]) -> None:
+    """Deletes damaged shards that an earlier command left in these folders, so that they are captured again. Workers
+    read each folder in full, once per command."""
     unread = [folder for folder in folders if folder.is_dir() and folder not in context.checked]
     context.checked |= set(folders)
     if not unread:
@@ -185,7 +188,7 @@ def capture_task(task: ShardTask) -> None:
 
 
 def capture_bos(task: BosTask) -> None:
-    """Adds the change at BOS of some sites to what is there, and what it is everywhere where it is linear."""
+    """Adds the sites' change at BOS to the stored ones, and for linear sites the map that gives it everywhere."""
     from trainers.capture import bos_changes, write_bos
     from trainers.checked_files import save
     from trainers.delta_data import change_map
@@ -214,14 +217,14 @@ def plan_of(text: Text) -> Plan:
     lines = read_lines(Path(text.lines) / f"text_{text.split}.txt")
     rows = read_rows(Path(text.rows) / f"{text.split}.jsonl")
     sequences: list[list[int]] = []
-    held = 0
+    total = 0
     for row, line in zip_longest(rows, lines):
         both = [encode_row(tokenizer, row).ids] if row is not None else []
         both += [encode_text(tokenizer, line)] if line is not None else []
         for ids in both:
-            if held < text.tokens and len(ids) > 1:
+            if total < text.tokens and len(ids) > 1:
                 sequences.append(ids[: text.max_length])
-                held += len(sequences[-1]) - 1
+                total += len(sequences[-1]) - 1
     least, most = SHARD_TOKENS
     return Plan.make(sequences, text.batch_tokens, min(most, max(least, text.tokens // SHARDS)), text.seed)
 

@@ -1,8 +1,8 @@
-"""The base transcoders that a sweep uses, and what they leave of the finetuned MLPs, on which residual deltas train.
+"""The base transcoders of a sweep, and their errors on the finetuned MLPs, on which residual deltas are trained.
 
-In: captured activations and bases. Out: the base that each selection chooses; `deltas/SITE/pP/base_error.json`, how
-much a base leaves; the pairs of inputs and residuals; and `residual/{train,validation}` next to that file, where
-residuals are kept and not computed again by every worker that reads them.
+In: captured activations and bases. Out: the base of each selection; `deltas/SITE/pP/base_error.json`, the size of a
+base's error; the pairs of inputs and residuals; and next to that file `residual/{train,validation}`, if residuals are
+stored instead of recomputed by every worker that reads them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jobs.capture.activations import SPLITS, capture_base, set_damaged_aside
+from jobs.capture.activations import SPLITS, capture_base, delete_damaged
 from jobs.context import keys
 from jobs.context.context import Context
 from jobs.context.disk import keeps_base_errors
@@ -35,20 +35,20 @@ def root(context: Context) -> str:
 
 
 def base_folder(context: Context, site: Site) -> Path:
-    """Where the bases of a site are, if they are trained here, as in Gemma Scope."""
+    """Folder of a site's bases if they are trained here, named as in Gemma Scope."""
     return context.space.transcoders / site.published_folder
 
 
 def chosen_base(context: Context, site: Site, percentile: float | None) -> Candidate:
-    """The base that a percentile, or the target L0, selects for a site."""
+    """A site's base, selected by a percentile or the target L0."""
     settings = context.settings
     found = candidates(root(context), site, settings.transcoders.width)
     return select(found, percentile, settings.deltas.target_l0)
 
 
 class Residuals(NamedTuple):
-    """A base's errors on a site's activations, as passed to a worker: the folder of the finetuned model's activations,
-    that of the errors, and the base, by its root and candidate. `kept`: the errors are read, else computed."""
+    """A base's errors on a site's activations, as passed to a worker: the folders of the finetuned model's activations
+    and of the errors, and the base, by its root and candidate. If `kept`, the errors are read, else computed."""
 
     site: Site
     activations: str
@@ -59,7 +59,7 @@ class Residuals(NamedTuple):
     kept: bool
 
     def pairs(self, split: str) -> Pairs:
-        """x and what the base leaves, (tokens, d_model) each, bf16; memory-mapped where they are kept."""
+        """x and the base's error, (tokens, d_model) each, bf16; memory-mapped if the errors are kept."""
         from trainers.activations import Pairs, read_pairs
         from trainers.delta_data import residual_of
 
@@ -78,10 +78,10 @@ class Residuals(NamedTuple):
 
 
 class ResidualTask(NamedTuple):
-    """Residuals to measure, and to write where they are kept; `unfinetuned` holds held-out activations of the
-    un-finetuned model."""
+    """Residuals to measure and, if they are kept, to write. `unfinetuned` is the folder of the un-finetuned model's
+    held-out activations."""
 
-    of: Residuals
+    residuals: Residuals
     unfinetuned: str
     key: str
 
@@ -103,87 +103,89 @@ def residuals_of(context: Context, site: Site, ground: Ground) -> Residuals:
     )
 
 
-def _known(context: Context, site: Site, ground: Ground) -> bool:
-    """Whether it is known how large the errors of a base are."""
-    held = read_json(residual_folder(context, site, ground).parent / "base_error.json") or {}
-    return held.get("key") == keys.delta_data(context.settings, site, ground)
+def _is_measured(context: Context, site: Site, ground: Ground) -> bool:
+    """Whether the base's error has been measured."""
+    measured = read_json(residual_folder(context, site, ground).parent / "base_error.json") or {}
+    return measured.get("key") == keys.delta_data(context.settings, site, ground)
 
 
 def without_base_errors(context: Context) -> set[Site]:
     """Sites with a base whose errors have not been measured yet."""
     grounds = context.grounds_of("residual")
-    return {site for site in context.sites_of("residual") if not all(_known(context, site, one) for one in grounds)}
+    return {
+        site
+        for site in context.sites_of("residual")
+        if not all(_is_measured(context, site, ground) for ground in grounds)
+    }
 
 
 def compute_base_errors(context: Context, sites: Collection[Site]) -> None:
-    """What is missing of the errors in those of `sites` that have bases, whose activations are captured."""
+    """Computes the missing errors at those of `sites` that have bases; their activations must be captured."""
     sites, missing = [site for site in context.sites_of("residual") if site in sites], []
     places = [(site, ground) for site in sites for ground in context.grounds_of("residual")]
-    held = [residual_folder(context, *one) / split for one in places for split in SPLITS]
-    set_damaged_aside(context, held)
+    delete_damaged(context, [residual_folder(context, *place) / split for place in places for split in SPLITS])
     for site, ground in places:
         key, folder = keys.delta_data(context.settings, site, ground), residual_folder(context, site, ground)
-        there = not keeps_base_errors(context) or all((folder / split / INDEX).is_file() for split in SPLITS)
-        if not (is_finished(keyed_folder(folder, key), key) and _known(context, site, ground) and there):
+        stored = not keeps_base_errors(context) or all((folder / split / INDEX).is_file() for split in SPLITS)
+        if not (is_finished(keyed_folder(folder, key), key) and _is_measured(context, site, ground) and stored):
             missing.append((residuals_of(context, site, ground), key))
     if not missing:
         return
     unfinetuned = str(capture_base(context, sites, ("validation",)) / "validation")
-    tasks = [ResidualTask(of, unfinetuned, key) for of, key in missing]
+    tasks = [ResidualTask(residuals, unfinetuned, key) for residuals, key in missing]
     with context.progress.bar("base errors", len(tasks), "bases") as bar:
         for outcome in context.pool.run(compute_residual, tasks, context.settings.compute.max_retries):
             if outcome.error:
-                raise WorkFailed(f"errors of {outcome.task.of.candidate[1]}: {outcome.error}")
+                raise WorkFailed(f"errors of {outcome.task.residuals.candidate[1]}: {outcome.error}")
             bar.advance()
 
 
 def compute_residual(task: ResidualTask) -> None:
-    """Measures y - base(x), and where it is kept writes it for both splits in bf16, one shard for each shard of the
-    activations.
+    """Measures y - base(x) and, if it is kept, writes it for both splits in bf16, one shard per shard of activations.
 
     The manifest, and `base_error.json` next to the folder, hold the base's error on held-out text, as a share of the
-    output's variance, in both models' streams.
+    output's variance, in both models' residual streams.
     """
     import torch
 
     from trainers.activations import captured_columns, read_index, read_pairs, write_index, write_shard
     from trainers.delta_data import fraction_unexplained, mean_square, output_variance, residual_of
 
-    of, base = task.of, task.of.base()
-    facts: dict[str, Any] = {"base": of.candidate[1]}
-    for split in SPLITS if of.kept else ("validation",):
-        source = Path(of.activations) / split / of.site.folder
+    residuals, base = task.residuals, task.residuals.base()
+    facts: dict[str, Any] = {"base": residuals.candidate[1]}
+    for split in SPLITS if residuals.kept else ("validation",):
+        source = Path(residuals.activations) / split / residuals.site.folder
         index = read_index(source)
         error = 0.0
         for shard, (x, y) in zip(index["shards"], read_pairs(source).shards, strict=True):
             residual = residual_of(base, x, y)
             error += residual.pow(2).sum(dtype=torch.float64).item()
-            if of.kept:
-                write_shard(Path(of.folder) / split / shard["file"], {"residual": residual.bfloat16()})
-        if of.kept:
-            write_index(Path(of.folder) / split, index["shards"], {"layer": of.site.layer})
+            if residuals.kept:
+                write_shard(Path(residuals.folder) / split / shard["file"], {"residual": residual.bfloat16()})
+        if residuals.kept:
+            write_index(Path(residuals.folder) / split, index["shards"], {"layer": residuals.site.layer})
         if split == "validation":
             facts["variance"] = output_variance(read_pairs(source))
             facts["val_fvu_base"] = error / (index["tokens"] * base.d_out * facts["variance"])
             captured = "change" in captured_columns(source)
             facts["change_share"] = captured and mean_square(read_pairs(source, ("change",))) / facts["variance"]
-    before = read_pairs(Path(task.unfinetuned) / of.site.folder)
+    before = read_pairs(Path(task.unfinetuned) / residuals.site.folder)
     facts["val_fvu_base_unfinetuned"] = fraction_unexplained(base, before)
-    write_json(Path(of.folder).parent / "base_error.json", {"key": task.key, **facts})
-    finish_folder(Path(of.folder), task.key, facts)
+    write_json(Path(residuals.folder).parent / "base_error.json", {"key": task.key, **facts})
+    finish_folder(Path(residuals.folder), task.key, facts)
 
 
-def read_residuals(of: Residuals) -> DeltaData:
-    """What residual deltas of one (site, base) are trained and validated on."""
+def read_residuals(residuals: Residuals) -> DeltaData:
+    """The training and validation data of residual deltas for one (site, base)."""
     from trainers.delta_data import DeltaData
 
-    facts = read_json(Path(of.folder) / "manifest.json")
+    facts = read_json(Path(residuals.folder) / "manifest.json")
     return DeltaData(
-        of.pairs("train"),
-        of.pairs("validation"),
+        residuals.pairs("train"),
+        residuals.pairs("validation"),
         facts["variance"],
         facts["val_fvu_base"],
-        of.site,
+        residuals.site,
         "residual",
         facts["change_share"] or None,
     )

@@ -1,7 +1,7 @@
-"""Second moments of what deltas were trained on, for the controls that are fitted to it.
+"""Second moments of the deltas' training data, for the controls that are fitted to it.
 
-In: a `Context`, sites and the ground under their deltas. Out: a file for each site and ground beside the
-activations that it is made from; these are captured again where they have been deleted.
+In: a `Context`, sites and the ground under their deltas. Out: a file for each site and ground, next to the activations
+that it is computed from, which are captured again if they have been deleted.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PAIRS = 8192
-"""Pairs that are read at a time."""
+"""Pairs per read."""
 Place = tuple[Site, Ground]
 
 
 class MomentsTask(NamedTuple):
-    """The finetuned model's activations and a site, or what a base leaves there, and the file to write."""
+    """Task of one file: a site's activations in the finetuned model, or a base's errors, and the file to write."""
 
     activations: str
     site: Site
@@ -43,20 +43,22 @@ def moments_file(context: Context, site: Site, ground: Ground) -> Path:
     return context.space.activations / "finetuned" / "moments" / f"{site.folder}.safetensors"
 
 
-def fitted(context: Context) -> list[Place]:
+def fitted_places(context: Context) -> list[Place]:
     """Each (site, ground) for which an enabled control is fitted to the training target."""
     controls = [CONDITIONS[name] for name in context.settings.evaluate.controls if CONDITIONS[name].ranked]
     targets = {target for control in controls for target in control.targets}
-    return list(dict.fromkeys((one.site, one.ground) for one in context.delta_groups if one.ground.target in targets))
+    return list(
+        dict.fromkeys((group.site, group.ground) for group in context.delta_groups if group.ground.target in targets)
+    )
 
 
 def write_moments(context: Context, places: Sequence[Place]) -> None:
-    """The moments of these sites and grounds that are missing."""
-    finetuned_folder(context)  # which is emptied where it is of other settings
+    """Computes the missing moments of these sites and grounds."""
+    finetuned_folder(context)  # empties it if it is from other settings
     missing = [place for place in places if not is_intact(moments_file(context, *place))]
     disk = disk_of(context)
     for sites in disk.windows(sorted({site for site, _ in missing})):
-        if disk.apart:
+        if disk.needs_windows:
             drop(context, keep=sites)
         capture_finetuned(context, sites)
         if any(ground.target == "residual" for site, ground in missing if site in sites):
@@ -67,7 +69,7 @@ def write_moments(context: Context, places: Sequence[Place]) -> None:
                 if outcome.error:
                     raise WorkFailed(f"moments in {outcome.task.file}: {outcome.error}")
                 bar.advance()
-    if missing and disk.apart:
+    if missing and disk.needs_windows:
         drop(context)
 
 
@@ -78,17 +80,19 @@ def _task(context: Context, site: Site, ground: Ground) -> MomentsTask:
 
 
 def compute_moments(task: MomentsTask) -> None:
-    """Reads the pairs once, on the worker's device, and writes their moments. The x of a capture is what a transcoder
-    reads already, whatever the convention."""
+    """Reads the pairs once, on the worker's device, and writes their moments. The captured x is a transcoder's input,
+    whatever the convention."""
     from evaluators.splice.second_moments import Moments
     from trainers.checked_files import save
     from trainers.delta_data import change_pairs
 
-    of = task.residuals
-    whole = of.pairs("train") if of is not None else change_pairs(Path(task.activations), "train", task.site)
+    if task.residuals is not None:
+        all_pairs = task.residuals.pairs("train")
+    else:
+        all_pairs = change_pairs(Path(task.activations), "train", task.site)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for x, target in whole.in_order(PAIRS):
+        for x, target in all_pairs.in_order(PAIRS):
             yield x.to(task.device).float(), target.to(task.device).float()
 
     save(Path(task.file), Moments.of(pairs())._asdict())

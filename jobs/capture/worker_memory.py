@@ -1,7 +1,7 @@
-"""What workers keep in memory between tasks: the last model, wrapped for TransformerLens, and its last prefixes.
+"""What workers cache between tasks: the last model, wrapped for TransformerLens, and its last prefixes.
 
 In: a model folder, a device and a precision. Out: a TransformerBridge, and what it computes up to the end of a layer;
-asking for the same one again is free.
+repeated calls are free.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def bridge(folder: str, device: str, precision: str) -> TransformerBridge:
     from models.sources import load_model
     from trainers.precision import dtype_of
 
-    # One model at a time: everything of the last one is dropped before the next one is loaded.
+    # One model at a time: the last one's caches are dropped before the next is loaded.
     prefixes.cache_clear()
     paths.cache_clear()
     exact_paths.cache_clear()
@@ -47,13 +47,13 @@ def bridge(folder: str, device: str, precision: str) -> TransformerBridge:
 
 @lru_cache(maxsize=2)
 def paths(model: ModelSpec, folder: str, sites: tuple[Site, ...]) -> dict[Site, BlockPath]:
-    """The paths of the model in another folder, next to the model that is loaded and in its dtype."""
+    """The paths of another folder's model, in the loaded model's dtype."""
     return own_paths(model, folder, sites)
 
 
 @lru_cache(maxsize=2)
 def exact_paths(model: ModelSpec, folder: str, sites: tuple[Site, ...]) -> dict[Site, BlockPath]:
-    """The same in fp32: a change is a small difference of two outputs."""
+    """Like `paths`, in fp32, because a change is a small difference of two outputs."""
     import torch
 
     return own_paths(model, folder, sites, torch.float32)
@@ -62,7 +62,7 @@ def exact_paths(model: ModelSpec, folder: str, sites: tuple[Site, ...]) -> dict[
 def own_paths(
     model: ModelSpec, folder: str, sites: tuple[Site, ...], dtype: torch.dtype | None = None
 ) -> dict[Site, BlockPath]:
-    """The same, read for the caller alone: `paths` may hold the model's weights while it runs with theirs."""
+    """Like `paths`, but not cached: during an exchange of weights, the cached paths hold the model's own."""
     from models.blocks import read_paths
 
     return read_paths(bridge(model.folder, model.device, model.precision), Path(folder), sites, dtype)
@@ -70,7 +70,7 @@ def own_paths(
 
 @lru_cache(maxsize=1)
 def reference(model: ModelSpec, rows: str, batch_size: int) -> Reference:
-    """What the raw model predicts for the rows of a file."""
+    """The raw model's predictions for the rows of a file."""
     from evaluators.splice.teacher_forcing import Reference
 
     return Reference(bridge(model.folder, model.device, model.precision), batch_size)

@@ -17,7 +17,7 @@ from jobs.cluster import environment
 
 environment.prepare()
 
-THEN = "once that is mended, run the same command to continue from here"
+THEN = "once that is fixed, run the same command to continue from here"
 
 app = typer.Typer(
     name="deltascope",
@@ -31,9 +31,9 @@ app.add_typer(results.commands)
 
 
 def main() -> None:
-    """Runs a command, and turns its errors into one line and an exit status."""
+    """Runs a command and turns its errors into one line and an exit status."""
     from data.rows import DataError
-    from jobs.errors import NO_STORAGE, RequestError, WorkFailed, no_storage
+    from jobs.errors import DISK_ERRORS, RequestError, WorkFailed, disk_errno
     from models.errors import ModelError
     from search_spaces.load import SettingsError
 
@@ -50,8 +50,8 @@ def main() -> None:
         _say(str(error))
         sys.exit(1)
     except Exception as error:
-        if (number := no_storage(error)) is not None:
-            _say(f"{NO_STORAGE[number]}; {THEN}")
+        if (number := disk_errno(error)) is not None:
+            _say(f"{DISK_ERRORS[number]}; {THEN}")
             sys.exit(1)
         if type(error).__module__.startswith(("click", "typer")):
             _say(error.format_message() if hasattr(error, "format_message") else str(error))
@@ -60,8 +60,8 @@ def main() -> None:
     if status == environment.INTERRUPTED:
         environment.acknowledge_stop()
         _say(environment.STOPPED)
-        # Everything is cleaned up. A full interpreter shutdown, with Ray's threads cut short by an interrupt, now and
-        # then ends in a segmentation fault.
+        # Everything is cleaned up. A full interpreter shutdown occasionally segfaults, because Ray's threads were
+        # interrupted.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(environment.INTERRUPTED)
@@ -70,5 +70,5 @@ def main() -> None:
 
 def _say(text: str) -> None:
     if not text:
-        return  # a command is missing, and the help has been shown
+        return  # no command was given, so the help has been shown
     print(f"error: {text}" if not text.startswith("stopped") else text, file=sys.stderr)

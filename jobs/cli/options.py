@@ -1,6 +1,6 @@
-"""Arguments and options that several commands share, and the `Context` that they are given.
+"""Arguments and options shared by several commands, and the `Context` made from them.
 
-In: what was typed. Out: types for Typer's signatures, and a `Context`.
+In: the command line. Out: types for Typer's signatures, and a `Context`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Delete this sweep's earlie
 
 
 def check_strengths(alphas: Iterable[float]) -> None:
-    """Raises RequestError, before a model is loaded, for an `--alpha` that is no number."""
+    """Raises RequestError, before a model is loaded, for an `--alpha` that is not finite."""
     for alpha in alphas:
         if not math.isfinite(alpha):
             raise RequestError(f"--alpha: got {alpha}, must be a finite number")
 
 
 def context_of(config: str, overrides: list[str] | None) -> Context:
-    """What a command is given; a wrong request is refused before seconds of imports."""
+    """The `Context` of a command. Invalid settings are rejected before the slow imports."""
     from search_spaces.load import load
 
     settings = load(config, overrides or [])

@@ -1,4 +1,4 @@
-"""Commands that read what finished sweeps left: texts and figures on the terminal, exports, web pages.
+"""Commands that read the results of finished sweeps: texts and figures on the terminal, exports, web pages.
 
 In: a settings file, or files of results. Out: tables on the terminal or JSON, and files for other tools.
 """
@@ -21,7 +21,7 @@ commands = typer.Typer()
 def score(
     file: Annotated[str, typer.Argument(help="JSON lines of {input, target, generation, label}; label is optional.")],
     behaviours: Annotated[
-        str, typer.Option(help="A preset, or a whole settings file, whose evaluate.behaviours are asked.")
+        str, typer.Option(help="A preset or a whole settings file, whose evaluate.behaviours are used.")
     ] = "quickstart",
     by: Annotated[str, typer.Option(help="The column to group by.")] = "label",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
@@ -97,7 +97,7 @@ def chat(
         check_strengths([alpha])
     elif deltas or layer:
         given = "--deltas" if deltas else "--layer"
-        raise RequestError(f"{given}: needs --alpha too, without which no delta is spliced in")
+        raise RequestError(f"{given}: needs --alpha too; without it no delta is spliced in")
     run(context_of(config, overrides), max_new_tokens, alpha, deltas, layer)
 
 
@@ -120,8 +120,8 @@ def export(
     from jobs.commands.load import DeltaChoice
 
     check_strengths([alpha])
-    asked = DeltaChoice(deltas, percentile, d_new)
-    for path in exporting.export(context_of(config, overrides), kind, Path(folder), asked, alpha, onto_bases):
+    choice = DeltaChoice(deltas, percentile, d_new)
+    for path in exporting.export(context_of(config, overrides), kind, Path(folder), choice, alpha, onto_bases):
         print(path)
 
 
@@ -132,7 +132,7 @@ def features(
     top: Annotated[int, typer.Option(min=1, help="How many features to list.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Print how few features of the change deltas carry the effect, and which they are."""
+    """Print how few features of the change deltas carry the effect, and which ones."""
     from jobs.commands.few_features import few_features, show
 
     found = few_features(context_of(config, overrides), top)
@@ -144,7 +144,7 @@ def compare(
     sweeps: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Sweeps' names, or folders.")] = None,
     root: Annotated[list[str] | None, typer.Option(help="A storage root, repeatable; default: mlruns.")] = None,
     experiment: Annotated[
-        list[str] | None, typer.Option(help="A sweep as MLflow has it, by its experiment's name, repeatable.")
+        list[str] | None, typer.Option(help="A sweep in MLflow, by its experiment's name, repeatable.")
     ] = None,
     tracking: Annotated[str | None, typer.Option(help="MLflow's address; default: mlflow.db in the roots.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write every figure to this file.")] = None,

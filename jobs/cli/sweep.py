@@ -1,4 +1,4 @@
-"""Commands that run a sweep, say what it would do or has done, and check the machine that it runs on.
+"""Commands that run a sweep, show what it would do or has done, and check the machine.
 
 In: a settings file and overrides. Out: results on disk and in MLflow, lines on the terminal.
 """
@@ -35,10 +35,10 @@ def sweep(
     environment.prepare(address)
     from jobs.commands.seeds import run_seeds, settings_of
 
-    every = settings_of(config, overrides or [], seeds)
+    settings = settings_of(config, overrides or [], seeds)
     if address and address.startswith("ray://"):
         raise typer.Exit(_submit("sweep", config, overrides or [], address, insecure, fresh, seeds))
-    run_seeds(every, address=address, insecure=insecure, fresh=fresh)
+    run_seeds(settings, address=address, insecure=insecure, fresh=fresh)
 
 
 def _stage_command(name: str, help: str) -> None:
@@ -59,7 +59,7 @@ def _run(name: str, config: str, overrides: list[str], address: str | None, inse
     from search_spaces.load import load
 
     environment.prepare(address)
-    settings = load(config, overrides)  # a wrong request is refused before seconds of imports
+    settings = load(config, overrides)  # invalid settings are rejected before the slow imports
     if address and address.startswith("ray://"):
         raise typer.Exit(_submit(name, config, overrides, address, insecure, fresh))
     from jobs.context.context import Context
@@ -118,7 +118,7 @@ def status(config: Config, overrides: Overrides = None) -> None:
 
 @commands.command()
 def verify(config: Config, overrides: Overrides = None) -> None:
-    """Read all of a sweep's files and name those that are damaged, missing, edited or added; status 1 if any is."""
+    """Read all of a sweep's files and list those that are damaged, missing, edited or added; status 1 if any are."""
     from jobs.commands.verify import verify as run
 
     run(context_of(config, overrides))
@@ -145,4 +145,4 @@ def doctor(root: Annotated[str, typer.Option(help="The storage root.")] = "mlrun
 
 def _print_rows(rows: list[tuple[str, str]]) -> None:
     for name, text in rows:
-        print(f"{name:<{max(len(one) for one, _ in rows)}}  {text}")
+        print(f"{name:<{max(len(label) for label, _ in rows)}}  {text}")

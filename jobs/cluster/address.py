@@ -1,7 +1,7 @@
 """Which Ray cluster a command uses, and whether anything answers there.
 
-In: the option `--address` and the variable RAY_ADDRESS. Out: an address and where it came from, or a RequestError that
-names the one of the two that is wrong and says what to do.
+In: the option `--address` and the variable RAY_ADDRESS. Out: an address and its source, or a RequestError that names
+the wrong one of the two and says what to do.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Address:
         return self.value != LOCAL
 
     def refusal(self, problem: str, otherwise: str = "") -> RequestError:
-        """The error for this address; `otherwise` is what else could be done about it."""
+        """The error for this address; `otherwise` is what the user can do besides unsetting RAY_ADDRESS."""
         if self.source == OPTION:
             return RequestError(f"{OPTION}: {problem}")
         advice = f"{otherwise}, or unset {environment.ADDRESS} to run on this machine".removeprefix(", or ")
@@ -40,8 +40,8 @@ class Address:
 
 
 def chosen(option: str | None) -> Address:
-    """The address that a command uses: `--address`, else RAY_ADDRESS, else `local`. As for Ray itself, `--address auto`
-    means what RAY_ADDRESS names, if it names a cluster."""
+    """The address that a command uses: `--address`, else RAY_ADDRESS, else `local`. As in Ray, `--address auto` means
+    the cluster in RAY_ADDRESS, if it names one."""
     variable = environment.cluster_address()
     if option and not (option == AUTO and variable):
         return Address(option)
@@ -49,7 +49,7 @@ def chosen(option: str | None) -> Address:
 
 
 def check(address: Address) -> None:
-    """Raises RequestError if no cluster answers at an address that is to be joined. Waits a few seconds at most."""
+    """Raises RequestError if no cluster answers at an address to join. Waits a few seconds at most."""
     if not address.joins:
         return
     if address.value == AUTO:
@@ -64,32 +64,32 @@ def check(address: Address) -> None:
 
 
 def check_answers(address: str) -> None:
-    """Raises RequestError, which names `--address`, if nothing answers at HOST:PORT."""
+    """Raises RequestError, naming `--address`, if nothing answers at HOST:PORT."""
     _check_connects(Address(address), address)
 
 
 def _check_auto(address: Address) -> None:
-    """Looks for a cluster on this machine as Ray does; the one that Ray remembers may have ended."""
+    """Looks for a cluster on this machine as Ray does; the one that Ray remembers may be gone, so it must answer."""
     from ray._private import services
 
     if environment.cluster_address() is None:
-        os.environ.pop(environment.ADDRESS, None)  # `local`, or where jobs are submitted: Ray would take that instead
+        os.environ.pop(environment.ADDRESS, None)  # `local` or a jobs server, which Ray would use instead
     try:
-        there = services.canonicalize_bootstrap_address_or_die(AUTO)
+        found = services.canonicalize_bootstrap_address_or_die(AUTO)
     except ConnectionError:
         raise address.refusal(
             f"{AUTO} finds no Ray cluster on this machine", "start one here with `ray start`"
         ) from None
-    _check_connects(address, there)
+    _check_connects(address, found)
 
 
-def _check_connects(address: Address, there: str) -> None:
-    """Tries a TCP connection, so that a wrong address does not hang for as long as Ray would wait."""
-    host, _, port = there.rpartition(":")
+def _check_connects(address: Address, target: str) -> None:
+    """Tries a TCP connection, because Ray would wait long for a wrong address."""
+    host, _, port = target.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         allowed = "auto, HOST:PORT" + (" or ray://HOST:PORT" if address.source == OPTION else " or local")
-        raise address.refusal(f"{there!r} is not {allowed}", "correct it")
+        raise address.refusal(f"{target!r} is not {allowed}", "correct it")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, UnicodeError) as error:  # UnicodeError: the name of the host cannot be one
-        raise address.refusal(f"no Ray cluster answers at {there} ({error})", "start the cluster") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: an impossible host name
+        raise address.refusal(f"no Ray cluster answers at {target} ({error})", "start the cluster") from None

@@ -1,6 +1,6 @@
-"""The Ray cluster a sweep runs on: one it starts on this machine, or an existing one.
+"""The Ray cluster of a sweep: one started on this machine, or an existing one.
 
-In: an address and what one unit of work needs. Out: a running Ray, and how many units fit on it at once.
+In: an address and the resources of one unit of work. Out: a running Ray, and the number of units that fit at once.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ OBJECT_STORE_BYTES = 256 * 2**20
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
 STORAGE_SECONDS = 60.0
 NOT_UPLOADED = [".git", ".venv", "mlruns", "**/__pycache__", "*.log", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
-NOT_UPLOADED += [".ray-token.*"]  # a Slurm job's, which lies here while the job runs
+NOT_UPLOADED += [".ray-token.*"]  # written here by a Slurm job while it runs
 _watches: list[raylet_watch.Watch] = []
-"""Watches of the raylet that this driver depends on, while it is connected."""
+"""Watches over the raylet of this driver, while it is connected."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Share:
         return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
 
     def of_several(self, workers: int, setting: str) -> Share:
-        """The share of a trial that only starts workers, each of which takes this share; raises RequestError, which
-        names the setting, if they do not fit."""
+        """The share of a trial that itself needs nothing but starts `workers` workers with this share each. Raises
+        RequestError, naming `setting`, if they do not fit."""
         if workers == 1:
             return self
         if 0 < self.gpus < 1:
@@ -63,8 +63,7 @@ class Share:
 
 
 def connect(address: str | None, insecure: bool = False, say: Callable[[str], None] = lambda text: None) -> None:
-    """Starts Ray on this machine (loopback only), or joins the cluster at `address`, else at RAY_ADDRESS, which is
-    then said.
+    """Starts Ray on this machine (loopback only), or joins the cluster at `address` or, with a message, at RAY_ADDRESS.
 
     Inside a submitted job, joins the job's own cluster. Raises RequestError if the address does not answer, or if
     others can use the cluster without a token and `insecure` does not allow that; WorkFailed if Ray does not start
@@ -171,8 +170,8 @@ def share_of(compute: Compute) -> Share:
 
 
 def check_storage(root: Path) -> None:
-    """Checks that every node sees what the driver writes under `root` and can write there; raises RequestError, naming
-    the nodes that cannot."""
+    """Raises RequestError, naming the nodes, if a node cannot see what the driver writes under `root`, or cannot write
+    there."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -182,7 +181,7 @@ def check_storage(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     marker = root / f".seen_{uuid.uuid4().hex}"
     marker.write_text("")
-    look = ray.remote(num_cpus=0, max_retries=0)(_may_write_beside)
+    look = ray.remote(num_cpus=0, max_retries=0)(_sees_and_can_write)
     try:
         answers = {
             node["NodeManagerAddress"]: look.options(
@@ -201,11 +200,11 @@ def check_storage(root: Path) -> None:
         )
 
 
-def _may_write_beside(marker: str) -> bool:
+def _sees_and_can_write(marker: str) -> bool:
     """Runs on each node."""
     return Path(marker).is_file() and os.access(Path(marker).parent, os.W_OK)
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's message, to put into a sentence."""
+    """The first line of an exception's message, to quote in a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

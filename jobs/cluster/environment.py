@@ -50,7 +50,7 @@ DEFAULTS = {
 STOPS = (signal.SIGINT, signal.SIGTERM)
 REPEAT_SECONDS = 1.0
 END_SECONDS = 120.0
-"""How long after a stop signal the process ends, whatever still waits: results on disk lose nothing by it."""
+"""Seconds after a stop signal until the process ends in any case; no results on disk are lost."""
 INTERRUPTED = 130
 """The exit status of a command that was stopped."""
 STOPPED = "stopped; run the same command to continue from here"
@@ -63,7 +63,7 @@ _USERS_AUTH_MODE = os.environ.get(AUTH_MODE)
 
 
 def prepare(address: str | None = None) -> None:
-    """Sets the variables; the driver and every worker call it first, before importing Ray. Safe to repeat.
+    """Sets the variables. The driver and every worker call it before importing Ray. Idempotent.
 
     A Ray that we start requires a token; an existing cluster at `address` (or RAY_ADDRESS) has its own mode.
     """
@@ -80,8 +80,7 @@ def prepare(address: str | None = None) -> None:
 
 
 def cluster_address() -> str | None:
-    """RAY_ADDRESS if it names a cluster. `local` asks for a Ray of one's own, and an http address is where jobs are
-    submitted."""
+    """RAY_ADDRESS if it names a cluster: neither `local` (start a Ray) nor an http address (a jobs server)."""
     address = os.environ.get(ADDRESS, "").strip()
     return None if address in ("", "local") or address.startswith("http") else address
 
@@ -94,17 +93,17 @@ def install_stop_handlers() -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    for one in STOPS:
-        signal.signal(one, signal.default_int_handler)
+    for number in STOPS:
+        signal.signal(number, signal.default_int_handler)
 
 
 def repeat_stops_until_acknowledged() -> None:
-    """Sends a stop signal that has arrived again every `REPEAT_SECONDS` until `acknowledge_stop` is called, and
-    ends the process after `END_SECONDS`.
+    """After a stop signal, resends it every `REPEAT_SECONDS` until `acknowledge_stop` is called, and ends the process
+    after `END_SECONDS`.
 
     Python drops an exception that a signal raises during a fork or garbage collection, and Ray forks as it starts: the
-    sweep would carry on as if nobody had stopped it. And where Ray is cut short while it starts on a busy machine, it
-    now and then waits for itself forever.
+    sweep would carry on as if nobody had stopped it. Also, if Ray is interrupted while it starts on a busy machine, it
+    occasionally waits for itself forever.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -117,7 +116,7 @@ def repeat_stops_until_acknowledged() -> None:
             pass
         end = time.monotonic() + END_SECONDS
         while not _acknowledged.wait(REPEAT_SECONDS) and time.monotonic() < end:
-            signal.pthread_kill(main, number)  # the same signal: it counts once while it is still pending
+            signal.pthread_kill(main, number)  # the same signal, so that it is delivered once if still pending
         if _takes_long.wait(max(0.0, end - time.monotonic())):
             return
         print(STOPPED, file=sys.stderr, flush=True)
@@ -132,10 +131,10 @@ def repeat_stops_until_acknowledged() -> None:
 
 
 def stop_may_take_long() -> None:
-    """Lifts the limit of `END_SECONDS`: from here on a stopped process waits for others, not for Ray in this one."""
+    """Lifts the limit of `END_SECONDS`: from here on a stopped process waits for other machines, not its own Ray."""
     _takes_long.set()
 
 
 def acknowledge_stop() -> None:
-    """Ends the repetition: the stop is being handled, and cleaning up must not be interrupted."""
+    """Ends the resending: the stop is being handled, and the cleanup must not be interrupted."""
     _acknowledged.set()

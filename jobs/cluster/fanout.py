@@ -1,8 +1,8 @@
-"""Fan-out: runs tasks on Ray actors that keep what they have loaded.
+"""Fan-out: runs tasks on Ray actors, which keep loaded models between tasks.
 
-In: the share of the machine each worker gets, then module-level functions and their tasks. Out: each task's result as
-it finishes. When a worker dies, only its task is lost and is retried on another worker; a task that raises is recorded
-and the others continue.
+In: each worker's share of the machine, then module-level functions and their tasks. Out: each task's result as it
+finishes. If a worker dies, only its task is retried, on another worker; if a task raises, the error is recorded and the
+others continue.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jobs.cluster.connection import Share
 
 
 class Outcome(NamedTuple):
-    """A finished task: its result, or why it has none; when its worker started it, and how many seconds it took."""
+    """A finished task: its result or error, the time its worker started it, and its duration in seconds."""
 
     task: Any
     result: Any = None
@@ -61,11 +61,11 @@ class Queue:
         self._waiting.setdefault(self._affinity(task), deque()).append((task, tries))
 
     def take(self, own: Any, others: Collection[Any]) -> tuple[Any, int]:
-        """The next task of the worker's `own` affinity; failing that, of the first that none of the `others` is working
-        on; failing that, of the first."""
+        """The next task of the worker's `own` affinity; failing that, of the first affinity that is not in `others`;
+        failing that, of the first."""
         chosen = own
         if own not in self._waiting:
-            chosen = next((one for one in self._waiting if one not in others), next(iter(self._waiting)))
+            chosen = next((kind for kind in self._waiting if kind not in others), next(iter(self._waiting)))
         taken = self._waiting[chosen].popleft()
         if not self._waiting[chosen]:
             del self._waiting[chosen]
@@ -75,7 +75,7 @@ class Queue:
 class Pool:
     """Workers that stay alive between fan-outs, until `close` frees their share of the machine.
 
-    `timeline` is a file to which each task adds a line: what it was, when it started and how many seconds it took.
+    Each task adds a line to the file `timeline`: its function, when it started and how many seconds it took.
     """
 
     def __init__(self, share: Share, timeline: Path | None = None) -> None:
@@ -91,8 +91,8 @@ class Pool:
     ) -> Iterator[Outcome]:
         """Yields outcomes in the order they finish; pass the longest tasks first.
 
-        A worker stays with tasks of the `affinity` of its last one, then takes those that no other worker is on, then
-        helps out.
+        A worker prefers tasks with the `affinity` of its last one, then an affinity that no other worker is on, then
+        any.
         """
         import ray
         from ray.exceptions import RayActorError, RayTaskError

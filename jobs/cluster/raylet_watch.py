@@ -1,7 +1,7 @@
 """Ends the driver when this machine's raylet (Ray's node manager) dies; Ray itself would leave it waiting forever.
 
 In: how to find the raylet. Out: one sentence and exit status 1 within a second of its death. The driver and all its
-children are killed, and as after any kill, finished work is on disk.
+children are killed; finished work is on disk, as after any kill.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Watch:
     def __init__(self, find: Callable[[], psutil.Process | None]) -> None:
         self._find, self._raylet = find, find()
         self._ended = threading.Event()
-        # A dead raylet's workers keep writing for half a minute; as the driver's children they can be found.
+        # A dead raylet's workers keep writing for half a minute; as children of the driver they can be killed.
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         threading.Thread(target=self._wait, name=NAME, daemon=True).start()
@@ -47,26 +47,27 @@ class Watch:
         while not _ends(self._raylet) and not self._ended.is_set():
             pass
         if not self._ended.is_set():
-            _leave()
+            _end_driver()
 
 
 def child() -> psutil.Process | None:
-    """The raylet that this process has started, ignoring a dead one from an earlier start."""
+    """The raylet that this process started; ignores a dead one from an earlier start."""
     with contextlib.suppress(psutil.NoSuchProcess):  # a child that ends while we look at it
-        for one in psutil.Process().children():
-            if one.name() == NAME and one.status() != psutil.STATUS_ZOMBIE:
-                return one
+        for process in psutil.Process().children():
+            if process.name() == NAME and process.status() != psutil.STATUS_ZOMBIE:
+                return process
     return None
 
 
 def at(socket: str) -> psutil.Process | None:
     """The raylet of this machine that listens on `socket`."""
     option = f"--raylet_socket_name={socket}"
-    return next((one for one in psutil.process_iter(["cmdline"]) if option in (one.info["cmdline"] or ())), None)
+    processes = psutil.process_iter(["cmdline"])
+    return next((process for process in processes if option in (process.info["cmdline"] or ())), None)
 
 
 def _ends(process: psutil.Process) -> bool:
-    """Whether it ends within one period; a dead process that its parent has not reaped yet counts as ended."""
+    """Whether it ends within one period; a zombie counts as ended."""
     try:
         process.wait(PERIOD_SECONDS)
     except psutil.TimeoutExpired:
@@ -75,7 +76,7 @@ def _ends(process: psutil.Process) -> bool:
     return True
 
 
-def _leave() -> None:
+def _end_driver() -> None:
     print("error: Ray's raylet has died; run the same command to continue from here", file=sys.stderr, flush=True)
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -15,11 +15,11 @@ VARIABLES = ("RAY_TMPDIR", "TMPDIR")
 """In the order in which Ray looks at them."""
 DEFAULT = "/tmp"
 LONGEST_SOCKET = 107
-"""Bytes of a Unix socket's path, without the zero at its end."""
+"""Maximum length in bytes of a Unix socket's path, without the terminating zero."""
 LONGEST_NAME = "/ray/session_2000-01-01_00-00-00_000000_{process}/sockets/plasma_store"
-"""What Ray appends to the folder for the socket with the longest name; it contains the driver's process id."""
+"""What Ray appends to the folder for its longest socket path; it contains the driver's process id."""
 LARGEST_PROCESS = 4_194_303
-"""Linux gives no larger process id, so a folder that leaves room for this one always works."""
+"""The largest process id on Linux: a folder that leaves room for it always works."""
 
 
 def check_temporary_folder() -> None:
@@ -47,9 +47,9 @@ def _bytes_added(process: int = LARGEST_PROCESS) -> int:
 
 def _problem(folder: Path) -> str | None:
     """Why the folder cannot be used, or created if it does not exist yet; None if it can."""
-    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    if not there.is_dir():
-        return f"{there} is not a folder"
-    if not os.access(there, os.W_OK | os.X_OK):
-        return f"{there} cannot be written"
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not existing.is_dir():
+        return f"{existing} is not a folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{existing} cannot be written"
     return None

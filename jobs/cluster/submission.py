@@ -1,7 +1,7 @@
 """Running a command from outside the cluster: `--address ray://HOST:PORT` submits it as a Ray job and follows it here.
 
 In: the address, a command and its arguments. Out: the job's output as it arrives, and its exit status. Ctrl-C stops the
-job; a broken connection does not. Ray Client, which this kind of address normally means, is not used: it would send
+job; a broken connection does not. Ray Client, the usual meaning of such an address, is not used, because it would send
 every decision of a search over the network.
 """
 
@@ -39,7 +39,7 @@ def run_there(
 
     Raises RequestError if the address does not answer, if others can use the cluster without a token (unless
     `insecure`), if the settings file is not part of the upload, or if `overrides` holds a password; WorkFailed if it
-    cannot tell how the job ended.
+    is unknown how the job ended.
     """
     for override in overrides:
         if without_secrets(override) != override:
@@ -70,8 +70,7 @@ def run_there(
 
 
 def uploaded(config: str) -> str:
-    """A preset's name unchanged, or a settings file's path inside the upload; raises RequestError for a file outside
-    it."""
+    """A preset's name as it is, or a settings file's path within the upload. Raises RequestError for a file outside."""
     path = Path(config)
     if not path.is_file():
         return config
@@ -99,12 +98,12 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
     """Prints the job's output until it ends; returns its exit status."""
     from ray.job_submission import JobStatus
 
-    said: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
-    # In a thread of its own, because an interrupt would break the connection.
-    threading.Thread(target=_listen, args=(client, job, said), daemon=True).start()
+    messages: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
+    # In a separate thread, because an interrupt would break the connection.
+    threading.Thread(target=_listen, args=(client, job, messages), daemon=True).start()
     while True:
         try:
-            message = said.get()
+            message = messages.get()
         except KeyboardInterrupt:
             environment.acknowledge_stop()
             environment.stop_may_take_long()  # the job cleans up first
@@ -126,13 +125,13 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
     return details.driver_exit_code
 
 
-def _listen(client: JobSubmissionClient, job: str, said: queue.SimpleQueue[str | Exception | None]) -> None:
+def _listen(client: JobSubmissionClient, job: str, messages: queue.SimpleQueue[str | Exception | None]) -> None:
     async def tail() -> None:
         async for lines in client.tail_job_logs(job):
-            said.put(lines)
+            messages.put(lines)
 
     try:
         asyncio.run(tail())
-        said.put(None)
+        messages.put(None)
     except Exception as error:  # from any layer of the connection
-        said.put(error)
+        messages.put(error)

@@ -1,8 +1,8 @@
-"""How long a sweep would take on GPUs that it has never run on, from arithmetic and the settings of `machine`.
+"""Estimates how long a sweep would take on GPUs without measurements, from arithmetic and the settings in `machine`.
 
-In: a `Context` and the model's config. Out: rows of text: the time on more GPUs, how busy they are, and what was
-assumed. Products count by their FLOPs, delta steps by their kernels, evaluation by the Python of its passes,
-reading and writing by bytes; no trial stops early. An estimate to plan with: `--measured` goes by what was seen.
+In: a `Context` and the model's config. Out: rows of text: the time on more GPUs, how busy they are, the assumptions.
+Matrix products are counted by FLOPs, delta steps by kernels, evaluation by the Python of its passes, reading and
+writing by bytes; no trial stops early. An estimate for planning: `--measured` uses measured costs instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jobs.commands.forecast import WORKERS, Load, forecast
 from jobs.context.context import Context
 from jobs.context.disk import disk_of, pair_bytes, reads_of
 from jobs.evaluation.kinds import works_of
-from jobs.evaluation.work import ExpectedMaterials, Timing
+from jobs.evaluation.work import ExpectedPlanInputs, Timing
 from jobs.progress import clock
 from jobs.sweep.stages.deltas import trials_at_once
 from models.sources import model_facts
@@ -25,7 +25,7 @@ from search_spaces.dimensions import Choice, Range
 
 
 class Weights(NamedTuple):
-    """How many parameters a model has, those of its MLPs, and those that a token is multiplied with."""
+    """Parameter counts of a model: all, those of its MLPs, and those that each token is multiplied with."""
 
     all: int
     mlp: int
@@ -34,7 +34,7 @@ class Weights(NamedTuple):
 
 @lru_cache(maxsize=1)
 def weights_of(folder: Path) -> Weights:
-    """Counted on a model without values, from its config alone."""
+    """Counted on a model without values, built from the config alone."""
     from models.weights import build_skeleton
 
     model: Any = build_skeleton(folder)
@@ -46,13 +46,13 @@ def weights_of(folder: Path) -> Weights:
 
 
 def memory_rows(context: Context) -> list[tuple[str, str]]:
-    """The weights that a worker holds at most: in evaluation, in the exactness checks, and where changes are computed
-    in fp32 whatever the model is in, which is in their capture and in `pca_delta`. A batch comes on top."""
+    """Peak weight memory of a worker: in evaluation, in the exactness checks, and where changes are always computed in
+    fp32 (their capture, and `pca_delta`). Batches come on top."""
     weights, settings, change = weights_of(context.model), context.settings, context.layers_of("change")
     count, d_model = (model_facts(context.model)[name] for name in ("n_layers", "d_model"))
-    dtypes = [one for one in (settings.model.dtype, settings.compute.precision) if one != "auto"]
+    dtypes = [dtype for dtype in (settings.model.dtype, settings.compute.precision) if dtype != "auto"]
     size = 2 if (*dtypes, "bf16")[0] == "bf16" else 4
-    mlps, exact_mlps = (one * weights.mlp * len(change) / count for one in (size, 4))
+    mlps, exact_mlps = (each * weights.mlp * len(change) / count for each in (size, 4))
     residual = len(context.layers_of("residual"))
     parts = {
         "model": size * weights.all,
@@ -60,36 +60,35 @@ def memory_rows(context: Context) -> list[tuple[str, str]]:
         "bases": 4 * 2 * d_model * _features(settings.transcoders.width) * residual,
         "deltas": 4 * 2 * d_model * max(settings.deltas.d_new) * max(residual, len(change)),
     }
-    evaluation, beside = sum(parts.values()), parts["bases"] + parts["deltas"]
+    evaluation, transcoders = sum(parts.values()), parts["bases"] + parts["deltas"]
     checked = size if settings.model.dtype == "bf16" else 4
     peaks = {
-        "checks": checked * (weights.all + 3 * weights.mlp * len(change) / count) + beside,
+        "checks": checked * (weights.all + 3 * weights.mlp * len(change) / count) + transcoders,
         "capture": size * weights.all + 2 * exact_mlps,
         "pca_delta": evaluation + 2 * exact_mlps if change and "pca_delta" in settings.evaluate.controls else 0,
     }
-    listed = ", ".join(f"{name} {one / 1e9:.3g}" for name, one in parts.items() if one)
-    others = ", ".join(f"{name} {one / 1e9:.3g}" for name, one in peaks.items() if one)
+    listed = ", ".join(f"{name} {used / 1e9:.3g}" for name, used in parts.items() if used)
+    others = ", ".join(f"{name} {used / 1e9:.3g}" for name, used in peaks.items() if used)
     return [("weights", f"{evaluation / 1e9:.3g} GB a worker in evaluation ({listed}); {others}")]
 
 
 def _features(width: str | int) -> int:
-    """Of a width such as 16384, or 16k as published ones are called; 0 for a label that says no number."""
+    """Number of features of a width such as 16384 or, as in published names, 16k; 0 for a label without a number."""
     number, scale = str(width), 1
     if number[-1:] in ("k", "m"):
         number, scale = number[:-1], 1024 if number[-1] == "k" else 1024**2
     return int(number) * scale if number.isdigit() else 0
 
 
-STEP_KERNELS, VALIDATION, BESIDE = 75, 20, 0.11
-"""Kernels of a delta step when one was timed (they are 39 by now, which nobody has timed), how many steps one
-validation counts as, and what share of its time each further run side by side adds to a step (an H100 took 1.8 times as
-long for eight)."""
+STEP_KERNELS, VALIDATION, EXTRA_RUN = 75, 20, 0.11
+"""Kernels of a delta step when it was timed (now 39, not yet timed); steps that one validation counts as; and the share
+by which each further run side by side lengthens a step (on an H100, eight took 1.8 times as long)."""
 FP32 = 8
-"""So many times as long as in bf16 takes a product in fp32."""
+"""How many times longer a product takes in fp32 than in bf16."""
 
 
 def assumed_rows(context: Context, workers: int | None = None) -> list[tuple[str, str]]:
-    """One row of text for each number of workers with a GPU each, `workers` among them, and what that assumes."""
+    """One row of text for each number of workers (including `workers`) with a GPU each, and the assumptions."""
     rows = []
     for count in sorted({*WORKERS, *([workers] if workers else [])}):
         loads = assumed_loads(context, count)
@@ -100,7 +99,7 @@ def assumed_rows(context: Context, workers: int | None = None) -> list[tuple[str
 
 
 def assumed_loads(context: Context, workers: int) -> list[Load]:
-    """The stages' units of work, on so many workers."""
+    """The stages' units of work, on `workers` workers."""
     weights = weights_of(context.model)
     stages = [
         Load("lora", [] if context.settings.model.finetuned else _lora(context, weights)),
@@ -113,10 +112,10 @@ def assumed_loads(context: Context, workers: int) -> list[Load]:
         _deltas(context, workers),
         Load("evaluate", _evaluation(context, weights)),
     ]
-    # Whoever begins a stage on a model reads that first, all workers at once.
+    # Each worker first reads the stage's model, all at the same time.
     models = _storage(context, 2 * weights.all * workers)
     of_models = ("lora", "capture", "evaluate")
-    return [one._replace(alone=models if one.stage in of_models else 0.0) for one in stages if one.units]
+    return [load._replace(alone=models if load.stage in of_models else 0.0) for load in stages if load.units]
 
 
 def assumptions(context: Context) -> str:
@@ -130,7 +129,7 @@ def assumptions(context: Context) -> str:
 
 
 def _lora(context: Context, weights: Weights) -> list[float]:
-    """A token costs 6 FLOPs a weight in training (Kaplan et al. 2020), 2 in validation."""
+    """A token costs 6 FLOPs per weight in training (Kaplan et al. 2020) and 2 in validation."""
     lora, data, machine = context.settings.lora, context.settings.data, context.settings.machine
     batch = lora.space.batch_size
     rows = float(max(batch.choice) if isinstance(batch, Choice) else batch.high if isinstance(batch, Range) else batch)
@@ -141,7 +140,7 @@ def _lora(context: Context, weights: Weights) -> list[float]:
 
 
 def _bases(context: Context) -> list[float]:
-    """A step multiplies each token with every encoder three times: forward, and for both gradients."""
+    """A step multiplies each token with every encoder three times: in the forward pass and for two gradients."""
     section = context.settings.transcoders
     if section.source != "train" or not isinstance(section.width, int):
         return []
@@ -151,8 +150,8 @@ def _bases(context: Context) -> list[float]:
 
 
 def _capture(context: Context, weights: Weights) -> list[float]:
-    """Each token once through the model, up to the last layer, for every window of layers; where changes are captured,
-    through both models' MLPs in fp32 as well. For bases once more, through the un-finetuned model."""
+    """Each token runs once per window of layers, up to the window's last layer; where changes are captured, also
+    through both models' MLPs in fp32. For bases, once more through the un-finetuned model."""
     section, count = context.settings.activations, model_facts(context.model)["n_layers"]
     tokens, sites = section.train_tokens + section.validation_tokens, context.sites_of("residual")
     passes = sum((window[-1].layer + 1) / count for window in disk_of(context).windows(context.sites))
@@ -164,7 +163,7 @@ def _capture(context: Context, weights: Weights) -> list[float]:
 
 
 def _deltas(context: Context, workers: int) -> Load:
-    """Steps take as long as their kernels; pairs are read once by each worker that needs them."""
+    """Steps take as long as their kernels; each worker that needs pairs reads them once."""
     settings, machine = context.settings, context.settings.machine
     section = settings.deltas
     steps = section.epochs * (settings.activations.train_tokens // section.batch_size + VALIDATION)
@@ -173,12 +172,12 @@ def _deltas(context: Context, workers: int) -> Load:
     each = steps * STEP_KERNELS * machine.kernel_us * 1e-6
     calls = trials_at_once(context)
     around = machine.start_s + read / max(1, len(calls) * len(context.delta_groups)) / (machine.pcie_gbs * 1e9)
-    units = [each * (1 + BESIDE * (runs - 1)) + around for runs in calls] * len(context.delta_groups)
+    units = [each * (1 + EXTRA_RUN * (runs - 1)) + around for runs in calls] * len(context.delta_groups)
     return Load("deltas", units, shared=max(_storage(context, read), trials * machine.trial_ms * 1e-3))
 
 
 def _evaluation(context: Context, weights: Weights) -> list[float]:
-    """A pass over whole rows multiplies; one token further, it waits for Python, layer by layer."""
+    """Passes over whole rows are bound by products; decoding a token is bound by Python, layer by layer."""
     settings, machine = context.settings, context.settings.machine
     section, count = settings.evaluate, model_facts(context.model)["n_layers"]
 
@@ -191,7 +190,7 @@ def _evaluation(context: Context, weights: Weights) -> list[float]:
         return passes(rows, layers) + steps * layers * machine.layer_ms * 1e-3
 
     timing = Timing(count, settings.data.eval_rows, len(context.subsets), passes, answers)
-    works = [work for work in works_of(ExpectedMaterials(context)) if work.cells()]
+    works = [work for work in works_of(ExpectedPlanInputs(context)) if work.cells()]
     return [work.seconds(timing) for work in works for _ in range(work.units)]
 
 

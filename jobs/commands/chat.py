@@ -1,7 +1,7 @@
 """Chatting with the finetuned model.
 
-In: a sweep with a finetuned model, and prompts from the terminal or a pipe, one per line. Out: each answer, and what
-the behaviours of the settings remark on it.
+In: a sweep with a finetuned model, and prompts from the terminal or a pipe, one per line. Out: each answer, with the
+remarks of the settings' behaviours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INVITATION = "> "
 
 
 Answer = Callable[[list[int], Any], str]
-"""From a prompt's tokens, and the row that they are of, to the model's answer."""
+"""Maps a prompt's tokens and its row to the model's answer."""
 
 
 def chat(
@@ -36,7 +36,7 @@ def chat(
     """Answers every line of standard input; at a terminal, an empty line or end of input ends the conversation.
 
     With `alpha` the deltas of `target` are spliced into `layers` at that strength. Each prompt is answered on its own,
-    as the model was trained. Raises RequestError if the sweep has no model, or no such deltas, yet.
+    as in training. Raises RequestError if the sweep has no model, or no such deltas, yet.
     """
     from evaluators.measures.behaviours import read_behaviours, remarks
 
@@ -58,7 +58,7 @@ def chat(
 def _model(
     context: Context, limits: Limits, alpha: float | None, target: str | None, layers: list[int] | None
 ) -> tuple[PreTrainedTokenizerBase, int | None, Answer]:
-    """The tokenizer, the model's context in tokens, and what answers."""
+    """The tokenizer, the model's context length in tokens, and the function that answers."""
     from data.encoding import Encoded, ends_of
     from evaluators.measures.finetuned_answers import answers
     from evaluators.splice.decoding import Stop, decode
@@ -96,7 +96,7 @@ def _model(
 def reply(
     tokenizer: PreTrainedTokenizerBase, answer: Answer, row: Row, max_new_tokens: int, longest: int | None
 ) -> str:
-    """The model's answer, or why there is none."""
+    """The model's answer, or the reason for giving none."""
     from data.encoding import encode_prompt
 
     tokens = encode_prompt(tokenizer, row)

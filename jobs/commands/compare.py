@@ -1,6 +1,6 @@
 """Sweeps side by side: on the terminal, as CSV, as JSON, and as a page.
 
-In: where finished sweeps are. Out: their comparison, written where it was asked for.
+In: the places of finished sweeps. Out: their comparison, written to the requested files.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from evaluators.report.page import Table
 
 FOLDER = "comparisons"
-"""Under a storage root: the pages."""
+"""The folder of the pages, under a storage root."""
 LONGEST_NAME = 120
 FIRST_COLUMN, COLUMN = 24, 26
-"""Characters that the terminal needs for a table's first column, and for each sweep's."""
+"""Width in characters of a table's first column, and of each sweep's, on the terminal."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Sweeps that were read, and notes on what is missing of them or doubtful."""
+    """The sweeps, and notes on what is missing or doubtful."""
 
     sweeps: Sequence[ComparedSweep]
     notes: list[str] = field(default_factory=list)
@@ -56,7 +56,8 @@ def as_json(found: Comparison) -> dict[str, Any]:
     names = [sweep.name for sweep in found.sweeps]
     return {
         "sweeps": [
-            {"name": one.name, "seed": one.seed, "layers": one.layers, "from": one.where} for one in found.sweeps
+            {"name": sweep.name, "seed": sweep.seed, "layers": sweep.layers, "from": sweep.where}
+            for sweep in found.sweeps
         ],
         "settings that differ": {
             key: dict(zip(names, values, strict=True)) for key, values in settings_that_differ(found.sweeps).items()
@@ -84,15 +85,15 @@ def as_page(found: Comparison) -> str:
 
 
 def page_path(root: str, found: Comparison) -> Path:
-    """Where the page goes unless another place was asked for: its name holds those of the sweeps."""
-    names = "_".join("".join(one if one.isalnum() or one in "-." else "-" for one in s.name) for s in found.sweeps)
+    """The default path of the page, named after the sweeps."""
+    names = "_".join("".join(char if char.isalnum() or char in "-." else "-" for char in s.name) for s in found.sweeps)
     if len(names) > LONGEST_NAME:
         names = f"{names[:LONGEST_NAME]}-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
     return storage_root(root) / FOLDER / f"{names}.html"
 
 
 def write(path: Path, text: str, key: str) -> Path:
-    """Atomic; raises RequestError where `path` cannot be written."""
+    """Writes atomically. Raises RequestError if `path` cannot be written."""
     path = path.expanduser().absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

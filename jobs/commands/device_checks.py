@@ -1,7 +1,7 @@
 """Does a device compute what the CPU does?
 
-In: a device. Out: for each check and number format, how far its figures are from those of the CPU in fp32, and how far
-they may be. Nothing here needs Ray, so that it also runs where only torch, transformers, PEFT and TransformerLens are.
+In: a device. Out: for each check and number format, the difference of its figures from the CPU's in fp32, and the
+allowed difference. Nothing here needs Ray, so torch, transformers, PEFT and TransformerLens are enough to run it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALLOWED = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 1e-1}
-"""By format: the norm of the differences over the norm of the figures."""
+"""Allowed difference by format: the norm of the differences over the norm of the figures."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """`figures(folder, device, precision)`: what to compare, (any number,), on the CPU."""
+    """`figures(folder, device, precision)` returns what to compare, (any number,), on the CPU."""
 
     name: str
     figures: Callable[[Path, str, str], Tensor]
@@ -31,28 +31,28 @@ class Check:
 
 
 class Finding(NamedTuple):
-    """A check on a device: how far its figures are from the CPU's, relative to them, and how far they may be."""
+    """A check on a device: the relative difference of its figures from the CPU's, and the allowed one."""
 
     check: str
     precision: str
-    apart: float
+    difference: float
     allowed: float
 
     @property
     def agrees(self) -> bool:
-        return self.apart <= self.allowed  # not for NaN
+        return self.difference <= self.allowed  # False for NaN
 
 
 def examine(device: str, checks: Sequence[Check] | None = None) -> Iterator[Finding]:
-    """Each check in each of its formats that the device has, one after the other."""
+    """Runs each check in each of its formats that the device supports."""
     with tempfile.TemporaryDirectory() as scratch:
         for check in CHECKS if checks is None else checks:
             expected = check.figures(Path(scratch), "cpu", "fp32").double()
             for precision in check.formats:
                 if precision != "tf32" or device.startswith("cuda"):
                     found = check.figures(Path(scratch), device, precision).double()
-                    apart = (found - expected).norm() / expected.norm().clamp(min=1e-12)
-                    yield Finding(check.name, precision, apart.item(), ALLOWED[precision])
+                    difference = (found - expected).norm() / expected.norm().clamp(min=1e-12)
+                    yield Finding(check.name, precision, difference.item(), ALLOWED[precision])
 
 
 EVERY = ("fp32", "tf32", "bf16")

@@ -1,7 +1,7 @@
-"""What a device is asked to compute: every trainer and the evaluation, on models and shapes that take seconds.
+"""The computations of the device checks: every trainer and the evaluation, on models and shapes that take seconds.
 
-In: a scratch folder, a device and a number format. Out: figures, (any number,) on the CPU, that should be the same on
-every device. Nothing here needs Ray.
+In: a scratch folder, a device and a number format. Out: figures, (any number,) on the CPU, that should agree across
+devices. Nothing here needs Ray.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SITES = tuple(mlp_sites([0, 2]))
 
 
 def models(scratch: Path) -> dict[str, Path]:
-    """A tiny Gemma-2 and a tiny Llama under `scratch`, each also with other MLPs (`-before`), as if not finetuned."""
+    """A tiny Gemma-2 and a tiny Llama under `scratch`, each also un-finetuned (`-before`), with other MLPs."""
     import torch
 
     from models.sources import load_model
@@ -46,8 +46,8 @@ def models(scratch: Path) -> dict[str, Path]:
             model, tokenizer = load_model(folders[name], torch.float32)
             generator = torch.Generator().manual_seed(7)
             with torch.no_grad():
-                for place, parameter in model.named_parameters():
-                    if "mlp" in place:
+                for parameter_name, parameter in model.named_parameters():
+                    if "mlp" in parameter_name:
                         parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
             model.save_pretrained(before)
             tokenizer.save_pretrained(before)
@@ -56,7 +56,7 @@ def models(scratch: Path) -> dict[str, Path]:
 
 @cache
 def pairs(tokens: int = 6000, d_model: int = 64) -> DeltaData:
-    """x, and a change that three sparse features make of it, with noise."""
+    """x, and a noisy change that three sparse features compute from it."""
     import torch
 
     from trainers.activations import Pairs
@@ -67,8 +67,8 @@ def pairs(tokens: int = 6000, d_model: int = 64) -> DeltaData:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    reads, writes, x = normal(d_model, 3) / d_model**0.5, normal(3, d_model), normal(tokens, d_model).bfloat16()
-    change = (torch.relu(x.float() @ reads - 0.8) @ writes + 0.1 * normal(tokens, d_model)).bfloat16()
+    encoder, decoder, x = normal(d_model, 3) / d_model**0.5, normal(3, d_model), normal(tokens, d_model).bfloat16()
+    change = (torch.relu(x.float() @ encoder - 0.8) @ decoder + 0.1 * normal(tokens, d_model)).bfloat16()
     cut = tokens * 4 // 5
     train = Pairs(list(zip(x[:cut].split(2000), change[:cut].split(2000), strict=True)))
     held_out = Pairs([(x[cut:], change[cut:])])
@@ -106,7 +106,7 @@ def delta_training(scratch: Path, device: str, precision: str) -> Tensor:
         d_new=16, lr=1e-2, sparsity=1e-4, epochs=3, batch_size=200, l0_budget=3.0, replicas=2, precision=precision
     )
     done = train_delta(
-        pairs(), settings, device=device, on_step=lambda one: losses.append((1 + one.error + one.penalty).cpu())
+        pairs(), settings, device=device, on_step=lambda loss: losses.append((1 + loss.error + loss.penalty).cpu())
     )
     figures = [done.figures[name] for name in ("val_unexplained", "val_l0_delta", "val_cos")]
     return torch.cat([*losses, torch.tensor(figures)])
@@ -128,11 +128,11 @@ def base_training(scratch: Path, device: str, precision: str) -> Tensor:
         device=device,
         report=lambda step, steps, figures: losses.append(figures["train_fvu"]),
     )
-    return torch.tensor([*losses, *(one.facts["val_fvu"] for one in done)])
+    return torch.tensor([*losses, *(base.facts["val_fvu"] for base in done)])
 
 
 def lora_training(kind: str) -> Callable[[Path, str, str], Tensor]:
-    """The losses of a short run; the fused forward pass, and attention with and without a window."""
+    """The losses of a short run, which covers the fused forward pass and attention with and without a window."""
 
     def figures(scratch: Path, device: str, precision: str) -> Tensor:
         import torch
@@ -146,13 +146,13 @@ def lora_training(kind: str) -> Callable[[Path, str, str], Tensor]:
         with number_format(device, precision) as dtype:
             model, tokenizer = load_model(models(scratch)[kind], dtype, device)
             train_lora(model, tokenizer, Splits(ROWS, ROWS), settings, found.append, lambda adapted: None)
-        return torch.tensor([one[name] for one in found for name in ("val_loss", "train_loss")])
+        return torch.tensor([figures[name] for figures in found for name in ("val_loss", "train_loss")])
 
     return figures
 
 
 def capture(scratch: Path, device: str, precision: str) -> Tensor:
-    """What the taps read and write, the change, and the change at BOS."""
+    """The taps' inputs and outputs, the change, and the change at BOS."""
     import torch
 
     from data.encoding import encode_text
@@ -160,17 +160,17 @@ def capture(scratch: Path, device: str, precision: str) -> Tensor:
     from trainers.capture import Columns, bos_changes, capture_batch
 
     bridge, folders = _bridge(scratch, "gemma", device, precision), models(scratch)
-    before, after = (read_paths(bridge, folders[one], SITES, torch.float32) for one in ("gemma-before", "gemma"))
+    before, after = (read_paths(bridge, folders[name], SITES, torch.float32) for name in ("gemma-before", "gemma"))
     columns = {site: Columns(True, before[site], after[site]) for site in SITES}
     texts = [encode_text(bridge.tokenizer, row.input) for row in ROWS]
     found = capture_batch(bridge, texts, columns)
     at_bos = bos_changes(bridge, bridge.tokenizer.bos_token_id, before, after)
     parts = [one for site in SITES for _, one in sorted(found[site].items())]
-    return torch.cat([(one.float() / one.float().norm()).flatten() for one in [*parts, *at_bos.values()]])
+    return torch.cat([(tensor.float() / tensor.float().norm()).flatten() for tensor in [*parts, *at_bos.values()]])
 
 
 def polish(scratch: Path, device: str, precision: str) -> Tensor:
-    """The KL of every validation of a joint polish."""
+    """The KL at every validation of a joint polish."""
     import torch
 
     from data.encoding import encode_row
@@ -180,7 +180,7 @@ def polish(scratch: Path, device: str, precision: str) -> Tensor:
     subject = polish_subject(scratch, device, precision)
     encoded = [encode_row(subject.bridge.tokenizer, row) for row in ROWS]
     done = train(subject, encoded, encoded, PolishSettings(steps=12, lr=1e-3, rows=3, precision=precision))
-    return torch.tensor([one["val_kl"] for one in done.history])
+    return torch.tensor([validation["val_kl"] for validation in done.history])
 
 
 def polish_subject(scratch: Path, device: str, precision: str) -> Subject:
@@ -193,8 +193,8 @@ def polish_subject(scratch: Path, device: str, precision: str) -> Subject:
 
 
 def evaluation(kind: str, ground: str) -> Callable[[Path, str, str], Tensor]:
-    """Per row the cross-entropy, the KL, the activations and the greedy tokens, for every strength; how few features
-    carry the change; and every control that is a delta."""
+    """Cross-entropy, KL, activations and greedy tokens per row, at every strength and for every control that is a
+    delta; and the few-features curve."""
 
     def figures(scratch: Path, device: str, precision: str) -> Tensor:
         import torch
@@ -218,11 +218,11 @@ def evaluation(kind: str, ground: str) -> Callable[[Path, str, str], Tensor]:
             for _, of_rows, texts in evaluate_behaviour(
                 passes, where, ROWS, asks, limits=Limits(12), behaviours={}, known=known
             ):
-                found.extend(one["nll"] for one in of_rows)
-                found.extend(one.get("kl", 0.0) for one in of_rows)
-                found.extend(one["sum_abs_delta_acts"] for one in of_rows)
+                found.extend(row["nll"] for row in of_rows)
+                found.extend(row.get("kl", 0.0) for row in of_rows)
+                found.extend(row["sum_abs_delta_acts"] for row in of_rows)
                 if precision == "fp32":
-                    found.extend(float(token) for one in texts for token in one["tokens"])
+                    found.extend(float(token) for text in texts for token in text["tokens"])
 
         measure((), Ask("raw"))
         measure(patches, Ask("no_delta"), Ask("full"), *(Ask("alpha", alpha) for alpha in (-0.5, 0.5, 2.0)))

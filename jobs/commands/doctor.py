@@ -1,6 +1,6 @@
 """Is this machine ready? Devices and what they compute, versions, the embedded model, storage.
 
-In: a storage root. Out: rows of (what was checked, what was found, whether that is good).
+In: a storage root. Out: rows of (name of the check, finding, whether it is good).
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def _packages() -> list[Finding]:
             continue
         count += 1
         try:
-            found = version(name.partition("[")[0]).partition("+")[0]
+            installed = version(name.partition("[")[0]).partition("+")[0]
         except PackageNotFoundError:
-            found = "missing"
-        if found != pinned:
-            wrong.append(f"{name} {found}, pinned {pinned}")
+            installed = "missing"
+        if installed != pinned:
+            wrong.append(f"{name} {installed}, pinned {pinned}")
     return [("packages", "; ".join(wrong) or f"{count} as pinned", not wrong)]
 
 
@@ -62,20 +62,21 @@ def _devices() -> list[Finding]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         findings.append((f"gpu {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB", True))
-        findings.append(told(f"gpu {index}", list(device_checks.examine(f"cuda:{index}"))))
+        findings.append(summary(f"gpu {index}", list(device_checks.examine(f"cuda:{index}"))))
     if not torch.cuda.is_available():
         findings.append(("gpu", "none; everything runs on the CPU", True))
     return findings
 
 
-def told(device: str, found: Sequence[device_checks.Finding]) -> Finding:
-    """Whether the device computes what the CPU computes, and if not, what differs."""
+def summary(device: str, results: Sequence[device_checks.Finding]) -> Finding:
+    """Whether the device computes the same as the CPU and, if not, what differs."""
     wrong = [
-        f"{one.check} in {one.precision} differs by {one.apart:.2g} of its size, allowed {one.allowed:g}"
-        for one in found
-        if not one.agrees
+        f"{result.check} in {result.precision} differs by {result.difference:.2g} of its size, "
+        f"allowed {result.allowed:g}"
+        for result in results
+        if not result.agrees
     ]
-    return (f"{device} computes", "; ".join(wrong) or f"as the CPU does ({len(found)} checks)", not wrong)
+    return (f"{device} computes", "; ".join(wrong) or f"as the CPU does ({len(results)} checks)", not wrong)
 
 
 def _gemma() -> None:

@@ -20,19 +20,19 @@ from sites import KINDS, Address, Ground, Site, sites_label
 if TYPE_CHECKING:
     from models.gemma_scope import Candidate
 
-HELD = {"gemma-scope": ("mlp",), "saelens": ("o", "mlp"), "circuit-tracer": ("mlp",)}
-"""By format, the kinds of site whose transcoders it can hold: SAELens takes one hook to read and one to write."""
-FORMATS = tuple(HELD)
+SUPPORTED = {"gemma-scope": ("mlp",), "saelens": ("o", "mlp"), "circuit-tracer": ("mlp",)}
+"""Kinds of site that each format supports: SAELens takes one hook to read and one to write."""
+FORMATS = tuple(SUPPORTED)
 
 
 def export(
-    context: Context, kind: str, folder: Path, asked: DeltaChoice, alpha: float, onto_bases: bool = False
+    context: Context, kind: str, folder: Path, choice: DeltaChoice, alpha: float, onto_bases: bool = False
 ) -> list[Path]:
-    """Exports deltas in another tool's format, with a model card: a residual delta fused with its base, a change delta
-    by itself or, with `onto_bases`, fused with its layer's base where there is one.
+    """Exports deltas in another tool's format, with a model card. Residual deltas are fused with their bases; change
+    deltas are exported alone or, with `onto_bases`, fused with their layers' bases, if any.
 
-    A change delta joins a base transcoder of any kind as `base(x) + error(x) + alpha * delta(x)`, with the error node
-    `error(x) = y_un(x) - base(x)`, which the notes say. Raises RequestError for an unknown format, or without bases.
+    A change delta combines with any base transcoder as `base(x) + error(x) + alpha * delta(x)`, with the error node
+    `error(x) = y_un(x) - base(x)`; the notes say so. Raises RequestError for an unknown format, or without bases.
     """
     from jobs.commands.model_card import Exported, hub_name, model_card
     from models import exports
@@ -42,12 +42,12 @@ def export(
 
     if kind not in FORMATS:
         raise RequestError(f"--format: got {kind!r}, allowed are {', '.join(FORMATS)}")
-    chosen = ground, d_new = combination(context, asked)
-    sites = [site for site in context.sites_of(ground.target) if site.kind.name in HELD[kind]]
+    chosen = ground, d_new = combination(context, choice)
+    sites = [site for site in context.sites_of(ground.target) if site.kind.name in SUPPORTED[kind]]
     if not sites:
-        held = ", ".join(KINDS[name].words for name in HELD[kind])
+        supported = ", ".join(KINDS[name].words for name in SUPPORTED[kind])
         raise RequestError(
-            f"--format: {kind} holds deltas of {held}, and the sweep has them at "
+            f"--format: {kind} holds deltas of {supported}, and the sweep has them at "
             f"{sites_label(context.sites_of(ground.target))}; every delta lies as plain safetensors under "
             f"{context.space.deltas}"
         )
@@ -58,7 +58,7 @@ def export(
         deltas = load_deltas(context, sites, chosen)
         fused = {site: scaled(without_bos(delta), alpha) for site, delta in deltas.items()}
         if onto_bases:
-            bases = _bases(context, asked, list(fused))
+            bases = _bases(context, choice, list(fused))
             fused = {site: fuse(load_base(context, base, site), fused[site]) for site, base in bases.items()}
     else:
         patches = load_patches(context, None, chosen)
@@ -90,20 +90,20 @@ def export(
     return exports.write_circuit_tracer(fused, model, folder, notes, card)
 
 
-def _bases(context: Context, asked: DeltaChoice, sites: list[Site]) -> dict[Site, Candidate]:
-    """The base transcoders of those of `sites` that have one; raises RequestError where none has."""
+def _bases(context: Context, choice: DeltaChoice, sites: list[Site]) -> dict[Site, Candidate]:
+    """The base transcoders of `sites`, without sites that have none. Raises RequestError if no site has one."""
     known = [site for site in sites if site in context.sites_of("residual")]
     if not known:
         raise RequestError(
             f"--onto-bases: the sweep {context.settings.name} has no base transcoders; they come with residual among "
             "deltas.targets"
         )
-    ground, _ = combination(context, DeltaChoice("residual", asked.percentile, asked.d_new))
+    ground, _ = combination(context, DeltaChoice("residual", choice.percentile, choice.d_new))
     return {site: chosen_base(context, site, ground.percentile) for site in known}
 
 
 def _average_l0(context: Context, sites: Sequence[Site], ground: Ground, d_new: int) -> dict[Site, float]:
-    """Active features per token of what is exported, measured on the evaluation text or in training."""
+    """Active features per token of each exported transcoder, measured on the evaluation text or in training."""
     found: dict[Site, float] = {}
     for site in sites:
         group = Address(site, ground, d_new)

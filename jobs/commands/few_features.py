@@ -1,7 +1,7 @@
-"""How few features carry the effect of finetuning, and which they are.
+"""How few features carry the effect of finetuning, and which ones.
 
 In: a `Context` whose sweep has evaluated its few-features curve. Out: for each subset the number of features that
-recover most of the CE gap, and the first features of the order in which the curve adds them.
+recover most of the CE gap, and the first features in the order in which the curve adds them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jobs.files import MANIFEST
 
 
 def few_features(context: Context, top: int) -> dict[str, Any]:
-    """`curve` rows, `needed` by subset, and the first `top` features; raises RequestError where there is no curve."""
+    """`curve` rows, `needed` by subset, and the first `top` features; raises RequestError if there is no curve."""
     from evaluators.tables import recovery
     from evaluators.tables.feature_tables import ranking_table
 
@@ -42,15 +42,15 @@ def show(found: dict[str, Any]) -> None:
 
     console = Console()
     for subset, count in found["needed"].items():
-        said = "no number of them does" if count is None else f"{count} of {found['total']} features do"
-        console.print(f"{subset}: to recover {found['enough']:.0%} of the CE gap, {said}", highlight=False)
+        answer = "no number of them does" if count is None else f"{count} of {found['total']} features do"
+        console.print(f"{subset}: to recover {found['enough']:.0%} of the CE gap, {answer}", highlight=False)
     table = Table("rank", "layer", "feature", "effect (nats a target token)")
-    for one in found["features"]:
+    for feature in found["features"]:
         table.add_row(
-            str(one["rank"]),
-            str(one["layer"]),
-            "at BOS" if one["at_bos"] else str(one["feature"]),
-            f"{one['effect']:+.4f}",
+            str(feature["rank"]),
+            str(feature["layer"]),
+            "at BOS" if feature["at_bos"] else str(feature["feature"]),
+            f"{feature['effect']:+.4f}",
         )
     console.print(table)
     if (left := found["total"] - len(found["features"])) > 0:

@@ -1,7 +1,7 @@
-"""Finds finished sweeps, on disk or in MLflow, and reads the settings and tables that their reports left.
+"""Finds finished sweeps, on disk or in MLflow, and reads the settings and tables of their reports.
 
-In: names of sweeps and storage roots, folders of sweeps, or experiments of a store. Out: `ComparedSweep`s; what is
-missing or damaged is one sentence.
+In: names of sweeps and storage roots, folders of sweeps, or experiments of a store. Out: `ComparedSweep`s, or one
+sentence on what is missing or damaged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jobs.tracking.reader import Reader
 
 MOST_NAMES = 20
-"""Names that a message lists."""
+"""Maximum number of names in a message."""
 TEXTS = ("target", "layer", "subset", "metric", "condition")
 TABLES = {
     "gaps": ("target", "layer", "subset", "metric", "gap", "gap_low", "gap_high", "share", "n_examples"),
@@ -35,7 +35,7 @@ TABLES = {
     "few_features": ("subset", "k", "recovered"),
     "exp2B_metrics": ("target", "layer", "subset", "condition", "alpha", "mean_ce", "mean_ce_low", "mean_ce_high"),
 }
-"""The tables that are read, and the columns that each must have."""
+"""The tables to read, and the columns that each must have."""
 FULL = {
     "gaps": ("layer", "subset", "metric", "gap", "n_examples"),
     "recovered": ("layer", "subset", "metric", "condition"),
@@ -43,14 +43,14 @@ FULL = {
     "few_features": ("subset", "k"),
     "exp2B_metrics": ("layer", "subset", "condition", "alpha", "mean_ce", "n_examples"),
 }
-"""Columns with a value in every row: one without is from a file that ends too early."""
+"""Columns with a value in every row; a missing one means that the file is truncated."""
 NEEDED = ("gaps", "recovered", "exp2A_metrics")
 TRACKED = ("seed", "data", "model", "lora", "activations", "transcoders", "deltas")
-"""The sections that MLflow keeps as parameters of a sweep's stages."""
+"""The settings sections that MLflow has as parameters of a sweep's stages."""
 
 
 class Sources(NamedTuple):
-    """Where sweeps are looked for: names or folders, storage roots, experiments, and MLflow's address (None: the roots'
+    """Where to look for sweeps: names or folders, storage roots, experiments, and MLflow's address (None for the roots'
     own)."""
 
     sweeps: Sequence[str]
@@ -59,17 +59,16 @@ class Sources(NamedTuple):
     tracking: str | None = None
 
 
-class Found(NamedTuple):
-    """A sweep's name, its folder, and the `start` that tells it from the one before `--fresh`."""
+class SweepFolder(NamedTuple):
+    """A sweep's name, its folder, and its `start`, which changes with `--fresh`."""
 
     name: str
     folder: Path
     start: str
 
 
-class Read(NamedTuple):
-    """A sweep, what had to be left out of it, and whether its settings are only those that MLflow keeps as
-    parameters."""
+class LoadedSweep(NamedTuple):
+    """A sweep, notes on what was left out, and whether it only has the settings that MLflow has as parameters."""
 
     sweep: ComparedSweep
     notes: Sequence[str] = ()
@@ -77,31 +76,32 @@ class Read(NamedTuple):
 
 
 def read_sweeps(sources: Sources) -> tuple[list[ComparedSweep], list[str]]:
-    """The sweeps asked for, in order, under names that tell them apart, and notes on what had to be left out.
+    """The requested sweeps, in order and with distinct names, and notes on what had to be left out.
 
-    Raises RequestError for a name that is not there, a sweep given twice or not finished, and files that cannot be
-    read.
+    Raises RequestError for an unknown name, a sweep given twice or not finished, and unreadable files.
     """
     folders = [found for name in sources.sweeps for found in _folders(name, sources.roots)]
-    twice = [one for place, one in enumerate(folders) if one.folder in [other.folder for other in folders[:place]]]
+    twice = [found for place, found in enumerate(folders) if found.folder in [seen.folder for seen in folders[:place]]]
     if twice:
         raise RequestError(f"the sweep {twice[0].name} in {twice[0].folder} is given twice; give each sweep once")
-    read = [Read(from_folder(one.name, one.folder)) for one in folders]
-    starts = {one.start: one.name for one in folders if one.start}
+    loaded = [LoadedSweep(from_folder(found.name, found.folder)) for found in folders]
+    starts = {found.start: found.name for found in folders if found.start}
     for place, name in enumerate(sources.experiments):
         if name in sources.experiments[:place]:
             raise RequestError(f"--experiment: {name} is given twice; give each sweep once")
-        read.append(_from_mlflow(name, sources, starts))
-    if len(read) < 2:
+        loaded.append(_from_mlflow(name, sources, starts))
+    if len(loaded) < 2:
         raise RequestError(
-            f"a comparison takes two sweeps or more, got {len(read)}: give names, folders or --experiment"
+            f"a comparison takes two sweeps or more, got {len(loaded)}: give names, folders or --experiment"
         )
-    sweeps = [one.sweep for one in read]
+    sweeps = [entry.sweep for entry in loaded]
     names = [sweep.name for sweep in sweeps]
-    sweeps = [_renamed(one, f"{one.name} ({one.where})") if names.count(one.name) > 1 else one for one in sweeps]
-    if any(one.partly for one in read):
-        sweeps = [replace(one, settings=_tracked(one.settings)) for one in sweeps]
-    return sweeps, [note for one in read for note in one.notes]
+    sweeps = [
+        _renamed(sweep, f"{sweep.name} ({sweep.where})") if names.count(sweep.name) > 1 else sweep for sweep in sweeps
+    ]
+    if any(entry.partly for entry in loaded):
+        sweeps = [replace(sweep, settings=_tracked(sweep.settings)) for sweep in sweeps]
+    return sweeps, [note for entry in loaded for note in entry.notes]
 
 
 def _tracked(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,8 +112,8 @@ def _renamed(sweep: ComparedSweep, name: str) -> ComparedSweep:
     return replace(sweep, name=name, figures=sweep.figures.assign(sweep=name))
 
 
-def _folders(name: str, roots: Sequence[str]) -> list[Found]:
-    """The sweeps of that name, one for each root that has it, or the folder that `name` is."""
+def _folders(name: str, roots: Sequence[str]) -> list[SweepFolder]:
+    """The sweeps called `name`, one for each root that has it, or `name` itself if it is a folder."""
     plain = name not in ("", ".", "..") and "/" not in name
     places = [storage_root(root) / "sweeps" / name for root in roots] if plain else []
     folders = [folder for folder in dict.fromkeys(places) if folder.is_dir()]
@@ -125,7 +125,7 @@ def _folders(name: str, roots: Sequence[str]) -> list[Found]:
         shown = " or ".join(str(storage_root(root)) for root in roots)
         names = sorted({path.parent.name for root in roots for path in storage_root(root).glob(f"sweeps/*/{SETTINGS}")})
         raise RequestError(f"there is no sweep {name!r} under {shown}, and no such folder; {_listed(names)}")
-    return [Found(one.name, one.resolve(), _start(one)) for one in folders]
+    return [SweepFolder(folder.name, folder.resolve(), _start(folder)) for folder in folders]
 
 
 def _start(folder: Path) -> str:
@@ -155,8 +155,8 @@ def from_folder(name: str, folder: Path) -> ComparedSweep:
     return _compared(name, settings, tables, str(where))
 
 
-def _again(report: Path) -> str:
-    """What mends a report."""
+def _remedy() -> str:
+    """How to repair a report."""
     return "the sweep's `report` command makes it again"
 
 
@@ -172,50 +172,48 @@ def _no_deltas(name: str, where: str, error: Exception) -> str:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of `sweep.yaml` as it stores them, resolved and nested; an earlier version's need not fit today's
-    schema. Raises RequestError where the file is damaged."""
+    """The settings in `sweep.yaml`, resolved and nested; those of an earlier version need not fit the current schema.
+    Raises RequestError if the file is damaged."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RequestError(
-            f"{path} cannot be read as YAML ({_short(error)}); {_again(path.parent / 'report')}"
-        ) from None
+        raise RequestError(f"{path} cannot be read as YAML ({_short(error)}); {_remedy()}") from None
     if not isinstance(values, dict) or "seed" not in values:
-        raise RequestError(f"{path} does not hold a sweep's settings; {_again(path.parent / 'report')}")
+        raise RequestError(f"{path} does not hold a sweep's settings; {_remedy()}")
     return values
 
 
 def read_tables(report: Path) -> ReportTables:
-    """The tables in a report's folder; raises RequestError where one that is needed is missing, or any is damaged."""
-    found = {name: read_table(report / f"{name}.csv", name) for name in TABLES}
+    """The tables in a report's folder. Raises RequestError if a required one is missing, or any is damaged."""
+    tables = {name: read_table(report / f"{name}.csv", name) for name in TABLES}
     for name in NEEDED:
-        if found[name] is None:
-            raise RequestError(f"{report} has no {name}.csv; {_again(report)}")
-    return ReportTables(*found.values())  # type: ignore[arg-type]  # of which the needed ones are there
+        if tables[name] is None:
+            raise RequestError(f"{report} has no {name}.csv; {_remedy()}")
+    return ReportTables(*tables.values())  # type: ignore[arg-type]  # the required ones are not None
 
 
 def read_table(path: Path, name: str) -> pd.DataFrame | None:
-    """One table, None where there is no such file. A label may be called `none`, `1` or `NA`, so labels stay text."""
+    """One table, or None if there is no file. Labels stay text, because one may be called `none`, `1` or `NA`."""
     if not path.is_file():
         return None
-    again = _again(path.parent)
+    remedy = _remedy()
     try:
         table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str), keep_default_na=False, na_values=[""])
     except (OSError, ValueError, pd.errors.ParserError) as error:  # an empty file is a ValueError too
-        raise RequestError(f"{path} cannot be read as a table ({_short(error)}); {again}") from None
+        raise RequestError(f"{path} cannot be read as a table ({_short(error)}); {remedy}") from None
     if missing := [column for column in TABLES[name] if column not in table]:
-        raise RequestError(f"{path} lacks the column {missing[0]}; {again}")
+        raise RequestError(f"{path} lacks the column {missing[0]}; {remedy}")
     numbers = [column for column in TABLES[name] if column not in TEXTS]
     wrong = [column for column in numbers if len(table) and not pd.api.types.is_numeric_dtype(table[column])]
     if wrong:
-        raise RequestError(f"{path}: the column {wrong[0]} must hold numbers; {again}")
+        raise RequestError(f"{path}: the column {wrong[0]} must hold numbers; {remedy}")
     if gaps := [column for column in FULL[name] if table[column].isna().any()]:
-        raise RequestError(f"{path}: the column {gaps[0]} is empty in some rows, so the file is damaged; {again}")
+        raise RequestError(f"{path}: the column {gaps[0]} is empty in some rows, so the file is damaged; {remedy}")
     return table
 
 
-def _from_mlflow(name: str, sources: Sources, starts: Mapping[str, str]) -> Read:
-    """A sweep from its own run in MLflow: its tables if the artifacts can be had, else the run's figures alone."""
+def _from_mlflow(name: str, sources: Sources, starts: Mapping[str, str]) -> LoadedSweep:
+    """A sweep from its own run in MLflow: with its tables if they can be downloaded, else only the run's figures."""
     store, shown = _store_with(name, sources)
     run = store.last_finished(name)
     if run is None:
@@ -236,20 +234,20 @@ def _from_mlflow(name: str, sources: Sources, starts: Mapping[str, str]) -> Read
             what = str(error).partition(";")[0].replace(f"{folder}/", "")
             raise RequestError(f"--experiment: of the artifacts of {name} at {shown}, {what}") from None
     if partly:
-        notes.append(f"{name}: MLflow has no evaluate and compute settings of it; they are not compared.")
+        notes.append(f"{name}: MLflow lacks its evaluate and compute settings; they are not compared.")
     if tables is not None:
-        return Read(_compared(name, settings, tables, shown), notes, partly)
+        return LoadedSweep(_compared(name, settings, tables, shown), notes, partly)
     notes.append(
-        f"{name}: the artifacts of its run cannot be had, so its knob, its rates and some intervals are left out."
+        f"{name}: its run's artifacts cannot be downloaded, so its knob, its rates and some intervals are left out."
     )
     try:
-        return Read(from_metrics(name, settings, run.metrics, shown), notes, partly)
+        return LoadedSweep(from_metrics(name, settings, run.metrics, shown), notes, partly)
     except ValueError as error:
         raise RequestError(_no_deltas(name, shown, error)) from None
 
 
 def _store_with(name: str, sources: Sources) -> tuple[Reader, str]:
-    """The store that has that experiment, and how it is shown."""
+    """The store with that experiment, and its address for messages."""
     from jobs.tracking.reader import Reader
 
     uris = [sources.tracking] if sources.tracking else []
@@ -272,5 +270,5 @@ def _store_with(name: str, sources: Sources) -> tuple[Reader, str]:
 
 def _short(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return "it is no JSON"
+        return "it is not valid JSON"
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,8 +1,8 @@
-"""How long a sweep would take on more workers: its units of work, at measured costs, scheduled on N workers.
+"""Estimates how long a sweep would take on more workers: its units of work, at measured costs, scheduled on N workers.
 
-In: a `Context`, and the folder of a sweep that has run. Out: for each number of workers the time, how much of it the
-workers are busy, and what limits it. Stages run one after another. Each starts with the part that cannot be shared out,
-then hands out its units as the engine does: longest first, each to the first worker that is free.
+In: a `Context`, and the folder of a sweep that has run. Out: for each number of workers, the time, the share of it that
+workers are busy, and the bottleneck. Stages run one after another. Each starts with its serial part, then assigns units
+as the engine does: longest first, each to the first free worker.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jobs.context.context import Context
 from jobs.evaluation.kinds import works_of
-from jobs.evaluation.work import ExpectedMaterials
+from jobs.evaluation.work import ExpectedPlanInputs
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
 from sites import Address
@@ -24,8 +24,8 @@ WORKERS = (1, 8, 64, 512)
 
 
 class Load(NamedTuple):
-    """A stage's units of work, `alone`, the part before them that cannot be shared out, and `shared`, what the units
-    take at least on any number of workers, because all need the same storage or driver; in seconds."""
+    """A stage's work, in seconds: its `units`; `alone`, the serial part before them; and `shared`, the minimum time of
+    the units on any number of workers, because they share storage or the driver."""
 
     stage: str
     units: list[float]
@@ -43,7 +43,7 @@ class Forecast(NamedTuple):
 
 
 def makespan(units: Sequence[float], workers: int) -> float:
-    """Seconds until the last unit is done, if the longest go first, each to the first worker that is free."""
+    """Seconds until the last unit is done, with the longest first, each on the first free worker."""
     free = [0.0] * min(workers, max(1, len(units)))
     for unit in sorted(units, reverse=True):
         heapq.heapreplace(free, free[0] + unit)
@@ -51,7 +51,7 @@ def makespan(units: Sequence[float], workers: int) -> float:
 
 
 def forecast(loads: Sequence[Load], workers: int) -> Forecast:
-    """The forecast of a whole sweep on that many workers; `limit` names the stage that leaves them idle longest."""
+    """The forecast of a whole sweep on `workers` workers; `limit` names the stage with the most idle time."""
     spans = [load.span(workers) for load in loads]
     lost = [span * workers - sum(load.units) for span, load in zip(spans, loads, strict=True)]
     worst = loads[lost.index(max(lost))]
@@ -73,15 +73,15 @@ def forecast(loads: Sequence[Load], workers: int) -> Forecast:
 
 
 def measured_loads(context: Context, folder: Path) -> list[Load]:
-    """This sweep's units of work at the mean costs of the sweep in `folder`; empty if that lacks some of the costs. The
-    raw models' cells, which are few, are left out."""
+    """This sweep's units of work at the mean costs of the sweep in `folder`; empty if some costs are missing there. The
+    few cells of the raw models are left out."""
     settings = context.settings
     residual, trained = context.sites_of("residual"), settings.transcoders.source == "train"
     trials = _seconds(folder.glob("lora/trial_*/result.json"))
     bases = _seconds(folder.glob(f"transcoders/layer_*/{MANIFEST}"))
     delta_costs, cell_costs = _delta_seconds(folder), _cell_seconds(folder)
     groups = [(group.ground.target, group.d_new) for group in context.delta_groups]
-    works = [work for work in works_of(ExpectedMaterials(context)) if work.sites and work.cells()]
+    works = [work for work in works_of(ExpectedPlanInputs(context)) if work.sites and work.cells()]
     kinds = [(work.kind, work.sites[0].ground.target) for work in works]
     needed = [*(delta_costs[group] for group in groups), *(cell_costs[kind] for kind in kinds)]
     needed += [trials] * (settings.model.finetuned is None)
@@ -92,20 +92,20 @@ def measured_loads(context: Context, folder: Path) -> list[Load]:
     for work, kind in zip(works, kinds, strict=True):
         cells += [_mean(cell_costs[kind]) * len(work.cells()) / work.units] * work.units
     delta_units = [_mean(delta_costs[group]) for group in groups for _ in range(settings.deltas.trials)]
-    every = [one for group in dict.fromkeys(groups) for one in delta_costs[group]]
+    all_trials = [cost for group in dict.fromkeys(groups) for cost in delta_costs[group]]
     adapters = []
     if settings.model.finetuned is None:
         adapters = [Load("lora", [_mean(trials)] * settings.lora.trials, _alone(folder / "lora", trials))]
     return [
         *adapters,
         Load("transcoders", [_mean(bases)] * len(residual) * trained, _alone(folder / "transcoders", bases)),
-        Load("deltas", delta_units, _alone(folder / "deltas", every)),
+        Load("deltas", delta_units, _alone(folder / "deltas", all_trials)),
         Load("evaluate", cells),
     ]
 
 
 def _delta_seconds(folder: Path) -> dict[tuple[str, int], list[float]]:
-    """Of finished trials, by target and d_new."""
+    """Seconds of finished delta trials, by target and d_new."""
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     for path in sorted(folder.glob("deltas/layer_*/*/d*/trial_*/result.json")):
         group = Address.parse(str(path.parents[1].relative_to(folder / "deltas")))
@@ -114,7 +114,7 @@ def _delta_seconds(folder: Path) -> dict[tuple[str, int], list[float]]:
 
 
 def _cell_seconds(folder: Path) -> dict[tuple[str, str], list[float]]:
-    """Of finished cells, by kind and target."""
+    """Seconds of finished cells, by kind and target."""
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for path in sorted(folder.glob("cells/*.json")):
         cell = read_json(path)
@@ -137,7 +137,7 @@ def schedule_rows(context: Context, folder: Path, workers: int | None) -> list[t
 
 
 def _alone(folder: Path, units: Sequence[float]) -> float:
-    """Time a stage spent outside its units: capture, merging, starting workers."""
+    """Seconds that a stage spent outside its units: capture, merging, starting workers."""
     manifest: dict[str, Any] = read_json(folder / MANIFEST) or {}
     if "seconds" not in manifest:
         return 0.0

@@ -1,6 +1,6 @@
-"""Loads what a finished sweep kept: the finetuned model, and the sites of its deltas.
+"""Loads what a finished sweep kept: the finetuned model and the deltas.
 
-In: a `Context` whose sweep is finished up to its deltas. Out: a TransformerBridge, sites, and where they are stored.
+In: a `Context` whose sweep is finished up to its deltas. Out: a TransformerBridge, patches, bases and deltas.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def finetuned(context: Context) -> Path:
-    """The finetuned model; raises RequestError if the sweep has none yet, or its files are damaged."""
+    """The finetuned model's folder. Raises RequestError if the sweep has none yet, or its files are damaged."""
     folder = context.finetuned
     if not (folder / MANIFEST if folder != context.adopted else folder / "config.json").is_file():
         raise RequestError(f"the sweep {context.settings.name} has no finetuned model under {folder}; run `lora` first")
@@ -52,7 +52,7 @@ def device_for(context: Context) -> str:
 
 
 def prompt_row(context: Context, prompt: str, target: str = "") -> Row:
-    """A prompt in the format of the sweep's rows; raises DataError where its chat template refuses it."""
+    """A prompt in the format of the sweep's rows. Raises DataError if the chat template rejects it."""
     from jobs.sweep.stages.data import chat_of
 
     chat = chat_of(context)
@@ -65,22 +65,22 @@ def prompt_row(context: Context, prompt: str, target: str = "") -> Row:
 
 @dataclass(frozen=True)
 class DeltaChoice:
-    """Which deltas a command was asked for; what is None is as the sweep evaluated it."""
+    """The deltas requested from a command; None stands for what the sweep evaluated."""
 
     target: str | None = None
     percentile: float | None = None
     d_new: int | None = None
 
 
-def combination(context: Context, asked: DeltaChoice) -> tuple[Ground, int]:
-    """The ground and d_new asked for, or those whose behaviour was evaluated."""
+def combination(context: Context, choice: DeltaChoice) -> tuple[Ground, int]:
+    """The requested ground and d_new, or those whose behaviour was evaluated."""
     targets = context.settings.deltas.targets
-    target = asked.target or targets[0]
+    target = choice.target or targets[0]
     if target not in targets:
         raise RequestError(f"--deltas: got {target}, but the sweep has {' and '.join(targets)}")
     evaluated = (read_json(context.space.cells / MANIFEST) or {}).get("chosen", {}).get(target, {})
-    percentile = asked.percentile if asked.percentile is not None else evaluated.get("percentile")
-    d_new = asked.d_new if asked.d_new is not None else evaluated.get("d_new")
+    percentile = choice.percentile if choice.percentile is not None else evaluated.get("percentile")
+    d_new = choice.d_new if choice.d_new is not None else evaluated.get("d_new")
     needs_base = target == "residual" and percentile is None and None not in context.settings.deltas.selections
     if d_new is None or needs_base:
         both = "--d-new" if target == "change" else "--percentile and --d-new"
@@ -91,8 +91,8 @@ def combination(context: Context, asked: DeltaChoice) -> tuple[Ground, int]:
 def load_patches(
     context: Context, layers: list[int] | None, chosen: tuple[Ground, int], bridge: TransformerBridge | None = None
 ) -> list[Patch]:
-    """The patches of all sites in `layers` (None: all of the target); a change delta's ground is read beside the model
-    of `bridge`.
+    """The patches of all sites in `layers` (None for all of the target). For change deltas, the un-finetuned paths are
+    read for the model in `bridge`.
 
     Raises RequestError for a layer without deltas, or a group without a kept one.
     """
@@ -116,7 +116,7 @@ def load_patches(
 
 
 def load_base(context: Context, base: Candidate, site: Site) -> Transcoder:
-    """A base transcoder; raises RequestError where it was trained here and is damaged."""
+    """A base transcoder. Raises RequestError if it was trained here and is damaged."""
     from models.gemma_scope import read
 
     folder = Path(root(context)) / base.path

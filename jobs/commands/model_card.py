@@ -1,7 +1,7 @@
 """The model card of an export: a `README.md` with the hub's metadata, so that the folder can be uploaded as it is.
 
 In: a `Context`, and what is exported. Out: the card's text: both models, layers, width and sparsity, what the sweep
-measured of exactly these deltas, and how to load them. It names no place on this machine.
+measured for exactly these deltas, and how to load them. It contains no paths of this machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TAGS = ["transcoder", "mechanistic-interpretability", "deltascope"]
 
 
 class Exported(NamedTuple):
-    """What an export holds: its format, the deltas' ground and width, sites, the strength that is folded in, and
+    """The content of an export: its format, the deltas' ground and width, the sites, the strength folded in, and
     whether change deltas are fused with bases."""
 
     kind: str
@@ -65,13 +65,13 @@ def model_card(context: Context, exported: Exported) -> str:
 
 
 def hub_name(context: Context) -> str | None:
-    """The hub repository of the finetuned model, where it was taken from there whole."""
+    """The finetuned model's hub repository, if it is a whole model from the hub."""
     given, adopted = context.settings.model.finetuned, context.adopted
     return repository_of(given) if given and adopted and not is_adapter(adopted) else None
 
 
 def _metadata(context: Context, kind: str) -> dict[str, Any]:
-    """What the hub reads: without a licence, which only you know, and without a base model that it does not have."""
+    """The hub's metadata, without a licence, which only the user knows, or a base model that is not on the hub."""
     found: dict[str, Any] = {}
     if base := repository_of(context.settings.model.source):
         found |= {"base_model": base, "base_model_relation": "adapter"}
@@ -81,12 +81,12 @@ def _metadata(context: Context, kind: str) -> dict[str, Any]:
 
 
 def _shown(source: str) -> str:
-    """A model as strangers may read of it."""
+    """A model's public name."""
     return repository_of(source) or Path(source).name
 
 
 def _finetuned(context: Context) -> str:
-    """Where the finetuned model comes from, and with which settings if it was trained here."""
+    """The finetuned model's origin, with the settings if it was trained here."""
     settings = context.settings
     if settings.model.finetuned:
         kind = "an adapter, merged" if context.adopted and is_adapter(context.adopted) else "a whole model"
@@ -100,7 +100,7 @@ def _finetuned(context: Context) -> str:
 
 
 def _figures(context: Context, exported: Exported) -> list[dict[str, str]]:
-    """A row for each subset of which the report's tables have a gap and what these deltas recover of it."""
+    """A row for each subset for which the report's tables have a gap and the share that these deltas recover."""
     import pandas as pd
 
     files = [context.space.report / name for name in ("gaps.csv", "recovered.csv")]
@@ -131,8 +131,8 @@ def _figures(context: Context, exported: Exported) -> list[dict[str, str]]:
     return found
 
 
-def _rows(table: Any, asked: dict[str, Any]) -> Any:
-    for column, value in asked.items():
+def _rows(table: Any, values: dict[str, Any]) -> Any:
+    for column, value in values.items():
         table = table[table[column] == value]
     return table
 

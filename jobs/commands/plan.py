@@ -15,7 +15,7 @@ from jobs.context.context import Context
 from jobs.context.disk import bytes_needed, disk_of, pair_bytes, reads_of
 from jobs.errors import RequestError
 from jobs.evaluation.kinds import works_of
-from jobs.evaluation.work import ExpectedMaterials
+from jobs.evaluation.work import ExpectedPlanInputs
 from jobs.files import MANIFEST, read_json
 from jobs.progress import clock
 from jobs.sweep.finetuned import check_models
@@ -24,15 +24,14 @@ from sites import sites_label
 
 
 def plan_rows(context: Context, measured: Path | None = None, workers: int | None = None) -> Rows:
-    """What the whole sweep consists of, and its time on 1, 8, 64, 512 and `workers` workers, going by the costs of the
-    sweep in the folder `measured` (default: this sweep's own); raises RequestError or ModelError as the sweep would.
-    """
+    """The work of the whole sweep, and its time on 1, 8, 64, 512 and `workers` workers at the costs of the sweep in the
+    folder `measured` (default: this sweep's own). Raises RequestError or ModelError as the sweep would."""
     context.check_request()
     check_models(context)
     settings = context.settings
     deltas = settings.deltas
     groups = len(context.delta_groups)
-    cells = sum(len(work.cells()) for work in works_of(ExpectedMaterials(context)))
+    cells = sum(len(work.cells()) for work in works_of(ExpectedPlanInputs(context)))
     prompts = len(context.subsets) * settings.data.eval_rows
     rows = [
         ("model", settings.model.source),
@@ -68,16 +67,16 @@ def _disk(context: Context) -> str:
 
 
 def _reads(context: Context) -> Rows:
-    """Bytes that delta trials read from disk, as workers keep what they last read, and what goes to GPUs."""
+    """Bytes that delta trials read from disk, with each worker caching its last data, and bytes sent to GPUs."""
     each, deltas = pair_bytes(context), context.settings.deltas
     trials = len(context.delta_groups) * deltas.trials
     if not trials:
         return []
-    kept = ", ".join(f"{size(reads_of(context, workers) * each)} by {workers}" for workers in WORKERS)
-    rows = [("pairs", f"{size(each)} a layer and base; read from disk in all: {kept} workers")]
+    totals = ", ".join(f"{size(reads_of(context, workers) * each)} by {workers}" for workers in WORKERS)
+    rows = [("pairs", f"{size(each)} a layer and base; read from disk in all: {totals} workers")]
     if context.settings.compute.gpus_per_trial:
-        kept = f"half of a GPU's memory holds {size(each)}"
-        rows.append(("over PCIe", f"as many bytes where {kept}, else {deltas.epochs} times {size(trials * each)}"))
+        fits = f"half of a GPU's memory holds {size(each)}"
+        rows.append(("over PCIe", f"as many bytes where {fits}, else {deltas.epochs} times {size(trials * each)}"))
     return rows
 
 
@@ -90,7 +89,7 @@ def size(count: float) -> str:
 
 
 def _bases(context: Context) -> Rows:
-    """Which published base each percentile, or the target L0, selects; trained bases are not known in advance."""
+    """The published base selected by each percentile or the target L0; trained bases are not known in advance."""
     section = context.settings.transcoders
     if "residual" not in context.settings.deltas.targets:
         return []
@@ -110,10 +109,10 @@ def _bases(context: Context) -> Rows:
 def _measured(context: Context) -> Rows:
     """Stage times of an earlier run with the same name."""
     manifests = {stage.name: read_json(stage.folder(context) / MANIFEST) for stage in STAGES}
-    known = {name: one["seconds"] for name, one in manifests.items() if one and "seconds" in one}
+    known = {name: manifest["seconds"] for name, manifest in manifests.items() if manifest and "seconds" in manifest}
     if not known:
         return []
-    workers = max(one.get("workers", 1) for one in manifests.values() if one)
+    workers = max(manifest.get("workers", 1) for manifest in manifests.values() if manifest)
     listed = ", ".join(f"{name} {clock(seconds)}" for name, seconds in known.items())
     return [
         ("time", f"{clock(sum(known.values()))} when last run, on {workers} worker{'s' * (workers > 1)} ({listed})")

@@ -3,10 +3,9 @@
 In: settings, overrides and seeds. Out: the sweeps NAME-s0, NAME-s1, ... and the page that compares them.
 
 They share what does not depend on the seed: Ray, which starts once; the un-finetuned model under `models/` in the
-storage root (of `tiny-gemma2`, whose weights are random, each seed has its own); a whole finetuned model that is
-adopted, which is used where it lies; published base transcoders; and the stores of Optuna and MLflow. Everything else
-depends on it through the rows: each seed draws and splits its own, so it also has its own adapter, activations, trained
-bases and deltas.
+storage root (except `tiny-gemma2`, whose random weights differ by seed); an adopted whole finetuned model, which is
+used in place; published base transcoders; and the databases of Optuna and MLflow. Everything else depends on the seed
+through the rows: each seed draws and splits its own, so it has its own adapter, activations, trained bases and deltas.
 """
 
 from __future__ import annotations
@@ -41,20 +40,20 @@ def parse_seeds(text: str) -> list[int]:
 
 def settings_of(config: str, overrides: Sequence[str], seeds: str) -> list[Sweep]:
     """The settings of each seed's sweep; raises RequestError for wrong seeds, SettingsError for wrong settings."""
-    given = [one for one in overrides if one.partition("=")[0].strip() == "seed"]
+    given = [override for override in overrides if override.partition("=")[0].strip() == "seed"]
     if given:
         raise RequestError(f"--seeds: got {seeds!r} together with {given[0]}; give one of the two")
     numbers, name = parse_seeds(seeds), load(config, [*overrides]).name
     return [load(config, [*overrides, f"name={name}-s{seed}", f"seed={seed}"]) for seed in numbers]
 
 
-def run_seeds(every: Sequence[Sweep], *, address: str | None, insecure: bool, fresh: bool) -> None:
+def run_seeds(sweeps: Sequence[Sweep], *, address: str | None, insecure: bool, fresh: bool) -> None:
     """Runs the sweeps and compares those that finished. One that fails does not stop the others.
 
-    Raises RequestError if no sweep can be run for the same reason, WorkFailed at the end if some failed.
+    Raises the first sweep's error if the requests of all are invalid, WorkFailed at the end if some failed.
     """
     progress = Progress()
-    contexts = [Context(one, progress, address, insecure, keeps_cluster=True) for one in every]
+    contexts = [Context(settings, progress, address, insecure, keeps_cluster=True) for settings in sweeps]
     for context in contexts:
         context.check_request()
     failed: dict[int, Exception] = {}
@@ -85,7 +84,7 @@ def run_seeds(every: Sequence[Sweep], *, address: str | None, insecure: bool, fr
 
 
 def _compare(contexts: Sequence[Context], progress: Progress) -> None:
-    """Shows the comparison of the finished sweeps, where there are several and they have change deltas."""
+    """Shows the comparison of the finished sweeps, if there are several with change deltas."""
     if len(contexts) < 2:
         return
     root = contexts[0].settings.storage.root

@@ -13,18 +13,24 @@ from rich.text import Text
 
 
 def show_probe(found: dict[str, Any]) -> None:
-    """The active features token by token, and last, where a long list does not push them away, the conditions."""
+    """Prints the active features token by token and then, so that they stay in view, the conditions."""
     console = Console()
     table = Table("layer", "token", "delta features", "base features", title="active features (feature:strength)")
-    for one in found["features"]:
-        table.add_row(str(one["layer"]), Text(repr(one["token"])), _listed(one["delta"]), _listed(one["base"]))
+    for feature in found["features"]:
+        table.add_row(
+            str(feature["layer"]), Text(repr(feature["token"])), _listed(feature["delta"]), _listed(feature["base"])
+        )
     console.print(table)
     table = Table("condition", "CE", "CE - raw", "next tokens", title=f"target: {found['target']!r}")
     table.add_column("output", overflow="fold")
-    for one in found["conditions"]:
-        following = ", ".join(f"{entry['token']!r} {entry['probability']:.3f}" for entry in one["next_tokens"])
+    for condition in found["conditions"]:
+        following = ", ".join(f"{entry['token']!r} {entry['probability']:.3f}" for entry in condition["next_tokens"])
         table.add_row(
-            one["condition"], f"{one['ce']:.4f}", f"{one['delta_ce']:+.4f}", Text(following), Text(one["output"])
+            condition["condition"],
+            f"{condition['ce']:.4f}",
+            f"{condition['delta_ce']:+.4f}",
+            Text(following),
+            Text(condition["output"]),
         )
     console.print(table)
 
@@ -40,4 +46,4 @@ def show_scores(by: str, groups: dict[str, dict[str, Any]]) -> None:
 
 
 def _listed(features: list[dict[str, Any]]) -> str:
-    return " ".join(f"{one['feature']}:{one['strength']:.2f}" for one in features)
+    return " ".join(f"{feature['feature']}:{feature['strength']:.2f}" for feature in features)

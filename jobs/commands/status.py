@@ -1,6 +1,6 @@
-"""How far a sweep has got.
+"""The progress of a sweep.
 
-In: a `Context`. Out: rows of text, read off the results on disk; nothing heavy is imported, so that it answers at once.
+In: a `Context`. Out: rows of text, from the results on disk. Imports nothing heavy, to answer at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Rows = list[tuple[str, str]]
 
 
 def status_rows(context: Context) -> Rows:
-    """How far the sweep with these settings has got."""
+    """The progress of the sweep with these settings."""
     space, settings = context.space, context.settings
     rows: Rows = []
     if shown := read_progress(space.folder):
@@ -35,17 +35,21 @@ def status_rows(context: Context) -> Rows:
     else:
         results = _results(space.lora, keys.lora_group(settings))
         rows.append(("LoRA trials", _counts(results, settings.lora.trials)))
-    groups = [(space.deltas / one.folder, keys.delta_group(settings, one)) for one in context.delta_groups]
+    groups = [(space.deltas / address.folder, keys.delta_group(settings, address)) for address in context.delta_groups]
     results = [result for folder, key in groups for result in _results(folder, key)]
     rows.append(("delta trials", _counts(results, len(groups) * settings.deltas.trials)))
     cells = [path for path in space.cells.glob("*.json") if path.name not in (MANIFEST, SEAL)]
     rows.append(("cells", f"{len(cells)} on disk"))
-    rows += [("failed", f"{one['group']} trial {one['trial']}: {one['reason']}") for one in results if one["reason"]]
+    rows += [
+        ("failed", f"{result['group']} trial {result['trial']}: {result['reason']}")
+        for result in results
+        if result["reason"]
+    ]
     return rows
 
 
 def _results(folder: Path, key: str) -> list[dict[str, Any]]:
-    """Those of the trials in `folder`; none where they are of other settings, and will be made again."""
+    """The results of the trials in `folder`; empty if they are from other settings and will be redone."""
     return [read_json(path) for path in sorted(folder.glob("trial_*/result.json"))] if is_for(folder, key) else []
 
 
@@ -56,7 +60,7 @@ def _counts(results: list[dict[str, Any]], total: int) -> str:
 
 
 def finetuned_row(context: Context) -> tuple[str, str]:
-    """Where the finetuned model comes from."""
+    """The origin of the finetuned model."""
     settings = context.settings
     if settings.model.finetuned:
         return "finetuned model", f"{settings.model.finetuned}, adopted"

@@ -1,6 +1,6 @@
 """Sends results from disk to MLflow: after a server outage, or to another server.
 
-In: a `Context` whose sweep has results. Out: the runs that MLflow is missing; existing runs stay as they are.
+In: a `Context` whose sweep has results. Out: the runs that MLflow lacks; existing runs are left alone.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
 from jobs.files import MANIFEST
-from jobs.sweep.backfill import tell
+from jobs.sweep.backfill import report_results
 from jobs.sweep.stage_list import STAGES
 
 
@@ -18,7 +18,7 @@ def track(context: Context) -> None:
     if not any((stage.folder(context) / MANIFEST).is_file() for stage in STAGES):
         raise RequestError(f"{space.folder} has no finished stage; run `deltascope sweep` first")
     with space.locked():
-        tell(context)
+        report_results(context)
     if tracker.lost:
         raise WorkFailed("MLflow stopped answering before everything was sent; run the same command again")
     if tracker.refused:

@@ -52,9 +52,9 @@ def serve(root: str, port: int, studies: bool = False) -> None:
             print(f"  {name}: {address}{page}", flush=True)
         if (together := comparison(_store(root))) is not None:
             print(f"  all of them side by side: {address}{together}", flush=True)
-    # MLflow's server would start a dozen processes for submitted jobs, and nothing submits jobs to this one.
+    # MLflow's server would start a dozen processes for submitted jobs, but nothing submits jobs to it.
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with tempfile.TemporaryFile("w+") as log:  # dozens of lines on how a server starts; of use only where it does not
+    with tempfile.TemporaryFile("w+") as log:  # dozens of lines of startup log, only useful on failure
         server = subprocess.Popen(
             arguments, env=quiet | dict(os.environ), start_new_session=True, stdout=log, stderr=subprocess.STDOUT
         )

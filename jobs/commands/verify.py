@@ -1,6 +1,6 @@
-"""Reads every file of a sweep and says which are not as they were left.
+"""Reads every file of a sweep and lists those that have changed since they were written.
 
-In: a `Context`. Out: a line for each damaged file, and how many were read; nothing is changed.
+In: a `Context`. Out: a line for each damaged file, and the number of files read; nothing is changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainers.activations import damaged_files
 
 
 def verify(context: Context) -> None:
-    """Raises WorkFailed where something is damaged, RequestError where there is no sweep, or it is running."""
+    """Raises WorkFailed if something is damaged, RequestError if there is no sweep, or it is running."""
     space, started = context.space, time.monotonic()
     if not space.folder.is_dir():
         raise RequestError(f"there is no sweep {space.name} under {space.root}")
@@ -27,9 +27,9 @@ def verify(context: Context) -> None:
         files = [path for stage in STAGES for path in stage.files(context)]
         shards = sorted({path.parent for path in space.folder.rglob("*.safetensors") if _is_cache(path)})
         sizes = {path: path.stat().st_size for path in files}
-        sizes |= {folder: sum(one.stat().st_size for one in folder.iterdir()) for folder in shards}
-        found = [Damage(*one) for one in problems(context).items()]
-        if (context.model / SEAL).is_file():  # a base model that was built under the storage root
+        sizes |= {folder: sum(path.stat().st_size for path in folder.iterdir()) for folder in shards}
+        found = [Damage(*problem) for problem in problems(context).items()]
+        if (context.model / SEAL).is_file():  # a base model built under the storage root
             found += damage(context.model)
         with context.progress.bar("verify", len(sizes), "files", sum(sizes.values()) or 1) as bar:
 
@@ -37,18 +37,18 @@ def verify(context: Context) -> None:
                 if path in sizes:
                     bar.advance(1, sizes.pop(path) or 1)
 
-            found += [one for _, one in find(context, seen=seen)]
+            found += [broken for _, broken in find(context, seen=seen)]
             for folder in shards:
                 found += [Damage(path, "does not hold what was written to it") for path in damaged_files(folder)]
                 seen(folder)
-        for one in found:
-            shown = one.path.relative_to(space.folder if one.path.is_relative_to(space.folder) else space.root)
-            context.progress.line(f"  {shown} {one.why}")
+        for broken in found:
+            shown = broken.path.relative_to(space.folder if broken.path.is_relative_to(space.folder) else space.root)
+            context.progress.line(f"  {shown} {broken.why}")
     read = f"{len(files)} files and {len(shards)} folders of activations in {clock(time.monotonic() - started)}"
     if found:
         raise WorkFailed(
-            f"{len(found)} of {space.name}'s files are damaged, missing or not its own ({read}); its `sweep` command "
-            "moves such files to set_aside/ and makes what is missing again"
+            f"{len(found)} of {space.name}'s files are damaged, missing, or not written by this sweep ({read}); its "
+            "`sweep` command moves such files to set_aside/ and makes what is missing again"
         )
     context.progress.line(f"all of {space.name} is as it was written: {read}")
 

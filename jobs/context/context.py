@@ -1,4 +1,4 @@
-"""What every stage of a sweep is given.
+"""The context passed to every stage of a sweep.
 
 In: settings and where to run. Out: one object with the workspace, progress, tracking and the cluster. Heavy parts are
 built lazily, so that a finished sweep can say so without starting anything.
@@ -45,11 +45,11 @@ MODULES = {
     "o": {"o_proj", "out_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "fc_in", "fc_out", "fc1", "fc2"},
 }
-"""By kind of site, what architectures call its modules."""
+"""By kind of site, the names that architectures give its modules."""
 
 
 class SetPlan(NamedTuple):
-    """The conditions of a set of sites, and the strengths of its dose-response."""
+    """What is measured at a set of sites: its conditions, and the strengths of its dose-response."""
 
     conditions: tuple[str, ...]
     doses: tuple[float, ...]
@@ -63,11 +63,11 @@ class Context:
     insecure: bool = False
     """Join a cluster that others can use without a token."""
     keeps_cluster: bool = False
-    """Leave the cluster up for the next sweep of this process, which disconnects from it at the end."""
+    """Leave the cluster up for this process's next sweep; the last one disconnects."""
     failures: list[str] = field(default_factory=list)
     """Trials and cells that failed, each with its reason; they are listed at the end."""
     checked: set[Path] = field(default_factory=set)
-    """Folders of activations that this command has written, or read whole for damage."""
+    """Folders of activations that this command has written, or checked for damage."""
 
     @cached_property
     def space(self) -> Workspace:
@@ -75,39 +75,39 @@ class Context:
 
     @cached_property
     def source(self) -> Path:
-        """The folder of the un-finetuned model as it was given."""
+        """The folder of the un-finetuned model as given."""
         chosen = self.settings.model
         return self._resolve(chosen.source, chosen.revision, "model.source")
 
     @property
     def model(self) -> Path:
-        """The folder of the un-finetuned model; of a copy where it has to be rounded to the finetuned one's dtype."""
+        """The folder of the un-finetuned model, or of a copy rounded to the finetuned one's dtype, if needed."""
         rounded = self.pair["rounded"] if self.pair is not None else ""
         return Path(rounded) if rounded else self.source
 
     @cached_property
     def pair(self) -> dict[str, Any] | None:
-        """What finetuning changed, once it is known of the finetuned model of these settings; see `jobs.sweep.pair`."""
+        """What finetuning changed; None until that is known. See `jobs.sweep.pair`."""
         try:
-            held = read_json(self.space.folder / PAIR)
-        except DamagedFileError:  # made anew
+            pair = read_json(self.space.folder / PAIR)
+        except DamagedFileError:  # it will be written again
             return None
-        if held is None or held["key"] != self.pair_key:
+        if pair is None or pair["key"] != self.pair_key:
             return None
-        if "sites" not in held:  # written before attention had sites
+        if "sites" not in pair:  # written before attention had sites
             from models.blocks import linear_kinds, sites_with
             from models.weights import load_config
 
             config = load_config(self.source)
-            sites, held["rest"] = sites_with(config, held["changed"])
-            held["sites"] = [site.key for site in sites]
-            held["linear"] = [kind.name for kind in linear_kinds(config)]
-        return held
+            sites, pair["rest"] = sites_with(config, pair["changed"])
+            pair["sites"] = [site.key for site in sites]
+            pair["linear"] = [kind.name for kind in linear_kinds(config)]
+        return pair
 
     @property
     def pair_key(self) -> str | None:
-        """Which finetuned model it is: one that is adopted, by its files and those of the un-finetuned model, or the
-        last that was trained here."""
+        """Identifies the finetuned model: an adopted one by its files and those of the un-finetuned model, else the
+        last one trained here."""
         model = self.settings.model
         if model.finetuned:
             files = stamps(model.source, model.revision), stamps(model.finetuned, model.finetuned_revision)
@@ -115,12 +115,12 @@ class Context:
         return (read_json(self.space.folder / FINETUNED) or {}).get("key")
 
     def forget_pair(self) -> None:
-        """To read again what finetuning changed."""
+        """Makes the next access read again what finetuning changed."""
         vars(self).pop("pair", None)
 
     @cached_property
     def adopted(self) -> Path | None:
-        """The folder of the finetuned model or adapter that the settings name; None where one is trained here."""
+        """The folder of the finetuned model or adapter in the settings; None if one is trained here."""
         chosen = self.settings.model
         if chosen.finetuned is None:
             return None
@@ -128,8 +128,8 @@ class Context:
 
     @property
     def finetuned(self) -> Path:
-        """The folder of the finetuned model: a full one that is adopted stays where it lies, all others are merged by
-        the lora stage."""
+        """The folder of the finetuned model: an adopted full model stays where it is; any other is merged by the lora
+        stage."""
         if self.adopted is not None and not is_adapter(self.adopted):
             return self.adopted
         return self.space.lora / "merged"
@@ -144,19 +144,19 @@ class Context:
 
     @property
     def rows(self) -> Path:
-        """The folder of the rows: with the finetuned model's answers where a user's rows had no targets."""
+        """The folder of the rows, completed with the finetuned model's answers if a user's rows had no targets."""
         return self.space.answered if self.space.answered.is_dir() else self.space.data
 
     @property
     def subsets(self) -> list[str]:
-        """The labels whose rows are evaluated, in their order; before it is read, a user's file counts as one."""
-        made = read_json(self.space.data / REPORT)
-        known = LABELS if self.settings.data.rows_file is None else (UNLABELLED,)
-        return self.settings.evaluate.subsets or (made["labels"] if made else list(known))
+        """The labels whose rows are evaluated, in order; a user's file counts as one label until it is read."""
+        report = read_json(self.space.data / REPORT)
+        expected = LABELS if self.settings.data.rows_file is None else (UNLABELLED,)
+        return self.settings.evaluate.subsets or (report["labels"] if report else list(expected))
 
     @property
     def limits(self) -> Limits:
-        """Where generations are cut."""
+        """Where generations stop."""
         return Limits(self.settings.evaluate.max_new_tokens, tuple(self.settings.evaluate.stop))
 
     @property
@@ -165,10 +165,10 @@ class Context:
         return sorted({site for target in self.settings.deltas.targets for site in self.sites_of(target)})
 
     def sites_of(self, target: str) -> list[Site]:
-        """The sites of a target's deltas, in order: none where the target is not asked for, and of change deltas none
-        that finetuning is known to have left as it was. Raises RequestError where the model lacks a layer."""
+        """The sites of a target's deltas, in order; empty if the settings do not name the target. Change deltas skip
+        sites known to be unchanged by finetuning. Raises RequestError if the model lacks a layer."""
         unchanged = self._unchanged(target)
-        return [site for site in self._asked_sites(target) if site not in unchanged]
+        return [site for site in self._requested_sites(target) if site not in unchanged]
 
     def layers_of(self, target: str) -> list[int]:
         """The layers of a target's sites, ascending."""
@@ -176,16 +176,16 @@ class Context:
 
     @property
     def mlp_kind(self) -> Kind:
-        """The kind of the sites of base transcoders: the MLP, as the settings read it."""
+        """The kind of the sites of base transcoders: the MLP, with the settings' convention."""
         return READINGS[self.settings.transcoders.convention]
 
     @property
     def kinds(self) -> list[Kind]:
-        """The kinds of site of change deltas: those of the settings; with `auto` those that finetuning changed, or, as
-        long as that is not known, those that LoRA may change."""
-        asked = self.settings.deltas.sites
-        if asked != "auto":
-            return [kind for name, kind in KINDS.items() if name in asked]
+        """The kinds of site that get change deltas: those in the settings; with `auto`, those that finetuning changed
+        or, until that is known, those that LoRA may change."""
+        requested = self.settings.deltas.sites
+        if requested != "auto":
+            return [kind for name, kind in KINDS.items() if name in requested]
         if self.pair is not None:
             changed = {site.kind for site in self._changed}
             return [kind for kind in self.known_kinds if kind in changed]
@@ -198,70 +198,73 @@ class Context:
 
     @property
     def changed_sites(self) -> list[Site]:
-        """The sites that finetuning changed, in order, whether they get deltas or not; all of them, as long as that is
-        not known."""
+        """The sites that finetuning changed, in order, with or without deltas; all sites until that is known."""
         if self.pair is not None:
             return sorted(self._changed)
         return [Site(layer, kind) for layer in range(model_facts(self.source)["n_layers"]) for kind in self.known_kinds]
 
     @property
     def rest(self) -> tuple[str, ...]:
-        """The parameters that finetuning changed and that no site owns, as transformers calls them."""
+        """The parameters outside all sites that finetuning changed, by their names in transformers."""
         return tuple(self.pair["rest"]) if self.pair is not None and self.pair["exact"] else ()
 
     def is_everything(self, sites: Collection[Site]) -> bool:
-        """Whether these are all sites that finetuning changed, so that with `rest` nothing of it is left out."""
+        """Whether these include every site that finetuning changed, so that with `rest` they are the whole change."""
         return self.pair is not None and self._changed <= set(sites)
 
     def is_linear(self, site: Site) -> bool:
-        """Whether what finetuning changed there is an affine function of x, so that its weights say it; before the pair
-        is known, as in most architectures."""
+        """Whether the change at the site is an affine function of x, so that the weights determine it. Until the
+        pair is known, assumes what holds for most architectures."""
         linear = ("qkv", "o") if self.pair is None else self.pair["linear"]
         return site.kind.name in linear
 
     @property
     def unchanged(self) -> list[Site]:
-        """Sites that change deltas are asked for by layer and kind, and that finetuning left as they were."""
+        """Sites that the settings request change deltas for, but that finetuning did not change."""
         return sorted(self._unchanged("change"))
 
     @property
     def _changed(self) -> set[Site]:
-        """The sites that finetuning changed, once that is known."""
+        """The sites that finetuning changed; the pair must be known."""
         assert self.pair is not None
         return {Site.parse(key) for key in self.pair["sites"]}
 
     def _unchanged(self, target: str) -> set[Site]:
         if target != "change" or self.pair is None:
             return set()
-        return set(self._asked_sites(target)) - self._changed
+        return set(self._requested_sites(target)) - self._changed
 
-    def _asked_sites(self, target: str) -> list[Site]:
+    def _requested_sites(self, target: str) -> list[Site]:
         kinds = self.kinds if target == "change" else [self.mlp_kind]
-        return sorted(Site(layer, kind) for layer in self._asked_layers(target) for kind in kinds)
+        return sorted(Site(layer, kind) for layer in self._requested_layers(target) for kind in kinds)
 
-    def _asked_layers(self, target: str) -> list[int]:
+    def _requested_layers(self, target: str) -> list[int]:
         settings = self.settings
         if target not in settings.deltas.targets:
             return []
         key, section = ("deltas", settings.deltas) if target == "change" else ("transcoders", settings.transcoders)
-        asked, count = section.layers, model_facts(self.source)["n_layers"]
-        if not isinstance(asked, list):
+        requested, count = section.layers, model_facts(self.source)["n_layers"]
+        if not isinstance(requested, list):
             return list(range(count))
-        outside = [layer for layer in asked if not 0 <= layer < count]
+        outside = [layer for layer in requested if not 0 <= layer < count]
         if outside:
             raise RequestError(f"{key}.layers: got {outside[0]}, {settings.model.source} has layers 0 to {count - 1}")
-        return sorted(asked)
+        return sorted(requested)
 
     def grounds_of(self, target: str) -> list[Ground]:
-        """The grounds of one target; empty where the settings do not name it."""
+        """The grounds of one target; empty if the settings do not name it."""
         section = self.settings.deltas
         if target not in section.targets:
             return []
-        return [Ground("change")] if target == "change" else [Ground("residual", one) for one in section.selections]
+        return (
+            [Ground("change")]
+            if target == "change"
+            else [Ground("residual", selection) for selection in section.selections]
+        )
 
     @property
     def delta_groups(self) -> list[Address]:
-        """Every group of deltas that one search trains; those of one site and ground follow each other."""
+        """Every group of deltas that is searched as one; groups of the same site and ground are adjacent."""
         return [
             Address(site, ground, d_new)
             for target in self.settings.deltas.targets
@@ -271,7 +274,7 @@ class Context:
         ]
 
     def best_of(self, group: Address) -> dict[str, Any] | None:
-        """The figures of the trial that a search kept; None where no trial succeeded."""
+        """The result of the trial that a search kept; None if no trial succeeded."""
         return read_json(self.space.deltas / group.folder / "best.json")
 
     def kept_trial(self, group: Address) -> Path | None:
@@ -280,50 +283,50 @@ class Context:
         return None if best is None else self.space.deltas / group.folder / f"trial_{best['trial']:04d}"
 
     def kept_delta(self, group: Address) -> Path | None:
-        """The folder of the delta that is spliced in: the one that the search kept, or what joint polish made of it."""
+        """The folder of the delta to splice in: the one that the search kept, or its jointly polished version."""
         kept = self.kept_trial(group)
         together = self.space.polished(group.d_new) / group.site.folder
         polished = group.ground.target == "change" and self.settings.deltas.polish_steps and together.is_dir()
         return together if kept is not None and polished else kept
 
     def cards_of(self, target: str) -> int:
-        """How many features get a card: of all layers' change deltas together, of each layer's residual ones; none of
-        the second target's."""
+        """Number of features that get a card: over all layers' change deltas, or per layer for residual deltas; none
+        for the second target."""
         if target != self.settings.deltas.targets[0]:
             return 0
         return math.ceil(self.settings.evaluate.cards / (1 if target == "change" else len(self.layers_of(target))))
 
     def sets_of(self, target: str) -> dict[tuple[Site, ...], SetPlan]:
-        """The sets of sites in which a target's deltas are spliced at once, and what is measured there."""
+        """The sets of sites at which a target's deltas are spliced in together, and what is measured there."""
         settings = self.settings.evaluate
-        found: dict[tuple[Site, ...], SetPlan] = {}
+        plans: dict[tuple[Site, ...], SetPlan] = {}
         for entry in settings.sets:
             alphas = settings.alphas if entry.alphas is None else entry.alphas
             controls = settings.controls if entry.controls else []
-            asked = [one for one in [*settings.conditions, *controls] if one != "raw"]
-            conditions = tuple(one for one in asked if target in CONDITIONS[one].targets)
+            names = [name for name in [*settings.conditions, *controls] if name != "raw"]
+            conditions = tuple(name for name in names if target in CONDITIONS[name].targets)
             chosen = entry.layers
             if isinstance(chosen, list) and target == "change":
                 chosen = [layer for layer in chosen if layer in self.layers_of(target)]
             for sites in sets_of(chosen, self.sites_of(target)) if chosen else []:
-                found[sites] = SetPlan(conditions, tuple(sorted(alphas)))
-        return found
+                plans[sites] = SetPlan(conditions, tuple(sorted(alphas)))
+        return plans
 
     @property
     def joins_cluster(self) -> bool:
-        """Whether the work is done on an existing cluster, not on a Ray of its own."""
+        """Whether the work runs on an existing cluster, not on a Ray started here."""
         return address.chosen(self.address).joins
 
     @cached_property
     def share(self) -> cluster.Share:
-        """What one worker gets. The first access starts or joins the cluster, whose nodes must share the storage."""
+        """The share of one worker. The first access starts or joins the cluster, whose nodes must share the storage."""
         cluster.connect(self.address, self.insecure, self.progress.line)
         cluster.check_storage(self.space.root)
         return cluster.share_of(self.settings.compute)
 
     @cached_property
     def pool(self) -> Pool:
-        """The workers for fan-outs; close it before a search, which needs the machine for its trials."""
+        """The fan-out workers; close the pool before a search, whose trials need the machine."""
         return Pool(self.share, self.space.folder / TIMELINE)
 
     @property
@@ -351,12 +354,12 @@ class Context:
 
     @cached_property
     def cells(self) -> list[dict[str, Any]]:
-        """The cells of these settings, once they are evaluated; those left over from earlier settings are not shown."""
+        """The evaluated cells of these settings, without those left over from earlier settings."""
         names = read_json(self.space.cells / MANIFEST)["cells"]
         return [read_json(self.space.cells / f"{name}.json") for name in names]
 
     def finish_trial(self, stage: str, group: str, result: dict[str, Any]) -> None:
-        """Tracks a trial that has just ended; a failed one is remembered for the end of the sweep."""
+        """Tracks a trial that has just ended; lists a failed one at the end of the sweep."""
         from jobs.tracking.records import record_trial
 
         if result["state"] == "FAILED":
@@ -364,7 +367,7 @@ class Context:
         record_trial(self.tracker, stage, group, result)
 
     def check_bases(self) -> None:
-        """Checks that published transcoders exist for every swept layer, before hours go into earlier stages."""
+        """Checks that published transcoders exist for every swept layer, before earlier stages take hours."""
         if self.settings.transcoders.source != "train":
             from models.gemma_scope import candidates
 
@@ -404,25 +407,24 @@ class Context:
         if self.settings.storage.optuna_url:
             from jobs.search.databases import is_file
 
-            if not is_file(self.settings.storage.optuna_url):  # a file may lie in a folder that is yet to be made
+            if not is_file(self.settings.storage.optuna_url):  # a file's folder may not exist yet
                 _ = self.studies
 
 
 def kinds_of_targets(settings: Sweep) -> list[Kind]:
-    """The kinds of site that LoRA on `lora.space.targets` may change, by the names that architectures give their
-    modules; all where a name is not among them."""
-    named = settings.lora.space.targets
-    given = [str(one) for one in named.choice] if isinstance(named, Choice) else [str(named)]
-    names = {name.strip() for one in given for name in one.split(",")}
-    found = {kind for kind, known in MODULES.items() if names & known}
+    """The kinds of site that LoRA on `lora.space.targets` may change, judged by module names; all kinds if a name is
+    unknown."""
+    targets = settings.lora.space.targets
+    choices = [str(choice) for choice in targets.choice] if isinstance(targets, Choice) else [str(targets)]
+    names = {name.strip() for choice in choices for name in choice.split(",")}
+    reached = {kind for kind, modules in MODULES.items() if names & modules}
     if names - set().union(*MODULES.values()):
         return list(KINDS.values())
-    return [kind for name, kind in KINDS.items() if name in found]
+    return [kind for name, kind in KINDS.items() if name in reached]
 
 
 def error_name(target: str) -> str:
-    """What a target's deltas leave unexplained, as figures call it: a share of the change, or of the output's
-    variance."""
+    """The figure with a target's unexplained share: of the change, or of the output's variance."""
     return "val_unexplained" if target == "change" else "val_fvu"
 
 

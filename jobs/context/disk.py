@@ -1,4 +1,4 @@
-"""How much disk a sweep takes, and the windows of sites that its activations are made in so that they fit.
+"""How much disk a sweep needs, and the windows of sites in which its activations are captured so that they fit.
 
 In: a `Context`. Out: bytes on disk and bytes that trials read, and lists of sites; activations that are no longer
 needed are deleted here.
@@ -15,46 +15,46 @@ from typing import NamedTuple
 from evaluators.conditions import CONDITIONS
 from jobs.context.context import Context
 from jobs.errors import RequestError
-from jobs.search.turns import count_reads
+from jobs.search.group_queue import count_reads
 from models.sources import model_facts, widths_of
 from sites import Site
 
 SHARE = 0.5
-"""Of the free disk, which activations may take where no budget is set."""
+"""Share of the free disk that activations may take if no budget is set."""
 
 
 class Disk(NamedTuple):
-    """Bytes that each site's activations and base errors take, and how many may be there at once."""
+    """Bytes of each site's activations and base errors, and how many bytes may be on disk at once."""
 
     sizes: dict[Site, int]
     budget: float
 
     @property
-    def apart(self) -> bool:
-        """Whether they do not fit at once, so that each window's are deleted before the next one's are made."""
+    def needs_windows(self) -> bool:
+        """Whether they do not fit at once, so that one window's are deleted before the next one's are captured."""
         return sum(self.sizes.values()) > self.budget
 
     def windows(self, sites: Sequence[Site]) -> list[list[Site]]:
-        """The sites in as few parts as fit; a single one where those of the whole sweep do."""
-        if not self.apart:
+        """The sites in as few parts as fit; a single one if the whole sweep fits."""
+        if not self.needs_windows:
             return [sorted(sites)] if sites else []
-        found: list[list[Site]] = []
+        windows: list[list[Site]] = []
         left = 0.0
         for site in sorted(sites):
-            if not found or self.sizes[site] > left:
-                found.append([])
+            if not windows or self.sizes[site] > left:
+                windows.append([])
                 left = self.budget
-            found[-1].append(site)
+            windows[-1].append(site)
             left -= self.sizes[site]
-        return found
+        return windows
 
 
 def disk_of(context: Context) -> Disk:
-    """Raises RequestError where one layer exceeds a budget that is set. Ask once in a stage: what is free changes."""
+    """Raises RequestError if one layer exceeds the budget set. Call once per stage, because the free space changes."""
     sizes = {site: site_bytes(context, site) for site in context.sites}
     budget_gb, largest = context.settings.storage.budget_gb, max(sizes.values())
     if budget_gb is None:
-        return Disk(sizes, _there(context) + SHARE * _free(context))
+        return Disk(sizes, _bytes_stored(context) + SHARE * _free(context))
     if largest > budget_gb * 1e9:
         raise RequestError(
             f"storage.budget_gb: got {budget_gb:g}, must be at least {largest / 1e9:.2g}, "
@@ -64,8 +64,8 @@ def disk_of(context: Context) -> Disk:
 
 
 def site_bytes(context: Context, site: Site) -> int:
-    """Bytes of what is captured at a site, base errors included: bf16, d_in values a token of x, d_out of the others.
-    Of the un-finetuned model it is held-out text alone, unless bases are trained on it."""
+    """Bytes captured at a site, including base errors: bf16; per token, d_in values of x and d_out of other columns.
+    The un-finetuned model is captured on held-out text only, unless bases are trained on it."""
     settings = context.settings
     section, (d_in, d_out) = settings.activations, widths_of(model_facts(context.model), site)
     tokens, changed = section.train_tokens + section.validation_tokens, site in context.sites_of("change")
@@ -82,20 +82,19 @@ def site_bytes(context: Context, site: Site) -> int:
 
 
 def keeps_base_errors(context: Context) -> bool:
-    """Whether what bases leave is kept on disk. On a GPU, multiplying again should be cheaper than reading."""
-    asked = context.settings.storage.base_errors
-    return asked == "kept" if asked != "auto" else not on_gpu(context)
+    """Whether base errors are stored. On a GPU, recomputing them should be cheaper than reading."""
+    setting = context.settings.storage.base_errors
+    return setting == "kept" if setting != "auto" else not on_gpu(context)
 
 
 def on_gpu(context: Context) -> bool:
-    """Whether trials have a GPU, or would have one by the settings where no cluster is known yet."""
+    """Whether trials have a GPU; by the settings, if no cluster is known yet."""
     gpus = context.settings.compute.gpus_per_trial
     return context.device != "cpu" if gpus is None and "share" in vars(context) else bool(gpus)
 
 
 def pair_bytes(context: Context) -> int:
-    """Bytes that the trials of one site and ground read: x, and what is explained or what that follows from; of the
-    widest site."""
+    """Bytes that a trial reads at the widest site: x and, unless the change is linear, the target."""
     section, facts = context.settings.activations, model_facts(context.model)
     widths = {site: widths_of(facts, site) for site in context.sites}
     widest = max((d_in + d_out * (not context.is_linear(site)) for site, (d_in, d_out) in widths.items()), default=0)
@@ -104,22 +103,22 @@ def pair_bytes(context: Context) -> int:
 
 def reads_of(context: Context, workers: int) -> int:
     """Number of times that pairs are read from disk if each of `workers` caches what its last trial read."""
-    groups = {one.name: f"{one.site.folder}/{one.ground.label}" for one in context.delta_groups}
+    groups = {group.name: f"{group.site.folder}/{group.ground.label}" for group in context.delta_groups}
     return count_reads(dict.fromkeys(groups, context.settings.deltas.trials), groups, workers)
 
 
 def drop(context: Context, keep: Sequence[Site] = ()) -> None:
-    """Deletes the activations and base errors of all sites but these."""
+    """Deletes the activations and base errors of all sites except `keep`."""
     kept = {site.folder for site in keep}
-    for folder in _held(context):
+    for folder in _shard_folders(context):
         if not kept & set(folder.relative_to(context.space.folder).parts):
             context.checked.discard(folder)
             shutil.rmtree(folder)
 
 
 def bytes_needed(context: Context) -> int:
-    """Disk space for a whole sweep, small files aside: activations and base errors, as many as are there at once,
-    moments, adapters and the merged model."""
+    """Disk space for a whole sweep, without small files: the largest window of activations and base errors, moments,
+    adapters and the merged model."""
     settings, disk = context.settings, disk_of(context)
     facts = model_facts(context.model)
     most = max(sum(disk.sizes[site] for site in window) for window in disk.windows(context.sites))
@@ -136,20 +135,19 @@ def bytes_needed(context: Context) -> int:
     return most + 2 * weights + bases + moments
 
 
-def _held(context: Context) -> list[Path]:
-    """Folders of shards."""
+def _shard_folders(context: Context) -> list[Path]:
     space = context.space
-    found = [*space.activations.glob("*/*/layer_*"), *space.deltas.glob("layer_*/*/residual/*")]
-    return sorted(path for path in found if path.is_dir())
+    paths = [*space.activations.glob("*/*/layer_*"), *space.deltas.glob("layer_*/*/residual/*")]
+    return sorted(path for path in paths if path.is_dir())
 
 
-def _there(context: Context) -> int:
-    """Bytes of activations and base errors on disk; a sweep that runs may delete some meanwhile."""
-    found = 0
-    for folder in _held(context):
+def _bytes_stored(context: Context) -> int:
+    """Bytes of activations and base errors on disk; a running sweep may delete some meanwhile."""
+    total = 0
+    for folder in _shard_folders(context):
         with contextlib.suppress(FileNotFoundError):
-            found += sum(path.stat().st_size for path in folder.iterdir())
-    return found
+            total += sum(path.stat().st_size for path in folder.iterdir())
+    return total
 
 
 def _free(context: Context) -> int:

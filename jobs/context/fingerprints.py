@@ -1,7 +1,7 @@
-"""What a model's files hold, as hashes that results are keyed by.
+"""Hashes of a model's files, which are part of the keys of results.
 
-In: a folder, or a repository of the hub that lies in its cache. Out: name and SHA-256 of every file that transformers
-or PEFT reads there; others do not matter. A large file is read once: its hash is kept with size and time.
+In: a folder, or a hub repository in the local cache. Out: name and SHA-256 of every file that transformers or PEFT
+reads there; other files do not matter. A large file is read once: its hash is cached with its size and time.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _read_from: set[Path] = set()
 
 
 def fingerprint(source: str, revision: str | None, models: Path) -> list[list[str]] | None:
-    """(name, SHA-256) of the files of a model; None where `source` is neither a folder nor in the hub's cache. `models`
-    is where hashes are kept."""
+    """(name, SHA-256) of a model's files; None if `source` is neither a folder nor in the hub's cache. Caches hashes in
+    `models`."""
     folder = _folder(source, revision)
     if folder is None:
         return None
@@ -40,7 +40,7 @@ def fingerprint(source: str, revision: str | None, models: Path) -> list[list[st
 
 
 def stamps(source: str, revision: str | None) -> list[list[object]] | None:
-    """(path, size, times) of the same files, which takes no reading."""
+    """(path, size, times) of the same files, without reading them."""
     folder = _folder(source, revision)
     if folder is None:
         return None
@@ -50,13 +50,13 @@ def stamps(source: str, revision: str | None) -> list[list[object]] | None:
 
 
 def files_read(folder: Path) -> list[Path]:
-    """The files that make a model, or an adapter, what it is."""
+    """The files that define a model or an adapter."""
     names = [name for name in (*READ, ADAPTER_WEIGHTS) if (folder / name).is_file()]
     names += sorted(str(path.relative_to(folder)) for path in folder.glob("additional_chat_templates/*.jinja"))
     named = _named_weights(folder)
     if named is not None and (folder / named).is_file():
         names.append(named)
-    elif (folder / SINGLE).is_file():  # which transformers prefers to an index
+    elif (folder / SINGLE).is_file():  # transformers prefers it to an index
         names.append(SINGLE)
     elif (folder / INDEX).is_file():
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -66,20 +66,20 @@ def files_read(folder: Path) -> list[Path]:
 
 
 def _named_weights(folder: Path) -> str | None:
-    """The file that config.json names as the weights, if it does."""
+    """The weights file that config.json names, if any."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
-        return found if isinstance(found, str) else None
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+        return name if isinstance(name, str) else None
     return None
 
 
 def hash_of(path: Path, models: Path) -> str:
-    """The SHA-256 of a file, which is kept under `models`."""
+    """A file's SHA-256, cached under `models`."""
     cache, key = models / CACHE, _stamp(path)
     if key not in _known and cache not in _read_from:
         _read_from.add(cache)
         with contextlib.suppress(OSError, ValueError, TypeError):
-            _known.update({tuple(stamp): one for *stamp, one in json.loads(cache.read_text()) if len(stamp) == 4})
+            _known.update({tuple(stamp): digest for *stamp, digest in json.loads(cache.read_text()) if len(stamp) == 4})
     if key not in _known:
         with path.open("rb") as file:
             _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -92,15 +92,15 @@ def _folder(source: str, revision: str | None) -> Path | None:
 
 
 def _stamp(path: Path) -> Stamp:
-    """The second time is that of the last change of any kind, which copying programs do not set back."""
+    """Includes ctime, because copying programs reset mtime but not ctime."""
     stat = path.stat()
     return str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _keep(cache: Path) -> None:
-    """Best effort: without it, files are only hashed again."""
+    """Best effort: without the cache, files are hashed again."""
     with contextlib.suppress(OSError):
         if cache.parent.parent.is_dir():
             cache.parent.mkdir(exist_ok=True)
             with replacing(cache) as temporary:
-                temporary.write_text(json.dumps([[*key, one] for key, one in sorted(_known.items())]))
+                temporary.write_text(json.dumps([[*key, digest] for key, digest in sorted(_known.items())]))

@@ -1,7 +1,7 @@
-"""What each result on disk depends on, as a short hash.
+"""Keys: short hashes of everything that a result on disk depends on.
 
-In: settings. Out: keys. Settings that give the same result give the same key; each key includes the keys it builds on,
-so a changed setting changes the keys of exactly what depends on it.
+In: settings. Out: keys. Settings that give the same result give the same key. Each key includes those it builds on, so
+a changed setting changes exactly the keys of what depends on it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from search_spaces.sections import Section
 from sites import MLP, Address, Ground, Site
 
 GROUPED_BY = ("targets", "sites", "layers", "percentiles", "target_l0", "d_new", "trials")
-"""Settings of the deltas that say which groups there are, and not what a group's trials do."""
+"""Delta settings that define which groups exist, not what a group's trials do."""
 POLISH = ("polish_steps", "polish_lr")
-HOW = ("side_by_side", "workers_per_trial", "workers_per_layer")
-"""Settings that change how something is computed, and what it is by no more than rounding."""
+EXECUTION = ("side_by_side", "workers_per_trial", "workers_per_layer")
+"""Execution settings: they affect results only by rounding."""
 
 
 def _dump(section: Section, *leave_out: str) -> dict:
@@ -28,11 +28,10 @@ def _dump(section: Section, *leave_out: str) -> dict:
 
 
 def data(settings: Sweep) -> str:
-    # A user's rows are checked against the model's context length, so they depend on the model too.
     section = settings.data
     files = (section.rows_file, section.evaluation_file, section.text_train_file, section.text_validation_file)
     given = [_stamp(path) for path in files if path]
-    # A user's rows are checked against the model's context length, and a chat is rendered with its template.
+    # Also depends on the model: a user's rows are checked against its context length, a chat uses its template.
     model, chat = settings.model, section.format == "chat"
     reader: list[object] | None = None
     if given or chat:
@@ -42,30 +41,32 @@ def data(settings: Sweep) -> str:
 
 
 def _stamp(path: str) -> list[int]:
-    """Size and modification time of a user's file, so that an edited file is read again; of a folder those of all
-    that is in it."""
+    """Size and modification time of a user's file, so that an edited file is read again; for a folder, of everything in
+    it."""
     try:
-        stats = [one.stat() for one in (Path(path), *(sorted(Path(path).rglob("*")) if Path(path).is_dir() else ()))]
+        stats = [
+            entry.stat() for entry in (Path(path), *(sorted(Path(path).rglob("*")) if Path(path).is_dir() else ()))
+        ]
     except FileNotFoundError:
         return []
     return [value for stat in stats for value in (stat.st_size, stat.st_mtime_ns)]
 
 
 def model_files(settings: Sweep) -> list[object]:
-    """What the un-finetuned model's files hold, where it is a folder or of the hub; nothing for one that a package
-    brings, which its name stands for."""
+    """Hashes of the un-finetuned model's files, for a folder or a hub repository; empty for a model that comes with a
+    package, which its name identifies."""
     return _files(settings, settings.model.source, settings.model.revision)
 
 
 def finetuned_files(settings: Sweep) -> list[object]:
-    """The same of a finetuned model that is adopted."""
+    """Hashes of an adopted finetuned model's files."""
     model = settings.model
     return _files(settings, model.finetuned, model.finetuned_revision) if model.finetuned else []
 
 
 def _files(settings: Sweep, source: str, revision: str | None) -> list[object]:
-    found = fingerprint(source, revision, storage_root(settings.storage.root) / "models")
-    return [] if found is None else [found]
+    hashes = fingerprint(source, revision, storage_root(settings.storage.root) / "models")
+    return [] if hashes is None else [hashes]
 
 
 def _unfinetuned(settings: Sweep) -> list[object]:
@@ -73,7 +74,7 @@ def _unfinetuned(settings: Sweep) -> list[object]:
 
 
 def lora_group(settings: Sweep) -> str:
-    """The key of a single LoRA trial: the number of trials is not part of it."""
+    """The key of a single LoRA trial, which does not include the number of trials."""
     return key_of(
         "lora",
         data(settings),
@@ -93,32 +94,32 @@ def lora(settings: Sweep) -> str:
 
 
 def own_dtype(settings: Sweep) -> list[str]:
-    """The dtype that the settings give the model, if they do."""
+    """The model's dtype, if the settings give one."""
     return [] if settings.model.dtype == "auto" else [settings.model.dtype]
 
 
 def finetuned_check(settings: Sweep) -> str:
-    """The key of what the finetuned model says on the validation rows."""
+    """The key of the finetuned model's answers to the validation rows."""
     return key_of(lora(settings), behaviours(settings), settings.evaluate.max_new_tokens, settings.evaluate.stop)
 
 
 def behaviours(settings: Sweep) -> list[object]:
-    """The behaviours in their order, which is that of the tables' columns, and the files of a user's own checks."""
-    asked = list(settings.evaluate.behaviours.items())
-    own = [one["python"].partition(":")[0] for _, one in asked if isinstance(one, dict) and "python" in one]
-    return [*asked, *(_stamp_of_module(name) for name in own)]
+    """The behaviours, in the order of the tables' columns, and the files of a user's own checks."""
+    items = list(settings.evaluate.behaviours.items())
+    own = [check["python"].partition(":")[0] for _, check in items if isinstance(check, dict) and "python" in check]
+    return [*items, *(_stamp_of_module(name) for name in own)]
 
 
 def _stamp_of_module(name: str) -> list[int]:
     try:
-        found = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # the check itself says so
-        found = None
-    return _stamp(found.origin) if found is not None and found.origin else []
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # reported when the check is read
+        spec = None
+    return _stamp(spec.origin) if spec is not None and spec.origin else []
 
 
 def base_activations(settings: Sweep) -> str:
-    # A user's rows may hold the adopted model's own answers.
+    # A user's rows may contain the adopted model's own answers.
     answered = lora(settings) if settings.model.finetuned and settings.data.rows_file else None
     return key_of(
         "activations",
@@ -133,7 +134,7 @@ def base_activations(settings: Sweep) -> str:
 
 
 def place(site: Site) -> int | str:
-    """A site within a key: an MLP is its layer, as it was before there were other kinds."""
+    """A site as part of a key: for MLPs the layer number, so that keys from before other kinds existed stay valid."""
     return site.layer if site.kind.name == MLP.name else site.label
 
 
@@ -148,7 +149,7 @@ def base(settings: Sweep, site: Site) -> str:
         )
         stamps = [_stamp(str(path)) for path in files]
         return key_of("published", section.source, section.width, place(site), section.convention, *stamps)
-    return key_of("base", base_activations(settings), _dump(section, "layers", *HOW), place(site))
+    return key_of("base", base_activations(settings), _dump(section, "layers", *EXECUTION), place(site))
 
 
 def transcoders(settings: Sweep, sites: list[Site]) -> str:
@@ -156,12 +157,12 @@ def transcoders(settings: Sweep, sites: list[Site]) -> str:
 
 
 def finetuned_activations(settings: Sweep) -> str:
-    exact = "change" in settings.deltas.targets  # then nothing is captured in less than fp32 on a CPU
+    exact = "change" in settings.deltas.targets  # then a CPU captures everything in fp32
     return key_of("finetuned", lora(settings), base_activations(settings), exact)
 
 
 def delta_data(settings: Sweep, site: Site, ground: Ground) -> str:
-    """The key of what a ground's deltas are trained on at a site."""
+    """The key of the training data of a site's deltas on a ground."""
     activations = finetuned_activations(settings)
     if ground.target == "change":
         return key_of("change with BOS", activations, place(site))
@@ -170,8 +171,8 @@ def delta_data(settings: Sweep, site: Site, ground: Ground) -> str:
 
 
 def search_seed(settings: Sweep, site: Site, ground: Ground) -> int:
-    """What a search for a ground's deltas draws from: of no other setting, so that what is searched over is the same
-    whether the finetuned model was trained or adopted."""
+    """The seed of the search for a ground's deltas. It depends on no other setting, so that a search proposes the same
+    values whether the finetuned model was trained or adopted."""
     return int(short_hash(1, "search", settings.seed, place(site), ground.label)[:8], 16) % 2**31
 
 
@@ -181,13 +182,13 @@ def delta_group(settings: Sweep, group: Address) -> str:
         delta_data(settings, group.site, group.ground),
         group.d_new,
         settings.seed,
-        _dump(settings.deltas, *GROUPED_BY, *POLISH, *HOW),
+        _dump(settings.deltas, *GROUPED_BY, *POLISH, *EXECUTION),
         settings.compute.precision,
     )
 
 
 def polished(settings: Sweep, kept: object) -> str:
-    """The key of change deltas of a width that were trained together, `kept` being the ones they started from."""
+    """The key of one width's jointly trained change deltas; `kept` are the ones they started from."""
     together = [getattr(settings.deltas, name) for name in POLISH]
     return key_of("polished", kept, together, lora(settings), settings.seed, settings.compute.precision)
 
@@ -198,8 +199,8 @@ def deltas(settings: Sweep, groups: list[Address]) -> str:
 
 
 def evaluate(settings: Sweep, groups: list[Address]) -> str:
-    asked = [_dump(settings.evaluate), behaviours(settings), *own_dtype(settings)]
-    return key_of("evaluate", deltas(settings, groups), *asked)
+    evaluation = [_dump(settings.evaluate), behaviours(settings), *own_dtype(settings)]
+    return key_of("evaluate", deltas(settings, groups), *evaluation)
 
 
 def report(settings: Sweep, groups: list[Address]) -> str:

@@ -22,7 +22,7 @@ SETTINGS = "sweep.yaml"
 """The resolved settings."""
 START = "start.json"
 TIMELINE = "timeline.jsonl"
-"""What the fan-out workers did when."""
+"""When each task of the fan-out workers ran."""
 FINETUNED = "finetuned.json"
 PAIR = "pair.json"
 """What finetuning changed."""
@@ -50,12 +50,12 @@ class Workspace:
 
     @property
     def start(self) -> str:
-        """Tells this start of the sweep from the one before `--fresh`; created together with the folder."""
-        held = read_json(self.folder / START)
-        if held is None:
-            held = {"start": uuid.uuid4().hex[:12]}
-            write_json(self.folder / START, held)
-        return held["start"]
+        """Id of this start of the sweep, which changes with `--fresh`; created on first use."""
+        content = read_json(self.folder / START)
+        if content is None:
+            content = {"start": uuid.uuid4().hex[:12]}
+            write_json(self.folder / START, content)
+        return content["start"]
 
     def create(self) -> None:
         """Creates the folder; raises RequestError if it cannot be written."""
@@ -96,22 +96,22 @@ class Workspace:
             lock.release()
 
     def clear(self, keep: Collection[str] = ()) -> None:
-        """Removes every result of the sweep; its lock stays, and files named in `keep`."""
+        """Removes every result of the sweep, except its lock and the files named in `keep`."""
         for path in self.folder.iterdir():
             if path.name not in (".lock", *keep):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def replica_folder(trial: Path, rank: int) -> Path:
-    """The folder of one of a trial's seeds, ranked by validation loss; the best, rank 0, has the trial's own."""
+    """Folder of a trial's replica (seed), ranked by validation loss; rank 0, the best, is in the trial's own folder."""
     return trial / f"replica_{rank}" if rank else trial
 
 
 def storage_root(root: str) -> Path:
     """`root` as an absolute path.
 
-    A submitted job runs in a copy of the repository that Ray deletes afterwards, so there a relative root is taken
-    relative to `~/deltascope`.
+    A submitted job runs in a copy of the repository that Ray deletes afterwards, so a relative root is then resolved
+    against `~/deltascope`.
     """
     path = Path(root).expanduser()
     if path.is_absolute():

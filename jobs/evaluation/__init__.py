@@ -1,4 +1,4 @@
-"""The evaluation: which cells it consists of, what each costs, and how a worker computes them.
+"""The evaluation: its cells, what each costs, and how a worker computes them.
 
-In: a `Context` whose deltas are trained, or, to count, one whose deltas are not. Out: cells and generated texts.
+In: a `Context` with trained deltas (or without, to count and forecast). Out: cells and generated texts.
 """

@@ -1,7 +1,7 @@
-"""Behaviour cells: one subset answered by a raw model, or under the conditions, the strengths and the controls.
+"""Behaviour cells: one subset answered by a raw model, or under conditions, strengths and controls.
 
 In: work with the deltas of a set of sites, a model and rows. Out: `cells/NAME.json` and `generations/NAME.jsonl`, each
-written under a temporary name and renamed, and their names.
+written under a temporary name and then renamed; and their names.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from data.rows import sha256_of, slug
 from evaluators.conditions import CONDITIONS
 from jobs.capture.worker_memory import exact_paths, paths, reference
 from jobs.context.workspace import replica_folder
-from jobs.evaluation.work import Combination, Materials, SitePlan, Timing, Work, cell_name, place_of
+from jobs.evaluation.work import Combination, PlanInputs, SitePlan, Timing, Work, cell_name, place_of
 from jobs.files import key_of, write_json
 from sites import Ground, Site
 
 STRENGTHS = {"no_delta": 0.0, "full": 1.0}
-"""Conditions that are strengths of the delta."""
+"""Conditions that equal a strength of the delta."""
 UNFINETUNED = "base_model_raw"
-"""The condition, and the beginning of the cells' names, of the model before finetuning as it is."""
+"""Condition of the plain model before finetuning, and the prefix of its cells' names."""
 
 
 @dataclass(frozen=True)
 class Answers(Work):
-    """Work whose cells hold what a model says, prompt by prompt."""
+    """Work whose cells hold a model's answers, prompt by prompt."""
 
     kind: ClassVar[str] = "behaviour"
     columns: ClassVar[tuple[str, ...]] = (
@@ -47,18 +47,18 @@ class Answers(Work):
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """Every alpha that is measured in the same batches."""
+        """The alphas that are measured in the same batches."""
         return ()
 
     def write_answers(
         self, name: str, condition: str, alpha: float | None, figures: list[dict], texts: list[dict]
     ) -> str:
-        """Writes one cell and what was generated for it; returns its name."""
+        """Writes one cell and its generated texts; returns its name."""
         from evaluators.measures.behaviours import AGREES
 
         layers = [plan.site.key for plan in self.sites]
         place = {"layers": layers, "condition": condition, "alpha": alpha, "subset": self.subset}
-        lines = [json.dumps({**place, **{k: v for k, v in one.items() if k != "seconds"}}) for one in texts]
+        lines = [json.dumps({**place, **{k: v for k, v in text.items() if k != "seconds"}}) for text in texts]
         path = generations_folder(self) / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -84,27 +84,27 @@ class Answers(Work):
 
 @dataclass(frozen=True)
 class Raw(Answers):
-    """Nothing spliced: the finetuned model, and the one before finetuning where something is measured against it."""
+    """Nothing spliced: the finetuned model and, if something is measured against it, the un-finetuned one."""
 
     condition: str = "raw"
 
     @classmethod
-    def plan(cls, materials: Materials) -> Sequence[Work]:
-        key = key_of("raw with text", materials.finetuned_key, materials.judged_with)
-        models = {"raw": materials.finetuned}
-        unfinetuned = any(CONDITIONS[name].model == "base" for name in materials.settings.controls)
-        if unfinetuned or "change" in materials.context.settings.deltas.targets:
-            models[UNFINETUNED] = materials.unfinetuned
+    def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
+        key = key_of("raw with text", inputs.finetuned_key, inputs.judged_with)
+        models = {"raw": inputs.finetuned}
+        unfinetuned = any(CONDITIONS[name].model == "base" for name in inputs.settings.controls)
+        if unfinetuned or "change" in inputs.context.settings.deltas.targets:
+            models[UNFINETUNED] = inputs.unfinetuned
         return [
             cls(
                 cell_name(condition, slug(subset)),
                 key,
-                **{**materials.common(), "model": model},
+                **{**inputs.common(), "model": model},
                 subset=subset,
                 condition=condition,
             )
             for condition, model in models.items()
-            for subset in materials.subsets
+            for subset in inputs.subsets
         ]
 
     def cost(self, n_layers: int) -> int:
@@ -128,54 +128,55 @@ class Raw(Answers):
             known=Known(reference=_reference(self)) if is_raw else Known(),
         )
         if is_raw:
-            figures = [{**one, "kl": 0.0, "behaviours": {**one["behaviours"], AGREES: True}} for one in figures]
+            figures = [{**row, "kl": 0.0, "behaviours": {**row["behaviours"], AGREES: True}} for row in figures]
         return [self.write_answers(self.name, self.condition, None, figures, texts)]
 
 
 @dataclass(frozen=True)
 class Behaviour(Answers):
-    """The deltas of a set of sites under conditions and at strengths, and the controls."""
+    """The deltas of a set of sites, under conditions and at strengths, and the controls."""
 
     conditions: tuple[str, ...] = ()
     doses: tuple[float, ...] = ()
     control_doses: tuple[float, ...] = ()
-    """Strengths of the controls that have one."""
+    """Strengths of the controls that take one."""
     rest: tuple[str, ...] = ()
-    """Parameters outside all sites that have the strength of the deltas: those that finetuning changed, where the sites
-    are all that it changed."""
+    """Changed parameters outside all sites, set to the strength of the deltas; empty unless the sites are all that
+    finetuning changed."""
 
     @classmethod
-    def plan(cls, materials: Materials) -> Sequence[Work]:
+    def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
         works: list[Work] = []
-        for target, chosen in materials.chosen.items():
-            for sites, (conditions, doses) in materials.context.sets_of(target).items():
-                elsewhere = tuple(one for one in conditions if CONDITIONS[one].model == "base")
-                here = tuple(one for one in conditions if one not in elsewhere)
-                plans = materials.kept(sites, *chosen)
-                rest = materials.context.rest if target == "change" and materials.context.is_everything(sites) else ()
-                made_of: tuple[Any, ...] = ("cell", materials.lineage(plans), materials.judged_with)
-                made_of += (rest,) if rest else ()
-                # At 0 and 1 weights in between are those of no_delta and of raw.
+        for target, chosen in inputs.chosen.items():
+            for sites, (conditions, doses) in inputs.context.sets_of(target).items():
+                on_base = tuple(name for name in conditions if CONDITIONS[name].model == "base")
+                on_finetuned = tuple(name for name in conditions if name not in on_base)
+                plans = inputs.kept(sites, *chosen)
+                rest = inputs.context.rest if target == "change" and inputs.context.is_everything(sites) else ()
+                key_parts: tuple[Any, ...] = ("cell", inputs.lineage(plans), inputs.judged_with)
+                key_parts += (rest,) if rest else ()
+                # At 0 and 1, interpolated weights are those of no_delta and raw.
                 between = tuple(dose for dose in doses if dose not in (0.0, 1.0))
-                for subset in materials.subsets:
+                for subset in inputs.subsets:
                     name = cell_name(place_of(sites, *chosen), slug(subset))
-                    fields = {**materials.common(), "sites": plans, "subset": subset, "rest": rest}
-                    work = cls(name, key_of(*made_of), **fields, conditions=here, doses=doses, control_doses=between)
-                    replicas = range(1, materials.settings.replicas)
-                    works += [work, *(work._of_replica(rank, key_of(*made_of, rank)) for rank in replicas)]
-                    if elsewhere:  # another model, so another worker's
-                        fields["model"] = materials.unfinetuned
-                        works.append(cls(name, key_of(*made_of), **fields, conditions=elsewhere))
+                    fields = {**inputs.common(), "sites": plans, "subset": subset, "rest": rest}
+                    key = key_of(*key_parts)
+                    work = cls(name, key, **fields, conditions=on_finetuned, doses=doses, control_doses=between)
+                    replicas = range(1, inputs.settings.replicas)
+                    works += [work, *(work._of_replica(rank, key_of(*key_parts, rank)) for rank in replicas)]
+                    if on_base:  # another model, so work of its own
+                        fields["model"] = inputs.unfinetuned
+                        works.append(cls(name, key, **fields, conditions=on_base))
         return works
 
     def _of_replica(self, rank: int, key: str) -> Self:
-        """The same cells for the kept trials' next best seeds, without those in which the delta plays no part."""
+        """The same cells for the kept trials' seed of this rank, without those that do not use the delta."""
         return replace(
             self,
             name=cell_name(self.name, f"s{rank}"),
             key=key,
             sites=tuple(plan._replace(delta=str(replica_folder(Path(plan.delta), rank))) for plan in self.sites),
-            conditions=tuple(one for one in self.conditions if CONDITIONS[one].uses_delta),
+            conditions=tuple(name for name in self.conditions if CONDITIONS[name].uses_delta),
             doses=tuple(dose for dose in self.doses if dose),
             seed=self.seed + rank,
         )
@@ -183,11 +184,11 @@ class Behaviour(Answers):
     @property
     def strengths(self) -> tuple[float, ...]:
         """The doses, plus 0 for no_delta and 1 for full."""
-        return tuple(sorted({*self.doses, *(STRENGTHS[one] for one in self.conditions if one in STRENGTHS)}))
+        return tuple(sorted({*self.doses, *(STRENGTHS[name] for name in self.conditions if name in STRENGTHS)}))
 
     @property
     def requested(self) -> list[tuple[str, float | None]]:
-        """The condition of every cell, with its strength where it has one."""
+        """The condition of every cell, and its strength if it has one."""
         dosed: list[tuple[str, float | None]] = [("alpha", dose) for dose in self.doses]
         for condition in self.conditions:
             if CONDITIONS[condition].dosed:
@@ -198,12 +199,12 @@ class Behaviour(Answers):
 
     @property
     def controls(self) -> list[tuple[str, float | None]]:
-        """Those that are not strengths of the delta, each of which takes passes of its own."""
-        return [one for one in self.requested if one[0] not in (*STRENGTHS, "alpha")]
+        """Conditions that are not strengths of the delta; each needs its own passes."""
+        return [cell for cell in self.requested if cell[0] not in (*STRENGTHS, "alpha")]
 
     @property
-    def fitted(self) -> bool:
-        return any(CONDITIONS[one].ranked for one in self.conditions)
+    def needs_moments(self) -> bool:
+        return any(CONDITIONS[name].ranked for name in self.conditions)
 
     @property
     def units(self) -> int:
@@ -211,28 +212,28 @@ class Behaviour(Answers):
         return 1
 
     def cells(self) -> dict[str, str]:
-        return {self.name_of(*one): self.key for one in self.requested}
+        return {self.name_of(*cell): self.key for cell in self.requested}
 
     def name_of(self, condition: str, alpha: float | None) -> str:
         return cell_name(self.name, f"{condition}{alpha!r}" if CONDITIONS[condition].dosed else condition)
 
     def reusable(self, done: Mapping[str, Sequence[float]]) -> set[str]:
-        """Where a strength is missing, all that were measured together with it are computed again: they were rows of
-        the same batches, on which the last bits depend."""
-        strengths = {self.name_of(*one): STRENGTHS.get(*one) for one in self.requested if one not in self.controls}
+        """If a strength is missing, all strengths measured together with it are computed again: they were rows of the
+        same batches, and the last bits depend on the batch."""
+        strengths = {self.name_of(*cell): STRENGTHS.get(*cell) for cell in self.requested if cell not in self.controls}
         missing = {strength for name, strength in strengths.items() if name not in done}
         return {name for name, together in done.items() if not missing & set(together)}
 
     def remaining(self, done: set[str]) -> Self:
-        left = [one for one in self.requested if self.name_of(*one) not in done]
+        left = [cell for cell in self.requested if self.name_of(*cell) not in done]
         return replace(
             self,
             doses=tuple(dose for dose in self.doses if ("alpha", dose) in left),
-            conditions=tuple(one for one in self.conditions if one in {condition for condition, _ in left}),
+            conditions=tuple(name for name in self.conditions if name in {condition for condition, _ in left}),
         )
 
     def cost(self, n_layers: int) -> int:
-        """Rows are scored and also answered, token by token."""
+        """Rows are scored and, token by token, answered."""
         return 4 * (max(1, len(self.strengths)) * self.above(n_layers) + len(self.controls) * n_layers)
 
     def seconds(self, timing: Timing) -> float:
@@ -252,7 +253,7 @@ class Behaviour(Answers):
         of_change = self.sites[0].ground.target == "change"
         finetuned, unfinetuned = (_outputs(self, name, self.subset) for name in ("raw", UNFINETUNED))
         compared = None if is_base else _reference(self)
-        if compared is not None:  # now: a control may exchange the model's weights
+        if compared is not None:  # before a control swaps the model's weights
             compared.add([encode_row(model.tokenizer, row) for row in rows])
         settings: dict[str, Any] = {
             "limits": self.shared.limits,
@@ -275,9 +276,9 @@ class Behaviour(Answers):
         for ask, figures, texts in dosed:
             if ask.alpha in self.doses:
                 names.append(self._write("alpha", ask.alpha, figures, texts))
-            # Strengths 0 and 1 are no_delta and full to the last bit (checks.json): measured once, filed twice.
+            # Strengths 0 and 1 equal no_delta and full to the last bit (checks.json): measured once, written twice.
             if ask.alpha == 0.0 and "no_delta" in self.conditions:
-                silent = [{**one, "sum_abs_delta_acts": 0.0} for one in figures]
+                silent = [{**row, "sum_abs_delta_acts": 0.0} for row in figures]
                 names.append(self._write("no_delta", 0.0, silent, texts))
             if ask.alpha == 1.0 and "full" in self.conditions:
                 names.append(self._write("full", 1.0, figures, texts))
@@ -285,7 +286,7 @@ class Behaviour(Answers):
             with self._subject(control, alpha, model, rows, patches) as (passes, spliced):
                 ask = Ask(control, alpha)
                 with self._rest_at(model, ask):
-                    found = list(evaluate_behaviour(self._whole(passes), spliced, rows, [ask], **settings))
+                    found = list(evaluate_behaviour(self._uncached(passes), spliced, rows, [ask], **settings))
                 names += [self._write(control, alpha, figures, texts) for _, figures, texts in found]
         return names
 
@@ -295,20 +296,20 @@ class Behaviour(Answers):
     def _with_rest(
         self, model: Any, patches: list[Any], rows: list[Any], asks: list[Any], settings: dict[str, Any]
     ) -> Iterator[tuple[Any, list[dict], list[dict]]]:
-        """The strengths one by one, as other weights are the same for all rows of a batch."""
+        """Measures the strengths one by one, because the rest of the weights is the same for all rows of a batch."""
         from evaluators.measures.edited_behaviour import evaluate_behaviour
 
         for ask in asks:
             with self._rest_at(model, ask):
                 found = list(
-                    evaluate_behaviour(self._whole(self.plain_passes(model)), patches, rows, [ask], **settings)
+                    evaluate_behaviour(self._uncached(self.plain_passes(model)), patches, rows, [ask], **settings)
                 )
             yield from found
 
     @contextmanager
     def _rest_at(self, model: Any, ask: Any) -> Iterator[None]:
-        """Inside, what lies in no site has the strength of what is asked; controls without one have all of it, unless
-        they swap weights."""
+        """Within the context, parameters outside all sites have the strength of `ask`. A control without a strength
+        keeps the finetuned values, unless it swaps weights."""
         from models.rest import read_rest
 
         if not self.rest:
@@ -320,8 +321,8 @@ class Behaviour(Answers):
         ):
             yield
 
-    def _whole(self, passes: Any) -> Any:
-        """Passes of which nothing is shared with the raw model where its embeddings may be others."""
+    def _uncached(self, passes: Any) -> Any:
+        """Passes that share nothing with the raw model if its embeddings may differ."""
         if not self.rest:
             return passes
         return replace(passes, prefixes=None, shortcuts=replace(passes.shortcuts, share_prefix=False))
@@ -362,33 +363,33 @@ class Behaviour(Answers):
 
 @dataclass(frozen=True)
 class Width(Behaviour):
-    """The change deltas of every width but the chosen one, at all sites at once, and controls of the same rank."""
+    """The change deltas of every width except the chosen one, at all sites at once, and controls of the same rank."""
 
     kind: ClassVar[str] = "width"
 
     @classmethod
-    def plan(cls, materials: Materials) -> Sequence[Work]:
-        if "change" not in materials.chosen or not materials.settings.widths:
+    def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
+        if "change" not in inputs.chosen or not inputs.settings.widths:
             return []
-        sites = materials.context.sites_of("change")
-        conditions = ("full", *(one for one in materials.settings.controls if CONDITIONS[one].ranked))
+        sites = inputs.context.sites_of("change")
+        conditions = ("full", *(name for name in inputs.settings.controls if CONDITIONS[name].ranked))
         works: list[Work] = []
-        for d_new in materials.context.settings.deltas.d_new:
+        for d_new in inputs.context.settings.deltas.d_new:
             combination = Combination(Ground("change"), d_new)
-            plans = materials.kept(sites, *combination)
-            if d_new == materials.chosen["change"].d_new or len(plans) < len(sites):
+            plans = inputs.kept(sites, *combination)
+            if d_new == inputs.chosen["change"].d_new or len(plans) < len(sites):
                 continue
-            key = key_of("width", materials.lineage(plans), materials.judged_with)
+            key = key_of("width", inputs.lineage(plans), inputs.judged_with)
             works += [
                 cls(
                     cell_name("width", place_of(sites, *combination), slug(subset)),
                     key,
-                    **materials.common(),
+                    **inputs.common(),
                     sites=plans,
                     subset=subset,
                     conditions=conditions,
                 )
-                for subset in materials.subsets
+                for subset in inputs.subsets
             ]
         return works
 
@@ -405,16 +406,16 @@ def _reference(work: Work) -> Any:
 
 
 def _true_change(work: Work, site: Site) -> Any:
-    """What finetuning changed in the site's function, computed by both models."""
+    """The change of the site's function by finetuning, computed with both models."""
     from evaluators.splice.substitutes import TrueChange
 
     sites = tuple(plan.site for plan in work.sites)
-    before, after = (exact_paths(work.model, one, sites) for one in (work.shared.base_model, work.model.folder))
+    before, after = (exact_paths(work.model, folder, sites) for folder in (work.shared.base_model, work.model.folder))
     return TrueChange(before[site], after[site])
 
 
 def _moments(plan: SitePlan) -> Any:
-    """Those of what the delta was trained on, x and residual or change."""
+    """Second moments of the delta's training data: x, and residual or change."""
     from safetensors.torch import load_file
 
     from evaluators.splice.second_moments import Moments
@@ -427,8 +428,8 @@ def generations_folder(work: Work) -> Path:
 
 
 def guesses(work: Work, rows: list[Any], ground: str) -> dict[str, list[list[int]]]:
-    """What the first rows of each subset may be answered with under full and no_delta: as the finetuned model did, and
-    as the unedited model `ground`; an empty guess where that was not asked."""
+    """Guesses of the answers to the first rows of each subset: under full the finetuned model's, under no_delta those
+    of the unedited model `ground`. Empty if that model was not evaluated."""
     found: dict[str, list[list[int]]] = {}
     for condition, name in (("full", "raw"), ("no_delta", ground)):
         left = {subset: iter(_outputs(work, name, subset)) for subset in work.shared.subsets}
@@ -437,6 +438,6 @@ def guesses(work: Work, rows: list[Any], ground: str) -> dict[str, list[list[int
 
 
 def _outputs(work: Work, name: str, subset: str) -> list[list[int]]:
-    """What an unedited model wrote on the subset, as tokens; nothing where it was not asked."""
+    """An unedited model's answers to the subset, as tokens; empty if it was not evaluated."""
     path = generations_folder(work) / f"{cell_name(name, slug(subset))}.jsonl"
     return [json.loads(line)["tokens"] for line in path.read_text().splitlines()] if path.is_file() else []

@@ -1,7 +1,7 @@
-"""The kinds of cell besides behaviour, and the table of all kinds: from it follow the stage, the plan and the forecast.
+"""The kinds of cell besides behaviour, and the table of all kinds, from which the stage, plan and forecast are derived.
 
-In: the materials of an evaluation. Out: its pieces of work, and, on a worker, `cells/NAME.json`. A new kind of cell is
-a class with a place in `ROUNDS`, and a table that reads its cells.
+In: the inputs of an evaluation. Out: its pieces of work and, on a worker, `cells/NAME.json`. A new kind of cell needs a
+class, an entry in `ROUNDS`, and a table that reads its cells.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ from jobs.capture.worker_memory import bridge, exact_paths, own_paths, reference
 from jobs.context import keys
 from jobs.evaluation.behaviour import UNFINETUNED, Behaviour, Raw, Width, guesses
 from jobs.evaluation.parts import Parts
-from jobs.evaluation.work import Combination, Materials, Timing, Work, cell_name, place_of
+from jobs.evaluation.work import Combination, PlanInputs, Timing, Work, cell_name, place_of
 from jobs.files import key_of, read_json, write_json
 from sites import Address, Ground, Site
 
 CHECK_ROWS = 1
-"""Rows of each subset that the exactness checks use; of each, all logits at all positions are compared."""
+"""Rows of each subset for the exactness checks, which compare all logits at all positions."""
 RANKING_ROWS = 16
 """Held-out rows of each label on which features are ranked."""
 EXACT_LAYERS = 14
-"""Layers whose MLPs lie in fp32 at once, beside a model in bf16, which may be a large one."""
+"""Number of layers whose MLPs are in memory in fp32 at once, next to a (possibly large) model in bf16."""
 CARD_ROWS = 8
-"""Rows of each subset on which a feature is ablated, and kept, alone."""
+"""Rows of each subset on which a single feature is ablated, and kept alone."""
 CARDS_AT_ONCE = 24
-"""Features that one worker looks at one by one, in one piece of work."""
+"""Features in one piece of work, which a worker examines one by one."""
 CURVE_STEPS = 12
-"""Numbers of features that are kept on, one after the other, about."""
+"""Approximate number of points of the curve."""
 OF_A_SET = ("kind", "target", "layers", "percentile", "d_new")
 
 
 @dataclass(frozen=True)
 class Ranking(Work):
-    """The order of the features: of the change deltas of all sites together, of residual deltas site by site."""
+    """The order of the features, over all sites for change deltas, per site for residual deltas."""
 
     kind: ClassVar[str] = "ranking"
     columns: ClassVar[tuple[str, ...]] = OF_A_SET
 
     @classmethod
-    def plan(cls, materials: Materials) -> list[Ranking]:
+    def plan(cls, inputs: PlanInputs) -> list[Ranking]:
         works = []
-        for target, chosen in materials.chosen.items():
-            sites = materials.context.sites_of(target)
-            if materials.context.cards_of(target) or (materials.settings.curve and target == "change"):
+        for target, chosen in inputs.chosen.items():
+            sites = inputs.context.sites_of(target)
+            if inputs.context.cards_of(target) or (inputs.settings.curve and target == "change"):
                 for together in [sites] if target == "change" else [[site] for site in sites]:
-                    plans = materials.kept(together, *chosen)
-                    key = key_of("ranking with firing", materials.lineage(plans), materials.computed_with)
+                    plans = inputs.kept(together, *chosen)
+                    key = key_of("ranking with firing", inputs.lineage(plans), inputs.computed_with)
                     name = cell_name("ranking", place_of(together, *chosen))
-                    works.append(cls(name, key, **materials.common(), sites=plans))
+                    works.append(cls(name, key, **inputs.common(), sites=plans))
         return works
 
     @property
     def place(self) -> str:
-        """What is ranked, as in names of cells."""
+        """What is ranked, as part of a cell's name."""
         return place_of([plan.site for plan in self.sites], self.sites[0].ground, self.sites[0].d_new)
 
     def cost(self, n_layers: int) -> int:
@@ -75,7 +75,7 @@ class Ranking(Work):
         started = time.perf_counter()
         held_out = list(read_rows(self.shared.ranking_rows))
         labels = dict.fromkeys(row.label for row in held_out)
-        chosen = [row for label in labels for row in [one for one in held_out if one.label == label][:RANKING_ROWS]]
+        chosen = [row for label in labels for row in [row for row in held_out if row.label == label][:RANKING_ROWS]]
         passes, patches = self.plain_passes(model), self.load_patches()
         rates = firing_rates(passes, patches, rows)
         features = [
@@ -100,19 +100,19 @@ class Curve(Work):
     """The cell that ranks the sites' features."""
 
     @classmethod
-    def plan(cls, materials: Materials) -> Sequence[Work]:
+    def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
         return [
             cls(
                 cell_name("curve", ranking.place, slug(subset)),
                 key_of("curve", ranking.key),
-                **materials.common(),
+                **inputs.common(),
                 sites=ranking.sites,
                 subset=subset,
                 ranking=ranking.name,
             )
-            for ranking in Ranking.plan(materials)
-            if ranking.sites[0].ground.target == "change" and materials.settings.curve
-            for subset in materials.subsets
+            for ranking in Ranking.plan(inputs)
+            if ranking.sites[0].ground.target == "change" and inputs.settings.curve
+            for subset in inputs.subsets
         ]
 
     def cost(self, n_layers: int) -> int:
@@ -127,7 +127,7 @@ class Curve(Work):
         started = time.perf_counter()
         listed = read_json(self.cell_file(self.ranking))["features"]
         by_key = {plan.site.key: plan.site for plan in self.sites}
-        ranked = [Ranked(by_key[one["layer"]], one["feature"], one["effect"]) for one in listed]
+        ranked = [Ranked(by_key[entry["layer"]], entry["feature"], entry["effect"]) for entry in listed]
         compared = reference(self.model, self.shared.rows, self.shared.batch_size)
         found = evaluate_curve(self.kept_passes(model), self.load_patches(), rows, ranked, compared)
         counts = [{"k": count, "rows": entries} for count, entries in found.items()]
@@ -136,29 +136,27 @@ class Curve(Work):
 
 @dataclass(frozen=True)
 class Cards(Work):
-    """The features of largest estimated effect, several of neighbouring sites at a time."""
+    """The features with the largest estimated effects, in batches of neighbouring sites."""
 
     kind: ClassVar[str] = "cards"
     columns: ClassVar[tuple[str, ...]] = (*OF_A_SET, "convention")
     features: tuple[tuple[Site, int], ...] = ()
 
     @classmethod
-    def plan(cls, materials: Materials) -> Sequence[Work]:
+    def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
         works = []
-        for ranking in Ranking.plan(materials):
-            best = materials.ranked(ranking.name, ranking.sites)[
-                : materials.context.cards_of(ranking.sites[0].ground.target)
-            ]
+        for ranking in Ranking.plan(inputs):
+            best = inputs.ranked(ranking.name, ranking.sites)[: inputs.context.cards_of(ranking.sites[0].ground.target)]
             for number, start in enumerate(range(0, len(best), CARDS_AT_ONCE)):
                 features = tuple(sorted(best)[start : start + CARDS_AT_ONCE])
                 listed = [(keys.place(site), feature) for site, feature in features]
-                key = key_of("cards", ranking.key, listed, materials.judged_with)
+                key = key_of("cards", ranking.key, listed, inputs.judged_with)
                 name = cell_name("cards", ranking.place, number)
-                works.append(cls(name, key, **materials.common(), sites=ranking.sites, features=features))
+                works.append(cls(name, key, **inputs.common(), sites=ranking.sites, features=features))
         return works
 
     def cost(self, n_layers: int) -> int:
-        """Two ways of each feature, on some of the rows, from its site on."""
+        """Each feature is ablated and kept alone, on some of the rows, from its site on."""
         return (4 + len(self.features)) * len(self.shared.subsets) * self.above(n_layers) // 2
 
     def seconds(self, timing: Timing) -> float:
@@ -183,27 +181,27 @@ class Cards(Work):
             guesses=guesses(self, few, UNFINETUNED if self.sites[0].ground.target == "change" else "raw"),
         )
         read = read_features(passes, patches, rows, self.features)
-        cards = [{"layer": one[0].key, "feature": one[1], **read[one], **effects[one]} for one in self.features]
+        cards = [{"layer": card[0].key, "feature": card[1], **read[card], **effects[card]} for card in self.features]
         return self.write({"convention": self.sites[0].site.kind.reading, "cards": cards}, started)
 
 
 @dataclass(frozen=True)
 class Change(Work):
-    """How much finetuning changed each site, and what the deltas of each width leave of it."""
+    """How much finetuning changed each site, and how much the deltas of each width leave unexplained."""
 
     kind: ClassVar[str] = "change"
     columns: ClassVar[tuple[str, ...]] = ("kind", "target", "d_new")
 
     @classmethod
-    def plan(cls, materials: Materials) -> Sequence[Work]:
+    def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
         works = []
-        sites = materials.context.sites_of("change")
-        for d_new in materials.context.settings.deltas.d_new if sites else ():
+        sites = inputs.context.sites_of("change")
+        for d_new in inputs.context.settings.deltas.d_new if sites else ():
             combination = Combination(Ground("change"), d_new)
-            plans = materials.kept(sites, *combination)
-            made_of = (materials.lineage(plans), materials.computed_with, sorted(materials.subsets))
+            plans = inputs.kept(sites, *combination)
+            key_parts = (inputs.lineage(plans), inputs.computed_with, sorted(inputs.subsets))
             name = cell_name("change", place_of(sites, *combination))
-            works.append(cls(name, key_of("change", *made_of), **materials.common(), sites=plans))
+            works.append(cls(name, key_of("change", *key_parts), **inputs.common(), sites=plans))
         return works
 
     def cost(self, n_layers: int) -> int:
@@ -234,24 +232,24 @@ class Change(Work):
 
 @dataclass(frozen=True)
 class Reconstruction(Work):
-    """What the bases and their deltas leave of a site's output: a cell for each ground and width."""
+    """The errors of the bases and their deltas on a site's output: a cell for each ground and width."""
 
     kind: ClassVar[str] = "reconstruction"
     columns: ClassVar[tuple[str, ...]] = ("kind", "target", "layer", "percentile", "d_new", "base", "convention")
 
     @classmethod
-    def plan(cls, materials: Materials) -> Sequence[Work]:
-        context, works = materials.context, []
+    def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
+        context, works = inputs.context, []
         for site in context.sites_of("residual"):
             groups = [
                 Address(site, ground, d_new)
                 for ground in context.grounds_of("residual")
                 for d_new in context.settings.deltas.d_new
             ]
-            plans = [plan for group in groups if (plan := materials.site_plan(group)) is not None]
+            plans = [plan for group in groups if (plan := inputs.site_plan(group)) is not None]
             if plans:
                 name = cell_name(cls.kind, site.folder)
-                works.append(cls(name, "", **materials.common(), sites=tuple(plans)))
+                works.append(cls(name, "", **inputs.common(), sites=tuple(plans)))
         return works
 
     @classmethod
@@ -266,7 +264,7 @@ class Reconstruction(Work):
         return replace(self, sites=tuple(plan for plan in self.sites if self.name_of(plan.address) not in done))
 
     def cost(self, n_layers: int) -> int:
-        """Every subset's rows, and every position is projected to the vocabulary."""
+        """Every subset's rows, with every position projected to the vocabulary."""
         passes = 1 + len({plan.candidate for plan in self.sites}) + len(self.sites)
         return passes * len(self.shared.subsets) * (self.above(n_layers) + n_layers // 4)
 
@@ -302,20 +300,20 @@ class Reconstruction(Work):
 
 @dataclass(frozen=True)
 class Exactness(Work):
-    """Checks of the splice against a model edited by hand; they leave `checks_TARGET.json` instead of cells."""
+    """Checks of the splice against a model edited by hand; written to `checks_TARGET.json` instead of cells."""
 
     kind: ClassVar[str] = "exactness"
     columns: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def plan(cls, materials: Materials) -> Sequence[Work]:
-        works, context = [], materials.context
-        fields = materials.common()
-        if context.settings.model.dtype != "bf16":  # less than fp32 would drown what is compared in rounding
-            fields["model"] = materials.finetuned._replace(precision="fp32")
-        for target, chosen in materials.chosen.items():
-            plans = materials.kept(context.sites_of(target), *chosen)
-            key = key_of("exactness", materials.lineage(plans), materials.computed_with)
+    def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
+        works, context = [], inputs.context
+        fields = inputs.common()
+        if context.settings.model.dtype != "bf16":  # below fp32, rounding would hide the differences
+            fields["model"] = inputs.finetuned._replace(precision="fp32")
+        for target, chosen in inputs.chosen.items():
+            plans = inputs.kept(context.sites_of(target), *chosen)
+            key = key_of("exactness", inputs.lineage(plans), inputs.computed_with)
             works.append(cls(cell_name("checks", target), key, **fields, sites=plans))
         return works
 
@@ -340,43 +338,43 @@ class Exactness(Work):
         few = [row for subset in by_label.values() for row in subset[:CHECK_ROWS]]
         patches = self.load_patches()
         sets = [patches[:1], patches] if len(patches) > 1 else [patches]
-        checks = [one for chosen in sets for one in exactness_checks(model, few, chosen, self.shared.limits)]
+        checks = [check for chosen in sets for check in exactness_checks(model, few, chosen, self.shared.limits)]
         if self.sites[0].ground.target == "change":
             places = tuple(plan.site for plan in self.sites)
             before, after = (
                 own_paths(self.model, folder, places) for folder in (self.shared.base_model, self.model.folder)
             )
-            checks += [one for chosen in sets for one in change_checks(model, few, chosen, before, after)]
+            checks += [check for chosen in sets for check in change_checks(model, few, chosen, before, after)]
         write_json(checks_file(self.shared.cells, self.name), {"key": self.key, "checks": checks})
         return []
 
 
 CEILING: tuple[type[Work], ...] = (Raw, Parts)
-"""Kinds that need no deltas: what there is to explain, and where in the model it lies."""
+"""Kinds that need no deltas: how much there is to explain, and where in the model."""
 ROUNDS: dict[str, tuple[type[Work], ...]] = {
     "ceiling": CEILING,
     "rankings and fits": (Ranking, Change, Reconstruction, Exactness),
     "behaviour": (Behaviour, Width, Curve, Cards),
 }
-"""In the order in which they are computed: cells of a round are made of those before it."""
+"""In order: the cells of a round build on those of earlier rounds."""
 KINDS = tuple(kind for together in ROUNDS.values() for kind in together)
 BY_NAME = {kind.kind: kind for kind in KINDS}
-"""By what cells call their kind."""
+"""Kinds by their name in cells."""
 
 
-def works_of(materials: Materials, kinds: Iterable[type[Work]] = KINDS) -> list[Work]:
-    """The pieces of work of these kinds that an evaluation consists of."""
-    return [work for kind in kinds for work in kind.plan(materials)]
+def works_of(inputs: PlanInputs, kinds: Iterable[type[Work]] = KINDS) -> list[Work]:
+    """The evaluation's pieces of work of these kinds."""
+    return [work for kind in kinds for work in kind.plan(inputs)]
 
 
 def evaluate(work: Work) -> list[str]:
     """Computes the cells of one piece of work, on a worker; returns their names."""
     subsets = (work.subset,) if work.subset else work.shared.subsets
-    every = read_rows(work.shared.rows)
-    rows = [row for subset in subsets for row in every if row.label == subset]
+    all_rows = read_rows(work.shared.rows)
+    rows = [row for subset in subsets for row in all_rows if row.label == subset]
     return work.compute(bridge(work.model.folder, work.model.device, work.model.precision), rows)
 
 
 def checks_file(cells: str | Path, name: str) -> Path:
-    """The file that exactness checks leave next to the folder of cells."""
+    """The file of exactness checks, next to the folder of cells."""
     return Path(cells).parent / f"{name}.json"

@@ -1,4 +1,4 @@
-"""Cells of where the finetuning lives: each part of the model un-finetuned alone, and finetuned alone.
+"""Cells that locate the finetuning: each part of the model un-finetuned alone, and finetuned alone.
 
 In: the two models and a subset's rows; no deltas. Out: `cells/parts_SUBSET.json`.
 """
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from data.rows import slug
 from jobs.capture.worker_memory import paths
-from jobs.evaluation.work import Materials, Timing, Work, cell_name
+from jobs.evaluation.work import PlanInputs, Timing, Work, cell_name
 from jobs.files import key_of, write_json
 from sites import KINDS, QKV, Site
 
@@ -22,7 +22,7 @@ THIRDS = 3
 
 @dataclass(frozen=True)
 class Parts(Work):
-    """The cross-entropy of one subset with one part un-finetuned, or with one part finetuned, part by part."""
+    """One subset's cross-entropy with each part un-finetuned alone, and with each part finetuned alone."""
 
     kind: ClassVar[str] = "parts"
     columns: ClassVar[tuple[str, ...]] = ("kind", "subset")
@@ -39,25 +39,25 @@ class Parts(Work):
             return sum(row["nll"] for row in rows) / sum(row["n_tokens"] for row in rows)
 
         found = {f"ce_all_{model}": mean(cell[model]) for model in ("finetuned", "unfinetuned")}
-        parts = [one for one in cell["parts"] if one["layers"] == EVERY_LAYER]
-        return found | {f"ce_only_{one['part']}_{one['way']}": mean(one["rows"]) for one in parts}
+        parts = [part for part in cell["parts"] if part["layers"] == EVERY_LAYER]
+        return found | {f"ce_only_{part['part']}_{part['way']}": mean(part["rows"]) for part in parts}
 
     @classmethod
-    def plan(cls, materials: Materials) -> Sequence[Work]:
-        context = materials.context
-        if not materials.settings.parts or "change" not in context.settings.deltas.targets:
+    def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
+        context = inputs.context
+        if not inputs.settings.parts or "change" not in context.settings.deltas.targets:
             return []
         changed, rest = tuple(context.changed_sites), context.rest
-        key = key_of("parts", materials.finetuned_key, materials.computed_with)
+        key = key_of("parts", inputs.finetuned_key, inputs.computed_with)
         return [
-            cls(cell_name("parts", slug(subset)), key, **materials.common(), subset=subset, changed=changed, rest=rest)
-            for subset in materials.subsets
+            cls(cell_name("parts", slug(subset)), key, **inputs.common(), subset=subset, changed=changed, rest=rest)
+            for subset in inputs.subsets
         ]
 
     @property
     def passes(self) -> int:
-        """About how many models the rows are run through: both whole ones, and two for each part and third. Attention's
-        projections are two parts, patterns and values."""
+        """Approximate number of models that the rows run through: both whole ones, and two for each part and each third
+        of the layers. Attention's projections count as two parts, patterns and values."""
         kinds = {site.kind for site in self.changed}
         parts = sum(2 if kind == QKV else 1 for kind in KINDS.values() if kind in kinds) + bool(self.rest)
         return 2 + 2 * (parts + THIRDS)

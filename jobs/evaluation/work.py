@@ -1,8 +1,8 @@
-"""A piece of evaluation as plain values: what it is made of, and what the pieces of every kind of cell have in common.
+"""A piece of evaluation as plain values: its inputs, and what all kinds of cell have in common.
 
-In: a `Context` whose deltas are trained, or, for `ExpectedMaterials`, any. Out: pieces of work, with the names of their
-cells, the key that each must hold, and what they cost; on a worker, passes of the model, what is spliced into it, and
-the cells' files. Nothing is loaded before that.
+In: a `Context` with trained deltas, or any for `ExpectedPlanInputs`. Out: pieces of work, with the names, keys and
+costs of their cells; on a worker, passes of the model, what is spliced into it, and the cells' files. Nothing is loaded
+before that.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from sites import Address, Ground, SetAddress, Site
 
 @dataclass(frozen=True)
 class Shared:
-    """What all pieces of a sweep's evaluation share. `cells` is a folder, `rows` a file, `base_model` the folder of the
-    un-finetuned model."""
+    """What all pieces of a sweep's evaluation share. `cells` is a folder, `rows` a file, `base_model` the un-finetuned
+    model's folder."""
 
     cells: str
     rows: str
@@ -40,12 +40,12 @@ class Shared:
     limits: Limits
     batch_size: int
     behaviours: dict[str, Any]
-    """As the settings name them."""
+    """As in the settings."""
 
 
 class SitePlan(NamedTuple):
-    """A site as files: the delta's folder, the moments of what it was trained on, and, where the ground is a base
-    transcoder, where that is. `key` is that of the site's reconstruction cell."""
+    """A site as files: the delta's folder, the moments of its training data and, if the ground is a base transcoder,
+    the base's location. `key` is that of the site's reconstruction cell."""
 
     address: Address
     delta: str = ""
@@ -68,14 +68,14 @@ class SitePlan(NamedTuple):
 
 
 class Combination(NamedTuple):
-    """The deltas of a target whose behaviour is evaluated."""
+    """Ground and width of the deltas whose behaviour is evaluated."""
 
     ground: Ground
     d_new: int
 
 
-class Materials:
-    """Those of a sweep whose deltas are trained."""
+class PlanInputs:
+    """What the works of an evaluation are planned from, for a sweep with trained deltas."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -84,24 +84,26 @@ class Materials:
 
     @cached_property
     def chosen(self) -> dict[str, Combination]:
-        """The deltas that are spliced in, by target; raises WorkFailed where no width has one at every site."""
+        """The deltas to splice in, by target. Raises WorkFailed if no width has one at every site."""
         return {target: self._combination(target) for target in self.context.settings.deltas.targets}
 
     def _combination(self, target: str) -> Combination:
-        """The base and d_new as set, or those of the lowest mean validation error over sites."""
+        """The base and d_new of the settings, or those with the lowest mean validation error over sites."""
         means: dict[Combination, float] = {}
         for combination in self._combinations(target):
             groups = [Address(site, *combination) for site in self.context.sites_of(target)]
             best = [self.context.best_of(group) for group in groups]
-            values = [one["figures"][error_name(target)] for one in best if one is not None]
+            values = [result["figures"][error_name(target)] for result in best if result is not None]
             if len(values) == len(best):
                 means[combination] = sum(values) / len(values)
         if not means:
             raise WorkFailed(f"no {target} deltas of one width on every layer: " + "; ".join(self.context.failures))
-        return min(means, key=lambda one: (means[one], one.ground.percentile or 0.0, one.d_new))
+        return min(
+            means, key=lambda combination: (means[combination], combination.ground.percentile or 0.0, combination.d_new)
+        )
 
     def _combinations(self, target: str) -> list[Combination]:
-        """Those that the settings allow."""
+        """The combinations that the settings allow."""
         grounds = self.context.grounds_of(target)
         if target == "residual" and self.settings.percentile is not None:
             grounds = [Ground(target, self.settings.percentile)]
@@ -109,12 +111,12 @@ class Materials:
         return [Combination(ground, d_new) for ground in grounds for d_new in widths]
 
     def kept(self, sites: Sequence[Site], ground: Ground, d_new: int) -> tuple[SitePlan, ...]:
-        """The plans of those sites that have a delta."""
+        """The plans of the sites that have a delta."""
         plans = [self.site_plan(Address(site, ground, d_new)) for site in sites]
         return tuple(plan for plan in plans if plan is not None)
 
     def site_plan(self, group: Address) -> SitePlan | None:
-        """None where no trial of the group succeeded."""
+        """The plan of a group; None if none of its trials succeeded."""
         delta = self.context.kept_delta(group)
         if delta is None:
             return None
@@ -126,7 +128,7 @@ class Materials:
         return plan._replace(key=key)
 
     def lineage(self, plans: Sequence[SitePlan]) -> list[Any]:
-        """What the sites' weights are, without the paths of this machine."""
+        """Identifies the sites' weights, without paths of this machine."""
         return [
             (keys.place(plan.site), plan.candidate, sealed_hash(Path(plan.delta) / "delta.safetensors"))
             for plan in plans
@@ -138,7 +140,7 @@ class Materials:
 
     @cached_property
     def computed_with(self) -> list[Any]:
-        """What every cell depends on besides its sites."""
+        """Key parts of every cell, besides its sites."""
         settings = self.context.settings
         finetuned = read_json(self.context.space.folder / FINETUNED)
         return [
@@ -152,14 +154,14 @@ class Materials:
 
     @cached_property
     def judged_with(self) -> list[Any]:
-        """The same for cells that judge generated texts."""
+        """Key parts of cells that judge generated texts."""
         return [*self.computed_with, *keys.behaviours(self.context.settings)]
 
     def ranked(self, cell: str, plans: Sequence[SitePlan]) -> list[tuple[Site, int]]:
-        """The features of these sites in the order of the finished cell that ranks them; empty where it is missing."""
+        """The features of these sites in the order of the finished ranking cell; empty if it is missing."""
         listed = read_json(self.context.space.cells / f"{cell}.json") or {"features": []}
         sites = {plan.site.label: plan.site for plan in plans}
-        return [(sites[str(one["layer"])], one["feature"]) for one in listed["features"]]
+        return [(sites[str(entry["layer"])], entry["feature"]) for entry in listed["features"]]
 
     @cached_property
     def shared(self) -> Shared:
@@ -182,7 +184,7 @@ class Materials:
         settings, device = self.context.settings, self.context.device
         precision = settings.compute.precision if settings.model.dtype == "auto" else settings.model.dtype
         if device == "cpu" and precision == "auto":
-            precision = "fp32"  # bf16 is not worth the loss of exactness there, so it must be set explicitly
+            precision = "fp32"  # on a CPU, bf16 is not worth the lost exactness unless set explicitly
         return ModelSpec(str(self.context.finetuned), device, resolve_precision(precision, device))
 
     @property
@@ -194,17 +196,17 @@ class Materials:
         return {"model": self.finetuned, "shared": self.shared, "seed": self.context.settings.seed}
 
 
-class ExpectedMaterials(Materials):
-    """Those of a sweep whose every search will keep a delta: to count and to forecast, before anything is trained.
+class ExpectedPlanInputs(PlanInputs):
+    """Inputs that assume every search will keep a delta: to count and forecast before anything is trained.
 
-    Nothing is read, and all keys are alike. Where the evaluation will choose a width, it is the widest.
+    Nothing is read, and all keys are the same. Where the evaluation will choose a width, this takes the widest.
     """
 
     finetuned_key = ""
     computed_with = judged_with = ()  # type: ignore[assignment]
 
     def _combination(self, target: str) -> Combination:
-        return max(self._combinations(target), key=lambda one: one.d_new)
+        return max(self._combinations(target), key=lambda combination: combination.d_new)
 
     def site_plan(self, group: Address) -> SitePlan:
         return SitePlan(group)
@@ -213,7 +215,7 @@ class ExpectedMaterials(Materials):
         return []
 
     def ranked(self, cell: str, plans: Sequence[SitePlan]) -> list[tuple[Site, int]]:
-        """All features; a change delta has one more, at BOS."""
+        """All features; change deltas have one more, at BOS."""
         return [
             (plan.site, feature) for plan in plans for feature in range(plan.d_new + (plan.ground.target == "change"))
         ]
@@ -222,13 +224,13 @@ class ExpectedMaterials(Materials):
 
 
 def cell_name(kind: str, *parts: object) -> str:
-    """What a cell's file is called: `ranking_layer_00-29_change_d032`, `raw_tool`. Empty parts are left out."""
+    """A cell's name, such as `ranking_layer_00-29_change_d032` or `raw_tool`. Empty parts are left out."""
     return "_".join(str(part) for part in (kind, *parts) if part != "")
 
 
 class Timing(NamedTuple):
-    """How long a machine that nothing has run on should take, in seconds: for passes over whole rows, and to answer
-    rows token by token, through all layers or as many as the second argument says. A subset has `prompts` rows."""
+    """Estimated seconds on a machine without measurements: for passes over whole rows, and for answering rows token by
+    token, through all layers or the number given as second argument. A subset has `prompts` rows."""
 
     n_layers: int
     prompts: int
@@ -239,32 +241,32 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker is given: sites that share a model, and the cells to compute for them.
+    """Work of one worker: sites that share a model, and the cells to compute for them.
 
-    Each kind of cell is a subclass. It says what its pieces are (`plan`), what a worker does (`compute`), what that
-    costs (`cost`, `seconds`), and which of a cell's fields tell it from others (`columns`).
+    Each kind of cell is a subclass. It defines its pieces of work (`plan`), what a worker does (`compute`), what that
+    costs (`cost`, `seconds`), and the fields that distinguish its cells (`columns`).
     """
 
     kind: ClassVar[str]
-    """As the cells' files say it."""
+    """Its name in the cells' files."""
     columns: ClassVar[tuple[str, ...]]
     """Fields of a cell that trackers show as its parameters."""
 
     name: str
-    """That of the cell, or what the names of its cells begin with."""
+    """Name of the cell, or the prefix of its cells' names."""
     key: str
     model: ModelSpec
     shared: Shared
     sites: tuple[SitePlan, ...] = ()
     subset: str = ""
-    """Empty: all subsets."""
+    """Empty for all subsets."""
     seed: int = 0
 
     @classmethod
     def params(cls, cell: dict[str, Any]) -> dict[str, Any]:
-        """A cell's columns. Several layers are `1+2`, as in file names: MLflow would break a list into lines."""
+        """A cell's columns. Several layers are written `1+2`, as in file names, because MLflow would wrap a list."""
         shown = {name: cell[name] for name in cls.columns if cell.get(name) not in (None, "")}
-        return {name: "+".join(map(str, one)) if isinstance(one, list) else one for name, one in shown.items()}
+        return {name: "+".join(map(str, value)) if isinstance(value, list) else value for name, value in shown.items()}
 
     @classmethod
     def metrics(cls, cell: dict[str, Any]) -> dict[str, float]:
@@ -272,44 +274,43 @@ class Work:
         return {name: value for name, value in cell.items() if isinstance(value, float)}
 
     @classmethod
-    def plan(cls, materials: Materials) -> Sequence[Work]:
-        """The pieces of this kind that an evaluation consists of."""
+    def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
+        """The evaluation's pieces of work of this kind."""
         raise NotImplementedError
 
     def compute(self, model: Any, rows: list[Any]) -> list[str]:
-        """Computes the cells, on a worker, and returns their names."""
+        """Computes the cells, on a worker; returns their names."""
         raise NotImplementedError
 
     def cost(self, n_layers: int) -> int:
-        """How long it takes, in layers for each row: passes times the layers above the first splice."""
+        """Relative cost, in layers per row: passes times the layers above the first splice."""
         raise NotImplementedError
 
     def seconds(self, timing: Timing) -> float:
-        """How long each of its cells should take on a GPU that nothing has run on."""
+        """Estimated seconds per cell on a GPU without measurements."""
         raise NotImplementedError
 
     @property
     def units(self) -> int:
-        """In how many parts workers could share it out, for forecasts."""
+        """Number of parts that could run in parallel, for forecasts."""
         return len(self.cells())
 
     @property
     def affinity(self) -> tuple[Any, ...]:
-        """Work of one affinity shares a model and everything computed below the first spliced site."""
+        """Works with the same affinity share a model and everything computed below the first spliced site."""
         return (self.model.folder, self.sites[0].site) if self.sites else (self.model.folder, self.name)
 
     @property
-    def fitted(self) -> bool:
-        """Whether it needs the moments of what its deltas were trained on."""
+    def needs_moments(self) -> bool:
+        """Whether it needs the moments of its deltas' training data."""
         return False
 
     def cells(self) -> dict[str, str]:
-        """The cells it will write, by name, and the key each must hold."""
+        """The names of the cells to write, and the key of each."""
         return {self.name: self.key}
 
     def reusable(self, done: Mapping[str, Sequence[float]]) -> set[str]:
-        """Those of the finished cells that need not be computed again; `done` says of each with which strengths it was
-        measured."""
+        """The finished cells that need not be recomputed; `done` maps each to the strengths it was measured with."""
         return set(done)
 
     def remaining(self, done: set[str]) -> Self:
@@ -317,11 +318,11 @@ class Work:
         return self
 
     def is_finished(self) -> bool:
-        """Whether work without cells has left what it makes."""
+        """Whether work without cells has written its results."""
         return False
 
     def above(self, n_layers: int) -> int:
-        """Layers from the first spliced one on."""
+        """Number of layers from the first spliced one on."""
         return n_layers - self.sites[0].site.layer if self.sites else n_layers
 
     def cell_file(self, name: str) -> Path:
@@ -333,11 +334,11 @@ class Work:
         return Passes(model, self.shared.batch_size)
 
     def kept_passes(self, model: Any) -> Any:
-        """Passes that reuse what this worker keeps of the raw model at the first spliced site."""
+        """Passes that reuse the raw model's prefixes at the first spliced site, which this worker caches."""
         return replace(self.plain_passes(model), prefixes=prefixes(self.model, self.sites[0].site))
 
     def load_patches(self) -> list[Any]:
-        """What is spliced in at the sites: their grounds and deltas, on the worker's device."""
+        """The patches to splice in at the sites: their grounds and deltas, on the worker's device."""
         from evaluators.splice.interventions import Patch
         from models.deltas import read_delta
         from models.gemma_scope import Candidate, read
@@ -352,7 +353,7 @@ class Work:
         return patches
 
     def write(self, figures: dict[str, Any], started: float) -> list[str]:
-        """Writes the one cell of work that consists of it; returns its name."""
+        """Writes the cell of work that has a single one; returns its name."""
         ground = self.sites[0].ground
         cell = {
             "kind": self.kind,

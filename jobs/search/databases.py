@@ -16,7 +16,7 @@ from jobs.errors import RequestError, without_secrets
 KEY = "storage.optuna_url"
 EXAMPLE = "postgresql://USER:PASSWORD@HOST/DATABASE"
 CONNECT_SECONDS = 10
-"""Drivers would wait for minutes if a server's machine does not answer."""
+"""Without a limit, drivers wait for minutes if the server's machine does not answer."""
 WITH_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
 """SQLAlchemy's names of the drivers that take `connect_timeout`."""
 PACKAGES = {
@@ -26,7 +26,7 @@ PACKAGES = {
     "pymysql": "PyMySQL",
     "mysql": "mysql-connector-python",
 }
-"""The package that has a driver, by the name of its module; others are called like their module."""
+"""Packages whose name differs from that of the driver's module, by module."""
 
 
 def open_database(url: str) -> optuna.storages.RDBStorage:
@@ -43,12 +43,12 @@ def open_database(url: str) -> optuna.storages.RDBStorage:
 
 
 def is_file(url: str) -> bool:
-    """Whether the database is a file, which is created where there is none."""
+    """Whether the database is a file, which is created if missing."""
     return _read(url)[0].get_backend_name() == "sqlite"
 
 
 def _read(url: str) -> tuple[sqlalchemy.URL, str]:
-    """The URL's parts and the name of its driver; raises RequestError if one is wrong or the other is not installed."""
+    """The URL's parts and its driver's name. Raises RequestError for a bad URL or a driver that is not installed."""
     if re.search(r"\s", url):
         raise RequestError(f"{KEY}: a URL has no spaces; write %20 for a space in a password")
     try:
@@ -67,12 +67,12 @@ def _read(url: str) -> tuple[sqlalchemy.URL, str]:
             f"{KEY}: {address.drivername}:// is not a kind of database that SQLAlchemy knows; give a URL such as "
             f"{EXAMPLE}"
         ) from None
-    except (sqlalchemy.exc.ArgumentError, ValueError):  # what they say could quote a part of the password
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # their messages may quote part of the password
         raise RequestError(f"{KEY}: is not the URL of a database, such as {EXAMPLE}") from None
 
 
 def _reason(error: Exception, address: sqlalchemy.URL) -> str:
-    """The driver's own words, without user and password."""
+    """The driver's own message, without user and password."""
     words = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
     text = without_secrets(" ".join(words[0].split()))
     for secret in filter(None, (str(address.password or ""), address.username)):

@@ -1,7 +1,7 @@
 """Search over groups: one Optuna study and one early-stopping bracket per group, all trials in one Ray Tune pool.
 
 In: groups (a space, a number of trials, constants) and a trial function. Out: `trial_NNNN/result.json` in each group's
-folder. Losses are comparable only within a group, so groups share nothing but the machine; a repeated call runs only
+folder. Losses are comparable only within a group, so groups share nothing but the machine. Calling it again runs only
 the missing trials.
 """
 
@@ -23,12 +23,12 @@ from ray.exceptions import RayActorError
 from ray.tune.search import Searcher
 
 from jobs.cluster.connection import Share
-from jobs.errors import NO_STORAGE, no_storage
+from jobs.errors import DISK_ERRORS, disk_errno
 from jobs.files import write_json
 from jobs.progress import Bar
+from jobs.search.group_queue import GroupQueue
 from jobs.search.halving import EarlyStopping, GroupedHalving, InOrder
 from jobs.search.studies import COMPLETE, FAILED, STOPPED, Group, LostTrial, Storage, Study
-from jobs.search.turns import Turns
 
 NO_LOSS = {"val_loss": math.inf}
 
@@ -36,7 +36,7 @@ NO_LOSS = {"val_loss": math.inf}
 @dataclass(frozen=True)
 class Runtime:
     """Where a search runs: the Optuna storage, each trial's share of the machine, how often to retry a trial whose
-    worker died, a folder for Tune's own files, and how many groups there are where a search is given some of them."""
+    worker died, a folder for Tune's own files, and the total number of groups if a search is given only some."""
 
     storage: Storage
     share: Share
@@ -57,14 +57,14 @@ def run_search(
     """Runs every group's missing trials.
 
     `trial(config, report)` gets the constants, the searched values, `trial` (its number) and `folder`. It calls
-    `report` with `step` and `val_loss` after each validation, and returns the figures of its result, including
-    `val_loss`, or `failed` with the reason. An exception counts as a lost worker: the trial is retried up to
-    `max_retries` times, and then it has failed.
+    `report` with `step` and `val_loss` after each validation, and returns its final figures, including `val_loss`, or
+    `failed` with the reason. An exception counts as a lost worker: the trial is retried up to `max_retries` times, then
+    marked as failed.
 
-    A group that allows several `side_by_side` gets them as `side_by_side`, a list of {searched values, trial, folder};
-    `trial` then reports nothing and returns `side_by_side`, for each of them its figures and `history`, what it would
-    have reported; or `apart`, if each is to be run alone. They are stopped early, after the fact, where one by one they
-    would have been.
+    If the group allows several trials `side_by_side`, `config` holds them as `side_by_side`, a list of {searched
+    values, trial, folder}. `trial` then reports nothing and returns `side_by_side`: for each of them its figures and
+    `history`, what it would have reported; or it returns `apart` if each must run alone. Early stopping is applied
+    afterwards, where it would have stopped them one by one.
     """
     share = runtime.share
     halving = GroupedHalving(early_stopping, groups) if early_stopping else None
@@ -78,9 +78,9 @@ def run_search(
         try:
             figures = trial(config, lambda values: tune.report(dict(values)))
         except Exception as error:
-            if (number := no_storage(error)) is None:
+            if (number := disk_errno(error)) is None:
                 raise
-            figures = {"no_storage": number}  # the search ends here: no trial has failed
+            figures = {"disk_errno": number}  # ends the search without failing a trial
         tune.report({**NO_LOSS, **figures, "final": True})
 
     resources = {key.lower(): value for key, value in share.resources.items()}
@@ -94,41 +94,41 @@ def run_search(
             num_samples=-1,  # as many as the search proposes
             max_concurrent_trials=share.at_once,
             reuse_actors=True,
-            trial_dirname_creator=lambda one: one.trial_id,
+            trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(runtime.scratch),
             verbose=0,
-            # Tune (2.60) can count the death of a reused worker twice and give up its trial, so the search retries.
+            # Tune (2.60) can count a reused worker's death twice and give up its trial, so the search retries.
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(),
             callbacks=[],
         ),
     )
     tuner.fit()
-    if (number := search.no_storage) is not None:
-        raise OSError(number, NO_STORAGE[number])
+    if (number := search.disk_errno) is not None:
+        raise OSError(number, DISK_ERRORS[number])
 
 
-def _until_the_disk_fails(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Tune prints what its searcher raises, and goes on; an error of the disk ends the search once nothing runs."""
+def _stop_on_disk_error(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Stops the search on a disk error, once the running trials have ended; Tune itself would print it and go on."""
 
     @wraps(method)
     def call(self: GroupedSearch, *arguments: Any, **options: Any) -> Any:
         try:
             return method(self, *arguments, **options)
         except Exception as error:
-            if (number := no_storage(error)) is None:
+            if (number := disk_errno(error)) is None:
                 raise
-            self.no_storage = number
+            self.disk_errno = number
             return None
 
     return call
 
 
 class TrialResult(NamedTuple):
-    """How a trial ended: its last figures, those of its validations, whether it ran to its end, and whether its worker
+    """How a trial ended: its last figures, those of each validation, whether it ran to the end, and whether its worker
     died."""
 
     figures: dict[str, Any]
@@ -137,7 +137,7 @@ class TrialResult(NamedTuple):
     error: bool
 
     def record(self) -> dict[str, Any]:
-        """Its state, value, figures and reason, as `result.json` has them."""
+        """State, value, figures, history and reason, as in `result.json`."""
         figures = dict(self.figures)
         value, reason = figures.get("val_loss"), figures.pop("failed", None)
         if self.error or reason or value is None or not math.isfinite(value):
@@ -154,7 +154,7 @@ class TrialResult(NamedTuple):
 
 
 def figures_of(result: dict[str, Any]) -> dict[str, Any]:
-    """The part of a result of Tune that the trial itself reported."""
+    """The part of a Tune result that the trial itself reported."""
     return {key: value for key, value in result.items() if key not in _TUNE_KEYS and not key.startswith("config/")}
 
 
@@ -167,7 +167,7 @@ _TUNE_KEYS = {
 
 @dataclass
 class _Running:
-    """Trials of a group that a worker was given together, nearly always one."""
+    """Trials of a group that run on one worker together; usually one."""
 
     group: Group
     trials: list[optuna.Trial | LostTrial]
@@ -179,20 +179,20 @@ class _Running:
         """What the trial function gets."""
         group, first = self.group, self.trials[0].number
         places = [
-            {**one.params, "trial": one.number, "folder": str(group.folder / f"trial_{one.number:04d}")}
-            for one in self.trials
+            {**trial.params, "trial": trial.number, "folder": str(group.folder / f"trial_{trial.number:04d}")}
+            for trial in self.trials
         ]
-        # The first is the one that the scheduler knows, and where a checkpoint lies.
+        # The scheduler only knows the first trial, whose folder holds the checkpoint.
         own = places[0] if len(places) == 1 else {"side_by_side": places, "trial": first, "folder": places[0]["folder"]}
         return {**group.constants, **group.fixed, **own, "group": group.name}
 
     def __str__(self) -> str:
-        numbers = ", ".join(str(one.number) for one in self.trials)
+        numbers = ", ".join(str(trial.number) for trial in self.trials)
         return f"{self.group.name} trial{'s' * (len(self.trials) > 1)} {numbers}"
 
 
 class GroupedSearch(Searcher):
-    """Asks one Optuna study per group for its next trial; `Turns` says which group's turn it is."""
+    """Asks one Optuna study per group for its next trial; `GroupQueue` picks the group."""
 
     def __init__(
         self,
@@ -207,41 +207,42 @@ class GroupedSearch(Searcher):
         self._max_retries, self._bar, self._on_trial, self._halving = runtime.max_retries, bar, on_trial, halving
         self._studies = {group.name: Study(group, runtime.storage) for group in groups}
         left = {group.name: max(0, group.trials - self._studies[group.name].finished) for group in groups}
-        self._turns = Turns(left, {group.name: group.reads for group in groups}, runtime.share.at_once, runtime.groups)
+        reads = {group.name: group.reads for group in groups}
+        self._queue = GroupQueue(left, reads, runtime.share.at_once, runtime.groups)
         self._running: dict[str, _Running] = {}
         self._retries: list[_Running] = []
-        self.no_storage: int | None = None
-        """Why nothing more is started: the number of an error of the disk."""
+        self.disk_errno: int | None = None
+        """The errno of a disk error, after which no trial is started."""
         self.missing = sum(left.values())
         bar.start_at(sum(group.trials for group in groups) - self.missing)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
         return True
 
-    @_until_the_disk_fails
+    @_stop_on_disk_error
     def suggest(self, trial_id: str) -> Any:
-        running = None if self.no_storage is not None else self._next()
+        running = None if self.disk_errno is not None else self._next()
         if running is None:
             return None if self._running else Searcher.FINISHED
         self._running[trial_id] = running
         return running.config()
 
     def _next(self) -> _Running | None:
-        """A trial that is run again, else what has not been started, if it may start now."""
+        """A trial to retry, else new ones, if any may start now."""
         for place, running in enumerate(self._retries):
-            if self._turns.may_start(running.group.name):
+            if self._queue.may_start(running.group.name):
                 del self._retries[place]
-                self._turns.again(running.group.name)
+                self._queue.restarted(running.group.name)
                 return replace(running, started=time.time())
-        name = self._turns.next_group(exclude={running.group.name for running in self._retries})
+        name = self._queue.next_group(exclude={running.group.name for running in self._retries})
         if name is None:
             return None
-        group, left = self._groups[name], self._turns.left[name]
-        trials = self._studies[name].take(min(group.side_by_side, left + 1))
-        self._turns.beside(name, len(trials) - 1)
+        group, left = self._groups[name], self._queue.left[name]
+        trials = self._studies[name].next_trials(min(group.side_by_side, left + 1))
+        self._queue.started_together(name, len(trials) - 1)
         return _Running(group, trials, time.time())
 
-    @_until_the_disk_fails
+    @_stop_on_disk_error
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         running = self._running.get(trial_id)
         if running is None or result.get("final") or "step" not in result:
@@ -257,41 +258,40 @@ class GroupedSearch(Searcher):
         if math.isfinite(figures.get("val_loss", math.nan)):
             self._studies[running.group.name].report(trial, figures["val_loss"], figures["step"])
 
-    @_until_the_disk_fails
+    @_stop_on_disk_error
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if result:
             self.on_trial_result(trial_id, result)
         running = self._running.pop(trial_id, None)
         if running is None:
             return
-        self._turns.ended(running.group.name)
+        self._queue.ended(running.group.name)
         figures = figures_of(result or {})
         several = len(running.trials) > 1
-        if several and not figures.keys() & {"side_by_side", "no_storage"}:  # which is to blame will be seen
+        if several and not figures.keys() & {"side_by_side", "disk_errno"}:  # retried alone, to find the culprit
             self._bar.line(f"{running}: {'their worker died' if error else 'too large side by side'}, now one by one")
-            self._retries += [replace(running, trials=[one], history=[]) for one in running.trials]
+            self._retries += [replace(running, trials=[trial], history=[]) for trial in running.trials]
             return
         if error and running.deaths < self._max_retries:
             deaths = running.deaths + 1
             self._retries.append(replace(running, deaths=deaths))
             self._bar.line(f"{running}: its worker died, trying again ({deaths} of {self._max_retries})")
             return
-        if (number := figures.pop("no_storage", None)) is not None:
-            self.no_storage = number
+        if (number := figures.pop("disk_errno", None)) is not None:
+            self.disk_errno = number
             return
         ended = bool(result and result.get("final"))
         if not several:
             self._end(running, running.trials[0], TrialResult(figures, running.history, ended, error))
             return
-        for trial, one in zip(running.trials, figures["side_by_side"], strict=True):
-            history = one.pop("history")
-            self._end(
-                running, trial, self._replay_as_solo(running, trial, TrialResult(NO_LOSS | one, history, ended, error))
-            )
+        for trial, own in zip(running.trials, figures["side_by_side"], strict=True):
+            history = own.pop("history")
+            end = TrialResult(NO_LOSS | own, history, ended, error)
+            self._end(running, trial, self._replay_as_solo(running, trial, end))
 
     def _replay_as_solo(self, running: _Running, trial: optuna.Trial | LostTrial, end: TrialResult) -> TrialResult:
-        """How a trial that ran beside others would have ended alone, after those before it; what it left is deleted if
-        it would have been stopped."""
+        """How a trial that ran side by side with others would have ended if they had run one by one. If it would have
+        been stopped, its folder is deleted."""
         stop = self._halving.replay(running.group.name, trial.number, end.history) if self._halving else None
         history = end.history[:stop]
         for figures in history:
@@ -302,7 +302,7 @@ class GroupedSearch(Searcher):
         return TrialResult(dict(history[-1]), history, False, False)
 
     def _end(self, running: _Running, trial: optuna.Trial | LostTrial, end: TrialResult) -> None:
-        """Writes and tells how a trial has ended."""
+        """Writes a trial's result file, then updates its study and the caller."""
         number, group = trial.number, running.group
         record = {
             **end.record(),
@@ -321,7 +321,7 @@ class GroupedSearch(Searcher):
         return self
 
     def __reduce__(self) -> tuple:
-        """Tune pickles its configuration; nothing in this object, such as a database URL, belongs in there."""
+        """Tune pickles its configuration, which must not contain anything of this object, such as a database URL."""
         return (Searcher, ())
 
     def save(self, checkpoint_path: str) -> None:
@@ -333,19 +333,19 @@ class GroupedSearch(Searcher):
 
 LOGGERS = [
     "ray.tune.execution.tune_controller",  # trials
-    "ray.tune.execution.experiment_state",  # Tune's own state, written in the background and read by nobody
+    "ray.tune.execution.experiment_state",  # Tune's own state, written in the background and never read
     "ray.train._internal.storage",  # Tune's folders
 ]
 
 
 def quieten_tune() -> None:
-    """Keeps out of Tune's logs what the search says in a sentence of its own; may be called any number of times."""
+    """Removes from Tune's logs what the search reports in one line itself. Idempotent."""
     for name in LOGGERS:
         logging.getLogger(name).addFilter(is_news)
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it lists every failed attempt as a failed trial
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """False for the traceback of what the search reports in one line: a worker's death, or an error of the disk."""
+    """False for tracebacks of what the search reports in one line: a worker's death or a disk error."""
     error = record.exc_info[1] if record.exc_info else None
-    return error is None or not (isinstance(error, RayActorError) or no_storage(error) is not None)
+    return error is None or not (isinstance(error, RayActorError) or disk_errno(error) is not None)

@@ -1,5 +1,4 @@
-"""Schedulers for Ray Tune: trials in the order of the search, and early stopping within groups of trials, by
-asynchronous successive halving with a bracket for each group.
+"""Schedulers for Ray Tune: trials in the search's order, and asynchronous successive halving with a bracket per group.
 
 In: how early and how often a trial may be stopped, and groups. Out: a scheduler.
 """
@@ -28,8 +27,8 @@ class EarlyStopping:
 
 
 class InOrder(FIFOScheduler):
-    """Tune's own, but it looks for the next trial among those that have not ended: looking through all of them took a
-    third of the driver's time after 4,000 trials. None is ever paused here."""
+    """Tune's own, but it looks for the next trial among the live ones only: scanning all of them took a third of the
+    driver's time after 4,000 trials. No trial is ever paused here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +43,7 @@ class InOrder(FIFOScheduler):
 
 
 class GroupedHalving(InOrder):
-    """One AsyncHyperBandScheduler per group, which knows what the group's finished trials reported."""
+    """One AsyncHyperBandScheduler per group, primed with the reports of the group's finished trials."""
 
     def __init__(self, settings: EarlyStopping, groups: list[Group]) -> None:
         super().__init__()
@@ -55,7 +54,7 @@ class GroupedHalving(InOrder):
             time_attr="training_iteration",
             metric="val_loss",
             mode="min",
-            # One less than the longest run: a rung at its end would only mark a complete trial as stopped.
+            # One less than the longest run: a rung at the very end would only mark complete trials as stopped.
             max_t=max(settings.longest - 1, settings.grace),
             grace_period=settings.grace,
             reduction_factor=settings.reduction_factor,
@@ -63,12 +62,12 @@ class GroupedHalving(InOrder):
         )
         for result in trials_of(group):
             for _ in _decisions(bracket, result["trial"], result["history"]):
-                pass  # what was decided at the time stands
+                pass  # decisions made at the time stand
         return bracket
 
     def replay(self, group: str, number: int, history: Sequence[dict[str, Any]]) -> int | None:
-        """Tells the bracket what a trial that has run to its end reported, up to where it would have been stopped;
-        returns after how many validations that is, or None."""
+        """Feeds a completed trial's history to the bracket until it says stop; returns the number of validations up to
+        there, or None if the trial would have run to the end."""
         for iteration, decision in _decisions(self._brackets[group], number, history):
             if decision == TrialScheduler.STOP:
                 return iteration
@@ -88,19 +87,19 @@ class GroupedHalving(InOrder):
 def _decisions(
     bracket: AsyncHyperBandScheduler, number: int, history: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[int, str]]:
-    """What a bracket says to each of a trial's validations, which it is told one after the other."""
+    """Replays a trial's validations through a bracket and yields its decision on each."""
     trial = _stand_in(number)
     bracket.on_trial_add(NO_CONTROLLER, trial)
     for iteration, figures in enumerate(history, start=1):
         if math.isfinite(loss := figures.get("val_loss", math.nan)):
-            told = {"training_iteration": iteration, "val_loss": loss}
-            yield iteration, bracket.on_trial_result(NO_CONTROLLER, trial, told)
+            result = {"training_iteration": iteration, "val_loss": loss}
+            yield iteration, bracket.on_trial_result(NO_CONTROLLER, trial, result)
 
 
 NO_CONTROLLER: Any = None
-"""Passed in place of Tune's controller: the methods of a bracket called here do not look at it."""
+"""Passed in place of Tune's controller, which the bracket methods called here do not use."""
 
 
 def _stand_in(number: int) -> Any:
-    """Stands in for a Tune trial, named by its number; Tune gives every retry a new name."""
+    """Stands in for a Tune trial, identified by its number, because Tune gives every retry a new id."""
     return SimpleNamespace(trial_id=str(number))

@@ -1,6 +1,6 @@
 """Plots of an Optuna study: history, importances, parallel coordinates.
 
-In: a stored study. Out: PNGs by name; plots that the study is too small for are left out.
+In: a stored study. Out: PNGs by name, without plots for which the study is too small.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def study_pictures(name: str, storage: optuna.storages.BaseStorage, prefix: str,
     }
     pictures = {}
     for name, make in wanted.items():
-        with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna sets a style of its own for all that follows
+        with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna changes the global style
             warnings.simplefilter("ignore")
             try:
                 axes = make()
             except (ValueError, RuntimeError, ZeroDivisionError):  # for example, all values equal
                 continue
-            for one in axes.figure.axes:
-                one.set_facecolor("white")
+            for panel in axes.figure.axes:
+                panel.set_facecolor("white")
             pictures[f"{prefix}_{name}"] = _png(axes)
     return pictures
 

@@ -1,7 +1,7 @@
-"""One trial, or another piece of work, on several workers: a Ray Train job, whose reports reach Tune if there is one.
+"""Runs one trial, or other work, on several workers as a Ray Train job, which reports to Tune if Tune started it.
 
-In: a module-level function `train(config, report)`, and its configuration, which says how many workers share it. Out:
-what the function returns on the first worker.
+In: a module-level function `train(config, report)` and its configuration, including the number of workers. Out: what
+the function returns on the first worker.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from jobs.cluster import environment
 from jobs.files import read_json, write_json
 
 OUTCOME = "outcome.json"
-"""Where the workers of a trial leave its outcome."""
+"""File to which the first worker writes the outcome."""
 Train = Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], dict[str, Any]]
 
 
 def train_together(train: Train, config: dict[str, Any], retries: int | None = None) -> dict[str, Any]:
-    """Runs `train` on `config["workers"]` workers, each with `config["resources"]`; where no trial of Tune does the
-    retrying, once more for each of `retries` if one dies."""
+    """Runs `train` on `config["workers"]` workers, each with `config["resources"]`. Outside Tune, which retries its own
+    trials, pass `retries`: how often to start again after a worker dies."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback

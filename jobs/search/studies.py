@@ -1,8 +1,8 @@
 """Groups of trials with comparable losses, and the Optuna study of each.
 
 In: a group (a space, a number of trials, constants, a sampler) and an Optuna storage. Out: proposals by trial number,
-and a study that agrees with the result files, whatever was killed before. The files are authoritative; a study that a
-kill left out of date is repaired from them.
+and a study that agrees with the result files. The files are authoritative: a study left out of date by a kill is
+repaired from them.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 Storage = optuna.storages.BaseStorage
 COMPLETE, STOPPED, FAILED = "COMPLETE", "STOPPED", "FAILED"
 STARTUP_TRIALS = 4
-"""Random trials at the start of a study, before the sampler learns from results."""
+"""Number of random trials before the sampler learns from results."""
 CUT_CHECKS = 5
-"""How often the end of a journal is looked at before it counts as cut."""
+"""How often to check the end of a journal before calling it truncated."""
 WARM_STARTS = 3
-"""How many of an earlier study's best trials a new one tries first."""
+"""Number of an earlier study's best trials that a new one tries first."""
 
 
 @dataclass(frozen=True)
 class Group:
     """Trials with comparable losses. `constants` are passed to the trial function with the searched values; `study` is
-    the name of the Optuna study, and changes with anything that makes earlier losses incomparable.
+    the name of the Optuna study, which changes whenever earlier losses become incomparable.
 
     `objectives` are the figures that the study minimises; with more than one, nothing is stopped early. `warm_start` is
-    a prefix of the names of earlier studies whose best values are tried first. `reads` names what the trials read: a
-    worker that holds it is given trials of other groups that read the same. `side_by_side` is how many trials one call
-    of the trial function may be given, where none of their values depends on another's result.
+    a name prefix of earlier studies whose best values are tried first. `reads` names the data that the trials read: a
+    worker that has it cached prefers trials, of any group, that read the same. `side_by_side` is the most trials passed
+    to one call of the trial function, as long as none of their values depends on another's result.
     """
 
     name: str
@@ -61,21 +61,21 @@ class Group:
 
     @property
     def searched(self) -> dict[str, Range | Choice]:
-        return {key: one for key, one in self.space.items() if isinstance(one, Range | Choice)}
+        return {key: dimension for key, dimension in self.space.items() if isinstance(dimension, Range | Choice)}
 
     @property
     def fixed(self) -> dict[str, Any]:
-        return {key: one for key, one in self.space.items() if not isinstance(one, Range | Choice)}
+        return {key: value for key, value in self.space.items() if not isinstance(value, Range | Choice)}
 
 
 def trials_of(group: Group) -> list[dict[str, Any]]:
     """The finished trials of a group, by number."""
-    found = [read_json(path) for path in sorted(group.folder.glob("trial_*/result.json"))]
-    return [result for result in found if result is not None]
+    results = [read_json(path) for path in sorted(group.folder.glob("trial_*/result.json"))]
+    return [result for result in results if result is not None]
 
 
 def missing_trials(group: Group) -> int:
-    """How many of a group's trials have no result yet, or failed."""
+    """Number of a group's trials that have no result yet, or failed."""
     return max(0, group.trials - sum(result["state"] != FAILED for result in trials_of(group)))
 
 
@@ -94,13 +94,13 @@ def pareto_front(results: Iterable[dict[str, Any]], objectives: tuple[str, ...])
         if result["state"] == COMPLETE
     }
 
-    def beaten(values: list[float]) -> bool:
+    def is_dominated(values: list[float]) -> bool:
         return any(
             other != values and all(theirs <= mine for theirs, mine in zip(other, values, strict=True))
             for other in finished.values()
         )
 
-    return {number for number, values in finished.items() if not beaten(values)}
+    return {number for number, values in finished.items() if not is_dominated(values)}
 
 
 def open_storage(url: str | None, root: Path) -> Storage:
@@ -113,8 +113,7 @@ def open_storage(url: str | None, root: Path) -> Storage:
 
 
 def journal_problem(path: Path) -> str | None:
-    """Why a journal file cannot be opened, or written to: a line that was cut takes the next one with it. None for a
-    sound one."""
+    """Why a journal file cannot be opened or appended to (a truncated line corrupts the next one); None if sound."""
     try:
         optuna.get_all_study_names(optuna.storages.JournalStorage(JournalFileBackend(str(path))))
         for _ in range(CUT_CHECKS):
@@ -123,13 +122,13 @@ def journal_problem(path: Path) -> str | None:
                 if file.read() in (b"\n", b""):
                     return None
             time.sleep(0.1)  # another process may be writing
-    except Exception as error:  # whatever Optuna makes of what it finds
+    except Exception as error:  # Optuna has no class of its own for a damaged journal
         return f"cannot be opened ({type(error).__name__})"
     return "ends in the middle of a line"
 
 
 def forget_studies(storage: Storage, sweep: str) -> None:
-    """Deletes every study of a sweep that starts over."""
+    """Deletes all studies of a sweep that starts over."""
     for name in optuna.get_all_study_names(storage):
         if name.startswith(f"{sweep}/"):
             optuna.delete_study(study_name=name, storage=storage)
@@ -144,10 +143,10 @@ class LostTrial:
 
 
 class Study:
-    """One group's Optuna study, opened and brought in line with the result files.
+    """One group's Optuna study, opened and synchronised with the result files.
 
-    `finished` counts the trials that need no replacement; `unfinished` are those that were running when an earlier
-    driver died, and those whose files are gone, to be run under their own numbers.
+    `finished` counts the trials that need no replacement; `unfinished` lists those that were running when an earlier
+    driver died and those whose files are gone, to be run under their own numbers.
     """
 
     def __init__(self, group: Group, storage: Storage) -> None:
@@ -163,7 +162,7 @@ class Study:
             if number in results:
                 self._study.add_trial(_trial_from_record(group, results[number]))  # the files outlived the storage
             else:
-                self.ask()  # what this number was, or would have been
+                self.ask()  # draws the same values that this number had
         self.unfinished: list[optuna.Trial | LostTrial] = []
         for frozen in self._study.get_trials(deepcopy=False, states=_OPEN):
             if frozen.state != TrialState.RUNNING:
@@ -176,7 +175,7 @@ class Study:
             else:  # the driver died while this trial's values were being drawn
                 self._study.tell(frozen.number, state=TrialState.FAIL)
         self.finished = sum(result["state"] != FAILED for result in results.values())
-        room = max(0, group.trials - self.finished)  # the settings may now ask for fewer trials than before
+        room = max(0, group.trials - self.finished)  # the settings may ask for fewer trials than before
         for surplus in self.unfinished[room:]:
             if not isinstance(surplus, LostTrial):
                 self._study.tell(surplus, state=TrialState.FAIL)
@@ -185,31 +184,31 @@ class Study:
             for params in _best_values(group, storage):
                 self._study.enqueue_trial(params)
 
-    def take(self, most: int) -> list[optuna.Trial | LostTrial]:
-        """The next trials, at most so many: one, and those after it whose values do not depend on its result."""
-        taken, self.unfinished = self.unfinished[:most], self.unfinished[most:]
+    def next_trials(self, limit: int) -> list[optuna.Trial | LostTrial]:
+        """The next trial and, up to `limit` in all, those after it whose values do not depend on its result."""
+        trials, self.unfinished = self.unfinished[:limit], self.unfinished[limit:]
         learns = self._group.sampler not in ("random", "grid")
-        while len(taken) < most:
-            if taken and learns and len(self._study.get_trials(deepcopy=False, states=_OPEN)) >= STARTUP_TRIALS:
+        while len(trials) < limit:
+            if trials and learns and len(self._study.get_trials(deepcopy=False, states=_OPEN)) >= STARTUP_TRIALS:
                 break
-            taken.append(self.ask())
-        return taken
+            trials.append(self.ask())
+        return trials
 
     def ask(self) -> optuna.Trial:
-        """The next trial. Its values depend on the group's seed, on how many trials were started and on the finished
-        ones, not on how often the driver was started."""
+        """The next trial. Its values depend on the group's seed, the number of trials started and the finished ones,
+        not on how often the driver was restarted."""
         started = self._study.get_trials(deepcopy=False, states=_STARTED)
         number = sum(set(trial.params) == set(self._group.searched) for trial in started)
         self._study.sampler = _sampler(self._group, (self._group.seed * 1_000_003 + number * 7919) % 2**31)
-        return self._study.ask({name: _distribution(one) for name, one in self._group.searched.items()})
+        return self._study.ask({name: _distribution(dimension) for name, dimension in self._group.searched.items()})
 
     def report(self, trial: optuna.Trial | LostTrial, value: float, step: int) -> None:
-        """An intermediate value; studies with several objectives have none."""
+        """Reports an intermediate value, unless the study has several objectives."""
         if len(self._group.objectives) == 1 and not isinstance(trial, LostTrial):
             trial.report(value, step)
 
     def tell(self, trial: optuna.Trial | LostTrial | int, record: dict[str, Any]) -> None:
-        """Tells Optuna how a trial ended, unless it knows."""
+        """Tells Optuna how a trial ended; a `LostTrial` has been told already."""
         if isinstance(trial, LostTrial):
             return
         if record["state"] == COMPLETE:
@@ -233,7 +232,7 @@ def _trial_from_record(group: Group, record: dict[str, Any]) -> optuna.trial.Fro
         state={COMPLETE: TrialState.COMPLETE, STOPPED: TrialState.PRUNED, FAILED: TrialState.FAIL}[record["state"]],
         values=values,
         params={name: record["params"][name] for name in group.searched},
-        distributions={name: _distribution(one) for name, one in group.searched.items()},
+        distributions={name: _distribution(dimension) for name, dimension in group.searched.items()},
         intermediate_values={
             entry["step"]: entry["val_loss"]
             for entry in record["history"]
@@ -247,10 +246,10 @@ _STARTED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialSta
 
 
 class _Grid(optuna.samplers.GridSampler):
-    """Optuna's stops `Study.optimize` after the last combination, and raises where only `ask` and `tell` are used."""
+    """Optuna's own stops `Study.optimize` after the last combination, which raises under plain `ask` and `tell`."""
 
     def after_trial(self, study: optuna.Study, trial: Any, state: TrialState, values: Any) -> None:
-        """Nothing: the group knows how many trials it has."""
+        """Does nothing: the group knows how many trials it has."""
 
 
 def _sampler(group: Group, seed: int) -> optuna.samplers.BaseSampler:
@@ -259,27 +258,33 @@ def _sampler(group: Group, seed: int) -> optuna.samplers.BaseSampler:
     if group.sampler == "gp":
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
     if group.sampler == "grid":
-        grid = {name: list(one.choice) for name, one in group.searched.items() if isinstance(one, Choice)}
+        grid = {
+            name: list(dimension.choice) for name, dimension in group.searched.items() if isinstance(dimension, Choice)
+        }
         return _Grid(grid, seed=group.seed)
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
 
 
 def _best_values(group: Group, storage: Storage) -> list[dict[str, Any]]:
-    """Searched values of the best trials in this group's earlier studies, as far as they are within this space."""
-    found = []
+    """Searched values of the best trials in this group's earlier studies, without those outside this space."""
+    trials = []
     for name in optuna.get_all_study_names(storage):
         if name.startswith(f"{group.warm_start}@"):
             earlier = optuna.load_study(study_name=name, storage=storage)
             done = earlier.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            found += [(trial.values[0], trial.params) for trial in done]
-    found.sort(key=lambda one: one[0])
+            trials += [(trial.values[0], trial.params) for trial in done]
+    trials.sort(key=lambda trial: trial[0])
     return [
-        {name: params[name] for name, one in group.searched.items() if name in params and _holds(one, params[name])}
-        for _, params in found[:WARM_STARTS]
+        {
+            name: params[name]
+            for name, dimension in group.searched.items()
+            if name in params and _contains(dimension, params[name])
+        }
+        for _, params in trials[:WARM_STARTS]
     ]
 
 
-def _holds(dimension: Range | Choice, value: Any) -> bool:
+def _contains(dimension: Range | Choice, value: Any) -> bool:
     distribution = _distribution(dimension)
     try:
         return distribution._contains(distribution.to_internal_repr(value))

@@ -1,6 +1,6 @@
-"""Opens each stage's run in MLflow, and sends what MLflow is missing of stages whose results are on disk.
+"""Opens each stage's run in MLflow, and sends results that are on disk but missing in MLflow.
 
-In: a `Context` and a stage. Out: runs in MLflow; runs that are complete stay as they are.
+In: a `Context` and a stage. Out: runs in MLflow; complete runs are left alone.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def open_stage(context: Context, stage: Stage) -> None:
     context.tracker.open(stage.name, stage.name, parent="sweep", params=flat)
 
 
-def tell(context: Context) -> None:
-    """Sends whatever MLflow is missing of all finished stages."""
+def report_results(context: Context) -> None:
+    """Sends the results of all finished stages that MLflow lacks."""
     tracker = context.tracker
-    tracker.sweep_orphans()
+    tracker.close_orphans()
     if not tracker.is_finished("sweep"):
-        tracker.open("sweep", context.settings.name, params=told_apart_by(context.settings))
+        tracker.open("sweep", context.settings.name, params=distinguishing_params(context.settings))
         tracker.close("sweep")
     for stage in STAGES:
         if (stage.folder(context) / MANIFEST).is_file():
@@ -39,7 +39,7 @@ def tell(context: Context) -> None:
 
 
 def send_missing(context: Context, stage: Stage) -> None:
-    """Sends what MLflow is missing of a finished stage."""
+    """Sends the results of a finished stage that MLflow lacks."""
     if not context.tracker.is_finished(stage.name):
         manifest = read_json(stage.folder(context) / MANIFEST)
         known = metrics_of(manifest["report"]) if stage.name == "data" else {}
@@ -88,8 +88,8 @@ SENDERS: dict[str, Callable[[Context], None]] = {
 """What each stage sends to MLflow besides its own run."""
 
 
-def told_apart_by(settings: Sweep) -> dict[str, Any]:
-    """Of a sweep's own run in MLflow, what it differs in from others: the axes of a comparison there."""
+def distinguishing_params(settings: Sweep) -> dict[str, Any]:
+    """Parameters of a sweep's own run in MLflow by which sweeps are compared there."""
     params: dict[str, Any] = {"seed": settings.seed, "model.source": settings.model.source}
     if settings.model.finetuned:
         params["model.finetuned"] = settings.model.finetuned

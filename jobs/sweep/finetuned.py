@@ -1,7 +1,7 @@
-"""The finetuned model: merged from the best adapter, or one that was made elsewhere; and what it says on held-out rows.
+"""The finetuned model: merged from the best adapter, or made elsewhere; and its answers to held-out rows.
 
-In: an adapter, or the folder of a whole model. Out: `lora/merged/`, a plain safetensors model with its tokenizer, where
-there is an adapter (a whole model is used where it lies), and `lora/validation.json`.
+In: an adapter, or the folder of a whole model. Out: for an adapter `lora/merged/`, a plain safetensors model with its
+tokenizer (a whole model is used in place); and `lora/validation.json`.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ SAMPLES = (
     'def add(a, b):\n    return a + b  # {"sum": [1, 2, 3]}',
     "Größe, naïve, 東京, привет, 🙂",
 )
-"""What both models' tokenizers must encode alike, before the rows are there."""
+"""Texts that both models' tokenizers must encode alike; checked before there are rows."""
 
 
 MERGED_ROWS = 4
 """Rows on which the merged model is compared with the model and its adapter."""
 ROUNDING = 1e-3
-"""Of the largest output: by so much may folding an adapter into fp32 weights move one."""
+"""Largest allowed change of an output by folding an adapter into fp32 weights, relative to the largest output."""
 
 
 class Task(NamedTuple):
-    """As passed to a worker: the un-finetuned model, an adapter to merge into it (empty: none), where the finetuned
-    model is or goes, whether their weights are to be compared, the folder of the rows, where they go with its answers
-    as their targets (empty: they have some), and how it is checked on the validation rows, with the key of that."""
+    """As passed to a worker: the un-finetuned model, an adapter to merge into it (or empty), the finetuned model's
+    folder, whether to compare their weights, the folder of the rows, the folder for rows with the model's answers as
+    targets (empty if they have targets), and the settings and key of the check on the validation rows."""
 
     base: str
     adapter: str
@@ -61,13 +61,13 @@ class Task(NamedTuple):
 
 
 def adopt(context: Context) -> dict[str, Any]:
-    """Takes the finetuned model of the settings instead of training one; returns what the stage's manifest says."""
+    """Uses the finetuned model of the settings instead of training one; returns the facts for the stage's manifest."""
     key = keys.lora(context.settings)
     keyed_folder(context.space.lora, key)
     source, adopted = context.settings.model.finetuned, context.adopted
     assert adopted is not None
     whole = adopted == context.finetuned
-    if _without_target(context):  # then the rows themselves end where its answers do
+    if _without_target(context):  # then the rows depend on where its answers stop
         key = key_of(key, context.limits)
     figures = make(context, None if whole else adopted, key)
     how = "adopted as it is" if whole else "adopted: its adapter was merged"
@@ -80,7 +80,7 @@ def adopt(context: Context) -> dict[str, Any]:
 
 
 def check_models(context: Context) -> None:
-    """Says what is unusual about a pair of models; raises ModelError or RequestError where they are no pair, or their
+    """Prints what is unusual about a pair of models. Raises ModelError or RequestError if they are not a pair, or their
     architecture has no place for a transcoder."""
     from models.adopted import check_ends, check_tokenizers
     from models.architectures import check_architecture, check_mlps
@@ -117,36 +117,36 @@ def check_models(context: Context) -> None:
 
 
 def check_targets(context: Context) -> None:
-    """Raises RequestError where LoRA cannot adapt what `lora.space.targets` names, or would change no site that
-    change deltas are asked to explain."""
+    """Raises RequestError if LoRA cannot adapt what `lora.space.targets` names, or if it would not change any site with
+    change deltas."""
     from models.blocks import sites_with
     from models.weights import build_skeleton
     from trainers.adapters import add_adapter
     from trainers.errors import TrainingError
 
     settings = context.settings
-    named = settings.lora.space.targets
-    given = [str(one) for one in named.choice] if isinstance(named, Choice) else [str(named)]
-    if given == ["all-linear"] or is_finished(context.space.lora, keys.finetuned_check(settings)):
+    setting = settings.lora.space.targets
+    choices = [str(choice) for choice in setting.choice] if isinstance(setting, Choice) else [str(setting)]
+    if choices == ["all-linear"] or is_finished(context.space.lora, keys.finetuned_check(settings)):
         return
     reached: set[Site] = set()
-    for targets in given:
+    for targets in choices:
         try:
             adapted = add_adapter(build_skeleton(context.source), targets, r=1)
         except TrainingError as error:
             raise RequestError(str(error)) from None
-        found = [name for name, module in adapted.get_base_model().named_modules() if hasattr(module, "lora_A")]
-        reached.update(sites_with(adapted.config, found)[0])
+        names = [name for name, module in adapted.get_base_model().named_modules() if hasattr(module, "lora_A")]
+        reached.update(sites_with(adapted.config, names)[0])
     if "change" in settings.deltas.targets and not reached.intersection(context.sites_of("change")):
         kinds = ", ".join(kind.name for kind in context.kinds)
         raise RequestError(
-            f"lora.space.targets: {' or '.join(given)} changes nothing in deltas.layers that deltas.sites asks for "
+            f"lora.space.targets: {' or '.join(choices)} changes nothing in deltas.layers that deltas.sites asks for "
             f"({kinds}), so there is nothing for change deltas to explain"
         )
 
 
 def check_rows_encode(context: Context, rows: Iterable[Row]) -> None:
-    """Raises ModelError where the two models' tokenizers encode a row differently."""
+    """Raises ModelError if the two models' tokenizers encode a row differently."""
     from models.adopted import check_tokenizers
     from models.sources import load_tokenizer
 
@@ -157,7 +157,7 @@ def check_rows_encode(context: Context, rows: Iterable[Row]) -> None:
 
 
 def make(context: Context, adapter: Path | None, key: str) -> dict[str, Any]:
-    """The finetuned model of that key, merged where there is an adapter, in fp32; returns its figures on the rows."""
+    """Makes the finetuned model of `key`, merging the adapter, if any, in fp32; returns its figures on the rows."""
     space, validation = context.space, context.space.lora / VALIDATION_FILE
     _replace(context, key)
     context.forget_pair()
@@ -194,8 +194,8 @@ def make(context: Context, adapter: Path | None, key: str) -> dict[str, Any]:
 
 
 def _note_change(context: Context, found: dict[str, Any]) -> None:
-    """Checks what merging did, and notes what it changed; raises RequestError where it is not what the adapter says, or
-    is nothing."""
+    """Checks the merge and records what changed. Raises RequestError if the merged model is wrong, or if nothing has
+    changed."""
     setting, source = "model.finetuned", context.settings.model.finetuned
     if source is None:
         setting, source = "lora", "the best trial's adapter"
@@ -219,7 +219,7 @@ def _note_change(context: Context, found: dict[str, Any]) -> None:
 
 
 def merge_check(merge: dict[str, Any]) -> dict[str, Any]:
-    """Whether the merged model computes what the model with its adapter does, as a check of the report."""
+    """Check of the report: whether the merged model computes the same as the model with its adapter."""
     same = merge["modules_apart"] <= ROUNDING and merge["logits_apart"] <= ROUNDING
     return {
         "name": "the merged model computes what the model with its adapter attached does",
@@ -231,7 +231,7 @@ def merge_check(merge: dict[str, Any]) -> dict[str, Any]:
 
 
 def _replace(context: Context, identity: str) -> None:
-    """If the finetuned model is not the same as before, deletes what was made with the old one."""
+    """Deletes what was made with the previous finetuned model, if this is another one."""
     space = context.space
     of_its_answers = (space.answered, space.activations / "base", space.transcoders) if space.answered.is_dir() else ()
     if (read_json(space.folder / FINETUNED) or {}).get("key") == identity:
@@ -249,7 +249,7 @@ def _replace(context: Context, identity: str) -> None:
 
 
 def merge_and_check(task: Task) -> None:
-    """Runs on a worker, to keep the driver small."""
+    """Merges and checks on a worker, to keep the driver small."""
     import torch
 
     from data.rows import read_rows
@@ -270,10 +270,10 @@ def merge_and_check(task: Task) -> None:
         found["merge"] = before["merge"]
     if task.compares:
         weights = compare(open_weights(Path(task.base)), open_weights(Path(task.finetuned)))
-        found |= {"changed": list(weights.changed), "not_finite": [list(one) for one in weights.not_finite]}
+        found |= {"changed": list(weights.changed), "not_finite": [list(entry) for entry in weights.not_finite]}
         if merging is not None:
             names = [f"{name}." for name in found["changed"]]
-            idle = [one for one in merging.outputs if not any(name.startswith(f"{one}.") for name in names)]
+            idle = [module for module in merging.outputs if not any(name.startswith(f"{module}.") for name in names)]
             found["merge"]["unchanged"] = idle
     elif "changed" in before:
         found["changed"] = before["changed"]
@@ -287,8 +287,8 @@ def merge_and_check(task: Task) -> None:
 
 
 class _Merging:
-    """Merges an adapter into the un-finetuned model and saves the result; holds what the model and its adapter computed
-    before: logits of some rows, and outputs of the adapted modules."""
+    """Merges an adapter into the un-finetuned model and saves the result. Keeps what the model with its adapter
+    computed before: logits of some rows, and outputs of the adapted modules."""
 
     def __init__(self, task: Task) -> None:
         import torch
@@ -302,14 +302,14 @@ class _Merging:
         rows = read_rows(Path(task.rows) / "validation.jsonl")[:MERGED_ROWS]
         self.rows = [encode_row(tokenizer, row).ids for row in rows]
         attached = attach(model, Path(task.adapter))
-        self.logits = _logits(attached.base, self.rows)  # whose modules PEFT has exchanged
-        self.outputs = {name: probe(one, seed) for seed, (name, one) in enumerate(attached.modules().items())}
+        self.logits = _logits(attached.base, self.rows)  # its modules are replaced by PEFT
+        self.outputs = {name: probe(module, seed) for seed, (name, module) in enumerate(attached.modules().items())}
         attached.fold_in().save_pretrained(task.finetuned)
         tokenizer.save_pretrained(task.finetuned)
         seal(Path(task.finetuned))
 
     def compared_with(self, merged: Any) -> dict[str, Any]:
-        """How far the merged model, read back, is from that; shares of the largest logit and output."""
+        """The differences of the merged model, read back, as shares of the largest logit and output."""
         from models.adapters import apart, probe
 
         modules = dict(merged.named_modules())
@@ -332,14 +332,14 @@ def _logits(model: Any, rows: list[list[int]]) -> list[Any]:
 
 
 def _without_target(context: Context) -> int:
-    """How many rows wait for the finetuned model's answers."""
+    """Number of rows that lack a target."""
     report = read_json(context.space.data / REPORT) or {}
     return sum(report.get("without_target", {}).values())
 
 
 def _answer(task: Task, model: Any, tokenizer: Any) -> dict[str, int]:
-    """Writes the rows with the model's greedy answers as the targets that they lack; counts `made` and, of these, `cut`
-    at the token budget."""
+    """Writes the rows with the model's greedy answers as missing targets; counts those `made` and those `cut` at the
+    token budget."""
     from data.encoding import encode_prompt, ends_of, with_answer
     from data.rows import read_rows, write_rows
     from evaluators.measures.finetuned_answers import answers
@@ -351,11 +351,11 @@ def _answer(task: Task, model: Any, tokenizer: Any) -> dict[str, int]:
             bare = [place for place, row in enumerate(rows) if not row.target]
             if bare:
                 prompts = [encode_prompt(tokenizer, rows[place]) for place in bare]
-                said = answers(model, tokenizer, prompts, task.limits, ends_of(model, tokenizer, rows[bare[0]]))
-                for place, answer in zip(bare, said, strict=True):
+                made = answers(model, tokenizer, prompts, task.limits, ends_of(model, tokenizer, rows[bare[0]]))
+                for place, answer in zip(bare, made, strict=True):
                     rows[place] = with_answer(tokenizer, rows[place], answer.text, answer.ids)
                 counts["made"] += len(bare)
-                counts["cut"] += sum(answer.cut for answer in said)
+                counts["cut"] += sum(answer.cut for answer in made)
             write_rows(folder / f"{split}.jsonl", rows)
         seal(folder)
         shutil.rmtree(task.answered, ignore_errors=True)

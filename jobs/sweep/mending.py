@@ -1,9 +1,9 @@
-"""Damaged files of a sweep: finds them, and makes room for them to be made again.
+"""Finds damaged files of a sweep, and removes them so that the stages make them again.
 
-In: a `Context` whose sweep is not running. Out: what is damaged, missing, edited or added by hand, file by file; such
-files are moved to `set_aside/` in the sweep's folder, and what they belong to (a trial, a model, a cell) counts as not
-done, so that the stages make exactly that again. What is made again has the same bits, so what followed from it stays;
-deltas, cells and the finetuned model are known by their hashes, so what followed from other bits does not.
+In: a `Context` whose sweep is not running. Out: the files that are damaged, missing, edited or added by hand. They are
+moved to `set_aside/` in the sweep's folder, and their unit (a trial, a model, a cell) counts as not done, so that the
+stages redo exactly that. The new files have the same bits, so results that depend on them stay valid; deltas, cells and
+the finetuned model are keyed by their hashes, so results that depend on other bits do not.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UNITS = (
     *("data/answered", "lora/trial_*", "lora/merged", "transcoders/layer_*"),
     *("deltas/*/*/residual", "deltas/*/*/d*/trial_*", "deltas/polished/d*"),
 )
-"""Folders that are made as a whole."""
+"""Folders that are made, and made again, as a whole."""
 JSON_FILES = (
     *(KEY, MANIFEST, SEAL, START, FINETUNED, VALIDATION_FILE),
     *("result.json", "best.json", "base_error.json", "cells/*.json", "checks_*.json"),
@@ -37,21 +37,21 @@ JSON_FILES = (
 
 
 def mend(context: Context, stages: tuple[Stage, ...]) -> None:
-    """Names every damaged file in a line, and leaves the sweep as if those pieces of work had never been done.
+    """Prints a line for every damaged file, and leaves the sweep as if that work had never been done.
 
-    Sizes are compared, and hashes of small files; where any of `stages` has work left, which may read the large ones,
-    the hashes of all.
+    Compares sizes, and hashes of small files. If any of `stages` has work left, which may read the large ones, compares
+    all hashes.
     """
     for most_bytes in (SMALL, math.inf):
         _mend_model(context, most_bytes)
-        for stage, one in list(find(context, most_bytes)):
-            _set_aside(context, stage, one)
+        for stage, broken in list(find(context, most_bytes)):
+            _set_aside(context, stage, broken)
         if all(stage.finished(context) for stage in stages):
             return
 
 
 def _mend_model(context: Context, most_bytes: float) -> None:
-    """A base model that was built under the storage root is built again where it is damaged."""
+    """Rebuilds a damaged base model under the storage root."""
     folder = context.model
     if not folder.is_relative_to(context.space.models):
         return
@@ -69,31 +69,31 @@ def _mend_model(context: Context, most_bytes: float) -> None:
 def find(
     context: Context, most_bytes: float = math.inf, seen: Seen = lambda path: None
 ) -> Iterator[tuple[Stage | None, Damage]]:
-    """What is damaged, each with the stage that left it; files above `most_bytes` are not read. `seen` is called after
-    each file."""
+    """Yields damaged files, each with the stage that wrote it. Does not hash files larger than `most_bytes`. Calls
+    `seen` after each file."""
     space = context.space
     caches = [*space.activations.glob(f"*/{KEY}"), *space.deltas.glob("*/*/residual/*.json")]
     if space.data.is_dir() and not (space.folder / START).is_file():
         yield None, Damage(space.folder / START, "is missing")
-    yield from ((None, one) for path in (space.folder / START, *sorted(caches)) if (one := _json(path)))
+    yield from ((None, broken) for path in (space.folder / START, *sorted(caches)) if (broken := _json(path)))
     for stage in STAGES:
         folder = stage.folder(context)
         if broken := _json(folder / MANIFEST):
             yield stage, broken
-        elif not (folder / MANIFEST).is_file() and (folder / SEAL).is_file():  # which a stage loses both or neither
+        elif not (folder / MANIFEST).is_file() and (folder / SEAL).is_file():  # a stage has both or neither
             yield stage, Damage(folder / MANIFEST, "is missing")
         elif (folder / MANIFEST).is_file():
-            yield from ((stage, one) for one in _of_finished(stage.files(context), folder, most_bytes, seen))
+            yield from ((stage, found) for found in _of_finished(stage.files(context), folder, most_bytes, seen))
         elif stage.name not in MADE_WHOLE:
-            yield from ((stage, one) for one in _of_unfinished(stage.files(context), most_bytes, seen))
+            yield from ((stage, found) for found in _of_unfinished(stage.files(context), most_bytes, seen))
 
 
 MADE_WHOLE = ("data", "report")
-"""Stages that are made from the start wherever they are not finished."""
+"""Stages that start from scratch if they are not finished."""
 
 
 def _of_finished(files: list[Path], folder: Path, most_bytes: float, seen: Seen) -> Iterator[Damage]:
-    """Of a stage whose seal lists everything that it left."""
+    """Damage in a finished stage, whose seal lists all its files."""
     try:
         known = listed(folder)
     except DamagedFileError as error:
@@ -104,7 +104,7 @@ def _of_finished(files: list[Path], folder: Path, most_bytes: float, seen: Seen)
 
 
 def _of_unfinished(files: list[Path], most_bytes: float, seen: Seen) -> Iterator[Damage]:
-    """Of a stage that was stopped: files with checksums of their own, and what the seals of its parts list."""
+    """Damage in an unfinished stage: in files with their own checksums, and in those that its units' seals list."""
     for path in files:
         is_json = any(path.match(pattern) for pattern in JSON_FILES)
         if broken := _json(path) if is_json else None:
@@ -120,7 +120,7 @@ def _of_unfinished(files: list[Path], most_bytes: float, seen: Seen) -> Iterator
 
 
 def _needs_seal(path: Path) -> bool:
-    """Whether the file says that the work in its folder is done."""
+    """Whether the file marks the work in its folder as done."""
     if path.parent.name == "answered":
         return path.name == "validation.jsonl"
     if path.name == "result.json":
@@ -129,7 +129,7 @@ def _needs_seal(path: Path) -> bool:
 
 
 def _json(path: Path) -> Damage | None:
-    """What is wrong with a file that holds its own checksum."""
+    """The damage of a file that holds its own checksum, if any."""
     try:
         read_json(path)
     except DamagedFileError as error:
@@ -137,26 +137,26 @@ def _json(path: Path) -> Damage | None:
     return None
 
 
-def _set_aside(context: Context, stage: Stage | None, one: Damage) -> None:
+def _set_aside(context: Context, stage: Stage | None, broken: Damage) -> None:
     """Moves the file away and deletes what is made together with it."""
     folder = context.space.folder
-    shown, moved = one.path.relative_to(folder), ""
-    if one.path.exists():
+    shown, moved = broken.path.relative_to(folder), ""
+    if broken.path.exists():
         to = folder / ASIDE / shown
         to.parent.mkdir(parents=True, exist_ok=True)
-        one.path.replace(to)
+        broken.path.replace(to)
         moved = f"; moved to {to.relative_to(folder)}"
-    if one.why == ADDED:
-        context.progress.line(f"  {shown} {one.why}{moved}")
+    if broken.why == ADDED:
+        context.progress.line(f"  {shown} {broken.why}{moved}")
         return
-    context.progress.line(f"  {shown} {one.why}: damaged, or edited by hand{moved}")
-    if one.path.name == KEY:
-        shutil.rmtree(one.path.parent, ignore_errors=True)
+    context.progress.line(f"  {shown} {broken.why}: damaged, or edited by hand{moved}")
+    if broken.path.name == KEY:
+        shutil.rmtree(broken.path.parent, ignore_errors=True)
     for up in shown.parents:
         if any(up.match(pattern) for pattern in UNITS):
             shutil.rmtree(folder / up, ignore_errors=True)
-    if one.path.parent in (context.space.cells, context.space.generations):
-        (context.space.cells / f"{one.path.stem}.json").unlink(missing_ok=True)
-        (context.space.generations / f"{one.path.stem}.jsonl").unlink(missing_ok=True)
+    if broken.path.parent in (context.space.cells, context.space.generations):
+        (context.space.cells / f"{broken.path.stem}.json").unlink(missing_ok=True)
+        (context.space.generations / f"{broken.path.stem}.jsonl").unlink(missing_ok=True)
     if stage is not None:
         stage.drop(context)

@@ -1,4 +1,4 @@
-"""A copy of a sweep's results at a URL: sent as they are written, and fetched by a machine that has none of them.
+"""A copy of a sweep's results at a URL: uploaded as they are written, and downloaded by a machine that has none.
 
 In: a sweep's folder and a URL that fsspec understands (s3://bucket/runs, gs://..., file:///...). Out: URL/NAME holds
 the folder's files, except activations and base errors, which a later stage recomputes if it needs them. Files are sent
@@ -25,9 +25,9 @@ from jobs.files import read_json, write_json
 
 PASS_SECONDS = 20.0
 LEDGER = ".mirror.json"
-"""Which files of this folder were sent, each with its size and time, and under which writer's name."""
+"""The files of this folder that were sent, with size and time, and this writer's name."""
 WRITER = "writer.json"
-"""Who sent last; exists at the URL only."""
+"""The name of the last sender; exists only at the URL."""
 NOT_SENT = {"activations", "residual", "set_aside"}
 
 
@@ -69,7 +69,7 @@ class Mirror:
         self._root = f"{root.rstrip('/')}/{folder.name}"
 
     def open(self, fresh: bool = False) -> None:
-        """Fetches the results at the URL if there are none here, and signs as the machine that sends from now on."""
+        """Fetches the results at the URL if there are none here, and registers this machine as the sender."""
         try:
             remote, writer = self._remote_names(), self._current_writer()
             ledger = read_json(self._folder / LEDGER) or {"writer": None, "sent": {}}
@@ -93,7 +93,7 @@ class Mirror:
             raise RequestError(f"{self._shown} does not answer ({type(error).__name__}: {error})") from None
 
     def follow(self, ended: threading.Event) -> None:
-        """Sends until the sweep has ended, and once more after that."""
+        """Sends repeatedly until the sweep has ended, then once more."""
         failing = last = False
         while not last:
             last = ended.wait(PASS_SECONDS)
@@ -110,7 +110,7 @@ class Mirror:
                 failing = True
 
     def send(self) -> None:
-        """Brings the URL in line with the folder: deletes what is gone here, then sends what is new, oldest first."""
+        """Synchronises the URL with the folder: deletes what is gone here, then sends what is new, oldest first."""
         local = self._local_files()
         for name in [name for name in self._sent if name not in local]:
             self._files.rm_file(f"{self._root}/{name}")
@@ -135,7 +135,7 @@ class Mirror:
     def _local_files(self) -> dict[str, list[int]]:
         found = {}
         for parent, folders, names in os.walk(self._folder):
-            folders[:] = [one for one in folders if one not in NOT_SENT and not one.startswith(".")]
+            folders[:] = [child for child in folders if child not in NOT_SENT and not child.startswith(".")]
             for name in names:
                 path = Path(parent) / name
                 if name.startswith(".") or name.endswith(".tmp"):
@@ -156,13 +156,13 @@ class Mirror:
 
     def _current_writer(self) -> str | None:
         try:
-            held: dict[str, Any] = json.loads(self._files.cat_file(f"{self._root}/{WRITER}"))
+            content: dict[str, Any] = json.loads(self._files.cat_file(f"{self._root}/{WRITER}"))
         except FileNotFoundError:
             return None
-        return held["writer"]
+        return content["writer"]
 
     def _fetch(self, names: list[str]) -> None:
-        """Fetches the file that marks a sweep as started last, so that an interrupted fetch is repeated."""
+        """Fetches `START` last, so that an interrupted fetch is repeated."""
         self._say(f"fetching {len(names)} files from {self._shown.partition(' ')[2]}")
         for name in sorted(names, key=lambda name: name == START):
             path = self._folder / name

@@ -1,7 +1,7 @@
 """What finetuning changed, as far as a sweep needs to know before it trains anything on it.
 
-In: a `Context` and what was found of its two models. Out: `pair.json`: which parameters differ, in which layers the
-MLPs do, and the rounded copy of the un-finetuned model where one is needed. A layer whose MLP did not change gets no
+In: a `Context` and the comparison of its two models. Out: `pair.json`: the parameters that differ, the layers whose
+MLPs do, and the rounded copy of the un-finetuned model if one is needed. A layer whose MLP did not change gets no
 change deltas.
 """
 
@@ -27,30 +27,30 @@ if TYPE_CHECKING:
 
 
 def examine(context: Context) -> None:
-    """Looks at a pair that was made elsewhere, unless that has been done, and says what is unusual or left out.
+    """Examines a pair that was made elsewhere, unless that has been done, and prints what is unusual or left out.
 
-    Raises ModelError or RequestError where the two are no pair, or nothing of what is asked for has changed.
+    Raises ModelError or RequestError if the two are not a pair, or if nothing that the settings ask for has changed.
     """
     from models.adopted import check_pair
 
-    held, adopted = context.pair, context.adopted
+    facts, adopted = context.pair, context.adopted
     assert adopted is not None
-    if held is None or (held["rounded"] and not Path(held["rounded"]).is_dir()):
-        # What results are keyed by is hashed now, while the files are read anyhow.
+    if facts is None or (facts["rounded"] and not Path(facts["rounded"]).is_dir()):
+        # Hashes for the keys of results are computed now, as the files are being read anyway.
         seen = partial(hash_of, models=context.space.models)
         found = check_pair(context.source, adopted, context.settings.model.source, seen)
         rounded = _round(context, found) if found.rounded else ""
         merged = [] if adopted == context.finetuned else _changed_by_merging(context)
         exact = adopted == context.finetuned or bool(merged)
-        held = note(context, merged or found.changed, notes=found.notes, rounded=rounded, exact=exact)
-    for one in held["notes"]:
-        context.progress.line(f"note: {one}")
+        facts = note(context, merged or found.changed, notes=found.notes, rounded=rounded, exact=exact)
+    for text in facts["notes"]:
+        context.progress.line(f"note: {text}")
     say_what_changed(context)
 
 
 def examine_base(context: Context) -> None:
-    """Looks at an un-finetuned model of the user's own, unless the finetuned one is made already; raises ModelError
-    where it cannot be loaded as it should."""
+    """Examines a user's own un-finetuned model, unless the finetuned one exists already. Raises ModelError if it cannot
+    be loaded properly."""
     from models.adopted import check_base
     from models.weights import load_config
 
@@ -74,8 +74,8 @@ def _check_known(context: Context, config: Any) -> None:
 def note(
     context: Context, changed: Sequence[str], *, exact: bool, notes: Sequence[str] = (), rounded: str = ""
 ) -> dict[str, Any]:
-    """Writes and returns what is known of the finetuned model: the parameters that changed, or, of an adapter that is
-    not merged yet (not `exact`), the modules that it adapts."""
+    """Writes and returns what is known about the finetuned model: the parameters that changed or, for an adapter that
+    is not merged yet (not `exact`), the modules that it adapts."""
     from models.blocks import linear_kinds, sites_with
     from models.comparison import in_words
     from models.weights import load_config
@@ -100,16 +100,16 @@ def note(
 
 
 def _changed_by_merging(context: Context) -> list[str]:
-    """The parameters that merging changed, where an adapter of this content was merged before: its files may only have
-    been copied or touched since, and a layer that it left untrained must stay left out."""
+    """The parameters that merging changed, if an adapter with this content was merged before. Its files may only have
+    been copied or touched since, and layers that it left untrained must stay excluded."""
     if not is_finished(context.space.lora, keys.finetuned_check(context.settings)):
         return []
     return (read_json(context.space.lora / VALIDATION_FILE) or {}).get("changed", [])
 
 
 def say_what_changed(context: Context) -> None:
-    """One line on what finetuning changed, one on layers that are left out; raises RequestError where no change delta
-    that is asked for has anything to explain."""
+    """Prints what finetuning changed and which layers are left out. Raises RequestError if the requested change deltas
+    have nothing to explain."""
     known = context.pair
     assert known is not None
     source = context.settings.model.finetuned or "the finetuned model"
@@ -129,10 +129,10 @@ def say_what_changed(context: Context) -> None:
     if not context.sites_of("change"):
         section = context.settings.deltas
         where = "in any layer" if section.layers == "all" else f"in {layer_list(section.layers)}"
-        asked = KINDS if section.sites == "auto" else section.sites
+        wanted = KINDS if section.sites == "auto" else section.sites
         raise RequestError(
             f"{'model.finetuned' if context.settings.model.finetuned else 'lora.space.targets'}: {source} changed "
-            f"{known['in_words'] or 'nothing'}, and none of {', '.join(KINDS[name].words for name in asked)} {where}, "
+            f"{known['in_words'] or 'nothing'}, and none of {', '.join(KINDS[name].words for name in wanted)} {where}, "
             "so there is nothing for change deltas to explain (deltas.sites and deltas.layers say where they look)"
         )
     for kind in kinds:
@@ -141,7 +141,7 @@ def say_what_changed(context: Context) -> None:
 
 
 def _round(context: Context, found: Pair) -> str:
-    """The folder of the un-finetuned model in the finetuned one's dtype."""
+    """Writes the un-finetuned model in the finetuned one's dtype; returns its folder."""
     from models.comparison import write_rounded
     from models.weights import open_weights
 

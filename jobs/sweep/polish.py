@@ -24,8 +24,8 @@ from sites import Address, Ground, Site
 
 
 class PolishTask(NamedTuple):
-    """The deltas of one width, as passed to a worker: site by site the folders of the kept ones and the mean squares
-    of what they explain, and the folder of the rows to train on together."""
+    """The deltas of one width, as passed to a worker: per site, the folder of the kept delta and the mean square of its
+    target; and the folder of the rows to train on."""
 
     model: ModelSpec
     base_model: str
@@ -40,7 +40,7 @@ class PolishTask(NamedTuple):
 
 
 def polish_widths(context: Context) -> dict[str, Any]:
-    """By width, the figures of the run that trained its deltas together; empty where none is asked for."""
+    """The figures of joint training, by width; empty if `polish_steps` is 0."""
     from jobs.tracking.records import record_polish
 
     section, sites = context.settings.deltas, tuple(context.sites_of("change"))
@@ -49,8 +49,8 @@ def polish_widths(context: Context) -> dict[str, Any]:
         kept = [context.kept_trial(Address(site, Ground("change"), d_new)) for site in sites]
         folders = [folder for folder in kept if folder is not None]
         if not sites or len(folders) < len(kept):
-            continue  # the search has said so
-        lineage = [sealed_hash(one / "delta.safetensors") for one in folders]
+            continue  # reported by the search
+        lineage = [sealed_hash(folder / "delta.safetensors") for folder in folders]
         key = keys.polished(context.settings, lineage)
         folder = keyed_folder(context.space.polished(d_new), key)
         if not is_finished(folder, key):
@@ -64,24 +64,24 @@ def polish_widths(context: Context) -> dict[str, Any]:
                 if outcome.error:
                     raise WorkFailed(f"joint polish, {Path(outcome.task.folder).name}: {outcome.error}")
                 bar.advance()
-    found = {name: read_json(folder / "manifest.json") for name, folder in made.items()}
-    for name, manifest in found.items():
+    manifests = {name: read_json(folder / "manifest.json") for name, folder in made.items()}
+    for name, manifest in manifests.items():
         record_polish(context.tracker, name, manifest)
-    return {name: manifest["figures"] for name, manifest in found.items()}
+    return {name: manifest["figures"] for name, manifest in manifests.items()}
 
 
 def _units(context: Context, sites: Sequence[Site]) -> tuple[float, ...]:
-    """The mean square of each site's change on held-out text, which is captured again where it was deleted."""
+    """The mean square of each site's change on held-out text, which is captured again if it was deleted."""
     disk, found = disk_of(context), {}
     for part in disk.windows(sites):
-        if disk.apart:
+        if disk.needs_windows:
             drop(context, keep=part)
         folder = capture_finetuned(context, part, ("validation",))
         for outcome in context.pool.run(_unit, [(folder, site) for site in part]):
             if outcome.error:
                 raise WorkFailed(f"the size of the change in layer {outcome.task[1].label}: {outcome.error}")
             found[outcome.task[1]] = outcome.result
-    if disk.apart:
+    if disk.needs_windows:
         drop(context)
     return tuple(found[site] for site in sites)
 
@@ -118,7 +118,7 @@ def _task(context: Context, sites: tuple[Site, ...], deltas: list[Path], folder:
 
 
 def polish_width(task: PolishTask) -> None:
-    """Trains one width's deltas together; a run whose worker was lost continues from the checkpoint in its folder."""
+    """Trains one width's deltas together; after the loss of a worker, continues from the checkpoint in the folder."""
     from data.encoding import encode_row
     from data.rows import read_rows
     from models.deltas import read_delta, write_delta

@@ -17,8 +17,9 @@ from jobs.seals import SEAL, files_in
 
 
 class Stage(NamedTuple):
-    """One step of a study, run by `run(context)` in the module of its name; when done, its manifest in `folder` holds
-    `key`, and a seal beside that lists what it left: files and folders by their patterns within the sweep's folder."""
+    """One step of a study, run by `run(context)` in the module of the same name. When it is done, its manifest in
+    `folder` holds `key`, and the seal next to it lists the files it wrote: those that match the patterns `leaves`
+    in the sweep's folder."""
 
     name: str
     folder: Callable[[Context], Path]
@@ -27,14 +28,14 @@ class Stage(NamedTuple):
     leaves: tuple[str, ...] = ()
 
     def files(self, context: Context) -> list[Path]:
-        """Every file that this stage leaves, as far as it is there."""
+        """The existing files that this stage writes."""
         roots = [path for pattern in self.leaves for path in sorted(context.space.folder.glob(pattern))]
         found = [path for root in roots for path in files_in(root)]
         own = (self.folder(context) / MANIFEST, self.folder(context) / SEAL)
         return [path for path in found if path not in own and not (self.name == "data" and "answered" in path.parts)]
 
     def drop(self, context: Context) -> None:
-        """From now on the stage counts as not done."""
+        """Makes the stage count as not done."""
         for name in (MANIFEST, SEAL):
             (self.folder(context) / name).unlink(missing_ok=True)
 

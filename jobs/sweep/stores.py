@@ -1,6 +1,6 @@
-"""The stores that are told from result files, Optuna's journal and MLflow's database: whether they can be opened.
+"""Databases that can be rebuilt from the result files: Optuna's journal and MLflow's database.
 
-In: a `Context`. Out: a store that cannot be opened is put aside under another name, and the sweep counts as not told;
+In: a `Context`. Out: a database that cannot be opened is moved to another name, so that its content is reported again;
 a server or a database elsewhere is left alone.
 """
 
@@ -17,7 +17,7 @@ SEARCHES = ("lora", "deltas")
 
 
 def problems(context: Context) -> dict[Path, str]:
-    """What is wrong with each store of this storage root that cannot be opened."""
+    """The databases of this storage root that cannot be opened, and why."""
     from jobs.search.studies import journal_problem
     from jobs.tracking.database import database_problem
 
@@ -26,31 +26,31 @@ def problems(context: Context) -> dict[Path, str]:
 
 
 def journal(context: Context) -> Path | None:
-    """Optuna's journal; None where studies are in a database elsewhere."""
+    """Optuna's journal; None if studies are in a database elsewhere."""
     return None if context.settings.storage.optuna_url else context.space.root / "optuna" / "journal.log"
 
 
 def database(context: Context) -> Path | None:
-    """MLflow's database; None where a server is told, or a database elsewhere."""
+    """MLflow's database; None if a server or a database elsewhere is used."""
     own = context.space.root / "mlflow.db"
     return own if tracking_uri(context.settings, context.space.root) == f"sqlite:///{own.resolve()}" else None
 
 
-def put_aside(context: Context) -> None:
-    """Renames stores that cannot be opened, and says so. A lost journal makes the searches open their studies again,
-    from the result files."""
+def move_damaged(context: Context) -> None:
+    """Renames databases that cannot be opened, with a message. If the journal is lost, the search stages count as not
+    done, so that they rebuild their studies from the result files."""
     for path, why in problems(context).items():
         to = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
         path.replace(to)
-        for ending in ("-wal", "-shm", "-journal"):  # SQLite's own, of the database that was there
+        for ending in ("-wal", "-shm", "-journal"):  # SQLite's files of the old database
             path.with_name(path.name + ending).unlink(missing_ok=True)
-        context.progress.line(f"  {path} {why}: put aside as {to.name}, and told again from the result files")
+        context.progress.line(f"  {path} {why}: moved to {to.name} and rebuilt from the result files")
         for stage in STAGES if path == journal(context) else ():
             if stage.name in SEARCHES:
                 stage.drop(context)
 
 
-def untold(context: Context) -> bool:
-    """Whether MLflow's database is gone, so that a finished sweep has to be told again."""
-    held = database(context)
-    return held is not None and not held.is_file()
+def unreported(context: Context) -> bool:
+    """Whether MLflow's database is gone, so that a finished sweep must be reported again."""
+    path = database(context)
+    return path is not None and not path.is_file()

@@ -1,6 +1,6 @@
 """Runs a whole study: the stages in order, skipping finished ones, and the summary at the end.
 
-In: a `Context` and the last stage to run. Out: results on disk and in MLflow; an error says what stopped it.
+In: a `Context` and the last stage to run. Out: results on disk and in MLflow, or an error that says what stopped it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from jobs.errors import WorkFailed, without_secrets
 from jobs.files import MANIFEST, read_json, write_json
 from jobs.progress import clock
 from jobs.seals import seal
-from jobs.sweep.backfill import open_stage, send_missing, tell, told_apart_by
+from jobs.sweep.backfill import distinguishing_params, open_stage, report_results, send_missing
 from jobs.sweep.finetuned import check_models
 from jobs.sweep.mending import mend
 from jobs.sweep.mirror import mirrored
 from jobs.sweep.stage_list import NAMES, STAGES, Stage
-from jobs.sweep.stores import put_aside, untold
+from jobs.sweep.stores import move_damaged, unreported
 from search_spaces.schema import Sweep
 
 
@@ -54,17 +54,17 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
             space.check_space(bytes_needed(context))
         if fresh:
             start_over(context)
-        put_aside(context)
+        move_damaged(context)
         mend(context, stages)
-        _ = space.start  # made anew where it was damaged
+        _ = space.start  # written again if it was damaged
         if all(stage.finished(context) for stage in stages):
-            if untold(context):
-                tell(context)
+            if unreported(context):
+                report_results(context)
             progress.line("everything is done already; --fresh starts over")
         else:
             context.check_bases()
             if context.settings.storage.optuna_url:
-                _ = context.studies  # whether it can be opened
+                _ = context.studies  # raises if it cannot be opened
             with progress.kept_in(space.folder):
                 _run_stages(context, stages)
         if until == "report":
@@ -77,10 +77,10 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
 
 
 def start_over(context: Context) -> None:
-    """Deletes the sweep's files and studies; its MLflow runs stay, and the new ones are added beside them."""
+    """Deletes the sweep's files and studies. Its MLflow runs stay; the new ones are added next to them."""
     from jobs.search.studies import forget_studies
 
-    context.space.clear(keep=(PAIR,))  # of two models that were made elsewhere, which has just been looked at
+    context.space.clear(keep=(PAIR,))  # just written for a pair that was made elsewhere
     context.forget_pair()
     forget_studies(context.studies, context.settings.name)
 
@@ -88,8 +88,8 @@ def start_over(context: Context) -> None:
 def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
     tracker = context.tracker
     write_settings(context)
-    tracker.sweep_orphans()
-    tracker.open("sweep", context.settings.name, params=told_apart_by(context.settings))
+    tracker.close_orphans()
+    tracker.open("sweep", context.settings.name, params=distinguishing_params(context.settings))
     status = "FAILED"
     try:
         check_workers(context, [stage.name for stage in stages if not stage.finished(context)])
@@ -97,7 +97,7 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
             label = f"[{number}/{len(stages)}] {stage.name}"
             if stage.finished(context):
                 context.progress.line(f"{label}: done already")
-                send_missing(context, stage)  # whatever a kill or a server outage kept from MLflow
+                send_missing(context, stage)  # results that MLflow missed because of a kill or an outage
                 continue
             context.progress.stage(label)
             manifest = _run_stage(context, stage)
@@ -106,7 +106,7 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
                 tracker.close("sweep")
                 tracker.finish()
             seal(stage.folder(context), stage.files(context))
-            # The manifest comes last: once all of them exist there is nothing left to do, in MLflow either.
+            # The manifest comes last: once all exist there is nothing left to do, not even in MLflow.
             write_json(stage.folder(context) / MANIFEST, manifest)
     except KeyboardInterrupt:
         environment.acknowledge_stop()
@@ -118,14 +118,14 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
         if not context.keeps_cluster or status != "FINISHED":
             cluster.disconnect()
         elif "pool" in vars(context):
-            context.pool.close()  # its idle workers would hold the machine that the next sweep needs
+            context.pool.close()  # its idle workers would block the next sweep's
         tracker.finish()
 
 
 def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
-    """Returns the stage's manifest."""
+    """Runs a stage; returns its manifest."""
     started = time.time()
-    # From here on everything that depends on this stage is out of date, however this run ends.
+    # Whatever happens, everything that depends on this stage is now out of date.
     for later in STAGES[NAMES.index(stage.name) :]:
         later.drop(context)
     open_stage(context, stage)
@@ -135,7 +135,7 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         facts: dict[str, Any] = module.run(context)
         seconds = time.time() - started
         check_unchanged(context, stage, key)
-        # After a failure the stage does not count as finished: the next run of the same command continues it.
+        # After failures the stage does not count as finished, so the same command continues it.
         if not context.failures:
             workers = context.share.at_once if "share" in vars(context) else 1  # a stage with no work starts no Ray
             manifest = {"key": key, **facts, "seconds": seconds, "workers": workers}
@@ -153,7 +153,7 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
 
 
 def check_unchanged(context: Context, stage: Stage, key: str) -> None:
-    """Raises WorkFailed where a file that a stage reads was written anew since `key`: its results are of two models."""
+    """Raises WorkFailed if a file that the stage reads changed since `key`, so that its results mix two models."""
     if stage.key(context) != key:
         raise WorkFailed(
             f"a model, or another file that the {stage.name} stage reads, changed while it ran; run the same command "
@@ -162,12 +162,12 @@ def check_unchanged(context: Context, stage: Stage, key: str) -> None:
 
 
 WITHOUT_RAY = {"data", "report"}
-"""Stages that the driver does by itself."""
+"""Stages that run in the driver alone."""
 
 
 def check_workers(context: Context, stages: Collection[str]) -> None:
-    """Raises RequestError, before the first stage works, if the cluster to join cannot be used, or if the workers that
-    a trial of a later stage asks for do not fit on it."""
+    """Raises RequestError, before the first stage runs, if the cluster to join cannot be used, or if the workers per
+    trial of a later stage do not fit on it."""
     if context.joins_cluster and set(stages) - WITHOUT_RAY:
         _ = context.share
     for section, setting in (
@@ -187,13 +187,13 @@ def write_settings(context: Context) -> None:
     versions = {
         "python": platform.python_version(),
         "git commit": _git_commit(),
-        **{one.metadata["Name"]: one.version for one in distributions()},
+        **{package.metadata["Name"]: package.version for package in distributions()},
     }
     write_json(context.space.folder / "versions.json", versions)
 
 
 def public_settings(settings: Sweep) -> dict[str, Any]:
-    """The settings as plain values, with user, password and query removed from URLs."""
+    """The settings as plain values, without users, passwords and queries in URLs."""
     values = settings.model_dump(mode="json")
     for key in ("mirror", "tracking_uri", "optuna_url"):
         if values["storage"][key]:
@@ -203,11 +203,11 @@ def public_settings(settings: Sweep) -> dict[str, Any]:
 
 HEADLINE = ("subset", "gap in CE", "recovered", "features for 90%")
 HEADLINE_ROWS = 3
-"""Of the table at the end."""
+"""Number of rows of the table at the end."""
 
 
 def show_results(context: Context) -> None:
-    """Shows the headline in at most six lines, the checks that failed, and where the report is."""
+    """Shows the headline in at most six lines, the failed checks, and the path of the report."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,7 +1,7 @@
-"""How a sweep's MLflow page opens: as a tree of runs, with the columns that tell them apart.
+"""How a sweep's MLflow page opens: as a tree of runs, with the columns that distinguish them.
 
 In: a store. Out: experiment tags, which MLflow's pages read, and the end of the URL that opens the view. By default
-MLflow would open a chart of prompts and traces, and read only the last hundred runs, often without their stages.
+MLflow would open a chart of prompts and traces, and load only the last hundred runs, often without their stages.
 """
 
 from __future__ import annotations
@@ -39,5 +39,9 @@ def pages(store: str) -> list[tuple[str, str]]:
     """The name of every sweep tracked in a store, and its page's URL after the server's address."""
     from mlflow import MlflowClient
 
-    found = MlflowClient(store).search_experiments(order_by=["name"])
-    return [(one.name, page_of(one.experiment_id)) for one in found if one.name != "Default"]
+    experiments = MlflowClient(store).search_experiments(order_by=["name"])
+    return [
+        (experiment.name, page_of(experiment.experiment_id))
+        for experiment in experiments
+        if experiment.name != "Default"
+    ]

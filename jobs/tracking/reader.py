@@ -1,7 +1,7 @@
 """Reads a sweep's own run back from MLflow.
 
 In: a store and an experiment, which has the sweep's name. Out: the figures, settings and identity of its last finished
-run, files from the run's artifacts, and the page that compares several.
+run, files from the run's artifacts, and the page that compares several sweeps.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SWEEP = "sweep"
 
 
 class TrackedSweep(NamedTuple):
-    """A sweep's own run: `scope` is its start, as in `start.json`; `settings` are nested, from the parameters of its
-    stages."""
+    """A sweep's own run: `scope` is its start id, as in `start.json`; `settings` are the parameters of its stages,
+    nested."""
 
     run: str
     scope: str
@@ -35,7 +35,7 @@ class TrackedSweep(NamedTuple):
 
 
 class Reader:
-    """One MLflow store; every method raises RequestError where it does not answer."""
+    """One MLflow store; every method raises RequestError if it does not answer."""
 
     def __init__(self, uri: str, key: str = "--tracking") -> None:
         self._shown = f"{key}: {without_secrets(uri)}"
@@ -45,11 +45,11 @@ class Reader:
         try:
             self._client = MlflowClient(tracking_uri=uri)
             self.sweeps = sorted(one.name for one in self._client.search_experiments() if one.name != "Default")
-        except Exception as error:  # each kind of store has its own
+        except Exception as error:  # each kind of store has its own exceptions
             raise RequestError(f"{self._shown} does not answer ({_short(error)})") from None
 
     def last_finished(self, name: str) -> TrackedSweep | None:
-        """The newest run of that sweep that ended well, None where none did; the experiment must be there."""
+        """The sweep's newest successful run, or None. The experiment must exist."""
         try:
             experiment = self._client.get_experiment_by_name(name)
             assert experiment is not None
@@ -69,9 +69,9 @@ class Reader:
         return TrackedSweep(newest.info.run_id, _key(newest)[1], dict(newest.data.metrics), settings)
 
     def fetch(self, run: str, names: Iterable[str], folder: Path) -> None:
-        """Copies those of the named artifacts that the run has, and that can be reached, into `folder`."""
+        """Downloads the named artifacts into `folder`; skips those that the run lacks or that cannot be reached."""
         for name in names:
-            with suppress(Exception):  # a bucket without credentials, a folder of another machine
+            with suppress(Exception):  # a bucket without credentials, a folder on another machine
                 self._client.download_artifacts(run, name, str(folder))
 
     def _runs(self, experiment: str, filter: str) -> list[Run]:
@@ -86,9 +86,9 @@ class Reader:
 
 
 def comparison(store: str) -> str | None:
-    """The end of the URL of MLflow's page that compares every sweep's last finished run; None with fewer than two."""
+    """The URL path of the MLflow page that compares every sweep's last finished run; None for fewer than two."""
     reader = Reader(store, "--root")
-    experiments = {one.name: one.experiment_id for one in MlflowClient(store).search_experiments()}
+    experiments = {experiment.name: experiment.experiment_id for experiment in MlflowClient(store).search_experiments()}
     found = [(experiments[name], last.run) for name in reader.sweeps if (last := reader.last_finished(name))]
     if len(found) < 2:
         return None
@@ -110,7 +110,7 @@ def _put(settings: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _value(text: str) -> Any:
-    """What a parameter's text stood for: MLflow keeps text only."""
+    """Parses a parameter, which MLflow stores as text."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError):

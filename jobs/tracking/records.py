@@ -31,7 +31,7 @@ def record_trial(tracker: Tracker, stage: str, group: str, result: dict[str, Any
 
 
 def record_polish(tracker: Tracker, name: str, manifest: dict[str, Any]) -> None:
-    """The run in which all layers' deltas of a width were trained together."""
+    """Records the run that trained all layers' deltas of one width together."""
     tracker.record(
         Record(
             f"deltas/polished/{name}@{manifest['key']}",
@@ -58,7 +58,7 @@ def record_base(tracker: Tracker, layer: int, key: str, base: dict[str, Any]) ->
 
 
 def _place(group: str) -> dict[str, Any]:
-    """`layer_08/p0.50/d032` as parameters; none for a group that is not of deltas."""
+    """`layer_08/p0.50/d032` as parameters; empty for a group without deltas."""
     try:
         site, ground, d_new = Address.parse(group)
     except ValueError:

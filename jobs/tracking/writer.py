@@ -1,4 +1,4 @@
-"""MLflow tracking: one writer, a thread of the driver, that brings the store in line with the results on disk.
+"""MLflow tracking: a single writer thread in the driver that keeps the store in line with the results on disk.
 
 In: records of stages, trials and cells, each with its own key. Out: a tree of runs, sweep -> stage -> trial or cell.
 Records that are already tracked are left alone, so a repeated sweep adds nothing. An unreachable store delays nothing:
@@ -32,7 +32,7 @@ KEY_TAG = "deltascope.key"
 BATCH = 1000
 PARAM_CHARACTERS = 500
 LONGEST_WAIT = 30.0
-"""Most seconds between two attempts to reach a server that is down; the first is after two seconds."""
+"""Maximum seconds between two attempts to reach a server that is down; the first wait is two seconds."""
 ANSWER_SECONDS = 3.0
 
 
@@ -51,8 +51,7 @@ def _queued(method: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class Record:
-    """A finished trial or cell: its key, its name, the key of its parent's run, and what to log; each `history` entry
-    has a `step`."""
+    """A finished trial or cell: its key, name, parent run's key, and what to log. Each `history` entry has a `step`."""
 
     key: str
     name: str
@@ -66,9 +65,9 @@ class Record:
 
 
 class Tracker:
-    """Runs of one experiment, found by their key.
+    """The runs of one experiment, by key.
 
-    After `finish`, `lost` says whether the server is down and has missed something, `refused` how many calls it
+    After `finish`, `lost` says whether the server is down and missed something, and `refused` how many calls it
     rejected.
     """
 
@@ -82,7 +81,7 @@ class Tracker:
     ) -> None:
         """Opens the store, creating it if needed; raises RequestError if the address does not answer.
 
-        `scope` tells a fresh start from the ones before it: runs of another scope are left alone.
+        `scope` identifies this start of the sweep: runs of earlier starts have another scope and are left alone.
         """
         self.lost = False
         self.refused = 0
@@ -90,7 +89,7 @@ class Tracker:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._finishing = threading.Event()
-        logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # it prints what is raised too
+        logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # it also prints what it raises
         try:
             self._client = MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(experiment)
@@ -113,7 +112,7 @@ class Tracker:
             ) from None
 
     def finish(self) -> None:
-        """Waits until everything is sent. A server that is down gets one more chance."""
+        """Waits until everything is sent. A server that is down is tried once more."""
         if self._writer is not None:
             self._finishing.set()
             self._calls.put(None)
@@ -127,7 +126,7 @@ class Tracker:
                 self._make(call)
 
     def _make(self, call: Callable[[], None]) -> None:
-        """Repeats one call until it succeeds: later calls depend on it, as a trial does on its stage."""
+        """Repeats a call until it succeeds, because later calls depend on it, as a trial on its stage."""
         tries = 0
         while True:
             last = tries > 0 and self._finishing.is_set()
@@ -136,8 +135,8 @@ class Tracker:
                     self._check_answers()
                     self._reload_runs()
                 call()
-            except Exception as error:  # no failed call may end the writer
-                if not _may_pass(error):
+            except Exception as error:  # a failed call must not end the writer
+                if not _is_transient(error):
                     self._refuse(error)
                     return
                 if last:
@@ -158,13 +157,13 @@ class Tracker:
         self.refused += 1
 
     def _check_answers(self) -> None:
-        """Raises within seconds if the server hangs; MLflow itself would wait as long as for a slow answer."""
+        """Raises within seconds if the server hangs; MLflow's own timeout allows for slow answers."""
         if self._uri.startswith("http"):
-            with contextlib.suppress(requests.exceptions.SSLError):  # it answers; MLflow has its own certificates
+            with contextlib.suppress(requests.exceptions.SSLError):  # an answer, too; MLflow has its own certificates
                 requests.get(f"{self._uri.rstrip('/')}/health", timeout=ANSWER_SECONDS)
 
     def _reload_runs(self) -> None:
-        """Looks up which runs the server has; a half-written trial or cell is deleted."""
+        """Reads which runs the server has; deletes half-written trials and cells."""
         self._runs = {}
         for key, run in self._tracked_runs():
             if "/" in key and run.info.status == "RUNNING":
@@ -188,7 +187,7 @@ class Tracker:
     def open(self, key: str, name: str, parent: str | None = None, params: dict[str, Any] | None = None) -> None:
         """Marks the run of `key` as RUNNING; if there is none, creates it under the run of key `parent`.
 
-        It keeps the parameters of its first start: MLflow does not let them change.
+        An existing run keeps its parameters, which MLflow does not let us change.
         """
         have: dict[str, str] = {}
         if key not in self._runs:
@@ -199,11 +198,11 @@ class Tracker:
         else:
             have = self._client.get_run(self._runs[key]).data.params
             self._client.update_run(self._runs[key], status="RUNNING")
-        if missing := {one: value for one, value in (params or {}).items() if one not in have}:
+        if missing := {param: value for param, value in (params or {}).items() if param not in have}:
             self._batch(self._runs[key], params=_params(missing))
 
     def is_finished(self, key: str) -> bool:
-        """Whether there is a run of `key` that ended successfully."""
+        """Whether the run of `key` exists and ended successfully."""
         try:
             return key in self._runs and self._client.get_run(self._runs[key]).info.status == "FINISHED"
         except (MlflowException, OSError, SQLAlchemyError):
@@ -223,7 +222,7 @@ class Tracker:
 
     @_queued
     def record(self, record: Record) -> None:
-        """Writes one finished trial or cell as one run."""
+        """Writes a finished trial or cell as a run."""
         if record.key in self._runs:
             return
         begin = time.time() - record.seconds if record.started is None else record.started
@@ -247,9 +246,9 @@ class Tracker:
         self._client.log_artifacts(self._runs[key], str(folder), subfolder)
 
     @_queued
-    def sweep_orphans(self) -> None:
-        """Cleans up runs that a dead driver left RUNNING: stages are marked KILLED and reopened when needed; a
-        half-written trial or cell is deleted and written again."""
+    def close_orphans(self) -> None:
+        """Cleans up runs that a dead driver left RUNNING: marks stages KILLED, to be reopened when needed, and deletes
+        half-written trials and cells, to be written again."""
         for run in self._client.search_runs([self.experiment], "attributes.status = 'RUNNING'", max_results=1000):
             key = run.data.tags.get(KEY_TAG, "").rpartition("#")[0]
             if "/" in key:
@@ -259,9 +258,9 @@ class Tracker:
                 self._client.set_terminated(run.info.run_id, status="KILLED")
 
     def _log(self, key: str, metrics: dict[str, Any]) -> None:
-        """Skips metrics that the run already has from an interrupted call."""
+        """Logs metrics, except those that the run already has from an interrupted call."""
         have = self._client.get_run(self._runs[key]).data.metrics
-        self._batch(self._runs[key], metrics=[one for one in _metrics(metrics, 0) if have.get(one.key) != one.value])
+        self._batch(self._runs[key], metrics=[new for new in _metrics(metrics, 0) if have.get(new.key) != new.value])
 
     def _batch(self, run: str, metrics: list[Metric] | None = None, params: list[Param] | None = None) -> None:
         if not metrics and not params:
@@ -273,8 +272,8 @@ class Tracker:
             )
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether the same call may succeed later: the server was down or overloaded, and did not reject it."""
+def _is_transient(error: Exception) -> bool:
+    """Whether the same call may succeed later, because the server was down or overloaded and did not reject it."""
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
         return status >= 500 or status in (408, 429)

@@ -82,7 +82,7 @@ def test_a_sweep_that_mlflow_has(finished, other: Path, jobs: Jobs, tmp_path: Pa
     done = jobs(*asked, "--tracking", f"sqlite:///{store}")
     assert done.returncode == 0, done.stdout + done.stderr
     alone = json.loads(done.stdout)
-    assert "artifacts of its run cannot be had" in " ".join(alone["notes"])
+    assert "its run's artifacts cannot be downloaded" in " ".join(alone["notes"])
     assert alone["settings that differ"] == {"seed": {"tiny-s1": 1, "tiny": 0}}
     named = {(row["sweep"], row["subset"], row["figure"]): row["value"] for row in whole["figures"]}
     tracked = [row for row in alone["figures"] if row["sweep"] == "tiny"]

@@ -89,7 +89,7 @@ def test_stores_that_cannot_be_opened_are_told_again(own: Path) -> None:
     for path in (journal, database):
         assert f"{path} cannot be opened" in done.stdout or f"{path} is damaged" in done.stdout
         (aside,) = path.parent.glob(f"{path.name}.damaged-*")
-        assert f"put aside as {aside.name}, and told again" in done.stdout
+        assert f"moved to {aside.name} and rebuilt" in done.stdout
     assert (studies(own), runs(own)) == before
     assert "damaged" not in again.stdout
 

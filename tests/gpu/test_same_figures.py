@@ -34,7 +34,7 @@ def test_a_check_agrees_with_the_cpu(device: str, check: Check) -> None:
     findings = list(examine(device, [check]))
     assert {one.precision for one in findings} == set(check.formats)
     for one in findings:
-        print(f"{one.check:30} {one.precision} {one.apart:.2e}")
+        print(f"{one.check:30} {one.precision} {one.difference:.2e}")
     assert all(one.agrees for one in findings), findings
 
 
@@ -44,7 +44,7 @@ def test_a_check_notices_a_device_that_computes_something_else(device: str) -> N
 
     (found,) = examine(device, [Check("wrong", figures)])
     assert not found.agrees
-    assert found.apart == pytest.approx(1e-3 / 3**0.5, rel=1e-3)
+    assert found.difference == pytest.approx(1e-3 / 3**0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from jobs.errors import no_storage
+from jobs.errors import disk_errno
 
 
 @pytest.mark.parametrize(
@@ -20,4 +20,4 @@ from jobs.errors import no_storage
     ],
 )
 def test_a_disk_without_room_is_known(error: Exception, number: int | None) -> None:
-    assert no_storage(error) == number
+    assert disk_errno(error) == number

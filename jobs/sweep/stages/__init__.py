@@ -1,1 +1,1 @@
-"""The stages of a sweep, one file each: what they need, what they run and where, and what they write to disk."""
+"""The stages of a sweep, one file each: their inputs, what they run and where, and what they write to disk."""

@@ -45,7 +45,7 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _say(context: Context, report: dict[str, Any]) -> None:
-    """Shows counts, rejected lines, what was assumed and the leakage check on the terminal, figures in MLflow."""
+    """Prints counts, rejected lines, assumptions and the leakage check; logs figures to MLflow."""
     leakage = report["leakage"]
     for key, account in report["files"].items():
         context.progress.line(f"  {key}: " + ", ".join(f"{name} {value}" for name, value in _numbers(account)))
@@ -63,7 +63,7 @@ def _say(context: Context, report: dict[str, Any]) -> None:
 
 
 def notes_of(report: dict[str, Any]) -> list[str]:
-    """What was assumed about the rows, and what of them was left out or not used, one fact each."""
+    """What was assumed about the rows, and what was left out or not used, one fact each."""
     found = list(report.get("notes", []))
     for key, account in report["files"].items():
         found += [f"{key}: {note}" for note in account.get("notes", [])]
@@ -93,14 +93,14 @@ def _numbers(account: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def asks_the_model(context: Context) -> bool:
-    """Whether making the data takes the model's tokenizer: a user's text must fit its context, a chat has its form."""
+    """Whether making the data needs the tokenizer: a user's text must fit the context, a chat uses its template."""
     settings = context.settings.data
     return bool(settings.rows_file or settings.text_train_file or settings.format == "chat")
 
 
 def chat_of(context: Context) -> Chat | None:
-    """The chat template of the settings' format: the finetuned model's own, if it was made elsewhere and has one, else
-    that of the model before finetuning. Raises DataError where there is none."""
+    """The chat template, if the format needs one: that of an adopted finetuned model, if it has one, else that of the
+    un-finetuned model. Raises DataError if there is none."""
     if context.settings.data.format == "plain":
         return None
     from models.sources import read_tokenizer
@@ -123,12 +123,12 @@ def _opening(context: Context) -> dict[str, str | None]:
 
 
 COMPARED_ROWS = 2000
-"""Plain rows whose tokens are compared with those of their text as a whole."""
+"""Number of plain rows whose tokens are compared with those of their whole text."""
 
 
 def _regrouped(context: Context) -> list[str]:
-    """Says how many plain rows would have other tokens if input, separator and target were one text, as they are where
-    a model is trained on whole texts: a token may hold the end of the one and the beginning of the other."""
+    """A note on how many plain rows would have other tokens if input, separator and target were encoded as one text, as
+    in training on whole texts: a token may span the end of one and the beginning of the next."""
     from data.encoding import encode_row, encode_text
     from models.sources import load_tokenizer
 
@@ -148,7 +148,7 @@ def _regrouped(context: Context) -> list[str]:
 
 
 def _reading(context: Context) -> Reading:
-    """How a user's rows are read for this model, whose context they must fit."""
+    """How a user's rows are read: they must fit this model's context."""
     from data.encoding import encode_row
     from data.special import special_tokens_of
     from models.sources import load_tokenizer
@@ -160,7 +160,7 @@ def _reading(context: Context) -> Reading:
 
     def problem(row: Row) -> str | None:
         answer = 0 if row.target else settings.evaluate.max_new_tokens
-        # No tokenizer in use gives more tokens than bytes, so most texts need no counting.
+        # Tokenizers give at most one token per byte, so most texts need no counting.
         if limit is None or len(f"{row.prompt or row.input}{row.target}".encode()) + answer + 3 <= limit:
             return None
         too_long = f"longer than the context of {limit} tokens"
@@ -178,12 +178,12 @@ def _reading(context: Context) -> Reading:
 
 
 def check_labels(context: Context) -> None:
-    """Raises RequestError where the settings name a subset that no row for evaluation is of."""
+    """Raises RequestError if the settings name a subset without evaluation rows."""
     evaluate, labels = context.settings.evaluate, read_json(context.space.data / REPORT)["labels"]
-    named = [("evaluate.subsets", one) for one in evaluate.subsets or ()]
-    named += [("evaluate.expected", one.subset) for one in evaluate.expected]
-    for name, asked in evaluate.behaviours.items():
-        named += [(f"evaluate.behaviours.{name}: on", one) for one in subsets_of(asked) or ()]
+    named = [("evaluate.subsets", label) for label in evaluate.subsets or ()]
+    named += [("evaluate.expected", rate.subset) for rate in evaluate.expected]
+    for name, behaviour in evaluate.behaviours.items():
+        named += [(f"evaluate.behaviours.{name}: on", label) for label in subsets_of(behaviour) or ()]
     for key, label in named:
         if label not in labels:
             raise RequestError(f"{key}: no row has the label {label!r}; those for evaluation have {', '.join(labels)}")

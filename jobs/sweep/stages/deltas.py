@@ -2,7 +2,7 @@
 
 In: the finetuned model, the un-finetuned one, the bases and text. Out: for every group, `deltas/SITE/change/dNNN/`
 or `deltas/SITE/pP/dNNN/`, the trials' `trial_NNNN/{delta.safetensors,config.json,result.json}` and `best.json`;
-`base_errors` adds what bases leave, `polish` may add `deltas/polished/`.
+`bases` adds the errors of bases, `polish` may add `deltas/polished/`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jobs.capture.bases import (
     residuals_of,
     without_base_errors,
 )
-from jobs.capture.moments import fitted, write_moments
+from jobs.capture.moments import fitted_places, write_moments
 from jobs.cluster import environment
 from jobs.context import keys
 from jobs.context.context import Context, error_name
@@ -52,19 +52,19 @@ def run(context: Context) -> dict[str, Any]:
     measure_ceiling(context)
     groups, disk = delta_groups(context), disk_of(context)
     needed = {address.site for address in groups}
-    if disk.apart:  # activations of finished sites are not made again
+    if disk.needs_windows:  # activations of finished sites are not captured again
         unfinished = {address.site for address, group in groups.items() if missing_trials(group)}
         needed = unfinished | without_base_errors(context)
     parts = disk.windows(sorted(needed))
     for number, sites in enumerate(parts, start=1):
-        if disk.apart:
+        if disk.needs_windows:
             context.progress.line(f"  window {number} of {len(parts)}: layers {sites_label(sites)}")
             drop(context, keep=sites)
         capture_finetuned(context, sites)
         compute_base_errors(context, sites)
         _search(context, [group for address, group in groups.items() if address.site in sites], len(groups))
-        if disk.apart:
-            write_moments(context, [place for place in fitted(context) if place[0] in sites])
+        if disk.needs_windows:
+            write_moments(context, [place for place in fitted_places(context) if place[0] in sites])
             drop(context)
     shutil.rmtree(context.space.folder / ".tune", ignore_errors=True)
     kept = {}
@@ -83,8 +83,8 @@ def run(context: Context) -> dict[str, Any]:
     return {"kept": kept, "polished": polish_widths(context)}
 
 
-def _search(context: Context, groups: list[Group], of: int) -> None:
-    """Runs the missing trials of these groups, which are some `of` so many."""
+def _search(context: Context, groups: list[Group], total: int) -> None:
+    """Runs the missing trials of `groups` (`total` groups in the sweep)."""
     from jobs.search.grouped import Runtime, run_search
     from jobs.search.halving import EarlyStopping
 
@@ -101,7 +101,7 @@ def _search(context: Context, groups: list[Group], of: int) -> None:
                 context.share.of_several(section.workers_per_trial, "deltas.workers_per_trial"),
                 retries,
                 context.space.folder / ".tune" / STAGE,
-                of,
+                total,
             ),
             early_stopping=halving if section.asha and one_objective and section.epochs > section.grace_evals else None,
             bar=bar,
@@ -114,64 +114,64 @@ def delta_groups(context: Context) -> dict[Address, Group]:
     from jobs.search.studies import Group
 
     settings, section = context.settings, context.settings.deltas
-    space = {one: getattr(section.space, one) for one in type(section.space).model_fields}
+    space = {name: getattr(section.space, name) for name in type(section.space).model_fields}
     groups = {}
-    for one in context.delta_groups:
-        key = keys.delta_group(settings, one)
-        folder = keyed_folder(context.space.deltas / one.folder, key)
-        residual = one.ground.target == "residual"
+    for address in context.delta_groups:
+        key = keys.delta_group(settings, address)
+        folder = keyed_folder(context.space.deltas / address.folder, key)
+        residual = address.ground.target == "residual"
         constants = {
-            "site": one.site,
-            "target": one.ground.target,
+            "site": address.site,
+            "target": address.ground.target,
             "activations": str(context.space.activations / "finetuned"),
-            "residuals": residual and residuals_of(context, one.site, one.ground)._asdict(),
+            "residuals": residual and residuals_of(context, address.site, address.ground)._asdict(),
             "device": context.device,
             "precision": settings.compute.precision,
             "threads": context.share.cpus,
             "workers": section.workers_per_trial,
             "resources": context.share.resources,
             "checkpoint_seconds": settings.compute.checkpoint_seconds,
-            "settings": settings_of(DeltaSettings, section, d_new=one.d_new, seed=settings.seed),
+            "settings": settings_of(DeltaSettings, section, d_new=address.d_new, seed=settings.seed),
         }
-        groups[one] = Group(
-            one.folder,
+        groups[address] = Group(
+            address.folder,
             folder,
             space,
             section.trials,
-            # The first, random values are the same for every d_new, so that widths are compared like for like.
-            keys.search_seed(settings, one.site, one.ground),
+            # The first (random) values are the same for every d_new, for a fair comparison of widths.
+            keys.search_seed(settings, address.site, address.ground),
             constants,
-            f"{settings.name}/{STAGE}/{one.folder}@{key}",
+            f"{settings.name}/{STAGE}/{address.folder}@{key}",
             section.sampler,
-            tuple(section.objectives.replace("val_error", error_name(one.ground.target)).split(", ")),
-            section.warm_start and f"{section.warm_start}/{STAGE}/{one.folder}",
-            reads=f"{one.site.folder}/{one.ground.label}",
+            tuple(section.objectives.replace("val_error", error_name(address.ground.target)).split(", ")),
+            section.warm_start and f"{section.warm_start}/{STAGE}/{address.folder}",
+            reads=f"{address.site.folder}/{address.ground.label}",
             side_by_side=side_by_side(context),
         )
     return groups
 
 
 def side_by_side(context: Context) -> int:
-    """How many trials train side by side where they may."""
+    """Number of trials that may train side by side."""
     from jobs.search.studies import STARTUP_TRIALS
 
-    asked = context.settings.deltas.side_by_side
-    return asked if asked != "auto" else STARTUP_TRIALS if on_gpu(context) else 1
+    setting = context.settings.deltas.side_by_side
+    return setting if setting != "auto" else STARTUP_TRIALS if on_gpu(context) else 1
 
 
 def trials_at_once(context: Context) -> list[int]:
-    """How many of a group's trials each call of a worker is given."""
+    """Number of trials in each call of the trial function, for one group."""
     from jobs.search.studies import STARTUP_TRIALS
 
-    section, most = context.settings.deltas, side_by_side(context)
-    free = section.trials if section.sampler in ("random", "grid") else min(section.trials, STARTUP_TRIALS)
-    full, rest = divmod(free, most)
-    return [most] * full + [rest] * (rest > 0) + [1] * (section.trials - free)
+    section, limit = context.settings.deltas, side_by_side(context)
+    independent = section.trials if section.sampler in ("random", "grid") else min(section.trials, STARTUP_TRIALS)
+    full, rest = divmod(independent, limit)
+    return [limit] * full + [rest] * (rest > 0) + [1] * (section.trials - independent)
 
 
 def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """One delta run, or several side by side, here or on several workers; at the end the best replica of each is in its
-    trial's folder, the others in `replica_1` and so on."""
+    """One delta run, or several side by side, here or on several workers. At the end each trial's folder holds its best
+    replica, with the others in `replica_1` and so on."""
     environment.prepare()
     if config["workers"] == 1:
         return train(config, report)
@@ -181,7 +181,7 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
 
 
 def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """The runs themselves, in one process or in each of several."""
+    """The training itself, in one process or in each of several."""
     import torch
 
     from trainers.checkpoints import Keeper
@@ -196,13 +196,13 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     members = together or [config]
     precision = resolve_precision(config["precision"], config["device"])
     settings = [
-        replace(config["settings"], lr=one["lr"], sparsity=one["sparsity"], precision=precision)
-        for one in ({**config, **member} for member in members)
+        replace(config["settings"], lr=values["lr"], sparsity=values["sparsity"], precision=precision)
+        for values in ({**config, **member} for member in members)
     ]
-    of = config["residuals"] and Residuals(
+    residuals = config["residuals"] and Residuals(
         **{**config["residuals"], "candidate": tuple(config["residuals"]["candidate"])}
     )
-    data = pairs(Path(config["activations"]), config["site"], of or None, config["device"])
+    data = pairs(Path(config["activations"]), config["site"], residuals or None, config["device"])
     reported: list[list[dict[str, Any]]] = [[] for _ in members]
 
     def note(number: int, figures: dict[str, Any]) -> None:
@@ -211,25 +211,25 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
             report(figures)
 
     keeper = Keeper(Path(config["folder"]) / "checkpoint.safetensors", config["checkpoint_seconds"])
-    ends: list[dict[str, Any]] = []
+    outcomes: list[dict[str, Any]] = []
     try:
         for member, trained in zip(
             members, train_deltas(data, settings, device=config["device"], report=note, keeper=keeper), strict=True
         ):
             if isinstance(trained, DivergedError):
-                ends.append(_failed(trained))
+                outcomes.append(_failed(trained))
             else:
                 if writes:
                     _write(trained, Path(member["folder"]), config, data.scale)
-                ends.append(trained.figures)
+                outcomes.append(trained.figures)
     except torch.OutOfMemoryError as error:
         if config["workers"] > 1:
-            raise  # the others would wait for this one
-        ends = [{"apart": True} if together else _failed(error)]
+            raise  # the other workers would wait for this one
+        outcomes = [{"apart": True} if together else _failed(error)]
     keeper.forget()
-    if not together or "apart" in ends[0]:
-        return ends[0]
-    return {"side_by_side": [{**one, "history": seen} for one, seen in zip(ends, reported, strict=True)]}
+    if not together or "apart" in outcomes[0]:
+        return outcomes[0]
+    return {"side_by_side": [{**outcome, "history": seen} for outcome, seen in zip(outcomes, reported, strict=True)]}
 
 
 def _failed(error: Exception) -> dict[str, Any]:
@@ -261,11 +261,11 @@ def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any], scale: T
 
 
 @lru_cache(maxsize=1)
-def pairs(activations: Path, site: Site, of: Residuals | None, device: str) -> DeltaData:
-    """What the trials of a site and ground share, `of` being what a base leaves there, if there is one; in the memory
-    of a GPU where it fits. A worker keeps the last."""
+def pairs(activations: Path, site: Site, residuals: Residuals | None, device: str) -> DeltaData:
+    """The data shared by all trials of a site and ground (`residuals` for residual deltas), in GPU memory if it fits. A
+    worker caches the last."""
     from trainers.delta_data import read_change
 
     pairs.cache_clear()  # before the next is read
-    data = read_change(activations, site) if of is None else read_residuals(of)
+    data = read_change(activations, site) if residuals is None else read_residuals(residuals)
     return data._replace(train=data.train.near(device), validation=data.validation.near(device))

@@ -2,7 +2,7 @@
 
 In: the finetuned model, bases, kept deltas and evaluation rows. Out: `cells/*.json` and `generations/*.jsonl`, one file
 per finished cell, and `checks_*.json`. Existing cells with the same key are not computed again.
-`measure_ceiling` makes those that need no deltas, before any are trained.
+`measure_ceiling` computes those that need no deltas, before any are trained.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jobs.capture.moments import write_moments
 from jobs.context.context import Context
 from jobs.errors import WorkFailed
 from jobs.evaluation.kinds import BY_NAME, CEILING, ROUNDS, Exactness, evaluate, works_of
-from jobs.evaluation.work import Materials, Work
+from jobs.evaluation.work import PlanInputs, Work
 from jobs.files import read_json
 from jobs.sweep.stages.data import check_labels
 from jobs.tracking.writer import Record
@@ -23,36 +23,36 @@ from models.sources import model_facts
 
 def run(context: Context) -> dict[str, Any]:
     check_labels(context)
-    materials = Materials(context)
-    chosen = materials.chosen
+    inputs = PlanInputs(context)
+    chosen = inputs.chosen
     works: list[Work] = []
     for label, kinds in ROUNDS.items():
-        together = works_of(materials, kinds)  # only now: some are planned by what cells of an earlier round say
+        together = works_of(inputs, kinds)  # only now: some are planned from an earlier round's cells
         failed = _compute(context, together, label)
         if kinds == CEILING:
             _stop_at(failed)
         works += together
     names = [name for work in works for name in work.cells()]
     done = [name for name in names if (context.space.cells / f"{name}.json").is_file()]
-    kept = {target: {"percentile": one.ground.percentile, "d_new": one.d_new} for target, one in chosen.items()}
+    kept = {target: {"percentile": ground.percentile, "d_new": d_new} for target, (ground, d_new) in chosen.items()}
     checks = {work.name: work.key for work in works if isinstance(work, Exactness)}
     return {"chosen": kept, "cells": done, "exactness": checks}
 
 
 def measure_ceiling(context: Context) -> None:
-    """What both models do, and in which parts of the model the finetuning lives: what there is to explain, known before
-    any delta is trained. The cells are tracked with all others, once their stage is open."""
+    """Measures both models, and which parts of the model the finetuning is in: how much there is to explain, before any
+    delta is trained. These cells are tracked with all others, once their stage is open."""
     from evaluators.tables.recovery import parts_table
 
     check_labels(context)
-    works = works_of(Materials(context), CEILING)
+    works = works_of(PlanInputs(context), CEILING)
     _stop_at(_compute(context, works, "ceiling", is_tracked=False))
     cells = [read_json(context.space.cells / f"{name}.json") for work in works for name in work.cells()]
-    for line in _where_it_lives(parts_table(cells, seed=context.settings.seed)):
+    for line in _parts_lines(parts_table(cells, seed=context.settings.seed)):
         context.progress.line(f"  {line}")
 
 
-def _where_it_lives(parts: Any) -> list[str]:
+def _parts_lines(parts: Any) -> list[str]:
     """A line for each subset: the share of finetuning's effect on CE that is lost with one part un-finetuned."""
     from evaluators.tables.recovery import EVERY_LAYER
 
@@ -71,12 +71,12 @@ def _stop_at(failed: list[str]) -> None:
 
 
 def _compute(context: Context, works: list[Work], label: str, is_tracked: bool = True) -> list[str]:
-    """Runs the missing work, longest first, and tracks every existing cell; returns what failed, each with why."""
+    """Runs the missing work, longest first, and tracks every existing cell; returns the failures with their reasons."""
 
     def existing(cells: dict[str, str]) -> dict[str, list[float]]:
         """Finished cells, each with the strengths it was measured with."""
-        held = {name: read_json(context.space.cells / f"{name}.json") for name in cells}
-        return {name: one.get("strengths", []) for name, one in held.items() if one and one["key"] == cells[name]}
+        stored = {name: read_json(context.space.cells / f"{name}.json") for name in cells}
+        return {name: cell.get("strengths", []) for name, cell in stored.items() if cell and cell["key"] == cells[name]}
 
     n_layers = model_facts(context.model)["n_layers"]
     missing: list[Work] = []
@@ -89,7 +89,7 @@ def _compute(context: Context, works: list[Work], label: str, is_tracked: bool =
         total, finished = total + len(cells), finished + len(done)
         if len(done) < len(cells) or not (cells or work.is_finished()):
             missing.append(work.remaining(done))
-    places = [(plan.site, plan.ground) for work in missing if work.fitted for plan in work.sites]
+    places = [(plan.site, plan.ground) for work in missing if work.needs_moments for plan in work.sites]
     write_moments(context, list(dict.fromkeys(places)))
     missing.sort(key=lambda work: -work.cost(n_layers))
     failed = []

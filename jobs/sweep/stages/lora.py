@@ -1,4 +1,4 @@
-"""Stage 2, lora: the LoRA study, whose best adapter gives the finetuned model; or a finetuned model is adopted.
+"""Stage 2, lora: the LoRA study, whose best adapter gives the finetuned model; or adopts a finetuned model.
 
 In: the data stage's rows and the base model. Out: `lora/trial_NNNN/{adapter,result.json}`, `lora/best.json`, and what
 `finetuned` writes.
@@ -89,21 +89,21 @@ def _search(context: Context) -> dict[str, Any]:
         record_trial(context.tracker, STAGE, STAGE, result)
     best = best_of(results)
     if best is None:
-        raise WorkFailed("every LoRA trial failed: " + "; ".join(str(one["reason"]) for one in results))
+        raise WorkFailed("every LoRA trial failed: " + "; ".join(str(result["reason"]) for result in results))
     write_json(folder / "best.json", best)
     adapter = folder / f"trial_{best['trial']:04d}" / "adapter"
-    made_of = {str(path.relative_to(adapter)): one.sha256 for path, one in adapter_files(adapter).items()}
-    figures = finetuned.make(context, adapter, key_of(made_of))
+    hashes = {str(path.relative_to(adapter)): entry.sha256 for path, entry in adapter_files(adapter).items()}
+    figures = finetuned.make(context, adapter, key_of(hashes))
     return {"best_trial": best["trial"], "val_loss": best["value"], "params": best["params"], **figures}
 
 
 def adapter_files(adapter: Path) -> dict[Path, Listed]:
-    """What a trial's adapter consists of, as the trial listed it."""
-    return {path: one for path, one in listed(adapter.parent).items() if path.is_relative_to(adapter)}
+    """The files of a trial's adapter, from the trial's seal."""
+    return {path: entry for path, entry in listed(adapter.parent).items() if path.is_relative_to(adapter)}
 
 
 def _max_validations(context: Context) -> int:
-    """Validations of the longest trial that the space allows."""
+    """Number of validations in the longest trial that the space allows."""
     section = context.settings.lora
     if section.epochs is None:
         return math.ceil(section.steps / section.eval_every)
@@ -115,9 +115,9 @@ def _max_validations(context: Context) -> int:
 
 
 def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """One LoRA run, here or on several workers; at every report the best adapter so far is in the trial's folder.
+    """One LoRA run, here or on several workers. At every report the trial's folder holds the best adapter so far.
 
-    A run whose worker was lost continues from the checkpoint in that folder.
+    After the loss of a worker, the run continues from the checkpoint in that folder.
     """
     environment.prepare()
     if config["workers"] == 1:
@@ -142,7 +142,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     from trainers.lora import Splits, train_lora
     from trainers.precision import number_format, resolve_precision
 
-    processes(config["device"])  # of several, each has a device of its own
+    processes(config["device"])  # gives each process its own device
     torch.set_num_threads(config["threads"])
     precision = resolve_precision(config["precision"], config["device"])
     searched = {name: config[name] for name in LoraSpace.model_fields if name in config}

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from search_spaces.sections import Expected
 
 SAME_CE, SAME_CE_IN_BF16 = 1e-4, 5e-3
-"""Nats a token, in fp32 and in bf16: by so much may two ways to compute one model differ."""
+"""Allowed difference in nats per token between two computations of the same model, in fp32 and in bf16."""
 LIBRARIES = ("torch", "transformers", "transformer-lens", "peft", "ray", "optuna", "mlflow")
 
 
@@ -55,7 +55,7 @@ def run(context: Context) -> dict[str, Any]:
         lora_pictures=_lora_pictures(context),
     )
     path = write_report(space.report, data, seed=context.settings.seed)
-    shutil.copy(space.folder / SETTINGS, space.report)  # so that the run in MLflow has the settings of its tables
+    shutil.copy(space.folder / SETTINGS, space.report)  # so that MLflow has the settings with the tables
     context.tracker.log("sweep", headlines(context))
     context.tracker.artifacts("sweep", space.report)
     context.tracker.artifacts("sweep", space.generations, "generations")
@@ -63,7 +63,7 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _lora_pictures(context: Context) -> dict[str, bytes]:
-    """Of the LoRA study, where there was one."""
+    """Plots of the LoRA study, if there was one."""
     from jobs.search.pictures import study_pictures
 
     if context.settings.model.finetuned:
@@ -72,7 +72,7 @@ def _lora_pictures(context: Context) -> dict[str, bytes]:
 
 
 def headlines(context: Context) -> dict[str, float]:
-    """The figures by which sweeps compare, which go to the sweep's own run in MLflow."""
+    """The figures for comparing sweeps, logged to the sweep's own run in MLflow."""
     from evaluators.tables import recovery
 
     cells, seed = context.cells, context.settings.seed
@@ -83,24 +83,24 @@ def headlines(context: Context) -> dict[str, float]:
 def lora_trials(context: Context) -> list[dict[str, Any]]:
     return [
         {
-            "trial": one["trial"],
-            "state": one["state"],
-            "value": one["value"],
-            "step": one["figures"].get("step"),
-            "seconds": one["seconds"],
-            **{f"lora.{name}": value for name, value in one["params"].items()},
+            "trial": result["trial"],
+            "state": result["state"],
+            "value": result["value"],
+            "step": result["figures"].get("step"),
+            "seconds": result["seconds"],
+            **{f"lora.{name}": value for name, value in result["params"].items()},
         }
-        for one in _results(context.space.lora)
+        for result in _results(context.space.lora)
     ]
 
 
 def base_transcoders(context: Context) -> list[dict[str, Any]]:
-    """One row for each (layer, percentile): the base that was chosen, and its figures if it was trained here."""
+    """One row for each (layer, percentile): the chosen base, and its figures if it was trained here."""
     rows = []
     here = context.settings.transcoders.source == "train"
     for site in context.sites_of("residual"):
         manifest = read_json(base_folder(context, site) / MANIFEST) if here else None
-        trained = {one["path"]: one for one in manifest["bases"]} if manifest else {}
+        trained = {base["path"]: base for base in manifest["bases"]} if manifest else {}
         for percentile in context.settings.deltas.selections:
             base = chosen_base(context, site, percentile)
             names = ("target_l0", "val_l0", "val_fvu", "dead_fraction", "revived", "tokens")
@@ -120,28 +120,28 @@ def delta_trials(context: Context) -> list[dict[str, Any]]:
         best = read_json(folder / "best.json")
         objectives = tuple(section.objectives.replace("val_error", error_name(group.ground.target)).split(", "))
         front = pareto_front(_results(folder), objectives) if len(objectives) > 1 else None
-        for one in _results(folder):
+        for result in _results(folder):
             rows.append(
                 {
                     "target": group.ground.target,
                     "layer": group.site.key,
                     "percentile": group.ground.percentile,
                     "d_new": group.d_new,
-                    "trial": one["trial"],
-                    "state": one["state"],
-                    **one["figures"],
-                    **one["params"],
+                    "trial": result["trial"],
+                    "state": result["state"],
+                    **result["figures"],
+                    **result["params"],
                     "val_fvu_base_unfinetuned": _before(context, group),
-                    "seconds": one["seconds"],
-                    "best": best is not None and one["trial"] == best["trial"],
-                    **({"pareto": one["trial"] in front} if front is not None else {}),
+                    "seconds": result["seconds"],
+                    "best": best is not None and result["trial"] == best["trial"],
+                    **({"pareto": result["trial"] in front} if front is not None else {}),
                 }
             )
     return rows
 
 
 def _before(context: Context, group: Address) -> float | None:
-    """What the base under a residual delta leaves of the un-finetuned model's output on held-out text."""
+    """The error of a residual delta's base on the un-finetuned model's output, on held-out text."""
     found = read_json((context.space.deltas / group.folder).parent / "base_error.json")
     return (found or {}).get("val_fvu_base_unfinetuned")
 
@@ -152,8 +152,8 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
 
     raw = conditions_table(context.cells, seed=context.settings.seed)
     raw = raw[raw["condition"] == "raw"].set_index("subset")
-    found = [_expected(one, raw) for one in context.settings.evaluate.expected if one.subset in raw.index]
-    kept = [one for one in deltas if one["best"]]
+    found = [_expected(rate, raw) for rate in context.settings.evaluate.expected if rate.subset in raw.index]
+    kept = [trial for trial in deltas if trial["best"]]
     if context.adopted is not None and (merge := (read_json(context.space.lora / VALIDATION_FILE) or {}).get("merge")):
         found.append(merge_check(merge))
     found += _fits(kept)
@@ -169,8 +169,8 @@ def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any
 
 
 def _alpha_0_is_the_unfinetuned_model(context: Context) -> list[dict[str, Any]]:
-    """Where the deltas' sites are all that finetuning changed, nothing of it is left at alpha 0: the cross-entropy is
-    that of the un-finetuned model run plainly."""
+    """If the deltas' sites are all that finetuning changed, alpha 0 must give the cross-entropy of the plain
+    un-finetuned model."""
     ends: dict[str, dict[str, float]] = {}
     for cell in context.cells:
         if cell["kind"] == "behaviour" and cell["condition"] in (UNFINETUNED, "no_delta"):
@@ -194,25 +194,25 @@ def _alpha_0_is_the_unfinetuned_model(context: Context) -> list[dict[str, Any]]:
     ]
 
 
-def _expected(one: Expected, raw: pd.DataFrame) -> dict[str, Any]:
+def _expected(rate: Expected, raw: pd.DataFrame) -> dict[str, Any]:
     """Whether the finetuned model does what the settings expect of it."""
-    row, metric = raw.loc[one.subset], f"{one.behaviour}_rate"
-    value, asked = row[metric], f">= {one.at_least:g}" if one.at_most is None else f"<= {one.at_most:g}"
-    passed = value >= one.at_least if one.at_most is None else value <= one.at_most
+    row, metric = raw.loc[rate.subset], f"{rate.behaviour}_rate"
+    value, bound = row[metric], f">= {rate.at_least:g}" if rate.at_most is None else f"<= {rate.at_most:g}"
+    passed = value >= rate.at_least if rate.at_most is None else value <= rate.at_most
     detail = f"{value:.3f} [{row[f'{metric}_low']:.3f}, {row[f'{metric}_high']:.3f}], n = {row['n_examples']}"
-    return {"name": f"the finetuned model on {one.subset}: {metric} {asked}", "passed": bool(passed), "detail": detail}
+    return {"name": f"the finetuned model on {rate.subset}: {metric} {bound}", "passed": bool(passed), "detail": detail}
 
 
 def _fits(kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A delta explains part of what it was trained on, on held-out text."""
+    """Checks that each delta explains part of its training target on held-out text."""
     names = {
-        "change": ("every kept change delta explains part of its site's change on held-out text", lambda one: 1.0),
-        "residual": ("every kept residual delta lowers the FVU of its base", lambda one: one["val_fvu_base"]),
+        "change": ("every kept change delta explains part of its site's change on held-out text", lambda trial: 1.0),
+        "residual": ("every kept residual delta lowers the FVU of its base", lambda trial: trial["val_fvu_base"]),
     }
     found = []
     for target, (name, alone) in names.items():
-        here = [one for one in kept if one["target"] == target]
-        better = [one for one in here if one[error_name(target)] < alone(one)]
+        here = [trial for trial in kept if trial["target"] == target]
+        better = [trial for trial in here if trial[error_name(target)] < alone(trial)]
         if here:
             passed = len(better) == len(here)
             found.append({"name": name, "passed": passed, "detail": f"{len(better)} of {len(here)}"})
@@ -220,19 +220,19 @@ def _fits(kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _wider_is_no_worse(kept: list[dict[str, Any]]) -> dict[str, Any]:
-    """A wider delta's error may exceed a narrower one's by no more than the seed spreads of the two together."""
+    """Checks that a wider delta's error exceeds a narrower one's by at most the sum of their seed spreads."""
     worse, compared = [], 0
-    for one in kept:
-        name = error_name(one["target"])
-        for other in kept:
-            same = all(one[key] == other[key] for key in ("target", "layer", "percentile"))
-            if not same or one["d_new"] >= other["d_new"]:
+    for narrow in kept:
+        name = error_name(narrow["target"])
+        for wide in kept:
+            same = all(narrow[key] == wide[key] for key in ("target", "layer", "percentile"))
+            if not same or narrow["d_new"] >= wide["d_new"]:
                 continue
             compared += 1
-            spread = sum(max(x[f"{name}_replicas"]) - min(x[f"{name}_replicas"]) for x in (one, other))
-            if other[name] > one[name] + spread:
-                where = f"layer {one['layer']} {Ground(one['target'], one['percentile']).label}"
-                worse.append(f"{where}: d{other['d_new']} above d{one['d_new']}")
+            spread = sum(max(x[f"{name}_replicas"]) - min(x[f"{name}_replicas"]) for x in (narrow, wide))
+            if wide[name] > narrow[name] + spread:
+                where = f"layer {narrow['layer']} {Ground(narrow['target'], narrow['percentile']).label}"
+                worse.append(f"{where}: d{wide['d_new']} above d{narrow['d_new']}")
     return {
         "name": "a wider delta is not worse than a narrower one beyond their seeds' spread",
         "passed": not worse,
@@ -259,7 +259,8 @@ def facts(context: Context) -> dict[str, str]:
             for target in settings.deltas.targets
         },
         "spliced for behaviour": "; ".join(
-            f"{Ground(target, one['percentile']).label}, d_new {one['d_new']}" for target, one in chosen.items()
+            f"{Ground(target, combination['percentile']).label}, d_new {combination['d_new']}"
+            for target, combination in chosen.items()
         ),
         **({"trained together": together} if (together := polished(context)) else {}),
         "seed": str(settings.seed),
@@ -274,7 +275,7 @@ def facts(context: Context) -> dict[str, str]:
 
 
 def _what_changed(context: Context) -> dict[str, str]:
-    """What finetuning changed, what was left out for it, and what is unusual about the pair."""
+    """What finetuning changed, what was left out because it did not change, and what is unusual about the pair."""
     known = context.pair
     if known is None:
         return {}
@@ -299,12 +300,12 @@ def _how(context: Context) -> str:
 
 
 def polished(context: Context) -> str:
-    """What joint polish did to the change deltas, as a sentence; empty where there was none."""
+    """The effect of joint polish on the change deltas, as a sentence; empty if there was none."""
     found = (read_json(context.space.deltas / MANIFEST) or {}).get("polished", {})
     parts = [
-        f"{name}, step {one['step']} of {context.settings.deltas.polish_steps}: KL {one['val_kl_before']:.4f} to "
-        f"{one['val_kl']:.4f} nats a target token, {one['val_l0_before']:.2f} to {one['val_l0']:.2f} features a token"
-        for name, one in found.items()
+        f"{name}, step {run['step']} of {context.settings.deltas.polish_steps}: KL {run['val_kl_before']:.4f} to "
+        f"{run['val_kl']:.4f} nats a target token, {run['val_l0_before']:.2f} to {run['val_l0']:.2f} features a token"
+        for name, run in found.items()
     ]
     return f"The change deltas of all layers were then trained together ({'; '.join(parts)})." if parts else ""
 

@@ -30,7 +30,7 @@ from sites import Site
 from trainers.settings import BaseSettings, settings_of
 
 L0_TOLERANCE = 0.1
-"""How far a base may miss its target L0, as a fraction of it, before a line says so."""
+"""Relative deviation of a base's L0 from its target above which a line is printed."""
 
 
 class LayerTask(NamedTuple):
@@ -78,7 +78,7 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
 
 
 def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
-    """The training of a `LayerTask`, in one process or in each of several, of which the first writes what it gives."""
+    """Trains the bases of a `LayerTask`, in one process or in each of several; the first writes the results."""
     import torch
 
     from trainers.activations import read_pairs
@@ -99,14 +99,14 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     )
     folder = Path(task.folder)
     facts: list[dict[str, Any]] = []
-    for one in trained:
-        name = f"average_l0_{one.facts['val_l0']:.0f}"
+    for base in trained:
+        name = f"average_l0_{base.facts['val_l0']:.0f}"
         if any(fact["path"].endswith(name) for fact in facts):
-            name = f"average_l0_{one.facts['val_l0']:.2f}"
+            name = f"average_l0_{base.facts['val_l0']:.2f}"
         path = folder / width_label(task.settings.width) / name
         if writes:
-            write(one.transcoder, path, one.facts)
-        facts.append({"layer": task.site.layer, "path": str(path.relative_to(folder.parent)), **one.facts})
+            write(base.transcoder, path, base.facts)
+        facts.append({"layer": task.site.layer, "path": str(path.relative_to(folder.parent)), **base.facts})
     return {"bases": facts}
 
 
@@ -121,10 +121,10 @@ def _train(context: Context) -> None:
     missing = [site for site, folder in folders.items() if not is_finished(folder, keys.base(settings, site))]
     disk = disk_of(context)
     for sites in disk.windows(missing):
-        if disk.apart:
+        if disk.needs_windows:
             drop(context, keep=sites)
         _train_window(context, {site: folders[site] for site in sites})
-    if missing and disk.apart:
+    if missing and disk.needs_windows:
         drop(context)
     for site, folder in folders.items():
         for base in read_json(folder / "manifest.json")["bases"]:
@@ -159,7 +159,7 @@ def _train_window(context: Context, folders: dict[Site, Path]) -> None:
         for site, folder in folders.items()
     ]
     pool = context.pool
-    if section.workers_per_layer > 1:  # which need the machine
+    if section.workers_per_layer > 1:  # they need the whole machine
         pool.close()
         share = context.share.of_several(section.workers_per_layer, "transcoders.workers_per_layer")
         pool = Pool(share, context.space.folder / TIMELINE)

@@ -32,7 +32,7 @@ def test_windows_hold_every_layer_once_and_fit_the_budget(tmp_path: Path) -> Non
     less = context(tmp_path, f"storage.budget_gb={(sizes[0] + sizes[1]) / 1e9!r}")
     assert disk_of(less).windows(SITES) == [SITES[:2], SITES[2:]]
     assert disk_of(less).windows([SITES[3], SITES[0]]) == [[SITES[0], SITES[3]]]
-    assert disk_of(less).apart
+    assert disk_of(less).needs_windows
     assert bytes_needed(whole) - bytes_needed(less) == sizes[2] + sizes[3]
     with pytest.raises(RequestError, match=re.escape("storage.budget_gb: got 1e-05, must be at least")):
         disk_of(context(tmp_path, "storage.budget_gb=1e-5"))
@@ -45,11 +45,11 @@ def test_without_a_budget_what_is_there_stays_however_full_the_disk(
     of = context(tmp_path)
     sizes = [site_bytes(of, site) for site in SITES]
     monkeypatch.setattr("jobs.context.disk._free", lambda context: sizes[0])
-    assert disk_of(of).apart
+    assert disk_of(of).needs_windows
     folder = of.space.activations / "finetuned/train/layer_00"
     folder.mkdir(parents=True)
     (folder / "shard_0000.safetensors").write_bytes(bytes(sum(sizes)))
-    assert not disk_of(of).apart
+    assert not disk_of(of).needs_windows
 
 
 def test_recomputed_base_errors_take_no_disk(tmp_path: Path) -> None:

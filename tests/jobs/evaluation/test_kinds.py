@@ -11,7 +11,7 @@ from jobs.cluster.connection import Share
 from jobs.commands.plan import plan_rows
 from jobs.context.context import Context
 from jobs.evaluation.kinds import KINDS, Behaviour, Cards, Exactness, Parts, Reconstruction, works_of
-from jobs.evaluation.work import ExpectedMaterials, Materials, Work
+from jobs.evaluation.work import ExpectedPlanInputs, PlanInputs, Work
 from jobs.files import MANIFEST, read_json
 from search_spaces.load import load
 from sites import KINDS as SITES
@@ -43,9 +43,9 @@ def by_kind(works: list[Work]) -> Counter[str]:
 
 def test_works_counted_are_cells_written_are_the_plans_number(finished: tuple[Path, object]) -> None:
     context = context_of(finished[0])
-    planned = works_of(ExpectedMaterials(context))
+    planned = works_of(ExpectedPlanInputs(context))
     vars(context)["share"] = Share(1, 0, 1)  # so that no cluster is started
-    works = works_of(Materials(context))
+    works = works_of(PlanInputs(context))
     expected = {name: key for work in works for name, key in work.cells().items()}
     files = [path for path in context.space.cells.glob("*.json") if "kind" in read_json(path)]
     assert {path.stem: read_json(path)["key"] for path in files} == expected
@@ -64,7 +64,7 @@ def test_works_counted_are_cells_written_are_the_plans_number(finished: tuple[Pa
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 def test_no_two_cells_share_a_name_and_everything_costs_something(settings: tuple[str, ...], tmp_path: Path) -> None:
     context = context_of(tmp_path, *settings)
-    works = works_of(ExpectedMaterials(context))
+    works = works_of(ExpectedPlanInputs(context))
     names = [name for work in works for name in work.cells()]
     assert len(set(names)) == len(names)
     assert all(work.cost(4) > 0 for work in works)
@@ -74,7 +74,7 @@ def test_no_two_cells_share_a_name_and_everything_costs_something(settings: tupl
 
 def test_each_setting_adds_the_cells_of_its_kind(tmp_path: Path) -> None:
     def counted(*settings: str) -> Counter[str]:
-        return by_kind(works_of(ExpectedMaterials(context_of(tmp_path, *settings))))
+        return by_kind(works_of(ExpectedPlanInputs(context_of(tmp_path, *settings))))
 
     plain, subsets = counted(), 3
     assert plain["Reconstruction"] == 2 * 2 * 2, "layers, bases and widths"
@@ -89,11 +89,11 @@ def test_each_setting_adds_the_cells_of_its_kind(tmp_path: Path) -> None:
 
 def test_parts_are_of_all_that_finetuning_changed_whichever_sites_get_deltas(tmp_path: Path) -> None:
     context = context_of(tmp_path, "deltas.sites=[mlp]", "deltas.layers=[1]")
-    (work, *_) = Parts.plan(ExpectedMaterials(context))
+    (work, *_) = Parts.plan(ExpectedPlanInputs(context))
     assert work.changed == tuple(Site(layer, kind) for layer in range(4) for kind in SITES.values())
     assert (work.passes, work.cost(4)) == (2 + 2 * (4 + 3), 64)
     vars(context)["pair"] = {"sites": ["2.qkv", 0], "rest": ["model.norm.weight"], "exact": True, "rounded": ""}
-    (known, *_) = Parts.plan(ExpectedMaterials(context))
+    (known, *_) = Parts.plan(ExpectedPlanInputs(context))
     assert known.changed == (Site(0), Site(2, QKV))
     assert known.rest == ("model.norm.weight",)
     assert known.passes == 2 + 2 * (3 + 1 + 3), "patterns, values, MLPs and the rest, and thirds"
@@ -101,7 +101,7 @@ def test_parts_are_of_all_that_finetuning_changed_whichever_sites_get_deltas(tmp
 
 def test_the_keys_of_parts_do_not_depend_on_deltas(finished: tuple[Path, object]) -> None:
     def keys(*settings: str) -> set[str]:
-        return {work.key for work in Parts.plan(Materials(context_of(finished[0], *settings)))}
+        return {work.key for work in Parts.plan(PlanInputs(context_of(finished[0], *settings)))}
 
     assert len(keys()) == 1
     assert keys() == keys("deltas.sites=[mlp]", "deltas.d_new=[16]", "evaluate.curve=false")
@@ -109,7 +109,7 @@ def test_the_keys_of_parts_do_not_depend_on_deltas(finished: tuple[Path, object]
 
 
 def test_what_is_done_is_left_out(tmp_path: Path) -> None:
-    works = works_of(ExpectedMaterials(context_of(tmp_path)), [Reconstruction, Behaviour, Cards])
+    works = works_of(ExpectedPlanInputs(context_of(tmp_path)), [Reconstruction, Behaviour, Cards])
     for work in works:
         first, *others = work.cells()
         if isinstance(work, Cards):

@@ -56,7 +56,7 @@ def record(one: Tracker) -> None:
 def test_a_restart_re_attaches_and_duplicates_nothing(tmp_path: Path) -> None:
     for _ in range(2):
         one = tracker(tmp_path)
-        one.sweep_orphans()
+        one.close_orphans()
         one.open("sweep", "study")
         one.open("deltas", "deltas", parent="sweep", params={"trials": 2})
         record(one)
@@ -79,7 +79,7 @@ def test_a_restart_re_attaches_and_duplicates_nothing(tmp_path: Path) -> None:
 
 
 def test_a_dead_driver_leaves_no_run_running(tmp_path: Path) -> None:
-    for call in (lambda one: one.open("sweep", "study"), lambda one: one.sweep_orphans()):
+    for call in (lambda one: one.open("sweep", "study"), lambda one: one.close_orphans()):
         one = tracker(tmp_path)
         call(one)
         one.finish()
@@ -152,7 +152,7 @@ def test_a_store_that_stays_down_is_reported_once_and_gets_it_later(
     assert len(said) == 1
     back(tmp_path)
     again = tracker(tmp_path)
-    again.sweep_orphans()
+    again.close_orphans()
     again.open("deltas", "deltas", parent="sweep")
     record(again)
     again.close("deltas", {"seconds": 1.0})
@@ -172,7 +172,7 @@ def test_an_interrupted_call_is_repeated_without_a_trace(tmp_path: Path) -> None
     trial = next(run for run in found if "trial" in run.data.tags[KEY_TAG])
     client.update_run(trial.info.run_id, status="RUNNING")
     again = tracker(tmp_path)
-    again.sweep_orphans()
+    again.close_orphans()
     again.open("deltas", "deltas", parent="sweep", params={"trials": 2})
     record(again)
     again.close("deltas", {"seconds": 1.0})
