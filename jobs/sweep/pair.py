@@ -1,7 +1,7 @@
 """What finetuning changed, as far as a sweep needs to know before it trains anything on it.
 
-In: a `Context` and the comparison of its two models. Out: `pair.json`: the parameters that differ, the layers whose
-MLPs do, and the rounded copy of the un-finetuned model if one is needed. A layer whose MLP did not change gets no
+In: a `Context` and the comparison of its two models. Out: `pair.json`: the parameters that differ, the sites that hold
+them, the rest, and the rounded copy of the un-finetuned model if one is needed. A site that did not change gets no
 change deltas.
 """
 
