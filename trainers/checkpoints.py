@@ -68,7 +68,7 @@ def load_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
 
 @dataclass
 class Keeper:
-    """Where a run keeps its checkpoint, and how often it writes one (at most every `seconds`); without a path, never."""
+    """Where a run keeps its checkpoint, and how often (at most every `seconds`); without a path, never."""
 
     path: Path | None = None
     seconds: float = 30.0
