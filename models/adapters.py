@@ -158,7 +158,7 @@ def _load(root: Any, folder: Path, source: str) -> Any:
 
 
 def _check_loaded(adapted: Any, root: Any, folder: Path, source: str) -> None:
-    """Raises ModelError for missing or unexpected tensors: PEFT only warns of missing ones and drops others silently."""
+    """Raises ModelError for missing or unexpected tensors: PEFT warns of missing ones and drops others silently."""
     from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     key_mapping = getattr(root, "_checkpoint_conversion_mapping", {})
