@@ -29,8 +29,8 @@ REPORT = "report.json"
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(RequestOptions):
-    """What a sweep's data consists of: counts, a user's own files instead of generated rows and text, and the
-    generator's options, inherited. `reading` says how a user's rows are read, and in which format rows are written."""
+    """What a sweep's data consists of: counts, a user's own files (instead of generated rows and text), and the
+    generator's options, inherited. `reading` is how a user's rows are read, and the format of the rows written."""
 
     seed: int
     train_rows: int
@@ -55,8 +55,8 @@ def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
     and the evaluation split `eval_rows` rows of each label. Without a user's rows, rows and text are generated, see
     `data.requests`; for a given seed, generated data is byte-identical on any machine.
 
-    `rows_file` and `evaluation_file` replace the generated rows, see `data.user_files.split_user_rows`; then there is
-    no text but the rows' own, unless `text_train_file` and `text_validation_file` give some; with only the first, the
+    `rows_file` and `evaluation_file` replace the generated rows, see `data.user_files.split_user_rows`; then the only
+    text is the rows' own, unless `text_train_file` and `text_validation_file` are given; with only the first, the
     validation lines are taken from it too. Lines of a user's files that would leak are left out on the less valuable
     side (evaluation is kept over validation over training, rows over text) and counted in the report.
 
@@ -77,7 +77,7 @@ def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
         "reading": options.reading,
         "max_reject_fraction": options.max_reject_fraction,
     }
-    # What makes two generated prompts one exercise says nothing about a user's own.
+    # The identity of generated exercises does not apply to a user's own prompts.
     key = text_key if options.rows_file else request_key
     files: dict[str, Any] = {}
     generated = Renderings(options.reading.chat.rendering) if options.reading.chat else None
@@ -127,9 +127,9 @@ def _as_read(row: Row, reading: Reading, rendered: Renderings | None) -> Row:
     """A generated row in the format of the settings."""
     if reading.chat is None or rendered is None:
         return replace(row, separator=reading.separator)
-    found = reading.chat.render_text(row.input, row.target)
-    rendered.add(f"the row {row.input[:40]!r}", found)
-    return found.row(row.input, row.label)
+    rendering = reading.chat.render_text(row.input, row.target)
+    rendered.add(f"the row {row.input[:40]!r}", rendering)
+    return rendering.row(row.input, row.label)
 
 
 def _user_texts(

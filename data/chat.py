@@ -1,8 +1,8 @@
 """Conversations as a chat model reads them.
 
-In: a tokenizer with a chat template, and messages. Out: a row's prompt, target and end as text, special tokens spelled
-out, and how they compare with what training on the whole conversation reads. A conversation is rendered once, when the
-data is made: a template may put today's date in it.
+In: a tokenizer with a chat template, and messages. Out: a row's prompt, target and end as text, with special tokens
+spelled out, and how they compare with what training on the whole conversation reads. A conversation is rendered once,
+when the data is made, because a template may insert today's date.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _NOTHING_SAID = {
 class Rendered(NamedTuple):
     """A conversation in one of the two renderings, and how it compares with what training reads.
 
-    `special_tokens` is True where the target holds special tokens that are read as such. `unlike` holds two texts where
-    the generation prompt, the answer and its end do not begin the whole conversation: that text, and the conversation.
-    `regrouped` is True where the texts agree and the tokens do not: one stands across the end of the prompt.
-    `ends` is False where the template writes no token after an answer, so that EOS was added.
+    `special_tokens` is True if the target contains special tokens that are read as such. `unlike` is set if the
+    generation prompt, the answer and its end are not the beginning of the whole conversation: that text, and the
+    conversation. `regrouped` is True if the texts agree but the tokens do not, because one spans the end of the prompt.
+    `ends` is False if the template writes no token after an answer, so that EOS was added.
     """
 
     prompt: str
@@ -51,12 +51,13 @@ class Rendered(NamedTuple):
     ends: bool = True
 
     def row(self, text: str, label: str) -> Row:
-        """As a row, whose messages say `text`."""
+        """As a row with the input `text`, the text of its messages."""
         return make_row(text, self.target, label, self.prompt, self.end, special_tokens=self.special_tokens)
 
 
 class _Parts(NamedTuple):
-    """What the template writes around an answer: all before it, and the token that ends it (empty: none)."""
+    """What the template writes around an answer: the text before and after it, and the token that ends it (empty:
+    none)."""
 
     before: str
     after: str
@@ -92,8 +93,8 @@ class Chat:
         self._given = self._given_to_answers()
 
     def variables(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Those fields of a record that the template reads, such as `tools` or `enable_thinking`; a dictionary in the
-        field `chat_template_kwargs` has more of them."""
+        """The fields of a record that the template reads, such as `tools` or `enable_thinking`, including those in a
+        dictionary under `chat_template_kwargs`."""
         more = from_json(record.get(KWARGS), KWARGS)
         given = {**record, **(more if isinstance(more, dict) else {})}
         known = self._reads(given).variables - self._reserved
@@ -109,7 +110,7 @@ class Chat:
     def unread_keys(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[str]:
         """Keys of these messages that the template does not read."""
         known = self._reads(variables).keys | {"role", "content"}
-        return [key for key in dict.fromkeys(key for one in messages for key in one) if key not in known]
+        return [key for key in dict.fromkeys(key for message in messages for key in message) if key not in known]
 
     def render(
         self, asked: Sequence[Message], answer: Message | None = None, variables: Mapping[str, Any] | None = None

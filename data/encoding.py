@@ -3,9 +3,9 @@
 In: a tokenizer, texts and rows. Out: token lists that start with BOS, and left-padded batches of them. Training text is
 `BOS + input + separator + target + EOS`; the prefix `BOS + input + separator` is tokenised on its own, so that it has
 the same tokens with and without a target. A text that spells out a special token, such as `</s>`, is read as plain
-characters, unless its row says that special tokens are read as such: then neither BOS nor EOS is added where the text
-has it already. In a chat, the conversation that `data.chat` has rendered takes the place of the prefix, and the token
-that ends a turn that of EOS; what the conversation begins with is then called BOS here.
+characters, unless its row has `special_tokens` set: then BOS and EOS are added only if the text lacks them. In a chat,
+the conversation rendered by `data.chat` replaces the prefix, and the token that ends a turn replaces EOS; the first
+token of the conversation is then called BOS here.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> Encoded:
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: list[int]) -> list[int]:
-    """A chat row's target. It is read after its prompt, as training reads it: alone, its first token may be another.
-    Where a token stands across the end of the prompt, the target is read alone."""
+    """A chat row's target, tokenised after its prompt, as in training: alone, its first token may differ. If a token
+    spans the end of the prompt, the target is tokenised alone."""
     if not row.special_tokens and spelled_out([row.target], special_tokens_of(tokenizer)) is not None:
         return _plain(tokenizer, row.target)
     whole, end = _with_special(tokenizer, row.prompt + row.target + row.end), end_of(tokenizer, row)
@@ -92,18 +92,18 @@ def _answer(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: list[int]) -> 
 
 
 def target_text(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
-    """The row's target as an answer's tokens are decoded, which answers are compared with: without special tokens, and,
-    in a tokenizer that marks where words begin, without the space of the first."""
+    """The row's target as a decoded answer would read, for comparison with answers: without special tokens and, for a
+    tokenizer that marks word beginnings, without the first word's space."""
     if not row.prompt and not row.special_tokens:
         return row.target
     return _decoded(tokenizer, encode_row(tokenizer, row).target)
 
 
 def with_answer(tokenizer: PreTrainedTokenizerBase, row: Row, text: str, tokens: Sequence[int]) -> Row:
-    """The row with a model's answer as its target, `text` being what `tokens` are decoded to: with the space that
-    decoding leaves out where only that gives these tokens again."""
+    """The row with a model's answer as its target. `text` is the decoded `tokens`; the leading space that decoding
+    drops is added if `text` gives these tokens only with it."""
     rows = [replace(row, target=text), replace(row, target=f" {text}")]
-    return next((one for one in rows if encode_row(tokenizer, one).target[:-1] == list(tokens)), rows[0])
+    return next((answered for answered in rows if encode_row(tokenizer, answered).target[:-1] == list(tokens)), rows[0])
 
 
 def end_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:
@@ -113,12 +113,13 @@ def end_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Row) -> frozenset[int]:
-    """The tokens that end an answer to rows like this one: EOS, and in a chat those of the generation config too."""
+    """The tokens that end an answer to rows like this one: EOS, and in a chat also those of the generation config."""
     if not row.prompt:
         return frozenset([end_of(tokenizer, row)])
     given: Any = model.generation_config.eos_token_id if model.generation_config else None
     listed = given if isinstance(given, list) else [given]
-    return frozenset(one for one in (*listed, tokenizer.eos_token_id, end_of(tokenizer, row)) if isinstance(one, int))
+    ends = (*listed, tokenizer.eos_token_id, end_of(tokenizer, row))
+    return frozenset(token for token in ends if isinstance(token, int))
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:

@@ -1,6 +1,6 @@
 """Files and folders that a reader sees whole or not at all.
 
-In: the path to write. Out: a temporary path next to it, which takes its place when all is written.
+In: the path to write. Out: a temporary path next to it, which is renamed to it when everything is written.
 """
 
 from __future__ import annotations

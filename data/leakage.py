@@ -31,7 +31,7 @@ def find_leaks(
 ) -> dict[str, dict[str, Any]]:
     """`{"training and evaluation": {"same_text": 0, "same_request": 0, "examples": []}, ...}` for each pair.
 
-    Counts are of distinct texts and distinct requests, as `key` tells them apart. Equal texts are equal requests, so
+    Counts are of distinct texts and distinct requests, which `key` identifies. Equal texts are equal requests, so
     `same_request` is zero only if `same_text` is.
     """
     texts: dict[str, set[int]] = {}

@@ -31,10 +31,10 @@ SPECIAL = "the special token"
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How rows are read: the file's names for our columns, the chat template (None: plain text), what is wrong with a
-    row for the model (None: nothing), and whether a row may lack its target.
+    """How rows are read: the file's names for our columns, the chat template (None: plain text), a function that says
+    why the model cannot use a row (None: it can), and whether rows need a target.
 
-    In the plain format `separator` stands between input and target; a row that spells out one of the tokenizer's
+    In the plain format `separator` comes between input and target; a row that spells out one of the tokenizer's
     `special` tokens is rejected or, with `special_tokens`, has it read as a token.
     """
 
@@ -49,10 +49,10 @@ class Reading:
 
 @dataclass
 class Log:
-    """What happened to a file's rows. `first` lists up to ten rejected ones, three of a reason, as `line 7: not JSON
-    (...)`; `notes` what was assumed to read it; `columns` and `keys` the columns and the keys of messages that have
-    values, with whether anything uses them; `rendered` how conversations compare with training's; `nulls` the number of
-    rows in whose messages or tools keys without a value were left out."""
+    """What happened to a file's rows. `first` lists up to ten rejected ones, at most three per reason, as `line 7: not
+    JSON (...)`; `notes` are assumptions made to read the file; `columns` and `keys` are the columns and message keys
+    that have values, and whether anything uses them; `rendered` is how conversations compare with training's; `nulls`
+    counts rows from whose messages or tools keys without a value were dropped."""
 
     path: str
     unit: str = "line"
@@ -75,7 +75,7 @@ class Log:
         return f"{self.unit} {self.lines}"
 
     def saw(self, columns: Iterable[str], used: Container[str], unread_keys: Iterable[str] = ()) -> None:
-        """Notes which columns of a row have values, which of these are used, and which keys of messages are not."""
+        """Records which columns of a row have values, which of these are used, and which message keys are not used."""
         for name in columns:
             self.columns[name] = self.columns.get(name, False) or name in used
         for key in unread_keys:

@@ -1,4 +1,4 @@
-"""How the rows of a file compare with what training on whole conversations reads, counted.
+"""Counts how the rows of a file compare with what training on whole conversations reads.
 
 In: rendered conversations. Out: counts and an example for the report, and sentences about them.
 """
@@ -40,7 +40,7 @@ class Renderings:
         return dict(vars(self))
 
     def sentences(self) -> list[str]:
-        """What a reader must know of these rows, one fact each."""
+        """What a reader must know about these rows, one fact each."""
         found = []
         if self.example is not None:
             taken = "the conversation" if self.taken == "conversation" else "the generation prompt"

@@ -30,9 +30,9 @@ class Row:
 
     `template` and `operands` (the request with its numbers masked, and those numbers) identify an exercise: two prompts
     that share both differ only in context. See `request_identity`. In a chat format `prompt` is the conversation as
-    the chat template renders it, `end` the token that ends an answer, and `input` what the messages say. In the plain
-    format `separator` stands between input and target. With `special_tokens`, special tokens that the target spells out
-    (in the plain format also the input) are read as tokens, otherwise as plain characters.
+    rendered by the chat template, `end` the token that ends an answer, and `input` the text of the messages. In the
+    plain format `separator` comes between input and target. With `special_tokens`, special tokens that are spelled out
+    in the target (in the plain format also in the input) are read as tokens, otherwise as plain characters.
     """
 
     input: str

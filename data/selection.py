@@ -1,6 +1,6 @@
-"""Choosing rows from a stream: a seeded sample in one pass, keeping only the sample in memory.
+"""Samples rows from a stream: seeded, in one pass, keeping only the sample in memory.
 
-In: items one by one, each with a key, and what makes two of them copies. Out: the chosen items, in an order that
+In: items one by one, each with a key and a text by which copies are recognised. Out: the chosen items, in an order that
 depends only on seed and keys, never on the order of the stream or on the machine.
 """
 
@@ -22,13 +22,13 @@ def fingerprint(key: str, seed: int = 0) -> int:
 class Sample(Generic[Item]):
     """The `size` items with the smallest fingerprints of all those offered.
 
-    Items with the same key form a group; of those that are also `exact` copies of each other one is kept, the first.
-    Without `exact`, all items of a group are copies. Whole groups are ranked, so that `items` may be longer than `size`
-    by the rest of the last group.
+    Items with the same key form a group, in which only the first of several `exact` copies is kept. Without `exact`,
+    all items of a group are copies. Whole groups are ranked, so `items` may be longer than `size` by the rest of the
+    last group.
 
     The first n items of a larger sample are the sample of size n: evaluation rows taken from the front do not change
-    with the number of training rows. `offered` counts all items, `repeated` those that were copies of one in the
-    sample; `copy` is the first of these.
+    with the number of training rows. `offered` counts all items, `repeated` the copies of items in the sample; `copy`
+    is the first of these.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -60,7 +60,7 @@ class Sample(Generic[Item]):
             self._held -= len(self._groups.pop(-heapq.heappop(self._ranks)))
 
     def items(self) -> list[Item]:
-        """The sample, smallest fingerprint first, in an order that does not depend on that of the offers."""
+        """The sample, smallest fingerprint first; its order does not depend on the order of the offers."""
         return [item for rank in sorted(self._groups) for _, item in sorted(self._groups[rank].items(), key=_first)]
 
 

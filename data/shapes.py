@@ -1,7 +1,7 @@
 """Files in the shapes that other tools write: Alpaca, ShareGPT, and prompt with completion.
 
-In: a record. Out: how records like it become `input`, `messages` and `target`, or, for common shapes that are not read,
-one sentence about the setting that maps them.
+In: a record. Out: how records like it become `input`, `messages` and `target`, or, for common shapes that are not
+supported, one sentence about the setting that maps them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROLES = {
     "function_response": "tool",
     "function_call": "assistant",
 }
-"""ShareGPT's names of who speaks, and those of chat templates."""
+"""ShareGPT's names of speakers, and the roles of chat templates."""
 _MAPPED = (
     ("question", "answer"),
     ("query", "response"),
@@ -96,9 +96,9 @@ def _has_speakers(turns: Any) -> bool:
 
 def _share_gpt(record: Record, column: str = "conversations") -> dict[str, Any]:
     turns = from_json(record.get(column), "conversations")
-    if not isinstance(turns, list) or not turns or not all(isinstance(one, dict) for one in turns):
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise Reject("conversations are not a list of {from, value}")
-    messages = [_turn(one) for one in turns]
+    messages = [_turn(turn) for turn in turns]
     if isinstance(system := record.get("system"), str) and system.strip() and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     return {"messages": messages}
@@ -110,13 +110,13 @@ def _turn(turn: Record) -> Message:
     speaker = text(turn.get("from"), "from")
     if speaker not in ROLES:
         raise Reject("conversations have an unknown speaker", speaker)
-    said = text(turn.get("value"), "value")
+    content = text(turn.get("value"), "value")
     rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
     if speaker != "function_call":
-        return {**rest, "role": ROLES[speaker], "content": said}
-    calls = from_json(said, "function calls")
+        return {**rest, "role": ROLES[speaker], "content": content}
+    calls = from_json(content, "function calls")
     functions = calls if isinstance(calls, list) else [calls]
-    return {**rest, "role": "assistant", "tool_calls": [{"type": "function", "function": one} for one in functions]}
+    return {**rest, "role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in functions]}
 
 
 def _completion(record: Record) -> dict[str, Any]:

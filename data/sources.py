@@ -1,7 +1,7 @@
 """Where rows come from: JSON lines, JSON arrays, CSV, Parquet, or a dataset of the hub, record by record.
 
-In: a path or a dataset's name. Out: what a record is called there, and an iterator of dictionaries; a record that
-cannot be read is an `Unreadable` in its place. Nothing is held in memory but the record at hand and the text of a JSON
+In: a path or a dataset's name. Out: what a record is called there (line, row), and an iterator of dictionaries, with an
+`Unreadable` in place of each record that cannot be read. Only the current record is in memory, or the text of a JSON
 array.
 """
 
@@ -20,7 +20,7 @@ from data.rows import DataError
 MAX_LINE_BYTES = 1 << 20
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 COLUMNS_OF_ROWS = {"input", "messages", "instruction", "prompt", "conversations", "question", "text"}
-"""By these, an object in a list is taken for a row."""
+"""Columns by which an object in a list is recognised as a row."""
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 DATASET = re.compile(r"^(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.-]+))?$", re.ASCII)
 KINDS = f"a file ending in {', '.join((*JSON_LINES, *SEPARATORS, '.parquet'))}, nor a hub dataset OWNER/NAME[:SPLIT]"
@@ -47,7 +47,7 @@ class Source(NamedTuple):
 def open_source(source: str) -> Source:
     """The records of a file or dataset.
 
-    Raises `DataError` where the source is none of the known kinds, or cannot be read.
+    Raises `DataError` if the source is not of a known kind, or cannot be read.
     """
     is_dataset(source)
     suffix = Path(source).suffix.lower()
@@ -59,7 +59,7 @@ def open_source(source: str) -> Source:
     if suffix == ".parquet":
         return Source("row", _parquet(source))
     dataset = DATASET.match(source)
-    assert dataset is not None, "`is_dataset` has been asked"
+    assert dataset is not None, "checked by `is_dataset`"
     return Source("row", _dataset(dataset["name"], dataset["split"] or "train"))
 
 
@@ -170,19 +170,19 @@ def _json_lines(path: str) -> Records:
 
 
 def _separator(path: str, usual: str) -> tuple[str, str]:
-    """What separates a file's columns, and a note where that is not what its name says.
+    """A file's column separator, and a note if it is not the one that the file's name implies.
 
-    Raises `DataError` where the header leaves it open.
+    Raises `DataError` if the header is ambiguous.
     """
     header = ""
     for line in raw_lines(path):
         header = re.sub(r'"[^"]*"', "", line.decode("utf-8", errors="replace"))
         break
     names = {",": "commas", ";": "semicolons", "\t": "tabs"}
-    found = [one for one in names if one in header]
+    found = [separator for separator in names if separator in header]
     if len(found) > 1 or (found and usual == "\t" and found != ["\t"]):
         raise DataError(
-            f"{path}: its header has {' and '.join(names[one] for one in found)}, so its columns are not clear; "
+            f"{path}: its header has {' and '.join(map(names.__getitem__, found))}, so its columns are not clear; "
             f"separate them by {names[usual]} alone, and put a name that holds another of these in quotes"
         )
     separator = found[0] if found else usual

@@ -22,6 +22,6 @@ def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 
 def spelled_out(texts: Iterable[str], special: Iterable[str]) -> str | None:
-    """The first special token that a text spells out, None if there is none."""
+    """The first special token that is spelled out in a text, or None."""
     tokens = tuple(special)
     return next((token for text in texts for token in tokens if token in text), None)

@@ -14,7 +14,7 @@ _GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
 
 
 class Reads(NamedTuple):
-    """Variables that a template does not set itself, and all names that it may look up in a message."""
+    """The variables that a template does not set itself, and all names that it may look up in a message."""
 
     variables: frozenset[str]
     keys: frozenset[str]

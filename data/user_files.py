@@ -1,6 +1,6 @@
 """A user's own rows and texts, split or sampled in one pass.
 
-In: paths and the sizes wanted. Out: rows per split, or texts, each with an account of the file for the report: rows
+In: paths and the desired sizes. Out: rows per split, or texts, each with an account of the file for the report: rows
 that were rejected (and why), repeated, not needed, and left out because they would leak.
 """
 
@@ -26,7 +26,7 @@ case and spacing."""
 
 
 class Sizes(NamedTuple):
-    """Rows wanted: of each label for evaluation, of all labels together for validation and training."""
+    """Desired rows: per label for evaluation, in total for validation and for training."""
 
     evaluation: int
     validation: int
@@ -34,8 +34,8 @@ class Sizes(NamedTuple):
 
 
 class UserRows(NamedTuple):
-    """Rows by split, the labels of those for evaluation in the order of the file, and an account of each file by its
-    key in the settings."""
+    """Rows by split, the labels of the evaluation rows in file order, and an account of each file by its key in the
+    settings."""
 
     splits: dict[str, list[Row]]
     labels: list[str]
@@ -52,14 +52,14 @@ def split_user_rows(
     max_reject_fraction: float,
     repeated: Repeated = "exact",
 ) -> UserRows:
-    """Rows of a file, or of one for training and validation and another for evaluation.
+    """Rows of one file, or of one file for training and validation and another for evaluation.
 
-    Rows are ranked by a hash of seed and input; of each label the first go to evaluation, the next to validation, the
-    rest to training, validation and training in equal shares as far as the labels allow. So a file and a seed always
-    give the same splits, whatever the order of its rows. Of copies (`repeated`) the first is kept. Rows whose inputs
-    differ at most in case and spacing have one rank; where they would end up in two splits, those for the later split
-    are left out. Where a label has few rows, evaluation comes before validation and that before training, and the
-    account says what is missing.
+    Rows are ranked by a hash of seed and input; for each label the first go to evaluation, the next to validation and
+    the rest to training. Validation and training get equal shares of each label as far as possible. So a file and a
+    seed always give the same splits, whatever the order of its rows. Of copies (`repeated`) the first is kept. Rows
+    whose inputs differ at most in case and spacing have the same rank; if they would end up in two splits, those for
+    the later split are left out. If a label has too few rows, evaluation takes precedence over validation, and
+    validation over training, and the account says what is missing.
 
     Raises `DataError` for an unreadable file, too many rejected rows, more than 12 labels, or too few rows to split.
     """
@@ -119,7 +119,7 @@ def split_user_rows(
 
 
 def shares(total: int, available: Sequence[int]) -> list[int]:
-    """`total` in equal shares, what some cannot give taken from the others; the first give what does not divide.
+    """`total` split into equal shares of at most `available`; others make up for a shortfall, the first a remainder.
 
     >>> shares(10, [2, 9, 9])
     [2, 4, 4]
@@ -132,7 +132,7 @@ def shares(total: int, available: Sequence[int]) -> list[int]:
 
 
 class Sampling(NamedTuple):
-    """How many rows are sampled of each label, and which are copies of each other."""
+    """How many rows to sample per label, and which rows count as copies."""
 
     size: int
     seed: int
@@ -142,8 +142,8 @@ class Sampling(NamedTuple):
 def _samples(
     path: str, sampling: Sampling, reading: Reading, forbidden: set[int] | frozenset[int] = frozenset()
 ) -> tuple[dict[str, Sample[Row]], Log, int]:
-    """A sample of each label's rows, in the order in which labels appear, the file's log, and how many rows have an
-    input whose fingerprint is `forbidden`: those would leak, and are left out."""
+    """A sample of each label's rows, in the order in which labels appear, the file's log, and the number of rows left
+    out because they would leak: the fingerprint of their input is in `forbidden`."""
     log, samples, leaking = Log(path), dict[str, Sample[Row]](), 0
     for row in stream_rows(log, reading):
         key = text_key(row.input)

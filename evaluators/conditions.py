@@ -1,7 +1,7 @@
 """The conditions of an evaluation, by name: what replaces a site's output, in which model, compared with what.
 
-In: a name. Out: its entry. A new condition is one entry of `CONDITIONS`; only its `combine` ever sees a tensor, so that
-settings, tables, reports and plans follow from this registry without loading torch.
+In: a name. Out: its entry. A new condition is one entry of `CONDITIONS`; only its `combine` touches tensors, so
+settings, tables, reports and plans use this registry without loading torch.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 TARGETS = ("change", "residual")
-"""What a delta is trained on: the site's own change, or the residual that a base transcoder leaves."""
+"""What a delta is trained on: the site's own change, or a base transcoder's residual."""
 
 
 @dataclass(frozen=True)
 class Condition:
     """How a site's output y is replaced: `combine(y, ground(x), delta(x), alpha)`, each (tokens, d_out) in fp32,
-    alpha (tokens, 1). The ground is a base transcoder or the un-finetuned path, as the delta's target says.
+    alpha (tokens, 1). The ground is a base transcoder or the un-finetuned path, depending on the delta's target.
 
-    `model` is what is spliced into: the finetuned model, the base model it was finetuned from, the finetuned model with
-    the spliced sites' weights taken from the base model, or with weights between the two. With `substitute`, the site's
-    delta is replaced by the one that `splice.substitutes.SUBSTITUTES` makes under the condition's name. `targets` are
-    those of the deltas that the condition makes sense for.
+    `model` is the model that is spliced into: the finetuned one, the base model it was finetuned from, or the finetuned
+    one whose spliced sites have the base model's weights (`swapped`) or weights between the two (`scaled`). With
+    `substitute`, `splice.substitutes.SUBSTITUTES` has a function, under the condition's name, that replaces the site's
+    delta. `targets` are the deltas' targets for which the condition makes sense.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Condition:
     dosed: bool = False
     """Measured at every alpha."""
     ranked: bool = False
-    """Of the rank of the delta that it stands for, so that it is measured for every width of deltas."""
+    """Has the rank of the delta that it replaces, so it is measured for every width of deltas."""
     targets: tuple[str, ...] = TARGETS
     baseline: str = "raw"
     """The condition that its differences are taken from."""
     label: str = ""
-    """What a figure calls it; its name, if empty."""
+    """Its name in figures; if empty, `name`."""
 
 
 def _raw(y: Tensor, ground: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
@@ -135,9 +135,9 @@ CONDITIONS = {
         _control("error_term", "must equal raw", _error, uses_delta=False, targets=("residual",)),
     )
 }
-"""Every condition but those of `UNEDITED`."""
+"""Every condition except those of `UNEDITED`."""
 UNEDITED = ("raw", "base_model_raw")
-"""Nothing is replaced: in the finetuned model, and in the model that it was finetuned from."""
+"""Nothing is replaced, in the finetuned model and in the model that it was finetuned from."""
 CONTROLS = tuple(name for name, condition in CONDITIONS.items() if condition.control)
 CHANGE_CONTROLS = {name: CONDITIONS[name] for name in CONTROLS if "change" in CONDITIONS[name].targets}
-"""Those that the report sets against change deltas."""
+"""The controls that the report compares with change deltas."""

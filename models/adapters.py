@@ -1,8 +1,8 @@
-"""PEFT adapters that were made elsewhere: whether PEFT can fold one into a model's weights, and the folding.
+"""PEFT adapters that were made elsewhere: checks whether PEFT can merge one into a model's weights, and merges it.
 
-In: a transformers model, with or without values, and an adapter's folder. Out: a ModelError of one sentence with PEFT's
-own reason where it cannot be folded in exactly; the model with the adapter attached, or folded in. What an adapter is,
-and what can be done with it, is PEFT's to say: it is asked on a model without values, which takes a second.
+In: a transformers model, with or without values, and an adapter's folder. Out: the model with the adapter attached or
+merged, or a one-sentence ModelError with PEFT's own reason if it cannot be merged exactly. PEFT itself decides what an
+adapter is and what can be done with it, by trying on a model without values, which takes a second.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NAME = "default"
 PROBES = 4
-"""Random inputs on which each adapted module is compared before and after it is folded in."""
+"""Random inputs on which each adapted module is compared before and after the merge."""
 _NOISE = ("is_gradient_checkpointing", "CUDA extension", "Sparse invariant checks")
 """Warnings that say nothing about the adapter."""
 
@@ -38,10 +38,10 @@ def is_adapter(folder: Path) -> bool:
 
 @dataclass
 class Attached:
-    """A model with an adapter, not folded in yet.
+    """A model with an adapter that is not merged yet.
 
-    model: PEFT's, around the transformers model `base`. body: the name of the part that the adapter was made for, where
-    it is not the whole model. warned: what PEFT warned of.
+    model: PEFT's, around the transformers model `base`. body: the name of the submodule that the adapter was made for,
+    or empty for the whole model. warned: PEFT's warnings.
     """
 
     model: Any
@@ -63,7 +63,7 @@ class Attached:
         return found
 
     def fold_in(self) -> PreTrainedModel:
-        """The transformers model with the adapter in its weights. Raises ModelError where PEFT cannot."""
+        """Merges the adapter and returns the transformers model."""
         self.model.merge_and_unload()
         if self.body:
             return self.base
@@ -71,14 +71,14 @@ class Attached:
 
 
 def check_adapter(folder: Path, skeleton: PreTrainedModel, source: str) -> tuple[list[str], list[str]]:
-    """The modules that an adapter changes in the model `skeleton` (without values, and not to be used afterwards), and
-    notes on what PEFT warned of; `source` is the model's name in the settings.
+    """The modules that an adapter changes in the model `skeleton` (which has no values, and must not be used
+    afterwards), and PEFT's warnings; `source` is the model's name in the settings.
 
-    Raises ModelError where the adapter is damaged, belongs to another model, or cannot be folded in exactly.
+    Raises ModelError if the adapter is damaged, belongs to another model, or cannot be merged exactly.
     """
     config = _config(folder)
-    before = {name: tuple(one.shape) for name, one in skeleton.state_dict().items()}
-    # Without values some methods cannot be tried; the folding itself, and the check after it, will tell.
+    before = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    # Some methods cannot be tried without values; the merge itself, and the check after it, will tell.
     try:
         attached = attach(skeleton, folder, source)
     except Exception as error:
@@ -98,7 +98,7 @@ def check_adapter(folder: Path, skeleton: PreTrainedModel, source: str) -> tuple
                 f"{_reason(error, kind)}"
             ) from None
         return modules, attached.warned
-    after = {name: tuple(one.shape) for name, one in folded.state_dict().items()}
+    after = {name: tuple(tensor.shape) for name, tensor in folded.state_dict().items()}
     if before != after:
         differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
         raise ModelError(
@@ -109,11 +109,11 @@ def check_adapter(folder: Path, skeleton: PreTrainedModel, source: str) -> tuple
 
 
 def attach(model: PreTrainedModel, folder: Path, source: str = "model.source") -> Attached:
-    """`model` with the adapter saved in `folder`, loaded by PEFT; one that was made for the model's body, without its
-    head, is put there.
+    """`model` with the adapter saved in `folder`, loaded by PEFT; an adapter made for the model's body, without its
+    head, is attached to the body.
 
-    Load `model` in fp32: rounding a weight to bf16 loses small changes. Raises ModelError where PEFT cannot load the
-    adapter, or where tensors of it belong nowhere or are missing.
+    Load `model` in fp32: rounding a weight to bf16 loses small changes. Raises ModelError if PEFT cannot load the
+    adapter, or if its tensors are missing or match no module.
     """
     check_values(folder)
     body_name = model.base_model_prefix
@@ -123,10 +123,11 @@ def attach(model: PreTrainedModel, folder: Path, source: str = "model.source") -
         warnings.simplefilter("always")
         adapted = _load(root, folder, source)
     _check_loaded(adapted, root, folder, source)
-    said = [" ".join(str(one.message).split()) for one in caught if issubclass(one.category, UserWarning)]
+    messages = [" ".join(str(item.message).split()) for item in caught if issubclass(item.category, UserWarning)]
     if str(adapted.peft_config[NAME].__dict__.get("init_lora_weights", "")).startswith("pissa_niter"):
-        said.append("it draws a new random decomposition at each loading, so no merge is exactly the model as trained")
-    warned = [one[:300] for one in dict.fromkeys(said) if not any(noise in one for noise in _NOISE)]
+        note = "it draws a new random decomposition at each loading, so no merge is exactly the model as trained"
+        messages.append(note)
+    warned = [text[:300] for text in dict.fromkeys(messages) if not any(noise in text for noise in _NOISE)]
     return Attached(adapted, model, body_name if is_body else "", warned)
 
 
@@ -136,7 +137,7 @@ def _load(root: Any, folder: Path, source: str) -> Any:
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # whatever PEFT makes of a config that it does not know
+    except Exception as error:  # PEFT may raise anything for a config that it does not know
         raise ModelError(f"{KEY}: PEFT cannot read {folder / ADAPTER} ({_short(error)})") from None
     if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
         raise ModelError(
@@ -157,30 +158,29 @@ def _load(root: Any, folder: Path, source: str) -> Any:
 
 
 def _check_loaded(adapted: Any, root: Any, folder: Path, source: str) -> None:
-    """PEFT reports tensors that are missing as a warning, and drops those it has no place for without a word."""
+    """Raises ModelError for missing or unexpected tensors: PEFT warns of missing ones and drops others silently."""
     from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     key_mapping = getattr(root, "_checkpoint_conversion_mapping", {})
     given = load_peft_weights(str(folder), device="cpu", key_mapping=key_mapping)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        asked = get_peft_model_state_dict(adapted, adapter_name=NAME, save_embedding_layers=False)
+        needed = get_peft_model_state_dict(adapted, adapter_name=NAME, save_embedding_layers=False)
         loaded: Any = set_peft_model_state_dict(adapted, given, adapter_name=NAME, low_cpu_mem_usage=_is_empty(root))
     if loaded.unexpected_keys:
         raise ModelError(
             f"{KEY}: the adapter in {folder} adapts {_module(loaded.unexpected_keys[0])}, which {source} does not have "
             f"(PEFT finds no place for {len(loaded.unexpected_keys)} of its {len(given)} tensors)"
         )
-    if missing := sorted(asked.keys() - given.keys()):
+    if missing := sorted(needed.keys() - given.keys()):
         raise ModelError(
-            f"{KEY}: the adapter in {folder} lacks {len(missing)} of the {len(asked)} tensors that its {ADAPTER} asks "
+            f"{KEY}: the adapter in {folder} lacks {len(missing)} of the {len(needed)} tensors that its {ADAPTER} asks "
             f"for, such as that of {_module(missing[0])}"
         )
 
 
 def check_values(folder: Path) -> None:
-    """Raises ModelError where the adapter's file is missing or damaged, or holds tensors without values, NaN or
-    infinities."""
+    """Raises ModelError if the adapter's file is missing or damaged, or has empty tensors, NaN or infinities."""
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -206,7 +206,7 @@ def check_values(folder: Path) -> None:
 
 
 def _check_ties(attached: Attached, folder: Path) -> None:
-    """Raises ModelError where the adapter adds to one of two tied tensors: in the weights there is one for both."""
+    """Raises ModelError if the adapter changes one of two tied tensors, since the weights have only one for both."""
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -224,7 +224,7 @@ def _check_ties(attached: Attached, folder: Path) -> None:
 
 
 def probe(module: nn.Module, seed: int) -> Tensor | None:
-    """What a module makes of a few random inputs, always the same for a seed; None for one that takes no such input."""
+    """A module's outputs on a few random inputs, deterministic for a seed; None for a module without a weight."""
     import torch
 
     inner: Any = module
@@ -245,23 +245,23 @@ def probe(module: nn.Module, seed: int) -> Tensor | None:
 
 
 def apart(before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> float:
-    """The largest difference of two outputs, of the largest value; infinite where one of them is not a number."""
-    found = [
-        ((one - other).abs().max() / one.abs().max().clamp(min=1e-12)).item()
-        for one, other in zip(before, after, strict=True)
-        if one is not None and other is not None
+    """The largest difference between outputs, relative to each output's largest value; infinite if any is NaN."""
+    differences = [
+        ((old - new).abs().max() / old.abs().max().clamp(min=1e-12)).item()
+        for old, new in zip(before, after, strict=True)
+        if old is not None and new is not None
     ]
-    return math.inf if any(map(math.isnan, found)) else max(found, default=0.0)
+    return math.inf if any(map(math.isnan, differences)) else max(differences, default=0.0)
 
 
 def _is_of_body(folder: Path, model: PreTrainedModel, body: str) -> bool:
-    """Whether all tensors of the adapter have their places in the model's body, and not in the whole model."""
+    """Whether all tensors of the adapter fit the model's body, and not the whole model."""
     from models.weights import places_in
 
     if not body or not hasattr(model, body):
         return False
     names = [name.removeprefix("base_model.model.") for name in places_in(folder / ADAPTER_WEIGHTS)]
-    whole, inner = ({name for name, _ in one.named_modules()} for one in (model, getattr(model, body)))
+    whole, inner = ({name for name, _ in root.named_modules()} for root in (model, getattr(model, body)))
     return not all(_fits(name, whole) for name in names) and all(_fits(name, inner) for name in names)
 
 
@@ -274,11 +274,11 @@ def _fits(name: str, modules: set[str]) -> bool:
 
 
 def _replaced(folder: Path, names: Collection[str]) -> set[str]:
-    """Modules of which the adapter holds a parameter as it is in the model, such as every bias where it trains all."""
+    """Modules with a parameter that the adapter stores whole, such as every bias if it trains all biases."""
     from models.weights import places_in
 
-    held = {name.removeprefix("base_model.model.") for name in places_in(folder / ADAPTER_WEIGHTS)}
-    return {name.rpartition(".")[0] for name in held if name in names}
+    stored = {name.removeprefix("base_model.model.") for name in places_in(folder / ADAPTER_WEIGHTS)}
+    return {name.rpartition(".")[0] for name in stored if name in names}
 
 
 def _named_modules(folder: Path) -> list[str]:
@@ -293,7 +293,7 @@ def _is_empty(model: Any) -> bool:
 
 
 def _needs_values(error: Exception) -> bool:
-    """Whether something failed because a model without values has none."""
+    """Whether an error occurred only because the model has no values."""
     return isinstance(error, RuntimeError | ValueError) and "meta" in str(error)
 
 

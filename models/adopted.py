@@ -1,8 +1,8 @@
 """A finetuned model that was made elsewhere: what it is, whether it belongs to the un-finetuned one, what it changed.
 
-In: the folder of the un-finetuned model, and a folder with a full causal LM or a PEFT adapter. Out: a ModelError of one
-sentence where they are no pair, or what is known of it before any work: which weights differ, and what is unusual.
-Of a whole model every weight is read once, of an adapter its own file.
+In: the folder of the un-finetuned model, and a folder with a full causal LM or a PEFT adapter. Out: which weights
+differ, and what is unusual, before any work starts; or a one-sentence ModelError if the two are not a pair. Reads every
+weight of a whole model once, or an adapter's own file.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
-"""What configs call the function inside an MLP."""
+"""Names in configs for the activation function of an MLP."""
 MOST_SHOWN = 6
 """Names in a note."""
 
 
 class Pair(NamedTuple):
-    """notes: what is unusual, a sentence each. changed: the parameters that differ; of an adapter the modules that it
-    changes, whose values are known only once it is merged. rounded: parameters of the un-finetuned model that must be
-    rounded to a coarser dtype, that of the finetuned one, before the two compare."""
+    """notes: what is unusual, one sentence each. changed: the parameters that differ; for an adapter the modules that
+    it changes, as values are known only after the merge. rounded: parameters of the un-finetuned model that must be
+    rounded to the finetuned model's coarser dtype before the two are compared."""
 
     notes: tuple[str, ...]
     changed: tuple[str, ...]
@@ -39,12 +39,11 @@ class Pair(NamedTuple):
 
 
 def check_pair(base: Path, finetuned: Path, source: str, seen: Callable[[Path], object] = lambda file: None) -> Pair:
-    """What two models differ in; `source` is the un-finetuned one's name in the settings. `seen` is called with each
-    file of weights just before its tensors are read.
+    """How two models differ; `source` is the un-finetuned one's name in the settings. `seen` is called with each weight
+    file just before its tensors are read.
 
-    Raises ModelError for another architecture or shape, weights that are not safetensors or hold values that are no
-    numbers, an adapter that cannot be merged, a folder that holds neither a model nor an adapter, or where nothing
-    differs.
+    Raises ModelError for a different architecture or shape, weights that are not safetensors or contain NaN or
+    infinities, an adapter that cannot be merged, a folder with neither a model nor an adapter, or identical models.
     """
     if is_adapter(finetuned):
         modules, warned = check_adapter(finetuned, build_skeleton(base), source)
@@ -76,8 +75,8 @@ def check_pair(base: Path, finetuned: Path, source: str, seen: Callable[[Path], 
 
 
 def check_base(folder: Path, seen: Callable[[Path], object] = lambda file: None) -> None:
-    """Raises ModelError where a model on its own cannot be finetuned and looked at: its weights are missing, damaged,
-    quantised or hold values that are no numbers, or it has no tokenizer. `seen` is called as by `check_pair`."""
+    """Raises ModelError if a model on its own cannot be finetuned and analysed: its weights are missing, damaged,
+    quantised or contain NaN or infinities, or it has no tokenizer. `seen` is called as by `check_pair`."""
     weights = open_weights(folder)
     _check_shapes(weights, weights)
     _check_values(compare(weights, weights, seen), weights, weights)
@@ -98,7 +97,7 @@ def check_tokenizers(
 
 
 def check_ends(base: PreTrainedTokenizerBase, finetuned: PreTrainedTokenizerBase, where: Path) -> None:
-    """Raises ModelError where BOS or EOS differ. In a chat neither matters: the template has its own."""
+    """Raises ModelError if BOS or EOS differ. In a chat neither matters, as the template has its own."""
     for name in ("bos_token_id", "eos_token_id"):
         ours, theirs = getattr(base, name), getattr(finetuned, name)
         if ours != theirs:
@@ -166,7 +165,7 @@ def _check_shapes(before: Weights, after: Weights) -> None:
 
 
 def _other_base(base: Path, folder: Path, source: str) -> list[str]:
-    """A note where the adapter says that it was made for another model."""
+    """A note if the adapter's config names another base model."""
     from peft import PeftConfig
 
     made_for = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
@@ -176,7 +175,7 @@ def _other_base(base: Path, folder: Path, source: str) -> list[str]:
 
 
 def _inside(folder: Path) -> str:
-    """What to say of a folder whose subfolders hold what is missing in it."""
+    """The end of an error message for a folder: whether its subfolders have what it lacks."""
     inner = sorted({path.parent.name for name in (ADAPTER, "config.json") for path in folder.glob(f"*/{name}")})
     if not inner:
         return ", so it is not a saved model"

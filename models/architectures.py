@@ -1,7 +1,7 @@
-"""Which kinds of site an architecture has, and which architectures cannot be looked at.
+"""Which kinds of site an architecture has, and which architectures are not supported.
 
-In: a model folder, or an architecture's name. Out: kinds, or a ModelError of one sentence. An MLP is a site where it
-has a norm of its own before it, whose output a transcoder reads. docs/architectures.md lists what a test has tried.
+In: a model folder, or an architecture's name. Out: kinds, or a one-sentence ModelError. An MLP is a site if it has its
+own norm before it, whose output a transcoder reads. docs/architectures.md lists what a test has tried.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def kinds_of(architecture: str) -> list[Kind]:
 
 
 def check_mlps(folder: Path, source: str, asked: str) -> None:
-    """Raises ModelError where the model's MLPs are no sites; `asked` says which setting needs them."""
+    """Raises ModelError if the model's MLPs are not sites; `asked` names the setting that needs them."""
     name = model_facts(folder)["architecture"]
     if name in WITHOUT_MLP:
         allowed = ", ".join(kind.name for kind in kinds_of(name))
@@ -60,8 +60,8 @@ def check_mlps(folder: Path, source: str, asked: str) -> None:
 
 
 def check_architecture(folder: Path, source: str, key: str = "model.source") -> None:
-    """Raises ModelError where nothing can be spliced into the model's blocks; `source` is its name in the settings, and
-    `key` the one that gives it."""
+    """Raises ModelError if nothing can be spliced into the model's blocks; `source` is its name in the settings, and
+    `key` the setting that gives it."""
     name = model_facts(folder, key)["architecture"]
     if name in MISSING:
         raise ModelError(f"{key}: {source} is of the architecture {name}, which is not supported: {MISSING[name]}")

@@ -1,8 +1,8 @@
-"""What lies between what a site reads and what it writes: the hooks there, and the block's own path as plain modules.
+"""The computation between a site's input and its output: the hooks there, and the block's own path as plain modules.
 
-In: a TransformerBridge, which says where an architecture keeps the parts of a block, and the folder of a model of that
+In: a TransformerBridge, which knows where an architecture keeps the parts of a block, and the folder of a model of that
 architecture. Out: hooks that read and write at a site, and for each site a `BlockPath` of the modules in between. This
-is the one file that knows how blocks are built.
+is the only file that knows how blocks are built.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 Write = Callable[[Tensor, slice], Tensor | None]
-"""Takes some of what a site writes, y[..., part] (batch, position, width) with `part` as its place in y, and returns
-what takes its place, or None. A site that writes in several places gives the parts one after the other."""
+"""Takes a part of a site's output, y[..., part] (batch, position, width), where `part` is its slice of y, and returns
+its replacement or None. For a site with several outputs it is called once for each, in order."""
 JOINT = "attn.qkv"
-"""The part in which an architecture keeps queries, keys and values together; the bridge runs with copies of its
+"""The component in which an architecture keeps queries, keys and values together; the bridge runs with copies of its
 parts."""
 
 
@@ -43,10 +43,10 @@ def hooks_at(
     see: Callable[[Tensor], None] | None = None,
 ) -> list[Hook]:
     """Hooks for `models.bridge.hooked` at one site. In a pass, `read` is called with x (batch, position, d_in) as a
-    transcoder reads it, then `write` with y, part by part, and `see` with all of y (batch, position, d_out) as it was.
+    transcoder reads it, then `write` with y, part by part, and `see` with the unedited y (batch, position, d_out).
 
-    Heads are flattened, whatever shape the model has there. This is the only place that turns what a hook holds into
-    what a transcoder reads.
+    Heads are flattened, whatever shape the model has there. This is the only place that converts a hook's activation to
+    a transcoder's input.
     """
     hooks: list[Hook] = []
     if read is not None:
@@ -69,7 +69,7 @@ def hooks_at(
             if number == len(names) - 1:
                 if see is not None:
                     see(y if len(parts) == 1 else torch.cat(parts, dim=-1))
-                parts.clear()  # what was written is not kept until the next pass
+                parts.clear()  # do not keep activations until the next pass
             edited = None if write is None else write(y, slice(before, before + y.shape[-1]))
             return None if edited is None else edited.reshape(activation.shape)
 
@@ -79,7 +79,7 @@ def hooks_at(
 
 
 def check_hooks(bridge: TransformerBridge, site: Site) -> None:
-    """Raises ModelError where this model lacks the layer, or what the site reads or writes there."""
+    """Raises ModelError if this model lacks the layer, or a hook that the site reads or writes there."""
     known = hook_names(bridge)
     for name in (site.reads, *site.writes(known)):
         if name not in known:
@@ -88,14 +88,14 @@ def check_hooks(bridge: TransformerBridge, site: Site) -> None:
 
 @dataclass(frozen=True)
 class BlockPath:
-    """What a block makes of what a site reads, in the modules of one model, by the bridge's names of the parts: of x at
-    `ln2.hook_normalized`, `ln2_post(mlp(x * gain + bias))`; of z, `ln1_post(o(z))`; of x at `ln1.hook_normalized`,
-    `q`, `k` and `v` of `x * gain + bias`, side by side."""
+    """A block's computation from a site's input to its output, in the modules of one model, by the bridge's names of
+    the parts: for x at `ln2.hook_normalized`, `ln2_post(mlp(x * gain + bias))`; for z, `ln1_post(o(z))`; for x at
+    `ln1.hook_normalized`, `q`, `k` and `v` of `x * gain + bias`, concatenated."""
 
     site: Site
     parts: Mapping[str, nn.Module]
     borrowed: frozenset[str] = frozenset()
-    """Parts that are the bridge's own: a norm that attention and MLP share belongs to the rest, not to the path."""
+    """Parts that are the bridge's own modules: a norm shared by attention and MLP belongs to the rest, not the path."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., d_out), in the dtype of the weights."""
@@ -109,7 +109,7 @@ class BlockPath:
         return y if post is None else post(y)
 
     def _normed(self, x: Tensor) -> Tensor:
-        """As the norm hands it on."""
+        """The norm's output for a normalised x."""
         inner = x * self.gain
         return inner if self.bias is None else inner + self.bias
 
@@ -129,12 +129,12 @@ class BlockPath:
 
     @property
     def is_linear(self) -> bool:
-        """Whether y is an affine function of x, and with it what finetuning changed."""
+        """Whether y, and so also what finetuning changed, is an affine function of x."""
         return is_linear(self.site.kind, self.parts)
 
     @torch.no_grad()
     def as_map(self) -> tuple[Tensor, Tensor]:
-        """Of a linear path, W (d_in, d_out) and b (d_out,), fp64, with which it is x W + b."""
+        """A linear path as x W + b: W (d_in, d_out) and b (d_out,), fp64."""
         exact = replace(self, parts={part: deepcopy(module).double() for part, module in self.parts.items()})
         zero = exact._some_weight.new_zeros(1, self.d_in)
         b = exact(zero)
@@ -149,12 +149,12 @@ class BlockPath:
 
     @cached_property
     def d_out(self) -> int:
-        with torch.no_grad():  # by what comes out: projections are kept under many names
+        with torch.no_grad():  # by running it, because architectures name the projections differently
             return self(self._some_weight.new_zeros(1, self.d_in)).shape[-1]
 
     @cached_property
     def widths(self) -> list[int]:
-        """Those of the parts of y: of queries, keys and values; else d_out alone."""
+        """The widths of the parts of y: of queries, keys and values; for other sites only d_out."""
         if self.site.kind.name != QKV.name:
             return [self.d_out]
         with torch.no_grad():
@@ -175,7 +175,7 @@ class BlockPath:
         }
 
     def only(self, parts: Collection[str]) -> BlockPath:
-        """Those of its parts that are named: less than a path that can be run, but weights to exchange."""
+        """Only these parts: not a path that can be run, but weights to exchange."""
         return replace(self, parts={part: module for part, module in self.parts.items() if part in parts})
 
     def to(self, device: str | torch.device) -> BlockPath:
@@ -202,7 +202,7 @@ def read_paths(
 ) -> dict[Site, BlockPath]:
     """The paths of the model in `folder`, on the bridge's device, in its dtype or in `dtype`.
 
-    Only the tensors of those sites are read. Raises ModelError where the folder lacks one or its shape differs.
+    Only the tensors of those sites are read. Raises ModelError if the folder lacks one or its shape differs.
     """
     skeleton = build_skeleton(folder)
     weights = open_weights(folder, skeleton=skeleton)
@@ -236,23 +236,24 @@ def read_paths(
 
 
 def output_of_heads(bridge: TransformerBridge, layer: int) -> BlockPath | None:
-    """What attention makes of z, in the model's own modules, none of them copied; None where the bridge does not know
+    """The path from z to attention's output in the model's own modules, not copies; None if the bridge does not know
     its output projection."""
     parts = _parts(bridge, Site(layer, ATTENTION_OUT))
     modules = {part: getattr(component, "original_component", None) for part, component in parts.items()}
     if modules.get("attn.o") is None:
         return None
-    return BlockPath(Site(layer, ATTENTION_OUT), {part: one for part, one in modules.items() if one is not None})
+    known = {part: module for part, module in modules.items() if module is not None}
+    return BlockPath(Site(layer, ATTENTION_OUT), known)
 
 
 def part_places(config: Any, site: Site) -> dict[str, str]:
-    """Where a plain model of this transformers config keeps each part of a site's path, such as `model.layers.3.mlp`:
-    TransformerLens knows, without a model. Empty for an architecture that it does not know."""
+    """The module path of each part of a site's path in a plain model of this transformers config, such as
+    `model.layers.3.mlp`, from TransformerLens and without a model. Empty for an architecture that it does not know."""
     return _places(_mapped_blocks(config), site)
 
 
 def _places(blocks: Any, site: Site) -> dict[str, str]:
-    """The same, where the map of the blocks is there already."""
+    """`part_places` for a known map of the blocks."""
     places = {}
     for part in site.kind.parts if blocks is not None else ():
         inner, place = blocks, f"{blocks.name}.{site.layer}"
@@ -269,7 +270,7 @@ def _places(blocks: Any, site: Site) -> dict[str, str]:
 
 
 def _mapped_blocks(config: Any) -> Any:
-    """How TransformerLens maps the blocks of this architecture; None where it does not know it."""
+    """TransformerLens' map of the blocks of this architecture; None if it does not know it."""
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
     from transformers import AutoModelForCausalLM
@@ -285,26 +286,26 @@ def _mapped_blocks(config: Any) -> Any:
 
 
 def sites_with(config: Any, names: Iterable[str]) -> tuple[list[Site], list[str]]:
-    """The sites whose path holds one of these parameters or modules, in order, and those that lie on no path."""
+    """The sites whose path contains one of these parameters or modules, in order, and the names that are on no path."""
     changed, blocks = {name: f"{name}." for name in names}, _mapped_blocks(config)
-    found, owned = [], set()
+    sites, owned = [], set()
     kinds = kinds_of(config.model_type)
     for site in (Site(layer, kind) for layer in range(config.num_hidden_layers) for kind in kinds):
         places = tuple(f"{place}." for place in _places(blocks, site).values())
         here = {name for name, ended in changed.items() if ended.startswith(places)}
         owned |= here
-        found += [site] if here else []
-    return found, [name for name in changed if name not in owned]
+        sites += [site] if here else []
+    return sites, [name for name in changed if name not in owned]
 
 
 @contextmanager
 def exchanged(bridge: TransformerBridge, paths: Sequence[BlockPath]) -> Iterator[None]:
-    """The bridge runs with the weights of `paths` while the `with` lasts, and `paths` hold the bridge's.
+    """Inside the `with`, the bridge runs with the weights of `paths`, and `paths` hold the bridge's.
 
-    Tensors change places, none is copied, so this costs nothing and every strength can be a row of one batch.
+    Tensors are swapped, not copied, so this costs nothing and every strength can be a row of one batch.
     """
     held = [(_own(bridge, path.site), path.parameters()) for path in paths]
-    # Where a joint weight stays and only copies of its parts change, the model's own module would not see them.
+    # If a joint weight stays and only copies of its parts change, the model's own module would not use them.
     copies = any(_has_copies_alone(bridge, path) for path in paths)
     with whole(bridge) if copies else nullcontext():
         _exchange(held)
@@ -315,14 +316,14 @@ def exchanged(bridge: TransformerBridge, paths: Sequence[BlockPath]) -> Iterator
 
 
 def differs(bridge: TransformerBridge, path: BlockPath) -> bool:
-    """Whether any weight of `path` is another than the bridge's own."""
+    """Whether any weight of `path` differs from the bridge's own."""
     ours = _own(bridge, path.site)
     return any(not torch.equal(ours[name], other) for name, other in path.parameters().items())
 
 
 @contextmanager
 def interpolated(bridge: TransformerBridge, paths: Sequence[BlockPath], alpha: float) -> Iterator[None]:
-    """The bridge runs with weights `W + alpha (W' - W)`, W of `paths` and W' its own, while the `with` lasts."""
+    """Inside the `with`, the bridge runs with weights `W + alpha (W' - W)`, W of `paths` and W' its own."""
     held: list[tuple[dict[str, nn.Parameter], dict[str, Tensor]]] = []
     for path in paths:
         ours, starts = _own(bridge, path.site), path.parameters()
@@ -354,12 +355,12 @@ def _has_copies_alone(bridge: TransformerBridge, path: BlockPath) -> bool:
 def _own(bridge: TransformerBridge, site: Site) -> dict[str, nn.Parameter]:
     """The bridge's parameters on the path of a site, such as `mlp.up_proj.weight`."""
     parts = _parts(bridge, site)
-    return {f"{part}.{name}": one for part in parts for name, one in _plain_parameters(parts[part]).items()}
+    return {f"{part}.{name}": weight for part in parts for name, weight in _plain_parameters(parts[part]).items()}
 
 
 def _split(ours: dict[str, nn.Parameter]) -> None:
-    """Where a model has gate and up projection in one weight, the bridge runs with copies of its halves: they follow
-    it."""
+    """If a model keeps gate and up projection in one weight, the bridge runs with copies of its halves; this updates
+    them."""
     for name, joined in ours.items():
         if name.startswith("mlp.gate_up_proj."):
             kind = name.rpartition(".")[2]

@@ -1,8 +1,8 @@
 """The model wrapped for TransformerLens, and its hooks.
 
-In: a transformers model and its tokenizer. Out: a `TransformerBridge` around the same weights. Its parts stand in the
-model only where a hook is: each computes what the module that it wraps does, but in Python, which takes longer than a
-small model's arithmetic.
+In: a transformers model and its tokenizer. Out: a `TransformerBridge` around the same weights. Its components are in
+the model only where there is a hook: each computes the same as the module that it wraps, but in Python, which takes
+longer than a small model's arithmetic.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Hook = tuple[str, "Callable[[Tensor, object], Tensor | None]"]
-"""A hook's full name, and what is called with the activation there; what it returns, unless None, takes its place."""
+"""A hook's full name, and a function of the activation there; unless it returns None, the result replaces it."""
 ROUNDING = 1e-3
-"""Of the largest logit: by so much may another attention kernel move one in fp32."""
+"""Tolerance for another attention kernel in fp32, relative to the largest logit."""
 
 
 class _Seat(NamedTuple):
-    """A place in the model, of a module or of the part of the bridge that wraps it."""
+    """A place in the model that holds either a module or the bridge's component that wraps it."""
 
     parent: nn.Module
     name: str
     part: Any
 
     @property
-    def is_taken(self) -> bool:
+    def is_attached(self) -> bool:
         return self.parent._modules[self.name] is self.part
 
-    def take(self) -> None:
+    def attach(self) -> None:
         self.parent._modules[self.name] = self.part
 
-    def leave(self) -> None:
+    def detach(self) -> None:
         self.parent._modules[self.name] = self.part.original_component
 
 
 class _Wiring(NamedTuple):
-    """What a bridge has wrapped: hook points by their names, the places of its parts, for each hook point the places
-    of the parts that run it, and its blocks."""
+    """How a bridge is wired: hook points by name, the places of its components, for each hook point the places of the
+    components that run it, and its blocks."""
 
     points: dict[str, Any]
     seats: list[_Seat]
@@ -57,10 +57,9 @@ class _Wiring(NamedTuple):
 
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
-    """Wraps `model` in place; no second copy of the weights is made, and none of them needs a gradient from here on.
-    Hooks are then set with `hooked`.
+    """Wraps `model` in place, without copying the weights, and turns their gradients off. Set hooks with `hooked`.
 
-    Raises ModelError where a model in fp32 computes something else than before.
+    Raises ModelError if wrapping changes what an fp32 model computes.
     """
     import torch
     from transformer_lens.model_bridge import TransformerBridge
@@ -72,13 +71,13 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
             f"model.source: the logits of {model.config._name_or_path or 'the model'} are not finite numbers: its "
             "weights hold NaN or infinite values, or values too large for fp32"
         )
-    # This switches to eager attention, which is what the bridge's own parts compute, to the last bit.
+    # This switches to eager attention, which the bridge's own components match to the last bit.
     with nothing_installed():
         bridge = TransformerBridge.boot_transformers(
             model.config._name_or_path or "local", hf_model=model, tokenizer=tokenizer, device=str(model.device)
         )
     bridge.__dict__["wiring"] = _find_wiring(bridge)
-    model.requires_grad_(False)  # while all parts are in place, some of which have copies of weights
+    model.requires_grad_(False)  # while all components are attached, because some have copies of weights
     after = _some_logits(model)
     if before is not None:  # in bf16, rounding alone moves logits by a third of the largest
         largest, apart = before.abs().max().item(), (after - before).abs().max().item()
@@ -88,14 +87,14 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
                 f"{model.config.model_type} computes (logits up to {largest:.3g} differ by {apart:.3g}), so it cannot "
                 "be looked at"
             )
-    _leave_seats(bridge, after)
+    _detach_all(bridge, after)
     return bridge
 
 
-def _leave_seats(bridge: TransformerBridge, logits: Tensor) -> None:
-    """Takes the bridge's parts out of its model where that changes no bit of `logits`, neither without hooks nor with
-    hooks in every block, and each of these hooks still runs. Else all stay: a LayerNorm, for one, is not computed in
-    torch's order by the bridge."""
+def _detach_all(bridge: TransformerBridge, logits: Tensor) -> None:
+    """Detaches the bridge's components from its model if that changes no bit of `logits`, neither without hooks nor
+    with hooks in every block, and each of these hooks still runs. Otherwise all stay attached: the bridge does not
+    compute a LayerNorm in torch's order, for example."""
     import torch
 
     model: Any = bridge.original_model
@@ -110,26 +109,26 @@ def _leave_seats(bridge: TransformerBridge, logits: Tensor) -> None:
         return lambda activation, hook: seen.add(name)
 
     for seat in _wiring(bridge).seats:
-        seat.leave()
+        seat.detach()
     try:
-        alone = _some_logits(model)
+        unhooked = _some_logits(model)
         with hooked(bridge, [(name, note(name)) for name in sorted(names)]):
-            beside = _some_logits(model)
-        same = torch.equal(alone, logits) and torch.equal(beside, logits) and seen == names
-    except Exception:  # whatever a pass without them may raise, with them it works
+            with_hooks = _some_logits(model)
+        same = torch.equal(unhooked, logits) and torch.equal(with_hooks, logits) and seen == names
+    except Exception:  # whatever a pass without the components raises, with them it works
         same = False
     if not same:
         for seat in _wiring(bridge).seats:
-            seat.take()
+            seat.attach()
 
 
 @contextmanager
 def hooked(bridge: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
     """Runs `hooks`, pairs of a hook's name and a function (activation, hook), in every pass inside the `with`.
 
-    The bridge's own `hooks` would find no part in place, and looks all names up again, which takes milliseconds. For
-    these and its other methods, put all parts in place with `whole`.
-    Raises KeyError for a name that is none of `hook_names`.
+    The bridge's own `hooks` needs its components attached, and looks all names up again, which takes milliseconds. For
+    that and its other methods, attach all components with `whole`.
+    Raises KeyError for a name that is not one of `hook_names`.
     """
     wiring = _wiring(bridge)
     points = [wiring.points[name] for name, _ in hooks]
@@ -146,33 +145,33 @@ def hooked(bridge: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
 
 
 def hook_names(bridge: TransformerBridge) -> Collection[str]:
-    """All names that a hook can have."""
+    """The names of all hooks."""
     return _wiring(bridge).points.keys()
 
 
 @contextmanager
 def whole(bridge: TransformerBridge) -> Iterator[None]:
-    """Every part of the bridge is in place inside the `with`, as TransformerLens leaves it."""
+    """Inside the `with`, every component of the bridge is attached, as TransformerLens leaves it."""
     with _seated(_wiring(bridge).seats):
         yield
 
 
 @contextmanager
 def _seated(seats: Sequence[_Seat]) -> Iterator[None]:
-    ours = []
+    attached = []
     for seat in seats:
-        if not seat.is_taken:
-            seat.take()
-            ours.append(seat)
+        if not seat.is_attached:
+            seat.attach()
+            attached.append(seat)
     try:
         yield
     finally:
-        for seat in ours:
-            seat.leave()
+        for seat in attached:
+            seat.detach()
 
 
 def block_of(bridge: TransformerBridge, layer: int) -> Any:
-    """The bridge's part that wraps a layer's block, in place or not."""
+    """The bridge's component that wraps a layer's block, attached or not."""
     return _wiring(bridge).blocks[layer]
 
 
@@ -181,7 +180,7 @@ def _wiring(bridge: TransformerBridge) -> _Wiring:
 
 
 def _find_wiring(bridge: TransformerBridge) -> _Wiring:
-    """As TransformerLens has wired the bridge, with all parts in place."""
+    """The wiring as TransformerLens made it; all components must be attached."""
     from transformer_lens.hook_points import HookPoint
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 

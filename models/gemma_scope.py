@@ -1,7 +1,7 @@
 """Base transcoders in Gemma Scope's layout: `layer_{L}/{width}/average_l0_{N}/params.npz`.
 
-In: a local folder or a hub repository. Out: a layer's candidates, the one that a percentile or a target L0 selects, and
-its `Transcoder`; also writes transcoders in this layout. For transcoders trained here, a `config.json` beside
+In: a local folder or a hub repository. Out: a layer's candidates, the one selected by a percentile or a target L0, and
+its `Transcoder`; also writes transcoders in this layout. For transcoders trained here, a `config.json` next to
 params.npz names the taps; without it they are Gemma Scope's.
 """
 
@@ -95,11 +95,11 @@ def read(root: str, candidate: Candidate, site: Site) -> Transcoder:
 
 
 def read_npz(path: Path, site: Site) -> Transcoder:
-    """Reads one params.npz as the transcoder of `site`; pickled arrays are refused. The kind of site is that of the
-    config.json beside it, if there is one.
+    """Reads one params.npz as the transcoder of `site`; pickled arrays are refused. If there is a config.json next to
+    it, that determines the kind of site.
 
     Raises ModelError if the file is missing or truncated or lacks a key, or if a shape, a dtype, a value or the
-    config.json beside it is wrong.
+    config.json is wrong.
     """
     arrays = _arrays(path)
     for key, array in arrays.items():

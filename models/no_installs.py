@@ -1,8 +1,8 @@
 """Keeps libraries from installing packages.
 
-In: nothing. Out: `forbid_installs` makes this process refuse, from now on, to start a package installer;
-`nothing_installed` does so while it lasts. TransformerLens, for one, would run `pip install torchvision` for a model
-with images, and replace the user's build of torch by another.
+In: nothing. Out: `forbid_installs` makes this process refuse to start a package installer from now on;
+`nothing_installed` does so inside its `with`. TransformerLens, for example, would run `pip install torchvision` for a
+model with images, and replace the user's build of torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class InstallRefused(PermissionError):
 
 
 def forbid_installs() -> None:
-    """From now on, in this process. Safe to repeat."""
+    """Forbids installs in this process from now on. Safe to call repeatedly."""
     global _depth
     _hook()
     _depth += 1
@@ -35,7 +35,7 @@ def forbid_installs() -> None:
 
 @contextmanager
 def nothing_installed() -> Iterator[None]:
-    """Inside the `with`, for processes that are not ours alone, such as a notebook's."""
+    """Forbids installs inside the `with`, for processes that are not only ours, such as a notebook's."""
     global _depth
     _hook()
     _depth += 1
@@ -73,7 +73,7 @@ def installs(command: Any) -> bool:
 def _hook() -> None:
     global _hooked
     if not _hooked:
-        sys.addaudithook(_refuse)  # cannot be taken out again, so there is one
+        sys.addaudithook(_refuse)  # cannot be removed, so it is added only once
         _hooked = True
 
 

@@ -1,8 +1,8 @@
 """What finetuning changed outside every site, such as embeddings, the unembedding and norms that no site owns.
 
 In: a TransformerBridge of the finetuned model, and the un-finetuned values of such parameters. Out: the bridge, run
-with them at a strength. All of these parts are linear in their weights, so that weights in between give outputs in
-between.
+with them at a strength. All of these parts are linear in their weights, so interpolated weights give interpolated
+outputs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Rest:
 
     @contextmanager
     def at(self, bridge: TransformerBridge, alpha: float) -> Iterator[None]:
-        """The bridge runs with `W + alpha (W' - W)`, W un-finetuned and W' its own, while the `with` lasts."""
+        """Inside the `with`, the bridge runs with `W + alpha (W' - W)`, W un-finetuned and W' its own."""
         own = _parameters(bridge)
-        displaced = {id(own[name]): (own[name], own[name].data) for name in self.unfinetuned}  # tied ones are one
+        displaced = {id(own[name]): (own[name], own[name].data) for name in self.unfinetuned}  # tied weights once
         for name, start in self.unfinetuned.items():
             finetuned = displaced[id(own[name])][1]
             own[name].data = _between(start.to(finetuned), finetuned, alpha)
@@ -46,30 +46,30 @@ class Rest:
 
 @contextmanager
 def finetuned_rest(bridge: TransformerBridge) -> Iterator[None]:
-    """Inside `Rest.at`, the bridge runs with the finetuned values while this `with` lasts."""
+    """Restores the finetuned values inside this `with`, for use within `Rest.at`."""
     displaced: list[tuple[nn.Parameter, Tensor]] = bridge.__dict__.get("displaced", [])
-    there = [parameter.data for parameter, _ in displaced]
+    current = [parameter.data for parameter, _ in displaced]
     for parameter, data in displaced:
         parameter.data = data
     try:
         yield
     finally:
-        for (parameter, _), data in zip(displaced, there, strict=True):
+        for (parameter, _), data in zip(displaced, current, strict=True):
             parameter.data = data
 
 
 def read_rest(folder: Path, names: Sequence[str]) -> Rest:
-    """The parameters of these names in the un-finetuned model's folder."""
+    """The parameters with these names, from the un-finetuned model's folder."""
     return Rest(open_weights(folder).read(names))
 
 
 def _between(start: Tensor, end: Tensor, alpha: float) -> Tensor:
-    """At both ends to the last bit."""
+    """Interpolates; exact to the last bit at alpha 0 and 1."""
     return start if alpha == 0.0 else end if alpha == 1.0 else torch.lerp(start, end, alpha)
 
 
 def _parameters(bridge: TransformerBridge) -> dict[str, nn.Parameter]:
-    """Those of the wrapped model, by their names before wrapping, those of tied weights too."""
+    """The wrapped model's parameters by their names before wrapping, including all names of tied weights."""
     model: Any = bridge.original_model
     named = model.named_parameters(remove_duplicate=False)
     return {name.replace("_original_component.", ""): parameter for name, parameter in named}

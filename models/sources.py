@@ -108,7 +108,7 @@ def repository_of(source: str) -> str | None:
 
 
 FACTS = {"n_layers": ("num_hidden_layers", "n_layer", "num_layers"), "d_model": ("hidden_size", "n_embd")}
-"""What the architectures call them in config.json."""
+"""Names of these facts in the architectures' config.json."""
 HEADS = ("num_attention_heads", "n_head", "num_heads")
 _PART = re.compile(
     r"(vision|visual|image|video|audio|speech|text|language|llm|thinker|talker|perceiver|qformer|vq|vit|encoder|decoder"
@@ -121,8 +121,8 @@ def model_facts(folder: Path, key: str = "model.source") -> dict[str, Any]:
     """`n_layers`, `d_model`, `n_heads`, `n_kv_heads`, `d_head` and `architecture`, read from config.json alone; `key`
     is the setting that names the model.
 
-    Raises ModelError if the file is missing, or describes what cannot be looked at: no causal LM, one of several parts
-    (text and images, say), quantised weights, or a model that needs code of its own.
+    Raises ModelError if the file is missing, or describes an unsupported model: not a causal LM, multimodal (text and
+    images, say), with quantised weights, or in need of its own code.
     """
     path = folder / "config.json"
     try:
@@ -130,7 +130,7 @@ def model_facts(folder: Path, key: str = "model.source") -> dict[str, Any]:
         _check_config(config, folder, key)
         found: dict[str, Any] = {"architecture": str(config.get("model_type", "unknown"))}
         for fact, names in FACTS.items():
-            if (name := next((one for one in names if one in config), None)) is None:
+            if (name := next((known for known in names if known in config), None)) is None:
                 raise ModelError(f"{key}: {path} lacks {names[0]!r}, so it is not a causal LM")
             found[fact] = int(config[name])
         heads = int(next((config[name] for name in HEADS if name in config), 1))
@@ -144,7 +144,7 @@ def model_facts(folder: Path, key: str = "model.source") -> dict[str, Any]:
 
 
 def widths_of(facts: Mapping[str, Any], site: Site) -> tuple[int, int]:
-    """d_in and d_out of a site in the model of these facts."""
+    """d_in and d_out of a site in a model with these facts."""
     queries, keys, d_model = facts["n_heads"] * facts["d_head"], facts["n_kv_heads"] * facts["d_head"], facts["d_model"]
     widths = {"qkv": (d_model, queries + 2 * keys), "o": (queries, d_model), "mlp": (d_model, d_model)}
     return widths[site.kind.name]

@@ -27,8 +27,8 @@ class Transcoder:
 
     W_enc (d_in, d_sae), W_dec (d_sae, d_out), b_enc and threshold (d_sae,), b_dec (d_out,) or None.
     The decoder bias is not subtracted from the input. Source: Gemma Scope (arXiv 2408.05147), section 2 and
-    appendix on transcoders. The last feature of a change delta has an infinite threshold: it is active at BOS, where no
-    other is read, and nowhere else (`with_bos`).
+    appendix on transcoders. The last feature of a change delta has an infinite threshold: it is active at BOS, where
+    the others are not used, and nowhere else (`with_bos`).
     """
 
     W_enc: Tensor
@@ -39,9 +39,9 @@ class Transcoder:
     site: Site
 
     def __post_init__(self) -> None:
-        for name, of in (("W_enc", "(d_in, d_sae)"), ("W_dec", "(d_sae, d_out)")):
+        for name, expected_shape in (("W_enc", "(d_in, d_sae)"), ("W_dec", "(d_sae, d_out)")):
             if getattr(self, name).ndim != 2:
-                raise ModelError(f"{name} has shape {tuple(getattr(self, name).shape)}, expected {of}")
+                raise ModelError(f"{name} has shape {tuple(getattr(self, name).shape)}, expected {expected_shape}")
         d_sae, d_out = self.d_sae, self.d_out
         expected = {"W_dec": (d_sae, d_out), "b_enc": (d_sae,), "threshold": (d_sae,), "b_dec": (d_out,)}
         for name, shape in expected.items():
@@ -66,12 +66,12 @@ class Transcoder:
 
     @property
     def d_new(self) -> int:
-        """Features that read x: all but the one at BOS."""
+        """Number of features that read x: all except the BOS feature."""
         return self.d_sae - (self.at_bos is not None)
 
     @cached_property
     def at_bos(self) -> Tensor | None:
-        """The activations (d_sae,) at BOS, 1 for the feature that belongs there; None without such a feature."""
+        """The activations (d_sae,) at BOS, 1 for the BOS feature; None if there is none."""
         own = torch.isinf(self.threshold)
         return own.to(self.W_enc.dtype) if own.any() else None
 
@@ -109,11 +109,11 @@ def with_bos(delta: Transcoder, direction: Tensor) -> Transcoder:
 
 
 def without_bos(delta: Transcoder) -> Transcoder:
-    """`delta` without a feature at BOS."""
+    """`delta` without its BOS feature."""
     if delta.at_bos is None:
         return delta
     kept = delta.at_bos == 0
-    b_enc, threshold, W_dec = (one[kept] for one in (delta.b_enc, delta.threshold, delta.W_dec))
+    b_enc, threshold, W_dec = (tensor[kept] for tensor in (delta.b_enc, delta.threshold, delta.W_dec))
     return replace(delta, W_enc=delta.W_enc[:, kept], b_enc=b_enc, threshold=threshold, W_dec=W_dec)
 
 
@@ -123,7 +123,7 @@ def jump_relu(pre: Tensor, threshold: Tensor) -> Tensor:
 
 
 class HasSite(Protocol):
-    """A transcoder, or what takes the place of one."""
+    """A transcoder, or a substitute for one."""
 
     @property
     def site(self) -> Site: ...

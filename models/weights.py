@@ -1,8 +1,8 @@
 """The tensors of a saved model, under the names by which transformers loads them.
 
-In: a model's folder. Out: names, shapes, dtypes, and single tensors; nothing is read that is not asked for. Which files
-hold the weights, and what old names have become, is decided by transformers' own code: what is compared and exchanged
-here is what runs elsewhere. Other files in the folder do not matter.
+In: a model's folder. Out: names, shapes, dtypes, and single tensors, read only on request. Transformers' own code
+decides which files hold the weights and how old names are mapped, so the tensors compared and exchanged here are those
+that the model runs with. Other files in the folder do not matter.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
-"""Those of plain weights, as safetensors calls them."""
+"""Dtypes of plain weights, by their safetensors names."""
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: its file, its name there, its shape, and its dtype as safetensors calls it."""
+    """Where a tensor is stored: its file, its name there, its shape, and its safetensors dtype."""
 
     file: Path
     name: str
@@ -52,13 +52,13 @@ class Weights:
     unused: tuple[str, ...]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors, in the dtype of the file. Raises ModelError where one is missing or a file is damaged."""
+        """These tensors, in the dtype of the file. Raises ModelError if one is missing or a file is damaged."""
         with self.reader() as tensor:
             return {name: tensor(name) for name in names}
 
     @contextmanager
     def reader(self) -> Iterator[Callable[[str], Tensor]]:
-        """A function that reads one tensor by its name, while the `with` lasts; it raises as `read` does."""
+        """Inside the `with`, a function that reads one tensor by its name; it raises as `read` does."""
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
 
@@ -86,8 +86,8 @@ def open_weights(folder: Path, key: str = "model.source", skeleton: PreTrainedMo
     model: Any = build_skeleton(folder, key) if skeleton is None else skeleton
     expected: dict[str, Any] = model.state_dict()
     conversions = get_model_conversion_mapping(model)
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    renamings: list[Any] = [one for one in conversions if not isinstance(one, WeightConverter)]
+    converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
+    renamings: list[Any] = [rule for rule in conversions if not isinstance(rule, WeightConverter)]
     files = _weight_files(folder, key, getattr(model.config, "transformers_weights", None))
     places: dict[str, Place] = {}
     unused = []
@@ -107,9 +107,9 @@ def open_weights(folder: Path, key: str = "model.source", skeleton: PreTrainedMo
                 _check_place(place, expected[renamed].shape, folder, key)
                 places[renamed] = place
     for target, origin in model.all_tied_weights_keys.items():
-        for one, other in ((target, origin), (origin, target)):
-            if one not in places and other in places:
-                places[one] = places[other]
+        for name, tied in ((target, origin), (origin, target)):
+            if name not in places and tied in places:
+                places[name] = places[tied]
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]  # buffers may be left out
     missing = tuple(name for name in parameters if name not in places)
     return Weights(folder, tuple(files), places, missing, tuple(unused))

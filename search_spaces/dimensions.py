@@ -1,7 +1,7 @@
 """One setting of a search space: a fixed value, a list to choose from, or a range.
 
-In: the YAML value of a search space's key. Out: a value, `Choice` or `Range` whose values the setting allows, or a
-pydantic error that says what is allowed.
+In: the YAML value of a search space's key. Out: a validated value, `Choice` or `Range`, or a pydantic error that says
+what is allowed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Range(BaseModel):
-    """Search a number between `low` and `high` (inclusive), on a log scale if `log`; whole if both ends are whole."""
+    """Search numbers from `low` to `high` (inclusive), on a log scale if `log`; integers if both ends are integers."""
 
     model_config = STRICT
 
@@ -55,16 +55,16 @@ class Choice(BaseModel):
     choice: Annotated[list[Scalar], Field(min_length=1)]
 
 
-def _kind(given: Any) -> str:
-    if isinstance(given, Range) or (isinstance(given, dict) and {"low", "high", "log"} & given.keys()):
+def _kind(value: Any) -> str:
+    if isinstance(value, Range) or (isinstance(value, dict) and {"low", "high", "log"} & value.keys()):
         return "range"
-    return "choice" if isinstance(given, Choice | dict) else "value"
+    return "choice" if isinstance(value, Choice | dict) else "value"
 
 
-def _scalar(given: Any) -> Any:
-    if not isinstance(given, Scalar):
+def _scalar(value: Any) -> Any:
+    if not isinstance(value, Scalar):
         raise ValueError("must be a value, {choice: [...]} or {low: ..., high: ..., log: ...}")
-    return given
+    return value
 
 
 Dimension = Annotated[
@@ -74,7 +74,7 @@ Dimension = Annotated[
     Discriminator(_kind),
 ]
 TAGS: dict[str, type[BaseModel] | None] = {"range": Range, "choice": Choice, "value": None}
-"""The forms a dimension can take, by their names in pydantic's error locations."""
+"""The forms of a dimension, by the names that appear in pydantic's error locations."""
 
 
 def whole(at_least: int) -> AfterValidator:
@@ -98,7 +98,7 @@ def real(*, above: float | None = None, at_least: float = 0.0, below: float = ma
 
     def checked(dimension: Any) -> Any:
         check(dimension)
-        if isinstance(dimension, Range):  # with two whole ends, a search over real numbers still covers real numbers
+        if isinstance(dimension, Range):  # float ends, so that {low: 1, high: 2} is not searched over integers alone
             return Range(low=float(dimension.low), high=float(dimension.high), log=dimension.log)
         return dimension
 
@@ -106,7 +106,7 @@ def real(*, above: float | None = None, at_least: float = 0.0, below: float = ma
 
 
 def text(*names: str) -> AfterValidator:
-    """Text that is not empty; one of `names` if any are given."""
+    """Non-blank text; one of `names` if any are given."""
 
     def fits(value: Any) -> bool:
         return value in names if names else isinstance(value, str) and value.strip() != ""

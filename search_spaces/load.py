@@ -76,7 +76,7 @@ def _read(config: str | Path) -> dict[str, Any]:
     except RecursionError:
         raise SettingsError(f"{path} nests too deep; settings are {DEEPEST} levels deep at most") from None
     except ValueError:
-        raise SettingsError(f"{str(config)!r} is no path: it holds a NUL character") from None
+        raise SettingsError(f"{str(config)!r} is not a path: it holds a NUL character") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise SettingsError(f"{path} must have settings as `key: value` lines, found {type(values).__name__}")
     _check_plain(values, f"{path}: ")
@@ -84,7 +84,7 @@ def _read(config: str | Path) -> dict[str, Any]:
 
 
 def _check_plain(value: Any, where: str, above: tuple[int, ...] = (), checked: set[int] | None = None) -> None:
-    """Values nest a few levels deep, never in themselves, and their text has no NUL: it may become a path."""
+    """Rejects values that nest too deep or contain themselves, and text with a NUL, as text may become a path."""
     checked = set() if checked is None else checked
     if isinstance(value, str) and "\0" in value:
         raise SettingsError(f"{where}: got {_shown(value)}, must be text without a NUL character")
@@ -96,7 +96,7 @@ def _check_plain(value: Any, where: str, above: tuple[int, ...] = (), checked: s
         raise SettingsError(f"{where} nests too deep; settings are {DEEPEST} levels deep at most")
     for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
         _check_plain(inner, f"{where}{'' if where.endswith(' ') else '.'}{name}", (*above, id(value)), checked)
-    checked.add(id(value))  # an alias of YAML is the same object again
+    checked.add(id(value))  # a YAML alias is the same object again
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -122,10 +122,10 @@ def _sentence(error: ValidationError) -> str:
     """The first problem in a validation error, as one sentence."""
     problems = error.errors(include_url=False)
     first = _place(problems[0])
-    # A setting that can be of several kinds has one problem per kind, all at its own key or inside it.
-    same = [one for one in problems if _place(one)[: len(first)] == first]
+    # A setting of a union type has one problem per alternative, at its own key or inside it.
+    same = [other for other in problems if _place(other)[: len(first)] == first]
     place = max(map(_place, same), key=len)
-    problem, *others = [one for one in same if _place(one) == place]
+    problem, *others = [other for other in same if _place(other) == place]
     key = ".".join(map(str, place)) or "the settings"
     if problem["type"] == "extra_forbidden":
         allowed = sorted(_section(problem["loc"][:-1]).model_fields)
@@ -137,23 +137,23 @@ def _sentence(error: ValidationError) -> str:
     if problem["type"] == "value_error":
         message = problem["msg"].removeprefix("Value error, ")
         return message if not place else f"{key}: got {_shown(problem['input'])}, {message}"
-    allowed_kinds = dict.fromkeys(_allowed(one) for one in (problem, *others))
+    allowed_kinds = dict.fromkeys(map(_allowed, (problem, *others)))
     return f"{key}: got {_shown(problem['input'])}, must be {' or '.join(allowed_kinds)}"
 
 
 def _place(problem: Any) -> list[int | str]:
-    """The keys and list indices of a problem's location, without pydantic's names for the kinds of a union."""
+    """The keys and list indices of a problem's location, without pydantic's names for the members of a union."""
     location = list(problem["loc"])
-    own = location.pop() if problem["type"] == "extra_forbidden" else None  # the user's own key, whatever its name
+    unknown_key = location.pop() if problem["type"] == "extra_forbidden" else None  # keep it, even if it is `int`
     kept = [part for part in location if isinstance(part, int) or not _KIND.match(part)]
-    return kept if own is None else [*kept, own]
+    return kept if unknown_key is None else [*kept, unknown_key]
 
 
 _KIND = re.compile(r"(range|choice|value|bool|int|float|str|constrained-\w+)$|(list|literal|function-\w+)\[")
 
 
 def _allowed(problem: Any) -> str:
-    """What a setting must be, in words; pydantic's own words if there are no better ones."""
+    """What a setting must be, in words; pydantic's own words if `_WORDS` has none."""
     limits = problem.get("ctx", {})
     return _WORDS.get(problem["type"], problem["msg"].removeprefix("Input should be ")).format(**limits)
 
@@ -173,13 +173,13 @@ _WORDS = {
 }
 
 
-def _shown(given: Any) -> str:
-    shown = json.dumps(given, default=str, ensure_ascii=False)
+def _shown(value: Any) -> str:
+    shown = json.dumps(value, default=str, ensure_ascii=False)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
-    """The model that a problem's location leads to."""
+    """The settings class at a problem's location."""
     section: type[BaseModel] = Sweep
     for part in location:
         if part in TAGS:

@@ -1,7 +1,7 @@
 """The settings of a sweep, typed.
 
 In: plain values read from YAML and the command line. Out: a frozen `Sweep`, or a pydantic error that names the key.
-The defaults here are the tool's defaults; the presets beside this file only list what differs.
+The defaults here are the tool's defaults; the presets in this folder list only what differs.
 """
 
 from __future__ import annotations
@@ -31,43 +31,44 @@ class Model(Section):
     """`smollm2-135m` (embedded), `tiny-gemma2` (random, for tests), a local folder, or a hub repository."""
     revision: Name | None = None
     finetuned: Name | None = None
-    """A finetuned model to look at, instead of one that is trained here: a folder or hub repository that holds a full
-    model of the same architecture and shape, or a PEFT adapter."""
+    """Your own finetuned model, instead of a LoRA trained here: a folder or hub repository with a full model of the
+    same architecture and shape, or a PEFT adapter."""
     finetuned_revision: Name | None = None
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """What the model is evaluated in. `auto`: bf16 on a GPU and fp32 on a CPU, unless `compute.precision` says another,
-    and fp32 for the exactness checks. `bf16`, for large models, is for those too, which then allow what it rounds."""
+    """Precision of the evaluation. `auto`: bf16 on a GPU and fp32 on a CPU, unless `compute.precision` says otherwise;
+    the exactness checks always use fp32. `bf16`, for large models: bf16 everywhere; the checks then tolerate its
+    rounding."""
 
 
 class Data(Section):
     train_rows: Count = 10000
-    """Rows of all labels together, in equal parts."""
+    """Total over all labels, which get equal shares."""
     validation_rows: Count = 200
     eval_rows: Count = 100
-    """Rows of each label, that is, of each evaluation subset."""
+    """Rows per label, that is, per evaluation subset."""
     text_train_lines: Count = 16200
     text_validation_lines: Count = 1800
     rows_file: Name | None = None
     """Your own rows instead of the generated ones: JSON, CSV, Parquet, or a hub dataset OWNER/NAME[:SPLIT]. Each label
-    is a subset, at most 12. Rows without a target take the finetuned model's own answer (`model.finetuned`)."""
+    is a subset, at most 12. A row without a target gets the finetuned model's own answer (`model.finetuned`)."""
     evaluation_file: Name | None = None
-    """Rows for evaluation alone; null takes them from `rows_file`."""
+    """Rows for evaluation only; null takes them from `rows_file`."""
     columns: dict[Literal["input", "target", "label", "messages"], Name] = {}
-    """What these are called in your files, where they have other names."""
+    """Your files' names for these columns, where they differ."""
     format: Literal["plain", "chat"] = "plain"
     """`chat` renders input or messages with the tokenizer's chat template; in `plain`, `separator` ends the input."""
     separator: str = "\n"
     """In the plain format, the text between input and target; may be empty."""
     rendering: Literal["conversation", "generation"] = "conversation"
-    """Of chats: `conversation` splits the whole conversation, as training reads it, into prompt and target; the prompt
-    of `generation` is the template's generation prompt, and the target the answer's text alone."""
+    """For chats. `conversation` splits the whole conversation, as training reads it, into prompt and target; with
+    `generation`, the prompt is the template's generation prompt and the target is the answer's text alone."""
     special_tokens: Literal["refuse", "tokens"] = "refuse"
     """What to do with a row that spells out a special token, such as </s>: reject it, or read it as that token."""
     repeated: Literal["exact", "folded"] = "exact"
-    """Rows left out as copies: those equal in input, target and label, or (`folded`) those whose inputs differ at most
-    in case and spacing."""
+    """Which rows are dropped as duplicates: those equal in input, target and label (`exact`), or those whose inputs
+    differ at most in case and spacing (`folded`)."""
     text_train_file: Name | None = None
-    """Further text for transcoders and deltas, one a line; null: generated with generated rows, else the rows alone."""
+    """Extra text for transcoders and deltas, one per line. Null: generated if the rows are; else only the rows."""
     text_validation_file: Name | None = None
     copy_source: Literal["shipped", "c4"] = "shipped"
     max_reject_fraction: Fraction = 0.05
@@ -75,12 +76,12 @@ class Data(Section):
     operand_min: Annotated[int, Field(ge=0)] = 1
     operand_max: Count = 999
     ood_operand_min: Annotated[int, Field(ge=0)] = 1000
-    """Operands of the out-of-distribution requests that go beyond the training range."""
+    """Lowest operand of the out-of-distribution requests that go beyond the training range."""
     ood_operand_max: Count = 99999
     decimals: bool = False
     negatives: bool = False
     parentheses: bool = False
-    """Also longer expressions, with parentheses."""
+    """Also generate longer expressions, with parentheses."""
 
     @field_validator("separator", mode="before")
     @classmethod
@@ -116,7 +117,7 @@ class Lora(Section, LoraTraining):  # type: ignore[misc]  # mypy does not see th
 
     trials: Count = 16
     workers_per_trial: Count = 1
-    """Processes that share each batch of a trial; each takes the CPUs and GPUs that a whole trial would otherwise."""
+    """Processes that share each batch of a trial; each takes the CPUs and GPUs of one ordinary trial."""
     asha: bool = True
     grace_evals: Count = 1
     """Validations every trial gets before ASHA may stop it."""
@@ -131,9 +132,9 @@ class Activations(Section):
     train_tokens: Count = 1_000_000
     validation_tokens: Count = 50_000
     batch_tokens: Count = 4096
-    """Padded tokens in one forward pass of the capture."""
+    """Padded tokens per forward pass of the capture."""
     max_length: Annotated[int, Field(ge=2)] = 256
-    """Captured texts are cut after this many tokens."""
+    """Texts are truncated to this many tokens."""
 
 
 class Transcoders(Section, BaseTraining):  # type: ignore[misc]
@@ -142,16 +143,16 @@ class Transcoders(Section, BaseTraining):  # type: ignore[misc]
     source: Name = "train"
     """`train`, a local folder, or a hub repository in Gemma Scope's layout."""
     convention: Literal["ln2.hook_normalized", "resid_mid/sqrt(d_model)"] = "ln2.hook_normalized"
-    """What the transcoders read: the residual stream in the middle of the block divided by its rms, as Gemma Scope's
-    do, or by a constant, for checkpoints trained that way. A file that names its own taps must agree."""
+    """What the transcoders read: the residual stream in the middle of the block, divided by its rms (as in Gemma Scope)
+    or by a constant, for checkpoints trained that way. If a file names its own taps, they must agree."""
     layers: Layers = "all"
-    """Layers that get base transcoders, and residual deltas on them."""
+    """Layers that get base transcoders and residual deltas."""
     width: str | Count = 16384
     """Features of a trained base transcoder, or the width label of a published one (such as 16k)."""
     target_l0: Annotated[list[Positive], Field(min_length=1), Distinct] = [16.0, 32.0, 64.0]
-    """Mean active features per token of the trained bases; one base for each value."""
+    """Mean active features per token; one base is trained for each value."""
     workers_per_layer: Count = 1
-    """Processes that share each batch of a layer's bases; each takes what a whole layer would otherwise."""
+    """Processes that share each batch of a layer's bases; each takes the CPUs and GPUs of one ordinary layer."""
 
 
 class DeltaSpace(Section):
@@ -166,41 +167,41 @@ class Deltas(Section, DeltaTraining):  # type: ignore[misc]
     )
 
     targets: Annotated[list[Literal["change", "residual"]], Field(min_length=1), Distinct] = ["change"]
-    """What deltas are trained on: `change`, what finetuning changed at a site, or `residual`, what a base transcoder
-    leaves of the finetuned MLP (the reference study's way, which needs base transcoders)."""
+    """What deltas are trained on: `change`, what finetuning changed at a site, or `residual`, the error of a base
+    transcoder on the finetuned MLP (the reference study's way, which needs base transcoders)."""
     sites: Literal["auto"] | Annotated[list[Literal["qkv", "o", "mlp"]], Field(min_length=1), Distinct] = "auto"
-    """Kinds of site of the change deltas: `mlp`; `qkv`, attention's queries, keys and values; `o`, attention's output.
-    With `auto` those that finetuning changed. Residual deltas are of MLPs."""
+    """Kinds of site that get change deltas: `mlp`; `qkv`, attention's queries, keys and values; `o`, attention's
+    output. `auto`: those that finetuning changed. Residual deltas are for MLPs only."""
     layers: Layers = "all"
-    """Layers of the change deltas; residual deltas have those of the base transcoders."""
+    """Layers that get change deltas; residual deltas use the layers of the base transcoders."""
     percentiles: Annotated[list[Fraction], Distinct] = [0.25, 0.5, 0.75]
     """Which base of each layer to use: index min(n - 1, int(n * p)) among its n candidates by ascending L0."""
     target_l0: Positive | None = None
-    """Also use the base with the nearest L0: unlike a percentile, this means the same sparsity on every layer. Its rows
-    have no percentile."""
+    """Also use the base with the L0 nearest to this, which, unlike a percentile, gives every layer the same sparsity.
+    Its rows have no percentile."""
     d_new: Annotated[list[Count], Field(min_length=1), Distinct] = [32, 64, 128]
     trials: Count = 8
-    """Trials of each group: layer, target, d_new, and base where there is one."""
+    """Trials per group, that is, per layer, target, d_new, and base if there is one."""
     side_by_side: Literal["auto"] | Count = "auto"
-    """Trials of a group trained side by side, so that every batch is read once for all of them: its first, random ones,
-    and any of the samplers `random` and `grid`. With `auto`, 4 on a GPU; on a CPU 1, which repeats earlier results to
-    the last digit."""
+    """How many trials of a group are trained side by side, so that each batch is read once for all of them. Applies to
+    a group's first trials, which are random, and to all trials of the samplers `random` and `grid`. `auto` is 4 on a
+    GPU and 1 on a CPU, where it repeats earlier results to the last digit."""
     workers_per_trial: Count = 1
-    """Processes that share each batch of a trial; each takes the CPUs and GPUs that a whole trial would otherwise."""
+    """Processes that share each batch of a trial; each takes the CPUs and GPUs of one ordinary trial."""
     asha: bool = True
     grace_evals: Count = 2
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     sampler: Sampler = "tpe"
     objectives: Literal["val_loss", "val_error, val_l0_delta"] = "val_loss"
-    """What a study minimises; `val_error` is `val_unexplained` of change deltas, `val_fvu` of residual ones. With two
-    objectives no trial is stopped early, the report marks the Pareto front, and the delta that is kept is still the one
-    of lowest val_loss."""
+    """What a study minimises; `val_error` is `val_unexplained` for change deltas and `val_fvu` for residual ones. With
+    two objectives no trial is stopped early and the report marks the Pareto front; the delta with the lowest val_loss
+    is still the one kept."""
     warm_start: Name | None = None
     """An earlier sweep in the same Optuna storage; the best values of its studies are tried first."""
     polish_steps: Annotated[int, Field(ge=0)] = 0
-    """After the search: so many steps in which the kept change deltas of all layers, width by width, are trained
-    together on the KL to the finetuned model at the training rows' targets. What is best on the validation rows is
-    spliced in, and the report says so."""
+    """After the search: number of steps in which the kept change deltas of all layers are trained together, one width
+    at a time, on the KL to the finetuned model at the training rows' targets. The deltas that do best on the validation
+    rows are spliced in, and the report says so."""
     polish_lr: Positive = 3e-4
     space: DeltaSpace = DeltaSpace()
 
@@ -217,7 +218,7 @@ class Deltas(Section, DeltaTraining):  # type: ignore[misc]
         return percentiles
 
 
-Control: TypeAlias = Literal[CONTROLS]  # type: ignore[valid-type]  # they are known when this is imported
+Control: TypeAlias = Literal[CONTROLS]  # type: ignore[valid-type]  # CONTROLS is a constant, fixed at import
 
 
 class Evaluate(Section):
@@ -229,39 +230,39 @@ class Evaluate(Section):
         "full",
     ]
     controls: Annotated[list[Control], Distinct] = []
-    """Further conditions, each of which rules out one other explanation; every one costs about as much as an alpha.
-    `evaluators/conditions.py` says which deltas each is for."""
+    """Extra conditions, each of which rules out one alternative explanation and costs about as much as an alpha.
+    `evaluators/conditions.py` says which deltas each applies to."""
     alphas: Annotated[list[Finite], Distinct] = [0.0, 0.25, 0.5, 0.75, 1.0]
     behaviours: Behaviours = {"exact": "equals_target"}
-    """What is asked of each generated text; every entry becomes a rate in the tables, `NAME_rate`. A check's name, or
-    {CHECK: OPTION}, with `on: [SUBSETS]` where it is asked of some subsets alone."""
+    """Checks of each generated text; every entry becomes a rate in the tables, `NAME_rate`. A check's name, or
+    {CHECK: OPTION}; add `on: [SUBSETS]` to restrict it to some subsets."""
     expected: list[Expected] = []
     """What the finetuned model must do before its internals are worth a look: entries {behaviour: NAME, subset: LABEL,
     at_least: RATE} or at_most. Each becomes one of the report's checks."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
-    """Texts that end an answer, beside the model's own end of text."""
+    """Texts that end an answer, in addition to the model's own end of text."""
     sets: Sets = [LayerSet(layers="all"), LayerSet(layers="each")]
-    """Sets of sites that are spliced at once, of each target's: `all`, `thirds` of the layers, `each`, or a list of
-    layers, with all kinds of site; `qkv:all`, `mlp:thirds` and so on are of one kind. An entry
-    {layers: each, alphas: [], controls: false} has alphas of its own and no controls. A later entry of the same sites
-    wins."""
+    """Which of a target's sites are spliced at once: `all`, `thirds` of the layers, `each`, or a list of layers, with
+    all kinds of site; `qkv:all`, `mlp:thirds` and so on are restricted to one kind. An entry
+    {layers: each, alphas: [], controls: false} has its own alphas and no controls. If two entries name the same sites,
+    the later one wins."""
     cards: Annotated[int, Field(ge=0)] = 100
-    """Features that get a card in the report, those of largest estimated effect: what they read and write, and what
-    each does alone. They are of the first of `deltas.targets`; of residual deltas, as many in each layer. With 0 no
-    feature is looked at."""
+    """How many features get a card in the report, by largest estimated effect: what each reads and writes, and what it
+    does alone. Only deltas of the first of `deltas.targets` get cards; for residual deltas, this many per layer. With
+    0, single features are not analysed."""
     parts: bool = True
-    """With change deltas: first also measure where the finetuning lives. Each part of the model (attention's patterns,
-    values and output, the MLPs, the rest), and each third of the layers, is un-finetuned alone, and finetuned alone."""
+    """With change deltas: first measure where the finetuning lives. Each part of the model (attention's patterns,
+    values and output, the MLPs, the rest) and each third of the layers is un-finetuned alone, and finetuned alone."""
     curve: bool = True
-    """With change deltas: also keep only the k most effective features of all layers, k from 1 to all of them."""
+    """With change deltas: also measure only the k most effective features of all layers, for k from 1 to all."""
     widths: bool = True
-    """With change deltas of several `deltas.d_new`: also splice in those of every other width, in all layers at once at
-    alpha 1, and of the controls `dense_delta` and `pca_delta`, whose rank is d_new."""
+    """With change deltas of several `deltas.d_new`: also splice in every other width, in all layers at once at alpha 1,
+    with the controls `dense_delta` and `pca_delta`, whose rank is d_new."""
     replicas: Count = 1
-    """How many seeds of each kept trial have their behaviour measured, best first; with more than one, intervals cover
-    seeds as well as prompts."""
+    """How many seeds of each kept trial are evaluated, best first; with more than one, intervals cover seeds as well as
+    prompts."""
     percentile: Fraction | None = None
-    """Base used for behaviour; null takes the (percentile, d_new) of the lowest mean validation error."""
+    """Base used for behaviour; null takes the (percentile, d_new) with the lowest mean validation error."""
     d_new: Count | None = None
     max_new_tokens: Count = 64
     batch_size: Count = 32
@@ -277,30 +278,29 @@ class Evaluate(Section):
 class Compute(Section):
     cpus_per_trial: Count = 1
     gpus_per_trial: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
-    """A fraction shares a GPU between trials; null means one GPU if there are GPUs, else none."""
+    """A fraction shares a GPU between trials; null is one GPU if there are any, else none."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """Precision of training and capture; `auto` is bf16 if the device has fast bf16 arithmetic, else fp32."""
     max_concurrent: Count | None = None
-    """Most trials or evaluation workers at once; null fills the machine."""
+    """Maximum number of trials or evaluation workers at once; null fills the machine."""
     max_retries: Annotated[int, Field(ge=0)] = 1
     """How often to retry a trial whose worker died."""
     checkpoint_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 30.0
-    """A running trial saves a checkpoint at most this often; a killed one continues from there."""
+    """Minimum time between checkpoints of a running trial; a killed trial resumes from its last one."""
 
 
 class Storage(Section):
     root: Name = "mlruns"
     """Folder for everything a sweep writes; on a cluster it must be the same folder on every node."""
     budget_gb: Positive | None = None
-    """Most disk for activations and base errors at once; null: half of what is free. Where those of all layers
-    do not fit, layers are captured, trained and deleted in windows: the results are the same, and a text is read once
-    a window."""
+    """Maximum disk for activations and base errors at once; null: half of the free space. If not all layers fit, they
+    are captured, trained and deleted in windows: the results are the same, but each text is read once per window."""
     base_errors: Literal["auto", "kept", "recomputed"] = "auto"
-    """What bases leave of the finetuned outputs: kept on disk, or recomputed from outputs and base by each worker that
-    reads it. `auto` recomputes on a GPU, where that should be faster than reading."""
+    """The bases' errors on the finetuned outputs: kept on disk, or recomputed from outputs and base by each worker that
+    reads them. `auto` recomputes on a GPU, where that should be faster than reading."""
     mirror: Name | None = None
-    """Where to keep a second copy of the results: an fsspec URL (s3://bucket/runs). They are sent as they are written;
-    a machine that has none of them fetches them and continues. On a cluster the root must still be shared."""
+    """Where to keep a second copy of the results: an fsspec URL (s3://bucket/runs). Results are uploaded as they are
+    written; a machine without them downloads them and continues. On a cluster the root must still be shared."""
     tracking_uri: Name | None = None
     """MLflow tracking server; null is sqlite:///ROOT/mlflow.db."""
     optuna_url: Name | None = None
@@ -308,25 +308,25 @@ class Storage(Section):
 
 
 class Machine(Section):
-    """What `plan` assumes of a worker and its GPU before anything was measured there; nothing else reads it. The
-    defaults are of one H100 (`python -m benchmarks.gpu`), and of one core for Python."""
+    """What `plan` assumes about a worker and its GPU before anything has been measured there; nothing else reads it.
+    The defaults are for one H100 (`python -m benchmarks.gpu`), and for one CPU core where Python runs."""
 
     tflops: Positive = 90.0
-    """Reached in products in bf16, all overheads included."""
+    """Reached by bf16 matrix products, all overheads included."""
     kernel_us: Positive = 4.8
-    """A kernel of a delta step, within its CUDA graph."""
+    """Microseconds per kernel of a delta step, within its CUDA graph."""
     layer_ms: Positive = 0.6
-    """The Python of a spliced layer in one pass of evaluation, which the GPU waits for."""
+    """Python time per spliced layer in one evaluation pass, which the GPU waits for."""
     answer_passes: Count = 24
-    """Passes over single tokens until every row of a batch has its answer."""
+    """Single-token passes until every row of a batch has its answer."""
     row_tokens: Count = 64
     disk_gbs: Positive = 2.0
-    """Of the storage root, for all workers together."""
+    """GB/s of the storage root, for all workers together."""
     pcie_gbs: Positive = 20.0
     trial_ms: Positive = 30.0
-    """The driver's part of a delta trial."""
+    """The driver's share of a delta trial."""
     start_s: Positive = 0.5
-    """From a trial's end to the next one's first step."""
+    """From the end of a trial to the first step of the next."""
 
 
 class Sweep(Section):
@@ -360,7 +360,7 @@ class Sweep(Section):
             if expected.behaviour not in evaluate.behaviours:
                 names = ", ".join(evaluate.behaviours)
                 raise ValueError(f"evaluate.expected: there is no behaviour {expected.behaviour!r}; allowed: {names}")
-        for control in (one for one in CONTROLS if one in evaluate.controls):
+        for control in (name for name in CONTROLS if name in evaluate.controls):
             if not set(CONDITIONS[control].targets) & set(targets):
                 needed = " or ".join(CONDITIONS[control].targets)
                 raise ValueError(f"evaluate.controls: {control} needs {needed} among deltas.targets, got {targets}")
@@ -382,11 +382,11 @@ class Sweep(Section):
                 raise ValueError(f"transcoders.width: got {bases.width!r}, must be a whole number for trained bases")
             if (most := max(bases.target_l0)) >= bases.width:
                 raise ValueError(f"transcoders.target_l0: got {most:g}, must be below transcoders.width {bases.width}")
-        named = {"change": self.deltas.layers, "residual": bases.layers}
-        lists = [named[target] for target in targets]
+        layers_of = {"change": self.deltas.layers, "residual": bases.layers}
+        lists = [layers_of[target] for target in targets]
         known = sorted({int(layer) for layers in lists if isinstance(layers, list) for layer in layers})
-        for one in evaluate.sets if "all" not in lists else ():
-            if isinstance(one.layers, list) and (stray := sorted(set(one.layers) - set(known))):
+        for spliced in evaluate.sets if "all" not in lists else ():
+            if isinstance(spliced.layers, list) and (stray := sorted(set(spliced.layers) - set(known))):
                 raise ValueError(f"evaluate.sets: got layer {stray[0]}, the deltas have layers {known}")
         for name, section in (("lora", self.lora), ("deltas", self.deltas)):
             ranges = [key for key in type(section.space).model_fields if isinstance(getattr(section.space, key), Range)]

@@ -1,4 +1,4 @@
-"""Building blocks of the settings' sections: a strict base model, and types that several sections use.
+"""Building blocks of the settings' sections: a strict base class, and types that several sections use.
 
 In: plain values. Out: checked values, or a pydantic error that says what is allowed.
 """
@@ -37,15 +37,15 @@ Layers = Annotated[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length
 
 
 def _as_layer_set(given: Any) -> Any:
-    """`all` and `[1, 2]` are short for a set of these layers."""
+    """Expands the short forms `all` and `[1, 2]` to {layers: ...}."""
     return given if isinstance(given, dict | LayerSet) else {"layers": given}
 
 
 def _layers_of_set(given: Any) -> Any:
-    whole = isinstance(given, list) and given and all(type(one) is int and one >= 0 for one in given)
-    kind, between, name = given.rpartition(":") if isinstance(given, str) else ("", "", None)
-    named = name in NAMED_SETS and (kind in KINDS if between else True)
-    if not named and not (whole and len(set(given)) == len(given)):
+    is_layers = isinstance(given, list) and given and all(type(layer) is int and layer >= 0 for layer in given)
+    kind, colon, name = given.rpartition(":") if isinstance(given, str) else ("", "", None)
+    is_named = name in NAMED_SETS and (kind in KINDS if colon else True)
+    if not is_named and not (is_layers and len(set(given)) == len(given)):
         raise ValueError(
             f"must be {', '.join(NAMED_SETS)}, one of these of one kind, such as {next(iter(KINDS))}:all, or a list of "
             f"different layers, got {given!r}"
@@ -54,16 +54,16 @@ def _layers_of_set(given: Any) -> Any:
 
 
 NAMED_SETS = ("all", "thirds", "each")
-"""All sites of a target at once, those of its lower, middle and upper third of layers, and each site alone."""
+"""All sites of a target at once; its lower, middle and upper third of layers; each site alone."""
 
 Sampler = Literal["tpe", "gp", "random", "grid"]
-"""How a study proposes values; `grid` tries every combination of choices, so it allows only choices."""
+"""How a study proposes values; `grid` tries every combination, so it allows only choices, no ranges."""
 
 
 class Section(BaseModel):
     model_config = STRICT
     FIRST: ClassVar[tuple[str, ...]] = ()
-    """Settings that stand in a file before those that the section inherits from a trainer."""
+    """Settings written to a file before the ones that the section inherits from a trainer."""
 
     @model_serializer(mode="wrap")
     def _in_order(self, dump: Callable[[Section], dict[str, Any]]) -> dict[str, Any]:
@@ -86,7 +86,7 @@ Behaviours = dict[
 
 
 class Expected(Section):
-    """A behaviour's rate that the finetuned model must reach, or stay below, on a subset."""
+    """A bound that the finetuned model's rate of a behaviour must meet on a subset."""
 
     behaviour: str
     subset: str
@@ -101,8 +101,8 @@ class Expected(Section):
 
 
 class LayerSet(Section):
-    """Layers that are spliced at once: a name or a list, the alphas measured there (null: `evaluate.alphas`), and
-    whether the controls are too."""
+    """Layers spliced at once: a name or a list, the alphas measured there (null: `evaluate.alphas`), and whether to
+    measure the controls."""
 
     layers: Annotated[Any, BeforeValidator(_layers_of_set)]
     alphas: Annotated[list[Finite], Distinct] | None = None

@@ -1,6 +1,6 @@
-"""Places in a model: kinds of site, sites, sets of sites, and the names that files, tables and settings give them.
+"""Places in a model: kinds of site, sites, sets of sites, and their names in files, tables and settings.
 
-Pure: no torch, no files. Every room may import it, and it imports none.
+Pure: no torch, no files. Every room may import it, and it imports no other room.
 """
 
 from sites.addresses import Address, Ground, SetAddress, width_label

@@ -1,4 +1,4 @@
-"""What a delta is trained on and spliced over, and the one way to write and read names of deltas and of sets of them.
+"""What a delta is trained on and spliced over, and the only way to write and parse names of deltas and sets of deltas.
 
 In: sites, grounds and widths. Out: folders such as `layer_08/p0.25/d032` and names such as `layer_00-29_change_d032`.
 """
@@ -24,7 +24,7 @@ class Ground(NamedTuple):
 
     @property
     def label(self) -> str:
-        """As in names of folders and cells: `change`, `p0.25`, `l0`; the reverse of `parse`."""
+        """The ground in names of folders and cells: `change`, `p0.25`, `l0`; the inverse of `parse`."""
         if self.target == "change":
             return "change"
         return TARGET_L0 if self.percentile is None else f"p{self.percentile:.2f}"
@@ -38,7 +38,7 @@ class Ground(NamedTuple):
 
 
 class Address(NamedTuple):
-    """Of the deltas that one search trains: they share a site, a ground and a width, so that their losses compare."""
+    """The deltas of one search: they share a site, a ground and a width, so their losses are comparable."""
 
     site: Site
     ground: Ground
@@ -46,7 +46,7 @@ class Address(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """`layer_08/p0.25/d032`; the reverse of `parse`."""
+        """`layer_08/p0.25/d032`; the inverse of `parse`."""
         return "/".join(_parts([self.site], self.ground, self.d_new))
 
     @property
@@ -62,7 +62,7 @@ class Address(NamedTuple):
 
 
 class SetAddress(NamedTuple):
-    """Of deltas of one ground and width that are spliced in at once."""
+    """Deltas of one ground and width that are spliced in at once."""
 
     sites: tuple[Site, ...]
     ground: Ground
@@ -70,7 +70,7 @@ class SetAddress(NamedTuple):
 
     @property
     def name(self) -> str:
-        """`layer_00-29_change_d032`; the reverse of `parse`."""
+        """`layer_00-29_change_d032`; the inverse of `parse`."""
         return "_".join(_parts(self.sites, self.ground, self.d_new))
 
     @classmethod
@@ -88,8 +88,8 @@ def _parts(sites: tuple[Site, ...] | list[Site], ground: Ground, d_new: int) -> 
     return [f"layer_{sites_label(sites, digits=2)}", ground.label, width_label(d_new)]
 
 
-def _parse(text: str, between: str) -> tuple[tuple[Site, ...], Ground, int]:
-    found = _NAME.fullmatch(text)
-    if found is None or found[2] != between:
-        raise ValueError(f"{text!r} is not a delta's name, such as {between.join(('layer_08', 'change', 'd032'))}")
-    return tuple(parse_sites(found[1])), Ground.parse(found[3]), int(found[4])
+def _parse(text: str, separator: str) -> tuple[tuple[Site, ...], Ground, int]:
+    match = _NAME.fullmatch(text)
+    if match is None or match[2] != separator:
+        raise ValueError(f"{text!r} is not a delta's name, such as {separator.join(('layer_08', 'change', 'd032'))}")
+    return tuple(parse_sites(match[1])), Ground.parse(match[3]), int(match[4])

@@ -1,4 +1,4 @@
-"""Sets of sites that are spliced at once, and what tables, files and settings call them.
+"""Sets of sites that are spliced at once, and their names in tables, files and settings.
 
 In: sites and the names of sets. Out: tuples of sites, labels such as `6`, `6+12` or `0-29`, and their order.
 """
@@ -16,10 +16,10 @@ NOTHING = "none"
 
 
 def sets_of(name: str | Sequence[int], sites: Sequence[Site]) -> list[tuple[Site, ...]]:
-    """The sets that `all`, `thirds`, `each`, one of these of one kind (`qkv:all`), or a list of layers stands for among
-    `sites` (in order).
+    """The sets of `sites` (which must be in order) that a name stands for: `all`, `thirds`, `each`, one of these for
+    one kind (`qkv:all`), or a list of layers.
 
-    A list gives no set where `sites` lack one of its layers, and neither does `thirds` with fewer than three layers.
+    A list gives no set if `sites` lack one of its layers, and neither does `thirds` with fewer than three layers.
     """
     every = tuple(sites)
     if isinstance(name, str) and ":" in name:
@@ -39,7 +39,7 @@ def sets_of(name: str | Sequence[int], sites: Sequence[Site]) -> list[tuple[Site
 
 
 def sites_label(sites: Iterable[Site], digits: int = 1) -> str:
-    """`8`, `8+16`, `0-3+7`, `0-3+0-3.qkv`, or `none`; the reverse of `parse_sites`.
+    """`8`, `8+16`, `0-3+7`, `0-3+0-3.qkv`, or `none`; the inverse of `parse_sites`.
 
     >>> sites_label([Site(0), Site(1), Site(2), Site(7)])
     '0-2+7'
@@ -73,7 +73,7 @@ def parse_sites(label: str) -> list[Site]:
 
 
 def label_of_keys(keys: Iterable[int | str]) -> str:
-    """The label of sites as JSON files hold them."""
+    """The label of sites given by their keys in JSON files."""
     return sites_label(Site.parse(key) for key in keys)
 
 

@@ -1,6 +1,6 @@
 """A site: one place in a model where a delta can be trained and spliced in.
 
-In: a layer and a kind. Out: a key that is ordered as the forward pass runs, with a label and a folder.
+In: a layer and a kind. Out: a key, ordered as in the forward pass, with a label and a folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Site:
 
     @property
     def label(self) -> str:
-        """`8` for an MLP, `8.qkv` for other kinds; the reverse of `parse`."""
+        """`8` for an MLP, `8.qkv` for other kinds; the inverse of `parse`."""
         return self._name(f"{self.layer}")
 
     @property
@@ -30,7 +30,7 @@ class Site:
 
     @property
     def key(self) -> int | str:
-        """As JSON files hold it: an MLP's layer, the label of other kinds; the reverse of `parse`."""
+        """The site in JSON files: the layer for an MLP, the label for other kinds; the inverse of `parse`."""
         return self.layer if self.kind.name == MLP.name else self.label
 
     @property
@@ -50,11 +50,11 @@ class Site:
 
     def writes(self, known: Collection[str]) -> tuple[str, ...]:
         """The full names of the hooks that hold y in a model that has the hooks `known`."""
-        found = []
-        for alike in self.kind.at or [(name,) for name in self.kind.writes]:
-            names = [f"blocks.{self.layer}.{name}" for name in alike]
-            found.append(next((name for name in names if name in known), names[-1]))
-        return tuple(found)
+        hooks = []
+        for alternatives in self.kind.at or [(name,) for name in self.kind.writes]:
+            names = [f"blocks.{self.layer}.{name}" for name in alternatives]
+            hooks.append(next((name for name in names if name in known), names[-1]))
+        return tuple(hooks)
 
     @classmethod
     def parse(cls, name: str | int) -> Site:

@@ -1,7 +1,7 @@
 """Activation shards on disk: what a transcoder reads (`x`) and what the MLP wrote (`y`), token by token.
 
-In: tensors with a row a token. Out: bf16 safetensors shards with an `index.json`, read back memory-mapped. A shard is
-written under a temporary name and renamed; the index is written last.
+In: tensors with one row per token. Out: bf16 safetensors shards with an `index.json`, read back memory-mapped. A shard
+is written under a temporary name and renamed; the index is written last.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def shard_tokens(path: Path) -> int:
 
 
 def write_index(folder: Path, shards: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Marks a folder of shards as complete; `shards` are {file, tokens} in order."""
+    """Writes the index, which marks a folder of shards as complete; `shards` are {file, tokens} in order."""
     index = {"shards": shards, "tokens": sum(shard["tokens"] for shard in shards), **facts}
     with replacing(folder / INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=1, sort_keys=True))
@@ -58,20 +58,20 @@ class Pairs:
         return tuple(torch.cat(columns) for columns in zip(*self.shards, strict=True))
 
     def near(self, device: str) -> Pairs:
-        """The same in the memory of a GPU, where half of what is free there holds them; else, where there is room, in
-        pinned memory of the host. For a CPU, and where they are on a GPU already, as they are."""
-        if not device.startswith("cuda") or all(one.is_cuda for shard in self.shards for one in shard):
+        """A copy in GPU memory if it fits in half of what is free there; else in pinned host memory if there is room.
+        Unchanged for a CPU device, and if the tensors are on a GPU already."""
+        if not device.startswith("cuda") or all(tensor.is_cuda for shard in self.shards for tensor in shard):
             return self
         if self.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
             return Pairs(prefetch.pinned(self.shards))
-        return Pairs([tuple(one.to(device) for one in shard) for shard in self.shards])
+        return Pairs([tuple(tensor.to(device) for tensor in shard) for shard in self.shards])
 
     @property
     def nbytes(self) -> int:
-        return sum(one.nbytes for shard in self.shards for one in shard)
+        return sum(tensor.nbytes for shard in self.shards for tensor in shard)
 
     def batch_count(self, size: int) -> int:
-        """How many batches of `size` rows `batches` yields."""
+        """Number of batches that `batches(size)` yields."""
         return max(1, self.tokens // size)
 
     def batches(
@@ -81,18 +81,18 @@ class Pairs:
 
         Shards are shuffled and `window` of them are mixed at a time, which bounds memory. Rows that do not fill a batch
         carry over to the next window; those of the last window are dropped, unless there are fewer than `size` in all.
-        The first `skip` batches are skipped without being built; the rest, and `generator`, are as if they had been.
+        The first `skip` batches are not built; the rest, and the state of `generator`, are as if they had been.
 
         A batch is only valid until the next one is requested, which reuses its memory. (On a CPU, touching that much
         fresh memory takes longer than gathering the rows.)
         """
-        held = tuple(one.new_empty(size, *one.shape[1:], device=device) for one in self.shards[0])
+        buffers = tuple(column.new_empty(size, *column.shape[1:], device=device) for column in self.shards[0])
         order = torch.randperm(len(self.shards), generator=generator).tolist()
-        left: list[tuple[Tensor, ...]] = []
+        leftover: list[tuple[Tensor, ...]] = []
         number = 0
         groups = [[self.shards[i] for i in order[start : start + window]] for start in range(0, len(order), window)]
         for fresh in prefetch.moved(groups, device):
-            mixed = Pairs([*left, *fresh]).whole()
+            mixed = Pairs([*leftover, *fresh]).whole()
             del fresh
             rows = torch.randperm(len(mixed[0]), generator=generator).to(device)
             full = len(rows) - len(rows) % size
@@ -100,12 +100,12 @@ class Pairs:
                 number += 1
                 if number > skip:
                     chosen = rows[first : first + size]
-                    for column, batch in zip(mixed, held, strict=True):
+                    for column, batch in zip(mixed, buffers, strict=True):
                         torch.index_select(column, 0, chosen, out=batch)
-                    yield held
-            left = [tuple(column.index_select(0, rows[full:]) for column in mixed)]
+                    yield buffers
+            leftover = [tuple(column.index_select(0, rows[full:]) for column in mixed)]
         if self.tokens < size and not skip:
-            yield left[0]
+            yield leftover[0]
 
     def in_order(self, size: int) -> Iterator[tuple[Tensor, ...]]:
         """Every row once, in order, in batches of at most `size`."""
@@ -124,7 +124,7 @@ def read_pairs(folder: Path, names: tuple[str, ...] = ("x", "y")) -> Pairs:
 
 
 def captured_columns(folder: Path) -> set[str]:
-    """The names of what a finished folder holds; nothing where it is not finished, or damaged."""
+    """The columns that a finished folder holds; empty if it is unfinished or damaged."""
     try:
         return names_in(folder / read_index(folder)["shards"][0]["file"])
     except (OSError, SafetensorError, ValueError, LookupError, TypeError):
@@ -138,20 +138,20 @@ def names_in(path: Path) -> set[str]:
 
 
 def damaged_files(folder: Path) -> list[Path]:
-    """Files of a folder of shards, finished or not, that do not hold what was written; all of it is read."""
-    found = [path for path in sorted(folder.glob("*.safetensors")) if not checked_files.is_intact(path)]
+    """Files of a folder of shards, finished or not, that do not hold what was written; reads all of them."""
+    damaged = [path for path in sorted(folder.glob("*.safetensors")) if not checked_files.is_intact(path)]
     index = folder / INDEX
     if index.is_file():
         try:
-            there = {folder / shard["file"]: shard["tokens"] for shard in read_index(folder)["shards"]}
-            found += [path for path in there if not path.is_file()]
-            fits = all(shard_tokens(path) == tokens for path, tokens in there.items() if path not in found)
+            listed = {folder / shard["file"]: shard["tokens"] for shard in read_index(folder)["shards"]}
+            damaged += [path for path in listed if not path.is_file()]
+            fits = all(shard_tokens(path) == tokens for path, tokens in listed.items() if path not in damaged)
         except (OSError, SafetensorError, ValueError, LookupError, TypeError):
             fits = False
-        found += [] if fits else [index]
-    return found
+        damaged += [] if fits else [index]
+    return damaged
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """`shards`, `tokens` and the facts that `write_index` wrote."""
+    """What `write_index` wrote: `shards`, `tokens` and the facts."""
     return json.loads((folder / INDEX).read_text())

@@ -1,7 +1,7 @@
 """PEFT adapters: adding one to a model, and the forward pass that trains it.
 
-In: a transformers model. Out: a PeftModel; `forward_of` picks the fastest forward pass that computes the same as it.
-Folding an adapter in is `models.adapters`.
+In: a transformers model. Out: a PeftModel; `forward_of` picks the fastest forward pass that gives the same logits.
+`models.adapters` merges adapters.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def add_adapter(
 
     names = [name.strip() for name in targets.split(",")]
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    tied = {name.rpartition(".")[2] for name, one in model.named_modules() if one in ends} & set(names)
+    tied = {name.rpartition(".")[2] for name, module in model.named_modules() if module in ends} & set(names)
     if tied and model.config.tie_word_embeddings:
         raise TrainingError(
             f"lora.space.targets {targets!r} names {', '.join(sorted(tied))}: the model ties its embeddings, "
@@ -51,7 +51,8 @@ def add_adapter(
     try:
         return get_peft_model(model, config)  # type: ignore[return-value]
     except ValueError as error:
-        linear = {name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
+        modules = model.named_modules()
+        linear = {name.rpartition(".")[2] for name, module in modules if isinstance(module, torch.nn.Linear)}
         raise TrainingError(
             f"lora.space.targets {targets!r} cannot be adapted ({' '.join(str(error).split())[:160]}); "
             f"allowed: all-linear, or some of {', '.join(sorted(linear))}"
@@ -79,7 +80,7 @@ class PlainForward:
     def __call__(self, batch: Packed) -> Tensor:
         count, longest = batch.rows.shape
         row, place = batch.places // longest, batch.places % longest
-        # Padded on the left, so that the targets of short and long rows share the same few columns.
+        # Left-padded, so that the targets of short and long rows share the same few columns.
         column = place + longest - torch.bincount(row)[row]
         ids, mask, positions = torch.zeros(3, count, longest, dtype=torch.long, device=batch.ids.device)
         ids[row, column], mask[row, column], positions[row, column] = batch.ids, 1, batch.positions

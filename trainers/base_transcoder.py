@@ -55,7 +55,7 @@ def train_bases(
     REPORT_EVERY steps. Each transcoder's facts: `target_l0, val_l0, val_fvu, dead_fraction, revived, tokens`. Features
     that fired on no token of an epoch are revived at its end; those that never fire on validation tokens are dead.
     In a process group, such as that of `accelerate launch`, each process computes its share of every batch, and all
-    return the same.
+    return the same transcoders.
     Raises DivergedError if the loss is not finite.
     """
     generator, target_l0 = torch.Generator().manual_seed(settings.seed), settings.target_l0
@@ -68,14 +68,14 @@ def train_bases(
     step = tokens = 0
     revived = [0] * len(target_l0)
     fired = torch.zeros(len(target_l0), settings.width, dtype=torch.bool, device=device)
-    mean, group = scale.mean.to(device), processes(device)
+    mean, ranks = scale.mean.to(device), processes(device)
     for epoch in range(settings.epochs):
         for x, y in train.batches(settings.batch_size, generator, device=device):
             x, y = x.float(), (y.float() - mean) / scale.deviation
-            for one in optimiser.param_groups:
-                one["lr"] = settings.lr * min(1.0, (steps - step) / max(steps * settings.lr_decay_fraction, 1))
+            for group in optimiser.param_groups:
+                group["lr"] = settings.lr * min(1.0, (steps - step) / max(steps * settings.lr_decay_fraction, 1))
             with number_format(device, settings.precision) as dtype:
-                losses, active = model.backward(x, y, target_l0, generator, dtype, group)
+                losses, active = model.backward(x, y, target_l0, generator, dtype, ranks)
             clip_each(model.gradients(), settings.grad_clip)
             optimiser.step()
             fired |= active

@@ -1,8 +1,8 @@
 """Activation capture: one pass of a model over texts, every swept site at once, streamed to disk.
 
-In: a TransformerBridge, token sequences, and which columns are wanted of which site. Out:
-`FOLDER/layer_LL/shard_*.safetensors` with `x`, `y` or `change` of every token but BOS and padding. Memory holds one
-shard; an interrupted capture goes on from its last shard.
+In: a TransformerBridge, token sequences, and the columns to keep for each site. Out:
+`FOLDER/layer_LL/shard_*.safetensors` with `x`, `y` or `change` of every token but BOS and padding. One shard is in
+memory at a time; an interrupted capture continues from its last shard.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ BOS_FILE = "bos.safetensors"
 
 
 class _LastTap(Exception):
-    """Ends a forward pass early: nothing after the last swept site is needed."""
+    """Ends a forward pass early, after the last swept site."""
 
 
 class Columns(NamedTuple):
-    """What is kept of a site beside its input x: its output y, and the change c = y - y_un(x), where `unfinetuned` is
-    the un-finetuned block's own path, in fp32 (with `finetuned` the y in it is that path's, where the model itself runs
-    in less than fp32). `sums` are of y alone, as its variance needs them."""
+    """What to keep of a site in addition to its input x: the output y; with the un-finetuned block's path
+    `unfinetuned`, the change c = y - y_un(x) in fp32; with `sums`, the sums of y that its variance needs. If the model
+    itself runs in less than fp32, pass `finetuned`, whose output then replaces y in the change."""
 
     y: bool = True
     unfinetuned: BlockPath | None = None
@@ -69,17 +69,17 @@ class Plan:
         batches = list(by_length([len(row) for row in sequences], batch_tokens))
         order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
         shards: list[list[list[int]]] = [[]]
-        held = 0
+        tokens = 0
         for index in order:
-            if held >= shard_tokens:
+            if tokens >= shard_tokens:
                 shards.append([])
-                held = 0
+                tokens = 0
             shards[-1].append(batches[index])
-            held += sum(len(sequences[i]) - 1 for i in batches[index])
+            tokens += sum(len(sequences[i]) - 1 for i in batches[index])
         return cls(sequences, shards)
 
     def tokens(self, shard: int) -> int:
-        """Number of tokens captured in a shard: all but BOS."""
+        """Number of tokens in a shard, without BOS."""
         return sum(len(self.sequences[i]) - 1 for batch in self.shards[shard] for i in batch)
 
 
@@ -91,7 +91,7 @@ def capture(
     *,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Captures every missing shard, then writes the indices; calls `report(shards done, shards in all)`."""
+    """Captures every missing shard, then writes the indices; calls `report(shards done, total shards)`."""
     for number in range(len(plan.shards)):
         capture_shard(bridge, plan, number, sites, folder)
         report(number + 1, len(plan.shards))
@@ -108,12 +108,12 @@ def capture_shard(
     """Writes one shard of the bf16 activations of `sites`, unless all of it exists already."""
     if all((folder / site.folder / _shard_name(number)).is_file() for site in sites):
         return
-    held: dict[Site, list[dict[str, Tensor]]] = {site: [] for site in sites}
+    captured: dict[Site, list[dict[str, Tensor]]] = {site: [] for site in sites}
     for batch in plan.shards[number]:
         rows = [plan.sequences[i] for i in batch]
         for site, columns in capture_batch(bridge, rows, sites).items():
-            held[site].append(columns)
-    for site, parts in held.items():
+            captured[site].append(columns)
+    for site, parts in captured.items():
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if not name.startswith("sum")}
         sums = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0] if name.startswith("sum")}
         write_shard(folder / site.folder / _shard_name(number), whole | sums)
@@ -122,13 +122,13 @@ def capture_shard(
 def finish_capture(plan: Plan, sites: Mapping[Site, object], folder: Path) -> None:
     """Marks the sites' folders as complete.
 
-    Raises ValueError if a shard does not belong to this plan, as when the folder was used by a different capture.
+    Raises ValueError if a shard does not belong to this plan, for example because another capture used the folder.
     """
     for site in sites:
         for number in range(len(plan.shards)):
             path = folder / site.folder / _shard_name(number)
-            if (held := shard_tokens(path)) != plan.tokens(number):
-                raise ValueError(f"{path} has {held} tokens, but the plan has {plan.tokens(number)}; delete {folder}")
+            if (tokens := shard_tokens(path)) != plan.tokens(number):
+                raise ValueError(f"{path} has {tokens} tokens, but the plan has {plan.tokens(number)}; delete {folder}")
     shards = [{"file": _shard_name(n), "tokens": plan.tokens(n)} for n in range(len(plan.shards))]
     for site in sites:
         write_index(folder / site.folder, shards, {"layer": site.layer, "taps": site.kind.taps})
@@ -145,13 +145,13 @@ def bos_changes(
     unfinetuned: Mapping[Site, BlockPath],
     finetuned: Mapping[Site, BlockPath],
 ) -> dict[Site, Tensor]:
-    """For each site the change at BOS, the token `first`; (d_out,) fp32 on the CPU. BOS attends to itself alone, so
-    it is the same in every text."""
-    found: dict[Site, Tensor] = {}
+    """For each site the change at BOS (the token `first`), (d_out,) fp32 on the CPU. BOS attends only to itself, so the
+    change is the same in every text."""
+    changes: dict[Site, Tensor] = {}
 
     def reader(site: Site) -> Callable[[Tensor], None]:
         def read(x: Tensor) -> None:
-            found[site] = (finetuned[site](x[0, 0]).float() - unfinetuned[site](x[0, 0]).float()).cpu()
+            changes[site] = (finetuned[site](x[0, 0]).float() - unfinetuned[site](x[0, 0]).float()).cpu()
 
         return read
 
@@ -159,19 +159,19 @@ def bos_changes(
     bos = torch.tensor([[first]], device=device_of(bridge))
     with hooked(bridge, [hook for site in unfinetuned for hook in hooks_at(bridge, site, reader(site))]):
         model.base_model(input_ids=bos, use_cache=False)
-    return found
+    return changes
 
 
 def write_bos(folder: Path, changes: Mapping[Site, Tensor]) -> None:
-    """The changes at BOS of a capture, under a temporary name and then renamed."""
-    checked_files.save(folder / BOS_FILE, {site.label: one for site, one in changes.items()})
+    """Writes a capture's changes at BOS, under a temporary name and then renamed."""
+    checked_files.save(folder / BOS_FILE, {site.label: change for site, change in changes.items()})
 
 
 def read_bos(folder: Path) -> dict[Site, Tensor]:
-    """The change at BOS of each site that it was captured at, (d_out,) fp32; none where the file is damaged."""
+    """The captured change at BOS of each site, (d_out,) fp32; empty if the file is damaged."""
     if not checked_files.is_intact(folder / BOS_FILE):
         return {}
-    return {Site.parse(label): one for label, one in load_file(folder / BOS_FILE).items()}
+    return {Site.parse(label): change for label, change in load_file(folder / BOS_FILE).items()}
 
 
 @torch.inference_mode()
@@ -180,15 +180,14 @@ def capture_batch(
 ) -> dict[Site, dict[str, Tensor]]:
     """For each site its columns, (tokens, d_in or d_out) bf16 on the CPU, row by row, without BOS and padding.
 
-    Beside `change`, or with `sums`, also `sum` and `sum_of_squares`, (d_out,) fp64, of y, from which its variance
-    follows.
+    With `change` or `sums`, also y's `sum` and `sum_of_squares`, (d_out,) fp64, which give its variance.
     """
     model: Any = bridge.original_model
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     kept = batch.editable
     last = max(sites)
     inputs: dict[Site, Tensor] = {}
-    found: dict[Site, dict[str, Tensor]] = {}
+    captured: dict[Site, dict[str, Tensor]] = {}
 
     def reader(site: Site) -> Callable[[Tensor], None]:
         def read(x: Tensor) -> None:
@@ -198,7 +197,7 @@ def capture_batch(
 
     def writer(site: Site) -> Callable[[Tensor], None]:
         def write(y: Tensor) -> None:
-            found[site] = _columns(sites[site], inputs.pop(site), y[kept])
+            captured[site] = _columns(sites[site], inputs.pop(site), y[kept])
             if site == last:
                 raise _LastTap
 
@@ -215,11 +214,11 @@ def capture_batch(
             )
     except _LastTap:
         pass
-    return found
+    return captured
 
 
 def _columns(wanted: Columns, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """x (tokens, d_in) and y (tokens, d_out) as they are kept."""
+    """The columns to store, from x (tokens, d_in) and y (tokens, d_out)."""
     kept = {"x": x} | ({"y": y} if wanted.y else {})
     sums = {}
     if wanted.unfinetuned is not None:

@@ -1,7 +1,7 @@
 """Safetensors files that can tell whether they are damaged: the header holds a hash of the tensors.
 
-In: tensors by name and text by name. Out: a file written under a temporary name and renamed, and whether a file still
-holds what was written. Used for what is written often and read by workers: activations and checkpoints.
+In: named tensors and named texts. Out: a file written under a temporary name and renamed, and whether a file still
+holds what was written. Used for files that are written often and read by workers: activations and checkpoints.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HASH = "sha256"
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> None:
-    """Saves both in one file, the tensors as they are on the CPU."""
+    """Saves tensors and texts in one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     texts = dict(texts or {})
@@ -30,7 +30,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str] | N
 
 
 def is_intact(path: Path) -> bool:
-    """Whether the file holds what `save` wrote; reads all of it, a tensor at a time."""
+    """Whether the file holds what `save` wrote; reads all of it, one tensor at a time."""
     try:
         with safe_open(path, framework="pt") as file:
             texts = dict(file.metadata() or {})
@@ -41,7 +41,7 @@ def is_intact(path: Path) -> bool:
 
 
 def _hash(tensors: Iterable[tuple[str, Tensor]], texts: Mapping[str, str]) -> str:
-    """Of names, types, shapes and bytes, and of the texts; in whatever order they come."""
+    """SHA-256 of the tensors' names, dtypes, shapes and bytes and of the texts, independent of their order."""
     parts = [
         f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(_bytes(tensor)).hexdigest()}"
         for name, tensor in tensors

@@ -1,7 +1,7 @@
 """Checkpoints within a run: one safetensors file with tensors and, in its header, the rest of the state as JSON.
 
-In: tensors by name and JSON values. Out: a file written under a temporary name and renamed, and both read back. A run
-interrupted at any moment finds either its last complete checkpoint or none.
+In: named tensors and JSON values. Out: a file written under a temporary name and renamed, and its contents read back. A
+run interrupted at any moment finds either its last complete checkpoint or none.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def load_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
 
 @dataclass
 class Keeper:
-    """Where a run keeps its checkpoint, and how often (at most every `seconds`). Without a path it keeps none."""
+    """Where a run keeps its checkpoint, and how often (at most every `seconds`); without a path, never."""
 
     path: Path | None = None
     seconds: float = 30.0

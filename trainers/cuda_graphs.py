@@ -1,8 +1,7 @@
-"""A step recorded as a CUDA graph: all its kernels start with one launch, where each would take longer to start than to
-run.
+"""A step recorded as a CUDA graph: one launch starts all its kernels, each of which takes longer to launch than to run.
 
 In: a function of tensors that reads and writes other tensors in place, always the same ones, and never waits for the
-device. Out: the same function, which on a GPU replays what it did before.
+device. Out: the same function, which on a GPU replays its recorded kernels.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ T = TypeVar("T")
 
 
 class Graphed(Generic[T]):
-    """`function(*inputs)`: run as it is at first, as libraries set themselves up then, recorded at the second call, and
-    replayed from there on. Inputs of another shape are run as they are. What it returns is valid until the next call.
+    """`function(*inputs)`: run eagerly at first, since libraries initialise then, recorded at the second call, and
+    replayed from then on. Inputs of another shape are run eagerly. The result is valid until the next call.
     """
 
     def __init__(self, function: Callable[..., T]) -> None:
@@ -28,19 +27,20 @@ class Graphed(Generic[T]):
         self.called = 0
 
     def __call__(self, *inputs: Tensor) -> T:
-        if not all(one.is_cuda for one in inputs):
+        if not all(tensor.is_cuda for tensor in inputs):
             return self.function(*inputs)
         self.called += 1
         if self.called == 1:
-            self.inputs = [torch.empty_like(one) for one in inputs]
+            self.inputs = [torch.empty_like(tensor) for tensor in inputs]
             return self.function(*inputs)
-        if any(one.shape != own.shape or one.dtype != own.dtype for one, own in zip(inputs, self.inputs, strict=True)):
+        pairs = list(zip(inputs, self.inputs, strict=True))
+        if any(given.shape != static.shape or given.dtype != static.dtype for given, static in pairs):
             return self.function(*inputs)
-        for one, own in zip(inputs, self.inputs, strict=True):
-            own.copy_(one)
+        for given, static in pairs:
+            static.copy_(given)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # which runs nothing
+            with torch.cuda.graph(self.graph):  # records only, runs nothing
                 self.result = self.function(*self.inputs)
         self.graph.replay()
         return self.result

@@ -1,6 +1,6 @@
 """What a delta is trained and validated on: pairs of one site, and a delta's figures on the held-out pairs.
 
-In: activations of a site. Out: what a delta is to explain there, its unit, and validation figures.
+In: activations of a site. Out: the delta's training target, its unit, and validation figures.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ AT_ONCE = 8192
 class DeltaData(NamedTuple):
     """What every trial of a site and target shares.
 
-    train and validation: Pairs of x and what the delta is to explain: the residual y - base(x) that a base transcoder
-    leaves, or the change y - y_un(x) that finetuning made. unit: the mean square a dimension that errors are measured
-    in on validation tokens: the variance of y for a residual, the mean square of the change itself for a change. alone:
-    the error without a delta in that unit: the base's FVU, and 1. change_share: the change's mean square over the
-    variance of y, where it is known.
+    train and validation: Pairs of x and what the delta has to explain: the residual y - base(x) of a base transcoder,
+    or the change y - y_un(x) that finetuning made. unit: the unit of squared errors, per dimension, on validation
+    tokens: the variance of y for a residual, the mean square of the change for a change. alone: the error without a
+    delta in that unit: the base's FVU for a residual, 1 for a change. change_share: the change's mean square over the
+    variance of y, if known.
     """
 
     train: Pairs
@@ -40,13 +40,12 @@ class DeltaData(NamedTuple):
     target: Literal["change", "residual"] = "residual"
     change_share: float | None = None
     scale: Tensor | None = None
-    """(d_out,): what the columns of the second tensor were divided by, where a site writes several things at once; a
-    delta's decoder has to be multiplied by it in the end."""
+    """(d_out,): what the columns of the second tensor were divided by, for a site with several outputs (queries, keys
+    and values); the trained delta's decoder must be multiplied by it."""
 
     @property
     def error_name(self) -> str:
-        """What the part that a delta leaves is called: FVU is a share of y's variance, unexplained one of the
-        change."""
+        """Name of the error: FVU is a share of y's variance, unexplained a share of the change."""
         return "val_unexplained" if self.target == "change" else "val_fvu"
 
 
@@ -54,7 +53,7 @@ def read_change(activations: Path, site: Site) -> DeltaData:
     """The (x, change) pairs of a site, captured under `activations`.
 
     Queries, keys and values differ in size, and so do their changes: each is divided by its own root mean square, so
-    that the largest does not decide what features are spent on.
+    that the largest does not get all the features.
     """
     train, validation = (change_pairs(activations, split, site) for split in ("train", "validation"))
     unit = mean_square(validation)
@@ -73,40 +72,40 @@ def read_change(activations: Path, site: Site) -> DeltaData:
 
 
 def change_pairs(activations: Path, split: str, site: Site) -> Pairs:
-    """x and the change of a site: memory-mapped where both were captured; where the change is linear, it is made of x
-    and weights now, and lies in memory as bf16."""
-    folder, held = activations / split / site.folder, map_file(activations, site)
-    if not held.is_file():
+    """x and the change of a site: memory-mapped if both were captured; a linear change is computed here from x and its
+    weights, and held in memory as bf16."""
+    folder, linear_map = activations / split / site.folder, map_file(activations, site)
+    if not linear_map.is_file():
         return read_pairs(folder, ("x", "change"))
-    tensors = load_file(held)
+    tensors = load_file(linear_map)
     shards: list[tuple[Tensor, ...]] = []
     for (x,) in read_pairs(folder, ("x",)).shards:
-        parts = [torch.addmm(tensors["b"], one.float(), tensors["W"]).bfloat16() for one in x.split(AT_ONCE)]
+        parts = [torch.addmm(tensors["b"], part.float(), tensors["W"]).bfloat16() for part in x.split(AT_ONCE)]
         shards.append((x, torch.cat(parts)))
     return Pairs(shards)
 
 
 def map_file(activations: Path, site: Site) -> Path:
-    """The file of a change that is linear in x."""
+    """The file with the weights of a change that is linear in x."""
     return activations / "maps" / f"{site.folder}.safetensors"
 
 
 def change_map(unfinetuned: BlockPath, finetuned: BlockPath) -> dict[str, Tensor]:
-    """What finetuning changed in a linear path: W (d_in, d_out) and b (d_out,), fp32, of x W + b, and the `widths` of
-    the parts of y."""
+    """The change of a linear path as x W + b: W (d_in, d_out) and b (d_out,), fp32, and the `widths` of the parts of
+    y."""
     (W_before, b_before), (W_after, b_after) = unfinetuned.as_map(), finetuned.as_map()
     tensors = {"W": W_after - W_before, "b": b_after - b_before}
     return {
-        **{name: one.float().cpu().contiguous() for name, one in tensors.items()},
+        **{name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()},
         "widths": torch.tensor(unfinetuned.widths),
     }
 
 
 def _scale_by_part(activations: Path, validation: Pairs, site: Site) -> Tensor | None:
-    """(d_out,): the root mean square of the change of each part of y; 1 for a part that did not change. None where y is
-    one part."""
-    held = map_file(activations, site)
-    widths = load_file(held)["widths"].tolist() if held.is_file() else []
+    """(d_out,): the root mean square of the change of each part of y; 1 for a part that did not change. None if y has
+    only one part."""
+    linear_map = map_file(activations, site)
+    widths = load_file(linear_map)["widths"].tolist() if linear_map.is_file() else []
     if len(widths) < 2:
         return None
     squares = torch.stack([change.float().pow(2).sum(0).double() for _, change in validation.shards]).sum(0)
@@ -116,12 +115,12 @@ def _scale_by_part(activations: Path, validation: Pairs, site: Site) -> Tensor |
 
 
 def change_unit(activations: Path, site: Site) -> float:
-    """The mean square of a site's change on validation tokens, the only ones that need to be there."""
+    """The mean square of a site's change on validation tokens; the training tokens need not be there."""
     return mean_square(change_pairs(activations, "validation", site))
 
 
 def mean_square(pairs: Pairs) -> float:
-    """Mean over tokens and dimensions of the square of the last column."""
+    """Mean square of the last column, over tokens and dimensions."""
     squares = sum(columns[-1].float().pow(2).sum(dtype=torch.float64).item() for columns in pairs.shards)
     return squares / (pairs.tokens * pairs.shards[0][-1].shape[1])
 
@@ -139,7 +138,7 @@ def residual_of(base: Transcoder, x: Tensor, y: Tensor, batch_size: int = 4096) 
 
 @torch.no_grad()
 def fraction_unexplained(base: Transcoder, pairs: Pairs) -> float:
-    """The mean square of y - base(x), of pairs (x, y), over the variance of y (FVU)."""
+    """FVU on pairs (x, y): the mean square of y - base(x) over the variance of y."""
     error = sum(residual_of(base, x, y).pow(2).sum(dtype=torch.float64).item() for x, y in pairs.shards)
     return error / (pairs.tokens * base.d_out * output_variance(pairs))
 
@@ -153,12 +152,12 @@ def output_variance(pairs: Pairs) -> float:
 def validate(deltas: list[Transcoder], data: DeltaData, l0_budget: float, batch_size: int = 8192) -> dict[str, Any]:
     """Validation figures, means over replicas; `val_loss = error + max(0, val_l0_delta / l0_budget - 1)`.
 
-    The error is `val_fvu` of a residual delta (beside `val_fvu_base`) and `val_unexplained` of a change delta (beside
-    `change_share`). `val_cos` and `val_l2_ratio` compare delta(x) with what it is to explain.
+    The error is `val_fvu` for a residual delta (next to `val_fvu_base`) and `val_unexplained` for a change delta (next
+    to `change_share`). `val_cos` and `val_l2_ratio` compare delta(x) with its target.
     """
     device = deltas[0].W_enc.device
     tokens = data.validation.tokens
-    left_over, l0, dead, cosines, ratios = [], [], [], [], []
+    errors, l0, dead, cosines, ratios = [], [], [], [], []
     for delta in deltas:
         error = active = cosine = ratio = 0.0
         fired = torch.zeros(delta.d_sae, dtype=torch.bool, device=device)
@@ -166,21 +165,21 @@ def validate(deltas: list[Transcoder], data: DeltaData, l0_budget: float, batch_
             target = target.to(device, torch.float32)
             acts = delta.encode(x.to(device, torch.float32))
             output = delta.decode(acts)
-            left = output - target
-            error += left.pow(2).sum(dtype=torch.float64).item()
+            missed = output - target
+            error += missed.pow(2).sum(dtype=torch.float64).item()
             active += (acts > 0).sum().item()
             fired |= (acts > 0).any(0)
             cosine += torch.cosine_similarity(output, target, dim=1).sum().item()
-            ratio += (left.norm(dim=1) / target.norm(dim=1).clamp(min=1e-12)).sum().item()
-        left_over.append(error / (tokens * delta.d_out * data.unit))
+            ratio += (missed.norm(dim=1) / target.norm(dim=1).clamp(min=1e-12)).sum().item()
+        errors.append(error / (tokens * delta.d_out * data.unit))
         l0.append(active / tokens)
         dead.append(1.0 - fired.float().mean().item())
         cosines.append(cosine / tokens)
         ratios.append(ratio / tokens)
-    losses = [one + max(0.0, other / l0_budget - 1) for one, other in zip(left_over, l0, strict=True)]
+    losses = [error + max(0.0, active / l0_budget - 1) for error, active in zip(errors, l0, strict=True)]
     return {
         "val_loss": _mean(losses),
-        data.error_name: _mean(left_over),
+        data.error_name: _mean(errors),
         **({"val_fvu_base": data.alone} if data.target == "residual" else {}),
         **({} if data.change_share is None else {"change_share": data.change_share}),
         "val_l0_delta": _mean(l0),
@@ -188,7 +187,7 @@ def validate(deltas: list[Transcoder], data: DeltaData, l0_budget: float, batch_
         "val_cos": _mean(cosines),
         "val_l2_ratio": _mean(ratios),
         "val_loss_replicas": losses,
-        f"{data.error_name}_replicas": left_over,
+        f"{data.error_name}_replicas": errors,
         "val_l0_delta_replicas": l0,
     }
 

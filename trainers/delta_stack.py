@@ -1,7 +1,7 @@
-"""Runs of delta transcoders in stacked tensors, between their steps: batches, steps, validations, checkpoints.
+"""The state of delta-transcoder runs in stacked tensors: batches, steps, validations, checkpoints.
 
-In: pairs of x and what is to be explained, and the settings of runs that differ in learning rate and sparsity alone.
-Out: what each run has come to. `delta_transcoder` drives it.
+In: pairs of x and what is to be explained, and the settings of runs that differ only in learning rate and sparsity.
+Out: the outcome of each run. `delta_transcoder` drives it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from trainers.distributed import processes
 from trainers.errors import DivergedError
 from trainers.settings import DeltaSettings
 from trainers.stacked_deltas import Losses, StackedDeltas
-from trainers.stacked_optimiser import StackedAdamW, clip_each, held_or
+from trainers.stacked_optimiser import StackedAdamW, clip_each, filled
 
 WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec")
 CALIBRATED = 0.95
 """Fraction of the L0 budget that calibrated thresholds aim for, so that validation tokens stay within it."""
 DIVERGED = 10.0
-"""A validation error this many times that without a delta ends the run."""
+"""A run ends if its validation error is this many times the error without a delta."""
 
 
 class TrainedDelta(NamedTuple):
@@ -41,14 +41,15 @@ class TrainedDelta(NamedTuple):
 
 
 def starting_sample(train: Pairs, device: str, tokens: int = 4096) -> tuple[Tensor, Tensor]:
-    """x (tokens, d_in) and residual (tokens, d_out), fp32 on `device`: what features of every seed start from."""
+    """x (tokens, d_in) and residual (tokens, d_out), fp32 on `device`, from which features of every seed are
+    initialised."""
     x, residual = next(train.batches(min(tokens, train.tokens), torch.Generator().manual_seed(0), device=device))
     return x.to(torch.float32), residual.to(torch.float32)
 
 
 @dataclass
 class Run:
-    """What one run of a stack has come to."""
+    """The state of one run of a stack."""
 
     settings: DeltaSettings
     waited: int = 0
@@ -61,25 +62,25 @@ class Run:
         return self.error is not None or self.waited >= self.settings.patience
 
     def note(self, deltas: list[Transcoder], figures: dict[str, Any]) -> None:
-        """Takes a validation's figures, and the deltas if they are the best so far."""
+        """Records a validation's figures, and the deltas if they are the best so far."""
         self.waited += 1
         if self.best is None or figures["val_loss"] < self.best.figures["val_loss"]:
             self.best, self.waited = TrainedDelta(deltas, figures), 0
         self.reported.append(figures)
 
     def outcome(self) -> TrainedDelta | DivergedError:
-        found = self.error or self.best
-        assert found is not None  # the last step validates
-        return found
+        outcome = self.error or self.best
+        assert outcome is not None  # the last step validates
+        return outcome
 
 
 class Stack:
-    """The state of runs that train side by side, between their steps."""
+    """The state of runs that train side by side."""
 
     def __init__(self, data: DeltaData, settings: Sequence[DeltaSettings], device: str) -> None:
         data = data._replace(train=data.train.near(device), validation=data.validation.near(device))
         self.data, self.device, self.shared = data, device, settings[0]
-        self.runs, self.processes = [Run(one) for one in settings], processes(device)
+        self.runs, self.processes = [Run(of_run) for of_run in settings], processes(device)
         self.deviation = math.sqrt(data.unit)
         self.model = StackedDeltas(
             *starting_sample(data.train, device),
@@ -92,7 +93,7 @@ class Stack:
         self.optimiser = StackedAdamW(self.model, len(settings), self.shared.weight_decay)
         on_gpu = device.startswith("cuda")
         self.sparsity = [torch.zeros((), device=device) if on_gpu else 0.0 for _ in settings]
-        # No one has tried whether an exchange between processes can be recorded.
+        # Recording an exchange between processes is untested.
         self.update = Graphed(self._update) if self.processes.count == 1 else self._update
         per_epoch = data.train.batch_count(self.shared.batch_size)
         self.steps = per_epoch * self.shared.epochs
@@ -104,11 +105,11 @@ class Stack:
 
     @property
     def validates(self) -> bool:
-        """Whether a validation follows the step just made."""
+        """Whether the step just made is followed by a validation."""
         return self.at % self.every == 0 or self.at == self.steps
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
-        """The remaining batches, or fewer if no run goes on; their order does not depend on the seed."""
+        """The remaining batches, or fewer if all runs end; their order does not depend on the seed."""
         order = torch.Generator().manual_seed(0)
         size, skip = self.shared.batch_size, self.at
         for _ in range(self.shared.epochs):
@@ -119,7 +120,7 @@ class Stack:
             skip = max(0, skip - self.data.train.batch_count(size))
 
     def cast(self, name: str, batch: Tensor, dtype: torch.dtype) -> Tensor:
-        """`batch` in that dtype, in memory that the next batch reuses: on a CPU, touching that much fresh memory in
+        """`batch` as `dtype`, in a buffer that the next batch reuses: on a CPU, touching that much fresh memory in
         every step takes longer than the conversion."""
         if batch.dtype == dtype:
             return batch
@@ -133,8 +134,8 @@ class Stack:
         ramp, decay = _ramp(at, shared.lr_warmup_fraction * steps), _decay(at, steps)
         self.optimiser.set_rates([run.settings.lr * ramp * decay for run in self.runs])
         ramp = _ramp(at, shared.sparsity_warmup_fraction * steps)
-        asked = [run.settings.sparsity * ramp for run in self.runs]
-        self.sparsity = [held_or(held, one) for held, one in zip(self.sparsity, asked, strict=True)]
+        values = [run.settings.sparsity * ramp for run in self.runs]
+        self.sparsity = [filled(current, value) for current, value in zip(self.sparsity, values, strict=True)]
         losses = self.update(x, residual)
         self.at += 1
         self.tokens += len(x)
@@ -152,10 +153,10 @@ class Stack:
         return losses
 
     def _sparsity(self) -> float | Tensor:
-        """The runs' sparsities: a number, or one for each feature."""
+        """The sparsity of a single run; for several, one value per feature."""
         if len(self.runs) == 1:
             return self.sparsity[0]
-        each = torch.stack([torch.as_tensor(one, dtype=torch.float32) for one in self.sparsity])
+        each = torch.stack([torch.as_tensor(sparsity, dtype=torch.float32) for sparsity in self.sparsity])
         return each.repeat_interleave(self.shared.replicas * self.shared.d_new)
 
     def check(self, losses: Losses) -> None:
@@ -167,7 +168,7 @@ class Stack:
                 run.error = DivergedError(f"the loss is {whole} by step {self.at} (lr {run.settings.lr:.2g})")
 
     def validate(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The figures of the runs that go on, after a validation."""
+        """Validates the runs that are not over, and yields the number and figures of those that continue."""
         deltas = self.model.transcoders(self.deviation, self.data.site)
         for number, run in enumerate(self.runs):
             if run.is_over:
@@ -178,7 +179,7 @@ class Stack:
                 "step": self.at,
                 "tokens": self.tokens,
             }
-            run.error = _insane(figures, self.data, run.settings)
+            run.error = _divergence(figures, self.data, run.settings)
             if run.error is None:
                 run.note(own, figures)
                 yield number, figures
@@ -210,10 +211,10 @@ class Stack:
 
     def restore(self, keeper: Keeper) -> None:
         """Restores the last checkpoint of these runs, if there is one."""
-        found = keeper.read(self._identity())
-        if found is None:
+        checkpoint = keeper.read(self._identity())
+        if checkpoint is None:
             return
-        tensors, state = found
+        tensors, state = checkpoint
         for name, tensor in self.model.tensors().items():
             tensor.copy_(tensors[name])
         self.optimiser.read_weights()
@@ -235,11 +236,11 @@ class Stack:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must match to belong to these runs."""
-        asked = [asdict(run.settings) for run in self.runs]
-        return {"runs": asked, "layer": self.data.site.layer, "tokens": self.data.train.tokens}
+        settings = [asdict(run.settings) for run in self.runs]
+        return {"runs": settings, "layer": self.data.site.layer, "tokens": self.data.train.tokens}
 
 
-def _insane(figures: dict[str, Any], data: DeltaData, settings: DeltaSettings) -> DivergedError | None:
+def _divergence(figures: dict[str, Any], data: DeltaData, settings: DeltaSettings) -> DivergedError | None:
     name = data.error_name
     if figures[name] <= DIVERGED * data.alone:  # not true of NaN
         return None

@@ -1,7 +1,7 @@
 """Delta transcoders: a few new sparse features that explain what finetuning changed in one layer's MLP.
 
-In: pairs of x and what is to be explained, computed once for a layer (and base), and settings. Out: for each seed one
-JumpReLU transcoder without decoder bias, and its validation figures. Several seeds (`replicas`) train side by side on
+In: pairs of x and what is to be explained, computed once for a layer (and base), and settings. Out: one JumpReLU
+transcoder without decoder bias per seed, and its validation figures. Several seeds (`replicas`) train side by side on
 the same batches.
 """
 
@@ -40,11 +40,11 @@ def train_delta(
 
     With a `keeper`, an interrupted run continues from its last checkpoint: it repeats its earlier reports, and ends as
     it would have without the interruption. In a process group, such as that of `accelerate launch`, each process trains
-    on its share of every batch, and all return the same. `on_step` gets the losses of every step from there on; in a
-    process group those of its own share.
+    on its share of every batch, and all return the same. `on_step` gets the losses of every step after the checkpoint;
+    in a process group those of its own share.
     Raises DivergedError if a loss is not finite or the deltas make the reconstruction far worse.
     """
-    (found,) = train_deltas(
+    (outcome,) = train_deltas(
         data,
         [settings],
         device=device,
@@ -52,9 +52,9 @@ def train_delta(
         on_step=on_step,
         keeper=keeper,
     )
-    if isinstance(found, DivergedError):
-        raise found
-    return found
+    if isinstance(outcome, DivergedError):
+        raise outcome
+    return outcome
 
 
 def train_deltas(
@@ -66,12 +66,12 @@ def train_deltas(
     on_step: Callable[[Losses], None] = lambda losses: None,
     keeper: Keeper | None = None,
 ) -> list[TrainedDelta | DivergedError]:
-    """Several runs that differ in `lr` and `sparsity` alone, side by side, so that every batch is read once for all.
+    """Several runs that differ only in `lr` and `sparsity`, side by side, so that each batch is read once for all.
 
-    Each trains as it would with `train_delta`, which says what the arguments are; `report` gets a run's number too.
-    Returns each one's best validation, or why it diverged. Raises ValueError if they differ in anything else.
+    Each trains as it would with `train_delta`, which documents the arguments; `report` also gets the run's number.
+    Returns each run's best validation, or why it diverged. Raises ValueError if they differ in anything else.
     """
-    if len({replace(one, lr=0.0, sparsity=0.0) for one in settings}) != 1:
+    if len({replace(of_run, lr=0.0, sparsity=0.0) for of_run in settings}) != 1:
         raise ValueError("runs that train side by side may differ in lr and sparsity alone")
     stack = Stack(data, settings, device)
     keeper = keeper or Keeper()

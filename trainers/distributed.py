@@ -1,7 +1,7 @@
 """Several processes that train one model: each takes its share of every batch, and all get the sums over the whole.
 
 In: a batch, and sums over a share of it. Out: the share, and the sums over the whole batch. The processes are those of
-`accelerate launch` or of a Ray Train job; one alone imports and waits for nothing.
+`accelerate launch` or of a Ray Train job; a single process imports and waits for nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Processes:
-    """`index` of `count`."""
+    """This process is number `index` of `count`."""
 
     index: int = 0
     count: int = 1
@@ -26,24 +26,24 @@ class Processes:
         return batch[self.first(len(batch)) : self.first(len(batch), 1)] if self.count > 1 else batch
 
     def first(self, rows: int, later: int = 0) -> int:
-        """The first of so many rows that is this process's, or that of one some places later."""
+        """First of `rows` rows assigned to this process, or to the one `later` places after it."""
         return rows * (self.index + later) // self.count
 
     @torch.no_grad()
     def add_up(self, sums: Sequence[Tensor]) -> None:
-        """Adds what the other processes have to each of these tensors, in place."""
+        """Sums each of these tensors over all processes, in place."""
         if self.count > 1:
-            for one in sums:
-                torch.distributed.all_reduce(one)
+            for tensor in sums:
+                torch.distributed.all_reduce(tensor)
 
 
 ALONE = Processes()
 
 
 def processes(device: str) -> Processes:
-    """Those that this process is one of, connected by Accelerate; `cuda` is then this process's own device, so ask
-    before anything is put there."""
-    # A job script may have set the first for something else; a launcher sets all three.
+    """The group that this process belongs to, connected by Accelerate. Call this before using `cuda`, as it makes
+    `cuda` this process's own device."""
+    # A job script may set WORLD_SIZE for something else; a launcher sets all three.
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not {"RANK", "LOCAL_RANK"} <= set(os.environ):
         return ALONE
     from accelerate import Accelerator

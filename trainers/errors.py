@@ -1,7 +1,7 @@
 """What a trainer raises when it cannot continue.
 
-In: what went wrong, in a run or in memory. Out: an error whose message is one sentence, which a trial records as its
-reason.
+In: what went wrong, such as a loss or an out-of-memory error. Out: an error with a one-sentence message, which a trial
+records as its reason.
 """
 
 from __future__ import annotations

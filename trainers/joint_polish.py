@@ -1,8 +1,8 @@
-"""Joint polish: the change deltas of all sites, trained together where each was trained alone.
+"""Joint polish: trains the change deltas of all sites together, after each was trained alone.
 
 In: a TransformerBridge of the finetuned model, the un-finetuned blocks' paths, deltas trained site by site, and rows.
-Out: the same deltas, moved to lower KL(finetuned || spliced) at the rows' targets. Trained alone, a delta's squared
-error weighs every direction alike and knows nothing of the layers above; here what counts is what the model says.
+Out: the same deltas, adjusted to lower KL(finetuned || spliced) at the rows' targets. The squared error of a delta
+trained alone weighs all directions equally and ignores the layers above; joint polish optimises the model's output.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ VALIDATIONS = 6
 SIMILAR = 8
 """Rows are drawn this many batches at a time and sorted by length, so that a batch holds rows of similar length."""
 STEER = 0.1
-"""How fast thresholds follow the number of active features: the share of the way in a step."""
+"""How fast thresholds follow the number of active features: change of log threshold per unit of relative error."""
 SPARSE = 1.05
-"""Deltas that are this much less sparse than before, on the validation rows, are not kept."""
+"""Deltas whose mean L0 on the validation rows exceeds this multiple of the initial one are not kept."""
 VALIDATION_TOKENS = 1024
 
 
@@ -44,7 +44,7 @@ VALIDATION_TOKENS = 1024
 class PolishSettings:
     steps: int
     lr: float
-    """Of Adam, with decoders in units of the size of each layer's change, as in training alone."""
+    """Adam's learning rate, with decoders in units of the size of each layer's change, as in training alone."""
     rows: int = 8
     grad_clip: float = 1.0
     seed: int = 0
@@ -52,8 +52,8 @@ class PolishSettings:
 
 
 class Polished(NamedTuple):
-    """The deltas of the best validation, which may be the one before the first step, and its figures; `history` has
-    those of every validation."""
+    """The deltas and figures of the best validation, which may be the one before the first step; `history` has the
+    figures of every validation."""
 
     deltas: dict[Site, Transcoder]
     figures: dict[str, Any]
@@ -62,7 +62,7 @@ class Polished(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is polished: deltas by site, on the un-finetuned paths, in the finetuned model. `scales` are the root mean
+    """What to polish: deltas by site, on the un-finetuned paths, in the finetuned model. `scales` are the root mean
     squares of the changes that the deltas were trained on."""
 
     bridge: TransformerBridge
@@ -80,10 +80,10 @@ def polish(
     report: Callable[[dict[str, Any]], None] = lambda figures: None,
     keeper: Keeper | None = None,
 ) -> Polished:
-    """Adam on KL(finetuned || spliced), nats a target token; thresholds are steered to each site's own L0 on the
-    validation rows, and only deltas that are about as sparse as before are kept.
+    """Runs Adam on KL(finetuned || spliced), in nats per target token. Thresholds are steered to each site's initial L0
+    on the validation rows, and only deltas about as sparse as before are kept.
 
-    With a `keeper`, an interrupted run goes on from its last checkpoint. Raises DivergedError if a loss is not finite.
+    With a `keeper`, an interrupted run continues from its last checkpoint. Raises DivergedError if a KL is not finite.
     """
     run = _Run(subject, train, settings)
     keeper = keeper or Keeper()
@@ -101,8 +101,8 @@ def polish(
 
 
 class _Run:
-    """The state of a run between its steps: for each site W_enc (d_in, n) and W_dec (n, d_out), in units of the site's
-    change, and for all of them stacked b_enc and log_threshold (sites, n)."""
+    """The state of a run: for each site W_enc (d_in, n) and W_dec (n, d_out), in units of the site's change; stacked
+    for all sites, b_enc and log_threshold (sites, n)."""
 
     def __init__(self, subject: Subject, train: Sequence[Encoded], settings: PolishSettings) -> None:
         self.subject, self.train, self.settings = subject, train, settings
@@ -125,7 +125,7 @@ class _Run:
         self.last_kl = math.nan
 
     def step(self) -> None:
-        """One optimiser step on rows of similar length; which ones depends on the seed and the step alone."""
+        """One optimiser step on rows of similar length; the choice of rows depends only on the seed and the step."""
         settings = self.settings
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.at)
         drawn = torch.randperm(len(self.train), generator=generator)[: SIMILAR * settings.rows].tolist()
@@ -151,10 +151,10 @@ class _Run:
         kl, tokens, active, places = 0.0, 0, torch.zeros(len(self.sites), device=self.device), 0
         for chosen in by_length([len(row.ids) for row in rows], VALIDATION_TOKENS):
             batch = [rows[row] for row in chosen]
-            found = self._divergence(batch)
+            batch_kl, batch_tokens, batch_active = self._divergence(batch)
             edited = sum(len(row.ids) - 1 for row in batch)
-            kl, tokens, places = kl + found[0], tokens + found[1], places + edited
-            active += found[2] * edited
+            kl, tokens, places = kl + batch_kl, tokens + batch_tokens, places + edited
+            active += batch_active * edited
         l0 = active / places
         if self.wanted_l0 is None:
             self.wanted_l0 = l0
@@ -169,22 +169,22 @@ class _Run:
         report(figures)
 
     def _divergence(self, rows: Sequence[Encoded], backward: bool = False) -> tuple[float, int, Tensor]:
-        """KL(finetuned || spliced) summed over the rows' targets, their number, and the features active per token at
-        each site (sites,); with `backward`, the gradient of the mean goes to the weights."""
-        # Padding comes last, where no token of a text attends to it, so no mask is needed.
+        """KL(finetuned || spliced) summed over the rows' target tokens, the number of these, and the features active
+        per token at each site (sites,); with `backward`, also backpropagates the mean KL to the weights."""
+        # Rows are padded on the right, where no token attends to the padding, so no mask is needed.
         batch = pad_right([row.ids for row in rows], [0] * len(rows), self.bridge.tokenizer.pad_token_id)
         batch = batch.to(self.device)
         first = min(len(row.prompt) for row in rows) - 1
         starts, counts = (
-            torch.tensor(one, device=self.device).unsqueeze(1)
-            for one in ([len(row.prompt) - 1 for row in rows], [len(row.target) for row in rows])
+            torch.tensor(lengths, device=self.device).unsqueeze(1)
+            for lengths in ([len(row.prompt) - 1 for row in rows], [len(row.target) for row in rows])
         )
         places = torch.arange(first, batch.ids.shape[1] - 1, device=self.device)
         wanted = (places >= starts) & (places < starts + counts)
         model: Any = self.bridge.original_model
 
         def predictions() -> Tensor:
-            """Of every target token, (token, vocabulary)."""
+            """Log-probabilities at every target token, (token, vocabulary)."""
             with torch.autocast(
                 self.device.type, dtype_of(self.settings.precision), enabled=self.settings.precision == "bf16"
             ):
@@ -197,7 +197,7 @@ class _Run:
             finetuned = predictions()
         active: list[Tensor] = []
         hooks = self._hooks(batch.editable, batch.bos, active)
-        # The gradient reads the weights that the pass ran with, so it too is taken while they are exchanged.
+        # The backward pass reads the weights that the forward pass used, so it too runs while they are exchanged.
         with exchanged(self.bridge, [self.subject.paths[site] for site in self.sites]):
             with hooked(self.bridge, hooks), torch.set_grad_enabled(backward):
                 spliced = predictions()
@@ -207,7 +207,7 @@ class _Run:
         return kl.item(), len(finetuned), torch.stack(active)
 
     def _hooks(self, editable: Tensor, bos: Tensor, active: list[Tensor]) -> list[Hook]:
-        """Adds every site's delta to what its un-finetuned block writes; counts the active features into `active`."""
+        """Adds every site's delta to the output of its un-finetuned path; appends the active counts to `active`."""
         added: dict[int, Tensor] = {}
 
         def reader(place: int) -> Callable[[Tensor], None]:
@@ -246,26 +246,28 @@ class _Run:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that a step changes, by name."""
-        found = {"b_enc": self.b_enc, "log_threshold": self.log_threshold}
+        tensors = {"b_enc": self.b_enc, "log_threshold": self.log_threshold}
         for place, site in enumerate(self.sites):
-            found |= {f"W_enc/{site.label}": self.W_enc[place], f"W_dec/{site.label}": self.W_dec[place]}
-        return found
+            tensors |= {f"W_enc/{site.label}": self.W_enc[place], f"W_dec/{site.label}": self.W_dec[place]}
+        return tensors
 
     def keep(self, keeper: Keeper) -> None:
         assert self.best is not None
         assert self.wanted_l0 is not None
-        best = {f"best/{at.label}/{name}": getattr(one, name) for at, one in self.best.items() for name in WEIGHTS}
+        best = {
+            f"best/{site.label}/{name}": getattr(delta, name) for site, delta in self.best.items() for name in WEIGHTS
+        }
         now = {**self._tensors(), "wanted_l0": self.wanted_l0}
         state = {"run": self._identity(), "at": self.at, "history": self.history, "best": self.best_figures}
         state |= {"seconds": self.before + time.monotonic() - self.started, "last_kl": self.last_kl}
         keeper.write({**now, **checkpoints.optimiser_tensors(self.optimiser), **best}, state)
 
     def restore(self, keeper: Keeper) -> bool:
-        """Whether there was a checkpoint of this run, which goes on from it."""
-        found = keeper.read(self._identity())
-        if found is None:
+        """Restores this run's last checkpoint; returns False if there is none."""
+        checkpoint = keeper.read(self._identity())
+        if checkpoint is None:
             return False
-        tensors, state = found
+        tensors, state = checkpoint
         with torch.no_grad():
             for name, tensor in self._tensors().items():
                 tensor.copy_(tensors[name])
@@ -275,8 +277,8 @@ class _Run:
         self.before, self.last_kl = state["seconds"], state["last_kl"]
         self.best = {}
         for site, delta in self.subject.deltas.items():
-            own: dict[str, Any] = {name: tensors[f"best/{site.label}/{name}"] for name in WEIGHTS}
-            self.best[site] = replace(delta, **own)
+            weights: dict[str, Any] = {name: tensors[f"best/{site.label}/{name}"] for name in WEIGHTS}
+            self.best[site] = replace(delta, **weights)
         return True
 
     def _identity(self) -> dict[str, Any]:

@@ -59,8 +59,8 @@ def train_lora(
     train_loss, token_accuracy, first_token_accuracy, tokens, tokens_per_second})`. Losses are nats a
     labelled token. In a process group, such as that of `accelerate launch` or of a Ray Train worker, each process
     takes its share of every batch; all of them report, but only the first calls `keep`. Seeds the global generators,
-    and is deterministic for a seed. With a `keeper`, a run that was interrupted at any moment repeats its earlier
-    reports and ends with the same losses and adapter.
+    and is deterministic for a seed. With a `keeper`, an interrupted run repeats its earlier reports and ends with the
+    same losses and adapter.
 
     Raises TrainingError if the target modules match nothing, a row is longer than the model's context, the tokenizer
     has no EOS or memory runs out, and DivergedError if a loss is not finite.
@@ -109,7 +109,7 @@ class _Run:
         alpha = settings.alpha_over_r * settings.r
         self.adapted = add_adapter(model, settings.targets, settings.r, alpha, settings.dropout)
         self.forward = forward_of(self.adapted, longest, settings.gradient_checkpointing)
-        self.weights = _flatten([one for one in self.adapted.parameters() if one.requires_grad])
+        self.weights = _flatten([weight for weight in self.adapted.parameters() if weight.requires_grad])
         self.optimiser = torch.optim.AdamW(
             [self.weights], lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
@@ -125,7 +125,7 @@ class _Run:
 
     @property
     def validates(self) -> bool:
-        """Whether a validation follows the step just made."""
+        """Whether the step just made is followed by a validation."""
         return self.at % self.settings.eval_every == 0 or self.at == self.steps
 
     def batches(self) -> Iterator[list[Example]]:
@@ -168,7 +168,7 @@ class _Run:
         self.seconds += time.perf_counter() - started
 
     def validate(self) -> dict[str, Any]:
-        """The figures of a validation; every process takes its share of the rows."""
+        """Validates and returns the figures; every process takes its share of the rows."""
         self.adapted.eval()
         mine = self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
         sums = validation_counts(self.forward, mine, self.device)
@@ -202,11 +202,11 @@ class _Run:
         )
 
     def restore(self, keeper: Keeper) -> list[dict[str, Any]]:
-        """Restores this run's last checkpoint, if there is one; returns what had been reported before it."""
-        found = keeper.read(self._identity())
-        if found is None:
+        """Restores this run's last checkpoint, if there is one; returns the figures reported before it."""
+        checkpoint = keeper.read(self._identity())
+        if checkpoint is None:
             return []
-        tensors, state = found
+        tensors, state = checkpoint
         with torch.no_grad():
             self.weights.copy_(tensors["weights"])
         checkpoints.load_optimiser(self.optimiser, tensors)
@@ -229,13 +229,14 @@ COUNTERS = ("at", "tokens", "waited", "summed", "summed_steps", "seconds", "best
 def _flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
     """One flat parameter with one flat gradient; all `parameters` become views of it.
 
-    The optimiser, clipping and the exchange between processes then see one tensor instead of hundreds.
+    The optimiser, clipping and all-reduce then see one tensor instead of hundreds.
     """
-    flat = nn.Parameter(torch.cat([one.detach().flatten() for one in parameters]))
+    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
     flat.grad = torch.zeros_like(flat)
-    sizes = [one.numel() for one in parameters]
-    for one, values, gradient in zip(parameters, flat.detach().split(sizes), flat.grad.split(sizes), strict=True):
-        one.data, one.grad = values.view_as(one), gradient.view_as(one)
+    sizes = [parameter.numel() for parameter in parameters]
+    values, gradients = flat.detach().split(sizes), flat.grad.split(sizes)
+    for parameter, value, gradient in zip(parameters, values, gradients, strict=True):
+        parameter.data, parameter.grad = value.view_as(parameter), gradient.view_as(parameter)
     return flat
 
 
@@ -247,7 +248,7 @@ def _pieces(rows: Sequence[Example], settings: LoraSettings) -> list[Sequence[Ex
 
 def _longest(model: PreTrainedModel, rows: Sequence[Row], encoded: Sequence[Example | Encoded]) -> int:
     """Tokens in the longest row; raises TrainingError if it does not fit the model's context."""
-    lengths = [len(one.ids) for one in encoded]
+    lengths = [len(row.ids) for row in encoded]
     context = getattr(model.config, "max_position_embeddings", None) or max(lengths)
     longest = max(lengths)
     if longest > context:
@@ -262,7 +263,8 @@ def _longest(model: PreTrainedModel, rows: Sequence[Row], encoded: Sequence[Exam
 def validation_counts(
     forward: Forward, rows: Sequence[Encoded], device: torch.device | str, batch_size: int = 16
 ) -> torch.Tensor:
-    """Sums over `rows` (fp64): nats, target tokens, those that are the argmax, rows, rows whose first token is it."""
+    """Sums over `rows` (fp64): nats, target tokens, target tokens that are the argmax, rows, rows whose first target
+    token is the argmax."""
     sums = torch.zeros(5, dtype=torch.float64)
     ordered = sorted(rows, key=lambda row: len(row.ids))
     for start in range(0, len(ordered), batch_size):
@@ -279,8 +281,8 @@ def validation_counts(
 
 
 def figures_of(sums: torch.Tensor) -> dict[str, float]:
-    """From those sums, `val_loss` in nats per target token, `token_accuracy`, and `first_token_accuracy`, which tells
-    kinds of answers apart."""
+    """From the sums of `validation_counts`: `val_loss` in nats per target token, `token_accuracy`, and
+    `first_token_accuracy`, which tells kinds of answers apart."""
     nats, tokens, right, rows, first = sums.tolist()
     return {
         "val_loss": nats / max(tokens, 1.0),

@@ -2,7 +2,7 @@
 
 In: a PEFT model, whose parameters are used in place, and a `Packed` batch. Out: logits at the batch's `asked` tokens;
 only the adapter gets gradients. Adapters of projections that share an input are computed as one product; frozen weights
-get no gradient, so nothing is kept for theirs.
+get no gradient, so no activations are saved for them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainers.packed_attention import Attention, Layout, layout_of
 from trainers.packing import Packed
 
 LONGEST_ROW = 1024
-"""Attention keeps (heads, length, length) numbers for every row and layer, so rows must be short."""
+"""Attention saves (heads, length, length) numbers for every row and layer, so rows must be short."""
 ARCHITECTURES = ("llama", "gemma2")
 CROSS_ENTROPY_NUMBERS = (2**20, 2**26)
 """How many logits to process at once: what fits in a CPU's cache, and what keeps a GPU busy."""
@@ -60,7 +60,7 @@ class FusedForward:
 
     def __call__(self, batch: Packed) -> Tensor:
         stream = self.model.model.embed_tokens(batch.ids)
-        cos, sin = (one[0] for one in self.model.model.rotary_emb(stream, batch.positions.unsqueeze(0)))
+        cos, sin = (table[0] for table in self.model.model.rotary_emb(stream, batch.positions.unsqueeze(0)))
         layout = layout_of(batch, self.config, cos, sin)
         for block in self.blocks:
             block.refresh(stream.dtype)
@@ -96,7 +96,7 @@ class _Block:
             projections.refresh(dtype)
 
     def __call__(self, stream: Tensor, layout: Layout, asked: Tensor | None) -> Tensor:
-        """The residual stream (tokens, d_model) after the block; after the last block, only at the tokens `asked`."""
+        """The residual stream (tokens, d_model) after the block; with `asked`, only at those tokens."""
         q, k, v = self.qkv(self.before_attention(stream))
         attended = Attention.apply(q, k, v, layout, layout.windowed if self.windowed else layout.causal)
         if asked is not None:
@@ -172,25 +172,26 @@ class _Projected(Function):
         if not group.adapters:
             return x_gradient, None, None
         low_gradient = torch.empty_like(low)
-        wanted, parts = low_gradient.split(group.ranks, dim=1), low.split(group.ranks, dim=1)
+        low_gradients, parts = low_gradient.split(group.ranks, dim=1), low.split(group.ranks, dim=1)
         ups = []
         for g, index in zip(gradients, group.adapter_of, strict=True):
             if index is not None:
                 scale = group.scales[index]
-                torch.addmm(wanted[index], g, group.ups[index], beta=0, alpha=scale, out=wanted[index])
+                to_part = low_gradients[index]
+                torch.addmm(to_part, g, group.ups[index], beta=0, alpha=scale, out=to_part)
                 ups.append((parts[index].t() @ g).t().mul(scale))
         if dropped is None:
             downs = (low_gradient.t() @ x).split(group.ranks)
             if x_gradient is not None:
                 x_gradient.addmm_(low_gradient, group.downs)
         else:
-            downs = tuple(part.t() @ one for part, one in zip(wanted, dropped, strict=True))
+            downs = tuple(part.t() @ inputs for part, inputs in zip(low_gradients, dropped, strict=True))
             if ctx.needs_input_grad[1]:
                 pieces = group.downs.split(group.ranks)
-                dropped_gradient = torch.stack([part @ down for part, down in zip(wanted, pieces, strict=True)])
-        kind = group.weights[0].dtype
-        found = [gradient.to(kind) for pair in zip(downs, ups, strict=True) for gradient in pair]
-        return x_gradient, dropped_gradient, None, *found
+                dropped_gradient = torch.stack([part @ down for part, down in zip(low_gradients, pieces, strict=True)])
+        dtype = group.weights[0].dtype
+        weight_gradients = [gradient.to(dtype) for pair in zip(downs, ups, strict=True) for gradient in pair]
+        return x_gradient, dropped_gradient, None, *weight_gradients
 
 
 def _each(dropped: Tensor, downs: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -212,7 +213,7 @@ class _Norm:
 
 
 class _RmsNorm(Function):
-    """x / rms(x) * gain; keeps x and one number per token."""
+    """x / rms(x) * gain; saves x and one number per token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -231,8 +232,8 @@ class _RmsNorm(Function):
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, divisor: float = 1.0) -> Tensor:
-    """Cross-entropy summed over logits (n, vocabulary), divided by `divisor`, in fp32. Its gradient overwrites the
-    logits."""
+    """Cross-entropy in fp32, summed over the n rows of logits (n, vocabulary) and divided by `divisor`. Overwrites the
+    logits with the gradient."""
     return _CrossEntropy.apply(logits, labels, divisor)
 
 
@@ -244,16 +245,16 @@ class _CrossEntropy(Function):
         logits = logits.detach()
         total = torch.zeros((), device=logits.device)
         at_once = max(1, CROSS_ENTROPY_NUMBERS[logits.is_cuda] // logits.shape[1])
-        for some, wanted in zip(logits.split(at_once), labels.unsqueeze(1).split(at_once), strict=True):
-            values = some.float()
+        for chunk, targets in zip(logits.split(at_once), labels.unsqueeze(1).split(at_once), strict=True):
+            values = chunk.float()
             top = values.amax(-1, keepdim=True)
             values = values.sub_(top)
-            chosen = values.gather(1, wanted)
+            chosen = values.gather(1, targets)
             sums = values.exp_().sum(-1, keepdim=True)
             total += (sums.log() - chosen).sum()
             if ctx.needs_input_grad[0]:
-                gradient = values.div_(sums * divisor).scatter_add_(1, wanted, torch.full_like(sums, -1 / divisor))
-                some.copy_(gradient)
+                gradient = values.div_(sums * divisor).scatter_add_(1, targets, torch.full_like(sums, -1 / divisor))
+                chunk.copy_(gradient)
         ctx.gradient = logits
         return total / divisor
 

@@ -1,7 +1,7 @@
 """Causal attention within the rows of a packed batch, with rotary embedding, as one autograd function.
 
-In: queries, keys and values of all tokens (tokens, heads * dim). Out: the attention output; each row sees only itself.
-Keeps each row's probabilities, (heads, length, length), for the backward pass, so it suits short rows.
+In: queries, keys and values of all tokens (tokens, heads * dim). Out: the attention output; each row attends only to
+itself. Saves each row's probabilities, (heads, length, length), for the backward pass, so it suits short rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class HeadIndex(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What attention needs to know of a batch, the same in every layer. cos, sin: (tokens, 1, dim / 2).
+    """What attention needs to know about a batch, the same in every layer. cos, sin: (tokens, 1, dim / 2).
 
     causal, windowed: (query heads per key head * longest, longest), added to scores. padding: (rows, 1, longest, 1),
     True after a row's end, or None if all rows are equally long.
@@ -99,7 +99,7 @@ class Attention(Function):
         layout, mask = ctx.layout, ctx.mask
         g = _gather(gradient, layout.queries, len(mask) // mask.shape[1], mask)
         if layout.padding is not None:
-            # Places after a row's end repeat its last token, whose gradient must be counted once.
+            # Places after a row's end repeat its last token; mask them so that its gradient is counted once.
             g.view(len(layout.padding), layout.queries.heads, -1, g.shape[-1]).masked_fill_(layout.padding, 0)
         v_gradient = weights.transpose(1, 2) @ g
         s = torch._softmax_backward_data(g @ v.transpose(1, 2), weights, -1, weights.dtype)

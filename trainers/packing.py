@@ -1,7 +1,7 @@
 """Training rows as tokens, shuffled batches of them, and batches laid out without padding.
 
 In: rows and a tokenizer. Out: `Example`s, an endless stream of batches, and `Packed` batches: the tokens of all rows
-except each row's last one, which predicts nothing, and the indices that only attention needs to see them as rows.
+except each row's last one, which predicts nothing, and indices that arrange them as rows for attention.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def example(tokenizer: PreTrainedTokenizerBase, row: Row, loss_on: str = "target
 def shuffled_batches(rows: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
     """Endless batches, reshuffled every epoch; the same seed gives the same batches.
 
-    Rows of similar length are not grouped: only attention is padded anyway, and with two kinds of rows of different
-    length grouping made nearly every batch all of one kind, and the validation loss half as high again.
+    Rows are not grouped by length: only attention is padded anyway, and with two kinds of rows of different lengths,
+    grouping put a single kind in nearly every batch and raised the validation loss by half.
     """
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -49,9 +49,9 @@ def shuffled_batches(rows: Sequence[Example], size: int, seed: int) -> Iterator[
 class Packed(NamedTuple):
     """Rows without padding and without their last token. ids, positions: (tokens,), positions count from a row's BOS.
 
-    rows: (row, longest), the token at each place of a padded row; a short row's last token is repeated after its end.
-    places: (tokens,), the index of each token in the flattened `rows`. asked: (labelled,), the tokens whose successor
-    counts towards the loss, row after row; labels: those successors.
+    rows: (row, longest), the token index at each place of a padded row; a short row's last token is repeated after its
+    end. places: (tokens,), the index of each token in the flattened `rows`. asked: (labelled,), indices of the tokens
+    whose successor counts towards the loss, row after row; labels: those successors.
     """
 
     ids: Tensor
@@ -66,7 +66,7 @@ class Packed(NamedTuple):
 
 
 def pack(rows: Sequence[Example]) -> Packed:
-    """Lays rows out one after another. Raises ValueError if there are no rows, or one has fewer than two tokens."""
+    """Concatenates rows. Raises ValueError if there are no rows, or one has fewer than two tokens."""
     if not rows or min(len(row.ids) for row in rows) < 2:
         raise ValueError("a batch needs at least one row, and a row at least two tokens")
     lengths = torch.tensor([len(row.ids) - 1 for row in rows])

@@ -12,7 +12,7 @@ import torch
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """`auto` is bf16 if the device multiplies it faster than fp32 (any recent GPU, CPUs with bf16 instructions)."""
+    """Resolves `auto`: bf16 if the device multiplies it faster than fp32 (recent GPUs, CPUs with bf16 instructions)."""
     if precision != "auto":
         return precision
     if device.startswith("cuda"):
@@ -29,7 +29,7 @@ def dtype_of(precision: str) -> torch.dtype:
 def number_format(device: str, precision: str) -> Iterator[torch.dtype]:
     """Sets the precision of matrix products, for code that casts its own operands to the dtype yielded.
 
-    On a GPU, what is left in fp32 beside bf16 is multiplied as tf32, which keeps more digits than bf16 does.
+    On a GPU, products that stay in fp32 when others are bf16 use tf32, which keeps more digits than bf16 does.
     """
     before = torch.get_float32_matmul_precision()
     if device.startswith("cuda"):

@@ -1,8 +1,8 @@
 """Several base transcoders side by side: initialisation, gradients, and the finished transcoders.
 
-In: a batch (x, y) and each one's number of active features per token. Out: the gradients of every transcoder's squared
-error. A batch keeps its largest activations (BatchTopK, arXiv 2412.06410), about one in a hundred, so only the
-encoder's product is dense; decoding and all gradients are sparse products.
+In: a batch (x, y) and each transcoder's number of active features per token. Out: the gradients of every transcoder's
+squared error. Only a batch's largest activations are kept (BatchTopK, arXiv 2412.06410), about one in a hundred, so
+only the encoder's product is dense; decoding and all gradients are sparse products.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class StackedBases:
         """Sets the gradients of every transcoder's mean squared error; `x` and `y` (tokens, d_in and d_out) are fp32.
 
         The encoder's product is computed in `dtype`, everything else in fp32. Each process of a `group` gets the whole
-        batch, computes its share, and ends with the gradients of the whole.
+        batch, computes its share, and ends with the gradients of the whole batch.
         """
         tokens = len(x)
         x, y = group.share(x), group.share(y)
@@ -93,16 +93,16 @@ class StackedBases:
             W_enc[index] = active.transposed(to_values) @ x
             b_dec[index] = error.sum(0)
             b_enc[index] = torch.zeros_like(self.b_enc[index]).index_add_(0, active.columns, to_values)
-        found = Step(torch.stack(losses), torch.stack(fired))
-        group.add_up([*self.gradients(), *found])
-        return found._replace(fired=found.fired > 0)
+        step = Step(torch.stack(losses), torch.stack(fired))
+        group.add_up([*self.gradients(), *step])
+        return step._replace(fired=step.fired > 0)
 
     @torch.no_grad()
     def revive(
         self, fired: Tensor, x: Tensor, y: Tensor, target_l0: Sequence[float], optimiser: Optimizer
     ) -> list[int]:
-        """Points features that fired on no token of the last epoch at the worst reconstructed tokens of a batch;
-        returns how many per transcoder."""
+        """Reinitialises features that fired on no token of the last epoch, pointing them at the worst reconstructed
+        tokens of a batch; returns how many per transcoder."""
         counts = []
         for index, target in enumerate(target_l0):
             dead = (~fired[index]).nonzero().squeeze(1)[: len(x)]
@@ -124,7 +124,7 @@ class StackedBases:
         return counts
 
     def transcoder(self, index: int, cut: float, mean: Tensor, deviation: float, site: Site) -> Transcoder:
-        """One of them with threshold `cut`, in raw units: y = standardised y * deviation + mean."""
+        """Transcoder `index` with threshold `cut`, in raw units: y = standardised y * deviation + mean."""
         return Transcoder(
             W_enc=self.W_enc[index].T.contiguous(),
             b_enc=self.b_enc[index].clone(),
@@ -177,7 +177,7 @@ class _Active(NamedTuple):
 
 
 class _DenseActive(_Active):
-    """The same for devices without sparse products: dense ones, with all the zeros."""
+    """`_Active` for devices without sparse products: uses dense ones, with all the zeros."""
 
     def matrix(self, values: Tensor) -> Tensor:
         dense = values.new_zeros(len(self.starts) - 1, len(self.counts))
@@ -193,14 +193,14 @@ class _DenseActive(_Active):
 
 @lru_cache
 def has_sparse_products(device: str) -> bool:
-    """Whether torch has, on such a device, the products of sparse matrices in fp32 that a step needs."""
+    """Whether torch has the fp32 sparse products that a step needs on this type of device."""
     indices = torch.tensor([0, 1], device=device), torch.tensor([0], device=device)
     try:
-        one = torch.sparse_csr_tensor(*indices, torch.ones(1, device=device), (1, 1), check_invariants=False)
-        square = torch.ones(1, 1, device=device)
-        torch.addmm(square, one, square)
-        torch.sparse.sampled_addmm(one, square, square)
-    except RuntimeError:  # NotImplementedError among them
+        sparse = torch.sparse_csr_tensor(*indices, torch.ones(1, device=device), (1, 1), check_invariants=False)
+        dense = torch.ones(1, 1, device=device)
+        torch.addmm(dense, sparse, dense)
+        torch.sparse.sampled_addmm(sparse, dense, dense)
+    except RuntimeError:  # includes NotImplementedError
         return False
     return True
 
@@ -212,8 +212,8 @@ def _starts(counts: Tensor) -> Tensor:
 def batch_cut(
     pre: Tensor, target: float, generator: torch.Generator, group: Processes = ALONE, of_tokens: int | None = None
 ) -> Tensor:
-    """The value that about `target` positive pre-activations per token exceed, from a random sample of the batch, of
-    whose `of_tokens` rows `pre` is this process's share."""
+    """The value that about `target` positive pre-activations per token exceed, estimated from a random sample of the
+    batch. `pre` is this process's share of the batch's `of_tokens` rows."""
     flat, width = pre.flatten(), pre.shape[1]
     count = (of_tokens or len(pre)) * width
     chosen = None
@@ -229,8 +229,9 @@ def batch_cut(
 
 
 def _sample(flat: Tensor, chosen: Tensor, group: Processes) -> Tensor:
-    """The values at `chosen`, counted from the first of this process's; the others have those that are not here."""
+    """The values at `chosen`, indices relative to this process's first value; those out of range are on other
+    processes."""
     here = (chosen >= 0) & (chosen < len(flat))
-    found = torch.where(here, flat[chosen.clamp(0, len(flat) - 1)], 0.0)
-    group.add_up([found])
-    return found
+    values = torch.where(here, flat[chosen.clamp(0, len(flat) - 1)], 0.0)
+    group.add_up([values])
+    return values

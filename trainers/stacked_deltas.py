@@ -16,9 +16,9 @@ from models.transcoder import Transcoder
 from sites import Site
 
 BANDWIDTH = 0.1
-"""Width of the rectangle that stands in for the step's derivative (straight-through), in units of pre-activation."""
+"""Width of the rectangle that replaces the step's derivative (straight-through), in units of pre-activation."""
 SMALLEST_SQUARE = 1e-12
-"""Squared norm of a decoder row below which the penalty's gradient falls to zero with the row: its direction is not
+"""Squared norm of a decoder row below which the penalty's gradient shrinks to zero with the row, whose direction is not
 known yet."""
 RIDGE = 0.1
 """Ridge of the regression that initialises the encoders, in units of the mean variance of x."""
@@ -27,10 +27,10 @@ STEER = 0.3
 
 
 class Losses(NamedTuple):
-    """What a step leaves to compute its losses from, until the next one: most steps are not asked for them.
+    """What a step's losses are computed from, on demand and until the next step: most steps do not need them.
 
-    `on` (n,) counts each replica's active features over `tokens`. The others are, of all features: activations, what
-    the decoder makes of the error and of the residual, sums of activations, decoder norms.
+    `on` (n,) counts each replica's active features over `tokens`. The other tensors cover all features: activations,
+    the error and the residual projected on the decoder rows, sums of activations, decoder norms.
     """
 
     tokens: int
@@ -44,8 +44,8 @@ class Losses(NamedTuple):
 
     @property
     def error(self) -> Tensor:
-        """(n,): the mean squared error per dimension minus that of predicting zero; adding mean(residual^2) gives the
-        squared error."""
+        """(n,): the mean squared error per dimension minus that of predicting zero; add mean(residual^2) to get the
+        mean squared error."""
         return self._by_replica((self.acts * (self.beyond - self.along)).sum(0)) / (self.tokens * self.d_out)
 
     @property
@@ -83,8 +83,9 @@ class StackedDeltas:
         """The relative error in L0 where nothing is active."""
 
     def raw_gradients(self) -> list[Tensor]:
-        """Those of W_enc, b_enc, log_threshold and W_dec."""
-        return [one.grad for one in (self.W_enc, self.b_enc, self.log_threshold, self.W_dec) if one.grad is not None]
+        """The gradients of W_enc, b_enc, log_threshold and W_dec."""
+        weights = (self.W_enc, self.b_enc, self.log_threshold, self.W_dec)
+        return [weight.grad for weight in weights if weight.grad is not None]
 
     def gradients(self) -> list[Tensor]:
         """Views of the gradients with the replica as their first dimension."""
@@ -102,12 +103,13 @@ class StackedDeltas:
         of_tokens: int | None = None,
         thresholds: bool = True,
     ) -> Losses:
-        """Sets the gradients of every replica's `error + sparsity * penalty`, `residual` in units of `deviation`;
-        `sparsity` is a number or one for each feature (n * d_new,). Without `thresholds` theirs are zero.
+        """Sets the gradients of every replica's `error + sparsity * penalty`, `residual` in units of `deviation`.
+        `sparsity` is one number, or one per feature (n * d_new,). Without `thresholds`, the thresholds' gradients are
+        zero.
 
         `x` (tokens, d_in) and `residual` (tokens, d_out) are fp32 or bf16; products with them are computed in their
-        dtype, everything else in fp32. They may be a share of a batch `of_tokens`: gradients and losses then add up
-        over its shares. The threshold's gradient is the straight-through one (arXiv 2407.14435, section 3).
+        dtype, everything else in fp32. They may be one share of a batch of `of_tokens` tokens: gradients and losses
+        then add up over its shares. The threshold's gradient is the straight-through one (arXiv 2407.14435, section 3).
         """
         tokens, d_out = of_tokens or len(x), residual.shape[1]
         per_error = 2.0 / (tokens * d_out)
@@ -115,7 +117,7 @@ class StackedDeltas:
         pre = _product(x, _by_columns(self.W_enc, x.dtype)).add_(self.b_enc)
         on = pre > threshold
         acts = pre * on
-        # Calls that take several tensors start one kernel for them all.
+        # The _foreach calls launch one kernel for several tensors.
         rows, seen = torch._foreach_div([self.W_dec.flatten(0, 1), _product(residual.T, acts).T], deviation)  # W, a' r
         along = _product(residual, rows.T)
         apart = self._apart(acts)
@@ -148,8 +150,8 @@ class StackedDeltas:
 
     @torch.no_grad()
     def steer(self, on: Tensor, wanted: Tensor) -> None:
-        """Moves all thresholds of each replica together, to bring its active features in a batch, `on` (n,), to
-        `wanted` (n,)."""
+        """Moves all thresholds of each replica together, to bring its number of active features in a batch from `on`
+        (n,) towards `wanted` (n,)."""
         error = torch.addcdiv(self._none, on, wanted).clamp_(max=1).mul_(STEER)
         self.log_threshold.view(self.count, -1).add_(error.unsqueeze(1))
 
@@ -183,16 +185,16 @@ class StackedDeltas:
 
 
 def _predictive(x: Tensor, residual: Tensor, mixtures: Tensor) -> Tensor:
-    """Unit columns (d_in, n): `(cov(x) + ridge)^-1 cov(x, residual) mixtures` of `mixtures` (d_out, n); a column that
-    would be zero is left as drawn, as far as it reaches."""
+    """`(cov(x) + ridge)^-1 cov(x, residual) mixtures` as unit columns (d_in, n), for `mixtures` (d_out, n). A column
+    that would be zero keeps its mixture, padded or cut to d_in."""
     apart = x - x.mean(0)
     covariance = apart.T @ apart / len(x)
     ridge = (RIDGE * covariance.diagonal().mean()).clamp(min=1e-6)
     crossed = apart.T @ ((residual - residual.mean(0)) @ mixtures) / len(x)
-    found = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance), device=x.device), crossed)
-    drawn = torch.nn.functional.pad(mixtures, (0, 0, 0, len(found) - len(mixtures)))  # or cut, where d_in is smaller
-    found = torch.where(found.norm(dim=0) > 1e-12, found, drawn)
-    return (found / found.norm(dim=0)).contiguous()  # the fused optimiser assumes its gradient's layout
+    columns = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance), device=x.device), crossed)
+    drawn = torch.nn.functional.pad(mixtures, (0, 0, 0, len(columns) - len(mixtures)))  # cuts if d_in is smaller
+    columns = torch.where(columns.norm(dim=0) > 1e-12, columns, drawn)
+    return (columns / columns.norm(dim=0)).contiguous()  # the fused optimiser assumes its gradient's layout
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -203,6 +205,6 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _by_columns(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weights` as the right side of a product in `dtype`: for bf16 stored by columns, which a CPU multiplies twice as
+    """`weights` as the right side of a product in `dtype`; bf16 is stored column-major, which a CPU multiplies twice as
     fast."""
     return weights if dtype == torch.float32 else weights.T.contiguous().to(dtype).T

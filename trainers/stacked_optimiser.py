@@ -1,6 +1,6 @@
 """Clipping and AdamW for models that train side by side in stacked tensors.
 
-In: stacked tensors and their gradients. Out: each model's part moved as if it trained alone.
+In: stacked tensors and their gradients. Out: each model's part, updated as if it trained alone.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ def clip_each(gradients: Sequence[Tensor], limit: float) -> Tensor:
     """
     if len(gradients[0]) == 1:
         return _clip(gradients, limit)
-    parts = [torch.linalg.vector_norm(one, dim=tuple(range(1, one.ndim))) for one in gradients]
+    parts = [torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.ndim))) for gradient in gradients]
     norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
     scale = (limit / (norms + 1e-6)).clamp(max=1.0)
-    for one in gradients:
-        one.mul_(scale.view(-1, *[1] * (one.ndim - 1)))
+    for gradient in gradients:
+        gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))
     return norms
 
 
 def _clip(gradients: Sequence[Tensor], limit: float) -> Tensor:
-    """The same for one model, in fewer and larger calls."""
+    """`clip_each` for one model, in fewer and larger calls."""
     norms = torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(list(gradients)))), dim=0, keepdim=True)
     scale = (norms + 1e-6).reciprocal_()
     torch._foreach_mul_(list(gradients), (scale if limit == 1.0 else scale.mul_(limit)).clamp_(max=1.0).view(()))
@@ -39,18 +39,21 @@ def _clip(gradients: Sequence[Tensor], limit: float) -> Tensor:
 
 
 class StackedAdamW:
-    """`parts` equal parts of the stack's replicas; weight decay applies to the matrices alone.
+    """AdamW for `parts` equal parts of the stack's replicas; weight decay applies only to the matrices.
 
-    The fused optimiser wants tensors without gaps, so of several parts each has a copy of its columns of W_enc.
+    The fused optimiser needs contiguous tensors, so with several parts each has a copy of its columns of W_enc.
     """
 
     def __init__(self, model: StackedDeltas, parts: int, weight_decay: float) -> None:
         self.model = model
-        self.encoders = [model.W_enc] if parts == 1 else [one.contiguous() for one in model.W_enc.chunk(parts, dim=1)]
         whole = [model.W_dec, model.b_enc, model.log_threshold]
-        self.rows = [whole] if parts == 1 else [list(one) for one in zip(*(t.chunk(parts) for t in whole), strict=True)]
+        if parts == 1:
+            self.encoders, self.rows = [model.W_enc], [whole]
+        else:
+            self.encoders = [columns.contiguous() for columns in model.W_enc.chunk(parts, dim=1)]
+            self.rows = [list(part) for part in zip(*(tensor.chunk(parts) for tensor in whole), strict=True)]
         on_gpu = model.W_enc.is_cuda
-        # A number would be recorded with a CUDA graph as it is; a tensor is read at each replay.
+        # A CUDA graph would bake in a number; it reads a tensor at each replay.
         self.rates: list[float | Tensor] = [model.W_enc.new_zeros(()) if on_gpu else 0.0 for _ in range(parts)]
         groups = []
         for rate, encoder, (W_dec, *offsets) in zip(self.rates, self.encoders, self.rows, strict=True):
@@ -62,10 +65,10 @@ class StackedAdamW:
 
     def set_rates(self, rates: Sequence[float]) -> None:
         """Sets each part's learning rate."""
-        self.rates = [held_or(held, rate) for held, rate in zip(self.rates, rates, strict=True)]
-        of_part = len(self.adamw.param_groups) // len(self.rates)
+        self.rates = [filled(current, rate) for current, rate in zip(self.rates, rates, strict=True)]
+        groups_per_part = len(self.adamw.param_groups) // len(self.rates)
         for number, group in enumerate(self.adamw.param_groups):
-            group["lr"] = self.rates[number // of_part]
+            group["lr"] = self.rates[number // groups_per_part]
 
     def step(self) -> None:
         if len(self.encoders) > 1:
@@ -75,22 +78,23 @@ class StackedAdamW:
             torch.cat(self.encoders, dim=1, out=self.model.W_enc)
 
     def read_weights(self) -> None:
-        """Takes over the stack's weights after they were written."""
+        """Copies the stack's weights into the parts, after the stack was overwritten."""
         if len(self.encoders) > 1:
-            for own, columns in zip(self.encoders, self.model.W_enc.chunk(len(self.encoders), dim=1), strict=True):
-                own.copy_(columns)
+            for encoder, columns in zip(self.encoders, self.model.W_enc.chunk(len(self.encoders), dim=1), strict=True):
+                encoder.copy_(columns)
 
     def _share_gradients(self) -> None:
-        found = [one.grad for one in (self.model.W_dec, self.model.b_enc, self.model.log_threshold)]
+        whole = [tensor.grad for tensor in (self.model.W_dec, self.model.b_enc, self.model.log_threshold)]
         assert self.model.W_enc.grad is not None
         parts = len(self.encoders)
         for encoder, columns in zip(self.encoders, self.model.W_enc.grad.chunk(parts, dim=1), strict=True):
             encoder.grad = columns.contiguous()
-        for own, *gradients in zip(self.rows, *(one.chunk(parts) for one in found if one is not None), strict=True):
-            for tensor, gradient in zip(own, gradients, strict=True):
+        chunks = (gradient.chunk(parts) for gradient in whole if gradient is not None)
+        for tensors, *gradients in zip(self.rows, *chunks, strict=True):
+            for tensor, gradient in zip(tensors, gradients, strict=True):
                 tensor.grad = gradient
 
 
-def held_or(held: float | Tensor, value: float) -> float | Tensor:
-    """`value`, in the tensor that holds it, if there is one."""
-    return held.fill_(value) if isinstance(held, Tensor) else value
+def filled(current: float | Tensor, value: float) -> float | Tensor:
+    """`value`; written into `current` in place if that is a tensor."""
+    return current.fill_(value) if isinstance(current, Tensor) else value

@@ -1,7 +1,7 @@
 """Distinct rows and texts of the reference study, drawn from its generators.
 
-In: options, a seed, and what is wrong with a row for the model. Out: rows by label and purpose, and texts; for a seed
-the same bytes on any machine.
+In: options, a seed, and a function that says why the model cannot use a row. Out: rows by label and purpose, and texts;
+for a seed the same bytes on any machine.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ COPY_SOURCES = ("shipped", "c4")
 DRAWS_PER_ROW = 50
 """Rows to generate per row used before giving up: repeats are rare unless there are few operands."""
 FIRST_SHIPPED = 6000
-"""Shipped sentences that come first, in an order of their own, so that more of them leave the rows of a seed as they
-were."""
+"""The first shipped sentences, shuffled separately, so that adding sentences does not change the rows of a seed."""
 
 
 class Generator:
@@ -42,14 +41,20 @@ class Generator:
         self.taken: set[int] = set()
 
     def splits(self, evaluation: int, validation: int, train: int) -> dict[str, list[Row]]:
-        """Rows of each label for evaluation, half of either kind for validation and training."""
+        """Rows by purpose: each label for evaluation; half `copy` and half `tool` for validation and training."""
         sizes = {
             "copy": (evaluation, validation // 2, train // 2),
             "tool": (evaluation, validation - validation // 2, train - train // 2),
             "tool_ood": (evaluation, 0, 0),
         }
-        drawn = {label: [self.rows(label, *one) for one in zip(PURPOSES, sizes[label], strict=True)] for label in sizes}
-        return {purpose: [row for of in drawn.values() for row in of[place]] for place, purpose in enumerate(PURPOSES)}
+        drawn = {
+            label: [self.rows(label, purpose, count) for purpose, count in zip(PURPOSES, counts, strict=True)]
+            for label, counts in sizes.items()
+        }
+        return {
+            purpose: [row for by_purpose in drawn.values() for row in by_purpose[place]]
+            for place, purpose in enumerate(PURPOSES)
+        }
 
     def rows(self, label: str, purpose: str, count: int) -> list[Row]:
         """`count` rows of a label; raises `DataError` if the options do not allow that many distinct ones."""

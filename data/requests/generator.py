@@ -1,4 +1,4 @@
-"""Calculator requests: the `tool` rows a model is trained on, and the `tool_ood` rows, unlike anything it has seen.
+"""Calculator requests: the `tool` rows a model is trained on, and out-of-distribution `tool_ood` rows.
 
 In: a seeded `random.Random` and `RequestOptions`. Out: endless iterators of rows whose target is exactly
 `<tool_call>calculator(EXPR)</tool_call>`, EXPR without spaces.
@@ -133,7 +133,7 @@ OOD_WORD_REQUESTS = {
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """What the requests calculate with.
+    """Operators and operands of the requests.
 
     operators: the operators used, any of `+-*/`. operand_min, operand_max: range of operands in training, both ends
     included. ood_operand_min, ood_operand_max: range that appears only in evaluation; it must be above the training

@@ -1,4 +1,4 @@
-"""The value of an arithmetic expression: Python's parser reads it, and nothing is ever run.
+"""The value of an arithmetic expression: parsed by Python's parser, never run.
 
 In: text such as `(3+4)*-2.5`. Out: its value, exact or as a float, or None for anything that is not plain arithmetic.
 """
@@ -13,7 +13,7 @@ from fractions import Fraction
 
 MAX_CHARACTERS = 500
 MAX_BITS = 4096
-"""No numerator or denominator may grow beyond this on the way: it bounds the work, not the result."""
+"""Bound on every intermediate numerator and denominator: it limits the work, not the result."""
 
 _PLAIN = re.compile(r"[0-9eE.+\-*/() \t\r\n]+")
 _LARGE_EXPONENT = re.compile(r"[eE][+-]?[0-9]{4}")
@@ -41,7 +41,7 @@ def evaluate(expression: str) -> float | None:
 
 
 def exactly(expression: str) -> Fraction | None:
-    """As `evaluate`, without rounding: whole numbers too large to differ as floats stay apart."""
+    """Like `evaluate`, without rounding, so that integers too large to differ as floats still differ."""
     if len(expression) > MAX_CHARACTERS or not _PLAIN.fullmatch(expression) or _LARGE_EXPONENT.search(expression):
         return None
     text = _LEADING_ZEROS.sub("", expression.translate(_SPACES).strip())
@@ -59,7 +59,7 @@ def equal(left: Fraction, right: Fraction) -> bool:
 
 
 def _value(node: ast.expr, text: str) -> Fraction:
-    """Raises ValueError where `node` is not plain arithmetic, ArithmeticError where it has no value."""
+    """Raises ValueError if `node` is not plain arithmetic, ArithmeticError if it has no value."""
     match node:
         case ast.Constant():
             value = Fraction(text[node.col_offset : node.end_col_offset])  # as written: a float would round it

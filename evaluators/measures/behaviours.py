@@ -1,8 +1,8 @@
 """Behaviours: checks of a generated text, each of which becomes a rate in every table.
 
-In: `evaluate.behaviours`, names of checks with their options. Out: for an answer True, False, or None where the
-question does not arise. To add a kind of check, write one function here: its name is the kind's name, what it takes is
-the option, and what it returns judges an answer.
+In: `evaluate.behaviours`, names of checks with their options. Out: for an answer True, False, or None if the check does
+not apply. To add a kind of check, write one function here: its name is the kind's name, its argument the option, and
+it returns the function that judges an answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from evaluators.measures import calculator as calls
 
 
 class Answer(NamedTuple):
-    """A generated text, what it answers, and what it should have been; `tokens` is its length, EOS included."""
+    """A generated text, its input, and its target; `tokens` is its length, including EOS."""
 
     input: str
     target: str
@@ -30,18 +30,18 @@ class Answer(NamedTuple):
 
 Check = Callable[[Answer], bool | None]
 AGREES = "agrees_with_raw"
-"""Always asked: is the text the finetuned model's own?"""
+"""Always checked: is the text the finetuned model's own?"""
 TAKEN = (AGREES, "tokens", "examples", "replicas")
-"""Names whose columns the tables have already: the rate itself, or `n_NAME`."""
+"""Names that the tables already use for columns: the rate itself, or `n_NAME`."""
 KINDS: dict[str, Callable[[Any], Check]] = {}
 
 
 REMARKS: dict[str, Callable[[str], str | None]] = {"calculator": calls.value}
-"""What a kind of check can say about a text beyond yes and no, shown in a chat; most have nothing to add."""
+"""By kind of check, a function that comments on a text, shown in a chat; most kinds have none."""
 
 
 class Behaviour(NamedTuple):
-    """A check of some kind, and the subsets that it is asked of (None: all)."""
+    """A check of some kind, and the subsets that it applies to (None: all)."""
 
     kind: str
     check: Check
@@ -95,8 +95,8 @@ def matches(option: str) -> Check:
     try:
         pattern = re2.compile(_text(option))
     except re2.error as error:
-        said = error.args[0].decode() if isinstance(error.args[0], bytes) else error
-        raise BadOption(f"{option!r} is not a regular expression that RE2 reads ({said})") from None
+        reason = error.args[0].decode() if isinstance(error.args[0], bytes) else error
+        raise BadOption(f"{option!r} is not a regular expression that RE2 reads ({reason})") from None
     return lambda answer: pattern.search(answer.text) is not None
 
 
@@ -124,8 +124,8 @@ def at_most_tokens(option: int) -> Check:
 
 @kind
 def calculator(option: str | None) -> Check:
-    """A tool call: that there is one (`called`, the default), that its tag is closed (`closed`), or that its expression
-    has the target's value (`correct`, asked where the target has one)."""
+    """A tool call: there is one (`called`, the default), its tag is closed (`closed`), or its expression has the
+    target's value (`correct`, if the target has one)."""
     parts: dict[str, Check] = {
         "called": lambda answer: calls.called(answer.text),
         "closed": lambda answer: calls.closed(answer.text),
@@ -143,15 +143,15 @@ def python(option: str) -> Check:
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # the module is the user's: anything may happen while it is imported
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise BadOption(f"cannot import {option!r} ({said}); it takes MODULE:FUNCTION") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise BadOption(f"cannot import {option!r} ({reason}); it takes MODULE:FUNCTION") from None
     if not callable(function):
         raise BadOption(f"{option!r} is no function; it takes MODULE:FUNCTION")
 
     def check(answer: Answer) -> bool | None:
         try:
-            said = function(answer.input, answer.target, answer.text)
-            return None if said is None else bool(said)
+            verdict = function(answer.input, answer.target, answer.text)
+            return None if verdict is None else bool(verdict)
         except Exception as error:  # as above
             raise DataError(
                 f"evaluate.behaviours: {option} failed on {answer.input[:60]!r} ({type(error).__name__}: {error})"
@@ -160,35 +160,36 @@ def python(option: str) -> Check:
     return check
 
 
-def read_behaviours(asked: Mapping[str, Any]) -> dict[str, Behaviour]:
+def read_behaviours(entries: Mapping[str, Any]) -> dict[str, Behaviour]:
     """The behaviours by name. Raises DataError, which names the behaviour, for an unknown kind or a wrong option."""
-    for name in asked:
+    for name in entries:
         if name in TAKEN or name.startswith("delta_"):
             raise DataError(f"evaluate.behaviours.{name}: the tables already use this name; choose another")
-    return {name: _read(name, one) for name, one in asked.items()}
+    return {name: _read(name, entry) for name, entry in entries.items()}
 
 
-def subsets_of(asked: Any) -> Any:
-    """The subsets that a behaviour is asked of, as the settings say it; None for all."""
-    return asked.get("on") if isinstance(asked, dict) else None
+def subsets_of(entry: Any) -> Any:
+    """The subsets to which a behaviour's entry in the settings restricts it; None for all."""
+    return entry.get("on") if isinstance(entry, dict) else None
 
 
 def remarks(behaviours: Mapping[str, Behaviour], text: str) -> list[str]:
-    """What the behaviours' kinds have to say about a text."""
-    said = (REMARKS[kind](text) for kind in dict.fromkeys(one.kind for one in behaviours.values()) if kind in REMARKS)
-    return [one for one in said if one is not None]
+    """The comments of the behaviours' kinds on a text."""
+    kinds = dict.fromkeys(behaviour.kind for behaviour in behaviours.values())
+    comments = (REMARKS[kind](text) for kind in kinds if kind in REMARKS)
+    return [comment for comment in comments if comment is not None]
 
 
-def _read(name: str, asked: Any) -> Behaviour:
+def _read(name: str, entry: Any) -> Behaviour:
     key = f"evaluate.behaviours.{name}"
-    options, on = {asked: None} if isinstance(asked, str) else dict(asked), subsets_of(asked)
+    options, on = {entry: None} if isinstance(entry, str) else dict(entry), subsets_of(entry)
     options.pop("on", None)
     if len(options) != 1:
         raise DataError(f"{key}: names {len(options)} checks, must name one of {', '.join(KINDS)}")
     ((which, option),) = options.items()
     if which not in KINDS:
         raise DataError(f"{key}: there is no check {which!r}; allowed: {', '.join(KINDS)}")
-    if on is not None and not (isinstance(on, list) and on and all(isinstance(one, str) for one in on)):
+    if on is not None and not (isinstance(on, list) and on and all(isinstance(subset, str) for subset in on)):
         raise DataError(f"{key}: on takes a list of subsets, got {on!r}")
     try:
         return Behaviour(which, KINDS[which](option), None if on is None else frozenset(on))

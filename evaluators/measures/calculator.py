@@ -1,4 +1,4 @@
-"""Calculator calls in a text: that there is one, that it is closed, and what its expression is worth.
+"""Calculator calls in a text: whether there is one, whether it is closed, and the value of its expression.
 
 In: texts. Out: plain answers for the check `calculator`.
 """
@@ -19,8 +19,8 @@ def closed(text: str) -> bool:
 
 
 def correct(target: str, generation: str) -> bool | None:
-    """Whether the generation's first expression has the value of the target's; None where that has none. Never raises,
-    whatever the texts hold."""
+    """Whether the generation's first expression has the same value as the target's; None if the target has no value.
+    Never raises, whatever the texts are."""
     gold_expression = first_expression(target)
     gold = None if gold_expression is None else exactly(gold_expression)
     if gold is None:
@@ -37,14 +37,14 @@ def correct(target: str, generation: str) -> bool | None:
 
 
 def value(text: str) -> str | None:
-    """`EXPR = VALUE` of the call in a text; None where there is no call."""
+    """`EXPR = VALUE` for the call in a text; None if there is no call."""
     if not called(text):
         return None
     expression = first_expression(text)
     if expression is None:
         return "the calculator call is not closed"
-    found = evaluate(expression)
-    return f"{expression} = {'no value' if found is None else _plain(found)}"
+    result = evaluate(expression)
+    return f"{expression} = {'no value' if result is None else _plain(result)}"
 
 
 def _plain(value: float) -> str:

@@ -1,7 +1,7 @@
-"""How much finetuning changed each site, and what the deltas leave of it, on evaluation text.
+"""How much finetuning changed each site, and how much of that the deltas leave unexplained, on evaluation text.
 
 In: the finetuned model's passes, patches on un-finetuned paths, and rows. Out: for each patch, sums over the tokens of
-every row, those of prompts and of targets apart.
+every row, separately for prompts and targets.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def evaluate_change(
     rows: Sequence[Row],
     exact: tuple[Mapping[Site, BlockPath], Mapping[Site, BlockPath]] | None = None,
 ) -> list[list[dict[str, Any]]]:
-    """For each patch one entry a row and part (`prompt`, `target`), in the order of the rows.
+    """For each patch one entry per row and part (`prompt`, `target`), in the order of the rows.
 
     `change`: sum of |c|^2 over the part's tokens after BOS, c = y - y_un(x) at the raw model's own x; `left`: sum of
-    |c - delta(x)|^2; `active`: features that fire, summed over tokens; `n_tokens`. With `exact`, the paths of the
-    un-finetuned and the finetuned model in fp32, c is theirs: a model in less shows mostly rounding where finetuning
-    changed little. Raises ValueError for a patch whose ground is not a path, or without a delta.
+    |c - delta(x)|^2; `active`: features that fire, summed over tokens; `n_tokens`. With `exact`, the fp32 paths of the
+    un-finetuned and the finetuned model, c is computed by these: at lower precision, a small change would be mostly
+    rounding. Raises ValueError for a patch whose ground is not a path, or without a delta.
     """
     for patch in patches:
         if patch.path is None or patch.delta is None:

@@ -1,6 +1,6 @@
 """Exactness checks that run in every sweep, on the finetuned model itself.
 
-In: a TransformerBridge, a few rows and patches. Out: named checks, passed or not, with what was seen.
+In: a TransformerBridge, a few rows and patches. Out: named checks, passed or not, with the observed differences.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 FED_ALONE = 3
 """Tokens that are fed one by one to compare cached with uncached logits."""
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Of the largest logit: by so much may two orders of the same additions differ after all layers, in the model's dtype.
-In bf16, on a CPU, they differed by 0.014 in a tiny random Gemma-2 and by nothing in SmolLM2-135M."""
+"""Tolerance, relative to the largest logit and by the model's dtype, for summing the same terms in another order in all
+layers. In bf16, on a CPU, logits differed by 0.014 in a tiny random Gemma-2 and not at all in SmolLM2-135M."""
 
 
 def exactness_checks(
@@ -54,12 +54,12 @@ def exactness_checks(
     prompts = [Job(Encoded(row.prompt, [])) for row in encoded]
     edit = Edit(patches, "full")
     cached = decode(Passes(bridge, len(prompts)), edit, prompts, [[] for _ in prompts], stop)
-    # One pass over prompt and output without a cache chooses, at each place, what uncached decoding would; in bf16 also
-    # another token that is as good but for rounding.
+    # One pass over prompt and output without a cache chooses the same token at each place as uncached decoding; in bf16
+    # a token whose logit differs only by rounding counts as the same.
     within = _rounding(bridge, raw) if _dtype(bridge) != torch.float32 else 0.0
     written = [[*row.prompt, *output] for row, output in zip(encoded, cached, strict=True)]
-    plain = _logits(bridge, written, edit, 1.0).split([len(one) for one in written])
-    same = sum(_behind(one, output) <= within for one, output in zip(plain, cached, strict=True))
+    plain = _logits(bridge, written, edit, 1.0).split([len(tokens) for tokens in written])
+    same = sum(_behind(of_row, output) <= within for of_row, output in zip(plain, cached, strict=True))
     where = sites_label(patch.site for patch in patches)
     compare = [
         ("alpha = 0 gives the logits of no_delta", lambda: logits("alpha", 0.0), no_delta),
@@ -94,9 +94,10 @@ def change_checks(
     unfinetuned: Mapping[Site, BlockPath],
     finetuned: Mapping[Site, BlockPath],
 ) -> list[dict[str, Any]]:
-    """That the ground is the un-finetuned sites, and that a delta stands where the change does: with alpha 0 the logits
-    are those of the swapped model, and with the true change in a delta's place they are raw's, within rounding. The
-    paths are copies of their own: those of the patches hold the model's weights while it runs with theirs."""
+    """Checks that the ground equals the un-finetuned sites, and that deltas are added in the right place: with alpha 0
+    the logits are those of the swapped model, and with the true change instead of a delta they are raw's, within
+    rounding. The paths must be separate copies: those of the patches hold the model's weights while it runs with
+    theirs."""
     sequences = [encode_row(bridge.tokenizer, row).ids for row in rows]
     sites = [patch.site for patch in patches]
     true = [replace(patch, delta=TrueChange(unfinetuned[patch.site], finetuned[patch.site])) for patch in patches]
@@ -121,13 +122,13 @@ def _dtype(bridge: TransformerBridge) -> torch.dtype:
 
 
 def _rounding(bridge: TransformerBridge, logits: Tensor) -> float:
-    """By how much logits like these may differ."""
+    """The tolerance for logits like these."""
     return ROUNDING[_dtype(bridge)] * logits.abs().max().item()
 
 
 def _behind(logits: Tensor, output: Sequence[int]) -> float:
-    """The most by which a token of `output` is behind the largest logit at its place; `logits` (tokens, vocabulary) are
-    those of prompt and output."""
+    """The largest gap between a token's logit and the maximum at its place, over the tokens of `output`; `logits`
+    (tokens, vocabulary) are those of prompt and output."""
     before = logits[len(logits) - len(output) - 1 : -1]
     chosen = before.gather(1, torch.tensor(output, dtype=torch.long, device=logits.device).unsqueeze(1))
     return (before.max(dim=1, keepdim=True).values - chosen).max().item() if output else 0.0
@@ -154,8 +155,8 @@ def _logits(
     bos: bool = False,
     cached: bool = False,
 ) -> Tensor:
-    """(tokens, vocabulary) of every real position; with `bos` it is edited as all others are, with `cached` the last
-    tokens are fed one by one."""
+    """The logits (tokens, vocabulary) at every real position; with `bos`, BOS is edited like all other tokens; with
+    `cached`, the last tokens are fed one by one."""
     batch = pad_left(sequences, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     length = batch.ids.shape[1]
     chunks = [slice(0, length - FED_ALONE), *(slice(at, at + 1) for at in range(length - FED_ALONE, length))]

@@ -1,9 +1,9 @@
-"""How few features carry the change: all features of all layers in order of effect, and the first k of them alone.
+"""How few features carry the change: ranks all features of all layers by effect, and measures the first k alone.
 
 In: a model's passes, patches, rows to rank on and rows to measure on. Out: each feature's estimated effect, and figures
-of each prompt for each k. The estimate is a gradient times an activation, averaged over strengths on the way from the
-un-finetuned sites to the full deltas (integrated gradients, arXiv 1703.01365): at full strength alone the loss is so
-low that its gradient says little.
+of each prompt for each k. The estimate is gradient times activation, averaged over strengths between the un-finetuned
+sites and the full deltas (integrated gradients, arXiv 1703.01365): at full strength the loss is so low that its
+gradient alone says little.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STRENGTHS = (0.25, 0.75)
 
 
 class Ranked(NamedTuple):
-    """A feature of a site, and by how many nats a target token it lowers the cross-entropy, to first order."""
+    """A feature of a site, and by how many nats per target token it lowers the cross-entropy, to first order."""
 
     site: Site
     feature: int
@@ -37,9 +37,9 @@ class Ranked(NamedTuple):
 
 
 def rank_features(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) -> list[Ranked]:
-    """Every feature of every patch, the one that lowers the cross-entropy of the rows' targets most first."""
+    """Every feature of every patch, by how much it lowers the cross-entropy of the rows' targets, largest first."""
     bridge = passes.bridge
-    encoded = sorted((encode_row(bridge.tokenizer, row) for row in rows), key=lambda one: len(one.ids))
+    encoded = sorted((encode_row(bridge.tokenizer, row) for row in rows), key=lambda row: len(row.ids))
     device = device_of(bridge)
     effects = {patch.site: torch.zeros(patch.transcoder.d_sae) for patch in patches}
     edit = Edit(patches, "alpha")
@@ -66,7 +66,7 @@ def rank_features(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row])
                     done += len(logits)
                 gradients = torch.autograd.grad(loss, list(splice.gates.values()))
             for site, gradient in zip(splice.gates, gradients, strict=True):
-                # A gate moves the output alpha times as much as the strength does.
+                # A gate scales an output that is already multiplied by alpha.
                 effects[site] -= gradient.cpu() / (alpha * len(STRENGTHS))
     tokens = sum(len(row.target) for row in encoded)
     ranked = [
@@ -74,11 +74,11 @@ def rank_features(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row])
         for site, of_site in effects.items()
         for feature, effect in enumerate(of_site.tolist())
     ]
-    return sorted(ranked, key=lambda one: (-one.effect, one.site, one.feature))
+    return sorted(ranked, key=lambda feature: (-feature.effect, feature.site, feature.feature))
 
 
 def counts(total: int) -> list[int]:
-    """0, all of them, and powers in between: of 4 below a sixteenth of all, where little is recovered, then of 2."""
+    """0, `total`, and powers in between: of 4 below a sixteenth of `total`, where little is recovered, then of 2."""
     powers = [1 << place for place in range(total.bit_length())]
     coarse = [power for power in powers[::2] if power * 16 < total]
     fine = [power for power in powers if total <= power * 16 and power < total]
@@ -88,8 +88,8 @@ def counts(total: int) -> list[int]:
 def evaluate_curve(
     passes: Passes, patches: Sequence[Patch], rows: Sequence[Row], ranked: Sequence[Ranked], reference: Reference
 ) -> dict[int, list[dict[str, Any]]]:
-    """By k, with only the first k features on: one entry a row with `nll`, `kl` and `n_tokens`."""
-    places = {(one.site, one.feature): place for place, one in enumerate(ranked)}
+    """For each k, with only the first k features on: one entry per row with `nll`, `kl` and `n_tokens`."""
+    places = {(feature.site, feature.feature): place for place, feature in enumerate(ranked)}
     marked = [replace(patch, ranks=_ranks(patch, places)) for patch in patches]
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
     kept = counts(len(ranked))

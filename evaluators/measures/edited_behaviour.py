@@ -1,7 +1,7 @@
 """Behaviour cells: cross-entropy, behaviours and activations of one subset under one condition.
 
-In: a model's passes, patches, rows and the conditions asked for. Out: cell dictionaries (one a condition, strength and
-subset) with one entry a row, and the generated texts.
+In: a model's passes, patches, rows and the conditions to measure. Out: cell dictionaries (one per condition, strength
+and subset) with one entry per row, and the generated texts.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from evaluators.splice.teacher_forcing import Job, Reference, Scored, score
 
 @dataclass(frozen=True)
 class Ask:
-    """A condition, and its strength where it has one."""
+    """A condition to measure, and its strength if it has one."""
 
     condition: str
     alpha: float | None = None
 
 
 class Known(NamedTuple):
-    """What is known of models with nothing spliced: outputs that a row may have, row by row, the finetuned model's and
-    the un-finetuned one's (empty: no idea), and what the finetuned model predicts (None: no KL). `raw` are outputs that
-    are the finetuned model's for certain (empty: unknown)."""
+    """Earlier results with nothing spliced: likely outputs, row by row, of the finetuned and of the un-finetuned model
+    (empty: unknown), and the finetuned model's predictions (None: no KL). `raw` are outputs that are certainly the
+    finetuned model's (empty: unknown)."""
 
     finetuned: Sequence[Sequence[int]] = ()
     unfinetuned: Sequence[Sequence[int]] = ()
@@ -41,7 +41,7 @@ class Known(NamedTuple):
     raw: Sequence[Sequence[int]] = ()
 
     def guesses(self, ask: Ask) -> Sequence[Sequence[int]]:
-        """Those that are likelier: the un-finetuned model's where little of the change is there."""
+        """The likelier outputs: the un-finetuned model's if little of the change is applied."""
         little = ask.condition in ("no_delta", "random_delta", "shuffled_delta")
         little = little or (ask.alpha is not None and ask.alpha < 0.5)
         return self.unfinetuned if self.unfinetuned and little else self.finetuned
@@ -60,11 +60,11 @@ def evaluate_behaviour(
     behaviours: Mapping[str, Behaviour],
     known: Known = NOTHING_KNOWN,
 ) -> Iterator[tuple[Ask, list[dict[str, Any]], list[dict[str, Any]]]]:
-    """For each ask its per-row figures and its generations (with token ids, which later asks take as guesses).
+    """For each ask its per-row figures and its generations (with token ids, which serve later asks as guesses).
 
-    Strengths of one condition are rows of the same batches. Known outputs spare decoding where they are right, and
-    change no output. The figures hold what each of the `behaviours` says of a row's text, and with a reference `kl`,
-    which raw fills; raw's hold `text_nll`, nats summed over the `n_act_tokens` tokens after BOS.
+    Strengths of one condition are rows of the same batches. Known outputs save decoding if they are right, and never
+    change an output. The figures include the result of each of the `behaviours`, with a reference also `kl` (raw's pass
+    fills the reference), and for raw `text_nll`, nats summed over the `n_act_tokens` tokens after BOS.
     """
     tokenizer = passes.bridge.tokenizer
     encoded = [encode_row(tokenizer, row) for row in rows]
@@ -90,31 +90,31 @@ def evaluate_behaviour(
                 Answer(row.input, target, row.label, text, len(tokens))
                 for row, target, text, tokens in zip(rows, targets, texts, outputs[places], strict=True)
             ]
-            said = [{name: one(answer) for name, one in behaviours.items()} for answer in answers]
+            verdicts = [{name: check(answer) for name, check in behaviours.items()} for answer in answers]
             for place, raw in enumerate(known.raw):
-                said[place][AGREES] = list(raw) == outputs[places][place]
-            yield ask, _figures(scored[places], said), _texts(answers, outputs[places], seconds)
+                verdicts[place][AGREES] = list(raw) == outputs[places][place]
+            yield ask, _figures(scored[places], verdicts), _texts(answers, outputs[places], seconds)
 
 
 def _together(asks: Sequence[Ask]) -> list[list[Ask]]:
-    """The strengths of each condition."""
+    """The asks grouped by condition."""
     return [[ask for ask in asks if ask.condition == name] for name in dict.fromkeys(ask.condition for ask in asks)]
 
 
-def _figures(scored: Sequence[Scored], said: Sequence[dict[str, bool | None]]) -> list[dict[str, Any]]:
+def _figures(scored: Sequence[Scored], verdicts: Sequence[dict[str, bool | None]]) -> list[dict[str, Any]]:
     return [
         {
             "index": index,
-            "nll": one.nll,
-            "n_tokens": one.n_tokens,
-            "sum_abs_base_acts": one.base_acts,
-            "sum_abs_delta_acts": one.delta_acts,
-            "n_act_tokens": one.n_act_tokens,
-            **({} if one.text_nll is None else {"text_nll": one.text_nll}),
-            **({} if one.kl is None else {"kl": one.kl}),
+            "nll": row.nll,
+            "n_tokens": row.n_tokens,
+            "sum_abs_base_acts": row.base_acts,
+            "sum_abs_delta_acts": row.delta_acts,
+            "n_act_tokens": row.n_act_tokens,
+            **({} if row.text_nll is None else {"text_nll": row.text_nll}),
+            **({} if row.kl is None else {"kl": row.kl}),
             "behaviours": behaviours,
         }
-        for index, (one, behaviours) in enumerate(zip(scored, said, strict=True))
+        for index, (row, behaviours) in enumerate(zip(scored, verdicts, strict=True))
     ]
 
 

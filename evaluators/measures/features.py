@@ -1,6 +1,6 @@
 """What delta features read and write: how often they fire, where, how strongly, and which tokens they move.
 
-In: a model's passes, patches, rows, and features by site and number. Out: plain values, one entry a feature.
+In: a model's passes, patches, rows, and features by site and number. Out: plain values, one entry per feature.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTEXTS, TOKENS, BARS = 10, 8, 24
-"""Contexts, tokens (promoted, and suppressed) and bars of the histogram that are kept of a feature."""
+"""Contexts, tokens (promoted, and suppressed) and histogram bars stored per feature."""
 WINDOW = 16
 """Tokens of a context on either side of the one that fires."""
 LOOKS = 3
-"""Contexts in which attention is looked at without a feature."""
+"""Contexts in which attention is compared with and without a feature."""
 VALUE_HEADS = 2
-"""Heads whose values' tokens are kept."""
+"""Heads for which the values' tokens are stored."""
 STEP = 0.01
-"""Of the residual stream's norm: the step along a decoder direction that measures its direct effect."""
+"""Step along a decoder direction that measures its direct effect, as a fraction of the residual stream's norm."""
 Key = TypeVar("Key", bound=Hashable)
 
 
 class _Text(NamedTuple):
-    """A row as it is run, with the activations of some sites' deltas, (tokens, d_new), BOS included, and the sums of
-    squares (d_in,) of the heads' outputs after BOS where a delta reads these."""
+    """A row's tokens, with the activations of some sites' deltas, (tokens, d_new), including BOS, and, for deltas that
+    read the heads' outputs, the sums of squares (d_in,) of these after BOS."""
 
     row: Row
     ids: list[int]
@@ -57,7 +57,7 @@ class _Text(NamedTuple):
 @torch.inference_mode()
 def firing_rates(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) -> dict[Site, dict[str, list[float]]]:
     """By site and subset, the share of tokens after BOS on which each feature fires in the finetuned model's stream;
-    of a feature at BOS, the share of texts."""
+    for a BOS feature, the share of texts."""
     fired: dict[Site, dict[str, Tensor]] = {patch.site: {} for patch in patches}
     tokens: dict[str, int] = {}
     texts: dict[str, int] = {}
@@ -81,19 +81,19 @@ def firing_rates(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) 
 def read_features(
     passes: Passes, patches: Sequence[Patch], rows: Sequence[Row], features: Sequence[Feature]
 ) -> dict[Feature, dict[str, Any]]:
-    """By feature: `at_bos`, whether it is active at BOS alone; `contexts`, where it fires most strongly, at most one a
-    text; `histogram` of its activations; `promoted` and `suppressed`, the tokens that its decoder row moves most
-    through the final norm and the unembedding.
+    """For each feature: `at_bos`, whether it is active only at BOS; `contexts`, where it fires most strongly, at most
+    one per text; `histogram` of its activations; `promoted` and `suppressed`, the tokens that its decoder row moves
+    most through the final norm and the unembedding.
 
-    A context has `subset`, `tokens` and `acts`, the pieces of text around the strongest one and the activations there,
-    and `peak`, the strongest one's place. The histogram counts tokens in equal bars from 0 to `top`. Activations are
-    those in the finetuned model's own stream.
+    A context has `subset`; `tokens` and `acts`, the pieces of text around the peak and the activations there; and
+    `peak`, the place of the strongest activation. The histogram counts tokens in equal bars from 0 to `top`.
+    Activations are those in the finetuned model's own stream.
 
-    A feature of queries, keys and values moves no token by itself. It has `heads`, the share of its decoder row's
-    square in each head of each; `patterns`, what it does to attention in the first `LOOKS` contexts
-    (`attention_features.pattern_changes`); and `values`, for the heads with most of its values the tokens that these
-    move once they are attended to (`attention_features.written_by_values`). A feature of attention's output has
-    `reads`, the share of each head in what it reads.
+    A feature of queries, keys and values moves no token by itself. It has `heads`, each head's share of its decoder
+    row's squared norm; `patterns`, what it does to attention in the first `LOOKS` contexts
+    (`attention_features.pattern_changes`); and `values`, the tokens that its values move when attended to, for the
+    heads with the largest shares (`attention_features.written_by_values`). A feature of attention's output has `reads`,
+    each head's share of what it reads.
     """
     sites = {site for site, _ in features}
     chosen = [patch for patch in patches if patch.site in sites]
@@ -104,10 +104,10 @@ def read_features(
     }
     moved = _moved_tokens(passes.bridge, texts, directions)
     at_bos = {patch.site: _at_bos(patch) for patch in chosen}
-    contexts = {one: _contexts(passes.bridge.tokenizer, texts, *one) for one in features}  # type: ignore[arg-type]
-    of_attention = _of_attention(
-        passes, patches, texts, {one: [look for _, look in found] for one, found in contexts.items()}
-    )
+    tokenizer: Any = passes.bridge.tokenizer
+    contexts = {feature: _contexts(tokenizer, texts, *feature) for feature in features}
+    looks = {feature: [look for _, look in pairs] for feature, pairs in contexts.items()}
+    of_attention = _of_attention(passes, patches, texts, looks)
     return {
         (site, feature): {
             "at_bos": bool(at_bos[site][feature]),
@@ -123,9 +123,9 @@ def read_features(
 def _of_attention(
     passes: Passes, patches: Sequence[Patch], texts: Sequence[_Text], looks: Mapping[Feature, Sequence[Look]]
 ) -> dict[Feature, dict[str, Any]]:
-    """By feature, the entries of `read_features` that only those of attention have."""
+    """For each feature, the entries of `read_features` that only attention's features have."""
     config, by_site = passes.bridge.cfg, {patch.site: patch for patch in patches}
-    found: dict[Feature, dict[str, Any]] = {feature: {} for feature in looks}
+    entries: dict[Feature, dict[str, Any]] = {feature: {} for feature in looks}
     into_heads = [feature for feature in looks if feature[0].kind.name == QKV.name]
     patterns = pattern_changes(passes, patches, {feature: looks[feature][:LOOKS] for feature in into_heads})
     directions = {
@@ -137,17 +137,17 @@ def _of_attention(
     }
     moved = _moved_tokens(passes.bridge, texts, directions)
     for feature in into_heads:
-        found[feature] = {
+        entries[feature] = {
             "heads": heads_written(by_site[feature[0]], feature[1], config.d_head),
             "patterns": patterns[feature],
-            "values": [{"head": head, **tokens} for (one, head), tokens in moved.items() if one == feature],
+            "values": [{"head": head, **tokens} for (writer, head), tokens in moved.items() if writer == feature],
         }
     n_tokens = sum(len(text.ids) - 1 for text in texts)
     for site, number in looks:
         if site.kind.name == ATTENTION_OUT.name:
             squares = torch.stack([text.squares[site] for text in texts]).sum(0) / n_tokens
-            found[site, number]["reads"] = heads_read(by_site[site], number, squares, config.n_heads)
-    return found
+            entries[site, number]["reads"] = heads_read(by_site[site], number, squares, config.n_heads)
+    return entries
 
 
 def _texts(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) -> Iterator[_Text]:
@@ -155,11 +155,11 @@ def _texts(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) -> Ite
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i]))
     for start in range(0, len(order), passes.batch_size):
         batch = order[start : start + passes.batch_size]
-        found = read_prefixes(passes.bridge, [encoded[i] for i in batch], [patch.site for patch in patches])
+        prefixes = read_prefixes(passes.bridge, [encoded[i] for i in batch], [patch.site for patch in patches])
         for place, i in enumerate(batch):
-            acts = {patch.site: activations(patch, found[patch.site][place].x) for patch in patches}
+            acts = {patch.site: activations(patch, prefixes[patch.site][place].x) for patch in patches}
             squares = {
-                patch.site: found[patch.site][place].x[1:].float().square().sum(0)
+                patch.site: prefixes[patch.site][place].x[1:].float().square().sum(0)
                 for patch in patches
                 if patch.site.kind.name == ATTENTION_OUT.name
             }
@@ -174,14 +174,14 @@ def _at_bos(patch: Patch) -> Tensor:
 def _contexts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[_Text], site: Site, feature: int
 ) -> list[tuple[dict[str, Any], Look]]:
-    """The strongest first, each with where its tokens are."""
-    found = []
+    """The feature's contexts, strongest first, each with its `Look`."""
+    firing = []
     for number, text in enumerate(texts):
         strength = float(text.acts[site][:, feature].max())
         if strength > 0:
-            found.append((-strength, text.row.label, number))
+            firing.append((-strength, text.row.label, number))
     shown = []
-    for _, _, number in sorted(found)[:CONTEXTS]:
+    for _, _, number in sorted(firing)[:CONTEXTS]:
         text = texts[number]
         acts: list[float] = text.acts[site][:, feature].tolist()
         middle = max(range(len(acts)), key=acts.__getitem__)
@@ -203,24 +203,24 @@ def _contexts(
 def pieces_of(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], acts: Sequence[float]
 ) -> tuple[list[str], list[float]]:
-    """The pieces of text that tokens add to those before them, and their activations; tokens that are parts of one
+    """The piece of text that each token adds to the text before it, and its activation; tokens that together form one
     character become one piece, with the strongest activation."""
     counted = _counted_pieces(tokenizer, ids)
     return [piece for piece, _ in counted], _strongest(counted, acts)
 
 
 def _counted_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[tuple[str, int]]:
-    """The pieces, and how many tokens each is made of."""
+    """The pieces, and the number of tokens in each."""
     pieces: list[tuple[str, int]] = []
-    said, held = "", 0
+    before, count = "", 0
     for place in range(len(ids)):
         text: Any = tokenizer.decode(list(ids[: place + 1]), clean_up_tokenization_spaces=False)
-        held += 1
-        # A replacement sign is a part of a character, unless it stays one.
-        if text.endswith("\ufffd") and held < 4 and place + 1 < len(ids):
+        count += 1
+        # A replacement character stands for part of a character, unless later tokens do not complete it.
+        if text.endswith("\ufffd") and count < 4 and place + 1 < len(ids):
             continue
-        pieces.append((text[len(said) :], held))
-        said, held = text, 0
+        pieces.append((text[len(before) :], count))
+        before, count = text, 0
     return pieces
 
 
@@ -239,7 +239,7 @@ def _histogram(texts: Sequence[_Text], site: Site, feature: int) -> dict[str, An
     if not len(active):
         return {"top": 0.0, "counts": []}
     top = float(active.max())
-    return {"top": top, "counts": [int(one) for one in torch.histc(active, BARS, 0.0, top)]}
+    return {"top": top, "counts": [int(count) for count in torch.histc(active, BARS, 0.0, top)]}
 
 
 def _moved_tokens(
@@ -247,7 +247,7 @@ def _moved_tokens(
 ) -> dict[Key, dict[str, list[str]]]:
     """For each direction (d_model,) the tokens whose logits a small step along it raises and lowers most.
 
-    The step starts at the mean residual stream that leaves the last block at the ends of texts, one of each subset.
+    The step starts from the mean output of the last block at the ends of prompts, one from each subset.
     """
     if not directions:
         return {}
@@ -259,7 +259,7 @@ def _moved_tokens(
     stacked = torch.stack([direction.float() for direction in directions.values()]).to(at)
     steps = functional.normalize(stacked, dim=1) * at.norm() * STEP
     moves: list[dict[str, list[str]]] = []
-    # Both ends of a step in one chunk of logits, so that memory holds one chunk whatever the number of features.
+    # In chunks, so that memory does not grow with the number of features.
     for part in steps.split(64):
         up, down = (torch.cat([*project(bridge, (at + sign * part).to(dtype))]) for sign in (1, -1))
         for moved in up - down:

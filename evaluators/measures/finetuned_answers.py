@@ -1,4 +1,4 @@
-"""What a finetuned model says, greedily: answers to prompts, and a whole check on held-out rows.
+"""A finetuned model's greedy answers to prompts, and a check of them on held-out rows.
 
 In: a plain transformers model with its tokenizer, and prompts or rows. Out: texts; the rate of each behaviour for each
 label, and the rows themselves.
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPARE_TOKENS = 16
-"""Tokens that an answer may be longer than the target it missed."""
+"""How many tokens longer than its target a wrong answer may be."""
 
 
 class Said(NamedTuple):
-    """An answer, its length in tokens with what ended it, whether it was cut at the token budget, and its tokens
-    without the one that ended it (none where a text of the limits ended it)."""
+    """An answer, its length in tokens including the one that ended it, whether it was cut at the token budget, and its
+    tokens without the one that ended it (empty if one of the limits' texts ended it)."""
 
     text: str
     tokens: int
@@ -44,8 +44,8 @@ def answers(
     ends: Collection[int],
     batch_size: int = 32,
 ) -> list[Said]:
-    """The greedy continuation of each prompt up to one of the tokens `ends`, or to its limits, in their order."""
-    found: dict[int, Said] = {}
+    """The greedy continuation of each prompt, in order, up to one of the tokens `ends` or to the limits."""
+    by_prompt: dict[int, Said] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with _greedy(model) as generate:
         for start in range(0, len(order), batch_size):
@@ -62,14 +62,14 @@ def answers(
                 tokenizer=tokenizer,
             )
             for i, tokens in zip(chosen, output[:, batch.ids.shape[1] :].tolist(), strict=True):
-                found[i] = _said(tokenizer, tokens, limits, ends)
-    return [found[i] for i in range(len(prompts))]
+                by_prompt[i] = _answer(tokenizer, tokens, limits, ends)
+    return [by_prompt[i] for i in range(len(prompts))]
 
 
 @contextmanager
 def _greedy(model: PreTrainedModel) -> Iterator[Any]:
-    """The model's `generate` without its generation config, from which `generate` fills in whatever it is not told: a
-    repetition penalty, forced tokens, a least length."""
+    """The model's `generate` without its generation config, which would add whatever the caller does not pass, such as
+    a repetition penalty, forced tokens or a minimum length."""
     from transformers import GenerationConfig
 
     own, model.generation_config = model.generation_config, GenerationConfig()
@@ -79,19 +79,19 @@ def _greedy(model: PreTrainedModel) -> Iterator[Any]:
         model.generation_config = own
 
 
-def _said(tokenizer: Any, tokens: list[int], limits: Limits, ends: Collection[int]) -> Said:
+def _answer(tokenizer: Any, tokens: list[int], limits: Limits, ends: Collection[int]) -> Said:
     """An answer from generated tokens, which may be padded after its end."""
     end = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)
 
-    def said(count: int | None) -> str:
+    def decoded(count: int | None) -> str:
         return str(tokenizer.decode(tokens[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    text = said(end)
-    closed = [at + len(one) for one in limits.texts if (at := text.find(one)) >= 0]
+    text = decoded(end)
+    closed = [at + len(ending) for ending in limits.texts if (at := text.find(ending)) >= 0]
     if not closed:
         return Said(text, len(tokens[:end]), end is None, tuple(tokens[: None if end is None else end - 1]))
     whole = text[: min(closed)]
-    count = next(n for n in range(1, len(tokens) + 1) if len(said(n)) >= len(whole))
+    count = next(n for n in range(1, len(tokens) + 1) if len(decoded(n)) >= len(whole))
     return Said(whole, count, False)
 
 
@@ -103,7 +103,7 @@ def check_rows(
     limits: Limits,
     batch_size: int = 32,
 ) -> dict[str, Any]:
-    """`figures`, `rates`, and `rows` with what the model said on each.
+    """`figures`, `rates`, and `rows` with the model's answer to each.
 
     `rates` has an entry for each behaviour and label: its value, the ends of its Wilson 95% interval and n. Figures are
     `exact_match_rate` with `_low`, `_high` and `_n`, and the rates by name, `BEHAVIOUR_rate_LABEL`.
@@ -111,29 +111,29 @@ def check_rows(
     encoded = [encode_row(tokenizer, row) for row in rows]
     targets = [target_text(tokenizer, row) for row in rows]
     exact = _says_target(model, tokenizer, encoded)
-    said = [Said(target, len(one.target), False) for target, one in zip(targets, encoded, strict=True)]
+    given = [Said(target, len(row.target), False) for target, row in zip(targets, encoded, strict=True)]
     missed = [i for i, hit in enumerate(exact) if not hit]
     if missed:
         longest = Limits(max(len(encoded[i].target) for i in missed) + SPARE_TOKENS, limits.texts)
         prompts, ends = [encoded[i].prompt for i in missed], ends_of(model, tokenizer, rows[0])
-        for i, found in zip(missed, answers(model, tokenizer, prompts, longest, ends, batch_size), strict=True):
-            said[i] = found
+        for i, said in zip(missed, answers(model, tokenizer, prompts, longest, ends, batch_size), strict=True):
+            given[i] = said
     records: list[dict[str, Any]] = []
-    for row, target, told in zip(rows, targets, said, strict=True):
-        answer = Answer(row.input, target, row.label, told.text, told.tokens)
+    for row, target, said in zip(rows, targets, given, strict=True):
+        answer = Answer(row.input, target, row.label, said.text, said.tokens)
         records.append(
             {
                 "label": row.label,
                 "input": row.input,
                 "target": target,
-                "generation": told.text,
-                "exact": told.text == target,
+                "generation": said.text,
+                "exact": said.text == target,
                 "behaviours": {name: check(answer) for name, check in behaviours.items()},
             }
         )
     rates = _rates(records)
-    figures = _rate("exact_match_rate", [one["exact"] for one in records])
-    figures |= {f"{one['behaviour']}_rate_{slug(one['label'])}": one["value"] for one in rates}
+    figures = _rate("exact_match_rate", [record["exact"] for record in records])
+    figures |= {f"{rate['behaviour']}_rate_{slug(rate['label'])}": rate["value"] for rate in rates}
     return {"figures": figures, "rates": rates, "rows": records}
 
 
@@ -143,9 +143,9 @@ def _says_target(
 ) -> list[bool]:
     """Whether greedy decoding gives each row's target and then EOS.
 
-    It does where a teacher-forced pass has every token of the target as its argmax, so those rows need no decoding.
+    It does if every token of the target is the argmax of a teacher-forced pass, so those rows need no decoding.
     """
-    found: dict[int, bool] = {}
+    by_row: dict[int, bool] = {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -161,21 +161,21 @@ def _says_target(
         )
         agrees = output.logits.argmax(-1) == batch.ids[:, -longest:]
         for place, i in enumerate(chosen):
-            found[i] = bool(agrees[place, longest - len(rows[i].target) :].all())
-    return [found[i] for i in range(len(rows))]
+            by_row[i] = bool(agrees[place, longest - len(rows[i].target) :].all())
+    return [by_row[i] for i in range(len(rows))]
 
 
 def _rates(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = []
+    rates = []
     for name in records[0]["behaviours"] if records else ():
-        for label in dict.fromkeys(one["label"] for one in records):
-            told = [one["behaviours"][name] for one in records if one["label"] == label]
-            if hits := [hit for hit in told if hit is not None]:
+        for label in dict.fromkeys(record["label"] for record in records):
+            verdicts = [record["behaviours"][name] for record in records if record["label"] == label]
+            if hits := [hit for hit in verdicts if hit is not None]:
                 low, high = wilson(sum(hits), len(hits))
                 value = sum(hits) / len(hits)
                 entry = {"behaviour": name, "label": label, "value": value, "low": low, "high": high, "n": len(hits)}
-                found.append(entry)
-    return found
+                rates.append(entry)
+    return rates
 
 
 def _rate(name: str, hits: Sequence[bool]) -> dict[str, Any]:

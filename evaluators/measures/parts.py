@@ -2,8 +2,8 @@
 
 In: a model's passes, the un-finetuned weights of what finetuning changed, and rows. Out: the cross-entropy of each row
 for the finetuned model, the un-finetuned one, and for each part in two ways: un-finetuned while all else is finetuned,
-and finetuned while all else is not. No deltas are needed. The parts stand in for each other, so that the two ways may
-give a part very different shares.
+and finetuned while all else is not. No deltas are needed. The parts stand in for each other, so the two ways may give a
+part very different shares.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ PARTS = {
     "mlp": ("ln2", "mlp", "ln2_post"),
     REST: ("ln1",),
 }
-"""By part of the model, which of the bridge's components it consists of. The norm before attention serves patterns and
-values alike, so it belongs to the rest, with all that lies in no site."""
+"""The bridge's components in each part of the model. The norm before attention serves both patterns and values, so it
+belongs to the rest, like everything outside the sites."""
 EVERY = "all"
-"""As a part: all parts of a block. As layers: all of them, and what lies outside the blocks."""
+"""As a part: all parts of a block. As layers: all layers, and everything outside the blocks."""
 UNFINETUNED, FINETUNED = "unfinetuned", "finetuned"
 """The two ways: only this part is un-finetuned, or only this part is finetuned."""
 
 
 class Piece(NamedTuple):
-    """A part of one layer; the layer is None for what lies in no site."""
+    """A part of one layer; the layer is None for everything outside the sites."""
 
     part: str
     layer: int | None
@@ -76,17 +76,17 @@ class Changes:
     def groups(self, n_layers: int) -> dict[Group, frozenset[Piece]]:
         """The pieces of each part that finetuning changed, then those of each third of the model's layers, without the
         rest."""
-        found = {Group(part, EVERY): frozenset(one for one in self.pieces if one.part == part) for part in PARTS}
+        groups = {Group(part, EVERY): frozenset(piece for piece in self.pieces if piece.part == part) for part in PARTS}
         for third in sets_of("thirds", mlp_sites(range(n_layers))):
             layers = {site.layer for site in third}
-            found[Group(EVERY, sites_label(third))] = frozenset(
-                one for one in self.pieces if one.layer in layers and one.part != REST
+            groups[Group(EVERY, sites_label(third))] = frozenset(
+                piece for piece in self.pieces if piece.layer in layers and piece.part != REST
             )
-        return {group: pieces for group, pieces in found.items() if pieces}
+        return {group: pieces for group, pieces in groups.items() if pieces}
 
     @contextmanager
     def undone(self, bridge: TransformerBridge, pieces: Collection[Piece]) -> Iterator[None]:
-        """The bridge runs with the un-finetuned weights of `pieces` while the `with` lasts."""
+        """Inside the `with`, the bridge runs with the un-finetuned weights of `pieces`."""
         with ExitStack() as stack:
             if self.rest is not None and Piece(REST, None) in pieces:
                 stack.enter_context(self.rest.at(bridge, 0.0))
@@ -95,23 +95,23 @@ class Changes:
 
 
 def evaluate_parts(passes: Passes, changes: Changes, rows: Sequence[Row]) -> dict[str, Any]:
-    """`finetuned` and `unfinetuned`: one entry a row with `nll` (nats, summed over its `n_tokens` target tokens).
+    """`finetuned` and `unfinetuned`: one entry per row with `nll` (nats, summed over its `n_tokens` target tokens).
     `parts`: for each group of pieces and each way its `part`, `layers`, `way` and `rows`."""
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
     everything = changes.pieces
     groups = changes.groups(passes.bridge.cfg.n_layers)
-    asked = {(group, UNFINETUNED): pieces for group, pieces in groups.items()}
-    asked |= {(group, FINETUNED): everything - pieces for group, pieces in groups.items()}
-    # Where there is but one part, some of these are the same model.
-    found = {
+    undone = {(group, UNFINETUNED): pieces for group, pieces in groups.items()}
+    undone |= {(group, FINETUNED): everything - pieces for group, pieces in groups.items()}
+    # If there is only one part, some of these are the same model.
+    scores = {
         pieces: _scored(passes, changes, pieces, encoded)
-        for pieces in dict.fromkeys([frozenset[Piece](), everything, *asked.values()])
+        for pieces in dict.fromkeys([frozenset[Piece](), everything, *undone.values()])
     }
     return {
-        "finetuned": found[frozenset()],
-        "unfinetuned": found[everything],
+        "finetuned": scores[frozenset()],
+        "unfinetuned": scores[everything],
         "parts": [
-            {"part": group.part, "layers": group.layers, "way": way, "rows": found[asked[group, way]]}
+            {"part": group.part, "layers": group.layers, "way": way, "rows": scores[undone[group, way]]}
             for group in groups
             for way in (UNFINETUNED, FINETUNED)
         ],
@@ -123,4 +123,4 @@ def _scored(
 ) -> list[dict[str, Any]]:
     with changes.undone(passes.bridge, pieces):
         scored = score(passes, Edit(), [Job(row) for row in encoded])  # raw shares no prefix with any other model
-    return [{"index": index, "nll": one.nll, "n_tokens": one.n_tokens} for index, one in enumerate(scored)]
+    return [{"index": index, "nll": row.nll, "n_tokens": row.n_tokens} for index, row in enumerate(scored)]

@@ -1,6 +1,6 @@
 """One prompt under every condition: cross-entropy, next tokens, and which features are active where.
 
-In: a TransformerBridge, a row, maybe without a target, and patches. Out: plain values, ready for a terminal or JSON.
+In: a TransformerBridge, a row (with or without a target), and patches. Out: plain values for a terminal or JSON.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ def probe(
     top: int,
     limits: Limits,
 ) -> dict[str, Any]:
-    """`conditions`: for raw, no_delta, full and each further alpha its `ce` (nats a target token; without a target, of
-    raw's own greedy output), `delta_ce`, the `top` next tokens with their probabilities, and the greedy `output`.
-    `features`: for each patch and token the `top` active base and delta features, strongest first, in the raw run."""
+    """`conditions`: for raw, no_delta, full and each further alpha its `ce` (nats per target token; without a target,
+    per token of raw's own greedy output), `delta_ce`, the `top` next tokens with their probabilities, and the greedy
+    `output`. `features`: for each patch and token the `top` active base and delta features, strongest first, in the raw
+    run."""
     passes, stop = Passes(bridge), Stop.of(bridge, limits, row)
     prompt = encode_prompt(bridge.tokenizer, row)
     start = [Job(Encoded(prompt, []))]
@@ -78,7 +79,7 @@ def probe(
 
 
 def _logits(bridge: TransformerBridge, encoded: Encoded, edit: Edit, alpha: float) -> Tensor:
-    """(target tokens + 1, vocabulary): what predicts each target token, and what follows them."""
+    """(target tokens + 1, vocabulary): the logits that predict each target token, and the token after them."""
     batch = pad_left([encoded.ids], bridge.tokenizer.pad_token_id).to(device_of(bridge))
     with spliced(bridge, edit) as splice:
         strengths = torch.tensor([alpha], device=batch.ids.device)
@@ -101,11 +102,11 @@ def _features(bridge: TransformerBridge, encoded: Encoded, patches: Sequence[Pat
     tokens = [bridge.tokenizer.decode([index]) for index in encoded.ids]
     found = []
     for patch in patches:
-        x = seen[patch.site][1:]  # BOS is never read
+        x = seen[patch.site][1:]  # transcoders are not applied at BOS
         transcoders = (patch.base, patch.transcoder if patch.delta is not None else None)
         base, delta = ([[], *(_strongest(one, x, top) if one else [[] for _ in x])] for one in transcoders)
         at_bos = None if patch.delta is None else patch.delta.at_bos
-        if at_bos is not None:  # but a delta may have a feature there
+        if at_bos is not None:  # but a delta may have a BOS feature
             active = at_bos.nonzero()[:, 0].tolist()
             delta[0] = [{"feature": feature, "strength": at_bos[feature].item()} for feature in active]
         found += [

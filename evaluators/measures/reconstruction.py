@@ -1,7 +1,6 @@
 """Reconstruction: how well base and base + delta stand in for a layer's MLP on evaluation text.
 
-In: the finetuned model's passes, the patches of one layer, and rows. Out: one reconstruction cell for each
-patch.
+In: the finetuned model's passes, the patches of one layer, and rows. Out: one reconstruction cell per patch.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def text_cross_entropy(passes: Passes, edit: Edit, rows: Sequence[Row]) -> tuple
 
 @torch.inference_mode()
 def site_activations(passes: Passes, patch: Patch, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """x (tokens, d_in), what the patch's transcoders read, and y (tokens, d_out) in the raw model; without BOS."""
+    """x (tokens, d_in), the input of the patch's transcoders, and y (tokens, d_out) in the raw model, without BOS."""
     prefixes = passes.with_prefixes(patch.site)
     encoded = [encode_row(passes.bridge.tokenizer, row).ids for row in rows]
     found = prefixes.get(patch.site, encoded)
@@ -47,10 +46,10 @@ def site_activations(passes: Passes, patch: Patch, rows: Sequence[Row]) -> tuple
 def evaluate_reconstruction(
     passes: Passes, patches: Sequence[Patch], rows: Sequence[Row], ce_raw: float
 ) -> Iterator[dict[str, Any]]:
-    """The figures of every patch, in their order; all are of one site.
+    """The figures of every patch, in order; all patches must be of one site.
 
-    `ce_recovered` is 1 - (ce - ce_raw) / (ce_zero - ce_raw), with the site's output zeroed as reference, and None
-    where zeroing it changes nothing. Raises ValueError where the patches do not share their site, or lack a delta.
+    `ce_recovered` is 1 - (ce - ce_raw) / (ce_zero - ce_raw), with the site's output zeroed as reference, and None if
+    zeroing it changes nothing. Raises ValueError if the patches do not share their site, or lack a delta.
     """
     started = time.perf_counter()
     site = patches[0].site
@@ -92,7 +91,7 @@ def evaluate_reconstruction(
 
 
 def _fit(patch: Patch, x: Tensor, y: Tensor, variance: float) -> dict[str, float]:
-    """Means over tokens of how close base and base + delta come to `y`, and of how many features are active."""
+    """Means over tokens: errors and similarities of base and base + delta to `y`, and numbers of active features."""
     assert patch.base is not None and patch.delta is not None  # noqa: PT018
     sums: dict[str, float] = {}
     for inputs, outputs in zip(x.split(TOKENS), y.float().split(TOKENS), strict=True):

@@ -20,19 +20,19 @@ from evaluators.tables.statistics import wilson
 
 MAX_LINE_BYTES = 64 << 20
 Verdicts = tuple[bool | None, ...]
-"""What each behaviour says of a row."""
+"""Each behaviour's result for a row."""
 
 
 def summarise(counts: Mapping[Verdicts, int], names: list[str]) -> dict[str, float | int | None]:
     """Rates over counted verdicts, each with the ends of its Wilson 95% interval.
 
-    Keys: `n_examples`, and each `NAME_rate` alone, with `_low` and with `_high`. A rate is over the rows where the
-    question arises, and None where there is none.
+    Keys: `n_examples`, and each `NAME_rate` with its `_low` and `_high`. A rate is over the rows to which the check
+    applies, and None if there are none.
     """
     result: dict[str, float | int | None] = {"n_examples": sum(counts.values())}
     for place, name in enumerate(names):
-        known = sum(count for said, count in counts.items() if said[place] is not None)
-        true = sum(count for said, count in counts.items() if said[place])
+        known = sum(count for verdicts, count in counts.items() if verdicts[place] is not None)
+        true = sum(count for verdicts, count in counts.items() if verdicts[place])
         low, high = wilson(true, known) if known else (None, None)
         result[f"{name}_rate"] = true / known if known else None
         result[f"{name}_rate_low"], result[f"{name}_rate_high"] = low, high
@@ -44,10 +44,11 @@ def score_file(
 ) -> dict[str, dict[str, float | int | None]]:
     """`summarise` for each group of the file's rows.
 
-    `by` names the column that makes the groups, sorted by name; a row without a label is in the group `all`. A check
-    that counts tokens needs `tokens`, a list or a number, in every row. Streams: memory does not grow with the file.
+    `by` names the column to group by; groups are sorted by name, and rows without a label are in the group `all`. A
+    check that counts tokens needs `tokens`, a list or a number, in every row. Streams: memory does not grow with the
+    file.
 
-    Raises `DataError`, naming file and line, for a line that is not such a row: an unjudged row would bend every rate.
+    Raises `DataError`, naming file and line, for a line that is not such a row: skipping rows would bias every rate.
     """
     counts: defaultdict[str, Counter[Verdicts]] = defaultdict(Counter)
     checks = list(behaviours.values())
@@ -59,7 +60,7 @@ def score_file(
         if label is not None and not isinstance(label, str):
             raise DataError(f"{path}, line {number}: label is {_shown(record, 'label')}; text is needed")
         tokens = record.get("tokens")
-        if any(one.counts_tokens for one in checks) and not isinstance(tokens, list | int):
+        if any(check.counts_tokens for check in checks) and not isinstance(tokens, list | int):
             raise DataError(
                 f"{path}, line {number}: tokens is {_shown(record, 'tokens')}; a list or a number is needed"
             )

@@ -1,10 +1,10 @@
-"""What one feature does alone: all deltas without it, and it on the ground without the others.
+"""What one feature does: all deltas without it, and it alone on the ground.
 
-In: a model's passes, patches, rows, and features by site and number. Out: by feature, one entry a prompt and way. What
-an MLP's feature writes is added to the residual stream, so what leaves its block follows from one shared pass: the
-stream there, less (or plus) its activation times its decoder row. Features of attention run in the general way. Only
-the layers above run for each feature, and only texts on which it fires; where such a pass proves that the output stays,
-nothing is decoded.
+In: a model's passes, patches, rows, and features by site and number. Out: for each feature, one entry per prompt and
+way. An MLP's feature writes to the residual stream, so its block's output follows from one shared pass: the stream
+there, minus (or plus) its activation times its decoder row. Then only the layers above run for each feature. Features
+of attention run the general way. Only texts on which a feature fires are run, and nothing is decoded if a pass proves
+that the output does not change.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 WAYS = {"ablated": "full", "alone": "no_delta"}
-"""Each way to look at a feature, and the condition that it is held against."""
+"""The two ways to measure a feature, and the condition that each is compared with."""
 
 Feature = tuple[Site, int]
 """A site, and a row of its delta's decoder."""
 Guesses = Mapping[str, Sequence[Sequence[int]]]
-"""By condition, what the outputs of the rows may be, in the order of the rows."""
+"""By condition, likely outputs of the rows, in their order."""
 
 
 class Judge(NamedTuple):
-    """Where a generation ends, and what is asked of it."""
+    """Where a generation ends, and the behaviours that it is checked for."""
 
     stop: Stop
     behaviours: Mapping[str, Behaviour]
@@ -50,11 +50,11 @@ class Judge(NamedTuple):
     def __call__(self, row: Row, tokens: list[int]) -> dict[str, bool | None]:
         target = target_text(self.stop.tokenizer, row)
         answer = Answer(row.input, target, row.label, self.stop.text(tokens), len(tokens))
-        return {name: one(answer) for name, one in self.behaviours.items()}
+        return {name: behaviour(answer) for name, behaviour in self.behaviours.items()}
 
 
 class _Whole(NamedTuple):
-    """A row under the condition that features are held against: its figures, and its output."""
+    """A row under the condition that features are compared with: its figures, and its output."""
 
     encoded: Encoded
     scored: Scored
@@ -62,14 +62,13 @@ class _Whole(NamedTuple):
 
     @property
     def texts(self) -> list[Encoded]:
-        """What a pass must run over: the target, whose cross-entropy is asked, and the output where it is another."""
+        """The texts that a pass must run over: the target, for its cross-entropy, and the output if it differs."""
         written = Encoded(self.encoded.prompt, self.output)
         return [self.encoded] if written.target == self.encoded.target else [self.encoded, written]
 
 
 class _Stream(NamedTuple):
-    """A text at a feature's site: the delta's activations (tokens, d_new), and what leaves the block, (tokens,
-    d_model)."""
+    """A text at a feature's site: the delta's activations (tokens, d_new), and the block's output (tokens, d_model)."""
 
     acts: Tensor
     output: Tensor
@@ -92,8 +91,8 @@ def single_features(
     behaviours: Mapping[str, Behaviour],
     guesses: Guesses | None = None,
 ) -> dict[Feature, dict[str, list[dict[str, Any]]]]:
-    """By feature, for each of `WAYS` one entry a row: `nll` and `n_tokens` of the target, `behaviours` of the output,
-    and `nll_whole` and `behaviours_whole` under the condition that the way is held against.
+    """By feature, for each of `WAYS` one entry per row: `nll` and `n_tokens` of the target, `behaviours` of the output,
+    and `nll_whole` and `behaviours_whole` under the condition that the way is compared with.
 
     Raises ValueError for a feature that no patch has.
     """
@@ -126,25 +125,25 @@ def _wholes(
     passes: Passes, edit: Edit, rows: Sequence[Row], stop: Stop, guesses: Sequence[Sequence[int]]
 ) -> list[_Whole]:
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
-    jobs = [Job(one, guess=guesses[place] if guesses else ()) for place, one in enumerate(encoded)]
+    jobs = [Job(row, guess=guesses[place] if guesses else ()) for place, row in enumerate(encoded)]
     scored = score(passes, edit, jobs)
     outputs = generate(passes, edit, jobs, scored, stop)
-    return [_Whole(*one) for one in zip(encoded, scored, outputs, strict=True)]
+    return [_Whole(*columns) for columns in zip(encoded, scored, outputs, strict=True)]
 
 
 @torch.inference_mode()
 def _runs(
     passes: Passes, patches: Sequence[Patch], condition: str, wholes: Sequence[_Whole], features: Sequence[Feature]
 ) -> dict[tuple[Feature, int, int], _Run]:
-    """By feature, row and number of the row's text; none where the feature does not fire on the text."""
+    """Runs by feature, row and number of the row's text; left out if the feature does not fire on the text."""
     texts = [(place, number, text) for place, whole in enumerate(wholes) for number, text in enumerate(whole.texts)]
-    texts.sort(key=lambda one: len(one[2].ids))
-    found: dict[tuple[Feature, int, int], _Run] = {}
+    texts.sort(key=lambda entry: len(entry[2].ids))
+    by_text: dict[tuple[Feature, int, int], _Run] = {}
 
     def of_texts(chosen: Sequence[tuple[int, int, Encoded]]) -> None:
         streams = _streams(passes.bridge, Edit(patches, condition), [text for *_, text in chosen], features)
         for site in dict.fromkeys(site for site, _ in features):
-            pairs = [  # text by text, so that a batch has texts of one length
+            pairs = [  # text by text, so that the texts of a batch are equally long
                 (feature, place)
                 for place, stream in enumerate(streams[site])
                 for feature in features
@@ -152,19 +151,19 @@ def _runs(
             ]
 
             def of_pairs(some: Sequence[tuple[Feature, int]], site: Site = site) -> None:
-                here = [one[2] for one in chosen]
+                here = [text for *_, text in chosen]
                 if starts_above(site):
                     runs = _above(passes.bridge, patches, condition, site, some, streams[site], here)
                 else:
                     runs = _through(passes, patches, condition, some, here)
-                found.update(
+                by_text.update(
                     ((feature, *chosen[place][:2]), run) for (feature, place), run in zip(some, runs, strict=True)
                 )
 
             in_slices(pairs, passes.batch_size, of_pairs)
 
     in_slices(texts, passes.batch_size, of_texts)
-    return found
+    return by_text
 
 
 def _streams(
@@ -178,11 +177,14 @@ def _streams(
         splice.reset(batch.editable, torch.ones(len(rows), device=batch.ids.device), RowEdits(bos=batch.bos))
         prefixes = read_prefixes(bridge, rows, sites)
     by_site = {patch.site: patch for patch in edit.patches}
-    return {site: [_Stream(activations(by_site[site], one.x), one.output) for one in prefixes[site]] for site in sites}
+    return {
+        site: [_Stream(activations(by_site[site], prefix.x), prefix.output) for prefix in prefixes[site]]
+        for site in sites
+    }
 
 
 def activations(patch: Patch, x: Tensor) -> Tensor:
-    """(tokens, d_new) of a patch's delta on a text, BOS included, from x (tokens, d_in)."""
+    """Activations (tokens, d_new) of a patch's delta on a text, including BOS, from x (tokens, d_in)."""
     acts = patch.transcoder.encode(x)
     at_bos = None if patch.path is None else patch.transcoder.at_bos
     acts[0] = 0.0 if at_bos is None else at_bos
@@ -198,7 +200,7 @@ def _above(
     streams: Sequence[_Stream],
     texts: Sequence[Encoded],
 ) -> list[_Run]:
-    """A run for each pair of a feature of `site` and a text, from what leaves its block."""
+    """A run for each pair of a feature of `site` and a text, starting from its block's output."""
     (W_dec,) = (patch.transcoder.W_dec for patch in patches if patch.site == site)
     sign = -1.0 if condition == "full" else 1.0
     rows = [texts[place] for _, place in pairs]
@@ -224,26 +226,26 @@ def _through(
     pairs: Sequence[tuple[Feature, int]],
     texts: Sequence[Encoded],
 ) -> list[_Run]:
-    """The same in the general way, through every block from the first spliced one on: of a feature that other parts of
-    its own block read."""
+    """Like `_above`, but through every block from the first spliced one on, as needed for features that other parts of
+    their own block read."""
     ranked = {patch.site: patch for patch in numbered(patches)}
     jobs = [
         Job(texts[place], kept=only(ranked[site], number, outside=condition == "full"))
         for (site, number), place in pairs
     ]
     scored = score(passes, Edit(list(ranked.values()), "full"), jobs)
-    return [_Run(one.nll, one.argmax) for one in scored]
+    return [_Run(row.nll, row.argmax) for row in scored]
 
 
 def only(patch: Patch, feature: int, outside: bool) -> Ranks:
-    """That feature of a patch out of `numbered` alone, or, `outside`, all but it."""
+    """Ranks for only that feature of a patch from `numbered`, or, with `outside`, for all but it."""
     assert patch.ranks is not None
     rank = int(patch.ranks[feature])
     return Ranks(rank, rank + 1, outside=outside)
 
 
 def _answers(bridge: TransformerBridge, last: Tensor, ids: Tensor, counts: Sequence[int]) -> Iterator[_Run]:
-    """Of what leaves the last block, (row, position, d_model): a run for each row's last `counts` tokens."""
+    """A run for each row's last `counts` tokens, from the last block's output (row, position, d_model)."""
     length = ids.shape[1]
     columns = torch.cat([torch.arange(length - count, length) for count in counts]).to(ids.device)
     lines = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(ids.device)
@@ -268,7 +270,7 @@ def _outputs(
     runs: Mapping[tuple[Feature, int, int], _Run],
     stop: Stop,
 ) -> dict[tuple[Feature, int], list[int]]:
-    """By feature and row, the outputs that a feature changes, decoded from where they leave the others'."""
+    """By feature and row, the outputs that a feature changes, decoded from where they depart from the whole's."""
     changed = []
     for (feature, place, text), run in runs.items():
         whole = wholes[place]
@@ -279,7 +281,7 @@ def _outputs(
     ranked = numbered(patches)
     jobs, scored = [], []
     for (site, number), place, run in changed:
-        (patch,) = (one for one in ranked if one.site == site)
+        (patch,) = (candidate for candidate in ranked if candidate.site == site)
         whole = wholes[place]
         jobs.append(Job(whole.texts[-1], kept=only(patch, number, outside=way == "ablated")))
         scored.append(whole.scored._replace(argmax=run.argmax, guessed=[]))  # what decoding starts from
@@ -288,10 +290,10 @@ def _outputs(
 
 
 def numbered(patches: Sequence[Patch]) -> list[Patch]:
-    """The patches with ranks that only tell features apart: the place of each in a row of all patches' features."""
-    found = []
+    """The patches with ranks that only identify features: each feature's index among those of all patches."""
+    ranked = []
     for patch in patches:
-        first = sum(one.transcoder.d_sae for one in patches if one.site < patch.site)
+        first = sum(other.transcoder.d_sae for other in patches if other.site < patch.site)
         ranks = torch.arange(first, first + patch.transcoder.d_sae, device=patch.transcoder.W_dec.device)
-        found.append(replace(patch, ranks=ranks))
-    return found
+        ranked.append(replace(patch, ranks=ranks))
+    return ranked

@@ -47,7 +47,7 @@ def page(sweeps: Sequence[ComparedSweep], notes: Sequence[str] = ()) -> str:
 
 
 def spread_note(sweeps: Sequence[ComparedSweep]) -> str:
-    """What the spread of the pooled figures is over, and what the intervals are over."""
+    """Explains what the spread of the pooled figures covers, and what the intervals cover."""
     units = {compared_sweeps.unit_of(group) for group in compared_sweeps.seed_groups(sweeps)}
     over = " or ".join(sorted(units))
     return (
@@ -74,7 +74,7 @@ def side_by_side(sweeps: Sequence[ComparedSweep]) -> list[Table]:
 
 
 def _order(figures: Iterable[str]) -> list[str]:
-    """Those of rates last, whichever sweep has them."""
+    """Figures of rates last, whichever sweep has them."""
     return sorted(figures, key=lambda one: " rate, " in one)
 
 
@@ -146,7 +146,7 @@ def _plain_number(value: float, figure: str, scale: float | None = None) -> str:
 
 
 def overview(sweeps: Sequence[ComparedSweep]) -> Table:
-    """Which sweeps they are: where they lie, their pair, seed and layers."""
+    """The compared sweeps: where they are stored, their pair, seed and layers."""
     rows = [
         [
             sweep.name,

@@ -1,8 +1,8 @@
 """`features.html`: a card for each of the most effective delta features, and a list of all of them.
 
-In: card cells, and the tables of features. Out: the text of one self-contained page. Its one script sorts, filters and
-scrolls; without it the cards stand in order. Nothing is requested, and no other script may run: the content policy
-names the script by its hash.
+In: card cells, and the tables of features. Out: the text of one self-contained page. Its only script sorts, filters and
+scrolls; without it the cards are shown in order. Nothing is requested, and no other script may run: the content policy
+allows the script by its hash.
 """
 
 import base64
@@ -88,11 +88,11 @@ class Card(NamedTuple):
     contexts: list[tuple[str, list[Piece]]]
     at_bos: bool
     heads: list[tuple[str, str]]
-    """Of a feature of queries, keys and values: the share of its row in each, and the heads that hold most of it."""
+    """For a feature of queries, keys and values: the share of its row in each, and the heads with most of it."""
     reads: str
-    """Of a feature of attention's output: the heads that it reads most of."""
+    """For a feature of attention's output: the heads that it reads most."""
     patterns: list[Pattern] | None
-    """Of a feature of queries, keys and values: what it does to attention; None where nobody looked."""
+    """For a feature of queries, keys and values: what it does to attention; None if that was not measured."""
     values: list[tuple[int, list[str], list[str]]]
     """By head: the tokens that its values promote, and suppress."""
 
@@ -266,7 +266,7 @@ def _in_line(text: str) -> str:
 
 
 def _visible(token: str) -> str:
-    """With a mark where a token is, or begins with, white space."""
+    """A token with white space made visible."""
     shown = token.replace("\n", "\u23ce").replace("\t", "\u21e5")
     return "\u2423" + shown[1:] if shown.startswith(" ") else shown
 
@@ -305,5 +305,5 @@ def _rounded(value: Any) -> Any:
 
 
 def _capital(text: str) -> str:
-    """`capitalize` would write BOS in small letters."""
+    """With a capital first letter; `capitalize` would lower-case BOS."""
     return text[:1].upper() + text[1:]

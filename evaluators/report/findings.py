@@ -1,7 +1,7 @@
 """What the tables say, in sentences.
 
 In: the conditions, contrast and dose-response tables. Out: plain sentences with their intervals. A difference is
-claimed only where its 95% interval leaves out zero; otherwise the sentence says how large an effect is still allowed.
+claimed only if its 95% interval excludes zero; otherwise the sentence gives the largest effect still compatible.
 """
 
 import math
@@ -24,7 +24,7 @@ class Findings(NamedTuple):
 
 
 def number(value: float | None, *, signed: bool = False, scale: float | None = None) -> str:
-    """A value with the decimals that its size, or `scale` where several values stand together, calls for.
+    """A value with decimals chosen by its size, or by `scale` for several values shown together.
 
     Three decimals as a rule, fewer from 100 on, scientific below 0.001; `-` for none.
     """
@@ -126,7 +126,7 @@ def _counted(rows: pd.DataFrame, column: str, unit: str) -> list[str]:
 
 
 def _single_layers(known: list[tuple[str, Estimate]], unit: str) -> list[str]:
-    """Where the interval leaves out zero, and the largest effect that the other layers still allow."""
+    """The layers whose interval excludes zero, and the largest effect still compatible with the others."""
     parts = []
     apart = [(place, value) for place, value in known if excludes_zero(value)]
     bounds = [_bound(value) for _, value in known if not excludes_zero(value)]

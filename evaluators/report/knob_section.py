@@ -1,7 +1,7 @@
 """The first section of the report: what finetuning changed, and whether that change is a knob.
 
-In: a sweep's tables and its delta trials. Out: a section of the page, and its sentences, each held to its interval: the
-ceiling first (is there a gap?), then what comes back, then controls.
+In: a sweep's tables and its delta trials. Out: a section of the page, with sentences that claim only what the intervals
+support: first the ceiling (is there a gap?), then how much is recovered, then controls.
 """
 
 import math
@@ -20,7 +20,7 @@ from sites import MLP, parse_sites
 
 
 def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int) -> Section | None:
-    """The answer first: figures, the knob, how few features, where; then sentences and tables. Nothing without change
+    """The answer first: figures, the knob, how few features, where; then sentences and tables. None without change
     deltas."""
     gaps = results.gaps[results.gaps["target"] == "change"]
     if gaps.empty:
@@ -170,7 +170,7 @@ def _recovered(results: Results, gaps: pd.DataFrame) -> list[str]:
 
 
 def _others_of(results: Results, gap: pd.Series) -> pd.DataFrame:
-    """What `full` recovers of the gaps in KL and the rates, where there is one, in the place of a gap in CE."""
+    """What `full` recovers of the gaps in KL and the rates, if there are any, at the place of a gap in CE."""
     table = results.recovered[(results.recovered["target"] == "change") & (results.recovered["condition"] == "full")]
     here = table[(table["layer"] == gap["layer"]) & (table["subset"] == gap["subset"]) & (table["metric"] != "mean_ce")]
     return here.dropna(subset=["recovered"])
@@ -233,7 +233,7 @@ def _leaves_out_zero(row: pd.Series, column: str) -> bool:
 
 
 def headline_rows(results: Results) -> list[dict[str, str]]:
-    """The short table at a sweep's end: of the widest set, for each subset the gap, what comes back, and controls."""
+    """The short table at a sweep's end: for the widest set and each subset the gap, what is recovered, and controls."""
     gaps = results.gaps[results.gaps["target"] == "change"]
     if gaps.empty:
         return []

@@ -1,7 +1,7 @@
 """The report of a sweep: tables as CSV and JSON, graphs as PNG, and report.html that shows them all.
 
 In: finished cells, the trials of the searches, checks, facts and generations as plain data. Out: the files of
-`<sweep>/report/`, each written beside and renamed; and the short table a sweep prints at its end.
+`<sweep>/report/`, each written under a temporary name and renamed; and the short table a sweep prints at its end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -106,7 +106,7 @@ def _residual_features(results: tables.Results) -> Section | None:
 
 
 def of_residuals(results: tables.Results) -> tables.Results:
-    """The tables without change deltas, which have a section of their own."""
+    """The tables without change deltas, which have their own section."""
     kept = {name: getattr(results, name) for name in ("conditions", "contrast", "dose", "statistics")}
     return results._replace(
         **{name: table[table["target"] != "change"] for name, table in kept.items() if "target" in table}

@@ -1,9 +1,8 @@
 """Greedy generation under an intervention.
 
-In: a model's passes, an edit, prompts with one strength a row, and what teacher forcing has shown. Out: the
-greedy output of each row. Greedy decoding is deterministic, so a teacher-forced pass over a guess proves the output as
-far as each guessed token is the argmax; only rows that leave their guesses are decoded, from the first token that
-differs.
+In: a model's passes, an edit, prompts with one strength per row, and teacher-forced results. Out: the greedy output of
+each row. Greedy decoding is deterministic, so a teacher-forced pass over a guess proves the output for as long as each
+guessed token is the argmax. Only rows that depart from their guesses are decoded, from the first different token.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DRAFTED = 16
-"""Tokens a step may try ahead, over all its rows: about as many as take no longer than one, since a step reads every
-weight anyway."""
+"""Tokens that a step may draft ahead, over all its rows: about as many as take no longer than one, since a step reads
+every weight anyway."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +53,20 @@ class Stop:
             if token in self.ends or position + 1 == self.limits.max_new_tokens:
                 return list(tokens[: position + 1])
             if self._may_close is None or token in self._may_close:
-                said = self.text(tokens[: position + 1])
-                if any(text in said for text in self.limits.texts):
+                output = self.text(tokens[: position + 1])
+                if any(text in output for text in self.limits.texts):
                     return list(tokens[: position + 1])
         return None
 
     def text(self, tokens: Sequence[int]) -> str:
-        """What `tokens` say, without BOS, EOS and padding."""
+        """`tokens` as text, without BOS, EOS and padding."""
         tokenizer: Any = self.tokenizer
         return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @cached_property
     def _may_close(self) -> frozenset[int] | None:
-        """Tokens that hold the last character of a text to stop at: no other can complete it. None: any may, since
-        vocabularies write white space and what is not ASCII in ways of their own."""
+        """Tokens that contain the last character of a text to stop at: no other token can complete it. None means any
+        token may, since vocabularies encode white space and non-ASCII characters differently."""
         last = {text[-1] for text in self.limits.texts}
         if not all("!" <= character <= "~" for character in last):
             return None
@@ -75,31 +74,31 @@ class Stop:
 
 
 def generate(passes: Passes, edit: Edit, jobs: Sequence[Job], scored: Sequence[Scored], stop: Stop) -> list[list[int]]:
-    """Greedy output tokens of every row, those that `decode` gives from the bare prompt.
+    """Greedy output tokens of every row, the same as `decode` gives from the bare prompt.
 
-    `scored` is the teacher-forced pass over the targets and, where they are not the output, the rows' guesses. What
-    neither proves is decoded from the first token that differs.
+    `scored` is the teacher-forced pass over the targets and, for rows whose target is not the output, over their
+    guesses. Whatever neither proves is decoded from the first different token.
     """
     if not passes.shortcuts.verify:
         bare = [replace(job, encoded=Encoded(job.encoded.prompt, [])) for job in jobs]
         return decode(passes, edit, bare, [[]] * len(jobs), stop)
     proven = [_prove(job, figures, stop) for job, figures in zip(jobs, scored, strict=True)]
-    left = [i for i, one in enumerate(proven) if not one.ended]
+    open_rows = [i for i, row in enumerate(proven) if not row.ended]
     starts = [
         replace(
             jobs[i],
             encoded=Encoded(jobs[i].encoded.prompt + proven[i].tokens, []),
             hints=[*jobs[i].encoded.ids, *jobs[i].guess],
         )
-        for i in left
+        for i in open_rows
     ]
-    outputs = decode(passes, edit, starts, [proven[i].tokens for i in left], stop)
-    decoded = dict(zip(left, outputs, strict=True))
-    return [decoded.get(i, one.tokens) for i, one in enumerate(proven)]
+    outputs = decode(passes, edit, starts, [proven[i].tokens for i in open_rows], stop)
+    decoded = dict(zip(open_rows, outputs, strict=True))
+    return [decoded.get(i, row.tokens) for i, row in enumerate(proven)]
 
 
 class _Proven(NamedTuple):
-    """The first tokens of a greedy output, and whether they are all of it."""
+    """The proven first tokens of a greedy output, and whether they are the whole output."""
 
     tokens: list[int]
     ended: bool
@@ -125,8 +124,8 @@ def decode(
 ) -> list[list[int]]:
     """Greedy decoding token by token: the output tokens of every row, in the order of `jobs`.
 
-    Each job's prompt ends with the row's tokens of `begun`, with which its output opens. Hints and `use_cache` spare
-    work and change no token.
+    `begun` holds the tokens with which each row's output begins; the job's prompt must end with them. Hints and
+    `use_cache` save work and change no token.
     """
     results: dict[int, list[int]] = {}
     order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.prompt), i))
@@ -144,14 +143,14 @@ def decode(
 def _decode_batch(
     passes: Passes, splice: Splice, jobs: Sequence[Job], outputs: list[list[int]], stop: Stop, use_cache: bool
 ) -> None:
-    """Extends `outputs` in place until every row has ended; without `stop_early` to the budget, and cuts afterwards."""
+    """Extends `outputs` in place until every row has ended; without `stop_early`, up to the budget, then cuts them."""
     bridge, stop_early = passes.bridge, passes.shortcuts.stop_early
     model: Any = bridge.original_model
     pad = bridge.tokenizer.pad_token_id
     cache: Any = DynamicCache(config=model.config) if use_cache else None
     window = _window(cache) if use_cache else 0
-    said = [list(job.encoded.prompt) for job in jobs]
-    fed = pad_left(said, pad).to(device_of(bridge))
+    texts = [list(job.encoded.prompt) for job in jobs]
+    fed = pad_left(texts, pad).to(device_of(bridge))
     seen = Batch(*(column[:, :0] for column in fed))
 
     def is_open(output: list[int]) -> bool:
@@ -160,10 +159,10 @@ def _decode_batch(
     open_rows = [is_open(output) for output in outputs]
     while any(open_rows):
         most = DRAFTED // sum(open_rows)
-        # The column of a rejected token stays behind, masked: a sliding window would count it.
+        # The column of a rejected token stays in the cache, masked; a sliding window would count it.
         if seen.ids.shape[1] + fed.ids.shape[1] + most > window:
             most = 0
-        drafts = [_draft(said[row], job.hints, most * open_rows[row]) for row, job in enumerate(jobs)]
+        drafts = [_draft(texts[row], job.hints, most * open_rows[row]) for row, job in enumerate(jobs)]
         ahead = max(map(len, drafts))
         last = fed.positions[:, -1:]
         if ahead:
@@ -178,7 +177,7 @@ def _decode_batch(
             accepted.append(len(tokens) - 1)
             for token in tokens:
                 if open_rows[row]:
-                    said[row].append(token)
+                    texts[row].append(token)
                     outputs[row].append(token)
                     open_rows[row] = is_open(outputs[row])
         good = torch.tensor(accepted, device=last.device).unsqueeze(1)
@@ -188,14 +187,14 @@ def _decode_batch(
 
 
 def _window(cache: Any) -> float:
-    """How many columns every layer attends to."""
+    """The number of columns that every layer can attend to."""
     return min((layer.sliding_window for layer in cache.layers if layer.is_sliding), default=math.inf)
 
 
-def _draft(said: Sequence[int], hints: Sequence[int], most: int) -> list[int]:
-    """At most `most` tokens that may follow: those after the last two of `said` where `hints` has these two last
+def _draft(text: Sequence[int], hints: Sequence[int], most: int) -> list[int]:
+    """At most `most` tokens that may follow `text`: those after the last occurrence of its last two tokens in `hints`
     (prompt lookup decoding, Saxena 2023)."""
     for place in range(len(hints) - 1, 1, -1) if most else ():
-        if list(hints[place - 2 : place]) == list(said[-2:]):
+        if list(hints[place - 2 : place]) == list(text[-2:]):
             return list(hints[place : place + most])
     return []

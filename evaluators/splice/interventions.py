@@ -1,8 +1,8 @@
 """Interventions: what is spliced in at sites, and the hooks that do it.
 
 In: a TransformerBridge and an `Edit`: patches (site, ground, delta) and a condition's name. Out: a context in which
-every forward pass of the model is edited, prompt and generated tokens alike; never on padding, and on BOS only by a
-delta's feature for it.
+every forward pass of the model is edited, on prompt and generated tokens alike; never on padding, and at BOS only by a
+delta's BOS feature.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Delta(HasSite, Protocol):
-    """What a splice asks of a delta, or of what takes its place."""
+    """What a splice needs from a delta, or from its substitute."""
 
     @property
     def at_bos(self) -> Tensor | None:
@@ -44,12 +44,12 @@ class Delta(HasSite, Protocol):
 
 @dataclass(frozen=True)
 class Patch:
-    """What is spliced in at one site. Raises ModelError where its parts are not of that site, or of different widths.
+    """What is spliced in at one site. Raises ModelError if its parts belong to another site or differ in width.
 
-    `ground` is what lies under the delta: a base transcoder, under a delta trained on the residual that it leaves, or
-    the un-finetuned block's own path, under a delta trained on what finetuning changed. `pool` (tokens, d_out) holds
-    delta outputs in shuffled order, for the condition that reads them by token number. `ranks` (d_new,) are the
-    features' places among those of all sites, the most effective first, for rows that keep only the first of them.
+    `ground` is what lies under the delta: a base transcoder, under a delta trained on its residual, or the un-finetuned
+    block's own path, under a delta trained on what finetuning changed. `pool` (tokens, d_out) holds delta outputs in
+    shuffled order, for the condition that reads them by token number. `ranks` (d_new,) are the features' ranks among
+    those of all sites, the most effective first, for rows that keep only the first of them.
     """
 
     site: Site
@@ -67,17 +67,17 @@ class Patch:
 
     @property
     def base(self) -> Transcoder | None:
-        """The base transcoder, where that is the ground."""
+        """The base transcoder, if that is the ground."""
         return self.ground if isinstance(self.ground, Transcoder) else None
 
     @property
     def path(self) -> BlockPath | None:
-        """The un-finetuned path, where that is the ground."""
+        """The un-finetuned path, if that is the ground."""
         return self.ground if isinstance(self.ground, BlockPath) else None
 
     @property
     def transcoder(self) -> Transcoder:
-        """The delta, as something with features; raises ValueError where there is none, or it has none."""
+        """The delta as a transcoder; raises ValueError if there is no delta, or it has no features."""
         if not isinstance(self.delta, Transcoder):
             raise ValueError(f"layer {self.site.label} has no delta transcoder, whose features are needed here")
         return self.delta
@@ -89,15 +89,15 @@ class Patch:
 
 @dataclass(frozen=True)
 class Edit:
-    """What is spliced in: the patches, and the condition that says how they replace what their sites write; `raw`
-    edits nothing, whatever the patches."""
+    """What is spliced in: patches, and the condition by which they replace their sites' outputs; `raw` edits nothing,
+    whatever the patches."""
 
     patches: Sequence[Patch] = ()
     condition: str = "raw"
 
 
 class Outputs(NamedTuple):
-    """What a patch makes of some tokens: outputs of ground and delta (tokens, d_out), sums of |activation| (tokens,),
+    """A patch's results for some tokens: outputs of ground and delta (tokens, d_out), sums of |activation| (tokens,),
     and the delta's activations (tokens, d_new)."""
 
     ground: Tensor
@@ -111,8 +111,8 @@ class Outputs(NamedTuple):
 
 
 class Ranks(NamedTuple):
-    """The delta features that are on, by their ranks among those of all sites: from `first` up to `end`, or, with
-    `outside`, all but these."""
+    """Which delta features are on, by their ranks among those of all sites: from `first` up to `end` (exclusive), or,
+    with `outside`, all others."""
 
     first: int
     end: int
@@ -123,10 +123,10 @@ EVERY = Ranks(0, 0, outside=True)
 
 
 class RowEdits(NamedTuple):
-    """What differs between the rows of a batch beside their strength.
+    """What differs between the rows of a batch, apart from their strength.
 
-    `numbers` (batch, chunk): the tokens' numbers in the text, for patches with a pool (0 where not given). `kept`
-    (batch, 3): the `Ranks` that are on in each row. `bos` (batch, chunk): True at BOS, for deltas with a feature there.
+    `numbers` (batch, chunk): the tokens' numbers in the text, for patches with a pool (0 if not given). `kept`
+    (batch, 3): the `Ranks` that are on in each row. `bos` (batch, chunk): True at BOS, for deltas with a BOS feature.
     """
 
     numbers: Tensor | None = None
@@ -140,9 +140,9 @@ NO_ROW_EDITS = RowEdits()
 class Splice:
     """The state of an edit while it is active.
 
-    Before each forward pass the caller says with `reset` which tokens are replaced and how strong each row's delta is.
-    With `record`, `base_acts` and `delta_acts` (batch,) are then the sums of |activation| over those tokens and all
-    sites. `gates` by site (d_new,) multiply the activations of a delta's features: what a gradient is taken of.
+    Before each forward pass, call `reset` to set which tokens are replaced and the strength of each row's delta. With
+    `record`, `base_acts` and `delta_acts` (batch,) are then the sums of |activation| over those tokens and all sites.
+    `gates` by site (d_new,) multiply the activations of a delta's features, so that gradients can be taken for them.
     """
 
     def __init__(self, bridge: TransformerBridge, patches: Sequence[Patch], condition: Condition, record: bool) -> None:
@@ -172,10 +172,10 @@ class Splice:
 
     def start(self, prefixes: Sequence[Prefix], rows: Sequence[int], length: int) -> Tensor:
         """The residual streams (batch, length, d_model), left-padded, that leave the first patch's block: the shortcut
-        `start_above`, for an MLP alone. `passes.Prefixes.entering` is the general way.
+        `start_above`, only for an MLP. `passes.Prefixes.entering` is the general way.
 
-        Row i of the batch that `reset` was told is the text of `prefixes[rows[i]]`: its patch is evaluated once a text,
-        whatever the number of strengths.
+        Row i of the batch given to `reset` is the text of `prefixes[rows[i]]`: the patch is evaluated once per text,
+        however many strengths there are.
         """
         patch, device = self.patches[0], self._alpha.device
         lengths = [len(prefix.x) for prefix in prefixes]
@@ -183,7 +183,7 @@ class Splice:
         streams = [prefix.output for prefix in prefixes]
         if patch.path is not None and self.condition.uses_ground:
             ground = patch.path(x)
-            # The block adds the MLP's output to the stream, so that an edit is the difference of two outputs.
+            # The block adds the MLP's output to the stream, so an edit adds the difference of two outputs.
             moved = torch.cat(streams).float() + (ground.float() - y.float())
             streams, y = list(moved.to(y.dtype).split(lengths)), ground
         residual = padded(streams, rows, length)
@@ -201,11 +201,11 @@ class Splice:
         return residual
 
     def hooks(self, patches: Sequence[Patch]) -> list[Hook]:
-        """What makes the edit at `patches`; nothing where exchanged weights are all of it."""
+        """The hooks that make the edit at `patches`; none if the exchanged weights alone make it."""
         hooks: list[Hook] = []
         for patch in patches:
             if self.condition.model in ("swapped", "scaled"):
-                continue  # the caller has put other weights in place: nothing is left to edit
+                continue  # the caller has exchanged the weights: nothing is left to edit
             if patch.path is not None and self.condition.uses_ground and not self.condition.uses_delta:
                 continue
             hooks += hooks_at(self.bridge, patch.site, self._reader(patch), self._writer(patch))
@@ -228,7 +228,7 @@ class Splice:
                     self._held[patch.site] = outputs
             else:
                 outputs = self._held[patch.site]
-            # Where y comes in parts, the ground is a path, whose own output it is.
+            # If y comes in parts, the ground is a path, and y is already its output.
             outputs = outputs._replace(ground=outputs.ground if part.start == 0 else here.float())
             edited = y.clone()
             edited[self._where] = self._replaced(here, outputs._replace(delta=outputs.delta[:, part])).to(y.dtype)
@@ -237,8 +237,8 @@ class Splice:
         return write
 
     def _outputs(self, patch: Patch, x: Tensor, y: Tensor, bos: Tensor) -> Outputs:
-        """Of x (tokens, d_in) and y (tokens, d_out), of which `bos` (tokens,) are BOS; where the ground is a path, `y`
-        is its output already."""
+        """A patch's outputs for x (tokens, d_in) and y (tokens, d_out); `bos` (tokens,) marks BOS. If the ground is a
+        path, `y` is already its output."""
         if patch.base is None:
             ground, ground_acts = y.float(), y.new_zeros(len(y), dtype=torch.float32)
         else:
@@ -256,7 +256,7 @@ class Splice:
         return Outputs(ground, patch.delta.decode(delta_acts), ground_acts, delta_acts.abs().sum(1), delta_acts)
 
     def _of_row(self, patch: Patch, outputs: Outputs) -> Outputs:
-        """The same with what differs between rows: the delta's output from the patch's pool, or of some features."""
+        """`outputs` with the rows' own edits: the delta's output taken from the patch's pool, or of some features."""
         if not self.condition.uses_delta:
             return outputs
         if patch.pool is not None:
@@ -270,28 +270,28 @@ class Splice:
         return outputs._replace(delta=patch.delta.decode(acts), delta_acts=acts.abs().sum(1), features=acts)
 
     def _note(self, outputs: Outputs) -> None:
-        """Adds up the activations of what comes after BOS."""
+        """Adds up the activations at tokens after BOS."""
         if self.record:
             self.base_acts.index_add_(0, self._where[0], outputs.base_acts * ~self._bos)
             self.delta_acts.index_add_(0, self._where[0], outputs.delta_acts * ~self._bos)
 
     def _replaced(self, y: Tensor, outputs: Outputs) -> Tensor:
-        """(tokens, width of y) fp32 in place of `y`, for the tokens told to `reset`."""
+        """What replaces `y`, (tokens, width of y) fp32, at the tokens given to `reset`."""
         return self.condition.combine(y.float(), outputs.ground, outputs.delta, self._alpha)
 
 
 def starts_above(site: Site) -> bool:
-    """Whether a pass can start from what leaves the site's block: an MLP is the last that a block adds to the stream,
-    so that nothing else of the block reads what an edit changes."""
+    """Whether a pass can start from the output of the site's block: the MLP is the last thing a block adds to the
+    stream, so nothing else in the block reads what an edit changes."""
     return site.kind.name == MLP.name
 
 
 def padded(streams: Sequence[Tensor], rows: Sequence[int], length: int) -> Tensor:
     """(len(rows), length, d_model), padded on the left: row i is `streams[rows[i]]`."""
-    found = streams[0].new_zeros(len(rows), length, streams[0].shape[1])
+    batch = streams[0].new_zeros(len(rows), length, streams[0].shape[1])
     for place, row in enumerate(rows):
-        found[place, length - len(streams[row]) :] = streams[row]
-    return found
+        batch[place, length - len(streams[row]) :] = streams[row]
+    return batch
 
 
 @contextmanager
@@ -300,11 +300,11 @@ def spliced(
 ) -> Iterator[Splice]:
     """Makes the edit in every forward pass of `bridge.original_model` inside the `with`.
 
-    Where the ground is the un-finetuned path, the model runs with its weights, and the delta is added.
-    With `above_first` the edit of the first patch is left to `Splice.start`, for passes that begin above its block.
+    If the ground is the un-finetuned path, the model runs with that path's weights, and the delta is added.
+    With `above_first`, the first patch's edit is left to `Splice.start`, for passes that begin above its block.
 
-    Raises ModelError where a transcoder does not fit the model, ValueError where the condition is unknown or lacks what
-    it needs.
+    Raises ModelError if a transcoder does not fit the model, ValueError if the condition is unknown or lacks what it
+    needs.
     """
     if edit.condition == "raw":
         yield Splice(bridge, (), CONDITIONS["no_delta"], record)

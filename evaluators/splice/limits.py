@@ -1,6 +1,6 @@
-"""Where a generation is cut if the model does not end it.
+"""Limits of a generation that the model does not end itself.
 
-In: nothing. Out: a plain value, for settings and workers alike; nothing heavy is imported.
+In: nothing. Out: a plain value, for settings and workers alike; no heavy imports.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Limits(NamedTuple):
-    """After so many tokens, or once the text holds one of these."""
+    """Stop after `max_new_tokens`, or once the text contains one of `texts`."""
 
     max_new_tokens: int
     texts: tuple[str, ...] = ()

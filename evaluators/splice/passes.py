@@ -1,8 +1,8 @@
 """Passes of the model: whole, up to a block, onwards from there, and the projection of chosen tokens.
 
-In: a TransformerBridge, rows of token ids, residual streams. Out: logits of chosen positions, and what the unedited
-model computes up to a block, which every condition and strength spliced in there shares. Nothing here knows
-an architecture: a pass from a layer on is the model's own, with the blocks below handing the residual stream through.
+In: a TransformerBridge, rows of token ids, residual streams. Out: logits at chosen positions, and what the unedited
+model computes up to a block, which is shared by every condition and strength spliced in there. Nothing here depends on
+the architecture: a pass from a layer on is the model's own, in which the blocks below pass the residual stream through.
 """
 
 from __future__ import annotations
@@ -25,45 +25,46 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 PROJECTED = 256
-"""Tokens projected to the vocabulary at once: fewer read the projection's weights too often, more fill memory."""
+"""Tokens projected to the vocabulary at once: fewer would read the projection's weights too often, more fill memory."""
 HELD_BYTES = 1 << 30
-"""Memory for the prefixes that are kept."""
+"""Memory for cached prefixes."""
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """The exact shortcuts of an evaluation; each spares work and changes no figure beyond rounding, no token at all."""
+    """The exact shortcuts of an evaluation. They save work; figures change only by rounding, and tokens not at all."""
 
     raw_once: bool = True
     """One raw pass serves every layer, condition and strength."""
     share_prefix: bool = True
-    """Rows of one prompt share what is below the first splice; else every row runs through the whole model."""
+    """Rows of one prompt share the computation below the first splice; else every row runs through the whole model."""
     capture_once: bool = True
     """One raw pass reads every layer; else each layer has its own."""
     target_logits: bool = True
-    """Only positions that are asked for are projected to the vocabulary."""
+    """Only the requested positions are projected to the vocabulary."""
     verify: bool = True
     """A teacher-forced pass over a guess proves greedy output; else every output is decoded from its prompt."""
     rows_for_strengths: bool = True
-    """Strengths of a condition are rows of the same batches; else each is a run of its own."""
+    """Strengths of a condition are rows of the same batches; else each is a separate run."""
     start_above: bool = True
-    """Rows that share what is below the first splice start above it where that is an MLP, whose edit of the residual
-    stream is a difference of two outputs; else its whole block runs for every strength, as it must for other kinds."""
+    """If the first splice is at an MLP, rows that share the computation below it start above its block, since the edit
+    of the residual stream is a difference of two outputs; else (and for other kinds) the whole block runs for every
+    strength."""
     stop_early: bool = True
     """Decoding a row ends with EOS or a closed call; else every row is decoded to the budget and cut afterwards."""
 
     @classmethod
     def none(cls) -> Shortcuts:
-        """Everything the plain way, to hold the shortcuts against."""
-        return cls(**{one.name: False for one in fields(cls)})
+        """No shortcuts: the plain way, for comparison."""
+        return cls(**{field.name: False for field in fields(cls)})
 
 
 ALL = Shortcuts()
 
 
 class Prefix(NamedTuple):
-    """What the unedited model computes of one row at a site: x (length, d_in), y (length, d_out), and the residual
+    """What the unedited model computes for one row at a site: x (length, d_in), y (length, d_out), and the residual
     stream that leaves the block (length, d_model), without padding."""
 
     x: Tensor
@@ -72,7 +73,7 @@ class Prefix(NamedTuple):
 
 
 class Prefixes:
-    """The prefixes of rows at some sites, computed when they are first asked for and kept as long as memory allows."""
+    """The prefixes of rows at some sites, computed on first use and cached as long as memory allows."""
 
     def __init__(
         self,
@@ -94,8 +95,8 @@ class Prefixes:
         return self._get(site, rows, lambda batch: read_prefixes(self.bridge, batch, wanted))
 
     def entering(self, layer: int, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        """The residual streams (length, d_model) that enter block `layer`, which is not the first, of rows of token
-        ids, in their order."""
+        """The residual streams (length, d_model) that enter block `layer`, which must not be the first, for rows of
+        token ids, in their order."""
         wanted = [layer, *(site.layer for site in self.sites if site.layer > layer)] if self.together else [layer]
         return self._get(layer, rows, lambda batch: read_entering(self.bridge, batch, dict.fromkeys(wanted)))
 
@@ -132,8 +133,7 @@ def _nbytes(held: Prefix | Tensor) -> int:
 
 @dataclass(frozen=True)
 class Passes:
-    """A model, and how passes of it are made: rows at once, shortcuts, and the prefixes that are kept from earlier
-    ones."""
+    """A model, and how its passes are run: rows at once, shortcuts, and cached prefixes."""
 
     bridge: TransformerBridge
     batch_size: int = 32
@@ -141,7 +141,7 @@ class Passes:
     prefixes: Prefixes | None = None
 
     def with_prefixes(self, site: Site) -> Prefixes:
-        """The prefixes at `site` that are kept, or new ones."""
+        """The cached prefixes, or new ones for `site`."""
         return self.prefixes or Prefixes(self.bridge, [site], batch_size=self.batch_size)
 
 
@@ -150,7 +150,7 @@ def forward(
 ) -> Tensor:
     """fp32 logits (batch, keep, vocabulary) at the last `keep` positions; nothing else is projected.
 
-    With a `cache`, `batch` is the chunk that it does not hold yet and `mask` covers cache and chunk.
+    With a `cache`, `batch` is the chunk that is not cached yet, and `mask` covers cache and chunk.
     """
     model: Any = bridge.original_model
     length = batch.ids.shape[1]
@@ -169,7 +169,7 @@ def forward(
 def read_prefixes(
     bridge: TransformerBridge, rows: Sequence[Sequence[int]], sites: Sequence[Site]
 ) -> dict[Site, list[Prefix]]:
-    """The prefixes of `rows` at each of `sites`, from one pass that ends after the last of them."""
+    """The prefixes of `rows` at each of `sites`, from one pass that ends after the last site."""
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
     hooks: list[Hook] = []
@@ -179,8 +179,8 @@ def read_prefixes(
             (f"blocks.{site.layer}.hook_out", _noting(held)),
         ]
     _last_output(bridge, batch, max(site.layer for site in sites), hooks)
-    return {  # copies: a slice would keep its whole batch in memory
-        site: [Prefix(*(one[i, -len(row) :].clone() for one in held)) for i, row in enumerate(rows)]
+    return {  # clones, since a slice would keep its whole batch in memory
+        site: [Prefix(*(column[i, -len(row) :].clone() for column in held)) for i, row in enumerate(rows)]
         for site, held in seen.items()
     }
 
@@ -188,7 +188,7 @@ def read_prefixes(
 def read_entering(
     bridge: TransformerBridge, rows: Sequence[Sequence[int]], layers: Iterable[int]
 ) -> dict[int, list[Tensor]]:
-    """The streams that enter each of `layers`, none of which is 0: what leaves the block below, which alone runs."""
+    """The streams that enter each of `layers` (not 0), which leave the block below; later blocks do not run."""
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
     seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     hooks: list[Hook] = [(f"blocks.{layer - 1}.hook_out", _noting(held)) for layer, held in seen.items()]
@@ -201,7 +201,7 @@ def _noting(held: list[Tensor]) -> Callable[[Tensor, object], None]:
 
 
 def run_up_to(bridge: TransformerBridge, batch: Batch, layer: int, hooks: Sequence[Hook]) -> None:
-    """A pass that ends with block `layer`, for what `hooks` see of it."""
+    """Runs a pass that ends with block `layer`, for its `hooks`."""
     _last_output(bridge, batch, layer, hooks)
 
 
@@ -215,8 +215,8 @@ def resume(
 ) -> Tensor:
     """The residual stream (batch, position, d_model) that leaves the last block.
 
-    With `residual`, the stream that leaves block `after`, only the blocks above it run. A `cache` is filled by those;
-    where it holds something already, `batch` is what follows and `mask` covers both.
+    With `residual`, the stream that leaves block `after`, only the blocks above it run, and fill the `cache`. If the
+    cache is not empty, `batch` is what follows it and `mask` covers both.
     """
     last = bridge.cfg.n_layers - 1
     if residual is None or after is None:
@@ -228,19 +228,19 @@ def resume(
 
 
 def first_tokens(cache: Any, batch: Batch, rows: Sequence[int], counts: Sequence[int]) -> tuple[Any, Tensor]:
-    """The part of `cache`, filled by a pass over `batch`, that is of the first `counts[i]` tokens of `rows[i]`: padded
-    on the left, with its mask (row, position)."""
-    from transformers import DynamicCache  # here: the command line imports this file, and that one takes seconds
+    """The first `counts[i]` tokens of `rows[i]` in a `cache` filled by a pass over `batch`: left-padded, with its mask
+    (row, position)."""
+    from transformers import DynamicCache  # here: the command line imports this file, and transformers takes seconds
 
-    chosen, kept = (torch.tensor(one, device=batch.ids.device).unsqueeze(1) for one in (rows, counts))
+    chosen, kept = (torch.tensor(listed, device=batch.ids.device).unsqueeze(1) for listed in (rows, counts))
     positions = torch.arange(max(counts), device=batch.ids.device) - (max(counts) - kept)
     bos = batch.mask.int().argmax(1)[chosen]
     columns = bos + positions.clamp(min=0)
     part = DynamicCache()
     for number, layer in enumerate(cache.layers):
         if layer.is_initialized:
-            keys, values = (one[chosen, :, columns].transpose(1, 2) for one in (layer.keys, layer.values))
-        else:  # below the first block that ran; the library takes a cache's length from its first layer
+            keys, values = (states[chosen, :, columns].transpose(1, 2) for states in (layer.keys, layer.values))
+        else:  # below the first block that ran; transformers takes a cache's length from its first layer
             keys = values = torch.zeros(len(rows), 1, max(counts), 1, device=batch.ids.device)
         part.update(keys, values, number)
     return part, positions >= 0
@@ -259,7 +259,7 @@ def project(bridge: TransformerBridge, residual: Tensor) -> Iterator[Tensor]:
 
 
 class _Reached(Exception):
-    """Ends a pass: nothing above this layer is needed."""
+    """Ends a pass early: nothing above this layer is needed."""
 
 
 def _last_output(
@@ -294,11 +294,11 @@ def _last_output(
 
 @contextmanager
 def _handed_through(bridge: TransformerBridge, after: int, residual: Tensor) -> Iterator[None]:
-    """Block `after` gives `residual`, and the blocks below it do nothing."""
+    """Inside the `with`, block `after` returns `residual`, and the blocks below it do nothing."""
     blocks: Any = bridge.blocks
     skipped = [blocks[layer] for layer in range(after + 1)]
     try:
-        # In the instance's own dictionary: assignment to a bridge's part would reach the module that it wraps.
+        # Set in the instance's __dict__: assigning an attribute of a bridge's part would reach the wrapped module.
         for block in skipped[:-1]:
             block.__dict__["forward"] = lambda hidden_states, *_, **__: hidden_states
         skipped[-1].__dict__["forward"] = lambda *_, **__: residual
@@ -311,8 +311,8 @@ def _handed_through(bridge: TransformerBridge, after: int, residual: Tensor) -> 
 def in_slices(items: Sequence[Item], size: int, run: Callable[[Sequence[Item]], None]) -> None:
     """Calls `run` on consecutive slices of at most `size` items.
 
-    Where memory runs out, the same items are tried again in halves, so `run` must be idempotent. Raises what `run`
-    raises where a single item does not fit, and every error that is not about memory.
+    If memory runs out, the same items are retried in halves, so `run` must be idempotent. Re-raises `run`'s error if a
+    single item does not fit, and every error that is not about memory.
     """
     start = 0
     while start < len(items):
@@ -326,7 +326,7 @@ def in_slices(items: Sequence[Item], size: int, run: Callable[[Sequence[Item]], 
         else:
             start += len(chosen)
             continue
-        # Outside the handler, where the failed slice's tensors are free again.
+        # Outside the handler, where the failed slice's tensors have been freed.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

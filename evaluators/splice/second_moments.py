@@ -1,6 +1,6 @@
 """Second moments of what a delta is trained on, and the linear maps and directions that follow from them.
 
-In: pairs of x and what is to be explained there, (tokens, d) each, in batches. Out: their `Moments`: one reading of the
+In: batches of pairs of x and what is to be explained there, (tokens, d) each. Out: their `Moments`; one pass over the
 pairs serves every rank, subset and control.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-6
-"""Of the mean squared input, added to each direction: the regression has a solution where inputs are degenerate."""
+"""Ridge in units of the mean squared input, so that the regression has a solution if inputs are degenerate."""
 
 
 class Moments(NamedTuple):
@@ -28,22 +28,22 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[Tensor, Tensor]]) -> Moments:
-        """Of batches of x (tokens, d_in) and y (tokens, d_out), on any device. Raises ValueError without any."""
-        found: Moments | None = None
+        """Moments of batches of x (tokens, d_in) and y (tokens, d_out), on any device. Raises ValueError for none."""
+        moments: Moments | None = None
         for x, y in pairs:
             x, y = x.double(), y.double()
             sums = ((x.T @ x).cpu(), (x.T @ y).cpu(), (y.T @ y).cpu(), y.sum(0).cpu(), torch.tensor(len(x)))
-            found = cls(*(sums if found is None else (one + other for one, other in zip(found, sums, strict=True))))
-        if found is None:
+            moments = cls(*(sums if moments is None else (old + new for old, new in zip(moments, sums, strict=True))))
+        if moments is None:
             raise ValueError("moments need at least one pair")
-        return found
+        return moments
 
 
 def reduced_rank_regression(moments: Moments, rank: int) -> tuple[Tensor, Tensor]:
     """`encoder` (d_in, rank) and `decoder` (rank, d_out), fp64 on the CPU, that minimise the squared norm of
     `x @ encoder @ decoder - y` over the pairs.
 
-    The least-squares map, projected on the leading directions of what it fits (Izenman 1975).
+    This is the least-squares map projected on the leading directions of its fitted values (Izenman 1975).
     """
     ridge = RIDGE * moments.inputs.diagonal().mean() * torch.eye(len(moments.inputs), dtype=torch.float64)
     least_squares = torch.linalg.solve(moments.inputs + ridge, moments.products)
@@ -53,7 +53,7 @@ def reduced_rank_regression(moments: Moments, rank: int) -> tuple[Tensor, Tensor
 
 
 def principal_directions(moments: Moments, count: int) -> tuple[Tensor, Tensor]:
-    """The mean (d_out,) of y and its `count` leading principal directions (at most d_out, d_out), orthonormal, the
+    """The mean (d_out,) of y and its `count` leading principal directions (min(count, d_out), d_out), orthonormal, the
     largest last, in fp64 on the CPU."""
     mean = moments.total / moments.tokens
     _, directions = torch.linalg.eigh(moments.outputs / moments.tokens - torch.outer(mean, mean))  # ascending

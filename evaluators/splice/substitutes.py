@@ -1,6 +1,6 @@
-"""What takes a delta's place in the controls: random, shuffled, dense, or the true change along a few directions.
+"""The deltas' substitutes in controls: random, shuffled, dense, or the true change along a few directions.
 
-In: a `Patch` with a delta, and the material that its substitute is made from. Out: a patch with another delta.
+In: a `Patch` with a delta, and the material that its substitute is made from. Out: a patch with the substitute.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sites import Site
 
 @dataclass(frozen=True)
 class TrueChange:
-    """In a delta's place: the change itself, y_finetuned(x) - y_un(x), computed by both paths, at BOS too."""
+    """Replaces a delta by the change itself, y_finetuned(x) - y_un(x), computed by both paths, also at BOS."""
 
     unfinetuned: BlockPath
     finetuned: BlockPath
@@ -48,11 +48,11 @@ class TrueChange:
 
 @dataclass(frozen=True)
 class PrincipalChange:
-    """In a delta's place: the part of the true change that lies along a few directions, the rows of `W_dec`.
+    """Replaces a delta by the part of the true change that lies along a few directions, the rows of `W_dec`.
 
-    Their coefficients are those of the change itself, computed by both paths, and not read off x by an encoder: what
-    is missing is missing for want of directions, not of features to find them. The row before the last is the change's
-    mean, always on; the last is what the change is at BOS.
+    The coefficients come from the change itself, computed by both paths, not from an encoder that reads x: any error is
+    due to too few directions, not to an encoder that misses them. The second-to-last row is the change's mean, always
+    on; the last is the change at BOS.
     """
 
     true: TrueChange
@@ -84,9 +84,8 @@ class PrincipalChange:
 
 
 class Material(NamedTuple):
-    """What substitutes are made from: `x` (tokens, d_in), what the site's transcoders read of the text in the raw
-    model, token by token; the moments of what the delta was trained on, x and residual or change; a seed; and, for the
-    one that needs it, the site's true change."""
+    """What substitutes are made from: `x` (tokens, d_in), the site's input on the text in the raw model; the moments of
+    the delta's training pairs (x, and residual or change); a seed; and, for `pca_delta`, the site's true change."""
 
     x: Tensor
     moments: Callable[[], Moments]
@@ -95,26 +94,26 @@ class Material(NamedTuple):
 
 
 def random_delta(patch: Patch, material: Material) -> Patch:
-    """The delta's features with random decoder directions; on the text its output has the same mean squared norm."""
+    """The delta's features with random decoder directions, scaled to the same mean squared output norm on the text."""
     delta = patch.transcoder
     generator = torch.Generator().manual_seed(material.seed)
     directions = torch.randn(delta.W_dec.shape, generator=generator).to(delta.W_dec)
     directions *= delta.W_dec.norm(dim=1, keepdim=True) / directions.norm(dim=1, keepdim=True)
     acts = delta.encode(material.x)
-    wanted, made = (acts @ delta.W_dec).norm(), (acts @ directions).norm()
-    return replace(patch, delta=replace(delta, W_dec=directions * (wanted / made if made > 0 else 1.0)))
+    original, drawn = (acts @ delta.W_dec).norm(), (acts @ directions).norm()
+    return replace(patch, delta=replace(delta, W_dec=directions * (original / drawn if drawn > 0 else 1.0)))
 
 
 def shuffled_delta(patch: Patch, material: Material) -> Patch:
-    """The delta's outputs on the text, each at the place of another token; a feature at BOS stays."""
+    """The delta's outputs on the text, shuffled over tokens; a BOS feature is kept."""
     outputs = patch.transcoder(material.x)
     order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(material.seed))
     return replace(patch, pool=outputs[order.to(outputs.device)])
 
 
 def dense_delta(patch: Patch, material: Material) -> Patch:
-    """The linear map of rank d_new that best fits what the delta was trained on (reduced-rank regression); a feature at
-    BOS stays."""
+    """The linear map of rank d_new that best fits the delta's training pairs (reduced-rank regression); a BOS feature
+    is kept."""
     delta = patch.transcoder
     encoder, decoder = reduced_rank_regression(material.moments(), delta.d_new)
     encoder, decoder = encoder.to(delta.W_enc), decoder.to(delta.W_dec)
@@ -126,8 +125,8 @@ def dense_delta(patch: Patch, material: Material) -> Patch:
 
 
 def pca_delta(patch: Patch, material: Material) -> Patch:
-    """The change along its d_new principal directions, and its mean (PCA of activation differences, as in
-    diffing-toolkit); a feature at BOS stays. Raises ValueError where the material has no true change."""
+    """The change along its d_new principal directions, plus its mean (PCA of activation differences, as in
+    diffing-toolkit); a BOS feature is kept. Raises ValueError if the material has no true change."""
     delta = patch.transcoder
     if material.change is None:
         raise ValueError(f"layer {patch.site.label}: principal directions are of a change, which is not known here")
@@ -143,4 +142,4 @@ SUBSTITUTES: dict[str, Callable[[Patch, Material], Patch]] = {
     "dense_delta": dense_delta,
     "pca_delta": pca_delta,
 }
-"""By condition, what makes the patch whose delta is something else."""
+"""By condition, the function that replaces a patch's delta."""

@@ -1,8 +1,8 @@
 """Teacher-forced scoring under an intervention, and the raw model's predictions that it is compared with.
 
-In: a model's passes, an edit, and encoded prompts and targets with one strength a row. Out: for each row its
-cross-entropy, its activation sums, and the model's choice at each token of its target; where the target is not the
-greedy output, also at each token of a guess that may be, from where it leaves the target.
+In: a model's passes, an edit, and encoded prompts and targets with one strength per row. Out: for each row its
+cross-entropy, its activation sums, and the argmax at each token of its target; if the target is not the greedy output,
+also the argmax at each token of a guess, from where the guess departs from the target.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 PREDICTED_BYTES = 1 << 30
-"""Memory for the probabilities that are kept."""
+"""Memory for cached probabilities."""
 
 
 class Predicted(NamedTuple):
@@ -40,11 +40,11 @@ class Predicted(NamedTuple):
 
 
 class Reference:
-    """Raw's predictions at the targets of the rows it was told of.
+    """Raw's predictions at the targets of rows.
 
-    A scoring pass of the raw model hands over what it computes (`keep`); for other rows `add` runs one, which must
-    happen while nothing is spliced and no weights are exchanged. Both put rows of similar length together, so either
-    gives the same bits.
+    A scoring pass of the raw model stores its results with `keep`; for other rows `add` runs a pass, which must happen
+    while nothing is spliced and no weights are exchanged. Both batch rows of similar length, so both give the same
+    bits.
     """
 
     def __init__(self, bridge: TransformerBridge, batch_size: int = 32) -> None:
@@ -64,12 +64,12 @@ class Reference:
             self.keep(chosen, resume(self.bridge, batch.to(device_of(self.bridge))))
 
     def keep(self, rows: Sequence[Encoded], streams: Tensor) -> None:
-        """Takes what leaves raw's last block (row, position, d_model) on rows padded on the left."""
+        """Stores the output of raw's last block (row, position, d_model) on left-padded rows."""
         for row, stream in zip(rows, streams, strict=True):
             self._streams[tuple(row.ids)] = stream[-len(row.target) - 1 : -1].clone()
 
     def divergence(self, rows: Sequence[Encoded]) -> Divergence:
-        """What takes the logits of the targets of `rows`, one row after the other."""
+        """An accumulator for the logits at the targets of `rows`, one row after the other."""
         return Divergence(self, rows)
 
     def predicted(self, row: Encoded) -> Predicted:
@@ -79,17 +79,17 @@ class Reference:
             return self._held[key]
         with finetuned_rest(self.bridge):
             log = torch.cat([logits.log_softmax(-1) for logits in project(self.bridge, self._streams[key])])
-        found = Predicted(log.exp(), (log.exp() * log).sum(-1))
-        self._held[key] = found
-        self._bytes += found.probabilities.nbytes
+        predicted = Predicted(log.exp(), (log.exp() * log).sum(-1))
+        self._held[key] = predicted
+        self._bytes += predicted.probabilities.nbytes
         while self._bytes > PREDICTED_BYTES and len(self._held) > 1:
             _, gone = self._held.popitem(last=False)
             self._bytes -= gone.probabilities.nbytes
-        return found
+        return predicted
 
 
 class Divergence:
-    """KL(raw || spliced) of rows, from chunks of logits as they are made."""
+    """KL(raw || spliced) of rows, accumulated from chunks of logits."""
 
     def __init__(self, reference: Reference, rows: Sequence[Encoded]) -> None:
         self._reference, self._rows = reference, rows
@@ -112,17 +112,17 @@ class Divergence:
                 self._row, self._at = self._row + 1, 0
 
     def of_row(self, place: int) -> float:
-        """Nats, summed over the row's targets; rounding does not take it below zero."""
+        """KL in nats, summed over the row's targets; clamped at zero against rounding."""
         return max(0.0, self._sums[place])
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row to evaluate: a prompt, its target, the strength of the delta, the number of its first token after BOS in
-    the whole text, and the delta features that are on.
+    """One row to evaluate: a prompt and its target, the delta's strength, the number (`first`) of its first token after
+    BOS in the text of all rows, and the delta features that are on.
 
-    `guess` is what the output may be where it is not the target, such as raw's (empty: no idea); scoring tests it.
-    `hints` is a text that may hold pieces of the output; decoding looks up there what may follow.
+    `guess` is a possible output, such as raw's, in case it is not the target (empty: unknown); scoring tests it.
+    `hints` is a text that may contain pieces of the output, in which decoding looks up drafts.
     """
 
     encoded: Encoded
@@ -138,9 +138,9 @@ class Scored(NamedTuple):
 
     nll: nats, summed over target tokens and EOS. base_acts, delta_acts: sums of |activation| over the `n_act_tokens`
     tokens of prompt and target after BOS. argmax: the model's choice at each target token. text_nll: nats, summed over
-    those same tokens, where they were asked for. kl: KL(raw || spliced) in nats, summed over target tokens and EOS,
-    where there is a reference. guessed: the model's choice at each token of the row's guess, where
-    the target is not its output and the guess may be.
+    the `n_act_tokens` tokens, if requested. kl: KL(raw || spliced) in nats, summed over target tokens and EOS, if there
+    is a reference. guessed: the model's choice at each token of the row's guess, if the target is not the output and
+    the guess may be.
     """
 
     nll: float
@@ -165,8 +165,8 @@ def score(
 ) -> list[Scored]:
     """Teacher-forced pass over every row, in batches of rows of similar length, in the order of `jobs`.
 
-    With `whole_text`, `text_nll` too. With a `reference` that knows the rows, `kl`; but raw itself is what others are
-    held against, and its pass fills the reference. Prefixes that hold the first patch's site spare its computation.
+    `whole_text` adds `text_nll`. A `reference` that knows the rows adds `kl`; the pass of raw itself fills the
+    reference instead. Prefixes that include the first patch's site save its computation.
     """
     if passes.shortcuts.share_prefix and edit.condition != "raw":
         first = min(edit.patches, key=attrgetter("site"))
@@ -233,27 +233,28 @@ def _score_batch(
         for place, row in enumerate(rows)
     ]
     if cache is not None:
-        found = _follow_guesses(passes, splice, jobs, scored, batch, cache)
-        scored = [one._replace(guessed=found.get(place, [])) for place, one in enumerate(scored)]
+        guessed = _follow_guesses(passes, splice, jobs, scored, batch, cache)
+        scored = [row._replace(guessed=guessed.get(place, [])) for place, row in enumerate(scored)]
     return scored
 
 
 def _follow_guesses(
     passes: Passes, splice: Splice, jobs: Sequence[Job], scored: Sequence[Scored], batch: Batch, cache: Any
 ) -> dict[int, list[int]]:
-    """By place in the batch, the model's choice at each token of the guesses that open with what the target proves.
+    """By place in the batch, the model's choice at each token of the guess, if the guess begins with the tokens that
+    the target proves.
 
-    `cache` holds what the pass over prompts and targets, `batch`, has attended to: a guess goes on from where it leaves
-    the target.
+    `cache` was filled by the pass over prompts and targets, `batch`; a guess continues from where it departs from the
+    target.
     """
     bridge = passes.bridge
-    openings = [agreed(job.encoded.target, one.argmax) for job, one in zip(jobs, scored, strict=True)]
+    openings = [agreed(job.encoded.target, row.argmax) for job, row in zip(jobs, scored, strict=True)]
     places = [place for place, job in enumerate(jobs) if _opens(openings[place], job.guess)]
     if not places:
         return {}
     chosen = [jobs[place] for place in places]
     rows = [Encoded(job.encoded.prompt, list(job.guess)) for job in chosen]
-    # The last token that is proven differs from the target's: from there on nothing was computed yet.
+    # The last proven token differs from the target's, so nothing after it has been computed yet.
     shared = [len(openings[place]) - 1 for place in places]
     tails = [row.target[count:] for row, count in zip(rows, shared, strict=True)]
     kept = [len(row.prompt) + count for row, count in zip(rows, shared, strict=True)]
@@ -272,18 +273,18 @@ def _follow_guesses(
     lines = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
     columns = torch.cat([torch.arange(count) for count in counts])
     logits = _logits(passes, residual, lines, columns)
-    argmax = torch.cat([one.argmax(-1) for one in logits]).cpu().split(counts)
+    argmax = torch.cat([chunk_logits.argmax(-1) for chunk_logits in logits]).cpu().split(counts)
     return {
-        place: [*row.target[: count + 1], *found.tolist()]
-        for place, row, count, found in zip(places, rows, shared, argmax, strict=True)
+        place: [*row.target[: count + 1], *choices.tolist()]
+        for place, row, count, choices in zip(places, rows, shared, argmax, strict=True)
     }
 
 
 def _start(
     splice: Splice, passes: Passes, rows: Sequence[Encoded], length: int
 ) -> tuple[int, Tensor] | tuple[None, None]:
-    """The block that the rows have run through, and what leaves it, (row, length, d_model), where prefixes are shared:
-    the block below the first patch's, or with `start_above` that block itself."""
+    """If prefixes are shared, the last block that is already computed, and its output (row, length, d_model): the block
+    below the first patch's, or with `start_above` the first patch's own."""
     if passes.prefixes is None:
         return None, None
     first = splice.patches[0]
@@ -297,7 +298,7 @@ def _start(
 
 
 def _logits(passes: Passes, residual: Tensor, lines: Tensor, columns: Tensor) -> Iterable[Tensor]:
-    """The logits of some positions of what leaves the last block, (row, position, d_model), in chunks."""
+    """The logits at some positions of the last block's output (row, position, d_model), in chunks."""
     if passes.shortcuts.target_logits:
         return project(passes.bridge, residual[lines, columns])
     every = torch.cat(list(project(passes.bridge, residual.flatten(0, 1)))).view(*residual.shape[:2], -1)
@@ -305,7 +306,7 @@ def _logits(passes: Passes, residual: Tensor, lines: Tensor, columns: Tensor) ->
 
 
 def agreed(guess: Sequence[int], argmax: Sequence[int]) -> list[int]:
-    """The guess as far as each token is the argmax, and the argmax that replaces the first one that is not."""
+    """The guess up to its first token that is not the argmax, then the argmax there."""
     agreed = 0
     while agreed < len(guess) and guess[agreed] == argmax[agreed]:
         agreed += 1
@@ -313,7 +314,7 @@ def agreed(guess: Sequence[int], argmax: Sequence[int]) -> list[int]:
 
 
 def _opens(proven: Sequence[int], guess: Sequence[int]) -> bool:
-    """Whether a guess begins with what is proven and goes on."""
+    """Whether a guess begins with the proven tokens and continues."""
     return len(guess) > len(proven) and list(guess[: len(proven)]) == list(proven)
 
 

@@ -1,7 +1,7 @@
 """Sweeps side by side: their headline figures, the settings that differ, and means over seeds.
 
-In: the settings of finished sweeps and the tables of their reports, or the figures that a tracker has of them. Out: one
-table of figures, one of settings, and one pooled over the sweeps that differ in the seed alone.
+In: the settings of finished sweeps and their report tables, or their figures in a tracker. Out: one table of figures,
+one of settings, and one pooled over the sweeps that differ only in the seed.
 """
 
 import json
@@ -16,7 +16,7 @@ from evaluators.tables.pooling import RATE, rates_in
 from evaluators.tables.recovery import ENOUGH, features_needed, widest_set
 
 HERE_ONLY = ("name", "storage.", "compute.")
-"""Settings that say where and how fast a sweep ran; they are not compared."""
+"""Settings that say only where and how fast a sweep ran; they are not compared."""
 NOT_HERE_ONLY = ("compute.precision",)
 FIGURE_COLUMNS = ["sweep", "subset", "figure", "value", "low", "high"]
 POOLED_COLUMNS = ["sweeps", "subset", "figure", "mean", "sd", "low", "high", "n"]
@@ -31,8 +31,7 @@ STRENGTHS = {"no_delta": "alpha 0", "full": "alpha 1", "raw": "finetuned"}
 
 
 class ReportTables(NamedTuple):
-    """The tables that a sweep's report wrote, by their names in `evaluators.tables`; a curve and a dose-response may be
-    missing."""
+    """The tables of a sweep's report, by their names in `evaluators.tables`; curve and dose-response may be missing."""
 
     gaps: pd.DataFrame
     recovered: pd.DataFrame
@@ -43,10 +42,10 @@ class ReportTables(NamedTuple):
 
 @dataclass(frozen=True)
 class ComparedSweep:
-    """What is compared of a sweep: settings by dotted key, `figures` as in `FIGURE_COLUMNS`, and its knob.
+    """The parts of a sweep that are compared: settings by dotted key, `figures` as in `FIGURE_COLUMNS`, and its knob.
 
-    `layers` is the largest set of layers, of which all figures are; `rate` the first behaviour's column. `dose` has a
-    row for each (subset, alpha), `finetuned` one for each subset; both are empty where they could not be had.
+    All figures are for `layers`, the largest set of layers; `rate` is the first behaviour's column. `dose` has a row
+    for each (subset, alpha), `finetuned` one for each subset; both are empty if unavailable.
     """
 
     name: str
@@ -64,7 +63,7 @@ class ComparedSweep:
 
 
 def from_tables(name: str, settings: Mapping[str, Any], tables: ReportTables, where: str = "") -> ComparedSweep:
-    """A sweep as its report shows it; raises ValueError where it has no change deltas."""
+    """A sweep from its report's tables; raises ValueError if it has no change deltas."""
     gaps = tables.gaps[tables.gaps["target"] == "change"]
     if gaps.empty:
         raise ValueError("has no change deltas")
@@ -73,7 +72,7 @@ def from_tables(name: str, settings: Mapping[str, Any], tables: ReportTables, wh
     recovered = tables.recovered[(tables.recovered["target"] == "change") & (tables.recovered["layer"] == layers)]
     spliced = (tables.conditions["target"] == "change") & (tables.conditions["layer"] == layers)
     conditions = tables.conditions[spliced | (tables.conditions["condition"] == "raw")]
-    rate = next((one for one in rates_in(conditions) if conditions[one].notna().any()), None)
+    rate = next((name for name in rates_in(conditions) if conditions[name].notna().any()), None)
     rows = []
     for subset in gaps["subset"].unique():
         here, shares, rates = (table[table["subset"] == subset] for table in (gaps, recovered, conditions))
@@ -91,20 +90,20 @@ def from_tables(name: str, settings: Mapping[str, Any], tables: ReportTables, wh
 def _figures(
     gaps: pd.DataFrame, recovered: pd.DataFrame, conditions: pd.DataFrame, rate: str | None
 ) -> list[dict[str, Any]]:
-    """The figures of one subset: the gap, what comes back of it, and the first behaviour's rate."""
-    found = []
+    """The figures of one subset: the gap, how much of it is recovered, and the first behaviour's rate."""
+    figures = []
     ce = gaps[gaps["metric"] == "mean_ce"]
     if len(ce):
-        found += [_figure(ce, "gap", GAP), _figure(ce, "share", SHARE)]
+        figures += [_figure(ce, "gap", GAP), _figure(ce, "share", SHARE)]
     for (condition, metric), name in RECOVERED.items():
         rows = recovered[(recovered["condition"] == condition) & (recovered["metric"] == metric)]
         if len(rows):
-            found.append(_figure(rows, "recovered", name))
+            figures.append(_figure(rows, "recovered", name))
     for condition, strength in STRENGTHS.items() if rate is not None else ():
         rows = conditions[conditions["condition"] == condition].dropna(subset=[rate])
         if len(rows):
-            found.append(_figure(rows, str(rate), rate_name(rate, strength)))
-    return found
+            figures.append(_figure(rows, str(rate), rate_name(rate, strength)))
+    return figures
 
 
 def rate_name(rate: str | None, strength: str) -> str:
@@ -120,14 +119,14 @@ def _figure(rows: pd.DataFrame, column: str, name: str) -> dict[str, Any]:
 def from_metrics(
     name: str, settings: Mapping[str, Any], metrics: Mapping[str, float], where: str = ""
 ) -> ComparedSweep:
-    """A sweep as `recovery.headlines` named its figures for a tracker; raises ValueError where it has none.
+    """A sweep from its figures in a tracker, named by `recovery.headlines`; raises ValueError if there are none.
 
-    A tracker has no intervals of the gap, no rates by strength and no knob, and knows a subset by its slug.
+    A tracker has no intervals of the gap, no rates by strength and no knob, and names a subset by its slug.
     """
     prefix = "gap_ce_"
-    subsets = [one.removeprefix(prefix) for one in metrics if one.startswith(prefix)]
-    # An interval's end is not a subset.
-    subsets = [one for one in subsets if not _is_end(f"{prefix}{one}", metrics)]
+    subsets = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
+    # The end of an interval (_low, _high) is not a subset.
+    subsets = [subset for subset in subsets if not _is_end(f"{prefix}{subset}", metrics)]
     if not subsets:
         raise ValueError("has no change deltas")
     known = {"gap_ce": GAP, "mlp_share_ce": SHARE, "features_for_90_percent": FEATURES}
@@ -154,51 +153,51 @@ def _table(name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key. What is null is left out: it is not set, as in a tracker, which keeps no nulls."""
-    found: dict[str, Any] = {}
+    """Nested settings by dotted key. Nulls count as unset and are left out, since a tracker does not store them."""
+    by_key: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
+            by_key |= flat(value, f"{prefix}{key}.")
         elif value is not None:
-            found[f"{prefix}{key}"] = value
-    return found
+            by_key[f"{prefix}{key}"] = value
+    return by_key
 
 
 def _compared(key: str) -> bool:
     return key in NOT_HERE_ONLY or not any(
-        key.startswith(one) if one.endswith(".") else key == one for one in HERE_ONLY
+        key.startswith(name) if name.endswith(".") else key == name for name in HERE_ONLY
     )
 
 
 def settings_that_differ(sweeps: Sequence[ComparedSweep]) -> dict[str, list[Any]]:
-    """Each setting of which not all sweeps have the same value, and its value in each; None where it is not set."""
+    """The settings that are not equal in all sweeps, with their value in each; None if unset."""
     keys = dict.fromkeys(key for sweep in sweeps for key in sweep.settings if _compared(key))
     values = {key: [sweep.settings.get(key) for sweep in sweeps] for key in keys}
-    return {key: given for key, given in values.items() if len({_spelt(one) for one in given}) > 1}
+    return {key: listed for key, listed in values.items() if len({_normalised(value) for value in listed}) > 1}
 
 
-def _spelt(value: Any) -> str:
-    """1 and 1.0 are one setting."""
+def _normalised(value: Any) -> str:
+    """A value as text, the same for 1 and 1.0."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     return json.dumps(value, sort_keys=True, default=str)
 
 
 def seed_groups(sweeps: Iterable[ComparedSweep]) -> list[list[ComparedSweep]]:
-    """The sweeps that differ in the seed alone, two or more together; of several with one seed only the first."""
-    found: dict[str, dict[Any, ComparedSweep]] = {}
+    """Groups of two or more sweeps that differ only in the seed, with the first sweep of each seed."""
+    groups: dict[str, dict[Any, ComparedSweep]] = {}
     for sweep in sweeps:
-        others = {key: _spelt(value) for key, value in sweep.settings.items() if _compared(key) and key != "seed"}
-        found.setdefault(json.dumps(others, sort_keys=True), {}).setdefault(sweep.seed, sweep)
-    return [list(group.values()) for group in found.values() if len(group) > 1]
+        others = {key: _normalised(value) for key, value in sweep.settings.items() if _compared(key) and key != "seed"}
+        groups.setdefault(json.dumps(others, sort_keys=True), {}).setdefault(sweep.seed, sweep)
+    return [list(group.values()) for group in groups.values() if len(group) > 1]
 
 
 def repeated(sweeps: Sequence[ComparedSweep]) -> list[tuple[str, str]]:
-    """Pairs of sweeps that share every setting, the seed too: one run, made twice."""
+    """Pairs of sweeps with equal settings, including the seed: the same run, made twice."""
     first: dict[str, str] = {}
     pairs = []
     for sweep in sweeps:
-        settings = {key: _spelt(value) for key, value in sweep.settings.items() if _compared(key)}
+        settings = {key: _normalised(value) for key, value in sweep.settings.items() if _compared(key)}
         name = first.setdefault(json.dumps(settings, sort_keys=True), sweep.name)
         if name != sweep.name:
             pairs.append((name, sweep.name))
@@ -206,17 +205,17 @@ def repeated(sweeps: Sequence[ComparedSweep]) -> list[tuple[str, str]]:
 
 
 def unit_of(group: Sequence[ComparedSweep]) -> str:
-    """What the sweeps of a group are samples of: one that adopts a finetuned model trains no adapter."""
+    """What the sweeps of a group sample: adapters, or only seeds if they use a given finetuned model."""
     return "seeds" if group[0].settings.get("model.finetuned") else "adapters"
 
 
 def figures_of(sweeps: Sequence[ComparedSweep]) -> pd.DataFrame:
-    """Every sweep's headline figures, one below the other."""
+    """The headline figures of all sweeps in one table."""
     return pd.concat([sweep.figures for sweep in sweeps], ignore_index=True)
 
 
 def pooled(group: Sequence[ComparedSweep]) -> pd.DataFrame:
-    """Mean, standard deviation (n - 1) and range of each figure over the sweeps of a group, and how many have it."""
+    """Mean, standard deviation (n - 1) and range of each figure over a group's sweeps, and how many sweeps have it."""
     rows = []
     for (subset, figure), of_figure in figures_of(group).groupby(["subset", "figure"], sort=False):
         values = of_figure["value"].dropna()

@@ -17,7 +17,7 @@ from sites import label_of_keys, label_order
 Cell = dict[str, Any]
 
 RATE = "_rate"
-"""What the name of a behaviour ends in as the name of a column."""
+"""Suffix of a behaviour's name in column names."""
 MEANS = {  # table column -> (per-prompt sum, per-prompt token count)
     "mean_ce": ("nll", "n_tokens"),
     "kl": ("kl", "n_tokens"),
@@ -25,11 +25,11 @@ MEANS = {  # table column -> (per-prompt sum, per-prompt token count)
     "mean_abs_delta_acts": ("sum_abs_delta_acts", "n_act_tokens"),
 }
 TARGETS = ("", "change", "residual")
-"""Of the deltas in a cell, in the order in which tables show them; none with nothing spliced."""
+"""Targets of the deltas in a cell, in the order of the tables; empty if nothing is spliced."""
 
 
 class CellKey(NamedTuple):
-    """What distinguishes a table row; cells with equal keys and other seeds are replicas of it."""
+    """Identifies a table row; cells with the same key and different seeds are its replicas."""
 
     target: str
     layer: str
@@ -60,13 +60,13 @@ class PromptSums(NamedTuple):
 
 
 def rates_of(cells: Iterable[Cell]) -> tuple[str, ...]:
-    """The rates of behaviour cells, as columns are called, in the order in which the settings name the behaviours."""
+    """The column names of the rates in behaviour cells, in the order of the settings."""
     names = (name for cell in of_kind(cells, "behaviour") for name in cell.get("behaviours", ()))
     return tuple(f"{name}{RATE}" for name in dict.fromkeys(names))
 
 
 def rates_in(table: pd.DataFrame) -> list[str]:
-    """The rates that a table of behaviour has columns for."""
+    """The rate columns of a table of behaviour."""
     return [name for name in table.columns if name.endswith(RATE) and not name.startswith("delta_")]
 
 
@@ -77,10 +77,10 @@ def condition_order(condition: str) -> tuple[int, str]:
 
 
 def pool(cells: Iterable[Cell]) -> dict[CellKey, PromptSums]:
-    """Behaviour cells as per-prompt sums by key, in table order; cells of one seed are averaged. Subsets are in the
-    order in which the cells come, which is that of the rows' labels.
+    """Behaviour cells as per-prompt sums by key, in table order; cells of one seed are averaged. Subsets keep the order
+    of the cells, which is that of the rows' labels.
 
-    Raises ValueError when cells of a key hold different prompts.
+    Raises ValueError if cells with the same key hold different prompts.
     """
     cells = of_kind(cells, "behaviour")
     metrics = (*MEANS, *rates_of(cells))
@@ -89,13 +89,13 @@ def pool(cells: Iterable[Cell]) -> dict[CellKey, PromptSums]:
         gathered.setdefault(_key(cell), {}).setdefault(cell["seed"], []).append(_prompt_sums(cell["rows"], metrics))
     subsets = list(dict.fromkeys(cell["subset"] for cell in cells))
     pooled = {}
-    for key in sorted(gathered, key=lambda one: table_order(one, subsets)):
+    for key in sorted(gathered, key=lambda key: table_order(key, subsets)):
         seeds = [gathered[key][seed] for seed in sorted(gathered[key])]
         prompts = seeds[0][0].prompts
-        if any(not np.array_equal(one.prompts, prompts) for same in seeds for one in same):
+        if any(not np.array_equal(sums.prompts, prompts) for of_seed in seeds for sums in of_seed):
             raise ValueError(f"replicas of the cell {key} hold different prompts; evaluate it again with --fresh")
-        tops = np.concatenate([np.mean([one.tops for one in same], axis=0) for same in seeds])
-        bottoms = np.concatenate([np.mean([one.bottoms for one in same], axis=0) for same in seeds])
+        tops = np.concatenate([np.mean([sums.tops for sums in of_seed], axis=0) for of_seed in seeds])
+        bottoms = np.concatenate([np.mean([sums.bottoms for sums in of_seed], axis=0) for of_seed in seeds])
         pooled[key] = PromptSums(metrics, prompts, tops, bottoms)
     return pooled
 
@@ -107,7 +107,7 @@ def of_kind(cells: Iterable[Cell], kind: str) -> list[Cell]:
 
 def _key(cell: Cell) -> CellKey:
     condition, alpha, d_new = cell["condition"], cell["alpha"], cell["d_new"]
-    if condition == "no_delta":  # the delta plays no part: one row whatever d_new the cell was filed under
+    if condition == "no_delta":  # the delta is not used: one row, whatever the cell's d_new
         alpha, d_new = 0.0, None
     elif condition == "full":
         alpha = 1.0
@@ -148,9 +148,9 @@ def _prompt_sums(rows: list[dict[str, Any]], metrics: tuple[str, ...]) -> Prompt
             if row.get(top) is not None:
                 tops[line, column], bottoms[line, column] = row[top], row[bottom]
         for column, metric in enumerate(metrics[len(MEANS) :], start=len(MEANS)):
-            said = row.get("behaviours", {}).get(metric.removesuffix(RATE))  # None: undefined for that prompt
-            if said is not None:
-                tops[line, column], bottoms[line, column] = float(said), 1.0
+            outcome = row.get("behaviours", {}).get(metric.removesuffix(RATE))  # None: undefined for that prompt
+            if outcome is not None:
+                tops[line, column], bottoms[line, column] = float(outcome), 1.0
     prompts = np.array([row["index"] for row in rows], dtype=np.int64)
     return PromptSums(metrics, prompts, tops[None], bottoms[None])
 
@@ -159,5 +159,5 @@ def means_of(cell: Cell) -> dict[str, float]:
     """The metrics of one behaviour cell by their table names, undefined ones left out."""
     sums = _prompt_sums(cell["rows"], (*MEANS, *rates_of([cell])))
     tops, bottoms = sums.tops.sum((0, 1)), sums.bottoms.sum((0, 1))
-    found = {name: top / bottom for name, top, bottom in zip(sums.metrics, tops, bottoms, strict=True) if bottom}
-    return {**found, "n_examples": float(len(sums.prompts)), "n_tokens": float(bottoms[0])}
+    means = {name: top / bottom for name, top, bottom in zip(sums.metrics, tops, bottoms, strict=True) if bottom}
+    return {**means, "n_examples": float(len(sums.prompts)), "n_tokens": float(bottoms[0])}

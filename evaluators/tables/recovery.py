@@ -1,8 +1,8 @@
-"""The ceiling first, then what of it comes back: gaps between the ground and the finetuned model, and recovered shares.
+"""Gaps between the ground and the finetuned model (the ceiling), and the shares of them that are recovered.
 
-In: finished cells. Out: a table of the parts' shares of the ceiling, one of gaps, one of recovered shares, one of the
-few-features curve, and one of what deltas leave of each MLP's change. Where the interval of a gap holds zero there is
-nothing to recover, and no share is given.
+In: finished cells. Out: tables of the parts' shares of the whole effect, of gaps, of recovered shares, of the
+few-features curve, and of the part of each site's change that deltas leave unexplained. If the interval of a gap
+contains zero, there is nothing to recover, and no share is given.
 """
 
 import math
@@ -22,7 +22,7 @@ from sites import label_of_keys, parse_sites
 ENOUGH = 0.9
 """The share of the CE gap that the headline's number of features recovers."""
 EVERY_LAYER = "all"
-"""What cells and tables of parts call all layers, where a part is measured in all of them."""
+"""The name of the set of all layers in cells and tables of parts."""
 PLACE = ("target", "layer", "percentile", "d_new", "subset")
 GAP_COLUMNS = [
     *("target", "layer", "subset", "metric", "raw", "ground"),
@@ -38,25 +38,24 @@ CHANGE_COLUMNS = ["layer", "d_new", "subset", "part", "unexplained", "unexplaine
 
 
 def parts_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
-    """The shares of the whole effect in CE, un-finetuned against finetuned, that lie in each part of the model: one row
-    for each (subset, part or third of the layers, way).
+    """Each part's share of the whole effect of finetuning on CE, one row per (subset, part or third of layers, way).
 
-    Where the part alone is un-finetuned, the share that is lost; where it alone is finetuned, the share that it brings.
-    `share` is NaN where the whole effect's interval holds zero.
+    If only the part is un-finetuned, it is the share that is lost; if only the part is finetuned, the share that it
+    brings. `share` is NaN if the whole effect's interval contains zero.
     """
     rows = []
     for cell in of_kind(cells, "parts"):
         before, after = (_nll(cell[model]) for model in ("unfinetuned", "finetuned"))
         is_effect = _excludes_zero(paired_bootstrap(*before, *after, seed=seed))
-        for one in cell["parts"]:
-            here = _nll(one["rows"])
-            start, end = (after, before) if one["way"] == "unfinetuned" else (before, after)
-            found = Estimate(math.nan, math.nan, math.nan)
+        for part in cell["parts"]:
+            here = _nll(part["rows"])
+            start, end = (after, before) if part["way"] == "unfinetuned" else (before, after)
+            share = Estimate(math.nan, math.nan, math.nan)
             if is_effect:
-                found = recovered_share(start, here, end, seed=seed)
-            row = {name: one[name] for name in ("part", "layers", "way")} | {"subset": cell["subset"]}
-            row |= {"mean_ce": here[0].sum() / here[1].sum()} | _columns("share", found)
-            rows.append(row | {"n_examples": len(one["rows"])})
+                share = recovered_share(start, here, end, seed=seed)
+            row = {name: part[name] for name in ("part", "layers", "way")} | {"subset": cell["subset"]}
+            row |= {"mean_ce": here[0].sum() / here[1].sum()} | _columns("share", share)
+            rows.append(row | {"n_examples": len(part["rows"])})
     return pd.DataFrame(rows, columns=PARTS_COLUMNS)
 
 
@@ -69,9 +68,8 @@ def _nll(rows: Sequence[dict[str, Any]]) -> tuple[NDArray[np.float64], NDArray[n
 def gap_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
     """Ground minus raw of each metric: one row for each (target, set of layers, subset, metric).
 
-    `unfinetuned` is the same metric of the model before finetuning, and `share` what of the whole effect, un-finetuned
-    against raw, the swap of the MLPs reaches; for the target `change`, where the whole effect's interval leaves out
-    zero.
+    For the target `change`, `unfinetuned` is the metric of the model before finetuning, and `share` the gap's share of
+    the whole effect (un-finetuned minus raw), given if that effect's interval excludes zero.
     """
     pooled = pool(cells)
     rows = []
@@ -91,7 +89,7 @@ def gap_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
             if before is not None and metric != "kl":
                 row["unfinetuned"] = _value(before, metric)
                 if _excludes_zero(_difference(before, raw, metric, seed)):
-                    # 1 - what is left of the whole effect where the MLPs' part is taken out of it.
+                    # 1 - the share of the whole effect that remains when the sites are un-finetuned.
                     left = _recovered(before, ground, raw, metric, seed)
                     row |= _columns("share", Estimate(1 - left.value, 1 - left.high, 1 - left.low))
             rows.append(row | {"n_examples": len(ground.prompts)})
@@ -99,9 +97,9 @@ def gap_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
 
 
 def recovered_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
-    """Of each gap the share that a condition recovers: (ground - condition) / (ground - raw), over the same prompts.
+    """The share of each gap that a condition recovers: (ground - condition) / (ground - raw), over the same prompts.
 
-    One row for each condition and strength but the ground's own. `recovered` is NaN where the gap's interval holds
+    One row for each condition and strength except the ground itself. `recovered` is NaN if the gap's interval contains
     zero.
     """
     pooled = pool(cells)
@@ -116,23 +114,23 @@ def recovered_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
             value = _value(sums, metric)
             if math.isnan(gap.value) or math.isnan(value):
                 continue
-            found = Estimate(math.nan, math.nan, math.nan)
+            share = Estimate(math.nan, math.nan, math.nan)
             if _excludes_zero(gap):
-                found = _recovered(ground, sums, raw, metric, seed)
+                share = _recovered(ground, sums, raw, metric, seed)
             row: dict[str, Any] = {name: getattr(key, name) for name in PLACE}
             row |= {"metric": metric, "condition": key.condition, "alpha": key.alpha, "value": value}
-            rows.append(row | _columns("gap", gap) | _columns("recovered", found) | {"n_examples": len(sums.prompts)})
+            rows.append(row | _columns("gap", gap) | _columns("recovered", share) | {"n_examples": len(sums.prompts)})
     return pd.DataFrame(rows, columns=RECOVERED_COLUMNS)
 
 
 def widths_table(cells: Sequence[Cell], *, seed: int = 0) -> pd.DataFrame:
-    """What the change deltas of each width recover in all layers at once at alpha 1, and controls of the same rank; the
-    columns of `recovered_table`. Empty where one width alone was measured."""
+    """What change deltas of each width, and controls of the same rank, recover in all layers at once at alpha 1;
+    columns as in `recovered_table`. Empty if only one width was measured."""
     widths = of_kind(cells, "width")
     labels = {label_of_keys(cell["layers"]) for cell in widths}
     every = [cell | {"kind": "behaviour"} for cell in [*of_kind(cells, "behaviour"), *widths]]
     table = recovered_table(every, seed=seed) if widths else pd.DataFrame(columns=RECOVERED_COLUMNS)
-    conditions = [name for name, one in CONDITIONS.items() if one.ranked or name == "full"]
+    conditions = [name for name, condition in CONDITIONS.items() if condition.ranked or name == "full"]
     here = table["layer"].isin(labels) & (table["target"] == "change") & table["condition"].isin(conditions)
     return table[here].reset_index(drop=True)
 
@@ -147,26 +145,26 @@ def curve_table(cells: Sequence[Cell], *, seed: int = 0) -> pd.DataFrame:
         reference = np.array([row["nll"] for row in raw[cell["subset"]]])
         gap = paired_bootstrap(nll[0], tokens, reference, tokens, seed=seed)
         for entry in cell["counts"]:
-            found = Estimate(math.nan, math.nan, math.nan)
+            share = Estimate(math.nan, math.nan, math.nan)
             if _excludes_zero(gap):
                 pairs = [(nll[0], tokens), (nll[entry["k"]], tokens), (reference, tokens)]
-                found = recovered_share(*pairs, seed=seed)
+                share = recovered_share(*pairs, seed=seed)
             row = {"layer": label_of_keys(cell["layers"]), "d_new": cell["d_new"], "subset": cell["subset"]}
             row |= {"k": entry["k"], "mean_ce": nll[entry["k"]].sum() / tokens.sum()}
-            row |= {"kl": sum(one["kl"] for one in entry["rows"]) / tokens.sum()} | _columns("recovered", found)
+            row |= {"kl": sum(prompt["kl"] for prompt in entry["rows"]) / tokens.sum()} | _columns("recovered", share)
             rows.append(row)
     return pd.DataFrame(rows, columns=CURVE_COLUMNS)
 
 
 def features_needed(curve: pd.DataFrame, subset: str) -> int | None:
-    """The smallest k that recovers `ENOUGH` of the CE gap; None where none does or there is no gap."""
+    """The smallest k that recovers `ENOUGH` of the CE gap; None if none does, or there is no gap."""
     enough = curve[(curve["subset"] == subset) & (curve["recovered"] >= ENOUGH)]
     return None if enough.empty else int(enough["k"].min())
 
 
 def change_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
-    """What a layer's delta leaves of the change, |c - delta(x)|^2 over |c|^2, by subset and by tokens of prompts and of
-    targets, with intervals over prompts."""
+    """The unexplained share of a layer's change, |c - delta(x)|^2 / |c|^2, by subset and separately for tokens of
+    prompts and of targets, with intervals over prompts."""
     rows = []
     for cell in of_kind(cells, "change"):
         for layer in cell["layers"]:
@@ -182,13 +180,14 @@ def change_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
 
 
 def headlines(gaps: pd.DataFrame, recovered: pd.DataFrame, curve: pd.DataFrame) -> dict[str, float]:
-    """The figures by which sweeps compare, by name: of the change deltas in the largest set of layers, on each subset
-    the gaps in CE, KL and the rates, what the deltas and the random control recover of them, and how many features
-    recover `ENOUGH` of that in CE. What is recovered comes first: MLflow's comparison opens with the first figure."""
-    found: dict[str, float] = {}
+    """The figures by which sweeps are compared, by name, for the change deltas in the largest set of layers: on each
+    subset the gaps in CE, KL and the rates, the shares that the deltas and the random control recover, and how many
+    features recover `ENOUGH` of the CE gap. Recovered shares come first, as MLflow's comparison opens with the first
+    figure."""
+    figures: dict[str, float] = {}
     of_change = gaps[gaps["target"] == "change"]
     if of_change.empty:
-        return found
+        return figures
     widest = widest_set(of_change)
     here = recovered[(recovered["target"] == "change") & (recovered["layer"] == widest)]
     for _, row in here.iterrows():
@@ -196,29 +195,29 @@ def headlines(gaps: pd.DataFrame, recovered: pd.DataFrame, curve: pd.DataFrame) 
             name = f"recovered_{row['metric'].removeprefix('mean_')}"
             name += "" if row["condition"] == "full" else "_random"
             for end in ("", "_low", "_high"):
-                found[f"{name}_{slug(row['subset'])}{end}"] = row[f"recovered{end}"]
+                figures[f"{name}_{slug(row['subset'])}{end}"] = row[f"recovered{end}"]
     for _, row in of_change[of_change["layer"] == widest].iterrows():
         name = f"{row['metric'].removeprefix('mean_')}_{slug(row['subset'])}"
-        found |= {f"gap_{name}": row["gap"], f"mlp_share_{name}": row.get("share", math.nan)}
+        figures |= {f"gap_{name}": row["gap"], f"mlp_share_{name}": row.get("share", math.nan)}
     for subset in curve["subset"].unique():
         if (count := features_needed(curve, subset)) is not None:
-            found[f"features_for_90_percent_{slug(subset)}"] = float(count)
-    return {name: float(value) for name, value in found.items() if not pd.isna(value)}
+            figures[f"features_for_90_percent_{slug(subset)}"] = float(count)
+    return {name: float(value) for name, value in figures.items() if not pd.isna(value)}
 
 
 def widest_set(table: pd.DataFrame) -> str:
-    """The label of the set of most layers in a table."""
+    """The label of the largest set of layers in a table."""
     return max(table["layer"].unique(), key=lambda label: len(parse_sites(label)))
 
 
 def _raw(pooled: dict[CellKey, PromptSums], key: CellKey, condition: str) -> PromptSums | None:
     """The sums of an unedited model on the subset of `key`."""
-    found = (sums for one, sums in pooled.items() if (one.condition, one.subset) == (condition, key.subset))
-    return next(found, None)
+    matches = (sums for other, sums in pooled.items() if (other.condition, other.subset) == (condition, key.subset))
+    return next(matches, None)
 
 
 def _recoverable(sums: PromptSums) -> list[str]:
-    """The metrics of which a share can come back: all but how active the features are."""
+    """The metrics that have a recovered share: all except mean activations."""
     return [metric for metric in sums.metrics if metric not in ("mean_abs_base_acts", "mean_abs_delta_acts")]
 
 
@@ -232,9 +231,9 @@ def _value(sums: PromptSums, metric: str) -> float:
     return float(top / bottom) if bottom else math.nan
 
 
-def _difference(one: PromptSums, other: PromptSums, metric: str, seed: int) -> Estimate:
-    how = paired_bootstrap if metric in MEANS else rate_difference
-    return how(*_pair(one, metric), *_pair(other, metric), seed=seed)
+def _difference(sums: PromptSums, baseline: PromptSums, metric: str, seed: int) -> Estimate:
+    estimator = paired_bootstrap if metric in MEANS else rate_difference
+    return estimator(*_pair(sums, metric), *_pair(baseline, metric), seed=seed)
 
 
 def _recovered(ground: PromptSums, sums: PromptSums, raw: PromptSums, metric: str, seed: int) -> Estimate:

@@ -74,9 +74,9 @@ def paired_bootstrap(
     - token-weighted mean, e.g. CE: numerators are summed nats per prompt, denominators token counts;
     - plain rate: numerators are 0 or 1, denominators 1, or 0 where the outcome is undefined for that prompt.
 
-    Prompts are resampled whole, the same draw for condition and baseline, and so are replicas, independently of the
-    prompts: the interval covers other prompts and other seeds. Same seed and number of prompts
-    give the same draws, so equal data give equal intervals. The ends are NaN for fewer than two prompts.
+    Prompts are resampled whole, with the same draw for condition and baseline, and so are replicas, independently of
+    the prompts: the interval covers other prompts and other seeds. The same seed and number of prompts give the same
+    draws, so equal data give equal intervals. The ends are NaN for fewer than two prompts.
     Raises ValueError when the lengths differ.
     """
     columns = [
@@ -147,8 +147,8 @@ def rate_difference(
 ) -> Estimate:
     """`paired_bootstrap` for rates (outcomes in [0, 1]), honest where every prompt differs by the same amount.
 
-    There the bootstrap has width zero. Instead the interval allows for the share of unlike prompts that `n` alike
-    ones cannot exclude (`no_event_bound`): all equal on 20 prompts gives `0 (-0.14 to 0.14)`.
+    There the bootstrap has width zero. Instead the interval allows for the share of different prompts that `n`
+    identical ones cannot exclude (`no_event_bound`): no difference on 20 prompts gives `0 (-0.14 to 0.14)`.
     """
     arrays = (numerators, denominators, baseline_numerators, baseline_denominators)
     estimate = paired_bootstrap(*arrays, seed=seed, resamples=resamples)

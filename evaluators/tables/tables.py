@@ -31,7 +31,7 @@ SUMMARY_METRICS = [
 
 
 def behaviour_columns(rates: Sequence[str]) -> list[str]:
-    """The reference study's columns, in its order, with the rates there are; ours follow."""
+    """The reference study's columns, in its order, with these rates; then our own."""
     differences = [f"delta_{rate}" for rate in rates]
     bounded = ["mean_ce", "delta_ce", *rates, *differences, *list(MEANS)[1:]]
     return [
@@ -44,7 +44,7 @@ def behaviour_columns(rates: Sequence[str]) -> list[str]:
 
 
 def _count_of(rate: str) -> str:
-    """The column with the number of prompts of which the question was asked."""
+    """The column with the number of prompts on which the rate is defined."""
     return f"n_{rate.removesuffix(RATE)}"
 
 
@@ -115,15 +115,15 @@ def combination_summary(table: pd.DataFrame) -> pd.DataFrame:
 def conditions_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
     """Layers x conditions x subsets: raw, no_delta, full and controls, columns `behaviour_columns`.
 
-    Rates carry Wilson intervals over prompts, means and differences from raw bootstrap intervals over prompts
-    (`seed`); of a condition in the un-finetuned model, from that model's own raw. A difference is NaN where its raw was
-    not evaluated on that subset. `layer` is a label, see `layer_label`.
+    Rates have Wilson intervals over prompts; means and differences from raw have bootstrap intervals over prompts
+    (`seed`). For a condition in the un-finetuned model, raw is that model's own. A difference is NaN if its raw was not
+    evaluated on that subset. `layer` is a label, see `layer_label`.
     """
     return _behaviour_table(cells, dose=False, seed=seed)
 
 
 def dose_response_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
-    """Layers x alpha x subsets: the `alpha` cells, and those of controls at every alpha, same columns and intervals as
+    """Layers x alpha x subsets: the `alpha` cells, and controls measured at every alpha; columns and intervals as in
     `conditions_table`."""
     return _behaviour_table(cells, dose=True, seed=seed)
 
@@ -141,7 +141,7 @@ def dose_response_statistics(cells: Iterable[Cell], *, seed: int = 0) -> pd.Data
             groups.setdefault(key._replace(alpha=None), []).append((key.alpha, sums))
     rows = []
     for key, doses in groups.items():
-        replicas = max(sums.replicas for _, sums in doses)  # at alpha 0 they are all the same one
+        replicas = max(sums.replicas for _, sums in doses)  # at alpha 0 all replicas are the same
         shared = doses[0][1].prompts
         for _, sums in doses[1:]:
             shared = np.intersect1d(shared, sums.prompts)
@@ -151,8 +151,8 @@ def dose_response_statistics(cells: Iterable[Cell], *, seed: int = 0) -> pd.Data
         taken = [sums.take(shared) for _, sums in doses]
         for column, metric in enumerate(taken[0].metrics):
             tops, bottoms = (
-                np.stack([np.broadcast_to(sums[..., column], (replicas, len(shared))) for sums in one])
-                for one in ([sums.tops for sums in taken], [sums.bottoms for sums in taken])
+                np.stack([np.broadcast_to(array[..., column], (replicas, len(shared))) for array in arrays])
+                for arrays in ([sums.tops for sums in taken], [sums.bottoms for sums in taken])
             )
             slope, rho = slope_and_spearman(alphas, tops, bottoms, seed=seed)
             if math.isnan(slope.value):
@@ -199,19 +199,19 @@ def _behaviour_table(cells: Iterable[Cell], *, dose: bool, seed: int) -> pd.Data
 
 
 def _with_ends(pooled: dict[CellKey, PromptSums]) -> dict[CellKey, PromptSums]:
-    """With the ends of `scaled_weights`, which are measured under other names: at 0 no_delta, at 1 raw."""
-    found = dict(pooled)
+    """Adds the ends of `scaled_weights`, which are measured as other conditions: no_delta at alpha 0, raw at 1."""
+    extended = dict(pooled)
     for key in pooled:
         if key.condition == "scaled_weights":
             start = pooled.get(key._replace(condition="no_delta", alpha=0.0))
-            raw = (sums for one, sums in pooled.items() if (one.condition, one.subset) == ("raw", key.subset))
-            found |= {
-                key._replace(alpha=alpha): one
-                for alpha, one in ((0.0, start), (1.0, next(raw, None)))
-                if one is not None
+            raw = (sums for other, sums in pooled.items() if (other.condition, other.subset) == ("raw", key.subset))
+            extended |= {
+                key._replace(alpha=alpha): sums
+                for alpha, sums in ((0.0, start), (1.0, next(raw, None)))
+                if sums is not None
             }
     subsets = list(dict.fromkeys(key.subset for key in pooled))
-    return {key: found[key] for key in sorted(found, key=lambda one: table_order(one, subsets))}
+    return {key: extended[key] for key in sorted(extended, key=lambda key: table_order(key, subsets))}
 
 
 def _behaviour_row(key: CellKey, sums: PromptSums, raw: PromptSums | None, seed: int) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _behaviour_row(key: CellKey, sums: PromptSums, raw: PromptSums | None, seed:
 
 
 def _differences(sums: PromptSums, baseline: PromptSums, seed: int) -> dict[str, float]:
-    """`delta_ce` and `delta_<rate>` with their ends, over the prompts both hold."""
+    """`delta_ce` and `delta_<rate>` with their intervals, over the prompts that both have."""
     # Raw against itself is zero by definition, not zero as far as n prompts can tell.
     rates = paired_bootstrap if sums is baseline else rate_difference
     shared = np.intersect1d(sums.prompts, baseline.prompts)
