@@ -1,4 +1,4 @@
-"""Activation shards on disk: what a transcoder reads (`x`) and what the MLP wrote (`y`), token by token.
+"""Activation shards on disk: what a transcoder reads (`x`) and what the site wrote (`y`), token by token.
 
 In: tensors with one row per token. Out: bf16 safetensors shards with an `index.json`, read back memory-mapped. A shard
 is written under a temporary name and renamed; the index is written last.

@@ -21,8 +21,8 @@ from evaluators.tables.pooling import RATE
 
 CE = "CE (nats per target token)"
 READING = (
-    "Each figure is of the change deltas in a sweep's largest set of layers: the un-finetuned MLPs take the finetuned "
-    "ones' place, and the deltas add back what finetuning changed. Intervals are 95%, over the prompts of one sweep, "
+    "Each figure is of the change deltas in a sweep's largest set of sites: un-finetuned weights take the place of the "
+    "finetuned ones there, and the deltas add back what finetuning changed. Intervals are 95%, over the prompts of one sweep, "
     "with its deltas as they are."
 )
 LONGEST_VALUE = 60

@@ -8,6 +8,7 @@ writing by bytes; no trial stops early. An estimate for planning: `--measured` u
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,56 +21,73 @@ from jobs.evaluation.kinds import works_of
 from jobs.evaluation.work import ExpectedPlanInputs, Timing
 from jobs.progress import clock
 from jobs.sweep.stages.deltas import trials_at_once
-from models.sources import model_facts
+from models.architectures import kinds_of
+from models.sources import model_facts, widths_of
 from search_spaces.dimensions import Choice, Range
+from sites import Kind, Site
 
 
 class Weights(NamedTuple):
-    """Parameter counts of a model: all, those of its MLPs, and those that each token is multiplied with."""
+    """Parameter counts of a model: all, those on the path of a site of each kind, and those that each token is
+    multiplied with."""
 
     all: int
-    mlp: int
+    paths: dict[Kind, int]
     multiplied: int
+
+    def on_paths(self, sites: Iterable[Site]) -> int:
+        """Parameters on the paths of these sites."""
+        return sum(self.paths[site.kind] for site in sites)
 
 
 @lru_cache(maxsize=1)
 def weights_of(folder: Path) -> Weights:
     """Counted on a model without values, built from the config alone."""
+    from models.blocks import part_places
     from models.weights import build_skeleton
 
     model: Any = build_skeleton(folder)
     every = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    mlp = sum(count for name, count in every.items() if ".mlp." in name)
+    paths = {}
+    for kind in kinds_of(model.config.model_type):
+        places = tuple(f"{place}." for place in part_places(model.config, Site(0, kind)).values())
+        paths[kind] = sum(count for name, count in every.items() if name.startswith(places))
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     looked_up = 0 if tied else model.get_input_embeddings().weight.numel()
-    return Weights(sum(every.values()), mlp, sum(every.values()) - looked_up)
+    return Weights(sum(every.values()), paths, sum(every.values()) - looked_up)
 
 
 def memory_rows(context: Context) -> list[tuple[str, str]]:
     """Peak weight memory of a worker: in evaluation, in the exactness checks, and where changes are always computed in
     fp32 (their capture, and `pca_delta`). Batches come on top."""
-    weights, settings, change = weights_of(context.model), context.settings, context.layers_of("change")
-    count, d_model = (model_facts(context.model)[name] for name in ("n_layers", "d_model"))
+    weights, settings, change = weights_of(context.model), context.settings, context.sites_of("change")
+    facts = model_facts(context.model)
+    d_model, d_new = facts["d_model"], max(settings.deltas.d_new)
     dtypes = [dtype for dtype in (settings.model.dtype, settings.compute.precision) if dtype != "auto"]
     size = 2 if (*dtypes, "bf16")[0] == "bf16" else 4
-    mlps, exact_mlps = (each * weights.mlp * len(change) / count for each in (size, 4))
+    paths = weights.on_paths(change)
     residual = len(context.layers_of("residual"))
     parts = {
         "model": size * weights.all,
-        "un-finetuned MLPs": mlps,
+        "un-finetuned paths": size * paths,
         "bases": 4 * 2 * d_model * _features(settings.transcoders.width) * residual,
-        "deltas": 4 * 2 * d_model * max(settings.deltas.d_new) * max(residual, len(change)),
+        "deltas": 4 * d_new * max(2 * d_model * residual, sum(sum(widths_of(facts, site)) for site in change)),
     }
     evaluation, transcoders = sum(parts.values()), parts["bases"] + parts["deltas"]
     checked = size if settings.model.dtype == "bf16" else 4
     peaks = {
-        "checks": checked * (weights.all + 3 * weights.mlp * len(change) / count) + transcoders,
-        "capture": size * weights.all + 2 * exact_mlps,
-        "pca_delta": evaluation + 2 * exact_mlps if change and "pca_delta" in settings.evaluate.controls else 0,
+        "checks": checked * (weights.all + 3 * paths) + transcoders,
+        "capture": size * weights.all + 2 * 4 * weights.on_paths(_computed(context)),
+        "pca_delta": evaluation + 2 * 4 * paths if change and "pca_delta" in settings.evaluate.controls else 0,
     }
     listed = ", ".join(f"{name} {used / 1e9:.3g}" for name, used in parts.items() if used)
     others = ", ".join(f"{name} {used / 1e9:.3g}" for name, used in peaks.items() if used)
     return [("weights", f"{evaluation / 1e9:.3g} GB a worker in evaluation ({listed}); {others}")]
+
+
+def _computed(context: Context) -> list[Site]:
+    """The sites whose change is computed from activations: where it is linear, the weights say it."""
+    return [site for site in context.sites_of("change") if not context.is_linear(site)]
 
 
 def _features(width: str | int) -> int:
@@ -151,13 +169,13 @@ def _bases(context: Context) -> list[float]:
 
 def _capture(context: Context, weights: Weights) -> list[float]:
     """Each token runs once per window of layers, up to the window's last layer; where changes are captured, also
-    through both models' MLPs in fp32. For bases, once more through the un-finetuned model."""
+    through both models' paths in fp32, unless they are linear. For bases, once more through the un-finetuned model."""
     section, count = context.settings.activations, model_facts(context.model)["n_layers"]
     tokens, sites = section.train_tokens + section.validation_tokens, context.sites_of("residual")
     passes = sum((window[-1].layer + 1) / count for window in disk_of(context).windows(context.sites))
     if sites and context.settings.transcoders.source == "train":
         passes += sum((window[-1].layer + 1) / count for window in disk_of(context).windows(sites))
-    exact = FP32 * 2 * weights.mlp * len(context.layers_of("change")) / count
+    exact = FP32 * 2 * weights.on_paths(_computed(context))
     shards = math.ceil(tokens / SHARD_TOKENS[1])
     return [_products(context, 2 * tokens * (passes * weights.multiplied + exact)) / shards] * shards
 

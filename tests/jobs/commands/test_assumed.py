@@ -14,6 +14,7 @@ from jobs.commands.forecast import Load
 from jobs.context.context import Context
 from models.sources import load_model
 from search_spaces.load import load
+from sites import KINDS, Site, mlp_sites
 
 
 def loads(root: Path, *settings: str, workers: int = 1) -> dict[str, Load]:
@@ -26,8 +27,12 @@ def test_weights_are_those_of_the_model(gemma_folder: Path) -> None:
 
     model, _ = load_model(gemma_folder, torch.float32)
     every = sum(parameter.numel() for parameter in model.parameters())
-    mlp = sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp." in name)
-    assert weights_of(gemma_folder) == Weights(every, mlp, every), "the embeddings are tied, so they multiply too"
+    of_blocks = sum(parameter.numel() for name, parameter in model.named_parameters() if ".layers." in name)
+    found = weights_of(gemma_folder)
+    assert found == Weights(every, found.paths, every), "the embeddings are tied, so they multiply too"
+    sites = [Site(layer, kind) for layer in range(4) for kind in KINDS.values()]
+    assert found.on_paths(sites) == of_blocks, "each parameter of a block lies on one path"
+    assert found.on_paths(mlp_sites([1])) > 3 * 32 * 32
 
 
 def test_there_are_as_many_units_as_trials_layers_and_pieces(tmp_path: Path) -> None:
@@ -81,7 +86,7 @@ GEMMA_2_9B = {
 
 
 def test_nine_billion_parameters_in_bf16_fit_on_80_gb(tmp_path: Path, gemma_folder: Path) -> None:
-    """With the un-finetuned MLPs and change deltas of all layers, the exactness checks among it."""
+    """With un-finetuned paths and change deltas of attention and MLPs in all layers, the exactness checks among it."""
     shutil.copytree(gemma_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     Gemma2Config(**GEMMA_2_9B).save_pretrained(tmp_path / "model")
     asked = [f"model.source={tmp_path / 'model'}", f"storage.root={tmp_path}", "compute.gpus_per_trial=1"]
@@ -93,12 +98,16 @@ def test_nine_billion_parameters_in_bf16_fit_on_80_gb(tmp_path: Path, gemma_fold
         return {**found, "evaluation": float(text.split()[0])}
 
     in_bf16, assumed = memory("model.dtype=bf16"), memory()
-    model, mlps, deltas = 18.48, 2 * 42 * 3 * 3584 * 14336 / 1e9, 42 * 2 * 3584 * 128 * 4 / 1e9
-    assert in_bf16["evaluation"] == pytest.approx(model + mlps + deltas, rel=1e-2)
-    assert in_bf16["checks"] == pytest.approx(model + 3 * mlps + deltas, rel=1e-2)
-    assert in_bf16["capture"] == pytest.approx(model + 4 * mlps, rel=1e-2)
+    model, mlps = 18.48, 2 * 42 * 3 * 3584 * 14336 / 1e9
+    paths = mlps + 2 * 42 * 3584 * (16 + 2 * 8 + 16) * 256 / 1e9
+    deltas = 42 * ((3584 + (16 + 2 * 8) * 256) + (16 * 256 + 3584) + 2 * 3584) * 128 * 4 / 1e9
+    assert in_bf16["evaluation"] == pytest.approx(model + paths + deltas, rel=1e-2)
+    assert in_bf16["checks"] == pytest.approx(model + 3 * paths + deltas, rel=1e-2)
+    assert in_bf16["capture"] == pytest.approx(model + 4 * mlps, rel=1e-2), "linear changes are made of weights"
     assert max(in_bf16.values()) < 80
     assert assumed["evaluation"] == in_bf16["evaluation"]
-    assert assumed["checks"] == pytest.approx(2 * (model + 3 * mlps) + deltas, rel=1e-2)
+    assert assumed["checks"] == pytest.approx(2 * (model + 3 * paths) + deltas, rel=1e-2)
     fitted = memory("evaluate.controls=[pca_delta]")
-    assert fitted["pca_delta"] == pytest.approx(model + 5 * mlps + deltas, rel=1e-2)
+    assert fitted["pca_delta"] == pytest.approx(model + 5 * paths + deltas, rel=1e-2)
+    of_mlps = memory("model.dtype=bf16", "deltas.sites=[mlp]")
+    assert of_mlps["evaluation"] == pytest.approx(model + mlps + 42 * 2 * 3584 * 128 * 4 / 1e9, rel=1e-2)
