@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from jobs.commands.export import FORMATS, HELD, export
+from jobs.commands.export import FORMATS, SUPPORTED, export
 from jobs.commands.load import DeltaChoice, combination, load_deltas, load_patches
 from jobs.context.context import Context
 from jobs.errors import RequestError
@@ -29,7 +29,7 @@ def context(finished) -> Context:
 
 def held(context: Context, kind: str) -> list[Site]:
     """The sites of the change deltas that a format can hold."""
-    return [site for site in context.sites_of("change") if site.kind.name in HELD[kind]]
+    return [site for site in context.sites_of("change") if site.kind.name in SUPPORTED[kind]]
 
 
 def by_layer(files: list[Path]) -> dict[int, Path]:
