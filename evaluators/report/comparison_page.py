@@ -22,8 +22,8 @@ from evaluators.tables.pooling import RATE
 CE = "CE (nats per target token)"
 READING = (
     "Each figure is of the change deltas in a sweep's largest set of sites: un-finetuned weights take the place of the "
-    "finetuned ones there, and the deltas add back what finetuning changed. Intervals are 95%, over the prompts of one sweep, "
-    "with its deltas as they are."
+    "finetuned ones there, and the deltas add back what finetuning changed. Intervals are 95%, over the prompts of one "
+    "sweep, with its deltas as they are."
 )
 LONGEST_VALUE = 60
 """Characters of a setting's value that a table shows."""

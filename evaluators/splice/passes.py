@@ -8,7 +8,7 @@ the architecture: a pass from a layer on is the model's own, in which the blocks
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -96,9 +96,12 @@ class Prefixes:
 
     def entering(self, layer: int, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """The residual streams (length, d_model) that enter block `layer`, which must not be the first, for rows of
-        token ids, in their order."""
-        wanted = [layer, *(site.layer for site in self.sites if site.layer > layer)] if self.together else [layer]
-        return self._get(layer, rows, lambda batch: read_entering(self.bridge, batch, dict.fromkeys(wanted)))
+        token ids, in their order.
+
+        This layer alone, whatever other sites there are: it is asked for while an edit at `layer` is active, and a pass
+        through that block would be edited.
+        """
+        return self._get(layer, rows, lambda batch: {layer: read_entering(self.bridge, batch, layer)})
 
     def _get(
         self, place: Any, rows: Sequence[Sequence[int]], read: Callable[[list[tuple[int, ...]]], Mapping[Any, list]]
@@ -185,15 +188,11 @@ def read_prefixes(
     }
 
 
-def read_entering(
-    bridge: TransformerBridge, rows: Sequence[Sequence[int]], layers: Iterable[int]
-) -> dict[int, list[Tensor]]:
-    """The streams that enter each of `layers` (not 0), which leave the block below; later blocks do not run."""
+def read_entering(bridge: TransformerBridge, rows: Sequence[Sequence[int]], layer: int) -> list[Tensor]:
+    """The streams (length, d_model) that enter block `layer` (not 0), for each row; that block does not run."""
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
-    seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    hooks: list[Hook] = [(f"blocks.{layer - 1}.hook_out", _noting(held)) for layer, held in seen.items()]
-    _last_output(bridge, batch, max(seen) - 1, hooks)
-    return {layer: [held[0][i, -len(row) :].clone() for i, row in enumerate(rows)] for layer, held in seen.items()}
+    stream = _last_output(bridge, batch, layer - 1)
+    return [stream[i, -len(row) :].clone() for i, row in enumerate(rows)]
 
 
 def _noting(held: list[Tensor]) -> Callable[[Tensor, object], None]:

@@ -10,12 +10,14 @@ from evaluators.measures.behaviours import read_behaviours
 from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
 from evaluators.measures.reconstruction import evaluate_reconstruction, text_cross_entropy
 from evaluators.splice import decoding, passes, teacher_forcing
-from evaluators.splice.interventions import Edit
+from evaluators.splice.interventions import Edit, Patch
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, Prefixes, Shortcuts, forward, in_slices, project, read_prefixes, resume
 from evaluators.splice.teacher_forcing import Job, score
+from models.blocks import read_paths
 from models.bridge import hooked
-from sites import Site, mlp_sites
+from models.transcoder import Transcoder
+from sites import KINDS, Site, mlp_sites
 from tests.evaluators.conftest import CALCULATOR
 
 PLACES = ("patch", "patches")
@@ -150,6 +152,27 @@ def test_prefixes_are_read_once_and_forgotten_when_memory_is_short(subject, monk
     for _ in range(2):
         assert len(short.get(Site(0), rows)) == len(rows)
     assert len(asked) == 6
+
+
+def some_delta(site, d_in, d_out):
+    generator = torch.Generator().manual_seed(site.layer)
+    W_enc, W_dec = (torch.randn(*shape, generator=generator) for shape in ((d_in, 6), (6, d_out)))
+    return Transcoder(W_enc / d_in**0.5, torch.zeros(6), torch.full((6,), 0.4), W_dec, None, site)
+
+
+def test_prefixes_of_several_sites_are_those_of_the_unedited_model(subject, base_folder):
+    """Also of a site above the one that is edited while they are read."""
+    sites = [Site(layer, kind) for layer in (1, 2) for kind in KINDS.values()]
+    paths = read_paths(subject.bridge, base_folder, sites)
+    patches = [Patch(site, path, some_delta(site, path.d_in, path.d_out)) for site, path in paths.items()]
+    shared = dataclasses.replace(subject.passes, prefixes=Prefixes(subject.bridge, sites))
+    jobs = [Job(row) for row in subject.encoded]
+    for patch in patches:
+        ours, plain = (
+            [one.nll for one in score(used, Edit([patch], "full"), jobs)]
+            for used in (shared, Passes(subject.bridge, shortcuts=Shortcuts.none()))
+        )
+        assert ours == pytest.approx(plain, rel=1e-5), patch.site.label
 
 
 def test_the_whole_text_holds_the_target(subject):
