@@ -90,7 +90,7 @@ def check_models(context: Context) -> None:
     deltas = context.settings.deltas
     if "residual" in deltas.targets:
         check_mlps(context.source, context.settings.model.source, "deltas.targets: residual")
-    if "change" in deltas.targets and "mlp" in deltas.sites and deltas.sites != "auto":
+    if "change" in deltas.targets and deltas.sites != "auto" and "mlp" in deltas.sites:
         check_mlps(context.source, context.settings.model.source, "deltas.sites: mlp")
     adopted, folder = context.adopted, context.space.folder
     if adopted is None or is_adapter(adopted):
