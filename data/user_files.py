@@ -118,6 +118,21 @@ def split_user_rows(
     return UserRows(splits, list(dict.fromkeys(row.label for row in splits["evaluation"])), accounts)
 
 
+def sample_user_rows(
+    path: str, most: int, *, seed: int, reading: Reading, max_reject_fraction: float
+) -> tuple[list[Row], dict[str, Any]]:
+    """At most `most` distinct rows of a file, or one of each label, in equal shares; and an account of the file.
+
+    Raises `DataError` for an unreadable file, too many rejected rows, or more than 12 labels.
+    """
+    samples, log, _ = _samples(path, Sampling(most, seed, "exact"), reading)
+    log.require(max_reject_fraction)
+    found = {label: sample.items() for label, sample in samples.items()}
+    counts = shares(max(most, len(found)), [len(rows) for rows in found.values()])
+    rows = [row for held, count in zip(found.values(), counts, strict=True) for row in held[:count]]
+    return rows, log.as_dict()
+
+
 def shares(total: int, available: Sequence[int]) -> list[int]:
     """`total` split into equal shares of at most `available`; others make up for a shortfall, the first a remainder.
 

@@ -28,6 +28,10 @@ MOST_SHOWN = 6
 """Names in a note."""
 
 
+class NothingChanged(ModelError):
+    """The two models have the same weights."""
+
+
 class Pair(NamedTuple):
     """notes: what is unusual, one sentence each. changed: the parameters that differ; for an adapter the modules that
     it changes, as values are known only after the merge. rounded: parameters of the un-finetuned model that must be
@@ -66,7 +70,7 @@ def check_pair(base: Path, finetuned: Path, source: str, seen: Callable[[Path], 
     found = compare(before, after, seen)
     _check_values(found, before, after)
     if not found.changed:
-        raise ModelError(
+        raise NothingChanged(
             f"{KEY}: every weight of {finetuned} equals that of model.source {source}"
             + (", rounded to its dtype" if found.rounded else "")
             + ", so there is nothing to look at"

@@ -27,9 +27,10 @@ class SettingsError(ValueError):
     """The settings are invalid; the message is one sentence."""
 
 
-def load(config: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Sweep:
-    """Reads `config` (a path, or the name of a preset) and applies `overrides` in order."""
-    values = _read(config)
+def load(config: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Sweep:
+    """Reads `config` (a path, or the name of a preset) and applies `overrides` in order; without a file, the overrides
+    and the defaults are all there is."""
+    values = {"name": "look"} if config is None else _read(config)
     for override in overrides:
         _apply(values, override)
     try:

@@ -251,8 +251,9 @@ class Evaluate(Section):
     does alone. Only deltas of the first of `deltas.targets` get cards; for residual deltas, this many per layer. With
     0, single features are not analysed."""
     parts: bool = True
-    """With change deltas: first measure where the finetuning lives. Each part of the model (attention's patterns,
-    values and output, the MLPs, the rest) and each third of the layers is un-finetuned alone, and finetuned alone."""
+    """With change deltas: first look at the two models (weights, where they diverge, what the mean change reads), and
+    measure where the finetuning lives. Each part of the model (attention's patterns, values and output, the MLPs, the
+    rest) and each third of the layers is un-finetuned alone, and finetuned alone."""
     curve: bool = True
     """With change deltas: also measure only the k most effective features of all layers, for k from 1 to all."""
     widths: bool = True

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.encoding import Encoded, encode_row
@@ -18,8 +19,8 @@ from data.rows import Row
 from evaluators.splice.interventions import Edit
 from evaluators.splice.passes import Passes
 from evaluators.splice.teacher_forcing import Job, score
-from models.blocks import BlockPath, differs, exchanged
-from models.rest import Rest
+from models.blocks import BlockPath, differs, exchanged, read_paths, sites_with
+from models.rest import Rest, read_rest
 from sites import mlp_sites, sets_of, sites_label
 
 if TYPE_CHECKING:
@@ -69,6 +70,12 @@ class Changes:
         pieces = [(Piece(part, path.site.layer), path.only(owned)) for path in paths for part, owned in PARTS.items()]
         return cls({piece: path for piece, path in pieces if differs(bridge, path)}, rest)
 
+    @classmethod
+    def between(cls, bridge: TransformerBridge, folder: Path, names: Iterable[str]) -> Changes:
+        """The pieces that hold the parameters `names`, those that changed since the un-finetuned model in `folder`."""
+        sites, rest = sites_with(bridge.original_model.config, names)
+        return cls.of(bridge, read_paths(bridge, folder, sites).values(), read_rest(folder, rest) if rest else None)
+
     @property
     def pieces(self) -> frozenset[Piece]:
         return frozenset(self.paths) | ({Piece(REST, None)} if self.rest is not None else set())
@@ -94,7 +101,7 @@ class Changes:
             yield
 
 
-def evaluate_parts(passes: Passes, changes: Changes, rows: Sequence[Row]) -> dict[str, Any]:
+def parts_ceiling(passes: Passes, changes: Changes, rows: Sequence[Row]) -> dict[str, Any]:
     """`finetuned` and `unfinetuned`: one entry per row with `nll` (nats, summed over its `n_tokens` target tokens).
     `parts`: for each group of pieces and each way its `part`, `layers`, `way` and `rows`."""
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]

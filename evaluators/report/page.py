@@ -85,7 +85,27 @@ class Sentences:
     kind: str = "sentences"
 
 
-Block: TypeAlias = Picture | Gallery | Table | Sentences
+class Span(NamedTuple):
+    """A piece of text: how dark its background is, from 0 to 1, a tooltip, and whether it is marked as different."""
+
+    text: str
+    shade: float = 0.0
+    tip: str = ""
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A table whose cells are texts with shaded or marked pieces."""
+
+    title: str
+    help: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Sequence[Span]]]
+    kind: str = "texts"
+
+
+Block: TypeAlias = Picture | Gallery | Table | Texts | Sentences
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,17 @@ COLUMNS = {
 def parts_section(results: Results, pair: str, *, seed: int) -> Section | None:
     """The picture, where there is an effect to share out, and the table; None where no parts were measured. `pair`
     says which two models are compared."""
-    table = results.parts
-    if table.empty:
+    if results.parts.empty:
         return None
+    intro = (
+        f"{pair} Before asking what deltas explain: which parts of the model does the effect of finetuning need, and "
+        "which bring it about alone?"
+    ).strip()
+    return Section("parts", "Where the finetuning lives", intro, parts_blocks(results.parts, seed=seed))
+
+
+def parts_blocks(table: pd.DataFrame, *, seed: int) -> list[Block]:
+    """The picture and the table of a sweep's or a look's parts."""
     blocks: list[Block] = []
     if table["share"].notna().any():
         figure = knob_figures.where_it_lives(table, seed=seed)
@@ -41,11 +49,7 @@ def parts_section(results: Results, pair: str, *, seed: int) -> Section | None:
         f"part, such as embeddings. {STAND_IN} Without a share, the whole effect's interval holds 0."
     )
     blocks.append(table_block(_both_ways(table), COLUMNS, "Parts", help))
-    intro = (
-        f"{pair} Before asking what deltas explain: which parts of the model does the effect of finetuning need, and "
-        "which bring it about alone?"
-    ).strip()
-    return Section("parts", "Where the finetuning lives", intro, blocks)
+    return blocks
 
 
 def _both_ways(table: pd.DataFrame) -> pd.DataFrame:

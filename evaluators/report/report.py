@@ -16,11 +16,14 @@ from evaluators.report import sections
 from evaluators.report.feature_page import PAGE, feature_page, most_effective
 from evaluators.report.findings import number, with_interval
 from evaluators.report.knob_section import headline_rows, knob_section
+from evaluators.report.look_page import look_page, look_section
 from evaluators.report.page import Block, Gallery, Link, Picture, Section, render
 from evaluators.report.parts_section import parts_section
 from evaluators.tables import tables
 from evaluators.tables.pooling import Cell, rates_in
 from sites import NOTHING
+
+LOOK = "look.html"
 
 Rows: TypeAlias = pd.DataFrame | Sequence[dict[str, Any]]
 
@@ -47,11 +50,12 @@ class SweepData:
 def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     """Write everything a sweep shows into `folder` and return the path of `report.html`.
 
-    `features.html` where features were looked at. Tables: `exp1_metrics.csv`; `exp1_combo_summary`, `exp2A_metrics`,
-    `exp2B_metrics` and `exp2B_statistics`, each as `.csv` and `.json` (records, null for undefined);
-    `exp2A_delta_contrast.csv`; `feature_ranking.csv`, and `features.csv` with the cards' figures;
-    `lora_validation.csv` where `data.finetuned` is given. Pictures: `graphs/*.png`; those of an earlier report are
-    removed. Cells that failed are absent: their rows are left out, and so is a part of the page that has no data.
+    `look.html` where the pair was looked at first, `features.html` where features were looked at. Tables:
+    `exp1_metrics.csv`; `exp1_combo_summary`, `exp2A_metrics`, `exp2B_metrics` and `exp2B_statistics`, each as `.csv`
+    and `.json` (records, null for undefined); `exp2A_delta_contrast.csv`; `feature_ranking.csv`, and `features.csv`
+    with the cards' figures; `lora_validation.csv` where `data.finetuned` is given. Pictures: `graphs/*.png`; those of
+    an earlier report are removed. Cells that failed are absent: their rows are left out, and so is a part of the page
+    that has no data.
     `seed` draws the bootstrap, so that the same cells give the same files.
     """
     folder = Path(folder)
@@ -64,8 +68,10 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
         _write(folder / "lora_validation.csv", pd.DataFrame([data.finetuned["figures"]]).to_csv(index=False).encode())
     deltas = pd.DataFrame(data.delta_trials)
     reference = of_residuals(results)
+    look = first_look(data.cells, data.pair)
     parts, pair = parts_section(results, data.pair, seed=seed), f"{data.pair} {data.polished}".strip()
     page = [
+        None if look is None else look_section(look),
         parts,
         knob_section(results, deltas, data.polished if parts else pair, seed=seed),
         sections.checks_section(data.checks),
@@ -92,9 +98,22 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
         _write(folder / PAGE, feature_page(data.cells, results.features, results.ranking, pair).encode())
     else:
         (folder / PAGE).unlink(missing_ok=True)
+    if look is not None:
+        pages.append(Link("A first look", LOOK))
+        _write(folder / LOOK, look_page(look, seed=seed).encode())
+    else:
+        (folder / LOOK).unlink(missing_ok=True)
     html = folder / "report.html"
     _write(html, render("What finetuning changed", shown, pages).encode())
     return html
+
+
+def first_look(cells: Sequence[Cell], title: str) -> dict[str, Any] | None:
+    """What a first look at the sweep's two models found, as its page takes it; None if it was not measured."""
+    looks, parts = ([cell for cell in cells if cell["kind"] == kind] for kind in ("look", "parts"))
+    if not looks or not parts:
+        return None
+    return {**looks[0], "parts": parts, "notes": [], "facts": {"title": title}}
 
 
 def _residual_features(results: tables.Results) -> Section | None:

@@ -40,7 +40,7 @@ def check_strengths(alphas: Iterable[float]) -> None:
             raise RequestError(f"--alpha: got {alpha}, must be a finite number")
 
 
-def context_of(config: str, overrides: list[str] | None) -> Context:
+def context_of(config: str | None, overrides: list[str] | None) -> Context:
     """The `Context` of a command. Invalid settings are rejected before the slow imports."""
     from search_spaces.load import load
 

@@ -44,6 +44,38 @@ def score(
 
 
 @commands.command()
+def look(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [KEY=VALUE]...",
+            help="A sweep's settings file or preset; or only overrides: model.source=A model.finetuned=B "
+            "data.rows_file=F data.text_train_file=T.",
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="At most this many rows, in equal shares of each label.")] = 60,
+    html: Annotated[Path | None, typer.Option(help="The page; default: ROOT/looks/NAME.html.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """A first look at two models in a minute: what changed, what they say differently, where. No training."""
+    from jobs.commands.look import Request
+    from jobs.commands.look import look as run
+
+    config, overrides = None, arguments or []
+    if overrides and ("=" not in overrides[0] or Path(overrides[0]).is_file()):
+        config, overrides = overrides[0], overrides[1:]
+    context = context_of(config, overrides)
+    if config is None and context.settings.model.finetuned is None:
+        raise RequestError(
+            "give two models, as in `deltascope look model.source=BASE model.finetuned=FINETUNED`, or the CONFIG of a "
+            "sweep that has a finetuned model"
+        )
+    found = run(Request(context, config, rows, html))
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+
+
+@commands.command()
 def probe(
     config: Config,
     prompt: Annotated[str, typer.Option(help="The prompt to give the model.")],

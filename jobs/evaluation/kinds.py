@@ -17,7 +17,7 @@ from data.rows import read_rows, slug
 from jobs.capture.worker_memory import bridge, exact_paths, own_paths, reference
 from jobs.context import keys
 from jobs.evaluation.behaviour import UNFINETUNED, Behaviour, Raw, Width, guesses
-from jobs.evaluation.parts import Parts
+from jobs.evaluation.parts import Look, Parts
 from jobs.evaluation.work import Combination, PlanInputs, Timing, Work, cell_name, place_of
 from jobs.files import key_of, read_json, write_json
 from sites import Address, Ground, Site
@@ -349,7 +349,7 @@ class Exactness(Work):
         return []
 
 
-CEILING: tuple[type[Work], ...] = (Raw, Parts)
+CEILING: tuple[type[Work], ...] = (Raw, Look, Parts)
 """Kinds that need no deltas: how much there is to explain, and where in the model."""
 ROUNDS: dict[str, tuple[type[Work], ...]] = {
     "ceiling": CEILING,

@@ -1,6 +1,7 @@
-"""Cells that locate the finetuning: each part of the model un-finetuned alone, and finetuned alone.
+"""Cells that need no deltas: a first look at the two models, and in which parts of the model the finetuning is.
 
-In: the two models and a subset's rows; no deltas. Out: `cells/parts_SUBSET.json`.
+In: the two models and rows. Out: `cells/look.json`, and `cells/parts_SUBSET.json` with the cross-entropy of each part
+un-finetuned alone, and finetuned alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from jobs.files import key_of, write_json
 from sites import KINDS, QKV, Site
 
 THIRDS = 3
+LOOK_ROWS, ANSWERS = 60, 12
+"""Rows of a first look: in equal shares of the subsets, and those that both models answer."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,13 @@ class Parts(Work):
         return timing.passes(timing.prompts * self.passes)
 
     def compute(self, model: Any, rows: list[Any]) -> list[str]:
-        from evaluators.measures.parts import Changes, evaluate_parts
+        from evaluators.measures.parts import Changes, parts_ceiling
         from models.rest import read_rest
 
         started = time.perf_counter()
         before = paths(self.model, self.shared.base_model, self.changed)
         rest = read_rest(Path(self.shared.base_model), self.rest) if self.rest else None
-        found = evaluate_parts(self.plain_passes(model), Changes.of(model, before.values(), rest), rows)
+        found = parts_ceiling(self.plain_passes(model), Changes.of(model, before.values(), rest), rows)
         cell = {
             "kind": self.kind,
             "target": "",
@@ -86,4 +89,66 @@ class Parts(Work):
             **found,
         }
         write_json(self.cell_file(self.name), cell)
+        return [self.name]
+
+
+@dataclass(frozen=True)
+class Look(Work):
+    """A first look at the pair: weights, token by token where the models diverge, answers, what the mean change reads.
+    With the cells of parts it is what `deltascope look` shows."""
+
+    kind: ClassVar[str] = "look"
+    columns: ClassVar[tuple[str, ...]] = ("kind",)
+    changed: tuple[Site, ...] = ()
+    rest: tuple[str, ...] = ()
+    texts: str | None = None
+    """A user's file of neutral text."""
+
+    @classmethod
+    def metrics(cls, cell: dict[str, Any]) -> dict[str, float]:
+        values = [value for row in cell["divergence"] for value in row["kl"]]
+        return {"mean_token_kl": sum(values) / len(values)}
+
+    @classmethod
+    def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
+        parts = Parts.plan(inputs)
+        if not parts:
+            return []
+        context = inputs.context
+        texts = context.settings.data.text_train_file
+        key = key_of("look", inputs.finetuned_key, inputs.judged_with, inputs.subsets, texts)
+        changed, rest = tuple(context.changed_sites), context.rest
+        return [cls(cls.kind, key, **inputs.common(), changed=changed, rest=rest, texts=texts)]
+
+    def cost(self, n_layers: int) -> int:
+        return 3 * n_layers * len(self.shared.subsets)
+
+    def seconds(self, timing: Timing) -> float:
+        rows = min(LOOK_ROWS, timing.prompts * timing.subsets)
+        return 3 * timing.passes(rows) + 2 * timing.answers(ANSWERS)
+
+    def compute(self, model: Any, rows: list[Any]) -> list[str]:
+        from data.neutral_texts import neutral_texts
+        from evaluators.measures.behaviours import read_behaviours
+        from evaluators.measures.look import Inputs, compare_weights, distinct_names, look_at, spread
+        from evaluators.measures.parts import Changes
+        from models.rest import read_rest
+        from models.weights import open_weights
+
+        started = time.perf_counter()
+        base, finetuned = open_weights(Path(self.shared.base_model)), open_weights(Path(self.model.folder))
+        with base.reader() as before, finetuned.reader() as after:
+            weights = compare_weights(distinct_names(base, finetuned), before, after, model.tokenizer)
+        parts = paths(self.model, self.shared.base_model, self.changed).values()
+        changes = Changes.of(model, parts, read_rest(base.folder, self.rest) if self.rest else None)
+        inputs = Inputs(
+            spread(rows, LOOK_ROWS),
+            neutral_texts(self.texts)[0],
+            self.shared.limits,
+            read_behaviours(self.shared.behaviours),
+            ("divergence", "answers", "lens"),
+        )
+        found = look_at(self.plain_passes(model), changes, inputs)
+        ends = {"key": self.key, "seed": self.seed, "seconds": time.perf_counter() - started}
+        write_json(self.cell_file(self.name), {"kind": self.kind, "target": "", **ends, **weights, **found})
         return [self.name]

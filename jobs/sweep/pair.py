@@ -39,7 +39,7 @@ def examine(context: Context) -> None:
         # Hashes for the keys of results are computed now, as the files are being read anyway.
         seen = partial(hash_of, models=context.space.models)
         found = check_pair(context.source, adopted, context.settings.model.source, seen)
-        rounded = _round(context, found) if found.rounded else ""
+        rounded = rounded_copy(context, found) if found.rounded else ""
         merged = [] if adopted == context.finetuned else _changed_by_merging(context)
         exact = adopted == context.finetuned or bool(merged)
         facts = note(context, merged or found.changed, notes=found.notes, rounded=rounded, exact=exact)
@@ -140,7 +140,7 @@ def say_what_changed(context: Context) -> None:
             context.progress.line(f"  {kind.words} of {layer_list(left_out)} did not change: no change deltas there")
 
 
-def _round(context: Context, found: Pair) -> str:
+def rounded_copy(context: Context, found: Pair) -> str:
     """Writes the un-finetuned model in the finetuned one's dtype; returns its folder."""
     from models.comparison import write_rounded
     from models.weights import open_weights

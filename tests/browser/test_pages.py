@@ -105,14 +105,26 @@ def test_pictures(opened: Opened, report: Path, compared: Path, screen: str, sch
     end = f"{screen}_{scheme}.png"
     page = opened(report / "report.html", screen, color_scheme=scheme)
     page.screenshot(path=PICTURES / f"report_{end}", full_page=True)
+    look = opened(report / "look.html", screen, color_scheme=scheme)
+    look.screenshot(path=PICTURES / f"look_{end}", full_page=True)
     page = opened(report / "features.html", screen, color_scheme=scheme)
     page.locator(".card").first.screenshot(path=PICTURES / f"card_{end}")
     page.locator("#view").scroll_into_view_if_needed()
     page.screenshot(path=PICTURES / f"list_{end}")
     together = opened(compared, screen, color_scheme=scheme)
     together.screenshot(path=PICTURES / f"comparison_{end}", full_page=True)
-    for one in (page, together, opened(report / "report.html", screen, color_scheme=scheme)):
+    for one in (page, together, look, opened(report / "report.html", screen, color_scheme=scheme)):
         assert one.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
+
+
+def test_from_the_report_to_the_first_look(opened: Opened, report: Path) -> None:
+    page = opened(report / "report.html")
+    page.locator("nav a[href='look.html']").click()
+    shaded = page.locator("span[title]")
+    assert "finetuned" in (shaded.first.get_attribute("title") or "")
+    colours = {one.evaluate("one => getComputedStyle(one).backgroundColor") for one in shaded.all()[:60]}
+    assert len(colours) > 1, "shades follow the divergence"
+    expect(page.get_by_role("heading", name="What the mean change reads")).to_be_visible()
 
 
 def test_from_the_report_to_a_card(opened: Opened, report: Path) -> None:

@@ -28,7 +28,7 @@ RULES = {
 def run(context: Context) -> dict[str, Any]:
     settings = context.settings.data
     options = settings.model_dump(exclude={"columns", "format", "separator", "rendering", "special_tokens"})
-    options["reading"] = _reading(context) if asks_the_model(context) else Reading(separator=settings.separator)
+    options["reading"] = reading_of(context) if asks_the_model(context) else Reading(separator=settings.separator)
     report = build_dataset(context.space.data, DataOptions(seed=context.settings.seed, **options))
     if asks_the_model(context):
         report |= _opening(context)
@@ -147,7 +147,7 @@ def _regrouped(context: Context) -> list[str]:
     ]
 
 
-def _reading(context: Context) -> Reading:
+def reading_of(context: Context) -> Reading:
     """How a user's rows are read: they must fit this model's context."""
     from data.encoding import encode_row
     from data.special import special_tokens_of

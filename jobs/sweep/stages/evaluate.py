@@ -42,27 +42,16 @@ def run(context: Context) -> dict[str, Any]:
 def measure_ceiling(context: Context) -> None:
     """Measures both models, and which parts of the model the finetuning is in: how much there is to explain, before any
     delta is trained. These cells are tracked with all others, once their stage is open."""
-    from evaluators.tables.recovery import parts_table
+    from evaluators.report.look_page import in_ten_lines
+    from evaluators.report.report import first_look
 
     check_labels(context)
     works = works_of(PlanInputs(context), CEILING)
     _stop_at(_compute(context, works, "ceiling", is_tracked=False))
     cells = [read_json(context.space.cells / f"{name}.json") for work in works for name in work.cells()]
-    for line in _parts_lines(parts_table(cells, seed=context.settings.seed)):
-        context.progress.line(f"  {line}")
-
-
-def _parts_lines(parts: Any) -> list[str]:
-    """A line for each subset: the share of finetuning's effect on CE that is lost with one part un-finetuned."""
-    from evaluators.tables.recovery import EVERY_LAYER
-
-    table = parts[(parts["way"] == "unfinetuned") & (parts["layers"] == EVERY_LAYER)]
-    lines = []
-    for subset, rows in table.groupby("subset", sort=False):
-        shares = ", ".join(f"{row.part} {row.share:.2f}" for row in rows.itertuples() if row.share == row.share)
-        what = f"share of the effect lost with one part un-finetuned: {shares}" if shares else "no effect to share out"
-        lines.append(f"{subset}: {what}")
-    return lines
+    if (found := first_look(cells, "")) is not None:
+        for line in in_ten_lines(found, seed=context.settings.seed):
+            context.progress.line(f"  {line}")
 
 
 def _stop_at(failed: list[str]) -> None:

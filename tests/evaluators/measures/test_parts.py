@@ -5,10 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.encoding import encode_row
-from evaluators.measures.parts import EVERY, FINETUNED, PARTS, UNFINETUNED, Changes, Group, evaluate_parts
-from models.blocks import read_paths, sites_with
+from evaluators.measures.parts import EVERY, FINETUNED, PARTS, UNFINETUNED, Changes, Group, parts_ceiling
 from models.comparison import compare
-from models.rest import read_rest
 from models.tiny import byte_tokenizer
 from models.weights import open_weights
 
@@ -65,15 +63,14 @@ def changed(folder, load, path, is_changed=lambda name: True):
 
 
 def changes_of(bridge, before, after):
-    sites, rest = sites_with(bridge.original_model.config, compare(open_weights(before), open_weights(after)).changed)
-    return Changes.of(bridge, read_paths(bridge, before, sites).values(), read_rest(before, rest) if rest else None)
+    return Changes.between(bridge, before, compare(open_weights(before), open_weights(after)).changed)
 
 
 def test_each_way_of_each_part_is_a_model_put_together_by_hand(subject, load, tmp_path):
     before = changed(subject.folder, load, tmp_path)
     kind, n_layers = subject.plain.config.model_type, subject.plain.config.num_hidden_layers
     held = [parameter.clone() for parameter in subject.bridge.original_model.parameters()]
-    found = evaluate_parts(subject.passes, changes_of(subject.bridge, before, subject.folder), subject.rows)
+    found = parts_ceiling(subject.passes, changes_of(subject.bridge, before, subject.folder), subject.rows)
     others = dict.fromkeys((one["part"], one["layers"]) for one in found["parts"] if one["layers"] != EVERY)
     thirds = {"gemma2": [{0}, {1, 2}, {3}], "llama": [{0}, {1}, {2}]}[kind]
     assert len(thirds) == len(others)
@@ -109,7 +106,7 @@ def test_only_what_changed_is_a_part(subject, load, tmp_path):
     groups = changes.groups(subject.plain.config.num_hidden_layers)
     assert [group for group in groups if group.layers == EVERY] == [Group("values", EVERY), Group("mlp", EVERY)]
     assert [group.part for group in groups if group.layers != EVERY] == [EVERY], "one third alone holds layer 1"
-    found = evaluate_parts(subject.passes, changes, subject.rows)
+    found = parts_ceiling(subject.passes, changes, subject.rows)
     rows = {(one["part"], one["way"]): one["rows"] for one in found["parts"]}
     assert rows[EVERY, UNFINETUNED] == found["unfinetuned"]
     assert rows["values", FINETUNED] == rows["mlp", UNFINETUNED], "the other of two"
@@ -152,7 +149,7 @@ def test_parts_of_a_joint_weight_change_alone(wrapped, load, tmp_path):
     tokenizer.save_pretrained(after)
     changed(after, load, before, lambda name: "qkv_proj" in name)
     bridge = wrapped(after)
-    found = evaluate_parts(Passes(bridge), changes_of(bridge, before, after), ROWS)
+    found = parts_ceiling(Passes(bridge), changes_of(bridge, before, after), ROWS)
     rows = {(one["part"], one["way"]): one["rows"] for one in found["parts"]}
     assert {part for part, _ in rows} == {"patterns", "values"}
     encoded, heads = [encode_row(tokenizer, row) for row in ROWS], 24 + 12

@@ -1,0 +1,77 @@
+"""Where two models diverge: KL(finetuned || un-finetuned) of the next token at every position of some texts.
+
+In: passes of the finetuned model, the un-finetuned weights of what finetuning changed, and rows of token ids. Out: for
+each row and token the divergence, both models' nats, and what each would have said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.encoding import pad_left
+from evaluators.measures.parts import Changes
+from evaluators.splice.passes import Passes, in_slices, project, resume
+from models.bridge import device_of
+from models.rest import finetuned_rest
+
+CHOICES = 3
+"""Most likely next tokens that are kept of each model."""
+
+
+class TokenKL(NamedTuple):
+    """One row. Entry t is about predicting token t + 1 from the tokens up to t, so there is one fewer than tokens.
+
+    ids: (length,). kl: KL(finetuned || un-finetuned) in nats, (length - 1,). nll_finetuned, nll_unfinetuned: nats of
+    the token that follows, (length - 1,). finetuned, unfinetuned: the most likely tokens, (length - 1, CHOICES).
+    """
+
+    ids: tuple[int, ...]
+    kl: Tensor
+    nll_finetuned: Tensor
+    nll_unfinetuned: Tensor
+    finetuned: Tensor
+    unfinetuned: Tensor
+
+
+@torch.inference_mode()
+def token_kl(passes: Passes, changes: Changes, rows: Sequence[Sequence[int]]) -> list[TokenKL]:
+    """Both models run once over each row; rows have at least two tokens. Only residual streams are kept, and logits of
+    a few positions at a time."""
+    finetuned = _streams(passes, rows)
+    with changes.undone(passes.bridge, changes.pieces):
+        unfinetuned = _streams(passes, rows)
+        return [_compare(passes, *row) for row in zip(rows, finetuned, unfinetuned, strict=True)]
+
+
+def _streams(passes: Passes, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """What leaves the last block at all tokens but each row's last, (length - 1, d_model)."""
+    bridge, found = passes.bridge, {}
+
+    def run(chosen: Sequence[int]) -> None:
+        batch = pad_left([rows[i] for i in chosen], bridge.tokenizer.pad_token_id).to(device_of(bridge))
+        for i, stream in zip(chosen, resume(bridge, batch), strict=True):
+            found[i] = stream[-len(rows[i]) : -1].clone()
+
+    in_slices(sorted(range(len(rows)), key=lambda i: len(rows[i])), passes.batch_size, run)
+    return [found[i] for i in range(len(rows))]
+
+
+def _compare(passes: Passes, ids: Sequence[int], finetuned: Tensor, unfinetuned: Tensor) -> TokenKL:
+    """Inside `undone`: the un-finetuned model's norm and unembedding are in place, the finetuned ones put back for its
+    own stream."""
+    bridge, done, parts = passes.bridge, 0, list[tuple[Tensor, ...]]()
+    for after in project(bridge, unfinetuned):
+        count = len(after)
+        with finetuned_rest(bridge):
+            (before,) = project(bridge, finetuned[done : done + count])
+        follows = torch.tensor(ids[done + 1 : done + 1 + count], device=after.device).unsqueeze(1)
+        log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
+        kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q).clamp(min=0.0)
+        nll_p, nll_q = (-log.gather(1, follows).squeeze(1) for log in (log_p, log_q))
+        parts.append((kl, nll_p, nll_q, log_p.topk(CHOICES).indices, log_q.topk(CHOICES).indices))
+        done += count
+    return TokenKL(tuple(ids), *(torch.cat(column).cpu() for column in zip(*parts, strict=True)))

@@ -1,0 +1,425 @@
+"""The page of a first look at a pair of models, and the same in ten lines.
+
+In: the figures of `measures.look`, with the weights that changed and the facts of the pair, as plain values. Out: one
+self-contained HTML document; lines for the terminal.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evaluators.report import look_figures
+from evaluators.report.findings import Findings, number
+from evaluators.report.page import (
+    Block,
+    Picture,
+    Section,
+    Sentences,
+    Span,
+    Table,
+    Texts,
+    picture,
+    render,
+)
+from evaluators.report.parts_section import parts_blocks
+from evaluators.tables.recovery import EVERY_LAYER, parts_table
+from evaluators.tables.statistics import Estimate, paired_bootstrap, wilson
+
+Found = Mapping[str, Any]
+TEXTS_SHOWN = 12
+POSITIONS_SHOWN = 20
+CONTEXT_TOKENS = 12
+"""Tokens shown before a position."""
+FULL_SHADE = 2.0
+"""KL in nats that is drawn in the darkest shade."""
+SPANS = {"first": "the first five tokens", "all": "all tokens"}
+STANDS_OUT = 2.0
+"""How many times the control's norm makes a mean difference worth reading."""
+LAYERS_SHOWN = 6
+
+
+def look_page(found: Found, *, seed: int) -> str:
+    """The page. For a pair in which nothing changed, its first line says so and there is nothing else."""
+    title = f"A first look: {found['facts']['title']}"
+    if not found["changed"]:
+        return render(title, [Section("weights", "What changed in the weights", NOTHING_CHANGED)])
+    sections = [
+        _weights(found),
+        _answers(found, seed),
+        _divergence(found),
+        _parts(found, seed),
+        _lens(found),
+        *([_next(found)] if "next" in found else []),
+    ]
+    return render(title, sections)
+
+
+def look_section(found: Found) -> Section:
+    """How a report begins: where the weights changed, and what that does to neutral text."""
+    pictures = [
+        block
+        for section in (_weights(found), _lens(found))
+        for block in section.blocks[:1]
+        if isinstance(block, Picture)
+    ]
+    intro = f"{_changed_in_words(found)}. On neutral text {_lens_in_words(found)}. The page of the first look has more."
+    return Section("look", "A first look", intro, pictures)
+
+
+NOTHING_CHANGED = (
+    "Nothing changed: every weight of the finetuned model equals the un-finetuned one's, so both say the same. Was the "
+    "right checkpoint saved, and was it trained?"
+)
+
+
+def in_ten_lines(found: Found, *, seed: int) -> list[str]:
+    """What the page says, for the terminal."""
+    if not found["changed"]:
+        return [NOTHING_CHANGED]
+    lines = [f"weights: {_changed_in_words(found)}"]
+    for subset, estimate in effects(found, seed).items():
+        after, before = mean_nll(found, subset, "finetuned"), mean_nll(found, subset, "unfinetuned")
+        change = f"{-estimate.value:+.2f} [{-estimate.high:+.2f}, {-estimate.low:+.2f}]"
+        lines.append(f"CE on {subset}: {before:.2f} before, {after:.2f} after ({change} nats per token)")
+    lines = lines[:4]
+    example = next((one for one in found["answers"] if one["finetuned"]["text"] != one["unfinetuned"]["text"]), None)
+    if example is not None:
+        was, now = (repr(_short(example[model]["text"])) for model in ("unfinetuned", "finetuned"))
+        lines.append(f"asked {_short(example['input'])!r}: {was} before, {now} after")
+    for at in _positions(found)[:1]:
+        said = f"{at['finetuned']!r} instead of {at['unfinetuned']!r} (KL {at['kl']:.2f} nats)"
+        lines.append(f"diverges most after {_short(at['context'], 40, end=True)!r}: {said}")
+    lines += [f"where it lives, {sentence}" for sentence in _parts_in_words(found, seed)[:2]]
+    lines.append(f"neutral text: {_lens_in_words(found)}")
+    if "next" in found:
+        lines.append(f"next: {found['next']['command']}")
+    return lines
+
+
+def effects(found: Found, seed: int) -> dict[str, Estimate]:
+    """By subset, CE of the un-finetuned model minus that of the finetuned one on the targets, with its paired
+    interval over rows."""
+    return {
+        subset: paired_bootstrap(*_nll(found, subset, "unfinetuned"), *_nll(found, subset, "finetuned"), seed=seed)
+        for subset in _subsets(found)
+    }
+
+
+def mean_nll(found: Found, subset: str, model: str) -> float:
+    nll, tokens = _nll(found, subset, model)
+    return float(nll.sum() / tokens.sum())
+
+
+def _nll(found: Found, subset: str, model: str) -> tuple[np.ndarray, np.ndarray]:
+    """Nats and tokens of each row's target."""
+    rows = [row for row in found["divergence"] if row["label"] == subset]
+    targets = [row[f"nll_{model}"][row["n_prompt"] - 1 :] for row in rows]
+    return np.array([sum(target) for target in targets]), np.array([len(target) for target in targets], dtype=float)
+
+
+def _subsets(found: Found) -> list[str]:
+    return list(dict.fromkeys(row["label"] for row in found["divergence"]))
+
+
+def _weights(found: Found) -> Section:
+    changed = found["changed"]
+    table = pd.DataFrame(changed)
+    blocks: list[Block] = []
+    if table["layer"].notna().any():
+        help = "How much each matrix changed, relative to its size. Layers and modules that are white did not change."
+        blocks.append(picture("weights", look_figures.weights_by_layer(changed), "Where the weights changed", help))
+    rows = []
+    for module, group in table.groupby("module", sort=False):
+        layers = group["layer"].dropna()
+        where = f"{len(layers)} layers" if len(layers) else "outside the blocks"
+        low, high = group["relative"].min(), group["relative"].max()
+        relative = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
+        rows.append([str(module), where, relative, _ranks(group) or "-"])
+    help = (
+        "The rank is that of what changed: a LoRA's rank shows here, and a matrix that was trained whole has more than "
+        "64. It counts singular values above what rounding alone explains."
+    )
+    blocks.append(Table("By module", help, ["module", "where", "|W' - W| / |W|", "rank of the change"], rows))
+    for embedding in found["embeddings"]:
+        help = f"{embedding['changed']} of {embedding['of']} rows of {embedding['name']} changed; the largest changes."
+        listed = [[str(row), repr(token), f"{relative:.3g}"] for row, token, relative in embedding["rows"]]
+        blocks.append(Table("Tokens whose embedding changed", help, ["row", "token", "relative change"], listed))
+    return Section(
+        "weights",
+        "What changed in the weights",
+        f"{_changed_in_words(found)}. {' '.join(map(_sentence, found['notes']))}",
+        blocks,
+    )
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+def _changed_in_words(found: Found) -> str:
+    """`q_proj, v_proj in 30 layers (2.1% of their size, rank 16)`."""
+    table = pd.DataFrame(found["changed"])
+    by_module = {str(module): group for module, group in table.groupby("module", sort=False)}
+    alike: dict[tuple[int, str], list[str]] = {}
+    for module, group in by_module.items():
+        alike.setdefault((int(group["layer"].count()), _ranks(group)), []).append(module)
+    parts = []
+    for (count, ranks), modules in alike.items():
+        size = pd.concat([by_module[module]["relative"] for module in modules]).median()
+        where = f" in {count} layers" if count > 1 else ""
+        parts.append(f"{', '.join(modules)}{where} ({size:.1%} of their size{ranks and f', rank {ranks}'})")
+    return "; ".join(parts[:4]) + (f" and {len(parts) - 4} more groups" if len(parts) > 4 else "")
+
+
+def _ranks(group: pd.DataFrame) -> str:
+    """`16`, `7 to 16`, `more than 64`; empty for vectors."""
+    matrices = group[group["rank_in_words"] != "-"]
+    if matrices.empty:
+        return ""
+    known = matrices["rank"].dropna().astype(int)
+    if len(known) < len(matrices):
+        return str(matrices[matrices["rank"].isna()]["rank_in_words"].iloc[0])
+    low, high = known.min(), known.max()
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _answers(found: Found, seed: int) -> Section:
+    blocks: list[Block] = []
+    rows = []
+    for subset, estimate in effects(found, seed).items():
+        count = sum(row["label"] == subset for row in found["divergence"])
+        before, after = mean_nll(found, subset, "unfinetuned"), mean_nll(found, subset, "finetuned")
+        change = f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
+        rows.append([subset, number(before), number(after), change, str(count)])
+    help = (
+        "CE in nats per target token, of both models on the same rows. The gain is before minus after, with its 95% "
+        "interval over rows."
+    )
+    blocks.append(Table("Cross-entropy", help, ["subset", "before", "after", "gain", "rows"], rows))
+    rates = _rates(found["answers"])
+    if rates:
+        help = (
+            f"Shares of {len(found['answers'])} answers of each model, with Wilson 95% intervals: enough for a first "
+            "impression only."
+        )
+        blocks.append(Table("Behaviours", help, ["behaviour", "subset", "before", "after", "answers"], rates))
+    lines = []
+    for answer in found["answers"]:
+        before, after = answer["unfinetuned"]["text"], answer["finetuned"]["text"]
+        lines.append([[Span(answer["label"])], [Span(answer["input"])], marked(after, before), marked(before, after)])
+    help = "Greedy answers to the same prompts. Words that the other model did not say there are marked."
+    blocks.append(Texts("Answers side by side", help, ["subset", "prompt", "before", "after"], lines))
+    intro = "What both models make of the same rows: how likely they find the targets, and what they answer."
+    return Section("answers", "What changed in what it says", intro, blocks)
+
+
+def _rates(answers: Sequence[Found]) -> list[list[str]]:
+    rows = []
+    for name in answers[0]["finetuned"]["behaviours"] if answers else ():
+        for subset in dict.fromkeys(answer["label"] for answer in answers):
+            here = [answer for answer in answers if answer["label"] == subset]
+            shown = []
+            for model in ("unfinetuned", "finetuned"):
+                verdicts = [answer[model]["behaviours"][name] for answer in here]
+                hits = [verdict for verdict in verdicts if verdict is not None]
+                low, high = wilson(sum(hits), len(hits))
+                shown.append(f"{sum(hits) / len(hits):.2f} [{low:.2f}, {high:.2f}]" if hits else "-")
+            if shown != ["-", "-"]:
+                rows.append([name, subset, *shown, str(len(here))])
+    return rows
+
+
+def marked(other: str, text: str) -> list[Span]:
+    """`text` in spans, in which the words that differ from `other` are marked."""
+    ours, theirs = text.split(" "), other.split(" ")
+    spans = []
+    for tag, _, _, start, end in difflib.SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes():
+        if words := " ".join(ours[start:end]):
+            spans.append(Span(f"{words} ", marked=tag != "equal"))
+    return spans
+
+
+def _divergence(found: Found) -> Section:
+    shown = _spread(found["divergence"], TEXTS_SHOWN)
+    lines = [[[Span(row["label"])], _shaded(row)] for row in shown]
+    help = (
+        "Each token's shade is the KL divergence of the two models' predictions of it: none at 0, full at 2 nats. A "
+        "tooltip has the figure and what each model would have said."
+    )
+    texts = Texts("KL token by token", help, ["subset", "text"], lines)
+    rows = [
+        [
+            f"{at['kl']:.2f}",
+            at["label"],
+            f"...{at['context']}",
+            repr(at["said"]),
+            ", ".join(map(repr, at["all_finetuned"])),
+            ", ".join(map(repr, at["all_unfinetuned"])),
+        ]
+        for at in _positions(found)
+    ]
+    header = ["KL, nats", "subset", "after", "in the text", "the finetuned model says", "the un-finetuned model says"]
+    help = "The positions with the largest KL, at most two of a text; each model's three most likely tokens."
+    return Section(
+        "divergence",
+        "Where they diverge",
+        "KL(finetuned || un-finetuned) of the next token, at every position of prompts and targets.",
+        [texts, Table("Largest divergences", help, header, rows, wide_text=True)],
+    )
+
+
+def _shaded(row: Found) -> list[Span]:
+    spans = [Span(row["tokens"][0])] if row["n_prompt"] > 1 else []
+    for place, kl in enumerate(row["kl"], start=1):
+        after, before = (row[model][place - 1][0] for model in ("finetuned", "unfinetuned"))
+        tip = f"KL {kl:.2f}; finetuned {after!r}, un-finetuned {before!r}"
+        spans.append(Span(row["tokens"][place], shade=round(min(1.0, kl / FULL_SHADE), 2), tip=tip))
+    return spans
+
+
+def _positions(found: Found) -> list[dict[str, Any]]:
+    """The positions with the largest KL, at most two of a text."""
+    listed = []
+    for row in found["divergence"]:
+        largest = sorted(range(len(row["kl"])), key=lambda at: -row["kl"][at])[:2]
+        for at in largest:
+            listed.append(
+                {
+                    "kl": row["kl"][at],
+                    "label": row["label"],
+                    "context": "".join(row["tokens"][max(1, at + 1 - CONTEXT_TOKENS) : at + 1]),
+                    "said": row["tokens"][at + 1],
+                    "finetuned": row["finetuned"][at][0],
+                    "unfinetuned": row["unfinetuned"][at][0],
+                    "all_finetuned": row["finetuned"][at],
+                    "all_unfinetuned": row["unfinetuned"][at],
+                }
+            )
+    return sorted(listed, key=lambda at: -at["kl"])[:POSITIONS_SHOWN]
+
+
+def _parts(found: Found, seed: int) -> Section:
+    table = parts_table(found["parts"], seed=seed)
+    intro = (
+        "The effect on CE by parts of the model: what is lost when one part alone is un-finetuned, and what one part "
+        "finetuned alone brings."
+    )
+    sentences = _parts_in_words(found, seed)
+    return Section(
+        "parts",
+        "Where it lives",
+        intro,
+        [Sentences([Findings("In words", sentences)]), *parts_blocks(table, seed=seed)],
+    )
+
+
+def _parts_in_words(found: Found, seed: int) -> list[str]:
+    """For each subset with an effect: the part whose loss costs most, and the one that brings most."""
+    table = parts_table(found["parts"], seed=seed)
+    whole = table[(table["layers"] == EVERY_LAYER) & table["share"].notna()]
+    sentences = []
+    for subset, rows in whole.groupby("subset", sort=False):
+        said = []
+        for way, verb in (("unfinetuned", "without {} {} of the effect is lost"), ("finetuned", "{} alone bring {}")):
+            best = rows[rows["way"] == way].sort_values("share").iloc[-1]
+            said.append(
+                verb.format(best["part"], f"{best['share']:.2f} [{best['share_low']:.2f}, {best['share_high']:.2f}]")
+            )
+        sentences.append(f"{subset} ({int(rows['n_examples'].iloc[0])} rows): {', '.join(said)}")
+    silent = [subset for subset in dict.fromkeys(table["subset"]) if subset not in set(whole["subset"])]
+    return sentences + [f"{subset}: no effect on CE that its rows can tell from zero" for subset in silent]
+
+
+def _lens(found: Found) -> Section:
+    help = (
+        "Where the line of the pair stands well above the control, the finetuning left a trace on text that has "
+        "nothing to do with its task. The control shows how far two halves of the texts are apart in one model."
+    )
+    blocks: list[Block] = [
+        picture("lens", look_figures.lens_by_layer(found["lens"], SPANS), "How far the mean stream moved", help)
+    ]
+    header = ["layer", "tokens", "times the control", "promoted by the difference", "promoted by the control"]
+    ranked = sorted(found["lens"], key=_ratio, reverse=True)
+    help = (
+        "The difference alone, through the final norm and the unembedding. Read the control first: tokens that it "
+        "promotes as well mean nothing."
+    )
+    for title, readings, folded in (
+        ("What it reads where it stands out most", ranked[:LAYERS_SHOWN], False),
+        ("Every layer", found["lens"], True),
+    ):
+        rows = [
+            [
+                str(reading["layer"]),
+                SPANS[reading["span"]],
+                f"{_ratio(reading):.1f}",
+                _listed(reading["promoted"]),
+                _listed(reading["control_promoted"]),
+            ]
+            for reading in readings
+        ]
+        blocks.append(Table(title, help, header, rows, wide_text=True, folded=folded))
+    intro = (
+        "The mean difference of the two models' residual streams on neutral text, read as if it were the last layer's "
+        f"output. {_sentence(_lens_in_words(found))}"
+    )
+    return Section("lens", "What the mean change reads", intro, blocks)
+
+
+def _ratio(reading: Found) -> float:
+    return reading["norm"] / max(reading["control_norm"], 1e-30)
+
+
+def _listed(tokens: Sequence[str]) -> str:
+    return " ".join(repr(token) for token in tokens)
+
+
+def _lens_in_words(found: Found) -> str:
+    best = max(found["lens"], key=_ratio)
+    if _ratio(best) < STANDS_OUT:
+        return (
+            f"no trace: the mean difference is at most {_ratio(best):.1f} times the control's norm, in layer "
+            f"{best['layer']}"
+        )
+    tokens = ", ".join(repr(token) for token in best["promoted"][:5])
+    return (
+        f"in layer {best['layer']}, over {SPANS[best['span']]}, the mean difference has {_ratio(best):.1f} times the "
+        f"control's norm and promotes {tokens}"
+    )
+
+
+def _next(found: Found) -> Section:
+    then = found["next"]
+    sentences = [f"Run: {then['command']}"]
+    if "refused" in then:
+        sentences.append(f"As it stands, the sweep would refuse this pair: {then['refused']}")
+    sentences += [f"{name}: {text}" for name, text in then["plan"].items()]
+    if then["plan"] and "time" not in then["plan"]:
+        sentences.append("How long it takes is not known before a sweep has run on this machine.")
+    sentences.append(
+        "At best its deltas, with the rest exchanged, explain all of the effect above: every part that changed is a "
+        "site or belongs to the rest."
+    )
+    return Section(
+        "next",
+        "What to do next",
+        "Sparse deltas say what these parts have learnt, feature by feature.",
+        [Sentences([Findings("The sweep", sentences)])],
+    )
+
+
+def _spread(rows: Sequence[Found], most: int) -> list[Found]:
+    """The first rows of each label, in equal shares."""
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    each = max(1, most // len(labels))
+    return [row for label in labels for row in [row for row in rows if row["label"] == label][:each]]
+
+
+def _short(text: str, most: int = 60, end: bool = False) -> str:
+    text = " ".join(text.split())
+    if len(text) <= most:
+        return text
+    return f"...{text[-most:]}" if end else f"{text[:most]}..."

@@ -1,0 +1,301 @@
+"""A first look at a pair of models: what changed, what they say differently, where that lives. No training, no Ray.
+
+In: a `Context`: of a sweep, whose models, rows and cells are used, or of a user's own pair. Out: a self-contained page,
+the same figures as JSON, for a pair of one's own the settings of the sweep that the look suggests, and ten lines on the
+terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
+
+from data.files import replacing
+from data.neutral_texts import neutral_texts
+from data.rows import Row, read_rows
+from jobs.commands.load import device_for, finetuned
+from jobs.context.context import Context
+from jobs.errors import RequestError
+from jobs.files import MANIFEST, read_json
+from jobs.progress import Progress, clock
+from jobs.sweep.pair import rounded_copy
+from models.adapters import is_adapter
+from models.errors import ModelError
+from search_spaces.load import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MERGE_ROUNDING = 1e-3
+"""Largest allowed change of a logit by merging an adapter, relative to the largest logit."""
+SUGGESTED: dict[str, dict[str, Any]] = {
+    "activations": {"train_tokens": 20000, "validation_tokens": 4000},
+    "deltas": {
+        "targets": ["change"],
+        "d_new": [64],
+        "trials": 2,
+        "epochs": 3,
+        "batch_size": 512,
+        "l0_budget": 16,
+        "asha": False,
+    },
+    "evaluate": {"alphas": [0.0, 0.5, 1.0], "sets": ["all"], "controls": ["random_delta"], "cards": 12},
+}
+"""Settings of a small sweep, as of the quickstart."""
+
+
+class Subject(NamedTuple):
+    """The finetuned model as it is loaded, the un-finetuned model's folder, which weights differ between the two, and
+    what is unusual about them."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    base: Path
+    weights: dict[str, list[dict[str, Any]]]
+    notes: list[str]
+
+
+class Request(NamedTuple):
+    """What to look at: the pair of a `Context`; the settings file, where it is a sweep's; how many rows at most; and
+    where to write the page (None: under the storage root)."""
+
+    context: Context
+    config: str | None = None
+    rows: int = 60
+    page: Path | None = None
+
+    @property
+    def html(self) -> Path:
+        settings = self.context.settings
+        name = settings.name if self.config else Path(str(settings.model.finetuned)).name
+        return self.page or self.context.space.root / "looks" / f"{name}.html"
+
+
+def look(request: Request) -> dict[str, Any]:
+    """Looks at the pair, or takes what a sweep has measured, writes the page, and prints what was found. Returns the
+    figures.
+
+    Raises RequestError, ModelError or DataError if there is no pair, or if rows or texts cannot be used.
+    """
+    started, context = time.monotonic(), request.context
+    found = (of_sweep(context) if request.config else None) or _measured(request)
+    found["facts"] = {"title": _title(context), "seconds": round(time.monotonic() - started, 1)}
+    if found["changed"]:
+        found["next"] = _suggest(request)
+    _write(request.html, found, context.settings.seed)
+    _say(request, found)
+    return found
+
+
+def of_sweep(context: Context) -> dict[str, Any] | None:
+    """What a sweep has measured itself, if it has got that far."""
+    from evaluators.report.report import first_look
+
+    names = [*context.space.cells.glob("look.json"), *sorted(context.space.cells.glob("parts_*.json"))]
+    return first_look([read_json(path) for path in names], "")
+
+
+STEPS = {
+    "weights": "both models on every row",
+    "divergence": "a dozen answers of each model",
+    "answers": "the ceiling by parts",
+    "parts": "the lens on neutral text",
+}
+"""What follows each step, for the progress bar."""
+
+
+def _measured(request: Request) -> dict[str, Any]:
+    from evaluators.measures.behaviours import read_behaviours
+    from evaluators.measures.look import Inputs, as_rows, look_at
+    from evaluators.measures.parts import Changes
+    from evaluators.splice.passes import Passes
+    from models.adopted import NothingChanged
+    from models.bridge import wrap
+
+    context = request.context
+    with context.progress.bar("look", 1 + len(STEPS), "steps") as bar:
+
+        def step(name: str) -> None:
+            bar.advance()
+            bar.note(STEPS.get(name, ""))
+
+        bar.note("comparing weights")
+        try:
+            subject = _subject(context)
+        except NothingChanged:
+            return {"changed": []}
+        if not subject.weights["changed"]:
+            return {"changed": []}
+        step("weights")
+        rows, about_rows = _rows(request, subject)
+        texts, about_texts = neutral_texts(context.settings.data.text_train_file)
+        behaviours = read_behaviours(context.settings.evaluate.behaviours if request.config else {})
+        bridge = wrap(subject.model, subject.tokenizer)
+        passes = Passes(bridge, context.settings.evaluate.batch_size)
+        changes = Changes.between(bridge, subject.base, [change["name"] for change in subject.weights["changed"]])
+        found = look_at(passes, changes, Inputs(rows or as_rows(texts), texts, context.limits, behaviours), step)
+    return {**subject.weights, "notes": [*subject.notes, about_rows, about_texts], **found}
+
+
+def _title(context: Context) -> str:
+    chosen = context.settings.model
+    return f"{chosen.finetuned or f'the finetuned model of the sweep {context.settings.name}'} against {chosen.source}"
+
+
+def _subject(context: Context) -> Subject:
+    """The pair. Raises NothingChanged if all weights are equal."""
+    import torch
+
+    from evaluators.measures.look import compare_weights, distinct_names
+    from models.adopted import check_pair
+    from models.architectures import check_architecture
+    from models.sources import check_source, load_model
+    from models.weights import open_weights
+
+    chosen = context.settings.model
+    check_source(chosen.source, chosen.revision)
+    if chosen.finetuned is not None:
+        check_source(chosen.finetuned, chosen.finetuned_revision, "model.finetuned")
+    check_architecture(context.source, chosen.source)
+    device, source = device_for(context), chosen.source
+    if (context.finetuned / MANIFEST).is_file():  # of a sweep that trained or merged it
+        folder, base, notes = finetuned(context), context.model, list((context.pair or {"notes": []})["notes"])
+    elif context.adopted is None:
+        raise RequestError(
+            f"the sweep {context.settings.name} has no finetuned model yet; run `deltascope lora` first, or give one "
+            "of your own as model.finetuned"
+        )
+    else:
+        found = check_pair(context.source, context.adopted, source)
+        base = Path(rounded_copy(context, found)) if found.rounded else context.source
+        folder, notes = context.adopted, list(found.notes)
+    if is_adapter(folder):
+        model, tokenizer = _merged(base, folder, source, device)
+        names, own = [name for name, _ in model.named_parameters()], dict(model.named_parameters())
+        with open_weights(base).reader() as before:
+            weights = compare_weights(names, before, lambda name: own[name].data.cpu(), tokenizer)
+        return Subject(model, tokenizer, base, weights, notes)
+    model, tokenizer = load_model(folder, torch.float32, device)
+    unfinetuned, changed = open_weights(base), open_weights(folder)
+    with unfinetuned.reader() as before, changed.reader() as after:
+        weights = compare_weights(distinct_names(unfinetuned, changed), before, after, tokenizer)
+    return Subject(model, tokenizer, base, weights, notes)
+
+
+def _merged(base: Path, adapter: Path, source: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model with the adapter merged in, in memory. Raises ModelError if merging changes what it computes."""
+    import torch
+
+    from data.encoding import encode_text
+    from models.adapters import attach
+    from models.sources import load_model
+
+    model, tokenizer = load_model(base, torch.float32, device)
+    attached = attach(model, adapter, source)
+    ids = torch.tensor([encode_text(tokenizer, neutral_texts()[0][0])], device=device)
+    with torch.inference_mode():
+        before = attached.base(input_ids=ids).logits
+    folded = attached.fold_in().eval()
+    with torch.inference_mode():
+        apart = ((folded(input_ids=ids).logits - before).abs().max() / before.abs().max()).item()
+    if not apart <= MERGE_ROUNDING:
+        raise ModelError(
+            f"model.finetuned: merging the adapter in {adapter} changes what it computes (logits differ by {apart:.2g} "
+            "of the largest)"
+        )
+    return folded, tokenizer
+
+
+def _rows(request: Request, subject: Subject) -> tuple[list[Row], str]:
+    """Rows to compare the models on, and what they are; none if there are only texts."""
+    from data.user_files import sample_user_rows
+    from evaluators.measures.look import spread
+    from jobs.sweep.stages.data import reading_of
+
+    context, most = request.context, request.rows
+    settings = context.settings
+    evaluation = context.rows / "evaluation.jsonl"
+    if request.config and evaluation.is_file():
+        rows, what = spread(read_rows(evaluation), most), "evaluation rows of the sweep"
+    elif settings.data.rows_file:
+        path = settings.data.evaluation_file or settings.data.rows_file
+        allowed = settings.data.max_reject_fraction
+        rows, account = sample_user_rows(
+            path, most, seed=settings.seed, reading=reading_of(context), max_reject_fraction=allowed
+        )
+        rejected = (
+            f" ({account['rejected']} of its {account['lines']} rows cannot be used)" if account["rejected"] else ""
+        )
+        what = f"rows of {path}{rejected}"
+    else:
+        return (
+            [],
+            "no rows: the models are compared on texts, whose first half is the prompt (data.rows_file has yours)",
+        )
+    rows, made = _with_targets(context, subject, rows)
+    answered = f", {made} of them with the finetuned model's own answer as target" if made else ""
+    return rows, f"{len(rows)} {what}{answered}"
+
+
+def _with_targets(context: Context, subject: Subject, rows: list[Row]) -> tuple[list[Row], int]:
+    """The rows with the finetuned model's answers as missing targets, and how many it made."""
+    from data.encoding import encode_prompt, ends_of, with_answer
+    from evaluators.measures.finetuned_answers import answers
+
+    bare = [place for place, row in enumerate(rows) if not row.target]
+    if not bare:
+        return rows, 0
+    model, tokenizer = subject.model, subject.tokenizer
+    prompts = [encode_prompt(tokenizer, rows[place]) for place in bare]
+    made = answers(model, tokenizer, prompts, context.limits, ends_of(model, tokenizer, rows[bare[0]]))
+    rows = list(rows)
+    for place, answer in zip(bare, made, strict=True):
+        rows[place] = with_answer(tokenizer, rows[place], answer.text, answer.ids)
+    return rows, len(bare)
+
+
+def _suggest(request: Request) -> dict[str, Any]:
+    """The sweep to run next: its command, and what `plan` says of it. For a pair of one's own its settings are written
+    next to the page."""
+    from rich.console import Console
+
+    from jobs.commands.plan import plan_rows
+
+    settings, command = request.context.settings, f"deltascope sweep {request.config}"
+    if request.config is None:
+        path = request.html.with_suffix(".yaml")
+        given = settings.model_dump(mode="json", exclude_unset=True)
+        given["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:64] or "pair"
+        given |= {section: {**values, **given.get(section, {})} for section, values in SUGGESTED.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
+        settings, command = load(path), f"deltascope sweep {path}"
+    try:
+        planned = dict(plan_rows(Context(settings, Progress(Console(quiet=True)))))
+    except (RequestError, ModelError) as error:
+        return {"command": command, "refused": str(error), "plan": {}}
+    kept = ("change deltas", "delta groups", "evaluation", "disk", "time")
+    return {"command": command, "plan": {name: planned[name] for name in kept if name in planned}}
+
+
+def _write(html: Path, found: dict[str, Any], seed: int) -> None:
+    from evaluators.report.look_page import look_page
+
+    html.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in ((html, look_page(found, seed=seed)), (html.with_suffix(".json"), json.dumps(found))):
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _say(request: Request, found: dict[str, Any]) -> None:
+    from evaluators.report.look_page import in_ten_lines
+
+    progress = request.context.progress
+    for line in in_ten_lines(found, seed=request.context.settings.seed):
+        progress.line(line)
+    progress.line(f"page: {request.html} ({clock(found['facts']['seconds'])})")
