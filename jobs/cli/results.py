@@ -115,7 +115,7 @@ def export(
         bool, typer.Option("--onto-bases", help="Fuse change deltas with their layers' bases.")
     ] = False,
 ) -> None:
-    """Write change deltas, or bases and residual deltas fused, as one transcoder per layer in another tool's format."""
+    """Write the deltas in another tool's format, one transcoder per site; residual deltas fused with their bases."""
     from jobs.commands import export as exporting
     from jobs.commands.load import DeltaChoice
 

@@ -118,7 +118,7 @@ def status(config: Config, overrides: Overrides = None) -> None:
 
 @commands.command()
 def verify(config: Config, overrides: Overrides = None) -> None:
-    """Read all of a sweep's files and list those that are damaged, missing, edited or added; status 1 if any are."""
+    """Read a sweep's files and list those that are damaged, missing, edited or added; exit status 1 if any are."""
     from jobs.commands.verify import verify as run
 
     run(context_of(config, overrides))

@@ -240,11 +240,11 @@ def page(lines: list[str]) -> str:
     return f"""# Architectures
 
 Each line is the result of checks on a small random model, made by `python -m tests.models.table` and repeated by a
-test. The first four columns are the kinds of site, each alone and all together, and have four checks. Putting back a
-site's own output gives the finetuned model. Alpha 0 gives the model with un-finetuned weights there. With the true
-change in place of a delta, alpha 1 gives the finetuned model. Decoding with a cache gives the same text as without.
-Every sweep makes these checks on your own model too. The fifth column: with all weights finetuned, alpha 0 at all sites
-and in the rest gives the un-finetuned model.
+test. The first four columns are the kinds of site, each alone and all together. There, "yes" means that four checks
+passed: putting back a site's own output gives the finetuned model; alpha 0 gives the model with un-finetuned weights
+there; with the true change in place of a delta, alpha 1 gives the finetuned model; decoding with a cache gives the same
+text as without. Every sweep makes these checks on your own model too. The fifth column: with all weights finetuned,
+alpha 0 at all sites and in the rest gives the un-finetuned model.
 
 | architecture | such as | {" | ".join(COLUMNS)} |
 |---|---|{"---|" * len(COLUMNS)}
