@@ -262,7 +262,7 @@ def lora_section(trials: pd.DataFrame) -> Section | None:
         **parameters,
         "seconds": "seconds",
     }
-    help = "Each point is one trial's held-out loss; the line is the best so far, which became the finetuned model."
+    help = "Each point is one trial's held-out loss, the line the best so far; the best trial gave the finetuned model."
     return Section(
         "lora",
         "LoRA search",
