@@ -1,8 +1,8 @@
-"""Conversations as a chat model reads them.
+"""Renders conversations with a model's chat template.
 
-In: a tokenizer with a chat template, and messages. Out: a row's prompt, target and end as text, with special tokens
-spelled out, and how they compare with what training on the whole conversation reads. A conversation is rendered once,
-when the data is made, because a template may insert today's date.
+In: a tokenizer with a chat template, and messages. Out: a row's prompt, target and end as text that contains special
+tokens by name; and how they differ from the text that training on the whole conversation reads. A conversation is
+rendered once, when the data is made, because a template may insert today's date.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANSWER = "deltascope-answer"
-"""An answer that no template contains."""
+"""A placeholder for an answer; no template contains this text."""
 _FIRST_WORDS = (*ascii_letters, "The", "Yes", "Here", _ANSWER)
 _LISTS = ("tools", "documents")
-"""Variables of a template that apply_chat_template takes as arguments."""
+"""Template variables that apply_chat_template takes as named arguments."""
 KWARGS = "chat_template_kwargs"
-"""A column with further variables of the template, as a dictionary."""
-_NOTHING_SAID = {
-    "conversation": "the chat template writes nothing of this answer",
-    "generation": "the answer has no text; data.rendering=conversation reads what else the template writes of it",
+"""A column that holds more template variables, as a dictionary."""
+_EMPTY_TARGET = {
+    "conversation": "the chat template writes nothing for this answer",
+    "generation": "the answer has no text; with data.rendering=conversation, other parts such as tool calls count too",
 }
 
 
 class Rendered(NamedTuple):
     """A conversation in one of the two renderings, and how it compares with what training reads.
 
-    `special_tokens` is True if the target contains special tokens that are read as such. `unlike` is set if the
-    generation prompt, the answer and its end are not the beginning of the whole conversation: that text, and the
-    conversation. `regrouped` is True if the texts agree but the tokens do not, because one spans the end of the prompt.
-    `ends` is False if the template writes no token after an answer, so that EOS was added.
+    `special_tokens` is True if the target contains special tokens, to be encoded as such. `mismatch` is set if the
+    rendered conversation does not begin with generation prompt + answer + end: the pair (that text, the conversation).
+    `regrouped` is True if the texts agree but the tokens do not, because a token spans the end of the prompt.
+    `has_end` is False if the template writes no token after an answer, so that EOS was added.
     """
 
     prompt: str
     target: str
     end: str
     special_tokens: bool = False
-    unlike: tuple[str, str] | None = None
+    mismatch: tuple[str, str] | None = None
     regrouped: bool = False
-    ends: bool = True
+    has_end: bool = True
 
     def row(self, text: str, label: str) -> Row:
-        """As a row with the input `text`, the text of its messages."""
+        """Converts it to a row. `text`, the text of its messages, becomes the row's input."""
         return make_row(text, self.target, label, self.prompt, self.end, special_tokens=self.special_tokens)
 
 
-class _Parts(NamedTuple):
-    """What the template writes around an answer: the text before and after it, and the token that ends it (empty:
-    none)."""
+class _Frame(NamedTuple):
+    """What the template writes around an answer: the text before and after it, and the token that ends it (empty if
+    there is none)."""
 
     before: str
     after: str
@@ -67,9 +67,9 @@ class _Parts(NamedTuple):
 class Chat:
     """The chat template of a tokenizer.
 
-    `rendering` says which prompt a row has. With `conversation` prompt, target and end begin the template's rendering
-    of the whole conversation, answer included: what training on conversations reads. With `generation` the prompt is
-    what the template gives to start an answer, and the target the answer's text.
+    `rendering` decides where a row's text comes from. With `conversation`, prompt + target + end is the beginning of
+    the whole rendered conversation, answer included, as training on conversations reads it. With `generation`, the
+    prompt is the template's generation prompt and the target is the answer's text.
 
     Raises DataError if there is no template.
     """
@@ -89,110 +89,113 @@ class Chat:
         self._refuses = special_tokens == "refuse"
         reserved = set(inspect.signature(self._tokenizer.apply_chat_template).parameters) - set(_LISTS)
         self._reserved = {*reserved, *tokenizer.special_tokens_map, "messages", "raise_exception", "strftime_now"}
-        self._given = 0
-        self._given = self._given_to_answers()
+        self._moved = 0
+        self._moved = self._moved_to_answers()
 
     def variables(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a record that the template reads, such as `tools` or `enable_thinking`, including those in a
         dictionary under `chat_template_kwargs`."""
         more = from_json(record.get(KWARGS), KWARGS)
-        given = {**record, **(more if isinstance(more, dict) else {})}
-        known = self._reads(given).variables - self._reserved
-        found = {name: without_none(value) for name, value in given.items() if name in known and value is not None}
+        fields = {**record, **(more if isinstance(more, dict) else {})}
+        names = self._reads(fields).variables - self._reserved
+        values = {name: without_none(value) for name, value in fields.items() if name in names and value is not None}
         in_csv = all(value is None or isinstance(value, str) for value in record.values())
-        for name, value in found.items():
+        for name, value in values.items():
             if name in _LISTS:
-                found[name] = without_none(from_json(value, name))
+                values[name] = without_none(from_json(value, name))
             elif in_csv and isinstance(value, str) and value.casefold() in ("true", "false"):
-                found[name] = value.casefold() == "true"
-        return found
+                values[name] = value.casefold() == "true"
+        return values
 
     def unread_keys(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[str]:
         """Keys of these messages that the template does not read."""
-        known = self._reads(variables).keys | {"role", "content"}
-        return [key for key in dict.fromkeys(key for message in messages for key in message) if key not in known]
+        read = self._reads(variables).keys | {"role", "content"}
+        return [key for key in dict.fromkeys(key for message in messages for key in message) if key not in read]
 
     def render(
-        self, asked: Sequence[Message], answer: Message | None = None, variables: Mapping[str, Any] | None = None
+        self, messages: Sequence[Message], answer: Message | None = None, variables: Mapping[str, Any] | None = None
     ) -> Rendered:
-        """A row's prompt, target and end; without an answer the target is empty.
+        """Renders a row's prompt, target and end; without an answer, the target is empty.
 
-        Raises DataError where the template refuses the conversation or renders this answer in a way of its own, and
-        where a message spells out a special token, unless those are read as tokens.
+        Raises DataError if the template refuses the conversation or begins this answer unlike others, or if a message
+        contains the text of a special token while `special_tokens` is `refuse`.
         """
-        given = variables or {}
-        self._check(asked, answer, given)
-        generation = self._render(asked, True, given)
-        parts = self._parts(asked, answer, given)
-        end = parts.end or str(self._tokenizer.eos_token)
+        variables = variables or {}
+        self._check(messages, answer, variables)
+        generation = self._render(messages, True, variables)
+        frame = self._frame(messages, answer, variables)
+        end = frame.end or str(self._tokenizer.eos_token)
         if answer is None:
-            prompt = generation if self.rendering == "generation" else parts.before
-            unlike = None if generation.rstrip() == parts.before.rstrip() else (generation, parts.before)
-            return Rendered(prompt, "", end, unlike=unlike, ends=bool(parts.end))
-        whole = self._render([*asked, answer], False, given)
-        spelled = self._rendered(generation, text_of(answer), end)
-        begun = generation + spelled.target + parts.end
-        found = spelled if self.rendering == "generation" else self._cut(whole, generation, parts)
-        if not found.target.strip():
-            raise DataError(_NOTHING_SAID[self.rendering])
-        return found._replace(
-            unlike=None if whole.startswith(begun) else (begun, whole),
-            regrouped=whole.startswith(found.prompt + found.target) and not self._has_tokens_of(whole, found),
-            ends=bool(parts.end) or whole.startswith(found.prompt + found.target + found.end),
+            prompt = generation if self.rendering == "generation" else frame.before
+            mismatch = None if generation.rstrip() == frame.before.rstrip() else (generation, frame.before)
+            return Rendered(prompt, "", end, mismatch=mismatch, has_end=bool(frame.end))
+        whole = self._render([*messages, answer], False, variables)
+        generated = self._rendered(generation, text_of(answer), end)
+        start = generation + generated.target + frame.end
+        row = generated if self.rendering == "generation" else self._cut(whole, generation, frame)
+        if not row.target.strip():
+            raise DataError(_EMPTY_TARGET[self.rendering])
+        return row._replace(
+            mismatch=None if whole.startswith(start) else (start, whole),
+            regrouped=whole.startswith(row.prompt + row.target) and not self._same_tokens(whole, row),
+            has_end=bool(frame.end) or whole.startswith(row.prompt + row.target + row.end),
         )
 
     def render_text(self, text: str, target: str = "") -> Rendered:
-        """A conversation of one message, and an answer if there is a target; raises DataError as `render`."""
+        """Renders a conversation of one message, and an answer if there is a target; raises DataError like `render`."""
         answer = {"role": "assistant", "content": target} if target else None
         return self.render([{"role": "user", "content": text}], answer)
 
     def _rendered(self, prompt: str, target: str, end: str) -> Rendered:
         return Rendered(prompt, target, end, spelled_out([target], self._special) is not None)
 
-    def _cut(self, whole: str, generation: str, parts: _Parts) -> Rendered:
-        """The whole conversation as prompt, target and end."""
-        prompt = next((one for one in (parts.before, generation) if whole.startswith(one)), None)
+    def _cut(self, whole: str, generation: str, frame: _Frame) -> Rendered:
+        """Cuts the whole rendered conversation into prompt, target and end."""
+        prompt = next((text for text in (frame.before, generation) if whole.startswith(text)), None)
         if prompt is None:
-            raise DataError("the chat template renders the beginning of this answer differently from that of others")
+            raise DataError("the chat template begins this answer differently from other answers")
         tail = whole[len(prompt) :]
-        target, end, _ = tail.rpartition(parts.end) if parts.end else ("", "", "")
+        target, end, _ = tail.rpartition(frame.end) if frame.end else ("", "", "")
         if not end:
             bare = tail.rstrip()
             end = next((token for token in self._special if bare.endswith(token)), "")
-            target = bare.removesuffix(end) if end else tail.removesuffix(parts.after)
+            target = bare.removesuffix(end) if end else tail.removesuffix(frame.after)
         return self._rendered(prompt, target, end or str(self._tokenizer.eos_token))
 
-    def _has_tokens_of(self, whole: str, row: Rendered) -> bool:
-        from data.encoding import encode_row  # loads torch, which a command's driver may not need
+    def _same_tokens(self, whole: str, row: Rendered) -> bool:
+        """Whether the row's tokens are the first tokens of the whole conversation."""
+        from data.encoding import encode_row  # imports torch, which commands that only read settings do not need
 
-        kept = Row("", row.target, "", prompt=row.prompt, end=row.end, special_tokens=row.special_tokens)
-        ids = encode_row(self._tokenizer, kept).ids
-        if not whole.startswith(row.prompt + row.target + row.end):  # then the end was added
+        encoded = Row("", row.target, "", prompt=row.prompt, end=row.end, special_tokens=row.special_tokens)
+        ids = encode_row(self._tokenizer, encoded).ids
+        if not whole.startswith(row.prompt + row.target + row.end):  # the end is not from the template
             ids = ids[:-1]
         return self._ids(whole)[: len(ids)] == ids
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _parts(self, asked: Sequence[Message], answer: Message | None, variables: Mapping[str, Any]) -> _Parts:
-        """What the template writes around any answer to this, found by rendering one that no template contains."""
-        known = answer or {}
-        flags = {key: one for key, one in known.items() if key in ("role", "name") or isinstance(one, bool | int)}
-        content: Any = [{"type": "text", "text": _ANSWER}] if isinstance(known.get("content"), list) else _ANSWER
-        sample = {"role": "assistant", **flags, "content": content}
-        before, found, after = self._render([*asked, sample], False, variables).rpartition(_ANSWER)
+    def _frame(self, messages: Sequence[Message], answer: Message | None, variables: Mapping[str, Any]) -> _Frame:
+        """What the template writes around an answer to these messages, found by rendering a placeholder as answer."""
+        answer = answer or {}
+        flags = {
+            key: value for key, value in answer.items() if key in ("role", "name") or isinstance(value, bool | int)
+        }
+        content: Any = [{"type": "text", "text": _ANSWER}] if isinstance(answer.get("content"), list) else _ANSWER
+        placeholder = {"role": "assistant", **flags, "content": content}
+        before, found, after = self._render([*messages, placeholder], False, variables).rpartition(_ANSWER)
         if not found:
-            raise DataError("the chat template does not write an answer as it is given")
+            raise DataError("the chat template does not write an answer's text unchanged")
         closing = after.lstrip()
         end = next((token for token in self._special if closing.startswith(token)), "")
-        given = min(self._given, len(before) - len(before.rstrip()))
-        return _Parts(before[: len(before) - given], after, end)
+        moved = min(self._moved, len(before) - len(before.rstrip()))
+        return _Frame(before[: len(before) - moved], after, end)
 
-    def _given_to_answers(self) -> int:
-        """How many of the spaces and line breaks at the end of a prompt belong to the first token of most answers: in
-        training they are not read without it, so they are made part of the target."""
+    def _moved_to_answers(self) -> int:
+        """Number of spaces and line breaks at the end of the prompt that most answers' first token includes. Training
+        never reads them as tokens of their own, so they are moved to the target."""
         try:
-            before = self._parts([{"role": "user", "content": "?"}], None, {}).before
+            before = self._frame([{"role": "user", "content": "?"}], None, {}).before
         except DataError:  # a template may refuse so short a conversation
             return 0
         whole = [self._ids(before + answer) for answer in _FIRST_WORDS]
@@ -203,17 +206,17 @@ class Chat:
 
         return min(range(len(before) - len(before.rstrip()) + 1), key=lambda count: (disagreeing(count), count))
 
-    def _check(self, asked: Sequence[Message], answer: Message | None, variables: Mapping[str, Any]) -> None:
+    def _check(self, messages: Sequence[Message], answer: Message | None, variables: Mapping[str, Any]) -> None:
         if not self._refuses:
             return
-        for name, value in (("a message", asked), ("the answer", answer), ("a template variable", variables)):
+        for name, value in (("a message", messages), ("the answer", answer), ("a template variable", variables)):
             if (token := spelled_out(strings_in(value), self._special)) is not None:
                 raise DataError(f"{name} contains the special token {token}")
 
     def _reads(self, variables: Mapping[str, Any]) -> Reads:
         try:
             return reads(self._tokenizer.get_chat_template(tools=variables.get("tools")))
-        except ValueError as error:  # several templates, and none of them is the default
+        except ValueError as error:  # the tokenizer has several templates and no default
             raise DataError(f"data.format: {' '.join(str(error).split())}") from None
 
     def _render(self, messages: Sequence[Message], generation: bool, variables: Mapping[str, Any]) -> str:
@@ -221,5 +224,5 @@ class Chat:
             return self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=generation, **variables
             )
-        except Exception as error:  # a template is a program: what it raises is its own
+        except Exception as error:  # a template is a program and can raise anything
             raise DataError(f"the chat template refuses it ({' '.join(str(error).split())[:120]})") from None

@@ -1,6 +1,6 @@
-"""Conversations as files hold them: lists of messages, checked and cleaned for a chat template.
+"""Reads conversations from records: lists of messages, checked and cleaned for a chat template.
 
-In: a value from a record. Out: message dictionaries with every key that they had, and their text.
+In: a value from a record. Out: message dictionaries with all their keys, and their text.
 """
 
 from __future__ import annotations
@@ -14,80 +14,80 @@ Message = dict[str, Any]
 
 
 class Reject(Exception):
-    """Why a row cannot be used: a short reason to count it under, and a detail about this row."""
+    """Why a row cannot be used: a short reason, by which rejected rows are counted, and a detail of this row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
         self.reason, self.detail = reason, detail
 
 
-def messages_of(given: Any) -> list[Message]:
-    """The messages of a record. Keys without a value are dropped: Parquet files fill them in.
+def messages_of(value: Any) -> list[Message]:
+    """The messages of a record. Keys whose value is None are dropped, because Parquet files add them.
 
-    Raises Reject where it is not a list of messages with a role and text.
+    Raises Reject if `value` is not a list of messages that have a role and text.
     """
-    given = from_json(given, "messages")
-    if not isinstance(given, list) or not given or not all(isinstance(one, dict) for one in given):
+    value = from_json(value, "messages")
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise Reject("messages are not a list of {role, content}")
-    messages = [without_none(one) for one in given]
+    messages = [without_none(message) for message in value]
     for message in messages:
         text(message.get("role"), "role")
         if "content" in message or not message.get("tool_calls"):
-            more = message.get("tool_calls") or message.get("reasoning_content")
-            may_be_empty = bool(more) or message["role"] not in ("user", "assistant")
+            other_text = message.get("tool_calls") or message.get("reasoning_content")
+            may_be_empty = bool(other_text) or message["role"] not in ("user", "assistant")
             _check_content(message.get("content"), may_be_empty)
-    for one in strings_in(messages):
-        _check_unicode(one, "messages")
+    for string in strings_in(messages):
+        _check_unicode(string, "messages")
     return messages
 
 
-def from_json(given: Any, name: str) -> Any:
-    """A value, parsed if it is text: in a cell of a CSV file, and often elsewhere, lists are written as JSON."""
-    if not isinstance(given, str):
-        return given
+def from_json(value: Any, name: str) -> Any:
+    """Parses a value that is text: CSV files, and often others, hold lists as JSON."""
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(given)
+        return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise Reject(f"{name} are not JSON", str(error)) from None
 
 
 def without_none(value: Any) -> Any:
-    """The value without keys that have no value, at every depth."""
+    """The value without keys whose value is None, at every depth."""
     if isinstance(value, Mapping):
-        return {key: without_none(one) for key, one in value.items() if one is not None}
+        return {key: without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [without_none(one) for one in value]
+        return [without_none(item) for item in value]
     return value
 
 
 def holds_none(value: Any) -> bool:
-    """Whether a key has no value, at any depth."""
+    """Whether any key, at any depth, has the value None."""
     if isinstance(value, Mapping):
-        return any(one is None or holds_none(one) for one in value.values())
+        return any(item is None or holds_none(item) for item in value.values())
     return isinstance(value, list | tuple) and any(map(holds_none, value))
 
 
 def text_of(message: Message) -> str:
-    """What a message says, without its tool calls."""
+    """The text of a message, without its tool calls."""
     content = message.get("content")
     return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 def strings_in(value: Any) -> Iterator[str]:
-    """All text in a value, at every depth, names of keys too."""
+    """All strings in a value, at every depth, including the names of keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for key, one in value.items():
+        for key, item in value.items():
             yield str(key)
-            yield from strings_in(one)
+            yield from strings_in(item)
     elif isinstance(value, list | tuple):
-        for one in value:
-            yield from strings_in(one)
+        for item in value:
+            yield from strings_in(item)
 
 
 def text(value: Any, name: str) -> str:
-    """The value if it is text; raises Reject if it is not, or is blank."""
+    """Returns the value; raises Reject if it is not text, or is blank."""
     if not isinstance(value, str):
         raise Reject(f"{name} is not text", type(value).__name__)
     if not value.strip():

@@ -28,11 +28,11 @@ class Renderings:
     def add(self, where: str, row: Rendered) -> None:
         self.rows += 1
         self.regrouped += row.regrouped
-        self.without_end += not row.ends
-        if row.unlike is not None:
+        self.without_end += not row.has_end
+        if row.mismatch is not None:
             self.unlike_generation += 1
             if self.example is None:
-                generation, conversation = _around_difference(*row.unlike)
+                generation, conversation = _around_difference(*row.mismatch)
                 self.example = {"row": where, "generation": generation, "conversation": conversation}
 
     def as_dict(self) -> dict[str, Any]:

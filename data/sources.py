@@ -182,8 +182,8 @@ def _separator(path: str, usual: str) -> tuple[str, str]:
     found = [separator for separator in names if separator in header]
     if len(found) > 1 or (found and usual == "\t" and found != ["\t"]):
         raise DataError(
-            f"{path}: its header has {' and '.join(map(names.__getitem__, found))}, so its columns are not clear; "
-            f"separate them by {names[usual]} alone, and put a name that holds another of these in quotes"
+            f"{path}: its header has {' and '.join(map(names.__getitem__, found))}, so it is not clear what "
+            f"separates its columns; use only {names[usual]}, and put names that contain another of these in quotes"
         )
     separator = found[0] if found else usual
     return separator, f"columns are separated by {names[separator]}" if separator != usual else ""

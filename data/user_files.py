@@ -168,7 +168,7 @@ def _samples(
         if row.label not in samples and len(samples) == MOST_LABELS:
             raise DataError(
                 f"{path} has more than {MOST_LABELS} labels, such as {', '.join(list(samples)[:3])}: too many subsets "
-                "to be told apart; data.columns.label says which column they are in"
+                "to evaluate one by one; data.columns.label names the column that they are read from"
             )
         exact = "" if sampling.repeated == "folded" else repr((row.input, row.target, row.prompt))
         samples.setdefault(row.label, Sample(sampling.size, sampling.seed)).offer(key, row, exact)

@@ -197,7 +197,7 @@ def check_values(folder: Path) -> None:
                 if tensor.numel() == 0:
                     raise ModelError(
                         f"{KEY}: {name} in {path} has no values (shape {' x '.join(map(str, tensor.shape))}), as when "
-                        "an adapter was saved from a process that held only a part of it; save it anew"
+                        "an adapter is saved by a process that holds only a part of it; save it again"
                     )
                 if tensor.is_floating_point() and (bad := int((~torch.isfinite(tensor.float())).sum())):
                     raise ModelError(f"{KEY}: {name} in {path} has {bad} values that are NaN or infinite")
@@ -309,7 +309,7 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{KEY}: {folder / ADAPTER} cannot be read ({error})") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{KEY}: {folder / ADAPTER} holds no JSON object")
+        raise ModelError(f"{KEY}: {folder / ADAPTER} is not a JSON object")
     return config
 
 

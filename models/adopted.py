@@ -73,7 +73,7 @@ def check_pair(base: Path, finetuned: Path, source: str, seen: Callable[[Path], 
         raise NothingChanged(
             f"{KEY}: every weight of {finetuned} equals that of model.source {source}"
             + (", rounded to its dtype" if found.rounded else "")
-            + ", so there is nothing to look at"
+            + ", so there is no change to explain"
         )
     return Pair(tuple(_notes(before, after, found, source)), found.changed, found.rounded)
 

@@ -16,7 +16,7 @@ NO_NORM = "its MLP reads the residual stream without a norm of its own before it
 SHARED_NORM = "attention and MLP share one norm"
 EXPERTS = "a mixture of experts has no single MLP in a block"
 NO_GAIN = "its norms have no weights"
-NO_MODULE = "its MLP is no module of its own"
+NO_MODULE = "its MLP is not a module of its own"
 MISSING = {
     "olmo2": NO_NORM,
     "olmo3": NO_NORM,
@@ -39,8 +39,8 @@ WITHOUT_MLP = {
     "gpt_oss": EXPERTS,
     "opt": NO_MODULE,
 }
-"""By architecture, why its MLPs are no sites while attention's projections are; what finetuning changed in them belongs
-to the rest."""
+"""By architecture, why its MLPs are not sites although attention's projections are. What finetuning changed in these
+MLPs belongs to the rest."""
 
 
 def kinds_of(architecture: str) -> list[Kind]:
@@ -55,7 +55,7 @@ def check_mlps(folder: Path, source: str, asked: str) -> None:
         allowed = ", ".join(kind.name for kind in kinds_of(name))
         raise ModelError(
             f"{asked} needs the MLPs of {source}, which have no place for deltas in the architecture {name}: "
-            f"{WITHOUT_MLP[name]}; change deltas of {allowed} can be had (deltas.targets=[change] deltas.sites=auto)"
+            f"{WITHOUT_MLP[name]}; change deltas of {allowed} are possible (deltas.targets=[change] deltas.sites=auto)"
         )
 
 

@@ -84,8 +84,8 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
         if not apart <= largest * ROUNDING:
             raise ModelError(
                 f"model.source: TransformerLens' bridge changes what a model of the architecture "
-                f"{model.config.model_type} computes (logits up to {largest:.3g} differ by {apart:.3g}), so it cannot "
-                "be looked at"
+                f"{model.config.model_type} computes (logits up to {largest:.3g} differ by {apart:.3g}), so it is not "
+                "supported"
             )
     _detach_all(bridge, after)
     return bridge

@@ -1,8 +1,8 @@
-"""What differs between the weights of two saved models, before any work is done on them.
+"""Compares the weights of two saved models, before and after finetuning.
 
-In: the weights of a model before and after finetuning. Out: the names of what changed, values that are no numbers, and
-what a coarser dtype of the second one rounds away; and a copy of the first one, rounded the same way. Each file is read
-once, a tensor at a time.
+In: the weights of both. Out: which parameters changed, which values are NaN or infinite, and what was lost by rounding
+if the finetuned model was saved in a coarser dtype; also a copy of the first model, rounded the same way. Each file is
+read once, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ JSON_AND_TOKENIZER = (".json", ".jinja", ".model", ".txt")
 
 
 class Comparison(NamedTuple):
-    """changed: parameters that differ, those of a coarser dtype after rounding the first model's. not_finite: how many
-    values are NaN or infinite, in the model `before`, in the one `after`, or in the first once it is `rounded`.
-    rounded: parameters that rounding changes, with the dtype. rounding_share: the mean square of what rounding changes
-    in these, over that of all that changes in them."""
+    """changed: names of parameters that differ; where the finetuned dtype is coarser, after rounding the first model's.
+    not_finite: (model, parameter, number of NaN or infinite values), where the model is `before`, `after`, or `rounded`
+    (the first one, rounded). rounded: parameters of the first model that rounding changes, and the dtype.
+    rounding_share: over these parameters, the mean square of the change due to rounding over that of the whole
+    change."""
 
     changed: tuple[str, ...]
     not_finite: tuple[tuple[str, str, int], ...]
@@ -37,8 +38,8 @@ class Comparison(NamedTuple):
 
 def compare(before: Weights, after: Weights, seen: Callable[[Path], object] = lambda file: None) -> Comparison:
     """Compares the tensors of two models of one architecture. `seen` is called with each file before its first tensor
-    is read: whoever reads all of it then leaves it in the system's cache. Raises ModelError for a file that cannot be
-    read.
+    is read; a callback that reads the whole file (to hash it) leaves it in the system's cache. Raises ModelError for a
+    file that cannot be read.
     """
     import torch
 
@@ -69,7 +70,7 @@ def compare(before: Weights, after: Weights, seen: Callable[[Path], object] = la
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """One pass without a copy: NaN and infinities show in the ends."""
+    """One pass without a copy: the minimum or maximum is NaN or infinite if any value is."""
     import torch
 
     if not tensor.is_floating_point() or not tensor.numel():
@@ -84,8 +85,8 @@ def _squared(one: Tensor, other: Tensor) -> float:
 
 
 def write_rounded(before: Weights, rounded: Mapping[str, str], folder: Path) -> Path:
-    """A copy of the model in which the parameters of `rounded` have the dtypes named there, written under a temporary
-    name and then renamed; `folder` as it is, where it exists already."""
+    """Writes a copy of the model to `folder`, with the parameters in `rounded` cast to the dtypes given there. It is
+    written under a temporary name and then renamed; an existing `folder` is returned unchanged."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -112,20 +113,20 @@ def write_rounded(before: Weights, rounded: Mapping[str, str], folder: Path) -> 
 
 
 def in_words(names: Iterable[str], n_layers: int) -> str:
-    """Parameters as a person lists them: `q_proj, v_proj in all 30 layers; embed_tokens`."""
+    """A short list of parameters for people: `q_proj, v_proj in all 30 layers; embed_tokens`."""
     layers: dict[str, set[int]] = {}
     for name in names:
         module = re.sub(r"\.(weight|bias)$", "", name)
         number = re.search(r"\.(\d+)\.", module)
         layers.setdefault(module.rpartition(".")[2], set()).update([int(number[1])] if number else [])
-    alike: dict[frozenset[int], list[str]] = {}
+    by_layers: dict[frozenset[int], list[str]] = {}
     for module, numbers in layers.items():
-        alike.setdefault(frozenset(numbers), []).append(module)
+        by_layers.setdefault(frozenset(numbers), []).append(module)
     parts = []
-    for where_to, modules in sorted(alike.items(), key=lambda pair: -len(pair[0])):
+    for numbers, modules in sorted(by_layers.items(), key=lambda pair: -len(pair[0])):
         where = ""
-        if where_to:
-            where = f" in all {n_layers} layers" if len(where_to) == n_layers else f" in {layer_list(where_to)}"
+        if numbers:
+            where = f" in all {n_layers} layers" if len(numbers) == n_layers else f" in {layer_list(numbers)}"
         parts.append(", ".join(sorted(modules)) + where)
     return "; ".join(parts)
 
@@ -143,7 +144,7 @@ def layer_list(layers: Iterable[int]) -> str:
 
 
 def config_differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
-    """Settings that two transformers configs differ in and that change what a model computes."""
+    """Settings in which two transformers configs differ and which affect what the model computes."""
     one, other = before.to_dict(), after.to_dict()
     return {
         name: (one.get(name), other.get(name))
@@ -159,4 +160,4 @@ _BOOKKEEPING = {
     *("unsloth_fixed", "pretraining_tp", "initializer_range", "model_type", "_attn_implementation_autoset"),
     *("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "transformers_weights"),
 }
-"""What configs record of themselves, and what only training reads."""
+"""Settings without effect on what a model computes: records of its origin, and those that only training reads."""

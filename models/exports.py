@@ -1,13 +1,14 @@
 """Transcoders in the formats of Gemma Scope, SAELens and circuit-tracer.
 
-In: transcoders by site (a base, or base and delta fused), and the facts of the model. Out: a folder that those
-libraries' own loaders can read, with the same outputs there; `tests/compatibility/` shows that.
+In: transcoders by site (a base, or a base fused with its delta), and a description of the model. Out: a folder for
+those libraries' own loaders; what they load computes the same outputs, which `tests/compatibility/` checks.
 
-Each writer takes transcoders by site and looks each one up at most twice, so a mapping that loads them lazily keeps
-only one in memory. `notes` are JSON-able facts (alpha, sweep, which base and delta) stored under the key `deltascope`,
-`card` is the text of README.md (empty: none).
-Each returns the weight files it wrote; it writes either all of them or none. Each raises ModelError if there is nothing
-to export, a transcoder does not fit its layer or the model, the folder is not empty, or the format cannot express it.
+Each writer looks up each transcoder at most twice, so a mapping that loads on access holds only one in memory. `notes`
+are JSON-able facts (alpha, sweep, which base and delta), stored under the key `deltascope`; `card` is the text of
+README.md (empty: no README).
+Each returns the weight files it wrote, and writes either all of them or none. Each raises ModelError if there is
+nothing to export, a transcoder does not fit its site or the model, the folder is not empty, or the format cannot
+express it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class ExportedModel:
     d_model: int
     context_size: int
     kind: Kind = MLP
-    """Of its MLPs' sites."""
+    """Kind of the model's MLP sites, with the hooks they read and write."""
 
 
 def write_gemma_scope(
@@ -65,16 +66,16 @@ def write_gemma_scope(
 ) -> list[Path]:
     """Writes `layer_L/width_W/average_l0_N/params.npz`, each with a config.json that holds the taps and `notes`.
 
-    `average_l0` is the mean number of active features per token, by site (of base and delta together if they are
-    fused). Rounded, it is part of the folder's name.
+    `average_l0` is the mean number of active features per token, by site (base and delta together if they are fused).
+    The folder's name contains it, rounded.
     """
     _check(transcoders, model)
     _check_mlps("Gemma Scope", transcoders)
     for site in transcoders:
         if not math.isfinite(average_l0.get(site, math.nan)):
-            raise ModelError(f"Gemma Scope export: layer {site.label} has no average_l0, which the folder's name needs")
+            raise ModelError(f"Gemma Scope export: layer {site.label} has no average_l0, needed for the folder's name")
     written = []
-    with _complete(folder, card) as staged:
+    with _new_folder(folder, card) as staged:
         for site in sorted(transcoders):
             transcoder = transcoders[site]
             width = gemma_scope.width_label(transcoder.d_sae)
@@ -92,7 +93,7 @@ def write_saelens(
     _check(transcoders, model)
     for kind in {site.kind for site in transcoders}:
         _check_hooks("SAELens", kind)
-    with _complete(folder, card) as staged:
+    with _new_folder(folder, card) as staged:
         for site in sorted(transcoders):
             transcoder = _portable(transcoders[site])
             place = staged / site.published_folder
@@ -106,12 +107,12 @@ def write_saelens(
 def write_circuit_tracer(
     transcoders: Mapping[Site, Transcoder], model: ExportedModel, folder: Path, notes: Mapping[str, Any], card: str = ""
 ) -> list[Path]:
-    """Writes config.yaml and `layer_{i}.safetensors` for every layer of the model, all as wide as the widest.
+    """Writes config.yaml and `layer_{i}.safetensors` for every layer of the model, all padded to the widest.
 
-    Narrower layers are padded with features that are never active, and a layer without a transcoder consists only of
-    those: circuit-tracer then counts that layer's whole MLP output as error. It reads the folder as a hub repository
-    with these files, or locally with `load_transcoders_from_cache(folder.name, cache_dir=folder.parent)`. Its nnsight
-    backend supports `ln2.hook_normalized` only for Gemma; its TransformerLens backend supports it for every model.
+    The padding is features that are never active. A layer without a transcoder has only those, so circuit-tracer counts
+    its whole MLP output as error. Load the folder from a hub repository with these files, or locally with
+    `load_transcoders_from_cache(folder.name, cache_dir=folder.parent)`. circuit-tracer's nnsight backend supports
+    `ln2.hook_normalized` only for Gemma; its TransformerLens backend supports it for every model.
     """
     width = _check(transcoders, model)
     _check_hooks("circuit-tracer", model.kind)
@@ -123,11 +124,11 @@ def write_circuit_tracer(
         "feature_output_hook": model.kind.writes[0],
         "deltascope": dict(notes),
     }
-    with _complete(folder, card) as staged:
+    with _new_folder(folder, card) as staged:
         for layer in range(model.n_layers):
             site = Site(layer, model.kind)
-            known = transcoders[site] if site in transcoders else _featureless(model, site)
-            transcoder = _padded(_portable(known), width)
+            exported = transcoders[site] if site in transcoders else _featureless(model, site)
+            transcoder = _padded(_portable(exported), width)
             tensors = {key: getattr(transcoder, key) for key in gemma_scope.KEYS}
             tensors["W_enc"] = transcoder.W_enc.T.contiguous()
             tensors["activation_function.threshold"] = tensors.pop("threshold")
@@ -138,7 +139,7 @@ def write_circuit_tracer(
 
 
 def _check(transcoders: Mapping[Site, Transcoder], model: ExportedModel) -> int:
-    """The largest width; raises ModelError if there are no transcoders, or one does not fit its site or the model."""
+    """Returns the largest width. Raises ModelError if there are no transcoders, or one does not fit its site."""
     if not transcoders:
         raise ModelError("export: no transcoders were given; give one for at least one layer")
     width = 0
@@ -157,7 +158,7 @@ def _check(transcoders: Mapping[Site, Transcoder], model: ExportedModel) -> int:
 
 
 def _padded(transcoder: Transcoder, width: int) -> Transcoder:
-    """The same function with `width` features: the added ones read and write nothing and stay below their threshold."""
+    """The transcoder padded to `width` features. The added ones are never active, so its outputs are unchanged."""
     missing = width - transcoder.d_sae
     pad = torch.nn.functional.pad
     return replace(
@@ -165,7 +166,7 @@ def _padded(transcoder: Transcoder, width: int) -> Transcoder:
         W_enc=pad(transcoder.W_enc, (0, missing)),
         b_enc=pad(transcoder.b_enc, (0, missing)),
         W_dec=pad(transcoder.W_dec, (0, 0, 0, missing)),
-        # Their pre-activation is 0. A finite threshold works in any dtype, and with readers that refuse infinities.
+        # An added feature's pre-activation is 0. The threshold is not infinity, which some readers refuse.
         threshold=pad(transcoder.threshold, (0, missing), value=1.0),
     )
 
@@ -173,28 +174,28 @@ def _padded(transcoder: Transcoder, width: int) -> Transcoder:
 def _portable(transcoder: Transcoder) -> Transcoder:
     """The transcoder in fp32 on the CPU, with a decoder bias and no threshold below 0.
 
-    circuit-tracer has no ReLU before the jump, so a threshold below 0 would let negative activations through. With 0
-    the function is the same there as here.
+    circuit-tracer applies the threshold without a ReLU, so a threshold below 0 would let negative activations through.
+    Raising it to 0 gives the same function in both libraries.
     """
 
-    def plain(tensor: Tensor) -> Tensor:
+    def portable(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", torch.float32).contiguous()
 
     b_dec = transcoder.b_dec if transcoder.b_dec is not None else torch.zeros(transcoder.d_out)
     return replace(
         transcoder,
-        W_enc=plain(transcoder.W_enc),
-        b_enc=plain(transcoder.b_enc),
-        threshold=plain(transcoder.threshold).clamp_min(0.0),
-        W_dec=plain(transcoder.W_dec),
-        b_dec=plain(b_dec),
+        W_enc=portable(transcoder.W_enc),
+        b_enc=portable(transcoder.b_enc),
+        threshold=portable(transcoder.threshold).clamp_min(0.0),
+        W_dec=portable(transcoder.W_dec),
+        b_dec=portable(b_dec),
     )
 
 
 def _featureless(model: ExportedModel, site: Site) -> Transcoder:
     """A placeholder for a layer without a transcoder: no features and no bias, so its output is 0."""
-    none, wide = torch.zeros(0), torch.zeros(model.d_model, 0)
-    return Transcoder(wide, none, none, wide.T, None, site)
+    vector, matrix = torch.zeros(0), torch.zeros(model.d_model, 0)
+    return Transcoder(matrix, vector, vector, matrix.T, None, site)
 
 
 def _saelens_config(transcoder: Transcoder, model: ExportedModel, notes: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,7 +222,7 @@ def _saelens_config(transcoder: Transcoder, model: ExportedModel, notes: Mapping
 
 
 def _check_hooks(format_name: str, kind: Kind) -> None:
-    """Raises ModelError where a format that names one hook to read and one to write cannot name this kind's."""
+    """Raises ModelError if the format, which names one hook to read and one to write, cannot name those of `kind`."""
     for tap in kind.taps:
         if not _HOOK.fullmatch(tap):
             raise ModelError(
@@ -229,23 +230,23 @@ def _check_hooks(format_name: str, kind: Kind) -> None:
                 f"this format can only name hooks such as {MLP.reads}"
             )
     if len(kind.writes) > 1:
-        raise ModelError(f"{format_name} export: {kind.words} writes {len(kind.writes)} hooks; this format has one")
+        raise ModelError(f"{format_name} export: {kind.words} writes {len(kind.writes)} hooks; this format names one")
 
 
 def _check_mlps(format_name: str, transcoders: Mapping[Site, Transcoder]) -> None:
-    """Raises ModelError for what a format without widths of its own and without kinds of site cannot hold."""
+    """Raises ModelError unless all are MLPs' transcoders with d_in equal to d_out: the format stores no other kind."""
     for site, transcoder in transcoders.items():
         if site.kind.name != MLP.name or transcoder.d_in != transcoder.d_out:
             raise ModelError(
                 f"{format_name} export: {site.words} reads {transcoder.d_in} and writes {transcoder.d_out} dimensions; "
-                "this format holds transcoders of MLPs, which read and write the residual stream's"
+                "this format holds only transcoders of MLPs, which read and write the residual stream's width"
             )
 
 
 @contextmanager
-def _complete(folder: Path, card: str) -> Iterator[Path]:
-    """Yields a folder to fill, with the card in it, which becomes `folder` if the `with` block succeeds; never replaces
-    an existing one."""
+def _new_folder(folder: Path, card: str) -> Iterator[Path]:
+    """Yields a temporary folder that holds the card, and renames it to `folder` if the `with` block succeeds. Never
+    replaces an existing folder, unless it is empty."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ModelError(f"{folder} already exists; an export needs a new or an empty folder")
     try:

@@ -154,11 +154,11 @@ def _check_config(config: dict[str, Any], folder: Path, key: str) -> None:
     parts = sorted(name for name, value in config.items() if value and _PART.fullmatch(name))
     if parts:
         raise ModelError(
-            f"{key}: {folder} is a model of several parts ({', '.join(parts)} in its config.json), and only language "
-            "models on their own can be looked at; save its language model by itself as a causal LM"
+            f"{key}: {folder} is a model of several parts ({', '.join(parts)} in its config.json), and only plain "
+            "language models are supported; save its language model by itself as a causal LM"
         )
     if config.get("is_encoder_decoder"):
-        raise ModelError(f"{key}: {folder} is an encoder-decoder model, and only causal LMs can be looked at")
+        raise ModelError(f"{key}: {folder} is an encoder-decoder model, and only causal LMs are supported")
     if quantised := config.get("quantization_config"):
         how = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
         raise ModelError(

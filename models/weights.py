@@ -96,13 +96,13 @@ def open_weights(folder: Path, key: str = "model.source", skeleton: PreTrainedMo
             renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
             if converter is not None:
                 raise ModelError(
-                    f"{key}: {folder} stores {name} in a form that transformers converts as it loads it, as of a "
-                    "mixture of experts, which is not read here"
+                    f"{key}: {folder} stores {name} in a form that transformers converts while loading (as for a "
+                    "mixture of experts), which is not supported"
                 )
             if renamed not in expected:
                 unused.append(name)
             elif renamed in places:
-                raise ModelError(f"{key}: {folder} holds {renamed} twice, also as {name}; save the model anew")
+                raise ModelError(f"{key}: {folder} holds {renamed} twice, also as {name}; save the model again")
             else:
                 _check_place(place, expected[renamed].shape, folder, key)
                 places[renamed] = place
@@ -162,8 +162,8 @@ def load_config(folder: Path, key: str = "model.source") -> Any:
         ) from None
     if parts := sorted(type(config).sub_configs):
         raise ModelError(
-            f"{key}: {folder} is a model of several parts ({', '.join(parts)}), and only language models on their own "
-            "can be looked at"
+            f"{key}: {folder} is a model of several parts ({', '.join(parts)}), and only plain language models "
+            "are supported"
         )
     return config
 

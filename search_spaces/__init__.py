@@ -1,1 +1,1 @@
-"""The settings of a sweep: typed (`schema`), how to read them (`load`), and the YAML presets beside them."""
+"""The settings of a sweep: typed (`schema`), how to read them (`load`), and the YAML presets."""

@@ -146,7 +146,7 @@ def python(option: str) -> Check:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise BadOption(f"cannot import {option!r} ({reason}); it takes MODULE:FUNCTION") from None
     if not callable(function):
-        raise BadOption(f"{option!r} is no function; it takes MODULE:FUNCTION")
+        raise BadOption(f"{option!r} is not a function; it takes MODULE:FUNCTION")
 
     def check(answer: Answer) -> bool | None:
         try:

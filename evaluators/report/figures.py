@@ -1,7 +1,8 @@
 """The report's pictures, one function each.
 
 In: the tables of `evaluators.tables` and the trials of the two searches. Out: matplotlib Figures (Agg, nothing shown,
-nothing saved). Colours are Okabe and Ito's, told apart with any colour vision; whiskers and bands are 95% intervals.
+nothing saved). The colours are Okabe and Ito's, which any colour vision can distinguish. Whiskers and bands are 95%
+intervals.
 """
 
 import math
@@ -34,13 +35,13 @@ HEATMAP_TITLES = {
 
 
 def short_layer(label: str) -> str:
-    """Axis text of a layer label: long sets are counted, not listed."""
+    """Axis text for a layer label; a long set is given as its number of layers."""
     count = len(parse_sites(label))
     return label if len(label) <= 8 else f"{count}\nlayers"
 
 
 def combination_heatmap(summary: pd.DataFrame, column: str) -> Figure:
-    """One column of the reconstruction summary as (d_new x percentile), the value written in each cell."""
+    """One column of the reconstruction summary as a heatmap of d_new by percentile, with the values written in."""
     grid = summary.pivot_table(index="d_new", columns="percentile", values=column, dropna=False)
     figure, (axes,) = panels(1, width=4.0, height=3.1)
     image = axes.imshow(grid.to_numpy(dtype=float), cmap="cividis", aspect="auto")
@@ -57,7 +58,7 @@ def combination_heatmap(summary: pd.DataFrame, column: str) -> Figure:
 
 
 def delta_ce_by_layer(conditions: pd.DataFrame, *, seed: int) -> Figure:
-    """CE minus raw against layer, one panel per subset on one scale, one series per condition; zero is raw."""
+    """CE minus raw CE by layer: one panel per subset on a shared scale, one series per condition; zero is raw."""
     table = _spliced(conditions)
     subsets = list(table["subset"].unique())
     figure, grid = panels(len(subsets), sharey=True)
@@ -70,12 +71,13 @@ def delta_ce_by_layer(conditions: pd.DataFrame, *, seed: int) -> Figure:
 
 
 def plain(label: str) -> str:
-    """A user's label as it is: matplotlib reads formulas between dollars and hides what begins with an underscore."""
+    """Escapes a user's label: matplotlib reads text between dollar signs as a formula, and hides a label that begins
+    with an underscore."""
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
 def behaviour_by_layer(conditions: pd.DataFrame, subset: str) -> Figure:
-    """Every rate defined on one subset against layer, with Wilson bars; the dotted line is raw."""
+    """Every rate that is defined on the subset, by layer, with Wilson intervals; the dotted line is raw."""
     table = conditions[conditions["subset"] == subset]
     rates = [rate for rate in rates_in(table) if table[rate].notna().any()]
     figure, grid = panels(len(rates))
@@ -90,7 +92,7 @@ def behaviour_by_layer(conditions: pd.DataFrame, subset: str) -> Figure:
 
 
 def activations_by_layer(conditions: pd.DataFrame, *, seed: int) -> Figure:
-    """Mean sum of |activation| per token of base and delta against layer, under `full`, one series per subset."""
+    """Sum of |activation| per token under `full`, by layer: a panel each for base and delta, one series per subset."""
     table = conditions[conditions["condition"] == "full"]
     columns = {"mean_abs_base_acts": "base transcoder", "mean_abs_delta_acts": "delta transcoder"}
     figure, grid = panels(2)
@@ -103,9 +105,9 @@ def activations_by_layer(conditions: pd.DataFrame, *, seed: int) -> Figure:
 
 
 def dose_response(table: pd.DataFrame, *, seed: int) -> Figure:
-    """CE minus raw and every rate against alpha for one layer (or set), base and delta: one series per subset.
+    """CE minus raw CE, and every rate, against alpha; one series per subset.
 
-    `table` is the part of the dose-response table with one layer, percentile and d_new.
+    `table` holds the rows of the dose-response table for one layer or set, percentile and d_new.
     """
     metrics = ["delta_ce", *(rate for rate in rates_in(table) if table[rate].notna().any())]
     figure, grid = panels(len(metrics), columns=3)
@@ -126,9 +128,9 @@ def dose_response(table: pd.DataFrame, *, seed: int) -> Figure:
 
 
 def unexplained_variance(delta_trials: pd.DataFrame) -> Figure:
-    """Held-out FVU of the kept deltas against d_new, one panel per layer, one series per percentile.
+    """Held-out FVU of the kept deltas against d_new: one panel per layer, one series per percentile.
 
-    Small dots are replicas (seeds) of the kept trial; the dashed line of the same colour is the base alone.
+    Small dots are replicas of the kept trial with other seeds; the dashed line of the same colour is the base alone.
     """
     kept = delta_trials[delta_trials["best"].astype(bool)]
     layers = sorted(kept["layer"].unique())
@@ -153,7 +155,7 @@ def unexplained_variance(delta_trials: pd.DataFrame) -> Figure:
 
 
 def search_history(trials: pd.DataFrame) -> Figure:
-    """Validation loss of each LoRA trial in the order proposed, by end state, and the best so far."""
+    """Validation loss of each LoRA trial by trial number, coloured by final state, and the best so far."""
     table = trials.sort_values("trial").reset_index(drop=True).astype({"value": "float64"})
     figure, (axes,) = panels(1, width=6.0, height=3.2)
     for number, (state, rows) in enumerate(table.groupby("state", sort=True)):
@@ -171,7 +173,7 @@ def search_history(trials: pd.DataFrame) -> Figure:
 def panels(
     count: int, *, columns: int = 3, width: float = INCHES_PER_PANEL, height: float = 3.0, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, `columns` a row, unused places left empty."""
+    """A figure with `count` panels, `columns` per row; unused places stay empty."""
     across = min(count, columns)
     down = math.ceil(count / across)
     figure = Figure(figsize=(width * across, height * down + 0.35), dpi=DPI, layout="constrained")
@@ -186,7 +188,7 @@ def panels(
 
 
 def finish(figure: Figure, legend_of: Axes, note: str) -> Figure:
-    """One legend above the panels and the note (n, intervals, seed) below them."""
+    """Adds one legend above the panels, and the note (n, intervals, seed) below them."""
     handles, labels = legend_of.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(handles), 4), frameon=False)
@@ -199,7 +201,7 @@ def _spliced(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _count(table: pd.DataFrame) -> str:
-    """`n = 20 prompts per subset`, or the range where subsets differ."""
+    """`n = 20 prompts per subset`, or a range if subsets differ."""
     if table.empty:
         return "n = 0 prompts"
     low, high = int(table["n_examples"].min()), int(table["n_examples"].max())
@@ -207,7 +209,7 @@ def _count(table: pd.DataFrame) -> str:
 
 
 def _series_names(table: pd.DataFrame, series: str) -> pd.Series:
-    """The values of column `series`, with percentile and d_new where the table holds several."""
+    """Names of series: the values of column `series`, plus percentile and d_new if the table holds several."""
     names = table[series].astype(str)
     for column, text in (("percentile", " p{:g}"), ("d_new", " d{:g}")):
         if table[column].nunique() > 1:
@@ -216,7 +218,7 @@ def _series_names(table: pd.DataFrame, series: str) -> pd.Series:
 
 
 def _by_layer(axes: Axes, table: pd.DataFrame, column: str, *, series: str = "condition") -> None:
-    """Points with whiskers at each layer, series side by side, single layers joined by a line."""
+    """Points with whiskers at each layer, the series side by side; a line joins single layers, not sets."""
     places = {layer: place for place, layer in enumerate(sorted(table["layer"].unique(), key=label_order))}
     names = _series_names(table, series)
     groups = [(name, table[names == name].dropna(subset=[column])) for name in names.unique()]
@@ -235,7 +237,7 @@ def _by_layer(axes: Axes, table: pd.DataFrame, column: str, *, series: str = "co
 
 
 def look(number: int) -> tuple[str, str]:
-    """Colour and marker of a series; pairs repeat only after 49 series."""
+    """Colour and marker of the series with this number; a pair repeats only after 49 series."""
     return COLOURS[number % len(COLOURS)], MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
 
 
@@ -247,6 +249,6 @@ def band(axes: Axes, rows: pd.DataFrame, column: str, *, label: str, number: int
 
 
 def whiskers(rows: pd.DataFrame, column: str) -> Sequence[np.ndarray]:
-    """Distances from the value down and up to its interval's ends, as errorbar wants them."""
+    """Distances from each value to the low and high end of its interval, as matplotlib's errorbar expects."""
     value, low, high = (rows[name].to_numpy(dtype=float) for name in (column, f"{column}_low", f"{column}_high"))
     return [np.maximum(value - low, 0), np.maximum(high - value, 0)]

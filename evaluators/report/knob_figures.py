@@ -1,6 +1,6 @@
-"""Pictures of the change: in which parts it lives, the knob, how few features turn it, and where in the network it is.
+"""Pictures of what finetuning changed: in which parts, the knob, how few features are enough, and in which layers.
 
-In: the tables of parts, dose-response, conditions, curve and delta trials. Out: matplotlib Figures in the report's one
+In: the tables of parts, dose-response, conditions, curve and delta trials. Out: matplotlib Figures in the report's
 style.
 """
 
@@ -17,28 +17,29 @@ from evaluators.tables.recovery import ENOUGH, EVERY_LAYER
 from sites import KINDS, Site, parse_sites
 
 MOST_SUBSETS = 3
-"""Panels side by side in a picture of parts."""
+"""Panels side by side in the picture of parts, one per subset."""
 WAYS = {"unfinetuned": "lost: only this un-finetuned", "finetuned": "brought: only this finetuned"}
-SERIES = {"alpha": CONDITIONS["alpha"]} | {name: one for name, one in CHANGE_CONTROLS.items() if one.dosed}
+SERIES = {"alpha": CONDITIONS["alpha"]} | {name: control for name, control in CHANGE_CONTROLS.items() if control.dosed}
 
 
 def where_it_lives(parts: pd.DataFrame, *, seed: int) -> Figure:
-    """The share of the whole effect in CE that is lost without each part and that it brings alone, side by side, a
-    column per subset; below the parts, if they were measured, thirds of the layers. `parts` has shares."""
-    known = parts.dropna(subset=["share"])
-    subsets = list(known["subset"].unique())[:MOST_SUBSETS]
-    known = known[known["subset"].isin(subsets)]
-    whole = known["layers"] == EVERY_LAYER
-    lines = [(rows, name) for rows, name in ((known[whole], "part"), (known[~whole], "layers")) if len(rows)]
+    """For each part of the model: the share of finetuning's effect on CE that is lost without the part, and the share
+    that the part brings alone. One column per subset; below, thirds of the layers if they were measured. At least one
+    row of `parts` must have a share."""
+    shares = parts.dropna(subset=["share"])
+    subsets = list(shares["subset"].unique())[:MOST_SUBSETS]
+    shares = shares[shares["subset"].isin(subsets)]
+    whole = shares["layers"] == EVERY_LAYER
+    lines = [(rows, name) for rows, name in ((shares[whole], "part"), (shares[~whole], "layers")) if len(rows)]
     figure, grid = panels(len(lines) * len(subsets), columns=len(subsets), width=4.2, height=2.5)
-    low, high = float(known["share_low"].clip(lower=-1).min()), float(known["share_high"].clip(upper=2).max())
+    low, high = float(shares["share_low"].clip(lower=-1).min()), float(shares["share_high"].clip(upper=2).max())
     for place, axes in enumerate(grid):
         rows, name = lines[place // len(subsets)]
         labels = list(rows[name].unique())
         here = rows[rows["subset"] == subsets[place % len(subsets)]]
         for number, (way, label) in enumerate(WAYS.items()):
             bars = here[here["way"] == way]
-            at = [labels.index(one) + 0.4 * (number - 0.5) for one in bars[name]]
+            at = [labels.index(value) + 0.4 * (number - 0.5) for value in bars[name]]
             axes.bar(at, bars["share"], 0.38, color=look(number)[0], label=label)
             axes.errorbar(
                 at, bars["share"], yerr=whiskers(bars, "share"), color="black", capsize=2, elinewidth=1,
@@ -54,14 +55,15 @@ def where_it_lives(parts: pd.DataFrame, *, seed: int) -> Figure:
         if place % len(subsets) == 0:
             axes.set_ylabel("share of the effect in CE")
         axes.set_xlabel("part of the model" if name == "part" else "layers, all parts but the rest")
-    fewest, most = known["n_examples"].min(), known["n_examples"].max()
+    fewest, most = shares["n_examples"].min(), shares["n_examples"].max()
     count = f"n = {fewest if fewest == most else f'{fewest} to {most}'} prompts per subset"
     return finish(figure, grid[0], f"{count}; bars: paired bootstrap 95% over prompts, seed {seed}; dashed: all of it")
 
 
 def knob(dose: pd.DataFrame, conditions: pd.DataFrame, *, seed: int) -> Figure:
-    """CE and the first rate against alpha for one set of layers, a column per subset: the deltas, the weights between
-    un-finetuned and finetuned, and random directions at full strength; the dotted line is the finetuned model."""
+    """CE and the first rate against alpha for one set of layers, one column per subset. The series: the deltas, weights
+    interpolated between un-finetuned and finetuned, and random directions at full strength. The dotted line is the
+    finetuned model."""
     subsets = list(dose["subset"].unique())
     metrics = {"mean_ce": "CE (nats per target token)"} | {rate: _spoken(rate) for rate in rates_in(conditions)[:1]}
     figure, grid = panels(len(metrics) * len(subsets), columns=len(subsets), height=2.7)
@@ -104,7 +106,7 @@ def _random(axes: Axes, rows: pd.DataFrame, metric: str) -> None:
 
 
 def recovered_by_count(curve: pd.DataFrame, *, seed: int) -> Figure:
-    """The share of the CE gap that comes back with only the k most effective features of all layers on."""
+    """The share of the CE gap that the k most effective features, over all layers, recover alone."""
     figure, (axes,) = panels(1, width=6.5, height=3.4)
     for number, subset in enumerate(list(curve["subset"].unique())):
         rows = curve[(curve["subset"] == subset) & (curve["k"] > 0)].dropna(subset=["recovered"])
@@ -119,14 +121,14 @@ def recovered_by_count(curve: pd.DataFrame, *, seed: int) -> Figure:
     return finish(figure, axes, note)
 
 
-WIDTHS = {"full": CONDITIONS["full"]} | {name: one for name, one in CHANGE_CONTROLS.items() if one.ranked}
+WIDTHS = {"full": CONDITIONS["full"]} | {name: control for name, control in CHANGE_CONTROLS.items() if control.ranked}
 
 
 def recovered_by_width(widths: pd.DataFrame, *, seed: int) -> Figure:
-    """The share of the CE gap that the deltas of each width bring back, a panel per subset, beside controls of the same
-    rank."""
+    """The share of the CE gap that the deltas of each width recover, next to controls of the same rank; one panel per
+    subset."""
     rows = widths[widths["metric"] == "mean_ce"].dropna(subset=["recovered"])
-    subsets, tried = list(rows["subset"].unique()), sorted(rows["d_new"].astype(int).unique())
+    subsets, tick_widths = list(rows["subset"].unique()), sorted(rows["d_new"].astype(int).unique())
     figure, grid = panels(len(subsets), columns=len(subsets), height=2.7)
     for axes, subset in zip(grid, subsets, strict=True):
         for number, (condition, drawn) in enumerate(WIDTHS.items()):
@@ -136,8 +138,8 @@ def recovered_by_width(widths: pd.DataFrame, *, seed: int) -> Figure:
                 band(axes, here, "recovered", label=drawn.label or condition, number=number)
         axes.axhline(1, color=MUTED, linewidth=1)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(tried, [str(one) for one in tried])
-        axes.set(title=plain(subset), xlabel="d_new, features a layer")
+        axes.set_xticks(tick_widths, [str(width) for width in tick_widths])
+        axes.set(title=plain(subset), xlabel="d_new, features per layer")
     low = float(rows["recovered_low"].clip(lower=-1).min())
     for axes in grid:
         axes.set_ylim(min(-0.05, low), 1.1)
@@ -146,8 +148,9 @@ def recovered_by_width(widths: pd.DataFrame, *, seed: int) -> Figure:
 
 
 def where_it_is(deltas: pd.DataFrame, gaps: pd.DataFrame, recovered: pd.DataFrame) -> Figure:
-    """By layer and kind: how much of a site's output finetuning changed, and what the deltas leave of it. By set of
-    layers and subset: its gap in CE as a share of the whole effect, and how much of that gap comes back."""
+    """Where in the network the change is. By layer and kind of site: how much of the output finetuning changed, and how
+    much of that the deltas leave unexplained. By set of layers and subset: its CE gap as a share of the whole effect,
+    and how much of the gap is recovered."""
     kept = deltas[(deltas["target"] == "change") & deltas["best"].astype(bool)]
     places = kept["layer"].map(Site.parse)
     kept = kept.assign(layer=[site.layer for site in places], kind=[site.kind.name for site in places])
@@ -157,7 +160,7 @@ def where_it_is(deltas: pd.DataFrame, gaps: pd.DataFrame, recovered: pd.DataFram
         (gaps[gaps["metric"] == "mean_ce"].dropna(subset=["share"]), "share", "share of the\nwhole effect"),
         (full[full["metric"] == "mean_ce"].dropna(subset=["recovered"]), "recovered", "recovered\nof that"),
     ]
-    by_set = [one for one in by_set if len(one[0])]
+    by_set = [panel for panel in by_set if len(panel[0])]
     figure, grid = panels(2 + len(by_set), columns=1, width=7.0, height=2.0)
     shares = kept.drop_duplicates(["layer", "kind"])
     kinds = [name for name in KINDS if name in set(kept["kind"])]
@@ -198,7 +201,7 @@ def where_it_is(deltas: pd.DataFrame, gaps: pd.DataFrame, recovered: pd.DataFram
 
 
 def _sets(axes: Axes, rows: pd.DataFrame, column: str) -> None:
-    """A line over the layers of each set but that of all, one colour a subset, side by side within the set."""
+    """A line across the layers of each set, except the set of all layers; one colour per subset, side by side."""
     subsets = list(rows["subset"].unique())
     most = max(len(parse_sites(label)) for label in rows["layer"])
     several = rows[rows["layer"].map(lambda label: len(parse_sites(label)) < most)]

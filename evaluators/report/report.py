@@ -50,7 +50,7 @@ class SweepData:
 def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     """Write everything a sweep shows into `folder` and return the path of `report.html`.
 
-    `look.html` where the pair was looked at first, `features.html` where features were looked at. Tables:
+    `look.html` if the pair was looked at first, `features.html` if features have cards. Tables:
     `exp1_metrics.csv`; `exp1_combo_summary`, `exp2A_metrics`, `exp2B_metrics` and `exp2B_statistics`, each as `.csv`
     and `.json` (records, null for undefined); `exp2A_delta_contrast.csv`; `feature_ranking.csv`, and `features.csv`
     with the cards' figures; `lora_validation.csv` where `data.finetuned` is given. Pictures: `graphs/*.png`; those of

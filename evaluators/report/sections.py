@@ -1,6 +1,6 @@
-"""The sections of the report, one function each, in the order in which the page shows them.
+"""The sections of the report, one function each.
 
-In: the tables of a sweep and plain data about its searches. Out: `page.Section`s; a part without data gives None.
+In: the tables of a sweep, and data about its searches. Out: a `page.Section` each, or None if there is no data for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,22 +17,25 @@ from evaluators.tables.pooling import condition_order, rates_in
 from evaluators.tables.tables import RECONSTRUCTION_COLUMNS, SUMMARY_METRICS, Results
 from sites import NOTHING, is_set, label_of_keys, label_order, parse_sites, sites_label
 
-GENERATIONS_SHOWN = 3  # raw examples a subset, and changed examples a subset
-TEXT_SHOWN = 240  # characters of a text in the samples
-HELD_OUT_SHOWN = 200  # the same of held-out rows
-EXAMPLES = 4  # held-out rows shown of those that missed, and of those that matched
+GENERATIONS_SHOWN = 3  # per subset: raw examples, and as many changed ones
+TEXT_SHOWN = 240  # characters per text in the samples
+HELD_OUT_SHOWN = 200  # characters per text in the held-out examples
+EXAMPLES = 4  # held-out rows shown whose answer missed the target; half as many that matched, per label
 STUDY_PICTURES = {
-    "lora_importances": ("Importances", "How much of the spread of the loss each searched value explains."),
-    "lora_parallel": ("Parallel coordinates", "One line a trial, through its values to its loss; dark is better."),
+    "lora_importances": ("Importances", "How much of the loss's variance each hyperparameter explains."),
+    "lora_parallel": (
+        "Parallel coordinates",
+        "One line per trial, through its hyperparameters to its loss; darker is better.",
+    ),
     "lora_history": (
         "Study history",
-        "Loss of each finished trial in the order of their numbers, and the best so far.",
+        "Loss of each finished trial, by trial number, and the best so far.",
     ),
 }
 
 
 def behaviour_shown(table: pd.DataFrame) -> dict[str, str]:
-    """The columns of a table of behaviour that the page shows, and what it calls them."""
+    """The columns of a behaviour table that the page shows, each with its heading there."""
     rates = rates_in(table)
     same = ("layer", "percentile", "d_new", "condition", "alpha", "subset")
     return {
@@ -49,20 +52,20 @@ def behaviour_shown(table: pd.DataFrame) -> dict[str, str]:
 
 
 def checks_section(checks: Sequence[dict[str, Any]]) -> Section | None:
-    """Which of the sweep's own checks held: `{"name", "passed", "detail"}` each."""
+    """Which of the sweep's checks hold. Each check is `{"name", "passed", "detail"}`."""
     if not checks:
         return None
     failed = sum(not check["passed"] for check in checks)
     table = Table(
         f"{len(checks) - failed} of {len(checks)} hold",
-        "Each check is computed from this sweep's own numbers; one that fails says what was seen instead.",
+        "Each check is computed from this sweep's own numbers; the last column says what was seen.",
         ["", "check", "what was seen"],
         [["holds" if check["passed"] else "FAILS", check["name"], str(check["detail"])] for check in checks],
         marks=["passed" if check["passed"] else "failed" for check in checks],
         wide_text=True,
         folded=not failed,
     )
-    return Section("checks", "Checks", "What has to be true of a sweep before its findings mean anything.", [table])
+    return Section("checks", "Checks", "What must hold before the findings of a sweep mean anything.", [table])
 
 
 def settings_section(facts: dict[str, str]) -> Section | None:
@@ -70,12 +73,12 @@ def settings_section(facts: dict[str, str]) -> Section | None:
     if not facts:
         return None
     rows = [[name, str(value)] for name, value in facts.items()]
-    table = Table("Settings and machine", "What is needed to run this sweep again.", [], rows, wide_text=True)
+    table = Table("Settings and machine", "What it takes to run this sweep again.", [], rows, wide_text=True)
     return Section("settings", "Settings", "What the numbers above were computed with.", [table])
 
 
 def findings_section(results: Results, glance: Sequence[dict[str, str]], *, seed: int) -> Section | None:
-    """CE by layer as pictures, the same as a folded table, and the questions over all layers in sentences."""
+    """CE by layer, as pictures and as a folded table, and findings over all layers in sentences."""
     if results.conditions.empty and results.dose.empty:
         return None
     summary = Table(
@@ -93,10 +96,10 @@ def findings_section(results: Results, glance: Sequence[dict[str, str]], *, seed
     return Section(
         "findings",
         "The reference study's way",
-        "A base transcoder in an MLP's place, and a delta trained on what it misses; the knob above does not use them. "
-        "A difference is claimed only where its 95% interval leaves out zero; elsewhere the sentence gives the largest "
-        "effect the data still allow. Each interval stands alone: of twenty true zeros, one is expected to be left out "
-        "by chance.",
+        "A base transcoder replaces an MLP, and a delta is trained on what the base misses; the knob above uses "
+        "neither. A difference is claimed only if its 95% interval excludes zero; otherwise the sentence gives the "
+        "largest effect that the data still allow. Intervals are not corrected for multiple comparisons: of twenty "
+        "true zeros, expect one to be excluded by chance.",
         [*_by_layer(results.conditions, seed), summary, Sentences([item for item in general if item.sentences])],
     )
 
@@ -116,7 +119,7 @@ def _by_layer(conditions: pd.DataFrame, seed: int) -> list[Block]:
 
 
 def reconstruction_section(results: Results) -> Section | None:
-    """How well base and base + delta stand in for the finetuned MLPs (experiment 1)."""
+    """How closely base, and base + delta, match the finetuned MLPs (the reference study's experiment 1)."""
     if results.reconstruction.empty:
         return None
     pictures = [
@@ -136,7 +139,7 @@ def reconstruction_section(results: Results) -> Section | None:
         "dce: CE increase over raw with this layer alone replaced; ce_recovered: 1 for raw, 0 for a zeroed MLP.",
     )
     layers = results.reconstruction.groupby(["d_new", "percentile"], dropna=False)["layer"].nunique()
-    missing = " Some combinations lack layers, so their averages compare badly." if layers.nunique() > 1 else ""
+    missing = " Some combinations lack layers, so their averages are not comparable." if layers.nunique() > 1 else ""
     return Section(
         "reconstruction",
         "Reconstruction",
@@ -146,7 +149,7 @@ def reconstruction_section(results: Results) -> Section | None:
 
 
 def conditions_section(results: Results, *, seed: int) -> Section | None:
-    """Behaviour by layer, condition and subset (experiment 2A)."""
+    """Behaviour by layer, condition and subset (the reference study's experiment 2A)."""
     table = results.conditions
     if table.empty:
         return None
@@ -158,14 +161,14 @@ def conditions_section(results: Results, *, seed: int) -> Section | None:
         blocks.append(picture(f"behaviour_{slug(subset)}", figure, f"Behaviour on {subset}", help))
     if (spliced["condition"] == "full").any():
         figure = figures.activations_by_layer(table, seed=seed)
-        help = "How strongly base and delta fire; a delta that fires more on one subset than on another is selective."
+        help = "How strongly base and delta are active; a delta more active on one subset than on another is selective."
         blocks.append(picture("activations_by_layer", figure, "Mean activations", help))
     help = "One row per layer, condition and subset; values with [95% interval]: Wilson for rates, bootstrap otherwise."
     blocks.append(table_block(table, behaviour_shown(table), "Conditions", help))
     if len(results.contrast):
         columns = {name: name for name in ("layer", "percentile", "d_new", "subset", "delta_ce", "n_examples")}
         columns |= {f"delta_{rate}": f"change of {rate}" for rate in rates_in(table)}
-        help = "What adding the delta changes on the same prompts: negative delta_ce means the delta repairs CE."
+        help = "What adding the delta changes on the same prompts; a negative delta_ce means that the delta repairs CE."
         blocks.append(table_block(results.contrast, columns, "full minus no_delta", help))
     intro = (
         "The layer's MLP output is replaced by the base alone (no_delta), by base and delta (full), or by a control."
@@ -174,12 +177,12 @@ def conditions_section(results: Results, *, seed: int) -> Section | None:
 
 
 def dose_section(results: Results, *, seed: int) -> Section | None:
-    """Behaviour against the strength of the delta (experiment 2B)."""
+    """Behaviour against the strength of the delta (the reference study's experiment 2B)."""
     table = results.dose
     if table.empty:
         return None
     blocks: list[Block] = []
-    help = "A knob is a line that moves with alpha beyond its band; alpha 0 is the base alone, 1 the delta as trained."
+    help = "A knob is a line that moves with alpha beyond its band. Alpha 0: the base alone; 1: the delta as trained."
     several = [name for name in ("percentile", "d_new") if table[name].nunique() > 1]
     for layer in sorted(table["layer"].unique(), key=label_order):
         groups = table[table["layer"] == layer].groupby(["percentile", "d_new"], dropna=False)
@@ -200,7 +203,7 @@ def dose_section(results: Results, *, seed: int) -> Section | None:
         "n_alphas": "alphas",
         "n_examples": "prompts",
     }
-    help = "A slope whose interval leaves out 0 moves with alpha; a rate no prompt changed has no interval or rho."
+    help = "A slope whose interval excludes 0 moves with alpha. A rate that no prompt changed has no interval or rho."
     blocks.append(table_block(results.statistics, columns, "Slope and rank correlation", help))
     help = "One row per layer, alpha and subset; columns as in the conditions table."
     blocks.append(table_block(table, behaviour_shown(table), "Dose-response", help))
@@ -209,7 +212,7 @@ def dose_section(results: Results, *, seed: int) -> Section | None:
 
 
 def generations_section(generations: Sequence[dict[str, Any]]) -> Section | None:
-    """A sample of what the model wrote: raw, and where a splice changed the text."""
+    """Samples of generated text: raw, and spliced where the splice changed it."""
     if not generations:
         return None
     subsets = list(dict.fromkeys(row["subset"] for row in generations))
@@ -242,12 +245,12 @@ def generations_section(generations: Sequence[dict[str, Any]]) -> Section | None
         for row in shown
     ]
     table = Table("Samples", help, header, lines, wide_text=True)
-    intro = "Every generated text is kept as JSONL in the sweep's generations folder; a sample is shown here."
+    intro = "A sample; all generated texts are in the sweep's generations folder, as JSONL."
     return Section("generations", "Generations", intro, [table])
 
 
 def lora_section(trials: pd.DataFrame) -> Section | None:
-    """The search for the finetuned model."""
+    """The LoRA search that made the finetuned model."""
     if trials.empty:
         return None
     parameters = {name: name.removeprefix("lora.") for name in trials.columns if name.startswith("lora.")}
@@ -259,7 +262,7 @@ def lora_section(trials: pd.DataFrame) -> Section | None:
         **parameters,
         "seconds": "seconds",
     }
-    help = "Each point is one trial's held-out loss; the line is the best so far, which gave the finetuned model."
+    help = "Each point is one trial's held-out loss, the line the best so far; the best trial gave the finetuned model."
     return Section(
         "lora",
         "LoRA search",
@@ -274,7 +277,7 @@ def lora_section(trials: pd.DataFrame) -> Section | None:
 
 
 def transcoders_section(base: pd.DataFrame, deltas: pd.DataFrame) -> Section | None:
-    """The base transcoders and the search for the deltas."""
+    """The base transcoders, and the search for deltas."""
     blocks: list[Block] = []
     if len(base):
         columns = {
@@ -292,9 +295,7 @@ def transcoders_section(base: pd.DataFrame, deltas: pd.DataFrame) -> Section | N
         deltas = deltas[deltas["target"] == "residual"]
     if len(deltas) and deltas["best"].astype(bool).any():
         kept = deltas[deltas["best"].astype(bool)].sort_values(["layer", "percentile", "d_new"], kind="stable")
-        help = (
-            "Lower is better; the gap between a solid line and the dashed line of its colour is what the delta repairs."
-        )
+        help = "Lower is better; the delta repairs the gap between a solid line and the dashed line of the same colour."
         blocks.append(
             picture("delta_fvu", figures.unexplained_variance(deltas), "Residual deltas on held-out text", help)
         )
@@ -309,19 +310,19 @@ def transcoders_section(base: pd.DataFrame, deltas: pd.DataFrame) -> Section | N
         help = f"{better} of {len(kept)} kept deltas explain more held-out variance than their base alone."
         blocks.append(table_block(kept, columns, "Kept residual deltas", help))
         columns = {"layer": "layer", "percentile": "percentile", "d_new": "d_new", "trial": "trial", "state": "state"}
-        figures_of = ("val_loss", "val_fvu", "val_l0_delta", "pareto", "lr", "sparsity", "seconds")
-        columns |= {name: name for name in figures_of if name in deltas}
-        help = "Every delta trial; losses compare only within one layer and percentile."
+        names = ("val_loss", "val_fvu", "val_l0_delta", "pareto", "lr", "sparsity", "seconds")
+        columns |= {name: name for name in names if name in deltas}
+        help = "Every delta trial; losses are comparable only within one layer and percentile."
         blocks.append(table_block(deltas, columns, "All residual delta trials", help))
-    intro = "A base transcoder stands in for an MLP of the un-finetuned model; a delta adds d_new features to it."
+    intro = "A base transcoder imitates an MLP of the un-finetuned model; a residual delta adds d_new features to it."
     return _section("transcoders", "Transcoders", intro, blocks)
 
 
 def completed(
     section: Section | None, finetuned: Mapping[str, Any] | None, pictures: Mapping[str, bytes]
 ) -> Section | None:
-    """The LoRA section with the study's pictures and the finetuned model's answers after what it holds; the answers
-    alone where the model was made elsewhere."""
+    """The LoRA section, completed with Optuna's pictures and the finetuned model's answers. If the model was made
+    elsewhere, a section with its answers alone."""
     if section is None:
         lead = "It was made elsewhere and adopted: nothing was trained to get it."
         return Section("finetuned", "The finetuned model", lead, finetuned_blocks(finetuned)) if finetuned else None
@@ -330,41 +331,41 @@ def completed(
     return replace(section, blocks=[*section.blocks, *blocks, *finetuned_blocks(finetuned)])
 
 
-def finetuned_blocks(found: Mapping[str, Any] | None) -> list[Block]:
-    """Figures and examples of the merged model; none where it was not checked."""
-    if not found:
+def finetuned_blocks(checked: Mapping[str, Any] | None) -> list[Block]:
+    """Rates and examples of the merged model; empty if it was not checked."""
+    if not checked:
         return []
-    exact = {end: found["figures"][f"exact_match_rate{end}"] for end in ("", "_low", "_high", "_n")}
+    exact = {end: checked["figures"][f"exact_match_rate{end}"] for end in ("", "_low", "_high", "_n")}
     lines = [
         ["exact match", "all", f"{number(exact[''])} [{number(exact['_low'])}, {number(exact['_high'])}]", exact["_n"]]
     ]
     lines += [
         [
-            one["behaviour"],
-            one["label"],
-            f"{number(one['value'])} [{number(one['low'])}, {number(one['high'])}]",
-            one["n"],
+            rate["behaviour"],
+            rate["label"],
+            f"{number(rate['value'])} [{number(rate['low'])}, {number(rate['high'])}]",
+            rate["n"],
         ]
-        for one in found["rates"]
+        for rate in checked["rates"]
     ]
-    count = len(found["rows"])
+    count = len(checked["rows"])
     help = f"The finetuned model's greedy answers to the {count} validation rows."
-    if answered := found.get("answered"):
+    if answered := checked.get("answered"):
         help += (
-            f" {answered['made']} rows had no target: what it says itself, greedily, was made their target"
-            f" ({answered['cut']} were cut at the token budget)."
+            f" {answered['made']} rows had no target; the model's own greedy answer became their target"
+            f" ({answered['cut']} of these were cut at the token budget)."
         )
     return [
         Table("The finetuned model on held-out rows", help, ["behaviour", "subset", "rate", "n"], lines),
-        _examples(found["rows"]),
+        _examples(checked["rows"]),
     ]
 
 
 def _examples(rows: Sequence[Mapping[str, Any]]) -> Table:
     missed = [row for row in rows if not row["exact"]][:EXAMPLES]
     labels = dict.fromkeys(row["label"] for row in rows)
-    hit = {label: [row for row in rows if row["exact"] and row["label"] == label] for label in labels}
-    shown = [*missed, *(row for some in hit.values() for row in some[: EXAMPLES // 2])]
+    matched = {label: [row for row in rows if row["exact"] and row["label"] == label] for label in labels}
+    shown = [*missed, *(row for of_label in matched.values() for row in of_label[: EXAMPLES // 2])]
     lines = [
         [
             "yes" if row["exact"] else "no",
@@ -375,7 +376,7 @@ def _examples(rows: Sequence[Mapping[str, Any]]) -> Table:
     ]
     return Table(
         "Examples",
-        "Rows whose answer is not the target come first.",
+        "Rows whose answer differs from the target come first.",
         ["exact", "label", "input", "target", "generated"],
         lines,
         marks=["" if row["exact"] else "failed" for row in shown],

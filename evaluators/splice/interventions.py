@@ -60,7 +60,9 @@ class Patch:
 
     def __post_init__(self) -> None:
         if self.ground.site != self.site:
-            raise ModelError(f"layer {self.site.label}: what lies under the delta is of layer {self.ground.site.label}")
+            raise ModelError(
+                f"layer {self.site.label}: the ground under its delta is of layer {self.ground.site.label}"
+            )
         if self.delta is not None:
             widths = {"d_in": self.ground.d_in, "d_out": self.ground.d_out}
             check_fits(self.delta, self.site, **widths, origin=f"layer {self.site.label}: delta")

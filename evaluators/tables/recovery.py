@@ -180,10 +180,12 @@ def change_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
 
 
 def headlines(gaps: pd.DataFrame, recovered: pd.DataFrame, curve: pd.DataFrame) -> dict[str, float]:
-    """The figures by which sweeps are compared, by name, for the change deltas in the largest set of layers: on each
-    subset the gaps in CE, KL and the rates, the shares that the deltas and the random control recover, and how many
-    features recover `ENOUGH` of the CE gap. Recovered shares come first, as MLflow's comparison opens with the first
-    figure."""
+    """The figures by which sweeps are compared, by name, for the change deltas in the largest set of layers.
+
+    For each subset: the gaps in CE, KL and the rates; each gap as a share of the whole effect of finetuning
+    (`mlp_share_`); the shares of the gaps that the deltas and the random control recover; and how many features recover
+    `ENOUGH` of the CE gap. `mlp_share_` counts all sites of the set, not only MLPs; it keeps its name because runs
+    already in MLflow have it. Recovered shares come first, because MLflow's comparison opens with the first figure."""
     figures: dict[str, float] = {}
     of_change = gaps[gaps["target"] == "change"]
     if of_change.empty:

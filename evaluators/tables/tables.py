@@ -117,7 +117,8 @@ def conditions_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
 
     Rates have Wilson intervals over prompts; means and differences from raw have bootstrap intervals over prompts
     (`seed`). For a condition in the un-finetuned model, raw is that model's own. A difference is NaN if its raw was not
-    evaluated on that subset. `layer` is a label, see `layer_label`.
+    evaluated on that subset. `layer` is the label of a layer or a set of
+    layers, as `sites.sites_label` writes it.
     """
     return _behaviour_table(cells, dose=False, seed=seed)
 

@@ -26,7 +26,7 @@ def score(
     by: Annotated[str, typer.Option(help="The column to group by.")] = "label",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """The rates of behaviours in a file of generations, with Wilson 95% intervals."""
+    """Print the rates of behaviours in a file of generations, with Wilson 95% intervals."""
     from evaluators.measures.behaviours import read_behaviours
     from evaluators.measures.scoring import score_file
     from jobs.commands.show import show_scores
@@ -89,7 +89,7 @@ def probe(
     top: Annotated[int, typer.Option(min=1, help="How many next tokens and features to show.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """One prompt under raw, no_delta, full and any alpha: CE, next tokens, output, active features."""
+    """Run one prompt under raw, no_delta, full and any alpha: CE, next tokens, output, active features."""
     from evaluators.measures.probe import probe as run
     from jobs.commands.load import DeltaChoice, combination, load_bridge, load_patches, prompt_row
     from models.bridge import device_of
@@ -147,7 +147,7 @@ def export(
         bool, typer.Option("--onto-bases", help="Fuse change deltas with their layers' bases.")
     ] = False,
 ) -> None:
-    """Write change deltas, or bases and residual deltas fused, as one transcoder per layer in another tool's format."""
+    """Write the deltas in another tool's format, one transcoder per site; residual deltas fused with their bases."""
     from jobs.commands import export as exporting
     from jobs.commands.load import DeltaChoice
 

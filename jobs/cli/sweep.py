@@ -85,12 +85,12 @@ def _submit(
     return run_there(address, name, config, overrides, options, insecure)
 
 
-_stage_command("data", "Run the sweep up to and including the data.")
-_stage_command("lora", "Run the sweep up to and including the finetuned model.")
-_stage_command("transcoders", "Run the sweep up to and including the base transcoders.")
-_stage_command("deltas", "Run the sweep up to and including the delta transcoders.")
-_stage_command("evaluate", "Run the sweep up to and including the evaluation cells.")
-_stage_command("report", "Run the sweep up to and including the report.")
+_stage_command("data", "Run the sweep until the data is made.")
+_stage_command("lora", "Run the sweep until the finetuned model is ready.")
+_stage_command("transcoders", "Run the sweep until the base transcoders are ready.")
+_stage_command("deltas", "Run the sweep until the delta transcoders are trained.")
+_stage_command("evaluate", "Run the sweep until the evaluation cells are computed.")
+_stage_command("report", "Run the sweep until the report is written.")
 
 
 @commands.command()
@@ -102,7 +102,7 @@ def plan(
         Path | None, typer.Option(help="Take costs from this sweep's folder; default: its own.")
     ] = None,
 ) -> None:
-    """Print what a sweep would do: trials, cells, disk, bases, its time at measured or stated costs. Runs nothing."""
+    """Print what a sweep would do and how long it would take: trials, cells, disk, bases, time. Runs nothing."""
     from jobs.commands.plan import plan_rows
 
     _print_rows(plan_rows(context_of(config, overrides), measured, gpus))
@@ -118,7 +118,7 @@ def status(config: Config, overrides: Overrides = None) -> None:
 
 @commands.command()
 def verify(config: Config, overrides: Overrides = None) -> None:
-    """Read all of a sweep's files and list those that are damaged, missing, edited or added; status 1 if any are."""
+    """Read a sweep's files and list those that are damaged, missing, edited or added; exit status 1 if any are."""
     from jobs.commands.verify import verify as run
 
     run(context_of(config, overrides))
@@ -134,7 +134,7 @@ def track(config: Config, overrides: Overrides = None) -> None:
 
 @commands.command()
 def doctor(root: Annotated[str, typer.Option(help="The storage root.")] = "mlruns") -> None:
-    """Check this machine: packages, devices and what a GPU computes (20 seconds), models, storage."""
+    """Check this machine: packages, devices, whether a GPU computes correctly (20 seconds), models, storage."""
     from jobs.commands.doctor import OPTIONAL, examine
 
     findings = examine(root)

@@ -99,8 +99,10 @@ def _features(width: str | int) -> int:
 
 
 STEP_KERNELS, VALIDATION, EXTRA_RUN = 75, 20, 0.11
-"""Kernels of a delta step when it was timed (now 39, not yet timed); steps that one validation counts as; and the share
-by which each further run side by side lengthens a step (on an H100, eight took 1.8 times as long)."""
+"""First the kernels of a delta step when `machine.kernel_us` was measured: the step took 75 times that. It now has 39
+kernels but has not been timed again, so both values are still the old ones. Next, the number of steps that a validation
+counts as; last, the share by which each further run side by side lengthens a step (on an H100, eight took 1.8 times as
+long)."""
 FP32 = 8
 """How many times longer a product takes in fp32 than in bf16."""
 

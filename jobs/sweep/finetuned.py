@@ -208,7 +208,7 @@ def _note_change(context: Context, found: dict[str, Any]) -> None:
         raise RequestError(f"{setting}: merging {source} changes what it computes ({merge_check(merge)['detail']})")
     if not found["changed"]:
         raise RequestError(
-            f"{setting}: {source} leaves every weight as it was, so there is nothing to look at; was it ever trained?"
+            f"{setting}: {source} leaves every weight as it was, so there is no change to explain; was it ever trained?"
         )
     notes = list(context.pair["notes"]) if context.pair is not None else []
     if merge and (idle := merge["unchanged"]):

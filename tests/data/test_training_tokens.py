@@ -171,7 +171,7 @@ def test_a_template_that_writes_no_end(tmp_path: Path, rendering: Any) -> None:
     [
         (chats.TRIMS, [said("system", "Be brief."), *PLAIN[0]], "System role not supported"),
         ("{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% endif %}{% endfor %}",
-         PLAIN[0], "does not write an answer as it is given"),
+         PLAIN[0], "does not write an answer's text unchanged"),
         (chats.CHATML.replace("message['role'] +", "(message['role'] if 'a' in message['content'] else 'mute') +"),
          [ASKED, said("assistant", "stone")], "differently"),
         (chats.CHATML, [ASKED, said("assistant", "<|im_start|>")], "the answer contains the special token <|im_start|"),

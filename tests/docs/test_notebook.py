@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from sites import sites_label
+from data.rows import slug
+from jobs.context.context import Context
+from jobs.evaluation.work import place_of
+from sites import KINDS, sites_label
 from tests.end_to_end.conftest import REPOSITORY
 
 NOTEBOOK = REPOSITORY / "examples" / "knob.ipynb"
@@ -45,7 +49,29 @@ def test_its_knob_is_that_of_the_tables(names: dict[str, Any]) -> None:
     assert set(names["knob"].columns) == set(context.subsets)
 
 
-def test_it_answers_at_every_strength(names: dict[str, Any]) -> None:
-    answers = {alpha: names["answer"](names["row"], alpha) for alpha in (0.0, 1.0)}
-    assert all(isinstance(text, str) for text in answers.values())
-    assert len(names["only"]) == 3
+def generations(context: Context, name: Callable[[str], str]) -> dict[tuple[str, str], str]:
+    """Texts that the sweep generated, by subset and input; `name` gives the file of a subset."""
+    files = [context.space.generations / f"{name(slug(subset))}.jsonl" for subset in context.subsets]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return {(line["subset"], line["input"]): line["generation"] for line in lines}
+
+
+def test_its_ends_answer_as_the_sweep_did(names: dict[str, Any]) -> None:
+    """At alpha 0 as the un-finetuned model, at alpha 1 as with all deltas."""
+    context, rows = names["context"], names["rows"]
+    place = place_of(context.sites_of("change"), *names["chosen"])
+    kept = {
+        0.0: generations(context, lambda subset: f"base_model_raw_{subset}"),
+        1.0: generations(context, lambda subset: f"{place}_{subset}_full"),
+    }
+    assert kept[0.0] != kept[1.0], "else the test would not see alpha"
+    for alpha, texts in kept.items():
+        assert {(row.label, row.input): names["answer"](row, alpha) for row in rows} == texts
+
+
+def test_it_measures_each_kind_of_site_alone(names: dict[str, Any]) -> None:
+    kinds = names["only"].items()
+    assert {words: {patch.site.kind.words for patch in patches} for words, patches in kinds} == {
+        kind.words: {kind.words} for kind in KINDS.values()
+    }
+    assert sum(len(patches) for _, patches in kinds) == len(names["patches"])

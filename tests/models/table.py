@@ -239,11 +239,12 @@ def page(lines: list[str]) -> str:
     table = "\n".join(lines)
     return f"""# Architectures
 
-Each line was tried on a small random model by `python -m tests.models.table`, and is tried again by a test. The first
-four answers are about the kinds of site, each alone and all together: putting a site's own output back gives the
-finetuned model, alpha 0 the one with un-finetuned weights there, the true change in a delta's place the finetuned one
-again, and decoding with a cache says the same as without. Every sweep makes these checks on your own model too. The
-fifth: with all weights finetuned, alpha 0 at all sites and in the rest gives the un-finetuned model run plainly.
+Each line is the result of checks on a small random model, made by `python -m tests.models.table` and repeated by a
+test. The first four columns are the kinds of site, each alone and all together. There, "yes" means that four checks
+passed: putting back a site's own output gives the finetuned model; alpha 0 gives the model with un-finetuned weights
+there; with the true change in place of a delta, alpha 1 gives the finetuned model; decoding with a cache gives the same
+text as without. Every sweep makes these checks on your own model too. The fifth column: with all weights finetuned,
+alpha 0 at all sites and in the rest gives the un-finetuned model.
 
 | architecture | such as | {" | ".join(COLUMNS)} |
 |---|---|{"---|" * len(COLUMNS)}
@@ -251,7 +252,7 @@ fifth: with all weights finetuned, alpha 0 at all sites and in the rest gives th
 
 Where `mlp` is "-", attention gets deltas and the MLPs do not; what finetuning changed in them goes with the rest:
 
-| architecture | why its MLPs are no sites |
+| architecture | why its MLPs are not sites |
 |---|---|
 {without}
 

@@ -195,7 +195,7 @@ def test_widths_and_kinds_that_a_format_cannot_hold_are_refused(random_transcode
     one = dataclasses.replace(wide, W_enc=torch.randn(2 * D_MODEL, 8), site=Site(1, kind))
     given, model = {Site(1, kind): one}, dataclasses.replace(model, kind=kind)
     for name in ("gemma_scope", "circuit_tracer"):
-        with pytest.raises(ModelError, match="24 and writes 12 dimensions; this format holds transcoders of MLPs"):
+        with pytest.raises(ModelError, match="24 and writes 12 dimensions; this format holds only transcoders of MLPs"):
             writers(given, model, tmp_path / name)[name]()
     (written,) = writers(given, model, tmp_path / "saelens")["saelens"]()
     config = json.loads((written.parent / "cfg.json").read_text())
@@ -204,5 +204,5 @@ def test_widths_and_kinds_that_a_format_cannot_hold_are_refused(random_transcode
     assert config["metadata"]["hook_name_out"] == "blocks.1.hook_attn_out"
     two = dataclasses.replace(kind, writes=("hook_q", "hook_k"))
     several = {Site(1, two): dataclasses.replace(one, site=Site(1, two))}
-    with pytest.raises(ModelError, match="writes 2 hooks; this format has one"):
+    with pytest.raises(ModelError, match="writes 2 hooks; this format names one"):
         writers(several, dataclasses.replace(model, kind=two), tmp_path / "two")["saelens"]()

@@ -42,7 +42,7 @@ def test_mlps_that_are_no_sites_are_refused_with_what_can_be_had(name, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": name, **(GPT if name == "gptj" else LLAMA)}))
     check_architecture(tmp_path, "some/model")
     with pytest.raises(
-        ModelError, match=r"deltas.sites: mlp needs the MLPs of some/model.*; change deltas of qkv, o can"
+        ModelError, match=r"deltas.sites: mlp needs the MLPs of some/model.*; change deltas of qkv, o are possible"
     ):
         check_mlps(tmp_path, "some/model", "deltas.sites: mlp")
 

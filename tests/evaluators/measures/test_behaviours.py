@@ -61,7 +61,7 @@ def broken(text, target, generation):
 def test_a_users_check_that_fails_is_one_sentence():
     with pytest.raises(DataError, match=r"broken failed on 'a request' \(ZeroDivisionError"):
         said({"python": f"{__name__}:broken"}, "x")
-    with pytest.raises(DataError, match="is no function"):
+    with pytest.raises(DataError, match="is not a function"):
         said({"python": "math:pi"}, "x")
 
 

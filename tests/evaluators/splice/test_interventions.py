@@ -64,7 +64,7 @@ def test_a_site_is_of_one_layer_and_one_kind(random_transcoder):
     assert Patch(Site(1), base, delta).delta is delta
     other_kind = dataclasses.replace(delta, site=Site(1, dataclasses.replace(MLP, reads="ln2.hook_out")))
     for arguments, said in (
-        ((Site(2), base, delta), "layer 2: what lies under the delta is of layer 1"),
+        ((Site(2), base, delta), "layer 2: the ground under its delta is of layer 1"),
         (
             (Site(1), base, dataclasses.replace(delta, site=Site(0))),
             "layer 1: delta: made for layer 0, not for layer 1",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from jobs.cluster.connection import Share
 from jobs.commands.plan import plan_rows
 from jobs.context.context import Context
-from jobs.evaluation.kinds import KINDS, Behaviour, Cards, Exactness, Parts, Reconstruction, works_of
+from jobs.evaluation.kinds import CARDS_AT_ONCE, KINDS, Behaviour, Cards, Exactness, Parts, Reconstruction, works_of
 from jobs.evaluation.work import ExpectedPlanInputs, PlanInputs, Work
 from jobs.files import MANIFEST, read_json
 from search_spaces.load import load
@@ -36,6 +39,46 @@ def context_of(root: Path, *settings: str) -> Context:
     return Context(load("tiny", [f"storage.root={root}", *settings]))
 
 
+def table(context: Context, name: str) -> pd.DataFrame:
+    """A table of the finished sweep's report."""
+    return pd.read_csv(context.space.report / f"{name}.csv", dtype={"layer": str})
+
+
+def behaviour_in_tables(context: Context) -> int:
+    """Cells pooled into the rows of both behaviour tables. The dose-response table repeats the ends of scaled_weights,
+    which are cells of other conditions."""
+    dose = table(context, "exp2B_metrics")
+    repeated = (dose["condition"] == "scaled_weights") & dose["alpha"].isin([0.0, 1.0])
+    return int(table(context, "exp2A_metrics")["n_replicas"].sum() + dose[~repeated]["n_replicas"].sum())
+
+
+def widths_in_table(context: Context) -> int:
+    """Rows of the widths that the behaviour cells do not have."""
+    rows = table(context, "widths")
+    chosen = read_json(context.space.cells / MANIFEST)["chosen"]["change"]["d_new"]
+    return int(((rows["metric"] == "mean_ce") & (rows["d_new"] != chosen)).sum())
+
+
+def rankings_in_table(context: Context) -> int:
+    """One for all sites of change deltas, one for each site of residual deltas."""
+    rows = table(context, "feature_ranking")
+    layers = rows["layer"].where(rows["target"] == "residual", "all")
+    return len(set(zip(rows["target"], layers, strict=True)))
+
+
+IN_TABLES: dict[str, Callable[[Context], int]] = {
+    "behaviour": behaviour_in_tables,
+    "parts": lambda context: table(context, "parts")["subset"].nunique(),
+    "ranking": rankings_in_table,
+    "change": lambda context: table(context, "change_by_subset")["d_new"].nunique(),
+    "reconstruction": lambda context: len(table(context, "exp1_metrics")),
+    "width": widths_in_table,
+    "curve": lambda context: len(table(context, "few_features")[["layer", "d_new", "subset"]].drop_duplicates()),
+    "cards": lambda context: math.ceil(len(table(context, "features")) / CARDS_AT_ONCE),
+}
+"""Number of cells of each kind that the tables of a report show."""
+
+
 def by_kind(works: list[Work]) -> Counter[str]:
     """How many cells of each kind there are."""
     return Counter(type(work).__name__ for work in works for _ in work.cells())
@@ -59,6 +102,23 @@ def test_works_counted_are_cells_written_are_the_plans_number(finished: tuple[Pa
         (work,) = (work for work in works if path.stem in work.cells())
         assert (cell["kind"], cell["seed"]) == (work.kind, work.seed)
         assert cell.get("subset", "") == work.subset
+
+
+def test_as_many_cells_of_each_kind_are_planned_as_written_and_shown(finished: tuple[Path, object]) -> None:
+    """The number that `plan` counts, the files on disk, and the rows of the report's tables."""
+    context = context_of(finished[0])
+    works = works_of(ExpectedPlanInputs(context))
+    planned = Counter(work.kind for work in works for _ in work.cells())
+    cells = [cell for path in context.space.cells.glob("*.json") if "kind" in (cell := read_json(path))]
+    written = Counter(cell["kind"] for cell in cells)
+    shown = Counter({kind: count(context) for kind, count in IN_TABLES.items()})
+    assert planned == written == shown
+    assert dict(plan_rows(context))["evaluation"].startswith(f"{planned.total()} cells, ")
+    # Cells that hold features have a row for each.
+    features = sum(len(cell["features"]) for cell in cells if cell["kind"] == "ranking")
+    assert len(table(context, "feature_ranking")) == features
+    planned_cards = sum(len(work.features) for work in works if isinstance(work, Cards))
+    assert len(table(context, "features")) == planned_cards == context.cards_of("change")
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
