@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 ANSWERS = 12
 """Rows to which both models write an answer."""
-PARTS_ROWS = 24
+PARTS_ROWS = 18
 """Rows on which the ceiling by parts is measured: some sixteen models run over each."""
 
 STEPS = ("divergence", "answers", "parts", "lens")

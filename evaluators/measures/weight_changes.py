@@ -17,7 +17,9 @@ from torch import Tensor
 HIGHEST_RANK = 64
 """Ranks above this are not told apart. LoRA's are rarely higher, and a full SVD of every matrix takes minutes."""
 SPARE = 16
-"""Extra directions of the random sketch, which make it find the leading ones almost surely (Halko et al. 2011)."""
+"""Extra directions of a random sketch, which make it find the leading ones almost surely (Halko et al. 2011)."""
+SKETCHES = (16 + SPARE, HIGHEST_RANK + SPARE)
+"""Widths of sketches that are tried one after the other: most LoRAs have a rank of 16 or less."""
 ROWS_SHOWN = 20
 
 Reader = Callable[[str], Tensor]
@@ -93,22 +95,22 @@ def numerical_rank(difference: Tensor, noise: float) -> int | None:
     """
     matrix = difference.float()
     rows, columns = matrix.shape
-    width = HIGHEST_RANK + SPARE
     tolerance = 2 * noise * (math.sqrt(rows) + math.sqrt(columns))
-    if min(rows, columns) <= 2 * width:
+    if min(rows, columns) <= 2 * SKETCHES[-1]:
         rank = int((torch.linalg.svdvals(matrix) > tolerance).sum())
         return rank if rank <= HIGHEST_RANK else None
-    generator = torch.Generator().manual_seed(0)
-    sketch = matrix @ torch.randn(columns, width, generator=generator).to(matrix)
-    range_found, _ = torch.linalg.qr(sketch)
-    projected = range_found.T @ matrix
-    missed = (matrix - range_found @ projected).norm().item()
-    squares = torch.linalg.eigvalsh(projected.double() @ projected.double().T)  # of singular values, many times faster
-    rank = int((squares > tolerance**2).sum())
-    # Noise alone would leave noise sqrt(m n); a rounded change leaves singular values of at most `tolerance`.
-    if rank > HIGHEST_RANK or missed > tolerance * math.sqrt(min(rows, columns)):
-        return None
-    return rank
+    for width in SKETCHES:
+        generator = torch.Generator().manual_seed(0)
+        sketch = matrix @ torch.randn(columns, width, generator=generator).to(matrix)
+        range_found, _ = torch.linalg.qr(sketch)
+        projected = range_found.T @ matrix
+        missed = (matrix - range_found @ projected).norm().item()
+        squares = torch.linalg.eigvalsh(projected.double() @ projected.double().T)  # of singular values
+        rank = int((squares > tolerance**2).sum())
+        # Noise alone would leave noise sqrt(m n); a rounded change leaves singular values of at most `tolerance`.
+        if rank <= width - SPARE and missed <= tolerance * math.sqrt(min(rows, columns)):
+            return rank
+    return None
 
 
 def row_changes(before: Tensor, after: Tensor, most: int = ROWS_SHOWN) -> tuple[int, list[RowChange]]:
