@@ -123,10 +123,10 @@ def in_words(names: Iterable[str], n_layers: int) -> str:
     for module, numbers in layers.items():
         by_layers.setdefault(frozenset(numbers), []).append(module)
     parts = []
-    for numbers, modules in sorted(by_layers.items(), key=lambda pair: -len(pair[0])):
+    for in_layers, modules in sorted(by_layers.items(), key=lambda pair: -len(pair[0])):
         where = ""
-        if numbers:
-            where = f" in all {n_layers} layers" if len(numbers) == n_layers else f" in {layer_list(numbers)}"
+        if in_layers:
+            where = f" in all {n_layers} layers" if len(in_layers) == n_layers else f" in {layer_list(in_layers)}"
         parts.append(", ".join(sorted(modules)) + where)
     return "; ".join(parts)
 

@@ -155,7 +155,7 @@ def test_layers_asked_for_by_number_must_hold_a_change(
 def test_a_pair_that_is_equal_is_said_at_once(sweep: Make, changed: Callable[..., Path]) -> None:
     with pytest.raises(ModelError, match="no change to explain"):
         check_models(sweep(f"model.finetuned={changed()}"))
-    with pytest.raises(ModelError, match="rounded to its dtype, so there is nothing"):
+    with pytest.raises(ModelError, match="rounded to its dtype, so there is no change"):
         check_models(sweep(f"model.finetuned={changed(dtype=torch.bfloat16)}"))
 
 
