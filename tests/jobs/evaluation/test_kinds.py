@@ -68,6 +68,7 @@ def rankings_in_table(context: Context) -> int:
 
 IN_TABLES: dict[str, Callable[[Context], int]] = {
     "behaviour": behaviour_in_tables,
+    "look": lambda context: len(list(context.space.report.glob("look.html"))),
     "parts": lambda context: table(context, "parts")["subset"].nunique(),
     "ranking": rankings_in_table,
     "change": lambda context: table(context, "change_by_subset")["d_new"].nunique(),

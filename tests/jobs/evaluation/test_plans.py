@@ -11,7 +11,7 @@ import pytest
 from evaluators.conditions import CONDITIONS
 from jobs.context.context import Context
 from jobs.evaluation.behaviour import Behaviour, Raw, Width
-from jobs.evaluation.kinds import KINDS, Cards, Change, Curve, Exactness, Parts, Ranking, Reconstruction
+from jobs.evaluation.kinds import KINDS, Cards, Change, Curve, Exactness, Look, Parts, Ranking, Reconstruction
 from jobs.evaluation.work import ExpectedPlanInputs, SitePlan, Work
 from search_spaces.load import load
 from sites import KINDS as SITE_KINDS
@@ -41,6 +41,7 @@ BOTH = "layer_01+02_change_d004"
 ONE = "layer_01_p0.25_d004"
 OF_CHANGE = {
     Raw: {"raw_tool", "base_model_raw_tool"},
+    Look: {"look"},
     Parts: {"parts_tool"},
     Ranking: {f"ranking_{BOTH}"},
     Change: {f"change_{BOTH}", "change_layer_01+02_change_d008"},
@@ -59,6 +60,7 @@ OF_CHANGE = {
 }
 OF_RESIDUAL = {
     Raw: {"raw_tool", "base_model_raw_tool"},
+    Look: set(),
     Parts: set(),
     Ranking: {"ranking_layer_01_p0.25_d004", "ranking_layer_02_p0.25_d004"},
     Change: set(),
@@ -170,7 +172,7 @@ def test_a_width_that_lacks_a_site_is_fitted_but_not_compared(tmp_path: Path) ->
     [
         ("evaluate.curve=false", {Curve}),
         ("evaluate.cards=0", {Cards}),
-        ("evaluate.parts=false", {Parts}),
+        ("evaluate.parts=false", {Look, Parts}),
         ("evaluate.widths=false", {Width}),
         ("deltas.d_new=[4]", {Width}),
     ],
