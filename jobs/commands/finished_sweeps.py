@@ -19,8 +19,7 @@ import yaml
 from evaluators.tables.compared_sweeps import ComparedSweep, ReportTables, flat, from_metrics, from_tables
 from jobs.context.workspace import SETTINGS, START, storage_root
 from jobs.errors import RequestError, without_secrets
-from jobs.files import MANIFEST, read_json
-from jobs.seals import require
+from jobs.files import MANIFEST, read_json, require
 
 if TYPE_CHECKING:
     from jobs.tracking.reader import Reader

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from data.rows import sha256_of
 from jobs.errors import DamagedFileError
-from jobs.files import read_json, write_json
-from jobs.seals import SEAL, damage, require, seal, sealed_hash
+from jobs.files import SEAL, damage, read_json, require, seal, sealed_hash, write_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

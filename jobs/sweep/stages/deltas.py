@@ -28,8 +28,7 @@ from jobs.context.context import Context, error_name
 from jobs.context.disk import disk_of, drop, on_gpu
 from jobs.context.workspace import replica_folder
 from jobs.errors import WorkFailed
-from jobs.files import keyed_folder, write_json
-from jobs.seals import seal
+from jobs.files import keyed_folder, seal, write_json
 from jobs.sweep.polish import polish_widths
 from jobs.sweep.stages.evaluate import measure_ceiling
 from sites import Address, Site, sites_label

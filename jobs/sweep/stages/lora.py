@@ -17,8 +17,7 @@ from jobs.cluster import environment
 from jobs.context import keys
 from jobs.context.context import Context
 from jobs.errors import WorkFailed
-from jobs.files import key_of, keyed_folder, write_json
-from jobs.seals import Listed, listed, seal
+from jobs.files import Listed, key_of, keyed_folder, listed, seal, write_json
 from jobs.sweep import finetuned
 from search_spaces.dimensions import Choice, Range
 from search_spaces.schema import LoraSpace, Sweep
