@@ -119,8 +119,8 @@ def _check_place(place: Place, shape: Sequence[int], folder: Path, key: str) -> 
     """Raises ModelError for a tensor of another shape than config.json describes, or of quantised values."""
     if place.shape != tuple(shape):
         raise ModelError(
-            f"{key}: {place.name} in {place.file} has shape {_shown(place.shape)}, and the config.json in {folder} "
-            f"describes {_shown(shape)}"
+            f"{key}: {place.name} in {place.file} has shape {shape_text(place.shape)}, and the config.json in {folder} "
+            f"describes {shape_text(shape)}"
         )
     if place.dtype not in DTYPES:
         raise ModelError(
@@ -129,7 +129,8 @@ def _check_place(place: Place, shape: Sequence[int], folder: Path, key: str) -> 
         )
 
 
-def _shown(shape: Sequence[int]) -> str:
+def shape_text(shape: Sequence[int]) -> str:
+    """`2 x 3`, for messages."""
     return " x ".join(map(str, shape))
 
 
