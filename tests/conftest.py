@@ -71,6 +71,25 @@ def wrapped(load):
 
 
 @pytest.fixture(scope="session")
+def altered(load):
+    """Saves a copy of a model with other weights: parameter NAME times 1 + `much(NAME)` times noise."""
+    import torch
+
+    def save(folder: Path, to: Path, much: Callable[[str], float] = lambda name: 0.4) -> Path:
+        model, tokenizer = load(folder)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if amount := much(name):
+                    parameter.mul_(1 + amount * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(to)
+        tokenizer.save_pretrained(to)
+        return to
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def random_transcoder():
     """A maker of transcoders with random weights, a quarter or so of whose features are active on unit-rms inputs."""
     import torch
@@ -121,7 +140,7 @@ def plain_taps():
             block.register_forward_hook(note_block),
         ]
         with torch.no_grad():
-            model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
+            model(**batch.inputs)
         for handle in handles:
             handle.remove()
         middle = seen["middle"]

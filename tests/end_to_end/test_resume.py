@@ -60,7 +60,11 @@ def test_a_killed_sweep_continues(jobs: Jobs, tmp_path: Path) -> None:
     arguments = ("sweep", "tiny", f"storage.root={tmp_path}", *SMALL)
     sweep = tmp_path / "sweeps" / "tiny"
 
-    kill_when(start(*arguments), lambda: next(sweep.glob("deltas/**/result.json"), None) is not None)
+    first = start(*arguments)
+    wait_until((sweep / "data/manifest.json").is_file, first)
+    second = jobs(*arguments, timeout=200)
+    assert (second.returncode, "another process is running the sweep" in second.stderr) == (2, True)
+    kill_when(first, lambda: next(sweep.glob("deltas/**/result.json"), None) is not None)
     finished = [
         *sweep.glob("lora/trial_*/result.json"),
         *sweep.glob("deltas/**/result.json"),
@@ -102,18 +106,3 @@ def test_an_interrupt_stops_cleanly_and_says_how_to_continue(tmp_path: Path, how
     assert process.returncode == 130
     assert "run the same command to continue" in errors
     assert "Traceback" not in errors
-
-
-@more
-def test_a_second_driver_is_refused(jobs: Jobs, tmp_path: Path) -> None:
-    arguments = ("sweep", "tiny", f"storage.root={tmp_path}", *SMALL)
-    first = start(*arguments)
-    try:
-        while not (tmp_path / "sweeps/tiny/data/manifest.json").is_file():
-            assert first.poll() is None
-            time.sleep(0.1)
-        second = jobs(*arguments, timeout=200)
-        assert second.returncode == 2
-        assert "another process is running the sweep" in second.stderr
-    finally:
-        kill_when(first, lambda: True)

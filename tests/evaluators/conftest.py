@@ -145,18 +145,9 @@ def subject(model_folder, load, wrapped, random_transcoder):
 
 
 @pytest.fixture(scope="module")
-def base_folder(model_folder, load, tmp_path_factory):
+def base_folder(model_folder, altered, tmp_path_factory):
     """The model before finetuning: other MLPs."""
-    model, tokenizer = load(model_folder)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "mlp" in name:
-                parameter.mul_(1 + 0.4 * torch.randn(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("before")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return altered(model_folder, tmp_path_factory.mktemp("before"), lambda name: 0.4 * ("mlp" in name))
 
 
 @pytest.fixture(scope="module", params=sorted(SETS))

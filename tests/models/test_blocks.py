@@ -14,17 +14,9 @@ LAYERS = [0, 2]
 
 
 @pytest.fixture(scope="module")
-def other_folder(model_folder, load, tmp_path_factory):
+def other_folder(model_folder, altered, tmp_path_factory):
     """The same architecture with other weights everywhere, norm gains included."""
-    model, tokenizer = load(model_folder)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("other")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return altered(model_folder, tmp_path_factory.mktemp("other"))
 
 
 @pytest.fixture(scope="module")

@@ -186,9 +186,7 @@ def test_the_edit_is_the_same_whichever_parts_compute_attention(made):
     def logits(hooks):
         with torch.inference_mode(), spliced(bridge, Edit(made.patches, "full")) as splice, hooked(bridge, hooks):
             splice.reset(batch.editable, torch.ones(len(batch.ids)), RowEdits(bos=batch.bos))
-            return bridge.original_model(
-                input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions
-            ).logits[batch.mask]
+            return bridge.original_model(**batch.inputs).logits[batch.mask]
 
     seen = []
     alone = logits([])

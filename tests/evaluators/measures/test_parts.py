@@ -51,26 +51,13 @@ def nll(model, rows):
     return found
 
 
-def changed(folder, load, path, is_changed=lambda name: True):
-    """The same architecture with other values of the parameters for which `is_changed`."""
-    model, tokenizer = load(folder)
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if is_changed(name):
-                parameter.mul_(1 + 0.4 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
 def changes_of(bridge, before, after):
     sites, rest = sites_with(bridge.original_model.config, compare(open_weights(before), open_weights(after)).changed)
     return Changes.of(bridge, read_paths(bridge, before, sites).values(), read_rest(before, rest) if rest else None)
 
 
-def test_each_way_of_each_part_is_a_model_put_together_by_hand(subject, load, tmp_path):
-    before = changed(subject.folder, load, tmp_path)
+def test_each_way_of_each_part_is_a_model_put_together_by_hand(subject, load, altered, tmp_path):
+    before = altered(subject.folder, tmp_path)
     kind, n_layers = subject.plain.config.model_type, subject.plain.config.num_hidden_layers
     held = [parameter.clone() for parameter in subject.bridge.original_model.parameters()]
     found = evaluate_parts(subject.passes, changes_of(subject.bridge, before, subject.folder), subject.rows)
@@ -102,9 +89,9 @@ def test_each_way_of_each_part_is_a_model_put_together_by_hand(subject, load, tm
     assert all(torch.equal(one, other) for one, other in zip(held, after, strict=True)), "the weights go back"
 
 
-def test_only_what_changed_is_a_part(subject, load, tmp_path):
+def test_only_what_changed_is_a_part(subject, altered, tmp_path):
     names = ("layers.1.self_attn.v_proj", "layers.1.mlp.up_proj")
-    before = changed(subject.folder, load, tmp_path, lambda name: any(one in name for one in names))
+    before = altered(subject.folder, tmp_path, lambda name: 0.4 * any(one in name for one in names))
     changes = changes_of(subject.bridge, before, subject.folder)
     groups = changes.groups(subject.plain.config.num_hidden_layers)
     assert [group for group in groups if group.layers == EVERY] == [Group("values", EVERY), Group("mlp", EVERY)]
@@ -116,13 +103,13 @@ def test_only_what_changed_is_a_part(subject, load, tmp_path):
     assert rows["values", UNFINETUNED] != found["finetuned"]
 
 
-def test_a_norm_before_attention_is_of_the_rest(subject, load, tmp_path):
-    before = changed(subject.folder, load, tmp_path, lambda name: "input_layernorm" in name)
+def test_a_norm_before_attention_is_of_the_rest(subject, altered, tmp_path):
+    before = altered(subject.folder, tmp_path, lambda name: 0.4 * ("input_layernorm" in name))
     groups = changes_of(subject.bridge, before, subject.folder).groups(subject.plain.config.num_hidden_layers)
     assert list(groups) == [Group("rest", EVERY)]
 
 
-def test_parts_of_a_joint_weight_change_alone(wrapped, load, tmp_path):
+def test_parts_of_a_joint_weight_change_alone(wrapped, load, altered, tmp_path):
     """Phi-3 has queries, keys and values in one weight, of which the bridge runs with copies."""
     from evaluators.splice.passes import Passes
     from tests.evaluators.conftest import ROWS
@@ -150,7 +137,7 @@ def test_parts_of_a_joint_weight_change_alone(wrapped, load, tmp_path):
                 parameter.mul_(6.0) if parameter.ndim > 1 else parameter.uniform_(0.3, 3.0)
     model.save_pretrained(after)
     tokenizer.save_pretrained(after)
-    changed(after, load, before, lambda name: "qkv_proj" in name)
+    altered(after, before, lambda name: 0.4 * ("qkv_proj" in name))
     bridge = wrapped(after)
     found = evaluate_parts(Passes(bridge), changes_of(bridge, before, after), ROWS)
     rows = {(one["part"], one["way"]): one["rows"] for one in found["parts"]}

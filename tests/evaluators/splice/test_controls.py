@@ -128,13 +128,8 @@ def test_reduced_rank_regression_beats_other_maps_of_its_rank():
         Moments.of([])
 
 
-def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, model_folder, load, tmp_path):
-    other, tokenizer = load(model_folder)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.1)
-    other.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, model_folder, load, altered, tmp_path):
+    other, _ = load(altered(model_folder, tmp_path))
     jobs = [Job(row) for row in subject.encoded]
     before = score(subject.passes, Edit(subject.patch, "mlp_swap"), jobs)
     assert [one.nll for one in before] == pytest.approx(
