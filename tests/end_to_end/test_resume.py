@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment
+from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment, wait_until
 
 more = pytest.mark.long("one more sweep, stopped in another way than the first")
 
@@ -33,14 +33,6 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-
-
-def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
-    while not reached():
-        assert process.poll() is None, "the sweep ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:

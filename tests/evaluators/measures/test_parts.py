@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.encoding import encode_row
 from evaluators.measures.parts import EVERY, FINETUNED, PARTS, UNFINETUNED, Changes, Group, evaluate_parts
 from models.blocks import read_paths, sites_with
 from models.comparison import compare
 from models.rest import read_rest
-from models.tiny import byte_tokenizer
 from models.weights import open_weights
+from tests.models.table import build
 
 NAMES = {
     "patterns": ("q_proj", "k_proj"),
@@ -114,35 +113,13 @@ def test_parts_of_a_joint_weight_change_alone(wrapped, load, altered, tmp_path):
     from evaluators.splice.passes import Passes
     from tests.evaluators.conftest import ROWS
 
-    tokenizer = byte_tokenizer()
-    config = AutoConfig.for_model(
-        "phi3",
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    after, before = tmp_path / "after", tmp_path / "before"
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        model = AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(6.0) if parameter.ndim > 1 else parameter.uniform_(0.3, 3.0)
-    model.save_pretrained(after)
-    tokenizer.save_pretrained(after)
+    after, before = build("phi3", tmp_path / "after"), tmp_path / "before"
     altered(after, before, lambda name: 0.4 * ("qkv_proj" in name))
     bridge = wrapped(after)
     found = evaluate_parts(Passes(bridge), changes_of(bridge, before, after), ROWS)
     rows = {(one["part"], one["way"]): one["rows"] for one in found["parts"]}
     assert {part for part, _ in rows} == {"patterns", "values"}
-    encoded, heads = [encode_row(tokenizer, row) for row in ROWS], 24 + 12
+    encoded, heads = [encode_row(bridge.tokenizer, row) for row in ROWS], 24 + 12
     for part, here in (("patterns", slice(0, heads)), ("values", slice(heads, None))):
         plain, other = load(after)[0], load(before)[0]
         with torch.no_grad():
