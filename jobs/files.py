@@ -79,8 +79,7 @@ def read_json(path: Path) -> Any:
 
 def is_for(folder: Path, key: str) -> bool:
     """Whether the contents of `folder` were made for this key."""
-    content = read_json(folder / KEY)
-    return content is not None and content["key"] == key
+    return (read_json(folder / KEY) or {}).get("key") == key
 
 
 def keyed_folder(folder: Path, key: str) -> Path:
@@ -93,8 +92,7 @@ def keyed_folder(folder: Path, key: str) -> Path:
 
 def is_finished(folder: Path, key: str) -> bool:
     """Whether `folder` has a manifest with this key."""
-    manifest = read_json(folder / MANIFEST)
-    return manifest is not None and manifest["key"] == key
+    return (read_json(folder / MANIFEST) or {}).get("key") == key
 
 
 def finish(folder: Path, key: str, facts: dict[str, Any]) -> None:

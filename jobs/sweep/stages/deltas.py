@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.rows import one_line
 from jobs.capture.activations import capture_finetuned
 from jobs.capture.bases import (
     Residuals,
@@ -232,7 +233,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
 
 
 def _failed(error: Exception) -> dict[str, Any]:
-    return {"failed": " ".join(str(error).split())[:500]}
+    return {"failed": one_line(error, 500)}
 
 
 def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any], scale: Tensor | None) -> None:

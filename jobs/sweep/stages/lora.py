@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import replacing
+from data.rows import one_line
 from jobs.cluster import environment
 from jobs.context import keys
 from jobs.context.context import Context
@@ -172,6 +173,6 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
             )
     except TrainingError as error:
         keeper.forget()
-        return {"failed": " ".join(str(error).split())[:500]}
+        return {"failed": one_line(error, 500)}
     keeper.forget()
     return best
