@@ -30,8 +30,9 @@ FORMAT = 2
 KEY = "key.json"
 MANIFEST = "manifest.json"
 SEAL = "files.json"
-CACHES = ("activations/*", "deltas/*/*/residual")
-"""Folders that are computed again when needed, and that no seal lists."""
+CACHES = ("activations", "deltas/*/*/residual")
+"""Folders of a sweep that are computed again when needed: no seal lists them, and no mirror has them."""
+_CACHE_NAMES = {Path(pattern).name for pattern in CACHES}
 SMALL = 2**20
 """Largest file in bytes that is hashed at each start of a sweep; larger ones are hashed when they are read for work."""
 CHANGED = "does not hold what was written to it"
@@ -121,16 +122,12 @@ def files_in(folder: Path) -> Iterator[Path]:
     if folder.is_file():
         yield folder
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not _is_temporary(name) and not _is_cache(Path(parent, name)))
+        folders[:] = sorted(name for name in folders if name not in _CACHE_NAMES and not _is_temporary(name))
         yield from (Path(parent) / name for name in sorted(names) if not _is_temporary(name))
 
 
 def _is_temporary(name: str) -> bool:
     return name.startswith(".") or name.endswith(".tmp")
-
-
-def _is_cache(folder: Path) -> bool:
-    return any(folder.match(pattern) for pattern in CACHES)
 
 
 def seal(folder: Path, files: Iterable[Path] | None = None) -> None:

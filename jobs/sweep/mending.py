@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data.rows import sha256_of
 from jobs.context.context import Context
-from jobs.context.workspace import FINETUNED, START, VALIDATION_FILE
+from jobs.context.workspace import ASIDE, FINETUNED, START, VALIDATION_FILE
 from jobs.errors import DamagedFileError
 from jobs.files import (
     CACHES,
@@ -37,11 +37,10 @@ from jobs.files import (
 from jobs.sweep.pair import examine
 from jobs.sweep.stage_list import STAGES, Stage
 
-ASIDE = "set_aside"
 ADDED = "was not written by this sweep"
 UNITS = (
     *("data/answered", "lora/trial_*", "lora/merged", "transcoders/layer_*"),
-    *("deltas/*/*/d*/trial_*", "deltas/polished/d*", *CACHES),
+    *("deltas/*/*/d*/trial_*", "deltas/polished/d*", *CACHES[1:]),
 )
 """Folders that are made, and made again, as a whole."""
 JSON_FILES = (
