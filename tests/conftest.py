@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +87,22 @@ def altered(load):
         return to
 
     return save
+
+
+@pytest.fixture(scope="session")
+def grafted(load):
+    """A plain model whose MLPs in some layers, with the norms before and after them, are those of another folder's."""
+
+    def graft(folder: Path, donor: Path, layers: Iterable[int]):
+        (model, _), (theirs, _) = load(folder), load(donor)
+        norms = {"gemma2": ("pre_feedforward_layernorm", "post_feedforward_layernorm")}
+        for layer in layers:
+            for name in ("mlp", *norms.get(model.config.model_type, ("post_attention_layernorm",))):
+                part = getattr(theirs.model.layers[layer], name)
+                getattr(model.model.layers[layer], name).load_state_dict(part.state_dict())
+        return model
+
+    return graft
 
 
 @pytest.fixture(scope="session")
