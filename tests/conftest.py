@@ -72,17 +72,17 @@ def wrapped(load):
 
 @pytest.fixture(scope="session")
 def altered(load):
-    """Saves a copy of a model with other weights: parameter NAME times 1 + `much(NAME)` times noise."""
+    """Saves a copy of a model in which every parameter whose name holds one of `parts` has other values."""
     import torch
 
-    def save(folder: Path, to: Path, much: Callable[[str], float] = lambda name: 0.4) -> Path:
+    def save(folder: Path, to: Path, *parts: str, much: float = 0.4, dtype: torch.dtype = torch.float32) -> Path:
         model, tokenizer = load(folder)
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if amount := much(name):
-                    parameter.mul_(1 + amount * torch.randn(parameter.shape, generator=generator))
-        model.save_pretrained(to)
+                if any(part in name for part in parts):
+                    parameter.mul_(1 + much * torch.randn(parameter.shape, generator=generator))
+        model.to(dtype).save_pretrained(to)
         tokenizer.save_pretrained(to)
         return to
 

@@ -150,7 +150,7 @@ def subject(model_folder, load, wrapped, random_transcoder):
 @pytest.fixture(scope="module")
 def base_folder(model_folder, altered, tmp_path_factory):
     """The model before finetuning: other MLPs."""
-    return altered(model_folder, tmp_path_factory.mktemp("before"), lambda name: 0.4 * ("mlp" in name))
+    return altered(model_folder, tmp_path_factory.mktemp("before"), "mlp")
 
 
 @pytest.fixture(scope="module", params=sorted(SETS))

@@ -16,7 +16,7 @@ LAYERS = [0, 2]
 @pytest.fixture(scope="module")
 def other_folder(model_folder, altered, tmp_path_factory):
     """The same architecture with other weights everywhere, norm gains included."""
-    return altered(model_folder, tmp_path_factory.mktemp("other"))
+    return altered(model_folder, tmp_path_factory.mktemp("other"), "")
 
 
 @pytest.fixture(scope="module")

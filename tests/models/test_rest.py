@@ -12,7 +12,7 @@ ROWS = [[2, 50, 60, 70, 80], [2, 90]]
 
 @pytest.fixture(scope="module")
 def other_folder(model_folder, altered, tmp_path_factory):
-    return altered(model_folder, tmp_path_factory.mktemp("other"))
+    return altered(model_folder, tmp_path_factory.mktemp("other"), "")
 
 
 @pytest.fixture(scope="module")

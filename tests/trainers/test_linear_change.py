@@ -19,8 +19,8 @@ ROWS = [[2, *range(start, start + 30)] for start in range(20, 200, 12)]
 @pytest.fixture(scope="module")
 def before(model_folder, altered, tmp_path_factory):
     """Other projections: those of keys as they are, those of queries changed twice as much as those of values."""
-    much = {"q_proj": 0.4, "v_proj": 0.2, "o_proj": 0.3}
-    return altered(model_folder, tmp_path_factory.mktemp("before"), lambda name: much.get(name.split(".")[-2], 0.0))
+    first, both = (tmp_path_factory.mktemp(name) for name in ("first", "both"))
+    return altered(altered(model_folder, first, "q_proj", "o_proj"), both, "v_proj", much=0.2)
 
 
 @pytest.fixture(scope="module")

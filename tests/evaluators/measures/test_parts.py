@@ -56,7 +56,7 @@ def changes_of(bridge, before, after):
 
 
 def test_each_way_of_each_part_is_a_model_put_together_by_hand(subject, load, altered, tmp_path):
-    before = altered(subject.folder, tmp_path)
+    before = altered(subject.folder, tmp_path, "")
     kind, n_layers = subject.plain.config.model_type, subject.plain.config.num_hidden_layers
     held = [parameter.clone() for parameter in subject.bridge.original_model.parameters()]
     found = evaluate_parts(subject.passes, changes_of(subject.bridge, before, subject.folder), subject.rows)
@@ -90,7 +90,7 @@ def test_each_way_of_each_part_is_a_model_put_together_by_hand(subject, load, al
 
 def test_only_what_changed_is_a_part(subject, altered, tmp_path):
     names = ("layers.1.self_attn.v_proj", "layers.1.mlp.up_proj")
-    before = altered(subject.folder, tmp_path, lambda name: 0.4 * any(one in name for one in names))
+    before = altered(subject.folder, tmp_path, *names)
     changes = changes_of(subject.bridge, before, subject.folder)
     groups = changes.groups(subject.plain.config.num_hidden_layers)
     assert [group for group in groups if group.layers == EVERY] == [Group("values", EVERY), Group("mlp", EVERY)]
@@ -103,7 +103,7 @@ def test_only_what_changed_is_a_part(subject, altered, tmp_path):
 
 
 def test_a_norm_before_attention_is_of_the_rest(subject, altered, tmp_path):
-    before = altered(subject.folder, tmp_path, lambda name: 0.4 * ("input_layernorm" in name))
+    before = altered(subject.folder, tmp_path, "input_layernorm")
     groups = changes_of(subject.bridge, before, subject.folder).groups(subject.plain.config.num_hidden_layers)
     assert list(groups) == [Group("rest", EVERY)]
 
@@ -114,11 +114,11 @@ def test_parts_of_a_joint_weight_change_alone(wrapped, load, altered, tmp_path):
     from tests.evaluators.conftest import ROWS
 
     after, before = build("phi3", tmp_path / "after"), tmp_path / "before"
-    altered(after, before, lambda name: 0.4 * ("qkv_proj" in name))
+    altered(after, before, "qkv_proj")
     bridge = wrapped(after)
     found = evaluate_parts(Passes(bridge), changes_of(bridge, before, after), ROWS)
     rows = {(one["part"], one["way"]): one["rows"] for one in found["parts"]}
-    assert {part for part, _ in rows} == {"patterns", "values"}
+    assert {part for part, _ in rows} == {"patterns", "values", EVERY}, "and thirds of the layers"
     encoded, heads = [encode_row(bridge.tokenizer, row) for row in ROWS], 24 + 12
     for part, here in (("patterns", slice(0, heads)), ("values", slice(heads, None))):
         plain, other = load(after)[0], load(before)[0]

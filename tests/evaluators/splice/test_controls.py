@@ -129,7 +129,7 @@ def test_reduced_rank_regression_beats_other_maps_of_its_rank():
 
 
 def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, by_hand, altered, grafted, tmp_path):
-    altered(subject.folder, tmp_path)
+    altered(subject.folder, tmp_path, "")
     jobs = [Job(row) for row in subject.encoded]
     before = score(subject.passes, Edit(subject.patch, "mlp_swap"), jobs)
     assert [one.nll for one in before] == pytest.approx(
