@@ -13,7 +13,7 @@ from string import ascii_letters
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from data.conversations import Message, from_json, strings_in, text_of, without_none
-from data.rows import DataError, Row, make_row
+from data.rows import DataError, Row, make_row, one_line
 from data.special import special_tokens_of, spelled_out
 from data.templates import Reads, reads
 
@@ -217,7 +217,7 @@ class Chat:
         try:
             return reads(self._tokenizer.get_chat_template(tools=variables.get("tools")))
         except ValueError as error:  # the tokenizer has several templates and no default
-            raise DataError(f"data.format: {' '.join(str(error).split())}") from None
+            raise DataError(f"data.format: {one_line(error, 10_000)}") from None
 
     def _render(self, messages: Sequence[Message], generation: bool, variables: Mapping[str, Any]) -> str:
         try:
@@ -225,4 +225,4 @@ class Chat:
                 list(messages), tokenize=False, add_generation_prompt=generation, **variables
             )
         except Exception as error:  # a template is a program and can raise anything
-            raise DataError(f"the chat template refuses it ({' '.join(str(error).split())[:120]})") from None
+            raise DataError(f"the chat template refuses it ({one_line(error, 120)})") from None

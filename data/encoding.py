@@ -52,6 +52,11 @@ class Batch(NamedTuple):
         """(batch, length): True at the first token of each row."""
         return self.mask & (self.positions == 0)
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model of transformers is called with."""
+        return {"input_ids": self.ids, "attention_mask": self.mask.long(), "position_ids": self.positions}
+
     def to(self, device: str | torch.device) -> Batch:
         return Batch(*(tensor.to(device) for tensor in self))
 

@@ -24,6 +24,11 @@ class DataError(ValueError):
     """A file or setting that cannot provide the rows needed; the message is one sentence that a user can act on."""
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """An exception's message without line breaks, cut to `most` characters, to quote in a sentence."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One prompt and the answer it should get (empty: not known yet).

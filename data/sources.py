@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.rows import DataError
+from data.rows import DataError, one_line
 
 MAX_LINE_BYTES = 1 << 20
 JSON_LINES = (".jsonl", ".json", ".ndjson")
@@ -217,7 +217,7 @@ def _parquet(path: str) -> Records:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"cannot read {path} as Parquet ({_short(error)})") from None
+        raise DataError(f"cannot read {path} as Parquet ({one_line(error)})") from None
 
 
 def _dataset(name: str, split: str) -> Records:
@@ -229,8 +229,4 @@ def _dataset(name: str, split: str) -> Records:
             HfApi().dataset_info(name, timeout=10)  # one attempt; the stream below would retry for half a minute
         yield from datasets.load_dataset(name, split=split, streaming=True)
     except Exception as error:  # the hub's client raises a different type for each way of failing
-        raise DataError(f"cannot read split {split} of the dataset {name} ({_short(error)})") from None
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"cannot read split {split} of the dataset {name} ({one_line(error)})") from None

@@ -45,6 +45,16 @@ def disk_errno(error: BaseException) -> int | None:
     return number if number in DISK_ERRORS else None
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, to quote in a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def public_line(error: Exception) -> str:
+    """`first_line` without secrets, cut to 200 characters."""
+    return without_secrets(first_line(error))[:200]
+
+
 _CREDENTIALS = re.compile(r"(?<=://)\S*@")
 _QUERY = re.compile(r"(://[^\s?]*)\?\S*")
 

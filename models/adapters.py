@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.rows import one_line
 from models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def _load(root: Any, folder: Path, source: str) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # PEFT may raise anything for a config that it does not know
-        raise ModelError(f"{KEY}: PEFT cannot read {folder / ADAPTER} ({_short(error)})") from None
+        raise ModelError(f"{KEY}: PEFT cannot read {folder / ADAPTER} ({one_line(error, 250)})") from None
     if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
         raise ModelError(
             f"{KEY}: the adapter in {folder} (PEFT type {config.peft_type.value}) cannot be merged into the weights: "
@@ -147,13 +148,13 @@ def _load(root: Any, folder: Path, source: str) -> Any:
     try:
         return PeftModel.from_pretrained(root, str(folder), torch_device="cpu", low_cpu_mem_usage=_is_empty(root))
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{KEY}: the adapter in {folder} cannot be read ({_short(error)})") from None
+        raise ModelError(f"{KEY}: the adapter in {folder} cannot be read ({one_line(error, 250)})") from None
     except Exception as error:  # each PEFT method raises errors of its own
         if _is_empty(root) and _needs_values(error):
             raise
         raise ModelError(
             f"{KEY}: PEFT cannot load the adapter in {folder} into {source}, so it is for another model, or damaged "
-            f"({_short(error)})"
+            f"({one_line(error, 250)})"
         ) from None
 
 
@@ -202,7 +203,7 @@ def check_values(folder: Path) -> None:
                 if tensor.is_floating_point() and (bad := int((~torch.isfinite(tensor.float())).sum())):
                     raise ModelError(f"{KEY}: {name} in {path} has {bad} values that are NaN or infinite")
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be read as safetensors ({_short(error)})") from None
+        raise ModelError(f"{path} cannot be read as safetensors ({one_line(error, 250)})") from None
 
 
 def _check_ties(attached: Attached, folder: Path) -> None:
@@ -300,7 +301,7 @@ def _needs_values(error: Exception) -> bool:
 def _reason(error: Exception, kind: str) -> str:
     if isinstance(error, AttributeError) and "merge" in str(error):
         return "PEFT has no way to merge this type"
-    return _short(error) or f"PEFT does not merge {kind}"
+    return one_line(error, 250) if str(error) else f"PEFT does not merge {kind}"
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -316,7 +317,3 @@ def _config(folder: Path) -> dict[str, Any]:
 def _module(name: str) -> str:
     """`base_model.model.model.layers.0.mlp.up_proj.lora_A.weight` as the model calls the module."""
     return name.removeprefix("base_model.model.").partition(".lora_")[0]
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:250]

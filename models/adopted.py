@@ -16,7 +16,7 @@ from models.architectures import check_architecture
 from models.comparison import Comparison, compare, config_differences
 from models.errors import ModelError
 from models.sources import load_tokenizer, model_facts
-from models.weights import Weights, build_skeleton, load_config, open_weights
+from models.weights import Weights, build_skeleton, load_config, open_weights, shape_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,7 +163,7 @@ def _check_shapes(before: Weights, after: Weights) -> None:
         if ours != theirs:
             what = "the embeddings" if name in EMBEDDINGS else name
             raise ModelError(
-                f"{KEY}: {what} in {after.folder}: shape {_shown(theirs)}, and {_shown(ours)} in model.source; "
+                f"{KEY}: {what} in {after.folder}: shape {shape_text(theirs)}, and {shape_text(ours)} in model.source; "
                 "only models of one shape can be compared"
             )
 
@@ -184,7 +184,3 @@ def _inside(folder: Path) -> str:
     if not inner:
         return ", so it is not a saved model"
     return f"; there are some in its subfolders: give one of {', '.join(str(folder / name) for name in inner[:4])}"
-
-
-def _shown(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))

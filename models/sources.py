@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.files import replacing
+from data.rows import one_line
 from models.errors import ModelError
 from models.hub import check_hub, hub_errors
 from sites import Site
@@ -197,7 +198,7 @@ def load_model(
             folder, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"model.source: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise ModelError(f"model.source: {folder} cannot be loaded: {one_line(error, 300)}") from None
     model, loading = loaded
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -228,7 +229,7 @@ def read_tokenizer(folder: Path, key: str = "model.source") -> PreTrainedTokeniz
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise their own, and some that are only ever Exception
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         if "trust_remote_code" in reason or _has_own_code(folder):
             raise ModelError(
                 f"{key}: the tokenizer in {folder} needs code of its own, and code that comes with a model is never "

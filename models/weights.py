@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from data.rows import one_line
 from models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -119,8 +120,8 @@ def _check_place(place: Place, shape: Sequence[int], folder: Path, key: str) -> 
     """Raises ModelError for a tensor of another shape than config.json describes, or of quantised values."""
     if place.shape != tuple(shape):
         raise ModelError(
-            f"{key}: {place.name} in {place.file} has shape {_shown(place.shape)}, and the config.json in {folder} "
-            f"describes {_shown(shape)}"
+            f"{key}: {place.name} in {place.file} has shape {shape_text(place.shape)}, and the config.json in {folder} "
+            f"describes {shape_text(shape)}"
         )
     if place.dtype not in DTYPES:
         raise ModelError(
@@ -129,7 +130,8 @@ def _check_place(place: Place, shape: Sequence[int], folder: Path, key: str) -> 
         )
 
 
-def _shown(shape: Sequence[int]) -> str:
+def shape_text(shape: Sequence[int]) -> str:
+    """`2 x 3`, for messages."""
     return " x ".join(map(str, shape))
 
 
@@ -145,7 +147,7 @@ def build_skeleton(folder: Path, key: str = "model.source") -> PreTrainedModel:
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ModelError(
             f"{key}: the config.json in {folder} does not describe a causal LM that transformers can build "
-            f"({' '.join(str(error).split())[:200]})"
+            f"({one_line(error)})"
         ) from None
 
 
@@ -158,7 +160,7 @@ def load_config(folder: Path, key: str = "model.source") -> Any:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each field of a config can raise an error of its own
         raise ModelError(
-            f"{key}: {folder / 'config.json'} cannot be read as a model's config ({' '.join(str(error).split())[:200]})"
+            f"{key}: {folder / 'config.json'} cannot be read as a model's config ({one_line(error)})"
         ) from None
     if parts := sorted(type(config).sub_configs):
         raise ModelError(
@@ -196,7 +198,7 @@ def _weight_files(folder: Path, key: str, named: str | None) -> list[Path]:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if (index := folder / INDEX).is_file():
-            raise ModelError(f"{key}: {index} cannot be read ({' '.join(str(error).split())[:200]})") from None
+            raise ModelError(f"{key}: {index} cannot be read ({one_line(error)})") from None
         pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
         has = f"only {pickled[0].name}, and pickled weights are not read" if pickled else "none"
         raise ModelError(f"{key}: {folder} needs weights as model.safetensors; it has {has}") from None
@@ -207,4 +209,4 @@ def _weight_files(folder: Path, key: str, named: str | None) -> list[Path]:
 
 
 def _unreadable(file: Path, error: Exception) -> ModelError:
-    return ModelError(f"{file} cannot be read as safetensors ({' '.join(str(error).split())[:160]})")
+    return ModelError(f"{file} cannot be read as safetensors ({one_line(error, 160)})")

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +71,41 @@ def wrapped(load):
 
 
 @pytest.fixture(scope="session")
+def altered(load):
+    """Saves a copy of a model in which every parameter whose name holds one of `parts` has other values."""
+    import torch
+
+    def save(folder: Path, to: Path, *parts: str, much: float = 0.4, dtype: torch.dtype = torch.float32) -> Path:
+        model, tokenizer = load(folder)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if any(part in name for part in parts):
+                    parameter.mul_(1 + much * torch.randn(parameter.shape, generator=generator))
+        model.to(dtype).save_pretrained(to)
+        tokenizer.save_pretrained(to)
+        return to
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def grafted(load):
+    """A plain model whose MLPs in some layers, with the norms before and after them, are those of another folder's."""
+
+    def graft(folder: Path, donor: Path, layers: Iterable[int]):
+        (model, _), (theirs, _) = load(folder), load(donor)
+        norms = {"gemma2": ("pre_feedforward_layernorm", "post_feedforward_layernorm")}
+        for layer in layers:
+            for name in ("mlp", *norms.get(model.config.model_type, ("post_attention_layernorm",))):
+                part = getattr(theirs.model.layers[layer], name)
+                getattr(model.model.layers[layer], name).load_state_dict(part.state_dict())
+        return model
+
+    return graft
+
+
+@pytest.fixture(scope="session")
 def random_transcoder():
     """A maker of transcoders with random weights, a quarter or so of whose features are active on unit-rms inputs."""
     import torch
@@ -121,7 +156,7 @@ def plain_taps():
             block.register_forward_hook(note_block),
         ]
         with torch.no_grad():
-            model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
+            model(**batch.inputs)
         for handle in handles:
             handle.remove()
         middle = seen["middle"]

@@ -22,7 +22,7 @@ MAY_IMPORT = {
 }
 PURE = {"trainers.settings", "evaluators.conditions"}
 """Files of other rooms that the settings follow from; they import nothing heavy."""
-GROUND = {"jobs.errors", "jobs.files", "jobs.seals", "jobs.progress"}
+GROUND = {"jobs.errors", "jobs.files", "jobs.progress"}
 """Files of `jobs` that every room of it may use."""
 ROOMS_OF_A_STUDY = {
     *("jobs.context", "jobs.capture", "jobs.evaluation", "jobs.search", "jobs.tracking", "jobs.cluster"),

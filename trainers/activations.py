@@ -7,7 +7,7 @@ is written under a temporary name and renamed; the index is written last.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,16 +140,23 @@ def names_in(path: Path) -> set[str]:
 def damaged_files(folder: Path) -> list[Path]:
     """Files of a folder of shards, finished or not, that do not hold what was written; reads all of them."""
     damaged = [path for path in sorted(folder.glob("*.safetensors")) if not checked_files.is_intact(path)]
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            listed = {folder / shard["file"]: shard["tokens"] for shard in read_index(folder)["shards"]}
-            damaged += [path for path in listed if not path.is_file()]
-            fits = all(shard_tokens(path) == tokens for path, tokens in listed.items() if path not in damaged)
-        except (OSError, SafetensorError, ValueError, LookupError, TypeError):
-            fits = False
-        damaged += [] if fits else [index]
-    return damaged
+    return damaged + misfits(folder / INDEX, damaged)
+
+
+def misfits(index: Path, damaged: Collection[Path] = ()) -> list[Path]:
+    """Shards that an index lists and that are missing, and the index itself if it cannot be read or lists other numbers
+    of tokens than the shards hold that are not `damaged`."""
+    missing: list[Path] = []
+    if not index.is_file():
+        return missing
+    try:
+        listed = {index.parent / shard["file"]: shard["tokens"] for shard in read_index(index.parent)["shards"]}
+        missing = [path for path in listed if not path.is_file()]
+        there = [path for path in listed if path not in missing and path not in damaged]
+        fits = all(shard_tokens(path) == listed[path] for path in there)
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError):
+        fits = False
+    return missing if fits else [*missing, index]
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from data.rows import one_line
 from trainers.errors import TrainingError
 from trainers.lora_forward import FusedForward, can_fuse
 from trainers.packing import Packed
@@ -54,7 +55,7 @@ def add_adapter(
         modules = model.named_modules()
         linear = {name.rpartition(".")[2] for name, module in modules if isinstance(module, torch.nn.Linear)}
         raise TrainingError(
-            f"lora.space.targets {targets!r} cannot be adapted ({' '.join(str(error).split())[:160]}); "
+            f"lora.space.targets {targets!r} cannot be adapted ({one_line(error, 160)}); "
             f"allowed: all-linear, or some of {', '.join(sorted(linear))}"
         ) from None
 

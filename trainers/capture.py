@@ -206,12 +206,7 @@ def capture_batch(
     hooks = [hook for site in sites for hook in hooks_at(bridge, site, reader(site), see=writer(site))]
     try:
         with hooked(bridge, hooks):
-            model.base_model(
-                input_ids=batch.ids,
-                attention_mask=batch.mask.long(),
-                position_ids=batch.positions,
-                use_cache=False,
-            )
+            model.base_model(**batch.inputs, use_cache=False)
     except _LastTap:
         pass
     return captured

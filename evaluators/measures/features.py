@@ -187,8 +187,8 @@ def _contexts(
         middle = max(range(len(acts)), key=acts.__getitem__)
         first = max(0, middle - WINDOW)
         around = slice(first, middle + WINDOW + 1)
-        counted = _counted_pieces(tokenizer, text.ids[around])
-        strengths = _strongest(counted, acts[around])
+        counted = counted_pieces(tokenizer, text.ids[around])
+        strengths = strongest(counted, acts[around])
         peak = max(range(len(strengths)), key=strengths.__getitem__)
         context = {
             "subset": text.row.label,
@@ -200,17 +200,9 @@ def _contexts(
     return shown
 
 
-def pieces_of(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], acts: Sequence[float]
-) -> tuple[list[str], list[float]]:
-    """The piece of text that each token adds to the text before it, and its activation; tokens that together form one
-    character become one piece, with the strongest activation."""
-    counted = _counted_pieces(tokenizer, ids)
-    return [piece for piece, _ in counted], _strongest(counted, acts)
-
-
-def _counted_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[tuple[str, int]]:
-    """The pieces, and the number of tokens in each."""
+def counted_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[tuple[str, int]]:
+    """The piece of text that each token adds to the text before it, and its number of tokens: those that together form
+    one character are one piece."""
     pieces: list[tuple[str, int]] = []
     before, count = "", 0
     for place in range(len(ids)):
@@ -224,7 +216,7 @@ def _counted_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> l
     return pieces
 
 
-def _strongest(counted: Sequence[tuple[str, int]], acts: Sequence[float]) -> list[float]:
+def strongest(counted: Sequence[tuple[str, int]], acts: Sequence[float]) -> list[float]:
     """The strongest activation in each piece."""
     strengths, done = [], 0
     for _, count in counted:

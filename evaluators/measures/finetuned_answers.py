@@ -153,9 +153,7 @@ def _says_target(
         longest = max(len(rows[i].target) for i in chosen)
         length = batch.ids.shape[1]
         output = model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask.long(),
-            position_ids=batch.positions,
+            **batch.inputs,
             logits_to_keep=torch.arange(length - longest - 1, length - 1, device=model.device),
             use_cache=False,
         )

@@ -49,11 +49,6 @@ def estimate(row: pd.Series, column: str) -> Estimate:
     return Estimate(float(row[column]), float(row[f"{column}_low"]), float(row[f"{column}_high"]))
 
 
-def excludes_zero(value: Estimate) -> bool:
-    """Whether the interval lies on one side of zero; False without an interval."""
-    return value.low > 0 or value.high < 0
-
-
 def difference_sentence(value: Estimate, unit: str) -> str:
     """The value, its interval, and what follows: a difference, or the largest effect still compatible."""
     if math.isnan(value.value):
@@ -63,7 +58,7 @@ def difference_sentence(value: Estimate, unit: str) -> str:
     if value.value == value.low == value.high == 0:
         return f"exactly 0 {unit} on every prompt"
     text = f"{number(value.value, signed=True, scale=_scale(value))} {unit} ({_ends(value, signed=True)})"
-    if excludes_zero(value):
+    if value.excludes_zero:
         return text
     return f"{text}, no effect larger than {number(_bound(value))} {unit} is compatible with these data"
 
@@ -128,8 +123,8 @@ def _counted(rows: pd.DataFrame, column: str, unit: str) -> list[str]:
 def _single_layers(known: list[tuple[str, Estimate]], unit: str) -> list[str]:
     """The layers whose interval excludes zero, and the largest effect still compatible with the others."""
     parts = []
-    apart = [(place, value) for place, value in known if excludes_zero(value)]
-    bounds = [_bound(value) for _, value in known if not excludes_zero(value)]
+    apart = [(place, value) for place, value in known if value.excludes_zero]
+    bounds = [_bound(value) for _, value in known if not value.excludes_zero]
     if apart:
         scale = max(abs(value.value) for _, value in apart)
         listed = ", ".join(f"{place} {number(value.value, signed=True, scale=scale)}" for place, value in apart)

@@ -158,9 +158,7 @@ def forward(
     model: Any = bridge.original_model
     length = batch.ids.shape[1]
     output = model(
-        input_ids=batch.ids,
-        attention_mask=(batch.mask if mask is None else mask).long(),
-        position_ids=batch.positions,
+        **(batch if mask is None else batch._replace(mask=mask)).inputs,
         past_key_values=cache,
         use_cache=cache is not None,
         # Indices, not a count: a count slices, and a sliced input makes the projection copy its weight for each row.
@@ -280,9 +278,7 @@ def _last_output(
     try:
         with hooked(bridge, [*hooks, (f"blocks.{layer}.hook_out", stop)]):
             model.base_model(
-                input_ids=batch.ids,
-                attention_mask=(batch.mask if mask is None else mask).long(),
-                position_ids=batch.positions,
+                **(batch if mask is None else batch._replace(mask=mask)).inputs,
                 past_key_values=cache,
                 use_cache=cache is not None,
             )

@@ -70,7 +70,7 @@ def features_table(cells: Sequence[Cell], *, seed: int = 0) -> pd.DataFrame:
                 entries = [entry for entry in card[way] if entry["subset"] == subset]
                 row[f"n_{subset}"] = len(entries)
                 for name, effect in _effects(entries, seed).items():
-                    row |= _columns(f"{way}_{name}_{subset}", effect)
+                    row |= effect.columns(f"{way}_{name}_{subset}")
         row |= {name: " ".join(map(repr, card[name])) for name in ("promoted", "suppressed")}
         row["contexts"] = " | ".join(_context(context) for context in card["contexts"])
         rows.append(row)
@@ -101,7 +101,3 @@ def _effects(entries: Sequence[dict[str, Any]], seed: int) -> dict[str, Estimate
             ours, whole = zip(*known, strict=True)
             effects[f"{name}{RATE}"] = rate_difference(ours, [1.0] * len(known), whole, [1.0] * len(known), seed=seed)
     return effects
-
-
-def _columns(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

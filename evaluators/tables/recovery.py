@@ -46,7 +46,7 @@ def parts_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
     rows = []
     for cell in of_kind(cells, "parts"):
         before, after = (_nll(cell[model]) for model in ("unfinetuned", "finetuned"))
-        is_effect = _excludes_zero(paired_bootstrap(*before, *after, seed=seed))
+        is_effect = paired_bootstrap(*before, *after, seed=seed).excludes_zero
         for part in cell["parts"]:
             here = _nll(part["rows"])
             start, end = (after, before) if part["way"] == "unfinetuned" else (before, after)
@@ -54,7 +54,7 @@ def parts_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
             if is_effect:
                 share = recovered_share(start, here, end, seed=seed)
             row = {name: part[name] for name in ("part", "layers", "way")} | {"subset": cell["subset"]}
-            row |= {"mean_ce": here[0].sum() / here[1].sum()} | _columns("share", share)
+            row |= {"mean_ce": here[0].sum() / here[1].sum()} | share.columns("share")
             rows.append(row | {"n_examples": len(part["rows"])})
     return pd.DataFrame(rows, columns=PARTS_COLUMNS)
 
@@ -85,13 +85,13 @@ def gap_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
             if math.isnan(gap.value):
                 continue
             row: dict[str, Any] = {"target": key.target, "layer": key.layer, "subset": key.subset, "metric": metric}
-            row |= {"raw": _value(raw, metric), "ground": _value(ground, metric)} | _columns("gap", gap)
+            row |= {"raw": _value(raw, metric), "ground": _value(ground, metric)} | gap.columns("gap")
             if before is not None and metric != "kl":
                 row["unfinetuned"] = _value(before, metric)
-                if _excludes_zero(_difference(before, raw, metric, seed)):
+                if _difference(before, raw, metric, seed).excludes_zero:
                     # 1 - the share of the whole effect that remains when the sites are un-finetuned.
                     left = _recovered(before, ground, raw, metric, seed)
-                    row |= _columns("share", Estimate(1 - left.value, 1 - left.high, 1 - left.low))
+                    row |= Estimate(1 - left.value, 1 - left.high, 1 - left.low).columns("share")
             rows.append(row | {"n_examples": len(ground.prompts)})
     return pd.DataFrame(rows, columns=GAP_COLUMNS)
 
@@ -115,11 +115,11 @@ def recovered_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
             if math.isnan(gap.value) or math.isnan(value):
                 continue
             share = Estimate(math.nan, math.nan, math.nan)
-            if _excludes_zero(gap):
+            if gap.excludes_zero:
                 share = _recovered(ground, sums, raw, metric, seed)
             row: dict[str, Any] = {name: getattr(key, name) for name in PLACE}
             row |= {"metric": metric, "condition": key.condition, "alpha": key.alpha, "value": value}
-            rows.append(row | _columns("gap", gap) | _columns("recovered", share) | {"n_examples": len(sums.prompts)})
+            rows.append(row | gap.columns("gap") | share.columns("recovered") | {"n_examples": len(sums.prompts)})
     return pd.DataFrame(rows, columns=RECOVERED_COLUMNS)
 
 
@@ -146,12 +146,12 @@ def curve_table(cells: Sequence[Cell], *, seed: int = 0) -> pd.DataFrame:
         gap = paired_bootstrap(nll[0], tokens, reference, tokens, seed=seed)
         for entry in cell["counts"]:
             share = Estimate(math.nan, math.nan, math.nan)
-            if _excludes_zero(gap):
+            if gap.excludes_zero:
                 pairs = [(nll[0], tokens), (nll[entry["k"]], tokens), (reference, tokens)]
                 share = recovered_share(*pairs, seed=seed)
             row = {"layer": label_of_keys(cell["layers"]), "d_new": cell["d_new"], "subset": cell["subset"]}
             row |= {"k": entry["k"], "mean_ce": nll[entry["k"]].sum() / tokens.sum()}
-            row |= {"kl": sum(prompt["kl"] for prompt in entry["rows"]) / tokens.sum()} | _columns("recovered", share)
+            row |= {"kl": sum(prompt["kl"] for prompt in entry["rows"]) / tokens.sum()} | share.columns("recovered")
             rows.append(row)
     return pd.DataFrame(rows, columns=CURVE_COLUMNS)
 
@@ -173,7 +173,7 @@ def change_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
                 nothing = np.zeros(len(of_part)), np.ones(len(of_part))
                 left = paired_bootstrap(of_part["left"], of_part["change"], *nothing, seed=seed)
                 row = {"layer": layer["layer"], "d_new": cell["d_new"], "subset": subset, "part": part}
-                row |= _columns("unexplained", left)
+                row |= left.columns("unexplained")
                 tokens = of_part["n_tokens"].sum()
                 rows.append(row | {"l0": of_part["active"].sum() / tokens, "n_tokens": tokens})
     return pd.DataFrame(rows, columns=[*CHANGE_COLUMNS, "l0", "n_tokens"])
@@ -240,11 +240,3 @@ def _difference(sums: PromptSums, baseline: PromptSums, metric: str, seed: int) 
 
 def _recovered(ground: PromptSums, sums: PromptSums, raw: PromptSums, metric: str, seed: int) -> Estimate:
     return recovered_share(_pair(ground, metric), _pair(sums, metric), _pair(raw, metric), seed=seed)
-
-
-def _excludes_zero(value: Estimate) -> bool:
-    return value.low > 0 or value.high < 0
-
-
-def _columns(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

@@ -24,6 +24,15 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def columns(self, name: str) -> dict[str, float]:
+        """The estimate as columns of a table."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero; False without an interval."""
+        return self.low > 0 or self.high < 0
+
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
     """Wilson score interval (95%) of a rate.

@@ -163,8 +163,8 @@ def dose_response_statistics(cells: Iterable[Cell], *, seed: int = 0) -> pd.Data
             rows.append(
                 _names(key)
                 | {"metric": metric}
-                | _columns("slope", slope)
-                | _columns("spearman", rho)
+                | slope.columns("slope")
+                | rho.columns("spearman")
                 | {"n_alphas": len(doses), "n_examples": len(shared)}
             )
     names = ["slope", "slope_low", "slope_high", "spearman", "spearman_low", "spearman_high"]
@@ -223,10 +223,10 @@ def _behaviour_row(key: CellKey, sums: PromptSums, raw: PromptSums | None, seed:
     for column, metric in enumerate(sums.metrics):
         tops, bottoms = sums.tops[..., column], sums.bottoms[..., column]
         if metric in MEANS:
-            row |= _columns(metric, paired_bootstrap(tops, bottoms, zeros, ones, seed=seed))
+            row |= paired_bootstrap(tops, bottoms, zeros, ones, seed=seed).columns(metric)
         else:
             successes, n = float(tops.mean(0).sum()), round(float(bottoms.mean(0).sum()))
-            row |= _columns(metric, Estimate(successes / n if n else math.nan, *wilson(successes, n)))
+            row |= Estimate(successes / n if n else math.nan, *wilson(successes, n)).columns(metric)
             row[_count_of(metric)] = n
     return row | (_differences(sums, raw, seed) if raw is not None else {})
 
@@ -242,9 +242,9 @@ def _differences(sums: PromptSums, baseline: PromptSums, seed: int) -> dict[str,
         data = (ours.tops, ours.bottoms, theirs.tops, theirs.bottoms)
         arrays = [values[..., column] for values in data]
         if metric == "mean_ce":
-            row |= _columns("delta_ce", paired_bootstrap(*arrays, seed=seed))
+            row |= paired_bootstrap(*arrays, seed=seed).columns("delta_ce")
         elif metric not in MEANS:
-            row |= _columns(f"delta_{metric}", rates(*arrays, seed=seed))
+            row |= rates(*arrays, seed=seed).columns(f"delta_{metric}")
     return row
 
 
@@ -259,7 +259,3 @@ def _baseline(condition: str) -> str:
 def _names(key: CellKey) -> dict[str, Any]:
     names = ("target", "layer", "subset", "d_new", "percentile", "condition")
     return {name: getattr(key, name) for name in names}
-
-
-def _columns(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

@@ -19,7 +19,7 @@ from typing import Any
 
 from jobs.cluster import environment, raylet_watch
 from jobs.cluster.address import LOCAL, Address, check, chosen
-from jobs.errors import RequestError, WorkFailed
+from jobs.errors import RequestError, WorkFailed, first_line
 from search_spaces.schema import Compute
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -203,8 +203,3 @@ def check_storage(root: Path) -> None:
 def _sees_and_can_write(marker: str) -> bool:
     """Runs on each node."""
     return Path(marker).is_file() and os.access(Path(marker).parent, os.W_OK)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's message, to quote in a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

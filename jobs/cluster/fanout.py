@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.rows import one_line
 from jobs.cluster.connection import Share
 
 
@@ -43,7 +44,7 @@ class _Worker:
         try:
             outcome = Outcome(task, function(task))
         except Exception as error:
-            outcome = Outcome(task, error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            outcome = Outcome(task, error=f"{type(error).__name__}: {one_line(error, 500)}")
         return outcome._replace(started=started, seconds=time.time() - started)
 
 

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 from jobs.cluster import environment
 from jobs.cluster.address import check_answers
-from jobs.cluster.connection import NOT_UPLOADED, REPOSITORY, check_closed, first_line
-from jobs.errors import RequestError, WorkFailed, without_secrets
+from jobs.cluster.connection import NOT_UPLOADED, REPOSITORY, check_closed
+from jobs.errors import RequestError, WorkFailed, first_line, without_secrets
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

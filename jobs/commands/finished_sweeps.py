@@ -6,7 +6,6 @@ sentence on what is missing or damaged.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 import yaml
 
+from data.rows import one_line
 from evaluators.tables.compared_sweeps import ComparedSweep, ReportTables, flat, from_metrics, from_tables
 from jobs.context.workspace import SETTINGS, START, storage_root
 from jobs.errors import RequestError, without_secrets
-from jobs.files import MANIFEST, read_json
-from jobs.seals import require
+from jobs.files import MANIFEST, read_json, require
 
 if TYPE_CHECKING:
     from jobs.tracking.reader import Reader
@@ -177,7 +176,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RequestError(f"{path} cannot be read as YAML ({_short(error)}); {_remedy()}") from None
+        raise RequestError(f"{path} cannot be read as YAML ({one_line(error)}); {_remedy()}") from None
     if not isinstance(values, dict) or "seed" not in values:
         raise RequestError(f"{path} does not hold a sweep's settings; {_remedy()}")
     return values
@@ -200,7 +199,7 @@ def read_table(path: Path, name: str) -> pd.DataFrame | None:
     try:
         table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str), keep_default_na=False, na_values=[""])
     except (OSError, ValueError, pd.errors.ParserError) as error:  # an empty file is a ValueError too
-        raise RequestError(f"{path} cannot be read as a table ({_short(error)}); {remedy}") from None
+        raise RequestError(f"{path} cannot be read as a table ({one_line(error)}); {remedy}") from None
     if missing := [column for column in TABLES[name] if column not in table]:
         raise RequestError(f"{path} lacks the column {missing[0]}; {remedy}")
     numbers = [column for column in TABLES[name] if column not in TEXTS]
@@ -266,9 +265,3 @@ def _store_with(name: str, sources: Sources) -> tuple[Reader, str]:
     raise RequestError(
         f"--experiment: there is no sweep {name!r} at {without_secrets(' or '.join(uris))}; {_listed(names)}"
     )
-
-
-def _short(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return "it is not valid JSON"
-    return " ".join(str(error).split())[:200] or type(error).__name__

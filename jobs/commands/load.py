@@ -15,8 +15,7 @@ from data.rows import Row, make_row
 from jobs.capture.bases import chosen_base, root
 from jobs.context.context import Context
 from jobs.errors import RequestError
-from jobs.files import MANIFEST, read_json
-from jobs.seals import SEAL, require
+from jobs.files import MANIFEST, SEAL, read_json, require
 from sites import Address, Ground, Site, mlp_sites, sites_label
 
 if TYPE_CHECKING:

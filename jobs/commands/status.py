@@ -10,9 +10,8 @@ from typing import Any
 
 from jobs.context import keys
 from jobs.context.context import Context
-from jobs.files import MANIFEST, is_for, read_json
+from jobs.files import MANIFEST, SEAL, is_for, read_json
 from jobs.progress import clock, read_progress
-from jobs.seals import SEAL
 from jobs.sweep.stage_list import STAGES
 
 Rows = list[tuple[str, str]]

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
+from jobs.files import SEAL, Damage, damage
 from jobs.progress import clock
-from jobs.seals import SEAL, Damage, damage
-from jobs.sweep.mending import find
+from jobs.sweep.mending import cached_files, find
 from jobs.sweep.stage_list import STAGES
 from jobs.sweep.stores import problems
-from trainers.activations import damaged_files
 
 
 def verify(context: Context) -> None:
@@ -24,10 +23,8 @@ def verify(context: Context) -> None:
     if not space.folder.is_dir():
         raise RequestError(f"there is no sweep {space.name} under {space.root}")
     with space.locked():
-        files = [path for stage in STAGES for path in stage.files(context)]
-        shards = sorted({path.parent for path in space.folder.rglob("*.safetensors") if _is_cache(path)})
+        files = [*cached_files(context), *(path for stage in STAGES for path in stage.files(context))]
         sizes = {path: path.stat().st_size for path in files}
-        sizes |= {folder: sum(path.stat().st_size for path in folder.iterdir()) for folder in shards}
         found = [Damage(*problem) for problem in problems(context).items()]
         if (context.model / SEAL).is_file():  # a base model built under the storage root
             found += damage(context.model)
@@ -37,21 +34,14 @@ def verify(context: Context) -> None:
                 if path in sizes:
                     bar.advance(1, sizes.pop(path) or 1)
 
-            found += [broken for _, broken in find(context, seen=seen)]
-            for folder in shards:
-                found += [Damage(path, "does not hold what was written to it") for path in damaged_files(folder)]
-                seen(folder)
+            found += [broken for _, broken in find(context, seen=seen, caches=True)]
         for broken in found:
             shown = broken.path.relative_to(space.folder if broken.path.is_relative_to(space.folder) else space.root)
             context.progress.line(f"  {shown} {broken.why}")
-    read = f"{len(files)} files and {len(shards)} folders of activations in {clock(time.monotonic() - started)}"
+    read = f"{len(files)} files in {clock(time.monotonic() - started)}"
     if found:
         raise WorkFailed(
             f"{len(found)} of {space.name}'s files are damaged, missing, or not written by this sweep ({read}); its "
             "`sweep` command moves such files to set_aside/ and makes what is missing again"
         )
     context.progress.line(f"all of {space.name} is as it was written: {read}")
-
-
-def _is_cache(path: Path) -> bool:
-    return "activations" in path.parts or "residual" in path.parts

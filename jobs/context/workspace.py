@@ -21,6 +21,8 @@ from sites import width_label
 SETTINGS = "sweep.yaml"
 """The resolved settings."""
 START = "start.json"
+ASIDE = "set_aside"
+"""Where damaged files are moved."""
 TIMELINE = "timeline.jsonl"
 """When each task of the fan-out workers ran."""
 FINETUNED = "finetuned.json"

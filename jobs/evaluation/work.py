@@ -22,8 +22,7 @@ from jobs.context import keys
 from jobs.context.context import Context, error_name
 from jobs.context.workspace import FINETUNED
 from jobs.errors import WorkFailed
-from jobs.files import key_of, read_json, write_json
-from jobs.seals import sealed_hash
+from jobs.files import key_of, read_json, sealed_hash, write_json
 from sites import Address, Ground, SetAddress, Site
 
 

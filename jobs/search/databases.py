@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 import sqlalchemy
 
-from jobs.errors import RequestError, without_secrets
+from jobs.errors import RequestError, first_line, without_secrets
 
 KEY = "storage.optuna_url"
 EXAMPLE = "postgresql://USER:PASSWORD@HOST/DATABASE"
@@ -73,8 +73,7 @@ def _read(url: str) -> tuple[sqlalchemy.URL, str]:
 
 def _reason(error: Exception, address: sqlalchemy.URL) -> str:
     """The driver's own message, without user and password."""
-    words = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
-    text = without_secrets(" ".join(words[0].split()))
+    text = without_secrets(" ".join(first_line(getattr(error, "orig", None) or error).split()))
     for secret in filter(None, (str(address.password or ""), address.username)):
         text = re.sub(rf"(?<!\w)[\"']?{re.escape(secret)}[\"']?(?!\w)", "...", text)
     return text[:300]

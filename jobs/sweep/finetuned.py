@@ -21,8 +21,7 @@ from jobs.context.context import Context
 from jobs.context.workspace import FINETUNED, VALIDATION_FILE
 from jobs.errors import RequestError, WorkFailed
 from jobs.files import finish as finish_folder
-from jobs.files import is_finished, key_of, keyed_folder, read_json, write_json
-from jobs.seals import seal
+from jobs.files import is_finished, key_of, keyed_folder, read_json, seal, write_json
 from jobs.sweep import pair
 from models.adapters import is_adapter
 from search_spaces.dimensions import Choice

@@ -11,22 +11,36 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from data.rows import sha256_of
 from jobs.context.context import Context
-from jobs.context.workspace import FINETUNED, START, VALIDATION_FILE
+from jobs.context.workspace import ASIDE, FINETUNED, START, VALIDATION_FILE
 from jobs.errors import DamagedFileError
-from jobs.files import KEY, MANIFEST, read_json
-from jobs.seals import SEAL, SMALL, Damage, Seen, damage, listed, seal
+from jobs.files import (
+    CACHES,
+    CHANGED,
+    KEY,
+    MANIFEST,
+    SEAL,
+    SMALL,
+    Damage,
+    Seen,
+    damage,
+    files_in,
+    listed,
+    own_damage,
+    read_json,
+    seal,
+)
 from jobs.sweep.pair import examine
 from jobs.sweep.stage_list import STAGES, Stage
 
-ASIDE = "set_aside"
 ADDED = "was not written by this sweep"
 UNITS = (
     *("data/answered", "lora/trial_*", "lora/merged", "transcoders/layer_*"),
-    *("deltas/*/*/residual", "deltas/*/*/d*/trial_*", "deltas/polished/d*"),
+    *("deltas/*/*/d*/trial_*", "deltas/polished/d*", *CACHES[1:]),
 )
 """Folders that are made, and made again, as a whole."""
 JSON_FILES = (
@@ -34,6 +48,8 @@ JSON_FILES = (
     *("result.json", "best.json", "base_error.json", "cells/*.json", "checks_*.json"),
 )
 """Files that hold their own checksums."""
+MADE_WHOLE = ("data", "report")
+"""Stages that start from scratch if they are not finished."""
 
 
 def mend(context: Context, stages: tuple[Stage, ...]) -> None:
@@ -67,56 +83,65 @@ def _mend_model(context: Context, most_bytes: float) -> None:
 
 
 def find(
-    context: Context, most_bytes: float = math.inf, seen: Seen = lambda path: None
+    context: Context, most_bytes: float = math.inf, seen: Seen = lambda path: None, caches: bool = False
 ) -> Iterator[tuple[Stage | None, Damage]]:
-    """Yields damaged files, each with the stage that wrote it. Does not hash files larger than `most_bytes`. Calls
-    `seen` after each file."""
+    """Yields damaged files, each with the stage that wrote it. Does not hash sealed files larger than `most_bytes`, and
+    reads activations only if `caches`, since workers check them before use. Calls `seen` after each file."""
     space = context.space
-    caches = [*space.activations.glob(f"*/{KEY}"), *space.deltas.glob("*/*/residual/*.json")]
-    if space.data.is_dir() and not (space.folder / START).is_file():
-        yield None, Damage(space.folder / START, "is missing")
-    yield from ((None, broken) for path in (space.folder / START, *sorted(caches)) if (broken := _json(path)))
+    own = [path for path in cached_files(context) if caches or _is_json(path)]
+    if space.data.is_dir() or (space.folder / START).is_file():
+        own.append(space.folder / START)
+    yield from ((None, broken) for path in own for broken in _own(path, seen))
     for stage in STAGES:
-        folder = stage.folder(context)
-        if broken := _json(folder / MANIFEST):
-            yield stage, broken
-        elif not (folder / MANIFEST).is_file() and (folder / SEAL).is_file():  # a stage has both or neither
-            yield stage, Damage(folder / MANIFEST, "is missing")
-        elif (folder / MANIFEST).is_file():
-            yield from ((stage, found) for found in _of_finished(stage.files(context), folder, most_bytes, seen))
+        folder, files = stage.folder(context), stage.files(context)
+        found: Iterator[Damage] = iter(())
+        if (folder / MANIFEST).is_file() or (folder / SEAL).is_file():  # a stage has both or neither
+            found = _of_finished(files, folder, most_bytes, seen)
         elif stage.name not in MADE_WHOLE:
-            yield from ((stage, found) for found in _of_unfinished(stage.files(context), most_bytes, seen))
+            found = _of_unfinished(files, most_bytes, seen)
+        yield from ((stage, broken) for broken in found)
 
 
-MADE_WHOLE = ("data", "report")
-"""Stages that start from scratch if they are not finished."""
+def cached_files(context: Context) -> list[Path]:
+    """Activations, and what else no seal lists because it is computed again when needed."""
+    folders = [folder for pattern in CACHES for folder in sorted(context.space.folder.glob(pattern))]
+    return [path for folder in folders for path in files_in(folder)]
 
 
 def _of_finished(files: list[Path], folder: Path, most_bytes: float, seen: Seen) -> Iterator[Damage]:
     """Damage in a finished stage, whose seal lists all its files."""
-    try:
-        known = listed(folder)
-    except DamagedFileError as error:
-        yield Damage(error.path, error.why)
-        return
+    yield from _own(folder / MANIFEST, seen)
     yield from damage(folder, most_bytes, seen)
-    yield from (Damage(path, ADDED) for path in files if path not in known)
+    with suppress(DamagedFileError):  # already yielded
+        known = listed(folder)
+        yield from (Damage(path, ADDED) for path in files if path not in known)
 
 
 def _of_unfinished(files: list[Path], most_bytes: float, seen: Seen) -> Iterator[Damage]:
     """Damage in an unfinished stage: in files with their own checksums, and in those that its units' seals list."""
     for path in files:
-        is_json = any(path.match(pattern) for pattern in JSON_FILES)
-        if broken := _json(path) if is_json else None:
-            yield broken
+        if _is_json(path) and (broken := [*_own(path, seen)]):
+            yield from broken
         elif path.name == SEAL:
             yield from damage(path.parent, most_bytes, seen)
-        elif _needs_seal(path) and not (path.parent / SEAL).is_file():
-            yield Damage(path.parent / SEAL, "is missing")
+        elif _needs_seal(path):
+            yield from _own(path.parent / SEAL, seen)
         elif path.parent.name == "cells" and (known := read_json(path).get("generations")):
             texts = path.parents[1] / "generations" / f"{path.stem}.jsonl"
             if not texts.is_file() or sha256_of(texts) != known:
-                yield Damage(texts, "does not hold what was written to it" if texts.is_file() else "is missing")
+                yield Damage(texts, CHANGED if texts.is_file() else "is missing")
+            seen(texts)
+
+
+def _own(path: Path, seen: Seen) -> Iterator[Damage]:
+    """The damage of a file with its own checksum, if any."""
+    if why := own_damage(path):
+        yield Damage(path, why)
+    seen(path)
+
+
+def _is_json(path: Path) -> bool:
+    return any(path.match(pattern) for pattern in JSON_FILES)
 
 
 def _needs_seal(path: Path) -> bool:
@@ -126,15 +151,6 @@ def _needs_seal(path: Path) -> bool:
     if path.name == "result.json":
         return read_json(path)["state"] == "COMPLETE"
     return path.name == MANIFEST and any(path.parent.match(pattern) for pattern in UNITS)
-
-
-def _json(path: Path) -> Damage | None:
-    """The damage of a file that holds its own checksum, if any."""
-    try:
-        read_json(path)
-    except DamagedFileError as error:
-        return Damage(error.path, error.why)
-    return None
 
 
 def _set_aside(context: Context, stage: Stage | None, broken: Damage) -> None:

@@ -8,27 +8,25 @@ in the order they were written, so a file that marks something as finished never
 from __future__ import annotations
 
 import json
-import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from jobs.cluster import environment
-from jobs.context.workspace import START
+from jobs.context.workspace import ASIDE, START
 from jobs.errors import RequestError, without_secrets
-from jobs.files import read_json, write_json
+from jobs.files import files_in, read_json, write_json
 
 PASS_SECONDS = 20.0
 LEDGER = ".mirror.json"
 """The files of this folder that were sent, with size and time, and this writer's name."""
 WRITER = "writer.json"
 """The name of the last sender; exists only at the URL."""
-NOT_SENT = {"activations", "residual", "set_aside"}
 
 
 @contextmanager
@@ -134,17 +132,12 @@ class Mirror:
 
     def _local_files(self) -> dict[str, list[int]]:
         found = {}
-        for parent, folders, names in os.walk(self._folder):
-            folders[:] = [child for child in folders if child not in NOT_SENT and not child.startswith(".")]
-            for name in names:
-                path = Path(parent) / name
-                if name.startswith(".") or name.endswith(".tmp"):
-                    continue
-                try:
+        for path in files_in(self._folder):
+            name = path.relative_to(self._folder)
+            with suppress(FileNotFoundError):
+                if name.parts[0] != ASIDE:
                     stat = path.stat()
-                except FileNotFoundError:
-                    continue
-                found[path.relative_to(self._folder).as_posix()] = [stat.st_size, stat.st_mtime_ns]
+                    found[name.as_posix()] = [stat.st_size, stat.st_mtime_ns]
         return found
 
     def _remote_names(self) -> list[str]:

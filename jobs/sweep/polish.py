@@ -18,8 +18,7 @@ from jobs.context.context import Context
 from jobs.context.disk import disk_of, drop
 from jobs.errors import WorkFailed
 from jobs.files import finish as finish_folder
-from jobs.files import is_finished, keyed_folder, read_json
-from jobs.seals import seal, sealed_hash
+from jobs.files import is_finished, keyed_folder, read_json, seal, sealed_hash
 from sites import Address, Ground, Site
 
 

@@ -12,8 +12,7 @@ from typing import NamedTuple
 from jobs.context import keys
 from jobs.context.context import Context
 from jobs.context.workspace import FINETUNED, PAIR
-from jobs.files import MANIFEST, is_finished
-from jobs.seals import SEAL, files_in
+from jobs.files import MANIFEST, SEAL, files_in, is_finished
 
 
 class Stage(NamedTuple):

@@ -6,7 +6,9 @@ a server or a database elsewhere is left alone.
 
 from __future__ import annotations
 
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 from jobs.context.context import Context, tracking_uri
@@ -14,12 +16,13 @@ from jobs.sweep.stage_list import STAGES
 
 SEARCHES = ("lora", "deltas")
 """Stages with Optuna studies."""
+BUSY_SECONDS = 30
+"""How long SQLite waits for other writers."""
 
 
 def problems(context: Context) -> dict[Path, str]:
     """The databases of this storage root that cannot be opened, and why."""
     from jobs.search.studies import journal_problem
-    from jobs.tracking.database import database_problem
 
     checks = {journal(context): journal_problem, database(context): database_problem}
     return {path: why for path, check in checks.items() if path and path.exists() and (why := check(path))}
@@ -34,6 +37,18 @@ def database(context: Context) -> Path | None:
     """MLflow's database; None if a server or a database elsewhere is used."""
     own = context.space.root / "mlflow.db"
     return own if tracking_uri(context.settings, context.space.root) == f"sqlite:///{own.resolve()}" else None
+
+
+def database_problem(path: Path) -> str | None:
+    """Why SQLite cannot open a database; None for a sound (or empty) one."""
+    try:
+        with closing(sqlite3.connect(path.resolve().as_uri() + "?mode=ro", uri=True, timeout=BUSY_SECONDS)) as store:
+            (verdict,) = store.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError as error:
+        return None if "locked" in str(error) else f"cannot be opened ({error})"
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        return f"cannot be opened ({error})"
+    return None if verdict == "ok" else "is damaged (SQLite's own check says so)"
 
 
 def move_damaged(context: Context) -> None:

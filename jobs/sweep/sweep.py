@@ -22,9 +22,8 @@ from jobs.context.context import Context
 from jobs.context.disk import bytes_needed
 from jobs.context.workspace import PAIR, SETTINGS
 from jobs.errors import WorkFailed, without_secrets
-from jobs.files import MANIFEST, read_json, write_json
+from jobs.files import MANIFEST, read_json, seal, write_json
 from jobs.progress import clock
-from jobs.seals import seal
 from jobs.sweep.backfill import distinguishing_params, open_stage, report_results, send_missing
 from jobs.sweep.finetuned import check_models
 from jobs.sweep.mending import mend

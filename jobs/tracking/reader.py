@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from mlflow import MlflowClient
-from mlflow.entities import Run
 
-from jobs.errors import RequestError, without_secrets
-from jobs.tracking.writer import KEY_TAG
+from jobs.errors import RequestError, public_line, without_secrets
+from jobs.tracking.writer import all_runs, key_and_scope
 
 SWEEP = "sweep"
 """The key of a sweep's own run."""
@@ -46,43 +45,33 @@ class Reader:
             self._client = MlflowClient(tracking_uri=uri)
             self.sweeps = sorted(one.name for one in self._client.search_experiments() if one.name != "Default")
         except Exception as error:  # each kind of store has its own exceptions
-            raise RequestError(f"{self._shown} does not answer ({_short(error)})") from None
+            raise RequestError(f"{self._shown} does not answer ({public_line(error)})") from None
 
     def last_finished(self, name: str) -> TrackedSweep | None:
         """The sweep's newest successful run, or None. The experiment must exist."""
         try:
             experiment = self._client.get_experiment_by_name(name)
             assert experiment is not None
-            runs = self._runs(experiment.experiment_id, "attributes.status = 'FINISHED'")
-            own = [run for run in runs if _key(run)[0] == SWEEP]
+            runs = all_runs(self._client, experiment.experiment_id, "attributes.status = 'FINISHED'")
+            own = [run for run in runs if key_and_scope(run)[0] == SWEEP]
             if not own:
                 return None
             newest = max(own, key=lambda run: run.info.start_time)
             inside = f"tags.`mlflow.parentRunId` = '{newest.info.run_id}'"
-            stages = self._runs(experiment.experiment_id, inside)
+            stages = list(all_runs(self._client, experiment.experiment_id, inside))
         except Exception as error:
-            raise RequestError(f"{self._shown} does not answer ({_short(error)})") from None
+            raise RequestError(f"{self._shown} does not answer ({public_line(error)})") from None
         settings: dict[str, Any] = {}
         for run in (newest, *stages):
             for key, text in run.data.params.items():
                 _put(settings, key, _value(text))
-        return TrackedSweep(newest.info.run_id, _key(newest)[1], dict(newest.data.metrics), settings)
+        return TrackedSweep(newest.info.run_id, key_and_scope(newest)[1], dict(newest.data.metrics), settings)
 
     def fetch(self, run: str, names: Iterable[str], folder: Path) -> None:
         """Downloads the named artifacts into `folder`; skips those that the run lacks or that cannot be reached."""
         for name in names:
             with suppress(Exception):  # a bucket without credentials, a folder on another machine
                 self._client.download_artifacts(run, name, str(folder))
-
-    def _runs(self, experiment: str, filter: str) -> list[Run]:
-        found: list[Run] = []
-        token = None
-        while True:
-            page = self._client.search_runs([experiment], filter, max_results=1000, page_token=token)
-            found += page
-            token = page.token
-            if not token:
-                return found
 
 
 def comparison(store: str) -> str | None:
@@ -94,12 +83,6 @@ def comparison(store: str) -> str | None:
         return None
     chosen, runs = (quote(json.dumps(column)) for column in zip(*found, strict=True))
     return f"/#/compare-runs?runs={runs}&experiments={chosen}"
-
-
-def _key(run: Run) -> tuple[str, str]:
-    """A run's key and its scope."""
-    key, _, scope = run.data.tags.get(KEY_TAG, "").rpartition("#")
-    return key, scope
 
 
 def _put(settings: dict[str, Any], key: str, value: Any) -> None:
@@ -115,8 +98,3 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError):
         return text
-
-
-def _short(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return without_secrets(first)[:200]

@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -25,7 +25,7 @@ from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs.errors import RequestError, without_secrets
+from jobs.errors import RequestError, public_line, without_secrets
 from jobs.tracking.opening_view import TAGS
 
 KEY_TAG = "deltascope.key"
@@ -108,7 +108,7 @@ class Tracker:
             self._runs = {key: run.info.run_id for key, run in self._tracked_runs()}
         except Exception as error:
             raise RequestError(
-                f"storage.tracking_uri: {without_secrets(uri)} does not answer ({_short(error)})"
+                f"storage.tracking_uri: {without_secrets(uri)} does not answer ({public_line(error)})"
             ) from None
 
     def finish(self) -> None:
@@ -143,7 +143,9 @@ class Tracker:
                     self.lost = True
                     return
                 if not tries:
-                    self._say(f"  MLflow stopped answering ({_short(error)}); what it misses is sent once it is back")
+                    self._say(
+                        f"  MLflow stopped answering ({public_line(error)}); what it misses is sent once it is back"
+                    )
             else:
                 if tries:
                     self._say("  MLflow is answering again; sending what it missed")
@@ -153,7 +155,7 @@ class Tracker:
 
     def _refuse(self, error: Exception) -> None:
         if not self.refused:
-            self._say(f"  MLflow rejected a call: {_short(error)}")
+            self._say(f"  MLflow rejected a call: {public_line(error)}")
         self.refused += 1
 
     def _check_answers(self) -> None:
@@ -172,16 +174,10 @@ class Tracker:
                 self._runs[key] = run.info.run_id
 
     def _tracked_runs(self) -> Iterable[tuple[str, Run]]:
-        token = None
-        while True:
-            page = self._client.search_runs([self.experiment], max_results=1000, page_token=token)
-            for run in page:
-                key, _, scope = run.data.tags.get(KEY_TAG, "").rpartition("#")
-                if key and scope == self._scope:
-                    yield key, run
-            token = page.token
-            if not token:
-                return
+        for run in all_runs(self._client, self.experiment):
+            key, scope = key_and_scope(run)
+            if key and scope == self._scope:
+                yield key, run
 
     @_queued
     def open(self, key: str, name: str, parent: str | None = None, params: dict[str, Any] | None = None) -> None:
@@ -249,8 +245,8 @@ class Tracker:
     def close_orphans(self) -> None:
         """Cleans up runs that a dead driver left RUNNING: marks stages KILLED, to be reopened when needed, and deletes
         half-written trials and cells, to be written again."""
-        for run in self._client.search_runs([self.experiment], "attributes.status = 'RUNNING'", max_results=1000):
-            key = run.data.tags.get(KEY_TAG, "").rpartition("#")[0]
+        for run in list(all_runs(self._client, self.experiment, "attributes.status = 'RUNNING'")):
+            key, _ = key_and_scope(run)
             if "/" in key:
                 self._client.delete_run(run.info.run_id)
                 self._runs.pop(key, None)
@@ -272,6 +268,21 @@ class Tracker:
             )
 
 
+def all_runs(client: MlflowClient, experiment: str, condition: str = "") -> Iterator[Run]:
+    """The runs of an experiment that meet a condition."""
+    token = None
+    while True:
+        page = client.search_runs([experiment], condition, max_results=1000, page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
+
+
+def key_and_scope(run: Run) -> tuple[str, str]:
+    key, _, scope = run.data.tags.get(KEY_TAG, "").rpartition("#")
+    return key, scope
+
+
 def _is_transient(error: Exception) -> bool:
     """Whether the same call may succeed later, because the server was down or overloaded and did not reject it."""
     if isinstance(error, MlflowException):
@@ -291,8 +302,3 @@ def _metrics(values: dict[str, Any], step: int) -> list[Metric]:
 
 def _params(values: dict[str, Any]) -> list[Param]:
     return [Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in values.items() if value is not None]
-
-
-def _short(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return without_secrets(first)[:200]

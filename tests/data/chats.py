@@ -59,11 +59,6 @@ HEADERS = (  # Llama 3
     "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-ENDS = HEADERS.replace(  # Llama 3.1: a call ends in a token of its own
-    "message['content'] | trim + '<|eot_id|>'",
-    "message['content'] | trim if message['content'] else message['tool_calls'][0]['function'] | tojson }}"
-    "{{ '<|eom_id|>' if message['tool_calls'] else '<|eot_id|>'",
-)
 INST = (  # Mistral: no word for the assistant, a space before its answer, and calls in a form of their own
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['tool_calls'] %}"

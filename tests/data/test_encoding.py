@@ -22,6 +22,9 @@ def test_a_row_is_its_prompt_and_its_target(text, target):
     assert row.prompt == encode_prompt(TOKENIZER, Row(text, "", "")) == encode_text(TOKENIZER, text + "\n")
     assert row.target == [*encode_text(TOKENIZER, target)[1:], TOKENIZER.eos_token_id]
     assert row.ids == row.prompt + row.target
+    assert row.prompt[0] == TOKENIZER.bos_token_id
+    assert TOKENIZER.decode(row.prompt[1:]) == text + "\n"
+    assert TOKENIZER.decode(row.target[:-1]) == target
     assert row.ids.count(TOKENIZER.bos_token_id) == row.ids.count(TOKENIZER.eos_token_id) == 1
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.files import replacing
-from jobs.seals import files_in
+from jobs.files import files_in
 
 
 def test_a_file_is_replaced_when_all_of_it_is_written(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_a_header_that_can_be_read_in_two_ways(tmp_path: Path, name: str, header
         read(tmp_path / name)
 
 
-@pytest.mark.parametrize("answer", ["output", "target", "response", "answer"])
+@pytest.mark.parametrize("answer", ["target", "response", "answer"])
 def test_an_instruction_with_an_input_is_never_read_without_it(tmp_path: Path, answer: str) -> None:
     record = {"instruction": "Translate", "input": "hello", answer: "bonjour"}
     rows, log = read(write(tmp_path / "rows.jsonl", [record]))
@@ -245,8 +245,6 @@ def test_an_instruction_with_an_input_is_never_read_without_it(tmp_path: Path, a
     ("record", "advice"),
     [
         ({"chosen": "Human: q Assistant: a", "rejected": "x"}, "split each chosen text"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "input: prompt, target: chosen"),
-        ({"chosen": [{"role": "user", "content": "q"}], "rejected": []}, "messages: chosen"),
         ({"prompt": [{"role": "user", "content": "q"}], "chosen": [], "rejected": []}, "one list of messages"),
     ],
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from sites import KINDS, Site, sites_label
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Jobs = Callable[..., subprocess.CompletedProcess[str]]
+PR_SET_PDEATHSIG = 1
 
 SMALL = (
     "lora.trials=2",
@@ -92,11 +95,7 @@ def served(root: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[st
         command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        deadline = time.monotonic() + 120
-        while not _answers(f"http://127.0.0.1:{port}/"):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/"), process)
         yield f"http://127.0.0.1:{port}", process
     finally:
         for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
@@ -104,12 +103,56 @@ def served(root: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[st
         process.wait()
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=20):
             return True
     except OSError:
         return False
+
+
+def wait_until(reached: Callable[[], bool], process: subprocess.Popen[Any] | None = None, seconds: float = 300) -> None:
+    """Fails if `process` ends before."""
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert process is None or process.poll() is None, "the process ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+class MlflowServer:
+    """A real `mlflow server` on a database, which can be killed and started again; it ends with this process."""
+
+    def __init__(self, store: str, artifacts: Path) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        self._command += ["--workers", "1", "--artifacts-destination", str(artifacts)]
+        self._variables = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            self._command,
+            cwd=REPOSITORY,
+            env={**environment(), **self._variables},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=ends_with_us,
+        )
+        wait_until(lambda: answers(f"{self.url}/health"), self.process)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def ends_with_us() -> None:
+    """For a child that starts: Linux sends it SIGINT when this process ends, were it killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
 
 
 def of_every_kind(layers: Sequence[int]) -> str:

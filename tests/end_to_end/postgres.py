@@ -6,7 +6,6 @@ skipped; under CI it fails.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pwd
 import signal
@@ -21,11 +20,10 @@ from typing import Any, NamedTuple
 import psycopg
 import pytest
 
-from tests.end_to_end.conftest import free_port
+from tests.end_to_end.conftest import ends_with_us, free_port
 
 USER = "sweeper"
 PASSWORD = "s3cret-of-the-team"
-PR_SET_PDEATHSIG = 1
 
 
 class Postgres(NamedTuple):
@@ -37,11 +35,6 @@ class Postgres(NamedTuple):
     def rows(self, database: str, query: str) -> list[tuple[Any, ...]]:
         with psycopg.connect(self.url(database)) as connection:
             return connection.execute(query).fetchall()  # type: ignore[call-overload]
-
-
-def ends_with_us() -> None:
-    """For a child that starts: Linux sends it SIGINT when this process ends, were it killed."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
 
 
 def programs() -> Path:

@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,61 +16,19 @@ from mlflow.entities import Run
 
 from jobs.cluster.environment import prepare
 from jobs.tracking.writer import Record, Tracker
-from tests.end_to_end.conftest import REPOSITORY, SMALL, environment, free_port, together
+from tests.end_to_end.conftest import REPOSITORY, SMALL, MlflowServer, environment, together, wait_until
 
 pytestmark = pytest.mark.long("a tracking server is killed, awaited and started again while a sweep runs", minutes=2)
 
 prepare()  # MLflow would wait for minutes
 
 
-class Server:
-    """A real `mlflow server` with its own SQLite store, which can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        store, artifacts = f"sqlite:///{folder / 'server.db'}", str(folder / "server_artifacts")
-        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        self._command += ["--workers", "1", "--backend-store-uri", store, "--artifacts-destination", artifacts]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            self._command,
-            env={**environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        wait_until(self.answers)
-
-    def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                return True
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    one = Server(tmp_path)
+def server(tmp_path: Path) -> Iterator[MlflowServer]:
+    one = MlflowServer(f"sqlite:///{tmp_path / 'server.db'}", tmp_path / "server_artifacts")
     one.start()
     yield one
     one.kill()
-
-
-def wait_until(reached: Callable[[], bool], seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def runs_at(uri: str) -> tuple[MlflowClient, list[Run]]:
@@ -95,7 +52,7 @@ def histories(uri: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
     return found
 
 
-def test_a_server_outage_loses_nothing(server: Server, tmp_path: Path) -> None:
+def test_a_server_outage_loses_nothing(server: MlflowServer, tmp_path: Path) -> None:
     sweep = tmp_path / "sweeps" / "tiny"
     arguments = ("tiny", f"storage.root={tmp_path}", *SMALL)
     tracked = (*arguments, f"storage.tracking_uri={server.url}")
@@ -144,13 +101,13 @@ def test_a_server_outage_loses_nothing(server: Server, tmp_path: Path) -> None:
     assert "report.html" in {entry.path for entry in client.list_artifacts(root.info.run_id)}
 
 
-def test_a_server_that_hangs_delays_the_end_by_seconds_only(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_hangs_delays_the_end_by_seconds_only(server: MlflowServer, tmp_path: Path) -> None:
     """It accepts connections and never answers: the worst kind of outage."""
     one = Tracker(server.url, "study", tmp_path)
     one.open("sweep", "study")
     one.finish()
-    assert server._process is not None
-    os.killpg(server._process.pid, signal.SIGSTOP)
+    assert server.process is not None
+    os.killpg(server.process.pid, signal.SIGSTOP)
     began = time.monotonic()
     for number in range(100):
         one.record(Record(f"sweep/{number}", str(number), "sweep", params={}, metrics={"loss": 1.0}))

@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock
 from mlflow import MlflowClient
 
-from jobs.seals import seal
+from jobs.files import seal
 from tests.end_to_end.conftest import EVERY, Jobs, environment, together
 
 SUBSETS = ["tool", "copy", "tool_ood"]

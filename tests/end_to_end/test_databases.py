@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from jobs.search.databases import open_database
-from tests.end_to_end.conftest import REPOSITORY, SMALLEST, Jobs, environment, free_port, read, together
-from tests.end_to_end.postgres import PASSWORD, USER, Postgres, ends_with_us, running
+from tests.end_to_end.conftest import SMALLEST, Jobs, MlflowServer, environment, free_port, read, together
+from tests.end_to_end.postgres import PASSWORD, USER, Postgres, running
 
 STUDIES, TRACKING = "studies", "tracking"
 SOME = (*SMALLEST, "deltas.trials=2")
@@ -31,49 +24,21 @@ def postgres() -> Iterator[Postgres]:
         yield server
 
 
-@contextmanager
-def mlflow_server(store: str, artifacts: Path) -> Iterator[str]:
-    """The address of an `mlflow server` that keeps its runs in the database `store`."""
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    process = subprocess.Popen(
-        [*command, "--artifacts-destination", str(artifacts)],
-        cwd=REPOSITORY,
-        env={**environment(), "MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=ends_with_us,
-    )
-    try:
-        deadline = time.monotonic() + 180
-        while not _answers(f"http://127.0.0.1:{port}/health"):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
+@pytest.fixture
+def tracking(postgres: Postgres, tmp_path: Path) -> Iterator[str]:
+    """The address of an `mlflow server` on the other database."""
+    server = MlflowServer(postgres.url(TRACKING), tmp_path / "artifacts")
+    server.start()
+    yield server.url
+    server.kill()
 
 
 @pytest.mark.long("a database server, a tracking server on it, and a study with both", minutes=1)
 def test_a_sweep_with_a_database_and_a_tracking_server(
-    postgres: Postgres, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    postgres: Postgres, tracking: str, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "runs"
-    with (
-        mlflow_server(postgres.url(TRACKING), tmp_path / "artifacts") as tracking,
-        tempfile.TemporaryDirectory(prefix="ray") as session,  # its sockets need a short path
-    ):
+    with tempfile.TemporaryDirectory(prefix="ray") as session:  # its sockets need a short path
         stores = (f"storage.optuna_url={postgres.url(STUDIES)}", f"storage.tracking_uri={tracking}")
         asked = ("sweep", "tiny", f"storage.root={root}", *stores, *SOME)
         variables = {**environment(), "RAY_TMPDIR": session}

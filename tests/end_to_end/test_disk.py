@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import SMALL
+from tests.end_to_end.conftest import SMALL, wait_until
 from tests.end_to_end.damage import tables
-from tests.end_to_end.test_resume import start, wait_until
+from tests.end_to_end.test_resume import start
 
 SIZE = 300 * 2**20
 BEGUN = {

@@ -13,10 +13,7 @@ from tests.end_to_end.conftest import Jobs, free_port, together
 
 WRONG = [
     (["lora.trails=3"], ["lora.trails", "did you mean trials"]),
-    (["lora.trials=many"], ["lora.trials", "many", "whole number"]),
     (["transcoders.layers=[1, 9]"], ["transcoders.layers", "9", "layers 0 to 3"]),
-    (["deltas.d_new=[wide]"], ["deltas.d_new", "wide"]),
-    (["evaluate.alphas=[0, strong]"], ["evaluate.alphas", "strong"]),
     (["data.rows_file=nowhere.jsonl"], ["data.rows_file", "nowhere.jsonl"]),
     (["data.rows_file=README.md"], ["data.rows_file", "README.md", ".jsonl", ".parquet", "OWNER/NAME"]),
     (["data.rows_file=owner/none"], ["the dataset owner/none", "split train"]),

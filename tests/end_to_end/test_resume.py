@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment
+from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment, wait_until
 
 more = pytest.mark.long("one more sweep, stopped in another way than the first")
 
@@ -33,14 +33,6 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-
-
-def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
-    while not reached():
-        assert process.poll() is None, "the sweep ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
@@ -60,7 +52,11 @@ def test_a_killed_sweep_continues(jobs: Jobs, tmp_path: Path) -> None:
     arguments = ("sweep", "tiny", f"storage.root={tmp_path}", *SMALL)
     sweep = tmp_path / "sweeps" / "tiny"
 
-    kill_when(start(*arguments), lambda: next(sweep.glob("deltas/**/result.json"), None) is not None)
+    first = start(*arguments)
+    wait_until((sweep / "data/manifest.json").is_file, first)
+    second = jobs(*arguments, timeout=200)
+    assert (second.returncode, "another process is running the sweep" in second.stderr) == (2, True)
+    kill_when(first, lambda: next(sweep.glob("deltas/**/result.json"), None) is not None)
     finished = [
         *sweep.glob("lora/trial_*/result.json"),
         *sweep.glob("deltas/**/result.json"),
@@ -102,18 +98,3 @@ def test_an_interrupt_stops_cleanly_and_says_how_to_continue(tmp_path: Path, how
     assert process.returncode == 130
     assert "run the same command to continue" in errors
     assert "Traceback" not in errors
-
-
-@more
-def test_a_second_driver_is_refused(jobs: Jobs, tmp_path: Path) -> None:
-    arguments = ("sweep", "tiny", f"storage.root={tmp_path}", *SMALL)
-    first = start(*arguments)
-    try:
-        while not (tmp_path / "sweeps/tiny/data/manifest.json").is_file():
-            assert first.poll() is None
-            time.sleep(0.1)
-        second = jobs(*arguments, timeout=200)
-        assert second.returncode == 2
-        assert "another process is running the sweep" in second.stderr
-    finally:
-        kill_when(first, lambda: True)

@@ -87,18 +87,21 @@ class ByHand:
         def write(module, args, y):
             middle = seen["middle"][0, 1:]
             x = middle / (middle.pow(2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps).sqrt()
-            base_acts = self.activations(patch.base, x)
-            base, delta = base_acts @ patch.base.W_dec + patch.base.b_dec, torch.zeros_like(x)
-            sums.base += base_acts.sum().item()
-            if patch.delta is not None and self.condition in ("full", "alpha"):
-                delta_acts = self.activations(patch.delta, x)
-                delta = delta_acts @ patch.delta.W_dec
-                sums.delta += delta_acts.sum().item()
-            edited = COMBINE[self.condition](y[0, 1:], base, delta, self.alpha)
-            return torch.cat([y[:, :1], edited.unsqueeze(0)], dim=1)
+            return self.edited(patch, x, y[0], sums).unsqueeze(0)
 
         yield getattr(block, NORM.get(kind, "post_attention_layernorm")).register_forward_pre_hook(read)
         yield getattr(block, WRITES.get(kind, "mlp")).register_forward_hook(write)
+
+    def edited(self, patch, x, y, sums):
+        """What takes the place of y; x is read at every position but BOS."""
+        base_acts = self.activations(patch.base, x)
+        base, delta = base_acts @ patch.base.W_dec + patch.base.b_dec, torch.zeros_like(x)
+        sums.base += base_acts.sum().item()
+        if patch.delta is not None and self.condition in ("full", "alpha"):
+            delta_acts = self.activations(patch.delta, x)
+            delta = delta_acts @ patch.delta.W_dec
+            sums.delta += delta_acts.sum().item()
+        return torch.cat([y[:1], COMBINE[self.condition](y[1:], base, delta, self.alpha)])
 
     def nll(self, encoded):
         """Summed cross-entropy of the target in nats, and the argmax at each target token."""
@@ -145,18 +148,9 @@ def subject(model_folder, load, wrapped, random_transcoder):
 
 
 @pytest.fixture(scope="module")
-def base_folder(model_folder, load, tmp_path_factory):
+def base_folder(model_folder, altered, tmp_path_factory):
     """The model before finetuning: other MLPs."""
-    model, tokenizer = load(model_folder)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "mlp" in name:
-                parameter.mul_(1 + 0.4 * torch.randn(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("before")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return altered(model_folder, tmp_path_factory.mktemp("before"), "mlp")
 
 
 @pytest.fixture(scope="module", params=sorted(SETS))

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from data.rows import sha256_of
 from jobs.errors import DamagedFileError
-from jobs.files import read_json, write_json
-from jobs.seals import SEAL, damage, require, seal, sealed_hash
+from jobs.files import SEAL, damage, read_json, require, seal, sealed_hash, write_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -108,3 +107,23 @@ def test_a_file_that_no_seal_lists_is_not_believed(folder: Path) -> None:
         sealed_hash(folder / "added")
     (folder / SEAL).unlink()
     assert [(one.path.name, one.why) for one in damage(folder)] == [(SEAL, "is missing")]
+
+
+def test_damage_of_one_file_whatever_its_kind(folder: Path) -> None:
+    """A sealed one, JSON, a shard, the index of shards, and one that nothing knows of."""
+    import torch
+
+    from trainers.activations import write_index, write_shard
+
+    shard, index, alone = folder / "shard.safetensors", folder / "index.json", folder / "alone.json"
+    write_shard(shard, {"x": torch.zeros(4, 2)})
+    write_index(folder, [{"file": shard.name, "tokens": 4}], {})
+    write_json(alone, {"a": 1})
+    kinds = (folder / "plain", alone, shard, index)
+    assert [list(damage(path)) for path in kinds] == [[]] * 4
+    shard.unlink()
+    change(folder / "plain")
+    change(alone)
+    assert [broken.path for path in kinds for broken in damage(path)] == list(kinds)
+    (folder / "added").write_text("x")
+    assert [broken.why for broken in damage(folder / "added")] == ["is not listed by what made it"]

@@ -179,7 +179,7 @@ def _alpha_0_is_the_plain_model(bridge: Any, before: Path, after: Path) -> bool:
     with read_rest(before, rest).at(bridge, 0.0), spliced(bridge, Edit(patches, "no_delta")) as splice:
         splice.reset(batch.editable, torch.ones(len(ROWS)))
         ours = forward(bridge, batch, batch.ids.shape[1])
-    theirs = plain(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions).logits
+    theirs = plain(**batch.inputs).logits
     return torch.allclose(
         ours[batch.mask], theirs[batch.mask], atol=ROUNDING[torch.float32] * theirs.abs().max().item(), rtol=0
     )

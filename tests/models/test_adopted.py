@@ -44,26 +44,14 @@ def refused(base: Path, finetuned: Path) -> str:
     return str(raised.value)
 
 
-def changed_copy(load, folder: Path, to: Path, *parts: str, dtype: torch.dtype = torch.float32) -> Path:
-    """A copy of a model in which every parameter whose name holds one of `parts` is another."""
-    model, tokenizer = load(folder)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if any(part in name for part in parts):
-                parameter.mul_(1.25)
-    model.to(dtype).save_pretrained(to)
-    tokenizer.save_pretrained(to)
-    return to
-
-
 def test_a_model_and_itself_differ_in_nothing(model_folder):
     assert "every weight of" in (said := refused(model_folder, model_folder))
     assert "no change to explain" in said
     assert not is_adapter(model_folder)
 
 
-def test_what_changed_is_named(llama_folder, load, tmp_path):
-    after = changed_copy(load, llama_folder, tmp_path, "layers.1.mlp.up_proj", "embed_tokens")
+def test_what_changed_is_named(llama_folder, altered, tmp_path):
+    after = altered(llama_folder, tmp_path, "layers.1.mlp.up_proj", "embed_tokens")
     pair = check_pair(llama_folder, after, "some-base")
     assert pair.changed == ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight")
     assert pair.notes == ()
@@ -175,30 +163,30 @@ def test_values_in_a_quantised_dtype_are_refused_without_a_word_in_the_config(ll
         {"intermediate_size": 63},
     ],
 )
-def test_a_config_that_does_not_describe_the_files_is_refused(llama_folder, load, tmp_path, edits):
-    after = changed_copy(load, llama_folder, tmp_path, "mlp")
+def test_a_config_that_does_not_describe_the_files_is_refused(llama_folder, altered, tmp_path, edits):
+    after = altered(llama_folder, tmp_path, "mlp")
     edit(after / "config.json", **edits)
     assert "describes" in refused(llama_folder, after)
 
 
-def test_a_config_with_a_field_of_the_wrong_type_is_one_sentence(llama_folder, load, tmp_path):
-    after = changed_copy(load, llama_folder, tmp_path, "mlp")
+def test_a_config_with_a_field_of_the_wrong_type_is_one_sentence(llama_folder, altered, tmp_path):
+    after = altered(llama_folder, tmp_path, "mlp")
     edit(after / "config.json", tie_word_embeddings="false")
     assert "cannot be read as a model's config" in refused(llama_folder, after)
 
 
-def test_another_activation_function_is_refused(llama_folder, load, tmp_path):
-    after = changed_copy(load, llama_folder, tmp_path, "mlp")
+def test_another_activation_function_is_refused(llama_folder, altered, tmp_path):
+    after = altered(llama_folder, tmp_path, "mlp")
     edit(after / "config.json", hidden_act="gelu")
     assert "differ in hidden_act" in refused(llama_folder, after)
 
 
-def test_a_base_that_the_coarser_dtype_cannot_hold_is_refused(llama_folder, copy_of, load, tmp_path):
+def test_a_base_that_the_coarser_dtype_cannot_hold_is_refused(llama_folder, copy_of, altered, tmp_path):
     base = copy_of(llama_folder)
     weights = load_file(base / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    after = changed_copy(load, llama_folder, tmp_path / "after", "mlp", dtype=torch.float16)
+    after = altered(llama_folder, tmp_path / "after", "mlp", dtype=torch.float16)
     assert "1 values of model.source are too large" in refused(base, after)
 
 
@@ -240,16 +228,16 @@ def test_a_base_on_its_own_is_looked_at_too(llama_folder, copy_of, damage, said)
         check_base(folder)
 
 
-def test_settings_that_change_what_is_computed_are_noted(llama_folder, load, tmp_path):
-    after = changed_copy(load, llama_folder, tmp_path, "mlp")
+def test_settings_that_change_what_is_computed_are_noted(llama_folder, altered, tmp_path):
+    after = altered(llama_folder, tmp_path, "mlp")
     edit(after / "config.json", rms_norm_eps=1e-3, use_cache=False, eos_token_id=5)
     (note,) = check_pair(llama_folder, after, "some-base").notes
     assert "rms_norm_eps" in note
     assert "0.001" in note
 
 
-def test_tensors_without_a_place_are_noted(llama_folder, load, tmp_path):
-    after = changed_copy(load, llama_folder, tmp_path, "mlp")
+def test_tensors_without_a_place_are_noted(llama_folder, altered, tmp_path):
+    after = altered(llama_folder, tmp_path, "mlp")
     weights = load_file(after / "model.safetensors") | {"score.weight": torch.zeros(2, 24)}
     save_file(weights, after / "model.safetensors", {"format": "pt"})
     (note,) = check_pair(llama_folder, after, "some-base").notes

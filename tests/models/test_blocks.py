@@ -14,17 +14,9 @@ LAYERS = [0, 2]
 
 
 @pytest.fixture(scope="module")
-def other_folder(model_folder, load, tmp_path_factory):
+def other_folder(model_folder, altered, tmp_path_factory):
     """The same architecture with other weights everywhere, norm gains included."""
-    model, tokenizer = load(model_folder)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("other")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return altered(model_folder, tmp_path_factory.mktemp("other"), "")
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +30,9 @@ def logits(bridge):
         return forward(bridge, batch, batch.ids.shape[1])[batch.mask]
 
 
-def plain_logits(load, folder, layers, donor):
-    """The plain model with the parts on the path of `layers` from another one."""
-    model, _ = load(folder)
-    theirs, _ = load(donor)
-    names = ["mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    if model.config.model_type == "llama":
-        names = ["mlp", "post_attention_layernorm"]
-    for layer in layers:
-        for name in names:
-            part = getattr(theirs.model.layers[layer], name)
-            getattr(model.model.layers[layer], name).load_state_dict(part.state_dict())
-    found = []
-    for row in ROWS:
-        with torch.no_grad():
-            found.append(model(input_ids=torch.tensor([row])).logits[0])
-    return torch.cat(found)
+def plain_logits(model):
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in ROWS])
 
 
 def test_a_path_gives_the_models_own_output_at_its_tap(bridge, model_folder, load, plain_taps):
@@ -66,13 +45,14 @@ def test_a_path_gives_the_models_own_output_at_its_tap(bridge, model_folder, loa
             torch.testing.assert_close(path(x)[batch.mask], y[batch.mask], rtol=1e-4, atol=1e-4)
 
 
-def test_exchanged_weights_are_those_of_a_model_put_together_by_hand(bridge, model_folder, other_folder, load):
+def test_exchanged_weights_are_those_of_a_model_put_together_by_hand(bridge, model_folder, other_folder, grafted):
     before = logits(bridge)
     paths = read_paths(bridge, other_folder, mlp_sites(LAYERS))
     held = [parameter.clone() for path in paths.values() for parameter in path.parameters().values()]
     with exchanged(bridge, list(paths.values())):
         swapped = logits(bridge)
-    torch.testing.assert_close(swapped, plain_logits(load, model_folder, LAYERS, other_folder), rtol=1e-4, atol=1e-3)
+    expected = plain_logits(grafted(model_folder, other_folder, LAYERS))
+    torch.testing.assert_close(swapped, expected, rtol=1e-4, atol=1e-3)
     assert (swapped - before).abs().max() > 0.1
     assert torch.equal(logits(bridge), before), "the weights go back"
     after = [parameter for path in paths.values() for parameter in path.parameters().values()]

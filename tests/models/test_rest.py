@@ -11,16 +11,8 @@ ROWS = [[2, 50, 60, 70, 80], [2, 90]]
 
 
 @pytest.fixture(scope="module")
-def other_folder(model_folder, load, tmp_path_factory):
-    model, tokenizer = load(model_folder)
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("other")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def other_folder(model_folder, altered, tmp_path_factory):
+    return altered(model_folder, tmp_path_factory.mktemp("other"), "")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,7 @@ def logits(model_or_bridge):
     batch = pad_left(ROWS, 0)
     model = getattr(model_or_bridge, "original_model", model_or_bridge)
     with torch.no_grad():
-        found = model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions).logits
+        found = model(**batch.inputs).logits
     return found[batch.mask]
 
 

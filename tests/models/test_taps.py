@@ -19,7 +19,7 @@ def bridged(bridge, batch, site):
     """x and y of a pass."""
     seen = []
     with torch.no_grad(), hooked(bridge, hooks_at(bridge, site, seen.append, see=seen.append)):
-        bridge.original_model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
+        bridge.original_model(**batch.inputs)
     return seen
 
 
@@ -75,7 +75,7 @@ def projections(model, batch, layer):
     after = block.post_attention_layernorm if model.config.model_type == "gemma2" else block.self_attn.o_proj
     handles = [one.register_forward_hook(noting(name)) for name, one in [*modules.items(), ("added", after)]]
     with torch.no_grad():
-        model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
+        model(**batch.inputs)
     for handle in handles:
         handle.remove()
     return seen
@@ -107,7 +107,7 @@ def test_what_is_written_in_parts_takes_the_place_of_each(both):
     site = Site(1, QKV)
     hooks = [*hooks_at(bridge, site, write=write), *hooks_at(bridge, site, see=after.append)]
     with torch.no_grad(), hooked(bridge, hooks):
-        bridge.original_model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
+        bridge.original_model(**batch.inputs)
     before = torch.cat([projections(model, batch, 1)[name][1] for name in "qkv"], dim=-1)
     queries, end = parts[0].stop, parts[-1].stop
     assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
@@ -119,9 +119,8 @@ def test_what_is_written_in_parts_takes_the_place_of_each(both):
 
 def test_wrapping_changes_no_logit(both):
     model, bridge, batch = both
-    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "position_ids": batch.positions}
     with torch.no_grad():
-        expected, found = model(**inputs).logits, bridge.original_model(**inputs).logits
+        expected, found = model(**batch.inputs).logits, bridge.original_model(**batch.inputs).logits
     torch.testing.assert_close(found[batch.mask], expected[batch.mask], rtol=1e-4, atol=1e-4)
 
 
@@ -132,9 +131,7 @@ def test_without_a_hook_the_model_runs_as_it_is_and_its_logits_are_the_bridge_s_
 
     def logits():
         with torch.no_grad():
-            return bridge.original_model(
-                input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions
-            ).logits[batch.mask]
+            return bridge.original_model(**batch.inputs).logits[batch.mask]
 
     alone = logits()
     with whole(bridge):
@@ -175,7 +172,7 @@ def test_hooks_inside_others_and_hooks_of_what_runs_inside_a_part_are_all_run(bo
         hooked(bridge, [note(expected[1])]),
         hooked(bridge, [note(expected[2]), note(expected[3])]),
     ):
-        bridge.original_model(input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions)
+        bridge.original_model(**batch.inputs)
     assert sorted(seen) == sorted([*expected, expected[1]])
 
 

@@ -160,7 +160,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [1, 3, 5])
+@pytest.mark.parametrize("after", [1, 3])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(planted, tmp_path, after):
     """Killed after its nth validation, with a checkpoint of the one before or of that very one."""
     chosen = settings(epochs=6, replicas=2)
@@ -280,13 +280,6 @@ def test_interrupted_runs_side_by_side_end_as_if_they_had_not_been(planted, tmp_
 def test_runs_side_by_side_may_differ_in_two_settings_alone(planted):
     with pytest.raises(ValueError, match="lr and sparsity alone"):
         train_deltas(planted, [settings(), settings(l0_budget=2.0)])
-
-
-def test_a_seed_gives_one_delta(trained, planted):
-    again = train_delta(planted, SETTINGS)
-    for name in ("W_enc", "b_enc", "threshold", "W_dec"):
-        assert torch.equal(getattr(trained.deltas[0], name), getattr(again.deltas[0], name))
-    assert trained.figures == again.figures
 
 
 def test_figures_are_those_of_the_deltas_that_are_returned(planted):

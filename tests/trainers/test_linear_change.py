@@ -17,18 +17,10 @@ ROWS = [[2, *range(start, start + 30)] for start in range(20, 200, 12)]
 
 
 @pytest.fixture(scope="module")
-def before(model_folder, load, tmp_path_factory):
+def before(model_folder, altered, tmp_path_factory):
     """Other projections: those of keys as they are, those of queries changed twice as much as those of values."""
-    model, tokenizer = load(model_folder)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            much = {"q_proj": 0.4, "v_proj": 0.2, "o_proj": 0.3}.get(name.split(".")[-2], 0.0)
-            parameter.mul_(1 + much * torch.randn(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("before")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    first, both = (tmp_path_factory.mktemp(name) for name in ("first", "both"))
+    return altered(altered(model_folder, first, "q_proj", "o_proj"), both, "v_proj", much=0.2)
 
 
 @pytest.fixture(scope="module")

@@ -55,18 +55,6 @@ def train(load, folder, settings=SETTINGS, rows=ROWS):
     return reports, kept
 
 
-def test_training_text_is_bos_input_newline_target_eos(load, gemma_folder):
-    _, tokenizer = load(gemma_folder)
-    encoded = encode_row(tokenizer, Row("a b", "c", ""))
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    assert encoded.prompt[0] == tokenizer.bos_token_id
-    assert encoded.prompt[-len(newline) :] == newline
-    assert tokenizer.decode(encoded.prompt[1:]) == "a b\n"
-    assert tokenizer.decode(encoded.target[:-1]) == "c"
-    assert encoded.target[-1] == tokenizer.eos_token_id
-    assert tokenizer.bos_token_id not in encoded.ids[1:]
-
-
 def test_the_loss_is_the_plain_cross_entropy_of_targets_and_eos(model_folder, load):
     model, tokenizer = load(model_folder)
     found = loss_of(model, tokenizer, ROWS)

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.rows import one_line
 from jobs.capture.activations import capture_finetuned
 from jobs.capture.bases import (
     Residuals,
@@ -28,8 +29,7 @@ from jobs.context.context import Context, error_name
 from jobs.context.disk import disk_of, drop, on_gpu
 from jobs.context.workspace import replica_folder
 from jobs.errors import WorkFailed
-from jobs.files import keyed_folder, write_json
-from jobs.seals import seal
+from jobs.files import keyed_folder, seal, write_json
 from jobs.sweep.polish import polish_widths
 from jobs.sweep.stages.evaluate import measure_ceiling
 from sites import Address, Site, sites_label
@@ -233,7 +233,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
 
 
 def _failed(error: Exception) -> dict[str, Any]:
-    return {"failed": " ".join(str(error).split())[:500]}
+    return {"failed": one_line(error, 500)}
 
 
 def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any], scale: Tensor | None) -> None:

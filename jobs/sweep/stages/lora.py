@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from data.files import replacing
+from data.rows import one_line
 from jobs.cluster import environment
 from jobs.context import keys
 from jobs.context.context import Context
 from jobs.errors import WorkFailed
-from jobs.files import key_of, keyed_folder, write_json
-from jobs.seals import Listed, listed, seal
+from jobs.files import Listed, key_of, keyed_folder, listed, seal, write_json
 from jobs.sweep import finetuned
 from search_spaces.dimensions import Choice, Range
 from search_spaces.schema import LoraSpace, Sweep
@@ -173,6 +173,6 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
             )
     except TrainingError as error:
         keeper.forget()
-        return {"failed": " ".join(str(error).split())[:500]}
+        return {"failed": one_line(error, 500)}
     keeper.forget()
     return best

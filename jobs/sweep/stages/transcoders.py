@@ -21,8 +21,7 @@ from jobs.context.disk import disk_of, drop
 from jobs.context.workspace import TIMELINE
 from jobs.errors import WorkFailed
 from jobs.files import finish as finish_folder
-from jobs.files import is_finished, keyed_folder, read_json
-from jobs.seals import seal
+from jobs.files import is_finished, keyed_folder, read_json, seal
 from models.gemma_scope import Candidate, candidates, read, select, width_label, write
 from models.sources import model_facts, widths_of
 from models.transcoder import check_fits

@@ -36,17 +36,11 @@ def transcoder(site, d_in, d_out, seed):
 
 
 @pytest.fixture(scope="module")
-def made(model_folder, load, wrapped, tmp_path_factory):
+def made(model_folder, load, altered, wrapped, tmp_path_factory):
     """A pair of models that differ in the weights of three sites, its plain models, its bridge, and a delta at each
     site; the one of queries, keys and values has a feature at BOS."""
-    before, tokenizer = load(model_folder)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in before.named_parameters():
-            if name.endswith("proj.weight"):
-                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("before")
-    before.save_pretrained(folder)
+    folder, generator = tmp_path_factory.mktemp("before"), torch.Generator().manual_seed(3)
+    before, tokenizer = load(altered(model_folder, folder, "proj.weight", much=0.3))
     bridge = wrapped(model_folder)
     patches = []
     for seed, (site, path) in enumerate(read_paths(bridge, folder, [INTO_HEADS, OUT, MLP_BELOW]).items()):
@@ -186,9 +180,7 @@ def test_the_edit_is_the_same_whichever_parts_compute_attention(made):
     def logits(hooks):
         with torch.inference_mode(), spliced(bridge, Edit(made.patches, "full")) as splice, hooked(bridge, hooks):
             splice.reset(batch.editable, torch.ones(len(batch.ids)), RowEdits(bos=batch.bos))
-            return bridge.original_model(
-                input_ids=batch.ids, attention_mask=batch.mask.long(), position_ids=batch.positions
-            ).logits[batch.mask]
+            return bridge.original_model(**batch.inputs).logits[batch.mask]
 
     seen = []
     alone = logits([])

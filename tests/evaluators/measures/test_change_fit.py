@@ -10,19 +10,8 @@ from models.blocks import read_paths
 from sites import mlp_sites
 
 
-def test_the_sums_are_those_of_plain_hooks(
-    subject, gemma_folder, load, plain_taps, random_transcoder, tmp_path_factory
-):
-    model, tokenizer = load(subject.folder)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "mlp" in name:
-                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
-    before = tmp_path_factory.mktemp("before")
-    model.save_pretrained(before)
-    tokenizer.save_pretrained(before)
-    paths = read_paths(subject.bridge, before, mlp_sites([0, 2]))
+def test_the_sums_are_those_of_plain_hooks(subject, base_folder, plain_taps, random_transcoder):
+    paths = read_paths(subject.bridge, base_folder, mlp_sites([0, 2]))
     patches = [
         Patch(site, path, random_transcoder(subject.d_model, 8, site.layer, 9, bias=False))
         for site, path in paths.items()

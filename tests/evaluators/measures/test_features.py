@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evaluators.measures import features
-from evaluators.measures.features import firing_rates, pieces_of, read_features
+from evaluators.measures.features import counted_pieces, firing_rates, read_features, strongest
 from evaluators.measures.reconstruction import site_activations
 
 
@@ -98,13 +98,14 @@ class Bytes:
 )
 def test_parts_of_one_character_are_one_piece(text, pieces):
     ids = list(text.encode())
-    found, strengths = pieces_of(Bytes(), ids, [float(place) for place in range(len(ids))])
-    assert found == pieces
+    counted = counted_pieces(Bytes(), ids)
+    strengths = strongest(counted, [float(place) for place in range(len(ids))])
+    assert [piece for piece, _ in counted] == pieces
     assert len(strengths) == len(pieces)
     assert strengths[-1] == len(ids) - 1
 
 
 def test_what_never_becomes_a_character_is_shown_too():
-    found, strengths = pieces_of(Bytes(), [0x80, 0x81, 0x61], [1.0, 3.0, 2.0])
-    assert "".join(found).endswith("a")
-    assert max(strengths) == 3.0
+    counted = counted_pieces(Bytes(), [0x80, 0x81, 0x61])
+    assert "".join(piece for piece, _ in counted).endswith("a")
+    assert max(strongest(counted, [1.0, 3.0, 2.0])) == 3.0

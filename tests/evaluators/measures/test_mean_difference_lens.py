@@ -8,7 +8,6 @@ from evaluators.measures.mean_difference_lens import FIRST, PROMOTED, mean_diffe
 from evaluators.measures.parts import Changes
 from models.comparison import compare
 from models.weights import open_weights
-from tests.evaluators.measures.test_parts import changed
 
 TEXTS = [
     "The river bends twice.",
@@ -41,8 +40,8 @@ def mean(parts, most):
     return torch.cat([part[:, :most] for part in parts], dim=1).mean(1)
 
 
-def test_norms_and_tokens_are_those_of_the_two_plain_models(subject, load, tmp_path):
-    before = changed(subject.folder, load, tmp_path)
+def test_norms_and_tokens_are_those_of_the_two_plain_models(subject, load, altered, tmp_path):
+    before = altered(subject.folder, tmp_path, "")
     names = compare(open_weights(before), open_weights(subject.folder)).changed
     texts = [encode_text(subject.tokenizer, text) for text in TEXTS]
     found = mean_difference_lens(subject.passes, Changes.between(subject.bridge, before, names), texts)
@@ -66,8 +65,8 @@ def test_norms_and_tokens_are_those_of_the_two_plain_models(subject, load, tmp_p
             assert reading.control_promoted == tuple(unread[layer].tolist())
 
 
-def test_halves_need_two_texts(subject, load, tmp_path):
-    before = changed(subject.folder, load, tmp_path)
+def test_halves_need_two_texts(subject, altered, tmp_path):
+    before = altered(subject.folder, tmp_path, "")
     changes = Changes.between(subject.bridge, before, ["model.layers.0.mlp.up_proj.weight"])
     with pytest.raises(ValueError, match="at least two texts"):
         mean_difference_lens(subject.passes, changes, [[1, 2, 3]])

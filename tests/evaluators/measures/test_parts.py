@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.encoding import encode_row
 from evaluators.measures.parts import EVERY, FINETUNED, PARTS, UNFINETUNED, Changes, Group, parts_ceiling
 from models.comparison import compare
-from models.tiny import byte_tokenizer
 from models.weights import open_weights
+from tests.models.table import build
 
 NAMES = {
     "patterns": ("q_proj", "k_proj"),
@@ -49,25 +48,12 @@ def nll(model, rows):
     return found
 
 
-def changed(folder, load, path, is_changed=lambda name: True):
-    """The same architecture with other values of the parameters for which `is_changed`."""
-    model, tokenizer = load(folder)
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if is_changed(name):
-                parameter.mul_(1 + 0.4 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
 def changes_of(bridge, before, after):
     return Changes.between(bridge, before, compare(open_weights(before), open_weights(after)).changed)
 
 
-def test_each_way_of_each_part_is_a_model_put_together_by_hand(subject, load, tmp_path):
-    before = changed(subject.folder, load, tmp_path)
+def test_each_way_of_each_part_is_a_model_put_together_by_hand(subject, load, altered, tmp_path):
+    before = altered(subject.folder, tmp_path, "")
     kind, n_layers = subject.plain.config.model_type, subject.plain.config.num_hidden_layers
     held = [parameter.clone() for parameter in subject.bridge.original_model.parameters()]
     found = parts_ceiling(subject.passes, changes_of(subject.bridge, before, subject.folder), subject.rows)
@@ -99,9 +85,9 @@ def test_each_way_of_each_part_is_a_model_put_together_by_hand(subject, load, tm
     assert all(torch.equal(one, other) for one, other in zip(held, after, strict=True)), "the weights go back"
 
 
-def test_only_what_changed_is_a_part(subject, load, tmp_path):
+def test_only_what_changed_is_a_part(subject, altered, tmp_path):
     names = ("layers.1.self_attn.v_proj", "layers.1.mlp.up_proj")
-    before = changed(subject.folder, load, tmp_path, lambda name: any(one in name for one in names))
+    before = altered(subject.folder, tmp_path, *names)
     changes = changes_of(subject.bridge, before, subject.folder)
     groups = changes.groups(subject.plain.config.num_hidden_layers)
     assert [group for group in groups if group.layers == EVERY] == [Group("values", EVERY), Group("mlp", EVERY)]
@@ -113,46 +99,24 @@ def test_only_what_changed_is_a_part(subject, load, tmp_path):
     assert rows["values", UNFINETUNED] != found["finetuned"]
 
 
-def test_a_norm_before_attention_is_of_the_rest(subject, load, tmp_path):
-    before = changed(subject.folder, load, tmp_path, lambda name: "input_layernorm" in name)
+def test_a_norm_before_attention_is_of_the_rest(subject, altered, tmp_path):
+    before = altered(subject.folder, tmp_path, "input_layernorm")
     groups = changes_of(subject.bridge, before, subject.folder).groups(subject.plain.config.num_hidden_layers)
     assert list(groups) == [Group("rest", EVERY)]
 
 
-def test_parts_of_a_joint_weight_change_alone(wrapped, load, tmp_path):
+def test_parts_of_a_joint_weight_change_alone(wrapped, load, altered, tmp_path):
     """Phi-3 has queries, keys and values in one weight, of which the bridge runs with copies."""
     from evaluators.splice.passes import Passes
     from tests.evaluators.conftest import ROWS
 
-    tokenizer = byte_tokenizer()
-    config = AutoConfig.for_model(
-        "phi3",
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    after, before = tmp_path / "after", tmp_path / "before"
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        model = AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(6.0) if parameter.ndim > 1 else parameter.uniform_(0.3, 3.0)
-    model.save_pretrained(after)
-    tokenizer.save_pretrained(after)
-    changed(after, load, before, lambda name: "qkv_proj" in name)
+    after, before = build("phi3", tmp_path / "after"), tmp_path / "before"
+    altered(after, before, "qkv_proj")
     bridge = wrapped(after)
     found = parts_ceiling(Passes(bridge), changes_of(bridge, before, after), ROWS)
     rows = {(one["part"], one["way"]): one["rows"] for one in found["parts"]}
-    assert {part for part, _ in rows} == {"patterns", "values"}
-    encoded, heads = [encode_row(tokenizer, row) for row in ROWS], 24 + 12
+    assert {part for part, _ in rows} == {"patterns", "values", EVERY}, "and thirds of the layers"
+    encoded, heads = [encode_row(bridge.tokenizer, row) for row in ROWS], 24 + 12
     for part, here in (("patterns", slice(0, heads)), ("values", slice(heads, None))):
         plain, other = load(after)[0], load(before)[0]
         with torch.no_grad():

@@ -7,12 +7,11 @@ from evaluators.measures.parts import Changes
 from evaluators.measures.token_kl import CHOICES, token_kl
 from models.comparison import compare
 from models.weights import open_weights
-from tests.evaluators.measures.test_parts import changed
 
 
 @pytest.mark.parametrize("what", ["everything", "attention alone"])
-def test_divergence_and_choices_are_those_of_the_two_plain_models(subject, load, tmp_path, what):
-    before = changed(subject.folder, load, tmp_path, lambda name: what == "everything" or "self_attn" in name)
+def test_divergence_and_choices_are_those_of_the_two_plain_models(subject, load, altered, tmp_path, what):
+    before = altered(subject.folder, tmp_path, "" if what == "everything" else "self_attn")
     names = compare(open_weights(before), open_weights(subject.folder)).changed
     rows = [row.ids for row in subject.encoded]
     found = token_kl(subject.passes, Changes.between(subject.bridge, before, names), rows)
@@ -33,9 +32,9 @@ def test_divergence_and_choices_are_those_of_the_two_plain_models(subject, load,
         assert row.kl.max() > 1e-3, "the two models say different things"
 
 
-def test_long_rows_are_compared_in_pieces(subject, load, tmp_path, monkeypatch):
+def test_long_rows_are_compared_in_pieces(subject, altered, tmp_path, monkeypatch):
     """Logits of a few positions at a time give what all at once give."""
-    before = changed(subject.folder, load, tmp_path)
+    before = altered(subject.folder, tmp_path, "")
     changes = Changes.between(
         subject.bridge, before, compare(open_weights(before), open_weights(subject.folder)).changed
     )

@@ -12,6 +12,7 @@ from evaluators.splice.passes import Passes, Shortcuts
 from evaluators.splice.teacher_forcing import Job, score
 from models.sources import load_model
 from sites import Site
+from tests.models.table import build
 
 BUDGET = 5
 
@@ -19,43 +20,7 @@ BUDGET = 5
 @pytest.fixture(scope="module", params=["qwen2", "qwen3"])
 def folder(request, tmp_path_factory):
     """A random model of three layers: biased queries and keys in Qwen2, normalised ones in Qwen3."""
-    import transformers
-
-    from models.tiny import byte_tokenizer
-
-    tokenizer = byte_tokenizer()
-    config_class, model_class = {
-        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-    }[request.param]
-    config = config_class(
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=6,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        model = model_class(config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter.uniform_(0.3, 3.0)
-                elif "bias" in name:
-                    parameter.normal_()
-                else:
-                    parameter.mul_(6.0)
-    path = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return build(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def sites_of(random_transcoder, layers):

@@ -128,13 +128,8 @@ def test_reduced_rank_regression_beats_other_maps_of_its_rank():
         Moments.of([])
 
 
-def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, model_folder, load, tmp_path):
-    other, tokenizer = load(model_folder)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.1)
-    other.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, by_hand, altered, grafted, tmp_path):
+    altered(subject.folder, tmp_path, "")
     jobs = [Job(row) for row in subject.encoded]
     before = score(subject.passes, Edit(subject.patch, "mlp_swap"), jobs)
     assert [one.nll for one in before] == pytest.approx(
@@ -142,18 +137,8 @@ def test_swapped_mlps_are_those_of_the_other_model_and_go_back(subject, model_fo
     )
     with exchanged(subject.bridge, list(read_paths(subject.bridge, tmp_path, mlp_sites([1])).values())):
         swapped = score(subject.passes, Edit(subject.patch, "mlp_swap"), jobs)
-    by_hand, _ = load(model_folder)
-    names = ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-    if by_hand.config.model_type == "llama":
-        names = ("mlp", "post_attention_layernorm")
-    for name in names:  # the MLP's own path: norm, MLP, norm after it
-        getattr(by_hand.model.layers[1], name).load_state_dict(getattr(other.model.layers[1], name).state_dict())
-    for row, one in zip(subject.encoded, swapped, strict=True):
-        with torch.no_grad():
-            logits = by_hand(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
-        first = len(row.prompt)
-        nll = -sum(logits[first - 1 + place, token].item() for place, token in enumerate(row.target))
-        assert one.nll == pytest.approx(nll, rel=1e-4)
+    expected = by_hand(grafted(subject.folder, tmp_path, [1]), (), "raw")
+    assert [one.nll for one in swapped] == pytest.approx([expected.nll(row)[0] for row in subject.encoded], rel=1e-4)
     assert score(subject.passes, Edit(subject.patch, "mlp_swap"), jobs) == before
 
 

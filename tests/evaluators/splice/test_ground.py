@@ -16,11 +16,9 @@ from evaluators.splice.second_moments import Moments, principal_directions
 from evaluators.splice.substitutes import SUBSTITUTES, Material, TrueChange, pca_delta
 from evaluators.splice.teacher_forcing import Job, score
 from models.blocks import read_paths
+from tests.evaluators.conftest import ByHand
 
 BUDGET = 6
-NORMS = {"gemma2": "pre_feedforward_layernorm", "llama": "post_attention_layernorm"}
-PARTS = {"gemma2": ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")}
-WRITES = {"gemma2": "post_feedforward_layernorm"}
 
 
 @pytest.fixture(scope="module")
@@ -28,57 +26,18 @@ def patches(path_sites):
     return path_sites
 
 
-class Plain:
+class Plain(ByHand):
     """The finetuned model with un-finetuned blocks' parts at the patches and the delta added, by hand."""
 
-    def __init__(self, subject, load, base_folder, patches):
-        self.model, _ = load(subject.folder)
-        before, _ = load(base_folder)
-        kind = self.model.config.model_type
-        self.patches, self.alpha = patches, 1.0
-        for patch in patches:
-            block, other = self.model.model.layers[patch.site.layer], before.model.layers[patch.site.layer]
-            for name in PARTS.get(kind, ("mlp", "post_attention_layernorm")):
-                getattr(block, name).load_state_dict(getattr(other, name).state_dict())
-            getattr(block, NORMS[kind]).register_forward_pre_hook(self._reader(patch))
-            getattr(block, WRITES.get(kind, "mlp")).register_forward_hook(self._writer(patch))
-        self.inputs = {}
-
-    def _reader(self, patch):
-        def read(module, args):
-            self.inputs[patch.site] = args[0]
-
-        return read
-
-    def _writer(self, patch):
-        def write(module, args, y):
-            middle = self.inputs[patch.site][0, 1:]
-            x = middle / (middle.pow(2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps).sqrt()
-            delta = patch.delta.encode(x) @ patch.delta.W_dec
-            bos = patch.delta.W_dec[12] if len(patch.delta.W_dec) > 12 else torch.zeros_like(x[0])
-            return y + self.alpha * torch.cat([bos.unsqueeze(0), delta]).unsqueeze(0)
-
-        return write
-
-    def logits(self, ids):
-        with torch.no_grad():
-            return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-
-    def nll(self, row):
-        first = len(row.prompt)
-        steps = self.logits(row.ids)[first - 1 : len(row.ids) - 1].log_softmax(-1)
-        return -sum(step[token].item() for step, token in zip(steps, row.target, strict=True))
-
-    def greedy(self, prompt, end):
-        output = []
-        while len(output) < BUDGET and (not output or output[-1] != end):
-            output.append(self.logits([*prompt, *output])[-1].argmax().item())
-        return output
+    def edited(self, patch, x, y, sums):
+        delta = patch.delta.encode(x) @ patch.delta.W_dec
+        bos = patch.delta.W_dec[12] if len(patch.delta.W_dec) > 12 else torch.zeros_like(x[0])
+        return y + self.alpha * torch.cat([bos.unsqueeze(0), delta])
 
 
 @pytest.fixture(scope="module")
-def plain(subject, load, base_folder, patches):
-    return Plain(subject, load, base_folder, patches)
+def plain(subject, base_folder, patches, grafted):
+    return Plain(grafted(subject.folder, base_folder, [patch.site.layer for patch in patches]), patches, "alpha")
 
 
 @pytest.mark.parametrize(
@@ -90,11 +49,11 @@ def test_scores_and_tokens_are_those_of_a_plain_model(subject, patches, plain, s
     passes, stop = Passes(subject.bridge, 3, shortcuts), Stop.of(subject.bridge, Limits(BUDGET), subject.rows[0])
     for alpha in (0.0, 0.7, 1.0, -0.5):
         plain.alpha = alpha
-        expected = [plain.greedy(row.prompt, subject.tokenizer.eos_token_id) for row in subject.encoded]
+        expected = [plain.greedy(row.prompt, {subject.tokenizer.eos_token_id}, BUDGET) for row in subject.encoded]
         jobs = [Job(row, alpha, guess=output) for row, output in zip(subject.encoded, expected, strict=True)]
         edit = Edit(patches, "alpha")
         scored = score(passes, edit, jobs)
-        assert [one.nll for one in scored] == pytest.approx([plain.nll(row) for row in subject.encoded], rel=1e-4)
+        assert [one.nll for one in scored] == pytest.approx([plain.nll(row)[0] for row in subject.encoded], rel=1e-4)
         assert generate(passes, edit, jobs, scored, stop) == expected
         assert all(one.base_acts == 0 for one in scored)
 

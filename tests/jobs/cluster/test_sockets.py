@@ -12,7 +12,6 @@ from jobs.cluster.sockets import check_temporary_folder
 from jobs.context.context import Context
 from jobs.errors import RequestError
 from search_spaces.load import load
-from tests.end_to_end.conftest import environment, run
 
 
 def use(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
@@ -98,13 +97,3 @@ def test_a_cluster_that_is_joined_has_its_own(monkeypatch: pytest.MonkeyPatch, t
     context = Context(load("tiny", [f"storage.root={tmp_path / 'runs'}"]), address="127.0.0.1:1")
     with pytest.raises(RequestError, match="--address"):
         context.check_request()
-
-
-def test_the_command_ends_with_one_sentence(tmp_path: Path) -> None:
-    folder = tmp_path / ("x" * 80)
-    folder.mkdir()
-    done = run("lora", "tiny", f"storage.root={tmp_path / 'runs'}", env={**environment(), "TMPDIR": str(folder)})
-    (line,) = done.stderr.strip().splitlines()
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"TMPDIR: {folder} is" in line
-    assert not (tmp_path / "runs").exists()

@@ -14,8 +14,7 @@ from jobs.commands import compare as command
 from jobs.commands.compare import Sources, compare
 from jobs.commands.finished_sweeps import TABLES
 from jobs.errors import RequestError
-from jobs.files import finish
-from jobs.seals import seal
+from jobs.files import finish, seal
 from tests.evaluators.compared import SETTINGS, made
 
 

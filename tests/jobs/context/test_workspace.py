@@ -10,7 +10,7 @@ import pytest
 from jobs.context import keys
 from jobs.context.workspace import Workspace, storage_root
 from jobs.errors import RequestError
-from jobs.files import finish, is_finished, key_of, keyed_folder, read_json, write_json
+from jobs.files import finish, is_finished, key_of, keyed_folder
 from search_spaces.load import load
 from search_spaces.schema import Sweep
 from sites import Address, Ground, Site, mlp_sites
@@ -33,14 +33,6 @@ def test_a_manifest_counts_for_its_key(tmp_path: Path) -> None:
     finish(tmp_path, "one", {"seconds": 1.0})
     assert is_finished(tmp_path, "one")
     assert not is_finished(tmp_path, "two")
-
-
-def test_a_replaced_file_leaves_nothing_beside(tmp_path: Path) -> None:
-    write_json(tmp_path / "value.json", {"a": 1})
-    write_json(tmp_path / "value.json", {"a": 2})
-    assert read_json(tmp_path / "value.json") == {"a": 2}
-    assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
-    assert read_json(tmp_path / "absent.json") is None
 
 
 def test_the_second_driver_is_refused(tmp_path: Path) -> None:

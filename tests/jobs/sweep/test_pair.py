@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from jobs.context import fingerprints, keys
 from jobs.context.context import Context
@@ -45,17 +46,10 @@ def sweep(llama_folder: Path, tmp_path: Path) -> Make:
 
 
 @pytest.fixture
-def changed(llama_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+def changed(llama_folder: Path, altered: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """A copy of the Llama in which some parameters are others."""
-
-    def make(*parts: str, dtype: torch.dtype = torch.float32) -> Path:
-        folder = Path(shutil.copytree(llama_folder, tmp_path / f"changed{len(list(tmp_path.iterdir()))}"))
-        weights = load_file(folder / "model.safetensors")
-        held = {name: one * 1.5 if any(part in name for part in parts) else one for name, one in weights.items()}
-        save_file({name: one.to(dtype) for name, one in held.items()}, folder / "model.safetensors", {"format": "pt"})
-        return folder
-
-    return make
+    numbers = count()
+    return lambda *parts, **more: altered(llama_folder, tmp_path / f"changed{next(numbers)}", *parts, **more)
 
 
 def adapter_on(load: Any, base: Path, folder: Path, **settings: Any) -> Path:

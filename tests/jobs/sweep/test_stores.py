@@ -10,7 +10,7 @@ import optuna
 import pytest
 
 from jobs.search.studies import journal_problem, open_storage
-from jobs.tracking.database import database_problem
+from jobs.sweep.stores import database_problem
 
 
 @pytest.fixture
