@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from evaluators.report.figures import finish, look, panels
 
@@ -33,6 +34,7 @@ def weights_by_layer(changed: Sequence[Mapping[str, Any]]) -> Figure:
     axes.grid(False)
     axes.set_yticks(range(len(modules)), modules, fontsize=8)
     axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes, label="|W' - W| / |W|")
     return finish(figure, axes, f"{len(inside)} tensors of the blocks that changed")
 
@@ -51,6 +53,7 @@ def lens_by_layer(lens: Sequence[Mapping[str, Any]], spans: Mapping[str, str]) -
             values = [reading[column] for reading in rows]
             axes.plot(layers, values, color=colour, marker=marker, markersize=3.5, label=label)
         axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(title=title, xlabel="layer")
     grid[0].set_ylabel("norm of the mean difference\nover that of the mean stream")
     return finish(figure, grid[0], "neutral text; residual stream after each block")
