@@ -36,6 +36,13 @@ CONTEXT_TOKENS = 12
 FULL_SHADE = 2.0
 """KL in nats that is drawn in the darkest shade."""
 SPANS = {"first": "the first five tokens", "all": "all tokens"}
+PARTS = {
+    "patterns": "attention's patterns",
+    "values": "attention's values",
+    "output": "attention's output",
+    "mlp": "MLPs",
+    "rest": "what is outside the sites",
+}
 STANDS_OUT = 2.0
 """How many times the control's norm makes a mean difference worth reading."""
 LAYERS_SHOWN = 6
@@ -325,9 +332,8 @@ def _parts_in_words(found: Found, seed: int) -> list[str]:
         said = []
         for way, verb in (("unfinetuned", "without {} {} of the effect is lost"), ("finetuned", "{} alone bring {}")):
             best = rows[rows["way"] == way].sort_values("share").iloc[-1]
-            said.append(
-                verb.format(best["part"], f"{best['share']:.2f} [{best['share_low']:.2f}, {best['share_high']:.2f}]")
-            )
+            share = f"{best['share']:.2f} [{best['share_low']:.2f}, {best['share_high']:.2f}]"
+            said.append(verb.format(PARTS[best["part"]], share))
         sentences.append(f"{subset} ({int(rows['n_examples'].iloc[0])} rows): {', '.join(said)}")
     silent = [subset for subset in dict.fromkeys(table["subset"]) if subset not in set(whole["subset"])]
     return sentences + [f"{subset}: no effect on CE that its rows can tell from zero" for subset in silent]
