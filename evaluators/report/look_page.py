@@ -96,7 +96,7 @@ def in_ten_lines(found: Found, *, seed: int) -> list[str]:
     if example is not None:
         was, now = (repr(_short(example[model]["text"])) for model in ("unfinetuned", "finetuned"))
         lines.append(f"asked {_short(example['input'])!r}: {was} before, {now} after")
-    for at in _positions(found)[:1]:
+    for at in [at for at in _positions(found, most=None) if at["where"] == "answer"][:1]:
         said = f"{at['finetuned']!r} instead of {at['unfinetuned']!r} (KL {at['kl']:.2f} nats)"
         lines.append(f"diverges most after {_short(at['context'], 40, end=True)!r}: {said}")
     lines += [f"where it lives, {sentence}" for sentence in _parts_in_words(found, seed)[:2]]
@@ -260,7 +260,7 @@ def _divergence(found: Found) -> Section:
     rows = [
         [
             f"{at['kl']:.2f}",
-            at["label"],
+            f"{at['label']}, {at['where']}",
             f"...{at['context']}",
             repr(at["said"]),
             ", ".join(map(repr, at["all_finetuned"])),
@@ -268,8 +268,11 @@ def _divergence(found: Found) -> Section:
         ]
         for at in _positions(found)
     ]
-    header = ["KL, nats", "subset", "after", "in the text", "the finetuned model says", "the un-finetuned model says"]
-    help = "The positions with the largest KL, at most two of a text; each model's three most likely tokens."
+    header = ["KL, nats", "where", "after", "in the text", "the finetuned model says", "the un-finetuned model says"]
+    help = (
+        "The positions with the largest KL, at most two of a prompt and two of an answer; each model's three most likely "
+        "tokens."
+    )
     return Section(
         "divergence",
         "Where they diverge",
@@ -287,16 +290,18 @@ def _shaded(row: Found) -> list[Span]:
     return spans
 
 
-def _positions(found: Found) -> list[dict[str, Any]]:
-    """The positions with the largest KL, at most two of a text."""
+def _positions(found: Found, most: int | None = POSITIONS_SHOWN) -> list[dict[str, Any]]:
+    """The positions with the largest KL, at most two of a text's prompt and two of its answer."""
     listed = []
     for row in found["divergence"]:
-        largest = sorted(range(len(row["kl"])), key=lambda at: -row["kl"][at])[:2]
-        for at in largest:
+        ranked = sorted(range(len(row["kl"])), key=lambda at: -row["kl"][at])
+        prompt, answer = ([at for at in ranked if (at >= row["n_prompt"] - 1) == half] for half in (False, True))
+        for at in prompt[:2] + answer[:2]:
             listed.append(
                 {
                     "kl": row["kl"][at],
                     "label": row["label"],
+                    "where": "answer" if at >= row["n_prompt"] - 1 else "prompt",
                     "context": "".join(row["tokens"][max(1, at + 1 - CONTEXT_TOKENS) : at + 1]),
                     "said": row["tokens"][at + 1],
                     "finetuned": row["finetuned"][at][0],
@@ -305,7 +310,7 @@ def _positions(found: Found) -> list[dict[str, Any]]:
                     "all_unfinetuned": row["unfinetuned"][at],
                 }
             )
-    return sorted(listed, key=lambda at: -at["kl"])[:POSITIONS_SHOWN]
+    return sorted(listed, key=lambda at: -at["kl"])[:most]
 
 
 def _parts(found: Found, seed: int) -> Section:
