@@ -270,8 +270,8 @@ def _divergence(found: Found) -> Section:
     ]
     header = ["KL, nats", "where", "after", "in the text", "the finetuned model says", "the un-finetuned model says"]
     help = (
-        "The positions with the largest KL, at most two of a prompt and two of an answer; each model's three most likely "
-        "tokens."
+        "The positions with the largest KL, at most two of a prompt and two of an answer; each model's three most "
+        "likely tokens."
     )
     return Section(
         "divergence",
