@@ -44,7 +44,7 @@ PARTS = {
     "rest": "what is outside the sites",
 }
 STANDS_OUT = 2.0
-"""How many times the control's norm makes a mean difference worth reading."""
+"""How many times the control's norm a mean difference must have to stand out."""
 LAYERS_SHOWN = 6
 
 
@@ -390,15 +390,11 @@ def _listed(tokens: Sequence[str]) -> str:
 
 def _lens_in_words(found: Found) -> str:
     best = max(found["lens"], key=_ratio)
-    if _ratio(best) < STANDS_OUT:
-        return (
-            f"no trace: the mean difference is at most {_ratio(best):.1f} times the control's norm, in layer "
-            f"{best['layer']}"
-        )
     tokens = ", ".join(repr(token) for token in best["promoted"][:5])
+    caution = "" if _ratio(best) >= STANDS_OUT else ", which does not stand out,"
     return (
         f"in layer {best['layer']}, over {SPANS[best['span']]}, the mean difference has {_ratio(best):.1f} times the "
-        f"control's norm and promotes {tokens}"
+        f"control's norm{caution} and promotes {tokens}"
     )
 
 
