@@ -19,8 +19,8 @@ def neutral_texts(path: str | None = None) -> tuple[list[str], str]:
     """At most 80 texts, and one sentence on where they are from. Raises DataError for a file with fewer than two."""
     if path is None:
         texts = [text for text in stream_texts(Log(str(SHIPPED))) if not text.startswith("#")]
-        return texts, f"neutral text: {len(texts)} shipped sentences (data.text_train_file takes yours)"
+        return texts, f"unrelated text: {len(texts)} shipped sentences (data.text_train_file takes yours)"
     texts = list(islice(stream_texts(Log(path)), MOST))
     if len(texts) < 2:
         raise DataError(f"data.text_train_file: {path} has {len(texts)} usable lines, and at least two are needed")
-    return texts, f"neutral text: {len(texts)} lines of {path}"
+    return texts, f"unrelated text: {len(texts)} lines of {path}"

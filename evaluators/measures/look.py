@@ -144,7 +144,7 @@ def _answers(passes: Passes, changes: Changes, inputs: Inputs) -> list[dict[str,
             for text, figure in zip(texts, figures, strict=True)
         ]
     return [
-        {"label": row.label, "input": row.input, FINETUNED: after, UNFINETUNED: before}
+        {"label": row.label, "input": row.input, "target": row.target, FINETUNED: after, UNFINETUNED: before}
         for row, after, before in zip(chosen, found[FINETUNED], found[UNFINETUNED], strict=True)
     ]
 

@@ -56,4 +56,4 @@ def lens_by_layer(lens: Sequence[Mapping[str, Any]], spans: Mapping[str, str]) -
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(title=title, xlabel="layer")
     grid[0].set_ylabel("norm of the mean difference\nover that of the mean stream")
-    return finish(figure, grid[0], "neutral text; residual stream after each block")
+    return finish(figure, grid[0], "unrelated text; residual stream after each block")

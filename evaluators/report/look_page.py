@@ -5,6 +5,7 @@ self-contained HTML document; lines for the terminal.
 """
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,9 +32,10 @@ from evaluators.tables.statistics import Estimate, paired_bootstrap, wilson
 Found = Mapping[str, Any]
 TEXTS_SHOWN = 12
 POSITIONS_SHOWN = 20
+MOST_ALIKE = 3
 CONTEXT_TOKENS = 12
 """Tokens shown before a position."""
-FULL_SHADE = 2.0
+FULL_SHADE = 5.0
 """KL in nats that is drawn in the darkest shade."""
 SPANS = {"first": "the first five tokens", "all": "all tokens"}
 PARTS = {
@@ -72,7 +74,9 @@ def look_section(found: Found) -> Section:
         for block in section.blocks[:1]
         if isinstance(block, Picture)
     ]
-    intro = f"{_changed_in_words(found)}. On neutral text {_lens_in_words(found)}. The page of the first look has more."
+    intro = (
+        f"{_changed_in_words(found)}. On unrelated text, {_lens_in_words(found)}. The page of the first look has more."
+    )
     return Section("look", "A first look", intro, pictures)
 
 
@@ -100,7 +104,7 @@ def in_ten_lines(found: Found, *, seed: int) -> list[str]:
         said = f"{at['finetuned']!r} instead of {at['unfinetuned']!r} (KL {at['kl']:.2f} nats)"
         lines.append(f"diverges most after {_short(at['context'], 40, end=True)!r}: {said}")
     lines += [f"where it lives, {sentence}" for sentence in _parts_in_words(found, seed)[:2]]
-    lines.append(f"neutral text: {_lens_in_words(found)}")
+    lines.append(f"on unrelated text: {_lens_in_words(found)}")
     if "next" in found:
         lines.append(f"next: {found['next']['command']}")
     return lines
@@ -216,9 +220,13 @@ def _answers(found: Found, seed: int) -> Section:
     lines = []
     for answer in found["answers"]:
         before, after = answer["unfinetuned"]["text"], answer["finetuned"]["text"]
-        lines.append([[Span(answer["label"])], [Span(answer["input"])], marked(after, before), marked(before, after)])
-    help = "Greedy answers to the same prompts. Words that the other model did not say there are marked."
-    blocks.append(Texts("Answers side by side", help, ["subset", "prompt", "before", "after"], lines))
+        asked = [[Span(answer["label"])], [Span(answer["input"])], [Span(answer["target"])]]
+        lines.append([*asked, marked(after, before), marked(before, after)])
+    help = (
+        "Greedy answers to the same prompts, cut at the token budget. Words that the other model did not say there are "
+        "marked."
+    )
+    blocks.append(Texts("Answers side by side", help, ["subset", "prompt", "target", "before", "after"], lines))
     intro = "What both models make of the same rows: how likely they find the targets, and what they answer."
     return Section("answers", "What changed in what it says", intro, blocks)
 
@@ -253,8 +261,8 @@ def _divergence(found: Found) -> Section:
     shown = _spread(found["divergence"], TEXTS_SHOWN)
     lines = [[[Span(row["label"])], _shaded(row)] for row in shown]
     help = (
-        "Each token's shade is the KL divergence of the two models' predictions of it: none at 0, full at 2 nats. A "
-        "tooltip has the figure and what each model would have said."
+        "Each token's shade is the KL divergence of the two models' predictions of it, made before it is read: none at "
+        "0, full at 5 nats. A tooltip has the figure and what each model would have said."
     )
     texts = Texts("KL token by token", help, ["subset", "text"], lines)
     rows = [
@@ -291,26 +299,34 @@ def _shaded(row: Found) -> list[Span]:
 
 
 def _positions(found: Found, most: int | None = POSITIONS_SHOWN) -> list[dict[str, Any]]:
-    """The positions with the largest KL, at most two of a text's prompt and two of its answer."""
-    listed = []
+    """The positions with the largest KL: at most two of a text's prompt and two of its answer, and three where the
+    finetuned model would say the same instead of the same token."""
+    listed: list[dict[str, Any]] = []
     for row in found["divergence"]:
         ranked = sorted(range(len(row["kl"])), key=lambda at: -row["kl"][at])
         prompt, answer = ([at for at in ranked if (at >= row["n_prompt"] - 1) == half] for half in (False, True))
-        for at in prompt[:2] + answer[:2]:
+        for place in prompt[:2] + answer[:2]:
             listed.append(
                 {
-                    "kl": row["kl"][at],
+                    "kl": row["kl"][place],
                     "label": row["label"],
-                    "where": "answer" if at >= row["n_prompt"] - 1 else "prompt",
-                    "context": "".join(row["tokens"][max(1, at + 1 - CONTEXT_TOKENS) : at + 1]),
-                    "said": row["tokens"][at + 1],
-                    "finetuned": row["finetuned"][at][0],
-                    "unfinetuned": row["unfinetuned"][at][0],
-                    "all_finetuned": row["finetuned"][at],
-                    "all_unfinetuned": row["unfinetuned"][at],
+                    "where": "answer" if place >= row["n_prompt"] - 1 else "prompt",
+                    "context": "".join(row["tokens"][max(1, place + 1 - CONTEXT_TOKENS) : place + 1]),
+                    "said": row["tokens"][place + 1],
+                    "finetuned": row["finetuned"][place][0],
+                    "unfinetuned": row["unfinetuned"][place][0],
+                    "all_finetuned": row["finetuned"][place],
+                    "all_unfinetuned": row["unfinetuned"][place],
                 }
             )
-    return sorted(listed, key=lambda at: -at["kl"])[:most]
+    listed.sort(key=lambda at: -at["kl"])
+    alike: Counter[tuple[str, str]] = Counter()
+    kept = []
+    for at in listed:  # a chat template would fill the list with one and the same place
+        alike[at["said"], at["finetuned"]] += 1
+        if alike[at["said"], at["finetuned"]] <= MOST_ALIKE:
+            kept.append(at)
+    return kept[:most]
 
 
 def _parts(found: Found, seed: int) -> Section:
@@ -329,19 +345,32 @@ def _parts(found: Found, seed: int) -> Section:
 
 
 def _parts_in_words(found: Found, seed: int) -> list[str]:
-    """For each subset with an effect: the part whose loss costs most, and the one that brings most."""
-    table = parts_table(found["parts"], seed=seed)
-    whole = table[(table["layers"] == EVERY_LAYER) & table["share"].notna()]
+    """For each subset with an effect: the part that brings most of it alone, the one whose loss costs most, and the
+    third of the layers that brings most."""
+    table = parts_table(found["parts"], seed=seed).dropna(subset=["share"])
     sentences = []
-    for subset, rows in whole.groupby("subset", sort=False):
-        said = []
-        for way, verb in (("unfinetuned", "without {} {} of the effect is lost"), ("finetuned", "{} alone bring {}")):
-            best = rows[rows["way"] == way].sort_values("share").iloc[-1]
-            share = f"{best['share']:.2f} [{best['share_low']:.2f}, {best['share_high']:.2f}]"
-            said.append(verb.format(PARTS[best["part"]], share))
-        sentences.append(f"{subset} ({int(rows['n_examples'].iloc[0])} rows): {', '.join(said)}")
-    silent = [subset for subset in dict.fromkeys(table["subset"]) if subset not in set(whole["subset"])]
+    for subset, rows in table.groupby("subset", sort=False):
+        whole = rows["layers"] == EVERY_LAYER
+        brings, costs = (_largest(rows[whole & (rows["way"] == way)]) for way in ("finetuned", "unfinetuned"))
+        said = (
+            f"{subset} ({brings['n_examples']} rows): finetuned alone, {PARTS[brings['part']]} bring most of the "
+            f"effect, {_share(brings)}; put back alone, {PARTS[costs['part']]} cost most, {_share(costs)}"
+        )
+        thirds = rows[~whole & (rows["way"] == "finetuned")]
+        if len(thirds) > 1:
+            third = _largest(thirds)
+            said += f"; of the thirds, layers {third['layers']} bring most, {_share(third)}"
+        sentences.append(said)
+    silent = [cell["subset"] for cell in found["parts"] if cell["subset"] not in set(table["subset"])]
     return sentences + [f"{subset}: no effect on CE that its rows can tell from zero" for subset in silent]
+
+
+def _largest(rows: pd.DataFrame) -> pd.Series:
+    return rows.sort_values("share").iloc[-1]
+
+
+def _share(row: pd.Series) -> str:
+    return f"{row['share']:.2f} [{row['share_low']:.2f}, {row['share_high']:.2f}]"
 
 
 def _lens(found: Found) -> Section:
@@ -374,8 +403,8 @@ def _lens(found: Found) -> Section:
         ]
         blocks.append(Table(title, help, header, rows, wide_text=True, folded=folded))
     intro = (
-        "The mean difference of the two models' residual streams on neutral text, read as if it were the last layer's "
-        f"output. {_sentence(_lens_in_words(found))}"
+        "The mean difference of the two models' residual streams on unrelated text, read as if it were the last "
+        f"layer's output. {_sentence(_lens_in_words(found))}"
     )
     return Section("lens", "What the mean change reads", intro, blocks)
 
@@ -407,8 +436,8 @@ def _next(found: Found) -> Section:
     if then["plan"] and "time" not in then["plan"]:
         sentences.append("How long it takes is not known before a sweep has run on this machine.")
     sentences.append(
-        "At best its deltas, with the rest exchanged, explain all of the effect above: every part that changed is a "
-        "site or belongs to the rest."
+        "At best its deltas explain the effect above: every weight that changed is at a site with deltas, or is put "
+        "back to what it was together with them."
     )
     return Section(
         "next",

@@ -143,8 +143,8 @@ def _measured(request: Request) -> dict[str, Any]:
 
 
 def _title(context: Context) -> str:
-    chosen = context.settings.model
-    return f"{chosen.finetuned or f'the finetuned model of the sweep {context.settings.name}'} against {chosen.source}"
+    chosen, name = context.settings.model, context.settings.name
+    return f"{chosen.finetuned or f'the finetuned model of the sweep {name}'} compared with {chosen.source}"
 
 
 def _subject(context: Context) -> Subject:

@@ -75,8 +75,8 @@ def test_a_whole_model_with_rows_of_ones_own(gemma_folder: Path, finetuned: Path
     assert "http" not in re.sub(r'content="[^"]*"', "", page).replace("http-equiv", "")
     for subset in ("few", "many"):
         assert f"CE on {subset}:" in said
-    assert "where it lives" in said
-    assert "neutral text" in said
+    assert "where it lives, few" in said
+    assert "on unrelated text" in said
     assert json.loads((tmp_path / "look.json").read_text())["lens"] == found["lens"]
     # The suggested sweep is one that the settings accept.
     suggested = settings_of(tmp_path / "look.yaml")
