@@ -9,7 +9,7 @@ it promotes, beside a control: the mean difference between two halves of the tex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,5 +107,6 @@ def _streams(passes: Passes, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Te
 
 def _promoted(passes: Passes, differences: Tensor) -> Tensor:
     """The most promoted tokens of differences (span, layer, d_model): (span, layer, PROMOTED)."""
-    logits = project(passes.bridge, differences.flatten(0, 1))
+    model: Any = passes.bridge.original_model
+    logits = project(passes.bridge, differences.flatten(0, 1).to(model.dtype))
     return torch.cat([chunk.topk(PROMOTED).indices for chunk in logits]).view(*differences.shape[:2], -1).cpu()

@@ -6,6 +6,7 @@ import torch
 from data.encoding import encode_text
 from evaluators.measures.mean_difference_lens import FIRST, PROMOTED, mean_difference_lens
 from evaluators.measures.parts import Changes
+from evaluators.splice.passes import Passes
 from models.comparison import compare
 from models.weights import open_weights
 
@@ -63,6 +64,18 @@ def test_norms_and_tokens_are_those_of_the_two_plain_models(subject, load, alter
             assert reading.control_norm == pytest.approx((control.norm(dim=-1) / size)[layer].item(), rel=1e-3)
             assert reading.promoted == tuple(promoted[layer].tolist())
             assert reading.control_promoted == tuple(unread[layer].tolist())
+
+
+def test_a_model_in_bf16_reads_nearly_the_same(subject, wrapped, altered, tmp_path):
+    before = altered(subject.folder, tmp_path, "")
+    names = compare(open_weights(before), open_weights(subject.folder)).changed
+    texts = [encode_text(subject.tokenizer, text) for text in TEXTS]
+    exact, coarse = (
+        mean_difference_lens(Passes(bridge), Changes.between(bridge, before, names), texts)
+        for bridge in (subject.bridge, wrapped(subject.folder, torch.bfloat16))
+    )
+    for one, other in zip(exact, coarse, strict=True):
+        assert other.norm == pytest.approx(one.norm, rel=0.05)
 
 
 def test_halves_need_two_texts(subject, altered, tmp_path):
