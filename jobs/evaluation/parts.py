@@ -101,8 +101,6 @@ class Look(Work):
     columns: ClassVar[tuple[str, ...]] = ("kind",)
     changed: tuple[Site, ...] = ()
     rest: tuple[str, ...] = ()
-    texts: str | None = None
-    """A user's file of neutral text."""
 
     @classmethod
     def metrics(cls, cell: dict[str, Any]) -> dict[str, float]:
@@ -115,10 +113,9 @@ class Look(Work):
         if not parts:
             return []
         context = inputs.context
-        texts = context.settings.data.text_train_file
-        key = key_of("look", inputs.finetuned_key, inputs.judged_with, inputs.subsets, texts)
+        key = key_of("look", inputs.finetuned_key, inputs.judged_with, inputs.subsets)
         changed, rest = tuple(context.changed_sites), context.rest
-        return [cls(cls.kind, key, **inputs.common(), changed=changed, rest=rest, texts=texts)]
+        return [cls(cls.kind, key, **inputs.common(), changed=changed, rest=rest)]
 
     def cost(self, n_layers: int) -> int:
         return 3 * n_layers * len(self.shared.subsets)
@@ -143,7 +140,7 @@ class Look(Work):
         changes = Changes.of(model, parts, read_rest(base.folder, self.rest) if self.rest else None)
         inputs = Inputs(
             spread(rows, LOOK_ROWS),
-            neutral_texts(self.texts)[0],
+            neutral_texts()[0],
             self.shared.limits,
             read_behaviours(self.shared.behaviours),
             ("divergence", "answers", "lens"),
