@@ -99,8 +99,6 @@ class Look(Work):
 
     kind: ClassVar[str] = "look"
     columns: ClassVar[tuple[str, ...]] = ("kind",)
-    changed: tuple[Site, ...] = ()
-    rest: tuple[str, ...] = ()
 
     @classmethod
     def metrics(cls, cell: dict[str, Any]) -> dict[str, float]:
@@ -109,13 +107,8 @@ class Look(Work):
 
     @classmethod
     def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
-        parts = Parts.plan(inputs)
-        if not parts:
-            return []
-        context = inputs.context
         key = key_of("look", inputs.finetuned_key, inputs.judged_with, inputs.subsets)
-        changed, rest = tuple(context.changed_sites), context.rest
-        return [cls(cls.kind, key, **inputs.common(), changed=changed, rest=rest)]
+        return [cls(cls.kind, key, **inputs.common())] if Parts.plan(inputs) else []
 
     def cost(self, n_layers: int) -> int:
         return 3 * n_layers * len(self.shared.subsets)
@@ -129,15 +122,13 @@ class Look(Work):
         from evaluators.measures.behaviours import read_behaviours
         from evaluators.measures.look import Inputs, compare_weights, distinct_names, look_at, spread
         from evaluators.measures.parts import Changes
-        from models.rest import read_rest
         from models.weights import open_weights
 
         started = time.perf_counter()
         base, finetuned = open_weights(Path(self.shared.base_model)), open_weights(Path(self.model.folder))
         with base.reader() as before, finetuned.reader() as after:
             weights = compare_weights(distinct_names(base, finetuned), before, after, model.tokenizer)
-        parts = paths(self.model, self.shared.base_model, self.changed).values()
-        changes = Changes.of(model, parts, read_rest(base.folder, self.rest) if self.rest else None)
+        changes = Changes.between(model, base.folder, [change["name"] for change in weights["changed"]])
         inputs = Inputs(
             spread(rows, LOOK_ROWS),
             neutral_texts()[0],
