@@ -23,7 +23,9 @@ from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, read_json
 from jobs.progress import Progress, clock
+from jobs.sweep.finetuned import ROUNDING, check_tokenizer
 from jobs.sweep.pair import rounded_copy
+from jobs.sweep.stages.data import reading_of
 from models.adapters import is_adapter
 from models.errors import ModelError
 from search_spaces.load import load
@@ -31,8 +33,6 @@ from search_spaces.load import load
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MERGE_ROUNDING = 1e-3
-"""Largest allowed change of a logit by merging an adapter, relative to the largest logit."""
 SUGGESTED: dict[str, dict[str, Any]] = {
     "activations": {"train_tokens": 20000, "validation_tokens": 4000},
     "deltas": {
@@ -133,7 +133,7 @@ def _measured(request: Request) -> dict[str, Any]:
             return {"changed": []}
         step("weights")
         rows, about_rows = _rows(request, subject)
-        texts, about_texts = neutral_texts(context.settings.data.text_train_file)
+        texts, about_texts = neutral_texts(context.settings.data.text_train_file, reading_of(context).problem)
         behaviours = read_behaviours(context.settings.evaluate.behaviours if request.config else {})
         bridge = wrap(subject.model, subject.tokenizer)
         passes = Passes(bridge, context.settings.evaluate.batch_size)
@@ -172,6 +172,7 @@ def _subject(context: Context) -> Subject:
         )
     else:
         found = check_pair(context.source, context.adopted, source)
+        check_tokenizer(context, context.adopted)
         base = Path(rounded_copy(context, found)) if found.rounded else context.source
         folder, notes = context.adopted, list(found.notes)
     if is_adapter(folder):
@@ -203,7 +204,7 @@ def _merged(base: Path, adapter: Path, source: str, device: str) -> tuple[PreTra
     folded = attached.fold_in().eval()
     with torch.inference_mode():
         apart = ((folded(input_ids=ids).logits - before).abs().max() / before.abs().max()).item()
-    if not apart <= MERGE_ROUNDING:
+    if not apart <= ROUNDING:
         raise ModelError(
             f"model.finetuned: merging the adapter in {adapter} changes what it computes (logits differ by {apart:.2g} "
             "of the largest)"
@@ -215,7 +216,6 @@ def _rows(request: Request, subject: Subject) -> tuple[list[Row], str]:
     """Rows to compare the models on, and what they are; none if there are only texts."""
     from data.user_files import sample_user_rows
     from evaluators.measures.look import spread
-    from jobs.sweep.stages.data import reading_of
 
     context, most = request.context, request.rows
     settings = context.settings

@@ -81,9 +81,7 @@ def adopt(context: Context) -> dict[str, Any]:
 def check_models(context: Context) -> None:
     """Prints what is unusual about a pair of models. Raises ModelError or RequestError if they are not a pair, or their
     architecture has no place for a transcoder."""
-    from models.adopted import check_ends, check_tokenizers
     from models.architectures import check_architecture, check_mlps
-    from models.sources import load_tokenizer
 
     check_architecture(context.source, context.settings.model.source)
     deltas = context.settings.deltas
@@ -103,6 +101,15 @@ def check_models(context: Context) -> None:
             "sweep a name of its own (name=...)"
         )
     pair.examine(context)
+    check_tokenizer(context, adopted)
+
+
+def check_tokenizer(context: Context, adopted: Path) -> None:
+    """Raises ModelError or RequestError if a finetuned model made elsewhere reads other tokens than the un-finetuned
+    one, or is a whole model without a tokenizer."""
+    from models.adopted import check_ends, check_tokenizers
+    from models.sources import load_tokenizer
+
     if (adopted / "tokenizer_config.json").is_file():
         base, finetuned = load_tokenizer(context.source), load_tokenizer(adopted, "model.finetuned")
         check_tokenizers(base, finetuned, SAMPLES, adopted)

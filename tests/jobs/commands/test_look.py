@@ -155,6 +155,12 @@ def test_what_is_refused(gemma_folder: Path, llama_folder: Path, finetuned: Path
             tmp_path, f"model.source={gemma_folder}", f"model.finetuned={finetuned}",
             f"data.text_train_file={tmp_path / 'one.txt'}",
         )  # fmt: skip
+    tokenizer = finetuned / "tokenizer_config.json"
+    kept = tokenizer.read_text()
+    tokenizer.unlink()
+    with pytest.raises(RequestError, match="has no tokenizer"):
+        looked(tmp_path, f"model.source={gemma_folder}", f"model.finetuned={finetuned}")
+    tokenizer.write_text(kept)
     done = jobs("look")
     assert done.returncode == 2
     assert "model.source" in done.stderr
@@ -176,6 +182,15 @@ def test_a_sweep_has_looked_already(finished, tmp_path: Path):
     assert found["facts"]["seconds"] < 5, "no model was loaded"
     assert found["lens"] == json.loads((root / "sweeps" / "tiny" / "cells" / "look.json").read_text())["lens"]
     assert found["next"]["command"] == "deltascope sweep tiny"
+
+
+def test_lines_longer_than_the_context_are_left_out_and_counted(gemma_folder: Path, finetuned: Path, tmp_path: Path):
+    text = tmp_path / "text.txt"
+    text.write_text("A short line.\n" + "A very long line. " * 2000 + "\nAnother short line.\n")
+    given = (f"model.source={gemma_folder}", f"model.finetuned={finetuned}", f"data.text_train_file={text}")
+    found, page, _ = looked(tmp_path, *given)
+    assert len(found["divergence"]) == 2
+    assert "without 1 that cannot be used (longer than the context" in page
 
 
 def test_words_that_differ_are_marked():
