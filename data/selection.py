@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -66,3 +67,16 @@ class Sample(Generic[Item]):
 
 def _first(pair: tuple[int, object]) -> int:
     return pair[0]
+
+
+def first_of_each(items: Sequence[Item], label: Callable[[Item], str], most: int) -> list[Item]:
+    """At most `most` items, or one of each label if there are more labels: the first of each, in equal shares.
+
+    >>> first_of_each(["a1", "a2", "b1", "a3"], lambda item: item[0], 2)
+    ['a1', 'b1']
+    """
+    by_label: dict[str, list[Item]] = {}
+    for item in items:
+        by_label.setdefault(label(item), []).append(item)
+    each = max(1, most // max(1, len(by_label)))
+    return [item for held in by_label.values() for item in held[:each]]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.encoding import encode_row, encode_text
 from data.rows import Row, make_row
+from data.selection import first_of_each
 from evaluators.measures.behaviours import Behaviour
 from evaluators.measures.edited_behaviour import Ask, evaluate_behaviour
 from evaluators.measures.mean_difference_lens import mean_difference_lens
@@ -96,12 +97,8 @@ def as_rows(texts: Iterable[str]) -> list[Row]:
 
 
 def spread(rows: Sequence[Row], most: int) -> list[Row]:
-    """At most `most` rows, or one of each label if there are more labels: the first of each, in equal shares."""
-    by_label = {
-        label: [row for row in rows if row.label == label] for label in dict.fromkeys(row.label for row in rows)
-    }
-    each = max(1, most // len(by_label))
-    return [row for held in by_label.values() for row in held[:each]]
+    """The first rows of each label, in equal shares."""
+    return first_of_each(rows, lambda row: row.label, most)
 
 
 def _divergence(passes: Passes, changes: Changes, inputs: Inputs) -> list[dict[str, Any]]:

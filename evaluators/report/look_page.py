@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from data.selection import first_of_each
 from evaluators.report import look_figures
 from evaluators.report.findings import Findings, number
 from evaluators.report.page import (
@@ -258,7 +259,7 @@ def marked(other: str, text: str) -> list[Span]:
 
 
 def _divergence(found: Found) -> Section:
-    shown = _spread(found["divergence"], TEXTS_SHOWN)
+    shown = first_of_each(found["divergence"], lambda row: row["label"], TEXTS_SHOWN)
     lines = [[[Span(row["label"])], _shaded(row)] for row in shown]
     help = (
         "Each token's shade is the KL divergence of the two models' predictions of it, made before it is read: none at "
@@ -445,13 +446,6 @@ def _next(found: Found) -> Section:
         "Sparse deltas say what these parts have learnt, feature by feature.",
         [Sentences([Findings("The sweep", sentences)])],
     )
-
-
-def _spread(rows: Sequence[Found], most: int) -> list[Found]:
-    """The first rows of each label, in equal shares."""
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    each = max(1, most // len(labels))
-    return [row for label in labels for row in [row for row in rows if row["label"] == label][:each]]
 
 
 def _short(text: str, most: int = 60, end: bool = False) -> str:
