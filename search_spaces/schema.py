@@ -256,6 +256,10 @@ class Evaluate(Section):
     rest) and each third of the layers is un-finetuned alone, and finetuned alone."""
     curve: bool = True
     """With change deltas: also measure only the k most effective features of all layers, for k from 1 to all."""
+    groups: Annotated[int, Field(ge=0)] = 12
+    """With change deltas: put features that fire on the same tokens into groups, and measure all deltas without a
+    group, the group alone, and the first few groups together, each against as many random features. This many groups
+    are measured one by one, those with the largest estimated effects first. With 0, there are no groups."""
     widths: bool = True
     """With change deltas of several `deltas.d_new`: also splice in every other width, in all layers at once at alpha 1,
     with the controls `dense_delta` and `pca_delta`, whose rank is d_new."""

@@ -44,7 +44,7 @@ STEP = 0.01
 Key = TypeVar("Key", bound=Hashable)
 
 
-class _Text(NamedTuple):
+class Text(NamedTuple):
     """A row's tokens, with the activations of some sites' deltas, (tokens, d_new), including BOS, and, for deltas that
     read the heads' outputs, the sums of squares (d_in,) of these after BOS."""
 
@@ -61,13 +61,13 @@ def firing_rates(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) 
     fired: dict[Site, dict[str, Tensor]] = {patch.site: {} for patch in patches}
     tokens: dict[str, int] = {}
     texts: dict[str, int] = {}
-    for text in _texts(passes, patches, rows):
+    for text in read_texts(passes, patches, rows):
         subset = text.row.label
         tokens[subset] = tokens.get(subset, 0) + len(text.ids) - 1
         texts[subset] = texts.get(subset, 0) + 1
         for site, acts in text.acts.items():
             fired[site][subset] = fired[site].get(subset, 0) + (acts > 0).sum(0).cpu()
-    at_bos = {patch.site: _at_bos(patch) for patch in patches}
+    at_bos = {patch.site: only_at_bos(patch) for patch in patches}
     return {
         site: {
             subset: (of_site[subset] / torch.where(at_bos[site], texts[subset], tokens[subset])).tolist()
@@ -97,15 +97,18 @@ def read_features(
     """
     sites = {site for site, _ in features}
     chosen = [patch for patch in patches if patch.site in sites]
-    texts = list(_texts(passes, chosen, rows))
+    texts = list(read_texts(passes, chosen, rows))
     by_site = {patch.site: patch for patch in chosen}
     directions = {
         (site, feature): by_site[site].transcoder.W_dec[feature] for site, feature in features if site.kind.in_stream
     }
-    moved = _moved_tokens(passes.bridge, texts, directions)
-    at_bos = {patch.site: _at_bos(patch) for patch in chosen}
+    moved = moved_tokens(passes.bridge, texts, directions)
+    at_bos = {patch.site: only_at_bos(patch) for patch in chosen}
     tokenizer: Any = passes.bridge.tokenizer
-    contexts = {feature: _contexts(tokenizer, texts, *feature) for feature in features}
+    contexts = {
+        feature: strongest_contexts(tokenizer, texts, [text.acts[feature[0]][:, feature[1]] for text in texts])
+        for feature in features
+    }
     looks = {feature: [look for _, look in pairs] for feature, pairs in contexts.items()}
     of_attention = _of_attention(passes, patches, texts, looks)
     return {
@@ -121,7 +124,7 @@ def read_features(
 
 
 def _of_attention(
-    passes: Passes, patches: Sequence[Patch], texts: Sequence[_Text], looks: Mapping[Feature, Sequence[Look]]
+    passes: Passes, patches: Sequence[Patch], texts: Sequence[Text], looks: Mapping[Feature, Sequence[Look]]
 ) -> dict[Feature, dict[str, Any]]:
     """For each feature, the entries of `read_features` that only attention's features have."""
     config, by_site = passes.bridge.cfg, {patch.site: patch for patch in patches}
@@ -135,7 +138,7 @@ def _of_attention(
             passes.bridge, by_site[feature[0]], feature[1], most=VALUE_HEADS
         ).items()
     }
-    moved = _moved_tokens(passes.bridge, texts, directions)
+    moved = moved_tokens(passes.bridge, texts, directions)
     for feature in into_heads:
         entries[feature] = {
             "heads": heads_written(by_site[feature[0]], feature[1], config.d_head),
@@ -150,7 +153,7 @@ def _of_attention(
     return entries
 
 
-def _texts(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) -> Iterator[_Text]:
+def read_texts(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) -> Iterator[Text]:
     encoded = [encode_row(passes.bridge.tokenizer, row).ids for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i]))
     for start in range(0, len(order), passes.batch_size):
@@ -163,27 +166,27 @@ def _texts(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) -> Ite
                 for patch in patches
                 if patch.site.kind.name == ATTENTION_OUT.name
             }
-            yield _Text(rows[i], encoded[i], acts, squares)
+            yield Text(rows[i], encoded[i], acts, squares)
 
 
-def _at_bos(patch: Patch) -> Tensor:
+def only_at_bos(patch: Patch) -> Tensor:
     own = None if patch.path is None else patch.transcoder.at_bos
     return torch.zeros(patch.transcoder.d_sae, dtype=torch.bool) if own is None else own.cpu() > 0
 
 
-def _contexts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[_Text], site: Site, feature: int
+def strongest_contexts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], activations: Sequence[Tensor], most: int = CONTEXTS
 ) -> list[tuple[dict[str, Any], Look]]:
-    """The feature's contexts, strongest first, each with its `Look`."""
+    """Where something fires most, strongest first, each with its `Look`; `activations` holds (tokens,) of each text."""
     firing = []
-    for number, text in enumerate(texts):
-        strength = float(text.acts[site][:, feature].max())
+    for number, (text, of_text) in enumerate(zip(texts, activations, strict=True)):
+        strength = float(of_text.max())
         if strength > 0:
             firing.append((-strength, text.row.label, number))
     shown = []
-    for _, _, number in sorted(firing)[:CONTEXTS]:
+    for _, _, number in sorted(firing)[:most]:
         text = texts[number]
-        acts: list[float] = text.acts[site][:, feature].tolist()
+        acts: list[float] = activations[number].tolist()
         middle = max(range(len(acts)), key=acts.__getitem__)
         first = max(0, middle - WINDOW)
         around = slice(first, middle + WINDOW + 1)
@@ -225,7 +228,7 @@ def strongest(counted: Sequence[tuple[str, int]], acts: Sequence[float]) -> list
     return strengths
 
 
-def _histogram(texts: Sequence[_Text], site: Site, feature: int) -> dict[str, Any]:
+def _histogram(texts: Sequence[Text], site: Site, feature: int) -> dict[str, Any]:
     acts = torch.cat([text.acts[site][:, feature] for text in texts]).float().cpu()
     active = acts[acts > 0]
     if not len(active):
@@ -234,8 +237,8 @@ def _histogram(texts: Sequence[_Text], site: Site, feature: int) -> dict[str, An
     return {"top": top, "counts": [int(count) for count in torch.histc(active, BARS, 0.0, top)]}
 
 
-def _moved_tokens(
-    bridge: TransformerBridge, texts: Sequence[_Text], directions: Mapping[Key, Tensor]
+def moved_tokens(
+    bridge: TransformerBridge, texts: Sequence[Text], directions: Mapping[Key, Tensor]
 ) -> dict[Key, dict[str, list[str]]]:
     """For each direction (d_model,) the tokens whose logits a small step along it raises and lowers most.
 

@@ -15,6 +15,7 @@ from data.files import replacing
 from evaluators.report import sections
 from evaluators.report.feature_page import PAGE, feature_page, most_effective
 from evaluators.report.findings import number, with_interval
+from evaluators.report.groups_section import groups_section
 from evaluators.report.knob_section import headline_rows, knob_section
 from evaluators.report.look_page import look_page, look_section
 from evaluators.report.page import Block, Gallery, Link, Picture, Section, render
@@ -74,6 +75,7 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
         None if look is None else look_section(look),
         parts,
         knob_section(results, deltas, data.polished if parts else pair, seed=seed),
+        groups_section(results, data.cells, seed=seed),
         sections.checks_section(data.checks),
         sections.findings_section(reference, _glance(reference.conditions), seed=seed),
         sections.completed(sections.lora_section(pd.DataFrame(data.lora_trials)), data.finetuned, data.lora_pictures),
@@ -188,6 +190,9 @@ def _write_tables(folder: Path, results: tables.Results) -> None:
         ("recovered", results.recovered),
         ("widths", results.widths),
         ("few_features", results.curve),
+        ("groups", results.groups),
+        ("group_effects", results.group_effects),
+        ("few_groups", results.group_curve),
     ):
         _write(folder / f"{name}.csv", table.to_csv(index=False).encode())
         _write(folder / f"{name}.json", table.to_json(orient="records", indent=1, double_precision=15).encode() + b"\n")

@@ -49,7 +49,7 @@ class Patch:
     `ground` is what lies under the delta: a base transcoder, under a delta trained on its residual, or the un-finetuned
     block's own path, under a delta trained on what finetuning changed. `pool` (tokens, d_out) holds delta outputs in
     shuffled order, for the condition that reads them by token number. `ranks` (d_new,) are the features' ranks among
-    those of all sites, the most effective first, for rows that keep only the first of them.
+    those of all sites, the most effective first, for rows that keep only some of them; a negative one is always on.
     """
 
     site: Site
@@ -268,7 +268,8 @@ class Splice:
             return outputs
         assert patch.ranks is not None
         first, end, outside = self._kept.unsqueeze(2).unbind(1)
-        acts = outputs.features * (((patch.ranks >= first) & (patch.ranks < end)) != outside.bool())
+        on = ((patch.ranks >= first) & (patch.ranks < end)) != outside.bool()
+        acts = outputs.features * (on | (patch.ranks < 0))
         return outputs._replace(delta=patch.delta.decode(acts), delta_acts=acts.abs().sum(1), features=acts)
 
     def _note(self, outputs: Outputs) -> None:

@@ -14,6 +14,7 @@ import pandas as pd
 from evaluators.conditions import CONDITIONS, UNEDITED
 from evaluators.tables import recovery
 from evaluators.tables.feature_tables import features_table, ranking_table
+from evaluators.tables.group_tables import group_curve_table, group_effects_table, groups_table
 from evaluators.tables.pooling import MEANS, RATE, Cell, CellKey, PromptSums, of_kind, pool, rates_of, table_order
 from evaluators.tables.statistics import Estimate, paired_bootstrap, rate_difference, slope_and_spearman, wilson
 
@@ -65,6 +66,9 @@ class Results(NamedTuple):
     dose: pd.DataFrame
     statistics: pd.DataFrame
     features: pd.DataFrame
+    groups: pd.DataFrame
+    group_effects: pd.DataFrame
+    group_curve: pd.DataFrame
 
 
 def all_tables(cells: Sequence[Cell], *, seed: int = 0) -> Results:
@@ -85,6 +89,9 @@ def all_tables(cells: Sequence[Cell], *, seed: int = 0) -> Results:
         dose_response_table(cells, seed=seed),
         dose_response_statistics(cells, seed=seed),
         features_table(cells, seed=seed),
+        groups_table(cells),
+        group_effects_table(cells, seed=seed),
+        group_curve_table(cells, seed=seed),
     )
 
 

@@ -432,7 +432,7 @@ def guesses(work: Work, rows: list[Any], ground: str) -> dict[str, list[list[int
     of the unedited model `ground`. Empty if that model was not evaluated."""
     found: dict[str, list[list[int]]] = {}
     for condition, name in (("full", "raw"), ("no_delta", ground)):
-        left = {subset: iter(_outputs(work, name, subset)) for subset in work.shared.subsets}
+        left = {subset: iter(_outputs(work, name, subset)) for subset in {row.label for row in rows}}
         found[condition] = [next(left[row.label], []) for row in rows]
     return found
 

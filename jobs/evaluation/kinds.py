@@ -1,4 +1,5 @@
-"""The kinds of cell besides behaviour, and the table of all kinds, from which the stage, plan and forecast are derived.
+"""The kinds of cell that say how well deltas fit, and the table of all kinds, from which the stage, plan and forecast
+are derived.
 
 In: the inputs of an evaluation. Out: its pieces of work and, on a worker, `cells/NAME.json`. A new kind of cell needs a
 class, an entry in `ROUNDS`, and a table that reads its cells.
@@ -14,175 +15,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from data.rows import read_rows, slug
-from jobs.capture.worker_memory import bridge, exact_paths, own_paths, reference
-from jobs.context import keys
-from jobs.evaluation.behaviour import UNFINETUNED, Behaviour, Raw, Width, guesses
+from jobs.capture.worker_memory import bridge, exact_paths, own_paths
+from jobs.evaluation.behaviour import Behaviour, Raw, Width
+from jobs.evaluation.features import Cards, Curve, GroupEffects, Grouping, Ranking
 from jobs.evaluation.parts import Look, Parts
 from jobs.evaluation.work import Combination, PlanInputs, Timing, Work, cell_name, place_of
 from jobs.files import key_of, read_json, write_json
-from sites import Address, Ground, Site
+from sites import Address, Ground
 
 CHECK_ROWS = 1
 """Rows of each subset for the exactness checks, which compare all logits at all positions."""
-RANKING_ROWS = 16
-"""Held-out rows of each label on which features are ranked."""
 EXACT_LAYERS = 14
 """Number of layers whose MLPs are in memory in fp32 at once, next to a (possibly large) model in bf16."""
-CARD_ROWS = 8
-"""Rows of each subset on which a single feature is ablated, and kept alone."""
-CARDS_AT_ONCE = 24
-"""Features in one piece of work, which a worker examines one by one."""
-CURVE_STEPS = 12
-"""Approximate number of points of the curve."""
-OF_A_SET = ("kind", "target", "layers", "percentile", "d_new")
-
-
-@dataclass(frozen=True)
-class Ranking(Work):
-    """The order of the features, over all sites for change deltas, per site for residual deltas."""
-
-    kind: ClassVar[str] = "ranking"
-    columns: ClassVar[tuple[str, ...]] = OF_A_SET
-
-    @classmethod
-    def plan(cls, inputs: PlanInputs) -> list[Ranking]:
-        works = []
-        for target, chosen in inputs.chosen.items():
-            sites = inputs.context.sites_of(target)
-            if inputs.context.cards_of(target) or (inputs.settings.curve and target == "change"):
-                for together in [sites] if target == "change" else [[site] for site in sites]:
-                    plans = inputs.kept(together, *chosen)
-                    key = key_of("ranking with firing", inputs.lineage(plans), inputs.computed_with)
-                    name = cell_name("ranking", place_of(together, *chosen))
-                    works.append(cls(name, key, **inputs.common(), sites=plans))
-        return works
-
-    @property
-    def place(self) -> str:
-        """What is ranked, as part of a cell's name."""
-        return place_of([plan.site for plan in self.sites], self.sites[0].ground, self.sites[0].d_new)
-
-    def cost(self, n_layers: int) -> int:
-        return 8 * self.above(n_layers)
-
-    def seconds(self, timing: Timing) -> float:
-        return 8 * timing.passes(timing.prompts)
-
-    def compute(self, model: Any, rows: list[Any]) -> list[str]:
-        from evaluators.measures.curve import rank_features
-        from evaluators.measures.features import firing_rates
-
-        started = time.perf_counter()
-        held_out = list(read_rows(self.shared.ranking_rows))
-        labels = dict.fromkeys(row.label for row in held_out)
-        chosen = [row for label in labels for row in [row for row in held_out if row.label == label][:RANKING_ROWS]]
-        passes, patches = self.plain_passes(model), self.load_patches()
-        rates = firing_rates(passes, patches, rows)
-        features = [
-            {
-                "layer": ranked.site.key,
-                "feature": ranked.feature,
-                "effect": ranked.effect,
-                "firing_rate": {subset: of_subset[ranked.feature] for subset, of_subset in rates[ranked.site].items()},
-            }
-            for ranked in rank_features(passes, patches, chosen)
-        ]
-        return self.write({"n_rows": len(chosen), "features": features}, started)
-
-
-@dataclass(frozen=True)
-class Curve(Work):
-    """The first k features of the change deltas, subset by subset."""
-
-    kind: ClassVar[str] = "curve"
-    columns: ClassVar[tuple[str, ...]] = (*OF_A_SET, "subset")
-    ranking: str = ""
-    """The cell that ranks the sites' features."""
-
-    @classmethod
-    def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
-        return [
-            cls(
-                cell_name("curve", ranking.place, slug(subset)),
-                key_of("curve", ranking.key),
-                **inputs.common(),
-                sites=ranking.sites,
-                subset=subset,
-                ranking=ranking.name,
-            )
-            for ranking in Ranking.plan(inputs)
-            if ranking.sites[0].ground.target == "change" and inputs.settings.curve
-            for subset in inputs.subsets
-        ]
-
-    def cost(self, n_layers: int) -> int:
-        return self.above(n_layers) * sum(plan.d_new for plan in self.sites).bit_length()
-
-    def seconds(self, timing: Timing) -> float:
-        return timing.passes(timing.prompts * CURVE_STEPS)
-
-    def compute(self, model: Any, rows: list[Any]) -> list[str]:
-        from evaluators.measures.curve import Ranked, evaluate_curve
-
-        started = time.perf_counter()
-        listed = read_json(self.cell_file(self.ranking))["features"]
-        by_key = {plan.site.key: plan.site for plan in self.sites}
-        ranked = [Ranked(by_key[entry["layer"]], entry["feature"], entry["effect"]) for entry in listed]
-        compared = reference(self.model, self.shared.rows, self.shared.batch_size)
-        found = evaluate_curve(self.kept_passes(model), self.load_patches(), rows, ranked, compared)
-        counts = [{"k": count, "rows": entries} for count, entries in found.items()]
-        return self.write({"subset": self.subset, "counts": counts}, started)
-
-
-@dataclass(frozen=True)
-class Cards(Work):
-    """The features with the largest estimated effects, in batches of neighbouring sites."""
-
-    kind: ClassVar[str] = "cards"
-    columns: ClassVar[tuple[str, ...]] = (*OF_A_SET, "convention")
-    features: tuple[tuple[Site, int], ...] = ()
-
-    @classmethod
-    def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
-        works = []
-        for ranking in Ranking.plan(inputs):
-            best = inputs.ranked(ranking.name, ranking.sites)[: inputs.context.cards_of(ranking.sites[0].ground.target)]
-            for number, start in enumerate(range(0, len(best), CARDS_AT_ONCE)):
-                features = tuple(sorted(best)[start : start + CARDS_AT_ONCE])
-                listed = [(keys.place(site), feature) for site, feature in features]
-                key = key_of("cards", ranking.key, listed, inputs.judged_with)
-                name = cell_name("cards", ranking.place, number)
-                works.append(cls(name, key, **inputs.common(), sites=ranking.sites, features=features))
-        return works
-
-    def cost(self, n_layers: int) -> int:
-        """Each feature is ablated and kept alone, on some of the rows, from its site on."""
-        return (4 + len(self.features)) * len(self.shared.subsets) * self.above(n_layers) // 2
-
-    def seconds(self, timing: Timing) -> float:
-        return CARDS_AT_ONCE * timing.passes(timing.prompts * timing.subsets) / 2
-
-    def compute(self, model: Any, rows: list[Any]) -> list[str]:
-        from evaluators.measures.behaviours import read_behaviours
-        from evaluators.measures.features import read_features
-        from evaluators.measures.single_features import single_features
-
-        started = time.perf_counter()
-        passes, patches = self.plain_passes(model), self.load_patches()
-        subsets = ([row for row in rows if row.label == subset] for subset in self.shared.subsets)
-        few = [row for subset in subsets for row in subset[:CARD_ROWS]]
-        effects = single_features(
-            passes,
-            patches,
-            few,
-            self.features,
-            limits=self.shared.limits,
-            behaviours=read_behaviours(self.shared.behaviours),
-            guesses=guesses(self, few, UNFINETUNED if self.sites[0].ground.target == "change" else "raw"),
-        )
-        read = read_features(passes, patches, rows, self.features)
-        cards = [{"layer": card[0].key, "feature": card[1], **read[card], **effects[card]} for card in self.features]
-        return self.write({"convention": self.sites[0].site.kind.reading, "cards": cards}, started)
 
 
 @dataclass(frozen=True)
@@ -354,7 +198,8 @@ CEILING: tuple[type[Work], ...] = (Raw, Look, Parts)
 ROUNDS: dict[str, tuple[type[Work], ...]] = {
     "ceiling": CEILING,
     "rankings and fits": (Ranking, Change, Reconstruction, Exactness),
-    "behaviour": (Behaviour, Width, Curve, Cards),
+    "behaviour": (Behaviour, Width, Curve, Cards, Grouping),
+    "groups": (GroupEffects,),
 }
 """In order: the cells of a round build on those of earlier rounds."""
 KINDS = tuple(kind for together in ROUNDS.values() for kind in together)
