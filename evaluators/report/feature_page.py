@@ -80,6 +80,8 @@ class Card(NamedTuple):
     address: str
     title: str
     place: str
+    group: str
+    """The number of its group; empty if it has none."""
     effects: list[Effect]
     promoted: list[str]
     suppressed: list[str]
@@ -170,6 +172,7 @@ def _card(row: pd.Series, one: dict[str, Any], subsets: Sequence[str], total: in
         address(row["target"], layer, feature),
         _capital(name(layer, feature, row["at_bos"])) + target,
         f"rank {int(row['rank']):,} of {total:,}; estimated effect {row['effect']:+.4f} nats per target token",
+        "" if pd.isna(row["group"]) else str(int(row["group"])),
         [_effect(row, subset) for subset in subsets],
         [_visible(token) for token in one["promoted"]],
         [_visible(token) for token in one["suppressed"]],

@@ -17,7 +17,7 @@ from sites import Site
 
 FIRING = "firing_rate_"
 """Prefix of the columns that hold how often a feature fires on a subset."""
-RANKING_COLUMNS = ["target", "rank", "layer", "feature", "effect", "d_new", "at_bos"]
+RANKING_COLUMNS = ["target", "rank", "layer", "feature", "effect", "d_new", "at_bos", "group"]
 WAYS = ("ablated", "alone")
 """All deltas except the feature, compared with all of them; the feature alone on the ground, compared with the bare
 ground."""
@@ -25,13 +25,16 @@ ground."""
 
 def ranking_table(cells: Sequence[Cell]) -> pd.DataFrame:
     """Every feature, ranked by estimated effect within its target. For change deltas this is the order in which the
-    curve adds them; the last feature of each layer, number d_new, is the one at BOS."""
+    curve adds them; the last feature of each layer, number d_new, is the one at BOS. `group` is the number of a
+    feature's group, if it has one."""
     rows: list[dict[str, Any]] = []
+    groups = groups_of(cells)
     for cell in of_kind(cells, "ranking"):
         target = cell.get("target", "change")
         for feature in cell["features"]:
             row = {"target": target} | {name: feature[name] for name in ("layer", "feature", "effect")}
             row |= {"d_new": cell["d_new"], "at_bos": target == "change" and feature["feature"] == cell["d_new"]}
+            row["group"] = groups.get((target, str(feature["layer"]), feature["feature"]), pd.NA)
             rows.append(row | {f"{FIRING}{subset}": rate for subset, rate in feature.get("firing_rate", {}).items()})
     rows.sort(key=lambda row: (TARGETS.index(row["target"]), -row["effect"], Site.parse(row["layer"]), row["feature"]))
     ranks: dict[str, int] = {}
@@ -45,7 +48,17 @@ def ranking_table(cells: Sequence[Cell]) -> pd.DataFrame:
         *(name for name in known if name in firing),
         *(name for name in firing if name not in known),
     ]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=columns).astype({"group": "Int64"})
+
+
+def groups_of(cells: Sequence[Cell]) -> dict[tuple[str, str, int], int]:
+    """The number of each feature's group, by target, layer and feature; features without a group are missing."""
+    return {
+        (cell["target"], str(layer), feature): group["number"]
+        for cell in of_kind(cells, "grouping")
+        for group in cell["groups"]
+        for layer, feature in group["features"]
+    }
 
 
 def features_table(cells: Sequence[Cell], *, seed: int = 0) -> pd.DataFrame:

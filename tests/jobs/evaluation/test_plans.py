@@ -11,7 +11,8 @@ import pytest
 from evaluators.conditions import CONDITIONS
 from jobs.context.context import Context
 from jobs.evaluation.behaviour import Behaviour, Raw, Width
-from jobs.evaluation.kinds import KINDS, Cards, Change, Curve, Exactness, Look, Parts, Ranking, Reconstruction
+from jobs.evaluation.features import Cards, Curve, GroupEffects, Grouping, Ranking
+from jobs.evaluation.kinds import KINDS, Change, Exactness, Look, Parts, Reconstruction
 from jobs.evaluation.work import ExpectedPlanInputs, SitePlan, Work
 from search_spaces.load import load
 from sites import KINDS as SITE_KINDS
@@ -57,6 +58,8 @@ OF_CHANGE = {
     Width: {f"width_layer_01+02_change_d008_tool_{name}" for name in ("full", "dense_delta")},
     Curve: {f"curve_{BOTH}_tool"},
     Cards: {f"cards_{BOTH}_0"},
+    Grouping: {f"grouping_{BOTH}"},
+    GroupEffects: {f"groups_{BOTH}_tool"},
 }
 OF_RESIDUAL = {
     Raw: {"raw_tool", "base_model_raw_tool"},
@@ -73,6 +76,8 @@ OF_RESIDUAL = {
     Width: set(),
     Curve: set(),
     Cards: {"cards_layer_01_p0.25_d004_0", "cards_layer_02_p0.25_d004_0"},
+    Grouping: set(),
+    GroupEffects: set(),
 }
 
 
@@ -155,7 +160,7 @@ def test_the_rest_of_the_change_goes_with_all_changed_sites_and_with_no_fewer(tm
 def test_sites_that_finetuning_left_alone_get_no_cells(tmp_path: Path) -> None:
     context = context_of(tmp_path, *CHANGE)
     vars(context)["pair"] = {"sites": [1], "rest": [], "exact": True, "rounded": ""}
-    for kind in (Ranking, Change, Behaviour, Curve, Cards, Exactness):
+    for kind in (Ranking, Change, Behaviour, Curve, Cards, Grouping, GroupEffects, Exactness):
         for work in kind.plan(ExpectedPlanInputs(context)):
             assert [plan.site for plan in work.sites] == [Site(1)], kind
 
@@ -172,6 +177,7 @@ def test_a_width_that_lacks_a_site_is_fitted_but_not_compared(tmp_path: Path) ->
     [
         ("evaluate.curve=false", {Curve}),
         ("evaluate.cards=0", {Cards}),
+        ("evaluate.groups=0", {Grouping, GroupEffects}),
         ("evaluate.parts=false", {Look, Parts}),
         ("evaluate.widths=false", {Width}),
         ("deltas.d_new=[4]", {Width}),
@@ -184,7 +190,8 @@ def test_what_is_switched_off_is_not_planned(settings: str, missing: set[Any], t
 
 
 def test_features_are_ranked_only_if_something_reads_the_order(tmp_path: Path) -> None:
-    assert planned(Ranking, tmp_path, *CHANGE, "evaluate.cards=0", "evaluate.curve=false") == []
+    assert planned(Ranking, tmp_path, *CHANGE, "evaluate.cards=0", "evaluate.curve=false", "evaluate.groups=0") == []
+    assert len(planned(Ranking, tmp_path, *CHANGE, "evaluate.cards=0", "evaluate.curve=false")) == 1
     assert planned(Ranking, tmp_path, *RESIDUAL, "evaluate.cards=0") == []
     assert len(planned(Ranking, tmp_path, *CHANGE, "evaluate.cards=0")) == 1
 

@@ -1,0 +1,99 @@
+"""What groups do: every configuration is the deltas with the other features' decoder rows set to zero."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from evaluators.measures.behaviours import read_behaviours
+from evaluators.measures.group_effects import group_effects, steps_to
+from evaluators.splice.interventions import Edit
+from evaluators.splice.limits import Limits
+from evaluators.splice.teacher_forcing import Job, Reference, score
+from tests.evaluators.conftest import CALCULATOR
+
+LIMITS = Limits(8, ())
+
+
+@pytest.fixture(scope="module")
+def groups(path_sites):
+    """Two groups of features of all sites, and the rest."""
+    of_sites = [(patch.site, number) for patch in path_sites for number in range(12)]
+    return of_sites[1::3], of_sites[::3][:2], [*of_sites[::3][2:], *of_sites[2::3]]
+
+
+@pytest.fixture(scope="module")
+def entries(subject, path_sites, groups):
+    *some, singles = groups
+    found = group_effects(
+        subject.passes,
+        path_sites,
+        subject.rows,
+        some,
+        singles,
+        most=1,
+        limits=LIMITS,
+        behaviours=read_behaviours(CALCULATOR),
+        reference=Reference(subject.bridge),
+    )
+    return {(entry["way"], entry["group"], entry["random"]): entry for entry in found}
+
+
+def with_only(patches, kept):
+    """Patches whose deltas keep the rows of these features and those at BOS."""
+    found = []
+    for patch in patches:
+        on = [number >= 12 or (patch.site, number) in kept for number in range(patch.delta.d_sae)]
+        delta = dataclasses.replace(patch.delta, W_dec=patch.delta.W_dec * torch.tensor(on).float().unsqueeze(1))
+        found.append(dataclasses.replace(patch, delta=delta))
+    return found
+
+
+def test_each_configuration_is_its_features_alone(subject, path_sites, groups, entries):
+    first, second, singles = (set(group) for group in groups)
+    kept = {
+        ("without", 0, False): first | second | singles,
+        ("without", 1, False): second | singles,
+        ("alone", 1, False): first,
+        ("first", 0, False): set(),
+        ("first", 1, False): first,
+        ("first", 2, False): first | second,
+    }
+    jobs = [Job(row) for row in subject.encoded]
+    for key, features in kept.items():
+        expected = score(subject.passes, Edit(with_only(path_sites, features), "full"), jobs)
+        assert [row["nll"] for row in entries[key]["rows"]] == pytest.approx([one.nll for one in expected], rel=1e-5)
+        assert entries[key]["n_features"] == len(features)
+    ground = score(subject.passes, Edit(path_sites, "no_delta"), jobs)
+    assert [row["nll"] for row in entries["nothing", 0, False]["rows"]] == [one.nll for one in ground]
+    assert len(entries) == len(kept) + 1 + 4  # each of a group has its control
+
+
+def test_controls_have_as_many_features_and_no_behaviours(entries):
+    for (way, number, random), entry in entries.items():
+        if random:
+            assert entry["n_features"] == entries[way, number, False]["n_features"]
+            assert number
+        answered = way in ("without", "alone") or (way == "first" and not number)
+        for row in entry["rows"]:
+            assert ("behaviours" in row) == (answered and not random)
+            assert row["kl"] >= 0
+
+
+def test_the_random_features_are_drawn_by_the_seed(subject, path_sites, groups, entries):
+    *some, singles = groups
+
+    def drawn(seed: int) -> list[float]:
+        found = group_effects(
+            subject.passes, path_sites, subject.rows, some, singles, most=0, limits=LIMITS, behaviours={},
+            reference=Reference(subject.bridge), seed=seed,
+        )  # fmt: skip
+        return [row["nll"] for entry in found if entry["random"] for row in entry["rows"]]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+def test_steps_grow_and_end_with_all():
+    assert steps_to(0) == [0]
+    assert steps_to(2) == [0, 1, 2]
+    assert steps_to(30) == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 30]
