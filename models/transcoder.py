@@ -117,6 +117,17 @@ def without_bos(delta: Transcoder) -> Transcoder:
     return replace(delta, W_enc=delta.W_enc[:, kept], b_enc=b_enc, threshold=threshold, W_dec=W_dec)
 
 
+def silenced(delta: Transcoder, off: Tensor) -> Transcoder:
+    """`delta` whose features `off` (d_sae,) never fire, at BOS neither; the others keep their numbers."""
+    off = off.to(delta.W_enc.device)
+    return replace(
+        delta,
+        W_enc=torch.where(off, 0.0, delta.W_enc),
+        b_enc=torch.where(off, -1.0, delta.b_enc),
+        threshold=torch.where(off, 0.0, delta.threshold),
+    )
+
+
 def jump_relu(pre: Tensor, threshold: Tensor) -> Tensor:
     """`relu(pre) * (pre > threshold)`."""
     return torch.relu(pre) * (pre > threshold)

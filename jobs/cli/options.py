@@ -30,6 +30,13 @@ Address = Annotated[
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster that others can use without a token.")]
 DeltaTarget = Annotated[str | None, typer.Option(help="change or residual; default: the first of deltas.targets.")]
+Without = Annotated[
+    list[str] | None, typer.Option(help="A feature (L17F042) or group ('group 3') to leave out, repeatable.")
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(help="A feature or group to keep, repeatable: all others are off, except those at BOS."),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete this sweep's earlier results and start over.")]
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import Config, DeltaTarget, Overrides, check_strengths, context_of
+from jobs.cli.options import Config, DeltaTarget, Only, Overrides, Without, check_strengths, context_of
 from jobs.errors import RequestError
 
 commands = typer.Typer()
@@ -84,6 +84,8 @@ def probe(
     layer: Annotated[list[int] | None, typer.Option(help="A layer to splice, repeatable; default: all swept.")] = None,
     alpha: Annotated[list[float] | None, typer.Option(help="Another strength to try, repeatable.")] = None,
     deltas: DeltaTarget = None,
+    without: Without = None,
+    only: Only = None,
     percentile: Annotated[float | None, typer.Option(help="Which base; default: the evaluated one.")] = None,
     d_new: Annotated[int | None, typer.Option("--d-new", help="Which delta; default: the evaluated one.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many next tokens and features to show.")] = 5,
@@ -91,13 +93,16 @@ def probe(
 ) -> None:
     """Run one prompt under raw, no_delta, full and any alpha: CE, next tokens, output, active features."""
     from evaluators.measures.probe import probe as run
+    from jobs.commands.feature_choice import FeatureChoice
     from jobs.commands.load import DeltaChoice, combination, load_bridge, load_patches, prompt_row
     from models.bridge import device_of
 
     check_strengths(alpha or [])
+    chosen = FeatureChoice(without or (), only or ())
     context = context_of(config, overrides)
     model = load_bridge(context)
-    patches = load_patches(context, layer, combination(context, DeltaChoice(deltas, percentile, d_new)), model)
+    of_sweep = combination(context, DeltaChoice(deltas, percentile, d_new))
+    patches = load_patches(context, layer, of_sweep, model, chosen)
     patches = [patch.to(device_of(model)) for patch in patches]
     row = prompt_row(context, prompt, target or "")
     found = run(model, row, patches, alpha or [], top=top, limits=context.limits)
@@ -121,16 +126,22 @@ def chat(
     layer: Annotated[
         list[int] | None, typer.Option(help="A layer to splice with --alpha, repeatable; default: all.")
     ] = None,
+    without: Without = None,
+    only: Only = None,
 ) -> None:
     """Talk to the finetuned model, one request per line."""
     from jobs.commands.chat import chat as run
+    from jobs.commands.feature_choice import FeatureChoice
 
+    features = FeatureChoice(without or (), only or ())
+    if features and alpha is None:
+        alpha = 1.0
     if alpha is not None:
         check_strengths([alpha])
     elif deltas or layer:
         given = "--deltas" if deltas else "--layer"
         raise RequestError(f"{given}: needs --alpha too; without it no delta is spliced in")
-    run(context_of(config, overrides), max_new_tokens, alpha, deltas, layer)
+    run(context_of(config, overrides), max_new_tokens, alpha, deltas, layer, features)
 
 
 @commands.command()
@@ -141,6 +152,8 @@ def export(
     kind: Annotated[str, typer.Option("--format", help="gemma-scope, saelens or circuit-tracer.")] = "saelens",
     alpha: Annotated[float, typer.Option(help="Strength to fold into the delta's decoder.")] = 1.0,
     deltas: DeltaTarget = None,
+    without: Without = None,
+    only: Only = None,
     percentile: Annotated[float | None, typer.Option(help="Which base; default: the evaluated one.")] = None,
     d_new: Annotated[int | None, typer.Option("--d-new", help="Which delta; default: the evaluated one.")] = None,
     onto_bases: Annotated[
@@ -149,11 +162,13 @@ def export(
 ) -> None:
     """Write the deltas in another tool's format, one transcoder per site; residual deltas fused with their bases."""
     from jobs.commands import export as exporting
+    from jobs.commands.feature_choice import FeatureChoice
     from jobs.commands.load import DeltaChoice
 
     check_strengths([alpha])
-    choice = DeltaChoice(deltas, percentile, d_new)
-    for path in exporting.export(context_of(config, overrides), kind, Path(folder), choice, alpha, onto_bases):
+    choice, features = DeltaChoice(deltas, percentile, d_new), FeatureChoice(without or (), only or ())
+    context = context_of(config, overrides)
+    for path in exporting.export(context, kind, Path(folder), choice, alpha, onto_bases, features):
         print(path)
 
 

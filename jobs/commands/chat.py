@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from evaluators.splice.limits import Limits
+from jobs.commands.feature_choice import EVERY_FEATURE, FeatureChoice
 from jobs.commands.load import DeltaChoice, combination, device_for, finetuned, load_bridge, load_patches, prompt_row
 from jobs.context.context import Context
 
@@ -32,20 +33,21 @@ def chat(
     alpha: float | None = None,
     target: str | None = None,
     layers: list[int] | None = None,
+    features: FeatureChoice = EVERY_FEATURE,
 ) -> None:
     """Answers every line of standard input; at a terminal, an empty line or end of input ends the conversation.
 
-    With `alpha` the deltas of `target` are spliced into `layers` at that strength. Each prompt is answered on its own,
-    as in training. Raises RequestError if the sweep has no model, or no such deltas, yet.
+    With `alpha` the chosen `features` of the deltas of `target` are spliced into `layers` at that strength. Each prompt
+    is answered on its own, as in training. Raises RequestError if the sweep has no model, or no such deltas, yet.
     """
     from evaluators.measures.behaviours import read_behaviours, remarks
 
     behaviours = read_behaviours(context.settings.evaluate.behaviours)
     limits = context.limits._replace(max_new_tokens=max_new_tokens)
-    tokenizer, longest, answer = _model(context, limits, alpha, target, layers)
+    tokenizer, longest, answer = _model(context, limits, alpha, target, layers, features)
     at_terminal = sys.stdin.isatty()
     if at_terminal:
-        strength = "" if alpha is None else f" at alpha {alpha:g}"
+        strength = "" if alpha is None else f" at alpha {alpha:g}" + (f", {features}" if features else "")
         print(f"the finetuned model of {context.settings.name}{strength}; one request per line, an empty line ends it")
     for prompt in _prompts(at_terminal):
         if not at_terminal:
@@ -56,7 +58,12 @@ def chat(
 
 
 def _model(
-    context: Context, limits: Limits, alpha: float | None, target: str | None, layers: list[int] | None
+    context: Context,
+    limits: Limits,
+    alpha: float | None,
+    target: str | None,
+    layers: list[int] | None,
+    features: FeatureChoice,
 ) -> tuple[PreTrainedTokenizerBase, int | None, Answer]:
     """The tokenizer, the model's context length in tokens, and the function that answers."""
     from data.encoding import Encoded, ends_of
@@ -81,7 +88,7 @@ def _model(
         return tokenizer, longest, plain_answer
     bridge = load_bridge(context)
     chosen = combination(context, DeltaChoice(target))
-    patches = [patch.to(device_of(bridge)) for patch in load_patches(context, layers, chosen, bridge)]
+    patches = [patch.to(device_of(bridge)) for patch in load_patches(context, layers, chosen, bridge, features)]
     edit, passes = Edit(patches, "alpha"), Passes(bridge)
 
     def spliced_answer(tokens: list[int], row: Row) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.capture.bases import chosen_base
+from jobs.commands.feature_choice import EVERY_FEATURE, FeatureChoice
 from jobs.commands.load import DeltaChoice, combination, finetuned, load_base, load_deltas, load_patches
 from jobs.context.context import Context
 from jobs.errors import RequestError
@@ -26,13 +27,21 @@ FORMATS = tuple(SUPPORTED)
 
 
 def export(
-    context: Context, kind: str, folder: Path, choice: DeltaChoice, alpha: float, onto_bases: bool = False
+    context: Context,
+    kind: str,
+    folder: Path,
+    choice: DeltaChoice,
+    alpha: float,
+    onto_bases: bool = False,
+    features: FeatureChoice = EVERY_FEATURE,
 ) -> list[Path]:
-    """Exports deltas in another tool's format, with a model card. Residual deltas are fused with their bases; change
-    deltas are exported alone or, with `onto_bases`, fused with their layers' bases, if any.
+    """Exports the chosen features of the deltas in another tool's format, with a model card; other features are kept,
+    but never fire. Residual deltas are fused with their bases; change deltas are exported alone or, with `onto_bases`,
+    fused with their layers' bases, if any.
 
     A change delta combines with any base transcoder as `base(x) + error(x) + alpha * delta(x)`, with the error node
-    `error(x) = y_un(x) - base(x)`; the notes say so. Raises RequestError for an unknown format, or without bases.
+    `error(x) = y_un(x) - base(x)`; the notes say so. Raises RequestError for an unknown format or feature, or without
+    bases.
     """
     from jobs.commands.model_card import Exported, hub_name, model_card
     from models import exports
@@ -55,13 +64,13 @@ def export(
         context.progress.line(f"  left out, as {kind} cannot hold them: the deltas at {sites_label(left_out)}")
     bases: dict[Site, Candidate] = {}
     if ground.target == "change":
-        deltas = load_deltas(context, sites, chosen)
+        deltas = load_deltas(context, sites, chosen, features)
         fused = {site: scaled(without_bos(delta), alpha) for site, delta in deltas.items()}
         if onto_bases:
             bases = _bases(context, choice, list(fused))
             fused = {site: fuse(load_base(context, base, site), fused[site]) for site, base in bases.items()}
     else:
-        patches = load_patches(context, None, chosen)
+        patches = load_patches(context, None, chosen, features=features)
         fused = {patch.site: fuse(patch.base, patch.transcoder, alpha) for patch in patches if patch.base}
     facts = model_facts(context.model)
     model = exports.ExportedModel(
@@ -72,6 +81,8 @@ def export(
         kind=context.mlp_kind,
     )
     notes = {"sweep": context.settings.name, **ground._asdict(), "d_new": d_new, "alpha": alpha}
+    if features:
+        notes["features"] = f"{features}; those left out are silent, and keep their numbers"
     if ground.target == "change":
         error = "error(x) = y_un(x) - base(x), the base's error on the un-finetuned MLP"
         notes["use"] = f"add to the un-finetuned MLP's output, or to base(x) + error(x), {error}"
@@ -79,7 +90,7 @@ def export(
             notes["bases"] = {site.label: base.path for site, base in bases.items()}
             notes["use"] = f"holds base(x) + alpha * delta(x); the finetuned MLP also needs the error node {error}"
         notes["bos"] = "what the deltas add at BOS, where no transcoder is read, is left out"
-    card = model_card(context, Exported(kind, ground, d_new, sorted(fused), alpha, onto_bases))
+    card = model_card(context, Exported(kind, ground, d_new, sorted(fused), alpha, onto_bases, str(features)))
     if kind == "gemma-scope":
         average_l0 = _average_l0(context, sites, ground, d_new)
         for site, base in bases.items():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from data.readers import UNLABELLED
 from data.rows import Row, make_row
 from jobs.capture.bases import chosen_base, root
+from jobs.commands.feature_choice import EVERY_FEATURE, FeatureChoice, chosen_features
 from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, SEAL, read_json, require
@@ -88,10 +89,14 @@ def combination(context: Context, choice: DeltaChoice) -> tuple[Ground, int]:
 
 
 def load_patches(
-    context: Context, layers: list[int] | None, chosen: tuple[Ground, int], bridge: TransformerBridge | None = None
+    context: Context,
+    layers: list[int] | None,
+    chosen: tuple[Ground, int],
+    bridge: TransformerBridge | None = None,
+    features: FeatureChoice = EVERY_FEATURE,
 ) -> list[Patch]:
-    """The patches of all sites in `layers` (None for all of the target). For change deltas, the un-finetuned paths are
-    read for the model in `bridge`.
+    """The patches of all sites in `layers` (None for all of the target), with the chosen features. For change deltas,
+    the un-finetuned paths are read for the model in `bridge`.
 
     Raises RequestError for a layer without deltas, or a group without a kept one.
     """
@@ -106,7 +111,7 @@ def load_patches(
                 f"--layer: got {layer}, but the {ground.target} deltas have {sites_label(mlp_sites(known))}"
             )
     sites = [site for site in context.sites_of(ground.target) if site.layer in (layers or known)]
-    deltas = load_deltas(context, sites, chosen)
+    deltas = load_deltas(context, sites, chosen, features)
     if ground.target == "change":
         paths = read_paths(bridge or load_bridge(context), context.model, list(deltas))
         return [Patch(site, paths[site], delta) for site, delta in deltas.items()]
@@ -124,8 +129,10 @@ def load_base(context: Context, base: Candidate, site: Site) -> Transcoder:
     return read(root(context), base, site)
 
 
-def load_deltas(context: Context, sites: Sequence[Site], chosen: tuple[Ground, int]) -> dict[Site, Transcoder]:
-    """The kept deltas of `sites`."""
+def load_deltas(
+    context: Context, sites: Sequence[Site], chosen: tuple[Ground, int], features: FeatureChoice = EVERY_FEATURE
+) -> dict[Site, Transcoder]:
+    """The kept deltas of `sites`, with the chosen features."""
     from models.deltas import read_delta
 
     found = {}
@@ -140,4 +147,4 @@ def load_deltas(context: Context, sites: Sequence[Site], chosen: tuple[Ground, i
             )
         require(folder / "config.json", folder / "delta.safetensors")
         found[group.site] = read_delta(folder)
-    return found
+    return chosen_features(context, found, chosen, features)

@@ -23,8 +23,8 @@ TAGS = ["transcoder", "mechanistic-interpretability", "deltascope"]
 
 
 class Exported(NamedTuple):
-    """The content of an export: its format, the deltas' ground and width, the sites, the strength folded in, and
-    whether change deltas are fused with bases."""
+    """The content of an export: its format, the deltas' ground and width, the sites, the strength folded in, whether
+    change deltas are fused with bases, and in words which features are on (empty: all)."""
 
     kind: str
     ground: Ground
@@ -32,6 +32,7 @@ class Exported(NamedTuple):
     sites: list[Site]
     alpha: float
     onto_bases: bool
+    features: str = ""
 
 
 def model_card(context: Context, exported: Exported) -> str:
@@ -58,8 +59,9 @@ def model_card(context: Context, exported: Exported) -> str:
         d_new=exported.d_new,
         alpha=f"{exported.alpha:g}",
         site=min(exported.sites).kind if exported.ground.target == "change" else context.mlp_kind,
+        features=exported.features,
         sweep=context.settings.name,
-        figures=_figures(context, exported),
+        figures=[] if exported.features else _figures(context, exported),
         deltas=_deltas(context, exported),
     )
 

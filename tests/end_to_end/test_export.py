@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from jobs.commands.export import FORMATS, SUPPORTED, export
+from jobs.commands.feature_choice import FeatureChoice
 from jobs.commands.load import DeltaChoice, combination, load_deltas, load_patches
 from jobs.context.context import Context
 from jobs.errors import RequestError
@@ -50,6 +51,24 @@ def test_change_deltas_alone_and_on_their_layers_bases(context: Context, tmp_pat
         expected = 0.5 * deltas[Site(layer)](x) + (bases[layer](x) if onto_bases else 0)
         torch.testing.assert_close(read_npz(path, Site(layer))(x), expected, rtol=1e-4, atol=1e-5)
     assert any("error(x)" in path.read_text() for path in (tmp_path / "out").rglob("*.json"))
+
+
+def test_features_that_are_left_out_do_nothing_and_the_card_has_no_figures_of_them(
+    context: Context, tmp_path: Path
+) -> None:
+    choice = FeatureChoice(without=["L1F000", "L1F002"])
+    files = by_layer(export(context, "gemma-scope", tmp_path / "out", DeltaChoice("change"), 1.0, features=choice))
+    deltas = load_deltas(context, mlp_sites(files), combination(context, DeltaChoice("change")))
+    x = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
+    for layer, path in files.items():
+        delta = deltas[Site(layer)]
+        acts = delta.encode(x)
+        if layer == 1:
+            acts[:, [0, 2]] = 0
+        torch.testing.assert_close(read_npz(path, Site(layer))(x), delta.decode(acts), rtol=1e-4, atol=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "without L1F000, without L1F002" in card
+    assert "The sweep has measured no behaviour of exactly these features." in card
 
 
 def test_a_sweep_without_bases_says_so(context: Context, tmp_path: Path) -> None:
