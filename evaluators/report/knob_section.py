@@ -14,6 +14,7 @@ from evaluators.report.feature_page import most_effective
 from evaluators.report.findings import NATS, Findings, estimate, number, with_interval
 from evaluators.report.page import Block, Section, Sentences, Table, picture, table_block
 from evaluators.tables import recovery
+from evaluators.tables.group_tables import groups_needed
 from evaluators.tables.pooling import rates_in
 from evaluators.tables.tables import Results
 from sites import MLP, parse_sites
@@ -256,6 +257,9 @@ def headline_rows(results: Results) -> list[dict[str, str]]:
                 row["KL recovered"] = _share(kl.loc[["full"]].iloc[0]) if "full" in kl.index else "-"
         count = recovery.features_needed(results.curve, subset) if len(results.curve) else None
         row["features for 90%"] = "-" if count is None else f"at most {count:,} of {_total(results):,}"
+        if len(results.group_curve):
+            groups = groups_needed(results.group_curve, subset)
+            row["groups for 90%"] = "-" if groups is None else f"at most {groups} of {len(results.groups)}"
         if rate is not None:
             rates = conditions[conditions["subset"] == subset].set_index("condition")[rate].dropna()
             names = [name for name in ("no_delta", "full", "raw") if name in rates.index]

@@ -179,7 +179,7 @@ def features(
     top: Annotated[int, typer.Option(min=1, help="How many features to list.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Print how few features of the change deltas carry the effect, and which ones."""
+    """Print how few features of the change deltas carry the effect, which ones, and which fire together."""
     from jobs.commands.few_features import few_features, show
 
     found = few_features(context_of(config, overrides), top)

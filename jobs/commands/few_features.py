@@ -1,7 +1,7 @@
-"""How few features carry the effect of finetuning, and which ones.
+"""How few features, and how few groups of them, carry the effect of finetuning, and which ones.
 
-In: a `Context` whose sweep has evaluated its few-features curve. Out: for each subset the number of features that
-recover most of the CE gap, and the first features in the order in which the curve adds them.
+In: a `Context` whose sweep has evaluated its few-features curve. Out: for each subset the number of features and of
+groups that recover most of the CE gap; the first features in the order in which the curve adds them; and the groups.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from jobs.files import MANIFEST
 
 
 def few_features(context: Context, top: int) -> dict[str, Any]:
-    """`curve` rows, `needed` by subset, and the first `top` features; raises RequestError if there is no curve."""
+    """`curve` rows, `needed` by subset, the first `top` features, and the `groups`, with `groups_needed` by subset.
+
+    Raises RequestError if there is no curve.
+    """
     from evaluators.tables import recovery
     from evaluators.tables.feature_tables import ranking_table
+    from evaluators.tables.group_tables import group_curve_table, groups_needed, groups_table
 
     cells = context.cells if (context.space.cells / MANIFEST).is_file() else []
     curve = recovery.curve_table(cells, seed=context.settings.seed)
@@ -25,6 +29,7 @@ def few_features(context: Context, top: int) -> dict[str, Any]:
             f"the sweep {context.settings.name} has no few-features curve; it takes change deltas and evaluate.curve"
         )
     needed = {subset: recovery.features_needed(curve, subset) for subset in curve["subset"].unique()}
+    groups, of_groups = groups_table(cells), group_curve_table(cells, seed=context.settings.seed)
     ranking = ranking_table(cells)
     ranking = ranking[ranking["target"] == "change"]
     return {
@@ -33,16 +38,21 @@ def few_features(context: Context, top: int) -> dict[str, Any]:
         "total": len(ranking),
         "features": ranking.head(top)[["rank", "layer", "feature", "at_bos", "effect"]].to_dict("records"),
         "curve": curve[["subset", "k", "mean_ce", "recovered"]].to_dict("records"),
+        "groups": groups.to_dict("records"),
+        "groups_needed": {subset: groups_needed(of_groups, subset) for subset in of_groups["subset"].unique()},
     }
 
 
 def show(found: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
     for subset, count in found["needed"].items():
-        answer = "no number of them does" if count is None else f"{count} of {found['total']} features do"
+        answer = "no number of features does" if count is None else f"{count} of {found['total']} features do"
+        if (groups := found["groups_needed"].get(subset)) is not None:
+            answer += f", or {groups} of {len(found['groups'])} groups"
         console.print(f"{subset}: to recover {found['enough']:.0%} of the CE gap, {answer}", highlight=False)
     table = Table("rank", "layer", "feature", "effect (nats a target token)")
     for feature in found["features"]:
@@ -55,3 +65,10 @@ def show(found: dict[str, Any]) -> None:
     console.print(table)
     if (left := found["total"] - len(found["features"])) > 0:
         console.print(f"and {left} more: --top N shows N of them, report/feature_ranking.csv has all", highlight=False)
+    if found["groups"]:
+        table = Table("group", "features", "fires on", "promotes", title="features that fire on the same tokens")
+        for group in found["groups"]:
+            table.add_row(
+                str(group["group"]), str(group["n_features"]), escape(group["fires_on"]), escape(group["promoted"])
+            )
+        console.print(table)

@@ -200,7 +200,7 @@ def public_settings(settings: Sweep) -> dict[str, Any]:
     return values
 
 
-HEADLINE = ("subset", "gap in CE", "recovered", "features for 90%")
+HEADLINE = ("subset", "gap in CE", "recovered", "features for 90%", "groups for 90%")
 HEADLINE_ROWS = 3
 """Number of rows of the table at the end."""
 
