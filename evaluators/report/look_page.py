@@ -14,7 +14,7 @@ import pandas as pd
 
 from data.selection import first_of_each
 from evaluators.report import look_figures
-from evaluators.report.findings import Findings, number
+from evaluators.report.findings import Findings, number, with_interval
 from evaluators.report.page import (
     Block,
     Picture,
@@ -29,6 +29,7 @@ from evaluators.report.page import (
 from evaluators.report.parts_section import parts_blocks
 from evaluators.tables.recovery import EVERY_LAYER, parts_table
 from evaluators.tables.statistics import Estimate, paired_bootstrap, wilson
+from sites import parse_sites
 
 Found = Mapping[str, Any]
 TEXTS_SHOWN = 12
@@ -46,6 +47,10 @@ PARTS = {
     "mlp": "MLPs",
     "rest": "what is outside the sites",
 }
+KIND_OF_PART = {"output": "o", "mlp": "mlp"}
+"""Parts that are all of a kind of site."""
+NEARLY_ALL = 0.95
+"""Share of the effect from which a narrower sweep is suggested."""
 STANDS_OUT = 2.0
 """How many times the control's norm a mean difference must have to stand out."""
 LAYERS_SHOWN = 6
@@ -62,7 +67,7 @@ def look_page(found: Found, *, seed: int) -> str:
         _divergence(found),
         _parts(found, seed),
         _lens(found),
-        *([_next(found)] if "next" in found else []),
+        *([_next(found, seed)] if "next" in found else []),
     ]
     return render(title, sections)
 
@@ -107,7 +112,7 @@ def in_ten_lines(found: Found, *, seed: int) -> list[str]:
     lines += [f"where it lives, {sentence}" for sentence in _parts_in_words(found, seed)[:2]]
     lines.append(f"on unrelated text: {_lens_in_words(found)}")
     if "next" in found:
-        lines.append(f"next: {found['next']['command']}")
+        lines.append(" ".join(["next:", found["next"]["command"], *_enough(_narrower(found, seed))]))
     return lines
 
 
@@ -428,9 +433,27 @@ def _lens_in_words(found: Found) -> str:
     )
 
 
-def _next(found: Found) -> Section:
-    then = found["next"]
-    sentences = [f"Run: {then['command']}"]
+def _narrower(found: Found, seed: int) -> dict[str, pd.DataFrame]:
+    """Settings that restrict a sweep, each with what it could explain at most, by subset: the share of the effect that
+    is lost when just its sites are un-finetuned. Queries, keys and values are not measured together."""
+    table = parts_table(found["parts"], seed=seed)
+    lost = table[(table["way"] == "unfinetuned") & table["share"].notna()]
+    kinds = KIND_OF_PART if lost.loc[lost["layers"] == EVERY_LAYER, "part"].nunique() > 1 else {}
+    rows = {f"deltas.sites=[{kind}]": lost[lost["part"] == part] for part, kind in kinds.items()}
+    for third in lost.loc[lost["layers"] != EVERY_LAYER, "layers"].unique():
+        layers = ",".join(str(site.layer) for site in parse_sites(third))
+        rows[f"deltas.layers=[{layers}]"] = lost[lost["layers"] == third]
+    return {setting: shares for setting, shares in rows.items() if len(shares)}
+
+
+def _enough(narrower: dict[str, pd.DataFrame]) -> list[str]:
+    """The first setting that could explain nearly all on every subset with an effect."""
+    return [setting for setting, shares in narrower.items() if (shares["share_low"] >= NEARLY_ALL).all()][:1]
+
+
+def _next(found: Found, seed: int) -> Section:
+    then, narrower = found["next"], _narrower(found, seed)
+    sentences = [f"Run: {' '.join([then['command'], *_enough(narrower)])}"]
     if "refused" in then:
         sentences.append(f"As it stands, the sweep would refuse this pair: {then['refused']}")
     sentences += [f"{name}: {text}" for name, text in then["plan"].items()]
@@ -440,11 +463,23 @@ def _next(found: Found) -> Section:
         "At best its deltas explain the effect above: every weight that changed is at a site with deltas, or is put "
         "back to what it was together with them."
     )
+    blocks: list[Block] = [Sentences([Findings("The sweep", sentences)])]
+    if narrower:
+        subsets = list(dict.fromkeys(subset for shares in narrower.values() for subset in shares["subset"]))
+        rows: list[list[Any]] = []
+        for setting, shares in narrower.items():
+            by_subset = shares.set_index("subset")
+            cells = [
+                with_interval(by_subset.loc[name], "share") if name in by_subset.index else "-" for name in subsets
+            ]
+            rows.append([setting, *cells])
+        help = (
+            "Fewer sites train faster, but their deltas explain at most what is lost when just these sites are "
+            "un-finetuned: that share of the effect, with 95% intervals. All sites together can explain all of it."
+        )
+        blocks.append(Table("A narrower sweep", help, ["setting", *subsets], rows, wide_text=True))
     return Section(
-        "next",
-        "What to do next",
-        "Sparse deltas say what these parts have learnt, feature by feature.",
-        [Sentences([Findings("The sweep", sentences)])],
+        "next", "What to do next", "Sparse deltas say what these parts have learnt, feature by feature.", blocks
     )
 
 
