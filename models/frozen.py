@@ -28,7 +28,7 @@ class Frozen(NamedTuple):
     """What gradients treat as constant."""
 
     patterns: bool = False
-    norms: bool = True
+    norms: bool = False
 
 
 @contextmanager

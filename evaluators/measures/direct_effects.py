@@ -1,4 +1,4 @@
-"""Direct effects between delta features in one text: the spliced model with every delta's activations held as constants.
+"""Direct effects between delta features in one text: the spliced model with all deltas' activations held constant.
 
 In: a bridge, patches of change deltas, a text, and what is to be predicted at its last token. Out: for a target (a
 feature's pre-activation, or the output) its value, its slope in the activation of every feature below it, and what it
@@ -17,7 +17,7 @@ from torch import Tensor
 from data.encoding import Batch, pad_left
 from evaluators.measures.single_features import activations
 from evaluators.splice.interventions import Edit, Patch, RowEdits, spliced
-from evaluators.splice.passes import forward, read_prefixes, run_up_to
+from evaluators.splice.passes import forward, project, read_prefixes, run_up_to
 from models.blocks import exchanged, hooks_at
 from models.bridge import Hook, device_of, hooked
 from models.frozen import Frozen, frozen
@@ -69,6 +69,15 @@ def spliced_activations(bridge: TransformerBridge, patches: Sequence[Patch], ids
         return {patch.site: activations(patch, prefixes[patch.site][0].x) for patch in patches}
 
 
+class _Whole(NamedTuple):
+    """The model with no feature removed: streams (1, position, d_model) that enter blocks after the first, by layer;
+    pre-activations by site (position, d_sae); the output (1,)."""
+
+    entering: dict[int, Tensor]
+    pre: dict[Site, Tensor]
+    output: Tensor
+
+
 class HeldModel:
     """The model with un-finetuned parts at the patches' sites, and with held activations of their deltas. Make it with
     `held_model`: outside that context its graph would belong to other weights."""
@@ -82,6 +91,9 @@ class HeldModel:
         self._added: dict[Site, Tensor] = {}
         self._held: Mapping[Site, Tensor] = {}
         self._graph: tuple[dict[Site, Tensor], dict[Site, Tensor], Tensor] | None = None
+        self._whole: _Whole | None = None
+        self.logits = torch.empty(0)
+        """The logits (vocabulary,) after the text; empty before `effects` ran."""
 
     def hooks(self) -> list[Hook]:
         return [
@@ -132,43 +144,77 @@ class HeldModel:
     def _with_gradients(self, what: Frozen) -> tuple[dict[Site, Tensor], dict[Site, Tensor], Tensor]:
         leaves = {site: acts.detach().unsqueeze(0).requires_grad_() for site, acts in self.acts.items()}
         with torch.enable_grad(), frozen(self.bridge, what):
-            output = self._run(leaves)[0]
+            logits = self._logits(leaves)
+            output = self.output.of(logits)[0]
+        self.logits = logits[0].detach()
         pre, self._pre = self._pre, {}
         return leaves, pre, output
 
     @torch.no_grad()
-    def values(self, targets: Sequence[Target], without: Sequence[Place]) -> Tensor:
-        """(row, target): the targets' values if one feature is off in each row, everything else of the deltas being
-        held. Nothing is frozen. The pass ends at the highest target."""
-        rows = len(without)
-        held = {site: acts.unsqueeze(0).expand(rows, *acts.shape).clone() for site, acts in self.acts.items()}
-        for row, place in enumerate(without):
-            held[place.site][row, place.position, place.feature] = 0.0
-        return self._values(held, targets)
+    def falls(self, targets: Sequence[Target], sources: Sequence[Place]) -> Tensor:
+        """(source, target): by how much the targets' values fall if one source is off and all other features are held.
+        Nothing is frozen. Only the blocks from the lowest source to the highest target run."""
+        whole = self._whole = self._whole or self._run_whole()
+        rows, last = len(sources), self.bridge.cfg.n_layers - 1
+        self._held = {site: acts.unsqueeze(0).expand(rows, *acts.shape).clone() for site, acts in self.acts.items()}
+        for row, (site, position, feature) in enumerate(sources):
+            self._held[site][row, position, feature] = 0.0
+        highest = max(last if at is None else at.site.layer for at in targets)
+        first = min(source.site.layer for source in sources)
+        stream = self._run_blocks(rows, highest, first, whole.entering.get(first))
+        output = self._output_of(stream) if None in targets else None
+        pre, self._pre = self._pre, {}
+
+        def values(at: Target) -> Tensor:
+            if at is not None:  # a site below all sources is as it was
+                return whole.pre[at.site][at[1:]] - pre[at.site][:, at.position, at.feature]
+            assert output is not None
+            return whole.output - output
+
+        return torch.stack([values(at) for at in targets], dim=1)
 
     @torch.no_grad()
     def value_without_deltas(self) -> float:
         """The output with all deltas off."""
-        return self._values({site: torch.zeros_like(acts)[None] for site, acts in self.acts.items()}, [None]).item()
+        return self.output.of(self._logits({site: torch.zeros_like(acts)[None] for site, acts in self.acts.items()}))[
+            0
+        ].item()
 
-    def _values(self, held: Mapping[Site, Tensor], targets: Sequence[Target]) -> Tensor:
-        if None in targets:
-            output = self._run(held)
-        else:
-            self._held = held
-            rows = len(next(iter(held.values())))
-            highest = max(at.site.layer for at in targets if at is not None)
-            run_up_to(self.bridge, _rows(self.bridge, self.output.ids, rows), highest, [])
+    def _run_whole(self) -> _Whole:
+        """What the model computes with every feature held at its activation."""
+        self._held = {site: acts.unsqueeze(0) for site, acts in self.acts.items()}
+        last, entering = self.bridge.cfg.n_layers - 1, {}
+
+        def noting(layer: int) -> Callable[[Tensor, object], None]:
+            def note(stream: Tensor, hook: object) -> None:
+                entering[layer] = stream
+
+            return note
+
+        hooks: list[Hook] = [(f"blocks.{layer}.hook_out", noting(layer + 1)) for layer in range(last)]
+        output = self._output_of(self._run_blocks(1, last, 0, None, hooks))
         pre, self._pre = self._pre, {}
-        return torch.stack(
-            [output if at is None else pre[at.site][:, at.position, at.feature] for at in targets], dim=1
-        )
+        return _Whole(entering, {site: of_site[0] for site, of_site in pre.items()}, output)
 
-    def _run(self, held: Mapping[Site, Tensor]) -> Tensor:
-        """The output (row,) with these activations (row, position, d_sae) held."""
+    def _run_blocks(
+        self, rows: int, highest: int, first: int, entering: Tensor | None, hooks: Sequence[Hook] = ()
+    ) -> Tensor:
+        """The stream that leaves block `highest`, from what enters block `first`, or from the text."""
+        batch = _rows(self.bridge, self.output.ids, rows)
+        if entering is None:
+            return run_up_to(self.bridge, batch, highest, hooks)
+        residual = entering.expand(rows, *entering.shape[1:])
+        return run_up_to(self.bridge, batch, highest, hooks, first - 1, residual)
+
+    def _output_of(self, stream: Tensor) -> Tensor:
+        """The output (row,) of what leaves the last block."""
+        return torch.cat([self.output.of(logits) for logits in project(self.bridge, stream[:, -1])])
+
+    def _logits(self, held: Mapping[Site, Tensor]) -> Tensor:
+        """Logits (row, vocabulary) after the text, with these activations (row, position, d_sae) held."""
         self._held = held
         batch = _rows(self.bridge, self.output.ids, len(next(iter(held.values()))))
-        return self.output.of(forward(self.bridge, batch, 1)[:, 0])
+        return forward(self.bridge, batch, 1)[:, 0]
 
 
 @contextmanager
