@@ -149,6 +149,21 @@ def hook_names(bridge: TransformerBridge) -> Collection[str]:
     return _wiring(bridge).points.keys()
 
 
+def unhooked_norms(bridge: TransformerBridge) -> list[str]:
+    """The names of the model's norms whose denominators no hook shows."""
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    shown = {id(seat.part.original_component) for seat in _wiring(bridge).seats if hasattr(seat.part, "hook_scale")}
+    model: Any = bridge.original_model
+    return [
+        name.replace("_original_component.", "")
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and not isinstance(module, GeneralizedComponent)
+        and id(module) not in shown
+    ]
+
+
 @contextmanager
 def whole(bridge: TransformerBridge) -> Iterator[None]:
     """Inside the `with`, every component of the bridge is attached, as TransformerLens leaves it."""

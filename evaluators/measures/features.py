@@ -249,7 +249,16 @@ def moved_tokens(
     first = {text.row.label: text for text in reversed(texts)}
     rows = [encode_row(bridge.tokenizer, text.row).prompt for text in first.values()]
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
-    at = resume(bridge, batch)[:, -1].float().mean(0)
+    return moved_from(bridge, resume(bridge, batch)[:, -1].float().mean(0), directions)
+
+
+def moved_from(
+    bridge: TransformerBridge, at: Tensor, directions: Mapping[Key, Tensor]
+) -> dict[Key, dict[str, list[str]]]:
+    """For each direction (d_model,) the tokens whose logits a small step along it raises (`promoted`) and lowers
+    (`suppressed`) most, from the last block's output `at` (d_model,)."""
+    if not directions:
+        return {}
     dtype = next(iter(bridge.original_model.parameters())).dtype  # type: ignore[operator]
     stacked = torch.stack([direction.float() for direction in directions.values()]).to(at)
     steps = functional.normalize(stacked, dim=1) * at.norm() * STEP

@@ -197,9 +197,22 @@ def _noting(held: list[Tensor]) -> Callable[[Tensor, object], None]:
     return lambda activation, hook: held.append(activation)
 
 
-def run_up_to(bridge: TransformerBridge, batch: Batch, layer: int, hooks: Sequence[Hook]) -> None:
-    """Runs a pass that ends with block `layer`, for its `hooks`."""
-    _last_output(bridge, batch, layer, hooks)
+def run_up_to(
+    bridge: TransformerBridge,
+    batch: Batch,
+    layer: int,
+    hooks: Sequence[Hook],
+    after: int | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Runs a pass that ends with block `layer`, for its `hooks`. Returns the stream (batch, position, d_model) there.
+
+    With `residual`, the stream that leaves block `after`, which is below `layer`, only the blocks above it run.
+    """
+    if residual is None or after is None:
+        return _last_output(bridge, batch, layer, hooks)
+    with _handed_through(bridge, after, residual):
+        return _last_output(bridge, batch, layer, hooks)
 
 
 def resume(

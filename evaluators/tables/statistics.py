@@ -222,6 +222,25 @@ def slope_and_spearman(
     return _interval(slope, slopes(drawn)), _interval(rho, rhos(drawn))
 
 
+def pearson(x: ArrayLike, y: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """Pearson's r of pairs `(n,)`, with its percentile bootstrap interval over pairs; NaN where one of the two does not
+    vary."""
+    pairs = np.stack([np.asarray(x, float), np.asarray(y, float)])
+    n = pairs.shape[1]
+    # Scaled first, so that sums of squares keep their digits.
+    centre, spread = pairs.mean(axis=1, keepdims=True), pairs.std(axis=1, keepdims=True)
+    first, second = (pairs - centre) / np.where(spread > 0, spread, 1.0)
+    moments = np.stack([first, second, first * second, first**2, second**2])
+
+    def r(means: NDArray[np.float64]) -> NDArray[np.float64]:
+        mean_x, mean_y, xy, xx, yy = means.T
+        variances = np.clip((xx - mean_x**2) * (yy - mean_y**2), 0, None)
+        return _ratio(xy - mean_x * mean_y, np.sqrt(np.where(variances > 1e-20, variances, 0.0)))
+
+    value = float(r(moments.mean(axis=1)[None, :])[0])
+    return _interval(value, r(_resample_counts(n, seed, resamples) @ moments.T / n))
+
+
 def _resampled_sums(stacked: NDArray[np.float64], seed: int, resamples: int) -> NDArray[np.float64]:
     """Sums over resampled prompts, means over replicas: (quantity, replica, prompt) -> (resample, quantity)."""
     quantities, replicas, prompts = stacked.shape

@@ -115,6 +115,53 @@ def probe(
 
 
 @commands.command()
+def graph(
+    config: Config,
+    prompt: Annotated[str, typer.Option(help="The prompt to explain.")],
+    overrides: Overrides = None,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            help="Explain the logit of this token after the prompt; default: the first token that the two models say "
+            "differently."
+        ),
+    ] = None,
+    frozen_patterns: Annotated[
+        bool, typer.Option("--frozen-patterns/--free-patterns", help="Take attention patterns as given.")
+    ] = False,
+    frozen_norms: Annotated[
+        bool, typer.Option("--frozen-norms/--free-norms", help="Take the norms' denominators as given.")
+    ] = False,
+    max_expanded: Annotated[int, typer.Option(min=1, help="At most this many nodes get incoming edges.")] = 64,
+    node_threshold: Annotated[float, typer.Option(min=0, max=1, help="Share of influence that the nodes keep.")] = 0.8,
+    edge_threshold: Annotated[float, typer.Option(min=0, max=1, help="Share of influence that the edges keep.")] = 0.98,
+    out: Annotated[Path | None, typer.Option(help="A folder; default: graphs in the sweep's folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Draw which delta features at which positions make the model say what it says: an attribution graph."""
+    if not prompt.strip():
+        raise RequestError("--prompt: it is empty")
+    if out is not None and out.exists() and not out.is_dir():
+        raise RequestError(f"--out: {out} is a file, must be a folder")
+    context = context_of(config, overrides)
+    from evaluators.measures.graph import GraphOptions
+    from jobs.commands.graph import Request
+    from jobs.commands.graph import graph as run
+    from models.frozen import Frozen
+
+    options = GraphOptions(
+        frozen=Frozen(frozen_patterns, frozen_norms),
+        max_expanded=max_expanded,
+        node_threshold=node_threshold,
+        edge_threshold=edge_threshold,
+        seed=context.settings.seed,
+    )
+    found = run(Request(context, prompt, token, options, out))
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+
+
+@commands.command()
 def chat(
     config: Config,
     overrides: Overrides = None,

@@ -1,0 +1,230 @@
+"""The attribution graph of one prompt: what the deltas' features do to what the model says.
+
+In: a finished sweep with change deltas, and a prompt. Out: the graph as JSON, in our own format and in that of
+circuit-tracer's viewer, and ten lines on the terminal.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from data.files import replacing
+from jobs.commands.load import DeltaChoice, combination, load_bridge, load_patches, prompt_row
+from jobs.context.context import Context
+from jobs.errors import RequestError
+from jobs.progress import Bar, Progress, clock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from evaluators.measures.direct_effects import Place
+    from evaluators.measures.graph import Graph, GraphOptions
+
+TRUSTED = 0.8
+"""A correlation of the checks below this is a warning."""
+STRONGEST = 6
+"""Features listed on the terminal."""
+
+
+class Request(NamedTuple):
+    """What to explain: a prompt and, if it is not what the two models say differently, a token; how; and the folder to
+    write to (None: `graphs` in the sweep's folder)."""
+
+    context: Context
+    prompt: str
+    token: str | None
+    options: GraphOptions
+    out: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.out or self.context.space.folder / "graphs"
+
+    @property
+    def name(self) -> str:
+        """Of the files: the prompt's words, and a hash that tells similar prompts apart."""
+        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower())[:40].strip("-") or "prompt"
+        asked = json.dumps([self.prompt, self.token, self.options])
+        return f"{words}-{hashlib.sha256(asked.encode()).hexdigest()[:6]}"
+
+
+def graph(request: Request) -> dict[str, Any]:
+    """Makes the graph, writes it and prints what it says. Returns it in our own format.
+
+    Raises RequestError, ModelError or DataError if the sweep has no change deltas, or the prompt cannot be explained.
+    """
+    from evaluators.measures.graph import attribution_graph
+    from evaluators.measures.graph_formats import as_circuit_tracer, as_json
+
+    started, context = time.monotonic(), request.context
+    if "change" not in context.settings.deltas.targets:
+        raise RequestError(
+            f"the sweep {context.settings.name} has no change deltas (deltas.targets), which a graph is made of"
+        )
+    bridge, patches, rest = _spliced(context)
+    tokenizer = bridge.tokenizer
+    output, said = _output(request, bridge, patches, rest)
+    with _bars(context.progress) as step:
+        found = attribution_graph(bridge, patches, output, said, request.options, step)
+    seconds = time.monotonic() - started
+    described = as_json(found, tokenizer, _title(context), _facts(request, found, tokenizer, seconds), _cards(request))
+    tracer = as_circuit_tracer(found, request.name, tokenizer, f"deltascope-{context.settings.name}")
+    written = _write(request, described, tracer)
+    for line in in_lines(described):
+        context.progress.line(line)
+    context.progress.line(f"graph: {written} ({clock(seconds)})")
+    return described
+
+
+def _spliced(context: Context) -> tuple[Any, list[Any], Any]:
+    """The bridge, all patches of change deltas, and the un-finetuned values of what finetuning changed outside all
+    sites, if the patches are everything else that it changed."""
+    from models.bridge import device_of
+    from models.rest import read_rest
+
+    bridge = load_bridge(context)
+    patches = load_patches(context, None, combination(context, DeltaChoice("change")), bridge)
+    whole = context.rest and context.is_everything([patch.site for patch in patches])
+    rest = read_rest(context.model, context.rest) if whole else None
+    return bridge, [patch.to(device_of(bridge)) for patch in patches], rest
+
+
+def _output(request: Request, bridge: Any, patches: list[Any], rest: Any) -> tuple[Any, tuple[int, int]]:
+    from data.encoding import encode_prompt
+    from evaluators.measures.graph import choose_output, token_output
+
+    row, limits = prompt_row(request.context, request.prompt), request.context.limits
+    length, longest = len(encode_prompt(bridge.tokenizer, row)), bridge.original_model.config.max_position_embeddings
+    needed = 0 if request.token is not None else limits.max_new_tokens
+    if length + needed > longest:
+        raise RequestError(
+            f"--prompt: it has {length} tokens, and the answer up to {needed}, but the model's context holds {longest}"
+        )
+    if request.token is not None:
+        return token_output(bridge, patches, row, request.token, rest)
+    return choose_output(bridge, patches, row, limits, rest)
+
+
+@contextmanager
+def _bars(progress: Progress) -> Iterator[Callable[[str, int, int], None]]:
+    """A function that shows how far each part of the work is, on one bar for each."""
+    opened: dict[str, tuple[Any, Bar]] = {}
+
+    def step(name: str, done: int, total: int) -> None:
+        if name not in opened:
+            manager = progress.bar("graph", total, name)
+            opened[name] = (manager, manager.__enter__())
+        bar = opened[name][1]
+        bar.advance(done - bar.done)
+
+    try:
+        yield step
+    finally:
+        for manager, _ in reversed(opened.values()):
+            manager.__exit__(None, None, None)
+
+
+def _title(context: Context) -> str:
+    chosen = context.settings.model
+    finetuned = chosen.finetuned or f"the finetuned model of the sweep {context.settings.name}"
+    return f"{finetuned} compared with {chosen.source}"
+
+
+def _facts(request: Request, found: Graph, tokenizer: PreTrainedTokenizerBase, seconds: float) -> dict[str, str]:
+    """Settings shown at the end of the page."""
+    context, options = request.context, request.options
+    sites = context.sites_of("change")
+    return {
+        "sweep": context.settings.name,
+        "prompt": request.prompt,
+        "sites": f"{len(sites)}, {'all' if context.is_everything(sites) else 'not all'} that finetuning changed",
+        "the spliced model says": repr(tokenizer.decode([found.said[2]])),
+        "probability of the explained token": f"{found.probability:.3f}",
+        "largest number of expanded nodes": str(options.max_expanded),
+        "share of influence outside the graph": f"{_missing(found):.0%}",
+        "checked edges of each sample": str(options.checked),
+        "seed": str(options.seed),
+        "seconds": f"{seconds:.1f}",
+    }
+
+
+def _missing(found: Graph) -> float:
+    inside = sum(node.influence for node in found.nodes if node.kind != "output")
+    return max(0.0, 1 - inside / found.total_influence)
+
+
+def _cards(request: Request) -> Callable[[Place], str]:
+    """Links from the graph's folder to the cards in the sweep's report."""
+    from evaluators.report.feature_page import PAGE, address
+
+    report = request.context.space.report
+    listed: set[tuple[str, int]] = set()
+    if (report / "features.csv").is_file() and (report / PAGE).is_file():
+        with (report / "features.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        listed = {(row["layer"], int(row["feature"])) for row in rows if row["target"] == "change"}
+    page = Path(os.path.relpath(report / PAGE, request.folder)).as_posix()
+
+    def card(place: Place) -> str:
+        label = place.site.label
+        return f"{page}#{address('change', label, place.feature)}" if (label, place.feature) in listed else ""
+
+    return card
+
+
+def _write(request: Request, described: dict[str, Any], tracer: dict[str, Any]) -> Path:
+    """Writes both files; returns the path of ours. A page for the browser is made here from `described`."""
+    path = request.folder / f"{request.name}.json"
+    try:
+        request.folder.mkdir(parents=True, exist_ok=True)
+        for file, content in ((path, described), (path.with_suffix(".circuit-tracer.json"), tracer)):
+            with replacing(file) as temporary:
+                temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"--out: {request.folder} cannot be written ({error.strerror})") from None
+    return path
+
+
+def in_lines(found: dict[str, Any]) -> list[str]:
+    """What a graph says, in some ten lines, from its JSON."""
+    output, tokens, counts, checks = found["output"], found["tokens"], found["counts"], found["checks"]["correlation"]
+    lines = []
+    low = [name for name, one in checks.items() if one is not None and one[0] < TRUSTED]
+    if low:
+        frozen = [name for name, is_frozen in found["frozen"].items() if is_frozen]
+        hint = f"; try --free-{' --free-'.join(frozen)}" if frozen else ""
+        lines.append(
+            f"warning: do not trust the effects: over {' and '.join(low)} edges they correlate by less than {TRUSTED} "
+            f"with what removing single features does{hint}"
+        )
+    lines += [
+        f"after {''.join(tokens[-8:])!r} the finetuned model says {output['finetuned']!r}, the un-finetuned one "
+        f"{output['unfinetuned']!r}",
+        f"{output['words']}: {output['value']:+.3g} with all deltas, {output['unfinetuned_value']:+.3g} without",
+        f"{counts['nodes']} nodes and {counts['edges']} edges of {counts['active']} active features; "
+        f"{counts['expanded']} nodes expanded",
+        "strongest direct effects on it:",
+    ]
+    end = next(number for number, node in enumerate(found["nodes"]) if node["kind"] == "output")
+    into = [(weight, found["nodes"][source]) for source, target, weight in found["edges"] if target == end]
+    for weight, node in sorted(into, key=lambda pair: -abs(pair[0])):
+        if node["kind"] == "rest":
+            lines.append(f"  {weight:+.3g} un-finetuned parts alone")
+    features = [pair for pair in into if pair[1]["kind"] in ("feature", "bos")]
+    for weight, node in sorted(features, key=lambda pair: -abs(pair[0]))[:STRONGEST]:
+        what = "at BOS" if node["kind"] == "bos" else f"feature {node['feature']}"
+        promoted = f", promotes {' '.join(map(repr, node['promoted'][:3]))}" if node["promoted"] else ""
+        at = f"{tokens[node['position']]!r} (position {node['position']})"
+        lines.append(f"  {weight:+.3g} layer {node['site']} {what} on {at}{promoted}")
+    known = [f"{name} edges {one[0]:.2f} ({one[1]:.2f} to {one[2]:.2f})" for name, one in checks.items() if one]
+    lines.append(f"checks, correlation with removing single features: {', '.join(known) or 'too few edges'}")
+    return lines
