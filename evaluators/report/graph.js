@@ -5,6 +5,7 @@
   const { nodes, tokens, output } = data;
   const box = find("box"), heads = find("heads"), lanes = find("lanes"), drawing = find("drawing"), panel = find("panel");
   const controls = { share: find("share"), grouping: find("grouping"), labels: find("labels"), every: find("every") };
+  const grouping = () => controls.grouping !== null && controls.grouping.checked; // the switch is there if there are groups
   const MOST = 120; // nodes drawn to begin with
   const LABELLED = 90; // nodes up to which they have labels to begin with
   const LISTED = 12; // edges of a list in the panel
@@ -49,6 +50,7 @@
     largest[where] = Math.max(largest[where], Math.abs(weight));
   }
   const ranked = nodes.map((_, number) => number).filter((number) => nodes[number].kind !== "output");
+  const outputs = [...nodes.keys()].filter((number) => nodes[number].kind === "output");
   ranked.sort((a, b) => nodes[b].influence - nodes[a].influence || a - b);
   const cumulated = [];
   for (const number of ranked) cumulated.push((cumulated.at(-1) ?? 0) + Math.max(0, nodes[number].influence));
@@ -67,12 +69,12 @@
   const opened = new Set();
   let units = [], lines = [], byId = new Map(), unitOf = new Map(), selection = null, current = null;
   const choose = () => {
-    const kept = [...keep(controls.share.value / 100), ...nodes.keys()].filter((number, place, all) => place < all.length - nodes.length || nodes[number].kind === "output");
+    const kept = [...keep(controls.share.value / 100), ...outputs];
     const made = new Map();
     unitOf = new Map();
     for (const number of kept) {
       const node = nodes[number];
-      const key = node.kind === "feature" && node.group !== null && controls.grouping.checked ? "g" + node.group + "@" + node.position : "";
+      const key = node.kind === "feature" && node.group !== null && grouping() ? "g" + node.group + "@" + node.position : "";
       const id = key && !opened.has(key) ? key : "n" + number;
       if (!made.has(id)) made.set(id, { id, node, number, members: [], group: id === key ? node.group : null, influence: 0 });
       const unit = made.get(id);
@@ -91,7 +93,6 @@
       else sums.set(key, { from, to, weight });
     }
     lines = [...sums.values()];
-    for (const unit of units) unit.into = unit.out = null;
     for (const unit of units) [unit.into, unit.out] = [[], []];
     for (const line of lines) {
       line.from.out.push(line);
@@ -112,11 +113,11 @@
     if (unit.group !== null) return "group " + unit.group + " (" + unit.members.length + ")";
     if (kind === "output") return "output";
     if (kind === "rest") return "un-finetuned rest";
-    return layer + " " + site + (kind === "bos" ? " at BOS" : "") + (feature === null ? "" : ", " + feature);
+    return layer + " " + site + (feature === null ? "" : " #" + feature);
   };
   const label = (unit) => {
     const { kind, feature, promoted } = unit.node;
-    if (unit.group !== null) return cut(groups.get(unit.group)?.fires_on[0] ?? "group " + unit.group, 12);
+    if (unit.group !== null) return cut("on " + (groups.get(unit.group)?.fires_on[0] ?? "?"), 14);
     if (kind === "output") return cut(output.words, 60);
     if (kind === "rest") return "rest";
     return promoted.length ? cut(promoted[0], 12) : feature === null ? "" : "#" + feature;
@@ -212,7 +213,7 @@
   const curve = ({ from, to }) => {
     const rise = from.y - to.y, bend = Math.max(12, Math.abs(rise) * 0.45) * (rise < 0 ? -1 : 1);
     // Above each other, a straight line would run through the nodes between.
-    const aside = Math.abs(from.x - to.x) < 4 && Math.abs(rise) > 40 ? Math.min(26, 8 + Math.abs(rise) / 14) : 0;
+    const aside = Math.abs(from.x - to.x) < 4 && Math.abs(rise) > 40 ? Math.min(44, 8 + Math.abs(rise) / 12) : 0;
     const [a, b, c, d] = [from.x, from.y, to.x, to.y].map((one) => one.toFixed(1));
     return "M" + a + " " + b + "C" + (from.x - aside).toFixed(1) + " " + (from.y - bend).toFixed(1) + " " + (to.x - aside).toFixed(1) + " " + (to.y + bend).toFixed(1) + " " + c + " " + d;
   };
@@ -307,16 +308,13 @@
 
   // The selected units, what leads to them and what they lead to.
   const reached = (ids, side, end) => {
-    const found = new Set(), open = [...ids];
+    const found = new Set(), seen = new Set(ids), open = [...ids];
     while (open.length) {
-      const unit = byId.get(open.pop());
-      for (const line of unit[side]) {
+      for (const line of byId.get(open.pop())[side]) {
         found.add(line);
-        if (!open.seen) open.seen = new Set(ids);
-        if (!open.seen.has(line[end].id)) {
-          open.seen.add(line[end].id);
-          open.push(line[end].id);
-        }
+        if (seen.has(line[end].id)) continue;
+        seen.add(line[end].id);
+        open.push(line[end].id);
       }
     }
     return found;
@@ -417,7 +415,7 @@
           ["Group", grouped],
           ["Card", card ? html("a", { href: card }, "open its card") : ""],
         ]),
-        ...(opened.has("g" + group + "@" + position) && controls.grouping.checked ? [fold("Close its group"), " "] : []),
+        ...(opened.has("g" + group + "@" + position) && grouping() ? [fold("Close its group"), " "] : []),
         close,
       );
     }
@@ -426,19 +424,24 @@
   };
 
   // What a reader does.
-  const reveal = (unit) => {
+  const beneath = () => panel.getBoundingClientRect().top >= box.getBoundingClientRect().bottom;
+  const reveal = (unit, scrollPage = true) => {
     const margin = 30, text = unit.label ? 60 : 0;
     const left = unit.x - margin, right = unit.x + SIDE + margin + text, top = unit.y - margin, bottom = unit.y + HEAD + margin;
     if (left < box.scrollLeft) box.scrollLeft = left;
     else if (right > box.scrollLeft + box.clientWidth) box.scrollLeft = right - box.clientWidth;
     if (top < box.scrollTop) box.scrollTop = top;
     else if (bottom > box.scrollTop + box.clientHeight) box.scrollTop = bottom - box.clientHeight;
+    if (!scrollPage) return;
+    const place = unit.element.getBoundingClientRect();
+    if (place.bottom + margin > innerHeight) scrollBy(0, place.bottom + margin - innerHeight);
+    else if (place.top - margin < 0) scrollBy(0, place.top - margin);
   };
-  const move = (unit) => {
+  const move = (unit, scrollPage = true) => {
     byId.get(current)?.element.setAttribute("tabindex", -1);
     current = unit.id;
     unit.element.setAttribute("tabindex", 0);
-    reveal(unit);
+    reveal(unit, scrollPage);
   };
   const focus = (unit) => {
     move(unit);
@@ -455,7 +458,8 @@
       selection = { ids: [unit.id] };
       show();
     }
-    move(byId.get(selection.ids[0]));
+    // On a phone the panel stays in sight while a reader walks from edge to edge.
+    move(byId.get(selection.ids[0]), !fromPanel || !beneath());
     if (fromPanel) panel.querySelector("h3").focus({ preventScroll: true });
     else byId.get(current).element.focus({ preventScroll: true });
     panel.scrollTop = 0;
@@ -476,8 +480,8 @@
   const beside = (unit, across, up) => {
     const others = units.filter((one) => (across ? (one.x - unit.x) * across > 1 : (unit.y - one.y) * up > 1));
     const same = others.filter((one) => (across ? Math.abs(one.y - unit.y) < 2 : one.node.position === unit.node.position));
-    const away = ([one]) => (across ? Math.abs(one.x - unit.x) + 3 * Math.abs(one.y - unit.y) : 3 * Math.abs(one.y - unit.y) + Math.abs(one.x - unit.x));
-    return (same.length ? same : others).map((one) => [one]).sort((a, b) => away(a) - away(b))[0]?.[0];
+    const away = (one) => (across ? Math.abs(one.x - unit.x) + 3 * Math.abs(one.y - unit.y) : 3 * Math.abs(one.y - unit.y) + Math.abs(one.x - unit.x));
+    return (same.length ? same : others).sort((a, b) => away(a) - away(b))[0];
   };
   const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
   const ends = {
@@ -497,7 +501,7 @@
   });
   drawing.addEventListener("focusin", (event) => {
     const unit = byId.get(event.target.dataset?.id);
-    if (unit && unit.id !== current) move(unit);
+    if (unit && unit.id !== current) move(unit, false);
   });
   drawing.addEventListener("click", (event) => {
     const element = event.target.closest(".node");
@@ -518,7 +522,7 @@
     waiting = requestAnimationFrame(draw);
   };
   controls.share.addEventListener("input", later);
-  controls.grouping.addEventListener("change", () => {
+  controls.grouping?.addEventListener("change", () => {
     opened.clear();
     later();
   });
@@ -532,5 +536,5 @@
 
   controls.labels.checked = keep(controls.share.value / 100).length <= LABELLED;
   draw();
-  reveal(byId.get(current));
+  reveal(byId.get(current), false);
 })();

@@ -18,7 +18,7 @@ TRUSTED = 0.8
 """Correlation between predicted and measured effects below which the page opens with a warning."""
 LISTED = 20
 """Strongest edges in each of the two tables."""
-SAMPLES = {"random": "edges drawn at random", "strongest": "strongest edges"}
+SAMPLES = {"random": "{} drawn at random", "strongest": "the strongest {}"}
 HALF = 100
 """Pixels from the middle of a scatter to its edge."""
 
@@ -27,9 +27,9 @@ class Sample(NamedTuple):
     """One sample of checked edges: its correlation in words, and its points in pixels around the middle."""
 
     words: str
+    title: str
     correlation: str
     trusted: bool
-    count: int
     limit: str
     points: list[tuple[float, float, str]]
 
@@ -116,8 +116,9 @@ def _text(tokens: Sequence[str]) -> str:
 
 def _samples(graph: Graph) -> list[Sample]:
     samples = []
-    for key, words in SAMPLES.items():
+    for key, form in SAMPLES.items():
         rows = [row for row in graph["checks"]["rows"] if row["sample"] == key]
+        words = form.format("1 edge" if len(rows) == 1 else f"{len(rows) or ''} edges".strip())
         value, low, high = graph["checks"]["correlation"].get(key) or (math.nan, math.nan, math.nan)
         if not rows and math.isnan(_plain(value)):
             continue
@@ -136,7 +137,8 @@ def _samples(graph: Graph) -> list[Sample]:
         if not math.isnan(_plain(low)):
             said += f" [{low:.2f}, {high:.2f}]"
         # A correlation that is not known is no reason for trust.
-        samples.append(Sample(words, said, _plain(value) >= TRUSTED, len(rows), f"{limit:.2g}", points))
+        trusted = _plain(value) >= TRUSTED
+        samples.append(Sample(words, words[:1].upper() + words[1:], said, trusted, f"{limit:.2g}", points))
     return samples
 
 
@@ -152,7 +154,7 @@ def _shown(graph: Graph, kinds: Sequence[str]) -> str:
     return (
         f"{features:,} of {counts['active']:,} active features are in the graph{besides}: those that carry "
         f"{thresholds['nodes']:.0%} of the influence on the output, with the {counts['edges']:,} edges that carry "
-        f"{thresholds['edges']:.0%} of it. Where effects come from was computed for {counts['expanded']:,} features."
+        f"{thresholds['edges']:.0%} of it. Incoming edges were computed for {counts['expanded']:,} features."
     )
 
 

@@ -75,8 +75,17 @@ def graph(
 
 def _empty(kind: str, layer: int, position: int) -> dict[str, Any]:
     return {
-        **{"kind": kind, "site": "", "layer": layer, "site_kind": "", "feature": None, "position": position},
-        **{"activation": 0.0, "influence": 0.0, "group": None, "promoted": [], "card": ""},
+        "kind": kind,
+        "site": "",
+        "layer": layer,
+        "site_kind": "",
+        "feature": None,
+        "position": position,
+        "activation": 0.0,
+        "influence": 0.0,
+        "group": None,
+        "promoted": [],
+        "card": "",
     }
 
 
@@ -86,7 +95,11 @@ def _node(draw: random.Random, n_layers: int, kind: str, position: int, group: i
     promoted = draw.sample(PROMOTED[site_kind], k=min(4, len(PROMOTED[site_kind])))
     return {
         **_empty(kind, layer, position),
-        **{"site": site, "site_kind": site_kind, "feature": feature, "group": group, "promoted": promoted},
+        "site": site,
+        "site_kind": site_kind,
+        "feature": feature,
+        "group": group,
+        "promoted": promoted,
         "activation": 1.0 if kind == "bos" else round(draw.lognormvariate(0, 0.8), 3),
         "influence": round(min(0.4, 0.02 * draw.lognormvariate(0, 1.1)), 5),
         "card": f"features.html#L{site.replace('.', '-')}F{feature:03d}" if draw.random() < 0.7 else "",
