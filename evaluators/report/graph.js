@@ -345,8 +345,22 @@
   const token = (text, tag = "span") => html(tag, { class: "token" }, html("bdi", {}, text));
   const entry = (unit, amount, kind, words, share) =>
     html("li", {}, button({ "aria-label": words }, () => pick(unit, true), html("span", { class: "size " + kind }, amount), icon(unit), html("span", { class: "who" }, brief(unit) + " ", ...(at(unit) ? [token(at(unit))] : [])), html("span", { class: "help" }, share)));
+  const arrivingAt = (unit) => unit.members.reduce((sum, number) => sum + arriving[number], 0);
+  // For each unit at that end its lines as one: several features of a group may be selected.
+  const merged = (among, end) => {
+    const found = new Map();
+    for (const line of among) {
+      const known = found.get(line[end].id);
+      if (!known) found.set(line[end].id, { ...line, targets: [line.to] });
+      else {
+        known.weight += line.weight;
+        if (!known.targets.includes(line.to)) known.targets.push(line.to);
+      }
+    }
+    return [...found.values()];
+  };
   const list = (title, among, end) => {
-    const sorted = [...among].sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight));
+    const sorted = merged(among, end).sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight));
     const made = [html("h4", {}, title + (sorted.length > LISTED ? ": strongest " + LISTED + " of " + sorted.length : ": " + (sorted.length || "none is drawn")))];
     if (sorted.length) {
       made.push(
@@ -354,7 +368,7 @@
           "ul",
           {},
           ...sorted.slice(0, LISTED).map((line) => {
-            const total = line.to.members.reduce((sum, number) => sum + arriving[number], 0);
+            const total = line.targets.reduce((sum, unit) => sum + arrivingAt(unit), 0);
             const share = total ? percent(Math.min(1, Math.abs(line.weight) / total)) : "";
             const words = (end === "from" ? "From " : "To ") + spoken(line[end]) + "; effect " + signed(line.weight) + ", " + share + " of what arrives there";
             return entry(line[end], signed(line.weight), line.weight < 0 ? "less" : "more", words, share);
@@ -409,7 +423,8 @@
         heading(icon(unit), unit.node.name),
         facts([
           ["At", kind === "rest" ? "" : where],
-          ["Activation", kind === "rest" ? "" : String(Number(unit.node.activation.toPrecision(3)))],
+          ["Activation", kind === "rest" ? "" : String(Number((unit.node.activation ?? 0).toPrecision(3)))],
+          ["What", kind === "rest" ? "What comes from the un-finetuned model." : ""],
           ["Influence", percent(unit.influence)],
           ["Promotes", promoted.length ? chips(promoted) : ""],
           ["Group", grouped],

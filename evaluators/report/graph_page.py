@@ -18,7 +18,7 @@ TRUSTED = 0.8
 """Correlation between predicted and measured effects below which the page opens with a warning."""
 LISTED = 20
 """Strongest edges in each of the two tables."""
-SAMPLES = {"random": "{} drawn at random", "strongest": "the strongest {}"}
+SAMPLES = {"random": "{} drawn at random", "strongest": "the {} of largest effect"}
 HALF = 100
 """Pixels from the middle of a scatter to its edge."""
 

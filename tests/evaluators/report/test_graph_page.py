@@ -78,7 +78,7 @@ def test_a_correlation_that_is_not_known_is_no_reason_for_trust(unknown):
     made["checks"]["correlation"]["strongest"] = unknown
     page = graph_page(made)
     assert 'class="warning"' in page
-    assert "not known over the strongest 40 edges" in words(page)
+    assert "not known over the 40 edges of largest effect" in words(page)
 
 
 def test_without_checks_it_says_that_there_are_none():
