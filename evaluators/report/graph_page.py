@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from evaluators.report.findings import number
 from evaluators.report.page import template
 from evaluators.report.scripted import data, script, visible
@@ -133,9 +135,9 @@ def _samples(graph: Graph) -> list[Sample]:
             )
             for row in rows
         ]
-        said = "not known" if math.isnan(_plain(value)) else f"{value:.2f}"
+        said = "not known" if math.isnan(_plain(value)) else number(value)
         if not math.isnan(_plain(low)):
-            said += f" [{low:.2f}, {high:.2f}]"
+            said += f" [{number(low)}, {number(high)}]"
         # A correlation that is not known is no reason for trust.
         trusted = _plain(value) >= TRUSTED
         samples.append(Sample(words, words[:1].upper() + words[1:], said, trusted, f"{limit:.2g}", points))
@@ -212,7 +214,7 @@ def _link(card: str) -> str:
     return "" if ":" in card or card.startswith("/") else card
 
 
-def _data(graph: Graph, tokens: Sequence[str]) -> str:
+def _data(graph: Graph, tokens: Sequence[str]) -> Markup:
     """What the script draws: tokens and nodes with their texts ready to be shown."""
     output = graph["output"]
     nodes = [

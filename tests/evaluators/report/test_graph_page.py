@@ -69,7 +69,7 @@ def test_a_warning_comes_first_where_a_correlation_is_below_the_limit(noise, war
     if warned:
         first = words(page).partition("Attribution graph of one prompt")[2].strip()
         assert first.startswith("Read single edges with caution")
-        assert f"{1 - noise[0]:.2f} [" in first.partition("Below 0.8")[0]
+        assert f"{1 - noise[0]:.3f} [" in first.partition("Below 0.8")[0]
 
 
 @pytest.mark.parametrize("unknown", [None, [float("nan")] * 3])
