@@ -5,13 +5,9 @@ scrolls; without it the cards are shown in order. Nothing is requested, and no o
 allows the script by its hash.
 """
 
-import base64
-import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -19,6 +15,7 @@ from markupsafe import Markup
 
 from evaluators.report.findings import number, with_interval
 from evaluators.report.page import Link, Table, template
+from evaluators.report.scripted import data, script, visible
 from evaluators.tables.feature_tables import FIRING, WAYS
 from evaluators.tables.pooling import RATE, Cell, of_kind
 from sites import MLP, Site
@@ -146,8 +143,6 @@ def feature_page(cells: Sequence[Cell], features: pd.DataFrame, ranking: pd.Data
         _card(row, found[row["target"], row["layer"], row["feature"]], subsets, totals[row["target"]])
         for _, row in features.iterrows()
     ]
-    script = (Path(__file__).parent / "features.js").read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return template("features.html.jinja").render(
         pair=pair,
         cards=cards,
@@ -157,9 +152,8 @@ def feature_page(cells: Sequence[Cell], features: pd.DataFrame, ranking: pd.Data
         n_prompts=int(max((features[f"n_{subset}"].max() for subset in subsets), default=0)),
         with_patterns=any(card.patterns is not None for card in cards),
         bar=BAR,
-        policy=f"sha256-{digest}",
-        script=Markup(script),
-        data=Markup(_data(features, ranking, subsets)),
+        script=script("features.js"),
+        data=_data(features, ranking, subsets),
     )
 
 
@@ -174,8 +168,8 @@ def _card(row: pd.Series, one: dict[str, Any], subsets: Sequence[str], total: in
         f"rank {int(row['rank']):,} of {total:,}; estimated effect {row['effect']:+.4f} nats per target token",
         "" if pd.isna(row["group"]) else str(int(row["group"])),
         [_effect(row, subset) for subset in subsets],
-        [_visible(token) for token in one["promoted"]],
-        [_visible(token) for token in one["suppressed"]],
+        [visible(token) for token in one["promoted"]],
+        [visible(token) for token in one["suppressed"]],
         # The square root, so that rare strong activations stay visible beside many weak ones.
         [] if row["at_bos"] else [(count, round(40 * math.sqrt(count / most))) for count in counts],
         f"{top:.3g}",
@@ -187,7 +181,7 @@ def _card(row: pd.Series, one: dict[str, Any], subsets: Sequence[str], total: in
         if one.get("patterns")
         else None,
         [
-            (values["head"], [*map(_visible, values["promoted"])], [*map(_visible, values["suppressed"])])
+            (values["head"], [*map(visible, values["promoted"])], [*map(visible, values["suppressed"])])
             for values in one.get("values", [])
         ],
     )
@@ -268,14 +262,8 @@ def _in_line(text: str) -> str:
     return text.replace("\n", "\u23ce")
 
 
-def _visible(token: str) -> str:
-    """A token with white space made visible."""
-    shown = token.replace("\n", "\u23ce").replace("\t", "\u21e5")
-    return "\u2423" + shown[1:] if shown.startswith(" ") else shown
-
-
-def _data(features: pd.DataFrame, ranking: pd.DataFrame, subsets: Sequence[str]) -> str:
-    """What the script reads, as JSON that ends no element: `cards` by address, and `list`, one array a feature."""
+def _data(features: pd.DataFrame, ranking: pd.DataFrame, subsets: Sequence[str]) -> Markup:
+    """What the script reads: `cards` by address, and `list`, one array a feature."""
     cards = {
         address(row["target"], row["layer"], row["feature"]): {
             "target": row["target"],
@@ -288,23 +276,7 @@ def _data(features: pd.DataFrame, ranking: pd.DataFrame, subsets: Sequence[str])
     }
     columns = ["target", "layer", "feature", "rank", "effect", *(f"{FIRING}{subset}" for subset in subsets)]
     rows = [[*row, int(at_bos)] for *row, at_bos in ranking[[*columns, "at_bos"]].itertuples(index=False)]
-    text = json.dumps({"cards": cards, "list": rows, "subsets": list(subsets)}, default=_plain, allow_nan=True)
-    return json.dumps(_rounded(json.loads(text)), separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _plain(value: Any) -> Any:
-    return value.item()
-
-
-def _rounded(value: Any) -> Any:
-    """Numbers to four digits, and null for none."""
-    if isinstance(value, float):
-        return None if math.isnan(value) else float(f"{value:.4g}")
-    if isinstance(value, list):
-        return [_rounded(one) for one in value]
-    if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    return value
+    return data({"cards": cards, "list": rows, "subsets": list(subsets)})
 
 
 def _capital(text: str) -> str:

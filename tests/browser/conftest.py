@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -16,6 +18,8 @@ from tests.end_to_end.conftest import REPOSITORY
 
 PICTURES = REPOSITORY / "test-output"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+SCREENS: dict[str, Any] = {"wide": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 800}}
+Opened = Callable[..., Page]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,3 +49,25 @@ def page(browser: Browser) -> Iterator[Page]:
     page.add_init_script("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
     yield page
     page.close()
+
+
+@pytest.fixture
+def opened(browser: Browser) -> Iterator[Opened]:
+    """Opens a page from disk; at the end nothing may have gone wrong there, and nothing have been requested."""
+    wrong: list[str] = []
+    contexts = []
+
+    def open_page(path: Path, screen: str = "wide", address: str = "", **options: Any) -> Page:
+        context = browser.new_context(viewport=SCREENS[screen], **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda one: wrong.append(one.url) if not one.url.startswith(("file:", "data:")) else None)
+        page.goto(path.as_uri() + address)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert wrong == []

@@ -7,46 +7,20 @@ screen and on a phone.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Locator, expect
 
 from evaluators.report.comparison_page import page as comparison_page
 from evaluators.report.feature_page import feature_page
 from evaluators.tables.feature_tables import features_table, ranking_table
-from tests.browser.conftest import PICTURES
+from tests.browser.conftest import PICTURES, SCREENS, Opened
 from tests.evaluators.compared import sweep
 
 pytestmark = pytest.mark.long("a real browser opens the pages of a report")
 
-SCREENS: dict[str, Any] = {"wide": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 800}}
 LAYERS, WIDTH, CARDS = 100, 128, 100
-Opened = Callable[..., Page]
-
-
-@pytest.fixture
-def opened(browser: Browser) -> Iterator[Opened]:
-    """Opens a page from disk; at the end nothing may have gone wrong there, and nothing have been requested."""
-    wrong: list[str] = []
-    contexts = []
-
-    def open_page(path: Path, screen: str = "wide", address: str = "", **options: Any) -> Page:
-        context = browser.new_context(viewport=SCREENS[screen], **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda one: wrong.append(one.url) if not one.url.startswith(("file:", "data:")) else None)
-        page.goto(path.as_uri() + address)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert wrong == []
 
 
 @pytest.fixture(scope="module")
