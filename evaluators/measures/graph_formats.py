@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluators.measures.direct_effects import Place
 from evaluators.measures.graph import Graph, Node
-from sites import KINDS
+from sites import KINDS, Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -194,3 +194,25 @@ def _cumulative(graph: Graph) -> dict[int, float]:
 
 def _short(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
+
+
+def with_groups(described: dict[str, Any], grouping: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A graph in our own format with the number of each node's group, from a cell of kind `grouping`, if there is
+    one."""
+    numbers = {
+        (Site.parse(layer).label, feature): group["number"]
+        for group in (grouping or {"groups": []})["groups"]
+        for layer, feature in group["features"]
+    }
+    nodes = [{**node, "group": numbers.get((node["site"], node["feature"]))} for node in described["nodes"]]
+    shown = {node["group"] for node in nodes}
+    groups = [
+        {
+            "number": group["number"],
+            "fires_on": [token for token, _ in group["fires_on"]],
+            "size": len(group["features"]),
+        }
+        for group in (grouping or {"groups": []})["groups"]
+        if group["number"] in shown
+    ]
+    return {**described, "nodes": nodes, "groups": groups}

@@ -15,6 +15,7 @@ from data.files import replacing
 from evaluators.report import sections
 from evaluators.report.feature_page import PAGE, feature_page, most_effective
 from evaluators.report.findings import number, with_interval
+from evaluators.report.graphs_section import graphs_pages, graphs_section, graphs_table
 from evaluators.report.groups_section import groups_section
 from evaluators.report.knob_section import headline_rows, knob_section
 from evaluators.report.look_page import look_page, look_section
@@ -76,6 +77,7 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
         parts,
         knob_section(results, deltas, data.polished if parts else pair, seed=seed),
         groups_section(results, data.cells, seed=seed),
+        graphs_section(data.cells),
         sections.checks_section(data.checks),
         sections.findings_section(reference, _glance(reference.conditions), seed=seed),
         sections.completed(sections.lora_section(pd.DataFrame(data.lora_trials)), data.finetuned, data.lora_pictures),
@@ -105,6 +107,13 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
         _write(folder / LOOK, look_page(look, seed=seed).encode())
     else:
         (folder / LOOK).unlink(missing_ok=True)
+    graphs_of = graphs_pages(data.cells, results.features, data.pair)
+    for name, text in graphs_of.items():
+        _write(folder / name, text.encode())
+    for stale in folder.glob("graph_*.html"):
+        if stale.name not in graphs_of:
+            stale.unlink()
+    _write(folder / "graphs.csv", graphs_table(data.cells).to_csv(index=False).encode())
     html = folder / "report.html"
     _write(html, render("What finetuning changed", shown, pages).encode())
     return html

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.context.context import Context
 from jobs.errors import RequestError
@@ -67,6 +67,12 @@ def chosen_features(
     return found
 
 
+def grouping_of(context: Context, ground: Ground, d_new: int) -> dict[str, Any] | None:
+    """The cell with the groups of these deltas' features, if the sweep has made groups."""
+    cells = [read_json(path) or {} for path in sorted(context.space.cells.glob("grouping_*.json"))]
+    return next((cell for cell in cells if (cell.get("target"), cell.get("d_new")) == (ground.target, d_new)), None)
+
+
 def _features(
     context: Context, deltas: Mapping[Site, Transcoder], chosen: tuple[Ground, int], option: str, name: str
 ) -> list[tuple[Site, int]]:
@@ -89,14 +95,7 @@ def _features(
 
 def _group(context: Context, chosen: tuple[Ground, int], option: str, number: int) -> list[tuple[Site, int]]:
     """A group's features, from the sweep's cell of these deltas' groups."""
-    ground, d_new = chosen
-    cells = [read_json(path) or {} for path in sorted(context.space.cells.glob("grouping_*.json"))]
-    groups = [
-        group
-        for cell in cells
-        if (cell.get("target"), cell.get("d_new")) == (ground.target, d_new)
-        for group in cell["groups"]
-    ]
+    groups = (grouping_of(context, *chosen) or {"groups": []})["groups"]
     if not groups:
         raise RequestError(
             f"{option}: the sweep {context.settings.name} has no groups of these deltas' features; they come with "

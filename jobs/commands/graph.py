@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.files import replacing
+from jobs.commands.feature_choice import grouping_of
 from jobs.commands.load import DeltaChoice, combination, load_bridge, load_patches, prompt_row
 from jobs.context.context import Context
 from jobs.errors import RequestError
@@ -63,7 +64,7 @@ def graph(request: Request) -> dict[str, Any]:
     Raises RequestError, ModelError or DataError if the sweep has no change deltas, or the prompt cannot be explained.
     """
     from evaluators.measures.graph import attribution_graph
-    from evaluators.measures.graph_formats import as_circuit_tracer, as_json
+    from evaluators.measures.graph_formats import as_circuit_tracer, as_json, with_groups
 
     started, context = time.monotonic(), request.context
     if "change" not in context.settings.deltas.targets:
@@ -76,7 +77,9 @@ def graph(request: Request) -> dict[str, Any]:
     with _bars(context.progress) as step:
         found = attribution_graph(bridge, patches, output, said, request.options, step)
     seconds = time.monotonic() - started
-    described = as_json(found, tokenizer, _title(context), _facts(request, found, tokenizer, seconds), _cards(request))
+    facts = _facts(request, found, tokenizer, seconds)
+    described = as_json(found, tokenizer, _title(context), facts, _cards(request))
+    described = with_groups(described, grouping_of(context, *combination(context, DeltaChoice("change"))))
     tracer = as_circuit_tracer(found, request.name, tokenizer, f"deltascope-{context.settings.name}")
     written = _write(request, described, tracer)
     for line in in_lines(described):
@@ -182,13 +185,20 @@ def _cards(request: Request) -> Callable[[Place], str]:
 
 
 def _write(request: Request, described: dict[str, Any], tracer: dict[str, Any]) -> Path:
-    """Writes both files; returns the path of ours. A page for the browser is made here from `described`."""
-    path = request.folder / f"{request.name}.json"
+    """Writes the page and both JSON files; returns the page's path."""
+    from evaluators.report.graph_page import graph_page
+
+    path = request.folder / f"{request.name}.html"
+    texts = {
+        path: graph_page(described),
+        path.with_suffix(".json"): json.dumps(described, ensure_ascii=False),
+        path.with_suffix(".circuit-tracer.json"): json.dumps(tracer, ensure_ascii=False),
+    }
     try:
         request.folder.mkdir(parents=True, exist_ok=True)
-        for file, content in ((path, described), (path.with_suffix(".circuit-tracer.json"), tracer)):
+        for file, text in texts.items():
             with replacing(file) as temporary:
-                temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+                temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RequestError(f"--out: {request.folder} cannot be written ({error.strerror})") from None
     return path

@@ -18,6 +18,7 @@ from data.rows import read_rows, slug
 from jobs.capture.worker_memory import bridge, exact_paths, own_paths
 from jobs.evaluation.behaviour import Behaviour, Raw, Width
 from jobs.evaluation.features import Cards, Curve, GroupEffects, Grouping, Ranking
+from jobs.evaluation.graphs import Graphs
 from jobs.evaluation.parts import Look, Parts
 from jobs.evaluation.work import Combination, PlanInputs, Timing, Work, cell_name, place_of
 from jobs.files import key_of, read_json, write_json
@@ -199,7 +200,7 @@ ROUNDS: dict[str, tuple[type[Work], ...]] = {
     "ceiling": CEILING,
     "rankings and fits": (Ranking, Change, Reconstruction, Exactness),
     "behaviour": (Behaviour, Width, Curve, Cards, Grouping),
-    "groups": (GroupEffects,),
+    "groups and graphs": (GroupEffects, Graphs),
 }
 """In order: the cells of a round build on those of earlier rounds."""
 KINDS = tuple(kind for together in ROUNDS.values() for kind in together)

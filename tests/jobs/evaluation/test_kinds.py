@@ -29,6 +29,7 @@ VARIANTS = {
     "no curve": ("evaluate.curve=false",),
     "no cards": ("evaluate.cards=0",),
     "no groups": ("evaluate.groups=0",),
+    "no graphs": ("evaluate.graphs=0",),
     "many cards": ("evaluate.cards=100",),
     "one width": ("deltas.d_new=[4]",),
     "three widths": ("deltas.d_new=[2, 4, 8]", "evaluate.d_new=4"),
@@ -79,6 +80,7 @@ IN_TABLES: dict[str, Callable[[Context], int]] = {
     "curve": lambda context: len(table(context, "few_features")[["layer", "d_new", "subset"]].drop_duplicates()),
     "grouping": lambda context: int((context.space.report / "groups.csv").is_file()),
     "groups": lambda context: table(context, "few_groups")["subset"].nunique(),
+    "graph": lambda context: table(context, "graphs")["subset"].nunique(),
     "cards": lambda context: math.ceil(len(table(context, "features")) / CARDS_AT_ONCE),
 }
 """Number of cells of each kind that the tables of a report show."""
@@ -145,6 +147,7 @@ def test_each_setting_adds_the_cells_of_its_kind(tmp_path: Path) -> None:
     assert plain["Reconstruction"] == 2 * 2 * 2, "layers, bases and widths"
     assert plain - counted("evaluate.curve=false") == Counter(Curve=subsets)
     assert plain - counted("evaluate.groups=0") == Counter(Grouping=1, GroupEffects=subsets)
+    assert plain - counted("evaluate.graphs=0") == Counter(Graphs=subsets)
     assert plain - counted("evaluate.parts=false") == Counter(Parts=subsets, Look=1)
     assert counted("deltas.targets=[residual]", "evaluate.controls=[]")["Parts"] == 0
     assert counted("evaluate.cards=100")["Cards"] == 5, "100 of the 108 features of all sites, 24 at a time"

@@ -12,6 +12,7 @@ from evaluators.conditions import CONDITIONS
 from jobs.context.context import Context
 from jobs.evaluation.behaviour import Behaviour, Raw, Width
 from jobs.evaluation.features import Cards, Curve, GroupEffects, Grouping, Ranking
+from jobs.evaluation.graphs import Graphs
 from jobs.evaluation.kinds import KINDS, Change, Exactness, Look, Parts, Reconstruction
 from jobs.evaluation.work import ExpectedPlanInputs, SitePlan, Work
 from search_spaces.load import load
@@ -60,6 +61,7 @@ OF_CHANGE = {
     Cards: {f"cards_{BOTH}_0"},
     Grouping: {f"grouping_{BOTH}"},
     GroupEffects: {f"groups_{BOTH}_tool"},
+    Graphs: {f"graph_{BOTH}_tool"},
 }
 OF_RESIDUAL = {
     Raw: {"raw_tool", "base_model_raw_tool"},
@@ -78,6 +80,7 @@ OF_RESIDUAL = {
     Cards: {"cards_layer_01_p0.25_d004_0", "cards_layer_02_p0.25_d004_0"},
     Grouping: set(),
     GroupEffects: set(),
+    Graphs: set(),
 }
 
 
@@ -160,7 +163,7 @@ def test_the_rest_of_the_change_goes_with_all_changed_sites_and_with_no_fewer(tm
 def test_sites_that_finetuning_left_alone_get_no_cells(tmp_path: Path) -> None:
     context = context_of(tmp_path, *CHANGE)
     vars(context)["pair"] = {"sites": [1], "rest": [], "exact": True, "rounded": ""}
-    for kind in (Ranking, Change, Behaviour, Curve, Cards, Grouping, GroupEffects, Exactness):
+    for kind in (Ranking, Change, Behaviour, Curve, Cards, Grouping, GroupEffects, Graphs, Exactness):
         for work in kind.plan(ExpectedPlanInputs(context)):
             assert [plan.site for plan in work.sites] == [Site(1)], kind
 
@@ -178,6 +181,7 @@ def test_a_width_that_lacks_a_site_is_fitted_but_not_compared(tmp_path: Path) ->
         ("evaluate.curve=false", {Curve}),
         ("evaluate.cards=0", {Cards}),
         ("evaluate.groups=0", {Grouping, GroupEffects}),
+        ("evaluate.graphs=0", {Graphs}),
         ("evaluate.parts=false", {Look, Parts}),
         ("evaluate.widths=false", {Width}),
         ("deltas.d_new=[4]", {Width}),
