@@ -8,6 +8,7 @@
   const grouping = () => controls.grouping !== null && controls.grouping.checked; // the switch is there if there are groups
   const MOST = 120; // nodes drawn to begin with
   const LABELLED = 90; // nodes up to which they have labels to begin with
+  const MANY = 1500; // edges from which those off the selected paths are hidden, as painting them takes long
   const LISTED = 12; // edges of a list in the panel
   const HEAD = 46, RUN = 3; // pixels of the column heads; tokens without nodes from which they share a column
   const ORDER = ["qkv", "o", "mlp"];
@@ -271,6 +272,7 @@
     for (const unit of units) marks.append(mark(unit));
     drawing.setAttribute("width", size.width);
     drawing.setAttribute("height", size.height);
+    drawing.classList.toggle("many", lines.length >= MANY);
     drawing.replaceChildren(behind, wires, marks);
     if (!byId.has(current)) current = selection ? selection.ids[0] : units.at(-1).id;
     byId.get(current).element.setAttribute("tabindex", 0);

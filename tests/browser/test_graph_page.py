@@ -301,6 +301,12 @@ def test_a_large_graph_stays_usable(shown: Shown) -> None:
     expect(page.locator("#heads > div").first).to_contain_text("<bos>")
     page.locator("#last").click()
     expect(page.locator(".node.output")).to_be_in_viewport()
+    page.locator("#panel li button").first.click()
+    expect(page.locator("#drawing .edge.direct").first).to_have_css("visibility", "visible")
+    off = page.locator("#drawing .edge:not(.path)").first
+    expect(off).to_have_css("visibility", "hidden")
+    page.keyboard.press("Escape")
+    expect(off).to_have_css("visibility", "visible")
     page.locator("#labels").check()
     page.locator("#every").check()
     expect(page.locator("#heads > div")).to_have_count(200)
