@@ -38,7 +38,7 @@ def groups_section(results: Results, cells: Sequence[Cell], *, seed: int) -> Sec
     blocks: list[Block] = [Sentences(_findings(results, grouping))]
     if len(results.group_effects):
         blocks.append(_table(results))
-    if len(results.group_curve) and results.group_curve["recovered"].notna().any():
+    if grouping["groups"] and results.group_curve["recovered"].notna().any():
         help = (
             "With only the first groups on, in order of their estimated effect, and the features at BOS. The control "
             "is as many random features, drawn once from all that fire."
