@@ -93,10 +93,10 @@ def test_the_random_features_are_drawn_by_the_seed(subject, path_sites, groups, 
     assert drawn(0) == drawn(0) != drawn(1)
 
 
-def test_steps_grow_and_end_with_all():
+def test_steps_double_and_end_with_all():
     assert steps_to(0) == [0]
     assert steps_to(2) == [0, 1, 2]
-    assert steps_to(30) == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 30]
+    assert steps_to(30) == [0, 1, 2, 4, 8, 16, 30]
 
 
 def test_without_groups_only_the_ends_are_measured(subject, path_sites):
