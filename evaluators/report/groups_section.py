@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from evaluators.report.feature_page import QUOTED
 from evaluators.report.figures import MUTED, band, finish, panels, plain
-from evaluators.report.findings import Findings, number, with_interval
+from evaluators.report.findings import Findings, with_interval
 from evaluators.report.page import Block, Section, Sentences, Span, Table, Texts, picture, table_block
 from evaluators.tables.group_tables import KIND_COLUMNS, groups_needed
 from evaluators.tables.pooling import Cell, of_kind
@@ -149,8 +149,9 @@ def _change(rows: pd.DataFrame, way: str, subset: str) -> str:
     ours, random = (of_way[of_way["random"] == of_random] for of_random in (False, True))
     if ours.empty:
         return "-"
-    text = with_interval(ours.iloc[0], "value", signed=True)
-    return text if random.empty else f"{text} ({number(random.iloc[0]['value'], signed=True)})"
+    value, low, high = (float(ours.iloc[0][name]) for name in ("value", "value_low", "value_high"))
+    text = f"{value:+.3f}" if math.isnan(low) else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return text if random.empty else f"{text} ({float(random.iloc[0]['value']):+.3f})"
 
 
 def _contexts(grouping: Cell, results: Results) -> Texts:
