@@ -17,12 +17,14 @@ from evaluators.splice.interventions import Edit, Patch, RowEdits, spliced
 from evaluators.splice.limits import Limits
 from models import frozen
 from models.blocks import read_paths
-from models.bridge import hook_names, hooked
+from models.bridge import hook_names, hooked, wrap
 from models.errors import ModelError
 from models.frozen import Frozen, check_frozen, hooks_of
+from models.sources import load_model
 from models.transcoder import Transcoder, with_bos
 from sites import ATTENTION_OUT, MLP, QKV, Site
 from tests.evaluators.conftest import ROWS
+from tests.models.table import build
 
 WIDTH = 6
 SITES = [Site(0, QKV), Site(0), Site(1, QKV), Site(1, ATTENTION_OUT), Site(1), Site(2, QKV), Site(2)]
@@ -306,6 +308,21 @@ def test_what_a_model_does_not_expose_cannot_be_frozen(made, monkeypatch):
         patched.setattr(frozen, "_acting", lambda bridge, given: set(given) - {"ln_final.hook_scale"})
         with pytest.raises(ModelError, match=r"hook at ln_final.hook_scale"):
             check_frozen(made.bridge, EVERYTHING)
+
+
+@pytest.mark.parametrize("name", ["opt", "gptj"])
+def test_an_architecture_whose_attention_ignores_the_hook_is_refused(name, tmp_path):
+    bridge = wrap(*load_model(build(name, tmp_path), torch.float32))
+    check_frozen(bridge, Frozen(norms=True))
+    with pytest.raises(ModelError, match=rf"patterns of the architecture {name} cannot be frozen: .*hook_pattern"):
+        check_frozen(bridge, EVERYTHING)
+
+
+def test_norms_within_frozen_patterns_need_not_act(tmp_path):
+    """As those of queries and keys."""
+    bridge = wrap(*load_model(build("qwen3", tmp_path), torch.float32))
+    assert any("q_norm" in name for name in hooks_of(bridge, EVERYTHING))
+    check_frozen(bridge, EVERYTHING)
 
 
 def test_the_output_is_where_the_models_first_differ(made):
