@@ -2,8 +2,8 @@
 
     python -m benchmarks.graph_batches quickstart storage.root=mlruns
 
-In: a finished sweep with change deltas. Out: prints the seconds of processor time for the same targets, by how many share
-a backward pass, and the ratio to one at a time. A test compares their slopes.
+In: a finished sweep with change deltas. Out: prints the seconds of processor time for the same targets, by how many
+share a backward pass, and the ratio to one at a time. A test compares their slopes.
 """
 
 from __future__ import annotations
