@@ -13,6 +13,7 @@
   const HEAD = 46, RUN = 3; // pixels of the column heads; tokens without nodes from which they share a column
   const ORDER = ["qkv", "o", "mlp"];
   document.body.classList.add("scripted");
+  for (const node of nodes) if (node.kind === "rest") node.position = output.position; // it has none: below what it acts on
 
   const SVG = "http://www.w3.org/2000/svg";
   const filled = (element, attributes, children) => {
@@ -62,7 +63,13 @@
     const enough = cumulated.findIndex((sum) => sum >= share * whole * (1 - 1e-9));
     return ranked.slice(0, enough + 1);
   };
-  if (ranked.length > MOST && whole > 0) {
+  if (ranked.length > MOST && controls.grouping !== null) {
+    controls.grouping.checked = true; // groups are fewer than their features, so most of them fit
+    const units = (count) => new Set(ranked.slice(0, count).map((number) => (nodes[number].group === null ? number : nodes[number].group + "@" + nodes[number].position))).size;
+    let count = ranked.length;
+    while (count > MOST && units(count) > MOST) count = Math.floor(0.9 * count);
+    controls.share.value = whole > 0 ? Math.max(1, Math.floor((100 * cumulated[count - 1]) / whole)) : 100;
+  } else if (ranked.length > MOST && whole > 0) {
     controls.share.value = Math.max(1, Math.floor((100 * cumulated[MOST - 1]) / whole));
   }
 
@@ -114,13 +121,14 @@
     if (unit.group !== null) return "group " + unit.group + " (" + unit.members.length + ")";
     if (kind === "output") return "output";
     if (kind === "rest") return "un-finetuned rest";
-    return layer + " " + site + (feature === null ? "" : " #" + feature);
+    return layer + " " + site + (feature === null || kind === "bos" ? "" : " #" + feature);
   };
   const label = (unit) => {
     const { kind, feature, promoted } = unit.node;
-    if (unit.group !== null) return cut("on " + (groups.get(unit.group)?.fires_on[0] ?? "?"), 14);
+    if (unit.group !== null) return "group " + unit.group;
     if (kind === "output") return cut(output.words, 60);
     if (kind === "rest") return "rest";
+    if (kind === "bos") return "";
     return promoted.length ? cut(promoted[0], 12) : feature === null ? "" : "#" + feature;
   };
   const spoken = (unit) => {
@@ -260,7 +268,7 @@
     for (const line of lines) {
       const strong = strength(line);
       line.element = svg("path", {
-        class: "edge " + (line.weight < 0 ? "less" : "more"),
+        class: "edge " + (line.weight < 0 ? "less" : "more") + (line.from.node.kind === "rest" && line.to.node.kind !== "output" ? " base" : ""),
         d: curve(line),
         "stroke-width": (0.7 + 4.8 * Math.sqrt(strong)).toFixed(2),
         style: "--strength: " + (0.12 + 0.68 * Math.sqrt(strong)).toFixed(2),
@@ -428,7 +436,7 @@
           ["Activation", kind === "rest" ? "" : String(Number((unit.node.activation ?? 0).toPrecision(3)))],
           ["What", kind === "rest" ? "What comes from the un-finetuned model." : ""],
           ["Influence", percent(unit.influence)],
-          ["Promotes", promoted.length ? chips(promoted) : ""],
+          ["Promotes", promoted.length && kind !== "bos" ? chips(promoted) : ""],
           ["Group", grouped],
           ["Card", card ? html("a", { href: card }, "open its card") : ""],
         ]),
@@ -551,7 +559,7 @@
     later();
   });
 
-  controls.labels.checked = keep(controls.share.value / 100).length <= LABELLED;
+  controls.labels.checked = grouping() || keep(controls.share.value / 100).length <= LABELLED;
   draw();
   reveal(byId.get(current), false);
 })();

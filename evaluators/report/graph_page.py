@@ -18,6 +18,8 @@ from sites import KINDS
 Graph = Mapping[str, Any]
 TRUSTED = 0.8
 """Correlation between predicted and measured effects below which the page opens with a warning."""
+SUMMED = 6
+"""Terms of the output's value in words."""
 LISTED = 20
 """Strongest edges in each of the two tables."""
 SAMPLES = {"random": "{} drawn at random", "strongest": "the {} of largest effect"}
@@ -75,6 +77,7 @@ def graph_page(graph: Graph) -> str:
         unfinetuned=number(output["unfinetuned_value"], signed=True),
         change=number(after, signed=True),
         shown=_shown(graph, kinds),
+        sums=_sums(graph),
         frozen=_frozen(graph["frozen"]),
         features_page=next((node["card"].partition("#")[0] for node in graph["nodes"] if _link(node["card"])), ""),
         tables={
@@ -98,7 +101,7 @@ def name(node: Mapping[str, Any]) -> str:
     if node["kind"] == "rest":
         return "Un-finetuned rest"
     words = KINDS[node["site_kind"]].words.removeprefix("the ")
-    which = "" if node["feature"] is None else f", feature {node['feature']}"
+    which = "" if node["feature"] is None or node["kind"] == "bos" else f", feature {node['feature']}"
     return f"{words[:1].upper()}{words[1:]} of layer {node['layer']}{' at BOS' if node['kind'] == 'bos' else ''}{which}"
 
 
@@ -156,7 +159,37 @@ def _shown(graph: Graph, kinds: Sequence[str]) -> str:
     return (
         f"{features:,} of {counts['active']:,} active features are in the graph{besides}: those that carry "
         f"{thresholds['nodes']:.0%} of the influence on the output, with the {counts['edges']:,} edges that carry "
-        f"{thresholds['edges']:.0%} of it. Incoming edges were computed for {counts['expanded']:,} features."
+        f"{thresholds['edges']:.0%} of it. Influence is the share of what reaches the output through a node, over all "
+        f"paths. Incoming edges were computed for the {counts['expanded']:,} most influential features; paths end at "
+        "the others."
+    )
+
+
+def _sums(graph: Graph) -> str:
+    """The output's value as a sum of the direct effects on it: by group, of the other features, and of the rest."""
+    nodes, fires_on = graph["nodes"], {group["number"]: group["fires_on"] for group in graph["groups"]}
+    sums: dict[str, float] = {}
+    for source, target, weight in graph["edges"]:
+        node = nodes[source]
+        if nodes[target]["kind"] != "output":
+            continue
+        key = {"rest": "the un-finetuned rest", "bos": "features at BOS"}.get(node["kind"], "single features")
+        if node["kind"] == "feature" and node["group"] is not None:
+            tokens = " ".join(visible(token) for token in fires_on.get(node["group"], [])[:2])
+            key = f"group {node['group']}" + (f" (on {tokens})" if tokens else "")
+        sums[key] = sums.get(key, 0.0) + weight
+    if not sums:
+        return ""
+    order = sorted(sums, key=lambda key: -abs(sums[key]))
+    named, others = order[:SUMMED], sum(sums[key] for key in order[SUMMED:])
+    left_out = graph["output"]["value"] - sum(sums.values())
+    words = [f"{key} {number(sums[key], signed=True)}" for key in named]
+    words += [f"others {number(others, signed=True)}"] if len(order) > SUMMED else []
+    words.append(f"edges that are not in the graph {number(left_out, signed=True)}")
+    value = number(graph["output"]["value"], signed=True)
+    return (
+        f"{value} is the sum of direct effects: {', '.join(words)}. What edges do not explain, being slopes, counts as "
+        "the rest's."
     )
 
 
@@ -168,7 +201,7 @@ def _frozen(frozen: Mapping[str, bool]) -> str:
     if held:
         parts.append(f"{' and '.join(held)} are held at their values in this run")
     if free:
-        parts.append(f"{' and '.join(free)} are not held: effects through them count as far as they are linear")
+        parts.append(f"{' and '.join(free)} may change with a feature, to first order")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}."
 
@@ -187,7 +220,7 @@ def _strongest(graph: Graph, *, into_output: bool) -> list[Edge]:
             _place(graph, source),
             _place(graph, target),
             number(weight, signed=True),
-            f"{abs(weight) / arriving[target]:.0%}" if arriving[target] else "-",
+            f"{abs(weight) / arriving[target]:.1%}" if arriving[target] else "-",
         )
         for source, target, weight in sorted(edges, key=lambda edge: -abs(edge[2]))[:LISTED]
     ]

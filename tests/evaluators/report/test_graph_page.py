@@ -53,11 +53,29 @@ def test_it_says_what_is_explained(page):
     assert "30 layers, qkv, o and mlp, 128 features each" in said
 
 
+def test_the_output_is_the_sum_of_the_groups_effects_on_it():
+    made = graph()
+    end = next(number for number, node in enumerate(made["nodes"]) if node["kind"] == "output")
+    group = next(node["group"] for node in made["nodes"] if node["group"] is not None)
+    into = [edge for edge in made["edges"] if edge[1] == end]
+    of_group = [weight for source, _, weight in into if made["nodes"][source]["group"] == group]
+    page = words(graph_page(made))
+    left_out = made["output"]["value"] - sum(weight for *_, weight in into)
+    assert f"edges that are not in the graph {left_out:+.3f}" in page
+    if of_group:
+        assert f"group {group}" in page
+    assert "is the sum of direct effects" in page
+    made["edges"] = []
+    assert "is the sum of direct effects" not in words(graph_page(made))
+
+
 def test_what_is_not_frozen_is_said():
     made = graph()
     made["frozen"] = {"patterns": True, "norms": False}
     said = words(graph_page(made))
-    assert "Attention patterns are held at their values in this run; the scales of norms are not held" in said
+    assert (
+        "Attention patterns are held at their values in this run; the scales of norms may change with a feature" in said
+    )
 
 
 @pytest.mark.parametrize(
