@@ -133,7 +133,7 @@ def as_circuit_tracer(graph: Graph, slug: str, tokenizer: PreTrainedTokenizerBas
                 "ctx_idx": position,
                 "feature_type": "cross layer transcoder",
                 "activation": node.activation,
-                "clerp": f"{site.label} {'at BOS' if node.kind == 'bos' else f'feature {feature}'}{promoted}",
+                "clerp": f"layer {site.label} {'at BOS' if node.kind == 'bos' else f'feature {feature}'}{promoted}",
             }
         elif node.kind == "rest":
             own = {
@@ -146,7 +146,11 @@ def as_circuit_tracer(graph: Graph, slug: str, tokenizer: PreTrainedTokenizerBas
                 "clerp": "un-finetuned parts",
             }
         else:
-            token = words_of(graph, tokenizer).replace('"', "'")  # the viewer reads what stands between double quotes
+            # The viewer writes what stands between double quotes above the graph, where there is room for a few words.
+            decoded = [
+                tokenizer.decode([token]) for token in (graph.output.plus, graph.output.minus) if token is not None
+            ]
+            token = " - ".join(map(repr, decoded)).replace('"', "'")
             own = {
                 "node_id": f"{top}_{graph.output.plus}_{last}",
                 "jsNodeId": f"L_{graph.output.plus}-{last}",
