@@ -20,6 +20,7 @@ from models.blocks import read_paths
 from models.bridge import hook_names, hooked, wrap
 from models.errors import ModelError
 from models.frozen import Frozen, check_frozen, hooks_of
+from models.rest import Rest
 from models.sources import load_model
 from models.transcoder import Transcoder, with_bos
 from sites import ATTENTION_OUT, MLP, QKV, Site
@@ -340,6 +341,18 @@ def test_the_output_is_where_the_models_first_differ(made):
                 theirs = int(model(**batch.inputs).logits[0, -1].argmax())
         assert (ours == theirs) == (end < len(output.ids))
         assert ours == (output.ids[end] if end < len(output.ids) else output.plus)
+
+
+def test_what_changed_outside_all_sites_is_unfinetuned_too(made):
+    """A final norm that gives nothing makes the un-finetuned model's logits equal, and the first token the largest."""
+    norm = dict(made.bridge.original_model.named_parameters())
+    (name,) = (one for one in norm if one.replace("_original_component.", "") == "model.norm.weight")
+    offset = -1.0 if made.bridge.original_model.config.model_type == "gemma2" else 0.0
+    before, rest = norm[name].data, Rest({"model.norm.weight": torch.full_like(norm[name], offset)})
+    _, without = choose_output(made.bridge, made.patches, ROWS[0], BUDGET)
+    assert choose_output(made.bridge, made.patches, ROWS[0], BUDGET, rest)[1] == (without[0], 0)
+    assert token_output(made.bridge, made.patches, ROWS[0], made.bridge.tokenizer.eos_token, rest)[1][1] == 0
+    assert norm[name].data is before or torch.equal(norm[name].data, before)
 
 
 def test_models_that_say_the_same_have_nothing_to_explain(model_folder, wrapped):
