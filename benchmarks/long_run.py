@@ -26,7 +26,8 @@ PERIOD = 0.5
 SMALL = (
     *("data.train_rows=60", "data.validation_rows=8", "data.eval_rows=2", "lora.trials=1", "lora.steps=2"),
     *("activations.train_tokens=1000", "deltas.targets=[change]", "deltas.replicas=1", "deltas.epochs=1"),
-    *("evaluate.controls=[]", "evaluate.cards=0", "evaluate.curve=false", "evaluate.widths=false"),
+    *("evaluate.controls=[]", "evaluate.cards=0", "evaluate.groups=0", "evaluate.graphs=0"),
+    *("evaluate.curve=false", "evaluate.widths=false"),
 )
 SETS = "[[0, 1], [0, 2], [0, 3]]"
 """All have two layers and begin at the same one, so that their cells cost the same."""

@@ -88,7 +88,22 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
                 "supported"
             )
     _detach_all(bridge, after)
+    bridge.__dict__["tuples"] = _blocks_give_tuples(bridge)
     return bridge
+
+
+def _blocks_give_tuples(bridge: TransformerBridge) -> bool:
+    seen: list[bool] = []
+    blocks: Any = bridge.blocks
+    handle = blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(isinstance(output, tuple)))
+    _some_logits(bridge.original_model)  # type: ignore[arg-type]
+    handle.remove()
+    return seen[0]
+
+
+def as_block_output(bridge: TransformerBridge, stream: Tensor) -> Tensor | tuple[Tensor]:
+    """A stream in the form in which this model's blocks return it: by itself, or first in a tuple."""
+    return (stream,) if bridge.__dict__["tuples"] else stream
 
 
 def _detach_all(bridge: TransformerBridge, logits: Tensor) -> None:

@@ -51,10 +51,15 @@ def hooks_of(bridge: TransformerBridge, what: Frozen) -> list[str]:
 def check_frozen(bridge: TransformerBridge, what: Frozen) -> None:
     """Raises ModelError if this model does not expose what is to be frozen, or ignores what a hook makes of it. Takes a
     pass over a few tokens, and its gradient."""
+    for alone in (Frozen(what.patterns, False), Frozen(False, what.norms)):  # norms within frozen patterns do not act
+        _check(bridge, alone)
+
+
+def _check(bridge: TransformerBridge, what: Frozen) -> None:
     names, known = hooks_of(bridge, what), hook_names(bridge)
     missing = [name for name in names if name not in known]
     unseen = unhooked_norms(bridge) if what.norms else []
-    if not missing and not unseen:
+    if names and not missing and not unseen:
         acting = _acting(bridge, names)
         unseen = [name for name in names if name not in acting]
     if missing or unseen:

@@ -166,19 +166,20 @@ class HeldModel:
         pre, self._pre = self._pre, {}
 
         def values(at: Target) -> Tensor:
-            if at is not None:  # a site below all sources is as it was
-                return whole.pre[at.site][at[1:]] - pre[at.site][:, at.position, at.feature]
-            assert output is not None
-            return whole.output - output
+            if at is None:
+                assert output is not None
+                return whole.output - output
+            if at.site not in pre:  # below all sources
+                return whole.output.new_zeros(rows)
+            return whole.pre[at.site][at.position, at.feature] - pre[at.site][:, at.position, at.feature]
 
         return torch.stack([values(at) for at in targets], dim=1)
 
     @torch.no_grad()
     def value_without_deltas(self) -> float:
         """The output with all deltas off."""
-        return self.output.of(self._logits({site: torch.zeros_like(acts)[None] for site, acts in self.acts.items()}))[
-            0
-        ].item()
+        nothing = {site: torch.zeros_like(acts).unsqueeze(0) for site, acts in self.acts.items()}
+        return self.output.of(self._logits(nothing)).item()
 
     def _run_whole(self) -> _Whole:
         """What the model computes with every feature held at its activation."""
@@ -218,9 +219,11 @@ class HeldModel:
 
 
 @contextmanager
-def held_model(bridge: TransformerBridge, patches: Sequence[Patch], output: Output) -> Iterator[HeldModel]:
-    """The `HeldModel` of a text, with the activations of the spliced model on it."""
-    held = HeldModel(bridge, patches, output, spliced_activations(bridge, patches, output.ids))
+def held_model(
+    bridge: TransformerBridge, patches: Sequence[Patch], output: Output, acts: Mapping[Site, Tensor] | None = None
+) -> Iterator[HeldModel]:
+    """The `HeldModel` of a text, with the activations of the spliced model on it unless `acts` are given."""
+    held = HeldModel(bridge, patches, output, acts or spliced_activations(bridge, patches, output.ids))
     paths: list[Any] = [patch.path for patch in held.patches.values()]
     # Backward passes too must run in here: they use the weights that a parameter holds at that time.
     with exchanged(bridge, paths), hooked(bridge, held.hooks()):

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 BATCH = 16
 """Nodes expanded before influence is computed again."""
+TOGETHER = 4
+"""Nodes of one backward pass; of more, those at low layers would wait for those at high ones."""
 ROWS = 8
 """Sources removed in one pass of a check, each in a row of its own."""
 NAMED = 256
@@ -218,10 +220,9 @@ def _expanded(held: HeldModel, features: _Features, options: GraphOptions, step:
         chosen = sorted(order[open_nodes[order] > 0].tolist())
         if not chosen:
             break
-        # In two halves, since a backward pass starts at its highest target.
-        for half in (chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]):
-            if half:
-                expand(half)
+        # In several passes, since a pass starts at its highest target.
+        for start in range(0, len(chosen), TOGETHER):
+            expand(chosen[start : start + TOGETHER])
     return incoming
 
 

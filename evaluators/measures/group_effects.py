@@ -43,8 +43,9 @@ class Configuration(NamedTuple):
 
 
 def steps_to(total: int) -> list[int]:
-    """Numbers of groups that are measured together: 0, each up to 4, then in steps that grow, and all."""
-    return [step for step in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24) if step < total] + [total]
+    """Numbers of groups that are measured together: 0, the powers of 2 below `total`, and all."""
+    powers = [1 << place for place in range(total.bit_length())]
+    return [0, *(power for power in powers if power < total), *([total] if total else [])]
 
 
 def group_effects(

@@ -174,9 +174,14 @@ def _frozen(frozen: Mapping[str, bool]) -> str:
 
 
 def _strongest(graph: Graph, *, into_output: bool) -> list[Edge]:
-    """The edges of largest effect; effects on the output and on a feature have different units."""
+    """The edges of largest effect; effects on the output and on a feature have different units. What the un-finetuned
+    rest does to a feature is left out: that is no effect of another feature."""
     nodes, arriving = graph["nodes"], _arriving(graph)
-    edges = [edge for edge in graph["edges"] if (nodes[edge[1]]["kind"] == "output") == into_output]
+    edges = [
+        edge
+        for edge in graph["edges"]
+        if (nodes[edge[1]]["kind"] == "output") == into_output and (into_output or nodes[edge[0]]["kind"] != "rest")
+    ]
     return [
         Edge(
             _place(graph, source),

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from evaluators.report.feature_page import QUOTED
 from evaluators.report.figures import MUTED, band, finish, panels, plain
-from evaluators.report.findings import Findings, number, with_interval
+from evaluators.report.findings import Findings, with_interval
 from evaluators.report.page import Block, Section, Sentences, Span, Table, Texts, picture, table_block
 from evaluators.tables.group_tables import KIND_COLUMNS, groups_needed
 from evaluators.tables.pooling import Cell, of_kind
@@ -33,12 +33,12 @@ def groups_section(results: Results, cells: Sequence[Cell], *, seed: int) -> Sec
         return None
     intro = (
         "Features of all layers and kinds that fire on the same tokens, clustered by the cosine similarity of their "
-        "activations on held-out rows. A single feature is rarely needed; a group often does much alone."
+        "activations on held-out rows. What a group does counts if it is more than as many random features do."
     )
     blocks: list[Block] = [Sentences(_findings(results, grouping))]
     if len(results.group_effects):
         blocks.append(_table(results))
-    if len(results.group_curve) and results.group_curve["recovered"].notna().any():
+    if grouping["groups"] and results.group_curve["recovered"].notna().any():
         help = (
             "With only the first groups on, in order of their estimated effect, and the features at BOS. The control "
             "is as many random features, drawn once from all that fire."
@@ -149,8 +149,9 @@ def _change(rows: pd.DataFrame, way: str, subset: str) -> str:
     ours, random = (of_way[of_way["random"] == of_random] for of_random in (False, True))
     if ours.empty:
         return "-"
-    text = with_interval(ours.iloc[0], "value", signed=True)
-    return text if random.empty else f"{text} ({number(random.iloc[0]['value'], signed=True)})"
+    value, low, high = (float(ours.iloc[0][name]) for name in ("value", "value_low", "value_high"))
+    text = f"{value:+.3f}" if math.isnan(low) else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return text if random.empty else f"{text} ({float(random.iloc[0]['value']):+.3f})"
 
 
 def _contexts(grouping: Cell, results: Results) -> Texts:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.encoding import Batch, pad_left
 from models.blocks import hooks_at
-from models.bridge import Hook, device_of, hooked
+from models.bridge import Hook, as_block_output, device_of, hooked
 from sites import Site
 
 if TYPE_CHECKING:
@@ -308,8 +308,8 @@ def _handed_through(bridge: TransformerBridge, after: int, residual: Tensor) -> 
     try:
         # Set in the instance's __dict__: assigning an attribute of a bridge's part would reach the wrapped module.
         for block in skipped[:-1]:
-            block.__dict__["forward"] = lambda hidden_states, *_, **__: hidden_states
-        skipped[-1].__dict__["forward"] = lambda *_, **__: residual
+            block.__dict__["forward"] = lambda hidden_states, *_, **__: as_block_output(bridge, hidden_states)
+        skipped[-1].__dict__["forward"] = lambda *_, **__: as_block_output(bridge, residual)
         yield
     finally:
         for block in skipped:

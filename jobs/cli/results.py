@@ -144,6 +144,12 @@ def graph(
     if out is not None and out.exists() and not out.is_dir():
         raise RequestError(f"--out: {out} is a file, must be a folder")
     context = context_of(config, overrides)
+    if as_json:
+        from rich.console import Console
+
+        from jobs.progress import Progress
+
+        context.progress = Progress(Console(stderr=True))
     from evaluators.measures.graph import GraphOptions
     from jobs.commands.graph import Request
     from jobs.commands.graph import graph as run

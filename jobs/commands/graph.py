@@ -117,9 +117,10 @@ def _output(request: Request, bridge: Any, patches: list[Any], rest: Any) -> tup
     from evaluators.measures.graph import choose_output, token_output
 
     row, limits = prompt_row(request.context, request.prompt), request.context.limits
-    length, longest = len(encode_prompt(bridge.tokenizer, row)), bridge.original_model.config.max_position_embeddings
+    length = len(encode_prompt(bridge.tokenizer, row))
+    longest = getattr(bridge.original_model.config, "max_position_embeddings", None)
     needed = 0 if request.token is not None else limits.max_new_tokens
-    if length + needed > longest:
+    if longest is not None and length + needed > longest:
         raise RequestError(
             f"--prompt: it has {length} tokens, and the answer up to {needed}, but the model's context holds {longest}"
         )

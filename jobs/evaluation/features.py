@@ -26,7 +26,7 @@ CARDS_AT_ONCE = 24
 """Features in one piece of work, which a worker examines one by one."""
 CURVE_STEPS = 12
 """Approximate number of points of the curve."""
-GROUP_STEPS = 10
+GROUP_STEPS = 6
 """Approximate number of points of the curve of groups."""
 OF_A_SET = ("kind", "target", "layers", "percentile", "d_new")
 

@@ -37,6 +37,8 @@ SMALL = (
     "evaluate.sets=[all]",
     "evaluate.controls=[dense_delta, pca_delta]",
     "evaluate.cards=2",
+    "evaluate.groups=0",
+    "evaluate.graphs=0",
     "compute.max_concurrent=1",
 )
 """The tiny preset with fewer groups, for tests that run it several times; a worker takes longer to start than to work,

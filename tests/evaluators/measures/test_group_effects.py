@@ -93,7 +93,19 @@ def test_the_random_features_are_drawn_by_the_seed(subject, path_sites, groups, 
     assert drawn(0) == drawn(0) != drawn(1)
 
 
-def test_steps_grow_and_end_with_all():
+def test_steps_double_and_end_with_all():
     assert steps_to(0) == [0]
     assert steps_to(2) == [0, 1, 2]
-    assert steps_to(30) == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 30]
+    assert steps_to(30) == [0, 1, 2, 4, 8, 16, 30]
+
+
+def test_without_groups_only_the_ends_are_measured(subject, path_sites):
+    found = group_effects(
+        subject.passes, path_sites, subject.rows[:2], [], [], most=3, limits=LIMITS, behaviours={},
+        reference=Reference(subject.bridge),
+    )  # fmt: skip
+    assert [(entry["way"], entry["group"], entry["random"]) for entry in found] == [
+        ("nothing", 0, False),
+        ("without", 0, False),
+        ("first", 0, False),
+    ]

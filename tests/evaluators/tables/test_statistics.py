@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evaluators.tables.statistics import no_event_bound, paired_bootstrap, slope_and_spearman, wilson
+from evaluators.tables.statistics import no_event_bound, paired_bootstrap, pearson, slope_and_spearman, wilson
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 20), (1, 7), (19, 20), (20, 20), (350, 1000)])
@@ -131,3 +131,19 @@ def test_constant_metric_has_slope_zero_and_no_rank_correlation():
     slope, rho = slope_and_spearman([1.0], np.ones((1, 10)), np.ones((1, 10)))
     assert math.isnan(slope.value)
     assert math.isnan(rho.value)
+
+
+def test_pearson_agrees_with_scipy():
+    generator = np.random.default_rng(1)
+    x = 1e-3 * generator.normal(size=40) + 5.0
+    y = 2 * x + 1e-3 * generator.normal(size=40)
+    found, expected = pearson(x, y), stats.pearsonr(x, y)
+    assert found.value == pytest.approx(expected.statistic)
+    theirs = expected.confidence_interval(method=stats.BootstrapMethod(method="percentile", rng=generator))
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.04)
+    assert found == pearson(x, y)
+
+
+def test_pearson_of_what_does_not_vary_is_unknown():
+    assert all(math.isnan(one) for one in pearson([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]))
+    assert pearson([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]).value == pytest.approx(1.0)

@@ -1,0 +1,60 @@
+"""`graph` on a finished sweep: both files, the lines on the terminal, and requests that cannot be followed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.end_to_end.conftest import together
+
+
+def test_a_graph_of_a_finished_sweep(finished, tmp_path: Path) -> None:
+    asked = ["graph", "tiny", f"storage.root={finished[0]}", "--max-expanded", "6", "--out"]
+    drawn, printed, frozen, unknown = together(
+        [*asked, str(tmp_path / "a"), "--prompt", "What is 12 plus 30?"],
+        [*asked, str(tmp_path / "b"), "--prompt", "What is 12 plus 30?", "--json", "--token", "7"],
+        [*asked, str(tmp_path / "c"), "--prompt", "2 + 2", "--token", "7", "--frozen-patterns", "--frozen-norms"],
+        [*asked, str(tmp_path / "d"), "--prompt", "2 + 2", "--token", "seven"],
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert "6/6 nodes expanded" in drawn.stdout
+    assert "checks, correlation with removing single features" in drawn.stdout
+    ours, tracer = sorted((tmp_path / "a").iterdir(), key=lambda path: len(path.name))
+    assert tracer.name == f"{ours.stem}.circuit-tracer.json"
+    graph, viewed = json.loads(ours.read_text()), json.loads(tracer.read_text())
+    assert str(ours) in drawn.stdout
+    assert graph["output"]["finetuned"] != graph["output"]["unfinetuned"]
+    assert len(viewed["nodes"]) == len(graph["nodes"]) == graph["counts"]["nodes"]
+    assert len(viewed["links"]) == len(graph["edges"])
+    assert viewed["metadata"]["slug"] == ours.stem
+    assert {"sweep": "tiny", "prompt": "What is 12 plus 30?"}.items() <= graph["facts"].items()
+
+    found = json.loads(printed.stdout)
+    assert found["output"]["words"] == "logit of '7'"
+    assert found["tokens"][0] == "<bos>"
+    assert "nodes expanded" in printed.stderr
+
+    assert frozen.returncode == 0, frozen.stderr
+    (held,) = (path for path in (tmp_path / "c").iterdir() if "circuit-tracer" not in path.name)
+    assert json.loads(held.read_text())["frozen"] == {"patterns": True, "norms": True}
+
+    assert unknown.returncode == 2
+    assert "--token: got 'seven', which must be one token of the model" in unknown.stderr
+    assert not (tmp_path / "d").exists()
+
+
+def test_requests_that_cannot_be_followed(finished, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    asked = ["graph", "tiny", f"storage.root={finished[0]}", "--prompt"]
+    wrong = {
+        ("  ",): "--prompt: it is empty",
+        ("7 " * 2000,): "but the model's context holds 1024",
+        ("2 + 2", "--out", str(file)): f"--out: {file} is a file, must be a folder",
+        ("2 + 2", "--node-threshold", "2"): "--node-threshold",
+        ("2 + 2", "deltas.targets=[residual]", "evaluate.controls=[]"): "has no change deltas (deltas.targets)",
+    }
+    for done, sentence in zip(together(*[[*asked, *words] for words in wrong]), wrong.values(), strict=True):
+        assert done.returncode == 2, done.stdout
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr
