@@ -40,10 +40,11 @@ format: setup
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-# Loads the exports with the real SAELens and circuit-tracer, each in its own environment (takes minutes and 1.5 GB); one of
-# the long tests runs it too.
+# Loads the exports with the real SAELens and circuit-tracer, each in its own environment (takes minutes and 1.5 GB), and
+# opens a graph in circuit-tracer's viewer; two of the long tests run these too.
 compatibility: setup
 	$(PY) -m tests.compatibility.check_exports
+	$(PY) -m pytest -n 0 -rs tests/compatibility/test_viewer.py
 
 # What is tried with other versions of Python, in an environment of their own: the tiny preset from nothing, and the short
 # tests of three rooms. `make another-python PYTHON=python3.13 VENV=.venv313`

@@ -1,17 +1,20 @@
 """Attribution graphs as JSON: our own format, and that of circuit-tracer's viewer.
 
-In: a `Graph` and the model's tokenizer. Out: plain values. circuit-tracer's format is that of its
-`frontend/graph_models.py`, schema version 1; Neuronpedia reads it too.
+In: a `Graph` and the model's tokenizer, and the cards of its features. Out: plain values. circuit-tracer's formats
+are those of its `frontend/graph_models.py`, schema version 1, which Neuronpedia reads too, and of its
+`frontend/feature_models.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from evaluators.measures.direct_effects import Place
 from evaluators.measures.graph import Graph, Node
+from evaluators.measures.single_features import Feature
 from sites import KINDS, Site
 
 if TYPE_CHECKING:
@@ -19,6 +22,12 @@ if TYPE_CHECKING:
 
 DIGITS = 6
 """Significant digits of the numbers stored."""
+SCAN = "./data/features"
+"""Where the viewer asks its own server for features; it looks for any other set of transcoders on the internet."""
+NO_CARD = "No contexts: this feature has no card in the sweep's report"
+NO_TOKENS = "(none: it writes queries, keys and values)"
+_VISIBLE = str.maketrans("\n\t\r", "⏎→↵")
+"""As circuit-tracer writes whitespace in tokens."""
 
 
 def as_json(
@@ -100,52 +109,48 @@ def _node(node: Node, graph: Graph, card: Callable[[Place], str]) -> dict[str, A
 
 
 def as_circuit_tracer(graph: Graph, slug: str, tokenizer: PreTrainedTokenizerBase, scan: str) -> dict[str, Any]:
-    """The JSON that circuit-tracer's viewer reads. `scan` names the set of transcoders.
+    """The JSON that circuit-tracer's viewer reads. `scan` is where it finds files of features, or the name of the set
+    of transcoders.
 
     Its nodes have one row a layer. Each kind of site with features in the graph gets a row of its own here, so that all
     edges point upwards: row `layer * kinds + place of the kind`, the layer itself if there is one kind. `rest` becomes
-    an embedding, which is what has no causes there, and a node's influence is cumulative: the share that it and all
+    an error node in the embeddings' row: both stand for what no feature explains. Every token has an embedding without
+    edges, as the viewer writes the prompt below these. A node's influence is cumulative: the share that it and all
     larger ones make up.
     """
-    used = {node.place.site.kind.name for node in graph.nodes if node.place is not None}
-    kinds = [name for name in KINDS if name in used] or ["mlp"]
+    kinds, cumulative = _kinds(graph), _cumulative(graph)
     last, top = len(graph.output.ids) - 1, graph.n_layers * len(kinds) + 1
-    cumulative, names, nodes = _cumulative(graph), [], []
+    names, nodes = [], []
     for number, node in enumerate(graph.nodes):
-        shared: dict[str, Any] = {
-            "run_idx": 0,
-            "reverse_ctx_idx": 0,
-            "token_prob": 0.0,
-            "is_target_logit": False,
-            "influence": cumulative.get(number),
-            "activation": None,
-        }
         if node.place is not None:
             (site, position, feature), row = node.place, _row(node.place, kinds)
             promoted = f" ({', '.join(map(repr, node.promoted))})" if node.promoted else ""
             own: dict[str, Any] = {
                 "node_id": f"{row}_{feature}_{position}",
                 "jsNodeId": f"{row}_{feature}-{position}",
-                "feature": (row + feature) * (row + feature + 1) // 2 + feature,  # Cantor's pairing
+                "feature": _index(row, feature),
                 "layer": str(row),
                 "ctx_idx": position,
                 "feature_type": "cross layer transcoder",
                 "activation": node.activation,
-                "clerp": f"{site.label} {'at BOS' if node.kind == 'bos' else f'feature {feature}'}{promoted}",
+                "clerp": f"layer {site.label} {'at BOS' if node.kind == 'bos' else f'feature {feature}'}{promoted}",
             }
         elif node.kind == "rest":
-            first = graph.output.ids[0]
             own = {
-                "node_id": f"E_{first}_0",
-                "jsNodeId": f"E_{first}-0",
-                "feature": 0,
+                "node_id": "0_E_0",
+                "jsNodeId": "E_rest-0",
+                "feature": -1,
                 "layer": "E",
                 "ctx_idx": 0,
-                "feature_type": "embedding",
+                "feature_type": "mlp reconstruction error",
                 "clerp": "un-finetuned parts",
             }
         else:
-            token = words_of(graph, tokenizer).replace('"', "'")  # the viewer reads what stands between double quotes
+            # The viewer writes what stands between double quotes above the graph, where there is room for a few words.
+            decoded = [
+                tokenizer.decode([token]) for token in (graph.output.plus, graph.output.minus) if token is not None
+            ]
+            token = " - ".join(map(repr, decoded)).replace('"', "'")
             own = {
                 "node_id": f"{top}_{graph.output.plus}_{last}",
                 "jsNodeId": f"L_{graph.output.plus}-{last}",
@@ -157,14 +162,29 @@ def as_circuit_tracer(graph: Graph, slug: str, tokenizer: PreTrainedTokenizerBas
                 "is_target_logit": True,
                 "clerp": f'Output "{token}" (p={graph.probability:.3f})',
             }
-        nodes.append({**shared, **own})
+        nodes.append(_viewer_node(own, cumulative.get(number)))
         names.append(own["node_id"])
+    tokens = [str(tokenizer.decode([token])) for token in graph.output.ids]
+    nodes += [
+        _viewer_node(
+            {
+                "node_id": f"E_{token}_{position}",
+                "jsNodeId": f"E_{token}-{position}",
+                "feature": position,
+                "layer": "E",
+                "ctx_idx": position,
+                "feature_type": "embedding",
+                "clerp": "",  # the viewer writes its own
+            }
+        )
+        for position, token in enumerate(graph.output.ids)
+    ]
     return {
         "metadata": {
             "slug": slug,
             "scan": scan,
             "transcoder_list": [],
-            "prompt_tokens": [str(tokenizer.decode([token])) for token in graph.output.ids],
+            "prompt_tokens": tokens,
             "prompt": str(tokenizer.decode(list(graph.output.ids))),
             "node_threshold": graph.options.node_threshold,
             "schema_version": 1,
@@ -175,6 +195,97 @@ def as_circuit_tracer(graph: Graph, slug: str, tokenizer: PreTrainedTokenizerBas
             {"source": names[edge.source], "target": names[edge.target], "weight": edge.weight} for edge in graph.edges
         ],
     }
+
+
+def _viewer_node(own: Mapping[str, Any], influence: float | None = None) -> dict[str, Any]:
+    """A node with all of its fields; `own` are those that depend on its kind."""
+    shared = {"run_idx": 0, "reverse_ctx_idx": 0, "token_prob": 0.0, "is_target_logit": False, "activation": None}
+    return {**shared, "influence": influence, **own}
+
+
+def viewer_list(tracer: Mapping[str, Any], scan: str) -> dict[str, Any]:
+    """`graph-metadata.json`, the viewer's list of graphs, with one graph in circuit-tracer's format. `scan` is shown.
+
+    The viewer hides nodes whose influence is above the list's threshold. In its own graphs that drops the last node
+    that was kept; here it is just above all of them.
+    """
+    largest = max((node["influence"] for node in tracer["nodes"] if node["influence"] is not None), default=1.0)
+    threshold = min(1.0, (math.floor(100 * largest) + 1) / 100)  # the viewer's slider has two decimals
+    return {"graphs": [{**tracer["metadata"], "scan": scan, "node_threshold": threshold}]}
+
+
+def feature_files(
+    graph: Graph, scan: str, cards: Mapping[Feature, Mapping[str, Any]], rates: Mapping[Feature, float]
+) -> dict[str, dict[str, Any]]:
+    """By file name, what the viewer shows of each feature of a graph, from its card (`read_features`) and the share of
+    tokens on which it fires.
+
+    A feature without a card has a file too, with the tokens that its node promotes, and so has one that moves no
+    tokens a line that says so: where there is nothing, the viewer goes on showing the last feature's.
+    """
+    kinds, files = _kinds(graph), {}
+    for node in graph.nodes:
+        if node.place is None:
+            continue
+        feature: Feature = (node.place.site, node.place.feature)
+        card = cards.get(feature, {"contexts": [], "promoted": node.promoted, "suppressed": []})
+        histogram = card.get("histogram", {"top": 0.0, "counts": []})
+        files[f"{_index(_row(node.place, kinds), node.place.feature)}.json"] = {
+            "transcoder_id": scan,
+            "index": node.place.feature,
+            "examples_quantiles": _examples(card["contexts"]) or [{"quantile_name": NO_CARD, "examples": []}],
+            "top_logits": [token.translate(_VISIBLE) for token in card["promoted"]] or [NO_TOKENS],
+            "bottom_logits": [token.translate(_VISIBLE) for token in card["suppressed"]],
+            "act_min": 0.0,
+            "act_max": _short(histogram["top"] or 1.0),
+            "quantile_values": _percentiles(histogram["top"], histogram["counts"]),
+            "histogram": [float(count) for count in histogram["counts"]],
+            **({"activation_frequency": _short(rates[feature])} if feature in rates else {}),
+        }
+    return files
+
+
+def _examples(contexts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Contexts by subset, each with its strongest first."""
+    return [
+        {
+            "quantile_name": f"Strongest contexts: {subset}",
+            "examples": [
+                {
+                    "tokens": [token.translate(_VISIBLE) for token in context["tokens"]],
+                    "tokens_acts_list": list(context["acts"]),
+                    "train_token_ind": context["peak"],
+                    "is_repeated_datapoint": False,
+                }
+                for context in contexts
+                if context["subset"] == subset
+            ],
+        }
+        for subset in dict.fromkeys(context["subset"] for context in contexts)
+    ]
+
+
+def _percentiles(top: float, counts: Sequence[int]) -> list[float]:
+    """The 1st to 100th percentile of activations above 0, from a histogram of equal bars between 0 and `top`."""
+    total, bar = sum(counts), top / max(1, len(counts))
+    below = list(accumulate(counts, initial=0))
+    values = []
+    for percent in range(1, 101 if total else 1):
+        wanted = percent * total / 100
+        place = next(place for place in range(len(counts)) if below[place + 1] >= wanted)
+        values.append(_short(bar * (place + (wanted - below[place]) / counts[place])))
+    return values
+
+
+def _kinds(graph: Graph) -> list[str]:
+    """Kinds of site with features in the graph, in their order within a layer."""
+    used = {node.place.site.kind.name for node in graph.nodes if node.place is not None}
+    return [name for name in KINDS if name in used] or ["mlp"]
+
+
+def _index(row: int, feature: int) -> int:
+    """One number for both, Cantor's pairing, as circuit-tracer has it."""
+    return (row + feature) * (row + feature + 1) // 2 + feature
 
 
 def _row(place: Place, kinds: list[str]) -> int:

@@ -1,6 +1,6 @@
 """The attribution graph of one prompt: what the deltas' features do to what the model says.
 
-In: a finished sweep with change deltas, and a prompt. Out: the graph as JSON, in our own format and in that of
+In: a finished sweep with change deltas, and a prompt. Out: the graph as a page, as JSON, and as a folder for
 circuit-tracer's viewer, and ten lines on the terminal.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,13 +23,16 @@ from jobs.commands.feature_choice import grouping_of
 from jobs.commands.load import DeltaChoice, combination, load_bridge, load_patches, prompt_row
 from jobs.context.context import Context
 from jobs.errors import RequestError
+from jobs.files import read_json
 from jobs.progress import Bar, Progress, clock
+from sites import Ground, Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from evaluators.measures.direct_effects import Place
     from evaluators.measures.graph import Graph, GraphOptions
+    from evaluators.measures.single_features import Feature
 
 TRUSTED = 0.8
 """A correlation of the checks below this is a warning."""
@@ -51,6 +55,11 @@ class Request(NamedTuple):
         return self.out or self.context.space.folder / "graphs"
 
     @property
+    def viewed(self) -> Path:
+        """The folder that circuit-tracer's viewer is started with."""
+        return self.folder / f"{self.name}.circuit-tracer"
+
+    @property
     def name(self) -> str:
         """Of the files: the prompt's words, and a hash that tells similar prompts apart."""
         words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower())[:40].strip("-") or "prompt"
@@ -64,7 +73,7 @@ def graph(request: Request) -> dict[str, Any]:
     Raises RequestError, ModelError or DataError if the sweep has no change deltas, or the prompt cannot be explained.
     """
     from evaluators.measures.graph import attribution_graph
-    from evaluators.measures.graph_formats import as_circuit_tracer, as_json, with_groups
+    from evaluators.measures.graph_formats import as_json, with_groups
 
     started, context = time.monotonic(), request.context
     if "change" not in context.settings.deltas.targets:
@@ -80,10 +89,12 @@ def graph(request: Request) -> dict[str, Any]:
     facts = _facts(request, found, tokenizer, seconds)
     described = as_json(found, tokenizer, _title(context), facts, _cards(request))
     described = with_groups(described, grouping_of(context, *combination(context, DeltaChoice("change"))))
-    tracer = as_circuit_tracer(found, request.name, tokenizer, f"deltascope-{context.settings.name}")
-    written = _write(request, described, tracer)
+    written = _write(request, described, _viewer_files(request, found, tokenizer))
     for line in in_lines(described):
         context.progress.line(line)
+    context.progress.line(
+        f"for circuit-tracer's viewer: circuit-tracer start-server --graph_file_dir {shlex.quote(str(request.viewed))}"
+    )
     context.progress.line(f"graph: {written} ({clock(seconds)})")
     return described
 
@@ -185,19 +196,47 @@ def _cards(request: Request) -> Callable[[Place], str]:
     return card
 
 
-def _write(request: Request, described: dict[str, Any], tracer: dict[str, Any]) -> Path:
-    """Writes the page and both JSON files; returns the page's path."""
+def _viewer_files(request: Request, found: Graph, tokenizer: PreTrainedTokenizerBase) -> dict[Path, Any]:
+    """What circuit-tracer's viewer reads: its list of graphs, the graph, and a file for each feature."""
+    from evaluators.measures.graph_formats import SCAN, as_circuit_tracer, feature_files, viewer_list
+
+    context, folder, scan = request.context, request.viewed, f"{SCAN}/{request.name}"
+    tracer = as_circuit_tracer(found, request.name, tokenizer, scan)
+    features = feature_files(found, scan, *_known(context, *combination(context, DeltaChoice("change"))))
+    return {
+        folder / "graph-metadata.json": viewer_list(tracer, f"deltascope-{context.settings.name}"),
+        folder / f"{request.name}.json": tracer,
+        **{folder / "features" / request.name / name: feature for name, feature in features.items()},
+    }
+
+
+def _known(context: Context, ground: Ground, d_new: int) -> tuple[dict[Feature, dict[str, Any]], dict[Feature, float]]:
+    """The cards of these deltas' features, and how often all features fire, as a mean over subsets."""
+
+    def listed(kind: str, within: str) -> Iterator[tuple[Feature, dict[str, Any]]]:
+        for path in sorted(context.space.cells.glob(f"{kind}_*.json")):
+            cell = read_json(path) or {}
+            if (cell.get("target"), cell.get("d_new")) == (ground.target, d_new):
+                yield from (((Site.parse(one["layer"]), one["feature"]), one) for one in cell[within])
+
+    rates = {
+        feature: sum(one["firing_rate"].values()) / len(one["firing_rate"])
+        for feature, one in listed("ranking", "features")
+    }
+    return dict(listed("cards", "cards")), rates
+
+
+def _write(request: Request, described: dict[str, Any], viewed: dict[Path, Any]) -> Path:
+    """Writes the page, our JSON and the viewer's files; returns the page's path."""
     from evaluators.report.graph_page import graph_page
 
     path = request.folder / f"{request.name}.html"
-    texts = {
-        path: graph_page(described),
-        path.with_suffix(".json"): json.dumps(described, ensure_ascii=False),
-        path.with_suffix(".circuit-tracer.json"): json.dumps(tracer, ensure_ascii=False),
-    }
+    values = {path.with_suffix(".json"): described, **viewed}
+    texts = {path: graph_page(described)}
+    texts |= {file: json.dumps(value, ensure_ascii=False) for file, value in values.items()}
     try:
-        request.folder.mkdir(parents=True, exist_ok=True)
         for file, text in texts.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(file) as temporary:
                 temporary.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`graph` on a finished sweep: both files, the lines on the terminal, and requests that cannot be followed."""
+"""`graph` on a finished sweep: its files, the lines on the terminal, and requests that cannot be followed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,23 @@ def test_a_graph_of_a_finished_sweep(finished, tmp_path: Path) -> None:
     assert drawn.returncode == 0, drawn.stderr
     assert "6/6 nodes expanded" in drawn.stdout
     assert "checks, correlation with removing single features" in drawn.stdout
-    ours, tracer = sorted((tmp_path / "a").iterdir(), key=lambda path: len(path.name))
-    assert tracer.name == f"{ours.stem}.circuit-tracer.json"
-    graph, viewed = json.loads(ours.read_text()), json.loads(tracer.read_text())
-    assert str(ours) in drawn.stdout
+    (page,) = (tmp_path / "a").glob("*.html")
+    ours, folder = page.with_suffix(".json"), page.with_suffix(".circuit-tracer")
+    assert {*(tmp_path / "a").iterdir()} == {page, ours, folder}
+    graph, viewed = json.loads(ours.read_text()), json.loads((folder / ours.name).read_text())
+    assert str(page) in drawn.stdout
+    assert f"circuit-tracer start-server --graph_file_dir {folder}" in drawn.stdout
     assert graph["output"]["finetuned"] != graph["output"]["unfinetuned"]
-    assert len(viewed["nodes"]) == len(graph["nodes"]) == graph["counts"]["nodes"]
+    assert len(viewed["nodes"]) - len(graph["tokens"]) == len(graph["nodes"]) == graph["counts"]["nodes"]
     assert len(viewed["links"]) == len(graph["edges"])
     assert viewed["metadata"]["slug"] == ours.stem
+    listed = json.loads((folder / "graph-metadata.json").read_text())["graphs"]
+    assert [(one["slug"], one["scan"]) for one in listed] == [(ours.stem, "deltascope-tiny")]
+    files = {path.name: json.loads(path.read_text()) for path in (folder / "features" / ours.stem).iterdir()}
+    of_features = [one for one in viewed["nodes"] if one["feature_type"] == "cross layer transcoder"]
+    assert set(files) == {f"{one['feature']}.json" for one in of_features}
+    assert all(0 < one["activation_frequency"] <= 1 for one in files.values())
+    assert any(quantile["examples"] for one in files.values() for quantile in one["examples_quantiles"])
     assert {"sweep": "tiny", "prompt": "What is 12 plus 30?"}.items() <= graph["facts"].items()
 
     found = json.loads(printed.stdout)
@@ -35,7 +44,7 @@ def test_a_graph_of_a_finished_sweep(finished, tmp_path: Path) -> None:
     assert "nodes expanded" in printed.stderr
 
     assert frozen.returncode == 0, frozen.stderr
-    (held,) = (path for path in (tmp_path / "c").iterdir() if "circuit-tracer" not in path.name)
+    (held,) = (tmp_path / "c").glob("*.json")
     assert json.loads(held.read_text())["frozen"] == {"patterns": True, "norms": True}
 
     assert unknown.returncode == 2
