@@ -51,8 +51,10 @@ def groups_section(results: Results, cells: Sequence[Cell], *, seed: int) -> Sec
         help = "Differences from all deltas (without) and from the features at BOS (alone), with 95% intervals."
         blocks.append(table_block(results.group_effects, columns | {"metric": "metric", "value": "value"}, "All", help))
     if len(results.groups):
-        columns = {name: name.replace("_", " ") for name in results.groups.columns}
-        blocks.append(table_block(results.groups, columns, "Every group", "Ordered by estimated effect, nats a token."))
+        columns = {"group": "group", "n_features": "features", **{name: name[2:] for name in KIND_COLUMNS}}
+        columns |= {"layers": "layers", "effect": "estimated effect", "fires_on": "fires on", "promoted": "promotes"}
+        help = "The estimated effect is in nats per target token, on held-out rows: integrated gradients, summed."
+        blocks.append(table_block(results.groups, columns, "Every group", help))
     return Section("groups", "What features do together", intro, blocks)
 
 
@@ -137,9 +139,10 @@ def _table(results: Results) -> Table:
         cells = [_change(here, way, subset) for subset in subsets for way in SAID]
         rows.append([str(group["group"]), f"{group['n_features']:,}", kinds, *tokens, *cells])
     help = (
-        "In order of estimated effect. Alone: only this group and the features at BOS, minus those at BOS; without it: "
-        "all deltas but this group, minus all deltas. In nats per target token, with paired 95% intervals; in "
-        "parentheses the same for as many random features."
+        "In order of estimated effect. Alone: only this group and the features at BOS, minus those at BOS; below 0 it "
+        "helps. Without it: all deltas but this group, minus all deltas; above 0 it is missed. In nats per target token, "
+        "with paired 95% intervals; in parentheses the same for as many random features, which do much too. What a group "
+        "promotes is by what its features at attention's output and MLPs write to the residual stream."
     )
     return Table("The groups with the largest effects", help, header, rows, wide_text=True)
 

@@ -171,7 +171,7 @@ def test_every_node_says_what_it_is(shown: Shown) -> None:
 
 
 def test_nodes_do_not_overlap(shown: Shown) -> None:
-    page = shown(graph(features=200, edges=400))
+    page = shown(graph(features=200, edges=400, groups=0))
     page.locator("#share").fill("100")
     expect(page.locator(".node")).to_have_count(208)
     places = page.locator(".node .hit").evaluate_all(
@@ -181,6 +181,17 @@ def test_nodes_do_not_overlap(shown: Shown) -> None:
     for place, (x, y, width) in enumerate(ordered):
         for other_x, other_y, _ in ordered[place + 1 :]:
             assert other_x - x >= width - 1 or abs(other_y - y) >= width - 1
+
+
+def test_a_large_graph_with_groups_begins_with_them_and_without_the_rests_lines(shown: Shown) -> None:
+    page = shown(graph(features=200, edges=400))
+    expect(page.locator("#grouping")).to_be_checked()
+    assert 1 < page.locator(".node.group").count() <= page.locator(".node").count() <= 122
+    base = page.locator("#drawing .edge.base")
+    for place in range(base.count()):
+        expect(base.nth(place)).to_be_hidden()
+    page.locator("#grouping").uncheck()
+    expect(page.locator(".node.group")).to_have_count(0)
 
 
 def test_the_slider_prunes_by_influence(shown: Shown) -> None:
@@ -283,7 +294,7 @@ def test_odd_tokens_and_small_graphs(shown: Shown) -> None:
 
 
 def test_a_large_graph_stays_usable(shown: Shown) -> None:
-    page = shown(graph(["<bos>", *(f" word{place}" for place in range(199))], features=493, edges=5000))
+    page = shown(graph(["<bos>", *(f" word{place}" for place in range(199))], features=493, edges=5000, groups=0))
     assert 100 <= page.locator(".node").count() <= 121, "a part is drawn to begin with"
     spent = page.evaluate(
         """async () => {
