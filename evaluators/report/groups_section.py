@@ -141,8 +141,8 @@ def _table(results: Results) -> Table:
     help = (
         "In order of estimated effect. Alone: only this group and the features at BOS, minus those at BOS; below 0 it "
         "helps. Without it: all deltas but this group, minus all deltas; above 0 it is missed. In nats per target "
-        "token, with paired 95% intervals; in parentheses the same for as many random features, which do much too. What "
-        "a group promotes is by what its features at attention's output and MLPs write to the residual stream."
+        "token, with paired 95% intervals; in parentheses the same for as many random features, which do much too. "
+        "What a group promotes is by what its features at attention's output and MLPs write to the residual stream."
     )
     return Table("The groups with the largest effects", help, header, rows, wide_text=True)
 
