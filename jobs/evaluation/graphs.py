@@ -53,11 +53,14 @@ class Graphs(Work):
         rest = context.rest if context.is_everything(sites) else ()
         key = key_of(cls.kind, inputs.lineage(plans), inputs.judged_with, most, rest, [one.key for one in groupings])
         place = place_of([plan.site for plan in plans], *inputs.chosen["change"])
+        fields = inputs.common()
+        if context.settings.model.dtype != "bf16":  # gradients through a model in bf16 are mostly rounding
+            fields["model"] = inputs.finetuned._replace(precision="fp32")
         return [
             cls(
                 cell_name(cls.kind, place, slug(subset)),
                 key,
-                **inputs.common(),
+                **fields,
                 sites=plans,
                 subset=subset,
                 grouping=grouping,
