@@ -272,7 +272,8 @@ def in_lines(found: dict[str, Any]) -> list[str]:
     features = [pair for pair in into if pair[1]["kind"] in ("feature", "bos")]
     for weight, node in sorted(features, key=lambda pair: -abs(pair[0]))[:STRONGEST]:
         what = "at BOS" if node["kind"] == "bos" else f"feature {node['feature']}"
-        promoted = f", promotes {' '.join(map(repr, node['promoted'][:3]))}" if node["promoted"] else ""
+        named = node["promoted"][:3] if node["kind"] == "feature" else []
+        promoted = f", promotes {' '.join(map(repr, named))}" if named else ""
         at = f"{tokens[node['position']]!r} (position {node['position']})"
         lines.append(f"  {weight:+.3g} layer {node['site']} {what} on {at}{promoted}")
     known = [f"{name} edges {one[0]:.2f} ({one[1]:.2f} to {one[2]:.2f})" for name, one in checks.items() if one]
