@@ -68,7 +68,7 @@ def test_few_features_or_one_cluster_make_no_groups(planted):
     assert silhouette(unit(acts[:12]), np.zeros(12, dtype=np.int64)) == 0.0
 
 
-def test_at_most_so_many_groups_the_largest(planted, monkeypatch):
+def test_only_the_largest_groups_are_kept(planted, monkeypatch):
     acts, labels = planted
     monkeypatch.setattr(groups, "MOST_GROUPS", 2)
     found = cluster(unit(acts)).labels
