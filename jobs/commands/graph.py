@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from evaluators.measures.graph import Graph, GraphOptions
     from evaluators.measures.single_features import Feature
 
-TRUSTED = 0.8
-"""A correlation of the checks below this is a warning."""
 STRONGEST = 6
 """Features listed on the terminal."""
 
@@ -246,6 +244,8 @@ def _write(request: Request, described: dict[str, Any], viewed: dict[Path, Any])
 
 def in_lines(found: dict[str, Any]) -> list[str]:
     """What a graph says, in some ten lines, from its JSON."""
+    from evaluators.report.graph_page import TRUSTED
+
     output, tokens, counts, checks = found["output"], found["tokens"], found["counts"], found["checks"]["correlation"]
     lines = []
     low = [name for name, one in checks.items() if one is not None and one[0] < TRUSTED]
