@@ -143,7 +143,10 @@ def decode(
 def _decode_batch(
     passes: Passes, splice: Splice, jobs: Sequence[Job], outputs: list[list[int]], stop: Stop, use_cache: bool
 ) -> None:
-    """Extends `outputs` in place until every row has ended; without `stop_early`, up to the budget, then cuts them."""
+    """Extends `outputs` in place until every row has ended; without `stop_early`, up to the budget, then cuts them.
+
+    Rows that have ended leave the batch, since every step would go on computing them.
+    """
     bridge, stop_early = passes.bridge, passes.shortcuts.stop_early
     model: Any = bridge.original_model
     pad = bridge.tokenizer.pad_token_id
@@ -156,30 +159,37 @@ def _decode_batch(
     def is_open(output: list[int]) -> bool:
         return stop.cut(output) is None if stop_early else len(output) < stop.limits.max_new_tokens
 
-    open_rows = [is_open(output) for output in outputs]
-    while any(open_rows):
-        most = DRAFTED // sum(open_rows)
+    rows = list(range(len(jobs)))
+    while True:
+        still = [place for place, row in enumerate(rows) if is_open(outputs[row])]
+        if len(still) < len(rows):
+            rows, kept = [rows[place] for place in still], torch.tensor(still, dtype=torch.long, device=fed.ids.device)
+            seen, fed = (Batch(*(column[kept] for column in batch)) for batch in (seen, fed))
+            if cache is not None and still:
+                cache.batch_select_indices(kept)
+        if not rows:
+            break
+        most = DRAFTED // len(rows)
         # The column of a rejected token stays in the cache, masked; a sliding window would count it.
         if seen.ids.shape[1] + fed.ids.shape[1] + most > window:
             most = 0
-        drafts = [_draft(texts[row], job.hints, most * open_rows[row]) for row, job in enumerate(jobs)]
+        drafts = [_draft(texts[row], jobs[row].hints, most) for row in rows]
         ahead = max(map(len, drafts))
         last = fed.positions[:, -1:]
         if ahead:
             fed = beside(fed, pad_right(drafts, (last[:, 0] + 1).tolist(), pad).to(last.device))
         seen = beside(seen, fed)
         chunk = fed if use_cache else seen
-        prepare(splice, chunk, jobs)
+        prepare(splice, chunk, [jobs[row] for row in rows])
         choices = forward(bridge, chunk, 1 + ahead, cache=cache, mask=seen.mask).argmax(-1)
         accepted = []
-        for row, (draft, argmax) in enumerate(zip(drafts, choices.tolist(), strict=True)):
+        for row, draft, argmax in zip(rows, drafts, choices.tolist(), strict=True):
             tokens = agreed(draft, argmax)
             accepted.append(len(tokens) - 1)
             for token in tokens:
-                if open_rows[row]:
+                if is_open(outputs[row]):
                     texts[row].append(token)
                     outputs[row].append(token)
-                    open_rows[row] = is_open(outputs[row])
         good = torch.tensor(accepted, device=last.device).unsqueeze(1)
         seen.mask[:, seen.mask.shape[1] - ahead :] &= torch.arange(ahead, device=last.device) < good
         fed = Batch(choices.gather(1, good), torch.ones_like(good, dtype=torch.bool), last + good + 1)
