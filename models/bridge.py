@@ -1,8 +1,8 @@
 """The model wrapped for TransformerLens, and its hooks.
 
 In: a transformers model and its tokenizer. Out: a `TransformerBridge` around the same weights. Its components are in
-the model only where there is a hook: each computes the same as the module that it wraps, but in Python, which takes
-longer than a small model's arithmetic.
+the model only where a hook needs them: each computes the same as the module that it wraps, but in Python, which takes
+longer than a small model's arithmetic. Where torch's own hooks on the model's modules see the same bits, they are used.
 """
 
 from __future__ import annotations
@@ -46,14 +46,56 @@ class _Seat(NamedTuple):
         self.parent._modules[self.name] = self.part.original_component
 
 
+class _Tap(NamedTuple):
+    """A hook point without the bridge: the model's own module, and which of its tensors is meant."""
+
+    part: Any
+    """The component that owns the hook point, and wraps the module."""
+    at: str
+    """`hook_in`, `hook_out`, or `hook_normalized`: the input of a norm, normalised but without gain."""
+
+    def add(self, run: Callable[[Tensor, object], Tensor | None]) -> Any:
+        """Calls `run` there in every pass, as a hook of the bridge would be; returns torch's handle."""
+        module: nn.Module = self.part.original_component
+
+        def on_input(module: nn.Module, inputs: tuple) -> tuple | None:
+            replaced = run(inputs[0], module)
+            return None if replaced is None else (replaced, *inputs[1:])
+
+        def on_output(module: nn.Module, inputs: tuple, output: Any) -> Any:
+            whole = isinstance(output, tuple)
+            replaced = run(output[0] if whole else output, module)
+            if replaced is None:
+                return None
+            return (replaced, *output[1:]) if whole else replaced
+
+        def on_norm(module: nn.Module, inputs: tuple, output: Any) -> None:
+            if run(self._normalised(inputs[0]), module) is not None:
+                raise ValueError("a norm's normalised input can be read, not replaced")
+
+        if self.at == "hook_in":
+            return module.register_forward_pre_hook(on_input)
+        return module.register_forward_hook(on_output if self.at == "hook_out" else on_norm)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """What TransformerLens shows at `hook_normalized`, by the same operations."""
+        x = x.double() if x.element_size() == 8 else x.float()
+        if not self.part.uses_rms_norm:
+            x = x - x.mean(-1, keepdim=True)
+        norm = self.part.original_component
+        eps: Any = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
+        return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+
+
 class _Wiring(NamedTuple):
     """How a bridge is wired: hook points by name, the places of its components, for each hook point the places of the
-    components that run it, and its blocks."""
+    components that run it, its blocks, and the hook points that need none of its components."""
 
     points: dict[str, Any]
     seats: list[_Seat]
     owners: dict[int, list[_Seat]]
     blocks: list[Any]
+    taps: dict[str, _Tap]
 
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
@@ -109,43 +151,85 @@ def as_block_output(bridge: TransformerBridge, stream: Tensor) -> Tensor | tuple
 def _detach_all(bridge: TransformerBridge, logits: Tensor) -> None:
     """Detaches the bridge's components from its model if that changes no bit of `logits`, neither without hooks nor
     with hooks in every block, and each of these hooks still runs. Otherwise all stay attached: the bridge does not
-    compute a LayerNorm in torch's order, for example."""
+    compute a LayerNorm in torch's order, for example.
+
+    A hook point becomes a tap if torch's own hooks on the model's modules see the same bits there.
+    """
     import torch
 
     model: Any = bridge.original_model
+    wiring = _wiring(bridge)
     kinds = dict.fromkeys([*KINDS.values(), *READINGS.values()])
     sites = [Site(layer, kind) for layer in range(bridge.cfg.n_layers) for kind in kinds]
     known = set(hook_names(bridge))
     names = {name for site in sites for name in (site.reads, *site.writes(known), f"blocks.{site.layer}.hook_out")}
     names &= known
-    seen: set[str] = set()
 
-    def note(name: str) -> Callable:
-        return lambda activation, hook: seen.add(name)
+    def hooks(seen: dict[str, Tensor]) -> list[Hook]:
+        def note(name: str) -> Callable:
+            return lambda activation, hook: seen.update({name: activation.flatten(2).clone()})
 
-    for seat in _wiring(bridge).seats:
+        return [(name, note(name)) for name in sorted(names)]
+
+    by_bridge: dict[str, Tensor] = {}
+    for seat in wiring.seats:
         seat.detach()
     try:
         unhooked = _some_logits(model)
-        with hooked(bridge, [(name, note(name)) for name in sorted(names)]):
+        with hooked(bridge, hooks(by_bridge)):
             with_hooks = _some_logits(model)
-        same = torch.equal(unhooked, logits) and torch.equal(with_hooks, logits) and seen == names
+        same = torch.equal(unhooked, logits) and torch.equal(with_hooks, logits) and by_bridge.keys() == names
     except Exception:  # whatever a pass without the components raises, with them it works
         same = False
     if not same:
-        for seat in _wiring(bridge).seats:
+        for seat in wiring.seats:
             seat.attach()
+        return
+    by_torch: dict[str, Tensor] = {}
+    taps = {name: tap for name in names if (tap := _tap_of(wiring, name)) is not None}
+    try:
+        with _tapped([(taps[name], run) for name, run in hooks(by_torch) if name in taps]):
+            _some_logits(model)
+    except Exception:  # a module that is called or built in another way than these taps expect
+        return
+    wiring.taps.update(
+        (name, tap) for name, tap in taps.items() if name in by_torch and torch.equal(by_torch[name], by_bridge[name])
+    )
+
+
+def _tap_of(wiring: _Wiring, name: str) -> _Tap | None:
+    """The tap for a hook point that one component runs, if its name says where in the component."""
+    point = wiring.points[name]
+    seats = wiring.owners.get(id(point), [])
+    at = [name for seat in seats for name, child in seat.part.named_children() if child is point]
+    return _Tap(seats[0].part, at[0]) if len(at) == 1 and at[0] in ("hook_in", "hook_out", "hook_normalized") else None
+
+
+@contextmanager
+def _tapped(taps: Sequence[tuple[_Tap, Callable[[Tensor, object], Tensor | None]]]) -> Iterator[None]:
+    handles: list[Any] = []
+    try:
+        handles += (tap.add(run) for tap, run in taps)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
 def hooked(bridge: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
     """Runs `hooks`, pairs of a hook's name and a function (activation, hook), in every pass inside the `with`.
 
-    The bridge's own `hooks` needs its components attached, and looks all names up again, which takes milliseconds. For
-    that and its other methods, attach all components with `whole`.
+    Where all names are taps and no component is attached, these are torch's hooks on the model's own modules; heads are
+    then flattened. The bridge's own `hooks` needs its components attached, and looks all names up again, which takes
+    milliseconds. For that and its other methods, attach all components with `whole`.
     Raises KeyError for a name that is not one of `hook_names`.
     """
     wiring = _wiring(bridge)
+    if all(name in wiring.taps for name, _ in hooks) and not any(seat.is_attached for seat in wiring.seats):
+        with _tapped([(wiring.taps[name], run) for name, run in hooks]):
+            yield
+        return
     points = [wiring.points[name] for name, _ in hooks]
     with _seated([seat for point in points for seat in wiring.owners.get(id(point), wiring.seats)]):
         handles = []
@@ -227,7 +311,7 @@ def _find_wiring(bridge: TransformerBridge) -> _Wiring:
         for child in seat.part.children():
             if isinstance(child, HookPoint):
                 owners.setdefault(id(child), []).append(seat)
-    return _Wiring(dict(bridge.hook_dict), seats, owners, list(bridge.blocks))  # type: ignore[arg-type]
+    return _Wiring(dict(bridge.hook_dict), seats, owners, list(bridge.blocks), {})  # type: ignore[arg-type]
 
 
 def _some_logits(model: PreTrainedModel) -> Tensor:

@@ -100,16 +100,44 @@ class Edit:
 
 class Outputs(NamedTuple):
     """A patch's results for some tokens: outputs of ground and delta (tokens, d_out), sums of |activation| (tokens,),
-    and the delta's activations (tokens, d_new)."""
+    and the delta's activations (tokens, d_new). `delta` is None until it is known which features are on."""
 
     ground: Tensor
-    delta: Tensor
+    delta: Tensor | None
     base_acts: Tensor
     delta_acts: Tensor
     features: Tensor
 
     def take(self, tokens: Tensor) -> Outputs:
-        return Outputs(*(column[tokens] for column in self))
+        return Outputs(*(None if column is None else column[tokens] for column in self))  # type: ignore[arg-type]
+
+
+class _Tokens(NamedTuple):
+    """The tokens of a chunk (batch, position) for which a patch is evaluated: those that are replaced, or all.
+
+    `where`: their rows and positions, or None for all, in which case `edited` (tokens, 1) is False for those that stay
+    as they are. `lines`, `bos` and `numbers` (tokens,), `alpha` (tokens, 1): each token's row, whether it is BOS, its
+    number in the text, and its strength.
+    """
+
+    where: tuple[Tensor, ...] | None
+    edited: Tensor | None
+    lines: Tensor
+    bos: Tensor
+    numbers: Tensor
+    alpha: Tensor
+
+    def of(self, activation: Tensor) -> Tensor:
+        """(tokens, width) of an activation (batch, position, width)."""
+        return activation.flatten(0, 1) if self.where is None else activation[self.where]
+
+    def put(self, activation: Tensor, edited: Tensor) -> Tensor:
+        """The activation with these tokens replaced by `edited` (tokens, width)."""
+        if self.where is None:
+            return edited.to(activation.dtype).view(activation.shape)
+        replaced = activation.clone()
+        replaced[self.where] = edited.to(activation.dtype)
+        return replaced
 
 
 class Ranks(NamedTuple):
@@ -122,6 +150,10 @@ class Ranks(NamedTuple):
 
 
 EVERY = Ranks(0, 0, outside=True)
+
+
+TAKE_ALL = 0.8
+"""Share of tokens to be replaced from which all are taken, since choosing and putting back costs more than padding."""
 
 
 class RowEdits(NamedTuple):
@@ -154,6 +186,11 @@ class Splice:
         # Base transcoders are not applied at BOS; the un-finetuned path needs no edit there.
         on_paths = condition.uses_delta and all(patch.path is not None for patch in patches)
         self._at_bos = on_paths and any(patch.delta is not None and patch.delta.at_bos is not None for patch in patches)
+        # A delta whose features are off adds nothing, so that it may be evaluated for all tokens.
+        self._may_take_all = on_paths and all(
+            isinstance(patch.delta, Transcoder) and patch.delta.b_dec is None and patch.pool is None
+            for patch in patches
+        )
         self._inputs: dict[Site, Tensor] = {}
         self._held: dict[Site, Outputs] = {}
 
@@ -162,13 +199,21 @@ class Splice:
         `alpha` (batch,) is the strength of each row, and `rows` is what else differs between rows."""
         bos = rows.bos if self._at_bos else None
         self._with_bos = bos is not None and bool(bos.any())
-        self._where = (editable if bos is None else editable | bos).nonzero(as_tuple=True)
-        self._bos = ~editable[self._where]
-        lines = self._where[0]
-        self._alpha = alpha[lines].unsqueeze(1)
-        self._numbers = torch.zeros_like(lines) if rows.numbers is None else rows.numbers[self._where]
-        every = rows.kept is None or (rows.kept == rows.kept.new_tensor(EVERY)).all()
-        self._kept = None if rows.kept is None or every else rows.kept[lines]
+        replaced = editable if bos is None else editable | bos
+        lines = torch.arange(len(editable), device=editable.device).unsqueeze(1).expand(editable.shape)
+        at_bos = torch.zeros_like(editable) if bos is None else bos
+        numbers = torch.zeros_like(lines) if rows.numbers is None else rows.numbers
+        alphas = alpha.unsqueeze(1).expand(editable.shape)
+        where = replaced.nonzero(as_tuple=True)
+        self._replaced_tokens = self._tokens = _Tokens(
+            where, None, lines[where], at_bos[where], numbers[where], alphas[where].unsqueeze(1)
+        )
+        if self._may_take_all and len(where[0]) >= TAKE_ALL * editable.numel():
+            edited = None if len(where[0]) == editable.numel() else replaced.flatten().unsqueeze(1)
+            every = (lines.flatten(), at_bos.flatten(), numbers.flatten(), alphas.flatten().unsqueeze(1))
+            self._tokens = _Tokens(None, edited, *every)
+        every_feature = rows.kept is None or (rows.kept == rows.kept.new_tensor(EVERY)).all()
+        self._kept = None if every_feature else rows.kept
         self.base_acts = torch.zeros(len(editable), device=editable.device)
         self.delta_acts = torch.zeros(len(editable), device=editable.device)
 
@@ -179,7 +224,8 @@ class Splice:
         Row i of the batch given to `reset` is the text of `prefixes[rows[i]]`: the patch is evaluated once per text,
         however many strengths there are.
         """
-        patch, device = self.patches[0], self._alpha.device
+        patch, ours = self.patches[0], self._replaced_tokens
+        device = ours.lines.device
         lengths = [len(prefix.x) for prefix in prefixes]
         x, y = (torch.cat([prefix[column] for prefix in prefixes]) for column in (0, 1))
         streams = [prefix.output for prefix in prefixes]
@@ -195,12 +241,11 @@ class Splice:
         x, y = x[chosen.to(device)], y[chosen.to(device)]
         numbers = torch.arange(len(x)).split([count - first for count in lengths])
         tokens = torch.cat([numbers[row] for row in rows]).to(device)
-        outputs = self._of_row(patch, self._outputs(patch, x, y, places == 0).take(tokens))
+        outputs = self._of_row(patch, self._outputs(patch, x, y, places == 0).take(tokens), ours)
         y = y[tokens]
-        self._note(outputs)
-        change = self._replaced(y, outputs) - y.float()
-        residual[self._where] = (residual[self._where].float() + change).to(residual.dtype)
-        return residual
+        self._note(outputs, ours)
+        change = self._replaced(y, outputs, ours) - y.float()
+        return ours.put(residual, ours.of(residual).float() + change)
 
     def hooks(self, patches: Sequence[Patch]) -> list[Hook]:
         """The hooks that make the edit at `patches`; none if the exchanged weights alone make it."""
@@ -221,26 +266,28 @@ class Splice:
 
     def _writer(self, patch: Patch) -> Callable[[Tensor, slice], Tensor]:
         def write(y: Tensor, part: slice) -> Tensor:
-            here = y[self._where]
+            tokens = self._tokens
+            here = tokens.of(y)
             if part.start == 0:
-                x = self._inputs.pop(patch.site)[self._where]
-                outputs = self._of_row(patch, self._outputs(patch, x, here, self._bos))
-                self._note(outputs)
+                x = tokens.of(self._inputs.pop(patch.site))
+                outputs = self._of_row(patch, self._outputs(patch, x, here, tokens.bos, tokens.edited), tokens)
+                self._note(outputs, tokens)
+                assert outputs.delta is not None
                 if outputs.delta.shape[1] > part.stop:  # the first of several parts
                     self._held[patch.site] = outputs
             else:
                 outputs = self._held[patch.site]
+            assert outputs.delta is not None
             # If y comes in parts, the ground is a path, and y is already its output.
-            outputs = outputs._replace(ground=outputs.ground if part.start == 0 else here.float())
-            edited = y.clone()
-            edited[self._where] = self._replaced(here, outputs._replace(delta=outputs.delta[:, part])).to(y.dtype)
-            return edited
+            ground = outputs.ground if part.start == 0 else here.float()
+            outputs = outputs._replace(ground=ground, delta=outputs.delta[:, part])
+            return tokens.put(y, self._replaced(here, outputs, tokens))
 
         return write
 
-    def _outputs(self, patch: Patch, x: Tensor, y: Tensor, bos: Tensor) -> Outputs:
-        """A patch's outputs for x (tokens, d_in) and y (tokens, d_out); `bos` (tokens,) marks BOS. If the ground is a
-        path, `y` is already its output."""
+    def _outputs(self, patch: Patch, x: Tensor, y: Tensor, bos: Tensor, edited: Tensor | None = None) -> Outputs:
+        """A patch's outputs for x (tokens, d_in) and y (tokens, d_out), with all its features on at tokens that are
+        `edited` (all if None); `bos` (tokens,) marks BOS. If the ground is a path, `y` is already its output."""
         if patch.base is None:
             ground, ground_acts = y.float(), y.new_zeros(len(y), dtype=torch.float32)
         else:
@@ -255,32 +302,37 @@ class Splice:
             delta_acts = torch.where(bos.unsqueeze(1), delta_acts.new_zeros(()) if own is None else own, delta_acts)
         if patch.site in self.gates:
             delta_acts = delta_acts * self.gates[patch.site]
+        if edited is not None:
+            delta_acts = delta_acts * edited
+        if self._kept is not None and patch.pool is None:
+            return Outputs(ground, None, ground_acts, delta_acts[:, 0], delta_acts)
         return Outputs(ground, patch.delta.decode(delta_acts), ground_acts, delta_acts.abs().sum(1), delta_acts)
 
-    def _of_row(self, patch: Patch, outputs: Outputs) -> Outputs:
+    def _of_row(self, patch: Patch, outputs: Outputs, tokens: _Tokens) -> Outputs:
         """`outputs` with the rows' own edits: the delta's output taken from the patch's pool, or of some features."""
         if not self.condition.uses_delta:
             return outputs
         if patch.pool is not None:
-            shuffled = patch.pool[self._numbers % len(patch.pool)]
-            return outputs._replace(delta=torch.where(self._bos.unsqueeze(1), outputs.delta, shuffled))
+            shuffled = patch.pool[tokens.numbers % len(patch.pool)]
+            return outputs._replace(delta=torch.where(tokens.bos.unsqueeze(1), outputs.delta, shuffled))  # type: ignore[arg-type]
         if patch.delta is None or self._kept is None:
             return outputs
         assert patch.ranks is not None
         first, end, outside = self._kept.unsqueeze(2).unbind(1)
         on = ((patch.ranks >= first) & (patch.ranks < end)) != outside.bool()
-        acts = outputs.features * (on | (patch.ranks < 0))
+        acts = outputs.features * (on | (patch.ranks < 0))[tokens.lines]
         return outputs._replace(delta=patch.delta.decode(acts), delta_acts=acts.abs().sum(1), features=acts)
 
-    def _note(self, outputs: Outputs) -> None:
+    def _note(self, outputs: Outputs, tokens: _Tokens) -> None:
         """Adds up the activations at tokens after BOS."""
         if self.record:
-            self.base_acts.index_add_(0, self._where[0], outputs.base_acts * ~self._bos)
-            self.delta_acts.index_add_(0, self._where[0], outputs.delta_acts * ~self._bos)
+            self.base_acts.index_add_(0, tokens.lines, outputs.base_acts * ~tokens.bos)
+            self.delta_acts.index_add_(0, tokens.lines, outputs.delta_acts * ~tokens.bos)
 
-    def _replaced(self, y: Tensor, outputs: Outputs) -> Tensor:
-        """What replaces `y`, (tokens, width of y) fp32, at the tokens given to `reset`."""
-        return self.condition.combine(y.float(), outputs.ground, outputs.delta, self._alpha)
+    def _replaced(self, y: Tensor, outputs: Outputs, tokens: _Tokens) -> Tensor:
+        """What replaces `y`, (tokens, width of y) fp32, at these tokens."""
+        assert outputs.delta is not None
+        return self.condition.combine(y.float(), outputs.ground, outputs.delta, tokens.alpha)
 
 
 def starts_above(site: Site) -> bool:
