@@ -8,13 +8,15 @@ guessed token is the argmax. Only rows that depart from their guesses are decode
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from data.encoding import Batch, Encoded, beside, ends_of, pad_left, pad_right
 from data.rows import Row
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedTokenizerBase
 
+PADDED = 8
+"""Most padding of a row when it starts."""
 DRAFTED = 16
 """Tokens that a step may draft ahead, over all its rows: about as many as take no longer than one, since a step reads
 every weight anyway."""
@@ -132,68 +136,152 @@ def decode(
     with spliced(passes.bridge, edit) as splice:
 
         def run(chosen: Sequence[int]) -> None:
-            outputs = [list(begun[i]) for i in chosen]
-            _decode_batch(passes, splice, [jobs[i] for i in chosen], outputs, stop, use_cache)
-            results.update(zip(chosen, outputs, strict=True))
+            decoding = _Decoding(passes, splice, [jobs[i] for i in chosen], [begun[i] for i in chosen], stop, use_cache)
+            results.update(zip(chosen, decoding.outputs(), strict=True))
 
-        in_slices(order, passes.batch_size, run)
+        in_slices(order, len(order), run)
     return [results[i] for i in range(len(jobs))]
 
 
-def _decode_batch(
-    passes: Passes, splice: Splice, jobs: Sequence[Job], outputs: list[list[int]], stop: Stop, use_cache: bool
-) -> None:
-    """Extends `outputs` in place until every row has ended; without `stop_early`, up to the budget, then cuts them.
+class _Running(NamedTuple):
+    """Rows that are decoded together: their numbers, the tokens that the model has seen, those that it is fed next, and
+    the cache of the seen ones (None without cache)."""
 
-    Rows that have ended leave the batch, since every step would go on computing them.
-    """
-    bridge, stop_early = passes.bridge, passes.shortcuts.stop_early
-    model: Any = bridge.original_model
-    pad = bridge.tokenizer.pad_token_id
-    cache: Any = DynamicCache(config=model.config) if use_cache else None
-    window = _window(cache) if use_cache else 0
-    texts = [list(job.encoded.prompt) for job in jobs]
-    fed = pad_left(texts, pad).to(device_of(bridge))
-    seen = Batch(*(column[:, :0] for column in fed))
+    rows: list[int]
+    seen: Batch
+    fed: Batch
+    cache: Any
 
-    def is_open(output: list[int]) -> bool:
-        return stop.cut(output) is None if stop_early else len(output) < stop.limits.max_new_tokens
+    def only(self, places: list[int]) -> _Running:
+        """The rows at these places, of which there must be one."""
+        if len(places) == len(self.rows):
+            return self
+        kept = torch.tensor(places, device=self.fed.ids.device)
+        if self.cache is not None:
+            self.cache.batch_select_indices(kept)
+        seen, fed = (Batch(*(column[kept] for column in batch)) for batch in (self.seen, self.fed))
+        return _Running([self.rows[place] for place in places], seen, fed, self.cache)
 
-    rows = list(range(len(jobs)))
-    while True:
-        still = [place for place, row in enumerate(rows) if is_open(outputs[row])]
-        if len(still) < len(rows):
-            rows, kept = [rows[place] for place in still], torch.tensor(still, dtype=torch.long, device=fed.ids.device)
-            seen, fed = (Batch(*(column[kept] for column in batch)) for batch in (seen, fed))
-            if cache is not None and still:
-                cache.batch_select_indices(kept)
-        if not rows:
-            break
-        most = DRAFTED // len(rows)
-        # The column of a rejected token stays in the cache, masked; a sliding window would count it.
-        if seen.ids.shape[1] + fed.ids.shape[1] + most > window:
+
+class _Decoding:
+    """Decodes rows, sorted by length, `batch_size` at a time. A row that has ended leaves the batch, since every step
+    would go on computing it, and makes room for one that waits."""
+
+    def __init__(
+        self,
+        passes: Passes,
+        splice: Splice,
+        jobs: Sequence[Job],
+        begun: Sequence[Sequence[int]],
+        stop: Stop,
+        use_cache: bool,
+    ) -> None:
+        self.passes, self.splice, self.jobs, self.stop, self.use_cache = passes, splice, jobs, stop, use_cache
+        self._outputs = [list(output) for output in begun]
+        self._texts = [list(job.encoded.prompt) for job in jobs]
+        self._waiting = [row for row in range(len(jobs)) if self._is_open(row)]
+        model: Any = passes.bridge.original_model
+        self._config, self._pad = model.config, passes.bridge.tokenizer.pad_token_id
+        cache = DynamicCache(config=self._config)
+        self._window = _window(cache)
+        can_join = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+        can_join &= self._fits(max(map(len, self._texts), default=0), DRAFTED)
+        self._joins = can_join and passes.shortcuts.stop_early
+        """Whether rows can join others that are running."""
+
+    def outputs(self) -> list[list[int]]:
+        """The outputs of all rows; without `stop_early` they are decoded up to the budget and then cut."""
+        running: _Running | None = None
+        while self._waiting or running is not None:
+            if running is None or self._has_room(running):
+                started = self._step(self._start(running), drafted=False)
+                running = started if running is None else self._joined(running, started)
+            else:
+                running = self._step(running)
+            still = [place for place, row in enumerate(running.rows) if self._is_open(row)]
+            running = running.only(still) if still else None
+        return [self.stop.cut(output) or output for output in self._outputs]
+
+    def _is_open(self, row: int) -> bool:
+        output = self._outputs[row]
+        if self.passes.shortcuts.stop_early:
+            return self.stop.cut(output) is None
+        return len(output) < self.stop.limits.max_new_tokens
+
+    def _has_room(self, running: _Running) -> bool:
+        """Whether rows that wait can join: half of the places are free, and no sliding window would count padding."""
+        if not self._waiting or not self._joins or 2 * len(running.rows) > self.passes.batch_size:
+            return False
+        longest = max(running.seen.ids.shape[1], len(self._texts[self._waiting[0]]) + PADDED)
+        return self._fits(longest, DRAFTED)
+
+    def _fits(self, columns: int, ahead: int) -> bool:
+        """Whether every layer attends to all columns until the last token, if each step takes `ahead` more than one.
+        The column of a rejected token stays in the cache, masked; a sliding window would count it."""
+        return columns + self.stop.limits.max_new_tokens * (1 + ahead) <= self._window
+
+    def _start(self, running: _Running | None) -> _Running:
+        """Rows that wait, of similar length, before their first step."""
+        room = self.passes.batch_size - (0 if running is None else len(running.rows))
+        most = len(self._texts[self._waiting[0]]) + PADDED if self._joins else math.inf
+        rows = [row for row in self._waiting[:room] if len(self._texts[row]) <= most]
+        self._waiting = self._waiting[len(rows) :]
+        fed = pad_left([self._texts[row] for row in rows], self._pad).to(device_of(self.passes.bridge))
+        nothing = Batch(*(column[:, :0] for column in fed))
+        return _Running(rows, nothing, fed, DynamicCache(config=self._config) if self.use_cache else None)
+
+    def _step(self, running: _Running, drafted: bool = True) -> _Running:
+        """Extends the outputs of the rows by at least one token; with `drafted`, by pieces of their hints that a pass
+        proves."""
+        rows, seen, fed, cache = running
+        most = DRAFTED // len(rows) if drafted else 0
+        if not self._fits(seen.ids.shape[1] + fed.ids.shape[1], most):
             most = 0
-        drafts = [_draft(texts[row], jobs[row].hints, most) for row in rows]
+        drafts = [_draft(self._texts[row], self.jobs[row].hints, most) for row in rows]
         ahead = max(map(len, drafts))
         last = fed.positions[:, -1:]
         if ahead:
-            fed = beside(fed, pad_right(drafts, (last[:, 0] + 1).tolist(), pad).to(last.device))
+            fed = beside(fed, pad_right(drafts, (last[:, 0] + 1).tolist(), self._pad).to(last.device))
         seen = beside(seen, fed)
-        chunk = fed if use_cache else seen
-        prepare(splice, chunk, [jobs[row] for row in rows])
-        choices = forward(bridge, chunk, 1 + ahead, cache=cache, mask=seen.mask).argmax(-1)
+        chunk = seen if cache is None else fed
+        prepare(self.splice, chunk, [self.jobs[row] for row in rows])
+        choices = forward(self.passes.bridge, chunk, 1 + ahead, cache=cache, mask=seen.mask).argmax(-1)
         accepted = []
         for row, draft, argmax in zip(rows, drafts, choices.tolist(), strict=True):
             tokens = agreed(draft, argmax)
             accepted.append(len(tokens) - 1)
             for token in tokens:
-                if is_open(outputs[row]):
-                    texts[row].append(token)
-                    outputs[row].append(token)
+                if self._is_open(row):
+                    self._texts[row].append(token)
+                    self._outputs[row].append(token)
         good = torch.tensor(accepted, device=last.device).unsqueeze(1)
         seen.mask[:, seen.mask.shape[1] - ahead :] &= torch.arange(ahead, device=last.device) < good
         fed = Batch(choices.gather(1, good), torch.ones_like(good, dtype=torch.bool), last + good + 1)
-    outputs[:] = [stop.cut(output) or output for output in outputs]
+        return _Running(rows, seen, fed, cache)
+
+    def _joined(self, first: _Running, second: _Running) -> _Running:
+        """Both as one batch, padded on the left, without columns that no row uses any more."""
+        length = max(each.seen.mask.shape[1] - int(each.seen.mask.int().argmax(1).min()) for each in (first, second))
+
+        def stacked(columns: Iterable[Tensor], axis: int) -> Tensor:
+            padded = []
+            for column in columns:
+                used = column.narrow(axis, max(0, column.shape[axis] - length), min(length, column.shape[axis]))
+                shape = list(used.shape)
+                shape[axis] = length - shape[axis]
+                padded.append(torch.cat([used.new_zeros(shape), used], dim=axis))
+            return torch.cat(padded)
+
+        cache = None
+        if first.cache is not None:
+            cache = DynamicCache(config=self._config)
+            for number, layers in enumerate(zip(first.cache.layers, second.cache.layers, strict=True)):
+                if layers[0].is_initialized:  # some share another layer's
+                    keys, values = (stacked((getattr(one, name) for one in layers), 2) for name in ("keys", "values"))
+                    cache.update(keys, values, number)
+        seen = Batch(*(stacked(pair, 1) for pair in zip(first.seen, second.seen, strict=True)))
+        fed = Batch(*(torch.cat(pair) for pair in zip(first.fed, second.fed, strict=True)))
+        return _Running(first.rows + second.rows, seen, fed, cache)
 
 
 def _window(cache: Any) -> float:

@@ -52,7 +52,8 @@ class Shortcuts:
     of the residual stream is a difference of two outputs; else (and for other kinds) the whole block runs for every
     strength."""
     stop_early: bool = True
-    """Decoding a row ends with EOS or a closed call; else every row is decoded to the budget and cut afterwards."""
+    """Decoding a row ends with EOS or a closed call, and another row takes its place; else every row is decoded to the
+    budget and cut afterwards."""
 
     @classmethod
     def none(cls) -> Shortcuts:

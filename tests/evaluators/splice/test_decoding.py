@@ -240,13 +240,15 @@ def test_hints_are_tried_ahead_and_change_no_token(subject, stop, monkeypatch):
     halves = [[*hint[:-3], 7, 8, 9] for hint in right]
     wrong = [[*job.encoded.prompt[-2:], 7, 8, 9] for job in prompts]
     needed = {}
-    for name, hints in {"right": right, "halves": halves, "wrong": wrong, "mixed": [right[0], *wrong[1:]]}.items():
+    hints_by_name = {"right": right, "halves": halves, "wrong": wrong, "mixed": [right[0], *wrong[1:]]}
+    for name, hints in {**hints_by_name, "none": [[] for _ in prompts]}.items():
         steps.clear()
         hinted = [dataclasses.replace(job, hints=hint) for job, hint in zip(prompts, hints, strict=True)]
         assert decode(*asked, hinted, begun, stop) == expected
         needed[name] = len(steps)
-    assert needed["wrong"] == needed["mixed"] == BUDGET
-    assert needed["right"] < needed["halves"] < BUDGET
+    assert needed["wrong"] == needed["mixed"] == needed["none"]
+    assert needed["right"] < needed["halves"] < needed["none"]
+    hinted = [dataclasses.replace(job, hints=hint) for job, hint in zip(prompts, right, strict=True)]
     monkeypatch.setattr(decoding, "_window", lambda cache: 20)
     steps.clear()
     assert decode(*asked, hinted, begun, stop) == expected
@@ -287,6 +289,43 @@ def test_rows_that_end_early_leave_the_others_alone(subject):
         assert (
             decode(subject.passes, Edit(subject.patch, "full"), prompts, begun, early, use_cache=use_cache) == expected
         )
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_rows_that_wait_take_the_places_of_those_that_ended(subject, use_cache, monkeypatch):
+    """Three places, rows of all lengths with a strength each, and an end that some say early."""
+    several = [
+        Job(Encoded(row.prompt[: len(row.prompt) - cut], []), alpha, hints=[*row.ids, *row.ids])
+        for cut in (0, 1, 2)
+        for row in subject.encoded
+        for alpha in (0.0, 0.5, 1.0)
+    ]
+    begun = [[] for _ in several]
+    one_by_one = dataclasses.replace(subject.passes, batch_size=1)
+    three = dataclasses.replace(subject.passes, batch_size=3)
+    edit = Edit(subject.patch, "alpha")
+    outputs = decode(one_by_one, edit, several, begun, ends(subject.tokenizer, BUDGET))
+    end = max({token for output in outputs for token in output}, key=lambda token: sum(token in o for o in outputs))
+    early = Stop(subject.tokenizer, Limits(BUDGET), frozenset([end]))
+    expected = decode(one_by_one, edit, several, begun, early, use_cache=use_cache)
+    assert len({len(output) for output in expected}) > 1
+    together = []
+    real = decoding.forward
+
+    def spy(bridge, batch, *rest, **named):
+        together.append(len(batch.ids))
+        return real(bridge, batch, *rest, **named)
+
+    joined = []
+    real_join = decoding._Decoding._joined
+    monkeypatch.setattr(decoding, "forward", spy)
+    monkeypatch.setattr(decoding._Decoding, "_joined", lambda *given: joined.append(real_join(*given)) or joined[-1])
+    for window in (10_000, 20):
+        monkeypatch.setattr(decoding, "_window", lambda cache, window=window: window)
+        joined.clear()
+        assert decode(three, edit, several, begun, early, use_cache=use_cache) == expected
+        assert max(together) == 3
+        assert bool(joined) == (window > 20)
 
 
 def test_no_rows_are_no_results(subject, stop):
