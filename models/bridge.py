@@ -46,7 +46,7 @@ class _Seat(NamedTuple):
         self.parent._modules[self.name] = self.part.original_component
 
 
-class _Tap(NamedTuple):
+class _ModuleHook(NamedTuple):
     """A hook point without the bridge: the model's own module, and which of its tensors is meant."""
 
     part: Any
@@ -95,7 +95,7 @@ class _Wiring(NamedTuple):
     seats: list[_Seat]
     owners: dict[int, list[_Seat]]
     blocks: list[Any]
-    taps: dict[str, _Tap]
+    module_hooks: dict[str, _ModuleHook]
 
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
@@ -153,7 +153,7 @@ def _detach_all(bridge: TransformerBridge, logits: Tensor) -> None:
     with hooks in every block, and each of these hooks still runs. Otherwise all stay attached: the bridge does not
     compute a LayerNorm in torch's order, for example.
 
-    A hook point becomes a tap if torch's own hooks on the model's modules see the same bits there.
+    A hook point is served by the model's own module from then on if torch's hook there sees the same bits.
     """
     import torch
 
@@ -186,30 +186,36 @@ def _detach_all(bridge: TransformerBridge, logits: Tensor) -> None:
             seat.attach()
         return
     by_torch: dict[str, Tensor] = {}
-    taps = {name: tap for name in names if (tap := _tap_of(wiring, name)) is not None}
+    module_hooks = {name: place for name in names if (place := _module_hook_of(wiring, name)) is not None}
     try:
-        with _tapped([(taps[name], run) for name, run in hooks(by_torch) if name in taps]):
+        with _on_modules([(module_hooks[name], run) for name, run in hooks(by_torch) if name in module_hooks]):
             _some_logits(model)
-    except Exception:  # a module that is called or built in another way than these taps expect
+    except Exception:  # a module that is called or built in another way than these hooks expect
         return
-    wiring.taps.update(
-        (name, tap) for name, tap in taps.items() if name in by_torch and torch.equal(by_torch[name], by_bridge[name])
+    wiring.module_hooks.update(
+        (name, place)
+        for name, place in module_hooks.items()
+        if name in by_torch and torch.equal(by_torch[name], by_bridge[name])
     )
 
 
-def _tap_of(wiring: _Wiring, name: str) -> _Tap | None:
-    """The tap for a hook point that one component runs, if its name says where in the component."""
+def _module_hook_of(wiring: _Wiring, name: str) -> _ModuleHook | None:
+    """The hook on a module for a hook point that one component runs, if its name says where in the component."""
     point = wiring.points[name]
     seats = wiring.owners.get(id(point), [])
     at = [name for seat in seats for name, child in seat.part.named_children() if child is point]
-    return _Tap(seats[0].part, at[0]) if len(at) == 1 and at[0] in ("hook_in", "hook_out", "hook_normalized") else None
+    if len(at) != 1 or at[0] not in ("hook_in", "hook_out", "hook_normalized"):
+        return None
+    return _ModuleHook(seats[0].part, at[0])
 
 
 @contextmanager
-def _tapped(taps: Sequence[tuple[_Tap, Callable[[Tensor, object], Tensor | None]]]) -> Iterator[None]:
+def _on_modules(
+    module_hooks: Sequence[tuple[_ModuleHook, Callable[[Tensor, object], Tensor | None]]],
+) -> Iterator[None]:
     handles: list[Any] = []
     try:
-        handles += (tap.add(run) for tap, run in taps)
+        handles += (place.add(run) for place, run in module_hooks)
         yield
     finally:
         for handle in handles:
@@ -220,14 +226,14 @@ def _tapped(taps: Sequence[tuple[_Tap, Callable[[Tensor, object], Tensor | None]
 def hooked(bridge: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
     """Runs `hooks`, pairs of a hook's name and a function (activation, hook), in every pass inside the `with`.
 
-    Where all names are taps and no component is attached, these are torch's hooks on the model's own modules; heads are
-    then flattened. The bridge's own `hooks` needs its components attached, and looks all names up again, which takes
+    Where the model's own modules serve all names and no component is attached, these are torch's hooks; heads are then
+    flattened. The bridge's own `hooks` needs its components attached, and looks all names up again, which takes
     milliseconds. For that and its other methods, attach all components with `whole`.
     Raises KeyError for a name that is not one of `hook_names`.
     """
     wiring = _wiring(bridge)
-    if all(name in wiring.taps for name, _ in hooks) and not any(seat.is_attached for seat in wiring.seats):
-        with _tapped([(wiring.taps[name], run) for name, run in hooks]):
+    if all(name in wiring.module_hooks for name, _ in hooks) and not any(seat.is_attached for seat in wiring.seats):
+        with _on_modules([(wiring.module_hooks[name], run) for name, run in hooks]):
             yield
         return
     points = [wiring.points[name] for name, _ in hooks]

@@ -7,7 +7,7 @@ import torch
 
 from data.encoding import encode_text, pad_left
 from models.blocks import hooks_at
-from models.bridge import hooked, whole, wrap
+from models.bridge import hook_names, hooked, whole, wrap
 from models.sources import load_model
 from sites import ATTENTION_OUT, MLP, QKV, READINGS, Site
 from tests.models.table import build
@@ -143,6 +143,50 @@ def test_without_a_hook_the_model_runs_as_it_is_and_its_logits_are_the_bridge_s_
         logits()
     assert [type(one) for one in bridge.original_model.modules()] == plain
     assert torch.equal(logits(), alone)
+
+
+def test_the_model_s_own_modules_show_and_take_what_the_bridge_s_parts_would(both):
+    """At every hook of a site, to the last bit, read and written; and the parts are not needed for it."""
+    model, bridge, batch = both
+    known = hook_names(bridge)
+    kinds = (QKV, ATTENTION_OUT, MLP, READINGS["resid_mid/sqrt(d_model)"])
+    sites = [Site(layer, kind) for layer in range(model.config.num_hidden_layers) for kind in kinds]
+    reads = {site.reads for site in sites}
+    writes = {f"blocks.{site.layer}.hook_out" for site in sites} | {
+        name for site in sites for name in site.writes(known)
+    }
+
+    def run(doubled):
+        seen, parts = {}, set()
+
+        def on(name):
+            def note(activation, hook):
+                seen[name] = activation.flatten(2).clone()
+                parts.update(
+                    type(one).__name__ for one in bridge.original_model.modules() if "Bridge" in str(type(one))
+                )
+                return activation * 2 if name == doubled else None
+
+            return name, note
+
+        with torch.no_grad(), hooked(bridge, [on(name) for name in sorted(reads | writes)]):
+            seen["logits"] = bridge.original_model(**batch.inputs).logits[batch.mask]
+        return seen, parts
+
+    plain, _ = run("")
+    for doubled in ("", *sorted(writes)):
+        alone, without = run(doubled)
+        with whole(bridge):
+            expected, attached = run(doubled)
+        assert attached
+        assert not without
+        assert alone.keys() == expected.keys() == {*reads, *writes, "logits"}
+        for name, activation in expected.items():
+            assert torch.equal(alone[name], activation), (name, doubled)
+        assert torch.equal(alone["logits"], plain["logits"]) == (doubled == "")
+    normalised = ("blocks.0.ln1.hook_normalized", lambda activation, hook: activation * 2)
+    with torch.no_grad(), pytest.raises(ValueError, match="read, not replaced"), hooked(bridge, [normalised]):
+        bridge.original_model(**batch.inputs)
 
 
 def test_parts_stay_where_without_them_a_bit_would_change(tmp_path):
