@@ -156,7 +156,8 @@ class StackedDeltas:
         per_error = 2.0 / (tokens * d_out)
         threshold = self.log_threshold.exp()
         pre = _product(x, _by_columns(self.W_enc, x.dtype)).add_(self.b_enc)
-        on = pre > threshold
+        # On a CPU as fp32, because each product with a mask would convert it again.
+        on = torch.gt(pre, threshold, out=torch.empty_like(pre, dtype=torch.bool if pre.is_cuda else None))
         acts = pre * on
         # The _foreach calls launch one kernel for several tensors.
         rows, seen = torch._foreach_div([self.W_dec.flatten(0, 1), _product(residual.T, acts).T], deviation)  # W, a' r

@@ -298,6 +298,20 @@ def test_figures_are_those_of_the_deltas_that_are_returned(planted):
     assert trained.figures["val_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
 
 
+def test_validation_figures_are_the_plain_ones_to_the_last_digit(trained, planted):
+    x, residual = planted.validation.whole()
+    figures = validate(trained.deltas, planted._replace(validation=Pairs([(x, residual)])), SETTINGS.l0_budget)
+    (delta,) = trained.deltas
+    acts = delta.encode(x.float())
+    output = acts @ delta.W_dec
+    missed, fired = output - residual, acts > 0
+    assert figures["val_fvu"] == missed.pow(2).sum(dtype=torch.float64).item() / (residual.numel() * planted.unit)
+    assert figures["val_l0_delta"] == fired.sum().item() / len(x)
+    assert figures["dead_fraction"] == 1.0 - fired.any(0).float().mean().item()
+    assert figures["val_cos"] == torch.cosine_similarity(output, residual, dim=1).sum().item() / len(x)
+    assert figures["val_l2_ratio"] == (missed.norm(dim=1) / residual.norm(dim=1)).sum().item() / len(x)
+
+
 def test_above_the_l0_budget_the_loss_is_penalised(trained, planted):
     within, above = (validate(trained.deltas, planted, budget) for budget in (100.0, 0.1))
     assert within["val_loss"] == within["val_fvu"]
