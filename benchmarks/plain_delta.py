@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from models.transcoder import Transcoder
 from trainers.activations import Pairs
-from trainers.delta_stack import DeltaSettings, starting_sample
-from trainers.stacked_deltas import BANDWIDTH, StackedDeltas
+from trainers.delta_stack import DeltaSettings, start_of
+from trainers.stacked_deltas import BANDWIDTH, StackedDeltas, Start
 
 
 class Rows(Dataset):
@@ -84,9 +84,9 @@ def train_plainly(
 ) -> Curve:
     """Trains for one epoch, or its first `steps` steps, with the batches, schedule and start of `train_delta`."""
     base = base.to(device)
-    inputs, outputs = starting_sample(Pairs([(x, y)]), device)
-    residual, seed = outputs - base(inputs), settings.seed
-    start = StackedDeltas(inputs, residual, replicas=1, d_new=settings.d_new, l0_budget=settings.l0_budget, seed=seed)
+    sample, seed = start_of(Pairs([(x, y)]), device), settings.seed
+    missed = Start(sample.x, sample.residual - base(sample.x))
+    start = StackedDeltas(missed, replicas=1, d_new=settings.d_new, l0_budget=settings.l0_budget, seed=seed)
     model = PlainDelta(start)
     batches = Pairs([(torch.arange(len(x)),)]).batches(settings.batch_size, torch.Generator().manual_seed(0))
     order = [chosen.tolist() for (chosen,) in batches]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def write_index(folder: Path, shards: list[dict[str, Any]], facts: dict[str, Any
         temporary.write_text(json.dumps(index, indent=1, sort_keys=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: what is computed from pairs can be kept for as long as they are
 class Pairs:
     """Tensors of equal length whose rows belong together, such as (x, y) or (x, residual); possibly memory-mapped."""
 
@@ -56,6 +57,11 @@ class Pairs:
         if len(self.shards) == 1:
             return self.shards[0]
         return tuple(torch.cat(columns) for columns in zip(*self.shards, strict=True))
+
+    @cached_property
+    def joined(self) -> tuple[Tensor, ...]:
+        """`whole`, kept for later epochs and runs."""
+        return self.whole()
 
     def near(self, device: str) -> Pairs:
         """A copy in GPU memory if it fits in half of what is free there; else in pinned host memory if there is room.
@@ -91,10 +97,14 @@ class Pairs:
         leftover: list[tuple[Tensor, ...]] = []
         number = 0
         groups = [[self.shards[i] for i in order[start : start + window]] for start in range(0, len(order), window)]
-        for fresh in prefetch.moved(groups, device):
-            mixed = Pairs([*leftover, *fresh]).whole()
+        # A CPU would spend more time on joining a few shards in every epoch's order than on gathering their rows.
+        kept = len(groups) == 1 and device == "cpu" and not self.shards[0][0].is_cuda
+        for fresh in prefetch.moved(groups, device) if not kept else [[]]:
+            mixed = self.joined if kept else Pairs([*leftover, *fresh]).whole()
             del fresh
             rows = torch.randperm(len(mixed[0]), generator=generator).to(device)
+            if kept:
+                rows = self._places(order)[rows]
             full = len(rows) - len(rows) % size
             for first in range(0, full, size):
                 number += 1
@@ -106,6 +116,11 @@ class Pairs:
             leftover = [tuple(column.index_select(0, rows[full:]) for column in mixed)]
         if self.tokens < size and not skip:
             yield leftover[0]
+
+    def _places(self, order: list[int]) -> Tensor:
+        """Where in `joined` each row of the shards in `order` is."""
+        places = torch.arange(self.tokens).split([len(shard[0]) for shard in self.shards])
+        return torch.cat([places[i] for i in order])
 
     def in_order(self, size: int) -> Iterator[tuple[Tensor, ...]]:
         """Every row once, in order, in batches of at most `size`."""

@@ -220,5 +220,6 @@ def _columns(wanted: Columns, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         finetuned = y if wanted.finetuned is None else wanted.finetuned(x)
         kept["change"] = finetuned.float() - wanted.unfinetuned(x).float()
     if wanted.sums or wanted.unfinetuned is not None:
-        sums = {"sum": y.double().sum(0).cpu(), "sum_of_squares": y.double().pow(2).sum(0).cpu()}
+        exact = y.to(torch.float64, copy=True)
+        sums = {"sum": exact.sum(0).cpu(), "sum_of_squares": exact.square_().sum(0).cpu()}
     return {name: tensor.to("cpu", torch.bfloat16) for name, tensor in kept.items()} | sums

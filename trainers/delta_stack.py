@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from trainers.delta_data import DeltaData, validate
 from trainers.distributed import processes
 from trainers.errors import DivergedError
 from trainers.settings import DeltaSettings
-from trainers.stacked_deltas import Losses, StackedDeltas
+from trainers.stacked_deltas import Losses, StackedDeltas, Start
 from trainers.stacked_optimiser import StackedAdamW, clip_each, filled
 
 WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec")
@@ -40,11 +41,15 @@ class TrainedDelta(NamedTuple):
     figures: dict[str, Any]
 
 
-def starting_sample(train: Pairs, device: str, tokens: int = 4096) -> tuple[Tensor, Tensor]:
-    """x (tokens, d_in) and residual (tokens, d_out), fp32 on `device`, from which features of every seed are
-    initialised."""
-    x, residual = next(train.batches(min(tokens, train.tokens), torch.Generator().manual_seed(0), device=device))
-    return x.to(torch.float32), residual.to(torch.float32)
+_starts: WeakKeyDictionary[Pairs, Start] = WeakKeyDictionary()
+
+
+def start_of(train: Pairs, device: str, tokens: int = 4096) -> Start:
+    """What features of every seed and width start from, on `device`; kept for as long as the pairs are."""
+    if train not in _starts:
+        sample = next(train.batches(min(tokens, train.tokens), torch.Generator().manual_seed(0), device=device))
+        _starts[train] = Start(*(column.to(torch.float32) for column in sample))
+    return _starts[train]
 
 
 @dataclass
@@ -83,7 +88,7 @@ class Stack:
         self.runs, self.processes = [Run(of_run) for of_run in settings], processes(device)
         self.deviation = math.sqrt(data.unit)
         self.model = StackedDeltas(
-            *starting_sample(data.train, device),
+            start_of(data.train, device),
             replicas=self.shared.replicas,
             d_new=self.shared.d_new,
             l0_budget=self.shared.l0_budget,

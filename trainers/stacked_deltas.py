@@ -7,6 +7,7 @@ product reads x or the residual once for all replicas.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -57,29 +58,69 @@ class Losses(NamedTuple):
         return of_features.view(len(self.on), -1).sum(1)
 
 
-class StackedDeltas:
-    """n deltas, `times` times `replicas`: W_enc (d_in, n * d_new), b_enc and log_threshold (n * d_new,), W_dec
-    (n, d_new, d_out).
+class Start:
+    """A sample of `x` (tokens, d_in) and `residual` (tokens, d_out), fp32, from which deltas start: each feature reads
+    a random mixture, drawn with `seed + replica`, of the directions from which ridge regression predicts the residual;
+    its bias subtracts the mean of what it reads, and its threshold is an upper quantile of that, so that about
+    `l0_budget` features are active on each token.
 
-    They start from a sample of `x` (tokens, d_in) and `residual` (tokens, d_out), fp32: each feature reads a random
-    mixture, drawn with `seed + replica`, of the directions from which ridge regression predicts the residual; its bias
-    subtracts the mean of what it reads, and its threshold is an upper quantile of that, so that about `l0_budget`
-    features are active on each token. The decoders start at zero.
+    The trials of a group start alike, so what they start from is kept.
     """
 
-    def __init__(
-        self, x: Tensor, residual: Tensor, *, replicas: int, d_new: int, l0_budget: float, seed: int, times: int = 1
-    ) -> None:
+    def __init__(self, x: Tensor, residual: Tensor) -> None:
+        self.x, self.residual = x, residual
+        self._known: dict[tuple[float, ...], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def weights(
+        self, replicas: int, d_new: int, l0_budget: float, seed: int, times: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """W_enc, b_enc and log_threshold of `times` times `replicas` deltas, the caller's to change."""
+        asked = (replicas, d_new, l0_budget, seed, times)
+        if asked not in self._known:
+            self._known[asked] = self._computed(*asked)
+        W_enc, b_enc, log_threshold = self._known[asked]
+        return W_enc.clone(), b_enc.clone(), log_threshold.clone()
+
+    def _computed(
+        self, replicas: int, d_new: int, l0_budget: float, seed: int, times: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.x
         generators = [torch.Generator().manual_seed(seed + index) for index in range(replicas)]
-        drawn = [torch.randn(residual.shape[1], d_new, generator=generator) for generator in generators] * times
-        self.W_enc = _predictive(x, residual, torch.cat(drawn, dim=1).to(x.device))
-        pre = x @ self.W_enc
-        self.b_enc = -pre.mean(0)
+        drawn = [torch.randn(self.residual.shape[1], d_new, generator=generator) for generator in generators] * times
+        W_enc = self._predictive(torch.cat(drawn, dim=1).to(x.device))
+        pre = x @ W_enc
+        b_enc = -pre.mean(0)
         below = max(1, round((1 - min(0.5, l0_budget / d_new)) * len(x)))
-        self.log_threshold = (pre + self.b_enc).kthvalue(below, dim=0).values.clamp(min=1e-2).log()
+        return W_enc, b_enc, (pre + b_enc).kthvalue(below, dim=0).values.clamp(min=1e-2).log()
+
+    @cached_property
+    def _ridged(self) -> Tensor:
+        """The covariance of x, and the ridge on its diagonal."""
+        apart = self.x - self.x.mean(0)
+        covariance = apart.T @ apart / len(apart)
+        ridge = (RIDGE * covariance.diagonal().mean()).clamp(min=1e-6)
+        return covariance + ridge * torch.eye(len(covariance), device=apart.device)
+
+    def _predictive(self, mixtures: Tensor) -> Tensor:
+        """`(cov(x) + ridge)^-1 cov(x, residual) mixtures` as unit columns (d_in, n), for `mixtures` (d_out, n). A
+        column that would be zero keeps its mixture, padded or cut to d_in."""
+        x, residual = self.x, self.residual
+        crossed = (x - x.mean(0)).T @ ((residual - residual.mean(0)) @ mixtures) / len(x)
+        columns = torch.linalg.solve(self._ridged, crossed)
+        drawn = torch.nn.functional.pad(mixtures, (0, 0, 0, len(columns) - len(mixtures)))  # cuts if d_in is smaller
+        columns = torch.where(columns.norm(dim=0) > 1e-12, columns, drawn)
+        return (columns / columns.norm(dim=0)).contiguous()  # the fused optimiser assumes its gradient's layout
+
+
+class StackedDeltas:
+    """n deltas, `times` times `replicas`: W_enc (d_in, n * d_new), b_enc and log_threshold (n * d_new,), W_dec
+    (n, d_new, d_out). The encoders start as `start` says, the decoders at zero."""
+
+    def __init__(self, start: Start, *, replicas: int, d_new: int, l0_budget: float, seed: int, times: int = 1) -> None:
+        self.W_enc, self.b_enc, self.log_threshold = start.weights(replicas, d_new, l0_budget, seed, times)
         self.count, self.d_new = times * replicas, d_new
-        self.W_dec = x.new_zeros(self.count, d_new, residual.shape[1])
-        self._none = x.new_full((self.count,), -1.0)
+        self.W_dec = self.W_enc.new_zeros(self.count, d_new, start.residual.shape[1])
+        self._none = self.W_enc.new_full((self.count,), -1.0)
         """The relative error in L0 where nothing is active."""
 
     def raw_gradients(self) -> list[Tensor]:
@@ -115,7 +156,8 @@ class StackedDeltas:
         per_error = 2.0 / (tokens * d_out)
         threshold = self.log_threshold.exp()
         pre = _product(x, _by_columns(self.W_enc, x.dtype)).add_(self.b_enc)
-        on = pre > threshold
+        # On a CPU as fp32, because each product with a mask would convert it again.
+        on = torch.gt(pre, threshold, out=torch.empty_like(pre, dtype=torch.bool if pre.is_cuda else None))
         acts = pre * on
         # The _foreach calls launch one kernel for several tensors.
         rows, seen = torch._foreach_div([self.W_dec.flatten(0, 1), _product(residual.T, acts).T], deviation)  # W, a' r
@@ -182,19 +224,6 @@ class StackedDeltas:
     def _by_replica(self, apart: Tensor) -> Tensor:
         """The inverse of `_apart`."""
         return apart.transpose(0, 1).reshape(apart.shape[1], -1)
-
-
-def _predictive(x: Tensor, residual: Tensor, mixtures: Tensor) -> Tensor:
-    """`(cov(x) + ridge)^-1 cov(x, residual) mixtures` as unit columns (d_in, n), for `mixtures` (d_out, n). A column
-    that would be zero keeps its mixture, padded or cut to d_in."""
-    apart = x - x.mean(0)
-    covariance = apart.T @ apart / len(x)
-    ridge = (RIDGE * covariance.diagonal().mean()).clamp(min=1e-6)
-    crossed = apart.T @ ((residual - residual.mean(0)) @ mixtures) / len(x)
-    columns = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance), device=x.device), crossed)
-    drawn = torch.nn.functional.pad(mixtures, (0, 0, 0, len(columns) - len(mixtures)))  # cuts if d_in is smaller
-    columns = torch.where(columns.norm(dim=0) > 1e-12, columns, drawn)
-    return (columns / columns.norm(dim=0)).contiguous()  # the fused optimiser assumes its gradient's layout
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ from jobs.search.halving import EarlyStopping, GroupedHalving, InOrder
 from jobs.search.studies import COMPLETE, FAILED, STOPPED, Group, LostTrial, Storage, Study
 
 NO_LOSS = {"val_loss": math.inf}
+REPORT_SECONDS = 5.0
+"""Without early stopping, a trial reports to the driver at most this often: it stands still until it has been heard."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def run_search(
 
     `trial(config, report)` gets the constants, the searched values, `trial` (its number) and `folder`. It calls
     `report` with `step` and `val_loss` after each validation, and returns its final figures, including `val_loss`, or
-    `failed` with the reason. An exception counts as a lost worker: the trial is retried up to `max_retries` times, then
-    marked as failed.
+    `failed` with the reason. If nothing is stopped early, reports in quick succession are sent together. An exception
+    counts as a lost worker: the trial is retried up to `max_retries` times, then marked as failed.
 
     If the group allows several trials `side_by_side`, `config` holds them as `side_by_side`, a list of {searched
     values, trial, folder}. `trial` then reports nothing and returns `side_by_side`: for each of them its figures and
@@ -74,14 +76,28 @@ def run_search(
 
     quieten_tune()
 
+    every = 0.0 if early_stopping else REPORT_SECONDS
+
     def run(config: dict[str, Any]) -> None:
+        kept: list[dict[str, Any]] = []
+        sent = time.monotonic()
+
+        def report(values: dict[str, Any]) -> None:
+            nonlocal sent
+            if time.monotonic() - sent < every:
+                kept.append(dict(values))
+            else:
+                tune.report({**values, EARLIER: list(kept)})
+                kept.clear()
+                sent = time.monotonic()
+
         try:
-            figures = trial(config, lambda values: tune.report(dict(values)))
+            figures = trial(config, report)
         except Exception as error:
             if (number := disk_errno(error)) is None:
                 raise
             figures = {"disk_errno": number}  # ends the search without failing a trial
-        tune.report({**NO_LOSS, **figures, "final": True})
+        tune.report({**NO_LOSS, **figures, EARLIER: kept, "final": True})
 
     resources = {key.lower(): value for key, value in share.resources.items()}
     tuner = tune.Tuner(
@@ -158,7 +174,10 @@ def figures_of(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key not in _TUNE_KEYS and not key.startswith("config/")}
 
 
+EARLIER = "earlier"
+"""In a Tune result, the reports that are sent along with it."""
 _TUNE_KEYS = {
+    EARLIER,
     "timestamp", "time_this_iter_s", "time_total_s", "training_iteration", "pid", "hostname", "node_ip", "date",
     "trial_id", "time_since_restore", "iterations_since_restore", "done", "final", "checkpoint_dir_name",
     "should_checkpoint", "experiment_tag",
@@ -245,14 +264,14 @@ class GroupedSearch(Searcher):
     @_stop_on_disk_error
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         running = self._running.get(trial_id)
-        if running is None or result.get("final") or "step" not in result:
+        if running is None:
             return
-        seen = {entry["step"] for entry in running.history}
-        if result["step"] in seen:  # a retried trial reports its steps again
-            return
-        running.history.append(figures_of(result))
-        self._report(running, running.trials[0], result)
-        self._bar.note(f"{running}: step {result['step']}, val_loss {result.get('val_loss', math.nan):.4g}")
+        for report in (*result.get(EARLIER, ()), *(() if result.get("final") else (result,))):
+            if "step" not in report or report["step"] in {entry["step"] for entry in running.history}:
+                continue  # a retried trial reports its steps again
+            running.history.append(figures_of(report))
+            self._report(running, running.trials[0], report)
+            self._bar.note(f"{running}: step {report['step']}, val_loss {report.get('val_loss', math.nan):.4g}")
 
     def _report(self, running: _Running, trial: optuna.Trial | LostTrial, figures: dict[str, Any]) -> None:
         if math.isfinite(figures.get("val_loss", math.nan)):

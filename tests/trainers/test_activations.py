@@ -32,6 +32,16 @@ def test_an_epoch_is_every_row_at_most_once_in_full_batches(lengths, size, windo
     assert {len(batch) for batch in batches} == {min(size, pairs.tokens)}
 
 
+def test_batches_are_those_of_shards_joined_in_every_epochs_order():
+    pairs, size = numbered(33, 5, 18, 2), 8
+    drawn, order = (torch.Generator().manual_seed(3) for _ in range(2))
+    for _ in range(3):
+        shards = [pairs.shards[i] for i in torch.randperm(4, generator=order)]
+        mixed = torch.cat([x for x, _ in shards]).flatten()
+        expected = mixed[torch.randperm(len(mixed), generator=order)][: len(mixed) // size * size]
+        assert torch.equal(torch.cat([x.flatten().clone() for x, _ in pairs.batches(size, drawn)]), expected)
+
+
 def test_fewer_rows_than_a_batch_are_one_short_batch():
     (batch,) = epoch(numbered(2, 3), 16)
     assert sorted(batch.tolist()) == [0, 1, 2, 3, 4]

@@ -11,9 +11,10 @@ from sites import MLP, Site
 from trainers.activations import Pairs
 from trainers.checkpoints import Keeper
 from trainers.delta_data import DeltaData, output_variance, residual_of, validate
+from trainers.delta_stack import start_of
 from trainers.delta_transcoder import DeltaSettings, train_delta, train_deltas
 from trainers.errors import DivergedError
-from trainers.stacked_deltas import BANDWIDTH, StackedDeltas
+from trainers.stacked_deltas import BANDWIDTH, StackedDeltas, Start
 
 D_MODEL = 12
 OTHER = Site(3, replace(MLP, reads="a", writes=("b",)))
@@ -102,7 +103,7 @@ def test_feature_space_losses_and_gradients_are_the_plain_ones(zero_decoder):
     x, residual = (torch.randn(64, D_MODEL, generator=generator) for _ in range(2))
     # Set up on other tokens: a threshold that is one of these very pre-activations would be a tie that rounding breaks.
     other = torch.randn(64, D_MODEL, generator=generator)
-    model = StackedDeltas(other, torch.randn_like(other), replicas=3, d_new=5, l0_budget=2.0, seed=0)
+    model = StackedDeltas(Start(other, torch.randn_like(other)), replicas=3, d_new=5, l0_budget=2.0, seed=0)
     if not zero_decoder:
         model.W_dec.normal_(generator=generator)
         model.b_enc.normal_(generator=generator).mul_(0.1)
@@ -297,6 +298,20 @@ def test_figures_are_those_of_the_deltas_that_are_returned(planted):
     assert trained.figures["val_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
 
 
+def test_validation_figures_are_the_plain_ones_to_the_last_digit(trained, planted):
+    x, residual = planted.validation.whole()
+    figures = validate(trained.deltas, planted._replace(validation=Pairs([(x, residual)])), SETTINGS.l0_budget)
+    (delta,) = trained.deltas
+    acts = delta.encode(x.float())
+    output = acts @ delta.W_dec
+    missed, fired = output - residual, acts > 0
+    assert figures["val_fvu"] == missed.pow(2).sum(dtype=torch.float64).item() / (residual.numel() * planted.unit)
+    assert figures["val_l0_delta"] == fired.sum().item() / len(x)
+    assert figures["dead_fraction"] == 1.0 - fired.any(0).float().mean().item()
+    assert figures["val_cos"] == torch.cosine_similarity(output, residual, dim=1).sum().item() / len(x)
+    assert figures["val_l2_ratio"] == (missed.norm(dim=1) / residual.norm(dim=1)).sum().item() / len(x)
+
+
 def test_above_the_l0_budget_the_loss_is_penalised(trained, planted):
     within, above = (validate(trained.deltas, planted, budget) for budget in (100.0, 0.1))
     assert within["val_loss"] == within["val_fvu"]
@@ -322,11 +337,24 @@ def test_features_start_where_the_residual_can_be_predicted(planted):
     sizes = {"replicas": 1, "d_new": 8, "l0_budget": 2.0, "seed": 0}
     regression = torch.linalg.lstsq(x - x.mean(0), residual - residual.mean(0)).solution
     readable = torch.linalg.svd(regression).U[:, 0]
-    found = StackedDeltas(x, residual, **sizes)
-    nothing = StackedDeltas(x, torch.zeros_like(residual), **sizes)
+    found = StackedDeltas(Start(x, residual), **sizes)
+    nothing = StackedDeltas(Start(x, torch.zeros_like(residual)), **sizes)
     assert (readable @ found.W_enc).abs().mean() > 2 * (readable @ nothing.W_enc).abs().mean()
     assert torch.allclose(nothing.W_enc.norm(dim=0), torch.ones(8))
     assert found.W_enc.is_contiguous(), "as the fused optimiser needs it"
+
+
+def test_deltas_that_start_from_the_same_pairs_start_as_they_would_alone(planted):
+    """What they start from is kept; training one changes nothing for the next."""
+    sizes = {"replicas": 2, "l0_budget": 2.0, "seed": 3}
+    kept = start_of(planted.train, "cpu")
+    assert start_of(planted.train, "cpu") is kept
+    for d_new in (4, 8, 4, 8):
+        found = StackedDeltas(kept, d_new=d_new, **sizes)
+        alone = StackedDeltas(start_of(Pairs(planted.train.shards), "cpu"), d_new=d_new, **sizes)
+        for name, tensor in found.tensors().items():
+            assert torch.equal(tensor, alone.tensors()[name])
+            tensor.add_(1.0)
 
 
 def test_the_scale_of_a_layer_does_not_matter(planted, trained):

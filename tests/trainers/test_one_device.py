@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from trainers.stacked_deltas import StackedDeltas
+from trainers.stacked_deltas import StackedDeltas, Start
 from trainers.stacked_optimiser import clip_each
 
 
@@ -26,7 +26,7 @@ class OneDevice(TorchDispatchMode):
 def test_a_delta_step_stays_on_its_device(dtype: torch.dtype) -> None:
     x, residual = torch.empty(2, 100, 32, device="meta")
     with OneDevice():
-        model = StackedDeltas(x, residual, replicas=2, d_new=8, l0_budget=3.0, seed=0)
+        model = StackedDeltas(Start(x, residual), replicas=2, d_new=8, l0_budget=3.0, seed=0)
         losses = model.backward(x.to(dtype), residual.to(dtype), torch.zeros((), device="meta"))
         clip_each(model.gradients(), 1.0)
         model.steer(losses.on, torch.full((2,), 300.0, device="meta"))

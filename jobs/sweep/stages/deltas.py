@@ -31,7 +31,6 @@ from jobs.context.workspace import replica_folder
 from jobs.errors import WorkFailed
 from jobs.files import keyed_folder, seal, write_json
 from jobs.sweep.polish import polish_widths
-from jobs.sweep.stages.evaluate import measure_ceiling
 from sites import Address, Site, sites_label
 from trainers.settings import DeltaSettings, settings_of
 
@@ -47,6 +46,7 @@ STAGE = "deltas"
 
 def run(context: Context) -> dict[str, Any]:
     from jobs.search.studies import best_of, missing_trials, trials_of
+    from jobs.sweep.stages.evaluate import measure_ceiling
     from jobs.tracking.records import record_trial
 
     measure_ceiling(context)

@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 
 from jobs.cluster.connection import Share
 from jobs.progress import Progress
+from jobs.search import grouped
 from jobs.search.grouped import GroupedSearch, Runtime, run_search
 from jobs.search.halving import EarlyStopping
 from jobs.search.studies import Group, best_of, open_storage, pareto_front, trials_of
@@ -115,6 +116,21 @@ def test_groups_have_their_own_studies_and_early_stopping(share: Share, tmp_path
         assert stopped
         assert all(len(result["history"]) < 4 for result in stopped)
         assert states(tmp_path, one.name).count(TrialState.PRUNED) == len(stopped)
+
+
+def test_reports_that_are_sent_together_are_those_sent_one_by_one(
+    share: Share, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for name, seconds in (("apart", 0.0), ("together", 60.0)):
+        monkeypatch.setattr(grouped, "REPORT_SECONDS", seconds)
+        one = group(tmp_path / name, "bowl", 2)
+        search(tmp_path / name, [one], bowl, share)
+        study = optuna.load_study(study_name="test/bowl", storage=open_storage(None, tmp_path / name))
+        found.append([(result["history"], result["figures"], result["value"]) for result in trials_of(one)])
+        assert [list(trial.intermediate_values) for trial in study.trials] == [[1, 2, 3, 4]] * 2
+    assert found[0] == found[1]
+    assert [entry["step"] for entry in found[0][0][0]] == [1, 2, 3, 4]
 
 
 def test_failures_are_reported_with_their_reason_and_deaths_are_retried(share: Share, tmp_path: Path) -> None:
