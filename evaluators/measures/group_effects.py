@@ -9,6 +9,7 @@ are active only at BOS are on in every configuration, as they belong to no group
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -87,23 +88,25 @@ def group_effects(
     ]
     for features, configurations in ((ordered, plain), (shuffled, random)):
         edit = Edit(ranked(patches, features), "full")
+        # The first group is also a group alone: features that are the same are measured once and written twice.
+        answering = {kept: each for each, kept in configurations.items() if _answers(each)}
         jobs = [
-            Job(row, kept=kept, guess=_guess(guesses, each, place))
-            for each, kept in configurations.items()
+            Job(row, kept=kept, guess=_guess(guesses, answering.get(kept), place))
+            for kept in dict.fromkeys(configurations.values())
             for place, row in enumerate(encoded)
         ]
         scored = score(passes, edit, jobs, reference=reference)
-        answered = [place for place in range(len(jobs)) if _answers([*configurations][place // len(rows)])]
+        answered = [place for place, job in enumerate(jobs) if job.kept in answering]
         outputs = generate(passes, edit, [jobs[i] for i in answered], [scored[i] for i in answered], judge.stop)
-        written = dict(zip(answered, outputs, strict=True))
-        for number, (each, kept) in enumerate(configurations.items()):
-            found = []
-            for index, row in enumerate(rows):
-                place = number * len(rows) + index
-                entry = _figures(index, scored[place])
-                if place in written:
-                    entry["behaviours"] = judge(row, written[place])
-                found.append(entry)
+        figures: dict[Ranks, list[dict[str, Any]]] = defaultdict(list)
+        verdicts: dict[Ranks, list[dict[str, Any]]] = defaultdict(list)
+        for place, (job, one) in enumerate(zip(jobs, scored, strict=True)):
+            figures[job.kept].append(_figures(place % len(rows), one))
+        for place, output in zip(answered, outputs, strict=True):
+            verdicts[jobs[place].kept].append({"behaviours": judge(rows[place % len(rows)], output)})
+        for each, kept in configurations.items():
+            said = verdicts[kept] if _answers(each) else [{}] * len(rows)
+            found = [one | verdict for one, verdict in zip(figures[kept], said, strict=True)]
             entries.append({**each._asdict(), "n_features": _size(kept, len(shuffled)), "rows": found})
     return entries
 
@@ -132,9 +135,9 @@ def _answers(configuration: Configuration) -> bool:
     return alone_or_missing and not configuration.random
 
 
-def _guess(guesses: Guesses | None, configuration: Configuration, place: int) -> Sequence[int]:
-    """The likelier output: the un-finetuned model's if little is on."""
-    if not guesses or not _answers(configuration):
+def _guess(guesses: Guesses | None, configuration: Configuration | None, place: int) -> Sequence[int]:
+    """The likelier output: the un-finetuned model's if little is on. None if behaviours are not measured."""
+    if not guesses or configuration is None:
         return ()
     of_condition = guesses["full" if configuration.way == WITHOUT else "no_delta"]
     return of_condition[place] if of_condition else ()

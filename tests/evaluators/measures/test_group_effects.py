@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from evaluators.measures import group_effects as module
 from evaluators.measures.behaviours import read_behaviours
 from evaluators.measures.group_effects import group_effects, steps_to
 from evaluators.splice.interventions import Edit
@@ -78,6 +79,29 @@ def test_controls_have_as_many_features_and_no_behaviours(entries):
         for row in entry["rows"]:
             assert ("behaviours" in row) == (answered and not random)
             assert row["kl"] >= 0
+
+
+def test_the_same_features_are_measured_once(subject, path_sites, groups, entries, monkeypatch):
+    """The first group alone is also the first one of those together."""
+    for random in (False, True):
+        first, alone = (entries[way, 1, random]["rows"] for way in ("first", "alone"))
+        figures = [{name: row[name] for name in row if name != "behaviours"} for row in alone]
+        assert first == figures
+    calls, real = [], module.score
+
+    def counted(passes, edit, jobs, **settings):
+        calls.append([(job.kept, tuple(job.encoded.ids)) for job in jobs])
+        return real(passes, edit, jobs, **settings)
+
+    monkeypatch.setattr(module, "score", counted)
+    *some, singles = groups
+    group_effects(
+        subject.passes, path_sites, subject.rows, some, singles, most=2, limits=LIMITS, behaviours={},
+        reference=Reference(subject.bridge),
+    )  # fmt: skip
+    ground, plain, random = ([*dict.fromkeys(kept for kept, _ in call)] for call in calls)
+    assert (len(ground), len(plain), len(random)) == (1, 7, 5)
+    assert all(len(set(call)) == len(call) for call in calls)
 
 
 def test_the_random_features_are_drawn_by_the_seed(subject, path_sites, groups, entries):
