@@ -8,7 +8,7 @@ gradient alone says little.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ from sites import Site
 
 STRENGTHS = (0.25, 0.75)
 """Midpoints of equal steps from alpha 0 to 1."""
+FIGURES = ("index", "nll", "kl", "n_tokens")
+"""The figures of a row."""
 
 
 class Ranked(NamedTuple):
@@ -86,23 +88,38 @@ def counts(total: int) -> list[int]:
 
 
 def evaluate_curve(
-    passes: Passes, patches: Sequence[Patch], rows: Sequence[Row], ranked: Sequence[Ranked], reference: Reference
+    passes: Passes,
+    patches: Sequence[Patch],
+    rows: Sequence[Row],
+    ranked: Sequence[Ranked],
+    reference: Reference,
+    known: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[int, list[dict[str, Any]]]:
-    """For each k, with only the first k features on: one entry per row with `nll`, `kl` and `n_tokens`."""
+    """For each k, with only the first k features on: one entry per row with `nll`, `kl` and `n_tokens`.
+
+    `known` are entries of these rows from elsewhere, under `no_delta` and `full`: the ends of the curve. They were rows
+    of other batches, which may change the last bits.
+    """
+    ends = {"no_delta": 0, "full": len(ranked)}
+    found = {
+        ends[condition]: [{name: row[name] for name in FIGURES} for row in entries]
+        for condition, entries in (known or {}).items()
+    }
     places = {(feature.site, feature.feature): place for place, feature in enumerate(ranked)}
     marked = [replace(patch, ranks=_ranks(patch, places)) for patch in patches]
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
-    kept = counts(len(ranked))
+    kept = [count for count in counts(len(ranked)) if count not in found]
     jobs = [Job(row, kept=Ranks(0, count)) for count in kept for row in encoded]
     reference.add(encoded)
     scored = score(passes, Edit(marked, "full"), jobs, reference=reference)
-    return {
+    found |= {
         count: [
             {"index": index, "nll": one.nll, "kl": one.kl, "n_tokens": one.n_tokens}
             for index, one in enumerate(scored[place * len(rows) : (place + 1) * len(rows)])
         ]
         for place, count in enumerate(kept)
     }
+    return dict(sorted(found.items()))
 
 
 def _ranks(patch: Patch, places: dict[tuple[Site, int], int]) -> Tensor:

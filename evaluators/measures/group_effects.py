@@ -9,6 +9,7 @@ are active only at BOS are on in every configuration, as they belong to no group
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import torch
 from data.encoding import encode_row
 from data.rows import Row
 from evaluators.measures.behaviours import Behaviour
+from evaluators.measures.curve import FIGURES
 from evaluators.measures.features import only_at_bos
 from evaluators.measures.single_features import Feature, Guesses, Judge
 from evaluators.splice.decoding import Stop, generate
@@ -60,6 +62,7 @@ def group_effects(
     behaviours: Mapping[str, Behaviour],
     reference: Reference,
     guesses: Guesses | None = None,
+    known: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """An entry for each configuration: `way`, `group` (numbered from 1), `random`, `n_features`, and `rows` with
@@ -67,6 +70,9 @@ def group_effects(
 
     The first `most` groups are measured alone and missing. `without` group 0 is all deltas; `first` with 0 groups is
     the features at BOS alone, and with all groups still leaves out the single features; `nothing` is the bare ground.
+
+    `known` are entries of these rows from elsewhere, under `no_delta` and `full`: those of `nothing` and of all deltas.
+    They were rows of other batches, which may change the last bits.
     """
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
     reference.add(encoded)
@@ -81,29 +87,39 @@ def group_effects(
     shuffled = [*ordered, *singles]
     np.random.default_rng(seed).shuffle(shuffled)
     judge = Judge(Stop.of(passes.bridge, limits, rows[0]), behaviours)
-    ground = score(passes, Edit(patches, "no_delta"), [Job(row) for row in encoded], reference=reference)
-    entries = [
-        {**Configuration(NOTHING, 0)._asdict(), "n_features": 0, "rows": [*map(_figures, range(len(rows)), ground)]}
-    ]
+    known = known or {}
+    if "no_delta" in known:
+        bare = [{name: row[name] for name in FIGURES} for row in known["no_delta"]]
+    else:
+        ground = score(passes, Edit(patches, "no_delta"), [Job(row) for row in encoded], reference=reference)
+        bare = [*map(_figures, range(len(rows)), ground)]
+    entries = [{**Configuration(NOTHING, 0)._asdict(), "n_features": 0, "rows": bare}]
     for features, configurations in ((ordered, plain), (shuffled, random)):
         edit = Edit(ranked(patches, features), "full")
+        # The first group is also a group alone: features that are the same are measured once and written twice.
+        answering = {kept: each for each, kept in configurations.items() if _answers(each)}
+        figures: dict[Ranks, list[dict[str, Any]]] = defaultdict(list)
+        verdicts: dict[Ranks, list[dict[str, Any]]] = defaultdict(list)
+        if "full" in known and EVERY in answering:
+            for row in known["full"]:
+                figures[EVERY].append({name: row[name] for name in FIGURES})
+                verdicts[EVERY].append({"behaviours": {name: row["behaviours"][name] for name in behaviours}})
         jobs = [
-            Job(row, kept=kept, guess=_guess(guesses, each, place))
-            for each, kept in configurations.items()
+            Job(row, kept=kept, guess=_guess(guesses, answering.get(kept), place))
+            for kept in dict.fromkeys(configurations.values())
+            if kept not in figures
             for place, row in enumerate(encoded)
         ]
         scored = score(passes, edit, jobs, reference=reference)
-        answered = [place for place in range(len(jobs)) if _answers([*configurations][place // len(rows)])]
+        answered = [place for place, job in enumerate(jobs) if job.kept in answering]
         outputs = generate(passes, edit, [jobs[i] for i in answered], [scored[i] for i in answered], judge.stop)
-        written = dict(zip(answered, outputs, strict=True))
-        for number, (each, kept) in enumerate(configurations.items()):
-            found = []
-            for index, row in enumerate(rows):
-                place = number * len(rows) + index
-                entry = _figures(index, scored[place])
-                if place in written:
-                    entry["behaviours"] = judge(row, written[place])
-                found.append(entry)
+        for place, (job, one) in enumerate(zip(jobs, scored, strict=True)):
+            figures[job.kept].append(_figures(place % len(rows), one))
+        for place, output in zip(answered, outputs, strict=True):
+            verdicts[jobs[place].kept].append({"behaviours": judge(rows[place % len(rows)], output)})
+        for each, kept in configurations.items():
+            said = verdicts[kept] if _answers(each) else [{}] * len(rows)
+            found = [one | verdict for one, verdict in zip(figures[kept], said, strict=True)]
             entries.append({**each._asdict(), "n_features": _size(kept, len(shuffled)), "rows": found})
     return entries
 
@@ -132,9 +148,9 @@ def _answers(configuration: Configuration) -> bool:
     return alone_or_missing and not configuration.random
 
 
-def _guess(guesses: Guesses | None, configuration: Configuration, place: int) -> Sequence[int]:
-    """The likelier output: the un-finetuned model's if little is on."""
-    if not guesses or not _answers(configuration):
+def _guess(guesses: Guesses | None, configuration: Configuration | None, place: int) -> Sequence[int]:
+    """The likelier output: the un-finetuned model's if little is on. None if behaviours are not measured."""
+    if not guesses or configuration is None:
         return ()
     of_condition = guesses["full" if configuration.way == WITHOUT else "no_delta"]
     return of_condition[place] if of_condition else ()

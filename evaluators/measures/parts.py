@@ -8,18 +8,22 @@ part very different shares.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.encoding import Encoded, encode_row
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data.encoding import Batch, Encoded, encode_row, pad_left
 from data.rows import Row
-from evaluators.splice.interventions import Edit
-from evaluators.splice.passes import Passes
-from evaluators.splice.teacher_forcing import Job, score
+from evaluators.splice.passes import PROJECTED, Passes, in_slices, project, run_up_to
 from models.blocks import BlockPath, differs, exchanged, read_paths, sites_with
+from models.bridge import device_of
 from models.rest import Rest, read_rest
 from sites import mlp_sites, sets_of, sites_label
 
@@ -110,9 +114,22 @@ def parts_ceiling(passes: Passes, changes: Changes, rows: Sequence[Row]) -> dict
     undone = {(group, UNFINETUNED): pieces for group, pieces in groups.items()}
     undone |= {(group, FINETUNED): everything - pieces for group, pieces in groups.items()}
     # If there is only one part, some of these are the same model.
+    models = list(dict.fromkeys([frozenset[Piece](), everything, *undone.values()]))
+    nlls: dict[tuple[frozenset[Piece], int], float] = {}
+
+    def run(chosen: Sequence[int]) -> None:
+        some = [encoded[index] for index in chosen]
+        batch = pad_left([row.ids for row in some], passes.bridge.tokenizer.pad_token_id)
+        for pieces, of_rows in _scored(passes.bridge, changes, models, some, batch.to(device_of(passes.bridge))):
+            nlls.update(((pieces, index), nll) for index, nll in zip(chosen, of_rows, strict=True))
+
+    in_slices(sorted(range(len(rows)), key=lambda i: (len(encoded[i].ids), encoded[i].ids, i)), passes.batch_size, run)
     scores = {
-        pieces: _scored(passes, changes, pieces, encoded)
-        for pieces in dict.fromkeys([frozenset[Piece](), everything, *undone.values()])
+        pieces: [
+            {"index": index, "nll": nlls[pieces, index], "n_tokens": len(row.target)}
+            for index, row in enumerate(encoded)
+        ]
+        for pieces in models
     }
     return {
         "finetuned": scores[frozenset()],
@@ -126,8 +143,48 @@ def parts_ceiling(passes: Passes, changes: Changes, rows: Sequence[Row]) -> dict
 
 
 def _scored(
-    passes: Passes, changes: Changes, pieces: Collection[Piece], encoded: Sequence[Encoded]
-) -> list[dict[str, Any]]:
-    with changes.undone(passes.bridge, pieces):
-        scored = score(passes, Edit(), [Job(row) for row in encoded])  # raw shares no prefix with any other model
-    return [{"index": index, "nll": row.nll, "n_tokens": row.n_tokens} for index, row in enumerate(scored)]
+    bridge: TransformerBridge,
+    changes: Changes,
+    models: Sequence[frozenset[Piece]],
+    rows: Sequence[Encoded],
+    batch: Batch,
+    after: int = -1,
+    stream: Tensor | None = None,
+) -> Iterator[tuple[frozenset[Piece], list[float]]]:
+    """Each model, by what is undone in it, and its nats on each row's target. The models are the same up to block
+    `after`, which `stream` leaves.
+
+    They run together as far as they are the same, then those that are the same above, so no block runs twice on the
+    same stream, and only the streams from which others start are in memory.
+    """
+    apart = frozenset.union(*models) - frozenset.intersection(*models)
+    parting = min(map(_lowest, apart), default=bridge.cfg.n_layers)
+    if not apart:
+        with changes.undone(bridge, models[0]), torch.inference_mode():
+            nlls = _nlls(bridge, run_up_to(bridge, batch, parting - 1, (), after, stream), rows, batch)
+        yield models[0], nlls
+        return
+    if parting - 1 > after:
+        with changes.undone(bridge, models[0]), torch.inference_mode():
+            stream, after = run_up_to(bridge, batch, parting - 1, (), after, stream), parting - 1
+    alike: dict[frozenset[Piece], list[frozenset[Piece]]] = defaultdict(list)
+    for pieces in models:
+        alike[frozenset(piece for piece in pieces if _lowest(piece) == parting)].append(pieces)
+    for together in alike.values():
+        yield from _scored(bridge, changes, together, rows, batch, after, stream)
+
+
+def _lowest(piece: Piece) -> int:
+    """The first layer that a piece changes; -1 for what is outside the sites, such as the embedding."""
+    return -1 if piece.layer is None else piece.layer
+
+
+def _nlls(bridge: TransformerBridge, last: Tensor, rows: Sequence[Encoded], batch: Batch) -> list[float]:
+    """Nats of each row's target, from what leaves the last block (row, position, d_model)."""
+    length, counts = batch.ids.shape[1], [len(row.target) for row in rows]
+    columns = torch.cat([torch.arange(length - count, length) for count in counts]).to(batch.ids.device)
+    lines = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)).to(batch.ids.device)
+    logits = project(bridge, last[lines, columns - 1])
+    ends = batch.ids[lines, columns].split(PROJECTED)
+    nlls = [functional.cross_entropy(*pair, reduction="none") for pair in zip(logits, ends, strict=True)]
+    return [of_row.sum().item() for of_row in torch.cat(nlls).double().cpu().split(counts)]

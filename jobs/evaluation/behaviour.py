@@ -7,12 +7,12 @@ written under a temporary name and then renamed; and their names.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from data.files import replacing
 from data.rows import sha256_of, slug
@@ -20,7 +20,7 @@ from evaluators.conditions import CONDITIONS
 from jobs.capture.worker_memory import exact_paths, paths, reference
 from jobs.context.workspace import replica_folder
 from jobs.evaluation.work import Combination, PlanInputs, SitePlan, Timing, Work, cell_name, place_of
-from jobs.files import key_of, write_json
+from jobs.files import key_of, read_json, write_json
 from sites import Ground, Site
 
 STRENGTHS = {"no_delta": 0.0, "full": 1.0}
@@ -399,6 +399,33 @@ class Width(Behaviour):
 
     def seconds(self, timing: Timing) -> float:
         return timing.answers(timing.prompts)
+
+
+class End(NamedTuple):
+    """A cell with all deltas of its sites at strength 0 or 1: its condition of `STRENGTHS`, its name and its key."""
+
+    condition: str
+    cell: str
+    key: str
+
+
+def ends_of(works: Iterable[Work], sites: Sequence[SitePlan], subset: str) -> tuple[End, ...]:
+    """The cells, among those of behaviour works, that hold these deltas at strength 0 and 1 and change nothing else."""
+    conditions = {strength: condition for condition, strength in STRENGTHS.items()}
+    found = {}
+    for work in works:
+        if isinstance(work, Behaviour) and (work.sites, work.subset, work.rest) == (tuple(sites), subset, ()):
+            for condition, strength in work.requested:
+                strength = STRENGTHS.get(condition, strength)
+                if condition in (*STRENGTHS, "alpha") and strength in conditions:
+                    found[conditions[strength]] = End(conditions[strength], work.name_of(condition, strength), work.key)
+    return tuple(found.values())
+
+
+def finished_ends(work: Work, ends: Iterable[End], count: int) -> dict[str, list[dict[str, Any]]]:
+    """By condition, the first `count` rows of those of the cells that are finished."""
+    cells = {end: read_json(work.cell_file(end.cell)) for end in ends}
+    return {end.condition: cell["rows"][:count] for end, cell in cells.items() if cell and cell["key"] == end.key}
 
 
 def _reference(work: Work) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from data.rows import Row, read_rows, slug
 from jobs.capture.worker_memory import reference
 from jobs.context import keys
-from jobs.evaluation.behaviour import UNFINETUNED, guesses
+from jobs.evaluation.behaviour import UNFINETUNED, Behaviour, End, ends_of, finished_ends, guesses
 from jobs.evaluation.work import PlanInputs, Timing, Work, cell_name, place_of
 from jobs.files import key_of, read_json
 from sites import Site
@@ -24,10 +24,10 @@ CARD_ROWS = 8
 """Rows of each subset on which a single feature or a group is ablated, and kept alone."""
 CARDS_AT_ONCE = 24
 """Features in one piece of work, which a worker examines one by one."""
-CURVE_STEPS = 12
-"""Approximate number of points of the curve."""
-GROUP_STEPS = 6
-"""Approximate number of points of the curve of groups."""
+CURVE_STEPS = 10
+"""Approximate number of points of the curve, without its ends."""
+GROUP_STEPS = 5
+"""Approximate number of points of the curve of groups, without its end and the first group, which is also one alone."""
 OF_A_SET = ("kind", "target", "layers", "percentile", "d_new")
 
 
@@ -91,9 +91,12 @@ class Curve(Work):
     columns: ClassVar[tuple[str, ...]] = (*OF_A_SET, "subset")
     ranking: str = ""
     """The cell that ranks the sites' features."""
+    ends: tuple[End, ...] = ()
+    """The cells that hold the curve's ends."""
 
     @classmethod
     def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
+        answers = Behaviour.plan(inputs)
         return [
             cls(
                 cell_name("curve", ranking.place, slug(subset)),
@@ -102,6 +105,7 @@ class Curve(Work):
                 sites=ranking.sites,
                 subset=subset,
                 ranking=ranking.name,
+                ends=ends_of(answers, ranking.sites, subset),
             )
             for ranking in Ranking.plan(inputs)
             if ranking.sites[0].ground.target == "change" and inputs.settings.curve
@@ -120,7 +124,8 @@ class Curve(Work):
         started = time.perf_counter()
         ranked = ranked_features(self, self.ranking)
         compared = reference(self.model, self.shared.rows, self.shared.batch_size)
-        found = evaluate_curve(self.kept_passes(model), self.load_patches(), rows, ranked, compared)
+        known = finished_ends(self, self.ends, len(rows))
+        found = evaluate_curve(self.kept_passes(model), self.load_patches(), rows, ranked, compared, known)
         counts = [{"k": count, "rows": entries} for count, entries in found.items()]
         return self.write({"subset": self.subset, "counts": counts}, started)
 
@@ -233,6 +238,8 @@ class GroupEffects(Work):
     """The cell with the groups."""
     most: int = 0
     """Groups that are measured one by one."""
+    ends: tuple[End, ...] = ()
+    """The cells that hold what groups are compared with: all deltas, and none."""
 
     @classmethod
     def metrics(cls, cell: dict[str, Any]) -> dict[str, float]:
@@ -245,7 +252,7 @@ class GroupEffects(Work):
 
     @classmethod
     def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
-        most = inputs.settings.groups
+        most, answers = inputs.settings.groups, Behaviour.plan(inputs)
         return [
             cls(
                 cell_name(cls.kind, place_of([plan.site for plan in grouping.sites], *_which(grouping)), slug(subset)),
@@ -255,6 +262,7 @@ class GroupEffects(Work):
                 subset=subset,
                 grouping=grouping.name,
                 most=most,
+                ends=ends_of(answers, grouping.sites, subset),
             )
             for grouping in Grouping.plan(inputs)
             for subset in inputs.subsets
@@ -293,6 +301,7 @@ class GroupEffects(Work):
             behaviours=read_behaviours(self.shared.behaviours),
             reference=reference(self.model, self.shared.rows, self.shared.batch_size),
             guesses=guesses(self, few, UNFINETUNED),
+            known=finished_ends(self, self.ends, len(few)),
             seed=self.seed,
         )
         return self.write({"subset": self.subset, "entries": entries}, started)

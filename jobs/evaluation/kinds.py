@@ -199,8 +199,8 @@ CEILING: tuple[type[Work], ...] = (Raw, Look, Parts)
 ROUNDS: dict[str, tuple[type[Work], ...]] = {
     "ceiling": CEILING,
     "rankings and fits": (Ranking, Change, Reconstruction, Exactness),
-    "behaviour": (Behaviour, Width, Curve, Cards, Grouping),
-    "groups and graphs": (GroupEffects, Graphs),
+    "behaviour": (Behaviour, Width, Cards, Grouping),
+    "groups and graphs": (Curve, GroupEffects, Graphs),
 }
 """In order: the cells of a round build on those of earlier rounds."""
 KINDS = tuple(kind for together in ROUNDS.values() for kind in together)

@@ -18,7 +18,9 @@ from jobs.evaluation.work import PlanInputs, Timing, Work, cell_name
 from jobs.files import key_of, write_json
 from sites import KINDS, QKV, Site
 
-THIRDS = 3
+WHOLE_AND_THIRDS = 5
+"""Whole passes that both models take together with those of each third un-finetuned or finetuned alone: most of their
+layers are shared."""
 LOOK_ROWS, ANSWERS = 60, 12
 """Rows of a first look: in equal shares of the subsets, and those that both models answer."""
 
@@ -59,11 +61,11 @@ class Parts(Work):
 
     @property
     def passes(self) -> int:
-        """Approximate number of models that the rows run through: both whole ones, and two for each part and each third
-        of the layers. Attention's projections count as two parts, patterns and values."""
+        """Approximate number of passes: those of both models and of the thirds of the layers, and two for each part.
+        Attention's projections count as two parts, patterns and values."""
         kinds = {site.kind for site in self.changed}
         parts = sum(2 if kind == QKV else 1 for kind in KINDS.values() if kind in kinds) + bool(self.rest)
-        return 2 + 2 * (parts + THIRDS)
+        return WHOLE_AND_THIRDS + 2 * parts
 
     def cost(self, n_layers: int) -> int:
         return self.passes * n_layers

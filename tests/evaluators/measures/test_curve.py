@@ -66,6 +66,33 @@ def test_each_count_is_the_first_features_alone(subject, ranked):
         assert [row["n_tokens"] for row in found[count]] == [one.n_tokens for one in expected]
 
 
+def test_the_ends_are_the_conditions_no_delta_and_full(subject, path_sites, monkeypatch):
+    """Also where deltas have features at BOS, which are ranked like all others."""
+    ranked = rank_features(subject.passes, path_sites, subject.rows)
+    reference = Reference(subject.bridge)
+    plain = evaluate_curve(subject.passes, path_sites, subject.rows, ranked, reference)
+    known = {}
+    for condition in ("no_delta", "full"):
+        scored = score(subject.passes, Edit(path_sites, condition), [*map(Job, subject.encoded)], reference=reference)
+        known[condition] = [
+            {"index": index, "nll": one.nll, "kl": one.kl, "n_tokens": one.n_tokens, "behaviours": {}}
+            for index, one in enumerate(scored)
+        ]
+    measured, real = [], curve.score
+
+    def counted(passes, edit, jobs, **settings):
+        measured.extend(job.kept.end for job in jobs)
+        return real(passes, edit, jobs, **settings)
+
+    monkeypatch.setattr(curve, "score", counted)
+    found = evaluate_curve(subject.passes, path_sites, subject.rows, ranked, reference, known)
+    assert set(measured) == set(counts(len(ranked))) - {0, len(ranked)}
+    assert list(found) == list(plain)
+    for count, rows in plain.items():
+        for one, expected in zip(found[count], rows, strict=True):
+            assert one == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
 def test_counts_are_powers_of_two_and_all():
     assert counts(1) == [0, 1]
     assert counts(5) == [0, 1, 2, 4, 5]

@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from evaluators.measures import group_effects as module
 from evaluators.measures.behaviours import read_behaviours
+from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
 from evaluators.measures.group_effects import group_effects, steps_to
-from evaluators.splice.interventions import Edit
+from evaluators.splice.interventions import EVERY, Edit
 from evaluators.splice.limits import Limits
 from evaluators.splice.teacher_forcing import Job, Reference, score
 from tests.evaluators.conftest import CALCULATOR
@@ -78,6 +80,61 @@ def test_controls_have_as_many_features_and_no_behaviours(entries):
         for row in entry["rows"]:
             assert ("behaviours" in row) == (answered and not random)
             assert row["kl"] >= 0
+
+
+def test_the_same_features_are_measured_once(subject, path_sites, groups, entries, monkeypatch):
+    """The first group alone is also the first one of those together."""
+    for random in (False, True):
+        first, alone = (entries[way, 1, random]["rows"] for way in ("first", "alone"))
+        figures = [{name: row[name] for name in row if name != "behaviours"} for row in alone]
+        assert first == figures
+    calls, real = [], module.score
+
+    def counted(passes, edit, jobs, **settings):
+        calls.append([(job.kept, tuple(job.encoded.ids)) for job in jobs])
+        return real(passes, edit, jobs, **settings)
+
+    monkeypatch.setattr(module, "score", counted)
+    *some, singles = groups
+    group_effects(
+        subject.passes, path_sites, subject.rows, some, singles, most=2, limits=LIMITS, behaviours={},
+        reference=Reference(subject.bridge),
+    )  # fmt: skip
+    ground, plain, random = ([*dict.fromkeys(kept for kept, _ in call)] for call in calls)
+    assert (len(ground), len(plain), len(random)) == (1, 7, 5)
+    assert all(len(set(call)) == len(call) for call in calls)
+
+
+def test_all_deltas_and_none_are_the_conditions_full_and_no_delta(subject, path_sites, groups, entries, monkeypatch):
+    """Entries of behaviour cells take their place, and nothing else is another."""
+    reference, behaviours = Reference(subject.bridge), read_behaviours(CALCULATOR)
+    how = {"limits": LIMITS, "behaviours": behaviours, "known": Known(reference=reference)}
+    reference.add(subject.encoded)
+    known = {
+        condition: next(evaluate_behaviour(subject.passes, path_sites, subject.rows, [Ask(condition)], **how))[1]
+        for condition in ("no_delta", "full")
+    }
+    edits, real = [], module.score
+
+    def counted(passes, edit, jobs, **settings):
+        edits.extend((edit.condition, job.kept) for job in jobs)
+        return real(passes, edit, jobs, **settings)
+
+    monkeypatch.setattr(module, "score", counted)
+    *some, singles = groups
+    found = group_effects(
+        subject.passes, path_sites, subject.rows, some, singles, most=1, limits=LIMITS, behaviours=behaviours,
+        reference=reference, known=known,
+    )  # fmt: skip
+    assert {condition for condition, _ in edits} == {"full"}
+    assert EVERY not in {kept for _, kept in edits}
+    assert [(one["way"], one["group"], one["random"]) for one in found] == list(entries)
+    for one, expected in zip(found, entries.values(), strict=True):
+        assert one["n_features"] == expected["n_features"]
+        for row, before in zip(one["rows"], expected["rows"], strict=True):
+            assert row.pop("behaviours", None) == before.get("behaviours")
+            figures = {name: before[name] for name in before if name != "behaviours"}
+            assert row == pytest.approx(figures, rel=1e-5, abs=1e-5)
 
 
 def test_the_random_features_are_drawn_by_the_seed(subject, path_sites, groups, entries):

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from data.encoding import encode_row
+from evaluators.measures import parts
 from evaluators.measures.parts import EVERY, FINETUNED, PARTS, UNFINETUNED, Changes, Group, parts_ceiling
+from evaluators.splice.interventions import Edit
+from evaluators.splice.passes import Passes
+from evaluators.splice.teacher_forcing import Job, score
 from models.comparison import compare
 from models.weights import open_weights
 from tests.models.table import build
@@ -107,7 +111,6 @@ def test_a_norm_before_attention_is_of_the_rest(subject, altered, tmp_path):
 
 def test_parts_of_a_joint_weight_change_alone(wrapped, load, altered, tmp_path):
     """Phi-3 has queries, keys and values in one weight, of which the bridge runs with copies."""
-    from evaluators.splice.passes import Passes
     from tests.evaluators.conftest import ROWS
 
     after, before = build("phi3", tmp_path / "after"), tmp_path / "before"
@@ -125,3 +128,53 @@ def test_parts_of_a_joint_weight_change_alone(wrapped, load, altered, tmp_path):
         assert [row["nll"] for row in rows[part, UNFINETUNED]] == pytest.approx(nll(plain, encoded), rel=1e-4)
     assert [row["nll"] for row in found["unfinetuned"]] == pytest.approx(nll(load(before)[0], encoded), rel=1e-4)
     assert [row["nll"] for row in found["finetuned"]] == pytest.approx(nll(load(after)[0], encoded), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names"),
+    [
+        ("gemma2", ("q_proj", "v_proj", "o_proj", "mlp")),
+        ("gemma2", ("layers.1.self_attn.q_proj", "layers.2.mlp")),
+        ("gemma2", ("",)),
+        ("phi3", ("qkv_proj", "mlp")),
+        ("phi3", ("embed", "norm")),
+        ("gpt_neox", ("layers.1.attention.dense", "layers.1.mlp")),
+        ("gpt_neox", ("",)),
+    ],
+)
+def test_no_block_runs_twice_on_the_same_stream_and_no_bit_changes(
+    architecture, names, wrapped, altered, gemma_folder, tmp_path, monkeypatch
+):
+    """The plain way runs every model from the embedding up."""
+    from tests.evaluators.conftest import ROWS
+
+    after = gemma_folder if architecture == "gemma2" else build(architecture, tmp_path / "after")
+    before = altered(after, tmp_path / "before", *names)
+    bridge, run = wrapped(after), []
+    changes, real = changes_of(bridge, before, after), parts.run_up_to
+
+    def counted(bridge, batch, layer, hooks, after, stream):
+        run.extend(range(after + 1, layer + 1))
+        return real(bridge, batch, layer, hooks, after, stream)
+
+    monkeypatch.setattr(parts, "run_up_to", counted)
+    n_layers, passes = bridge.cfg.n_layers, Passes(bridge, batch_size=2)
+    found = parts_ceiling(passes, changes, ROWS)
+    groups = changes.groups(n_layers)
+    models = {(): frozenset(), EVERY: changes.pieces}
+    models |= {(*group, UNFINETUNED): pieces for group, pieces in groups.items()}
+    models |= {(*group, FINETUNED): changes.pieces - pieces for group, pieces in groups.items()}
+    seen = {(): found["finetuned"], EVERY: found["unfinetuned"]}
+    seen |= {(one["part"], one["layers"], one["way"]): one["rows"] for one in found["parts"]}
+    assert set(seen) == set(models)
+    for which, pieces in models.items():
+        with changes.undone(bridge, pieces):
+            expected = score(passes, Edit(), [Job(encode_row(bridge.tokenizer, row)) for row in ROWS])
+        assert [row["nll"] for row in seen[which]] == [row.nll for row in expected], which
+    up_to = {
+        (layer, frozenset(piece for piece in pieces if piece.layer is None or piece.layer <= layer))
+        for pieces in models.values()
+        for layer in range(n_layers)
+    }
+    batches = -(-len(ROWS) // passes.batch_size)
+    assert len(run) == len(up_to) * batches < len(set(models.values())) * n_layers * batches

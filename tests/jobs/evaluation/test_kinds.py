@@ -10,10 +10,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from evaluators.measures.curve import FIGURES
 from jobs.cluster.connection import Share
 from jobs.commands.plan import plan_rows
 from jobs.context.context import Context
-from jobs.evaluation.features import CARDS_AT_ONCE
+from jobs.evaluation.features import CARDS_AT_ONCE, Curve, GroupEffects
 from jobs.evaluation.kinds import KINDS, Behaviour, Cards, Exactness, Parts, Reconstruction, works_of
 from jobs.evaluation.work import ExpectedPlanInputs, PlanInputs, Work
 from jobs.files import MANIFEST, read_json
@@ -156,16 +157,35 @@ def test_each_setting_adds_the_cells_of_its_kind(tmp_path: Path) -> None:
     assert set(plain) == {kind.__name__ for kind in KINDS} - {"Exactness"}
 
 
+def test_what_is_a_behaviour_cell_too_is_not_measured_again(finished: tuple[Path, object]) -> None:
+    """The ends of the curve, and what groups are compared with: to the last bit the rows of no_delta and full."""
+    context = context_of(finished[0])
+    vars(context)["share"] = Share(1, 0, 1)  # so that no cluster is started
+    works = works_of(PlanInputs(context), [Curve, GroupEffects])
+    assert works
+    for work in works:
+        cell = read_json(work.cell_file(work.name))
+        if isinstance(work, Curve):
+            found = {"no_delta": cell["counts"][0]["rows"], "full": cell["counts"][-1]["rows"]}
+        else:
+            entries = {entry["way"]: entry["rows"] for entry in cell["entries"] if not entry["group"]}
+            found = {"no_delta": entries["nothing"], "full": entries["without"]}
+        assert {end.condition for end in work.ends} == set(found)
+        for end in work.ends:
+            for row, expected in zip(found[end.condition], read_json(work.cell_file(end.cell))["rows"], strict=False):
+                assert {name: expected[name] for name in FIGURES} == {name: row[name] for name in FIGURES}
+
+
 def test_parts_are_of_all_that_finetuning_changed_whichever_sites_get_deltas(tmp_path: Path) -> None:
     context = context_of(tmp_path, "deltas.sites=[mlp]", "deltas.layers=[1]")
     (work, *_) = Parts.plan(ExpectedPlanInputs(context))
     assert work.changed == tuple(Site(layer, kind) for layer in range(4) for kind in SITES.values())
-    assert (work.passes, work.cost(4)) == (2 + 2 * (4 + 3), 64)
+    assert (work.passes, work.cost(4)) == (5 + 2 * 4, 52)
     vars(context)["pair"] = {"sites": ["2.qkv", 0], "rest": ["model.norm.weight"], "exact": True, "rounded": ""}
     (known, *_) = Parts.plan(ExpectedPlanInputs(context))
     assert known.changed == (Site(0), Site(2, QKV))
     assert known.rest == ("model.norm.weight",)
-    assert known.passes == 2 + 2 * (3 + 1 + 3), "patterns, values, MLPs and the rest, and thirds"
+    assert known.passes == 5 + 2 * (3 + 1), "the whole and thirds; patterns, values, MLPs and the rest"
 
 
 def test_the_keys_of_parts_do_not_depend_on_deltas(finished: tuple[Path, object]) -> None:

@@ -168,6 +168,24 @@ def test_sites_that_finetuning_left_alone_get_no_cells(tmp_path: Path) -> None:
             assert [plan.site for plan in work.sites] == [Site(1)], kind
 
 
+@pytest.mark.parametrize("kind", [Curve, GroupEffects], ids=lambda kind: kind.__name__)
+def test_all_deltas_and_none_are_taken_from_the_cells_of_these_deltas_alone(kind: Any, tmp_path: Path) -> None:
+    def ends(*settings: str, rest: Sequence[str] = ()) -> dict[str, str]:
+        context = context_of(tmp_path, *CHANGE, "evaluate.sets=[all, [1]]", "evaluate.replicas=2", *settings)
+        vars(context)["pair"] = {"sites": [1, 2], "rest": rest, "exact": True, "rounded": ""}
+        (work,) = kind.plan(ExpectedPlanInputs(context))
+        return {end.condition: end.cell for end in work.ends}
+
+    assert ends() == {"no_delta": f"{BOTH}_tool_no_delta", "full": f"{BOTH}_tool_full"}
+    assert ends("evaluate.conditions=[raw, full]") == {
+        "no_delta": f"{BOTH}_tool_alpha0.0",
+        "full": f"{BOTH}_tool_full",
+    }
+    assert ends("evaluate.conditions=[raw]", "evaluate.alphas=[0.5, 1.0]") == {"full": f"{BOTH}_tool_alpha1.0"}
+    assert ends("evaluate.sets=[[1]]") == {}, "of other sites"
+    assert ends(rest=["model.norm.weight"]) == {}, "their cells change this parameter too"
+
+
 def test_a_width_that_lacks_a_site_is_fitted_but_not_compared(tmp_path: Path) -> None:
     inputs = Incomplete(context_of(tmp_path, *CHANGE))
     assert Width.plan(inputs) == []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from evaluators.splice.limits import Limits
 from jobs.capture.worker_memory import ModelSpec
-from jobs.evaluation.behaviour import Behaviour, Raw
+from jobs.evaluation.behaviour import Behaviour, End, Raw, finished_ends
 from jobs.evaluation.work import Shared, SitePlan
+from jobs.files import write_json
 from sites import Address, Ground, Site
 
 SHARED = Shared("cells", "rows", "rows", "base", ("all",), Limits(4), 8, {})
@@ -45,3 +47,11 @@ def test_a_piece_without_strengths_keeps_what_is_there() -> None:
     raw = Raw("piece", "key", WORK.model, SHARED, subset="all")
     assert raw.reusable({"piece": []}) == {"piece"}
     assert raw.reusable({}) == set()
+
+
+def test_figures_are_taken_only_from_cells_of_the_same_deltas(tmp_path: Path) -> None:
+    for name, key in (("ours", "key"), ("others", "another key")):
+        write_json(tmp_path / f"{name}.json", {"key": key, "rows": [{"index": 0}, {"index": 1}]})
+    work = dataclasses.replace(WORK, shared=dataclasses.replace(SHARED, cells=str(tmp_path)))
+    ends = [End("full", "ours", "key"), End("no_delta", "others", "key"), End("no_delta", "missing", "key")]
+    assert finished_ends(work, ends, 1) == {"full": [{"index": 0}]}
