@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from data.encoding import encode_row, target_text
@@ -31,17 +32,21 @@ class Ask:
 
 
 class Known(NamedTuple):
-    """Earlier results with nothing spliced: likely outputs, row by row, of the finetuned and of the un-finetuned model
-    (empty: unknown), and the finetuned model's predictions (None: no KL). `raw` are outputs that are certainly the
-    finetuned model's (empty: unknown)."""
+    """Earlier results: likely outputs, row by row, of the finetuned and of the un-finetuned model (empty: unknown), and
+    the finetuned model's predictions (None: no KL). `raw` are outputs that are certainly the finetuned model's (empty:
+    unknown). `at_strength` are outputs of other conditions, by their strength."""
 
     finetuned: Sequence[Sequence[int]] = ()
     unfinetuned: Sequence[Sequence[int]] = ()
     reference: Reference | None = None
     raw: Sequence[Sequence[int]] = ()
+    at_strength: Mapping[float | None, Sequence[Sequence[int]]] = MappingProxyType({})
 
     def guesses(self, ask: Ask) -> Sequence[Sequence[int]]:
-        """The likelier outputs: the un-finetuned model's if little of the change is applied."""
+        """The likelier outputs: another condition's at the same strength, or the un-finetuned model's if little of the
+        change is applied."""
+        if ask.alpha in self.at_strength:
+            return self.at_strength[ask.alpha]
         little = ask.condition in ("no_delta", "random_delta", "shuffled_delta")
         little = little or (ask.alpha is not None and ask.alpha < 0.5)
         return self.unfinetuned if self.unfinetuned and little else self.finetuned

@@ -268,12 +268,14 @@ class Behaviour(Answers):
         patches = self.load_patches()
         asks = [Ask("alpha", strength) for strength in self.strengths]
         names = []
+        at_strength: dict[float | None, list[list[int]]] = {}
         dosed = (
             self._with_rest(model, patches, rows, asks, settings)
             if self.rest
             else evaluate_behaviour(self.kept_passes(model), patches, rows, asks, **settings)
         )
         for ask, figures, texts in dosed:
+            at_strength[ask.alpha] = [text["tokens"] for text in texts]
             if ask.alpha in self.doses:
                 names.append(self._write("alpha", ask.alpha, figures, texts))
             # Strengths 0 and 1 equal no_delta and full to the last bit (checks.json): measured once, written twice.
@@ -282,6 +284,8 @@ class Behaviour(Answers):
                 names.append(self._write("no_delta", 0.0, silent, texts))
             if ask.alpha == 1.0 and "full" in self.conditions:
                 names.append(self._write("full", 1.0, figures, texts))
+        # The dense knob says much the same as the deltas at its strength.
+        settings["known"] = settings["known"]._replace(at_strength=at_strength)
         for control, alpha in self.controls:
             with self._subject(control, alpha, model, rows, patches) as (passes, spliced):
                 ask = Ask(control, alpha)

@@ -5,6 +5,7 @@ import pytest
 from data.encoding import Encoded
 from evaluators.measures.behaviours import read_behaviours
 from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
+from evaluators.splice import decoding
 from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit
 from evaluators.splice.limits import Limits
@@ -50,6 +51,28 @@ def test_an_ask_is_a_run_of_its_own(subject, cells, ask):
     outputs = decode(subject.passes, Edit(subject.patch, ask.condition), prompts, [[] for _ in prompts], stop)
     assert [one["tokens"] for one in texts] == outputs
     assert [one["generation"] for one in texts] == [stop.text(output) for output in outputs]
+
+
+def test_outputs_at_a_strength_are_the_guesses_of_other_conditions_at_it(subject, cells, monkeypatch):
+    """Right ones leave nothing to decode, wrong ones change no output, and those of another strength are not taken."""
+    expected = [one["tokens"] for one in cells[Ask("alpha", 0.5)][1]]
+    decoded = []
+    real = decoding.decode
+
+    def spy(passes, edit, jobs, *rest):
+        decoded.append(len(jobs))
+        return real(passes, edit, jobs, *rest)
+
+    monkeypatch.setattr(decoding, "decode", spy)
+    for strength, outputs in ((0.5, expected), (0.5, [[7, 7]] * 4), (0.25, expected)):
+        known = Known([[9, 9]] * 4, [[9, 9]] * 4, at_strength={strength: outputs})
+        ((_, _, texts),) = evaluate_behaviour(
+            subject.passes, subject.patch, subject.rows, [Ask("alpha", 0.5)], known=known, **SETTINGS
+        )
+        assert [one["tokens"] for one in texts] == expected
+    right, *others = decoded
+    assert right == 0
+    assert all(others)
 
 
 def test_raw_has_no_activations_and_its_own_outputs(subject, raw):
