@@ -284,7 +284,8 @@ def _outputs(
         (patch,) = (candidate for candidate in ranked if candidate.site == site)
         whole = wholes[place]
         jobs.append(Job(whole.texts[-1], kept=only(patch, number, outside=way == "ablated")))
-        scored.append(whole.scored._replace(argmax=run.argmax, guessed=[]))  # what decoding starts from
+        # What decoding starts from; what was computed for the whole is of another model.
+        scored.append(whole.scored._replace(argmax=run.argmax, guessed=[], context=None))
     outputs = generate(passes, Edit(ranked, "full"), jobs, scored, stop)
     return {(feature, place): output for (feature, place, _), output in zip(changed, outputs, strict=True)}
 

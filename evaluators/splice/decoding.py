@@ -93,6 +93,7 @@ def generate(passes: Passes, edit: Edit, jobs: Sequence[Job], scored: Sequence[S
             jobs[i],
             encoded=Encoded(jobs[i].encoded.prompt + proven[i].tokens, []),
             hints=[*jobs[i].encoded.ids, *jobs[i].guess],
+            context=scored[i].context,
         )
         for i in open_rows
     ]
@@ -188,13 +189,18 @@ class _Decoding:
         can_join &= self._fits(max(map(len, self._texts), default=0), DRAFTED)
         self._joins = can_join and passes.shortcuts.stop_early
         """Whether rows can join others that are running."""
+        self._contexts = {
+            row: job.context for row, job in enumerate(jobs) if job.context is not None and self._joins and use_cache
+        }
 
     def outputs(self) -> list[list[int]]:
         """The outputs of all rows; without `stop_early` they are decoded up to the budget and then cut."""
         running: _Running | None = None
         while self._waiting or running is not None:
             if running is None or self._has_room(running):
-                started = self._step(self._start(running), drafted=False)
+                started = self._start(running)
+                if not started.seen.ids.shape[1]:
+                    started = self._step(started, drafted=False)
                 running = started if running is None else self._joined(running, started)
             else:
                 running = self._step(running)
@@ -221,14 +227,26 @@ class _Decoding:
         return columns + self.stop.limits.max_new_tokens * (1 + ahead) <= self._window
 
     def _start(self, running: _Running | None) -> _Running:
-        """Rows that wait, of similar length, before their first step."""
+        """Rows that wait, before their first step: those of which all but the last token has been computed, or some of
+        similar length."""
         room = self.passes.batch_size - (0 if running is None else len(running.rows))
+        ready = [row for row in self._waiting if row in self._contexts][:room]
         most = len(self._texts[self._waiting[0]]) + PADDED if self._joins else math.inf
-        rows = [row for row in self._waiting[:room] if len(self._texts[row]) <= most]
-        self._waiting = self._waiting[len(rows) :]
+        rows = ready or [row for row in self._waiting[:room] if len(self._texts[row]) <= most]
+        self._waiting = [row for row in self._waiting if row not in rows]
         fed = pad_left([self._texts[row] for row in rows], self._pad).to(device_of(self.passes.bridge))
-        nothing = Batch(*(column[:, :0] for column in fed))
-        return _Running(rows, nothing, fed, DynamicCache(config=self._config) if self.use_cache else None)
+        known = fed.ids.shape[1] - 1 if ready else 0
+        seen, fed = (Batch(*(column[:, part] for column in fed)) for part in (slice(known), slice(known, None)))
+        cache = DynamicCache(config=self._config) if self.use_cache else None
+        if cache is not None and known:
+            contexts = [self._contexts.pop(row) for row in rows]
+            for number in range(len(contexts[0].keys)):
+                keys, values = (
+                    _stacked((one[number].unsqueeze(0) for one in of_rows), known, 2)
+                    for of_rows in zip(*contexts, strict=True)
+                )
+                cache.update(keys, values, number)
+        return _Running(rows, seen, fed, cache)
 
     def _step(self, running: _Running, drafted: bool = True) -> _Running:
         """Extends the outputs of the rows by at least one token; with `drafted`, by pieces of their hints that a pass
@@ -263,25 +281,29 @@ class _Decoding:
         """Both as one batch, padded on the left, without columns that no row uses any more."""
         length = max(each.seen.mask.shape[1] - int(each.seen.mask.int().argmax(1).min()) for each in (first, second))
 
-        def stacked(columns: Iterable[Tensor], axis: int) -> Tensor:
-            padded = []
-            for column in columns:
-                used = column.narrow(axis, max(0, column.shape[axis] - length), min(length, column.shape[axis]))
-                shape = list(used.shape)
-                shape[axis] = length - shape[axis]
-                padded.append(torch.cat([used.new_zeros(shape), used], dim=axis))
-            return torch.cat(padded)
-
         cache = None
         if first.cache is not None:
             cache = DynamicCache(config=self._config)
             for number, layers in enumerate(zip(first.cache.layers, second.cache.layers, strict=True)):
                 if layers[0].is_initialized:  # some share another layer's
-                    keys, values = (stacked((getattr(one, name) for one in layers), 2) for name in ("keys", "values"))
+                    keys, values = (
+                        _stacked((getattr(one, name) for one in layers), length, 2) for name in ("keys", "values")
+                    )
                     cache.update(keys, values, number)
-        seen = Batch(*(stacked(pair, 1) for pair in zip(first.seen, second.seen, strict=True)))
+        seen = Batch(*(_stacked(pair, length, 1) for pair in zip(first.seen, second.seen, strict=True)))
         fed = Batch(*(torch.cat(pair) for pair in zip(first.fed, second.fed, strict=True)))
         return _Running(first.rows + second.rows, seen, fed, cache)
+
+
+def _stacked(parts: Iterable[Tensor], length: int, axis: int) -> Tensor:
+    """The rows of all parts together, with `axis` cut or padded with zeros on the left to `length`."""
+    padded = []
+    for part in parts:
+        used = part.narrow(axis, max(0, part.shape[axis] - length), min(length, part.shape[axis]))
+        shape = list(used.shape)
+        shape[axis] = length - shape[axis]
+        padded.append(torch.cat([used.new_zeros(shape), used], dim=axis))
+    return torch.cat(padded)
 
 
 def _window(cache: Any) -> float:

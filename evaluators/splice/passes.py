@@ -257,6 +257,25 @@ def first_tokens(cache: Any, batch: Batch, rows: Sequence[int], counts: Sequence
     return part, positions >= 0
 
 
+class Context(NamedTuple):
+    """What the model has computed of one row's first tokens: keys and values (head, token, width) of every layer."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+
+def context_of(cache: Any, row: int, columns: Tensor) -> Context | None:
+    """The context of a row of a `cache`: what it holds at `columns` (token,). None if some layers hold nothing, such as
+    those below the first block that ran."""
+    if not all(layer.is_initialized for layer in cache.layers):
+        return None
+    return Context(*([getattr(layer, name)[row][:, columns] for layer in cache.layers] for name in ("keys", "values")))
+
+
 def project(bridge: TransformerBridge, residual: Tensor) -> Iterator[Tensor]:
     """fp32 logits (at most PROJECTED tokens, vocabulary) of `residual` (tokens, d_model), what leaves the last block.
 

@@ -20,7 +20,16 @@ from transformers import DynamicCache
 
 from data.encoding import Batch, Encoded, pad_left, pad_right
 from evaluators.splice.interventions import EVERY, Edit, Ranks, RowEdits, Splice, padded, spliced, starts_above
-from evaluators.splice.passes import Passes, first_tokens, forward, in_slices, project, resume
+from evaluators.splice.passes import (
+    Context,
+    Passes,
+    context_of,
+    first_tokens,
+    forward,
+    in_slices,
+    project,
+    resume,
+)
 from models.bridge import device_of
 from models.rest import finetuned_rest
 
@@ -30,6 +39,8 @@ if TYPE_CHECKING:
 
 PREDICTED_BYTES = 1 << 30
 """Memory for cached probabilities."""
+CONTEXT_BYTES = 1 << 30
+"""Memory for what the model has computed of rows whose outputs are still open."""
 
 
 class Predicted(NamedTuple):
@@ -122,7 +133,8 @@ class Job:
     BOS in the text of all rows, and the delta features that are on.
 
     `guess` is a possible output, such as raw's, in case it is not the target (empty: unknown); scoring tests it.
-    `hints` is a text that may contain pieces of the output, in which decoding looks up drafts.
+    `hints` is a text that may contain pieces of the output, in which decoding looks up drafts. `context` is what was
+    computed of the prompt without its last token, so that decoding need not (None: nothing).
     """
 
     encoded: Encoded
@@ -131,6 +143,7 @@ class Job:
     kept: Ranks = EVERY
     guess: Sequence[int] = ()
     hints: Sequence[int] = ()
+    context: Context | None = None
 
 
 class Scored(NamedTuple):
@@ -140,7 +153,8 @@ class Scored(NamedTuple):
     tokens of prompt and target after BOS. argmax: the model's choice at each target token. text_nll: nats, summed over
     the `n_act_tokens` tokens, if requested. kl: KL(raw || spliced) in nats, summed over target tokens and EOS, if there
     is a reference. guessed: the model's choice at each token of the row's guess, if the target is not the output and
-    the guess may be.
+    the guess may be. context: what was computed of the prompt and of all but the last token of the output's beginning
+    that the target or the guess proves, if the output goes on and memory allows.
     """
 
     nll: float
@@ -152,6 +166,7 @@ class Scored(NamedTuple):
     text_nll: float | None = None
     kl: float | None = None
     guessed: list[int] = []  # noqa: RUF012
+    context: Context | None = None
 
 
 @torch.inference_mode()
@@ -175,12 +190,16 @@ def score(
     else:
         passes, above_first = replace(passes, prefixes=None), False
     results: dict[int, Scored] = {}
+    room = [CONTEXT_BYTES]
     order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.ids), jobs[i].encoded.ids, i))
     with spliced(passes.bridge, edit, record=True, above_first=above_first) as splice:
 
         def run(chosen: Sequence[int]) -> None:
             scored = _score_batch(passes, splice, [jobs[i] for i in chosen], whole_text, reference)
-            results.update(zip(chosen, scored, strict=True))
+            for i, row in zip(chosen, scored, strict=True):
+                needed = row.context.nbytes if row.context is not None else 0
+                room[0] -= needed
+                results[i] = row if room[0] >= 0 else row._replace(context=None)
 
         in_slices(order, passes.batch_size, run)
     return [results[i] for i in range(len(jobs))]
@@ -234,15 +253,28 @@ def _score_batch(
     ]
     if cache is not None:
         guessed = _follow_guesses(passes, splice, jobs, scored, batch, cache)
-        scored = [row._replace(guessed=guessed.get(place, [])) for place, row in enumerate(scored)]
+        for place, (row, one) in enumerate(zip(rows, scored, strict=True)):
+            if place in guessed:
+                scored[place] = one._replace(guessed=guessed[place].choices, context=guessed[place].context)
+            elif one.argmax != row.target:  # the output is not the target, so it goes on
+                proven = len(agreed(row.target, one.argmax)) - 1
+                columns = torch.arange(len(row.prompt) + proven, device=batch.ids.device) + length - len(row.ids)
+                scored[place] = one._replace(context=context_of(cache, place, columns))
     return scored
+
+
+class _Guessed(NamedTuple):
+    """The model's choice at each token of a guess, and what was computed of what these prove, except its last token."""
+
+    choices: list[int]
+    context: Context | None
 
 
 def _follow_guesses(
     passes: Passes, splice: Splice, jobs: Sequence[Job], scored: Sequence[Scored], batch: Batch, cache: Any
-) -> dict[int, list[int]]:
-    """By place in the batch, the model's choice at each token of the guess, if the guess begins with the tokens that
-    the target proves.
+) -> dict[int, _Guessed]:
+    """By place in the batch, what the model makes of the guess, if the guess begins with the tokens that the target
+    proves.
 
     `cache` was filled by the pass over prompts and targets, `batch`; a guess continues from where it departs from the
     target.
@@ -274,10 +306,14 @@ def _follow_guesses(
     columns = torch.cat([torch.arange(count) for count in counts])
     logits = _logits(passes, residual, lines, columns)
     argmax = torch.cat([chunk_logits.argmax(-1) for chunk_logits in logits]).cpu().split(counts)
-    return {
-        place: [*row.target[: count + 1], *choices.tolist()]
-        for place, row, count, choices in zip(places, rows, shared, argmax, strict=True)
-    }
+    found, complete = {}, all(layer.is_initialized for layer in cache.layers)
+    for line, (place, row, count, choices) in enumerate(zip(places, rows, shared, argmax, strict=True)):
+        said = [*row.target[: count + 1], *choices.tolist()]
+        proven = len(agreed(row.target, said)) - 1
+        columns = torch.arange(len(row.prompt) + proven, device=batch.ids.device) + mask.shape[1] - kept[line]
+        goes_on = complete and said != row.target
+        found[place] = _Guessed(said, context_of(context, line, columns) if goes_on else None)
+    return found
 
 
 def _start(

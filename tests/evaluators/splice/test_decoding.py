@@ -12,7 +12,7 @@ from evaluators.splice import decoding, teacher_forcing
 from evaluators.splice.decoding import Stop, decode, forward, generate
 from evaluators.splice.interventions import Edit, spliced
 from evaluators.splice.limits import Limits
-from evaluators.splice.passes import Passes
+from evaluators.splice.passes import ALL, Passes
 from evaluators.splice.teacher_forcing import Job, score
 from models.bridge import hooked
 
@@ -326,6 +326,43 @@ def test_rows_that_wait_take_the_places_of_those_that_ended(subject, use_cache, 
         assert decode(three, edit, several, begun, early, use_cache=use_cache) == expected
         assert max(together) == 3
         assert bool(joined) == (window > 20)
+
+
+def test_decoding_goes_on_from_what_scoring_computed(subject, stop, monkeypatch):
+    """Whether the target or a guess proves the first tokens, the prompts are not computed again; beside a sliding
+    window, or without memory for it, they are, and nothing changes."""
+    passes = dataclasses.replace(subject.passes, shortcuts=dataclasses.replace(ALL, share_prefix=False), batch_size=3)
+    edit = Edit(subject.patch, "alpha")
+    prompts = [Job(Encoded(row.prompt, []), alpha) for row in subject.encoded for alpha in (0.3, 1.0)]
+    expected = decode(passes, edit, prompts, [[] for _ in prompts], stop)
+    jobs = []
+    for place, (job, output) in enumerate(zip(prompts, expected, strict=True)):
+        proven = place % 4
+        wrong = [*output[:proven], (output[proven] + 1) % 200, 5, 6]
+        encoded = Encoded(job.encoded.prompt, wrong)
+        jobs.append(
+            dataclasses.replace(job, encoded=encoded, guess=[*output[: proven + 2], 7] if place % 3 else [9, 9])
+        )
+    fed = []
+    real = decoding.forward
+
+    def spy(bridge, batch, *rest, **named):
+        fed.append(batch.ids.shape[1])
+        return real(bridge, batch, *rest, **named)
+
+    monkeypatch.setattr(decoding, "forward", spy)
+    scored = score(passes, edit, jobs)
+    assert all(one.context is not None for one in scored)
+    assert generate(passes, edit, jobs, scored, stop) == expected
+    longest = max(len(job.encoded.prompt) for job in prompts)
+    assert longest > 1 + decoding.DRAFTED
+    slides = hasattr(subject.plain.config, "sliding_window") and subject.plain.config.sliding_window
+    assert max(fed) >= longest if slides else max(fed) <= 1 + decoding.DRAFTED
+    monkeypatch.setattr(teacher_forcing, "CONTEXT_BYTES", scored[0].context.nbytes)
+    few = score(passes, edit, jobs)
+    assert 0 < sum(one.context is not None for one in few) < len(few)
+    assert generate(passes, edit, jobs, few, stop) == expected
+    assert max(fed) > 1 + decoding.DRAFTED
 
 
 def test_no_rows_are_no_results(subject, stop):
