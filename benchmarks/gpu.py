@@ -29,7 +29,7 @@ import typer
 from benchmarks.evaluation_grid import CELLS, ours, plain_cell, timed
 from benchmarks.lora import BATCH, train_ours, train_reference
 from benchmarks.plain_delta import train_plainly
-from benchmarks.random_subjects import SHAPES, random_pairs, random_rows, save_other_mlps
+from benchmarks.random_subjects import SHAPES, random_pairs, random_rows, save_other_blocks
 from data.encoding import encode_row
 from evaluators.splice.interventions import Patch
 from jobs.commands.device_figures import transcoder
@@ -171,7 +171,7 @@ def cells(device: str, name: str, prompts: int = 16, budget: int = 16, sampled: 
     with fresh_memory(device) as peak, tempfile.TemporaryDirectory() as scratch:
         model, tokenizer = SHAPES[name].build(device, torch.float32, Path(scratch))
         layers = [len(model.model.layers) // 3, 2 * len(model.model.layers) // 3]
-        save_other_mlps(model, layers, Path(scratch))
+        save_other_blocks(model, layers, Path(scratch))
         bridge = wrap(model, tokenizer)
         patches = []
         for site, path in read_paths(bridge, Path(scratch), mlp_sites(layers)).items():

@@ -109,15 +109,14 @@ def random_rows(count: int) -> list[Row]:
     return [next(sources[place % 2]) for place in range(count)]
 
 
-def save_other_mlps(model: Any, layers: Sequence[int], folder: Path) -> None:
-    """Saves the model's config and the tensors on the path through those layers' MLPs, with other MLP weights."""
+def save_other_blocks(model: Any, layers: Sequence[int], folder: Path) -> None:
+    """Saves the model's config and the tensors of those layers' blocks, with other weights of MLP and attention."""
     from safetensors.torch import save_file
 
-    names = ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm", "mlp")
     tensors = {}
     for name, tensor in model.state_dict().items():
-        if any(f".layers.{layer}." in name for layer in layers) and any(part in name for part in names):
-            changed = tensor * (1 + 0.05 * torch.randn_like(tensor)) if "mlp" in name else tensor
+        if any(f".layers.{layer}." in name for layer in layers):
+            changed = tensor * (1 + 0.05 * torch.randn_like(tensor)) if "proj" in name else tensor
             tensors[name] = changed.cpu().contiguous()
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), default=str))

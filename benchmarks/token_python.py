@@ -1,38 +1,42 @@
 """How much of a generated token's time is Python overhead.
 
 Decodes with deltas spliced into every layer: a batch with a model of real size, and one row with a model so narrow that
-almost only Python is left; both with only the bridge's parts that have hooks, and with all parts.
+almost only Python is left; with torch's hooks on the model's own modules, with the bridge's parts where hooks are, and
+with all parts. The same model without deltas is decoded too.
 
-    python -m benchmarks.token_python [--shape smollm2] [--batch 100] [--device cpu] [--dtype bf16] [--python-only]
+    python -m benchmarks.token_python [--shape smollm2] [--kinds qkv,o,mlp] [--batch 100] [--device cpu] [--dtype bf16]
+        [--python-only]
 
-In: the name of a shape and a batch size. Out: prints milliseconds per token and layer, and the narrow model's share.
+In: the name of a shape, kinds of site and a batch size. Out: prints milliseconds per token and site, and the narrow
+model's share; on a CPU these are of processor time on one thread.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from benchmarks.random_subjects import SHAPES, Shape, random_rows, save_other_mlps
+from benchmarks.random_subjects import SHAPES, Shape, random_rows, save_other_blocks
 from data.encoding import Encoded, encode_row
 from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit, Patch
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes
 from evaluators.splice.teacher_forcing import Job
-from models.blocks import read_paths
+from models.blocks import BlockPath, read_paths
 from models.bridge import whole, wrap
 from models.transcoder import Transcoder
-from sites import Site, mlp_sites
+from sites import KINDS, Kind, Site
 
 D_NEW, FEW, MANY, REPEATS = 8, 2, 10, 3
 """Features of a delta, tokens generated, repeats."""
@@ -46,63 +50,94 @@ def narrow(shape: Shape) -> Shape:
     return replace(shape, config=shape.config | sizes)
 
 
+@contextmanager
+def by_parts(bridge: Any) -> Iterator[None]:
+    """Inside the `with`, hooks are run by the bridge's parts, as where the model's own modules cannot serve them."""
+    served = bridge.__dict__["wiring"].module_hooks
+    held = dict(served)
+    served.clear()
+    try:
+        yield
+    finally:
+        served.update(held)
+
+
+WAYS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
+    "no deltas": lambda bridge: nullcontext(),
+    "the model's own modules": lambda bridge: nullcontext(),
+    "parts where hooks are": by_parts,
+    "all parts": whole,
+}
+
+
 @torch.inference_mode()
-def seconds_a_token(shape: Shape, batch: int, device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds per token with only the bridge's parts that have hooks, and with all parts."""
+def seconds_a_token(
+    shape: Shape, kinds: Sequence[Kind], batch: int, device: str, dtype: torch.dtype
+) -> dict[str, float]:
+    """Seconds per token for each of `WAYS`."""
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = shape.build(device, dtype, Path(folder))
         layers = range(model.config.num_hidden_layers)
-        save_other_mlps(model, layers, Path(folder))
+        save_other_blocks(model, layers, Path(folder))
         bridge = wrap(model, tokenizer)
-        paths = read_paths(bridge, Path(folder), mlp_sites(layers))
-    patches = [Patch(site, path, _delta(site, model.config.hidden_size, device)) for site, path in paths.items()]
+        paths = read_paths(bridge, Path(folder), [Site(layer, kind) for layer in layers for kind in kinds])
+    patches = [Patch(site, path, _delta(path, device)) for site, path in paths.items()]
     row = random_rows(1)[0]
     prompt = encode_row(tokenizer, row).prompt
 
-    def run(tokens: int) -> float:
+    def run(tokens: int, edit: Edit) -> float:
         stop = replace(Stop.of(bridge, Limits(tokens), row), ends=frozenset())
         jobs = [Job(Encoded(prompt, []), place / batch) for place in range(batch)]
-        started = time.perf_counter()
-        written = decode(Passes(bridge, batch_size=batch), Edit(patches, "alpha"), jobs, [[]] * batch, stop)
+        now = time.process_time if device == "cpu" else time.perf_counter  # other processes do not count on a CPU
+        started = now()
+        written = decode(Passes(bridge, batch_size=batch), edit, jobs, [[]] * batch, stop)
         assert all(len(output) == tokens for output in written)
-        return time.perf_counter() - started
+        return now() - started
 
-    found = []
-    for parts in (contextlib.nullcontext(), whole(bridge)):
-        with parts:
-            run(FEW)
-            found.append(statistics.median((run(MANY) - run(FEW)) / (MANY - FEW) for _ in range(REPEATS)))
-    return found[0], found[1]
+    found: dict[str, list[float]] = {name: [] for name in WAYS}
+    for _ in range(REPEATS):  # in turn, so that all see the same machine
+        for name, way in WAYS.items():
+            edit = Edit() if name == "no deltas" else Edit(patches, "alpha")
+            with way(bridge):
+                run(FEW, edit)
+                found[name].append((run(MANY, edit) - run(FEW, edit)) / (MANY - FEW))
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
-def _delta(site: Site, d_model: int, device: str) -> Transcoder:
-    generator = torch.Generator().manual_seed(site.layer)
+def _delta(path: BlockPath, device: str) -> Transcoder:
+    generator = torch.Generator().manual_seed(path.site.layer)
     weights = {
-        "W_enc": torch.randn(d_model, D_NEW, generator=generator) / d_model**0.5,
+        "W_enc": torch.randn(path.d_in, D_NEW, generator=generator) / path.d_in**0.5,
         "b_enc": torch.zeros(D_NEW),
         "threshold": torch.full((D_NEW,), 0.4),
-        "W_dec": torch.randn(D_NEW, d_model, generator=generator) / d_model,
+        "W_dec": torch.randn(D_NEW, path.d_out, generator=generator) / path.d_out,
     }
-    return Transcoder(**weights, b_dec=None, site=site).to(device)
+    return Transcoder(**weights, b_dec=None, site=path.site).to(device)
 
 
 def main(
     shape: Annotated[str, typer.Option(help="one of: " + ", ".join(SHAPES))] = "smollm2",
+    kinds: Annotated[str, typer.Option(help="of site, with commas between")] = ",".join(KINDS),
     batch: int = 100,
     device: str = "cpu",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
     python_only: bool = False,
 ) -> None:
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    layers = SHAPES[shape].config["num_hidden_layers"]
-    python = seconds_a_token(narrow(SHAPES[shape]), 1, device, kind)
-    real = (math.nan, math.nan) if python_only else seconds_a_token(SHAPES[shape], batch, device, kind)
-    print(f"{shape}, {layers} layers with deltas, {dtype} on {device}; milliseconds a token:")
-    for name, ours, whole_token in zip(("parts where hooks are", "all parts"), python, real, strict=True):
-        print(
-            f"  {name:<22} Python {1e3 * ours:5.1f} ({1e3 * ours / layers:.2f} a layer) of {1e3 * whole_token:7.1f} at "
-            f"batch {batch}: {ours / whole_token:.1%}"
-        )
+    if device == "cpu":
+        torch.set_num_threads(1)
+    number = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    chosen = [KINDS[name] for name in kinds.split(",")]
+    sites = SHAPES[shape].config["num_hidden_layers"] * len(chosen)
+    python = seconds_a_token(narrow(SHAPES[shape]), chosen, 1, device, number)
+    real = (
+        dict.fromkeys(WAYS, math.nan) if python_only else seconds_a_token(SHAPES[shape], chosen, batch, device, number)
+    )
+    print(f"{shape}, {sites} sites ({kinds}) with deltas, {dtype} on {device}; milliseconds a token:")
+    for name in WAYS:
+        ours, ground, whole_token = 1e3 * python[name], 1e3 * python["no deltas"], 1e3 * real[name]
+        of_deltas = f"of which deltas {ours - ground:5.1f} ({(ours - ground) / sites:.3f} a site)"
+        of_batch = f"batch of {batch} {whole_token:7.1f} ({ours / whole_token:.1%} Python)"
+        print(f"  {name:<24} Python {ours:5.1f}, {of_deltas}; {of_batch}")
 
 
 if __name__ == "__main__":
