@@ -96,6 +96,8 @@ class _Wiring(NamedTuple):
     owners: dict[int, list[_Seat]]
     blocks: list[Any]
     module_hooks: dict[str, _ModuleHook]
+    on_modules: list[Sequence[Hook]]
+    """The hooks that are active on modules, outermost first."""
 
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
@@ -233,17 +235,31 @@ def hooked(bridge: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
     """
     wiring = _wiring(bridge)
     if all(name in wiring.module_hooks for name, _ in hooks) and not any(seat.is_attached for seat in wiring.seats):
-        with _on_modules([(wiring.module_hooks[name], run) for name, run in hooks]):
-            yield
+
+        def unless_moved(run: Callable[[Tensor, object], Tensor | None]) -> Callable[[Tensor, object], Tensor | None]:
+            return lambda activation, hook: run(activation, hook) if any(hooks is one for one in active) else None
+
+        active = wiring.on_modules
+        with _on_modules([(wiring.module_hooks[name], unless_moved(run)) for name, run in hooks]):
+            active.append(hooks)
+            try:
+                yield
+            finally:
+                active.pop()
         return
-    points = [wiring.points[name] for name, _ in hooks]
+    # A part whose hook changes something need not run its module, so the hooks around these move to the parts.
+    outer = list(wiring.on_modules)
+    every = [hook for together in (*outer, hooks) for hook in together]
+    points = [wiring.points[name] for name, _ in every]
     with _seated([seat for point in points for seat in wiring.owners.get(id(point), wiring.seats)]):
         handles = []
+        wiring.on_modules.clear()
         try:
-            for point, (_, run) in zip(points, hooks, strict=True):
+            for point, (_, run) in zip(points, every, strict=True):
                 handles.append((point, point.add_hook(run)))
             yield
         finally:
+            wiring.on_modules.extend(outer)
             for point, handle in handles:
                 handle.hook.remove()
                 point.fwd_hooks.remove(handle)
@@ -317,7 +333,7 @@ def _find_wiring(bridge: TransformerBridge) -> _Wiring:
         for child in seat.part.children():
             if isinstance(child, HookPoint):
                 owners.setdefault(id(child), []).append(seat)
-    return _Wiring(dict(bridge.hook_dict), seats, owners, list(bridge.blocks), {})  # type: ignore[arg-type]
+    return _Wiring(dict(bridge.hook_dict), seats, owners, list(bridge.blocks), {}, [])  # type: ignore[arg-type]
 
 
 def _some_logits(model: PreTrainedModel) -> Tensor:

@@ -189,6 +189,34 @@ def test_the_model_s_own_modules_show_and_take_what_the_bridge_s_parts_would(bot
         bridge.original_model(**batch.inputs)
 
 
+def test_hooks_move_to_the_parts_when_one_inside_needs_them(both):
+    """A norm's part whose denominator is replaced does not run its module, and what is around it sees that norm too."""
+    _, bridge, batch = both
+    seen, scaled = [], []
+
+    def run():
+        with torch.no_grad():
+            return bridge.original_model(**batch.inputs).logits[batch.mask]
+
+    outer = [
+        ("blocks.1.ln2.hook_normalized", lambda x, hook: seen.append(x)),
+        ("blocks.1.hook_out", lambda y, hook: 2 * y),
+    ]
+    alone = run()
+    with hooked(bridge, outer):
+        doubled = run()
+        with hooked(bridge, [("blocks.1.ln2.hook_scale", lambda scale, hook: scaled.append(scale) or 4 * scale)]):
+            quarter = run()
+        again = run()
+    assert len(scaled) == 1
+    assert len(seen) == 3
+    torch.testing.assert_close(seen[1], seen[0] / 4)
+    assert torch.equal(again, doubled)
+    assert torch.equal(run(), alone)
+    assert not torch.equal(quarter, doubled)
+    assert not torch.equal(alone, doubled)
+
+
 def test_parts_stay_where_without_them_a_bit_would_change(tmp_path):
     """GPT-2 has LayerNorms, which the bridge computes in an order of its own."""
     model, tokenizer = load_model(build("gpt2", tmp_path / "gpt2"), torch.float32)
