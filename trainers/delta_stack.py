@@ -41,15 +41,16 @@ class TrainedDelta(NamedTuple):
     figures: dict[str, Any]
 
 
-_starts: WeakKeyDictionary[Pairs, Start] = WeakKeyDictionary()
+_starts: WeakKeyDictionary[Pairs, dict[tuple[str, int], Start]] = WeakKeyDictionary()
 
 
 def start_of(train: Pairs, device: str, tokens: int = 4096) -> Start:
     """What features of every seed and width start from, on `device`; kept for as long as the pairs are."""
-    if train not in _starts:
+    known = _starts.setdefault(train, {})
+    if (device, tokens) not in known:
         sample = next(train.batches(min(tokens, train.tokens), torch.Generator().manual_seed(0), device=device))
-        _starts[train] = Start(*(column.to(torch.float32) for column in sample))
-    return _starts[train]
+        known[device, tokens] = Start(*(column.to(torch.float32) for column in sample))
+    return known[device, tokens]
 
 
 @dataclass

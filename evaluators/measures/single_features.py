@@ -128,6 +128,7 @@ def _wholes(
     jobs = [Job(row, guess=guesses[place] if guesses else ()) for place, row in enumerate(encoded)]
     scored = score(passes, edit, jobs)
     outputs = generate(passes, edit, jobs, scored, stop)
+    scored = [row._replace(context=None) for row in scored]  # of the whole, and no longer needed
     return [_Whole(*columns) for columns in zip(encoded, scored, outputs, strict=True)]
 
 
@@ -284,8 +285,7 @@ def _outputs(
         (patch,) = (candidate for candidate in ranked if candidate.site == site)
         whole = wholes[place]
         jobs.append(Job(whole.texts[-1], kept=only(patch, number, outside=way == "ablated")))
-        # What decoding starts from; what was computed for the whole is of another model.
-        scored.append(whole.scored._replace(argmax=run.argmax, guessed=[], context=None))
+        scored.append(whole.scored._replace(argmax=run.argmax, guessed=[]))  # what decoding starts from
     outputs = generate(passes, Edit(ranked, "full"), jobs, scored, stop)
     return {(feature, place): output for (feature, place, _), output in zip(changed, outputs, strict=True)}
 
