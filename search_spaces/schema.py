@@ -28,7 +28,8 @@ from trainers.settings import BaseTraining, Count, DeltaTraining, Fraction, Lora
 
 class Model(Section):
     source: Name = "smollm2-135m"
-    """`smollm2-135m` (embedded), `tiny-gemma2` (random, for tests), a local folder, or a hub repository."""
+    """`smollm2-135m` (embedded), `gemma3-270m` (after `make gemma`), `tiny-gemma2` (random, for tests), a local folder,
+    a GGUF file, or a hub repository."""
     revision: Name | None = None
     finetuned: Name | None = None
     """Your own finetuned model, instead of a LoRA trained here: a folder or hub repository with a full model of the

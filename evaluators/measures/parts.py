@@ -95,6 +95,12 @@ class Changes:
             )
         return {group: pieces for group, pieces in groups.items() if pieces}
 
+    def undone_by_group(self, n_layers: int) -> dict[tuple[Group, str], frozenset[Piece]]:
+        """What is undone for each group in each of the two ways."""
+        groups = self.groups(n_layers).items()
+        ways = {UNFINETUNED: lambda pieces: pieces, FINETUNED: lambda pieces: self.pieces - pieces}
+        return {(group, way): undone(pieces) for group, pieces in groups for way, undone in ways.items()}
+
     @contextmanager
     def undone(self, bridge: TransformerBridge, pieces: Collection[Piece]) -> Iterator[None]:
         """Inside the `with`, the bridge runs with the un-finetuned weights of `pieces`."""
@@ -109,12 +115,8 @@ def parts_ceiling(passes: Passes, changes: Changes, rows: Sequence[Row]) -> dict
     """`finetuned` and `unfinetuned`: one entry per row with `nll` (nats, summed over its `n_tokens` target tokens).
     `parts`: for each group of pieces and each way its `part`, `layers`, `way` and `rows`."""
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
-    everything = changes.pieces
-    groups = changes.groups(passes.bridge.cfg.n_layers)
-    undone = {(group, UNFINETUNED): pieces for group, pieces in groups.items()}
-    undone |= {(group, FINETUNED): everything - pieces for group, pieces in groups.items()}
-    # If there is only one part, some of these are the same model.
-    models = list(dict.fromkeys([frozenset[Piece](), everything, *undone.values()]))
+    undone = changes.undone_by_group(passes.bridge.cfg.n_layers)
+    models = models_of(changes, passes.bridge.cfg.n_layers)
     nlls: dict[tuple[frozenset[Piece], int], float] = {}
 
     def run(chosen: Sequence[int]) -> None:
@@ -133,13 +135,18 @@ def parts_ceiling(passes: Passes, changes: Changes, rows: Sequence[Row]) -> dict
     }
     return {
         "finetuned": scores[frozenset()],
-        "unfinetuned": scores[everything],
+        "unfinetuned": scores[changes.pieces],
         "parts": [
-            {"part": group.part, "layers": group.layers, "way": way, "rows": scores[undone[group, way]]}
-            for group in groups
-            for way in (UNFINETUNED, FINETUNED)
+            {"part": group.part, "layers": group.layers, "way": way, "rows": scores[pieces]}
+            for (group, way), pieces in undone.items()
         ],
     }
+
+
+def models_of(changes: Changes, n_layers: int) -> list[frozenset[Piece]]:
+    """The models that are measured, by what is undone in them. If there is only one part, some are the same."""
+    groups = changes.undone_by_group(n_layers)
+    return list(dict.fromkeys([frozenset[Piece](), changes.pieces, *groups.values()]))
 
 
 def _scored(

@@ -16,19 +16,21 @@ from jobs.cluster.connection import REPOSITORY
 from jobs.commands import device_checks
 from jobs.context.workspace import storage_root
 from models.errors import ModelError
-from models.sources import EMBEDDED, check_hub, check_source
+from models.gguf_files import PACKAGED
+from models.sources import check_source
 
 Finding = tuple[str, str, bool]
-OPTIONAL = "google/gemma-2-2b"
+OPTIONAL = {"gemma3-270m": "gemma3_270m", "google/gemma-2-2b": "gemma2_2b"}
+"""Models that only one preset needs."""
 
 
 def examine(root: str) -> list[Finding]:
     findings = [("python", platform.python_version(), sys.version_info >= (3, 11))]
     findings += _packages()
     findings += _devices()
-    for name in EMBEDDED:
-        findings.append(_source(name, lambda name=name: check_source(name)))
-    findings.append(_source(f"{OPTIONAL} (only the gemma2_2b preset needs it)", _gemma))
+    for name in (*PACKAGED, *(name for name in OPTIONAL if name not in PACKAGED)):
+        who = f" (only the {OPTIONAL[name]} preset needs it)" if name in OPTIONAL else ""
+        findings.append(_source(f"{name}{who}", lambda name=name: check_source(name)))
     folder = storage_root(root)
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(parent).free
@@ -77,10 +79,6 @@ def summary(device: str, results: Sequence[device_checks.Finding]) -> Finding:
         if not result.agrees
     ]
     return (f"{device} computes", "; ".join(wrong) or f"as the CPU does ({len(results)} checks)", not wrong)
-
-
-def _gemma() -> None:
-    check_hub("google/gemma-2-2b", "hub")
 
 
 def _source(name: str, check) -> Finding:

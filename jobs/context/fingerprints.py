@@ -1,7 +1,7 @@
 """Hashes of a model's files, which are part of the keys of results.
 
-In: a folder, or a hub repository in the local cache. Out: name and SHA-256 of every file that transformers or PEFT
-reads there; other files do not matter. A large file is read once: its hash is cached with its size and time.
+In: a folder, a GGUF file, or a hub repository in the local cache. Out: name and SHA-256 of every file that transformers
+or PEFT reads there; other files do not matter. A large file is read once: its hash is cached with its size and time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from data.files import replacing
 from models.adapters import ADAPTER_WEIGHTS
+from models.gguf_files import is_gguf
 from models.hub import snapshot_of
 
 CACHE = "fingerprints.json"
@@ -29,23 +30,19 @@ _read_from: set[Path] = set()
 
 
 def fingerprint(source: str, revision: str | None, models: Path) -> list[list[str]] | None:
-    """(name, SHA-256) of a model's files; None if `source` is neither a folder nor in the hub's cache. Caches hashes in
+    """(name, SHA-256) of a model's files; None if `source` is neither a path nor in the hub's cache. Caches hashes in
     `models`."""
-    folder = _folder(source, revision)
-    if folder is None:
-        return None
     with contextlib.suppress(OSError):
-        return [[path.name, hash_of(path, models)] for path in files_read(folder)]
+        if (files := _files(source, revision)) is not None:
+            return [[path.name, hash_of(path, models)] for path in files]
     return None
 
 
 def stamps(source: str, revision: str | None) -> list[list[object]] | None:
     """(path, size, times) of the same files, without reading them."""
-    folder = _folder(source, revision)
-    if folder is None:
-        return None
     with contextlib.suppress(OSError):
-        return [list(_stamp(path)) for path in files_read(folder)]
+        if (files := _files(source, revision)) is not None:
+            return [list(_stamp(path)) for path in files]
     return None
 
 
@@ -87,8 +84,12 @@ def hash_of(path: Path, models: Path) -> str:
     return _known[key]
 
 
-def _folder(source: str, revision: str | None) -> Path | None:
-    return Path(source) if Path(source).is_dir() else snapshot_of(source, revision)
+def _files(source: str, revision: str | None) -> list[Path] | None:
+    """The files that define a model, if it is here."""
+    if is_gguf(source) and Path(source).is_file():
+        return [Path(source)]
+    folder = Path(source) if Path(source).is_dir() else snapshot_of(source, revision)
+    return None if folder is None else files_read(folder)
 
 
 def _stamp(path: Path) -> Stamp:

@@ -19,7 +19,8 @@ from jobs.context.workspace import PAIR, VALIDATION_FILE
 from jobs.errors import RequestError
 from jobs.files import is_finished, read_json, short_hash, write_json
 from models.errors import ModelError
-from models.sources import EMBEDDED, TINY
+from models.gguf_files import PACKAGED
+from models.sources import TINY
 from sites import ATTENTION_OUT, KINDS, Site
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def examine_base(context: Context) -> None:
     from models.weights import load_config
 
     source = context.settings.model.source
-    ours = source in EMBEDDED or source == TINY
+    ours = source in PACKAGED or source == TINY
     if not ours and not is_finished(context.space.lora, keys.finetuned_check(context.settings)):
         check_base(context.source, partial(hash_of, models=context.space.models))
         _check_known(context, load_config(context.source))

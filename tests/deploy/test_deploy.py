@@ -15,6 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from models.gguf_files import PACKAGED
 from search_spaces.load import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,10 +94,17 @@ def test_versions_agree(rayjob):
     dockerfile = (DEPLOY / "Dockerfile").read_text()
     assert rayjob["rayClusterSpec"]["rayVersion"] == PINS["ray[default,tune]"]
     assert "FROM python:3.11-slim" in dockerfile, "the Python of the README"
-    embedded = re.search(r"^EMBEDDED := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    embedded = re.search(r"^EMBEDDED := (\S+)$", makefile, re.MULTILINE)
     assert embedded is not None
     assert embedded[1] in dockerfile
     assert "-t deltascope" in dockerfile
+    installed = re.search(
+        r"^GEMMA := \$\(foreach part,([\d ]+),(\S+)\$\(part\)==", (ROOT / "Makefile").read_text(), re.M
+    )
+    assert installed is not None
+    modules = [installed[2].replace("-", "_") + part for part in installed[1].split()]
+    assert modules == [module for module, _ in PACKAGED["gemma3-270m"].parts]
     assert {pod["containers"][0]["image"] for pod in pods(rayjob)} == {"deltascope:latest"}
 
 

