@@ -261,9 +261,9 @@ class Evaluate(Section):
     """With change deltas: put features that fire on the same tokens into groups, and measure all deltas without a
     group, the group alone, and the first few groups together, each against as many random features. This many groups
     are measured one by one, those with the largest estimated effects first. With 0, there are no groups."""
-    graphs: Annotated[int, Field(ge=0)] = 2
-    """With change deltas: for this many prompts of each subset, draw which features act on each other and on the first
-    token that the two models say differently. Each takes as long as some hundred passes of its text."""
+    graphs: Annotated[int, Field(ge=0)] = 3
+    """With change deltas: for this many prompts, one of each subset in turn, draw which features act on each other and
+    on the first token that the two models say differently. Each takes as long as some hundred passes of its text."""
     widths: bool = True
     """With change deltas of several `deltas.d_new`: also splice in every other width, in all layers at once at alpha 1,
     with the controls `dense_delta` and `pca_delta`, whose rank is d_new."""

@@ -1,10 +1,10 @@
 """What one feature does: all deltas without it, and it alone on the ground.
 
 In: a model's passes, patches, rows, and features by site and number. Out: for each feature, one entry per prompt and
-way. An MLP's feature writes to the residual stream, so its block's output follows from one shared pass: the stream
-there, minus (or plus) its activation times its decoder row. Then only the layers above run for each feature. Features
-of attention run the general way. Only texts on which a feature fires are run, and nothing is decoded if a pass proves
-that the output does not change.
+way. One shared pass gives what is the same for all features. An MLP's feature writes to the residual stream, so its
+block's output follows from that of the shared pass: minus (or plus) its activation times its decoder row. For a feature
+of attention its own block runs again. Then only the layers above run for each feature, and only for texts on which it
+fires; nothing is decoded if a pass proves that the output does not change.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from data.encoding import Encoded, encode_row, pad_left, target_text
 from data.rows import Row
 from evaluators.measures.behaviours import Answer, Behaviour
 from evaluators.splice.decoding import Stop, generate
-from evaluators.splice.interventions import Edit, Patch, Ranks, RowEdits, spliced, starts_above
+from evaluators.splice.interventions import Edit, Patch, Ranks, RowEdits, padded, spliced, starts_above
 from evaluators.splice.limits import Limits
-from evaluators.splice.passes import Passes, in_slices, project, read_prefixes, resume
-from evaluators.splice.teacher_forcing import Job, Scored, score
+from evaluators.splice.passes import Passes, in_slices, project, read_entering, read_prefixes, resume
+from evaluators.splice.teacher_forcing import Job, Scored, prepare, score
 from models.bridge import device_of
 from sites import Site
 
@@ -68,10 +68,11 @@ class _Whole(NamedTuple):
 
 
 class _Stream(NamedTuple):
-    """A text at a feature's site: the delta's activations (tokens, d_new), and the block's output (tokens, d_model)."""
+    """A text at a feature's site: the delta's activations (tokens, d_new), and the stream (tokens, d_model) from which
+    runs start: what leaves the block if they start above it, else what enters it (None at block 0)."""
 
     acts: Tensor
-    output: Tensor
+    start: Tensor | None
 
 
 class _Run(NamedTuple):
@@ -153,10 +154,8 @@ def _runs(
 
             def of_pairs(some: Sequence[tuple[Feature, int]], site: Site = site) -> None:
                 here = [text for *_, text in chosen]
-                if starts_above(site):
-                    runs = _above(passes.bridge, patches, condition, site, some, streams[site], here)
-                else:
-                    runs = _through(passes, patches, condition, some, here)
+                run = _above if starts_above(site) else _through
+                runs = run(passes.bridge, patches, condition, site, some, streams[site], here)
                 by_text.update(
                     ((feature, *chosen[place][:2]), run) for (feature, place), run in zip(some, runs, strict=True)
                 )
@@ -174,14 +173,21 @@ def _streams(
     sites = sorted({site for site, _ in features})
     rows = [text.ids for text in texts]
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
+    through = sorted({site.layer for site in sites if site.layer and not starts_above(site)})
     with spliced(bridge, edit) as splice:
         splice.reset(batch.editable, torch.ones(len(rows), device=batch.ids.device), RowEdits(bos=batch.bos))
         prefixes = read_prefixes(bridge, rows, sites)
+        entering: Mapping[int, Sequence[Tensor]] = read_entering(bridge, rows, through) if through else {}
     by_site = {patch.site: patch for patch in edit.patches}
-    return {
-        site: [_Stream(activations(by_site[site], prefix.x), prefix.output) for prefix in prefixes[site]]
-        for site in sites
-    }
+
+    def of_site(site: Site) -> list[_Stream]:
+        starts: Sequence[Tensor | None] = [prefix.output for prefix in prefixes[site]]
+        if not starts_above(site):
+            starts = entering.get(site.layer, [None] * len(rows))
+        acts = [activations(by_site[site], prefix.x) for prefix in prefixes[site]]
+        return list(map(_Stream, acts, starts))
+
+    return {site: of_site(site) for site in sites}
 
 
 def activations(patch: Patch, x: Tensor) -> Tensor:
@@ -206,12 +212,13 @@ def _above(
     sign = -1.0 if condition == "full" else 1.0
     rows = [texts[place] for _, place in pairs]
     batch = pad_left([row.ids for row in rows], bridge.tokenizer.pad_token_id).to(device_of(bridge))
-    length = batch.ids.shape[1]
-    residual = streams[0].output.new_zeros(len(rows), length, streams[0].output.shape[1])
-    for line, ((_, feature), place) in enumerate(pairs):
+    starts = []
+    for (_, feature), place in pairs:
         acts, output = streams[place]
+        assert output is not None
         moved = output.float() + sign * acts[:, feature, None].float() * W_dec[feature].float()
-        residual[line, length - len(output) :] = moved.to(output.dtype)
+        starts.append(moved.to(output.dtype))
+    residual = padded(starts, range(len(rows)), batch.ids.shape[1])
     above = [patch for patch in patches if patch.site > site]
     with spliced(bridge, Edit(above, condition)) if above else nullcontext() as splice:
         if splice is not None:
@@ -221,21 +228,28 @@ def _above(
 
 
 def _through(
-    passes: Passes,
+    bridge: TransformerBridge,
     patches: Sequence[Patch],
     condition: str,
+    site: Site,
     pairs: Sequence[tuple[Feature, int]],
+    streams: Sequence[_Stream],
     texts: Sequence[Encoded],
 ) -> list[_Run]:
-    """Like `_above`, but through every block from the first spliced one on, as needed for features that other parts of
-    their own block read."""
-    ranked = {patch.site: patch for patch in numbered(patches)}
-    jobs = [
-        Job(texts[place], kept=only(ranked[site], number, outside=condition == "full"))
-        for (site, number), place in pairs
-    ]
-    scored = score(passes, Edit(list(ranked.values()), "full"), jobs)
-    return [_Run(row.nll, row.argmax) for row in scored]
+    """Like `_above`, but from what enters the block of `site`, as needed for features that other parts of their own
+    block read."""
+    ranked = [patch for patch in numbered(patches) if patch.site.layer >= site.layer]
+    (own,) = (patch for patch in ranked if patch.site == site)
+    rows = [texts[place] for _, place in pairs]
+    kept = [only(own, feature, outside=condition == "full") for (_, feature), _ in pairs]
+    jobs = [Job(row, kept=of_row) for row, of_row in zip(rows, kept, strict=True)]
+    batch = pad_left([row.ids for row in rows], bridge.tokenizer.pad_token_id).to(device_of(bridge))
+    starts = [start for _, place in pairs if (start := streams[place].start) is not None]
+    residual = padded(starts, range(len(rows)), batch.ids.shape[1]) if starts else None
+    with spliced(bridge, Edit(ranked, "full")) as splice:
+        prepare(splice, batch, jobs)
+        last = resume(bridge, batch, site.layer - 1, residual)
+        return list(_answers(bridge, last, batch.ids, [len(row.target) for row in rows]))
 
 
 def only(patch: Patch, feature: int, outside: bool) -> Ranks:

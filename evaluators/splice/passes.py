@@ -102,7 +102,7 @@ class Prefixes:
         This layer alone, whatever other sites there are: it is asked for while an edit at `layer` is active, and a pass
         through that block would be edited.
         """
-        return self._get(layer, rows, lambda batch: {layer: read_entering(self.bridge, batch, layer)})
+        return self._get(layer, rows, lambda batch: read_entering(self.bridge, batch, [layer]))
 
     def _get(
         self, place: Any, rows: Sequence[Sequence[int]], read: Callable[[list[tuple[int, ...]]], Mapping[Any, list]]
@@ -187,11 +187,16 @@ def read_prefixes(
     }
 
 
-def read_entering(bridge: TransformerBridge, rows: Sequence[Sequence[int]], layer: int) -> list[Tensor]:
-    """The streams (length, d_model) that enter block `layer` (not 0), for each row; that block does not run."""
+def read_entering(
+    bridge: TransformerBridge, rows: Sequence[Sequence[int]], layers: Sequence[int]
+) -> dict[int, list[Tensor]]:
+    """The streams (length, d_model) that enter each of `layers` (not 0), for each row, from one pass that ends below
+    the highest."""
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
-    stream = _last_output(bridge, batch, layer - 1)
-    return [stream[i, -len(row) :].clone() for i, row in enumerate(rows)]
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    hooks: list[Hook] = [(f"blocks.{layer - 1}.hook_out", _noting(held)) for layer, held in seen.items()]
+    _last_output(bridge, batch, max(layers) - 1, hooks)
+    return {layer: [held[0][i, -len(row) :].clone() for i, row in enumerate(rows)] for layer, held in seen.items()}
 
 
 def _noting(held: list[Tensor]) -> Callable[[Tensor, object], None]:

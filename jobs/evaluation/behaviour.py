@@ -108,7 +108,7 @@ class Raw(Answers):
         ]
 
     def cost(self, n_layers: int) -> int:
-        return n_layers
+        return 3 * n_layers
 
     def seconds(self, timing: Timing) -> float:
         return timing.answers(timing.prompts)
@@ -234,7 +234,7 @@ class Behaviour(Answers):
 
     def cost(self, n_layers: int) -> int:
         """Rows are scored and, token by token, answered."""
-        return 4 * (max(1, len(self.strengths)) * self.above(n_layers) + len(self.controls) * n_layers)
+        return 2 * (max(1, len(self.strengths)) * self.above(n_layers) + len(self.controls) * n_layers)
 
     def seconds(self, timing: Timing) -> float:
         controls = [CONDITIONS[name].dosed for name in self.conditions if CONDITIONS[name].control]

@@ -58,7 +58,7 @@ class Ranking(Work):
         return place_of([plan.site for plan in self.sites], self.sites[0].ground, self.sites[0].d_new)
 
     def cost(self, n_layers: int) -> int:
-        return 8 * self.above(n_layers)
+        return 18 * self.above(n_layers)
 
     def seconds(self, timing: Timing) -> float:
         return 8 * timing.passes(timing.prompts)
@@ -153,7 +153,7 @@ class Cards(Work):
 
     def cost(self, n_layers: int) -> int:
         """Each feature is ablated and kept alone, on some of the rows, from its site on."""
-        return (4 + len(self.features)) * len(self.shared.subsets) * self.above(n_layers) // 2
+        return (4 + len(self.features)) * len(self.shared.subsets) * self.above(n_layers)
 
     def seconds(self, timing: Timing) -> float:
         return CARDS_AT_ONCE * timing.passes(timing.prompts * timing.subsets) / 2
@@ -209,7 +209,7 @@ class Grouping(Work):
         ]
 
     def cost(self, n_layers: int) -> int:
-        return 4 * self.above(n_layers)
+        return 7 * self.above(n_layers)
 
     def seconds(self, timing: Timing) -> float:
         return 4 * timing.passes(RANKING_ROWS)
@@ -275,7 +275,7 @@ class GroupEffects(Work):
         return 2 * (2 * self.most + GROUP_STEPS)
 
     def cost(self, n_layers: int) -> int:
-        return self.passes * self.above(n_layers) // 2
+        return self.passes * self.above(n_layers) * 3 // 4
 
     def seconds(self, timing: Timing) -> float:
         return timing.passes(self.passes * min(CARD_ROWS, timing.prompts))

@@ -6,8 +6,10 @@ In: the inputs of an evaluation. Out: pieces of work and, on a worker, `cells/gr
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,15 +45,17 @@ class Graphs(Work):
 
     @classmethod
     def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
-        most, context = inputs.settings.graphs, inputs.context
+        context = inputs.context
+        # One prompt of each subset, then a second one of each, and so on.
+        of_subset = Counter(islice(cycle(inputs.subsets), inputs.settings.graphs))
         sites = context.sites_of("change") if "change" in inputs.chosen else ()
-        if not most or not sites:
+        if not of_subset or not sites:
             return []
         plans = inputs.kept(sites, *inputs.chosen["change"])
         groupings = Grouping.plan(inputs)
         grouping = groupings[0].name if groupings else ""
         rest = context.rest if context.is_everything(sites) else ()
-        key = key_of(cls.kind, inputs.lineage(plans), inputs.judged_with, most, rest, [one.key for one in groupings])
+        lineage, keys_of_groups = inputs.lineage(plans), [one.key for one in groupings]
         place = place_of([plan.site for plan in plans], *inputs.chosen["change"])
         fields = inputs.common()
         if context.settings.model.dtype != "bf16":  # gradients through a model in bf16 are mostly rounding
@@ -59,7 +63,7 @@ class Graphs(Work):
         return [
             cls(
                 cell_name(cls.kind, place, slug(subset)),
-                key,
+                key_of(cls.kind, lineage, inputs.judged_with, most, rest, keys_of_groups),
                 **fields,
                 sites=plans,
                 subset=subset,
@@ -67,11 +71,11 @@ class Graphs(Work):
                 most=most,
                 rest=rest,
             )
-            for subset in inputs.subsets
+            for subset, most in of_subset.items()
         ]
 
     def cost(self, n_layers: int) -> int:
-        return self.most * PASSES * self.above(n_layers) // 16
+        return self.most * PASSES * self.above(n_layers) // 24
 
     def seconds(self, timing: Timing) -> float:
         return timing.passes(self.most * PASSES)

@@ -50,7 +50,7 @@ class Change(Work):
         return works
 
     def cost(self, n_layers: int) -> int:
-        return self.above(n_layers)
+        return 7 * self.above(n_layers)
 
     def seconds(self, timing: Timing) -> float:
         return 2 * timing.passes(timing.prompts * timing.subsets)
@@ -199,8 +199,8 @@ CEILING: tuple[type[Work], ...] = (Raw, Look, Parts)
 ROUNDS: dict[str, tuple[type[Work], ...]] = {
     "ceiling": CEILING,
     "rankings and fits": (Ranking, Change, Reconstruction, Exactness),
-    "behaviour": (Behaviour, Width, Cards, Grouping),
-    "groups and graphs": (Curve, GroupEffects, Graphs),
+    "behaviour": (Behaviour, Width, Grouping),
+    "features, groups and graphs": (Cards, Curve, GroupEffects, Graphs),
 }
 """In order: the cells of a round build on those of earlier rounds."""
 KINDS = tuple(kind for together in ROUNDS.values() for kind in together)

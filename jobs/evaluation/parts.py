@@ -113,7 +113,7 @@ class Look(Work):
         return [cls(cls.kind, key, **inputs.common())] if Parts.plan(inputs) else []
 
     def cost(self, n_layers: int) -> int:
-        return 3 * n_layers * len(self.shared.subsets)
+        return 5 * n_layers * len(self.shared.subsets)
 
     def seconds(self, timing: Timing) -> float:
         rows = min(LOOK_ROWS, timing.prompts * timing.subsets)

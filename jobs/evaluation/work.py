@@ -282,7 +282,8 @@ class Work:
         raise NotImplementedError
 
     def cost(self, n_layers: int) -> int:
-        """Relative cost, in layers per row: passes times the layers above the first splice."""
+        """Relative cost, in layers per 20 rows: passes times the layers above the first splice. The factors are
+        measured, so that the longest pieces start first."""
         raise NotImplementedError
 
     def seconds(self, timing: Timing) -> float:
