@@ -20,7 +20,7 @@ from data.rows import one_line
 from models.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 SUFFIX = ".gguf"
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf")
@@ -113,7 +113,7 @@ def check_file(path: Path, key: str) -> None:
         )
 
 
-def convert_packaged(name: str, folder: Path, key: str) -> None:
+def convert_packaged(name: str, folder: Path, key: str, say: Callable[[str], None]) -> None:
     """Dequantises a packaged model into `folder`, after checking its SHA-256."""
     model, paths = PACKAGED[name], packaged_files(name, key)
     if (found := sha256_of_all(paths)) != model.sha256:
@@ -122,19 +122,20 @@ def convert_packaged(name: str, folder: Path, key: str) -> None:
             "packages"
         )
     if len(paths) == 1:
-        return convert(paths[0], folder, key)
+        return convert(paths[0], folder, key, say)
     joined = folder / model.file
     with joined.open("wb") as whole:
         for path in paths:
             with path.open("rb") as part:
                 shutil.copyfileobj(part, whole)
-    convert(joined, folder, key)
+    convert(joined, folder, key, say)
     joined.unlink()
 
 
-def convert(path: Path, folder: Path, key: str) -> None:
+def convert(path: Path, folder: Path, key: str, say: Callable[[str], None]) -> None:
     """Dequantises a GGUF file to fp32 safetensors in `folder`, in a process of its own, so that the caller does not
     keep the memory of two models. Raises ModelError if transformers cannot read it, or not all of it."""
+    say(f"dequantising {path.name}, once; a large vocabulary takes a minute or two")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         refused = pool.submit(_convert, path, folder).result()
     if refused:
@@ -144,6 +145,9 @@ def convert(path: Path, folder: Path, key: str) -> None:
 def _convert(path: Path, folder: Path) -> str:
     """Converts; returns what is wrong with the file, if anything. A result and not an error, since errors of libraries
     may not survive the way back from another process."""
+    import os
+
+    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported; transformers has no switch for this bar
     import gguf
     import torch
     import transformers

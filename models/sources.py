@@ -53,11 +53,18 @@ def check_source(source: str, revision: str | None = None, key: str = "model.sou
         check_hub(source, key, revision)
 
 
-def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0, key: str = "model.source") -> Path:
+def resolve(
+    source: str,
+    cache: Path,
+    revision: str | None = None,
+    seed: int = 0,
+    key: str = "model.source",
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
     """The local folder of `source`; packaged models, GGUF files and tiny models are converted once under `cache`.
 
     Raises ModelError if the source is not available. `seed` is for the tiny model's random weights, `key` is the
-    setting that names the source.
+    setting that names the source. `say` is told of what takes long.
     """
     check_source(source, revision, key)
     if source == TINY:
@@ -66,11 +73,11 @@ def resolve(source: str, cache: Path, revision: str | None = None, seed: int = 0
         return _build_once(cache / f"{TINY}-seed{seed}", lambda folder: build_tiny_gemma2(folder, seed))
     if source in PACKAGED:
         name = f"{source}-{PACKAGED[source].sha256[:8]}"
-        return _build_once(cache / name, lambda folder: convert_packaged(source, folder, key))
+        return _build_once(cache / name, lambda folder: convert_packaged(source, folder, key, say))
     if is_gguf(source) and not Path(source).is_dir():
         path = Path(source).resolve()
         name = f"{path.stem}-{sha256_of_all([path])[:8]}"
-        return _build_once(cache / name, lambda folder: convert(path, folder, key))
+        return _build_once(cache / name, lambda folder: convert(path, folder, key, say))
     if Path(source).is_dir():
         return Path(source).resolve()
     from huggingface_hub import snapshot_download

@@ -136,7 +136,7 @@ class Context:
 
     def _resolve(self, source: str, revision: str | None, key: str) -> Path:
         try:
-            return resolve(source, self.space.models, revision, self.settings.seed, key)
+            return resolve(source, self.space.models, revision, self.settings.seed, key, self.progress.line)
         except PermissionError as error:
             raise RequestError(f"storage.root: {error.filename} cannot be written ({error.strerror})") from None
         except (NotADirectoryError, FileNotFoundError, FileExistsError) as error:

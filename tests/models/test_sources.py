@@ -147,7 +147,7 @@ def test_a_packaged_model_with_other_bytes_is_refused(packaged, tmp_path):
 
 
 def test_the_parts_of_a_packaged_model_are_one_file(packaged, tmp_path, monkeypatch):
-    def convert(path, folder, key):
+    def convert(path, folder, key, say):
         (folder / "config.json").write_text(f"{path.name} {path.read_bytes().decode()}")
 
     monkeypatch.setattr(gguf_files, "convert", convert)
