@@ -1,6 +1,6 @@
 """How far each kind of evaluation cell is from the matrix products that it cannot do without.
 
-    python -m benchmarks.evaluation_cells quickstart storage.root=mlruns [--kinds raw,behaviour,groups] [--subset tool]
+    python -m benchmarks.evaluation_cells quickstart storage.root=mlruns [--kinds Raw,Behaviour,Cards] [--subset tool]
 
 In: a finished sweep, which is not touched. Out: for one cell of each kind, computed again in a temporary folder: its
 seconds, the FLOPs of the products that it computed, as torch counts them, and those of the products with weights that
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,13 +36,15 @@ SCORING = ("edited_behaviour", "group_effects", "single_features", "curve")
 
 @dataclass
 class Needed:
-    """FLOPs of the products with weights that any exact method needs.
+    """FLOPs of the products with weights that any exact method needs. Kinds that neither score rows nor decode answers
+    have none; `Parts` has its own.
 
     Scoring: each text once below the first edited block; above it once for each strength and choice of features; one
     projection for each target token. Answers: each token after what the target or the guess proves takes a pass, each
-    token that only the guess proves the blocks above the first edit. Attention's products and gradients are left out,
-    so the ratio of what is computed to what is needed is an upper bound. A block with deltas counts as the block alone:
-    its un-finetuned parts take the place of its own, and its features are counted with it.
+    token that only the guess proves the blocks above the first edit. Cards: the blocks from a feature's own on, for
+    each text on which it fires. Attention's products and gradients are left out, so the ratio of what is computed to
+    what is needed is an upper bound. A block with deltas counts as the block alone: its un-finetuned parts take the
+    place of its own, and its features are counted with it.
     """
 
     bridge: Any
@@ -95,6 +97,7 @@ class Needed:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Inside the `with`, adds what every scoring and every answer needs."""
+        from evaluators.measures import single_features
         from evaluators.splice import decoding, teacher_forcing
 
         def score(passes: Any, edit: Edit, jobs: Sequence[Job], **options: Any) -> Any:
@@ -106,10 +109,22 @@ class Needed:
             self.answers(edit, jobs, outputs)
             return outputs
 
+        def counted(run: Any) -> Any:
+            @wraps(run)
+            def counting(bridge: Any, patches: Any, condition: str, site: Any, pairs: Any, *rest: Any) -> Any:
+                for _, place in pairs:
+                    text, above = rest[-1][place], self.n_layers - site.layer - (run is single_features._above)
+                    features = _features(Edit([patch for patch in patches if patch.site >= site]))
+                    self.passes(len(text.ids), above, len(text.target), features)
+                return run(bridge, patches, condition, site, pairs, *rest)
+
+            return counting
+
+        runs = {run.__name__: counted(run) for run in (single_features._above, single_features._through)}
         with ExitStack() as stack:
             for name in SCORING:
                 module = import_module(f"evaluators.measures.{name}")
-                for function in (score, generate):
+                for function in (score, generate, *runs.values()):
                     if hasattr(module, function.__name__):
                         stack.enter_context(mock.patch.object(module, function.__name__, function))
             yield
@@ -135,8 +150,9 @@ def main(
     context = Context(load_settings(name, overrides))
     works: dict[str, Any] = {}
     for work in works_of(PlanInputs(context)):
-        if work.subset in ("", subset) and (not kinds or work.kind in kinds.split(",")):
-            works.setdefault(work.kind, work)
+        kind = type(work).__name__
+        if work.subset in ("", subset) and (not kinds or kind in kinds.split(",")):
+            works.setdefault(kind, work)
     rate = matmul_rate("cpu" if context.device == "cpu" else context.device)
     typer.echo(f"{context.device}, {torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s")
     typer.echo(f"{'kind':<16}{'seconds':>9}{'computed':>17}{'needed':>17}{'of computed':>13}{'of needed':>11}")
@@ -149,7 +165,7 @@ def main(
             needed = Needed(model)
             with needed.counting(), FlopCounterMode(display=False) as counted:
                 again.compute(model, rows)
-            if kind == "parts":
+            if kind == "Parts":
                 needed.parts(work, rows)
         computed = counted.get_total_flops()
         shown = f"{kind:<16}{seconds:>8.1f} {computed / 1e12:>8.2f} T {computed / rate:>5.1f} s"
