@@ -12,17 +12,18 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar o
 PINS := import json, sys; found = [one["metadata"] for one in json.load(sys.stdin)["install"]]; \
   print(*sorted(("{name}=={version}".format(**one) for one in found), key=str.lower), sep="\n")
 
-.PHONY: setup gemma sweep test test-ci test-all check format compatibility another-python ui constraints
+.PHONY: setup gemma sweep test test-ci test-all durations check format compatibility another-python ui constraints
 
 sweep: setup
 	$(PY) -m jobs sweep $(CONFIG) $(ARGS)
 
 # Three at a time, as many tests mostly wait for processes to start: files of short tests, and each long test by itself
-# (tests/tiers.py). What is skipped, and what is left to the long tier, is listed with its reason.
+# (tests/tiers.py). What is skipped, and what is left out, is listed with its reason. `make test` leaves out all that
+# took more than five seconds when `make durations` last measured it: nine tests in ten are left.
 TESTS := $(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -rs --durations 15
 
 test: setup
-	$(TESTS) --most-minutes 0
+	$(TESTS) --most-minutes 0 --most-seconds 5
 
 # What CI runs.
 test-ci: setup
@@ -30,6 +31,9 @@ test-ci: setup
 
 test-all: setup
 	$(TESTS)
+
+durations: setup
+	$(TESTS) --most-minutes 1 --note-durations
 
 # Format, lint and types, as in CI.
 check: setup

@@ -1,22 +1,31 @@
-"""Three tiers of tests: `make test` runs the short ones, CI those that are expected to take a minute at most, and
-`make test-all` all of them. The summary says which were left out, and why each takes long.
+"""Three tiers of tests: `make test` runs the quick ones, CI those that are expected to take a minute at most, and
+`make test-all` all of them. The summary says what was left out: long tests with why they take long.
 
-In: the marker `long("why")` on a test or a module, with about how many `minutes` it takes where it is one or more. Out:
-the tests' order, what goes to a worker together, and lines at the end of a run that left some of them out. The longest
+In: the marker `long("why")` on a test or a module, with about how many `minutes` it takes where it is one or more; and
+`durations.json`, the seconds of all cases of a test together, as the last `make durations` measured them. Out: the
+tests' order, what goes to a worker together, and lines at the end of a run that left some of them out. The longest
 start first, each by itself, and the short ones come last, file by file, so that no core waits at the end. A worker of
 xdist collects and its controller prints, so each worker passes on what it has left out.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import json
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 EVERYTHING = float("inf")
+NOTED_SECONDS = 0.5
+"""Tests whose cases take less than this together are not in `durations.json`."""
+_DURATIONS = Path(__file__).with_name("durations.json")
 _LEFT_OUT: Counter[tuple[str, str]] = Counter()
 """Tests by their file and the reason."""
+_SECONDS: defaultdict[str, float] = defaultdict(float)
+"""What each test has taken in this run, over all its cases."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=EVERYTHING,
         help="leave out the tests marked `long` that take more minutes than this; 0 leaves out all of them",
     )
+    parser.addoption(
+        "--most-seconds",
+        type=float,
+        default=EVERYTHING,
+        help="leave out other tests too if all their cases took more seconds than this; those marked `early` stay",
+    )
+    parser.addoption("--note-durations", action="store_true", help="write what the tests take to durations.json")
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
@@ -36,13 +52,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError(f'{item.nodeid}: a long test says why: @pytest.mark.long("...")')
         if marker is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-    most = config.option.most_minutes
-    left_out = [item for item in items if _longest(item) > most]
-    items[:] = [item for item in items if _longest(item) <= most]
+    minutes, seconds = config.option.most_minutes, config.option.most_seconds
+    known = json.loads(_DURATIONS.read_text()) if seconds < EVERYTHING else {}
+
+    def reason(item: pytest.Item) -> str:
+        """Why a test is left out; empty if it is not."""
+        if _longest(item) > minutes:
+            return item.get_closest_marker("long").args[0]
+        slow = known.get(_function(item.nodeid), 0.0) > seconds and not item.get_closest_marker("early")
+        return f"each takes more than {seconds:g} seconds" if slow else ""
+
+    reasons = [(item, reason(item)) for item in items]
+    left_out = [item for item, why in reasons if why]
+    items[:] = [item for item, why in reasons if not why]
     items.sort(key=_minutes, reverse=True)  # which leaves the order of the short ones
-    for item in left_out:
-        marker = item.get_closest_marker("long")
-        _LEFT_OUT[item.nodeid.partition("::")[0], marker.args[0]] += 1
+    for item, why in reasons:
+        if why:
+            _LEFT_OUT[item.nodeid.partition("::")[0] if _longest(item) > minutes else "", why] += 1
     if left_out:
         config.hook.pytest_deselected(items=left_out)
 
@@ -68,7 +94,19 @@ def _minutes(item: pytest.Item) -> float:
     return minutes - 1.2 if "seeds" in reads and 0.5 < minutes < 5 else minutes
 
 
+def _function(nodeid: str) -> str:
+    """A test without its case, and without the group that xdist appends."""
+    return re.sub(r"@tests/\S+$", "", nodeid).partition("[")[0]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _SECONDS[_function(report.nodeid)] += report.duration
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.option.note_durations and not hasattr(session.config, "workerinput"):
+        noted = {name: round(taken, 1) for name, taken in sorted(_SECONDS.items()) if taken >= NOTED_SECONDS}
+        _DURATIONS.write_text(json.dumps(noted, indent=0) + "\n")
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["left_out"] = [[*where, count] for where, count in _LEFT_OUT.items()]
 
@@ -81,6 +119,6 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _LEFT_OUT:
-        terminalreporter.section(f"left to `make test-all`: {_LEFT_OUT.total()} tests")
+        terminalreporter.section(f"left out: {_LEFT_OUT.total()} tests (`make test-all` runs all)")
         for (file, why), count in sorted(_LEFT_OUT.items()):
-            terminalreporter.line(f"{file}: {count}, {why}")
+            terminalreporter.line(f"{file or 'other tests'}: {count}, {why}")

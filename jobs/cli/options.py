@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jobs.context.context import Context
 
 Config = Annotated[
-    str, typer.Argument(help="A settings file, or a preset: quickstart, tiny, smollm2, study, gemma2_2b.")
+    str, typer.Argument(help="A settings file, or a preset: quickstart, tiny, smollm2, study, gemma3_270m, gemma2_2b.")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override those in the file.")
