@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--most-seconds",
         type=float,
         default=EVERYTHING,
-        help="leave out other tests too if all their cases took more seconds than this; those marked `early` stay",
+        help="leave out other tests too if all their cases together took more seconds than this",
     )
     parser.addoption("--note-durations", action="store_true", help="write what the tests take to durations.json")
 
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         """Why a test is left out; empty if it is not."""
         if _longest(item) > minutes:
             return item.get_closest_marker("long").args[0]
-        slow = known.get(_function(item.nodeid), 0.0) > seconds and not item.get_closest_marker("early")
+        slow = known.get(_function(item.nodeid), 0.0) > seconds
         return f"each takes more than {seconds:g} seconds" if slow else ""
 
     reasons = [(item, reason(item)) for item in items]
