@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from importlib import import_module
+from os import cpu_count
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -139,6 +140,7 @@ def main(
     config: Annotated[list[str] | None, typer.Argument(help="Settings and overrides of a finished sweep.")] = None,
     kinds: Annotated[str, typer.Option(help="Kinds of cell; default: all.")] = "",
     subset: Annotated[str, typer.Option(help="Of kinds that have a cell for each subset.")] = "tool",
+    threads: Annotated[int, typer.Option(min=1, help="As many as a worker of a sweep has.")] = 1,
 ) -> None:
     from jobs.capture.worker_memory import bridge as load
     from jobs.context.context import Context
@@ -146,6 +148,7 @@ def main(
     from jobs.evaluation.work import PlanInputs
     from search_spaces.load import load as load_settings
 
+    torch.set_num_threads(threads)
     name, *overrides = config or ["quickstart"]
     context = Context(load_settings(name, overrides))
     works: dict[str, Any] = {}
@@ -154,7 +157,7 @@ def main(
         if work.subset in ("", subset) and (not kinds or kind in kinds.split(",")):
             works.setdefault(kind, work)
     rate = matmul_rate("cpu" if context.device == "cpu" else context.device)
-    typer.echo(f"{context.device}, {torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s")
+    typer.echo(f"{context.device}, {torch.get_num_threads()} threads of {cpu_count()}, {rate / 1e9:.0f} GFLOP/s")
     typer.echo(f"{'kind':<16}{'seconds':>9}{'computed':>17}{'needed':>17}{'of computed':>13}{'of needed':>11}")
     for kind, work in works.items():
         model = load(work.model.folder, work.model.device, work.model.precision)

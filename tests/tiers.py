@@ -21,6 +21,8 @@ import pytest
 EVERYTHING = float("inf")
 NOTED_SECONDS = 0.5
 """Tests whose cases take less than this together are not in `durations.json`."""
+SWEEPS = {"finished", "seeds"}
+"""Fixtures that are whole sweeps, which take minutes; the tests that read them are quick."""
 _DURATIONS = Path(__file__).with_name("durations.json")
 _LEFT_OUT: Counter[tuple[str, str]] = Counter()
 """Tests by their file and the reason."""
@@ -39,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--most-seconds",
         type=float,
         default=EVERYTHING,
-        help="leave out other tests too if all their cases together took more seconds than this",
+        help="leave out other tests too if all their cases together took more seconds, or if they read a whole sweep",
     )
     parser.addoption("--note-durations", action="store_true", help="write what the tests take to durations.json")
 
@@ -59,6 +61,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         """Why a test is left out; empty if it is not."""
         if _longest(item) > minutes:
             return item.get_closest_marker("long").args[0]
+        if seconds < EVERYTHING and SWEEPS & set(getattr(item, "fixturenames", ())):
+            return "each reads a whole sweep"
         slow = known.get(_function(item.nodeid), 0.0) > seconds
         return f"each takes more than {seconds:g} seconds" if slow else ""
 
