@@ -19,11 +19,11 @@ sweep: setup
 
 # Three at a time, as many tests mostly wait for processes to start: files of short tests, and each long test by itself
 # (tests/tiers.py). What is skipped, and what is left out, is listed with its reason. `make test` leaves out all that
-# took more than five seconds when `make durations` last measured it, or reads a whole sweep: seven in eight are left.
+# took more than three seconds when `make durations` last measured it, or reads a whole sweep: seven in eight are left.
 TESTS := $(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -rs --durations 15
 
 test: setup
-	$(TESTS) --most-minutes 0 --most-seconds 5
+	$(TESTS) --most-minutes 0 --most-seconds 3
 
 # What CI runs.
 test-ci: setup
