@@ -19,7 +19,7 @@ sweep: setup
 
 # Three at a time, as many tests mostly wait for processes to start: files of short tests, and each long test by itself
 # (tests/tiers.py). What is skipped, and what is left out, is listed with its reason. `make test` leaves out all that
-# took more than three seconds when `make durations` last measured it, or reads a whole sweep: seven in eight are left.
+# took more than three seconds when `make durations` last measured it, or reads a whole sweep: six in seven are left.
 TESTS := $(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -rs --durations 15
 
 test: setup
