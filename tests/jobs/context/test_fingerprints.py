@@ -148,3 +148,13 @@ def test_published_bases_count_by_size_and_time(tmp_path: Path, base: Path) -> N
     params.write_bytes(b"two")
     assert keys.base(asked, Site(1)) != before[0]
     assert keys.base(asked, Site(2)) == before[1]
+
+
+def test_a_gguf_file_is_known_by_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF one")
+    before = keys.lora(settings(path, tmp_path))
+    path.touch()
+    assert keys.lora(settings(path, tmp_path)) == before
+    path.write_bytes(b"GGUF two")
+    assert keys.lora(settings(path, tmp_path)) != before
