@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import multiprocessing
+import os
 import re
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -145,8 +146,6 @@ def convert(path: Path, folder: Path, key: str, say: Callable[[str], None]) -> N
 def _convert(path: Path, folder: Path) -> str:
     """Converts; returns what is wrong with the file, if anything. A result and not an error, since errors of libraries
     may not survive the way back from another process."""
-    import os
-
     os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported; transformers has no switch for this bar
     import gguf
     import torch
@@ -187,7 +186,9 @@ def _unread(reader: Any) -> str:
     """What the file says about positions that transformers does not read: it would compute another model."""
     architecture = str(reader.fields["general.architecture"].contents())
     prefix = f"{architecture}.rope.scaling."
-    found = {name.removeprefix(prefix): field.contents() for name, field in reader.fields.items() if prefix in name}
+    found = {
+        name.removeprefix(prefix): field.contents() for name, field in reader.fields.items() if name.startswith(prefix)
+    }
     if architecture != "gpt-oss" and found.get("type", "none") != "none" and found.get("factor", 1.0) != 1.0:
         return (
             f"scales its positions ({found['type']} by {found['factor']:g}), which transformers does not read from "

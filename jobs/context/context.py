@@ -7,9 +7,10 @@ built lazily, so that a finished sweep can say so without starting anything.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -135,8 +136,9 @@ class Context:
         return self.space.lora / "merged"
 
     def _resolve(self, source: str, revision: str | None, key: str) -> Path:
+        say = partial(print, file=sys.stderr, flush=True)  # standard output may be a command's JSON
         try:
-            return resolve(source, self.space.models, revision, self.settings.seed, key, self.progress.line)
+            return resolve(source, self.space.models, revision, self.settings.seed, key, say)
         except PermissionError as error:
             raise RequestError(f"storage.root: {error.filename} cannot be written ({error.strerror})") from None
         except (NotADirectoryError, FileNotFoundError, FileExistsError) as error:
