@@ -23,6 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small for mo
 import pytest
 from filelock import FileLock
 
+from tests.tiers import not_counted
+
 pytest_plugins = ["tests.tiers"]
 
 
@@ -179,7 +181,7 @@ def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any
     ours = factory.getbasetemp()
     shared = ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours
     root, told = shared / name, shared / f"{name}.json"
-    with FileLock(shared / f"{name}.lock"):
+    with not_counted(), FileLock(shared / f"{name}.lock"):
         if not told.exists():  # the first worker that asks makes it, the others wait
             told.write_text(json.dumps(make(root)))
     return root, json.loads(told.read_text())

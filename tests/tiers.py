@@ -1,18 +1,20 @@
-"""Three tiers of tests: `make test` runs the quick ones, CI those that are expected to take a minute at most, and
-`make test-all` all of them. The summary says what was left out: long tests with why they take long.
+"""Three tiers of tests by what each took when `make durations` last measured them: `make test` runs those of three
+seconds at most, CI those of a minute, and `make test-all` all of them. A test that was never measured belongs to every
+tier.
 
-In: the marker `long("why")` on a test or a module, with about how many `minutes` it takes where it is one or more; and
-`durations.json`, the seconds of all cases of a test together, as the last `make durations` measured them. Out: the
-tests' order, what goes to a worker together, and lines at the end of a run that left some of them out. The longest
-start first, each by itself, and the short ones come last, file by file, so that no core waits at the end. A worker of
-xdist collects and its controller prints, so each worker passes on what it has left out.
+In: `--most-seconds`, and `durations.json`, the seconds of each case of a test without its wait for a shared sweep. Out:
+the order of the tests, what goes to a worker together, and a list of what was left out. The longest start first, each
+by itself, and the short ones come last, file by file, so that no core waits at the end.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,61 +22,67 @@ import pytest
 
 EVERYTHING = float("inf")
 NOTED_SECONDS = 0.5
-"""Tests whose cases take less than this together are not in `durations.json`."""
-SWEEPS = {"finished", "seeds"}
-"""Fixtures that are whole sweeps, which take minutes; the tests that read them are quick."""
+"""Tests that take less are not in `durations.json`."""
+ALONE_SECONDS = 10
+"""A test that takes longer may run on another worker than the rest of its file."""
+SWEEPS = ("finished", "seeds")
+"""Fixtures that are whole sweeps, made once for all workers."""
 _DURATIONS = Path(__file__).with_name("durations.json")
-_LEFT_OUT: Counter[tuple[str, str]] = Counter()
-"""Tests by their file and the reason."""
+_LEFT_OUT: Counter[str] = Counter()
+"""Tests left out, by file."""
 _SECONDS: defaultdict[str, float] = defaultdict(float)
-"""What each test has taken in this run, over all its cases."""
+"""What each test has taken in this run."""
+_WAITED = [0.0]
+"""Seconds that this process has spent on shared sweeps so far."""
+
+
+@contextmanager
+def not_counted() -> Iterator[None]:
+    """Time spent here is not counted as a test's own: whichever test comes first makes what all of them share."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        _WAITED[0] += time.monotonic() - start
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--most-minutes",
-        type=float,
-        default=EVERYTHING,
-        help="leave out the tests marked `long` that take more minutes than this; 0 leaves out all of them",
-    )
-    parser.addoption(
         "--most-seconds",
         type=float,
         default=EVERYTHING,
-        help="leave out other tests too if all their cases together took more seconds, or if they read a whole sweep",
+        help="leave out tests that took more seconds; below 60, also those that read a whole sweep",
     )
     parser.addoption("--note-durations", action="store_true", help="write what the tests take to durations.json")
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        marker = item.get_closest_marker("long")
-        if marker is not None and not (len(marker.args) == 1 and isinstance(marker.args[0], str)):
-            raise pytest.UsageError(f'{item.nodeid}: a long test says why: @pytest.mark.long("...")')
-        if marker is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-    minutes, seconds = config.option.most_minutes, config.option.most_seconds
-    known = json.loads(_DURATIONS.read_text()) if seconds < EVERYTHING else {}
+    known: dict[str, float] = json.loads(_DURATIONS.read_text())
+    limit = config.option.most_seconds
 
-    def reason(item: pytest.Item) -> str:
-        """Why a test is left out; empty if it is not."""
-        if _longest(item) > minutes:
-            return item.get_closest_marker("long").args[0]
-        if seconds < EVERYTHING and SWEEPS & set(getattr(item, "fixturenames", ())):
-            return "each reads a whole sweep"
-        slow = known.get(_function(item.nodeid), 0.0) > seconds
-        return f"each takes more than {seconds:g} seconds" if slow else ""
+    def seconds(item: pytest.Item) -> float:
+        return known.get(_name(item.nodeid), 0.0)
 
-    reasons = [(item, reason(item)) for item in items]
-    left_out = [item for item, why in reasons if why]
-    items[:] = [item for item, why in reasons if not why]
-    items.sort(key=_minutes, reverse=True)  # which leaves the order of the short ones
-    for item, why in reasons:
-        if why:
-            _LEFT_OUT[item.nodeid.partition("::")[0] if _longest(item) > minutes else "", why] += 1
+    left_out = [item for item in items if seconds(item) > limit or (limit < 60 and _sweeps(item))]
+    _LEFT_OUT.update(item.nodeid.partition("::")[0] for item in left_out)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
+    kept = [item for item in items if item not in set(left_out)]
+    for item in kept:
+        if seconds(item) <= ALONE_SECONDS and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    # One test of each shared sweep is among the first, so that the sweep is made early; the others come last, so that
+    # no worker waits for it.
+    first = {sweep: max((i for i in kept if sweep in _sweeps(i)), key=seconds, default=None) for sweep in SWEEPS}
+
+    def order(item: pytest.Item) -> tuple[int, float]:
+        alone = seconds(item) if seconds(item) > ALONE_SECONDS else 0.0
+        if item in first.values():
+            return (0, -alone)
+        return (2 if _sweeps(item) and not alone else 1, -alone)
+
+    items[:] = sorted(kept, key=order)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -84,27 +92,27 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         raise pytest.UsageError("this pytest does not let xdist see the groups of tests")
 
 
-def _longest(item: pytest.Item) -> float:
-    return max((one.kwargs.get("minutes", 0.5) for one in item.iter_markers("long")), default=0.0)
+def _sweeps(item: pytest.Item) -> set[str]:
+    return set(SWEEPS) & set(getattr(item, "fixturenames", ()))
 
 
-def _minutes(item: pytest.Item) -> float:
-    """Of a short test none; but those marked as `early` come first, and those that read the shared sweep last, so that
-    no worker waits for it. Of the tests that need the shared seeds, only the longest is among the first, for the same
-    reason."""
-    reads = getattr(item, "fixturenames", ())
-    of_short = 0.1 if item.get_closest_marker("early") else -0.1 if "finished" in reads else 0.0
-    minutes = _longest(item) or of_short
-    return minutes - 1.2 if "seeds" in reads and 0.5 < minutes < 5 else minutes
+def _name(nodeid: str) -> str:
+    """A test without the group that xdist appends."""
+    return re.sub(r"@(tests/\S+|pages of servers)$", "", nodeid)
 
 
-def _function(nodeid: str) -> str:
-    """A test without its case, and without the group that xdist appends."""
-    return re.sub(r"@tests/\S+$", "", nodeid).partition("[")[0]
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Any:
+    before = _WAITED[0]
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("waited", _WAITED[0] - before))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    _SECONDS[_function(report.nodeid)] += report.duration
+    waited = dict(report.user_properties).get("waited", 0.0) if report.when == "setup" else 0.0
+    _SECONDS[_name(report.nodeid)] += report.duration - waited
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -112,17 +120,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         noted = {name: round(taken, 1) for name, taken in sorted(_SECONDS.items()) if taken >= NOTED_SECONDS}
         _DURATIONS.write_text(json.dumps(noted, indent=0) + "\n")
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = [[*where, count] for where, count in _LEFT_OUT.items()]
+        session.config.workeroutput["left_out"] = dict(_LEFT_OUT)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    for file, why, count in getattr(node, "workeroutput", {}).get("left_out", []):
-        _LEFT_OUT[file, why] = count  # every worker collects the same
+    _LEFT_OUT.update(Counter(getattr(node, "workeroutput", {}).get("left_out", {})) - _LEFT_OUT)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _LEFT_OUT:
-        terminalreporter.section(f"left out: {_LEFT_OUT.total()} tests (`make test-all` runs all)")
-        for (file, why), count in sorted(_LEFT_OUT.items()):
-            terminalreporter.line(f"{file or 'other tests'}: {count}, {why}")
+        terminalreporter.section(f"left out as they take longer: {_LEFT_OUT.total()} tests (`make test-all` runs all)")
+        for file, count in sorted(_LEFT_OUT.items()):
+            terminalreporter.line(f"{file}: {count}")

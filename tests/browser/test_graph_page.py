@@ -18,8 +18,6 @@ from evaluators.report.graph_page import graph_page
 from tests.browser.conftest import PICTURES, SCREENS, Opened
 from tests.evaluators.graphs import graph
 
-pytestmark = pytest.mark.long("a real browser opens the page of a graph")
-
 LEAST_TARGET = 40
 """Pixels of what can be tapped on a phone."""
 Shown = Callable[..., Page]

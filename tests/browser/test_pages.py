@@ -18,8 +18,6 @@ from evaluators.tables.feature_tables import features_table, ranking_table
 from tests.browser.conftest import PICTURES, SCREENS, Opened
 from tests.evaluators.compared import sweep
 
-pytestmark = pytest.mark.long("a real browser opens the pages of a report")
-
 LAYERS, WIDTH, CARDS = 100, 128, 100
 
 

@@ -18,10 +18,7 @@ from evaluators.tables.pooling import means_of
 from tests.browser.conftest import PICTURES
 from tests.end_to_end.conftest import read, served
 
-pytestmark = [
-    pytest.mark.long("a real browser opens the pages of two servers"),
-    pytest.mark.xdist_group("pages of servers"),  # one server for all of them
-]
+pytestmark = pytest.mark.xdist_group("pages of servers")  # one server for all of them
 
 STAGES = ("data", "lora", "transcoders", "deltas", "evaluate", "report")
 

@@ -10,7 +10,6 @@ import pytest
 from tests.end_to_end.conftest import REPOSITORY
 
 
-@pytest.mark.long("installs SAELens and circuit-tracer, 1.5 GB", minutes=3)
 @pytest.mark.timeout(1500)
 def test_other_libraries_compute_what_we_compute() -> None:
     command = [sys.executable, "-m", "tests.compatibility.check_exports"]

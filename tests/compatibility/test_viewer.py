@@ -12,7 +12,6 @@ from tests.browser.conftest import PICTURES
 from tests.end_to_end.conftest import REPOSITORY
 
 
-@pytest.mark.long("opens a graph in circuit-tracer's own viewer", minutes=2)
 @pytest.mark.timeout(900)
 def test_circuit_tracers_viewer_shows_a_graph_of_ours(finished, jobs, tmp_path: Path) -> None:
     asked = ("graph", "tiny", f"storage.root={finished[0]}", "--prompt", "What is 12 plus 30?", "--out", str(tmp_path))

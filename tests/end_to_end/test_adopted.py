@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
-import pytest
 
 from tests.end_to_end.conftest import SMALL, Jobs, read, together
 
@@ -23,7 +22,6 @@ def tables(root: Path) -> dict[str, str]:
     return found
 
 
-@pytest.mark.long("one more small study, of an adapter that another one trained", minutes=2)
 def test_an_adopted_model_gives_the_tables_of_the_trained_one(jobs: Jobs, seeds, tmp_path: Path) -> None:
     """The adapter's study has the same tables. Merged, it is the trained model to the last byte, and the study of that
     begins with the same answers."""

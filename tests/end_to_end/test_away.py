@@ -18,8 +18,6 @@ from jobs.cluster.environment import prepare
 from jobs.tracking.writer import Record, Tracker
 from tests.end_to_end.conftest import REPOSITORY, SMALL, MlflowServer, environment, together, wait_until
 
-pytestmark = pytest.mark.long("a tracking server is killed, awaited and started again while a sweep runs", minutes=2)
-
 prepare()  # MLflow would wait for minutes
 
 

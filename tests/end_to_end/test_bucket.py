@@ -15,8 +15,6 @@ from optuna.storages.journal import JournalFileBackend
 
 from tests.end_to_end.conftest import SMALL, Jobs, environment, read, together
 
-pytestmark = pytest.mark.long("a study on one machine, then the rest of it on another", minutes=2)
-
 
 @pytest.fixture
 def bucket() -> Iterator[dict[str, str]]:

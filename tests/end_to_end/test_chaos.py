@@ -23,13 +23,11 @@ time.sleep(60)
 """
 
 
-@pytest.mark.long("kills processes and nodes of several sweeps for minutes", minutes=5)
 @pytest.mark.timeout(1800)
 def test_four_kills_change_no_table(seeds, tmp_path: Path) -> None:
     assert "4 kills" in chaos(tmp_path, kills=4, seed=0, calm=seeds.root / "sweeps/tiny-s0", damage=True)
 
 
-@pytest.mark.long("brings up a cluster of two nodes")
 def test_a_driver_ends_when_its_cluster_node_dies(tmp_path: Path) -> None:
     with two_nodes(tmp_path) as nodes:
         driver = subprocess.Popen(

@@ -81,7 +81,6 @@ def refused(server: str) -> str | None:
     return None
 
 
-@pytest.mark.long("brings up a cluster and runs studies on it", minutes=3)
 def test_jobs_on_a_cluster(head: dict[str, str], tmp_path: Path) -> None:
     _a_submitted_job_runs_the_study(head)
     _a_command_from_outside_runs_there(head, tmp_path)

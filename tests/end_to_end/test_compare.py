@@ -107,7 +107,6 @@ def test_a_wrong_request_has_status_2(finished, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.long("two sweeps one after the other", minutes=1)
 def test_a_sweep_for_each_seed_on_one_cluster(seeds, own_seeds: Path, jobs: Jobs) -> None:
     root = seeds.root
     assert seeds.sessions == 1, "Ray starts once"

@@ -22,7 +22,6 @@ from tests.end_to_end.conftest import SMALL, together
 from tests.end_to_end.damage import LOGS, WAYS, Tried, check_mended, copied, cut, deleted, garbled, is_cache, kinds
 
 
-@pytest.mark.long("a sweep that makes again what was damaged", minutes=2)
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("which", ["one file of every kind", "single files"])
 def test_what_is_damaged_is_made_again(seeds, tmp_path: Path, which: str) -> None:
@@ -74,7 +73,6 @@ def test_a_damaged_base_model_is_built_again(own: Path) -> None:
     assert weights.read_bytes() == before
 
 
-@pytest.mark.long("opens studies again on Ray, and sends a sweep to MLflow again")
 def test_stores_that_cannot_be_opened_are_told_again(own: Path) -> None:
     journal, database = own / "optuna/journal.log", own / "mlflow.db"
     before = studies(own), runs(own)

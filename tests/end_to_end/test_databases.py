@@ -33,7 +33,6 @@ def tracking(postgres: Postgres, tmp_path: Path) -> Iterator[str]:
     server.kill()
 
 
-@pytest.mark.long("a database server, a tracking server on it, and a study with both", minutes=1)
 def test_a_sweep_with_a_database_and_a_tracking_server(
     postgres: Postgres, tracking: str, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,6 @@ def fill(disk: Path) -> Path:
     return ballast
 
 
-@pytest.mark.long("a sweep whose disk is full in each of its six stages", minutes=3)
 @pytest.mark.timeout(1800)
 def test_a_sweep_goes_on_once_there_is_room(seeds, disk: Path) -> None:
     arguments = ("sweep", "tiny", f"storage.root={disk}", *SMALL)

@@ -10,7 +10,6 @@ import pytest
 from tests.end_to_end.conftest import SMALL, Jobs, read
 
 
-@pytest.mark.long("an evaluation in bf16 of a sweep that was evaluated in fp32", minutes=1)
 def test_bf16_trains_nothing_again_and_passes_the_checks(jobs: Jobs, own_seeds: Path) -> None:
     sweep = own_seeds / "sweeps/tiny-s0"
     metrics = sweep / "report/exp2A_metrics.csv"

@@ -62,7 +62,6 @@ def settings(pair: Path, *more: str) -> tuple[str, ...]:
     )
 
 
-@pytest.mark.long("makes a pair, then one more whole study, and a second one without targets", minutes=3)
 def test_the_example_runs_and_its_rows_need_no_targets(pair: Path, jobs: Jobs) -> None:
     done = jobs("sweep", *settings(pair))
     assert done.returncode == 0, done.stdout + done.stderr

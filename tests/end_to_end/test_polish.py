@@ -11,7 +11,6 @@ from mlflow import MlflowClient
 from tests.end_to_end.conftest import EVERY, Jobs, read
 
 
-@pytest.mark.long("trains the deltas of all layers together, and measures every cell again")
 def test_deltas_that_were_trained_together_take_the_others_place(own: Path, jobs: Jobs) -> None:
     """The searches stay as they are; every later table is of the polished deltas, and says so."""
     sweep = own / "sweeps" / "tiny"

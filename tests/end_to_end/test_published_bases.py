@@ -55,7 +55,6 @@ def asked(tmp_path: Path) -> tuple[str, ...]:
     )
 
 
-@pytest.mark.long("a whole study, and a second one of the same adapter", minutes=2)
 def test_studies_run_on_published_transcoders(jobs: Jobs, asked: tuple[str, ...], tmp_path: Path) -> None:
     sweep = tmp_path / "runs" / "sweeps" / "gemma2_2b"
     _the_full_study(jobs, asked, sweep)

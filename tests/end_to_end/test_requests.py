@@ -33,7 +33,7 @@ WRONG = [
     (["activations.train_tokens=900000000000"], ["storage.root", "GB"]),
 ]
 WRONG_ONCE_STARTED = [
-    pytest.param(["compute.cpus_per_trial=4096"], ["compute", "4096"], marks=pytest.mark.long("starts Ray")),
+    (["compute.cpus_per_trial=4096"], ["compute", "4096"]),
     (["storage.tracking_uri=http://127.0.0.1:9"], ["storage.tracking_uri", "127.0.0.1:9"]),
 ]
 """One starts Ray, the other waits for a server: each in its own process."""

@@ -19,8 +19,6 @@ from optuna.trial import TrialState
 
 from tests.end_to_end.conftest import REPOSITORY, SMALL, Jobs, environment, wait_until
 
-more = pytest.mark.long("one more sweep, stopped in another way than the first")
-
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "jobs", *arguments]
@@ -47,7 +45,6 @@ def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> No
     process.wait()
 
 
-@pytest.mark.early
 def test_a_killed_sweep_continues(jobs: Jobs, tmp_path: Path) -> None:
     arguments = ("sweep", "tiny", f"storage.root={tmp_path}", *SMALL)
     sweep = tmp_path / "sweeps" / "tiny"
@@ -82,7 +79,6 @@ def test_a_killed_sweep_continues(jobs: Jobs, tmp_path: Path) -> None:
         assert TrialState.RUNNING not in states
 
 
-@more
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupt_stops_cleanly_and_says_how_to_continue(tmp_path: Path, how: signal.Signals) -> None:
     command = [sys.executable, "-m", "jobs", "sweep", "tiny", f"storage.root={tmp_path}", *SMALL]

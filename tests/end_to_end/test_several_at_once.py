@@ -11,7 +11,6 @@ from tests.end_to_end.conftest import SMALL, Jobs, read
 FIGURES = ("val_loss", "val_l0_delta", "val_cos")
 
 
-@pytest.mark.long("a sweep whose adapters, bases and deltas are trained by two workers each", minutes=1)
 def test_two_workers_and_two_trials_at_once_change_no_figure(jobs: Jobs, seeds, tmp_path: Path) -> None:
     asked = ("deltas.side_by_side=2", "deltas.workers_per_trial=2", "transcoders.workers_per_layer=2")
     asked = (*asked, "lora.workers_per_trial=2")

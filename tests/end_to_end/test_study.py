@@ -43,7 +43,6 @@ def runs_of(root: Path, name: str = "tiny"):
     return client, list(client.search_runs([experiment.experiment_id], max_results=5000))
 
 
-@pytest.mark.early
 def test_it_ends_with_a_table_and_the_path_of_the_report(finished: Finished, sweep: Path) -> None:
     assert f"report: {sweep / 'report' / 'report.html'}" in finished[1].stdout
     assert f"features: {sweep / 'report' / 'features.html'}" in finished[1].stdout
@@ -226,7 +225,6 @@ def test_a_second_run_finds_everything_done(finished: Finished, jobs: Jobs) -> N
     assert before == {path: path.stat().st_mtime_ns for path in (finished[0] / "sweeps/tiny/cells").iterdir()}
 
 
-@pytest.mark.long("sends the whole sweep to another store, three commands")
 def test_another_server_gets_everything_from_disk(finished: Finished, jobs: Jobs, tmp_path: Path) -> None:
     """The store is gone: `track` sends the same runs with the same metrics, and a second `track` sends nothing."""
     copied = tmp_path / "mlruns"
@@ -277,7 +275,6 @@ def test_every_control_is_in_every_cell(sweep: Path) -> None:
         assert row.delta_ce > 0, "finetuning has changed something"
 
 
-@pytest.mark.long("a second seed of every kept delta, in every cell", minutes=1)
 def test_a_new_alpha_and_a_second_seed_compute_new_cells_only(own: Path) -> None:
     root, sweep = own, own / "sweeps" / "tiny"
     kept = [sweep / "lora/best.json", sweep / "deltas/layer_01/p0.25/d004/best.json", sweep / "cells/raw_tool.json"]

@@ -20,7 +20,6 @@ def fetch(url: str, body: dict | None = None) -> str:
         return answer.read().decode()
 
 
-@pytest.mark.long("two web servers, seen in the browser too")
 @pytest.mark.parametrize(
     ("options", "path", "body", "expected"),
     [

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from jobs.context.context import Context
 from jobs.context.disk import site_bytes
 from search_spaces.load import load
@@ -15,7 +13,6 @@ from tests.end_to_end.conftest import SMALL, together
 from tests.end_to_end.damage import tables
 
 
-@pytest.mark.long("a whole sweep in windows, begun with fewer trials", minutes=2)
 def test_windows_and_recomputing_change_no_table_and_leave_no_activations(seeds, tmp_path: Path) -> None:
     one_layer = site_bytes(Context(load("tiny", [*SMALL, f"storage.root={tmp_path}"])), Site(1))
     parts = ("tiny", *SMALL, f"storage.root={tmp_path}", f"storage.budget_gb={one_layer / 1e9!r}")

@@ -52,7 +52,6 @@ def test_paths_are_those_of_the_current_folder_and_presets_are_found(elsewhere: 
     assert (done.returncode, "there is no settings file mine.yaml" in done.stderr) == (2, True)
 
 
-@pytest.mark.long("trains on Ray", minutes=1)
 def test_workers_find_our_code_and_checks_of_ones_own(elsewhere: Path) -> None:
     mine = "evaluate.behaviours.mine={python: 'my_checks:is_good'}"
     done = deltascope("sweep", "tiny", *SMALLEST, mine, "storage.root=runs", cwd=elsewhere)

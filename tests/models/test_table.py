@@ -12,7 +12,6 @@ from tests.models.table import CONFIGS, GPT, LLAMA, build, page, tried
 PAGE = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
 
 
-@pytest.mark.long("trains on twenty architectures")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_page_says_what_holds(name, tmp_path):
     line = tried(name, tmp_path)

@@ -51,7 +51,6 @@ def test_a_cluster_that_others_reach_needs_a_token(monkeypatch: pytest.MonkeyPat
         check_closed("192.0.2.9:6379")
 
 
-@pytest.mark.long("brings up a cluster of two nodes")
 def test_a_folder_that_nodes_do_not_share_is_named(tmp_path: Path) -> None:
     repository = Path(__file__).resolve().parents[3]
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]

@@ -23,8 +23,6 @@ from jobs.search.halving import EarlyStopping
 from jobs.search.studies import Group, best_of, open_storage, pareto_front, trials_of
 from search_spaces.dimensions import Choice, Range
 
-pytestmark = pytest.mark.early  # the file that takes longest
-
 Mixed = tuple[Path, dict[str, Group]]
 
 
@@ -161,7 +159,6 @@ def test_a_disk_error_ends_the_search_and_fails_no_trial(share: Share, tmp_path:
     assert [(result["trial"], result["state"]) for result in trials_of(one)] == [(n, "COMPLETE") for n in range(3)]
 
 
-@pytest.mark.long("starts a worker for each of sixteen deaths")
 def test_a_death_counts_once_whenever_it_comes(share: Share, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     one = group(tmp_path, "dying", 16)
     search(tmp_path, [one], dying, share, EarlyStopping(1, 2, 2), max_retries=16)
@@ -208,7 +205,6 @@ def test_a_trial_that_was_running_when_the_driver_died_resumes_under_its_number(
     assert TrialState.RUNNING not in states(tmp_path, "zombie")
 
 
-@pytest.mark.long("seven searches, each with workers of its own")
 def test_proposals_and_stops_do_not_depend_on_how_often_the_driver_started(share: Share, tmp_path: Path) -> None:
     """Six trials in one go, and one by one with a new search each time: same values, same outcomes."""
     halving = EarlyStopping(grace=1, longest=4, reduction_factor=3)
