@@ -23,8 +23,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small for mo
 import pytest
 from filelock import FileLock
 
-from tests.tiers import not_counted
-
 pytest_plugins = ["tests.tiers"]
 
 
@@ -178,6 +176,8 @@ def jobs() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
     """A folder that `make` has filled, once for all workers of xdist, and what `make` returned as JSON."""
+    from tests.tiers import not_counted
+
     ours = factory.getbasetemp()
     shared = ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours
     root, told = shared / name, shared / f"{name}.json"

@@ -1,4 +1,4 @@
-"""A LoRA-adapted Llama or Gemma-2 over packed rows, with forward and backward passes written for training speed.
+"""A LoRA-adapted Llama, Gemma-2 or Gemma-3 over packed rows; its forward and backward passes are written for speed.
 
 In: a PEFT model, whose parameters are used in place, and a `Packed` batch. Out: logits at the batch's `asked` tokens;
 only the adapter gets gradients. Adapters of projections that share an input are computed as one product; frozen weights
@@ -21,7 +21,8 @@ from trainers.packing import Packed
 
 LONGEST_ROW = 1024
 """Attention saves (heads, length, length) numbers for every row and layer, so rows must be short."""
-ARCHITECTURES = ("llama", "gemma2")
+GEMMAS = ("gemma2", "gemma3_text")
+ARCHITECTURES = ("llama", *GEMMAS)
 CROSS_ENTROPY_NUMBERS = (2**20, 2**26)
 """How many logits to process at once: what fits in a CPU's cache, and what keeps a GPU busy."""
 
@@ -48,8 +49,9 @@ class FusedForward:
         self.adapted, self.checkpointing = adapted, checkpointing
         self.model = adapted.get_base_model()
         self.config = self.model.config
-        self.blocks = [_Block(layer, self.config.model_type == "gemma2") for layer in self.model.model.layers]
-        self.norm = _Norm(self.model.model.norm, self.config.model_type == "gemma2")
+        gemma = self.config.model_type in GEMMAS
+        self.blocks = [_Block(layer, gemma) for layer in self.model.model.layers]
+        self.norm = _Norm(self.model.model.norm, gemma)
 
     @property
     def training(self) -> bool:
@@ -60,10 +62,10 @@ class FusedForward:
 
     def __call__(self, batch: Packed) -> Tensor:
         stream = self.model.model.embed_tokens(batch.ids)
-        cos, sin = (table[0] for table in self.model.model.rotary_emb(stream, batch.positions.unsqueeze(0)))
-        layout = layout_of(batch, self.config, cos, sin)
+        layouts = self._layouts(batch, stream)
         for block in self.blocks:
             block.refresh(stream.dtype)
+            layout = layouts[block.rotation]
             asked = batch.asked if block is self.blocks[-1] else None
             if self.checkpointing and torch.is_grad_enabled():
                 stream = checkpoint(block, stream, layout, asked, use_reentrant=False)
@@ -73,17 +75,29 @@ class FusedForward:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else (logits / cap).tanh().mul(cap)
 
+    def _layouts(self, batch: Packed, stream: Tensor) -> dict[str | None, Layout]:
+        """The batch's layout for each kind of rotary embedding in the model."""
+        tables, positions = self.model.model.rotary_emb, batch.positions.unsqueeze(0)
+        rotations = {
+            name: tables(stream, positions) if name is None else tables(stream, positions, name)
+            for name in {block.rotation for block in self.blocks}
+        }
+        return {name: layout_of(batch, self.config, cos[0], sin[0]) for name, (cos, sin) in rotations.items()}
+
 
 class _Block:
     """One decoder block."""
 
     def __init__(self, layer: Any, gemma: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
+        gemma3 = hasattr(attention, "q_norm")
         self.qkv = _Projections(attention.q_proj, attention.k_proj, attention.v_proj)
         self.output = _Projections(attention.o_proj)
         self.gate_up = _Projections(mlp.gate_proj, mlp.up_proj)
         self.down = _Projections(mlp.down_proj)
         self.windowed = getattr(attention, "sliding_window", None) is not None
+        self.of_heads = [_Norm(norm, True) for norm in (attention.q_norm, attention.k_norm)] if gemma3 else None
+        self.rotation: str | None = attention.layer_type if gemma3 else None
         self.activation = mlp.act_fn
         self.before_attention = _Norm(layer.input_layernorm, gemma)
         second = layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
@@ -98,6 +112,8 @@ class _Block:
     def __call__(self, stream: Tensor, layout: Layout, asked: Tensor | None) -> Tensor:
         """The residual stream (tokens, d_model) after the block; with `asked`, only at those tokens."""
         q, k, v = self.qkv(self.before_attention(stream))
+        if self.of_heads is not None:
+            q, k = (norm.of_heads(x) for norm, x in zip(self.of_heads, (q, k), strict=True))
         attended = Attention.apply(q, k, v, layout, layout.windowed if self.windowed else layout.causal)
         if asked is not None:
             attended, stream = attended[asked], stream[asked]
@@ -210,6 +226,10 @@ class _Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return _RmsNorm.apply(x, self.gain, self.eps)
+
+    def of_heads(self, x: Tensor) -> Tensor:
+        """Each head of x (tokens, heads * dim) normalised on its own."""
+        return self(x.unflatten(-1, (-1, len(self.gain)))).flatten(1)
 
 
 class _RmsNorm(Function):

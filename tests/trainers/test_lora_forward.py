@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 from torch.nn import functional
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from data.rows import Row
+from models.tiny import byte_tokenizer
 from trainers import lora, lora_forward
 from trainers.adapters import PlainForward, add_adapter, forward_of
 from trainers.lora import LoraSettings, Splits, train_lora
@@ -19,6 +21,46 @@ ROWS = [
     Row("In 1987, on page 4.", "In 1987, on page 4.", "copy"),
     Row("Nine of 12 came.", "Nine of 12 came, and then some more than ever came before.", "copy"),  # beyond the window
 ]
+
+
+@pytest.fixture(scope="session", params=["gemma2", "gemma3", "llama"])
+def folder(request, gemma_folder, llama_folder, tmp_path_factory):
+    """A random model of each architecture that is fused."""
+    if request.param != "gemma3":
+        return gemma_folder if request.param == "gemma2" else llama_folder
+    return tiny_gemma3(tmp_path_factory.mktemp("gemma3"))
+
+
+def tiny_gemma3(folder):
+    """Heads have norms of their own, and windowed layers another rotary base than the others."""
+    tokenizer = byte_tokenizer()
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=16,
+        sliding_window=48,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0},
+        },
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5 if "norm" in name else 5 * parameter)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def adapted_model(load, folder, targets="all-linear", dtype=torch.float32, dropout=0.0):
@@ -46,8 +88,9 @@ def gradients_of(adapted, forward, batch):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj, v_proj", "up_proj, o_proj"])
-def test_logits_and_gradients_are_those_of_plain_peft(load, model_folder, targets):
-    adapted, batch = adapted_model(load, model_folder, targets)
+def test_logits_and_gradients_are_those_of_plain_peft(load, folder, targets):
+    adapted, batch = adapted_model(load, folder, targets)
+    assert isinstance(forward_of(adapted, LONGEST_ROW), FusedForward)
     with torch.no_grad():
         torch.testing.assert_close(FusedForward(adapted)(batch), PlainForward(adapted)(batch), rtol=1e-4, atol=1e-4)
     expected, plain = gradients_of(adapted, PlainForward(adapted), batch)
@@ -58,10 +101,10 @@ def test_logits_and_gradients_are_those_of_plain_peft(load, model_folder, target
         torch.testing.assert_close(fused[name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item(), msg=name)
 
 
-def test_a_row_sees_itself_alone(load, model_folder):
-    adapted, batch = adapted_model(load, model_folder)
+def test_a_row_sees_itself_alone(load, folder):
+    adapted, batch = adapted_model(load, folder)
     forward = FusedForward(adapted)
-    alone = pack([example(load(model_folder)[1], ROWS[1])])
+    alone = pack([example(load(folder)[1], ROWS[1])])
     with torch.no_grad():
         torch.testing.assert_close(forward(batch)[asked_of(batch, 1)], forward(alone), rtol=1e-4, atol=1e-4)
 
