@@ -1,4 +1,4 @@
-"""`python -m jobs COMMAND` and `deltascope COMMAND`: the same program; the latter runs from any folder."""
+"""`python -m jobs COMMAND` and `deltascope COMMAND`: the same program, but the latter runs from any folder."""
 
 import os
 import sys

@@ -23,10 +23,10 @@ class RequestError(ValueError):
 
 
 class DamagedFileError(RequestError):
-    """A file is not as its sweep wrote it. The sweep's own command makes it again; every other command ends."""
+    """A file is not as its sweep wrote it. The sweep's own command rebuilds it; every other command stops."""
 
     def __init__(self, path: Path, why: str) -> None:
-        super().__init__(f"{path} {why}: it is damaged, or was edited by hand; the sweep's own command makes it again")
+        super().__init__(f"{path} {why}: it is damaged or was edited by hand; the sweep's own command rebuilds it")
         self.path, self.why = path, why
 
     def __reduce__(self) -> tuple:

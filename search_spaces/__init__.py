@@ -1,1 +1,1 @@
-"""The settings of a sweep: typed (`schema`), how to read them (`load`), and the YAML presets."""
+"""The settings of a sweep: their types (`schema`), their reader (`load`) and the YAML presets."""

@@ -1,4 +1,4 @@
-"""What the models compute, read by hooks and stored on disk: activations, errors of bases, second moments.
+"""What hooks read from the models, stored on disk: activations, errors of bases, second moments.
 
 In: a `Context` and sites. Out: files that trainers and controls read, and the models that workers cache.
 """

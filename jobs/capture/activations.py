@@ -166,7 +166,7 @@ def delete_damaged(context: Context, folders: list[Path]) -> None:
             raise WorkFailed(f"{outcome.task} could not be checked: {outcome.error}")
         for path in outcome.result:
             shown = path.relative_to(context.space.folder)
-            context.progress.line(f"  {shown} {'is damaged' if path.exists() else 'is missing'}: made again")
+            context.progress.line(f"  {shown} {'is damaged' if path.exists() else 'is missing'}; it will be rebuilt")
             path.unlink(missing_ok=True)
         if outcome.result:
             (outcome.task / INDEX).unlink(missing_ok=True)

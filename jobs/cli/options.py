@@ -25,10 +25,10 @@ Overrides = Annotated[
 Address = Annotated[
     str | None,
     typer.Option(
-        help="A running Ray cluster: auto, HOST:PORT on a node, ray://HOST:PORT from outside; default: its own."
+        help="A running Ray cluster: auto, HOST:PORT on a node, ray://HOST:PORT from outside; default: start one here."
     ),
 ]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster that others can use without a token.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster even if it can be used without a token.")]
 DeltaTarget = Annotated[str | None, typer.Option(help="change or residual; default: the first of deltas.targets.")]
 Without = Annotated[
     list[str] | None, typer.Option(help="A feature (L17F042) or group ('group 3') to leave out, repeatable.")

@@ -21,7 +21,7 @@ commands = typer.Typer()
 def score(
     file: Annotated[str, typer.Argument(help="JSON lines of {input, target, generation, label}; label is optional.")],
     behaviours: Annotated[
-        str, typer.Option(help="A preset or a whole settings file, whose evaluate.behaviours are used.")
+        str, typer.Option(help="A preset or settings file; its evaluate.behaviours are used.")
     ] = "quickstart",
     by: Annotated[str, typer.Option(help="The column to group by.")] = "label",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
@@ -54,10 +54,10 @@ def look(
         ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="At most this many rows, in equal shares of each label.")] = 60,
-    html: Annotated[Path | None, typer.Option(help="The page; default: ROOT/looks/NAME.html.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Path of the page; default: ROOT/looks/NAME.html.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """A first look at two models in a minute: what changed, what they say differently, where. No training."""
+    """Take a first look at two models: what changed, where, and what they say differently. A minute, no training."""
     from jobs.commands.look import Request
     from jobs.commands.look import look as run
 
@@ -82,7 +82,7 @@ def probe(
     overrides: Overrides = None,
     target: Annotated[str | None, typer.Option(help="The answer to score; default: the finetuned model's own.")] = None,
     layer: Annotated[list[int] | None, typer.Option(help="A layer to splice, repeatable; default: all swept.")] = None,
-    alpha: Annotated[list[float] | None, typer.Option(help="Another strength to try, repeatable.")] = None,
+    alpha: Annotated[list[float] | None, typer.Option(help="Also run at this strength, repeatable.")] = None,
     deltas: DeltaTarget = None,
     without: Without = None,
     only: Only = None,
@@ -91,7 +91,7 @@ def probe(
     top: Annotated[int, typer.Option(min=1, help="How many next tokens and features to show.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Run one prompt under raw, no_delta, full and any alpha: CE, next tokens, output, active features."""
+    """Run one prompt under raw, no_delta, full and any alpha; print CE, next tokens, output and active features."""
     from evaluators.measures.probe import probe as run
     from jobs.commands.feature_choice import FeatureChoice
     from jobs.commands.load import DeltaChoice, combination, load_bridge, load_patches, prompt_row
@@ -122,25 +122,25 @@ def graph(
     token: Annotated[
         str | None,
         typer.Option(
-            help="Explain the logit of this token after the prompt; default: the first token that the two models say "
-            "differently."
+            help="Explain the logit of this token after the prompt; default: the first token at which the two models' "
+            "answers differ."
         ),
     ] = None,
     frozen_patterns: Annotated[
-        bool, typer.Option("--frozen-patterns/--free-patterns", help="Take attention patterns as given.")
+        bool, typer.Option("--frozen-patterns/--free-patterns", help="Treat attention patterns as constants.")
     ] = False,
     frozen_norms: Annotated[
-        bool, typer.Option("--frozen-norms/--free-norms", help="Take the norms' denominators as given.")
+        bool, typer.Option("--frozen-norms/--free-norms", help="Treat the norms' denominators as constants.")
     ] = False,
-    max_expanded: Annotated[int, typer.Option(min=1, help="At most this many nodes get incoming edges.")] = 64,
-    node_threshold: Annotated[float, typer.Option(min=0, max=1, help="Share of influence that the nodes keep.")] = 0.8,
-    edge_threshold: Annotated[float, typer.Option(min=0, max=1, help="Share of influence that the edges keep.")] = 0.98,
-    out: Annotated[Path | None, typer.Option(help="A folder; default: graphs in the sweep's folder.")] = None,
+    max_expanded: Annotated[int, typer.Option(min=1, help="Maximum number of nodes that get incoming edges.")] = 64,
+    node_threshold: Annotated[float, typer.Option(min=0, max=1, help="Share of influence that nodes keep.")] = 0.8,
+    edge_threshold: Annotated[float, typer.Option(min=0, max=1, help="Share of influence that edges keep.")] = 0.98,
+    out: Annotated[Path | None, typer.Option(help="Output folder; default: graphs in the sweep's folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Draw which delta features at which positions make the model say what it says: an attribution graph."""
+    """Draw an attribution graph: which delta features, at which positions, lead to the model's answer."""
     if not prompt.strip():
-        raise RequestError("--prompt: it is empty")
+        raise RequestError("--prompt: got an empty text")
     if out is not None and out.exists() and not out.is_dir():
         raise RequestError(f"--out: {out} is a file, must be a folder")
     context = context_of(config, overrides)
@@ -172,9 +172,7 @@ def chat(
     config: Config,
     overrides: Overrides = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 64,
-    alpha: Annotated[
-        float | None, typer.Option(help="Talk to the model with its deltas spliced in at this strength; 0 is no delta.")
-    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Splice the deltas in at this strength; 0 is no delta.")] = None,
     deltas: DeltaTarget = None,
     layer: Annotated[
         list[int] | None, typer.Option(help="A layer to splice with --alpha, repeatable; default: all.")
@@ -232,7 +230,7 @@ def features(
     top: Annotated[int, typer.Option(min=1, help="How many features to list.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Print how few features of the change deltas carry the effect, which ones, and which fire together."""
+    """Print how many change-delta features carry the effect, which they are, and which of them fire together."""
     from jobs.commands.few_features import few_features, show
 
     found = few_features(context_of(config, overrides), top)
@@ -248,10 +246,10 @@ def compare(
     ] = None,
     tracking: Annotated[str | None, typer.Option(help="MLflow's address; default: mlflow.db in the roots.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write every figure to this file.")] = None,
-    html: Annotated[Path | None, typer.Option(help="The page; default: ROOT/comparisons/NAMES.html.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Path of the page; default: ROOT/comparisons/NAMES.html.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Compare finished sweeps: settings that differ, figures side by side, means over seeds, knobs in one picture."""
+    """Compare finished sweeps: settings that differ, figures side by side, means over seeds, all knobs in one plot."""
     from jobs.commands import compare as run
     from jobs.progress import Progress
 

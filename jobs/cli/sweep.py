@@ -85,7 +85,7 @@ def _submit(
     return run_there(address, name, config, overrides, options, insecure)
 
 
-_stage_command("data", "Run the sweep until the data is made.")
+_stage_command("data", "Run the sweep until the data is ready.")
 _stage_command("lora", "Run the sweep until the finetuned model is ready.")
 _stage_command("transcoders", "Run the sweep until the base transcoders are ready.")
 _stage_command("deltas", "Run the sweep until the delta transcoders are trained.")
@@ -99,10 +99,10 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(help="Also forecast for this many workers.", min=1)] = None,
     measured: Annotated[
-        Path | None, typer.Option(help="Take costs from this sweep's folder; default: its own.")
+        Path | None, typer.Option(help="Forecast from the costs in this sweep folder; default: its own.")
     ] = None,
 ) -> None:
-    """Print what a sweep would do and how long it would take: trials, cells, disk, bases, time. Runs nothing."""
+    """Print a sweep's trials, cells and bases, and the disk and time that it would take. Runs nothing."""
     from jobs.commands.plan import plan_rows
 
     _print_rows(plan_rows(context_of(config, overrides), measured, gpus))
@@ -126,7 +126,7 @@ def verify(config: Config, overrides: Overrides = None) -> None:
 
 @commands.command()
 def track(config: Config, overrides: Overrides = None) -> None:
-    """Send a sweep's results from disk to MLflow: after a server outage, or to another server. Sends nothing twice."""
+    """Send a sweep's results from disk to MLflow, after an outage or to another server. Nothing is sent twice."""
     from jobs.commands.track import track as send
 
     send(context_of(config, overrides))

@@ -57,7 +57,7 @@ def export(
         supported = ", ".join(KINDS[name].words for name in SUPPORTED[kind])
         raise RequestError(
             f"--format: {kind} holds deltas of {supported}, and the sweep has them at "
-            f"{sites_label(context.sites_of(ground.target))}; every delta lies as plain safetensors under "
+            f"{sites_label(context.sites_of(ground.target))}; each delta is also a plain safetensors file under "
             f"{context.space.deltas}"
         )
     if left_out := [site for site in context.sites_of(ground.target) if site not in sites]:

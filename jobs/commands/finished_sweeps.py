@@ -91,7 +91,7 @@ def read_sweeps(sources: Sources) -> tuple[list[ComparedSweep], list[str]]:
         loaded.append(_from_mlflow(name, sources, starts))
     if len(loaded) < 2:
         raise RequestError(
-            f"a comparison takes two sweeps or more, got {len(loaded)}: give names, folders or --experiment"
+            f"a comparison needs at least two sweeps, got {len(loaded)}; give names, folders or --experiment"
         )
     sweeps = [entry.sweep for entry in loaded]
     names = [sweep.name for sweep in sweeps]
@@ -156,7 +156,7 @@ def from_folder(name: str, folder: Path) -> ComparedSweep:
 
 def _remedy() -> str:
     """How to repair a report."""
-    return "the sweep's `report` command makes it again"
+    return "the sweep's `report` command rebuilds it"
 
 
 def _compared(name: str, settings: dict[str, Any], tables: ReportTables, where: str) -> ComparedSweep:
@@ -167,7 +167,7 @@ def _compared(name: str, settings: dict[str, Any], tables: ReportTables, where: 
 
 
 def _no_deltas(name: str, where: str, error: Exception) -> str:
-    return f"the sweep {name} under {where} {error}; a comparison takes sweeps with change among deltas.targets"
+    return f"the sweep {name} under {where} {error}; only sweeps with change among deltas.targets can be compared"
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def graph(request: Request) -> dict[str, Any]:
     started, context = time.monotonic(), request.context
     if "change" not in context.settings.deltas.targets:
         raise RequestError(
-            f"the sweep {context.settings.name} has no change deltas (deltas.targets), which a graph is made of"
+            f"the sweep {context.settings.name} has no change deltas, which a graph needs; add change to deltas.targets"
         )
     bridge, patches, rest = _spliced(context)
     tokenizer = bridge.tokenizer
@@ -120,7 +120,7 @@ def _output(request: Request, bridge: Any, patches: list[Any], rest: Any) -> tup
     needed = 0 if request.token is not None else limits.max_new_tokens
     if longest is not None and length + needed > longest:
         raise RequestError(
-            f"--prompt: it has {length} tokens, and the answer up to {needed}, but the model's context holds {longest}"
+            f"--prompt: it has {length} tokens and its answer up to {needed}; the model's context holds {longest}"
         )
     if request.token is not None:
         return token_output(bridge, patches, row, request.token, rest)

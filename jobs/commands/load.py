@@ -84,7 +84,7 @@ def combination(context: Context, choice: DeltaChoice) -> tuple[Ground, int]:
     needs_base = target == "residual" and percentile is None and None not in context.settings.deltas.selections
     if d_new is None or needs_base:
         both = "--d-new" if target == "change" else "--percentile and --d-new"
-        raise RequestError(f"{both}: the sweep has not been evaluated yet, so this must be given")
+        raise RequestError(f"{both}: must be given, because the sweep has not been evaluated yet")
     return Ground(target, percentile if target == "residual" else None), d_new
 
 

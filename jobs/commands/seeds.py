@@ -34,7 +34,7 @@ def parse_seeds(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     seeds = [int(part) for part in parts if re.fullmatch("[0-9]+", part)]
     if len(seeds) < len(parts) or len(set(seeds)) < len(seeds):
-        raise RequestError(f"--seeds: got {text!r}, must be different whole numbers from 0 on, such as 0,1,2")
+        raise RequestError(f"--seeds: got {text!r}, must be distinct whole numbers, 0 or larger, such as 0,1,2")
     return seeds
 
 

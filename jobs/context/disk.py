@@ -58,7 +58,7 @@ def disk_of(context: Context) -> Disk:
     if largest > budget_gb * 1e9:
         raise RequestError(
             f"storage.budget_gb: got {budget_gb:g}, must be at least {largest / 1e9:.2g}, "
-            "which the activations of one layer take"
+            "the size of the largest layer's activations"
         )
     return Disk(sizes, budget_gb * 1e9)
 

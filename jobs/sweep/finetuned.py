@@ -97,8 +97,8 @@ def check_models(context: Context) -> None:
         return
     if adopted.is_relative_to(folder.resolve()):
         raise RequestError(
-            f"model.finetuned: {adopted} lies in this sweep's own folder, where it would be replaced; give the new "
-            "sweep a name of its own (name=...)"
+            f"model.finetuned: {adopted} is in this sweep's own folder and would be overwritten; give the new sweep "
+            "another name (name=...)"
         )
     pair.examine(context)
     check_tokenizer(context, adopted)
@@ -117,7 +117,7 @@ def check_tokenizer(context: Context, adopted: Path) -> None:
             check_ends(base, finetuned, adopted)
     elif not is_adapter(adopted):
         raise RequestError(
-            f"model.finetuned: {adopted} has no tokenizer; save that of model.source there with "
+            f"model.finetuned: {adopted} has no tokenizer; save the one of model.source there with "
             f"tokenizer.save_pretrained({str(adopted)!r})"
         )
 

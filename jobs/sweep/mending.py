@@ -42,7 +42,7 @@ UNITS = (
     *("data/answered", "lora/trial_*", "lora/merged", "transcoders/layer_*"),
     *("deltas/*/*/d*/trial_*", "deltas/polished/d*", *CACHES[1:]),
 )
-"""Folders that are made, and made again, as a whole."""
+"""Folders that are only ever rebuilt as a whole."""
 JSON_FILES = (
     *(KEY, MANIFEST, SEAL, START, FINETUNED, VALIDATION_FILE),
     *("result.json", "best.json", "base_error.json", "cells/*.json", "checks_*.json"),

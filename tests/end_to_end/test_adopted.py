@@ -59,7 +59,7 @@ def test_what_is_no_pair_is_refused_before_anything_is_done(finished, tmp_path: 
         (runs, tmp_path / "nowhere", "there is no model"),
         (runs, other, "has architecture gemma, model.source tiny-gemma2 has gemma2"),
         (runs, pickled, "pickled weights are not read"),
-        (root, merged, "lies in this sweep's own folder"),
+        (root, merged, "this sweep's own folder"),
     ]
     asked = [("sweep", "tiny", f"storage.root={place}", f"model.finetuned={given}") for place, given, _ in wrong]
     for done, (_, _, said) in zip(together(*asked), wrong, strict=True):

@@ -239,12 +239,13 @@ def page(lines: list[str]) -> str:
     table = "\n".join(lines)
     return f"""# Architectures
 
-Each line is the result of checks on a small random model, made by `python -m tests.models.table` and repeated by a
-test. The first four columns are the kinds of site, each alone and all together. There, "yes" means that four checks
-passed: putting back a site's own output gives the finetuned model; alpha 0 gives the model with un-finetuned weights
-there; with the true change in place of a delta, alpha 1 gives the finetuned model; decoding with a cache gives the same
-text as without. Every sweep makes these checks on your own model too. The fifth column: with all weights finetuned,
-alpha 0 at all sites and in the rest gives the un-finetuned model.
+Each row shows how a small random model of one architecture did in checks that `python -m tests.models.table` runs and
+a test repeats. The columns `mlp`, `qkv`, `o` and "all of these" are the kinds of site, one at a time and all together.
+There, "yes" means that four checks passed: putting back a site's own output gives the finetuned model; alpha 0 gives
+the model with un-finetuned weights there; with the true change in place of a delta, alpha 1 gives the finetuned model;
+decoding with a cache gives the same text as without. Every sweep runs these checks on your own model too. The next
+column is for a model with all weights finetuned: there, alpha 0 at all sites and in the rest must give the
+un-finetuned model.
 
 | architecture | such as | {" | ".join(COLUMNS)} |
 |---|---|{"---|" * len(COLUMNS)}

@@ -186,4 +186,4 @@ def check_labels(context: Context) -> None:
         named += [(f"evaluate.behaviours.{name}: on", label) for label in subsets_of(behaviour) or ()]
     for key, label in named:
         if label not in labels:
-            raise RequestError(f"{key}: no row has the label {label!r}; those for evaluation have {', '.join(labels)}")
+            raise RequestError(f"{key}: no row has the label {label!r}; the evaluation rows have {', '.join(labels)}")

@@ -112,8 +112,8 @@ def another_figure(folder: Path) -> None:
 DAMAGE = {
     "no report": (lambda folder: (folder / "report" / "manifest.json").unlink(), ["s1", "is not finished", "sweep"]),
     "failed cells": (lambda folder: finish(folder / "report", "incomplete", {}), ["s1", "failed", "run its `sweep`"]),
-    "manifest": (put("report/manifest.json", "{"), ["manifest.json does not hold what was written", "makes it again"]),
-    "no list": (lambda folder: (folder / "report/files.json").unlink(), ["sweep.yaml is not listed", "makes it again"]),
+    "manifest": (put("report/manifest.json", "{"), ["manifest.json does not hold what was written", "own command"]),
+    "no list": (lambda folder: (folder / "report/files.json").unlink(), ["sweep.yaml is not listed", "own command"]),
     "another figure": (another_figure, ["gaps.csv does not hold what was written to it", "edited by hand"]),
     "no table": (lambda folder: (folder / "report" / "gaps.csv").unlink(), ["no gaps.csv", "`report` command"]),
     "empty table": (put("report/recovered.csv", ""), ["recovered.csv cannot be read as a table"]),
@@ -148,8 +148,8 @@ def check(message: str, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ([], ["two sweeps or more", "got 0"]),
-        (["s0"], ["two sweeps or more", "got 1"]),
+        ([], ["two sweeps", "got 0"]),
+        (["s0"], ["two sweeps", "got 1"]),
         (["s0", "s0"], ["s0", "is given twice"]),
         (["s0", "{root}/sweeps/../sweeps/s0"], ["s0", "is given twice"]),
         (["s0", "s2"], ["there is no sweep 's2' under {root}", "there are: s0, s1"]),
