@@ -133,13 +133,13 @@ def _is_temporary(name: str) -> bool:
 def seal(folder: Path, files: Iterable[Path] | None = None) -> None:
     """Writes `files` (default: all files in `folder`) to the folder's `files.json`, except its own manifest, which is
     written later. Hashes that a nested seal lists are taken from it."""
-    own = {folder / SEAL, folder / MANIFEST}
-    chosen = [path for path in (files_in(folder) if files is None else files) if path not in own]
-    known: dict[Path, Listed] = {}
+    bookkeeping = {folder / SEAL, folder / MANIFEST}
+    chosen = [path for path in (files_in(folder) if files is None else files) if path not in bookkeeping]
+    recorded: dict[Path, Listed] = {}
     for path in chosen:
         if path.name == SEAL:
-            known |= listed(path.parent)
-    entries = {path: known.get(path) or Listed(path.stat().st_size, sha256_of(path)) for path in chosen}
+            recorded |= listed(path.parent)
+    entries = {path: recorded.get(path) or Listed(path.stat().st_size, sha256_of(path)) for path in chosen}
     write_json(folder / SEAL, {"files": {os.path.relpath(path, folder): entry for path, entry in entries.items()}})
 
 

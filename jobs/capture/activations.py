@@ -72,8 +72,8 @@ def capture_base(context: Context, sites: Collection[Site], splits: tuple[str, .
     """Captures x and y of the un-finetuned model at `sites` with base transcoders; returns the folder of the splits."""
     columns = {site: frozenset({"y"}) for site in context.sites_of("residual") if site in sites}
     spec = _spec(context, context.model, context.settings.compute.precision)
-    wanted = dict.fromkeys(splits, columns)
-    return _capture(context, "base", spec, wanted, keys.base_activations(context.settings))
+    columns_of = dict.fromkeys(splits, columns)
+    return _capture(context, "base", spec, columns_of, keys.base_activations(context.settings))
 
 
 def finetuned_folder(context: Context) -> Path:
@@ -90,23 +90,23 @@ def capture_finetuned(context: Context, sites: Collection[Site], splits: tuple[s
     change, residual = (set(context.sites_of(target)) & set(sites) for target in ("change", "residual"))
     # A path reads the same input as the MLP, and nothing else.
     readable = context.mlp_kind == MLP
-    wanted: Wanted = {}
+    columns_of: Wanted = {}
     for split in splits:
         with_change = change if split == "train" or not readable else change | residual
         linear = {
             site for site in with_change if context.is_linear(site)
         }  # their change follows from x and the weights
         columns = (("change", with_change - linear), ("sum", linear), ("y", residual))
-        wanted[split] = {
+        columns_of[split] = {
             site: frozenset(name for name, captured in columns if site in captured)
             for site in sorted(change | residual)
         }
     exact = context.device == "cpu" and "change" in context.settings.deltas.targets
     spec = _spec(context, context.finetuned, "fp32" if exact else context.settings.compute.precision)
-    folder = _capture(context, "finetuned", spec, wanted, keys.finetuned_activations(context.settings))
-    known = read_bos(folder)
+    folder = _capture(context, "finetuned", spec, columns_of, keys.finetuned_activations(context.settings))
+    bos_values = read_bos(folder)
     without_map = {site for site in change if context.is_linear(site) and not is_intact(map_file(folder, site))}
-    if missing := sorted(site for site in change if site not in known or site in without_map):
+    if missing := sorted(site for site in change if site not in bos_values or site in without_map):
         task = BosTask(spec, str(context.model), tuple(missing), str(folder), str(context.rows / "evaluation.jsonl"))
         for outcome in context.pool.run(capture_bos, [task], context.settings.compute.max_retries):
             if outcome.error:
@@ -120,17 +120,17 @@ def _spec(context: Context, model: Path, precision: str) -> ModelSpec:
     return ModelSpec(str(model), context.device, resolve_precision(precision, context.device))
 
 
-def _capture(context: Context, name: str, model: ModelSpec, wanted: Wanted, key: str) -> Path:
+def _capture(context: Context, name: str, model: ModelSpec, columns_of: Wanted, key: str) -> Path:
     """Captures every site that lacks one of the wanted columns."""
     folder = keyed_folder(context.space.activations / name, key)
-    delete_damaged(context, [folder / split / site.folder for split in wanted for site in wanted[split]])
+    delete_damaged(context, [folder / split / site.folder for split in columns_of for site in columns_of[split]])
     missing = {
         split: {
             site: columns
             for site, columns in sites.items()
             if not columns <= captured_columns(folder / split / site.folder)
         }
-        for split, sites in wanted.items()
+        for split, sites in columns_of.items()
     }
     for split, sites in missing.items():
         for site, columns in sites.items():  # its shards may hold other columns
@@ -180,11 +180,11 @@ def capture_task(task: ShardTask) -> None:
     changed = tuple(site for site, columns in task.sites if "change" in columns)
     before = exact_paths(task.model, task.base_model, changed) if changed else {}
     after = exact_paths(task.model, task.model.folder, changed) if changed and task.model.precision != "fp32" else {}
-    wanted = {
+    columns_of = {
         site: Columns("y" in columns, before.get(site), after.get(site), sums="sum" in columns)
         for site, columns in task.sites
     }
-    capture_shard(loaded, plan_of(task.text), task.shard, wanted, Path(task.folder) / task.text.split)
+    capture_shard(loaded, plan_of(task.text), task.shard, columns_of, Path(task.folder) / task.text.split)
 
 
 def capture_bos(task: BosTask) -> None:
@@ -219,9 +219,9 @@ def plan_of(text: Text) -> Plan:
     sequences: list[list[int]] = []
     total = 0
     for row, line in zip_longest(rows, lines):
-        both = [encode_row(tokenizer, row).ids] if row is not None else []
-        both += [encode_text(tokenizer, line)] if line is not None else []
-        for ids in both:
+        encoded = [encode_row(tokenizer, row).ids] if row is not None else []
+        encoded += [encode_text(tokenizer, line)] if line is not None else []
+        for ids in encoded:
             if total < text.tokens and len(ids) > 1:
                 sequences.append(ids[: text.max_length])
                 total += len(sequences[-1]) - 1

@@ -42,8 +42,8 @@ def base_folder(context: Context, site: Site) -> Path:
 def chosen_base(context: Context, site: Site, percentile: float | None) -> Candidate:
     """A site's base, selected by a percentile or the target L0."""
     settings = context.settings
-    found = candidates(root(context), site, settings.transcoders.width)
-    return select(found, percentile, settings.deltas.target_l0)
+    available = candidates(root(context), site, settings.transcoders.width)
+    return select(available, percentile, settings.deltas.target_l0)
 
 
 class Residuals(NamedTuple):
@@ -68,8 +68,8 @@ class Residuals(NamedTuple):
             base = self.base()
             return Pairs([(x, residual_of(base, x, y).bfloat16()) for x, y in read_pairs(source).shards])
         inputs, targets = read_pairs(source, ("x",)), read_pairs(Path(self.folder) / split, ("residual",))
-        both = zip(inputs.shards, targets.shards, strict=True)
-        return Pairs([(x, target) for (x,), (target,) in both])
+        shards = zip(inputs.shards, targets.shards, strict=True)
+        return Pairs([(x, target) for (x,), (target,) in shards])
 
     def base(self) -> Transcoder:
         from models.gemma_scope import Candidate, read

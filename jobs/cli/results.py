@@ -70,9 +70,9 @@ def look(
             "give two models, as in `deltascope look model.source=BASE model.finetuned=FINETUNED`, or the CONFIG of a "
             "sweep that has a finetuned model"
         )
-    found = run(Request(context, config, rows, html))
+    report = run(Request(context, config, rows, html))
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(report, ensure_ascii=False))
 
 
 @commands.command()
@@ -105,13 +105,13 @@ def probe(
     patches = load_patches(context, layer, of_sweep, model, chosen)
     patches = [patch.to(device_of(model)) for patch in patches]
     row = prompt_row(context, prompt, target or "")
-    found = run(model, row, patches, alpha or [], top=top, limits=context.limits)
+    report = run(model, row, patches, alpha or [], top=top, limits=context.limits)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(report, ensure_ascii=False))
         return
     from jobs.commands.show import show_probe
 
-    show_probe(found)
+    show_probe(report)
 
 
 @commands.command()
@@ -162,9 +162,9 @@ def graph(
         edge_threshold=edge_threshold,
         seed=context.settings.seed,
     )
-    found = run(Request(context, prompt, token, options, out))
+    described = run(Request(context, prompt, token, options, out))
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(described, ensure_ascii=False))
 
 
 @commands.command()
@@ -190,8 +190,8 @@ def chat(
     if alpha is not None:
         check_strengths([alpha])
     elif deltas or layer:
-        given = "--deltas" if deltas else "--layer"
-        raise RequestError(f"{given}: needs --alpha too; without it no delta is spliced in")
+        option = "--deltas" if deltas else "--layer"
+        raise RequestError(f"{option}: needs --alpha too; without it no delta is spliced in")
     run(context_of(config, overrides), max_new_tokens, alpha, deltas, layer, features)
 
 
@@ -254,14 +254,14 @@ def compare(
     from jobs.progress import Progress
 
     roots = root or ["mlruns"]
-    found = run.compare(run.Sources(sweeps or [], roots, experiment or [], tracking))
+    comparison = run.compare(run.Sources(sweeps or [], roots, experiment or [], tracking))
     if csv is not None:
-        run.write(csv, run.as_csv(found), "--csv")
-    page = run.write(html or run.page_path(roots[0], found), run.as_page(found), "--html")
+        run.write(csv, run.as_csv(comparison), "--csv")
+    page = run.write(html or run.page_path(roots[0], comparison), run.as_page(comparison), "--html")
     if as_json:
-        print(json.dumps({**run.as_json(found), "page": str(page)}, ensure_ascii=False))
+        print(json.dumps({**run.as_json(comparison), "page": str(page)}, ensure_ascii=False))
         return
-    run.show(found, Progress().console)
+    run.show(comparison, Progress().console)
     print(f"comparison: {page}")
 
 

@@ -138,7 +138,7 @@ def doctor(root: Annotated[str, typer.Option(help="The storage root.")] = "mlrun
     from jobs.commands.doctor import OPTIONAL, examine
 
     findings = examine(root)
-    _print_rows([(name, ("" if good else "problem: ") + found) for name, found, good in findings])
+    _print_rows([(name, ("" if good else "problem: ") + finding) for name, finding, good in findings])
     if not all(good for name, _, good in findings if not name.startswith(tuple(OPTIONAL))):
         raise typer.Exit(1)
 

@@ -75,12 +75,12 @@ def _check_auto(address: Address) -> None:
     if environment.cluster_address() is None:
         os.environ.pop(environment.ADDRESS, None)  # `local` or a jobs server, which Ray would use instead
     try:
-        found = services.canonicalize_bootstrap_address_or_die(AUTO)
+        cluster = services.canonicalize_bootstrap_address_or_die(AUTO)
     except ConnectionError:
         raise address.refusal(
             f"{AUTO} finds no Ray cluster on this machine", "start one here with `ray start`"
         ) from None
-    _check_connects(address, found)
+    _check_connects(address, cluster)
 
 
 def _check_connects(address: Address, target: str) -> None:

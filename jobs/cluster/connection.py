@@ -69,16 +69,16 @@ def connect(address: str | None, insecure: bool = False, say: Callable[[str], No
     others can use the cluster without a token and `insecure` does not allow that; WorkFailed if Ray does not start
     here. If this machine's raylet dies later, the process ends.
     """
-    where = chosen(address)
+    cluster = chosen(address)
     import ray
 
     if ray.is_initialized():
         return
     try:
-        if where.joins:
-            _join(where)
-            if where.source == environment.ADDRESS:
-                say(f"  joined the Ray cluster at {where.value}, which the variable {environment.ADDRESS} names")
+        if cluster.joins:
+            _join(cluster)
+            if cluster.source == environment.ADDRESS:
+                say(f"  joined the Ray cluster at {cluster.value}, which the variable {environment.ADDRESS} names")
         else:
             _start()
         environment.install_stop_handlers()
@@ -121,8 +121,8 @@ def _join(address: Address) -> None:
         raise address.refusal(
             f"no Ray cluster answers at {address.value} ({first_line(error)})", "start the cluster"
         ) from None
-    here = ray.get_runtime_context().get_node_id()
-    (socket_name,) = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == here]
+    node_id = ray.get_runtime_context().get_node_id()
+    (socket_name,) = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == node_id]
     _watches.append(raylet_watch.Watch(partial(raylet_watch.at, socket_name)))
 
 
@@ -153,20 +153,20 @@ def share_of(compute: Compute) -> Share:
 
     have = ray.cluster_resources()
     cpus, gpus = int(have.get("CPU", 0)), have.get("GPU", 0.0)
-    each = compute.gpus_per_trial if compute.gpus_per_trial is not None else (1.0 if gpus else 0.0)
+    gpus_per_trial = compute.gpus_per_trial if compute.gpus_per_trial is not None else (1.0 if gpus else 0.0)
     at_once = cpus // compute.cpus_per_trial
-    if each:
-        at_once = min(at_once, int(gpus / each))
+    if gpus_per_trial:
+        at_once = min(at_once, int(gpus / gpus_per_trial))
     if at_once < 1:
         raise RequestError(
-            f"compute: a trial needs {compute.cpus_per_trial} CPUs and {each:g} GPUs, "
+            f"compute: a trial needs {compute.cpus_per_trial} CPUs and {gpus_per_trial:g} GPUs, "
             f"but the cluster has {cpus} CPUs and {gpus:g} GPUs"
         )
-    if compute.precision == "tf32" and not each:
+    if compute.precision == "tf32" and not gpus_per_trial:
         raise RequestError(
             "compute.precision: got tf32, which needs a GPU for each trial; allowed here: auto, fp32, bf16"
         )
-    return Share(compute.cpus_per_trial, each, min(at_once, compute.max_concurrent or at_once))
+    return Share(compute.cpus_per_trial, gpus_per_trial, min(at_once, compute.max_concurrent or at_once))
 
 
 def check_storage(root: Path) -> None:

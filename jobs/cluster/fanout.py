@@ -61,16 +61,16 @@ class Queue:
     def add(self, task: Any, tries: int) -> None:
         self._waiting.setdefault(self._affinity(task), deque()).append((task, tries))
 
-    def take(self, own: Any, others: Collection[Any]) -> tuple[Any, int]:
-        """The next task of the worker's `own` affinity; failing that, of the first affinity that is not in `others`;
-        failing that, of the first."""
-        chosen = own
-        if own not in self._waiting:
-            chosen = next((kind for kind in self._waiting if kind not in others), next(iter(self._waiting)))
-        taken = self._waiting[chosen].popleft()
+    def take(self, preferred: Any, busy: Collection[Any]) -> tuple[Any, int]:
+        """The next task of the `preferred` affinity; if there is none, of the first affinity not in `busy`; else of the
+        first."""
+        chosen = preferred
+        if preferred not in self._waiting:
+            chosen = next((kind for kind in self._waiting if kind not in busy), next(iter(self._waiting)))
+        waiting = self._waiting[chosen].popleft()
         if not self._waiting[chosen]:
             del self._waiting[chosen]
-        return taken
+        return waiting
 
 
 class Pool:
@@ -107,14 +107,14 @@ class Pool:
             while waiting or running:
                 while waiting and len(running) < self.share.at_once:
                     worker = self._idle.pop() if self._idle else self._start()
-                    others = {affinity(task) for _, task, _ in running.values()}
-                    task, tries = waiting.take(last.get(worker), others)
+                    busy = {affinity(task) for _, task, _ in running.values()}
+                    task, tries = waiting.take(last.get(worker), busy)
                     last[worker] = affinity(task)
                     running[worker.run.remote(function, task)] = (worker, task, tries)
-                (done,), _ = ray.wait(list(running), num_returns=1)
-                worker, task, tries = running.pop(done)
+                (ready,), _ = ray.wait(list(running), num_returns=1)
+                worker, task, tries = running.pop(ready)
                 try:
-                    outcome = ray.get(done)
+                    outcome = ray.get(ready)
                 except RayActorError as error:
                     if tries < max_retries:
                         waiting.add(task, tries + 1)

@@ -26,19 +26,19 @@ def check_temporary_folder() -> None:
     """Raises RequestError if Ray could not create its sockets in the temporary folder."""
     variable = next((name for name in VARIABLES if name in os.environ), None)
     folder = os.environ[variable] if variable else DEFAULT
-    what, fix = variable or "the temporary folder", f"run `export RAY_TMPDIR={DEFAULT}`"
+    setting, fix = variable or "the temporary folder", f"run `export RAY_TMPDIR={DEFAULT}`"
     if not os.path.isabs(folder):
-        raise RequestError(f"{what}: got {folder!r}, but Ray needs an absolute path here; {fix}")
+        raise RequestError(f"{setting}: got {folder!r}, but Ray needs an absolute path here; {fix}")
     length = len(os.fsencode(folder.rstrip("/")))
     if length + _bytes_added(os.getpid()) > LONGEST_SOCKET:
         raise RequestError(
-            f"{what}: {folder} is {length} bytes long, but must be at most {LONGEST_SOCKET - _bytes_added()}: Ray "
+            f"{setting}: {folder} is {length} bytes long, but must be at most {LONGEST_SOCKET - _bytes_added()}: Ray "
             f"keeps its sockets there, and a socket's path can have at most {LONGEST_SOCKET} bytes; {fix}"
         )
     problem = _problem(Path(folder, "ray"))
     if problem:
         fix = "set RAY_TMPDIR to another folder" if folder.rstrip("/") == DEFAULT else fix
-        raise RequestError(f"{what}: Ray keeps its sockets under {folder}, but {problem}; {fix}")
+        raise RequestError(f"{setting}: Ray keeps its sockets under {folder}, but {problem}; {fix}")
 
 
 def _bytes_added(process: int = LARGEST_PROCESS) -> int:

@@ -47,14 +47,14 @@ def weights_of(folder: Path) -> Weights:
     from models.weights import build_skeleton
 
     model: Any = build_skeleton(folder)
-    every = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     paths = {}
     for kind in kinds_of(model.config.model_type):
         places = tuple(f"{place}." for place in part_places(model.config, Site(0, kind)).values())
-        paths[kind] = sum(count for name, count in every.items() if name.startswith(places))
+        paths[kind] = sum(count for name, count in sizes.items() if name.startswith(places))
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     looked_up = 0 if tied else model.get_input_embeddings().weight.numel()
-    return Weights(sum(every.values()), paths, sum(every.values()) - looked_up)
+    return Weights(sum(sizes.values()), paths, sum(sizes.values()) - looked_up)
 
 
 def memory_rows(context: Context) -> list[tuple[str, str]]:
@@ -112,9 +112,11 @@ def assumed_rows(context: Context, workers: int | None = None) -> list[tuple[str
     rows = []
     for count in sorted({*WORKERS, *([workers] if workers else [])}):
         loads = assumed_loads(context, count)
-        found, hours = forecast(loads, count), sum(sum(load.units) + load.alone for load in loads) / 3600
+        estimate, hours = forecast(loads, count), sum(sum(load.units) + load.alone for load in loads) / 3600
         name = "on 1 GPU" if count == 1 else f"on {count} GPUs"
-        rows.append((name, f"{clock(found.seconds)}, {found.busy:.0%} busy, {hours:.1f} hours of work; {found.limit}"))
+        rows.append(
+            (name, f"{clock(estimate.seconds)}, {estimate.busy:.0%} busy, {hours:.1f} hours of work; {estimate.limit}")
+        )
     return [*rows, ("assumed", assumptions(context))]
 
 
@@ -188,12 +190,12 @@ def _deltas(context: Context, workers: int) -> Load:
     section = settings.deltas
     steps = section.epochs * (settings.activations.train_tokens // section.batch_size + VALIDATION)
     trials = len(context.delta_groups) * section.trials
-    read = reads_of(context, workers) * pair_bytes(context)
-    each = steps * STEP_KERNELS * machine.kernel_us * 1e-6
+    bytes_read = reads_of(context, workers) * pair_bytes(context)
+    seconds = steps * STEP_KERNELS * machine.kernel_us * 1e-6
     calls = trials_at_once(context)
-    around = machine.start_s + read / max(1, len(calls) * len(context.delta_groups)) / (machine.pcie_gbs * 1e9)
-    units = [each * (1 + EXTRA_RUN * (runs - 1)) + around for runs in calls] * len(context.delta_groups)
-    return Load("deltas", units, shared=max(_storage(context, read), trials * machine.trial_ms * 1e-3))
+    around = machine.start_s + bytes_read / max(1, len(calls) * len(context.delta_groups)) / (machine.pcie_gbs * 1e9)
+    units = [seconds * (1 + EXTRA_RUN * (runs - 1)) + around for runs in calls] * len(context.delta_groups)
+    return Load("deltas", units, shared=max(_storage(context, bytes_read), trials * machine.trial_ms * 1e-3))
 
 
 def _evaluation(context: Context, weights: Weights) -> list[float]:

@@ -42,51 +42,54 @@ class Comparison:
 def compare(sources: Sources) -> Comparison:
     """Reads the sweeps; raises RequestError as `read_sweeps` does."""
     sweeps, notes = read_sweeps(sources)
-    notes += [f"{one} and {other} share every setting, the seed too." for one, other in repeated(sweeps)]
+    notes += [f"{name} and {twin} share every setting, the seed too." for name, twin in repeated(sweeps)]
     for sweep in sweeps:
         if sweep.layers and sweep.dose.empty:
             notes.append(f"{sweep.name} has no strengths (evaluate.alphas) in its widest set, so it has no knob.")
     return Comparison(sweeps, notes)
 
 
-def as_json(found: Comparison) -> dict[str, Any]:
+def as_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain values."""
     from evaluators.report.comparison_page import records
 
-    names = [sweep.name for sweep in found.sweeps]
+    names = [sweep.name for sweep in comparison.sweeps]
     return {
         "sweeps": [
             {"name": sweep.name, "seed": sweep.seed, "layers": sweep.layers, "from": sweep.where}
-            for sweep in found.sweeps
+            for sweep in comparison.sweeps
         ],
         "settings that differ": {
-            key: dict(zip(names, values, strict=True)) for key, values in settings_that_differ(found.sweeps).items()
+            key: dict(zip(names, values, strict=True))
+            for key, values in settings_that_differ(comparison.sweeps).items()
         },
-        "figures": records(found.sweeps),
-        "notes": found.notes,
+        "figures": records(comparison.sweeps),
+        "notes": comparison.notes,
     }
 
 
-def as_csv(found: Comparison) -> str:
+def as_csv(comparison: Comparison) -> str:
     """Every figure as one row, those pooled over seeds at the end."""
     from evaluators.report.comparison_page import records
 
-    rows, text = records(found.sweeps), io.StringIO()
+    rows, text = records(comparison.sweeps), io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def as_page(found: Comparison) -> str:
+def as_page(comparison: Comparison) -> str:
     from evaluators.report.comparison_page import page
 
-    return page(found.sweeps, found.notes)
+    return page(comparison.sweeps, comparison.notes)
 
 
-def page_path(root: str, found: Comparison) -> Path:
+def page_path(root: str, comparison: Comparison) -> Path:
     """The default path of the page, named after the sweeps."""
-    names = "_".join("".join(char if char.isalnum() or char in "-." else "-" for char in s.name) for s in found.sweeps)
+    names = "_".join(
+        "".join(char if char.isalnum() or char in "-." else "-" for char in s.name) for s in comparison.sweeps
+    )
     if len(names) > LONGEST_NAME:
         names = f"{names[:LONGEST_NAME]}-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
     return storage_root(root) / FOLDER / f"{names}.html"
@@ -104,20 +107,20 @@ def write(path: Path, text: str, key: str) -> Path:
     return path
 
 
-def show(found: Comparison, console: Console) -> None:
+def show(comparison: Comparison, console: Console) -> None:
     """The tables of the page on the terminal, as many sweeps side by side as fit."""
     from evaluators.report import comparison_page
 
     several = max(1, (console.width - FIRST_COLUMN) // COLUMN)
-    for table in [comparison_page.differing(found.sweeps), *comparison_page.side_by_side(found.sweeps)]:
+    for table in [comparison_page.differing(comparison.sweeps), *comparison_page.side_by_side(comparison.sweeps)]:
         for first in range(1, len(table.header), several):
             _print(table, [0, *range(first, min(first + several, len(table.header)))], console)
-    pooled = comparison_page.pooled_tables(found.sweeps)
+    pooled = comparison_page.pooled_tables(comparison.sweeps)
     for table in pooled:
         _print(table, range(len(table.header)), console)
     if pooled:
-        console.print(comparison_page.spread_note(found.sweeps), highlight=False, markup=False)
-    for note in found.notes:
+        console.print(comparison_page.spread_note(comparison.sweeps), highlight=False, markup=False)
+    for note in comparison.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
 
 

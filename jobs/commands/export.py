@@ -103,27 +103,27 @@ def export(
 
 def _bases(context: Context, choice: DeltaChoice, sites: list[Site]) -> dict[Site, Candidate]:
     """The base transcoders of `sites`, without sites that have none. Raises RequestError if no site has one."""
-    known = [site for site in sites if site in context.sites_of("residual")]
-    if not known:
+    with_bases = [site for site in sites if site in context.sites_of("residual")]
+    if not with_bases:
         raise RequestError(
             f"--onto-bases: the sweep {context.settings.name} has no base transcoders; they come with residual among "
             "deltas.targets"
         )
     ground, _ = combination(context, DeltaChoice("residual", choice.percentile, choice.d_new))
-    return {site: chosen_base(context, site, ground.percentile) for site in known}
+    return {site: chosen_base(context, site, ground.percentile) for site in with_bases}
 
 
 def _average_l0(context: Context, sites: Sequence[Site], ground: Ground, d_new: int) -> dict[Site, float]:
     """Active features per token of each exported transcoder, measured on the evaluation text or in training."""
-    found: dict[Site, float] = {}
+    l0: dict[Site, float] = {}
     for site in sites:
         group = Address(site, ground, d_new)
         best = context.best_of(group)
         assert best is not None, "its delta has been loaded"
-        found[site] = best["figures"]["val_l0_delta"]
+        l0[site] = best["figures"]["val_l0_delta"]
         if ground.target == "residual":
             name = Reconstruction.name_of(group)
             cell: dict[str, Any] = read_json(context.space.cells / f"{name}.json") or {}
             base = cell.get("l0_base", chosen_base(context, site, ground.percentile).average_l0)
-            found[site] = base + cell.get("l0_delta", found[site])
-    return found
+            l0[site] = base + cell.get("l0_delta", l0[site])
+    return l0

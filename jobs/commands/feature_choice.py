@@ -59,12 +59,12 @@ def chosen_features(
         return dict(deltas)
     option, names = ("--without", choice.without) if choice.without else ("--only", choice.only)
     named = {feature for name in names for feature in _features(context, deltas, chosen, option, name)}
-    found = {}
+    edited = {}
     for site, delta in deltas.items():
-        here = torch.tensor([(site, number) in named for number in range(delta.d_sae)])
-        at_bos = torch.zeros_like(here) if delta.at_bos is None else delta.at_bos > 0
-        found[site] = silenced(delta, here if choice.without else ~here & ~at_bos)
-    return found
+        selected = torch.tensor([(site, number) in named for number in range(delta.d_sae)])
+        at_bos = torch.zeros_like(selected) if delta.at_bos is None else delta.at_bos > 0
+        edited[site] = silenced(delta, selected if choice.without else ~selected & ~at_bos)
+    return edited
 
 
 def grouping_of(context: Context, ground: Ground, d_new: int) -> dict[str, Any] | None:

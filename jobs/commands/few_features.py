@@ -43,19 +43,19 @@ def few_features(context: Context, top: int) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any]) -> None:
+def show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    for subset, count in found["needed"].items():
-        answer = "no number of features does" if count is None else f"{count} of {found['total']} features do"
-        if (groups := found["groups_needed"].get(subset)) is not None:
-            answer += f", or {groups} of {len(found['groups'])} groups"
-        console.print(f"{subset}: to recover {found['enough']:.0%} of the CE gap, {answer}", highlight=False)
+    for subset, count in report["needed"].items():
+        answer = "no number of features does" if count is None else f"{count} of {report['total']} features do"
+        if (groups := report["groups_needed"].get(subset)) is not None:
+            answer += f", or {groups} of {len(report['groups'])} groups"
+        console.print(f"{subset}: to recover {report['enough']:.0%} of the CE gap, {answer}", highlight=False)
     table = Table("rank", "layer", "feature", "effect (nats a target token)")
-    for feature in found["features"]:
+    for feature in report["features"]:
         table.add_row(
             str(feature["rank"]),
             str(feature["layer"]),
@@ -63,11 +63,13 @@ def show(found: dict[str, Any]) -> None:
             f"{feature['effect']:+.4f}",
         )
     console.print(table)
-    if (left := found["total"] - len(found["features"])) > 0:
-        console.print(f"and {left} more: --top N shows N of them, report/feature_ranking.csv has all", highlight=False)
-    if found["groups"]:
+    if (unlisted := report["total"] - len(report["features"])) > 0:
+        console.print(
+            f"and {unlisted} more: --top N shows N of them, report/feature_ranking.csv has all", highlight=False
+        )
+    if report["groups"]:
         table = Table("group", "features", "fires on", "promotes", title="features that fire on the same tokens")
-        for group in found["groups"]:
+        for group in report["groups"]:
             table.add_row(
                 str(group["group"]), str(group["n_features"]), escape(group["fires_on"]), escape(group["promoted"])
             )

@@ -79,12 +79,14 @@ def read_sweeps(sources: Sources) -> tuple[list[ComparedSweep], list[str]]:
 
     Raises RequestError for an unknown name, a sweep given twice or not finished, and unreadable files.
     """
-    folders = [found for name in sources.sweeps for found in _folders(name, sources.roots)]
-    twice = [found for place, found in enumerate(folders) if found.folder in [seen.folder for seen in folders[:place]]]
+    folders = [folder for name in sources.sweeps for folder in _folders(name, sources.roots)]
+    twice = [
+        sweep for place, sweep in enumerate(folders) if sweep.folder in [earlier.folder for earlier in folders[:place]]
+    ]
     if twice:
         raise RequestError(f"the sweep {twice[0].name} in {twice[0].folder} is given twice; give each sweep once")
-    loaded = [LoadedSweep(from_folder(found.name, found.folder)) for found in folders]
-    starts = {found.start: found.name for found in folders if found.start}
+    loaded = [LoadedSweep(from_folder(sweep.name, sweep.folder)) for sweep in folders]
+    starts = {sweep.start: sweep.name for sweep in folders if sweep.start}
     for place, name in enumerate(sources.experiments):
         if name in sources.experiments[:place]:
             raise RequestError(f"--experiment: {name} is given twice; give each sweep once")
@@ -116,9 +118,9 @@ def _folders(name: str, roots: Sequence[str]) -> list[SweepFolder]:
     plain = name not in ("", ".", "..") and "/" not in name
     places = [storage_root(root) / "sweeps" / name for root in roots] if plain else []
     folders = [folder for folder in dict.fromkeys(places) if folder.is_dir()]
-    if not folders and name and (given := Path(name).expanduser()).is_dir():
-        folders = [given.resolve()]
-        if not (given / SETTINGS).is_file():
+    if not folders and name and (given_folder := Path(name).expanduser()).is_dir():
+        folders = [given_folder.resolve()]
+        if not (given_folder / SETTINGS).is_file():
             raise RequestError(f"{name} is not a sweep's folder: it has no {SETTINGS}; give ROOT/sweeps/NAME")
     if not folders:
         shown = " or ".join(str(storage_root(root)) for root in roots)
@@ -150,8 +152,8 @@ def from_folder(name: str, folder: Path) -> ComparedSweep:
         raise RequestError(f"the sweep {name} in {folder} {why}; run its `sweep` command again before comparing it")
     settings, tables = flat(read_settings(report / SETTINGS)), read_tables(report)
     require(report / SETTINGS, *(path for table in TABLES if (path := report / f"{table}.csv").is_file()))
-    where = folder.parent.parent if folder.parent.name == "sweeps" else folder.parent
-    return _compared(name, settings, tables, str(where))
+    root = folder.parent.parent if folder.parent.name == "sweeps" else folder.parent
+    return _compared(name, settings, tables, str(root))
 
 
 def _remedy() -> str:
@@ -159,15 +161,15 @@ def _remedy() -> str:
     return "the sweep's `report` command rebuilds it"
 
 
-def _compared(name: str, settings: dict[str, Any], tables: ReportTables, where: str) -> ComparedSweep:
+def _compared(name: str, settings: dict[str, Any], tables: ReportTables, root: str) -> ComparedSweep:
     try:
-        return from_tables(name, settings, tables, where)
+        return from_tables(name, settings, tables, root)
     except ValueError as error:
-        raise RequestError(_no_deltas(name, where, error)) from None
+        raise RequestError(_no_deltas(name, root, error)) from None
 
 
-def _no_deltas(name: str, where: str, error: Exception) -> str:
-    return f"the sweep {name} under {where} {error}; only sweeps with change among deltas.targets can be compared"
+def _no_deltas(name: str, root: str, error: Exception) -> str:
+    return f"the sweep {name} under {root} {error}; only sweeps with change among deltas.targets can be compared"
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -230,8 +232,8 @@ def _from_mlflow(name: str, sources: Sources, starts: Mapping[str, str]) -> Load
             if all((Path(folder) / f"{table}.csv").is_file() for table in NEEDED):
                 tables = read_tables(Path(folder))
         except RequestError as error:
-            what = str(error).partition(";")[0].replace(f"{folder}/", "")
-            raise RequestError(f"--experiment: of the artifacts of {name} at {shown}, {what}") from None
+            problem = str(error).partition(";")[0].replace(f"{folder}/", "")
+            raise RequestError(f"--experiment: of the artifacts of {name} at {shown}, {problem}") from None
     if partly:
         notes.append(f"{name}: MLflow lacks its evaluate and compute settings; they are not compared.")
     if tables is not None:

@@ -53,11 +53,11 @@ def makespan(units: Sequence[float], workers: int) -> float:
 def forecast(loads: Sequence[Load], workers: int) -> Forecast:
     """The forecast of a whole sweep on `workers` workers; `limit` names the stage with the most idle time."""
     spans = [load.span(workers) for load in loads]
-    lost = [span * workers - sum(load.units) for span, load in zip(spans, loads, strict=True)]
-    worst = loads[lost.index(max(lost))]
+    idle = [span * workers - sum(load.units) for span, load in zip(spans, loads, strict=True)]
+    worst = loads[idle.index(max(idle))]
     limit, longest = f"{worst.stage}: ", makespan(worst.units, workers)
     at_the_end, waiting = longest - sum(worst.units) / workers, max(0.0, worst.shared - longest)
-    if max(lost) <= 0.01 * sum(spans) * workers:
+    if max(idle) <= 0.01 * sum(spans) * workers:
         limit = "the work itself"
     elif worst.alone >= max(waiting, at_the_end):
         limit += f"{clock(worst.alone)} of work that cannot be shared out"
@@ -68,8 +68,8 @@ def forecast(loads: Sequence[Load], workers: int) -> Forecast:
     else:
         limit += f"its longest unit takes {clock(max(worst.units))}"
     work = sum(sum(load.units) for load in loads)
-    whole = sum(spans)
-    return Forecast(whole, work / (whole * workers) if whole else 0.0, limit)
+    total = sum(spans)
+    return Forecast(total, work / (total * workers) if total else 0.0, limit)
 
 
 def measured_loads(context: Context, folder: Path) -> list[Load]:
@@ -106,21 +106,21 @@ def measured_loads(context: Context, folder: Path) -> list[Load]:
 
 def _delta_seconds(folder: Path) -> dict[tuple[str, int], list[float]]:
     """Seconds of finished delta trials, by target and d_new."""
-    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
     for path in sorted(folder.glob("deltas/layer_*/*/d*/trial_*/result.json")):
         group = Address.parse(str(path.parents[1].relative_to(folder / "deltas")))
-        found[group.ground.target, group.d_new] += _seconds([path])
-    return found
+        seconds[group.ground.target, group.d_new] += _seconds([path])
+    return seconds
 
 
 def _cell_seconds(folder: Path) -> dict[tuple[str, str], list[float]]:
     """Seconds of finished cells, by kind and target."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for path in sorted(folder.glob("cells/*.json")):
         cell = read_json(path)
         if cell and cell.get("seconds") and "kind" in cell:
-            found[cell["kind"], cell["target"]].append(cell["seconds"])
-    return found
+            seconds[cell["kind"], cell["target"]].append(cell["seconds"])
+    return seconds
 
 
 def schedule_rows(context: Context, folder: Path, workers: int | None) -> list[tuple[str, str]]:
@@ -130,9 +130,9 @@ def schedule_rows(context: Context, folder: Path, workers: int | None) -> list[t
         return []
     rows = []
     for count in sorted({*WORKERS, *([workers] if workers else [])}):
-        found = forecast(loads, count)
+        estimate = forecast(loads, count)
         name = "on 1 worker" if count == 1 else f"on {count} workers"
-        rows.append((name, f"{clock(found.seconds)}, {found.busy:.0%} busy; limited by {found.limit}"))
+        rows.append((name, f"{clock(estimate.seconds)}, {estimate.busy:.0%} busy; limited by {estimate.limit}"))
     return [("costs measured in", str(folder)), *rows]
 
 
@@ -145,9 +145,11 @@ def _alone(folder: Path, units: Sequence[float]) -> float:
 
 
 def _seconds(paths: Any) -> list[float]:
-    found = [read_json(path) for path in paths]
+    results = [read_json(path) for path in paths]
     return [
-        one["seconds"] for one in found if one and one.get("seconds") and one.get("state", "COMPLETE") == "COMPLETE"
+        result["seconds"]
+        for result in results
+        if result and result.get("seconds") and result.get("state", "COMPLETE") == "COMPLETE"
     ]
 
 

@@ -61,8 +61,8 @@ class Request(NamedTuple):
     def name(self) -> str:
         """Of the files: the prompt's words, and a hash that tells similar prompts apart."""
         words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower())[:40].strip("-") or "prompt"
-        asked = json.dumps([self.prompt, self.token, self.options])
-        return f"{words}-{hashlib.sha256(asked.encode()).hexdigest()[:6]}"
+        identity = json.dumps([self.prompt, self.token, self.options])
+        return f"{words}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
 
 
 def graph(request: Request) -> dict[str, Any]:
@@ -80,14 +80,14 @@ def graph(request: Request) -> dict[str, Any]:
         )
     bridge, patches, rest = _spliced(context)
     tokenizer = bridge.tokenizer
-    output, said = _output(request, bridge, patches, rest)
+    output, next_tokens = _output(request, bridge, patches, rest)
     with _bars(context.progress) as step:
-        found = attribution_graph(bridge, patches, output, said, request.options, step)
+        attribution = attribution_graph(bridge, patches, output, next_tokens, request.options, step)
     seconds = time.monotonic() - started
-    facts = _facts(request, found, tokenizer, seconds)
-    described = as_json(found, tokenizer, _title(context), facts, _cards(request))
+    facts = _facts(request, attribution, tokenizer, seconds)
+    described = as_json(attribution, tokenizer, _title(context), facts, _cards(request))
     described = with_groups(described, grouping_of(context, *combination(context, DeltaChoice("change"))))
-    written = _write(request, described, _viewer_files(request, found, tokenizer))
+    written = _write(request, described, _viewer_files(request, attribution, tokenizer))
     for line in in_lines(described):
         context.progress.line(line)
     context.progress.line(
@@ -105,8 +105,8 @@ def _spliced(context: Context) -> tuple[Any, list[Any], Any]:
 
     bridge = load_bridge(context)
     patches = load_patches(context, None, combination(context, DeltaChoice("change")), bridge)
-    whole = context.rest and context.is_everything([patch.site for patch in patches])
-    rest = read_rest(context.model, context.rest) if whole else None
+    complete = context.rest and context.is_everything([patch.site for patch in patches])
+    rest = read_rest(context.model, context.rest) if complete else None
     return bridge, [patch.to(device_of(bridge)) for patch in patches], rest
 
 
@@ -152,7 +152,7 @@ def _title(context: Context) -> str:
     return f"{finetuned} compared with {chosen.source}"
 
 
-def _facts(request: Request, found: Graph, tokenizer: PreTrainedTokenizerBase, seconds: float) -> dict[str, str]:
+def _facts(request: Request, attribution: Graph, tokenizer: PreTrainedTokenizerBase, seconds: float) -> dict[str, str]:
     """Settings shown at the end of the page."""
     context, options = request.context, request.options
     sites = context.sites_of("change")
@@ -160,19 +160,19 @@ def _facts(request: Request, found: Graph, tokenizer: PreTrainedTokenizerBase, s
         "sweep": context.settings.name,
         "prompt": request.prompt,
         "sites": f"{len(sites)}, {'all' if context.is_everything(sites) else 'not all'} that finetuning changed",
-        "the spliced model says": repr(tokenizer.decode([found.said[2]])),
-        "probability of the explained token": f"{found.probability:.3f}",
+        "the spliced model says": repr(tokenizer.decode([attribution.said[2]])),
+        "probability of the explained token": f"{attribution.probability:.3f}",
         "largest number of expanded nodes": str(options.max_expanded),
-        "share of influence outside the graph": f"{_missing(found):.0%}",
+        "share of influence outside the graph": f"{_missing(attribution):.0%}",
         "checked edges of each sample": str(options.checked),
         "seed": str(options.seed),
         "seconds": f"{seconds:.1f}",
     }
 
 
-def _missing(found: Graph) -> float:
-    inside = sum(node.influence for node in found.nodes if node.kind != "output")
-    return max(0.0, 1 - inside / found.total_influence)
+def _missing(attribution: Graph) -> float:
+    inside = sum(node.influence for node in attribution.nodes if node.kind != "output")
+    return max(0.0, 1 - inside / attribution.total_influence)
 
 
 def _cards(request: Request) -> Callable[[Place], str]:
@@ -194,13 +194,13 @@ def _cards(request: Request) -> Callable[[Place], str]:
     return card
 
 
-def _viewer_files(request: Request, found: Graph, tokenizer: PreTrainedTokenizerBase) -> dict[Path, Any]:
+def _viewer_files(request: Request, attribution: Graph, tokenizer: PreTrainedTokenizerBase) -> dict[Path, Any]:
     """What circuit-tracer's viewer reads: its list of graphs, the graph, and a file for each feature."""
     from evaluators.measures.graph_formats import SCAN, as_circuit_tracer, feature_files, viewer_list
 
     context, folder, scan = request.context, request.viewed, f"{SCAN}/{request.name}"
-    tracer = as_circuit_tracer(found, request.name, tokenizer, scan)
-    features = feature_files(found, scan, *_known(context, *combination(context, DeltaChoice("change"))))
+    tracer = as_circuit_tracer(attribution, request.name, tokenizer, scan)
+    features = feature_files(attribution, scan, *_known(context, *combination(context, DeltaChoice("change"))))
     return {
         folder / "graph-metadata.json": viewer_list(tracer, f"deltascope-{context.settings.name}"),
         folder / f"{request.name}.json": tracer,
@@ -215,11 +215,11 @@ def _known(context: Context, ground: Ground, d_new: int) -> tuple[dict[Feature, 
         for path in sorted(context.space.cells.glob(f"{kind}_*.json")):
             cell = read_json(path) or {}
             if (cell.get("target"), cell.get("d_new")) == (ground.target, d_new):
-                yield from (((Site.parse(one["layer"]), one["feature"]), one) for one in cell[within])
+                yield from (((Site.parse(entry["layer"]), entry["feature"]), entry) for entry in cell[within])
 
     rates = {
-        feature: sum(one["firing_rate"].values()) / len(one["firing_rate"])
-        for feature, one in listed("ranking", "features")
+        feature: sum(entry["firing_rate"].values()) / len(entry["firing_rate"])
+        for feature, entry in listed("ranking", "features")
     }
     return dict(listed("cards", "cards")), rates
 
@@ -242,15 +242,20 @@ def _write(request: Request, described: dict[str, Any], viewed: dict[Path, Any])
     return path
 
 
-def in_lines(found: dict[str, Any]) -> list[str]:
+def in_lines(described: dict[str, Any]) -> list[str]:
     """What a graph says, in some ten lines, from its JSON."""
     from evaluators.report.graph_page import TRUSTED
 
-    output, tokens, counts, checks = found["output"], found["tokens"], found["counts"], found["checks"]["correlation"]
+    output, tokens, counts, checks = (
+        described["output"],
+        described["tokens"],
+        described["counts"],
+        described["checks"]["correlation"],
+    )
     lines = []
-    low = [name for name, one in checks.items() if one is not None and one[0] < TRUSTED]
+    low = [name for name, correlation in checks.items() if correlation is not None and correlation[0] < TRUSTED]
     if low:
-        frozen = [name for name, is_frozen in found["frozen"].items() if is_frozen]
+        frozen = [name for name, is_frozen in described["frozen"].items() if is_frozen]
         hint = f"; try --free-{' --free-'.join(frozen)}" if frozen else ""
         lines.append(
             f"warning: do not trust the effects: over {' and '.join(low)} edges they correlate by less than {TRUSTED} "
@@ -264,18 +269,22 @@ def in_lines(found: dict[str, Any]) -> list[str]:
         f"{counts['expanded']} nodes expanded",
         "strongest direct effects on it:",
     ]
-    end = next(number for number, node in enumerate(found["nodes"]) if node["kind"] == "output")
-    into = [(weight, found["nodes"][source]) for source, target, weight in found["edges"] if target == end]
+    end = next(number for number, node in enumerate(described["nodes"]) if node["kind"] == "output")
+    into = [(weight, described["nodes"][source]) for source, target, weight in described["edges"] if target == end]
     for weight, node in sorted(into, key=lambda pair: -abs(pair[0])):
         if node["kind"] == "rest":
             lines.append(f"  {weight:+.3g} un-finetuned parts alone")
     features = [pair for pair in into if pair[1]["kind"] in ("feature", "bos")]
     for weight, node in sorted(features, key=lambda pair: -abs(pair[0]))[:STRONGEST]:
-        what = "at BOS" if node["kind"] == "bos" else f"feature {node['feature']}"
+        label = "at BOS" if node["kind"] == "bos" else f"feature {node['feature']}"
         named = node["promoted"][:3] if node["kind"] == "feature" else []
         promoted = f", promotes {' '.join(map(repr, named))}" if named else ""
         at = f"{tokens[node['position']]!r} (position {node['position']})"
-        lines.append(f"  {weight:+.3g} layer {node['site']} {what} on {at}{promoted}")
-    known = [f"{name} edges {one[0]:.2f} ({one[1]:.2f} to {one[2]:.2f})" for name, one in checks.items() if one]
-    lines.append(f"checks, correlation with removing single features: {', '.join(known) or 'too few edges'}")
+        lines.append(f"  {weight:+.3g} layer {node['site']} {label} on {at}{promoted}")
+    correlations = [
+        f"{name} edges {interval[0]:.2f} ({interval[1]:.2f} to {interval[2]:.2f})"
+        for name, interval in checks.items()
+        if interval
+    ]
+    lines.append(f"checks, correlation with removing single features: {', '.join(correlations) or 'too few edges'}")
     return lines

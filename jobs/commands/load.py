@@ -83,8 +83,8 @@ def combination(context: Context, choice: DeltaChoice) -> tuple[Ground, int]:
     d_new = choice.d_new if choice.d_new is not None else evaluated.get("d_new")
     needs_base = target == "residual" and percentile is None and None not in context.settings.deltas.selections
     if d_new is None or needs_base:
-        both = "--d-new" if target == "change" else "--percentile and --d-new"
-        raise RequestError(f"{both}: must be given, because the sweep has not been evaluated yet")
+        options = "--d-new" if target == "change" else "--percentile and --d-new"
+        raise RequestError(f"{options}: must be given, because the sweep has not been evaluated yet")
     return Ground(target, percentile if target == "residual" else None), d_new
 
 
@@ -104,13 +104,13 @@ def load_patches(
     from models.blocks import read_paths
 
     ground, _ = chosen
-    known = context.layers_of(ground.target)
+    with_deltas = context.layers_of(ground.target)
     for layer in layers or []:
-        if layer not in known:
+        if layer not in with_deltas:
             raise RequestError(
-                f"--layer: got {layer}, but the {ground.target} deltas have {sites_label(mlp_sites(known))}"
+                f"--layer: got {layer}, but the {ground.target} deltas have {sites_label(mlp_sites(with_deltas))}"
             )
-    sites = [site for site in context.sites_of(ground.target) if site.layer in (layers or known)]
+    sites = [site for site in context.sites_of(ground.target) if site.layer in (layers or with_deltas)]
     deltas = load_deltas(context, sites, chosen, features)
     if ground.target == "change":
         paths = read_paths(bridge or load_bridge(context), context.model, list(deltas))
@@ -135,7 +135,7 @@ def load_deltas(
     """The kept deltas of `sites`, with the chosen features."""
     from models.deltas import read_delta
 
-    found = {}
+    deltas = {}
     for site in sites:
         group = Address(site, *chosen)
         folder = context.kept_delta(group)
@@ -146,5 +146,5 @@ def load_deltas(
                 f"percentiles {section.percentiles} and d_new {section.d_new}"
             )
         require(folder / "config.json", folder / "delta.safetensors")
-        found[group.site] = read_delta(folder)
-    return chosen_features(context, found, chosen, features)
+        deltas[group.site] = read_delta(folder)
+    return chosen_features(context, deltas, chosen, features)

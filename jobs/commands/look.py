@@ -83,13 +83,13 @@ def look(request: Request) -> dict[str, Any]:
     Raises RequestError, ModelError or DataError if there is no pair, or if rows or texts cannot be used.
     """
     started, context = time.monotonic(), request.context
-    found = (of_sweep(context) if request.config else None) or _measured(request)
-    found["facts"] = {"title": _title(context), "seconds": round(time.monotonic() - started, 1)}
-    if found["changed"]:
-        found["next"] = _suggest(request)
-    _write(request.html, found, context.settings.seed)
-    _say(request, found)
-    return found
+    report = (of_sweep(context) if request.config else None) or _measured(request)
+    report["facts"] = {"title": _title(context), "seconds": round(time.monotonic() - started, 1)}
+    if report["changed"]:
+        report["next"] = _suggest(request)
+    _write(request.html, report, context.settings.seed)
+    _say(request, report)
+    return report
 
 
 def of_sweep(context: Context) -> dict[str, Any] | None:
@@ -138,8 +138,8 @@ def _measured(request: Request) -> dict[str, Any]:
         bridge = wrap(subject.model, subject.tokenizer)
         passes = Passes(bridge, context.settings.evaluate.batch_size)
         changes = Changes.between(bridge, subject.base, [change["name"] for change in subject.weights["changed"]])
-        found = look_at(passes, changes, Inputs(rows or as_rows(texts), texts, context.limits, behaviours), step)
-    return {**subject.weights, "notes": [*subject.notes, about_rows, about_texts], **found}
+        measurements = look_at(passes, changes, Inputs(rows or as_rows(texts), texts, context.limits, behaviours), step)
+    return {**subject.weights, "notes": [*subject.notes, about_rows, about_texts], **measurements}
 
 
 def _title(context: Context) -> str:
@@ -171,15 +171,15 @@ def _subject(context: Context) -> Subject:
             "of your own as model.finetuned"
         )
     else:
-        found = check_pair(context.source, context.adopted, source)
+        pair = check_pair(context.source, context.adopted, source)
         check_tokenizer(context, context.adopted)
-        base = Path(rounded_copy(context, found)) if found.rounded else context.source
-        folder, notes = context.adopted, list(found.notes)
+        base = Path(rounded_copy(context, pair)) if pair.rounded else context.source
+        folder, notes = context.adopted, list(pair.notes)
     if is_adapter(folder):
         model, tokenizer = _merged(base, folder, source, device)
-        names, own = [name for name, _ in model.named_parameters()], dict(model.named_parameters())
+        names, parameters = [name for name, _ in model.named_parameters()], dict(model.named_parameters())
         with open_weights(base).reader() as before:
-            weights = compare_weights(names, before, lambda name: own[name].data.cpu(), tokenizer)
+            weights = compare_weights(names, before, lambda name: parameters[name].data.cpu(), tokenizer)
         return Subject(model, tokenizer, base, weights, notes)
     model, tokenizer = load_model(folder, torch.float32, device)
     unfinetuned, changed = open_weights(base), open_weights(folder)
@@ -221,7 +221,7 @@ def _rows(request: Request, subject: Subject) -> tuple[list[Row], str]:
     settings = context.settings
     evaluation = context.rows / "evaluation.jsonl"
     if request.config and evaluation.is_file():
-        rows, what = spread(read_rows(evaluation), most), "evaluation rows of the sweep"
+        rows, origin = spread(read_rows(evaluation), most), "evaluation rows of the sweep"
     elif settings.data.rows_file:
         path = settings.data.evaluation_file or settings.data.rows_file
         allowed = settings.data.max_reject_fraction
@@ -231,15 +231,15 @@ def _rows(request: Request, subject: Subject) -> tuple[list[Row], str]:
         rejected = (
             f" ({account['rejected']} of its {account['lines']} rows cannot be used)" if account["rejected"] else ""
         )
-        what = f"rows of {path}{rejected}"
+        origin = f"rows of {path}{rejected}"
     else:
         return (
             [],
             "no rows: the models are compared on texts, whose first half is the prompt (data.rows_file has yours)",
         )
-    rows, made = _with_targets(context, subject, rows)
-    answered = f", {made} of them with the finetuned model's own answer as target" if made else ""
-    return rows, f"{len(rows)} {what}{answered}"
+    rows, generated = _with_targets(context, subject, rows)
+    answered = f", {generated} of them with the finetuned model's own answer as target" if generated else ""
+    return rows, f"{len(rows)} {origin}{answered}"
 
 
 def _with_targets(context: Context, subject: Subject, rows: list[Row]) -> tuple[list[Row], int]:
@@ -252,9 +252,9 @@ def _with_targets(context: Context, subject: Subject, rows: list[Row]) -> tuple[
         return rows, 0
     model, tokenizer = subject.model, subject.tokenizer
     prompts = [encode_prompt(tokenizer, rows[place]) for place in bare]
-    made = answers(model, tokenizer, prompts, context.limits, ends_of(model, tokenizer, rows[bare[0]]))
+    generated = answers(model, tokenizer, prompts, context.limits, ends_of(model, tokenizer, rows[bare[0]]))
     rows = list(rows)
-    for place, answer in zip(bare, made, strict=True):
+    for place, answer in zip(bare, generated, strict=True):
         rows[place] = with_answer(tokenizer, rows[place], answer.text, answer.ids)
     return rows, len(bare)
 
@@ -269,33 +269,33 @@ def _suggest(request: Request) -> dict[str, Any]:
     settings, command = request.context.settings, f"deltascope sweep {request.config}"
     if request.config is None:
         path = request.html.with_suffix(".yaml")
-        given = settings.model_dump(mode="json", exclude_unset=True)
-        given["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:64] or "pair"
-        given |= {section: {**values, **given.get(section, {})} for section, values in SUGGESTED.items()}
+        chosen = settings.model_dump(mode="json", exclude_unset=True)
+        chosen["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:64] or "pair"
+        chosen |= {section: {**values, **chosen.get(section, {})} for section, values in SUGGESTED.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
+        path.write_text(yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
         settings, command = load(path), f"deltascope sweep {path}"
     try:
         planned = dict(plan_rows(Context(settings, Progress(Console(quiet=True)))))
     except (RequestError, ModelError) as error:
         return {"command": command, "refused": str(error), "plan": {}}
-    kept = ("change deltas", "delta groups", "evaluation", "disk", "time")
-    return {"command": command, "plan": {name: planned[name] for name in kept if name in planned}}
+    shown = ("change deltas", "delta groups", "evaluation", "disk", "time")
+    return {"command": command, "plan": {name: planned[name] for name in shown if name in planned}}
 
 
-def _write(html: Path, found: dict[str, Any], seed: int) -> None:
+def _write(html: Path, report: dict[str, Any], seed: int) -> None:
     from evaluators.report.look_page import look_page
 
     html.parent.mkdir(parents=True, exist_ok=True)
-    for path, text in ((html, look_page(found, seed=seed)), (html.with_suffix(".json"), json.dumps(found))):
+    for path, text in ((html, look_page(report, seed=seed)), (html.with_suffix(".json"), json.dumps(report))):
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 
-def _say(request: Request, found: dict[str, Any]) -> None:
+def _say(request: Request, report: dict[str, Any]) -> None:
     from evaluators.report.look_page import in_ten_lines
 
     progress = request.context.progress
-    for line in in_ten_lines(found, seed=request.context.settings.seed):
+    for line in in_ten_lines(report, seed=request.context.settings.seed):
         progress.line(line)
-    progress.line(f"page: {request.html} ({clock(found['facts']['seconds'])})")
+    progress.line(f"page: {request.html} ({clock(report['facts']['seconds'])})")

@@ -68,18 +68,18 @@ def model_card(context: Context, exported: Exported) -> str:
 
 def hub_name(context: Context) -> str | None:
     """The finetuned model's hub repository, if it is a whole model from the hub."""
-    given, adopted = context.settings.model.finetuned, context.adopted
-    return repository_of(given) if given and adopted and not is_adapter(adopted) else None
+    finetuned, adopted = context.settings.model.finetuned, context.adopted
+    return repository_of(finetuned) if finetuned and adopted and not is_adapter(adopted) else None
 
 
 def _metadata(context: Context, kind: str) -> dict[str, Any]:
     """The hub's metadata, without a licence, which only the user knows, or a base model that is not on the hub."""
-    found: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     if base := repository_of(context.settings.model.source):
-        found |= {"base_model": base, "base_model_relation": "adapter"}
+        metadata |= {"base_model": base, "base_model_relation": "adapter"}
     if kind == "saelens":
-        found["library_name"] = "saelens"
-    return found | {"tags": [*TAGS, *([kind] if kind == "circuit-tracer" else [])]}
+        metadata["library_name"] = "saelens"
+    return metadata | {"tags": [*TAGS, *([kind] if kind == "circuit-tracer" else [])]}
 
 
 def _shown(source: str) -> str:
@@ -115,22 +115,22 @@ def _figures(context: Context, exported: Exported) -> list[dict[str, str]]:
     if exported.ground.percentile is not None:
         deltas["percentile"] = exported.ground.percentile
     gaps, recovered = _rows(gaps, place), _rows(recovered, {**place, **deltas})
-    found = []
+    rows = []
     for _, gap in gaps[gaps["metric"] == "mean_ce"].iterrows():
-        here = recovered[recovered["subset"] == gap["subset"]].set_index("metric")
-        if "mean_ce" not in here.index:
+        of_subset = recovered[recovered["subset"] == gap["subset"]].set_index("metric")
+        if "mean_ce" not in of_subset.index:
             continue
         shares = {
-            metric: _interval(here.loc[metric], "recovered") if metric in here.index else "-"
+            metric: _interval(of_subset.loc[metric], "recovered") if metric in of_subset.index else "-"
             for metric in ("mean_ce", "kl")
         }
         ends = {
             "subset": gap["subset"],
             "gap": _interval(gap, "gap"),
-            "prompts": str(here.loc["mean_ce", "n_examples"]),
+            "prompts": str(of_subset.loc["mean_ce", "n_examples"]),
         }
-        found.append({**ends, **shares})
-    return found
+        rows.append({**ends, **shares})
+    return rows
 
 
 def _rows(table: Any, values: dict[str, Any]) -> Any:
@@ -152,6 +152,6 @@ def _deltas(context: Context, exported: Exported) -> list[dict[str, str]]:
         best = context.best_of(group)
         assert best is not None, "it has just been exported"
         figures = best["figures"]
-        left = figures[error_name(exported.ground.target)]
-        rows.append({"layer": site.label, "l0": f"{figures['val_l0_delta']:.1f}", "unexplained": f"{left:.3f}"})
+        unexplained = figures[error_name(exported.ground.target)]
+        rows.append({"layer": site.label, "l0": f"{figures['val_l0_delta']:.1f}", "unexplained": f"{unexplained:.3f}"})
     return rows

@@ -68,15 +68,15 @@ def _disk(context: Context) -> str:
 
 def _reads(context: Context) -> Rows:
     """Bytes that delta trials read from disk, with each worker caching its last data, and bytes sent to GPUs."""
-    each, deltas = pair_bytes(context), context.settings.deltas
+    pairs, deltas = pair_bytes(context), context.settings.deltas
     trials = len(context.delta_groups) * deltas.trials
     if not trials:
         return []
-    totals = ", ".join(f"{size(reads_of(context, workers) * each)} by {workers}" for workers in WORKERS)
-    rows = [("pairs", f"{size(each)} a layer and base; read from disk in all: {totals} workers")]
+    totals = ", ".join(f"{size(reads_of(context, workers) * pairs)} by {workers}" for workers in WORKERS)
+    rows = [("pairs", f"{size(pairs)} a layer and base; read from disk in all: {totals} workers")]
     if context.settings.compute.gpus_per_trial:
-        fits = f"half of a GPU's memory holds {size(each)}"
-        rows.append(("over PCIe", f"as many bytes where {fits}, else {deltas.epochs} times {size(trials * each)}"))
+        fits = f"half of a GPU's memory holds {size(pairs)}"
+        rows.append(("over PCIe", f"as many bytes where {fits}, else {deltas.epochs} times {size(trials * pairs)}"))
     return rows
 
 
@@ -109,11 +109,16 @@ def _bases(context: Context) -> Rows:
 def _measured(context: Context) -> Rows:
     """Stage times of an earlier run with the same name."""
     manifests = {stage.name: read_json(stage.folder(context) / MANIFEST) for stage in STAGES}
-    known = {name: manifest["seconds"] for name, manifest in manifests.items() if manifest and "seconds" in manifest}
-    if not known:
+    stage_seconds = {
+        name: manifest["seconds"] for name, manifest in manifests.items() if manifest and "seconds" in manifest
+    }
+    if not stage_seconds:
         return []
     workers = max(manifest.get("workers", 1) for manifest in manifests.values() if manifest)
-    listed = ", ".join(f"{name} {clock(seconds)}" for name, seconds in known.items())
+    listed = ", ".join(f"{name} {clock(seconds)}" for name, seconds in stage_seconds.items())
     return [
-        ("time", f"{clock(sum(known.values()))} when last run, on {workers} worker{'s' * (workers > 1)} ({listed})")
+        (
+            "time",
+            f"{clock(sum(stage_seconds.values()))} when last run, on {workers} worker{'s' * (workers > 1)} ({listed})",
+        )
     ]

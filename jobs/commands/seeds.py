@@ -40,9 +40,9 @@ def parse_seeds(text: str) -> list[int]:
 
 def settings_of(config: str, overrides: Sequence[str], seeds: str) -> list[Sweep]:
     """The settings of each seed's sweep; raises RequestError for wrong seeds, SettingsError for wrong settings."""
-    given = [override for override in overrides if override.partition("=")[0].strip() == "seed"]
-    if given:
-        raise RequestError(f"--seeds: got {seeds!r} together with {given[0]}; give one of the two")
+    seed_overrides = [override for override in overrides if override.partition("=")[0].strip() == "seed"]
+    if seed_overrides:
+        raise RequestError(f"--seeds: got {seeds!r} together with {seed_overrides[0]}; give one of the two")
     numbers, name = parse_seeds(seeds), load(config, [*overrides]).name
     return [load(config, [*overrides, f"name={name}-s{seed}", f"seed={seed}"]) for seed in numbers]
 
@@ -89,9 +89,9 @@ def _compare(contexts: Sequence[Context], progress: Progress) -> None:
         return
     root = contexts[0].settings.storage.root
     try:
-        found = compare(Sources([str(context.space.folder) for context in contexts], [root]))
+        comparison = compare(Sources([str(context.space.folder) for context in contexts], [root]))
     except RequestError as error:
         progress.line(f"no comparison: {error}")
         return
-    show(found, progress.console)
-    progress.line(f"comparison: {write(page_path(root, found), as_page(found), 'storage.root')}")
+    show(comparison, progress.console)
+    progress.line(f"comparison: {write(page_path(root, comparison), as_page(comparison), 'storage.root')}")

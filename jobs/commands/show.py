@@ -12,18 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 
-def show_probe(found: dict[str, Any]) -> None:
+def show_probe(report: dict[str, Any]) -> None:
     """Prints the active features token by token and then, so that they stay in view, the conditions."""
     console = Console()
     table = Table("layer", "token", "delta features", "base features", title="active features (feature:strength)")
-    for feature in found["features"]:
+    for feature in report["features"]:
         table.add_row(
             str(feature["layer"]), Text(repr(feature["token"])), _listed(feature["delta"]), _listed(feature["base"])
         )
     console.print(table)
-    table = Table("condition", "CE", "CE - raw", "next tokens", title=f"target: {found['target']!r}")
+    table = Table("condition", "CE", "CE - raw", "next tokens", title=f"target: {report['target']!r}")
     table.add_column("output", overflow="fold")
-    for condition in found["conditions"]:
+    for condition in report["conditions"]:
         following = ", ".join(f"{entry['token']!r} {entry['probability']:.3f}" for entry in condition["next_tokens"])
         table.add_row(
             condition["condition"],

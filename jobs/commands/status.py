@@ -53,7 +53,7 @@ def _results(folder: Path, key: str) -> list[dict[str, Any]]:
 
 
 def _counts(results: list[dict[str, Any]], total: int) -> str:
-    states = [one["state"] for one in results]
+    states = [result["state"] for result in results]
     named = [f"{states.count(state)} {state.lower()}" for state in ("COMPLETE", "STOPPED", "FAILED") if state in states]
     return f"{len(results)} of {max(total, len(results))}" + (f" ({', '.join(named)})" if named else "")
 

@@ -50,8 +50,8 @@ def serve(root: str, port: int, studies: bool = False) -> None:
     if not studies:
         for name, page in pages(_store(root)):
             print(f"  {name}: {address}{page}", flush=True)
-        if (together := comparison(_store(root))) is not None:
-            print(f"  all of them side by side: {address}{together}", flush=True)
+        if (comparison_page := comparison(_store(root))) is not None:
+            print(f"  all of them side by side: {address}{comparison_page}", flush=True)
     # MLflow's server would start a dozen processes for submitted jobs, but nothing submits jobs to it.
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with tempfile.TemporaryFile("w+") as log:  # dozens of lines of startup log, only useful on failure

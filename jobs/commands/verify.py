@@ -25,23 +25,23 @@ def verify(context: Context) -> None:
     with space.locked():
         files = [*cached_files(context), *(path for stage in STAGES for path in stage.files(context))]
         sizes = {path: path.stat().st_size for path in files}
-        found = [Damage(*problem) for problem in problems(context).items()]
+        damaged = [Damage(*problem) for problem in problems(context).items()]
         if (context.model / SEAL).is_file():  # a base model built under the storage root
-            found += damage(context.model)
+            damaged += damage(context.model)
         with context.progress.bar("verify", len(sizes), "files", sum(sizes.values()) or 1) as bar:
 
             def seen(path: Path) -> None:
                 if path in sizes:
                     bar.advance(1, sizes.pop(path) or 1)
 
-            found += [broken for _, broken in find(context, seen=seen, caches=True)]
-        for broken in found:
+            damaged += [broken for _, broken in find(context, seen=seen, caches=True)]
+        for broken in damaged:
             shown = broken.path.relative_to(space.folder if broken.path.is_relative_to(space.folder) else space.root)
             context.progress.line(f"  {shown} {broken.why}")
-    read = f"{len(files)} files in {clock(time.monotonic() - started)}"
-    if found:
+    checked = f"{len(files)} files in {clock(time.monotonic() - started)}"
+    if damaged:
         raise WorkFailed(
-            f"{len(found)} of {space.name}'s files are damaged, missing, or not written by this sweep ({read}); its "
+            f"{len(damaged)} of {space.name}'s files are damaged, missing, or not written by this sweep ({checked}); its "
             "`sweep` command moves such files to set_aside/ and makes what is missing again"
         )
-    context.progress.line(f"all of {space.name} is as it was written: {read}")
+    context.progress.line(f"all of {space.name} is as it was written: {checked}")

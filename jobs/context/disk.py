@@ -39,13 +39,13 @@ class Disk(NamedTuple):
         if not self.needs_windows:
             return [sorted(sites)] if sites else []
         windows: list[list[Site]] = []
-        left = 0.0
+        free = 0.0
         for site in sorted(sites):
-            if not windows or self.sizes[site] > left:
+            if not windows or self.sizes[site] > free:
                 windows.append([])
-                left = self.budget
+                free = self.budget
             windows[-1].append(site)
-            left -= self.sizes[site]
+            free -= self.sizes[site]
         return windows
 
 
@@ -109,9 +109,9 @@ def reads_of(context: Context, workers: int) -> int:
 
 def drop(context: Context, keep: Sequence[Site] = ()) -> None:
     """Deletes the activations and base errors of all sites except `keep`."""
-    kept = {site.folder for site in keep}
+    kept_folders = {site.folder for site in keep}
     for folder in _shard_folders(context):
-        if not kept & set(folder.relative_to(context.space.folder).parts):
+        if not kept_folders & set(folder.relative_to(context.space.folder).parts):
             context.checked.discard(folder)
             shutil.rmtree(folder)
 
@@ -125,8 +125,8 @@ def bytes_needed(context: Context) -> int:
     weights = sum(path.stat().st_size for path in context.model.glob("*.safetensors"))
     residual, bases = context.sites_of("residual"), 0
     if residual and settings.transcoders.source == "train" and isinstance(settings.transcoders.width, int):
-        each = len(settings.transcoders.target_l0) * settings.transcoders.width
-        bases = sum(each * sum(widths_of(facts, site)) * 4 for site in residual)
+        features = len(settings.transcoders.target_l0) * settings.transcoders.width
+        bases = sum(features * sum(widths_of(facts, site)) * 4 for site in residual)
     moments = 0
     if any(CONDITIONS[name].ranked for name in settings.evaluate.controls):
         grounds = {(group.site, group.ground) for group in context.delta_groups}

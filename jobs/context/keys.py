@@ -30,14 +30,14 @@ def _dump(section: Section, *leave_out: str) -> dict:
 def data(settings: Sweep) -> str:
     section = settings.data
     files = (section.rows_file, section.evaluation_file, section.text_train_file, section.text_validation_file)
-    given = [_stamp(path) for path in files if path]
+    stamps = [_stamp(path) for path in files if path]
     # Also depends on the model: a user's rows are checked against its context length, a chat uses its template.
     model, chat = settings.model, section.format == "chat"
     reader: list[object] | None = None
-    if given or chat:
+    if stamps or chat:
         reader = [model.source, model.revision, model.finetuned is None, *model_files(settings)]
         reader += [model.finetuned, model.finetuned_revision, *finetuned_files(settings)] if chat else []
-    return key_of("data", settings.seed, _dump(section), reader, given)
+    return key_of("data", settings.seed, _dump(section), reader, stamps)
 
 
 def _stamp(path: str) -> list[int]:
@@ -88,8 +88,8 @@ def lora_group(settings: Sweep) -> str:
 def lora(settings: Sweep) -> str:
     model = settings.model
     if model.finetuned:
-        both = [*model_files(settings), *finetuned_files(settings)]
-        return key_of("adopted", data(settings), _dump(model, "dtype"), *both)
+        files = [*model_files(settings), *finetuned_files(settings)]
+        return key_of("adopted", data(settings), _dump(model, "dtype"), *files)
     return key_of(lora_group(settings), settings.lora.trials)
 
 
@@ -106,8 +106,8 @@ def finetuned_check(settings: Sweep) -> str:
 def behaviours(settings: Sweep) -> list[object]:
     """The behaviours, in the order of the tables' columns, and the files of a user's own checks."""
     items = list(settings.evaluate.behaviours.items())
-    own = [check["python"].partition(":")[0] for _, check in items if isinstance(check, dict) and "python" in check]
-    return [*items, *(_stamp_of_module(name) for name in own)]
+    modules = [check["python"].partition(":")[0] for _, check in items if isinstance(check, dict) and "python" in check]
+    return [*items, *(_stamp_of_module(name) for name in modules)]
 
 
 def _stamp_of_module(name: str) -> list[int]:
@@ -166,8 +166,8 @@ def delta_data(settings: Sweep, site: Site, ground: Ground) -> str:
     activations = finetuned_activations(settings)
     if ground.target == "change":
         return key_of("change with BOS", activations, place(site))
-    which = settings.deltas.target_l0 if ground.percentile is None else ground.percentile
-    return key_of("residual", activations, base(settings, site), which)
+    chosen_by = settings.deltas.target_l0 if ground.percentile is None else ground.percentile
+    return key_of("residual", activations, base(settings, site), chosen_by)
 
 
 def search_seed(settings: Sweep, site: Site, ground: Ground) -> int:
@@ -189,13 +189,13 @@ def delta_group(settings: Sweep, group: Address) -> str:
 
 def polished(settings: Sweep, kept: object) -> str:
     """The key of one width's jointly trained change deltas; `kept` are the ones they started from."""
-    together = [getattr(settings.deltas, name) for name in POLISH]
-    return key_of("polished", kept, together, lora(settings), settings.seed, settings.compute.precision)
+    polish_settings = [getattr(settings.deltas, name) for name in POLISH]
+    return key_of("polished", kept, polish_settings, lora(settings), settings.seed, settings.compute.precision)
 
 
 def deltas(settings: Sweep, groups: list[Address]) -> str:
-    together = [getattr(settings.deltas, name) for name in POLISH] if settings.deltas.polish_steps else []
-    return key_of([delta_group(settings, group) for group in groups], settings.deltas.trials, *together)
+    polish_settings = [getattr(settings.deltas, name) for name in POLISH] if settings.deltas.polish_steps else []
+    return key_of([delta_group(settings, group) for group in groups], settings.deltas.trials, *polish_settings)
 
 
 def evaluate(settings: Sweep, groups: list[Address]) -> str:

@@ -222,14 +222,14 @@ class Behaviour(Answers):
         same batches, and the last bits depend on the batch."""
         strengths = {self.name_of(*cell): STRENGTHS.get(*cell) for cell in self.requested if cell not in self.controls}
         missing = {strength for name, strength in strengths.items() if name not in done}
-        return {name for name, together in done.items() if not missing & set(together)}
+        return {name for name, measured_with in done.items() if not missing & set(measured_with)}
 
     def remaining(self, done: set[str]) -> Self:
-        left = [cell for cell in self.requested if self.name_of(*cell) not in done]
+        missing = [cell for cell in self.requested if self.name_of(*cell) not in done]
         return replace(
             self,
-            doses=tuple(dose for dose in self.doses if ("alpha", dose) in left),
-            conditions=tuple(name for name in self.conditions if name in {condition for condition, _ in left}),
+            doses=tuple(dose for dose in self.doses if ("alpha", dose) in missing),
+            conditions=tuple(name for name in self.conditions if name in {condition for condition, _ in missing}),
         )
 
     def cost(self, n_layers: int) -> int:
@@ -241,8 +241,8 @@ class Behaviour(Answers):
         alone = sum(len(self.doses) if dosed else 1 for dosed in controls) * timing.answers(timing.prompts)
         if not self.strengths:
             return alone
-        together = timing.prompts * len({*self.doses, *STRENGTHS.values()})
-        return alone + timing.answers(together, self.above(timing.n_layers))
+        answers = timing.prompts * len({*self.doses, *STRENGTHS.values()})
+        return alone + timing.answers(answers, self.above(timing.n_layers))
 
     def compute(self, model: Any, rows: list[Any]) -> list[str]:
         from data.encoding import encode_row
@@ -290,8 +290,8 @@ class Behaviour(Answers):
             with self._subject(control, alpha, model, rows, patches) as (passes, spliced):
                 ask = Ask(control, alpha)
                 with self._rest_at(model, ask):
-                    found = list(evaluate_behaviour(self._uncached(passes), spliced, rows, [ask], **settings))
-                names += [self._write(control, alpha, figures, texts) for _, figures, texts in found]
+                    answers = list(evaluate_behaviour(self._uncached(passes), spliced, rows, [ask], **settings))
+                names += [self._write(control, alpha, figures, texts) for _, figures, texts in answers]
         return names
 
     def _write(self, condition: str, alpha: float | None, figures: list[dict], texts: list[dict]) -> str:
@@ -305,10 +305,10 @@ class Behaviour(Answers):
 
         for ask in asks:
             with self._rest_at(model, ask):
-                found = list(
+                answers = list(
                     evaluate_behaviour(self._uncached(self.plain_passes(model)), patches, rows, [ask], **settings)
                 )
-            yield from found
+            yield from answers
 
     @contextmanager
     def _rest_at(self, model: Any, ask: Any) -> Iterator[None]:
@@ -358,8 +358,8 @@ class Behaviour(Answers):
             ]
         if condition.model in ("swapped", "scaled"):
             before = paths(self.model, self.shared.base_model, tuple(plan.site for plan in self.sites))
-            other = exchanged(model, list(before.values()))
-            with other if alpha is None else interpolated(model, list(before.values()), alpha):
+            subject = exchanged(model, list(before.values()))
+            with subject if alpha is None else interpolated(model, list(before.values()), alpha):
                 yield plain, patches
         else:
             yield self.kept_passes(model), patches
@@ -416,14 +416,14 @@ class End(NamedTuple):
 def ends_of(works: Iterable[Work], sites: Sequence[SitePlan], subset: str) -> tuple[End, ...]:
     """The cells, among those of behaviour works, that hold these deltas at strength 0 and 1 and change nothing else."""
     conditions = {strength: condition for condition, strength in STRENGTHS.items()}
-    found = {}
+    ends = {}
     for work in works:
         if isinstance(work, Behaviour) and (work.sites, work.subset, work.rest) == (tuple(sites), subset, ()):
             for condition, strength in work.requested:
                 strength = STRENGTHS.get(condition, strength)
                 if condition in (*STRENGTHS, "alpha") and strength in conditions:
-                    found[conditions[strength]] = End(conditions[strength], work.name_of(condition, strength), work.key)
-    return tuple(found.values())
+                    ends[conditions[strength]] = End(conditions[strength], work.name_of(condition, strength), work.key)
+    return tuple(ends.values())
 
 
 def finished_ends(work: Work, ends: Iterable[End], count: int) -> dict[str, list[dict[str, Any]]]:
@@ -461,11 +461,11 @@ def generations_folder(work: Work) -> Path:
 def guesses(work: Work, rows: list[Any], ground: str) -> dict[str, list[list[int]]]:
     """Guesses of the answers to the first rows of each subset: under full the finetuned model's, under no_delta those
     of the unedited model `ground`. Empty if that model was not evaluated."""
-    found: dict[str, list[list[int]]] = {}
+    guessed: dict[str, list[list[int]]] = {}
     for condition, name in (("full", "raw"), ("no_delta", ground)):
-        left = {subset: iter(_outputs(work, name, subset)) for subset in {row.label for row in rows}}
-        found[condition] = [next(left[row.label], []) for row in rows]
-    return found
+        outputs = {subset: iter(_outputs(work, name, subset)) for subset in {row.label for row in rows}}
+        guessed[condition] = [next(outputs[row.label], []) for row in rows]
+    return guessed
 
 
 def _outputs(work: Work, name: str, subset: str) -> list[list[int]]:

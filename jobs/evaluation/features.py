@@ -45,10 +45,10 @@ class Ranking(Work):
             sites = inputs.context.sites_of(target)
             of_change = target == "change" and (inputs.settings.curve or inputs.settings.groups)
             if inputs.context.cards_of(target) or of_change:
-                for together in [sites] if target == "change" else [[site] for site in sites]:
-                    plans = inputs.kept(together, *chosen)
+                for group in [sites] if target == "change" else [[site] for site in sites]:
+                    plans = inputs.kept(group, *chosen)
                     key = key_of("ranking with firing", inputs.lineage(plans), inputs.computed_with)
-                    name = cell_name("ranking", place_of(together, *chosen))
+                    name = cell_name("ranking", place_of(group, *chosen))
                     works.append(cls(name, key, **inputs.common(), sites=plans))
         return works
 
@@ -124,9 +124,9 @@ class Curve(Work):
         started = time.perf_counter()
         ranked = ranked_features(self, self.ranking)
         compared = reference(self.model, self.shared.rows, self.shared.batch_size)
-        known = finished_ends(self, self.ends, len(rows))
-        found = evaluate_curve(self.kept_passes(model), self.load_patches(), rows, ranked, compared, known)
-        counts = [{"k": count, "rows": entries} for count, entries in found.items()]
+        measured = finished_ends(self, self.ends, len(rows))
+        curve = evaluate_curve(self.kept_passes(model), self.load_patches(), rows, ranked, compared, measured)
+        counts = [{"k": count, "rows": entries} for count, entries in curve.items()]
         return self.write({"subset": self.subset, "counts": counts}, started)
 
 
@@ -176,8 +176,10 @@ class Cards(Work):
             behaviours=read_behaviours(self.shared.behaviours),
             guesses=guesses(self, few, UNFINETUNED if self.sites[0].ground.target == "change" else "raw"),
         )
-        read = read_features(passes, patches, rows, self.features)
-        cards = [{"layer": card[0].key, "feature": card[1], **read[card], **effects[card]} for card in self.features]
+        readings = read_features(passes, patches, rows, self.features)
+        cards = [
+            {"layer": card[0].key, "feature": card[1], **readings[card], **effects[card]} for card in self.features
+        ]
         return self.write({"convention": self.sites[0].site.kind.reading, "cards": cards}, started)
 
 
@@ -219,13 +221,13 @@ class Grouping(Work):
 
         started = time.perf_counter()
         effects = {(site, number): effect for site, number, effect in ranked_features(self, self.ranking)}
-        found = find_groups(self.plain_passes(model), self.load_patches(), held_out_rows(self), effects)
+        grouping = find_groups(self.plain_passes(model), self.load_patches(), held_out_rows(self), effects)
         groups = [
             {**group, "number": number, "features": [[site.key, feature] for site, feature in group["features"]]}
-            for number, group in enumerate(found["groups"], start=1)
+            for number, group in enumerate(grouping["groups"], start=1)
         ]
-        singles = [[site.key, feature] for site, feature in found["singles"]]
-        return self.write({**found, "groups": groups, "singles": singles}, started)
+        singles = [[site.key, feature] for site, feature in grouping["singles"]]
+        return self.write({**grouping, "groups": groups, "singles": singles}, started)
 
 
 @dataclass(frozen=True)
@@ -243,12 +245,12 @@ class GroupEffects(Work):
 
     @classmethod
     def metrics(cls, cell: dict[str, Any]) -> dict[str, float]:
-        found = {}
+        losses = {}
         for entry in cell["entries"]:
             tokens = sum(row["n_tokens"] for row in entry["rows"])
             name = f"ce_{entry['way']}_{entry['group']}" + ("_random" if entry["random"] else "")
-            found[name] = sum(row["nll"] for row in entry["rows"]) / tokens
-        return found
+            losses[name] = sum(row["nll"] for row in entry["rows"]) / tokens
+        return losses
 
     @classmethod
     def plan(cls, inputs: PlanInputs) -> Sequence[Work]:

@@ -37,10 +37,10 @@ class Graphs(Work):
     @classmethod
     def metrics(cls, cell: dict[str, Any]) -> dict[str, float]:
         return {
-            f"correlation_{sample}_{number}": found[0]
+            f"correlation_{sample}_{number}": correlation[0]
             for number, graph in enumerate(cell["graphs"])
-            for sample, found in graph.get("checks", {}).get("correlation", {}).items()
-            if found is not None
+            for sample, correlation in graph.get("checks", {}).get("correlation", {}).items()
+            if correlation is not None
         }
 
     @classmethod
@@ -55,7 +55,7 @@ class Graphs(Work):
         groupings = Grouping.plan(inputs)
         grouping = groupings[0].name if groupings else ""
         rest = context.rest if context.is_everything(sites) else ()
-        lineage, keys_of_groups = inputs.lineage(plans), [one.key for one in groupings]
+        lineage, keys_of_groups = inputs.lineage(plans), [grouping.key for grouping in groupings]
         place = place_of([plan.site for plan in plans], *inputs.chosen["change"])
         fields = inputs.common()
         if context.settings.model.dtype != "bf16":  # gradients through a model in bf16 are mostly rounding
@@ -91,11 +91,11 @@ class Graphs(Work):
         graphs: list[dict[str, Any]] = []
         for row in rows[: self.most]:
             try:
-                output, said = choose_output(model, patches, row, self.shared.limits, rest)
+                output, next_tokens = choose_output(model, patches, row, self.shared.limits, rest)
             except DataError:  # both models say the same
                 graphs.append({"prompt": row.input})
                 continue
-            found = attribution_graph(model, patches, output, said, GraphOptions(seed=self.seed))
-            described = as_json(found, model.tokenizer, "", {"prompt": row.input, "subset": self.subset})
+            graph = attribution_graph(model, patches, output, next_tokens, GraphOptions(seed=self.seed))
+            described = as_json(graph, model.tokenizer, "", {"prompt": row.input, "subset": self.subset})
             graphs.append({"prompt": row.input, **with_groups(described, grouping)})
         return self.write({"subset": self.subset, "graphs": graphs}, started)

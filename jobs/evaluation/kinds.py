@@ -60,18 +60,18 @@ class Change(Work):
 
         started, patches, passes = time.perf_counter(), self.load_patches(), self.plain_passes(model)
         if self.model.precision == "fp32":
-            found = evaluate_change(passes, patches, rows)
+            fits = evaluate_change(passes, patches, rows)
         else:
-            found = []
+            fits = []
             for first in range(0, len(patches), EXACT_LAYERS):
                 exact_paths.cache_clear()  # before more are read
                 some = tuple(plan.site for plan in self.sites[first : first + EXACT_LAYERS])
                 before, after = (
                     exact_paths(self.model, folder, some) for folder in (self.shared.base_model, self.model.folder)
                 )
-                found += evaluate_change(passes, patches[first : first + EXACT_LAYERS], rows, (before, after))
+                fits += evaluate_change(passes, patches[first : first + EXACT_LAYERS], rows, (before, after))
                 del before, after
-        layers = [{"layer": plan.site.key, "rows": entries} for plan, entries in zip(self.sites, found, strict=True)]
+        layers = [{"layer": plan.site.key, "rows": entries} for plan, entries in zip(self.sites, fits, strict=True)]
         return self.write({"d_new": self.sites[0].d_new, "layers": layers}, started)
 
 
@@ -123,8 +123,8 @@ class Reconstruction(Work):
         texts = [row for cell in raw for row in cell]
         ce_raw = sum(row["text_nll"] for row in texts) / sum(row["n_act_tokens"] for row in texts)
         names = []
-        found = evaluate_reconstruction(self.kept_passes(model), self.load_patches(), rows, ce_raw)
-        for plan, figures in zip(self.sites, found, strict=True):
+        by_site = evaluate_reconstruction(self.kept_passes(model), self.load_patches(), rows, ce_raw)
+        for plan, figures in zip(self.sites, by_site, strict=True):
             assert plan.candidate is not None
             cell = {
                 "kind": self.kind,
@@ -203,7 +203,7 @@ ROUNDS: dict[str, tuple[type[Work], ...]] = {
     "features, groups and graphs": (Cards, Curve, GroupEffects, Graphs),
 }
 """In order: the cells of a round build on those of earlier rounds."""
-KINDS = tuple(kind for together in ROUNDS.values() for kind in together)
+KINDS = tuple(kind for kinds in ROUNDS.values() for kind in kinds)
 BY_NAME = {kind.kind: kind for kind in KINDS}
 """Kinds by their name in cells."""
 

@@ -43,9 +43,9 @@ class Parts(Work):
         def mean(rows: list[dict[str, Any]]) -> float:
             return sum(row["nll"] for row in rows) / sum(row["n_tokens"] for row in rows)
 
-        found = {f"ce_all_{model}": mean(cell[model]) for model in ("finetuned", "unfinetuned")}
+        losses = {f"ce_all_{model}": mean(cell[model]) for model in ("finetuned", "unfinetuned")}
         parts = [part for part in cell["parts"] if part["layers"] == EVERY_LAYER]
-        return found | {f"ce_only_{part['part']}_{part['way']}": mean(part["rows"]) for part in parts}
+        return losses | {f"ce_only_{part['part']}_{part['way']}": mean(part["rows"]) for part in parts}
 
     @classmethod
     def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
@@ -80,7 +80,7 @@ class Parts(Work):
         started = time.perf_counter()
         before = paths(self.model, self.shared.base_model, self.changed)
         rest = read_rest(Path(self.shared.base_model), self.rest) if self.rest else None
-        found = parts_ceiling(self.plain_passes(model), Changes.of(model, before.values(), rest), rows)
+        ceiling = parts_ceiling(self.plain_passes(model), Changes.of(model, before.values(), rest), rows)
         cell = {
             "kind": self.kind,
             "target": "",
@@ -88,7 +88,7 @@ class Parts(Work):
             "seed": self.seed,
             "key": self.key,
             "seconds": time.perf_counter() - started,
-            **found,
+            **ceiling,
         }
         write_json(self.cell_file(self.name), cell)
         return [self.name]
@@ -138,7 +138,7 @@ class Look(Work):
             read_behaviours(self.shared.behaviours),
             ("divergence", "answers", "lens"),
         )
-        found = look_at(self.plain_passes(model), changes, inputs)
+        look = look_at(self.plain_passes(model), changes, inputs)
         ends = {"key": self.key, "seed": self.seed, "seconds": time.perf_counter() - started}
-        write_json(self.cell_file(self.name), {"kind": self.kind, "target": "", **ends, **weights, **found})
+        write_json(self.cell_file(self.name), {"kind": self.kind, "target": "", **ends, **weights, **look})
         return [self.name]

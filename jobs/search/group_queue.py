@@ -17,10 +17,10 @@ class GroupQueue:
     `groups` is the total number if this queue holds only some of them, so that the limit is the same for any part."""
 
     def __init__(
-        self, left: Mapping[str, int], reads: Mapping[str, str], at_once: int, groups: int | None = None
+        self, remaining: Mapping[str, int], reads: Mapping[str, str], at_once: int, groups: int | None = None
     ) -> None:
-        self.left, self._reads = dict(left), reads
-        self._limit = math.ceil(at_once / (groups or len(left)))
+        self.left, self._reads = dict(remaining), reads
+        self._limit = math.ceil(at_once / (groups or len(remaining)))
         self._running: Counter[str] = Counter()
         self._cached: list[str] = []
         """Data cached by each free worker, in the order in which they became free."""
@@ -32,7 +32,9 @@ class GroupQueue:
     def next_group(self, exclude: Collection[str] = ()) -> str | None:
         """Picks the next group to run, skipping `exclude`, and counts its trial as started. Prefers one whose data the
         free worker has cached, then one that no other worker is reading; ties go to the most trials left."""
-        allowed = [name for name, left in self.left.items() if left and self.may_start(name) and name not in exclude]
+        allowed = [
+            name for name, remaining in self.left.items() if remaining and self.may_start(name) and name not in exclude
+        ]
         if not allowed:
             return None
         cached = self._cached.pop() if self._cached else None
@@ -60,9 +62,9 @@ class GroupQueue:
         self._cached.append(self._reads[name])
 
 
-def count_reads(left: Mapping[str, int], reads: Mapping[str, str], workers: int) -> int:
+def count_reads(remaining: Mapping[str, int], reads: Mapping[str, str], workers: int) -> int:
     """How often a worker reads data that it has not cached, if all trials take the same time."""
-    queue = GroupQueue(left, reads, workers)
+    queue = GroupQueue(remaining, reads, workers)
     free, cached = list(range(workers)), [""] * workers
     running: deque[tuple[int, str]] = deque()
     count = 0

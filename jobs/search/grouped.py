@@ -76,19 +76,19 @@ def run_search(
 
     quieten_tune()
 
-    every = 0.0 if early_stopping else REPORT_SECONDS
+    period = 0.0 if early_stopping else REPORT_SECONDS
 
     def run(config: dict[str, Any]) -> None:
-        kept: list[dict[str, Any]] = []
+        unsent: list[dict[str, Any]] = []
         sent = time.monotonic()
 
         def report(values: dict[str, Any]) -> None:
             nonlocal sent
-            if time.monotonic() - sent < every:
-                kept.append(dict(values))
+            if time.monotonic() - sent < period:
+                unsent.append(dict(values))
             else:
-                tune.report({**values, EARLIER: list(kept)})
-                kept.clear()
+                tune.report({**values, EARLIER: list(unsent)})
+                unsent.clear()
                 sent = time.monotonic()
 
         try:
@@ -97,7 +97,7 @@ def run_search(
             if (number := disk_errno(error)) is None:
                 raise
             figures = {"disk_errno": number}  # ends the search without failing a trial
-        tune.report({**NO_LOSS, **figures, EARLIER: kept, "final": True})
+        tune.report({**NO_LOSS, **figures, EARLIER: unsent, "final": True})
 
     resources = {key.lower(): value for key, value in share.resources.items()}
     tuner = tune.Tuner(
@@ -202,8 +202,10 @@ class _Running:
             for trial in self.trials
         ]
         # The scheduler only knows the first trial, whose folder holds the checkpoint.
-        own = places[0] if len(places) == 1 else {"side_by_side": places, "trial": first, "folder": places[0]["folder"]}
-        return {**group.constants, **group.fixed, **own, "group": group.name}
+        config = (
+            places[0] if len(places) == 1 else {"side_by_side": places, "trial": first, "folder": places[0]["folder"]}
+        )
+        return {**group.constants, **group.fixed, **config, "group": group.name}
 
     def __str__(self) -> str:
         numbers = ", ".join(str(trial.number) for trial in self.trials)
@@ -303,9 +305,9 @@ class GroupedSearch(Searcher):
         if not several:
             self._end(running, running.trials[0], TrialResult(figures, running.history, ended, error))
             return
-        for trial, own in zip(running.trials, figures["side_by_side"], strict=True):
-            history = own.pop("history")
-            end = TrialResult(NO_LOSS | own, history, ended, error)
+        for trial, outcome in zip(running.trials, figures["side_by_side"], strict=True):
+            history = outcome.pop("history")
+            end = TrialResult(NO_LOSS | outcome, history, ended, error)
             self._end(running, trial, self._replay_as_solo(running, trial, end))
 
     def _replay_as_solo(self, running: _Running, trial: optuna.Trial | LostTrial, end: TrialResult) -> TrialResult:

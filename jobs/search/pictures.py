@@ -34,13 +34,13 @@ def study_pictures(name: str, storage: optuna.storages.BaseStorage, prefix: str,
     from optuna.visualization import matplotlib as draw
 
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    wanted: dict[str, Callable[[], Any]] = {
+    plots: dict[str, Callable[[], Any]] = {
         "history": lambda: draw.plot_optimization_history(study, target_name=loss),
         "importances": lambda: draw.plot_param_importances(study, evaluator=evaluator, target_name=loss),
         "parallel": lambda: draw.plot_parallel_coordinate(study, target_name=loss),
     }
     pictures = {}
-    for name, make in wanted.items():
+    for name, make in plots.items():
         with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna changes the global style
             warnings.simplefilter("ignore")
             try:

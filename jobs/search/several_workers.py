@@ -48,11 +48,11 @@ def train_together(train: Train, config: dict[str, Any], retries: int | None = N
     return outcome
 
 
-def _as_worker(given: dict[str, Any]) -> None:
+def _as_worker(task: dict[str, Any]) -> None:
     """What each worker runs; the first one writes the outcome to the trial's folder."""
     environment.prepare()
     import ray.train
 
-    outcome = given["train"](given["config"], lambda figures: ray.train.report(dict(figures)))
+    outcome = task["train"](task["config"], lambda figures: ray.train.report(dict(figures)))
     if ray.train.get_context().get_world_rank() == 0:
-        write_json(Path(given["config"]["folder"]) / OUTCOME, outcome)
+        write_json(Path(task["config"]["folder"]) / OUTCOME, outcome)

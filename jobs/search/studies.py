@@ -271,8 +271,8 @@ def _best_values(group: Group, storage: Storage) -> list[dict[str, Any]]:
     for name in optuna.get_all_study_names(storage):
         if name.startswith(f"{group.warm_start}@"):
             earlier = optuna.load_study(study_name=name, storage=storage)
-            done = earlier.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            trials += [(trial.values[0], trial.params) for trial in done]
+            completed = earlier.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            trials += [(trial.values[0], trial.params) for trial in completed]
     trials.sort(key=lambda trial: trial[0])
     return [
         {

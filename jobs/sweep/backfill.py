@@ -42,9 +42,9 @@ def send_missing(context: Context, stage: Stage) -> None:
     """Sends the results of a finished stage that MLflow lacks."""
     if not context.tracker.is_finished(stage.name):
         manifest = read_json(stage.folder(context) / MANIFEST)
-        known = metrics_of(manifest["report"]) if stage.name == "data" else {}
+        metrics = metrics_of(manifest["report"]) if stage.name == "data" else {}
         open_stage(context, stage)
-        context.tracker.close(stage.name, {**known, "seconds": manifest["seconds"]})
+        context.tracker.close(stage.name, {**metrics, "seconds": manifest["seconds"]})
     if stage.name in SENDERS:
         SENDERS[stage.name](context)
 

@@ -65,11 +65,11 @@ def adopt(context: Context) -> dict[str, Any]:
     keyed_folder(context.space.lora, key)
     source, adopted = context.settings.model.finetuned, context.adopted
     assert adopted is not None
-    whole = adopted == context.finetuned
+    is_whole_model = adopted == context.finetuned
     if _without_target(context):  # then the rows depend on where its answers stop
         key = key_of(key, context.limits)
-    figures = make(context, None if whole else adopted, key)
-    how = "adopted as it is" if whole else "adopted: its adapter was merged"
+    figures = make(context, None if is_whole_model else adopted, key)
+    how = "adopted as it is" if is_whole_model else "adopted: its adapter was merged"
     context.progress.line(f"  {source} {how}")
     if answered := (read_json(context.space.lora / VALIDATION_FILE) or {}).get("answered"):
         cut = f", {answered['cut']} of them cut at evaluate.max_new_tokens" if answered["cut"] else ""
@@ -190,29 +190,29 @@ def make(context: Context, adapter: Path | None, key: str) -> dict[str, Any]:
         for outcome in context.pool.run(merge_and_check, [task], context.settings.compute.max_retries):
             if outcome.error:
                 raise WorkFailed(f"the finetuned model {adapter or context.finetuned}: {outcome.error}")
-        found = read_json(validation)
+        change = read_json(validation)
         if not compared:
-            _note_change(context, found)
+            _note_change(context, change)
         if not merged:
             assert adapter is not None
             finish_folder(context.finetuned, key, {"adapter": adapter.parent.name})
     return read_json(validation)["figures"]
 
 
-def _note_change(context: Context, found: dict[str, Any]) -> None:
+def _note_change(context: Context, change: dict[str, Any]) -> None:
     """Checks the merge and records what changed. Raises RequestError if the merged model is wrong, or if nothing has
     changed."""
     setting, source = "model.finetuned", context.settings.model.finetuned
     if source is None:
         setting, source = "lora", "the best trial's adapter"
-    for which, name, count in found["not_finite"][:1]:
-        where = (
-            f"model.source: {name} of {context.settings.model.source}" if which == "before" else f"{setting}: {name}"
+    for model, name, count in change["not_finite"][:1]:
+        tensor = (
+            f"model.source: {name} of {context.settings.model.source}" if model == "before" else f"{setting}: {name}"
         )
-        raise RequestError(f"{where} has {count} values that are NaN or infinite")
-    if (merge := found.get("merge")) is not None and not merge_check(merge)["passed"]:
+        raise RequestError(f"{tensor} has {count} values that are NaN or infinite")
+    if (merge := change.get("merge")) is not None and not merge_check(merge)["passed"]:
         raise RequestError(f"{setting}: merging {source} changes what it computes ({merge_check(merge)['detail']})")
-    if not found["changed"]:
+    if not change["changed"]:
         raise RequestError(
             f"{setting}: {source} leaves every weight as it was, so there is no change to explain; was it ever trained?"
         )
@@ -220,16 +220,16 @@ def _note_change(context: Context, found: dict[str, Any]) -> None:
     if merge and (idle := merge["unchanged"]):
         notes.append(f"{len(idle)} of {merge['modules']} modules that {source} adapts are unchanged, such as {idle[0]}")
         context.progress.line(f"note: {notes[-1]}")
-    pair.note(context, found["changed"], exact=True, notes=notes)
+    pair.note(context, change["changed"], exact=True, notes=notes)
     pair.say_what_changed(context)
 
 
 def merge_check(merge: dict[str, Any]) -> dict[str, Any]:
     """Check of the report: whether the merged model computes the same as the model with its adapter."""
-    same = merge["modules_apart"] <= ROUNDING and merge["logits_apart"] <= ROUNDING
+    agrees = merge["modules_apart"] <= ROUNDING and merge["logits_apart"] <= ROUNDING
     return {
         "name": "the merged model computes what the model with its adapter attached does",
-        "passed": same and len(merge["unchanged"]) < merge["modules"],
+        "passed": agrees and len(merge["unchanged"]) < merge["modules"],
         "detail": f"logits of {merge['rows']} rows differ by {merge['logits_apart']:.2g} of the largest, outputs of "
         f"{merge['modules']} adapted modules by {merge['modules_apart']:.2g}; "
         f"{merge['modules'] - len(merge['unchanged'])} of them changed",
@@ -266,30 +266,30 @@ def merge_and_check(task: Task) -> None:
     from models.weights import open_weights
 
     before = read_json(Path(task.validation)) or {}
-    found: dict[str, Any] = {"key": task.key}
+    report: dict[str, Any] = {"key": task.key}
     merging = _Merging(task) if task.adapter else None
     # Read back from disk, as every later stage reads it.
     finetuned, tokenizer = load_model(Path(task.finetuned), torch.float32, task.device)
     if merging is not None:
-        found["merge"] = merging.compared_with(finetuned)
+        report["merge"] = merging.compared_with(finetuned)
     elif "merge" in before:
-        found["merge"] = before["merge"]
+        report["merge"] = before["merge"]
     if task.compares:
         weights = compare(open_weights(Path(task.base)), open_weights(Path(task.finetuned)))
-        found |= {"changed": list(weights.changed), "not_finite": [list(entry) for entry in weights.not_finite]}
+        report |= {"changed": list(weights.changed), "not_finite": [list(entry) for entry in weights.not_finite]}
         if merging is not None:
-            names = [f"{name}." for name in found["changed"]]
+            names = [f"{name}." for name in report["changed"]]
             idle = [module for module in merging.outputs if not any(name.startswith(f"{module}.") for name in names)]
-            found["merge"]["unchanged"] = idle
+            report["merge"]["unchanged"] = idle
     elif "changed" in before:
-        found["changed"] = before["changed"]
+        report["changed"] = before["changed"]
     if task.answered:
-        found["answered"] = _answer(task, finetuned, tokenizer)
+        report["answered"] = _answer(task, finetuned, tokenizer)
     elif "answered" in before:
-        found["answered"] = before["answered"]
+        report["answered"] = before["answered"]
     rows = read_rows(Path(task.answered or task.rows) / "validation.jsonl")
-    found |= check_rows(finetuned, tokenizer, rows, read_behaviours(task.behaviours), task.limits)
-    write_json(Path(task.validation), found)
+    report |= check_rows(finetuned, tokenizer, rows, read_behaviours(task.behaviours), task.limits)
+    write_json(Path(task.validation), report)
 
 
 class _Merging:
@@ -357,11 +357,11 @@ def _answer(task: Task, model: Any, tokenizer: Any) -> dict[str, int]:
             bare = [place for place, row in enumerate(rows) if not row.target]
             if bare:
                 prompts = [encode_prompt(tokenizer, rows[place]) for place in bare]
-                made = answers(model, tokenizer, prompts, task.limits, ends_of(model, tokenizer, rows[bare[0]]))
-                for place, answer in zip(bare, made, strict=True):
+                generated = answers(model, tokenizer, prompts, task.limits, ends_of(model, tokenizer, rows[bare[0]]))
+                for place, answer in zip(bare, generated, strict=True):
                     rows[place] = with_answer(tokenizer, rows[place], answer.text, answer.ids)
                 counts["made"] += len(bare)
-                counts["cut"] += sum(answer.cut for answer in made)
+                counts["cut"] += sum(answer.cut for answer in generated)
             write_rows(folder / f"{split}.jsonl", rows)
         seal(folder)
         shutil.rmtree(task.answered, ignore_errors=True)

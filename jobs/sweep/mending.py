@@ -88,18 +88,18 @@ def find(
     """Yields damaged files, each with the stage that wrote it. Does not hash sealed files larger than `most_bytes`, and
     reads activations only if `caches`, since workers check them before use. Calls `seen` after each file."""
     space = context.space
-    own = [path for path in cached_files(context) if caches or _is_json(path)]
+    cached = [path for path in cached_files(context) if caches or _is_json(path)]
     if space.data.is_dir() or (space.folder / START).is_file():
-        own.append(space.folder / START)
-    yield from ((None, broken) for path in own for broken in _own(path, seen))
+        cached.append(space.folder / START)
+    yield from ((None, broken) for path in cached for broken in _own(path, seen))
     for stage in STAGES:
         folder, files = stage.folder(context), stage.files(context)
-        found: Iterator[Damage] = iter(())
+        damages: Iterator[Damage] = iter(())
         if (folder / MANIFEST).is_file() or (folder / SEAL).is_file():  # a stage has both or neither
-            found = _of_finished(files, folder, most_bytes, seen)
+            damages = _of_finished(files, folder, most_bytes, seen)
         elif stage.name not in MADE_WHOLE:
-            found = _of_unfinished(files, most_bytes, seen)
-        yield from ((stage, broken) for broken in found)
+            damages = _of_unfinished(files, most_bytes, seen)
+        yield from ((stage, broken) for broken in damages)
 
 
 def cached_files(context: Context) -> list[Path]:
@@ -113,8 +113,8 @@ def _of_finished(files: list[Path], folder: Path, most_bytes: float, seen: Seen)
     yield from _own(folder / MANIFEST, seen)
     yield from damage(folder, most_bytes, seen)
     with suppress(DamagedFileError):  # already yielded
-        known = listed(folder)
-        yield from (Damage(path, ADDED) for path in files if path not in known)
+        sealed = listed(folder)
+        yield from (Damage(path, ADDED) for path in files if path not in sealed)
 
 
 def _of_unfinished(files: list[Path], most_bytes: float, seen: Seen) -> Iterator[Damage]:
@@ -126,9 +126,9 @@ def _of_unfinished(files: list[Path], most_bytes: float, seen: Seen) -> Iterator
             yield from damage(path.parent, most_bytes, seen)
         elif _needs_seal(path):
             yield from _own(path.parent / SEAL, seen)
-        elif path.parent.name == "cells" and (known := read_json(path).get("generations")):
+        elif path.parent.name == "cells" and (recorded := read_json(path).get("generations")):
             texts = path.parents[1] / "generations" / f"{path.stem}.jsonl"
-            if not texts.is_file() or sha256_of(texts) != known:
+            if not texts.is_file() or sha256_of(texts) != recorded:
                 yield Damage(texts, CHANGED if texts.is_file() else "is missing")
             seen(texts)
 

@@ -131,14 +131,14 @@ class Mirror:
         write_json(self._folder / LEDGER, {"writer": self._writer, "sent": self._sent})
 
     def _local_files(self) -> dict[str, list[int]]:
-        found = {}
+        stamps = {}
         for path in files_in(self._folder):
             name = path.relative_to(self._folder)
             with suppress(FileNotFoundError):
                 if name.parts[0] != ASIDE:
                     stat = path.stat()
-                    found[name.as_posix()] = [stat.st_size, stat.st_mtime_ns]
-        return found
+                    stamps[name.as_posix()] = [stat.st_size, stat.st_mtime_ns]
+        return stamps
 
     def _remote_names(self) -> list[str]:
         self._files.invalidate_cache()

@@ -39,11 +39,11 @@ def examine(context: Context) -> None:
     if facts is None or (facts["rounded"] and not Path(facts["rounded"]).is_dir()):
         # Hashes for the keys of results are computed now, as the files are being read anyway.
         seen = partial(hash_of, models=context.space.models)
-        found = check_pair(context.source, adopted, context.settings.model.source, seen)
-        rounded = rounded_copy(context, found) if found.rounded else ""
+        pair = check_pair(context.source, adopted, context.settings.model.source, seen)
+        rounded = rounded_copy(context, pair) if pair.rounded else ""
         merged = [] if adopted == context.finetuned else _changed_by_merging(context)
         exact = adopted == context.finetuned or bool(merged)
-        facts = note(context, merged or found.changed, notes=found.notes, rounded=rounded, exact=exact)
+        facts = note(context, merged or pair.changed, notes=pair.notes, rounded=rounded, exact=exact)
     for text in facts["notes"]:
         context.progress.line(f"note: {text}")
     say_what_changed(context)
@@ -84,7 +84,7 @@ def note(
     config = load_config(context.source)
     _check_known(context, config)
     sites, rest = sites_with(config, changed)
-    known = {
+    facts = {
         "key": context.pair_key,
         "exact": exact,
         "changed": sorted(changed),
@@ -95,9 +95,9 @@ def note(
         "notes": list(notes),
         "rounded": rounded,
     }
-    write_json(context.space.folder / PAIR, known)
+    write_json(context.space.folder / PAIR, facts)
     context.forget_pair()
-    return known
+    return facts
 
 
 def _changed_by_merging(context: Context) -> list[str]:
@@ -111,13 +111,13 @@ def _changed_by_merging(context: Context) -> list[str]:
 def say_what_changed(context: Context) -> None:
     """Prints what finetuning changed and which layers are left out. Raises RequestError if the requested change deltas
     have nothing to explain."""
-    known = context.pair
-    assert known is not None
+    pair = context.pair
+    assert pair is not None
     source = context.settings.model.finetuned or "the finetuned model"
-    what = "finetuning changed" if known["exact"] else "the adapter adapts"
+    subject = "finetuning changed" if pair["exact"] else "the adapter adapts"
     kinds = context.kinds if "change" in context.settings.deltas.targets else []
     deltas = f"; deltas for {', '.join(kind.name for kind in kinds)}" if kinds else ""
-    context.progress.line(f"  {what} {known['in_words'] or 'nothing'}{deltas}")
+    context.progress.line(f"  {subject} {pair['in_words'] or 'nothing'}{deltas}")
     if "change" not in context.settings.deltas.targets:
         return
     from models.architectures import WITHOUT_MLP
@@ -129,11 +129,11 @@ def say_what_changed(context: Context) -> None:
 
     if not context.sites_of("change"):
         section = context.settings.deltas
-        where = "in any layer" if section.layers == "all" else f"in {layer_list(section.layers)}"
-        wanted = KINDS if section.sites == "auto" else section.sites
+        place = "in any layer" if section.layers == "all" else f"in {layer_list(section.layers)}"
+        requested = KINDS if section.sites == "auto" else section.sites
         raise RequestError(
             f"{'model.finetuned' if context.settings.model.finetuned else 'lora.space.targets'}: {source} changed "
-            f"{known['in_words'] or 'nothing'}, and none of {', '.join(KINDS[name].words for name in wanted)} {where}, "
+            f"{pair['in_words'] or 'nothing'}, and none of {', '.join(KINDS[name].words for name in requested)} {place}, "
             "so there is nothing for change deltas to explain (deltas.sites and deltas.layers say where they look)"
         )
     for kind in kinds:
@@ -141,13 +141,13 @@ def say_what_changed(context: Context) -> None:
             context.progress.line(f"  {kind.words} of {layer_list(left_out)} did not change: no change deltas there")
 
 
-def rounded_copy(context: Context, found: Pair) -> str:
+def rounded_copy(context: Context, pair: Pair) -> str:
     """Writes the un-finetuned model in the finetuned one's dtype; returns its folder."""
     from models.comparison import write_rounded
     from models.weights import open_weights
 
     name = Path(context.settings.model.source).name
-    identity = short_hash(keys.model_files(context.settings), found.rounded)
+    identity = short_hash(keys.model_files(context.settings), pair.rounded)
     context.space.models.mkdir(parents=True, exist_ok=True)
     folder = context.space.models / f"{name}-rounded-{identity}"
-    return str(write_rounded(open_weights(context.source), found.rounded, folder))
+    return str(write_rounded(open_weights(context.source), pair.rounded, folder))

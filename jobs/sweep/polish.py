@@ -43,7 +43,7 @@ def polish_widths(context: Context) -> dict[str, Any]:
     from jobs.tracking.records import record_polish
 
     section, sites = context.settings.deltas, tuple(context.sites_of("change"))
-    tasks, made = [], {}
+    tasks, folders_of = [], {}
     for d_new in section.d_new if section.polish_steps else ():
         kept = [context.kept_trial(Address(site, Ground("change"), d_new)) for site in sites]
         folders = [folder for folder in kept if folder is not None]
@@ -54,7 +54,7 @@ def polish_widths(context: Context) -> dict[str, Any]:
         folder = keyed_folder(context.space.polished(d_new), key)
         if not is_finished(folder, key):
             tasks.append(_task(context, sites, folders, folder, key))
-        made[folder.name] = folder
+        folders_of[folder.name] = folder
     if tasks:
         units = _units(context, sites)
         tasks = [task._replace(units=units) for task in tasks]
@@ -63,7 +63,7 @@ def polish_widths(context: Context) -> dict[str, Any]:
                 if outcome.error:
                     raise WorkFailed(f"joint polish, {Path(outcome.task.folder).name}: {outcome.error}")
                 bar.advance()
-    manifests = {name: read_json(folder / "manifest.json") for name, folder in made.items()}
+    manifests = {name: read_json(folder / "manifest.json") for name, folder in folders_of.items()}
     for name, manifest in manifests.items():
         record_polish(context.tracker, name, manifest)
     return {name: manifest["figures"] for name, manifest in manifests.items()}
@@ -71,7 +71,7 @@ def polish_widths(context: Context) -> dict[str, Any]:
 
 def _units(context: Context, sites: Sequence[Site]) -> tuple[float, ...]:
     """The mean square of each site's change on held-out text, which is captured again if it was deleted."""
-    disk, found = disk_of(context), {}
+    disk, measured = disk_of(context), {}
     for part in disk.windows(sites):
         if disk.needs_windows:
             drop(context, keep=part)
@@ -79,10 +79,10 @@ def _units(context: Context, sites: Sequence[Site]) -> tuple[float, ...]:
         for outcome in context.pool.run(_unit, [(folder, site) for site in part]):
             if outcome.error:
                 raise WorkFailed(f"the size of the change in layer {outcome.task[1].label}: {outcome.error}")
-            found[outcome.task[1]] = outcome.result
+            measured[outcome.task[1]] = outcome.result
     if disk.needs_windows:
         drop(context)
-    return tuple(found[site] for site in sites)
+    return tuple(measured[site] for site in sites)
 
 
 def _unit(task: tuple[Path, Site]) -> float:
@@ -135,15 +135,15 @@ def polish_width(task: PolishTask) -> None:
         for split in ("train", "validation")
     }
     keeper = Keeper(folder / "checkpoint.safetensors", task.checkpoint_seconds)
-    done = polish(subject, rows["train"], rows["validation"], PolishSettings(**task.settings), keeper=keeper)
+    polished = polish(subject, rows["train"], rows["validation"], PolishSettings(**task.settings), keeper=keeper)
     for site in task.sites:
-        delta = done.deltas[site]
-        facts = {"target": "change", "d_new": delta.d_new, "polished": done.figures}
+        delta = polished.deltas[site]
+        facts = {"target": "change", "d_new": delta.d_new, "polished": polished.figures}
         write_delta(delta, folder / site.folder, facts)
     keeper.forget()
     seal(folder)
-    before = done.history[0]
-    figures = {**done.figures, "val_kl_before": before["val_kl"], "val_l0_before": before["val_l0"]}
+    before = polished.history[0]
+    figures = {**polished.figures, "val_kl_before": before["val_kl"], "val_l0_before": before["val_l0"]}
     seconds = time.perf_counter() - started
-    facts = {"figures": figures, "history": done.history, "settings": task.settings, "seconds": seconds}
+    facts = {"figures": figures, "history": polished.history, "settings": task.settings, "seconds": seconds}
     finish_folder(folder, task.key, facts)

@@ -29,9 +29,11 @@ class Stage(NamedTuple):
     def files(self, context: Context) -> list[Path]:
         """The existing files that this stage writes."""
         roots = [path for pattern in self.leaves for path in sorted(context.space.folder.glob(pattern))]
-        found = [path for root in roots for path in files_in(root)]
-        own = (self.folder(context) / MANIFEST, self.folder(context) / SEAL)
-        return [path for path in found if path not in own and not (self.name == "data" and "answered" in path.parts)]
+        paths = [path for root in roots for path in files_in(root)]
+        bookkeeping = (self.folder(context) / MANIFEST, self.folder(context) / SEAL)
+        return [
+            path for path in paths if path not in bookkeeping and not (self.name == "data" and "answered" in path.parts)
+        ]
 
     def drop(self, context: Context) -> None:
         """Makes the stage count as not done."""

@@ -35,8 +35,8 @@ def journal(context: Context) -> Path | None:
 
 def database(context: Context) -> Path | None:
     """MLflow's database; None if a server or a database elsewhere is used."""
-    own = context.space.root / "mlflow.db"
-    return own if tracking_uri(context.settings, context.space.root) == f"sqlite:///{own.resolve()}" else None
+    path = context.space.root / "mlflow.db"
+    return path if tracking_uri(context.settings, context.space.root) == f"sqlite:///{path.resolve()}" else None
 
 
 def database_problem(path: Path) -> str | None:

@@ -64,18 +64,18 @@ def _say(context: Context, report: dict[str, Any]) -> None:
 
 def notes_of(report: dict[str, Any]) -> list[str]:
     """What was assumed about the rows, and what was left out or not used, one fact each."""
-    found = list(report.get("notes", []))
+    notes = list(report.get("notes", []))
     for key, account in report["files"].items():
-        found += [f"{key}: {note}" for note in account.get("notes", [])]
+        notes += [f"{key}: {note}" for note in account.get("notes", [])]
         if account.get("repeated_example"):
             example, rule = account["repeated_example"], account["repeated_rule"]
-            found.append(
+            notes.append(
                 f"{key}: rows left out because they repeat another one: {account['repeated']} (data.repeated={rule}: "
                 f"{RULES[rule]}), such as {example['input']!r} with the target {example['target']!r}"
             )
     if "bos" in report and report["bos"] is None:
-        found.append(f"the tokenizer has no BOS token; {report['opens_with']!r} opens every plain text instead")
-    return found
+        notes.append(f"the tokenizer has no BOS token; {report['opens_with']!r} opens every plain text instead")
+    return notes
 
 
 def metrics_of(report: dict[str, Any]) -> dict[str, float]:
@@ -137,8 +137,8 @@ def _regrouped(context: Context) -> list[str]:
     compared = [row for row in rows if row.target and not row.special_tokens][:COMPARED_ROWS]
     unlike = 0
     for row in compared:
-        whole = encode_text(tokenizer, f"{row.input}{row.separator}{row.target}")
-        unlike += encode_row(tokenizer, row).ids[: len(whole)] != whole
+        joined = encode_text(tokenizer, f"{row.input}{row.separator}{row.target}")
+        unlike += encode_row(tokenizer, row).ids[: len(joined)] != joined
     if not unlike:
         return []
     return [

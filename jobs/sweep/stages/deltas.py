@@ -67,7 +67,7 @@ def run(context: Context) -> dict[str, Any]:
             write_moments(context, [place for place in fitted_places(context) if place[0] in sites])
             drop(context)
     shutil.rmtree(context.space.folder / ".tune", ignore_errors=True)
-    kept = {}
+    best_losses = {}
     for group in groups.values():
         results = trials_of(group)
         for result in results:  # an earlier driver may have died before tracking them
@@ -77,10 +77,10 @@ def run(context: Context) -> dict[str, Any]:
             context.failures.append(f"{STAGE} {group.name}: every trial failed")
             continue
         write_json(group.folder / "best.json", best)
-        kept[group.name] = best["value"]
-    if not kept:
+        best_losses[group.name] = best["value"]
+    if not best_losses:
         raise WorkFailed("every delta trial failed: " + "; ".join(context.failures))
-    return {"kept": kept, "polished": polish_widths(context)}
+    return {"kept": best_losses, "polished": polish_widths(context)}
 
 
 def _search(context: Context, groups: list[Group], total: int) -> None:
@@ -165,8 +165,8 @@ def trials_at_once(context: Context) -> list[int]:
 
     section, limit = context.settings.deltas, side_by_side(context)
     independent = section.trials if section.sampler in ("random", "grid") else min(section.trials, STARTUP_TRIALS)
-    full, rest = divmod(independent, limit)
-    return [limit] * full + [rest] * (rest > 0) + [1] * (section.trials - independent)
+    full, remainder = divmod(independent, limit)
+    return [limit] * full + [remainder] * (remainder > 0) + [1] * (section.trials - independent)
 
 
 def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
@@ -192,8 +192,8 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
 
     torch.set_num_threads(config["threads"])
     writes = processes(config["device"]).index == 0
-    together = config.get("side_by_side")
-    members = together or [config]
+    side_by_side = config.get("side_by_side")
+    members = side_by_side or [config]
     precision = resolve_precision(config["precision"], config["device"])
     settings = [
         replace(config["settings"], lr=values["lr"], sparsity=values["sparsity"], precision=precision)
@@ -207,7 +207,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
 
     def note(number: int, figures: dict[str, Any]) -> None:
         reported[number].append(figures)
-        if not together:
+        if not side_by_side:
             report(figures)
 
     keeper = Keeper(Path(config["folder"]) / "checkpoint.safetensors", config["checkpoint_seconds"])
@@ -225,11 +225,13 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     except torch.OutOfMemoryError as error:
         if config["workers"] > 1:
             raise  # the other workers would wait for this one
-        outcomes = [{"apart": True} if together else _failed(error)]
+        outcomes = [{"apart": True} if side_by_side else _failed(error)]
     keeper.forget()
-    if not together or "apart" in outcomes[0]:
+    if not side_by_side or "apart" in outcomes[0]:
         return outcomes[0]
-    return {"side_by_side": [{**outcome, "history": seen} for outcome, seen in zip(outcomes, reported, strict=True)]}
+    return {
+        "side_by_side": [{**outcome, "history": history} for outcome, history in zip(outcomes, reported, strict=True)]
+    }
 
 
 def _failed(error: Exception) -> dict[str, Any]:

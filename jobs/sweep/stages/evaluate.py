@@ -27,11 +27,11 @@ def run(context: Context) -> dict[str, Any]:
     chosen = inputs.chosen
     works: list[Work] = []
     for label, kinds in ROUNDS.items():
-        together = works_of(inputs, kinds)  # only now: some are planned from an earlier round's cells
-        failed = _compute(context, together, label)
+        round_works = works_of(inputs, kinds)  # only now: some are planned from an earlier round's cells
+        failed = _compute(context, round_works, label)
         if kinds == CEILING:
             _stop_at(failed)
-        works += together
+        works += round_works
     names = [name for work in works for name in work.cells()]
     done = [name for name in names if (context.space.cells / f"{name}.json").is_file()]
     kept = {target: {"percentile": ground.percentile, "d_new": d_new} for target, (ground, d_new) in chosen.items()}
@@ -49,8 +49,8 @@ def measure_ceiling(context: Context) -> None:
     works = works_of(PlanInputs(context), CEILING)
     _stop_at(_compute(context, works, "ceiling", is_tracked=False))
     cells = [read_json(context.space.cells / f"{name}.json") for work in works for name in work.cells()]
-    if (found := first_look(cells, "")) is not None:
-        for line in in_ten_lines(found, seed=context.settings.seed):
+    if (look := first_look(cells, "")) is not None:
+        for line in in_ten_lines(look, seed=context.settings.seed):
             context.progress.line(f"  {line}")
 
 
@@ -72,12 +72,12 @@ def _compute(context: Context, works: list[Work], label: str, is_tracked: bool =
     total = finished = 0
     for work in works:
         cells = work.cells()
-        done = work.reusable(existing(cells))
+        reusable = work.reusable(existing(cells))
         if is_tracked:
-            record_cells(context, sorted(done))
-        total, finished = total + len(cells), finished + len(done)
-        if len(done) < len(cells) or not (cells or work.is_finished()):
-            missing.append(work.remaining(done))
+            record_cells(context, sorted(reusable))
+        total, finished = total + len(cells), finished + len(reusable)
+        if len(reusable) < len(cells) or not (cells or work.is_finished()):
+            missing.append(work.remaining(reusable))
     places = [(plan.site, plan.ground) for work in missing if work.needs_moments for plan in work.sites]
     write_moments(context, list(dict.fromkeys(places)))
     missing.sort(key=lambda work: -work.cost(n_layers))
@@ -91,8 +91,8 @@ def _compute(context: Context, works: list[Work], label: str, is_tracked: bool =
                 failed.append(f"cells {outcome.task.name}: {outcome.error}")
             elif is_tracked:
                 record_cells(context, outcome.result)
-            cost, others = outcome.task.cost(n_layers), context.share.at_once - 1
-            bar.advance(len(outcome.task.cells()), cost, others)
+            cost, other_workers = outcome.task.cost(n_layers), context.share.at_once - 1
+            bar.advance(len(outcome.task.cells()), cost, other_workers)
     context.failures += failed
     return failed
 

@@ -121,13 +121,13 @@ def trial(config: dict[str, Any], report: Any) -> dict[str, Any]:
     """
     environment.prepare()
     if config["workers"] == 1:
-        found = train(config, report)
+        figures = train(config, report)
     else:
         from jobs.search.several_workers import train_together
 
-        found = train_together(train, config)
+        figures = train_together(train, config)
     seal(Path(config["folder"]))
-    return found
+    return figures
 
 
 def train(config: dict[str, Any], report: Any) -> dict[str, Any]:

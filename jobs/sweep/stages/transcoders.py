@@ -53,9 +53,9 @@ def run(context: Context) -> dict[str, Any]:
         _train(context)
     chosen: dict[str, dict[str, str]] = {}
     for site in context.sites_of("residual"):
-        found = candidates(root(context), site, context.settings.transcoders.width)
+        available = candidates(root(context), site, context.settings.transcoders.width)
         for ground in context.grounds_of("residual"):
-            candidate = select(found, ground.percentile, context.settings.deltas.target_l0)
+            candidate = select(available, ground.percentile, context.settings.deltas.target_l0)
             _check(context, candidate, site)
             chosen.setdefault(site.label, {})[ground.label.removeprefix("p")] = candidate.path
     return {"source": context.settings.transcoders.source, "chosen": chosen}
@@ -66,14 +66,14 @@ def train_layer(task: LayerTask) -> dict[str, Any]:
     started = time.perf_counter()
     bridge.cache_clear()  # the capture's model is no longer needed
     if task.workers == 1:
-        found = train(task._asdict(), None)
+        figures = train(task._asdict(), None)
     else:
         from jobs.search.several_workers import train_together
 
-        found = train_together(train, task._asdict(), task.retries)
+        figures = train_together(train, task._asdict(), task.retries)
     seal(Path(task.folder))
-    finish_folder(Path(task.folder), task.key, {**found, "seconds": time.perf_counter() - started})
-    return {"layer": task.site.layer, **found}
+    finish_folder(Path(task.folder), task.key, {**figures, "seconds": time.perf_counter() - started})
+    return {"layer": task.site.layer, **figures}
 
 
 def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
