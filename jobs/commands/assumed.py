@@ -86,7 +86,7 @@ def memory_rows(context: Context) -> list[tuple[str, str]]:
 
 
 def _computed(context: Context) -> list[Site]:
-    """The sites whose change is computed from activations: where it is linear, the weights say it."""
+    """The sites whose change is computed from activations: a linear change follows from the weights."""
     return [site for site in context.sites_of("change") if not context.is_linear(site)]
 
 

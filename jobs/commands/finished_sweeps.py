@@ -80,11 +80,13 @@ def read_sweeps(sources: Sources) -> tuple[list[ComparedSweep], list[str]]:
     Raises RequestError for an unknown name, a sweep given twice or not finished, and unreadable files.
     """
     folders = [folder for name in sources.sweeps for folder in _folders(name, sources.roots)]
-    twice = [
+    duplicates = [
         sweep for place, sweep in enumerate(folders) if sweep.folder in [earlier.folder for earlier in folders[:place]]
     ]
-    if twice:
-        raise RequestError(f"the sweep {twice[0].name} in {twice[0].folder} is given twice; give each sweep once")
+    if duplicates:
+        raise RequestError(
+            f"the sweep {duplicates[0].name} in {duplicates[0].folder} is given twice; give each sweep once"
+        )
     loaded = [LoadedSweep(from_folder(sweep.name, sweep.folder)) for sweep in folders]
     starts = {sweep.start: sweep.name for sweep in folders if sweep.start}
     for place, name in enumerate(sources.experiments):

@@ -1,4 +1,4 @@
-"""The attribution graph of one prompt: what the deltas' features do to what the model says.
+"""The attribution graph of one prompt: which features of the deltas lead to the model's answer.
 
 In: a finished sweep with change deltas, and a prompt. Out: the graph as a page, as JSON, and as a folder for
 circuit-tracer's viewer, and ten lines on the terminal.
@@ -39,8 +39,8 @@ STRONGEST = 6
 
 
 class Request(NamedTuple):
-    """What to explain: a prompt and, if it is not what the two models say differently, a token; how; and the folder to
-    write to (None: `graphs` in the sweep's folder)."""
+    """What to explain and how: a prompt; the token to explain (None: the first one at which the two models differ);
+    options; and the output folder (None: `graphs` in the sweep's folder)."""
 
     context: Context
     prompt: str
@@ -59,14 +59,14 @@ class Request(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the files: the prompt's words, and a hash that tells similar prompts apart."""
+        """The files' name: the prompt's words, and a hash that distinguishes similar prompts."""
         words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower())[:40].strip("-") or "prompt"
         identity = json.dumps([self.prompt, self.token, self.options])
         return f"{words}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
 
 
 def graph(request: Request) -> dict[str, Any]:
-    """Makes the graph, writes it and prints what it says. Returns it in our own format.
+    """Computes the graph, writes it and prints a summary. Returns it in our own format.
 
     Raises RequestError, ModelError or DataError if the sweep has no change deltas, or the prompt cannot be explained.
     """
@@ -98,8 +98,8 @@ def graph(request: Request) -> dict[str, Any]:
 
 
 def _spliced(context: Context) -> tuple[Any, list[Any], Any]:
-    """The bridge, all patches of change deltas, and the un-finetuned values of what finetuning changed outside all
-    sites, if the patches are everything else that it changed."""
+    """The bridge, the patches of all change deltas, and the un-finetuned values of changed parameters outside all sites
+    (None if the patches leave out a changed site)."""
     from models.bridge import device_of
     from models.rest import read_rest
 
@@ -129,7 +129,7 @@ def _output(request: Request, bridge: Any, patches: list[Any], rest: Any) -> tup
 
 @contextmanager
 def _bars(progress: Progress) -> Iterator[Callable[[str, int, int], None]]:
-    """A function that shows how far each part of the work is, on one bar for each."""
+    """A function that shows the progress of each part of the work on a bar of its own."""
     opened: dict[str, tuple[Any, Bar]] = {}
 
     def step(name: str, done: int, total: int) -> None:
@@ -200,7 +200,9 @@ def _viewer_files(request: Request, attribution: Graph, tokenizer: PreTrainedTok
 
     context, folder, scan = request.context, request.viewed, f"{SCAN}/{request.name}"
     tracer = as_circuit_tracer(attribution, request.name, tokenizer, scan)
-    features = feature_files(attribution, scan, *_known(context, *combination(context, DeltaChoice("change"))))
+    features = feature_files(
+        attribution, scan, *_cards_and_rates(context, *combination(context, DeltaChoice("change")))
+    )
     return {
         folder / "graph-metadata.json": viewer_list(tracer, f"deltascope-{context.settings.name}"),
         folder / f"{request.name}.json": tracer,
@@ -208,7 +210,9 @@ def _viewer_files(request: Request, attribution: Graph, tokenizer: PreTrainedTok
     }
 
 
-def _known(context: Context, ground: Ground, d_new: int) -> tuple[dict[Feature, dict[str, Any]], dict[Feature, float]]:
+def _cards_and_rates(
+    context: Context, ground: Ground, d_new: int
+) -> tuple[dict[Feature, dict[str, Any]], dict[Feature, float]]:
     """The cards of these deltas' features, and how often all features fire, as a mean over subsets."""
 
     def listed(kind: str, within: str) -> Iterator[tuple[Feature, dict[str, Any]]]:
@@ -243,7 +247,7 @@ def _write(request: Request, described: dict[str, Any], viewed: dict[Path, Any])
 
 
 def in_lines(described: dict[str, Any]) -> list[str]:
-    """What a graph says, in some ten lines, from its JSON."""
+    """A graph in about ten lines of text, from its JSON."""
     from evaluators.report.graph_page import TRUSTED
 
     output, tokens, counts, checks = (

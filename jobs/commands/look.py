@@ -61,8 +61,8 @@ class Subject(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What to look at: the pair of a `Context`; the settings file, where it is a sweep's; how many rows at most; and
-    where to write the page (None: under the storage root)."""
+    """What to look at: the pair of a `Context`; the settings file, if it is a sweep's pair; the maximum number of rows;
+    and where to write the page (None: under the storage root)."""
 
     context: Context
     config: str | None = None
@@ -93,7 +93,7 @@ def look(request: Request) -> dict[str, Any]:
 
 
 def of_sweep(context: Context) -> dict[str, Any] | None:
-    """What a sweep has measured itself, if it has got that far."""
+    """The first look that the sweep itself has measured; None if it has not got that far."""
     from evaluators.report.report import first_look
 
     names = [*context.space.cells.glob("look.json"), *sorted(context.space.cells.glob("parts_*.json"))]
@@ -260,8 +260,8 @@ def _with_targets(context: Context, subject: Subject, rows: list[Row]) -> tuple[
 
 
 def _suggest(request: Request) -> dict[str, Any]:
-    """The sweep to run next: its command, and what `plan` says of it. For a pair of one's own its settings are written
-    next to the page."""
+    """The sweep to run next: its command and its `plan`. For a user's own pair, also writes its settings next to the
+    page."""
     from rich.console import Console
 
     from jobs.commands.plan import plan_rows

@@ -41,7 +41,7 @@ def verify(context: Context) -> None:
     checked = f"{len(files)} files in {clock(time.monotonic() - started)}"
     if damaged:
         raise WorkFailed(
-            f"{len(damaged)} of {space.name}'s files are damaged, missing, or not written by this sweep ({checked}); its "
-            "`sweep` command moves such files to set_aside/ and makes what is missing again"
+            f"{len(damaged)} of {space.name}'s files are damaged, missing, or not written by this sweep ({checked}); "
+            "its `sweep` command moves such files to set_aside/ and rebuilds what is missing"
         )
     context.progress.line(f"all of {space.name} is as it was written: {checked}")

@@ -62,7 +62,7 @@ class Context:
     progress: Progress = field(default_factory=Progress)
     address: str | None = None
     insecure: bool = False
-    """Join a cluster that others can use without a token."""
+    """Join a cluster even if it can be used without a token."""
     keeps_cluster: bool = False
     """Leave the cluster up for this process's next sweep; the last one disconnects."""
     failures: list[str] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Context:
         return (read_json(self.space.folder / FINETUNED) or {}).get("key")
 
     def forget_pair(self) -> None:
-        """Makes the next access read again what finetuning changed."""
+        """Makes the next access read what finetuning changed again from disk."""
         vars(self).pop("pair", None)
 
     @cached_property

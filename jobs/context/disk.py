@@ -31,7 +31,7 @@ class Disk(NamedTuple):
 
     @property
     def needs_windows(self) -> bool:
-        """Whether they do not fit at once, so that one window's are deleted before the next one's are captured."""
+        """Whether the activations do not all fit, so that a window's are deleted before the next is captured."""
         return sum(self.sizes.values()) > self.budget
 
     def windows(self, sites: Sequence[Site]) -> list[list[Site]]:

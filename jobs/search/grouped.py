@@ -32,7 +32,7 @@ from jobs.search.studies import COMPLETE, FAILED, STOPPED, Group, LostTrial, Sto
 
 NO_LOSS = {"val_loss": math.inf}
 REPORT_SECONDS = 5.0
-"""Without early stopping, a trial reports to the driver at most this often: it stands still until it has been heard."""
+"""Without early stopping, a trial reports to the driver at most this often: each report blocks it until handled."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class GroupedHalving(InOrder):
         )
         for result in trials_of(group):
             for _ in _decisions(bracket, result["trial"], result["history"]):
-                pass  # decisions made at the time stand
+                pass  # those trials have ended; only the bracket needs to see their reports
         return bracket
 
     def replay(self, group: str, number: int, history: Sequence[dict[str, Any]]) -> int | None:

@@ -1,4 +1,4 @@
-"""Finds damaged files of a sweep, and removes them so that the stages make them again.
+"""Finds damaged files of a sweep, and removes them so that the stages rebuild them.
 
 In: a `Context` whose sweep is not running. Out: the files that are damaged, missing, edited or added by hand. They are
 moved to `set_aside/` in the sweep's folder, and their unit (a trial, a model, a cell) counts as not done, so that the
@@ -74,7 +74,7 @@ def _mend_model(context: Context, most_bytes: float) -> None:
     if not (folder / SEAL).is_file():  # just built
         seal(folder)
     if broken := next(damage(folder, most_bytes), None):
-        context.progress.line(f"  {broken.path} {broken.why}: damaged, or edited by hand; built again")
+        context.progress.line(f"  {broken.path} {broken.why}: damaged, or edited by hand; rebuilt")
         shutil.rmtree(folder)
         vars(context).pop("source", None)  # a cached property
         if context.adopted is not None:

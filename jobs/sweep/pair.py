@@ -133,8 +133,9 @@ def say_what_changed(context: Context) -> None:
         requested = KINDS if section.sites == "auto" else section.sites
         raise RequestError(
             f"{'model.finetuned' if context.settings.model.finetuned else 'lora.space.targets'}: {source} changed "
-            f"{pair['in_words'] or 'nothing'}, and none of {', '.join(KINDS[name].words for name in requested)} {place}, "
-            "so there is nothing for change deltas to explain (deltas.sites and deltas.layers say where they look)"
+            f"{pair['in_words'] or 'nothing'}, but none of {', '.join(KINDS[name].words for name in requested)} "
+            f"{place}, so there is nothing for change deltas to explain (deltas.sites and deltas.layers say where they "
+            "look)"
         )
     for kind in kinds:
         if left_out := [site.layer for site in context.unchanged if site.kind == kind]:

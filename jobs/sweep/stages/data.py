@@ -28,9 +28,9 @@ RULES = {
 def run(context: Context) -> dict[str, Any]:
     settings = context.settings.data
     options = settings.model_dump(exclude={"columns", "format", "separator", "rendering", "special_tokens"})
-    options["reading"] = reading_of(context) if asks_the_model(context) else Reading(separator=settings.separator)
+    options["reading"] = reading_of(context) if needs_tokenizer(context) else Reading(separator=settings.separator)
     report = build_dataset(context.space.data, DataOptions(seed=context.settings.seed, **options))
-    if asks_the_model(context):
+    if needs_tokenizer(context):
         report |= _opening(context)
     if settings.rows_file and settings.format == "plain":
         report["notes"] = [*report.get("notes", []), *_regrouped(context)]
@@ -58,7 +58,7 @@ def _say(context: Context, report: dict[str, Any]) -> None:
         + (f" ({leakage['left_out']} lines of your files would leak and were left out)" if leakage["left_out"] else "")
     )
     if missing := sum(report["without_target"].values()):
-        context.progress.line(f"  {missing} rows have no target: the finetuned model's own answers will be theirs")
+        context.progress.line(f"  {missing} rows have no target; the finetuned model's own answers will be used")
     context.tracker.log("data", metrics_of(report))
 
 
@@ -92,7 +92,7 @@ def _numbers(account: dict[str, Any]) -> list[tuple[str, int]]:
     return [(name, value) for name, value in account.items() if isinstance(value, int) and not isinstance(value, bool)]
 
 
-def asks_the_model(context: Context) -> bool:
+def needs_tokenizer(context: Context) -> bool:
     """Whether making the data needs the tokenizer: a user's text must fit the context, a chat uses its template."""
     settings = context.settings.data
     return bool(settings.rows_file or settings.text_train_file or settings.format == "chat")
