@@ -79,13 +79,13 @@ def _changes(passes: Passes, patches: Sequence[Patch], site: Site, chosen: Seque
     below = [patch for patch in numbered(patches) if patch.site <= site]  # later sites cannot matter
     (ours,) = (patch for patch in below if patch.site == site)
     order = sorted(range(len(chosen)), key=lambda i: chosen[i][1].end)
-    found: dict[int, _Change] = {}
+    changes: dict[int, _Change] = {}
     with spliced(bridge, Edit(below, "full")) as splice:
 
         def run(some: Sequence[int]) -> None:
             # Attention is causal, so texts end with the context. Each is there twice: with the feature and without.
             rows = [list(chosen[i][1].ids[: chosen[i][1].end]) for i in some for _ in range(2)]
-            kept = [ranks for i in some for ranks in (EVERY, only(ours, chosen[i][0], outside=True))]
+            kept_ranks = [ranks for i in some for ranks in (EVERY, only(ours, chosen[i][0], outside=True))]
             batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
             device, length = batch.ids.device, batch.ids.shape[1]
 
@@ -97,17 +97,17 @@ def _changes(passes: Passes, patches: Sequence[Patch], site: Site, chosen: Seque
                         (full.select(way, start + look.peak) - without.select(way, start + look.peak))[:, start:].cpu()
                         for way in (1, 2)  # as a query, and as a key
                     )
-                    found[i] = _Change(given, received)
+                    changes[i] = _Change(given, received)
 
             splice.reset(
                 batch.editable,
                 torch.ones(len(rows), device=device),
-                RowEdits(kept=torch.tensor(kept, device=device), bos=batch.bos),
+                RowEdits(kept=torch.tensor(kept_ranks, device=device), bos=batch.bos),
             )
             run_up_to(bridge, batch, site.layer, [(name, note)])
 
         in_slices(order, max(1, passes.batch_size // 2), run)
-    return [found[i] for i in range(len(chosen))] if found else []  # some models have the hook and never run it
+    return [changes[i] for i in range(len(chosen))] if changes else []  # some models have the hook and never run it
 
 
 def _paid(look: Look, change: Tensor) -> dict[str, Any]:
@@ -145,8 +145,8 @@ def heads_read(patch: Patch, feature: int, mean_squares: Tensor, n_heads: int) -
     in its head; `mean_squares` (d_in,) are those of z over tokens. Empty for a feature that reads nothing, as at BOS.
     """
     column = patch.transcoder.W_enc[:, feature].float().square().view(n_heads, -1).sum(1)
-    read = column * mean_squares.to(column).view(n_heads, -1).mean(1)
-    return rounded(read / read.sum()) if read.sum() > 0 else []
+    read_share = column * mean_squares.to(column).view(n_heads, -1).mean(1)
+    return rounded(read_share / read_share.sum()) if read_share.sum() > 0 else []
 
 
 def written_by_values(bridge: TransformerBridge, patch: Patch, feature: int, most: int) -> dict[int, Tensor]:

@@ -73,20 +73,20 @@ def equals_target(option: None) -> Check:
 
 @kind
 def contains(option: str) -> Check:
-    wanted = _text(option)
-    return lambda answer: wanted in answer.text
+    phrase = _text(option)
+    return lambda answer: phrase in answer.text
 
 
 @kind
 def starts_with(option: str) -> Check:
-    wanted = _text(option)
-    return lambda answer: answer.text.startswith(wanted)
+    phrase = _text(option)
+    return lambda answer: answer.text.startswith(phrase)
 
 
 @kind
 def ends_with(option: str) -> Check:
-    wanted = _text(option)
-    return lambda answer: answer.text.endswith(wanted)
+    phrase = _text(option)
+    return lambda answer: answer.text.endswith(phrase)
 
 
 @kind
@@ -186,15 +186,15 @@ def _read(name: str, entry: Any) -> Behaviour:
     options.pop("on", None)
     if len(options) != 1:
         raise DataError(f"{key}: names {len(options)} checks, must name one of {', '.join(KINDS)}")
-    ((which, option),) = options.items()
-    if which not in KINDS:
-        raise DataError(f"{key}: there is no check {which!r}; allowed: {', '.join(KINDS)}")
+    ((kind, option),) = options.items()
+    if kind not in KINDS:
+        raise DataError(f"{key}: there is no check {kind!r}; allowed: {', '.join(KINDS)}")
     if on is not None and not (isinstance(on, list) and on and all(isinstance(subset, str) for subset in on)):
         raise DataError(f"{key}: on takes a list of subsets, got {on!r}")
     try:
-        return Behaviour(which, KINDS[which](option), None if on is None else frozenset(on))
+        return Behaviour(kind, KINDS[kind](option), None if on is None else frozenset(on))
     except BadOption as error:
-        raise DataError(f"{key}: {which} {error}") from None
+        raise DataError(f"{key}: {kind} {error}") from None
 
 
 def _text(option: Any) -> str:

@@ -40,7 +40,7 @@ def evaluate_change(
             )
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
-    found: list[dict[int, list[dict[str, Any]]]] = [{} for _ in patches]
+    rows_of: list[dict[int, list[dict[str, Any]]]] = [{} for _ in patches]
     for start in range(0, len(order), passes.batch_size):
         chosen = order[start : start + passes.batch_size]
         batch = [encoded[i].ids for i in chosen]
@@ -53,23 +53,23 @@ def evaluate_change(
                     before, after = (paths[patch.site] for paths in exact)
                     y = after(x).float()
                 assert before is not None
-                found[number][i] = _row(patch, rows[i], encoded[i], x, y - before(x).float())
-    return [[entry for i in range(len(rows)) for entry in of_site[i]] for of_site in found]
+                rows_of[number][i] = _row(patch, rows[i], encoded[i], x, y - before(x).float())
+    return [[entry for i in range(len(rows)) for entry in of_site[i]] for of_site in rows_of]
 
 
 def _row(patch: Patch, row: Row, encoded: Encoded, x: torch.Tensor, change: torch.Tensor) -> list[dict[str, Any]]:
     assert patch.delta is not None
     acts = patch.delta.encode(x)
-    left = change - patch.delta.decode(acts)
+    unexplained = change - patch.delta.decode(acts)
     parts = {"prompt": slice(0, len(encoded.prompt) - 1), "target": slice(len(encoded.prompt) - 1, None)}
     return [
         {
             "subset": row.label,
             "part": part,
-            "change": change[where].pow(2).sum().item(),
-            "left": left[where].pow(2).sum().item(),
-            "active": (acts[where] > 0).sum().item(),
-            "n_tokens": len(x[where]),
+            "change": change[tokens].pow(2).sum().item(),
+            "left": unexplained[tokens].pow(2).sum().item(),
+            "active": (acts[tokens] > 0).sum().item(),
+            "n_tokens": len(x[tokens]),
         }
-        for part, where in parts.items()
+        for part, tokens in parts.items()
     ]

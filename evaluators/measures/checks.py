@@ -44,8 +44,8 @@ def exactness_checks(
     encoded = [encode_row(bridge.tokenizer, row) for row in rows]
     zeroed = [replace(patch, delta=_with_zero_decoder(patch)) for patch in patches]
 
-    def logits(condition: str, alpha: float = 1.0, where: Sequence[Patch] = patches) -> Tensor:
-        return _logits(bridge, [row.ids for row in encoded], Edit(where, condition), alpha)
+    def logits(condition: str, alpha: float = 1.0, patches_at: Sequence[Patch] = patches) -> Tensor:
+        return _logits(bridge, [row.ids for row in encoded], Edit(patches_at, condition), alpha)
 
     raw = logits("raw")
     no_delta = logits("no_delta")
@@ -59,28 +59,28 @@ def exactness_checks(
     within = _rounding(bridge, raw) if _dtype(bridge) != torch.float32 else 0.0
     written = [[*row.prompt, *output] for row, output in zip(encoded, cached, strict=True)]
     plain = _logits(bridge, written, edit, 1.0).split([len(tokens) for tokens in written])
-    same = sum(_behind(of_row, output) <= within for of_row, output in zip(plain, cached, strict=True))
-    where = sites_label(patch.site for patch in patches)
+    agreeing = sum(_behind(of_row, output) <= within for of_row, output in zip(plain, cached, strict=True))
+    place = sites_label(patch.site for patch in patches)
     compare = [
         ("alpha = 0 gives the logits of no_delta", lambda: logits("alpha", 0.0), no_delta),
         ("alpha = 1 gives the logits of full", lambda: logits("alpha", 1.0), full),
         ("splicing a site's own output back gives raw's logits", lambda: logits("true_output"), raw),
         ("with the decoder at zero, full gives the logits of no_delta", lambda: logits("full", 1.0, zeroed), no_delta),
     ]
-    checks = [_compare(f"{name} (layer {where})", make, other) for name, make, other in compare]
+    checks = [_compare(f"{name} (layer {place})", make, expected) for name, make, expected in compare]
     changed = (full - raw).abs().max().item()
     checks.append(
         {
-            "name": f"the splice does change the logits (layer {where})",
+            "name": f"the splice does change the logits (layer {place})",
             "passed": changed > 0,
             "detail": f"largest difference of a logit between full and raw: {changed:.3g}",
         }
     )
     checks.append(
         {
-            "name": f"cached and uncached greedy generation under full agree (layer {where})",
-            "passed": same == len(cached),
-            "detail": f"{same} of {len(cached)} prompts give the same tokens, {sum(map(len, cached))} tokens"
+            "name": f"cached and uncached greedy generation under full agree (layer {place})",
+            "passed": agreeing == len(cached),
+            "detail": f"{agreeing} of {len(cached)} prompts give the same tokens, {sum(map(len, cached))} tokens"
             + (f", or others within {within:.3g} of the largest logit" if within else ""),
         }
     )
@@ -102,19 +102,19 @@ def change_checks(
     sites = [patch.site for patch in patches]
     true = [replace(patch, delta=TrueChange(unfinetuned[patch.site], finetuned[patch.site])) for patch in patches]
     raw = _logits(bridge, sequences, Edit(), 1.0)
-    found = []
-    where = sites_label(sites)
+    checks = []
+    place = sites_label(sites)
     within = _rounding(bridge, raw)
     for way, cached in (("in one pass", False), ("token by token with a cache", True)):
         with exchanged(bridge, [unfinetuned[site] for site in sites]):
             swapped = _logits(bridge, sequences, Edit(), 1.0, cached=cached)
-        name = f"alpha = 0 gives the logits of the model with un-finetuned weights there, {way} (layer {where})"
+        name = f"alpha = 0 gives the logits of the model with un-finetuned weights there, {way} (layer {place})"
         make = partial(_logits, bridge, sequences, Edit(patches, "alpha"), 0.0, cached=cached)
-        found.append(_compare(name, make, swapped))
-        name = f"the true change in a delta's place gives raw's logits, {way} (layer {where})"
+        checks.append(_compare(name, make, swapped))
+        name = f"the true change in a delta's place gives raw's logits, {way} (layer {place})"
         make = partial(_logits, bridge, sequences, Edit(true, "full"), 1.0, bos=True, cached=cached)
-        found.append(_compare(name, make, raw, within))
-    return found
+        checks.append(_compare(name, make, raw, within))
+    return checks
 
 
 def _dtype(bridge: TransformerBridge) -> torch.dtype:
@@ -138,8 +138,8 @@ def _with_zero_decoder(patch: Patch) -> Any:
     return replace(patch.transcoder, W_dec=torch.zeros_like(patch.transcoder.W_dec))
 
 
-def _compare(name: str, make: Callable[[], Tensor], other: Tensor, within: float = 0.0) -> dict[str, Any]:
-    difference = (make() - other).abs().max().item()
+def _compare(name: str, make: Callable[[], Tensor], expected: Tensor, within: float = 0.0) -> dict[str, Any]:
+    difference = (make() - expected).abs().max().item()
     allowed = f", allowed {within:.3g}" if within else ""
     detail = f"largest difference of a logit: {difference:.3g}{allowed}"
     return {"name": name, "passed": difference <= within, "detail": detail}
@@ -168,6 +168,6 @@ def _logits(
             part = Batch(*(column[:, chunk] for column in batch))
             strengths = torch.full((len(sequences),), alpha, device=batch.ids.device)
             splice.reset(part.mask if bos else part.editable, strengths, RowEdits(bos=part.bos))
-            seen = batch.mask[:, : chunk.stop]
-            parts.append(forward(bridge, part, part.ids.shape[1], cache=cache, mask=seen))
+            visible = batch.mask[:, : chunk.stop]
+            parts.append(forward(bridge, part, part.ids.shape[1], cache=cache, mask=visible))
     return torch.cat(parts, dim=1)[batch.mask]

@@ -101,25 +101,25 @@ def evaluate_curve(
     of other batches, which may change the last bits.
     """
     ends = {"no_delta": 0, "full": len(ranked)}
-    found = {
+    curve = {
         ends[condition]: [{name: row[name] for name in FIGURES} for row in entries]
         for condition, entries in (known or {}).items()
     }
     places = {(feature.site, feature.feature): place for place, feature in enumerate(ranked)}
     marked = [replace(patch, ranks=_ranks(patch, places)) for patch in patches]
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
-    kept = [count for count in counts(len(ranked)) if count not in found]
-    jobs = [Job(row, kept=Ranks(0, count)) for count in kept for row in encoded]
+    missing = [count for count in counts(len(ranked)) if count not in curve]
+    jobs = [Job(row, kept=Ranks(0, count)) for count in missing for row in encoded]
     reference.add(encoded)
     scored = score(passes, Edit(marked, "full"), jobs, reference=reference)
-    found |= {
+    curve |= {
         count: [
-            {"index": index, "nll": one.nll, "kl": one.kl, "n_tokens": one.n_tokens}
-            for index, one in enumerate(scored[place * len(rows) : (place + 1) * len(rows)])
+            {"index": index, "nll": scores.nll, "kl": scores.kl, "n_tokens": scores.n_tokens}
+            for index, scores in enumerate(scored[place * len(rows) : (place + 1) * len(rows)])
         ]
-        for place, count in enumerate(kept)
+        for place, count in enumerate(missing)
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(curve.items()))
 
 
 def _ranks(patch: Patch, places: dict[tuple[Site, int], int]) -> Tensor:

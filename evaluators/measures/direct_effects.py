@@ -2,7 +2,7 @@
 
 In: a bridge, patches of change deltas, a text, and what is to be predicted at its last token. Out: for a target (a
 feature's pre-activation, or the output) its value, its slope in the activation of every feature below it, and what it
-becomes without one of them. As all deltas are held, effects run through un-finetuned parts alone.
+becomes without one of them. Because all deltas are held constant, effects run through un-finetuned parts alone.
 """
 
 from __future__ import annotations
@@ -118,11 +118,11 @@ class HeldModel:
 
         return write
 
-    def effects(self, targets: Sequence[Target], what: Frozen) -> Effects:
+    def effects(self, targets: Sequence[Target], constants: Frozen) -> Effects:
         """Values and slopes of `targets`. The text runs once; the backward passes of all targets are one batch, which
-        ends at the highest of them. `what` must be the same in every call."""
+        ends at the highest of them. `constants` must be the same in every call."""
         if self._graph is None:
-            self._graph = self._with_gradients(what)
+            self._graph = self._with_gradients(constants)
         leaves, pre, output = self._graph
         values = torch.stack([output if at is None else pre[at.site][0, at.position, at.feature] for at in targets])
         highest = None if None in targets else max(at.site for at in targets if at is not None)
@@ -138,12 +138,12 @@ class HeldModel:
             retain_graph=True,
             allow_unused=True,
         )
-        found = zip(below, slopes, strict=True)
-        return Effects(values.detach(), {site: slope[:, 0] for site, slope in found if slope is not None})
+        slopes_below = zip(below, slopes, strict=True)
+        return Effects(values.detach(), {site: slope[:, 0] for site, slope in slopes_below if slope is not None})
 
-    def _with_gradients(self, what: Frozen) -> tuple[dict[Site, Tensor], dict[Site, Tensor], Tensor]:
+    def _with_gradients(self, constants: Frozen) -> tuple[dict[Site, Tensor], dict[Site, Tensor], Tensor]:
         leaves = {site: acts.detach().unsqueeze(0).requires_grad_() for site, acts in self.acts.items()}
-        with torch.enable_grad(), frozen(self.bridge, what):
+        with torch.enable_grad(), frozen(self.bridge, constants):
             logits = self._logits(leaves)
             output = self.output.of(logits)[0]
         self.logits = logits[0].detach()
@@ -211,10 +211,10 @@ class HeldModel:
         """The output (row,) of what leaves the last block."""
         return torch.cat([self.output.of(logits) for logits in project(self.bridge, stream[:, -1])])
 
-    def _logits(self, held: Mapping[Site, Tensor]) -> Tensor:
+    def _logits(self, acts: Mapping[Site, Tensor]) -> Tensor:
         """Logits (row, vocabulary) after the text, with these activations (row, position, d_sae) held."""
-        self._held = held
-        batch = _rows(self.bridge, self.output.ids, len(next(iter(held.values()))))
+        self._held = acts
+        batch = _rows(self.bridge, self.output.ids, len(next(iter(acts.values()))))
         return forward(self.bridge, batch, 1)[:, 0]
 
 
@@ -223,11 +223,11 @@ def held_model(
     bridge: TransformerBridge, patches: Sequence[Patch], output: Output, acts: Mapping[Site, Tensor] | None = None
 ) -> Iterator[HeldModel]:
     """The `HeldModel` of a text, with the activations of the spliced model on it unless `acts` are given."""
-    held = HeldModel(bridge, patches, output, acts or spliced_activations(bridge, patches, output.ids))
-    paths: list[Any] = [patch.path for patch in held.patches.values()]
+    model = HeldModel(bridge, patches, output, acts or spliced_activations(bridge, patches, output.ids))
+    paths: list[Any] = [patch.path for patch in model.patches.values()]
     # Backward passes too must run in here: they use the weights that a parameter holds at that time.
-    with exchanged(bridge, paths), hooked(bridge, held.hooks()):
-        yield held
+    with exchanged(bridge, paths), hooked(bridge, model.hooks()):
+        yield model
 
 
 def _rows(bridge: TransformerBridge, ids: Sequence[int], rows: int) -> Batch:

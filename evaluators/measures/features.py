@@ -170,8 +170,8 @@ def read_texts(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) ->
 
 
 def only_at_bos(patch: Patch) -> Tensor:
-    own = None if patch.path is None else patch.transcoder.at_bos
-    return torch.zeros(patch.transcoder.d_sae, dtype=torch.bool) if own is None else own.cpu() > 0
+    at_bos = None if patch.path is None else patch.transcoder.at_bos
+    return torch.zeros(patch.transcoder.d_sae, dtype=torch.bool) if at_bos is None else at_bos.cpu() > 0
 
 
 def strongest_contexts(
@@ -187,9 +187,9 @@ def strongest_contexts(
     for _, _, number in sorted(firing)[:most]:
         text = texts[number]
         acts: list[float] = activations[number].tolist()
-        middle = max(range(len(acts)), key=acts.__getitem__)
-        first = max(0, middle - WINDOW)
-        around = slice(first, middle + WINDOW + 1)
+        peak_at = max(range(len(acts)), key=acts.__getitem__)
+        first = max(0, peak_at - WINDOW)
+        around = slice(first, peak_at + WINDOW + 1)
         counted = counted_pieces(tokenizer, text.ids[around])
         strengths = strongest(counted, acts[around])
         peak = max(range(len(strengths)), key=strengths.__getitem__)
@@ -199,7 +199,7 @@ def strongest_contexts(
             "acts": strengths,
             "peak": peak,
         }
-        shown.append((context, Look(text.ids, middle, first, [count for _, count in counted])))
+        shown.append((context, Look(text.ids, peak_at, first, [count for _, count in counted])))
     return shown
 
 

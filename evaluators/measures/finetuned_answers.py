@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPARE_TOKENS = 16
-"""How many tokens longer than its target a wrong answer may be."""
+"""Number of tokens by which a wrong answer may be longer than its target."""
 
 
-class Said(NamedTuple):
+class GeneratedAnswer(NamedTuple):
     """An answer, its length in tokens including the one that ended it, whether it was cut at the token budget, and its
     tokens without the one that ended it (empty if one of the limits' texts ended it)."""
 
@@ -43,9 +43,9 @@ def answers(
     limits: Limits,
     ends: Collection[int],
     batch_size: int = 32,
-) -> list[Said]:
+) -> list[GeneratedAnswer]:
     """The greedy continuation of each prompt, in order, up to one of the tokens `ends` or to the limits."""
-    by_prompt: dict[int, Said] = {}
+    by_prompt: dict[int, GeneratedAnswer] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with _greedy(model) as generate:
         for start in range(0, len(order), batch_size):
@@ -72,14 +72,14 @@ def _greedy(model: PreTrainedModel) -> Iterator[Any]:
     a repetition penalty, forced tokens or a minimum length."""
     from transformers import GenerationConfig
 
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    original_config, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield model.generate
     finally:
-        model.generation_config = own
+        model.generation_config = original_config
 
 
-def _answer(tokenizer: Any, tokens: list[int], limits: Limits, ends: Collection[int]) -> Said:
+def _answer(tokenizer: Any, tokens: list[int], limits: Limits, ends: Collection[int]) -> GeneratedAnswer:
     """An answer from generated tokens, which may be padded after its end."""
     end = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)
 
@@ -89,10 +89,10 @@ def _answer(tokenizer: Any, tokens: list[int], limits: Limits, ends: Collection[
     text = decoded(end)
     closed = [at + len(ending) for ending in limits.texts if (at := text.find(ending)) >= 0]
     if not closed:
-        return Said(text, len(tokens[:end]), end is None, tuple(tokens[: None if end is None else end - 1]))
-    whole = text[: min(closed)]
-    count = next(n for n in range(1, len(tokens) + 1) if len(decoded(n)) >= len(whole))
-    return Said(whole, count, False)
+        return GeneratedAnswer(text, len(tokens[:end]), end is None, tuple(tokens[: None if end is None else end - 1]))
+    shortened = text[: min(closed)]
+    count = next(n for n in range(1, len(tokens) + 1) if len(decoded(n)) >= len(shortened))
+    return GeneratedAnswer(shortened, count, False)
 
 
 def check_rows(
@@ -111,23 +111,23 @@ def check_rows(
     encoded = [encode_row(tokenizer, row) for row in rows]
     targets = [target_text(tokenizer, row) for row in rows]
     exact = _says_target(model, tokenizer, encoded)
-    given = [Said(target, len(row.target), False) for target, row in zip(targets, encoded, strict=True)]
+    outputs = [GeneratedAnswer(target, len(row.target), False) for target, row in zip(targets, encoded, strict=True)]
     missed = [i for i, hit in enumerate(exact) if not hit]
     if missed:
         longest = Limits(max(len(encoded[i].target) for i in missed) + SPARE_TOKENS, limits.texts)
         prompts, ends = [encoded[i].prompt for i in missed], ends_of(model, tokenizer, rows[0])
-        for i, said in zip(missed, answers(model, tokenizer, prompts, longest, ends, batch_size), strict=True):
-            given[i] = said
+        for i, output in zip(missed, answers(model, tokenizer, prompts, longest, ends, batch_size), strict=True):
+            outputs[i] = output
     records: list[dict[str, Any]] = []
-    for row, target, said in zip(rows, targets, given, strict=True):
-        answer = Answer(row.input, target, row.label, said.text, said.tokens)
+    for row, target, output in zip(rows, targets, outputs, strict=True):
+        answer = Answer(row.input, target, row.label, output.text, output.tokens)
         records.append(
             {
                 "label": row.label,
                 "input": row.input,
                 "target": target,
-                "generation": said.text,
-                "exact": said.text == target,
+                "generation": output.text,
+                "exact": output.text == target,
                 "behaviours": {name: check(answer) for name, check in behaviours.items()},
             }
         )

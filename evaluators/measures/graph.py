@@ -1,4 +1,4 @@
-"""The attribution graph of one prompt: which delta features, at which positions, make the model say what it says.
+"""The attribution graph of one prompt: which delta features, at which positions, lead to the model's answer.
 
 In: a bridge, patches of change deltas, a prompt. Out: a `Graph` of direct effects between active features, BOS
 features, un-finetuned parts (`rest`) and the output, pruned to what matters, and checked against running the model
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 BATCH = 16
 """Nodes expanded before influence is computed again."""
 TOGETHER = 4
-"""Nodes of one backward pass; of more, those at low layers would wait for those at high ones."""
+"""Nodes per backward pass; in a larger batch, those at low layers would wait for those at high ones."""
 ROWS = 8
 """Sources removed in one pass of a check, each in a row of its own."""
 NAMED = 256
-"""Nodes, the most influential first, whose features' promoted tokens are computed."""
+"""Number of most influential nodes whose promoted tokens are computed."""
 PROMOTED = 5
 """Tokens listed for a feature that writes to the residual stream."""
 
@@ -72,7 +72,7 @@ class Node(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """By their numbers in `Graph.nodes`: a source's direct effect on a target's pre-activation, or on the output."""
+    """A source's direct effect on a target's pre-activation, or on the output; both as numbers in `Graph.nodes`."""
 
     source: int
     target: int
@@ -92,9 +92,9 @@ class Graph(NamedTuple):
     """Nodes are features in order of site, position and feature, then `rest`, then the output.
 
     `value` is the output in the spliced model, `value_without` with all deltas off, and `probability` that of the
-    token whose logit it has. `said` is what the finetuned, the un-finetuned and the spliced model say at the end of
-    the text, as tokens. `active` counts active features by position, `expanded` the nodes whose edges were computed.
-    `total_influence` is the sum over all features and `rest`, also those that are not in the graph.
+    token whose logit it has. `next_tokens` are the tokens that the finetuned, the un-finetuned and the spliced model
+    choose after the text. `active` counts active features by position, `expanded` the nodes whose edges were
+    computed. `total_influence` is the sum over all features and `rest`, also those that are not in the graph.
     """
 
     output: Output
@@ -105,7 +105,7 @@ class Graph(NamedTuple):
     value: float
     value_without: float
     probability: float
-    said: tuple[int, int, int]
+    next_tokens: tuple[int, int, int]
     active: int
     expanded: int
     total_influence: float
@@ -127,27 +127,27 @@ def attribution_graph(
     bridge: TransformerBridge,
     patches: Sequence[Patch],
     output: Output,
-    said: tuple[int, int],
+    next_tokens: tuple[int, int],
     options: GraphOptions,
     step: Step = lambda name, done, total: None,
 ) -> Graph:
-    """The graph of the spliced model, all deltas at full strength. `said` is what the finetuned and the un-finetuned
-    model say after the text.
+    """The graph of the spliced model, all deltas at full strength. `next_tokens` are the tokens that the
+    finetuned and the un-finetuned model choose after the text.
 
     Raises ModelError if what `options` freeze cannot be frozen in this model.
     """
     check_frozen(bridge, options.frozen)
-    with held_model(bridge, patches, output) as held:
-        features = _Features.of(held)
-        incoming = _expanded(held, features, options, step)
-        kept, links = prune(incoming, options.node_threshold, options.edge_threshold)
-        checks = _checks(held, features, incoming, links, options, step)
-        without, logits = held.value_without_deltas(), held.logits
+    with held_model(bridge, patches, output) as model:
+        features = _Features.of(model)
+        incoming = _expanded(model, features, options, step)
+        shown, links = prune(incoming, options.node_threshold, options.edge_threshold)
+        checks = _checks(model, features, incoming, links, options, step)
+        without, logits = model.value_without_deltas(), model.logits
     influence = incoming.influence()
-    strongest = sorted(kept, key=lambda number: -influence[number])[:NAMED]
+    strongest = sorted(shown, key=lambda number: -influence[number])[:NAMED]
     promoted = _promoted(bridge, patches, output.ids, [features.places[number] for number in strongest])
-    nodes = [features.node(number, float(influence[number]), promoted) for number in kept]
-    numbers = {number: place for place, number in enumerate([*kept, incoming.rest, incoming.output])}
+    nodes = [features.node(number, float(influence[number]), promoted) for number in shown]
+    numbers = {number: place for place, number in enumerate([*shown, incoming.rest, incoming.output])}
     nodes += [Node("rest", None, 0.0, float(influence[incoming.rest])), Node("output", None, 0.0, 1.0)]
     return Graph(
         output=output,
@@ -161,7 +161,7 @@ def attribution_graph(
         value=incoming.value(incoming.output),
         value_without=without,
         probability=float(logits.softmax(0)[output.plus]),
-        said=(*said, int(logits.argmax())),
+        next_tokens=(*next_tokens, int(logits.argmax())),
         active=len(features.places),
         expanded=len(incoming.effects),
         total_influence=float(influence[: incoming.output].sum()),
@@ -179,16 +179,16 @@ class _Features(NamedTuple):
     at_bos: list[bool]
 
     @classmethod
-    def of(cls, held: HeldModel) -> _Features:
-        where = {site: (acts > 0).nonzero() for site, acts in held.acts.items()}
-        places = [Place(site, *pair) for site, pairs in where.items() for pair in pairs.tolist()]
-        acts = torch.cat([held.acts[site][pairs.unbind(1)] for site, pairs in where.items()])
-        return cls(places, where, acts, [place.position == 0 for place in places])
+    def of(cls, model: HeldModel) -> _Features:
+        pairs_of = {site: (acts > 0).nonzero() for site, acts in model.acts.items()}
+        places = [Place(site, *pair) for site, pairs in pairs_of.items() for pair in pairs.tolist()]
+        acts = torch.cat([model.acts[site][pairs.unbind(1)] for site, pairs in pairs_of.items()])
+        return cls(places, pairs_of, acts, [place.position == 0 for place in places])
 
-    def effects(self, found: Effects, row: int) -> Tensor:
+    def effects(self, effects: Effects, row: int) -> Tensor:
         """(feature,): the direct effects on one target."""
         parts = [
-            found.slopes[site][row][pairs.unbind(1)] if site in found.slopes else self.acts.new_zeros(len(pairs))
+            effects.slopes[site][row][pairs.unbind(1)] if site in effects.slopes else self.acts.new_zeros(len(pairs))
             for site, pairs in self.where.items()
         ]
         return torch.cat(parts) * self.acts
@@ -199,24 +199,24 @@ class _Features(NamedTuple):
         return Node("bos" if self.at_bos[number] else "feature", place, float(self.acts[number]), influence, tokens)
 
 
-def _expanded(held: HeldModel, features: _Features, options: GraphOptions, step: Step) -> Incoming:
+def _expanded(model: HeldModel, features: _Features, options: GraphOptions, step: Step) -> Incoming:
     """Direct effects into the output and then, in batches, into the nodes with the largest influence so far. BOS
     features have no causes: they are the same in every text."""
     incoming, n = Incoming(len(features.places)), len(features.places)
 
     def expand(numbers: Sequence[int]) -> None:
         targets = [None if number == incoming.output else features.places[number] for number in numbers]
-        found = held.effects(targets, options.frozen)
+        effects = model.effects(targets, options.frozen)
         for row, number in enumerate(numbers):
-            incoming.add(number, float(found.values[row]), features.effects(found, row))
+            incoming.add(number, float(effects.values[row]), features.effects(effects, row))
         step("nodes expanded", len(incoming.effects), options.max_expanded)
 
     expand([incoming.output])
     constant = torch.tensor(features.at_bos, dtype=torch.bool)
-    while (left := options.max_expanded - len(incoming.effects)) > 0:
+    while (remaining := options.max_expanded - len(incoming.effects)) > 0:
         open_nodes = incoming.influence()[:n].masked_fill(constant, 0.0)
         open_nodes[[number for number in incoming.effects if number < n]] = 0.0
-        order = open_nodes.argsort(descending=True)[: min(left, BATCH)]
+        order = open_nodes.argsort(descending=True)[: min(remaining, BATCH)]
         chosen = sorted(order[open_nodes[order] > 0].tolist())
         if not chosen:
             break
@@ -227,7 +227,7 @@ def _expanded(held: HeldModel, features: _Features, options: GraphOptions, step:
 
 
 def _checks(
-    held: HeldModel,
+    model: HeldModel,
     features: _Features,
     incoming: Incoming,
     links: Sequence[Link],
@@ -236,9 +236,9 @@ def _checks(
 ) -> list[tuple[Link, float, str]]:
     """A random sample of the kept edges and the strongest ones, each with the sample's name and by how much its target
     falls without its source: the model runs without the source, nothing frozen and all other features held."""
-    known = [link for link in links if link.source < incoming.n]
-    drawn = random.Random(options.seed).sample(known, min(options.checked, len(known)))
-    strongest = sorted(known, key=lambda link: -link.score)[: options.checked]
+    candidates = [link for link in links if link.source < incoming.n]
+    drawn = random.Random(options.seed).sample(candidates, min(options.checked, len(candidates)))
+    strongest = sorted(candidates, key=lambda link: -link.score)[: options.checked]
     targets: dict[int, set[int]] = {}
     for link in [*drawn, *strongest]:
         targets.setdefault(link.source, set()).add(link.target)
@@ -248,7 +248,7 @@ def _checks(
         sources = order[start : start + ROWS]
         some = sorted(set().union(*(targets[source] for source in sources)))
         places = [None if number == incoming.output else features.places[number] for number in some]
-        falls = held.falls(places, [features.places[source] for source in sources])
+        falls = model.falls(places, [features.places[source] for source in sources])
         for source, of_source in zip(sources, falls.tolist(), strict=True):
             measured |= {(source, target): fall for target, fall in zip(some, of_source, strict=True)}
         step("sources removed", start + len(sources), len(order))
@@ -272,8 +272,8 @@ def _promoted(
 def choose_output(
     bridge: TransformerBridge, patches: Sequence[Patch], row: Row, limits: Limits, rest: Rest | None = None
 ) -> tuple[Output, tuple[int, int]]:
-    """The first token of the finetuned model's own greedy answer that the un-finetuned model would not say there: its
-    logit minus that of what the un-finetuned model says. With it, what the two say.
+    """The first token of the finetuned model's greedy answer at which the un-finetuned model would choose another one:
+    the difference of these two logits. With it, the two tokens.
 
     The un-finetuned model has un-finetuned parts at all the patches' sites, and un-finetuned values of `rest`.
     Raises DataError if they say the same up to the end of the answer.
@@ -282,10 +282,10 @@ def choose_output(
     (answer,) = decode(Passes(bridge), Edit(), [Job(Encoded(prompt, []))], [[]], Stop.of(bridge, limits, row))
     ids = [*prompt, *answer[:-1]]
     with rest.at(bridge, 0.0) if rest is not None else nullcontext():
-        others = _greedy(bridge, patches, "no_delta", ids, len(answer))
-    for place, (token, other) in enumerate(zip(answer, others, strict=True)):
-        if token != other:
-            return Output(ids[: len(prompt) + place], token, other), (token, other)
+        unfinetuned_answer = _greedy(bridge, patches, "no_delta", ids, len(answer))
+    for place, (token, unfinetuned_token) in enumerate(zip(answer, unfinetuned_answer, strict=True)):
+        if token != unfinetuned_token:
+            return Output(ids[: len(prompt) + place], token, unfinetuned_token), (token, unfinetuned_token)
     raise DataError(
         f"--prompt: the finetuned and the un-finetuned model say the same for {len(answer)} tokens, so there is no "
         "change to explain; give another prompt, or --token for the logit of a token"
@@ -295,27 +295,27 @@ def choose_output(
 def token_output(
     bridge: TransformerBridge, patches: Sequence[Patch], row: Row, token: str, rest: Rest | None = None
 ) -> tuple[Output, tuple[int, int]]:
-    """The logit of a token after the prompt, and what the finetuned and the un-finetuned model say there. Raises
+    """The logit of a token after the prompt, and what the finetuned and the un-finetuned model choose there. Raises
     DataError if the text is not one token."""
     tokenizer = bridge.tokenizer
-    found = tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(found) != 1 and token in tokenizer.get_vocab():  # a tokenizer that puts a space before each word
-        found = [tokenizer.get_vocab()[token]]
-    if len(found) != 1:
-        pieces = ", ".join(repr(tokenizer.decode([one])) for one in found) or "none"
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 and token in tokenizer.get_vocab():  # a tokenizer that puts a space before each word
+        ids = [tokenizer.get_vocab()[token]]
+    if len(ids) != 1:
+        pieces = ", ".join(repr(tokenizer.decode([token_id])) for token_id in ids) or "none"
         raise DataError(f"--token: got {token!r}, which must be one token of the model (its tokens are {pieces})")
     prompt = encode_prompt(tokenizer, row)
     (ours,) = _greedy(bridge, patches, "raw", prompt, 1)
     with rest.at(bridge, 0.0) if rest is not None else nullcontext():
         (theirs,) = _greedy(bridge, patches, "no_delta", prompt, 1)
-    return Output(prompt, found[0]), (ours, theirs)
+    return Output(prompt, ids[0]), (ours, theirs)
 
 
 @torch.inference_mode()
 def _greedy(
     bridge: TransformerBridge, patches: Sequence[Patch], condition: str, ids: Sequence[int], last: int
 ) -> list[int]:
-    """What a model says at each of the last positions."""
+    """The model's most likely token at each of the last positions."""
     batch = pad_left([list(ids)], bridge.tokenizer.pad_token_id).to(device_of(bridge))
     with spliced(bridge, Edit(patches, condition)) as splice:
         splice.reset(batch.editable, torch.ones(1, device=batch.ids.device), RowEdits(bos=batch.bos))

@@ -39,7 +39,7 @@ def as_json(
 ) -> dict[str, Any]:
     """Our own format; docs/graphs.md describes it. `card` gives the link to a feature's card, or an empty text."""
     output, last = graph.output, len(graph.output.ids) - 1
-    ours, theirs, _ = (str(tokenizer.decode([token])) for token in graph.said)
+    ours, theirs, _ = (str(tokenizer.decode([token])) for token in graph.next_tokens)
     samples = {sample: graph.correlation(sample) for sample in ("random", "strongest")}
     return {
         "title": title,
@@ -76,8 +76,10 @@ def as_json(
                 for check in graph.checks
             ],
             "correlation": {
-                sample: None if found is None or not all(map(math.isfinite, found)) else [_short(one) for one in found]
-                for sample, found in samples.items()
+                sample: None
+                if interval is None or not all(map(math.isfinite, interval))
+                else [_short(end) for end in interval]
+                for sample, interval in samples.items()
             },
         },
         "facts": dict(facts),
@@ -125,7 +127,7 @@ def as_circuit_tracer(graph: Graph, slug: str, tokenizer: PreTrainedTokenizerBas
         if node.place is not None:
             (site, position, feature), row = node.place, _row(node.place, kinds)
             promoted = f" ({', '.join(map(repr, node.promoted))})" if node.promoted else ""
-            own: dict[str, Any] = {
+            fields: dict[str, Any] = {
                 "node_id": f"{row}_{feature}_{position}",
                 "jsNodeId": f"{row}_{feature}-{position}",
                 "feature": _index(row, feature),
@@ -136,7 +138,7 @@ def as_circuit_tracer(graph: Graph, slug: str, tokenizer: PreTrainedTokenizerBas
                 "clerp": f"layer {site.label} {'at BOS' if node.kind == 'bos' else f'feature {feature}'}{promoted}",
             }
         elif node.kind == "rest":
-            own = {
+            fields = {
                 "node_id": "0_E_0",
                 "jsNodeId": "E_rest-0",
                 "feature": -1,
@@ -151,7 +153,7 @@ def as_circuit_tracer(graph: Graph, slug: str, tokenizer: PreTrainedTokenizerBas
                 tokenizer.decode([token]) for token in (graph.output.plus, graph.output.minus) if token is not None
             ]
             token = " - ".join(map(repr, decoded)).replace('"', "'")
-            own = {
+            fields = {
                 "node_id": f"{top}_{graph.output.plus}_{last}",
                 "jsNodeId": f"L_{graph.output.plus}-{last}",
                 "feature": graph.output.plus,
@@ -162,8 +164,8 @@ def as_circuit_tracer(graph: Graph, slug: str, tokenizer: PreTrainedTokenizerBas
                 "is_target_logit": True,
                 "clerp": f'Output "{token}" (p={graph.probability:.3f})',
             }
-        nodes.append(_viewer_node(own, cumulative.get(number)))
-        names.append(own["node_id"])
+        nodes.append(_viewer_node(fields, cumulative.get(number)))
+        names.append(fields["node_id"])
     tokens = [str(tokenizer.decode([token])) for token in graph.output.ids]
     nodes += [
         _viewer_node(
@@ -197,10 +199,10 @@ def as_circuit_tracer(graph: Graph, slug: str, tokenizer: PreTrainedTokenizerBas
     }
 
 
-def _viewer_node(own: Mapping[str, Any], influence: float | None = None) -> dict[str, Any]:
-    """A node with all of its fields; `own` are those that depend on its kind."""
+def _viewer_node(fields: Mapping[str, Any], influence: float | None = None) -> dict[str, Any]:
+    """A node with all of its fields; `fields` are those that depend on its kind."""
     shared = {"run_idx": 0, "reverse_ctx_idx": 0, "token_prob": 0.0, "is_target_logit": False, "activation": None}
-    return {**shared, "influence": influence, **own}
+    return {**shared, "influence": influence, **fields}
 
 
 def viewer_list(tracer: Mapping[str, Any], scan: str) -> dict[str, Any]:
@@ -271,9 +273,9 @@ def _percentiles(top: float, counts: Sequence[int]) -> list[float]:
     below = list(accumulate(counts, initial=0))
     values = []
     for percent in range(1, 101 if total else 1):
-        wanted = percent * total / 100
-        place = next(place for place in range(len(counts)) if below[place + 1] >= wanted)
-        values.append(_short(bar * (place + (wanted - below[place]) / counts[place])))
+        needed = percent * total / 100
+        place = next(place for place in range(len(counts)) if below[place + 1] >= needed)
+        values.append(_short(bar * (place + (needed - below[place]) / counts[place])))
     return values
 
 

@@ -82,7 +82,9 @@ def group_effects(
     for number in range(1, min(most, len(groups)) + 1):
         plain[Configuration(WITHOUT, number)] = Ranks(ends[number - 1], ends[number], outside=True)
         plain[Configuration(ALONE, number)] = Ranks(ends[number - 1], ends[number])
-    random = {each._replace(random=True): kept for each, kept in plain.items() if each.group}
+    random = {
+        configuration._replace(random=True): ranks for configuration, ranks in plain.items() if configuration.group
+    }
     ordered = [feature for group in groups for feature in group]
     shuffled = [*ordered, *singles]
     np.random.default_rng(seed).shuffle(shuffled)
@@ -97,7 +99,7 @@ def group_effects(
     for features, configurations in ((ordered, plain), (shuffled, random)):
         edit = Edit(ranked(patches, features), "full")
         # The first group is also a group alone: features that are the same are measured once and written twice.
-        answering = {kept: each for each, kept in configurations.items() if _answers(each)}
+        answering = {ranks: configuration for configuration, ranks in configurations.items() if _answers(configuration)}
         figures: dict[Ranks, list[dict[str, Any]]] = defaultdict(list)
         verdicts: dict[Ranks, list[dict[str, Any]]] = defaultdict(list)
         if "full" in known and EVERY in answering:
@@ -105,22 +107,22 @@ def group_effects(
                 figures[EVERY].append({name: row[name] for name in FIGURES})
                 verdicts[EVERY].append({"behaviours": {name: row["behaviours"][name] for name in behaviours}})
         jobs = [
-            Job(row, kept=kept, guess=_guess(guesses, answering.get(kept), place))
-            for kept in dict.fromkeys(configurations.values())
-            if kept not in figures
+            Job(row, kept=ranks, guess=_guess(guesses, answering.get(ranks), place))
+            for ranks in dict.fromkeys(configurations.values())
+            if ranks not in figures
             for place, row in enumerate(encoded)
         ]
         scored = score(passes, edit, jobs, reference=reference)
         answered = [place for place, job in enumerate(jobs) if job.kept in answering]
         outputs = generate(passes, edit, [jobs[i] for i in answered], [scored[i] for i in answered], judge.stop)
-        for place, (job, one) in enumerate(zip(jobs, scored, strict=True)):
-            figures[job.kept].append(_figures(place % len(rows), one))
+        for place, (job, scores) in enumerate(zip(jobs, scored, strict=True)):
+            figures[job.kept].append(_figures(place % len(rows), scores))
         for place, output in zip(answered, outputs, strict=True):
             verdicts[jobs[place].kept].append({"behaviours": judge(rows[place % len(rows)], output)})
-        for each, kept in configurations.items():
-            said = verdicts[kept] if _answers(each) else [{}] * len(rows)
-            found = [one | verdict for one, verdict in zip(figures[kept], said, strict=True)]
-            entries.append({**each._asdict(), "n_features": _size(kept, len(shuffled)), "rows": found})
+        for configuration, ranks in configurations.items():
+            judged = verdicts[ranks] if _answers(configuration) else [{}] * len(rows)
+            rows_of_job = [row | verdict for row, verdict in zip(figures[ranks], judged, strict=True)]
+            entries.append({**configuration._asdict(), "n_features": _size(ranks, len(shuffled)), "rows": rows_of_job})
     return entries
 
 
@@ -156,7 +158,7 @@ def _guess(guesses: Guesses | None, configuration: Configuration | None, place: 
     return of_condition[place] if of_condition else ()
 
 
-def _size(kept: Ranks, total: int) -> int:
+def _size(ranks: Ranks, total: int) -> int:
     """The number of features that are on, apart from those at BOS."""
-    inside = kept.end - kept.first
-    return total - inside if kept.outside else inside
+    inside = ranks.end - ranks.first
+    return total - inside if ranks.outside else inside

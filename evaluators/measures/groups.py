@@ -27,9 +27,9 @@ from evaluators.splice.interventions import Patch
 from evaluators.splice.passes import Passes
 
 MOST_GROUPS, FEWEST_FEATURES = 30, 8
-"""Groups at most, and features of a group at least: the rest stay single."""
+"""Maximum number of groups, and minimum number of features in one; other features stay single."""
 CUTS = tuple(round(0.3 + 0.05 * step, 2) for step in range(11))
-"""Average similarities of two clusters below which they stay apart: one of these is chosen."""
+"""Candidate cuts: average similarities below which two clusters are not merged."""
 FEWEST_TOKENS = 3
 """Tokens of the first half on which a feature must fire to be clustered."""
 MOST_CLUSTERED = 8192
@@ -72,15 +72,15 @@ def find_groups(
     sizes = torch.cat([patch.transcoder.W_dec.float().norm(dim=1).cpu() for patch in patches]).numpy()
     written = (np.square(acts[live]).mean(1) ** 0.5 * sizes[live]) / _per_site(patches, live, acts, sizes)
     chosen = np.sort(live[np.argsort(-written, kind="stable")[:MOST_CLUSTERED]])
-    one, other = (unit(acts[chosen][:, half]) for half in (first_half, ~first_half))
-    partition = cluster(one)
+    half_acts, other_acts = (unit(acts[chosen][:, half]) for half in (first_half, ~first_half))
+    partition = cluster(half_acts)
     permuted = np.random.default_rng(0).permutation(partition.labels)
     joined = _joined(acts, first_half, live, chosen, partition)
     names = np.unique(joined[joined != SINGLE])
     groups = [[everything[place] for place in live[joined == name]] for name in names]
     for group in groups:
         group.sort(key=lambda feature: (-effects.get(feature, 0.0), feature))
-    order = sorted(range(len(groups)), key=lambda place: -sum(effects.get(one, 0.0) for one in groups[place]))
+    order = sorted(range(len(groups)), key=lambda place: -sum(effects.get(feature, 0.0) for feature in groups[place]))
     return {
         "n_rows": len(rows),
         "n_live": len(live),
@@ -88,8 +88,8 @@ def find_groups(
         "cut": partition.cut,
         "silhouette": {
             "chosen": partition.silhouette,
-            "held_out": silhouette(other, partition.labels),
-            "permuted": silhouette(other, permuted),
+            "held_out": silhouette(other_acts, partition.labels),
+            "permuted": silhouette(other_acts, permuted),
         },
         "groups": [
             {
@@ -112,9 +112,9 @@ def cluster(acts: Acts) -> Partition:
     best = nothing
     for cut in CUTS:
         labels = _largest(fcluster(tree, 1 - cut, "distance"))
-        found = silhouette(acts, labels)
-        if found > best.silhouette:
-            best = Partition(labels, cut, found)
+        quality = silhouette(acts, labels)
+        if quality > best.silhouette:
+            best = Partition(labels, cut, quality)
     return best
 
 
@@ -130,12 +130,14 @@ def silhouette(acts: Acts, labels: NDArray[np.int64]) -> float:
     inside = np.searchsorted(names, labels[labels != SINGLE])
     members = similar[labels != SINGLE]
     place = np.arange(len(members))
-    own = np.square(acts[labels != SINGLE]).sum(1)  # 1, or 0 if the feature is silent on these tokens
-    near = 1 - (members[place, inside] - own) / np.maximum(counts[inside] - 1, 1)
-    apart = 1 - members / counts
-    apart[place, inside] = np.inf
-    far = apart.min(1)
-    return float(((far - near) / np.maximum(np.maximum(far, near), 1e-12)).sum() / len(acts))
+    self_similarity = np.square(acts[labels != SINGLE]).sum(1)  # 1, or 0 if the feature is silent on these tokens
+    within_group = 1 - (members[place, inside] - self_similarity) / np.maximum(counts[inside] - 1, 1)
+    distances = 1 - members / counts
+    distances[place, inside] = np.inf
+    nearest_group = distances.min(1)
+    return float(
+        ((nearest_group - within_group) / np.maximum(np.maximum(nearest_group, within_group), 1e-12)).sum() / len(acts)
+    )
 
 
 def unit(acts: Acts) -> Acts:
@@ -157,8 +159,8 @@ def _distances(acts: Acts) -> NDArray[np.float64]:
 def _largest(clusters: NDArray[np.int32]) -> NDArray[np.int64]:
     """The labels of the largest clusters, at most `MOST_GROUPS`; features of other clusters are single."""
     sizes = Counter(clusters.tolist())
-    kept = [name for name, size in sizes.most_common(MOST_GROUPS) if size >= FEWEST_FEATURES]
-    return np.where(np.isin(clusters, kept), clusters, SINGLE).astype(np.int64)
+    largest = [name for name, size in sizes.most_common(MOST_GROUPS) if size >= FEWEST_FEATURES]
+    return np.where(np.isin(clusters, largest), clusters, SINGLE).astype(np.int64)
 
 
 def _joined(
@@ -187,10 +189,10 @@ def _per_site(patches: Sequence[Patch], live: NDArray[np.intp], acts: Acts, size
     """For each live feature the size of what its site's delta writes, as sites differ in scale."""
     first, totals = 0, []
     for patch in patches:
-        here = slice(first, first + patch.transcoder.d_sae)
-        total = float((np.square(acts[here]).mean(1) * np.square(sizes[here])).sum()) ** 0.5
+        columns = slice(first, first + patch.transcoder.d_sae)
+        total = float((np.square(acts[columns]).mean(1) * np.square(sizes[columns])).sum()) ** 0.5
         totals.append(np.full(patch.transcoder.d_sae, max(total, 1e-12), dtype=np.float32))
-        first = here.stop
+        first = columns.stop
     return np.concatenate(totals)[live]
 
 

@@ -86,12 +86,12 @@ def prune(incoming: Incoming, node_threshold: float, edge_threshold: float) -> t
     strong = most_of(torch.tensor([link.score for link in links], dtype=torch.float64), edge_threshold)
     links = [link for link, is_kept in zip(links, strong.tolist(), strict=True) if is_kept]
     links.sort(key=lambda link: -link.target)  # from the output down, so that dropping a node drops what only feeds it
-    reached, kept = {incoming.output}, []
+    reached, kept_links = {incoming.output}, []
     for link in links:
         if link.target in reached:
             reached.add(link.source)
-            kept.append(link)
-    return sorted(node for node in reached if node < n), kept
+            kept_links.append(link)
+    return sorted(node for node in reached if node < n), kept_links
 
 
 def most_of(scores: Tensor, threshold: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""A first look at a pair of models, without any training: what changed, what the models say, where that lives.
+"""A first look at a pair of models, without any training: what changed, where, and what the models say.
 
 In: the finetuned model wrapped for TransformerLens, the un-finetuned weights of what changed, rows and neutral texts.
 Out: one dict of plain values, from which the page is drawn. Each piece is a function that can be used alone:
@@ -55,11 +55,11 @@ def look_at(passes: Passes, changes: Changes, inputs: Inputs, step: Step = lambd
     """`divergence`: a dict per row with its tokens and both models' figures. `answers`: both models' to a few rows.
     `parts`: a cell per subset, as `tables.recovery.parts_table` reads it. `lens`: a dict per layer and span."""
     measures = {"divergence": _divergence, "answers": _answers, "parts": _parts, "lens": _lens}
-    found = {}
+    figures = {}
     for name in inputs.steps:
-        found[name] = measures[name](passes, changes, inputs)
+        figures[name] = measures[name](passes, changes, inputs)
         step(name)
-    return found
+    return figures
 
 
 def compare_weights(
@@ -129,20 +129,20 @@ def _texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 def _answers(passes: Passes, changes: Changes, inputs: Inputs) -> list[dict[str, Any]]:
     chosen = spread(inputs.rows, ANSWERS)
-    found: dict[str, list[dict[str, Any]]] = {}
+    answers: dict[str, list[dict[str, Any]]] = {}
     for model, pieces in ((FINETUNED, frozenset()), (UNFINETUNED, changes.pieces)):
         with changes.undone(passes.bridge, pieces) if pieces else nullcontext():
-            asked = evaluate_behaviour(
+            evaluated = evaluate_behaviour(
                 passes, [], chosen, [Ask("raw")], limits=inputs.limits, behaviours=inputs.behaviours
             )
-            ((_, figures, texts),) = list(asked)
-        found[model] = [
+            ((_, figures, texts),) = list(evaluated)
+        answers[model] = [
             {"text": text["generation"], "behaviours": figure["behaviours"]}
             for text, figure in zip(texts, figures, strict=True)
         ]
     return [
         {"label": row.label, "input": row.input, "target": row.target, FINETUNED: after, UNFINETUNED: before}
-        for row, after, before in zip(chosen, found[FINETUNED], found[UNFINETUNED], strict=True)
+        for row, after, before in zip(chosen, answers[FINETUNED], answers[UNFINETUNED], strict=True)
     ]
 
 

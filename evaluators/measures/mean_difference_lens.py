@@ -3,7 +3,7 @@
 Narrow finetuning leaves a trace even on text that has nothing to do with its task, and the mean difference of the two
 models' streams on the first few tokens shows it (activation difference lens, arXiv 2510.13900). In: passes of the
 finetuned model, the un-finetuned weights, and texts. Out: by layer, the size of the mean difference and the tokens that
-it promotes, beside a control: the mean difference between two halves of the texts in one model.
+it promotes, next to a control: the mean difference between two halves of the texts in one model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Reading(NamedTuple):
 @torch.inference_mode()
 def mean_difference_lens(passes: Passes, changes: Changes, texts: Sequence[Sequence[int]]) -> list[Reading]:
     """A reading for every layer and span; `texts` are token ids that begin with BOS. Raises ValueError for fewer than
-    two texts, of which no halves can be made."""
+    two texts, which cannot be halved."""
     if len(texts) < 2:
         raise ValueError(f"the control needs at least two texts, got {len(texts)}")
     finetuned = _whole(*_streams(passes, texts))
@@ -89,16 +89,18 @@ def _streams(passes: Passes, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Te
         second = torch.tensor([i % 2 for i in chosen], device=sums.device)
         halves = torch.stack([1 - second, second]).double()
         weights = torch.einsum("hb,sbp->hsbp", halves, spans)
-        found: dict[int, Tensor] = {}
+        by_layer: dict[int, Tensor] = {}
 
         def noting(layer: int) -> Hook:
             def note(stream: Tensor, hook: object) -> None:
-                found[layer] = torch.einsum("hsbp,bpd->hsd", weights, stream.double())
+                by_layer[layer] = torch.einsum("hsbp,bpd->hsd", weights, stream.double())
 
             return f"blocks.{layer}.hook_out", note
 
         run_up_to(bridge, batch, n_layers - 1, [noting(layer) for layer in range(n_layers)])
-        sums.add_(torch.stack([found[layer] for layer in range(n_layers)], dim=2))  # only once the batch has succeeded
+        sums.add_(
+            torch.stack([by_layer[layer] for layer in range(n_layers)], dim=2)
+        )  # only once the batch has succeeded
         counts.add_(weights.sum((-1, -2)))
 
     in_slices(sorted(range(len(texts)), key=lambda i: len(texts[i])), passes.batch_size, run)

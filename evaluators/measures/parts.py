@@ -164,9 +164,9 @@ def _scored(
     They run together as far as they are the same, then those that are the same above, so no block runs twice on the
     same stream, and only the streams from which others start are in memory.
     """
-    apart = frozenset.union(*models) - frozenset.intersection(*models)
-    parting = min(map(_lowest, apart), default=bridge.cfg.n_layers)
-    if not apart:
+    differing = frozenset.union(*models) - frozenset.intersection(*models)
+    parting = min(map(_lowest, differing), default=bridge.cfg.n_layers)
+    if not differing:
         with changes.undone(bridge, models[0]), torch.inference_mode():
             nlls = _nlls(bridge, run_up_to(bridge, batch, parting - 1, (), after, stream), rows, batch)
         yield models[0], nlls
@@ -174,11 +174,11 @@ def _scored(
     if parting - 1 > after:
         with changes.undone(bridge, models[0]), torch.inference_mode():
             stream, after = run_up_to(bridge, batch, parting - 1, (), after, stream), parting - 1
-    alike: dict[frozenset[Piece], list[frozenset[Piece]]] = defaultdict(list)
+    same_start: dict[frozenset[Piece], list[frozenset[Piece]]] = defaultdict(list)
     for pieces in models:
-        alike[frozenset(piece for piece in pieces if _lowest(piece) == parting)].append(pieces)
-    for together in alike.values():
-        yield from _scored(bridge, changes, together, rows, batch, after, stream)
+        same_start[frozenset(piece for piece in pieces if _lowest(piece) == parting)].append(pieces)
+    for members in same_start.values():
+        yield from _scored(bridge, changes, members, rows, batch, after, stream)
 
 
 def _lowest(piece: Piece) -> int:

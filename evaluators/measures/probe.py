@@ -89,32 +89,34 @@ def _logits(bridge: TransformerBridge, encoded: Encoded, edit: Edit, alpha: floa
 
 def _features(bridge: TransformerBridge, encoded: Encoded, patches: Sequence[Patch], top: int) -> list[dict[str, Any]]:
     batch = pad_left([encoded.ids], bridge.tokenizer.pad_token_id).to(device_of(bridge))
-    seen: dict[Site, Tensor] = {}
+    inputs: dict[Site, Tensor] = {}
 
     def reader(site: Site) -> Callable[[Tensor], None]:
         def read(x: Tensor) -> None:
-            seen[site] = x[0].float()
+            inputs[site] = x[0].float()
 
         return read
 
     with hooked(bridge, [hook for patch in patches for hook in hooks_at(bridge, patch.site, reader(patch.site))]):
         forward(bridge, batch, 1)
     tokens = [bridge.tokenizer.decode([index]) for index in encoded.ids]
-    found = []
+    features = []
     for patch in patches:
-        x = seen[patch.site][1:]  # transcoders are not applied at BOS
+        x = inputs[patch.site][1:]  # transcoders are not applied at BOS
         transcoders = (patch.base, patch.transcoder if patch.delta is not None else None)
-        base, delta = ([[], *(_strongest(one, x, top) if one else [[] for _ in x])] for one in transcoders)
+        base, delta = (
+            [[], *(_strongest(transcoder, x, top) if transcoder else [[] for _ in x])] for transcoder in transcoders
+        )
         at_bos = None if patch.delta is None else patch.delta.at_bos
         if at_bos is not None:  # but a delta may have a BOS feature
             active = at_bos.nonzero()[:, 0].tolist()
             delta[0] = [{"feature": feature, "strength": at_bos[feature].item()} for feature in active]
-        found += [
+        features += [
             {"layer": patch.site.key, "position": place, "token": token, "base": base[place], "delta": delta[place]}
             for place, token in enumerate(tokens)
             if place > 0 or delta[0]
         ]
-    return found
+    return features
 
 
 def _strongest(transcoder: Transcoder, x: Tensor, top: int) -> list[list[dict[str, Any]]]:

@@ -28,8 +28,8 @@ def text_cross_entropy(passes: Passes, edit: Edit, rows: Sequence[Row]) -> tuple
     """Mean cross-entropy in nats of every token after BOS of `input + newline + target + EOS`, and their number."""
     jobs = [Job(encode_row(passes.bridge.tokenizer, row)) for row in rows]
     scored = score(passes, edit, jobs, whole_text=True)
-    tokens = sum(one.n_act_tokens for one in scored)
-    return sum(one.text_nll or 0.0 for one in scored) / tokens, tokens
+    tokens = sum(row.n_act_tokens for row in scored)
+    return sum(row.text_nll or 0.0 for row in scored) / tokens, tokens
 
 
 @torch.inference_mode()
@@ -37,8 +37,8 @@ def site_activations(passes: Passes, patch: Patch, rows: Sequence[Row]) -> tuple
     """x (tokens, d_in), the input of the patch's transcoders, and y (tokens, d_out) in the raw model, without BOS."""
     prefixes = passes.with_prefixes(patch.site)
     encoded = [encode_row(passes.bridge.tokenizer, row).ids for row in rows]
-    found = prefixes.get(patch.site, encoded)
-    x, y = (torch.cat([prefix[column][1:] for prefix in found]) for column in (0, 1))
+    row_prefixes = prefixes.get(patch.site, encoded)
+    x, y = (torch.cat([prefix[column][1:] for prefix in row_prefixes]) for column in (0, 1))
     return x, y
 
 
@@ -99,9 +99,9 @@ def _fit(patch: Patch, x: Tensor, y: Tensor, variance: float) -> dict[str, float
         base = patch.base.decode(base_acts)
         length = outputs.norm(dim=1).clamp(min=1e-12)
         parts = {"l0_base": (base_acts > 0).sum(1), "l0_delta": (delta_acts > 0).sum(1)}
-        for name, made in (("base", base), ("full", base + patch.delta.decode(delta_acts))):
-            error = made - outputs
-            parts[f"mean_cos_{name}"] = torch.cosine_similarity(made, outputs, dim=1)
+        for name, reconstructed in (("base", base), ("full", base + patch.delta.decode(delta_acts))):
+            error = reconstructed - outputs
+            parts[f"mean_cos_{name}"] = torch.cosine_similarity(reconstructed, outputs, dim=1)
             parts[f"mean_l2_{name}"] = error.norm(dim=1) / length
             parts[f"fvu_{name}"] = error.pow(2).sum(1) * (len(x) / variance)
         for name, values in parts.items():

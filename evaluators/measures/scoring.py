@@ -31,10 +31,10 @@ def summarise(counts: Mapping[Verdicts, int], names: list[str]) -> dict[str, flo
     """
     result: dict[str, float | int | None] = {"n_examples": sum(counts.values())}
     for place, name in enumerate(names):
-        known = sum(count for verdicts, count in counts.items() if verdicts[place] is not None)
+        judged = sum(count for verdicts, count in counts.items() if verdicts[place] is not None)
         true = sum(count for verdicts, count in counts.items() if verdicts[place])
-        low, high = wilson(true, known) if known else (None, None)
-        result[f"{name}_rate"] = true / known if known else None
+        low, high = wilson(true, judged) if judged else (None, None)
+        result[f"{name}_rate"] = true / judged if judged else None
         result[f"{name}_rate_low"], result[f"{name}_rate_high"] = low, high
     return result
 

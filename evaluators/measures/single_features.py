@@ -102,13 +102,13 @@ def single_features(
         if not 0 <= number < widths.get(site, 0):
             raise ValueError(f"no delta has a feature {number} in layer {site.label}")
     judge = Judge(Stop.of(passes.bridge, limits, rows[0]), behaviours)
-    found: dict[Feature, dict[str, list[dict[str, Any]]]] = {feature: {} for feature in features}
+    effects: dict[Feature, dict[str, list[dict[str, Any]]]] = {feature: {} for feature in features}
     for way, condition in WAYS.items():
         wholes = _wholes(passes, Edit(patches, condition), rows, judge.stop, (guesses or {}).get(condition, ()))
         runs = _runs(passes, patches, condition, wholes, features)
         outputs = _outputs(passes, patches, way, wholes, runs, judge.stop)
         for feature in features:
-            found[feature][way] = [
+            effects[feature][way] = [
                 {
                     "subset": row.label,
                     "nll": runs[feature, place, 0].nll if (feature, place, 0) in runs else whole.scored.nll,
@@ -119,7 +119,7 @@ def single_features(
                 }
                 for place, (row, whole) in enumerate(zip(rows, wholes, strict=True))
             ]
-    return found
+    return effects
 
 
 def _wholes(
@@ -153,9 +153,9 @@ def _runs(
             ]
 
             def of_pairs(some: Sequence[tuple[Feature, int]], site: Site = site) -> None:
-                here = [text for *_, text in chosen]
+                positions = [text for *_, text in chosen]
                 run = _above if starts_above(site) else _through
-                runs = run(passes.bridge, patches, condition, site, some, streams[site], here)
+                runs = run(passes.bridge, patches, condition, site, some, streams[site], positions)
                 by_text.update(
                     ((feature, *chosen[place][:2]), run) for (feature, place), run in zip(some, runs, strict=True)
                 )
@@ -239,10 +239,10 @@ def _through(
     """Like `_above`, but from what enters the block of `site`, as needed for features that other parts of their own
     block read."""
     ranked = [patch for patch in numbered(patches) if patch.site.layer >= site.layer]
-    (own,) = (patch for patch in ranked if patch.site == site)
+    (patch_of_site,) = (patch for patch in ranked if patch.site == site)
     rows = [texts[place] for _, place in pairs]
-    kept = [only(own, feature, outside=condition == "full") for (_, feature), _ in pairs]
-    jobs = [Job(row, kept=of_row) for row, of_row in zip(rows, kept, strict=True)]
+    ranks = [only(patch_of_site, feature, outside=condition == "full") for (_, feature), _ in pairs]
+    jobs = [Job(row, kept=of_row) for row, of_row in zip(rows, ranks, strict=True)]
     batch = pad_left([row.ids for row in rows], bridge.tokenizer.pad_token_id).to(device_of(bridge))
     starts = [start for _, place in pairs if (start := streams[place].start) is not None]
     residual = padded(starts, range(len(rows)), batch.ids.shape[1]) if starts else None
@@ -308,7 +308,7 @@ def numbered(patches: Sequence[Patch]) -> list[Patch]:
     """The patches with ranks that only identify features: each feature's index among those of all patches."""
     ranked = []
     for patch in patches:
-        first = sum(other.transcoder.d_sae for other in patches if other.site < patch.site)
+        first = sum(earlier.transcoder.d_sae for earlier in patches if earlier.site < patch.site)
         ranks = torch.arange(first, first + patch.transcoder.d_sae, device=patch.transcoder.W_dec.device)
         ranked.append(replace(patch, ranks=ranks))
     return ranked

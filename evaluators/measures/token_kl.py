@@ -49,15 +49,15 @@ def token_kl(passes: Passes, changes: Changes, rows: Sequence[Sequence[int]]) ->
 
 def _streams(passes: Passes, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     """What leaves the last block at all tokens but each row's last, (length - 1, d_model)."""
-    bridge, found = passes.bridge, {}
+    bridge, streams = passes.bridge, {}
 
     def run(chosen: Sequence[int]) -> None:
         batch = pad_left([rows[i] for i in chosen], bridge.tokenizer.pad_token_id).to(device_of(bridge))
         for i, stream in zip(chosen, resume(bridge, batch), strict=True):
-            found[i] = stream[-len(rows[i]) : -1].clone()
+            streams[i] = stream[-len(rows[i]) : -1].clone()
 
     in_slices(sorted(range(len(rows)), key=lambda i: len(rows[i])), passes.batch_size, run)
-    return [found[i] for i in range(len(rows))]
+    return [streams[i] for i in range(len(rows))]
 
 
 def _compare(passes: Passes, ids: Sequence[int], finetuned: Tensor, unfinetuned: Tensor) -> TokenKL:

@@ -104,11 +104,11 @@ def numerical_rank(difference: Tensor, noise: float) -> int | None:
         sketch = matrix @ torch.randn(columns, width, generator=generator).to(matrix)
         range_found, _ = torch.linalg.qr(sketch)
         projected = range_found.T @ matrix
-        missed = (matrix - range_found @ projected).norm().item()
+        residual = (matrix - range_found @ projected).norm().item()
         squares = torch.linalg.eigvalsh(projected.double() @ projected.double().T)  # of singular values
         rank = int((squares > tolerance**2).sum())
         # Noise alone would leave noise sqrt(m n); a rounded change leaves singular values of at most `tolerance`.
-        if rank <= width - SPARE and missed <= tolerance * math.sqrt(min(rows, columns)):
+        if rank <= width - SPARE and residual <= tolerance * math.sqrt(min(rows, columns)):
             return rank
     return None
 
@@ -118,5 +118,5 @@ def row_changes(before: Tensor, after: Tensor, most: int = ROWS_SHOWN) -> tuple[
     old = before.to(after).float()
     relative = (after.float() - old).norm(dim=1) / old.norm(dim=1).clamp(min=1e-30)
     values, places = relative.topk(min(most, len(relative)))
-    found = [RowChange(int(place), float(value)) for place, value in zip(places, values, strict=True) if value > 0]
-    return int((relative > 0).sum()), found
+    changed = [RowChange(int(place), float(value)) for place, value in zip(places, values, strict=True) if value > 0]
+    return int((relative > 0).sum()), changed

@@ -62,10 +62,10 @@ def side_by_side(sweeps: Sequence[ComparedSweep]) -> list[Table]:
     figures = compared_sweeps.figures_of(sweeps)
     tables = []
     for subset in figures["subset"].unique():
-        here = figures[figures["subset"] == subset]
+        of_subset = figures[figures["subset"] == subset]
         rows = []
-        for figure in _order(here["figure"].unique()):
-            of_figure = here[here["figure"] == figure].set_index("sweep")
+        for figure in _order(of_subset["figure"].unique()):
+            of_figure = of_subset[of_subset["figure"] == figure].set_index("sweep")
             texts = [_text(of_figure, sweep.name) for sweep in sweeps]
             rows.append([figure, *texts])
         title, help = f"{subset}", f"95% intervals over prompts{_counts(sweeps, subset)}; -: not measured."
@@ -75,7 +75,7 @@ def side_by_side(sweeps: Sequence[ComparedSweep]) -> list[Table]:
 
 def _order(figures: Iterable[str]) -> list[str]:
     """Figures of rates last, whichever sweep has them."""
-    return sorted(figures, key=lambda one: " rate, " in one)
+    return sorted(figures, key=lambda figure: " rate, " in figure)
 
 
 def _text(of_figure: pd.DataFrame, name: str) -> str:
@@ -91,14 +91,14 @@ def _text(of_figure: pd.DataFrame, name: str) -> str:
 
 
 def _counts(sweeps: Sequence[ComparedSweep], subset: str) -> str:
-    found = [
+    counts = [
         int(sweep.finetuned[sweep.finetuned["subset"] == subset]["n_examples"].iloc[0])
         for sweep in sweeps
         if len(sweep.finetuned) and (sweep.finetuned["subset"] == subset).any()
     ]
-    if not found:
+    if not counts:
         return ""
-    return f", n = {min(found)}" + (f" to {max(found)}" if max(found) > min(found) else "")
+    return f", n = {min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "")
 
 
 def pooled_tables(sweeps: Sequence[ComparedSweep]) -> list[Table]:
@@ -164,8 +164,8 @@ def overview(sweeps: Sequence[ComparedSweep]) -> Table:
 
 def differing(sweeps: Sequence[ComparedSweep]) -> Table:
     """The settings that differ, with a column for each sweep."""
-    found = compared_sweeps.settings_that_differ(sweeps)
-    rows = [[key, *(_shown(value) for value in values)] for key, values in found.items()]
+    differing_settings = compared_sweeps.settings_that_differ(sweeps)
+    rows = [[key, *(_shown(value) for value in values)] for key, values in differing_settings.items()]
     help = "-: not set. Where and how fast a sweep ran is left out." if rows else "No setting differs."
     header = ["setting", *(sweep.name for sweep in sweeps)]
     return Table("Settings that differ", help, header, rows, wide_text=True)
@@ -215,16 +215,16 @@ def _spoken(rates: Sequence[str]) -> str:
 def _one_panel(axes: Axes, sweeps: Sequence[ComparedSweep], subset: str, of_rate: bool) -> None:
     """A single sweep is drawn with its band, a group of seeds as thin lines and their mean."""
     groups = compared_sweeps.seed_groups(sweeps)
-    together = {sweep.name: group for group in groups for sweep in group}
+    group_of = {sweep.name: group for group in groups for sweep in group}
     colours: dict[str, int] = {}
     for place, sweep in enumerate(sweeps):
-        first = together.get(sweep.name, [sweep])[0].name
+        first = group_of.get(sweep.name, [sweep])[0].name
         look_number = colours.setdefault(first, len(colours))
         column = sweep.rate if of_rate else "mean_ce"
         rows = sweep.dose[sweep.dose["subset"] == subset].sort_values("alpha")
         rows = rows.dropna(subset=[column]) if column in rows else rows.iloc[:0]
         colour, marker = look(look_number)[0], look(place)[1]
-        if sweep.name in together:
+        if sweep.name in group_of:
             style: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.6, "marker": marker, "markersize": 4}
             values = rows[column] if len(rows) else []
             axes.plot(rows["alpha"] if len(rows) else [], values, color=colour, label=plain(sweep.name), **style)
@@ -264,12 +264,12 @@ def records(sweeps: Sequence[ComparedSweep]) -> list[dict[str, Any]]:
     smallest and largest value of the `n` sweeps and `sd` their spread.
     """
     seeds = {sweep.name: sweep.seed for sweep in sweeps}
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for _, row in compared_sweeps.figures_of(sweeps).iterrows():
-        found.append({"kind": "sweep", "seed": seeds[row["sweep"]], "sd": None, "n": None, **row})
+        rows.append({"kind": "sweep", "seed": seeds[row["sweep"]], "sd": None, "n": None, **row})
     for group in compared_sweeps.seed_groups(sweeps):
         for _, row in compared_sweeps.pooled(group).iterrows():
-            one = {"kind": "pooled", "seed": None, "sweep": row["sweeps"], "value": row["mean"]}
-            found.append(one | {name: row[name] for name in ("subset", "figure", "low", "high", "sd", "n")})
+            pooled = {"kind": "pooled", "seed": None, "sweep": row["sweeps"], "value": row["mean"]}
+            rows.append(pooled | {name: row[name] for name in ("subset", "figure", "low", "high", "sd", "n")})
     names = ("kind", "sweep", "seed", "subset", "figure", "value", "low", "high", "sd", "n")
-    return [{name: None if pd.isna(one[name]) else one[name] for name in names} for one in found]
+    return [{name: None if pd.isna(record[name]) else record[name] for name in names} for record in rows]

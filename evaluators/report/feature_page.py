@@ -22,15 +22,15 @@ from sites import MLP, Site
 
 PAGE = "features.html"
 SHOWN, SUBSETS_SHOWN = 8, 2
-"""Features of a target in the report itself, and subsets on which their effects stand there."""
+"""Features per target in the report itself, and subsets for which it gives their effects."""
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
-SAID = {"ablated": "without it", "alone": "alone"}
+WAY_WORDS = {"ablated": "without it", "alone": "alone"}
 BAR = 8
-"""Pixels across of a histogram's bar."""
+"""Width of a histogram's bar in pixels."""
 
 PROJECTIONS = {"q": "queries", "k": "keys", "v": "values"}
 HEADS = 4
-"""Heads that a card names of each projection."""
+"""Heads that a card lists for each projection."""
 LEAST = 0.001
 """Share of attention that must move for a head's pattern to be drawn, and for a piece of its text to be shaded."""
 
@@ -97,23 +97,23 @@ class Card(NamedTuple):
 
 
 def address(target: str, layer: int | str, feature: int) -> str:
-    """Of a card on the page: `L17F042`; a residual delta's feature has its target before it."""
+    """A card's name on the page: `L17F042`; that of a residual delta's feature begins with the target."""
     return ("" if target == "change" else f"{target}-") + f"L{str(layer).replace('.', '-')}F{feature:03d}"
 
 
 def name(layer: int | str, feature: int, at_bos: bool) -> str:
     site = Site.parse(layer)
-    where = f"layer {site.layer}" if site.kind == MLP else f"{site.kind.words} of layer {site.layer}"
-    return f"{where}, " + ("at BOS" if at_bos else f"feature {feature}")
+    words = f"layer {site.layer}" if site.kind == MLP else f"{site.kind.words} of layer {site.layer}"
+    return f"{words}, " + ("at BOS" if at_bos else f"feature {feature}")
 
 
 def most_effective(features: pd.DataFrame, target: str) -> Table | None:
-    """The first cards of a target, in short; None where there are none."""
+    """A short list of a target's first cards; None if there are none."""
     rows = features[features["target"] == target].head(SHOWN) if len(features) else features
     if rows.empty:
         return None
     subsets = [column.removeprefix(FIRING) for column in rows.columns if column.startswith(FIRING)][:SUBSETS_SHOWN]
-    effects = {f"{way}_ce_{subset}": f"CE {what}, {subset}" for subset in subsets for way, what in SAID.items()}
+    effects = {f"{way}_ce_{subset}": f"CE {words}, {subset}" for subset in subsets for way, words in WAY_WORDS.items()}
     header = ["rank", "feature", "estimated effect", *effects.values(), "promotes"]
     lines: list[list[str | Link]] = []
     for _, row in rows.iterrows():
@@ -134,13 +134,15 @@ def most_effective(features: pd.DataFrame, target: str) -> Table | None:
 
 def feature_page(cells: Sequence[Cell], features: pd.DataFrame, ranking: pd.DataFrame, pair: str) -> str:
     """The page; `features` has a row for each card, `ranking` one for each feature of all layers."""
-    found = {
-        (cell["target"], one["layer"], one["feature"]): one for cell in of_kind(cells, "cards") for one in cell["cards"]
+    card_of = {
+        (cell["target"], card["layer"], card["feature"]): card
+        for cell in of_kind(cells, "cards")
+        for card in cell["cards"]
     }
     subsets = [column.removeprefix(FIRING) for column in ranking.columns if column.startswith(FIRING)]
     totals = ranking.groupby("target").size().to_dict()
     cards = [
-        _card(row, found[row["target"], row["layer"], row["feature"]], subsets, totals[row["target"]])
+        _card(row, card_of[row["target"], row["layer"], row["feature"]], subsets, totals[row["target"]])
         for _, row in features.iterrows()
     ]
     return template("features.html.jinja").render(
@@ -157,10 +159,10 @@ def feature_page(cells: Sequence[Cell], features: pd.DataFrame, ranking: pd.Data
     )
 
 
-def _card(row: pd.Series, one: dict[str, Any], subsets: Sequence[str], total: int) -> Card:
+def _card(row: pd.Series, card: dict[str, Any], subsets: Sequence[str], total: int) -> Card:
     layer, feature = row["layer"], int(row["feature"])
     target = "" if row["target"] == "change" else f" of the {row['target']} delta"
-    counts, top = one["histogram"]["counts"], one["histogram"]["top"]
+    counts, top = card["histogram"]["counts"], card["histogram"]["top"]
     most = max(counts, default=1)
     return Card(
         address(row["target"], layer, feature),
@@ -168,21 +170,21 @@ def _card(row: pd.Series, one: dict[str, Any], subsets: Sequence[str], total: in
         f"rank {int(row['rank']):,} of {total:,}; estimated effect {row['effect']:+.4f} nats per target token",
         "" if pd.isna(row["group"]) else str(int(row["group"])),
         [_effect(row, subset) for subset in subsets],
-        [visible(token) for token in one["promoted"]],
-        [visible(token) for token in one["suppressed"]],
+        [visible(token) for token in card["promoted"]],
+        [visible(token) for token in card["suppressed"]],
         # The square root, so that rare strong activations stay visible beside many weak ones.
         [] if row["at_bos"] else [(count, round(40 * math.sqrt(count / most))) for count in counts],
         f"{top:.3g}",
-        [] if row["at_bos"] else [_context(context, top) for context in one["contexts"]],
+        [] if row["at_bos"] else [_context(context, top) for context in card["contexts"]],
         bool(row["at_bos"]),
-        _heads(one.get("heads", {})),
-        _most(one.get("reads", [])),
-        [line for pair in zip(one["contexts"], one["patterns"], strict=False) for line in _patterns(*pair)]
-        if one.get("patterns")
+        _heads(card.get("heads", {})),
+        _most(card.get("reads", [])),
+        [line for pair in zip(card["contexts"], card["patterns"], strict=False) for line in _patterns(*pair)]
+        if card.get("patterns")
         else None,
         [
             (values["head"], [*map(visible, values["promoted"])], [*map(visible, values["suppressed"])])
-            for values in one.get("values", [])
+            for values in card.get("values", [])
         ],
     )
 
@@ -198,23 +200,27 @@ def _most(of_heads: list[float]) -> str:
 
 
 def _patterns(context: dict[str, Any], changes: dict[str, Any]) -> list[Pattern]:
-    """What the strongest token attends to, and what later tokens pay to it, where enough moves."""
+    """Changes of the attention that the strongest token pays, and that later tokens pay to it, if large enough."""
     lines = []
-    for way, one in changes.items():
-        sizes, head = one["sizes"], one["head"]
+    for way, change in changes.items():
+        sizes, head = change["sizes"], change["head"]
         if sizes[head] < LEAST:
             continue
-        others = sorted((other for other in range(len(sizes)) if other != head), key=lambda other: -sizes[other])
-        said = ", ".join(f"head {other} {sizes[other]:.1%}" for other in others[: HEADS - 1] if sizes[other] >= LEAST)
-        what = (
+        other_heads = sorted(
+            (number for number in range(len(sizes)) if number != head), key=lambda number: -sizes[number]
+        )
+        others_text = ", ".join(
+            f"head {number} {sizes[number]:.1%}" for number in other_heads[: HEADS - 1] if sizes[number] >= LEAST
+        )
+        effect = (
             f"what the outlined token attends to; {sizes[head]:.1%} of its attention moves"
             if way == "from"
             else f"how much later tokens attend to the outlined one; {sizes[head]:.1%} of their attention on average"
         )
-        words = f"{context['subset']}, head {head}: {what}" + (f" ({said})" if said else "")
-        before = one.get("before", 0.0)
-        rest = f"tokens before these: {_signed(before)}" if abs(before) >= LEAST else ""
-        lines.append(Pattern(words, _shifts(context, one["changes"]), rest))
+        words = f"{context['subset']}, head {head}: {effect}" + (f" ({others_text})" if others_text else "")
+        before = change.get("before", 0.0)
+        earlier = f"tokens before these: {_signed(before)}" if abs(before) >= LEAST else ""
+        lines.append(Pattern(words, _shifts(context, change["changes"]), earlier))
     return lines
 
 
@@ -235,7 +241,7 @@ def _effect(row: pd.Series, subset: str) -> Effect:
     share = "of texts" if row["at_bos"] else "of tokens"
     rates = []
     names = [column.removeprefix("ablated_").removesuffix(f"_{subset}") for column in row.index]
-    for rate in dict.fromkeys(one for one in names if one.endswith(RATE)):
+    for rate in dict.fromkeys(name for name in names if name.endswith(RATE)):
         texts = [_change(row, f"{way}_{rate}_{subset}") for way in WAYS]
         if any(abs(row.get(f"{way}_{rate}_{subset}", 0.0)) > 0 for way in WAYS):
             rates.append((rate.removesuffix(RATE).replace("_", " "), *texts))

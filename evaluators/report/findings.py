@@ -107,11 +107,11 @@ def _counted(rows: pd.DataFrame, column: str, unit: str) -> list[str]:
     """One sentence per subset: the single layers counted together, then each set of layers."""
     sentences = []
     for subset in rows["subset"].unique() if len(rows) else []:
-        here = _of(rows, subset)
-        several = here["layer"].map(is_set).astype(bool)
-        single = [(_place(row, rows), estimate(row, column)) for _, row in here[~several].iterrows()]
+        of_subset = _of(rows, subset)
+        several = of_subset["layer"].map(is_set).astype(bool)
+        single = [(_place(row, rows), estimate(row, column)) for _, row in of_subset[~several].iterrows()]
         parts = _single_layers([pair for pair in single if not math.isnan(pair[1].low)], unit)
-        for _, row in here[several].iterrows():
+        for _, row in of_subset[several].iterrows():
             value = estimate(row, column)
             if not math.isnan(value.value):
                 parts.append(f"{_place(row, rows)} {difference_sentence(value, unit)}")
@@ -120,20 +120,22 @@ def _counted(rows: pd.DataFrame, column: str, unit: str) -> list[str]:
     return sentences
 
 
-def _single_layers(known: list[tuple[str, Estimate]], unit: str) -> list[str]:
+def _single_layers(estimates: list[tuple[str, Estimate]], unit: str) -> list[str]:
     """The layers whose interval excludes zero, and the largest effect still compatible with the others."""
     parts = []
-    apart = [(place, value) for place, value in known if value.excludes_zero]
-    bounds = [_bound(value) for _, value in known if not value.excludes_zero]
-    if apart:
-        scale = max(abs(value.value) for _, value in apart)
-        listed = ", ".join(f"{place} {number(value.value, signed=True, scale=scale)}" for place, value in apart)
-        parts.append(f"the interval leaves out zero at {len(apart)} of {len(known)} single layers ({listed} {unit})")
+    nonzero = [(place, value) for place, value in estimates if value.excludes_zero]
+    bounds = [_bound(value) for _, value in estimates if not value.excludes_zero]
+    if nonzero:
+        scale = max(abs(value.value) for _, value in nonzero)
+        listed = ", ".join(f"{place} {number(value.value, signed=True, scale=scale)}" for place, value in nonzero)
+        parts.append(
+            f"the interval leaves out zero at {len(nonzero)} of {len(estimates)} single layers ({listed} {unit})"
+        )
     if bounds:
-        all_of_them = f"the interval covers zero at all {len(bounds)} single layers:"
-        where = f"at the other {len(bounds)}" if apart else all_of_them
+        at_all = f"the interval covers zero at all {len(bounds)} single layers:"
+        scope = f"at the other {len(bounds)}" if nonzero else at_all
         allowed = f"no effect larger than {number(max(bounds))} {unit} is compatible with these data"
-        parts.append(f"{where} {allowed if max(bounds) > 0 else f'exactly 0 {unit} on every prompt'}")
+        parts.append(f"{scope} {allowed if max(bounds) > 0 else f'exactly 0 {unit} on every prompt'}")
     return parts
 
 

@@ -1,4 +1,4 @@
-"""The attribution graph of one prompt as a page: which features made the next token, and through which others.
+"""The attribution graph of one prompt as a page: which features lead to the next token, and through which others.
 
 In: a graph as plain values. Out: the text of one self-contained page. Its only script draws the graph and lets a reader
 walk through it; without it the strongest edges are a table. Nothing is requested, and no other script may run.
@@ -65,7 +65,7 @@ def graph_page(graph: Graph) -> str:
     return template("graph.html.jinja").render(
         title=graph["title"],
         samples=samples,
-        warned=[one for one in samples if not one.trusted],
+        warned=[sample for sample in samples if not sample.trusted],
         trusted=TRUSTED,
         before=_text(graph["tokens"][: output["position"]]),
         asked=tokens[output["position"]],
@@ -101,8 +101,10 @@ def name(node: Mapping[str, Any]) -> str:
     if node["kind"] == "rest":
         return "Un-finetuned rest"
     words = KINDS[node["site_kind"]].words.removeprefix("the ")
-    which = "" if node["feature"] is None or node["kind"] == "bos" else f", feature {node['feature']}"
-    return f"{words[:1].upper()}{words[1:]} of layer {node['layer']}{' at BOS' if node['kind'] == 'bos' else ''}{which}"
+    feature = "" if node["feature"] is None or node["kind"] == "bos" else f", feature {node['feature']}"
+    return (
+        f"{words[:1].upper()}{words[1:]} of layer {node['layer']}{' at BOS' if node['kind'] == 'bos' else ''}{feature}"
+    )
 
 
 def _place(graph: Graph, number: int) -> str:
@@ -127,7 +129,7 @@ def _samples(graph: Graph) -> list[Sample]:
         value, low, high = graph["checks"]["correlation"].get(key) or (math.nan, math.nan, math.nan)
         if not rows and math.isnan(_plain(value)):
             continue
-        limit = max((abs(row[what]) for row in rows for what in ("predicted", "measured")), default=0.0)
+        limit = max((abs(row[key]) for row in rows for key in ("predicted", "measured")), default=0.0)
         scale = (HALF - 6) / limit if limit else 0.0
         points = [
             (
@@ -138,12 +140,12 @@ def _samples(graph: Graph) -> list[Sample]:
             )
             for row in rows
         ]
-        said = "not known" if math.isnan(_plain(value)) else number(value)
+        text = "not known" if math.isnan(_plain(value)) else number(value)
         if not math.isnan(_plain(low)):
-            said += f" [{number(low)}, {number(high)}]"
+            text += f" [{number(low)}, {number(high)}]"
         # A correlation that is not known is no reason for trust.
         trusted = _plain(value) >= TRUSTED
-        samples.append(Sample(words, words[:1].upper() + words[1:], said, trusted, f"{limit:.2g}", points))
+        samples.append(Sample(words, words[:1].upper() + words[1:], text, trusted, f"{limit:.2g}", points))
     return samples
 
 
@@ -181,10 +183,10 @@ def _sums(graph: Graph) -> str:
     if not sums:
         return ""
     order = sorted(sums, key=lambda key: -abs(sums[key]))
-    named, others = order[:SUMMED], sum(sums[key] for key in order[SUMMED:])
+    named, others_sum = order[:SUMMED], sum(sums[key] for key in order[SUMMED:])
     left_out = graph["output"]["value"] - sum(sums.values())
     words = [f"{key} {number(sums[key], signed=True)}" for key in named]
-    words += [f"others {number(others, signed=True)}"] if len(order) > SUMMED else []
+    words += [f"others {number(others_sum, signed=True)}"] if len(order) > SUMMED else []
     words.append(f"edges that are not in the graph {number(left_out, signed=True)}")
     value = number(graph["output"]["value"], signed=True)
     return (
@@ -195,11 +197,11 @@ def _sums(graph: Graph) -> str:
 
 def _frozen(frozen: Mapping[str, bool]) -> str:
     names = {"patterns": "attention patterns", "norms": "the scales of norms"}
-    held = [names[key] for key in names if frozen[key]]
+    constant = [names[key] for key in names if frozen[key]]
     free = [names[key] for key in names if not frozen[key]]
     parts = []
-    if held:
-        parts.append(f"{' and '.join(held)} are held at their values in this run")
+    if constant:
+        parts.append(f"{' and '.join(constant)} are held at their values in this run")
     if free:
         parts.append(f"{' and '.join(free)} may change with a feature, to first order")
     text = "; ".join(parts)
@@ -267,8 +269,8 @@ def _data(graph: Graph, tokens: Sequence[str]) -> Markup:
         for node in graph["nodes"]
     ]
     groups = [
-        {"number": one["number"], "size": one["size"], "fires_on": [visible(token) for token in one["fires_on"]]}
-        for one in graph["groups"]
+        {"number": group["number"], "size": group["size"], "fires_on": [visible(token) for token in group["fires_on"]]}
+        for group in graph["groups"]
     ]
     shown = {"position": output["position"], "words": output["words"], "value": output["value"]}
     return data({"tokens": tokens, "output": shown, "nodes": nodes, "edges": graph["edges"], "groups": groups})

@@ -32,9 +32,9 @@ def graphs_table(cells: Sequence[Cell]) -> pd.DataFrame:
             output, counts = graph["output"], graph["counts"]
             row |= {"explains": output["words"], **{name: output[name] for name in ("value", "unfinetuned_value")}}
             row |= {name: counts[name] for name in ("active", "nodes", "edges")}
-            for sample, found in graph["checks"]["correlation"].items():
+            for sample, interval in graph["checks"]["correlation"].items():
                 ends = ("", "_low", "_high")
-                row |= {f"{sample}_r{end}": value for end, value in zip(ends, found or [], strict=False)}
+                row |= {f"{sample}_r{end}": value for end, value in zip(ends, interval or [], strict=False)}
         rows.append(row)
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -118,5 +118,5 @@ def _strongest(graph: dict[str, Any]) -> list[str]:
 
 
 def _correlation(graph: dict[str, Any], sample: str) -> str:
-    found = graph["checks"]["correlation"].get(sample)
-    return "-" if found is None else f"{found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}]"
+    interval = graph["checks"]["correlation"].get(sample)
+    return "-" if interval is None else f"{interval[0]:.2f} [{interval[1]:.2f}, {interval[2]:.2f}]"

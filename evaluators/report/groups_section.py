@@ -23,7 +23,7 @@ from evaluators.tables.recovery import ENOUGH
 from evaluators.tables.tables import Results
 
 SUBSETS_SHOWN, CONTEXTS_SHOWN, TOKENS_SHOWN = 2, 2, 5
-SAID = {"alone": "alone", "without": "without it"}
+WAY_WORDS = {"alone": "alone", "without": "without it"}
 
 
 def groups_section(results: Results, cells: Sequence[Cell], *, seed: int) -> Section | None:
@@ -80,7 +80,7 @@ def recovered_by_groups(curve: pd.DataFrame, *, seed: int) -> Figure:
 
 
 def _findings(results: Results, grouping: Cell) -> list[Findings]:
-    groups, held = grouping["groups"], grouping["silhouette"]
+    groups, mean = grouping["groups"], grouping["silhouette"]
     if not groups:
         text = (
             f"None: {grouping['n_live']:,} features fire on the held-out rows, but no two clusters of eight or more "
@@ -90,8 +90,8 @@ def _findings(results: Results, grouping: Cell) -> list[Findings]:
     grouped = sum(len(group["features"]) for group in groups)
     sentences = [
         f"{len(groups)} groups of {grouped:,} features; {len(grouping['singles']):,} more fire, and belong to none.",
-        f"Silhouette {held['chosen']:.2f} on the half of the rows that chose the cut (similarity {grouping['cut']:g}), "
-        f"{held['held_out']:.2f} on the other half, {held['permuted']:.2f} there with features exchanged at random.",
+        f"Silhouette {mean['chosen']:.2f} on the half of the rows that chose the cut (similarity {grouping['cut']:g}), "
+        f"{mean['held_out']:.2f} on the other half, {mean['permuted']:.2f} there with features exchanged at random.",
     ]
     curve, few = results.group_curve, []
     for subset in curve["subset"].unique():
@@ -112,12 +112,12 @@ def _findings(results: Results, grouping: Cell) -> list[Findings]:
             f"Measured on {int(curve['n'].max())} prompts a subset, of one finetuned model; the random features were "
             "drawn once. What few groups recover says that they are enough, not that others could not do the same."
         ]
-    found = [
+    findings = [
         Findings("Are there groups?", sentences),
         Findings("With how few groups?", few),
         Findings("What does this rest on?", limits),
     ]
-    return [one for one in found if one.sentences]
+    return [finding for finding in findings if finding.sentences]
 
 
 def _at(rows: pd.DataFrame, count: int, random: bool) -> Any:
@@ -130,13 +130,13 @@ def _table(results: Results) -> Table:
     effects = results.group_effects[results.group_effects["metric"] == "ce"]
     measured, subsets = effects["group"].unique(), list(effects["subset"].unique())[:SUBSETS_SHOWN]
     header = ["group", "features", "qkv / o / mlp", "fires on", "promotes"]
-    header += [f"CE {said}, {subset}" for subset in subsets for said in SAID.values()]
+    header += [f"CE {label}, {subset}" for subset in subsets for label in WAY_WORDS.values()]
     rows: list[list[Any]] = []
     for _, group in results.groups[results.groups["group"].isin(measured)].iterrows():
         tokens = [" ".join(QUOTED.findall(group[name])[:TOKENS_SHOWN]) for name in ("fires_on", "promoted")]
         kinds = " / ".join(str(group[name]) for name in KIND_COLUMNS)
-        here = effects[effects["group"] == group["group"]]
-        cells = [_change(here, way, subset) for subset in subsets for way in SAID]
+        of_group = effects[effects["group"] == group["group"]]
+        cells = [_change(of_group, way, subset) for subset in subsets for way in WAY_WORDS]
         rows.append([str(group["group"]), f"{group['n_features']:,}", kinds, *tokens, *cells])
     help = (
         "In order of estimated effect. Alone: only this group and the features at BOS, minus those at BOS; below 0 it "

@@ -29,16 +29,18 @@ def where_it_lives(parts: pd.DataFrame, *, seed: int) -> Figure:
     shares = parts.dropna(subset=["share"])
     subsets = list(shares["subset"].unique())[:MOST_SUBSETS]
     shares = shares[shares["subset"].isin(subsets)]
-    whole = shares["layers"] == EVERY_LAYER
-    lines = [(rows, name) for rows, name in ((shares[whole], "part"), (shares[~whole], "layers")) if len(rows)]
+    every_layer = shares["layers"] == EVERY_LAYER
+    lines = [
+        (rows, name) for rows, name in ((shares[every_layer], "part"), (shares[~every_layer], "layers")) if len(rows)
+    ]
     figure, grid = panels(len(lines) * len(subsets), columns=len(subsets), width=4.2, height=2.5)
     low, high = float(shares["share_low"].clip(lower=-1).min()), float(shares["share_high"].clip(upper=2).max())
     for place, axes in enumerate(grid):
         rows, name = lines[place // len(subsets)]
         labels = list(rows[name].unique())
-        here = rows[rows["subset"] == subsets[place % len(subsets)]]
+        of_subset = rows[rows["subset"] == subsets[place % len(subsets)]]
         for number, (way, label) in enumerate(WAYS.items()):
-            bars = here[here["way"] == way]
+            bars = of_subset[of_subset["way"] == way]
             at = [labels.index(value) + 0.4 * (number - 0.5) for value in bars[name]]
             axes.bar(at, bars["share"], 0.38, color=look(number)[0], label=label)
             axes.errorbar(
@@ -132,10 +134,10 @@ def recovered_by_width(widths: pd.DataFrame, *, seed: int) -> Figure:
     figure, grid = panels(len(subsets), columns=len(subsets), height=2.7)
     for axes, subset in zip(grid, subsets, strict=True):
         for number, (condition, drawn) in enumerate(WIDTHS.items()):
-            here = rows[(rows["subset"] == subset) & (rows["condition"] == condition)].sort_values("d_new")
-            if len(here):
-                here = here.assign(alpha=here["d_new"].astype(float))
-                band(axes, here, "recovered", label=drawn.label or condition, number=number)
+            points = rows[(rows["subset"] == subset) & (rows["condition"] == condition)].sort_values("d_new")
+            if len(points):
+                points = points.assign(alpha=points["d_new"].astype(float))
+                band(axes, points, "recovered", label=drawn.label or condition, number=number)
         axes.axhline(1, color=MUTED, linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(tick_widths, [str(width) for width in tick_widths])
@@ -151,10 +153,10 @@ def where_it_is(deltas: pd.DataFrame, gaps: pd.DataFrame, recovered: pd.DataFram
     """Where in the network the change is. By layer and kind of site: how much of the output finetuning changed, and how
     much of that the deltas leave unexplained. By set of layers and subset: its CE gap as a share of the whole effect,
     and how much of the gap is recovered."""
-    kept = deltas[(deltas["target"] == "change") & deltas["best"].astype(bool)]
-    places = kept["layer"].map(Site.parse)
-    kept = kept.assign(layer=[site.layer for site in places], kind=[site.kind.name for site in places])
-    kept = kept.sort_values("layer", kind="stable")
+    best = deltas[(deltas["target"] == "change") & deltas["best"].astype(bool)]
+    places = best["layer"].map(Site.parse)
+    best = best.assign(layer=[site.layer for site in places], kind=[site.kind.name for site in places])
+    best = best.sort_values("layer", kind="stable")
     full = recovered[(recovered["target"] == "change") & (recovered["condition"] == "full")]
     by_set = [
         (gaps[gaps["metric"] == "mean_ce"].dropna(subset=["share"]), "share", "share of the\nwhole effect"),
@@ -162,8 +164,8 @@ def where_it_is(deltas: pd.DataFrame, gaps: pd.DataFrame, recovered: pd.DataFram
     ]
     by_set = [panel for panel in by_set if len(panel[0])]
     figure, grid = panels(2 + len(by_set), columns=1, width=7.0, height=2.0)
-    shares = kept.drop_duplicates(["layer", "kind"])
-    kinds = [name for name in KINDS if name in set(kept["kind"])]
+    shares = best.drop_duplicates(["layer", "kind"])
+    kinds = [name for name in KINDS if name in set(best["kind"])]
     for number, kind in enumerate(kinds):
         rows = shares[shares["kind"] == kind]
         if len(kinds) == 1:
@@ -175,15 +177,15 @@ def where_it_is(deltas: pd.DataFrame, gaps: pd.DataFrame, recovered: pd.DataFram
         grid[0].legend(frameon=False, fontsize=8, ncols=4, loc="upper right")
     grid[0].set_yscale("log")
     grid[0].set_ylabel("changed share\nof the output")
-    lines = list(kept.groupby("d_new")) if len(kinds) == 1 else []
+    lines = list(best.groupby("d_new")) if len(kinds) == 1 else []
     lines += [
-        (kind, kept[(kept["kind"] == kind) & (kept["d_new"] == kept["d_new"].max())]) for kind in kinds[1:] and kinds
+        (kind, best[(best["kind"] == kind) & (best["d_new"] == best["d_new"].max())]) for kind in kinds[1:] and kinds
     ]
     for number, (which, rows) in enumerate(lines):
         colour, marker = look(number)
         label = f"d_new {which}" if len(kinds) == 1 else f"{which}, d_new {rows['d_new'].max()}"
         grid[1].plot(rows["layer"], rows["val_unexplained"], color=colour, marker=marker, label=label)
-    grid[1].set_ylim(0, max(1.0, float(kept["val_unexplained"].max())))
+    grid[1].set_ylim(0, max(1.0, float(best["val_unexplained"].max())))
     grid[1].set_ylabel("unexplained\nshare of it")
     grid[1].legend(frameon=False, fontsize=8, ncols=4, loc="upper right")
     for axes, (rows, column, label) in zip(grid[2:], by_set, strict=True):
@@ -192,7 +194,7 @@ def where_it_is(deltas: pd.DataFrame, gaps: pd.DataFrame, recovered: pd.DataFram
         axes.axhline(1, color=MUTED, linewidth=1)
         axes.set_ylim(min(0.0, float(rows[column].min())) - 0.05, max(1.0, float(rows[column].max())) + 0.1)
     for axes in grid:
-        axes.set_xlim(-0.8, kept["layer"].max() + 0.8)
+        axes.set_xlim(-0.8, best["layer"].max() + 0.8)
     grid[-1].set_xlabel("layer")
     note = (
         "above: held-out tokens; below: evaluation prompts, bars paired bootstrap 95%; sets without a gap are left out"

@@ -35,9 +35,9 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
     lines = [list(row.values()) for row in rows]
     blocks: list[Block] = [Table("The answer", help, list(rows[0]), lines, wide_text=True)]
     dose = results.dose[(results.dose["layer"] == widest) & (results.dose["target"] == "change")]
-    here = results.conditions["layer"].isin([widest, "none"]) & results.conditions["target"].isin(["change", ""])
+    widest_rows = results.conditions["layer"].isin([widest, "none"]) & results.conditions["target"].isin(["change", ""])
     if len(dose):
-        figure = knob_figures.knob(dose, results.conditions[here], seed=seed)
+        figure = knob_figures.knob(dose, results.conditions[widest_rows], seed=seed)
         help = (
             "A knob is a line that goes from one behaviour to the other as alpha grows; random directions should not."
         )
@@ -68,8 +68,8 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
             "their deltas bring back. Layers make up for each other, so that the shares need not add up."
         )
         blocks.append(picture("where", figure, "Where in the network", help))
-    found = [*knob_findings(results, deltas), _limits(results, gaps[gaps["layer"] == widest], seed)]
-    blocks.append(Sentences([one for one in found if one.sentences]))
+    findings = [*knob_findings(results, deltas), _limits(results, gaps[gaps["layer"] == widest], seed)]
+    blocks.append(Sentences([finding for finding in findings if finding.sentences]))
     blocks += _every_behaviour(dose, seed)
     blocks += _tables(results, gaps)
     intro = (
@@ -122,17 +122,17 @@ def _tables(results: Results, gaps: pd.DataFrame) -> list[Block]:
 def knob_findings(results: Results, deltas: pd.DataFrame) -> list[Findings]:
     """Is there something to explain, what comes back, with how few features; and what residual deltas learn."""
     gaps = results.gaps[(results.gaps["target"] == "change") & (results.gaps["metric"] == "mean_ce")]
-    found = []
+    findings = []
     if len(gaps):
         widest = recovery.widest_set(gaps)
-        here = gaps[gaps["layer"] == widest]
-        found += [
-            Findings(f"Is there anything to explain at the sites {widest}?", _ceilings(here)),
-            Findings("How much of it do the deltas bring back?", _recovered(results, here)),
+        widest_gaps = gaps[gaps["layer"] == widest]
+        findings += [
+            Findings(f"Is there anything to explain at the sites {widest}?", _ceilings(widest_gaps)),
+            Findings("How much of it do the deltas bring back?", _recovered(results, widest_gaps)),
             Findings("How wide must a delta be?", _wide(results)),
             Findings("How few features?", _few(results)),
         ]
-    return [*found, Findings("What is a residual delta trained on?", residual_split(deltas))]
+    return [*findings, Findings("What is a residual delta trained on?", residual_split(deltas))]
 
 
 def _ceilings(gaps: pd.DataFrame) -> list[str]:
@@ -149,9 +149,9 @@ def _ceilings(gaps: pd.DataFrame) -> list[str]:
 
 def _recovered(results: Results, gaps: pd.DataFrame) -> list[str]:
     table = results.recovered[(results.recovered["target"] == "change") & (results.recovered["metric"] == "mean_ce")]
-    controls_at_one = [name for name, one in CHANGE_CONTROLS.items() if not one.dosed]
+    controls_at_one = [name for name, condition in CHANGE_CONTROLS.items() if not condition.dosed]
     names = {"alpha": "the deltas"}
-    names |= {name: f"the {name.replace('_', ' ')}" for name, one in CHANGE_CONTROLS.items() if one.dosed}
+    names |= {name: f"the {name.replace('_', ' ')}" for name, condition in CHANGE_CONTROLS.items() if condition.dosed}
     sentences = []
     for _, gap in gaps.iterrows():
         rows = table[(table["layer"] == gap["layer"]) & (table["subset"] == gap["subset"])].dropna(subset=["recovered"])
@@ -161,20 +161,22 @@ def _recovered(results: Results, gaps: pd.DataFrame) -> list[str]:
         text = f"{gap['subset']}: {with_interval(full.iloc[0], 'recovered')} of the gap in CE at alpha 1"
         for _, row in _others_of(results, gap).iterrows():
             text += f", {with_interval(row, 'recovered')} of that in {row['metric']}"
-        others = rows[rows["condition"].isin(controls_at_one)]
-        controls = [f"{row['condition']} {with_interval(row, 'recovered')}" for _, row in others.iterrows()]
+        at_one = rows[rows["condition"].isin(controls_at_one)]
+        controls = [f"{row['condition']} {with_interval(row, 'recovered')}" for _, row in at_one.iterrows()]
         half = rows[(rows["alpha"] == 0.5) & rows["condition"].isin(names)]
-        middle = [f"{names[row['condition']]} {with_interval(row, 'recovered')}" for _, row in half.iterrows()]
+        at_half = [f"{names[row['condition']]} {with_interval(row, 'recovered')}" for _, row in half.iterrows()]
         text += f"; controls: {', '.join(controls)}" if controls else ""
-        sentences.append(text + (f"; at alpha 0.5: {', '.join(middle)}." if middle else "."))
+        sentences.append(text + (f"; at alpha 0.5: {', '.join(at_half)}." if at_half else "."))
     return sentences
 
 
 def _others_of(results: Results, gap: pd.Series) -> pd.DataFrame:
     """What `full` recovers of the gaps in KL and the rates, if there are any, at the place of a gap in CE."""
     table = results.recovered[(results.recovered["target"] == "change") & (results.recovered["condition"] == "full")]
-    here = table[(table["layer"] == gap["layer"]) & (table["subset"] == gap["subset"]) & (table["metric"] != "mean_ce")]
-    return here.dropna(subset=["recovered"])
+    of_gap = table[
+        (table["layer"] == gap["layer"]) & (table["subset"] == gap["subset"]) & (table["metric"] != "mean_ce")
+    ]
+    return of_gap.dropna(subset=["recovered"])
 
 
 def _wide(results: Results) -> list[str]:
@@ -209,9 +211,9 @@ def residual_split(deltas: pd.DataFrame) -> list[str]:
     """For each layer and base: how much of a residual is finetuning's change, and how much the base's own error."""
     if deltas.empty:
         return []
-    kept = deltas[(deltas["target"] == "residual") & deltas["best"].astype(bool)]
+    best = deltas[(deltas["target"] == "residual") & deltas["best"].astype(bool)]
     sentences = []
-    for (layer, percentile), rows in kept.groupby(["layer", "percentile"], dropna=False):
+    for (layer, percentile), rows in best.groupby(["layer", "percentile"], dropna=False):
         row = rows.iloc[0]
         if pd.isna(row.get("change_share")):
             continue
@@ -247,12 +249,16 @@ def headline_rows(results: Results) -> list[dict[str, str]]:
         gap = gaps[(gaps["layer"] == widest) & (gaps["subset"] == subset) & (gaps["metric"] == "mean_ce")].iloc[0]
         row = {"subset": subset, "gap in CE": with_interval(gap, "gap", signed=True)}
         row["sites' share"] = "-" if pd.isna(gap["share"]) else with_interval(gap, "share")
-        here = results.recovered[(results.recovered["target"] == "change") & (results.recovered["layer"] == widest)]
-        here = here[here["subset"] == subset]
-        here, kl = (here[here["metric"] == metric].set_index("condition") for metric in ("mean_ce", "kl"))
+        recovered = results.recovered[
+            (results.recovered["target"] == "change") & (results.recovered["layer"] == widest)
+        ]
+        recovered = recovered[recovered["subset"] == subset]
+        recovered, kl = (
+            recovered[recovered["metric"] == metric].set_index("condition") for metric in ("mean_ce", "kl")
+        )
         for condition, name in (("full", "recovered"), ("random_delta", "random")):
-            found = here.loc[[condition]].iloc[0] if condition in here.index else None
-            row[name] = "-" if found is None else _share(found)
+            figures = recovered.loc[[condition]].iloc[0] if condition in recovered.index else None
+            row[name] = "-" if figures is None else _share(figures)
             if condition == "full":
                 row["KL recovered"] = _share(kl.loc[["full"]].iloc[0]) if "full" in kl.index else "-"
         count = recovery.features_needed(results.curve, subset) if len(results.curve) else None

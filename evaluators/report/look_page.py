@@ -31,7 +31,7 @@ from evaluators.tables.recovery import EVERY_LAYER, parts_table
 from evaluators.tables.statistics import Estimate, paired_bootstrap, wilson
 from sites import parse_sites
 
-Found = Mapping[str, Any]
+Figures = Mapping[str, Any]
 TEXTS_SHOWN = 12
 POSITIONS_SHOWN = 20
 MOST_ALIKE = 3
@@ -48,40 +48,37 @@ PARTS = {
     "rest": "what is outside the sites",
 }
 KIND_OF_PART = {"output": "o", "mlp": "mlp"}
-"""Parts that are all of a kind of site."""
+"""Parts that make up a whole kind of site."""
 NEARLY_ALL = 0.95
-"""Share of the effect from which a narrower sweep is suggested."""
+"""Minimum share of the effect for which a narrower sweep is suggested."""
 STANDS_OUT = 2.0
 """How many times the control's norm a mean difference must have to stand out."""
 LAYERS_SHOWN = 6
 
 
-def look_page(found: Found, *, seed: int) -> str:
+def look_page(look: Figures, *, seed: int) -> str:
     """The page. For a pair in which nothing changed, its first line says so and there is nothing else."""
-    title = f"A first look: {found['facts']['title']}"
-    if not found["changed"]:
+    title = f"A first look: {look['facts']['title']}"
+    if not look["changed"]:
         return render(title, [Section("weights", "What changed in the weights", NOTHING_CHANGED)])
     sections = [
-        _weights(found),
-        _answers(found, seed),
-        _divergence(found),
-        _parts(found, seed),
-        _lens(found),
-        *([_next(found, seed)] if "next" in found else []),
+        _weights(look),
+        _answers(look, seed),
+        _divergence(look),
+        _parts(look, seed),
+        _lens(look),
+        *([_next(look, seed)] if "next" in look else []),
     ]
     return render(title, sections)
 
 
-def look_section(found: Found) -> Section:
+def look_section(look: Figures) -> Section:
     """How a report begins: where the weights changed, and what that does to neutral text."""
     pictures = [
-        block
-        for section in (_weights(found), _lens(found))
-        for block in section.blocks[:1]
-        if isinstance(block, Picture)
+        block for section in (_weights(look), _lens(look)) for block in section.blocks[:1] if isinstance(block, Picture)
     ]
     intro = (
-        f"{_changed_in_words(found)}. On unrelated text, {_lens_in_words(found)}. The page of the first look has more."
+        f"{_changed_in_words(look)}. On unrelated text, {_lens_in_words(look)}. The page of the first look has more."
     )
     return Section("look", "A first look", intro, pictures)
 
@@ -92,57 +89,59 @@ NOTHING_CHANGED = (
 )
 
 
-def in_ten_lines(found: Found, *, seed: int) -> list[str]:
+def in_ten_lines(look: Figures, *, seed: int) -> list[str]:
     """What the page says, for the terminal."""
-    if not found["changed"]:
+    if not look["changed"]:
         return [NOTHING_CHANGED]
-    lines = [f"weights: {_changed_in_words(found)}"]
-    for subset, estimate in effects(found, seed).items():
-        after, before = mean_nll(found, subset, "finetuned"), mean_nll(found, subset, "unfinetuned")
+    lines = [f"weights: {_changed_in_words(look)}"]
+    for subset, estimate in effects(look, seed).items():
+        after, before = mean_nll(look, subset, "finetuned"), mean_nll(look, subset, "unfinetuned")
         change = f"{-estimate.value:+.2f} [{-estimate.high:+.2f}, {-estimate.low:+.2f}]"
         lines.append(f"CE on {subset}: {before:.2f} before, {after:.2f} after ({change} nats per token)")
     lines = lines[:4]
-    example = next((one for one in found["answers"] if one["finetuned"]["text"] != one["unfinetuned"]["text"]), None)
+    example = next(
+        (answer for answer in look["answers"] if answer["finetuned"]["text"] != answer["unfinetuned"]["text"]), None
+    )
     if example is not None:
         was, now = (repr(_short(example[model]["text"])) for model in ("unfinetuned", "finetuned"))
         lines.append(f"asked {_short(example['input'])!r}: {was} before, {now} after")
-    for at in [at for at in _positions(found, most=None) if at["where"] == "answer"][:1]:
-        said = f"{at['finetuned']!r} instead of {at['unfinetuned']!r} (KL {at['kl']:.2f} nats)"
-        lines.append(f"diverges most after {_short(at['context'], 40, end=True)!r}: {said}")
-    lines += [f"where it lives, {sentence}" for sentence in _parts_in_words(found, seed)[:2]]
-    lines.append(f"on unrelated text: {_lens_in_words(found)}")
-    if "next" in found:
-        lines.append(" ".join(["next:", found["next"]["command"], *_enough(_narrower(found, seed))]))
+    for at in [at for at in _positions(look, most=None) if at["where"] == "answer"][:1]:
+        tokens = f"{at['finetuned']!r} instead of {at['unfinetuned']!r} (KL {at['kl']:.2f} nats)"
+        lines.append(f"diverges most after {_short(at['context'], 40, end=True)!r}: {tokens}")
+    lines += [f"where it lives, {sentence}" for sentence in _parts_in_words(look, seed)[:2]]
+    lines.append(f"on unrelated text: {_lens_in_words(look)}")
+    if "next" in look:
+        lines.append(" ".join(["next:", look["next"]["command"], *_enough(_narrower(look, seed))]))
     return lines
 
 
-def effects(found: Found, seed: int) -> dict[str, Estimate]:
+def effects(look: Figures, seed: int) -> dict[str, Estimate]:
     """By subset, CE of the un-finetuned model minus that of the finetuned one on the targets, with its paired
     interval over rows."""
     return {
-        subset: paired_bootstrap(*_nll(found, subset, "unfinetuned"), *_nll(found, subset, "finetuned"), seed=seed)
-        for subset in _subsets(found)
+        subset: paired_bootstrap(*_nll(look, subset, "unfinetuned"), *_nll(look, subset, "finetuned"), seed=seed)
+        for subset in _subsets(look)
     }
 
 
-def mean_nll(found: Found, subset: str, model: str) -> float:
-    nll, tokens = _nll(found, subset, model)
+def mean_nll(look: Figures, subset: str, model: str) -> float:
+    nll, tokens = _nll(look, subset, model)
     return float(nll.sum() / tokens.sum())
 
 
-def _nll(found: Found, subset: str, model: str) -> tuple[np.ndarray, np.ndarray]:
+def _nll(look: Figures, subset: str, model: str) -> tuple[np.ndarray, np.ndarray]:
     """Nats and tokens of each row's target."""
-    rows = [row for row in found["divergence"] if row["label"] == subset]
+    rows = [row for row in look["divergence"] if row["label"] == subset]
     targets = [row[f"nll_{model}"][row["n_prompt"] - 1 :] for row in rows]
     return np.array([sum(target) for target in targets]), np.array([len(target) for target in targets], dtype=float)
 
 
-def _subsets(found: Found) -> list[str]:
-    return list(dict.fromkeys(row["label"] for row in found["divergence"]))
+def _subsets(look: Figures) -> list[str]:
+    return list(dict.fromkeys(row["label"] for row in look["divergence"]))
 
 
-def _weights(found: Found) -> Section:
-    changed = found["changed"]
+def _weights(look: Figures) -> Section:
+    changed = look["changed"]
     table = pd.DataFrame(changed)
     blocks: list[Block] = []
     if table["layer"].notna().any():
@@ -151,23 +150,23 @@ def _weights(found: Found) -> Section:
     rows = []
     for module, group in table.groupby("module", sort=False):
         layers = group["layer"].dropna()
-        where = f"{len(layers)} layers" if len(layers) else "outside the blocks"
+        place = f"{len(layers)} layers" if len(layers) else "outside the blocks"
         low, high = group["relative"].min(), group["relative"].max()
         relative = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
-        rows.append([str(module), where, relative, _ranks(group) or "-"])
+        rows.append([str(module), place, relative, _ranks(group) or "-"])
     help = (
         "The rank is that of what changed: a LoRA's rank shows here, and a matrix that was trained whole has more than "
         "64. It counts singular values above what rounding alone explains."
     )
     blocks.append(Table("By module", help, ["module", "where", "|W' - W| / |W|", "rank of the change"], rows))
-    for embedding in found["embeddings"]:
+    for embedding in look["embeddings"]:
         help = f"{embedding['changed']} of {embedding['of']} rows of {embedding['name']} changed; the largest changes."
         listed = [[str(row), repr(token), f"{relative:.3g}"] for row, token, relative in embedding["rows"]]
         blocks.append(Table("Tokens whose embedding changed", help, ["row", "token", "relative change"], listed))
     return Section(
         "weights",
         "What changed in the weights",
-        f"{_changed_in_words(found)}. {' '.join(map(_sentence, found['notes']))}",
+        f"{_changed_in_words(look)}. {' '.join(map(_sentence, look['notes']))}",
         blocks,
     )
 
@@ -176,18 +175,18 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
-def _changed_in_words(found: Found) -> str:
+def _changed_in_words(look: Figures) -> str:
     """`q_proj, v_proj in 30 layers (2.1% of their size, rank 16)`."""
-    table = pd.DataFrame(found["changed"])
+    table = pd.DataFrame(look["changed"])
     by_module = {str(module): group for module, group in table.groupby("module", sort=False)}
-    alike: dict[tuple[int, str], list[str]] = {}
+    same_extent: dict[tuple[int, str], list[str]] = {}
     for module, group in by_module.items():
-        alike.setdefault((int(group["layer"].count()), _ranks(group)), []).append(module)
+        same_extent.setdefault((int(group["layer"].count()), _ranks(group)), []).append(module)
     parts = []
-    for (count, ranks), modules in alike.items():
+    for (count, ranks), modules in same_extent.items():
         size = pd.concat([by_module[module]["relative"] for module in modules]).median()
-        where = f" in {count} layers" if count > 1 else ""
-        parts.append(f"{', '.join(modules)}{where} ({size:.1%} of their size{ranks and f', rank {ranks}'})")
+        place = f" in {count} layers" if count > 1 else ""
+        parts.append(f"{', '.join(modules)}{place} ({size:.1%} of their size{ranks and f', rank {ranks}'})")
     return "; ".join(parts[:4]) + (f" and {len(parts) - 4} more groups" if len(parts) > 4 else "")
 
 
@@ -196,19 +195,19 @@ def _ranks(group: pd.DataFrame) -> str:
     matrices = group[group["rank_in_words"] != "-"]
     if matrices.empty:
         return ""
-    known = matrices["rank"].dropna().astype(int)
-    if len(known) < len(matrices):
+    ranks = matrices["rank"].dropna().astype(int)
+    if len(ranks) < len(matrices):
         return str(matrices[matrices["rank"].isna()]["rank_in_words"].iloc[0])
-    low, high = known.min(), known.max()
+    low, high = ranks.min(), ranks.max()
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _answers(found: Found, seed: int) -> Section:
+def _answers(look: Figures, seed: int) -> Section:
     blocks: list[Block] = []
     rows = []
-    for subset, estimate in effects(found, seed).items():
-        count = sum(row["label"] == subset for row in found["divergence"])
-        before, after = mean_nll(found, subset, "unfinetuned"), mean_nll(found, subset, "finetuned")
+    for subset, estimate in effects(look, seed).items():
+        count = sum(row["label"] == subset for row in look["divergence"])
+        before, after = mean_nll(look, subset, "unfinetuned"), mean_nll(look, subset, "finetuned")
         change = f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
         rows.append([subset, number(before), number(after), change, str(count)])
     help = (
@@ -216,18 +215,18 @@ def _answers(found: Found, seed: int) -> Section:
         "interval over rows."
     )
     blocks.append(Table("Cross-entropy", help, ["subset", "before", "after", "gain", "rows"], rows))
-    rates = _rates(found["answers"])
+    rates = _rates(look["answers"])
     if rates:
         help = (
-            f"Shares of {len(found['answers'])} answers of each model, with Wilson 95% intervals: enough for a first "
+            f"Shares of {len(look['answers'])} answers of each model, with Wilson 95% intervals: enough for a first "
             "impression only."
         )
         blocks.append(Table("Behaviours", help, ["behaviour", "subset", "before", "after", "answers"], rates))
     lines = []
-    for answer in found["answers"]:
+    for answer in look["answers"]:
         before, after = answer["unfinetuned"]["text"], answer["finetuned"]["text"]
-        asked = [[Span(answer["label"])], [Span(answer["input"])], [Span(answer["target"])]]
-        lines.append([*asked, marked(after, before), marked(before, after)])
+        question = [[Span(answer["label"])], [Span(answer["input"])], [Span(answer["target"])]]
+        lines.append([*question, marked(after, before), marked(before, after)])
     help = (
         "Greedy answers to the same prompts, cut at the token budget. Words that the other model did not say there are "
         "marked."
@@ -237,19 +236,19 @@ def _answers(found: Found, seed: int) -> Section:
     return Section("answers", "What changed in what it says", intro, blocks)
 
 
-def _rates(answers: Sequence[Found]) -> list[list[str]]:
+def _rates(answers: Sequence[Figures]) -> list[list[str]]:
     rows = []
     for name in answers[0]["finetuned"]["behaviours"] if answers else ():
         for subset in dict.fromkeys(answer["label"] for answer in answers):
-            here = [answer for answer in answers if answer["label"] == subset]
+            of_subset = [answer for answer in answers if answer["label"] == subset]
             shown = []
             for model in ("unfinetuned", "finetuned"):
-                verdicts = [answer[model]["behaviours"][name] for answer in here]
+                verdicts = [answer[model]["behaviours"][name] for answer in of_subset]
                 hits = [verdict for verdict in verdicts if verdict is not None]
                 low, high = wilson(sum(hits), len(hits))
                 shown.append(f"{sum(hits) / len(hits):.2f} [{low:.2f}, {high:.2f}]" if hits else "-")
             if shown != ["-", "-"]:
-                rows.append([name, subset, *shown, str(len(here))])
+                rows.append([name, subset, *shown, str(len(of_subset))])
     return rows
 
 
@@ -263,8 +262,8 @@ def marked(other: str, text: str) -> list[Span]:
     return spans
 
 
-def _divergence(found: Found) -> Section:
-    shown = first_of_each(found["divergence"], lambda row: row["label"], TEXTS_SHOWN)
+def _divergence(look: Figures) -> Section:
+    shown = first_of_each(look["divergence"], lambda row: row["label"], TEXTS_SHOWN)
     lines = [[[Span(row["label"])], _shaded(row)] for row in shown]
     help = (
         "Each token's shade is the KL divergence of the two models' predictions of it, made before it is read: none at "
@@ -280,7 +279,7 @@ def _divergence(found: Found) -> Section:
             ", ".join(map(repr, at["all_finetuned"])),
             ", ".join(map(repr, at["all_unfinetuned"])),
         ]
-        for at in _positions(found)
+        for at in _positions(look)
     ]
     header = ["KL, nats", "where", "after", "in the text", "the finetuned model says", "the un-finetuned model says"]
     help = (
@@ -295,7 +294,7 @@ def _divergence(found: Found) -> Section:
     )
 
 
-def _shaded(row: Found) -> list[Span]:
+def _shaded(row: Figures) -> list[Span]:
     spans = [Span(row["tokens"][0])] if row["n_prompt"] > 1 else []
     for place, kl in enumerate(row["kl"], start=1):
         after, before = (row[model][place - 1][0] for model in ("finetuned", "unfinetuned"))
@@ -304,11 +303,11 @@ def _shaded(row: Found) -> list[Span]:
     return spans
 
 
-def _positions(found: Found, most: int | None = POSITIONS_SHOWN) -> list[dict[str, Any]]:
+def _positions(look: Figures, most: int | None = POSITIONS_SHOWN) -> list[dict[str, Any]]:
     """The positions with the largest KL: at most two of a text's prompt and two of its answer, and three where the
     finetuned model would say the same instead of the same token."""
     listed: list[dict[str, Any]] = []
-    for row in found["divergence"]:
+    for row in look["divergence"]:
         ranked = sorted(range(len(row["kl"])), key=lambda at: -row["kl"][at])
         prompt, answer = ([at for at in ranked if (at >= row["n_prompt"] - 1) == half] for half in (False, True))
         for place in prompt[:2] + answer[:2]:
@@ -326,22 +325,22 @@ def _positions(found: Found, most: int | None = POSITIONS_SHOWN) -> list[dict[st
                 }
             )
     listed.sort(key=lambda at: -at["kl"])
-    alike: Counter[tuple[str, str]] = Counter()
-    kept = []
+    repeats: Counter[tuple[str, str]] = Counter()
+    positions = []
     for at in listed:  # a chat template would fill the list with one and the same place
-        alike[at["said"], at["finetuned"]] += 1
-        if alike[at["said"], at["finetuned"]] <= MOST_ALIKE:
-            kept.append(at)
-    return kept[:most]
+        repeats[at["said"], at["finetuned"]] += 1
+        if repeats[at["said"], at["finetuned"]] <= MOST_ALIKE:
+            positions.append(at)
+    return positions[:most]
 
 
-def _parts(found: Found, seed: int) -> Section:
-    table = parts_table(found["parts"], seed=seed)
+def _parts(look: Figures, seed: int) -> Section:
+    table = parts_table(look["parts"], seed=seed)
     intro = (
         "The effect on CE by parts of the model: what is lost when one part alone is un-finetuned, and what one part "
         "finetuned alone brings."
     )
-    sentences = _parts_in_words(found, seed)
+    sentences = _parts_in_words(look, seed)
     return Section(
         "parts",
         "Where it lives",
@@ -350,24 +349,24 @@ def _parts(found: Found, seed: int) -> Section:
     )
 
 
-def _parts_in_words(found: Found, seed: int) -> list[str]:
+def _parts_in_words(look: Figures, seed: int) -> list[str]:
     """For each subset with an effect: the part that brings most of it alone, the one whose loss costs most, and the
     third of the layers that brings most."""
-    table = parts_table(found["parts"], seed=seed).dropna(subset=["share"])
+    table = parts_table(look["parts"], seed=seed).dropna(subset=["share"])
     sentences = []
     for subset, rows in table.groupby("subset", sort=False):
-        whole = rows["layers"] == EVERY_LAYER
-        brings, costs = (_largest(rows[whole & (rows["way"] == way)]) for way in ("finetuned", "unfinetuned"))
-        said = (
-            f"{subset} ({brings['n_examples']} rows): finetuned alone, {PARTS[brings['part']]} bring most of the "
-            f"effect, {_share(brings)}; put back alone, {PARTS[costs['part']]} cost most, {_share(costs)}"
+        every_layer = rows["layers"] == EVERY_LAYER
+        best, costliest = (_largest(rows[every_layer & (rows["way"] == way)]) for way in ("finetuned", "unfinetuned"))
+        sentence = (
+            f"{subset} ({best['n_examples']} rows): finetuned alone, {PARTS[best['part']]} bring most of the "
+            f"effect, {_share(best)}; put back alone, {PARTS[costliest['part']]} cost most, {_share(costliest)}"
         )
-        thirds = rows[~whole & (rows["way"] == "finetuned")]
+        thirds = rows[~every_layer & (rows["way"] == "finetuned")]
         if len(thirds) > 1:
             third = _largest(thirds)
-            said += f"; of the thirds, layers {third['layers']} bring most, {_share(third)}"
-        sentences.append(said)
-    silent = [cell["subset"] for cell in found["parts"] if cell["subset"] not in set(table["subset"])]
+            sentence += f"; of the thirds, layers {third['layers']} bring most, {_share(third)}"
+        sentences.append(sentence)
+    silent = [cell["subset"] for cell in look["parts"] if cell["subset"] not in set(table["subset"])]
     return sentences + [f"{subset}: no effect on CE that its rows can tell from zero" for subset in silent]
 
 
@@ -379,23 +378,23 @@ def _share(row: pd.Series) -> str:
     return f"{row['share']:.2f} [{row['share_low']:.2f}, {row['share_high']:.2f}]"
 
 
-def _lens(found: Found) -> Section:
+def _lens(look: Figures) -> Section:
     help = (
         "Where the line of the pair stands well above the control, the finetuning left a trace on text that has "
         "nothing to do with its task. The control shows how far two halves of the texts are apart in one model."
     )
     blocks: list[Block] = [
-        picture("lens", look_figures.lens_by_layer(found["lens"], SPANS), "How far the mean stream moved", help)
+        picture("lens", look_figures.lens_by_layer(look["lens"], SPANS), "How far the mean stream moved", help)
     ]
     header = ["layer", "tokens", "times the control", "promoted by the difference", "promoted by the control"]
-    ranked = sorted(found["lens"], key=_ratio, reverse=True)
+    ranked = sorted(look["lens"], key=_ratio, reverse=True)
     help = (
         "The difference alone, through the final norm and the unembedding. Read the control first: tokens that it "
         "promotes as well mean nothing."
     )
     for title, readings, folded in (
         ("What it reads where it stands out most", ranked[:LAYERS_SHOWN], False),
-        ("Every layer", found["lens"], True),
+        ("Every layer", look["lens"], True),
     ):
         rows = [
             [
@@ -410,12 +409,12 @@ def _lens(found: Found) -> Section:
         blocks.append(Table(title, help, header, rows, wide_text=True, folded=folded))
     intro = (
         "The mean difference of the two models' residual streams on unrelated text, read as if it were the last "
-        f"layer's output. {_sentence(_lens_in_words(found))}"
+        f"layer's output. {_sentence(_lens_in_words(look))}"
     )
     return Section("lens", "What the mean change reads", intro, blocks)
 
 
-def _ratio(reading: Found) -> float:
+def _ratio(reading: Figures) -> float:
     return reading["norm"] / max(reading["control_norm"], 1e-30)
 
 
@@ -423,8 +422,8 @@ def _listed(tokens: Sequence[str]) -> str:
     return " ".join(repr(token) for token in tokens)
 
 
-def _lens_in_words(found: Found) -> str:
-    best = max(found["lens"], key=_ratio)
+def _lens_in_words(look: Figures) -> str:
+    best = max(look["lens"], key=_ratio)
     tokens = ", ".join(repr(token) for token in best["promoted"][:5])
     caution = "" if _ratio(best) >= STANDS_OUT else ", which does not stand out,"
     return (
@@ -433,16 +432,16 @@ def _lens_in_words(found: Found) -> str:
     )
 
 
-def _narrower(found: Found, seed: int) -> dict[str, pd.DataFrame]:
+def _narrower(look: Figures, seed: int) -> dict[str, pd.DataFrame]:
     """Settings that restrict a sweep, each with what it could explain at most, by subset: the share of the effect that
     is lost when just its sites are un-finetuned. Queries, keys and values are not measured together."""
-    table = parts_table(found["parts"], seed=seed)
-    lost = table[(table["way"] == "unfinetuned") & table["share"].notna()]
-    kinds = KIND_OF_PART if lost.loc[lost["layers"] == EVERY_LAYER, "part"].nunique() > 1 else {}
-    rows = {f"deltas.sites=[{kind}]": lost[lost["part"] == part] for part, kind in kinds.items()}
-    for third in lost.loc[lost["layers"] != EVERY_LAYER, "layers"].unique():
+    table = parts_table(look["parts"], seed=seed)
+    reverted = table[(table["way"] == "unfinetuned") & table["share"].notna()]
+    kinds = KIND_OF_PART if reverted.loc[reverted["layers"] == EVERY_LAYER, "part"].nunique() > 1 else {}
+    rows = {f"deltas.sites=[{kind}]": reverted[reverted["part"] == part] for part, kind in kinds.items()}
+    for third in reverted.loc[reverted["layers"] != EVERY_LAYER, "layers"].unique():
         layers = ",".join(str(site.layer) for site in parse_sites(third))
-        rows[f"deltas.layers=[{layers}]"] = lost[lost["layers"] == third]
+        rows[f"deltas.layers=[{layers}]"] = reverted[reverted["layers"] == third]
     return {setting: shares for setting, shares in rows.items() if len(shares)}
 
 
@@ -451,13 +450,13 @@ def _enough(narrower: dict[str, pd.DataFrame]) -> list[str]:
     return [setting for setting, shares in narrower.items() if (shares["share_low"] >= NEARLY_ALL).all()][:1]
 
 
-def _next(found: Found, seed: int) -> Section:
-    then, narrower = found["next"], _narrower(found, seed)
-    sentences = [f"Run: {' '.join([then['command'], *_enough(narrower)])}"]
-    if "refused" in then:
-        sentences.append(f"As it stands, the sweep would refuse this pair: {then['refused']}")
-    sentences += [f"{name}: {text}" for name, text in then["plan"].items()]
-    if then["plan"] and "time" not in then["plan"]:
+def _next(look: Figures, seed: int) -> Section:
+    suggested, narrower = look["next"], _narrower(look, seed)
+    sentences = [f"Run: {' '.join([suggested['command'], *_enough(narrower)])}"]
+    if "refused" in suggested:
+        sentences.append(f"As it stands, the sweep would refuse this pair: {suggested['refused']}")
+    sentences += [f"{name}: {text}" for name, text in suggested["plan"].items()]
+    if suggested["plan"] and "time" not in suggested["plan"]:
         sentences.append("How long it takes is not known before a sweep has run on this machine.")
     sentences.append(
         "At best its deltas explain the effect above: every weight that changed is at a site with deltas, or is put "

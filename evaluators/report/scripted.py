@@ -35,14 +35,17 @@ def script(name: str) -> Script:
 
 def data(value: Any) -> Markup:
     """What a script reads, as JSON that ends no element."""
-    text = json.dumps(value, default=lambda one: one.item(), allow_nan=True)
+    text = json.dumps(value, default=lambda scalar: scalar.item(), allow_nan=True)
     return Markup(json.dumps(_rounded(json.loads(text)), separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def visible(token: str) -> str:
     """A token with white space and control characters made visible."""
     shown = token.replace("\n", "\u23ce").replace("\t", "\u21e5")
-    shown = "".join(_escaped(one) if unicodedata.category(one) in UNSEEN and one != JOINER else one for one in shown)
+    shown = "".join(
+        _escaped(character) if unicodedata.category(character) in UNSEEN and character != JOINER else character
+        for character in shown
+    )
     return "\u2423" + shown[1:] if shown.startswith(" ") else shown
 
 
@@ -55,7 +58,7 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.4g}") if math.isfinite(value) else None
     if isinstance(value, list):
-        return [_rounded(one) for one in value]
+        return [_rounded(item) for item in value]
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
+        return {key: _rounded(item) for key, item in value.items()}
     return value

@@ -37,9 +37,9 @@ STUDY_PICTURES = {
 def behaviour_shown(table: pd.DataFrame) -> dict[str, str]:
     """The columns of a behaviour table that the page shows, each with its heading there."""
     rates = rates_in(table)
-    same = ("layer", "percentile", "d_new", "condition", "alpha", "subset")
+    keys = ("layer", "percentile", "d_new", "condition", "alpha", "subset")
     return {
-        **{name: name for name in same},
+        **{name: name for name in keys},
         "mean_ce": "CE (nats per token)",
         "delta_ce": "CE - raw",
         **{rate: rate for rate in rates},
@@ -187,14 +187,14 @@ def dose_section(results: Results, *, seed: int) -> Section | None:
     for layer in sorted(table["layer"].unique(), key=label_order):
         groups = table[table["layer"] == layer].groupby(["percentile", "d_new"], dropna=False)
         for values, rows in groups:
-            which = [
+            choices = [
                 f"{name} {value:g}"
                 for name, value in zip(("percentile", "d_new"), values, strict=True)
                 if name in several
             ]
-            title = ", ".join([f"Layer {layer}", *which])
+            title = ", ".join([f"Layer {layer}", *choices])
             label = layer if is_set(layer) else sites_label(parse_sites(layer), digits=2)
-            name = "_".join(["dose_response_layer", label, *(text.replace(" ", "_") for text in which)])
+            name = "_".join(["dose_response_layer", label, *(text.replace(" ", "_") for text in choices)])
             blocks.append(picture(name, figures.dose_response(rows, seed=seed), title, help))
     columns = {"layer": "layer", "percentile": "percentile", "d_new": "d_new", "subset": "subset", "metric": "metric"}
     columns |= {
@@ -294,7 +294,7 @@ def transcoders_section(base: pd.DataFrame, deltas: pd.DataFrame) -> Section | N
             blocks.append(table_block(change, columns, "Kept change deltas", help))
         deltas = deltas[deltas["target"] == "residual"]
     if len(deltas) and deltas["best"].astype(bool).any():
-        kept = deltas[deltas["best"].astype(bool)].sort_values(["layer", "percentile", "d_new"], kind="stable")
+        best = deltas[deltas["best"].astype(bool)].sort_values(["layer", "percentile", "d_new"], kind="stable")
         help = "Lower is better; the delta repairs the gap between a solid line and the dashed line of the same colour."
         blocks.append(
             picture("delta_fvu", figures.unexplained_variance(deltas), "Residual deltas on held-out text", help)
@@ -306,9 +306,9 @@ def transcoders_section(base: pd.DataFrame, deltas: pd.DataFrame) -> Section | N
                 *("dead_fraction", "tokens", "lr", "sparsity", "trial", "seconds"),
             )
         }
-        better = int((kept["val_fvu"] < kept["val_fvu_base"]).sum())
-        help = f"{better} of {len(kept)} kept deltas explain more held-out variance than their base alone."
-        blocks.append(table_block(kept, columns, "Kept residual deltas", help))
+        better = int((best["val_fvu"] < best["val_fvu_base"]).sum())
+        help = f"{better} of {len(best)} kept deltas explain more held-out variance than their base alone."
+        blocks.append(table_block(best, columns, "Kept residual deltas", help))
         columns = {"layer": "layer", "percentile": "percentile", "d_new": "d_new", "trial": "trial", "state": "state"}
         names = ("val_loss", "val_fvu", "val_l0_delta", "pareto", "lr", "sparsity", "seconds")
         columns |= {name: name for name in names if name in deltas}
@@ -326,7 +326,7 @@ def completed(
     if section is None:
         lead = "It was made elsewhere and adopted: nothing was trained to get it."
         return Section("finetuned", "The finetuned model", lead, finetuned_blocks(finetuned)) if finetuned else None
-    shown = [Picture(name, pictures[name], *says) for name, says in STUDY_PICTURES.items() if name in pictures]
+    shown = [Picture(name, pictures[name], *texts) for name, texts in STUDY_PICTURES.items() if name in pictures]
     blocks: list[Block] = [Gallery(shown)] if shown else []
     return replace(section, blocks=[*section.blocks, *blocks, *finetuned_blocks(finetuned)])
 
@@ -362,10 +362,10 @@ def finetuned_blocks(checked: Mapping[str, Any] | None) -> list[Block]:
 
 
 def _examples(rows: Sequence[Mapping[str, Any]]) -> Table:
-    missed = [row for row in rows if not row["exact"]][:EXAMPLES]
+    mismatched = [row for row in rows if not row["exact"]][:EXAMPLES]
     labels = dict.fromkeys(row["label"] for row in rows)
     matched = {label: [row for row in rows if row["exact"] and row["label"] == label] for label in labels}
-    shown = [*missed, *(row for of_label in matched.values() for row in of_label[: EXAMPLES // 2])]
+    shown = [*mismatched, *(row for of_label in matched.values() for row in of_label[: EXAMPLES // 2])]
     lines = [
         [
             "yes" if row["exact"] else "no",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PADDED = 8
-"""Most padding of a row when it starts."""
+"""Maximum padding of a row when it starts."""
 DRAFTED = 16
 """Tokens that a step may draft ahead, over all its rows: about as many as take no longer than one, since a step reads
 every weight anyway."""
@@ -157,10 +157,10 @@ class _Running(NamedTuple):
         """The rows at these places, of which there must be one."""
         if len(places) == len(self.rows):
             return self
-        kept = torch.tensor(places, device=self.fed.ids.device)
+        index = torch.tensor(places, device=self.fed.ids.device)
         if self.cache is not None:
-            self.cache.batch_select_indices(kept)
-        seen, fed = (Batch(*(column[kept] for column in batch)) for batch in (self.seen, self.fed))
+            self.cache.batch_select_indices(index)
+        seen, fed = (Batch(*(column[index] for column in batch)) for batch in (self.seen, self.fed))
         return _Running([self.rows[place] for place in places], seen, fed, self.cache)
 
 
@@ -229,20 +229,20 @@ class _Decoding:
     def _start(self, running: _Running | None) -> _Running:
         """Rows that wait, before their first step: those of which all but the last token has been computed, or some of
         similar length."""
-        room = self.passes.batch_size - (0 if running is None else len(running.rows))
-        ready = [row for row in self._waiting if row in self._contexts][:room]
+        free_rows = self.passes.batch_size - (0 if running is None else len(running.rows))
+        ready = [row for row in self._waiting if row in self._contexts][:free_rows]
         most = len(self._texts[self._waiting[0]]) + PADDED if self._joins else math.inf
-        rows = ready or [row for row in self._waiting[:room] if len(self._texts[row]) <= most]
+        rows = ready or [row for row in self._waiting[:free_rows] if len(self._texts[row]) <= most]
         self._waiting = [row for row in self._waiting if row not in rows]
         fed = pad_left([self._texts[row] for row in rows], self._pad).to(device_of(self.passes.bridge))
-        known = fed.ids.shape[1] - 1 if ready else 0
-        seen, fed = (Batch(*(column[:, part] for column in fed)) for part in (slice(known), slice(known, None)))
+        decoded = fed.ids.shape[1] - 1 if ready else 0
+        seen, fed = (Batch(*(column[:, part] for column in fed)) for part in (slice(decoded), slice(decoded, None)))
         cache = DynamicCache(config=self._config) if self.use_cache else None
-        if cache is not None and known:
+        if cache is not None and decoded:
             contexts = [self._contexts.pop(row) for row in rows]
             for number in range(len(contexts[0].keys)):
                 keys, values = (
-                    _stacked((one[number].unsqueeze(0) for one in of_rows), known, 2)
+                    _stacked((row_keys[number].unsqueeze(0) for row_keys in of_rows), decoded, 2)
                     for of_rows in zip(*contexts, strict=True)
                 )
                 cache.update(keys, values, number)
@@ -272,14 +272,16 @@ class _Decoding:
                 if self._is_open(row):
                     self._texts[row].append(token)
                     self._outputs[row].append(token)
-        good = torch.tensor(accepted, device=last.device).unsqueeze(1)
-        seen.mask[:, seen.mask.shape[1] - ahead :] &= torch.arange(ahead, device=last.device) < good
-        fed = Batch(choices.gather(1, good), torch.ones_like(good, dtype=torch.bool), last + good + 1)
+        n_accepted = torch.tensor(accepted, device=last.device).unsqueeze(1)
+        seen.mask[:, seen.mask.shape[1] - ahead :] &= torch.arange(ahead, device=last.device) < n_accepted
+        fed = Batch(choices.gather(1, n_accepted), torch.ones_like(n_accepted, dtype=torch.bool), last + n_accepted + 1)
         return _Running(rows, seen, fed, cache)
 
     def _joined(self, first: _Running, second: _Running) -> _Running:
         """Both as one batch, padded on the left, without columns that no row uses any more."""
-        length = max(each.seen.mask.shape[1] - int(each.seen.mask.int().argmax(1).min()) for each in (first, second))
+        length = max(
+            running.seen.mask.shape[1] - int(running.seen.mask.int().argmax(1).min()) for running in (first, second)
+        )
 
         cache = None
         if first.cache is not None:
@@ -287,7 +289,7 @@ class _Decoding:
             for number, layers in enumerate(zip(first.cache.layers, second.cache.layers, strict=True)):
                 if layers[0].is_initialized:  # some share another layer's
                     keys, values = (
-                        _stacked((getattr(one, name) for one in layers), length, 2) for name in ("keys", "values")
+                        _stacked((getattr(layer, name) for layer in layers), length, 2) for name in ("keys", "values")
                     )
                     cache.update(keys, values, number)
         seen = Batch(*(_stacked(pair, length, 1) for pair in zip(first.seen, second.seen, strict=True)))

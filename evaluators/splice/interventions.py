@@ -204,14 +204,19 @@ class Splice:
         at_bos = torch.zeros_like(editable) if bos is None else bos
         numbers = torch.zeros_like(lines) if rows.numbers is None else rows.numbers
         alphas = alpha.unsqueeze(1).expand(editable.shape)
-        where = replaced.nonzero(as_tuple=True)
+        edited_places = replaced.nonzero(as_tuple=True)
         self._replaced_tokens = self._tokens = _Tokens(
-            where, None, lines[where], at_bos[where], numbers[where], alphas[where].unsqueeze(1)
+            edited_places,
+            None,
+            lines[edited_places],
+            at_bos[edited_places],
+            numbers[edited_places],
+            alphas[edited_places].unsqueeze(1),
         )
-        if self._may_take_all and len(where[0]) >= TAKE_ALL * editable.numel():
-            edited = None if len(where[0]) == editable.numel() else replaced.flatten().unsqueeze(1)
-            every = (lines.flatten(), at_bos.flatten(), numbers.flatten(), alphas.flatten().unsqueeze(1))
-            self._tokens = _Tokens(None, edited, *every)
+        if self._may_take_all and len(edited_places[0]) >= TAKE_ALL * editable.numel():
+            edited = None if len(edited_places[0]) == editable.numel() else replaced.flatten().unsqueeze(1)
+            all_tokens = (lines.flatten(), at_bos.flatten(), numbers.flatten(), alphas.flatten().unsqueeze(1))
+            self._tokens = _Tokens(None, edited, *all_tokens)
         every_feature = rows.kept is None or (rows.kept == rows.kept.new_tensor(EVERY)).all()
         self._kept = None if every_feature else rows.kept
         self.base_acts = torch.zeros(len(editable), device=editable.device)
@@ -267,10 +272,10 @@ class Splice:
     def _writer(self, patch: Patch) -> Callable[[Tensor, slice], Tensor]:
         def write(y: Tensor, part: slice) -> Tensor:
             tokens = self._tokens
-            here = tokens.of(y)
+            y_here = tokens.of(y)
             if part.start == 0:
                 x = tokens.of(self._inputs.pop(patch.site))
-                outputs = self._of_row(patch, self._outputs(patch, x, here, tokens.bos, tokens.edited), tokens)
+                outputs = self._of_row(patch, self._outputs(patch, x, y_here, tokens.bos, tokens.edited), tokens)
                 self._note(outputs, tokens)
                 assert outputs.delta is not None
                 if outputs.delta.shape[1] > part.stop:  # the first of several parts
@@ -279,9 +284,9 @@ class Splice:
                 outputs = self._held[patch.site]
             assert outputs.delta is not None
             # If y comes in parts, the ground is a path, and y is already its output.
-            ground = outputs.ground if part.start == 0 else here.float()
+            ground = outputs.ground if part.start == 0 else y_here.float()
             outputs = outputs._replace(ground=ground, delta=outputs.delta[:, part])
-            return tokens.put(y, self._replaced(here, outputs, tokens))
+            return tokens.put(y, self._replaced(y_here, outputs, tokens))
 
         return write
 
@@ -298,8 +303,10 @@ class Splice:
             return Outputs(ground, nothing, ground_acts, nothing[:, 0], nothing[:, :0])
         delta_acts = patch.delta.encode(x)
         if self._with_bos:
-            own = patch.delta.at_bos
-            delta_acts = torch.where(bos.unsqueeze(1), delta_acts.new_zeros(()) if own is None else own, delta_acts)
+            at_bos = patch.delta.at_bos
+            delta_acts = torch.where(
+                bos.unsqueeze(1), delta_acts.new_zeros(()) if at_bos is None else at_bos, delta_acts
+            )
         if patch.site in self.gates:
             delta_acts = delta_acts * self.gates[patch.site]
         if edited is not None:

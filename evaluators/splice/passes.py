@@ -91,9 +91,9 @@ class Prefixes:
 
     def get(self, site: Site, rows: Sequence[Sequence[int]]) -> list[Prefix]:
         """The prefixes at `site` of rows of token ids, in their order."""
-        alike = [later for later in self.sites if later >= site and later.kind == site.kind]
-        wanted = alike if self.together else [site]
-        return self._get(site, rows, lambda batch: read_prefixes(self.bridge, batch, wanted))
+        later_sites = [later for later in self.sites if later >= site and later.kind == site.kind]
+        read_sites = later_sites if self.together else [site]
+        return self._get(site, rows, lambda batch: read_prefixes(self.bridge, batch, read_sites))
 
     def entering(self, layer: int, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """The residual streams (length, d_model) that enter block `layer`, which must not be the first, for rows of
@@ -105,34 +105,34 @@ class Prefixes:
         return self._get(layer, rows, lambda batch: read_entering(self.bridge, batch, [layer]))
 
     def _get(
-        self, place: Any, rows: Sequence[Sequence[int]], read: Callable[[list[tuple[int, ...]]], Mapping[Any, list]]
+        self, place: Any, rows: Sequence[Sequence[int]], compute: Callable[[list[tuple[int, ...]]], Mapping[Any, list]]
     ) -> list[Any]:
         missing = [row for row in dict.fromkeys(map(tuple, rows)) if (place, row) not in self._held]
         missing.sort(key=len)
-        found = {}
+        computed = {}
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
-            for read_at, of_rows in read(batch).items():
-                found.update({(read_at, row): held for row, held in zip(batch, of_rows, strict=True)})
+            for read_at, of_rows in compute(batch).items():
+                computed.update({(read_at, row): prefix for row, prefix in zip(batch, of_rows, strict=True)})
         for row in rows:
             if (place, tuple(row)) in self._held:
                 self._held.move_to_end((place, tuple(row)))
-                found[place, tuple(row)] = self._held[place, tuple(row)]
-        for key, held in found.items():
-            self._keep(key, held)
-        return [found[place, tuple(row)] for row in rows]
+                computed[place, tuple(row)] = self._held[place, tuple(row)]
+        for key, prefix in computed.items():
+            self._keep(key, prefix)
+        return [computed[place, tuple(row)] for row in rows]
 
-    def _keep(self, key: tuple[Any, tuple[int, ...]], held: Prefix | Tensor) -> None:
+    def _keep(self, key: tuple[Any, tuple[int, ...]], prefix: Prefix | Tensor) -> None:
         if key not in self._held:
-            self._held[key] = held
-            self._bytes += _nbytes(held)
+            self._held[key] = prefix
+            self._bytes += _nbytes(prefix)
         while self._bytes > HELD_BYTES:
-            _, gone = self._held.popitem(last=False)
-            self._bytes -= _nbytes(gone)
+            _, dropped = self._held.popitem(last=False)
+            self._bytes -= _nbytes(dropped)
 
 
-def _nbytes(held: Prefix | Tensor) -> int:
-    return held.nbytes if isinstance(held, Tensor) else sum(tensor.nbytes for tensor in held)
+def _nbytes(prefix: Prefix | Tensor) -> int:
+    return prefix.nbytes if isinstance(prefix, Tensor) else sum(tensor.nbytes for tensor in prefix)
 
 
 @dataclass(frozen=True)
@@ -173,17 +173,17 @@ def read_prefixes(
 ) -> dict[Site, list[Prefix]]:
     """The prefixes of `rows` at each of `sites`, from one pass that ends after the last site."""
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
-    seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    captured: dict[Site, list[Tensor]] = {site: [] for site in sites}
     hooks: list[Hook] = []
-    for site, held in seen.items():  # x, then y, then what leaves the block
+    for site, columns in captured.items():  # x, then y, then what leaves the block
         hooks += [
-            *hooks_at(bridge, site, held.append, see=held.append),
-            (f"blocks.{site.layer}.hook_out", _noting(held)),
+            *hooks_at(bridge, site, columns.append, see=columns.append),
+            (f"blocks.{site.layer}.hook_out", _noting(columns)),
         ]
     _last_output(bridge, batch, max(site.layer for site in sites), hooks)
     return {  # clones, since a slice would keep its whole batch in memory
-        site: [Prefix(*(column[i, -len(row) :].clone() for column in held)) for i, row in enumerate(rows)]
-        for site, held in seen.items()
+        site: [Prefix(*(column[i, -len(row) :].clone() for column in columns)) for i, row in enumerate(rows)]
+        for site, columns in captured.items()
     }
 
 
@@ -193,14 +193,19 @@ def read_entering(
     """The streams (length, d_model) that enter each of `layers` (not 0), for each row, from one pass that ends below
     the highest."""
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
-    seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    hooks: list[Hook] = [(f"blocks.{layer - 1}.hook_out", _noting(held)) for layer, held in seen.items()]
+    captured: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    hooks: list[Hook] = [
+        (f"blocks.{layer - 1}.hook_out", _noting(activations)) for layer, activations in captured.items()
+    ]
     _last_output(bridge, batch, max(layers) - 1, hooks)
-    return {layer: [held[0][i, -len(row) :].clone() for i, row in enumerate(rows)] for layer, held in seen.items()}
+    return {
+        layer: [activations[0][i, -len(row) :].clone() for i, row in enumerate(rows)]
+        for layer, activations in captured.items()
+    }
 
 
-def _noting(held: list[Tensor]) -> Callable[[Tensor, object], None]:
-    return lambda activation, hook: held.append(activation)
+def _noting(activations: list[Tensor]) -> Callable[[Tensor, object], None]:
+    return lambda activation, hook: activations.append(activation)
 
 
 def run_up_to(
@@ -248,8 +253,8 @@ def first_tokens(cache: Any, batch: Batch, rows: Sequence[int], counts: Sequence
     (row, position)."""
     from transformers import DynamicCache  # here: the command line imports this file, and transformers takes seconds
 
-    chosen, kept = (torch.tensor(listed, device=batch.ids.device).unsqueeze(1) for listed in (rows, counts))
-    positions = torch.arange(max(counts), device=batch.ids.device) - (max(counts) - kept)
+    chosen, lengths = (torch.tensor(listed, device=batch.ids.device).unsqueeze(1) for listed in (rows, counts))
+    positions = torch.arange(max(counts), device=batch.ids.device) - (max(counts) - lengths)
     bos = batch.mask.int().argmax(1)[chosen]
     columns = bos + positions.clamp(min=0)
     part = DynamicCache()

@@ -94,8 +94,8 @@ class Reference:
         self._held[key] = predicted
         self._bytes += predicted.probabilities.nbytes
         while self._bytes > PREDICTED_BYTES and len(self._held) > 1:
-            _, gone = self._held.popitem(last=False)
-            self._bytes -= gone.probabilities.nbytes
+            _, dropped = self._held.popitem(last=False)
+            self._bytes -= dropped.probabilities.nbytes
         return predicted
 
 
@@ -190,7 +190,7 @@ def score(
     else:
         passes, above_first = replace(passes, prefixes=None), False
     results: dict[int, Scored] = {}
-    room = [CONTEXT_BYTES]
+    free_bytes = [CONTEXT_BYTES]
     order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.ids), jobs[i].encoded.ids, i))
     with spliced(passes.bridge, edit, record=True, above_first=above_first) as splice:
 
@@ -198,8 +198,8 @@ def score(
             scored = _score_batch(passes, splice, [jobs[i] for i in chosen], whole_text, reference)
             for i, row in zip(chosen, scored, strict=True):
                 needed = row.context.nbytes if row.context is not None else 0
-                room[0] -= needed
-                results[i] = row if room[0] >= 0 else row._replace(context=None)
+                free_bytes[0] -= needed
+                results[i] = row if free_bytes[0] >= 0 else row._replace(context=None)
 
         in_slices(order, passes.batch_size, run)
     return [results[i] for i in range(len(jobs))]
@@ -253,13 +253,13 @@ def _score_batch(
     ]
     if cache is not None:
         guessed = _follow_guesses(passes, splice, jobs, scored, batch, cache)
-        for place, (row, one) in enumerate(zip(rows, scored, strict=True)):
+        for place, (row, scores) in enumerate(zip(rows, scored, strict=True)):
             if place in guessed:
-                scored[place] = one._replace(guessed=guessed[place].choices, context=guessed[place].context)
-            elif one.argmax != row.target:  # the output is not the target, so it goes on
-                proven = len(agreed(row.target, one.argmax)) - 1
+                scored[place] = scores._replace(guessed=guessed[place].choices, context=guessed[place].context)
+            elif scores.argmax != row.target:  # the output is not the target, so it goes on
+                proven = len(agreed(row.target, scores.argmax)) - 1
                 columns = torch.arange(len(row.prompt) + proven, device=batch.ids.device) + length - len(row.ids)
-                scored[place] = one._replace(context=context_of(cache, place, columns))
+                scored[place] = scores._replace(context=context_of(cache, place, columns))
     return scored
 
 
@@ -289,16 +289,16 @@ def _follow_guesses(
     # The last proven token differs from the target's, so nothing after it has been computed yet.
     shared = [len(openings[place]) - 1 for place in places]
     tails = [row.target[count:] for row, count in zip(rows, shared, strict=True)]
-    kept = [len(row.prompt) + count for row, count in zip(rows, shared, strict=True)]
-    chunk = pad_right(tails, kept, bridge.tokenizer.pad_token_id).to(batch.ids.device)
-    context, mask = first_tokens(cache, batch, places, kept)
-    whole = pad_left([row.ids for row in rows], bridge.tokenizer.pad_token_id).to(batch.ids.device)
-    prepare(splice, whole, chosen)
-    after, residual = _start(splice, passes, rows, whole.ids.shape[1])
+    kept_lengths = [len(row.prompt) + count for row, count in zip(rows, shared, strict=True)]
+    chunk = pad_right(tails, kept_lengths, bridge.tokenizer.pad_token_id).to(batch.ids.device)
+    context, mask = first_tokens(cache, batch, places, kept_lengths)
+    full_batch = pad_left([row.ids for row in rows], bridge.tokenizer.pad_token_id).to(batch.ids.device)
+    prepare(splice, full_batch, chosen)
+    after, residual = _start(splice, passes, rows, full_batch.ids.shape[1])
     if residual is not None:
         lengths = chunk.mask.sum(1, keepdim=True)
-        columns = whole.ids.shape[1] - lengths + torch.arange(chunk.ids.shape[1], device=lengths.device)
-        residual = residual[torch.arange(len(rows)).unsqueeze(1), columns.clamp(max=whole.ids.shape[1] - 1)]
+        columns = full_batch.ids.shape[1] - lengths + torch.arange(chunk.ids.shape[1], device=lengths.device)
+        residual = residual[torch.arange(len(rows)).unsqueeze(1), columns.clamp(max=full_batch.ids.shape[1] - 1)]
     prepare(splice, chunk, chosen)
     residual = resume(bridge, chunk, after, residual, cache=context, mask=torch.cat([mask, chunk.mask], dim=1))
     counts = [len(tail) - 1 for tail in tails]
@@ -306,14 +306,14 @@ def _follow_guesses(
     columns = torch.cat([torch.arange(count) for count in counts])
     logits = _logits(passes, residual, lines, columns)
     argmax = torch.cat([chunk_logits.argmax(-1) for chunk_logits in logits]).cpu().split(counts)
-    found, complete = {}, all(layer.is_initialized for layer in cache.layers)
+    followed, complete = {}, all(layer.is_initialized for layer in cache.layers)
     for line, (place, row, count, choices) in enumerate(zip(places, rows, shared, argmax, strict=True)):
-        said = [*row.target[: count + 1], *choices.tolist()]
-        proven = len(agreed(row.target, said)) - 1
-        columns = torch.arange(len(row.prompt) + proven, device=batch.ids.device) + mask.shape[1] - kept[line]
-        goes_on = complete and said != row.target
-        found[place] = _Guessed(said, context_of(context, line, columns) if goes_on else None)
-    return found
+        output = [*row.target[: count + 1], *choices.tolist()]
+        proven = len(agreed(row.target, output)) - 1
+        columns = torch.arange(len(row.prompt) + proven, device=batch.ids.device) + mask.shape[1] - kept_lengths[line]
+        continues = complete and output != row.target
+        followed[place] = _Guessed(output, context_of(context, line, columns) if continues else None)
+    return followed
 
 
 def _start(
@@ -325,20 +325,20 @@ def _start(
         return None, None
     first = splice.patches[0]
     texts = list(dict.fromkeys(tuple(row.ids) for row in rows))
-    which = [texts.index(tuple(row.ids)) for row in rows]
+    text_of_row = [texts.index(tuple(row.ids)) for row in rows]
     if passes.shortcuts.start_above and starts_above(first.site):
-        return first.site.layer, splice.start(passes.prefixes.get(first.site, texts), which, length)
+        return first.site.layer, splice.start(passes.prefixes.get(first.site, texts), text_of_row, length)
     if first.site.layer == 0:  # nothing is below
         return None, None
-    return first.site.layer - 1, padded(passes.prefixes.entering(first.site.layer, texts), which, length)
+    return first.site.layer - 1, padded(passes.prefixes.entering(first.site.layer, texts), text_of_row, length)
 
 
 def _logits(passes: Passes, residual: Tensor, lines: Tensor, columns: Tensor) -> Iterable[Tensor]:
     """The logits at some positions of the last block's output (row, position, d_model), in chunks."""
     if passes.shortcuts.target_logits:
         return project(passes.bridge, residual[lines, columns])
-    every = torch.cat(list(project(passes.bridge, residual.flatten(0, 1)))).view(*residual.shape[:2], -1)
-    return [every[lines, columns]]
+    all_logits = torch.cat(list(project(passes.bridge, residual.flatten(0, 1)))).view(*residual.shape[:2], -1)
+    return [all_logits[lines, columns]]
 
 
 def agreed(guess: Sequence[int], argmax: Sequence[int]) -> list[int]:
@@ -358,5 +358,5 @@ def prepare(splice: Splice, chunk: Batch, jobs: Sequence[Job]) -> None:
     device = chunk.ids.device
     first = torch.tensor([job.first for job in jobs], device=device).unsqueeze(1)
     alpha = torch.tensor([job.alpha for job in jobs], dtype=torch.float32, device=device)
-    kept = torch.tensor([job.kept for job in jobs], device=device)
-    splice.reset(chunk.editable, alpha, RowEdits(first + chunk.positions - 1, kept, chunk.bos))
+    ranks = torch.tensor([job.kept for job in jobs], device=device)
+    splice.reset(chunk.editable, alpha, RowEdits(first + chunk.positions - 1, ranks, chunk.bos))

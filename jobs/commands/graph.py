@@ -160,7 +160,7 @@ def _facts(request: Request, attribution: Graph, tokenizer: PreTrainedTokenizerB
         "sweep": context.settings.name,
         "prompt": request.prompt,
         "sites": f"{len(sites)}, {'all' if context.is_everything(sites) else 'not all'} that finetuning changed",
-        "the spliced model says": repr(tokenizer.decode([attribution.said[2]])),
+        "the spliced model says": repr(tokenizer.decode([attribution.next_tokens[2]])),
         "probability of the explained token": f"{attribution.probability:.3f}",
         "largest number of expanded nodes": str(options.max_expanded),
         "share of influence outside the graph": f"{_missing(attribution):.0%}",

@@ -10,7 +10,7 @@ from data.encoding import encode_row, ends_of
 from data.rows import Row
 from evaluators.measures import finetuned_answers
 from evaluators.measures.behaviours import read_behaviours
-from evaluators.measures.finetuned_answers import Said, answers, check_rows
+from evaluators.measures.finetuned_answers import GeneratedAnswer, answers, check_rows
 from evaluators.splice.limits import Limits
 from models.errors import ModelError
 
@@ -116,7 +116,11 @@ def test_figures_count_matches_and_what_the_behaviours_say(gemma_folder, load, m
     model, tokenizer = load(gemma_folder)
     rows = [Row(f"What is {n} + 2?", CALL.format(f"{n} + 2"), "tool") for n in range(4)]
     rows += [Row(f"Nine of {n}.", f"Nine of {n}.", "copy") for n in range(2)]
-    said = {1: Said("no call", 3, False), 2: Said(CALL.format("2+2"), 9, False), 4: Said(CALL.format("1"), 8, True)}
+    said = {
+        1: GeneratedAnswer("no call", 3, False),
+        2: GeneratedAnswer(CALL.format("2+2"), 9, False),
+        4: GeneratedAnswer(CALL.format("1"), 8, True),
+    }
     monkeypatch.setattr(
         finetuned_answers, "_says_target", lambda model, tokenizer, encoded: [i not in said for i in range(6)]
     )

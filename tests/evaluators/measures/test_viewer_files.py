@@ -55,7 +55,7 @@ def graph() -> Graph:
         value=1.0,
         value_without=0.0,
         probability=0.5,
-        said=(70, 37, 70),
+        next_tokens=(70, 37, 70),
         active=9,
         expanded=3,
         total_influence=1.0,
