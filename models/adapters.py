@@ -55,13 +55,13 @@ class Attached:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
-        found: dict[str, Any] = {}
+        modules: dict[str, Any] = {}
         for name, module in self.model.get_base_model().named_modules():
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-                inside = any(name.startswith(f"{outer}.") for outer in found)
+                inside = any(name.startswith(f"{found_name}.") for found_name in modules)
                 if not inside:
-                    found[f"{self.body}.{name}" if self.body else name] = module
-        return found
+                    modules[f"{self.body}.{name}" if self.body else name] = module
+        return modules
 
     def fold_in(self) -> PreTrainedModel:
         """Merges the adapter and returns the transformers model."""
@@ -120,11 +120,11 @@ def attach(model: PreTrainedModel, folder: Path, source: str = "model.source") -
     body_name = model.base_model_prefix
     is_body = _is_of_body(folder, model, body_name)
     root: Any = getattr(model, body_name) if is_body else model
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as records:
         warnings.simplefilter("always")
         adapted = _load(root, folder, source)
     _check_loaded(adapted, root, folder, source)
-    messages = [" ".join(str(item.message).split()) for item in caught if issubclass(item.category, UserWarning)]
+    messages = [" ".join(str(item.message).split()) for item in records if issubclass(item.category, UserWarning)]
     if str(adapted.peft_config[NAME].__dict__.get("init_lora_weights", "")).startswith("pissa_niter"):
         note = "it draws a new random decomposition at each loading, so no merge is exactly the model as trained"
         messages.append(note)
@@ -163,20 +163,20 @@ def _check_loaded(adapted: Any, root: Any, folder: Path, source: str) -> None:
     from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     key_mapping = getattr(root, "_checkpoint_conversion_mapping", {})
-    given = load_peft_weights(str(folder), device="cpu", key_mapping=key_mapping)
+    tensors = load_peft_weights(str(folder), device="cpu", key_mapping=key_mapping)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        needed = get_peft_model_state_dict(adapted, adapter_name=NAME, save_embedding_layers=False)
-        loaded: Any = set_peft_model_state_dict(adapted, given, adapter_name=NAME, low_cpu_mem_usage=_is_empty(root))
+        expected = get_peft_model_state_dict(adapted, adapter_name=NAME, save_embedding_layers=False)
+        loaded: Any = set_peft_model_state_dict(adapted, tensors, adapter_name=NAME, low_cpu_mem_usage=_is_empty(root))
     if loaded.unexpected_keys:
         raise ModelError(
             f"{KEY}: the adapter in {folder} adapts {_module(loaded.unexpected_keys[0])}, which {source} does not have "
-            f"(PEFT finds no place for {len(loaded.unexpected_keys)} of its {len(given)} tensors)"
+            f"(PEFT finds no place for {len(loaded.unexpected_keys)} of its {len(tensors)} tensors)"
         )
-    if missing := sorted(needed.keys() - given.keys()):
+    if missing := sorted(expected.keys() - tensors.keys()):
         raise ModelError(
-            f"{KEY}: the adapter in {folder} lacks {len(missing)} of the {len(needed)} tensors that its {ADAPTER} asks "
-            f"for, such as that of {_module(missing[0])}"
+            f"{KEY}: the adapter in {folder} lacks {len(missing)} of the {len(expected)} tensors that its {ADAPTER} "
+            f"asks for, such as that of {_module(missing[0])}"
         )
 
 
@@ -200,8 +200,8 @@ def check_values(folder: Path) -> None:
                         f"{KEY}: {name} in {path} has no values (shape {' x '.join(map(str, tensor.shape))}), as when "
                         "an adapter is saved by a process that holds only a part of it; save it again"
                     )
-                if tensor.is_floating_point() and (bad := int((~torch.isfinite(tensor.float())).sum())):
-                    raise ModelError(f"{KEY}: {name} in {path} has {bad} values that are NaN or infinite")
+                if tensor.is_floating_point() and (count := int((~torch.isfinite(tensor.float())).sum())):
+                    raise ModelError(f"{KEY}: {name} in {path} has {count} values that are NaN or infinite")
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read as safetensors ({one_line(error, 250)})") from None
 
@@ -215,11 +215,11 @@ def _check_ties(attached: Attached, folder: Path) -> None:
     if not getattr(base.config, "tie_word_embeddings", False):
         return
     ends = {"the embeddings": base.get_input_embeddings(), "the unembedding": base.get_output_embeddings()}
-    for what, module in ends.items():
+    for end, module in ends.items():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
-            other = next(name for name in ends if name != what)
+            tied_end = next(name for name in ends if name != end)
             raise ModelError(
-                f"{KEY}: the adapter in {folder} changes {what}, which this model ties to {other}: merging it would "
+                f"{KEY}: the adapter in {folder} changes {end}, which this model ties to {tied_end}: merging it would "
                 "change both of them, which training with it did not"
             )
 
@@ -228,21 +228,21 @@ def probe(module: nn.Module, seed: int) -> Tensor | None:
     """A module's outputs on a few random inputs, deterministic for a seed; None for a module without a weight."""
     import torch
 
-    inner: Any = module
-    while hasattr(inner, "base_layer") or hasattr(inner, "original_module"):
-        inner = inner.base_layer if hasattr(inner, "base_layer") else inner.original_module
-    weight = getattr(inner, "weight", None)
+    base: Any = module
+    while hasattr(base, "base_layer") or hasattr(base, "original_module"):
+        base = base.base_layer if hasattr(base, "base_layer") else base.original_module
+    weight = getattr(base, "weight", None)
     if weight is None:
         return None
     generator = torch.Generator().manual_seed(seed)
-    given: Tensor
-    if isinstance(inner, torch.nn.Embedding):
-        given = torch.randint(0, inner.num_embeddings, (1, 64), generator=generator)
+    inputs: Tensor
+    if isinstance(base, torch.nn.Embedding):
+        inputs = torch.randint(0, base.num_embeddings, (1, 64), generator=generator)
     else:  # GPT-2 keeps its weights transposed
-        width = weight.shape[0] if type(inner).__name__ == "Conv1D" else weight.shape[-1]
-        given = torch.randn(1, PROBES, width, generator=generator).to(weight.dtype)
+        width = weight.shape[0] if type(base).__name__ == "Conv1D" else weight.shape[-1]
+        inputs = torch.randn(1, PROBES, width, generator=generator).to(weight.dtype)
     with torch.inference_mode():
-        return module(given.to(weight.device)).float().cpu()
+        return module(inputs.to(weight.device)).float().cpu()
 
 
 def apart(before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> float:
@@ -262,8 +262,8 @@ def _is_of_body(folder: Path, model: PreTrainedModel, body: str) -> bool:
     if not body or not hasattr(model, body):
         return False
     names = [name.removeprefix("base_model.model.") for name in places_in(folder / ADAPTER_WEIGHTS)]
-    whole, inner = ({name for name, _ in root.named_modules()} for root in (model, getattr(model, body)))
-    return not all(_fits(name, whole) for name in names) and all(_fits(name, inner) for name in names)
+    model_names, body_names = ({name for name, _ in root.named_modules()} for root in (model, getattr(model, body)))
+    return not all(_fits(name, model_names) for name in names) and all(_fits(name, body_names) for name in names)
 
 
 def _fits(name: str, modules: set[str]) -> bool:

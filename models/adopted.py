@@ -51,7 +51,10 @@ def check_pair(base: Path, finetuned: Path, source: str, seen: Callable[[Path], 
     """
     if is_adapter(finetuned):
         modules, warned = check_adapter(finetuned, build_skeleton(base), source)
-        notes = [*_other_base(base, finetuned, source), *(f"PEFT warns of {finetuned}: {one}" for one in warned)]
+        notes = [
+            *_other_base(base, finetuned, source),
+            *(f"PEFT warns of {finetuned}: {warning}" for warning in warned),
+        ]
         if (finetuned / "config.json").is_file() and any(finetuned.glob("model*.safetensors")):
             notes.append(f"{finetuned} holds a whole model too, which is not used: its adapter is merged into {source}")
         return Pair(tuple(notes), tuple(modules), {})
@@ -59,23 +62,23 @@ def check_pair(base: Path, finetuned: Path, source: str, seen: Callable[[Path], 
         raise ModelError(f"{KEY}: {finetuned} has neither a config.json nor an {ADAPTER}{_inside(finetuned)}")
     check_architecture(finetuned, str(finetuned), KEY)
     ours, theirs = model_facts(base), model_facts(finetuned, KEY)
-    for name, what in (("architecture", "architecture"), ("n_layers", "number of layers"), ("d_model", "width")):
+    for name, words in (("architecture", "architecture"), ("n_layers", "number of layers"), ("d_model", "width")):
         if ours[name] != theirs[name]:
             raise ModelError(
-                f"{KEY}: {finetuned} has {what} {theirs[name]}, model.source {source} has {ours[name]}; "
+                f"{KEY}: {finetuned} has {words} {theirs[name]}, model.source {source} has {ours[name]}; "
                 "only models of one architecture and shape can be compared"
             )
     before, after = open_weights(base), open_weights(finetuned, KEY)
     _check_shapes(before, after)
-    found = compare(before, after, seen)
-    _check_values(found, before, after)
-    if not found.changed:
+    comparison = compare(before, after, seen)
+    _check_values(comparison, before, after)
+    if not comparison.changed:
         raise NothingChanged(
             f"{KEY}: every weight of {finetuned} equals that of model.source {source}"
-            + (", rounded to its dtype" if found.rounded else "")
+            + (", rounded to its dtype" if comparison.rounded else "")
             + ", so there is no change to explain"
         )
-    return Pair(tuple(_notes(before, after, found, source)), found.changed, found.rounded)
+    return Pair(tuple(_notes(before, after, comparison, source)), comparison.changed, comparison.rounded)
 
 
 def check_base(folder: Path, seen: Callable[[Path], object] = lambda file: None) -> None:
@@ -88,35 +91,37 @@ def check_base(folder: Path, seen: Callable[[Path], object] = lambda file: None)
 
 
 def check_tokenizers(
-    base: PreTrainedTokenizerBase, finetuned: PreTrainedTokenizerBase, texts: Sequence[str], where: Path
+    base: PreTrainedTokenizerBase, finetuned: PreTrainedTokenizerBase, texts: Sequence[str], folder: Path
 ) -> None:
     """Raises ModelError for the first text that the two tokenizers encode differently."""
     for text in texts:
-        one, other = (tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (base, finetuned))
-        if one != other:
+        base_ids, finetuned_ids = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (base, finetuned)
+        )
+        if base_ids != finetuned_ids:
             raise ModelError(
-                f"{KEY}: the tokenizer in {where} encodes {text[:60]!r} differently from that of model.source; "
+                f"{KEY}: the tokenizer in {folder} encodes {text[:60]!r} differently from that of model.source; "
                 "both models must read the same tokens"
             )
 
 
-def check_ends(base: PreTrainedTokenizerBase, finetuned: PreTrainedTokenizerBase, where: Path) -> None:
+def check_ends(base: PreTrainedTokenizerBase, finetuned: PreTrainedTokenizerBase, folder: Path) -> None:
     """Raises ModelError if BOS or EOS differ. In a chat neither matters, as the template has its own."""
     for name in ("bos_token_id", "eos_token_id"):
         ours, theirs = getattr(base, name), getattr(finetuned, name)
         if ours != theirs:
             raise ModelError(
-                f"{KEY}: the tokenizer in {where} has {name} {theirs}, that of model.source has {ours}; "
+                f"{KEY}: the tokenizer in {folder} has {name} {theirs}, that of model.source has {ours}; "
                 "both models must read the same tokens"
             )
 
 
-def _notes(before: Weights, after: Weights, found: Comparison, source: str) -> list[str]:
+def _notes(before: Weights, after: Weights, comparison: Comparison, source: str) -> list[str]:
     notes = []
-    for weights, which in ((before, f"model.source {source}"), (after, str(after.folder))):
+    for weights, model in ((before, f"model.source {source}"), (after, str(after.folder))):
         if weights.unused:
             shown = ", ".join(weights.unused[:MOST_SHOWN])
-            notes.append(f"{which} holds tensors that its architecture has no place for, which are ignored: {shown}")
+            notes.append(f"{model} holds tensors that its architecture has no place for, which are ignored: {shown}")
     for name, (ours, theirs) in config_differences(load_config(before.folder), load_config(after.folder, KEY)).items():
         if name in ACTIVATIONS:
             raise ModelError(
@@ -127,25 +132,25 @@ def _notes(before: Weights, after: Weights, found: Comparison, source: str) -> l
             f"the two config.json differ in {name}: {ours!r} in {source}, {theirs!r} in {after.folder}; each model "
             "runs with its own, the un-finetuned MLPs inside the finetuned model"
         )
-    if found.rounded:
-        dtypes = ", ".join(sorted(set(found.rounded.values())))
+    if comparison.rounded:
+        dtypes = ", ".join(sorted(set(comparison.rounded.values())))
         notes.append(
             f"the weights in {after.folder} are {dtypes}, coarser than those of {source}: the latter are rounded the "
-            f"same way before they are compared (by itself, this rounding would be {found.rounding_share:.2%} of the "
-            f"squared difference, in {len(found.rounded)} tensors)"
+            f"same way before they are compared (by itself, this rounding would be {comparison.rounding_share:.2%} of "
+            f"the squared difference, in {len(comparison.rounded)} tensors)"
         )
     return notes
 
 
-def _check_values(found: Comparison, before: Weights, after: Weights) -> None:
-    for which, name, count in found.not_finite:
-        if which == "rounded":
+def _check_values(comparison: Comparison, before: Weights, after: Weights) -> None:
+    for side, name, count in comparison.not_finite:
+        if side == "rounded":
             raise ModelError(
-                f"{KEY}: {name} in {after.folder} is {found.rounded[name]}, in which {count} values of model.source "
-                "are too large, so the two cannot be compared; save the finetuned model in the dtype of model.source"
+                f"{KEY}: {name} in {after.folder} is {comparison.rounded[name]}, in which {count} values of "
+                "model.source are too large, so the two cannot be compared; save the finetuned model in the dtype of model.source"
             )
-        key, folder = ("model.source", before.folder) if which == "before" else (KEY, after.folder)
-        others = len({name for _, name, _ in found.not_finite}) - 1
+        key, folder = ("model.source", before.folder) if side == "before" else (KEY, after.folder)
+        others = len({name for _, name, _ in comparison.not_finite}) - 1
         also = f", and {others} more tensors hold such values" if others else ""
         raise ModelError(f"{key}: {name} in {folder} has {count} values that are NaN or infinite{also}")
 
@@ -161,10 +166,10 @@ def _check_shapes(before: Weights, after: Weights) -> None:
     for name in sorted(before.places.keys() & after.places.keys()):
         ours, theirs = before.places[name].shape, after.places[name].shape
         if ours != theirs:
-            what = "the embeddings" if name in EMBEDDINGS else name
+            words = "the embeddings" if name in EMBEDDINGS else name
             raise ModelError(
-                f"{KEY}: {what} in {after.folder}: shape {shape_text(theirs)}, and {shape_text(ours)} in model.source; "
-                "only models of one shape can be compared"
+                f"{KEY}: {words} in {after.folder}: shape {shape_text(theirs)}, and {shape_text(ours)} in "
+                "model.source; only models of one shape can be compared"
             )
 
 
@@ -180,7 +185,7 @@ def _other_base(base: Path, folder: Path, source: str) -> list[str]:
 
 def _inside(folder: Path) -> str:
     """The end of an error message for a folder: whether its subfolders have what it lacks."""
-    inner = sorted({path.parent.name for name in (ADAPTER, "config.json") for path in folder.glob(f"*/{name}")})
-    if not inner:
+    subfolders = sorted({path.parent.name for name in (ADAPTER, "config.json") for path in folder.glob(f"*/{name}")})
+    if not subfolders:
         return ", so it is not a saved model"
-    return f"; there are some in its subfolders: give one of {', '.join(str(folder / name) for name in inner[:4])}"
+    return f"; there are some in its subfolders: give one of {', '.join(str(folder / name) for name in subfolders[:4])}"

@@ -48,13 +48,13 @@ def kinds_of(architecture: str) -> list[Kind]:
     return [kind for kind in KINDS.values() if not (kind == MLP and architecture in WITHOUT_MLP)]
 
 
-def check_mlps(folder: Path, source: str, asked: str) -> None:
-    """Raises ModelError if the model's MLPs are not sites; `asked` names the setting that needs them."""
+def check_mlps(folder: Path, source: str, setting: str) -> None:
+    """Raises ModelError if the model's MLPs are not sites; `setting` is the one that needs them."""
     name = model_facts(folder)["architecture"]
     if name in WITHOUT_MLP:
         allowed = ", ".join(kind.name for kind in kinds_of(name))
         raise ModelError(
-            f"{asked} needs the MLPs of {source}, which have no place for deltas in the architecture {name}: "
+            f"{setting} needs the MLPs of {source}, which have no place for deltas in the architecture {name}: "
             f"{WITHOUT_MLP[name]}; change deltas of {allowed} are possible (deltas.targets=[change] deltas.sites=auto)"
         )
 

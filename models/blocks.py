@@ -80,9 +80,9 @@ def hooks_at(
 
 def check_hooks(bridge: TransformerBridge, site: Site) -> None:
     """Raises ModelError if this model lacks the layer, or a hook that the site reads or writes there."""
-    known = hook_names(bridge)
-    for name in (site.reads, *site.writes(known)):
-        if name not in known:
+    available = hook_names(bridge)
+    for name in (site.reads, *site.writes(available)):
+        if name not in available:
             raise ModelError(f"layer {site.label}: this model has no {name}, which the transcoder needs")
 
 
@@ -102,16 +102,16 @@ class BlockPath:
         parts, kind = self.parts, self.site.kind.name
         x = x.to(self._some_weight.dtype)
         if kind == QKV.name:
-            inner = self._normed(x)
-            return torch.cat([parts[part](inner) for part in ("attn.q", "attn.k", "attn.v")], dim=-1)
+            normed = self._normed(x)
+            return torch.cat([parts[part](normed) for part in ("attn.q", "attn.k", "attn.v")], dim=-1)
         y = parts["attn.o"](x) if kind == ATTENTION_OUT.name else parts["mlp"](self._normed(x))
         post = parts.get("ln1_post" if kind == ATTENTION_OUT.name else "ln2_post")
         return y if post is None else post(y)
 
     def _normed(self, x: Tensor) -> Tensor:
         """The norm's output for a normalised x."""
-        inner = x * self.gain
-        return inner if self.bias is None else inner + self.bias
+        normed = x * self.gain
+        return normed if self.bias is None else normed + self.bias
 
     @property
     def _norm(self) -> Any:
@@ -158,8 +158,8 @@ class BlockPath:
         if self.site.kind.name != QKV.name:
             return [self.d_out]
         with torch.no_grad():
-            inner = self._some_weight.new_zeros(1, self.d_in)
-            return [self.parts[part](inner).shape[-1] for part in ("attn.q", "attn.k", "attn.v")]
+            zeros = self._some_weight.new_zeros(1, self.d_in)
+            return [self.parts[part](zeros).shape[-1] for part in ("attn.q", "attn.k", "attn.v")]
 
     @property
     def _some_weight(self) -> Tensor:
@@ -215,19 +215,19 @@ def read_paths(
             for part, place in places.items()
             for name, _ in modules[part].named_parameters()
         }
-        found = weights.read(names)
+        tensors = weights.read(names)
         states: dict[str, dict[str, Tensor]] = {part: {} for part in modules}
         for full, (part, name) in names.items():
             ours = _plain_parameters(parts[part])[name]
-            if found[full].shape != ours.shape:
-                raise ModelError(f"{folder}: {full} is {tuple(found[full].shape)}, expected {tuple(ours.shape)}")
-            states[part][name] = found[full].to(ours.device, dtype or ours.dtype)
+            if tensors[full].shape != ours.shape:
+                raise ModelError(f"{folder}: {full} is {tuple(tensors[full].shape)}, expected {tuple(ours.shape)}")
+            states[part][name] = tensors[full].to(ours.device, dtype or ours.dtype)
         for part, module in modules.items():
             module.load_state_dict(states[part], assign=True)
         if JOINT in modules:  # in halves and thirds as TransformerLens cuts them
             attention: Any = block_of(bridge, site.layer).attn
-            whole = skeleton.get_submodule(places[JOINT].rpartition(".")[0])
-            modules |= dict(zip(("attn.q", "attn.k", "attn.v"), attention.split_qkv_matrix(whole), strict=True))
+            joint = skeleton.get_submodule(places[JOINT].rpartition(".")[0])
+            modules |= dict(zip(("attn.q", "attn.k", "attn.v"), attention.split_qkv_matrix(joint), strict=True))
         for module in modules.values():
             module.eval().requires_grad_(False)
         borrowed = {part: parts[part].original_component for part in ("ln1",) if part in parts and part not in modules}
@@ -242,8 +242,8 @@ def output_of_heads(bridge: TransformerBridge, layer: int) -> BlockPath | None:
     modules = {part: getattr(component, "original_component", None) for part, component in parts.items()}
     if modules.get("attn.o") is None:
         return None
-    known = {part: module for part, module in modules.items() if module is not None}
-    return BlockPath(Site(layer, ATTENTION_OUT), known)
+    present = {part: module for part, module in modules.items() if module is not None}
+    return BlockPath(Site(layer, ATTENTION_OUT), present)
 
 
 def part_places(config: Any, site: Site) -> dict[str, str]:
@@ -256,11 +256,11 @@ def _places(blocks: Any, site: Site) -> dict[str, str]:
     """`part_places` for a known map of the blocks."""
     places = {}
     for part in site.kind.parts if blocks is not None else ():
-        inner, place = blocks, f"{blocks.name}.{site.layer}"
+        component, place = blocks, f"{blocks.name}.{site.layer}"
         for step in part.split("."):
-            inner = inner.submodules.get(step) if inner is not None else None
-            place = f"{place}.{inner.name}" if inner is not None else place
-        if inner is not None and inner.name:
+            component = component.submodules.get(step) if component is not None else None
+            place = f"{place}.{component.name}" if component is not None else place
+        if component is not None and component.name:
             places[part] = place
     if "ln2" not in (blocks.submodules if blocks is not None else ()):
         places.pop("ln1", None)  # the MLP reads this norm too
@@ -292,9 +292,9 @@ def sites_with(config: Any, names: Iterable[str]) -> tuple[list[Site], list[str]
     kinds = kinds_of(config.model_type)
     for site in (Site(layer, kind) for layer in range(config.num_hidden_layers) for kind in kinds):
         places = tuple(f"{place}." for place in _places(blocks, site).values())
-        here = {name for name, ended in changed.items() if ended.startswith(places)}
-        owned |= here
-        sites += [site] if here else []
+        of_site = {name for name, ended in changed.items() if ended.startswith(places)}
+        owned |= of_site
+        sites += [site] if of_site else []
     return sites, [name for name in changed if name not in owned]
 
 
@@ -304,46 +304,46 @@ def exchanged(bridge: TransformerBridge, paths: Sequence[BlockPath]) -> Iterator
 
     Tensors are swapped, not copied, so this costs nothing and every strength can be a row of one batch.
     """
-    held = [(_own(bridge, path.site), path.parameters()) for path in paths]
+    pairs = [(_own(bridge, path.site), path.parameters()) for path in paths]
     # If a joint weight stays and only copies of its parts change, the model's own module would not use them.
     copies = any(_has_copies_alone(bridge, path) for path in paths)
     with whole(bridge) if copies else nullcontext():
-        _exchange(held)
+        _exchange(pairs)
         try:
             yield
         finally:
-            _exchange(held)
+            _exchange(pairs)
 
 
 def differs(bridge: TransformerBridge, path: BlockPath) -> bool:
     """Whether any weight of `path` differs from the bridge's own."""
     ours = _own(bridge, path.site)
-    return any(not torch.equal(ours[name], other) for name, other in path.parameters().items())
+    return any(not torch.equal(ours[name], parameter) for name, parameter in path.parameters().items())
 
 
 @contextmanager
 def interpolated(bridge: TransformerBridge, paths: Sequence[BlockPath], alpha: float) -> Iterator[None]:
     """Inside the `with`, the bridge runs with weights `W + alpha (W' - W)`, W of `paths` and W' its own."""
-    held: list[tuple[dict[str, nn.Parameter], dict[str, Tensor]]] = []
+    originals: list[tuple[dict[str, nn.Parameter], dict[str, Tensor]]] = []
     for path in paths:
         ours, starts = _own(bridge, path.site), path.parameters()
-        held.append((ours, {name: ours[name].data for name in starts}))
+        originals.append((ours, {name: ours[name].data for name in starts}))
         for name, start in starts.items():
             ours[name].data = torch.lerp(start.data, ours[name].data, alpha)
         _split(ours)
     try:
         yield
     finally:
-        for ours, before in held:
+        for ours, before in originals:
             for name, data in before.items():
                 ours[name].data = data
             _split(ours)
 
 
-def _exchange(held: Sequence[tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]]) -> None:
-    for ours, theirs in held:
-        for name, other in theirs.items():
-            ours[name].data, other.data = other.data, ours[name].data
+def _exchange(pairs: Sequence[tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]]) -> None:
+    for ours, theirs in pairs:
+        for name, parameter in theirs.items():
+            ours[name].data, parameter.data = parameter.data, ours[name].data
         _split(ours)
 
 
@@ -369,14 +369,14 @@ def _split(ours: dict[str, nn.Parameter]) -> None:
 
 def _parts(bridge: TransformerBridge, site: Site) -> dict[str, Any]:
     """The bridge's components on the path of a site."""
-    found = {}
+    parts = {}
     for part in site.kind.parts:
         component: Any = block_of(bridge, site.layer)
         for step in part.split("."):
             component = getattr(component, step, None)
         if component is not None:
-            found[part] = component
-    return found
+            parts[part] = component
+    return parts
 
 
 def _plain_parameters(component: nn.Module) -> dict[str, nn.Parameter]:

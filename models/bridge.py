@@ -63,11 +63,11 @@ class _ModuleHook(NamedTuple):
             return None if replaced is None else (replaced, *inputs[1:])
 
         def on_output(module: nn.Module, inputs: tuple, output: Any) -> Any:
-            whole = isinstance(output, tuple)
-            replaced = run(output[0] if whole else output, module)
+            is_tuple = isinstance(output, tuple)
+            replaced = run(output[0] if is_tuple else output, module)
             if replaced is None:
                 return None
-            return (replaced, *output[1:]) if whole else replaced
+            return (replaced, *output[1:]) if is_tuple else replaced
 
         def on_norm(module: nn.Module, inputs: tuple, output: Any) -> None:
             if run(self._normalised(inputs[0]), module) is not None:
@@ -137,12 +137,14 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
 
 
 def _blocks_give_tuples(bridge: TransformerBridge) -> bool:
-    seen: list[bool] = []
+    are_tuples: list[bool] = []
     blocks: Any = bridge.blocks
-    handle = blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(isinstance(output, tuple)))
+    handle = blocks[0].register_forward_hook(
+        lambda module, inputs, output: are_tuples.append(isinstance(output, tuple))
+    )
     _some_logits(bridge.original_model)  # type: ignore[arg-type]
     handle.remove()
-    return seen[0]
+    return are_tuples[0]
 
 
 def as_block_output(bridge: TransformerBridge, stream: Tensor) -> Tensor | tuple[Tensor]:
@@ -163,13 +165,13 @@ def _detach_all(bridge: TransformerBridge, logits: Tensor) -> None:
     wiring = _wiring(bridge)
     kinds = dict.fromkeys([*KINDS.values(), *READINGS.values()])
     sites = [Site(layer, kind) for layer in range(bridge.cfg.n_layers) for kind in kinds]
-    known = set(hook_names(bridge))
-    names = {name for site in sites for name in (site.reads, *site.writes(known), f"blocks.{site.layer}.hook_out")}
-    names &= known
+    available = set(hook_names(bridge))
+    names = {name for site in sites for name in (site.reads, *site.writes(available), f"blocks.{site.layer}.hook_out")}
+    names &= available
 
-    def hooks(seen: dict[str, Tensor]) -> list[Hook]:
+    def hooks(activations: dict[str, Tensor]) -> list[Hook]:
         def note(name: str) -> Callable:
-            return lambda activation, hook: seen.update({name: activation.flatten(2).clone()})
+            return lambda activation, hook: activations.update({name: activation.flatten(2).clone()})
 
         return [(name, note(name)) for name in sorted(names)]
 
@@ -180,10 +182,10 @@ def _detach_all(bridge: TransformerBridge, logits: Tensor) -> None:
         unhooked = _some_logits(model)
         with hooked(bridge, hooks(by_bridge)):
             with_hooks = _some_logits(model)
-        same = torch.equal(unhooked, logits) and torch.equal(with_hooks, logits) and by_bridge.keys() == names
+        agrees = torch.equal(unhooked, logits) and torch.equal(with_hooks, logits) and by_bridge.keys() == names
     except Exception:  # whatever a pass without the components raises, with them it works
-        same = False
-    if not same:
+        agrees = False
+    if not agrees:
         for seat in wiring.seats:
             seat.attach()
         return
@@ -237,7 +239,7 @@ def hooked(bridge: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
     if all(name in wiring.module_hooks for name, _ in hooks) and not any(seat.is_attached for seat in wiring.seats):
 
         def unless_moved(run: Callable[[Tensor, object], Tensor | None]) -> Callable[[Tensor, object], Tensor | None]:
-            return lambda activation, hook: run(activation, hook) if any(hooks is one for one in active) else None
+            return lambda activation, hook: run(activation, hook) if any(hooks is entry for entry in active) else None
 
         active = wiring.on_modules
         with _on_modules([(wiring.module_hooks[name], unless_moved(run)) for name, run in hooks]):
@@ -248,18 +250,18 @@ def hooked(bridge: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
                 active.pop()
         return
     # A part whose hook changes something need not run its module, so the hooks around these move to the parts.
-    outer = list(wiring.on_modules)
-    every = [hook for together in (*outer, hooks) for hook in together]
-    points = [wiring.points[name] for name, _ in every]
+    outer_hooks = list(wiring.on_modules)
+    all_hooks = [hook for group in (*outer_hooks, hooks) for hook in group]
+    points = [wiring.points[name] for name, _ in all_hooks]
     with _seated([seat for point in points for seat in wiring.owners.get(id(point), wiring.seats)]):
         handles = []
         wiring.on_modules.clear()
         try:
-            for point, (_, run) in zip(points, every, strict=True):
+            for point, (_, run) in zip(points, all_hooks, strict=True):
                 handles.append((point, point.add_hook(run)))
             yield
         finally:
-            wiring.on_modules.extend(outer)
+            wiring.on_modules.extend(outer_hooks)
             for point, handle in handles:
                 handle.hook.remove()
                 point.fwd_hooks.remove(handle)

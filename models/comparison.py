@@ -44,29 +44,29 @@ def compare(before: Weights, after: Weights, seen: Callable[[Path], object] = la
     import torch
 
     changed, not_finite, rounded = [], [], {}
-    by_rounding = in_all = 0.0
+    rounding_sum = total = 0.0
     shared = sorted(before.places.keys() & after.places.keys(), key=lambda name: (after.places[name].file, name))
     files: set[Path] = set()
-    with before.reader() as read_old, after.reader() as read_new:
+    with before.reader() as read_before, after.reader() as read_after:
         for name in shared:
             for file in {before.places[name].file, after.places[name].file} - files:
                 files.add(file)
                 seen(file)
-            old, new = read_old(name), read_new(name)
-            as_new = old.to(new.dtype)
-            same = torch.equal(as_new, new)
-            for which, tensor in (("after", new),) if same else (("before", old), ("after", new)):
+            old, new = read_before(name), read_after(name)
+            rounded_old = old.to(new.dtype)
+            equal = torch.equal(rounded_old, new)
+            for side, tensor in (("after", new),) if equal else (("before", old), ("after", new)):
                 if not _all_finite(tensor):
-                    not_finite.append((which, name, int((~torch.isfinite(tensor)).sum())))
-            if old.dtype != new.dtype and not torch.equal(as_new.to(old.dtype), old):
+                    not_finite.append((side, name, int((~torch.isfinite(tensor)).sum())))
+            if old.dtype != new.dtype and not torch.equal(rounded_old.to(old.dtype), old):
                 rounded[name] = str(new.dtype).removeprefix("torch.")
-                if _all_finite(old) and not _all_finite(as_new):
-                    not_finite.append(("rounded", name, int((~torch.isfinite(as_new)).sum())))
-                by_rounding += _squared(as_new, old)
-                in_all += _squared(new, old)
-            if not same:
+                if _all_finite(old) and not _all_finite(rounded_old):
+                    not_finite.append(("rounded", name, int((~torch.isfinite(rounded_old)).sum())))
+                rounding_sum += _squared(rounded_old, old)
+                total += _squared(new, old)
+            if not equal:
                 changed.append(name)
-    return Comparison(tuple(sorted(changed)), tuple(not_finite), rounded, by_rounding / in_all if in_all else 0.0)
+    return Comparison(tuple(sorted(changed)), tuple(not_finite), rounded, rounding_sum / total if total else 0.0)
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -78,10 +78,10 @@ def _all_finite(tensor: Tensor) -> bool:
     return all(map(math.isfinite, map(float, torch.aminmax(tensor))))
 
 
-def _squared(one: Tensor, other: Tensor) -> float:
+def _squared(a: Tensor, b: Tensor) -> float:
     import torch
 
-    return (one.float() - other.float()).square_().sum(dtype=torch.float64).item()
+    return (a.float() - b.float()).square_().sum(dtype=torch.float64).item()
 
 
 def write_rounded(before: Weights, rounded: Mapping[str, str], folder: Path) -> Path:
@@ -105,7 +105,7 @@ def write_rounded(before: Weights, rounded: Mapping[str, str], folder: Path) -> 
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata()
                 tensors = {name: opened.get_tensor(name) for name in places_in(file)}
-            tensors = {name: one.to(dtypes.get((file, name), one.dtype)) for name, one in tensors.items()}
+            tensors = {name: tensor.to(dtypes.get((file, name), tensor.dtype)) for name, tensor in tensors.items()}
             place = temporary / file.relative_to(before.folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, place, metadata or {"format": "pt"})
@@ -124,10 +124,10 @@ def in_words(names: Iterable[str], n_layers: int) -> str:
         by_layers.setdefault(frozenset(numbers), []).append(module)
     parts = []
     for in_layers, modules in sorted(by_layers.items(), key=lambda pair: -len(pair[0])):
-        where = ""
+        place = ""
         if in_layers:
-            where = f" in all {n_layers} layers" if len(in_layers) == n_layers else f" in {layer_list(in_layers)}"
-        parts.append(", ".join(sorted(modules)) + where)
+            place = f" in all {n_layers} layers" if len(in_layers) == n_layers else f" in {layer_list(in_layers)}"
+        parts.append(", ".join(sorted(modules)) + place)
     return "; ".join(parts)
 
 
@@ -145,11 +145,13 @@ def layer_list(layers: Iterable[int]) -> str:
 
 def config_differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
     """Settings in which two transformers configs differ and which affect what the model computes."""
-    one, other = before.to_dict(), after.to_dict()
+    before_values, after_values = before.to_dict(), after.to_dict()
     return {
-        name: (one.get(name), other.get(name))
-        for name in sorted(one.keys() | other.keys())
-        if one.get(name) != other.get(name) and name not in _BOOKKEEPING and not name.endswith("_token_id")
+        name: (before_values.get(name), after_values.get(name))
+        for name in sorted(before_values.keys() | after_values.keys())
+        if before_values.get(name) != after_values.get(name)
+        and name not in _BOOKKEEPING
+        and not name.endswith("_token_id")
     }
 
 

@@ -40,9 +40,9 @@ def read_delta(folder: Path) -> Transcoder:
     Raises ModelError if a file is missing or truncated, lacks a tensor, or holds one of the wrong shape or dtype.
     """
     path = folder / "delta.safetensors"
-    for needed in (path, folder / "config.json"):
-        if not needed.is_file():
-            raise ModelError(f"{folder} has no delta transcoder ({needed.name} is missing)")
+    for file in (path, folder / "config.json"):
+        if not file.is_file():
+            raise ModelError(f"{folder} has no delta transcoder ({file.name} is missing)")
     site = read_config(folder / "config.json")
     try:
         tensors = load_file(path)

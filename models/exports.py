@@ -74,7 +74,7 @@ def write_gemma_scope(
     for site in transcoders:
         if not math.isfinite(average_l0.get(site, math.nan)):
             raise ModelError(f"Gemma Scope export: layer {site.label} has no average_l0, needed for the folder's name")
-    written = []
+    paths = []
     with _new_folder(folder, card) as staged:
         for site in sorted(transcoders):
             transcoder = transcoders[site]
@@ -82,8 +82,8 @@ def write_gemma_scope(
             place = f"{site.published_folder}/{width}/average_l0_{average_l0[site]:.0f}"
             facts = {"model_name": model.name, "average_l0": float(average_l0[site]), "deltascope": dict(notes)}
             gemma_scope.write(_portable(transcoder), staged / place, facts)
-            written.append(folder / place / "params.npz")
-    return written
+            paths.append(folder / place / "params.npz")
+    return paths
 
 
 def write_saelens(

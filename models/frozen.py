@@ -32,33 +32,36 @@ class Frozen(NamedTuple):
 
 
 @contextmanager
-def frozen(bridge: TransformerBridge, what: Frozen) -> Iterator[None]:
+def frozen(bridge: TransformerBridge, constants: Frozen) -> Iterator[None]:
     """Inside the `with`, gradients do not pass through what is frozen; values differ only by rounding."""
-    with _edited(bridge, [(name, _detach) for name in hooks_of(bridge, what)]):
+    with _edited(bridge, [(name, _detach) for name in hooks_of(bridge, constants)]):
         yield
 
 
-def hooks_of(bridge: TransformerBridge, what: Frozen) -> list[str]:
+def hooks_of(bridge: TransformerBridge, constants: Frozen) -> list[str]:
     """The names of the hooks where it is frozen: a pattern in each block, and the denominator of every norm."""
-    known, names = hook_names(bridge), []
-    if what.patterns:
+    available, names = hook_names(bridge), []
+    if constants.patterns:
         names += [f"blocks.{layer}.attn.hook_pattern" for layer in range(bridge.cfg.n_layers)]
-    if what.norms:
-        names += [name for name in known if name.endswith(".hook_scale")]
+    if constants.norms:
+        names += [name for name in available if name.endswith(".hook_scale")]
     return names
 
 
-def check_frozen(bridge: TransformerBridge, what: Frozen) -> None:
+def check_frozen(bridge: TransformerBridge, constants: Frozen) -> None:
     """Raises ModelError if this model does not expose what is to be frozen, or ignores what a hook makes of it. Takes a
     pass over a few tokens, and its gradient."""
-    for alone in (Frozen(what.patterns, False), Frozen(False, what.norms)):  # norms within frozen patterns do not act
-        _check(bridge, alone)
+    for single in (
+        Frozen(constants.patterns, False),
+        Frozen(False, constants.norms),
+    ):  # norms within frozen patterns do not act
+        _check(bridge, single)
 
 
-def _check(bridge: TransformerBridge, what: Frozen) -> None:
-    names, known = hooks_of(bridge, what), hook_names(bridge)
-    missing = [name for name in names if name not in known]
-    unseen = unhooked_norms(bridge) if what.norms else []
+def _check(bridge: TransformerBridge, constants: Frozen) -> None:
+    names, available = hooks_of(bridge, constants), hook_names(bridge)
+    missing = [name for name in names if name not in available]
+    unseen = unhooked_norms(bridge) if constants.norms else []
     if names and not missing and not unseen:
         acting = _acting(bridge, names)
         unseen = [name for name in names if name not in acting]

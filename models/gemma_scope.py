@@ -47,36 +47,36 @@ def candidates(root: str, site: Site, width: int | str) -> list[Candidate]:
     """
     below = f"{site.published_folder}/{width_label(width)}"
     matches = [_L0_FILE.fullmatch(file) for file in _files(root, below)]
-    found = [Candidate(float(match[2]), f"{below}/{match[1]}") for match in matches if match]
-    if not found:
+    available = [Candidate(float(match[2]), f"{below}/{match[1]}") for match in matches if match]
+    if not available:
         widths = {file.partition("/")[0] for file in _files(root, site.published_folder)}
-        place, found_there = site.published_folder, widths
+        place, listed = site.published_folder, widths
         if not widths:
-            place, found_there = "the top folder", {file.partition("/")[0] for file in _files(root, "")}
+            place, listed = "the top folder", {file.partition("/")[0] for file in _files(root, "")}
         raise ModelError(
             f"transcoders.source: {root} has no {below}/average_l0_*/params.npz; "
-            f"{place} has {', '.join(sorted(found_there)[:32]) or 'none at all'}"
+            f"{place} has {', '.join(sorted(listed)[:32]) or 'none at all'}"
         )
-    return sorted(found)
+    return sorted(available)
 
 
-def select_percentile(found: list[Candidate], percentile: float) -> Candidate:
+def select_percentile(available: list[Candidate], percentile: float) -> Candidate:
     """Index `min(n - 1, int(n * percentile))` by ascending L0: 0.0 is the sparsest."""
-    ordered = sorted(found)
+    ordered = sorted(available)
     return ordered[min(len(ordered) - 1, int(len(ordered) * percentile))]
 
 
-def select_target_l0(found: list[Candidate], target_l0: float) -> Candidate:
+def select_target_l0(available: list[Candidate], target_l0: float) -> Candidate:
     """The candidate with the nearest L0; of two equally near ones, the sparser."""
-    return min(sorted(found), key=lambda candidate: abs(candidate.average_l0 - target_l0))
+    return min(sorted(available), key=lambda candidate: abs(candidate.average_l0 - target_l0))
 
 
-def select(found: list[Candidate], percentile: float | None, target_l0: float | None) -> Candidate:
+def select(available: list[Candidate], percentile: float | None, target_l0: float | None) -> Candidate:
     """The candidate at that percentile; if it is None, the one nearest to `target_l0`."""
     if percentile is not None:
-        return select_percentile(found, percentile)
+        return select_percentile(available, percentile)
     assert target_l0 is not None
-    return select_target_l0(found, target_l0)
+    return select_target_l0(available, target_l0)
 
 
 def read(root: str, candidate: Candidate, site: Site) -> Transcoder:
@@ -112,9 +112,9 @@ def read_npz(path: Path, site: Site) -> Transcoder:
             raise ModelError(f"{path}: {key} has values that are not finite")
     config = path.with_name("config.json")
     if config.is_file():
-        found_in, site = site.layer, read_config(config)
-        if site.layer != found_in:
-            raise ModelError(f"{path}: made for layer {site.layer}, but found in the folder of layer {found_in}")
+        layer, site = site.layer, read_config(config)
+        if site.layer != layer:
+            raise ModelError(f"{path}: made for layer {site.layer}, but found in the folder of layer {layer}")
     tensors = {key: torch.from_numpy(array.astype(np.float32)) for key, array in arrays.items()}
     try:
         return Transcoder(**tensors, site=site)

@@ -70,7 +70,7 @@ PACKAGED = {
 
 def packaged_files(name: str, key: str = "model.source") -> list[Path]:
     """The files of a packaged model, which are never imported. Raises ModelError if one is missing."""
-    model, found = PACKAGED[name], []
+    model, paths = PACKAGED[name], []
     for module, file in model.parts:
         spec = importlib.util.find_spec(module)
         path = Path(spec.origin).parent / file if spec and spec.origin else None
@@ -79,8 +79,8 @@ def packaged_files(name: str, key: str = "model.source") -> list[Path]:
             raise ModelError(
                 f"{key}: the packages with {name} are not installed; run `{model.install}` in the repository{terms}"
             )
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths
 
 
 def sha256_of_all(paths: Sequence[Path]) -> str:
@@ -117,18 +117,18 @@ def check_file(path: Path, key: str) -> None:
 def convert_packaged(name: str, folder: Path, key: str, say: Callable[[str], None]) -> None:
     """Dequantises a packaged model into `folder`, after checking its SHA-256."""
     model, paths = PACKAGED[name], packaged_files(name, key)
-    if (found := sha256_of_all(paths)) != model.sha256:
+    if (digest := sha256_of_all(paths)) != model.sha256:
         raise ModelError(
-            f"{key}: {model.file} in {paths[0].parent} has SHA-256 {found}, expected {model.sha256}; reinstall its "
+            f"{key}: {model.file} in {paths[0].parent} has SHA-256 {digest}, expected {model.sha256}; reinstall its "
             "packages"
         )
     if len(paths) == 1:
         return convert(paths[0], folder, key, say)
     joined = folder / model.file
-    with joined.open("wb") as whole:
+    with joined.open("wb") as joined_file:
         for path in paths:
             with path.open("rb") as part:
-                shutil.copyfileobj(part, whole)
+                shutil.copyfileobj(part, joined_file)
     convert(joined, folder, key, say)
     joined.unlink()
 
@@ -156,20 +156,20 @@ def _convert(path: Path, folder: Path) -> str:
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32, "output_loading_info": True}
     try:
         reader = gguf.GGUFReader(path)
-        if left := _unread(reader):
-            return left
-        found: Any = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
+        if unread := _unread(reader):
+            return unread
+        loaded_pair: Any = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # whatever a damaged file makes the readers raise
         return f"cannot be read as a causal LM: {one_line(error, 300)}"
-    loaded, loading = found
+    loaded, loading = loaded_pair
     if missing := sorted(loading["missing_keys"]):
         return f"lacks {len(missing)} tensors, such as {missing[0]}"
     stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    taken = sum(parameter.numel() for parameter in loaded.parameters())
-    if stored != taken:
+    count = sum(parameter.numel() for parameter in loaded.parameters())
+    if stored != count:
         return (
-            f"holds {stored:,} weights, of which transformers reads {taken:,} for a {loaded.config.model_type}; "
+            f"holds {stored:,} weights, of which transformers reads {count:,} for a {loaded.config.model_type}; "
             "convert it to a folder of safetensors with the program that knows the rest, and give that"
         )
     # A model loaded from GGUF refuses save_pretrained; a fresh model with the same state can be saved.
@@ -186,12 +186,12 @@ def _unread(reader: Any) -> str:
     """What the file says about positions that transformers does not read: it would compute another model."""
     architecture = str(reader.fields["general.architecture"].contents())
     prefix = f"{architecture}.rope.scaling."
-    found = {
+    scaling = {
         name.removeprefix(prefix): field.contents() for name, field in reader.fields.items() if name.startswith(prefix)
     }
-    if architecture != "gpt-oss" and found.get("type", "none") != "none" and found.get("factor", 1.0) != 1.0:
+    if architecture != "gpt-oss" and scaling.get("type", "none") != "none" and scaling.get("factor", 1.0) != 1.0:
         return (
-            f"scales its positions ({found['type']} by {found['factor']:g}), which transformers does not read from "
+            f"scales its positions ({scaling['type']} by {scaling['factor']:g}), which transformers does not read from "
             "GGUF files; give the model as a folder of safetensors"
         )
     return ""

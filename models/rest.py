@@ -31,11 +31,13 @@ class Rest:
     @contextmanager
     def at(self, bridge: TransformerBridge, alpha: float) -> Iterator[None]:
         """Inside the `with`, the bridge runs with `W + alpha (W' - W)`, W un-finetuned and W' its own."""
-        own = _parameters(bridge)
-        displaced = {id(own[name]): (own[name], own[name].data) for name in self.unfinetuned}  # tied weights once
+        parameters = _parameters(bridge)
+        displaced = {
+            id(parameters[name]): (parameters[name], parameters[name].data) for name in self.unfinetuned
+        }  # tied weights once
         for name, start in self.unfinetuned.items():
-            finetuned = displaced[id(own[name])][1]
-            own[name].data = _between(start.to(finetuned), finetuned, alpha)
+            finetuned = displaced[id(parameters[name])][1]
+            parameters[name].data = _between(start.to(finetuned), finetuned, alpha)
         bridge.__dict__["displaced"] = list(displaced.values())
         try:
             yield

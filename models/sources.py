@@ -45,9 +45,10 @@ def check_source(source: str, revision: str | None = None, key: str = "model.sou
         if key == "model.source" and not (Path(source) / "config.json").is_file():
             raise ModelError(f"{key}: the folder {source} has no config.json, so it is not a saved model")
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
-        known = ", ".join([*PACKAGED, TINY])
+        shipped = ", ".join([*PACKAGED, TINY])
         raise ModelError(
-            f"{key}: there is no model {source!r}; give a folder, a GGUF file, a hub repository OWNER/NAME, or {known}"
+            f"{key}: there is no model {source!r}; give a folder, a GGUF file, a hub repository OWNER/NAME, or "
+            f"{shipped}"
         )
     else:
         check_hub(source, key, revision)
@@ -118,15 +119,15 @@ def model_facts(folder: Path, key: str = "model.source") -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         _check_config(config, folder, key)
-        found: dict[str, Any] = {"architecture": str(config.get("model_type", "unknown"))}
+        facts: dict[str, Any] = {"architecture": str(config.get("model_type", "unknown"))}
         for fact, names in FACTS.items():
-            if (name := next((known for known in names if known in config), None)) is None:
+            if (name := next((name_used for name_used in names if name_used in config), None)) is None:
                 raise ModelError(f"{key}: {path} lacks {names[0]!r}, so it is not a causal LM")
-            found[fact] = int(config[name])
+            facts[fact] = int(config[name])
         heads = int(next((config[name] for name in HEADS if name in config), 1))
-        found["n_heads"], found["n_kv_heads"] = heads, int(config.get("num_key_value_heads") or heads)
-        found["d_head"] = int(config.get("head_dim") or found["d_model"] // heads)
-        return found
+        facts["n_heads"], facts["n_kv_heads"] = heads, int(config.get("num_key_value_heads") or heads)
+        facts["d_head"] = int(config.get("head_dim") or facts["d_model"] // heads)
+        return facts
     except ModelError:  # a ValueError itself
         raise
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -150,10 +151,10 @@ def _check_config(config: dict[str, Any], folder: Path, key: str) -> None:
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{key}: {folder} is an encoder-decoder model, and only causal LMs are supported")
     if quantised := config.get("quantization_config"):
-        how = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
         raise ModelError(
-            f"{key}: the config.json in {folder} says that its weights are quantised ({how}), and only plain weights "
-            "can be compared: give the model before quantisation, or a copy that was dequantised; if its weights are "
+            f"{key}: the config.json in {folder} says that its weights are quantised ({method}), and only plain "
+            "weights can be compared: give the model before quantisation, or a copy that was dequantised; if its weights are "
             "plain, remove quantization_config from that file"
         )
     if config.get("auto_map") and not _is_known(config.get("model_type")):

@@ -72,8 +72,8 @@ class Transcoder:
     @cached_property
     def at_bos(self) -> Tensor | None:
         """The activations (d_sae,) at BOS, 1 for the BOS feature; None if there is none."""
-        own = torch.isinf(self.threshold)
-        return own.to(self.W_enc.dtype) if own.any() else None
+        at_bos = torch.isinf(self.threshold)
+        return at_bos.to(self.W_enc.dtype) if at_bos.any() else None
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations (..., d_sae) of `x` (..., d_in)."""
@@ -112,9 +112,9 @@ def without_bos(delta: Transcoder) -> Transcoder:
     """`delta` without its BOS feature."""
     if delta.at_bos is None:
         return delta
-    kept = delta.at_bos == 0
-    b_enc, threshold, W_dec = (tensor[kept] for tensor in (delta.b_enc, delta.threshold, delta.W_dec))
-    return replace(delta, W_enc=delta.W_enc[:, kept], b_enc=b_enc, threshold=threshold, W_dec=W_dec)
+    elsewhere = delta.at_bos == 0
+    b_enc, threshold, W_dec = (tensor[elsewhere] for tensor in (delta.b_enc, delta.threshold, delta.W_dec))
+    return replace(delta, W_enc=delta.W_enc[:, elsewhere], b_enc=b_enc, threshold=threshold, W_dec=W_dec)
 
 
 def silenced(delta: Transcoder, off: Tensor) -> Transcoder:
@@ -156,9 +156,9 @@ def check_fits(transcoder: HasSite, site: Site, *, d_in: int, d_out: int, origin
         )
     if made_for != site:
         raise ModelError(f"{origin}: made for layer {made_for.layer}, not for layer {site.layer}")
-    for side, width, wanted in (("reads", transcoder.d_in, d_in), ("writes", transcoder.d_out, d_out)):
-        if width != wanted:
-            raise ModelError(f"{origin}: {side} {width} dimensions, but {site.words} of the model {side} {wanted}")
+    for side, width, expected in (("reads", transcoder.d_in, d_in), ("writes", transcoder.d_out, d_out)):
+        if width != expected:
+            raise ModelError(f"{origin}: {side} {width} dimensions, but {site.words} of the model {side} {expected}")
 
 
 def write_config(path: Path, transcoder: Transcoder, facts: dict[str, Any]) -> None:

@@ -176,7 +176,8 @@ def places_in(file: Path) -> dict[str, Place]:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {
-                name: Place(file, name, tuple(one.get_shape()), str(one.get_dtype())) for name, one in slices.items()
+                name: Place(file, name, tuple(tensor_slice.get_shape()), str(tensor_slice.get_dtype()))
+                for name, tensor_slice in slices.items()
             }
     except (OSError, SafetensorError) as error:
         raise _unreadable(file, error) from None
@@ -187,7 +188,7 @@ def _weight_files(folder: Path, key: str, named: str | None) -> list[Path]:
     from transformers.modeling_utils import _get_resolved_checkpoint_files
 
     try:
-        found, _ = _get_resolved_checkpoint_files(
+        resolved, _ = _get_resolved_checkpoint_files(
             str(folder),
             variant=None,
             gguf_file=None,
@@ -202,7 +203,7 @@ def _weight_files(folder: Path, key: str, named: str | None) -> list[Path]:
         pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
         has = f"only {pickled[0].name}, and pickled weights are not read" if pickled else "none"
         raise ModelError(f"{key}: {folder} needs weights as model.safetensors; it has {has}") from None
-    files = [Path(one) for one in found or ()]
+    files = [Path(path) for path in resolved or ()]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ModelError(f"{key}: {folder / INDEX} names {missing[0]}, which is not there")
     return files

@@ -73,5 +73,5 @@ def kind_of_taps(taps: Sequence[str]) -> Kind:
     for kind in (*KINDS.values(), *READINGS.values()):
         if kind.taps == list(taps):
             return kind
-    known = "; ".join(", ".join(kind.taps) for kind in dict.fromkeys([*KINDS.values(), *READINGS.values()]))
-    raise ValueError(f"taps {', '.join(map(str, taps))} belong to no kind of site (there are {known})")
+    allowed = "; ".join(", ".join(kind.taps) for kind in dict.fromkeys([*KINDS.values(), *READINGS.values()]))
+    raise ValueError(f"taps {', '.join(map(str, taps))} belong to no kind of site (there are {allowed})")

@@ -21,21 +21,21 @@ def sets_of(name: str | Sequence[int], sites: Sequence[Site]) -> list[tuple[Site
 
     A list gives no set if `sites` lack one of its layers, and neither does `thirds` with fewer than three layers.
     """
-    every = tuple(sites)
+    all_sites = tuple(sites)
     if isinstance(name, str) and ":" in name:
         kind, _, name = name.partition(":")
-        every = tuple(site for site in every if site.kind.name == kind)
+        all_sites = tuple(site for site in all_sites if site.kind.name == kind)
     if name == "all":
-        return [every] if every else []
+        return [all_sites] if all_sites else []
     if name == "each":
-        return [(site,) for site in every]
-    layers = sorted({site.layer for site in every})
+        return [(site,) for site in all_sites]
+    layers = sorted({site.layer for site in all_sites})
     if name == "thirds":
         ends = [round(len(layers) * share / 3) for share in range(4)]
         thirds = [layers[low:high] for low, high in pairwise(ends)] if len(layers) >= 3 else []
-        return [tuple(site for site in every if site.layer in third) for third in thirds]
+        return [tuple(site for site in all_sites if site.layer in third) for third in thirds]
     chosen = {int(layer) for layer in name}
-    return [tuple(site for site in every if site.layer in chosen)] if chosen <= set(layers) else []
+    return [tuple(site for site in all_sites if site.layer in chosen)] if chosen <= set(layers) else []
 
 
 def sites_label(sites: Iterable[Site], digits: int = 1) -> str:
@@ -45,9 +45,11 @@ def sites_label(sites: Iterable[Site], digits: int = 1) -> str:
     '0-2+7'
     """
     parts = []
-    for kind, same in groupby(sorted(sites, key=lambda site: (-site.kind.order, site.layer)), lambda site: site.kind):
+    for kind, of_kind in groupby(
+        sorted(sites, key=lambda site: (-site.kind.order, site.layer)), lambda site: site.kind
+    ):
         runs: list[list[int]] = []
-        for site in same:
+        for site in of_kind:
             if runs and site.layer == runs[-1][-1] + 1:
                 runs[-1].append(site.layer)
             else:

@@ -48,12 +48,12 @@ class Site:
         """The full name of the hook that holds x."""
         return f"blocks.{self.layer}.{self.kind.reads}"
 
-    def writes(self, known: Collection[str]) -> tuple[str, ...]:
-        """The full names of the hooks that hold y in a model that has the hooks `known`."""
+    def writes(self, available: Collection[str]) -> tuple[str, ...]:
+        """The full names of the hooks that hold y in a model that has the hooks `available`."""
         hooks = []
         for alternatives in self.kind.at or [(name,) for name in self.kind.writes]:
             names = [f"blocks.{self.layer}.{name}" for name in alternatives]
-            hooks.append(next((name for name in names if name in known), names[-1]))
+            hooks.append(next((name for name in names if name in available), names[-1]))
         return tuple(hooks)
 
     @classmethod
