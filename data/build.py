@@ -84,8 +84,8 @@ def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
     sizes, lines = _sizes(options)
     texts: dict[str, list[str]] = {split: [] for split in TEXT_SPLITS}
     if options.rows_file:
-        given = (options.rows_file, options.evaluation_file, sizes)
-        splits, labels, files = split_user_rows(*given, **reading, repeated=options.repeated)
+        sources = (options.rows_file, options.evaluation_file, sizes)
+        splits, labels, files = split_user_rows(*sources, **reading, repeated=options.repeated)
     else:
         generator = Generator(options, options.seed, options.copy_source, options.reading.problem)
         splits, labels = generator.splits(*sizes), list(LABELS)
@@ -144,15 +144,15 @@ def _user_texts(
     key = reading["key"]
     keys = {split: {fingerprint(key(row.input)) for row in rows} for split, rows in splits.items()}
     if not paths["validation"]:
-        both, files["text_train_file"] = sample_user_texts(
+        usable, files["text_train_file"] = sample_user_texts(
             str(paths["train"]), sum(lines.values()), forbidden=set().union(*keys.values()), **reading
         )
-        if len(both) <= lines["validation"]:
+        if len(usable) <= lines["validation"]:
             raise DataError(
-                f"{paths['train']} has {len(both)} usable texts; validation takes {lines['validation']} of them, "
+                f"{paths['train']} has {len(usable)} usable texts; validation takes {lines['validation']} of them, "
                 "and at least one must be left for training"
             )
-        return {"validation": both[: lines["validation"]], "train": both[lines["validation"] :]}
+        return {"validation": usable[: lines["validation"]], "train": usable[lines["validation"] :]}
     texts: dict[str, list[str]] = {}
     forbidden = {"validation": keys["train"] | keys["evaluation"], "train": keys["validation"] | keys["evaluation"]}
     for split in TEXT_SPLITS:

@@ -77,12 +77,12 @@ class Chat:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        where: str,
+        source: str,
         rendering: Literal["conversation", "generation"] = "conversation",
         special_tokens: Literal["refuse", "tokens"] = "refuse",
     ) -> None:
         if not tokenizer.chat_template:
-            raise DataError(f"data.format: chat needs a chat template, and the tokenizer of {where} has none")
+            raise DataError(f"data.format: chat needs a chat template, and the tokenizer of {source} has none")
         self.rendering = rendering
         self._tokenizer: Any = tokenizer
         self._special = special_tokens_of(tokenizer)
@@ -109,8 +109,8 @@ class Chat:
 
     def unread_keys(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[str]:
         """Keys of these messages that the template does not read."""
-        read = self._reads(variables).keys | {"role", "content"}
-        return [key for key in dict.fromkeys(key for message in messages for key in message) if key not in read]
+        keys_read = self._reads(variables).keys | {"role", "content"}
+        return [key for key in dict.fromkeys(key for message in messages for key in message) if key not in keys_read]
 
     def render(
         self, messages: Sequence[Message], answer: Message | None = None, variables: Mapping[str, Any] | None = None
@@ -129,16 +129,16 @@ class Chat:
             prompt = generation if self.rendering == "generation" else frame.before
             mismatch = None if generation.rstrip() == frame.before.rstrip() else (generation, frame.before)
             return Rendered(prompt, "", end, mismatch=mismatch, has_end=bool(frame.end))
-        whole = self._render([*messages, answer], False, variables)
+        conversation = self._render([*messages, answer], False, variables)
         generated = self._rendered(generation, text_of(answer), end)
         start = generation + generated.target + frame.end
-        row = generated if self.rendering == "generation" else self._cut(whole, generation, frame)
+        row = generated if self.rendering == "generation" else self._cut(conversation, generation, frame)
         if not row.target.strip():
             raise DataError(_EMPTY_TARGET[self.rendering])
         return row._replace(
-            mismatch=None if whole.startswith(start) else (start, whole),
-            regrouped=whole.startswith(row.prompt + row.target) and not self._same_tokens(whole, row),
-            has_end=bool(frame.end) or whole.startswith(row.prompt + row.target + row.end),
+            mismatch=None if conversation.startswith(start) else (start, conversation),
+            regrouped=conversation.startswith(row.prompt + row.target) and not self._same_tokens(conversation, row),
+            has_end=bool(frame.end) or conversation.startswith(row.prompt + row.target + row.end),
         )
 
     def render_text(self, text: str, target: str = "") -> Rendered:
@@ -149,12 +149,12 @@ class Chat:
     def _rendered(self, prompt: str, target: str, end: str) -> Rendered:
         return Rendered(prompt, target, end, spelled_out([target], self._special) is not None)
 
-    def _cut(self, whole: str, generation: str, frame: _Frame) -> Rendered:
+    def _cut(self, conversation: str, generation: str, frame: _Frame) -> Rendered:
         """Cuts the whole rendered conversation into prompt, target and end."""
-        prompt = next((text for text in (frame.before, generation) if whole.startswith(text)), None)
+        prompt = next((text for text in (frame.before, generation) if conversation.startswith(text)), None)
         if prompt is None:
             raise DataError("the chat template begins this answer differently from other answers")
-        tail = whole[len(prompt) :]
+        tail = conversation[len(prompt) :]
         target, end, _ = tail.rpartition(frame.end) if frame.end else ("", "", "")
         if not end:
             bare = tail.rstrip()
@@ -162,15 +162,15 @@ class Chat:
             target = bare.removesuffix(end) if end else tail.removesuffix(frame.after)
         return self._rendered(prompt, target, end or str(self._tokenizer.eos_token))
 
-    def _same_tokens(self, whole: str, row: Rendered) -> bool:
+    def _same_tokens(self, conversation: str, row: Rendered) -> bool:
         """Whether the row's tokens are the first tokens of the whole conversation."""
         from data.encoding import encode_row  # imports torch, which commands that only read settings do not need
 
         encoded = Row("", row.target, "", prompt=row.prompt, end=row.end, special_tokens=row.special_tokens)
         ids = encode_row(self._tokenizer, encoded).ids
-        if not whole.startswith(row.prompt + row.target + row.end):  # the end is not from the template
+        if not conversation.startswith(row.prompt + row.target + row.end):  # the end is not from the template
             ids = ids[:-1]
-        return self._ids(whole)[: len(ids)] == ids
+        return self._ids(conversation)[: len(ids)] == ids
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -183,8 +183,8 @@ class Chat:
         }
         content: Any = [{"type": "text", "text": _ANSWER}] if isinstance(answer.get("content"), list) else _ANSWER
         placeholder = {"role": "assistant", **flags, "content": content}
-        before, found, after = self._render([*messages, placeholder], False, variables).rpartition(_ANSWER)
-        if not found:
+        before, marker, after = self._render([*messages, placeholder], False, variables).rpartition(_ANSWER)
+        if not marker:
             raise DataError("the chat template does not write an answer's text unchanged")
         closing = after.lstrip()
         end = next((token for token in self._special if closing.startswith(token)), "")
@@ -198,11 +198,11 @@ class Chat:
             before = self._frame([{"role": "user", "content": "?"}], None, {}).before
         except DataError:  # a template may refuse so short a conversation
             return 0
-        whole = [self._ids(before + answer) for answer in _FIRST_WORDS]
+        answered = [self._ids(before + answer) for answer in _FIRST_WORDS]
 
         def disagreeing(count: int) -> int:
             prompt = self._ids(before[: len(before) - count])
-            return sum(ids[: len(prompt)] != prompt for ids in whole)
+            return sum(ids[: len(prompt)] != prompt for ids in answered)
 
         return min(range(len(before) - len(before.rstrip()) + 1), key=lambda count: (disagreeing(count), count))
 

@@ -90,9 +90,9 @@ def _answer(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: list[int]) -> 
     spans the end of the prompt, the target is tokenised alone."""
     if not row.special_tokens and spelled_out([row.target], special_tokens_of(tokenizer)) is not None:
         return _plain(tokenizer, row.target)
-    whole, end = _with_special(tokenizer, row.prompt + row.target + row.end), end_of(tokenizer, row)
-    if whole[: len(prompt)] == prompt and whole[len(prompt) :][-1:] == [end]:
-        return whole[len(prompt) : -1]
+    ids, end = _with_special(tokenizer, row.prompt + row.target + row.end), end_of(tokenizer, row)
+    if ids[: len(prompt)] == prompt and ids[len(prompt) :][-1:] == [end]:
+        return ids[len(prompt) : -1]
     return _with_special(tokenizer, row.target)
 
 
@@ -121,8 +121,8 @@ def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Row
     """The tokens that end an answer to rows like this one: EOS, and in a chat also those of the generation config."""
     if not row.prompt:
         return frozenset([end_of(tokenizer, row)])
-    given: Any = model.generation_config.eos_token_id if model.generation_config else None
-    listed = given if isinstance(given, list) else [given]
+    eos: Any = model.generation_config.eos_token_id if model.generation_config else None
+    listed = eos if isinstance(eos, list) else [eos]
     ends = (*listed, tokenizer.eos_token_id, end_of(tokenizer, row))
     return frozenset(token for token in ends if isinstance(token, int))
 

@@ -84,22 +84,22 @@ class Log:
     def sentences(self) -> list[str]:
         """What was assumed and what is not used, one fact each."""
         unused = [name for name, used in self.columns.items() if not used]
-        found = [*self.notes]
+        sentences = [*self.notes]
         if unused:
-            found.append(f"columns that are not used: {', '.join(unused)}")
+            sentences.append(f"columns that are not used: {', '.join(unused)}")
         if self.keys:
-            found.append(f"keys of messages that the chat template does not read: {', '.join(self.keys)}")
+            sentences.append(f"keys of messages that the chat template does not read: {', '.join(self.keys)}")
         if self.nulls:
-            found.append(
+            sentences.append(
                 f"in {self.nulls} rows keys without a value (null) are left out of messages and tools, since Parquet "
                 "files fill them in"
             )
-        return [*found, *(self.rendered.sentences() if self.rendered else [])]
+        return [*sentences, *(self.rendered.sentences() if self.rendered else [])]
 
-    def reject(self, why: Reject) -> None:
-        self.reasons[why.reason] += 1
-        if len(self.first) < NAMED_REJECTS and self.reasons[why.reason] <= NAMED_ALIKE:
-            self.first.append(f"{self.here}: {why.reason}{f' ({why.detail})' if why.detail else ''}")
+    def reject(self, reject: Reject) -> None:
+        self.reasons[reject.reason] += 1
+        if len(self.first) < NAMED_REJECTS and self.reasons[reject.reason] <= NAMED_ALIKE:
+            self.first.append(f"{self.here}: {reject.reason}{f' ({reject.detail})' if reject.detail else ''}")
 
     def require(self, max_reject_fraction: float) -> None:
         """Raises `DataError` if more than that fraction of the rows was rejected, or if there were none."""
@@ -189,79 +189,79 @@ def stream_texts(log: Log, problem: Callable[[Row], str | None] = lambda row: No
 
 
 def _check_columns(path: str, record: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-    for ours, theirs in columns.items():
-        if theirs not in record:
-            raise DataError(f"data.columns.{ours}: {path} has no column {theirs!r}; it has {', '.join(record)}")
+    for name, column in columns.items():
+        if column not in record:
+            raise DataError(f"data.columns.{name}: {path} has no column {column!r}; it has {', '.join(record)}")
 
 
 def _row(record: Mapping[str, Any], reading: Reading, shape: Shape | None, log: Log) -> Row:
-    theirs = {ours: reading.columns.get(ours, ours) for ours in COLUMNS}
+    column_of = {name: reading.columns.get(name, name) for name in COLUMNS}
     if "input" in reading.columns and "messages" not in reading.columns:
-        del theirs["messages"]
+        del column_of["messages"]
     filled = [name for name, value in record.items() if value is not None]
-    used = {*theirs.values(), *(shape.columns if shape else ())}
-    rest = {name: value for name, value in record.items() if name not in used}
+    used = {*column_of.values(), *(shape.columns if shape else ())}
+    extra = {name: value for name, value in record.items() if name not in used}
     if shape is not None:
-        record = {theirs[ours]: value for ours, value in shape.convert(record).items()} | {
-            theirs["label"]: record.get(theirs["label"])
+        record = {column_of[name]: value for name, value in shape.convert(record).items()} | {
+            column_of["label"]: record.get(column_of["label"])
         }
-    given = {ours: record.get(name) for ours, name in theirs.items()}
-    if given.get("messages") is not None:
-        used.discard(theirs["input"])
+    values = {key: record.get(name) for key, name in column_of.items()}
+    if values.get("messages") is not None:
+        used.discard(column_of["input"])
     if reading.chat is not None:
-        variables = reading.chat.variables(rest)
-        log.saw(filled, {*used, *variables, *([KWARGS] if KWARGS in rest else [])})
-        return _in_chat(record, given, variables, reading, log)
+        variables = reading.chat.variables(extra)
+        log.saw(filled, {*used, *variables, *([KWARGS] if KWARGS in extra else [])})
+        return _in_chat(record, values, variables, reading, log)
     log.saw(filled, used)
-    if given.get("messages") is not None:
+    if values.get("messages") is not None:
         raise Reject("messages need data.format chat")
-    asked = _input(given["input"], record)
-    target = "" if given["target"] is None else text(given["target"], "target")
+    question = _input(values["input"], record)
+    target = "" if values["target"] is None else text(values["target"], "target")
     if not target and reading.targets_needed:
         raise Reject("no target")
     if not reading.special_tokens:
-        for name, value in (("input", asked), ("target", target)):
+        for name, value in (("input", question), ("target", target)):
             if (token := spelled_out([value], reading.special)) is not None:
                 raise Reject(f"{name} contains {SPECIAL} {token}")
-    tokens = reading.special_tokens and spelled_out([asked, target], reading.special) is not None
-    return make_row(asked, target, _label(given["label"]), separator=reading.separator, special_tokens=tokens)
+    tokens = reading.special_tokens and spelled_out([question, target], reading.special) is not None
+    return make_row(question, target, _label(values["label"]), separator=reading.separator, special_tokens=tokens)
 
 
 def _in_chat(
-    record: Mapping[str, Any], given: Mapping[str, Any], variables: Mapping[str, Any], reading: Reading, log: Log
+    record: Mapping[str, Any], values: Mapping[str, Any], variables: Mapping[str, Any], reading: Reading, log: Log
 ) -> Row:
     assert reading.chat is not None
     answer: Message | None = None
-    if given.get("messages") is not None:
-        messages = messages_of(given["messages"])
-        if given["target"] is None and messages[-1]["role"] == "assistant":
+    if values.get("messages") is not None:
+        messages = messages_of(values["messages"])
+        if values["target"] is None and messages[-1]["role"] == "assistant":
             *messages, answer = messages
     else:
-        messages = [{"role": "user", "content": _input(given["input"], record)}]
+        messages = [{"role": "user", "content": _input(values["input"], record)}]
     if not messages:
         raise Reject("messages hold an answer and no question")
-    if given["target"] is not None:
-        answer = {"role": "assistant", "content": text(given["target"], "target")}
+    if values["target"] is not None:
+        answer = {"role": "assistant", "content": text(values["target"], "target")}
     if answer is None and reading.targets_needed:
         raise Reject("no target")
-    label = _label(given["label"])
+    label = _label(values["label"])
     try:
-        found = reading.chat.render(messages, answer, variables)
+        rendered = reading.chat.render(messages, answer, variables)
         unread = reading.chat.unread_keys([*messages, *([answer] if answer else [])], variables)
     except DataError as error:
         raise Reject(str(error)) from None
-    log.nulls += holds_none([given.get("messages"), *(record.get(name) for name in variables)])
+    log.nulls += holds_none([values.get("messages"), *(record.get(name) for name in variables)])
     assert log.rendered is not None
-    log.rendered.add(log.here, found)
+    log.rendered.add(log.here, rendered)
     log.saw((), (), unread)
-    asked = "\n".join(filter(None, map(text_of, messages)))
-    return found.row(asked, label)
+    question = "\n".join(filter(None, map(text_of, messages)))
+    return rendered.row(question, label)
 
 
-def _input(given: Any, record: Mapping[str, Any]) -> str:
-    if given is None:
+def _input(value: Any, record: Mapping[str, Any]) -> str:
+    if value is None:
         raise Reject("no input", f"it has {', '.join(record)}")
-    return text(given, "input")
+    return text(value, "input")
 
 
 def _label(value: Any) -> str:

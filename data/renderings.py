@@ -25,7 +25,7 @@ class Renderings:
     without_end: int = 0
     example: dict[str, str] | None = None
 
-    def add(self, where: str, row: Rendered) -> None:
+    def add(self, place: str, row: Rendered) -> None:
         self.rows += 1
         self.regrouped += row.regrouped
         self.without_end += not row.has_end
@@ -33,7 +33,7 @@ class Renderings:
             self.unlike_generation += 1
             if self.example is None:
                 generation, conversation = _around_difference(*row.mismatch)
-                self.example = {"row": where, "generation": generation, "conversation": conversation}
+                self.example = {"row": place, "generation": generation, "conversation": conversation}
 
     def as_dict(self) -> dict[str, Any]:
         """For the report: taken, rows, unlike_generation, regrouped, without_end, example."""
@@ -41,37 +41,37 @@ class Renderings:
 
     def sentences(self) -> list[str]:
         """What a reader must know about these rows, one fact each."""
-        found = []
+        sentences = []
         if self.example is not None:
-            taken = "the conversation" if self.taken == "conversation" else "the generation prompt"
-            found = [
+            rendered_as = "the conversation" if self.taken == "conversation" else "the generation prompt"
+            sentences = [
                 f"in {self.unlike_generation} of {self.rows} rows the generation prompt, the answer and its end differ "
                 "from the chat template's rendering of the whole conversation, which is what training reads; the rows "
-                f"follow {taken} (data.rendering={self.taken})",
+                f"follow {rendered_as} (data.rendering={self.taken})",
                 f"{self.example['row']} by its generation prompt: {self.example['generation']}",
                 f"{self.example['row']} in its conversation: {self.example['conversation']}",
             ]
         if self.regrouped:
-            found.append(
+            sentences.append(
                 f"in {self.regrouped} of {self.rows} rows the text is that of training but some tokens differ, because "
                 "in training one token holds the end of the prompt and the beginning of the target"
             )
         if self.without_end:
-            found.append(
+            sentences.append(
                 f"in {self.without_end} of {self.rows} rows the chat template writes no token that ends the answer; "
                 "the tokenizer's EOS is added"
             )
-        return found
+        return sentences
 
 
-def _around_difference(one: str, other: str) -> tuple[str, str]:
+def _around_difference(a: str, b: str) -> tuple[str, str]:
     """Both texts as literals, cut to what surrounds the first place where they differ."""
-    pairs = enumerate(zip(one, other, strict=False))
-    place = next((at for at, (left, right) in pairs if left != right), min(len(one), len(other)))
+    pairs = enumerate(zip(a, b, strict=False))
+    place = next((at for at, (left, right) in pairs if left != right), min(len(a), len(b)))
     start = max(place - _BEFORE, 0) if place > _BEFORE + 3 else 0
 
     def shown(text: str) -> str:
         part = repr(text[start : start + _SHOWN])
         return f"{'...' if start else ''}{part}{'...' if len(text) > start + _SHOWN else ''}"
 
-    return shown(one), shown(other)
+    return shown(a), shown(b)

@@ -78,5 +78,5 @@ def first_of_each(items: Sequence[Item], label: Callable[[Item], str], most: int
     by_label: dict[str, list[Item]] = {}
     for item in items:
         by_label.setdefault(label(item), []).append(item)
-    each = max(1, most // max(1, len(by_label)))
-    return [item for held in by_label.values() for item in held[:each]]
+    share = max(1, most // max(1, len(by_label)))
+    return [item for items in by_label.values() for item in items[:share]]

@@ -63,8 +63,8 @@ def shape_of(record: Record, path: str, columns: Mapping[str, str]) -> Shape | N
         return Shape(_SHARE_GPT, (messages, "system"), partial(_share_gpt, column=messages))
     if {"input", "messages", "target"} & set(columns):
         return None
-    ours = "target" in record and "output" in record
-    if "instruction" in record and "messages" not in record and not ours and {"input", "output"} & set(record):
+    is_row = "target" in record and "output" in record
+    if "instruction" in record and "messages" not in record and not is_row and {"input", "output"} & set(record):
         answer = next((name for name in ("output", "target", "response", "answer") if name in record), None)
         note = "read as Alpaca: the instruction, a line break and the input, where there is one, are the input"
         note += f"; the {answer} is the target" if answer else ""
@@ -111,12 +111,12 @@ def _turn(turn: Record) -> Message:
     if speaker not in ROLES:
         raise Reject("conversations have an unknown speaker", speaker)
     content = text(turn.get("value"), "value")
-    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    extra = {name: value for name, value in turn.items() if name not in ("from", "value")}
     if speaker != "function_call":
-        return {**rest, "role": ROLES[speaker], "content": content}
+        return {**extra, "role": ROLES[speaker], "content": content}
     calls = from_json(content, "function calls")
     functions = calls if isinstance(calls, list) else [calls]
-    return {**rest, "role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in functions]}
+    return {**extra, "role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in functions]}
 
 
 def _completion(record: Record) -> dict[str, Any]:
@@ -133,14 +133,14 @@ def _refuse(record: Record, path: str) -> None:
     if {"chosen", "rejected"} <= names:
         lists = isinstance(record["chosen"], list)
         if lists and "prompt" not in names:
-            how = "data.columns={messages: chosen} reads the chosen conversations"
+            advice = "data.columns={messages: chosen} reads the chosen conversations"
         elif "prompt" in names and not lists:
-            how = "data.columns={input: prompt, target: chosen} reads the chosen answers"
+            advice = "data.columns={input: prompt, target: chosen} reads the chosen answers"
         elif lists:
-            how = "write each prompt with its chosen answer as one list of messages to read these"
+            advice = "write each prompt with its chosen answer as one list of messages to read these"
         else:
-            how = "split each chosen text into an input and a target to read these"
-        raise DataError(f"{path} has preferences, chosen and rejected; {how}")
+            advice = "split each chosen text into an input and a target to read these"
+        raise DataError(f"{path} has preferences, chosen and rejected; {advice}")
     for first, second in _MAPPED:
         if {first, second} <= names:
             raise DataError(

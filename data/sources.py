@@ -84,9 +84,9 @@ def raw_lines(path: str, limit: int = MAX_LINE_BYTES) -> Iterator[bytes]:
         with open(path, "rb") as file:
             first = True
             while line := file.readline(limit + 2):
-                rest = line
-                while len(rest) == limit + 2 and not rest.endswith(b"\n"):
-                    rest = file.readline(limit + 2)
+                chunk = line
+                while len(chunk) == limit + 2 and not chunk.endswith(b"\n"):
+                    chunk = file.readline(limit + 2)
                 yield (line.removeprefix(codecs.BOM_UTF8) if first else line).rstrip(b"\r\n")
                 first = False
     except OSError as error:
@@ -102,44 +102,44 @@ def _json(path: str) -> Source:
         return Source("record", _json_array(path), "read as a JSON array")
     if first.startswith(b"{") and (holder := _only_object(path, first, more)) is not None:
         inside = next((name for name, value in holder.items() if isinstance(value, list | dict)), None)
-        also = f" (its rows may be in {inside!r})" if inside else ""
-        raise DataError(f"{path} holds a single JSON object{also}: give one object a line, or an array of objects")
+        hint = f" (its rows may be in {inside!r})" if inside else ""
+        raise DataError(f"{path} holds a single JSON object{hint}: give one object a line, or an array of objects")
     return Source("line", _json_lines(path))
 
 
 def _only_object(path: str, first: bytes, more: bool) -> dict[str, Any] | None:
     """The object that a file consists of, written over several lines, or with the rows in one of its fields."""
     try:
-        found = json.loads(first)
+        value = json.loads(first)
     except (ValueError, RecursionError):
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8-sig")) if more else None
+            value = json.loads(Path(path).read_text(encoding="utf-8-sig")) if more else None
         except (ValueError, RecursionError):
             return None
-        return found if isinstance(found, dict) else None
-    inside = [one[0] for one in found.values() if isinstance(one, list) and one and isinstance(one[0], dict)]
-    return found if not more and any(not COLUMNS_OF_ROWS.isdisjoint(one) for one in inside) else None
+        return value if isinstance(value, dict) else None
+    inside = [entry[0] for entry in value.values() if isinstance(entry, list) and entry and isinstance(entry[0], dict)]
+    return value if not more and any(not COLUMNS_OF_ROWS.isdisjoint(first_entry) for first_entry in inside) else None
 
 
 def _json_array(path: str) -> Records:
     """The records of a JSON array, parsed one after another."""
     try:
-        whole = Path(path).read_text(encoding="utf-8-sig")
+        content = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"cannot read {path} as a JSON array (not UTF-8, byte {error.start + 1})") from None
-    decoder, at = json.JSONDecoder(), _skip(whole, whole.index("[") + 1)
+    decoder, at = json.JSONDecoder(), _skip(content, content.index("[") + 1)
     try:
-        while whole[at : at + 1] != "]":
-            record, at = decoder.raw_decode(whole, at)
+        while content[at : at + 1] != "]":
+            record, at = decoder.raw_decode(content, at)
             yield record if isinstance(record, dict) else Unreadable("not a JSON object")
-            at = _skip(whole, at)
-            if whole[at : at + 1] == ",":
-                at = _skip(whole, at + 1)
-            elif whole[at : at + 1] != "]":
-                raise json.JSONDecodeError("Expecting ',' or ']'", whole, at)
+            at = _skip(content, at)
+            if content[at : at + 1] == ",":
+                at = _skip(content, at + 1)
+            elif content[at : at + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' or ']'", content, at)
     except (ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path} as a JSON array ({error})") from None
-    if whole[at + 1 :].strip():
+    if content[at + 1 :].strip():
         raise DataError(
             f"cannot read {path} as a JSON array: there is more after its end (in JSON lines, each line is an object, "
             'such as {"messages": [...]})'
@@ -179,13 +179,13 @@ def _separator(path: str, usual: str) -> tuple[str, str]:
         header = re.sub(r'"[^"]*"', "", line.decode("utf-8", errors="replace"))
         break
     names = {",": "commas", ";": "semicolons", "\t": "tabs"}
-    found = [separator for separator in names if separator in header]
-    if len(found) > 1 or (found and usual == "\t" and found != ["\t"]):
+    separators = [separator for separator in names if separator in header]
+    if len(separators) > 1 or (separators and usual == "\t" and separators != ["\t"]):
         raise DataError(
-            f"{path}: its header has {' and '.join(map(names.__getitem__, found))}, so it is not clear what "
+            f"{path}: its header has {' and '.join(map(names.__getitem__, separators))}, so it is not clear what "
             f"separates its columns; use only {names[usual]}, and put names that contain another of these in quotes"
         )
-    separator = found[0] if found else usual
+    separator = separators[0] if separators else usual
     return separator, f"columns are separated by {names[separator]}" if separator != usual else ""
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Every special token, longest first."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    found = dict.fromkeys([*added, *map(str, tokenizer.all_special_tokens)])
-    return tuple(sorted((token for token in found if token), key=len, reverse=True))
+    tokens = dict.fromkeys([*added, *map(str, tokenizer.all_special_tokens)])
+    return tuple(sorted((token for token in tokens if token), key=len, reverse=True))
 
 
 def spelled_out(texts: Iterable[str], special: Iterable[str]) -> str | None:

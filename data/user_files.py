@@ -71,8 +71,8 @@ def split_user_rows(
         log.require(max_reject_fraction)
         accounts["evaluation_file"] = log.as_dict() | _copies(held_out, repeated)
     forbidden = {fingerprint(text_key(row.input)) for sample in held_out.values() for row in sample.items()}
-    here = sum(sizes) if evaluation_file is None else sizes.validation + sizes.train
-    samples, log, leaking = _samples(rows_file, Sampling(here, seed, repeated), reading, forbidden)
+    most = sum(sizes) if evaluation_file is None else sizes.validation + sizes.train
+    samples, log, leaking = _samples(rows_file, Sampling(most, seed, repeated), reading, forbidden)
     log.require(max_reject_fraction)
     accounts["rows_file"] = log.as_dict() | _copies(samples, repeated)
 
@@ -81,12 +81,14 @@ def split_user_rows(
     if evaluation_file is None:
         evaluation = {label: rows[: sizes.evaluation] for label, rows in ranked.items()}
         ranked = {label: rows[sizes.evaluation :] for label, rows in ranked.items()}
-    left = [len(rows) for rows in ranked.values()]
-    validation = shares(sizes.validation, [max(count - 1, 0) for count in left])
-    train = shares(sizes.train, [count - held for count, held in zip(left, validation, strict=True)])
+    counts = [len(rows) for rows in ranked.values()]
+    validation = shares(sizes.validation, [max(count - 1, 0) for count in counts])
+    train = shares(
+        sizes.train, [count - validation_count for count, validation_count in zip(counts, validation, strict=True)]
+    )
     if not sum(validation) or not sum(train):
         total = sum(len(sample.items()) for sample in samples.values())
-        spent = "" if evaluation_file else f" of which evaluation takes {total - sum(left)},"
+        spent = "" if evaluation_file else f" of which evaluation takes {total - sum(counts)},"
         raise DataError(
             f"{rows_file} has {total} distinct usable rows,{spent} and validation and training need one each: "
             "lower data.eval_rows, or give more rows"
@@ -94,9 +96,9 @@ def split_user_rows(
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for rows in evaluation.values():
         splits["evaluation"] += rows
-    for rows, held, taken in zip(ranked.values(), validation, train, strict=True):
-        splits["validation"] += rows[:held]
-        splits["train"] += rows[held : held + taken]
+    for rows, validation_count, train_count in zip(ranked.values(), validation, train, strict=True):
+        splits["validation"] += rows[:validation_count]
+        splits["train"] += rows[validation_count : validation_count + train_count]
     here_alone = SPLITS if evaluation_file is None else SPLITS[1:]
     chosen = Counter(row.label for split in here_alone for row in splits[split])
     dropped = _drop_shared_inputs(splits)
@@ -127,9 +129,9 @@ def sample_user_rows(
     """
     samples, log, _ = _samples(path, Sampling(most, seed, "exact"), reading)
     log.require(max_reject_fraction)
-    found = {label: sample.items() for label, sample in samples.items()}
-    counts = shares(max(most, len(found)), [len(rows) for rows in found.values()])
-    rows = [row for held, count in zip(found.values(), counts, strict=True) for row in held[:count]]
+    rows_of = {label: sample.items() for label, sample in samples.items()}
+    counts = shares(max(most, len(rows_of)), [len(rows) for rows in rows_of.values()])
+    rows = [row for items, count in zip(rows_of.values(), counts, strict=True) for row in items[:count]]
     return rows, log.as_dict()
 
 
@@ -139,11 +141,11 @@ def shares(total: int, available: Sequence[int]) -> list[int]:
     >>> shares(10, [2, 9, 9])
     [2, 4, 4]
     """
-    given = [0] * len(available)
+    result = [0] * len(available)
     order = sorted(range(len(available)), key=lambda place: (available[place], -place))
     for done, place in enumerate(order):
-        given[place] = min(available[place], (total - sum(given)) // (len(order) - done))
-    return given
+        result[place] = min(available[place], (total - sum(result)) // (len(order) - done))
+    return result
 
 
 class Sampling(NamedTuple):
@@ -217,12 +219,12 @@ def sample_user_texts(
 
 def _drop_shared_inputs(splits: dict[str, list[Row]]) -> int:
     """Drops rows whose input is in an earlier split, which happens only between labels; returns how many."""
-    held: set[int] = set()
+    inputs: set[int] = set()
     dropped = 0
     for split in SPLITS:
         keys = [fingerprint(text_key(row.input)) for row in splits[split]]
-        kept = [row for row, key in zip(splits[split], keys, strict=True) if key not in held]
-        dropped += len(splits[split]) - len(kept)
-        splits[split] = kept
-        held.update(keys)
+        unique_rows = [row for row, key in zip(splits[split], keys, strict=True) if key not in inputs]
+        dropped += len(splits[split]) - len(unique_rows)
+        splits[split] = unique_rows
+        inputs.update(keys)
     return dropped

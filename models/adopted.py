@@ -147,7 +147,8 @@ def _check_values(comparison: Comparison, before: Weights, after: Weights) -> No
         if side == "rounded":
             raise ModelError(
                 f"{KEY}: {name} in {after.folder} is {comparison.rounded[name]}, in which {count} values of "
-                "model.source are too large, so the two cannot be compared; save the finetuned model in the dtype of model.source"
+                "model.source are too large, so the two cannot be compared; save the finetuned model in the dtype "
+                "of model.source"
             )
         key, folder = ("model.source", before.folder) if side == "before" else (KEY, after.folder)
         others = len({name for _, name, _ in comparison.not_finite}) - 1

@@ -154,8 +154,8 @@ def _check_config(config: dict[str, Any], folder: Path, key: str) -> None:
         method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
         raise ModelError(
             f"{key}: the config.json in {folder} says that its weights are quantised ({method}), and only plain "
-            "weights can be compared: give the model before quantisation, or a copy that was dequantised; if its weights are "
-            "plain, remove quantization_config from that file"
+            "weights can be compared: give the model before quantisation, or a copy that was dequantised; "
+            "if its weights are plain, remove quantization_config from that file"
         )
     if config.get("auto_map") and not _is_known(config.get("model_type")):
         raise ModelError(

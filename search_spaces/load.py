@@ -47,11 +47,11 @@ class _Loader(yaml.SafeLoader):
     """YAML with fewer surprises: 1e-3 is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        keys = set()
         for key, _ in node.value:
-            if key.value in seen:
+            if key.value in keys:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
-            seen.add(key.value)
+            keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -84,19 +84,19 @@ def _read(config: str | Path) -> dict[str, Any]:
     return values
 
 
-def _check_plain(value: Any, where: str, above: tuple[int, ...] = (), checked: set[int] | None = None) -> None:
+def _check_plain(value: Any, place: str, above: tuple[int, ...] = (), checked: set[int] | None = None) -> None:
     """Rejects values that nest too deep or contain themselves, and text with a NUL, as text may become a path."""
     checked = set() if checked is None else checked
     if isinstance(value, str) and "\0" in value:
-        raise SettingsError(f"{where}: got {_shown(value)}, must be text without a NUL character")
+        raise SettingsError(f"{place}: got {_shown(value)}, must be text without a NUL character")
     if not isinstance(value, dict | list) or id(value) in checked:
         return
     if id(value) in above:
-        raise SettingsError(f"{where} refers to itself")
+        raise SettingsError(f"{place} refers to itself")
     if len(above) == DEEPEST:
-        raise SettingsError(f"{where} nests too deep; settings are {DEEPEST} levels deep at most")
+        raise SettingsError(f"{place} nests too deep; settings are {DEEPEST} levels deep at most")
     for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-        _check_plain(inner, f"{where}{'' if where.endswith(' ') else '.'}{name}", (*above, id(value)), checked)
+        _check_plain(inner, f"{place}{'' if place.endswith(' ') else '.'}{name}", (*above, id(value)), checked)
     checked.add(id(value))  # a YAML alias is the same object again
 
 
@@ -124,9 +124,9 @@ def _sentence(error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     first = _place(problems[0])
     # A setting of a union type has one problem per alternative, at its own key or inside it.
-    same = [other for other in problems if _place(other)[: len(first)] == first]
-    place = max(map(_place, same), key=len)
-    problem, *others = [other for other in same if _place(other) == place]
+    same_key = [candidate for candidate in problems if _place(candidate)[: len(first)] == first]
+    place = max(map(_place, same_key), key=len)
+    problem, *further = [candidate for candidate in same_key if _place(candidate) == place]
     key = ".".join(map(str, place)) or "the settings"
     if problem["type"] == "extra_forbidden":
         allowed = sorted(_section(problem["loc"][:-1]).model_fields)
@@ -138,7 +138,7 @@ def _sentence(error: ValidationError) -> str:
     if problem["type"] == "value_error":
         message = problem["msg"].removeprefix("Value error, ")
         return message if not place else f"{key}: got {_shown(problem['input'])}, {message}"
-    allowed_kinds = dict.fromkeys(map(_allowed, (problem, *others)))
+    allowed_kinds = dict.fromkeys(map(_allowed, (problem, *further)))
     return f"{key}: got {_shown(problem['input'])}, must be {' or '.join(allowed_kinds)}"
 
 
@@ -146,8 +146,8 @@ def _place(problem: Any) -> list[int | str]:
     """The keys and list indices of a problem's location, without pydantic's names for the members of a union."""
     location = list(problem["loc"])
     unknown_key = location.pop() if problem["type"] == "extra_forbidden" else None  # keep it, even if it is `int`
-    kept = [part for part in location if isinstance(part, int) or not _KIND.match(part)]
-    return kept if unknown_key is None else [*kept, unknown_key]
+    parts = [part for part in location if isinstance(part, int) or not _KIND.match(part)]
+    return parts if unknown_key is None else [*parts, unknown_key]
 
 
 _KIND = re.compile(r"(range|choice|value|bool|int|float|str|constrained-\w+)$|(list|literal|function-\w+)\[")

@@ -371,8 +371,8 @@ class Sweep(Section):
                 raise ValueError(f"evaluate.expected: there is no behaviour {expected.behaviour!r}; allowed: {names}")
         for control in (name for name in CONTROLS if name in evaluate.controls):
             if not set(CONDITIONS[control].targets) & set(targets):
-                needed = " or ".join(CONDITIONS[control].targets)
-                raise ValueError(f"evaluate.controls: {control} needs {needed} among deltas.targets, got {targets}")
+                possible = " or ".join(CONDITIONS[control].targets)
+                raise ValueError(f"evaluate.controls: {control} needs {possible} among deltas.targets, got {targets}")
         if self.deltas.objectives != "val_loss" and self.deltas.threshold == "calibrated":
             raise ValueError(
                 "deltas.threshold: got calibrated, must be learned with two objectives: "
@@ -393,19 +393,19 @@ class Sweep(Section):
                 raise ValueError(f"transcoders.target_l0: got {most:g}, must be below transcoders.width {bases.width}")
         layers_of = {"change": self.deltas.layers, "residual": bases.layers}
         lists = [layers_of[target] for target in targets]
-        known = sorted({int(layer) for layers in lists if isinstance(layers, list) for layer in layers})
+        layers_swept = sorted({int(layer) for layers in lists if isinstance(layers, list) for layer in layers})
         for spliced in evaluate.sets if "all" not in lists else ():
-            if isinstance(spliced.layers, list) and (stray := sorted(set(spliced.layers) - set(known))):
-                raise ValueError(f"evaluate.sets: got layer {stray[0]}, the deltas have layers {known}")
+            if isinstance(spliced.layers, list) and (stray := sorted(set(spliced.layers) - set(layers_swept))):
+                raise ValueError(f"evaluate.sets: got layer {stray[0]}, the deltas have layers {layers_swept}")
         for name, section in (("lora", self.lora), ("deltas", self.deltas)):
             ranges = [key for key in type(section.space).model_fields if isinstance(getattr(section.space, key), Range)]
             if section.sampler == "grid" and ranges:
                 raise ValueError(f"{name}.sampler: grid needs choices, and {name}.space.{ranges[0]} is a range")
-        for key, given, allowed in (
+        for key, value, allowed in (
             ("percentile", evaluate.percentile, self.deltas.percentiles),
             ("d_new", evaluate.d_new, self.deltas.d_new),
         ):
-            if given is not None and given not in allowed:
+            if value is not None and value not in allowed:
                 name = "percentiles" if key == "percentile" else key
-                raise ValueError(f"evaluate.{key}: got {given}, must be one of deltas.{name} {allowed}")
+                raise ValueError(f"evaluate.{key}: got {value}, must be one of deltas.{name} {allowed}")
         return self

@@ -36,21 +36,21 @@ Distinct = AfterValidator(_distinct)
 Layers = Annotated[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | Literal["all"], Distinct]
 
 
-def _as_layer_set(given: Any) -> Any:
+def _as_layer_set(value: Any) -> Any:
     """Expands the short forms `all` and `[1, 2]` to {layers: ...}."""
-    return given if isinstance(given, dict | LayerSet) else {"layers": given}
+    return value if isinstance(value, dict | LayerSet) else {"layers": value}
 
 
-def _layers_of_set(given: Any) -> Any:
-    is_layers = isinstance(given, list) and given and all(type(layer) is int and layer >= 0 for layer in given)
-    kind, colon, name = given.rpartition(":") if isinstance(given, str) else ("", "", None)
+def _layers_of_set(value: Any) -> Any:
+    is_layers = isinstance(value, list) and value and all(type(layer) is int and layer >= 0 for layer in value)
+    kind, colon, name = value.rpartition(":") if isinstance(value, str) else ("", "", None)
     is_named = name in NAMED_SETS and (kind in KINDS if colon else True)
-    if not is_named and not (is_layers and len(set(given)) == len(given)):
+    if not is_named and not (is_layers and len(set(value)) == len(value)):
         raise ValueError(
             f"must be {', '.join(NAMED_SETS)}, one of these of one kind, such as {next(iter(KINDS))}:all, or a list of "
-            f"different layers, got {given!r}"
+            f"different layers, got {value!r}"
         )
-    return given
+    return value
 
 
 NAMED_SETS = ("all", "thirds", "each")
@@ -71,12 +71,12 @@ class Section(BaseModel):
         return {name: values[name] for name in (*self.FIRST, *values) if name in values}
 
 
-def _behaviour(given: Any) -> Any:
-    if isinstance(given, dict):  # YAML 1.1 reads the key `on` as true
-        given = {"on" if key is True else key: value for key, value in given.items()}
-    if not (isinstance(given, str) or (isinstance(given, dict) and len(given.keys() - {"on"}) == 1)):
-        raise ValueError(f"must be the name of a check, or {{CHECK: OPTION}} and maybe on: [SUBSETS], got {given!r}")
-    return given
+def _behaviour(entry: Any) -> Any:
+    if isinstance(entry, dict):  # YAML 1.1 reads the key `on` as true
+        entry = {"on" if key is True else key: value for key, value in entry.items()}
+    if not (isinstance(entry, str) or (isinstance(entry, dict) and len(entry.keys() - {"on"}) == 1)):
+        raise ValueError(f"must be the name of a check, or {{CHECK: OPTION}} and maybe on: [SUBSETS], got {entry!r}")
+    return entry
 
 
 Behaviours = dict[

@@ -98,12 +98,12 @@ class Pairs:
         number = 0
         groups = [[self.shards[i] for i in order[start : start + window]] for start in range(0, len(order), window)]
         # A CPU would spend more time on joining a few shards in every epoch's order than on gathering their rows.
-        kept = len(groups) == 1 and device == "cpu" and not self.shards[0][0].is_cuda
-        for fresh in prefetch.moved(groups, device) if not kept else [[]]:
-            mixed = self.joined if kept else Pairs([*leftover, *fresh]).whole()
+        stays = len(groups) == 1 and device == "cpu" and not self.shards[0][0].is_cuda
+        for fresh in prefetch.moved(groups, device) if not stays else [[]]:
+            mixed = self.joined if stays else Pairs([*leftover, *fresh]).whole()
             del fresh
             rows = torch.randperm(len(mixed[0]), generator=generator).to(device)
-            if kept:
+            if stays:
                 rows = self._places(order)[rows]
             full = len(rows) - len(rows) % size
             for first in range(0, full, size):
@@ -167,8 +167,8 @@ def misfits(index: Path, damaged: Collection[Path] = ()) -> list[Path]:
     try:
         listed = {index.parent / shard["file"]: shard["tokens"] for shard in read_index(index.parent)["shards"]}
         missing = [path for path in listed if not path.is_file()]
-        there = [path for path in listed if path not in missing and path not in damaged]
-        fits = all(shard_tokens(path) == listed[path] for path in there)
+        present = [path for path in listed if path not in missing and path not in damaged]
+        fits = all(shard_tokens(path) == listed[path] for path in present)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError):
         fits = False
     return missing if fits else [*missing, index]

@@ -85,7 +85,7 @@ class PlainForward:
         column = place + longest - torch.bincount(row)[row]
         ids, mask, positions = torch.zeros(3, count, longest, dtype=torch.long, device=batch.ids.device)
         ids[row, column], mask[row, column], positions[row, column] = batch.ids, 1, batch.positions
-        columns, where = column[batch.asked].unique(return_inverse=True)
+        columns, places = column[batch.asked].unique(return_inverse=True)
         output = self.adapted(
             input_ids=ids,
             attention_mask=mask,
@@ -94,4 +94,4 @@ class PlainForward:
             logits_to_keep=columns,
             use_cache=False,
         )
-        return output.logits[row[batch.asked], where]
+        return output.logits[row[batch.asked], places]

@@ -142,15 +142,15 @@ def calibrated_cut(
     W_enc: Tensor, b_enc: Tensor, pairs: Pairs, target: float, tokens: int = 16384, batch_size: int = 1024
 ) -> float:
     """The threshold (at least 0) at which the mean L0 over about `tokens` evenly spread training tokens is `target`."""
-    every = max(1, pairs.tokens // tokens)
-    x = torch.cat([shard[0][::every] for shard in pairs.shards])
-    # The `wanted` largest pre-activations should pass, so the next one is the cut; `largest` holds those seen so far.
-    wanted = min(round(target * len(x)), len(x) * W_enc.shape[1] - 1)
+    stride = max(1, pairs.tokens // tokens)
+    x = torch.cat([shard[0][::stride] for shard in pairs.shards])
+    # The `n_active` largest pre-activations should pass, so the next one is the cut; `largest` holds those seen so far.
+    n_active = min(round(target * len(x)), len(x) * W_enc.shape[1] - 1)
     largest = torch.empty(0, device=W_enc.device)
     for part in x.split(batch_size):
         pre = (part.to(W_enc.device, torch.float32) @ W_enc + b_enc).flatten()
-        if len(largest) > wanted:
+        if len(largest) > n_active:
             pre = pre[pre > largest[-1]]
         largest = torch.cat([largest, pre])
-        largest = largest.topk(min(wanted + 1, len(largest))).values
-    return max(0.0, largest[wanted].item())
+        largest = largest.topk(min(n_active + 1, len(largest))).values
+    return max(0.0, largest[n_active].item())

@@ -114,9 +114,9 @@ def capture_shard(
         for site, columns in capture_batch(bridge, rows, sites).items():
             captured[site].append(columns)
     for site, parts in captured.items():
-        whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if not name.startswith("sum")}
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if not name.startswith("sum")}
         sums = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0] if name.startswith("sum")}
-        write_shard(folder / site.folder / _shard_name(number), whole | sums)
+        write_shard(folder / site.folder / _shard_name(number), tensors | sums)
 
 
 def finish_capture(plan: Plan, sites: Mapping[Site, object], folder: Path) -> None:
@@ -184,20 +184,20 @@ def capture_batch(
     """
     model: Any = bridge.original_model
     batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
-    kept = batch.editable
+    tokens = batch.editable
     last = max(sites)
     inputs: dict[Site, Tensor] = {}
     captured: dict[Site, dict[str, Tensor]] = {}
 
     def reader(site: Site) -> Callable[[Tensor], None]:
         def read(x: Tensor) -> None:
-            inputs[site] = x[kept]
+            inputs[site] = x[tokens]
 
         return read
 
     def writer(site: Site) -> Callable[[Tensor], None]:
         def write(y: Tensor) -> None:
-            captured[site] = _columns(sites[site], inputs.pop(site), y[kept])
+            captured[site] = _columns(sites[site], inputs.pop(site), y[tokens])
             if site == last:
                 raise _LastTap
 
@@ -212,14 +212,14 @@ def capture_batch(
     return captured
 
 
-def _columns(wanted: Columns, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def _columns(columns: Columns, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """The columns to store, from x (tokens, d_in) and y (tokens, d_out)."""
-    kept = {"x": x} | ({"y": y} if wanted.y else {})
+    captured = {"x": x} | ({"y": y} if columns.y else {})
     sums = {}
-    if wanted.unfinetuned is not None:
-        finetuned = y if wanted.finetuned is None else wanted.finetuned(x)
-        kept["change"] = finetuned.float() - wanted.unfinetuned(x).float()
-    if wanted.sums or wanted.unfinetuned is not None:
+    if columns.unfinetuned is not None:
+        finetuned = y if columns.finetuned is None else columns.finetuned(x)
+        captured["change"] = finetuned.float() - columns.unfinetuned(x).float()
+    if columns.sums or columns.unfinetuned is not None:
         exact = y.to(torch.float64, copy=True)
         sums = {"sum": exact.sum(0).cpu(), "sum_of_squares": exact.square_().sum(0).cpu()}
-    return {name: tensor.to("cpu", torch.bfloat16) for name, tensor in kept.items()} | sums
+    return {name: tensor.to("cpu", torch.bfloat16) for name, tensor in captured.items()} | sums

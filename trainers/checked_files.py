@@ -23,10 +23,10 @@ HASH = "sha256"
 def save(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> None:
     """Saves tensors and texts in one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     texts = dict(texts or {})
     with replacing(path) as temporary:
-        save_file(whole, temporary, metadata={**texts, HASH: _hash(whole.items(), texts)})
+        save_file(on_cpu, temporary, metadata={**texts, HASH: _hash(on_cpu.items(), texts)})
 
 
 def is_intact(path: Path) -> bool:

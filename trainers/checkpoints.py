@@ -59,9 +59,9 @@ def load_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
     """Restores what `optimiser_tensors` returned; the optimiser must have the same parameters in the same order."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        kind, _, rest = name.partition("/")
+        kind, _, place = name.partition("/")
         if kind == "optimiser":
-            index, _, key = rest.partition("/")
+            index, _, key = place.partition("/")
             state.setdefault(int(index), {})[key] = tensor
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 

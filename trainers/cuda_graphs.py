@@ -34,10 +34,10 @@ class Graphed(Generic[T]):
             self.inputs = [torch.empty_like(tensor) for tensor in inputs]
             return self.function(*inputs)
         pairs = list(zip(inputs, self.inputs, strict=True))
-        if any(given.shape != static.shape or given.dtype != static.dtype for given, static in pairs):
+        if any(tensor.shape != static.shape or tensor.dtype != static.dtype for tensor, static in pairs):
             return self.function(*inputs)
-        for given, static in pairs:
-            static.copy_(given)
+        for new, static in pairs:
+            static.copy_(new)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):  # records only, runs nothing

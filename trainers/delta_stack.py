@@ -46,11 +46,11 @@ _starts: WeakKeyDictionary[Pairs, dict[tuple[str, int], Start]] = WeakKeyDiction
 
 def start_of(train: Pairs, device: str, tokens: int = 4096) -> Start:
     """What features of every seed and width start from, on `device`; kept for as long as the pairs are."""
-    known = _starts.setdefault(train, {})
-    if (device, tokens) not in known:
+    starts = _starts.setdefault(train, {})
+    if (device, tokens) not in starts:
         sample = next(train.batches(min(tokens, train.tokens), torch.Generator().manual_seed(0), device=device))
-        known[device, tokens] = Start(*(column.to(torch.float32) for column in sample))
-    return known[device, tokens]
+        starts[device, tokens] = Start(*(column.to(torch.float32) for column in sample))
+    return starts[device, tokens]
 
 
 @dataclass
@@ -162,16 +162,16 @@ class Stack:
         """The sparsity of a single run; for several, one value per feature."""
         if len(self.runs) == 1:
             return self.sparsity[0]
-        each = torch.stack([torch.as_tensor(sparsity, dtype=torch.float32) for sparsity in self.sparsity])
-        return each.repeat_interleave(self.shared.replicas * self.shared.d_new)
+        per_run = torch.stack([torch.as_tensor(sparsity, dtype=torch.float32) for sparsity in self.sparsity])
+        return per_run.repeat_interleave(self.shared.replicas * self.shared.d_new)
 
     def check(self, losses: Losses) -> None:
         """Checks that the losses are finite, which waits for the device."""
         sums = (losses.error + losses.penalty).view(len(self.runs), -1).sum(1)
         self.processes.add_up([sums])
-        for run, whole in zip(self.runs, sums.tolist(), strict=True):
-            if not run.is_over and not math.isfinite(whole):
-                run.error = DivergedError(f"the loss is {whole} by step {self.at} (lr {run.settings.lr:.2g})")
+        for run, loss in zip(self.runs, sums.tolist(), strict=True):
+            if not run.is_over and not math.isfinite(loss):
+                run.error = DivergedError(f"the loss is {loss} by step {self.at} (lr {run.settings.lr:.2g})")
 
     def validate(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Validates the runs that are not over, and yields the number and figures of those that continue."""
@@ -179,26 +179,26 @@ class Stack:
         for number, run in enumerate(self.runs):
             if run.is_over:
                 continue
-            own = deltas[number * self.shared.replicas :][: self.shared.replicas]
+            deltas_of_run = deltas[number * self.shared.replicas :][: self.shared.replicas]
             figures = {
-                **validate(own, self.data, self.shared.l0_budget),
+                **validate(deltas_of_run, self.data, self.shared.l0_budget),
                 "step": self.at,
                 "tokens": self.tokens,
             }
             run.error = _divergence(figures, self.data, run.settings)
             if run.error is None:
-                run.note(own, figures)
+                run.note(deltas_of_run, figures)
                 yield number, figures
 
     def keep(self, keeper: Keeper) -> None:
-        kept = {
+        saved = {
             f"best/{number}/{i}/{name}": getattr(delta, name)
             for number, run in enumerate(self.runs)
             for i, delta in enumerate(run.best.deltas if run.best else [])
             for name in WEIGHTS
         }
         keeper.write(
-            {**self.model.tensors(), **checkpoints.optimiser_tensors(self.optimiser.adamw), **kept},
+            {**self.model.tensors(), **checkpoints.optimiser_tensors(self.optimiser.adamw), **saved},
             {
                 "run": self._identity(),
                 "at": self.at,
@@ -226,10 +226,10 @@ class Stack:
         self.optimiser.read_weights()
         checkpoints.load_optimiser(self.optimiser.adamw, tensors)
         self.at, self.tokens = state["at"], state["tokens"]
-        for number, (run, kept) in enumerate(zip(self.runs, state["runs"], strict=True)):
-            run.waited, run.reported = kept["waited"], kept["reported"]
-            run.error = kept["error"] and DivergedError(kept["error"])
-            if kept["best"]:
+        for number, (run, saved) in enumerate(zip(self.runs, state["runs"], strict=True)):
+            run.waited, run.reported = saved["waited"], saved["reported"]
+            run.error = saved["error"] and DivergedError(saved["error"])
+            if saved["best"]:
                 best = [
                     Transcoder(
                         **{name: tensors[f"best/{number}/{i}/{name}"] for name in WEIGHTS},
@@ -238,7 +238,7 @@ class Stack:
                     ).to(self.device)
                     for i in range(self.shared.replicas)
                 ]
-                run.best = TrainedDelta(best, kept["best"])
+                run.best = TrainedDelta(best, saved["best"])
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must match to belong to these runs."""

@@ -89,10 +89,10 @@ def polish(
     keeper = keeper or Keeper()
     if not run.restore(keeper):
         run.validate(validation, report)
-    every = max(1, settings.steps // VALIDATIONS)
+    period = max(1, settings.steps // VALIDATIONS)
     while run.at < settings.steps:
         run.step()
-        if run.at % every == 0 or run.at == settings.steps:
+        if run.at % period == 0 or run.at == settings.steps:
             run.validate(validation, report)
         if keeper.is_due:
             run.keep(keeper)
@@ -180,7 +180,7 @@ class _Run:
             for lengths in ([len(row.prompt) - 1 for row in rows], [len(row.target) for row in rows])
         )
         places = torch.arange(first, batch.ids.shape[1] - 1, device=self.device)
-        wanted = (places >= starts) & (places < starts + counts)
+        is_target = (places >= starts) & (places < starts + counts)
         model: Any = self.bridge.original_model
 
         def predictions() -> Tensor:
@@ -191,7 +191,7 @@ class _Run:
                 output = model(
                     input_ids=batch.ids, position_ids=batch.positions, use_cache=False, logits_to_keep=places
                 )
-            return output.logits[wanted].float().log_softmax(-1)
+            return output.logits[is_target].float().log_softmax(-1)
 
         with torch.no_grad():
             finetuned = predictions()

@@ -153,16 +153,16 @@ class _Run:
         if self.accelerator.num_processes > 1:
             gradient.copy_(self.accelerator.reduce(gradient, "sum"))
             total = self.accelerator.reduce(total, "sum")
-        whole = total.item()
-        if not math.isfinite(whole):
-            raise DivergedError(f"the training loss is {whole} at step {self.at + 1} (lr {self.settings.lr:.2g})")
+        total_loss = total.item()
+        if not math.isfinite(total_loss):
+            raise DivergedError(f"the training loss is {total_loss} at step {self.at + 1} (lr {self.settings.lr:.2g})")
         nn.utils.clip_grad_norm_([self.weights], self.settings.grad_clip)
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.lr * self.schedule(self.at)
         self.optimiser.step()
         gradient.zero_()
         self.at += 1
-        self.summed += whole
+        self.summed += total_loss
         self.summed_steps += 1
         self.tokens += sum(len(row.ids) for row in rows)
         self.seconds += time.perf_counter() - started
@@ -273,8 +273,8 @@ def validation_counts(
         logits = forward(batch)
         lengths = torch.tensor([len(row.target) for row in chunk])
         firsts = lengths.cumsum(0) - lengths
-        wanted = torch.tensor([token for row in chunk for token in row.target])
-        right = logits.argmax(-1).cpu() == wanted
+        targets = torch.tensor([token for row in chunk for token in row.target])
+        right = logits.argmax(-1).cpu() == targets
         nats = cross_entropy_sum(logits, batch.labels).item()
         sums += torch.tensor([nats, lengths.sum(), right.sum(), len(chunk), right[firsts].sum()], dtype=torch.float64)
     return sums

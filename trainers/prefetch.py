@@ -26,14 +26,14 @@ def moved(groups: Sequence[Sequence[Shard]], device: str) -> Iterator[list[Shard
         with torch.cuda.stream(copies):
             return [tuple(tensor.to(device, non_blocking=True) for tensor in shard) for shard in group]
 
-    coming = [start(groups[0])]
-    for following in [*groups[1:], ()]:
+    transfers = [start(groups[0])]
+    for next_group in [*groups[1:], ()]:
         compute.wait_stream(copies)
-        for shard in coming[0]:
+        for shard in transfers[0]:
             for tensor in shard:
                 tensor.record_stream(compute)  # else its memory could be reused while a step still reads it
-        coming.append(start(following))
-        yield coming.pop(0)
+        transfers.append(start(next_group))
+        yield transfers.pop(0)
 
 
 @functools.cache

@@ -78,10 +78,10 @@ class StackedBases:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
         W_enc, b_enc, W_dec, b_dec = self.gradients()
-        narrow = x.to(dtype)
+        x_low = x.to(dtype)
         losses, fired = [], []
         for index, target in enumerate(target_l0):
-            pre = torch.addmm(self.b_enc[index].to(dtype), narrow, self.W_enc[index].to(dtype).T)
+            pre = torch.addmm(self.b_enc[index].to(dtype), x_low, self.W_enc[index].to(dtype).T)
             kind = _Active if has_sparse_products(pre.device.type) else _DenseActive
             active = kind.of(pre, batch_cut(pre, target, generator, group, tokens))
             error = torch.addmm(self.b_dec[index] - y, active.matrix(active.values), self.W_dec[index])
@@ -224,14 +224,14 @@ def batch_cut(
         flat = _sample(flat.float(), chosen - group.first(count // width) * width, group)
     elif chosen is not None:
         flat = flat[chosen]
-    kept = round(len(flat) * target / width)
-    return flat.float().kthvalue(max(1, len(flat) - kept)).values.clamp(min=0.0).to(pre.dtype)
+    n_active = round(len(flat) * target / width)
+    return flat.float().kthvalue(max(1, len(flat) - n_active)).values.clamp(min=0.0).to(pre.dtype)
 
 
 def _sample(flat: Tensor, chosen: Tensor, group: Processes) -> Tensor:
     """The values at `chosen`, indices relative to this process's first value; those out of range are on other
     processes."""
-    here = (chosen >= 0) & (chosen < len(flat))
-    values = torch.where(here, flat[chosen.clamp(0, len(flat) - 1)], 0.0)
+    inside = (chosen >= 0) & (chosen < len(flat))
+    values = torch.where(inside, flat[chosen.clamp(0, len(flat) - 1)], 0.0)
     group.add_up([values])
     return values

@@ -75,10 +75,10 @@ class Start:
         self, replicas: int, d_new: int, l0_budget: float, seed: int, times: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """W_enc, b_enc and log_threshold of `times` times `replicas` deltas, the caller's to change."""
-        asked = (replicas, d_new, l0_budget, seed, times)
-        if asked not in self._known:
-            self._known[asked] = self._computed(*asked)
-        W_enc, b_enc, log_threshold = self._known[asked]
+        key = (replicas, d_new, l0_budget, seed, times)
+        if key not in self._known:
+            self._known[key] = self._computed(*key)
+        W_enc, b_enc, log_threshold = self._known[key]
         return W_enc.clone(), b_enc.clone(), log_threshold.clone()
 
     def _computed(
@@ -96,10 +96,10 @@ class Start:
     @cached_property
     def _ridged(self) -> Tensor:
         """The covariance of x, and the ridge on its diagonal."""
-        apart = self.x - self.x.mean(0)
-        covariance = apart.T @ apart / len(apart)
+        centred = self.x - self.x.mean(0)
+        covariance = centred.T @ centred / len(centred)
         ridge = (RIDGE * covariance.diagonal().mean()).clamp(min=1e-6)
-        return covariance + ridge * torch.eye(len(covariance), device=apart.device)
+        return covariance + ridge * torch.eye(len(covariance), device=centred.device)
 
     def _predictive(self, mixtures: Tensor) -> Tensor:
         """`(cov(x) + ridge)^-1 cov(x, residual) mixtures` as unit columns (d_in, n), for `mixtures` (d_out, n). A
@@ -160,7 +160,9 @@ class StackedDeltas:
         on = torch.gt(pre, threshold, out=torch.empty_like(pre, dtype=torch.bool if pre.is_cuda else None))
         acts = pre * on
         # The _foreach calls launch one kernel for several tensors.
-        rows, seen = torch._foreach_div([self.W_dec.flatten(0, 1), _product(residual.T, acts).T], deviation)  # W, a' r
+        rows, acts_residual = torch._foreach_div(
+            [self.W_dec.flatten(0, 1), _product(residual.T, acts).T], deviation
+        )  # W, a' r
         along = _product(residual, rows.T)
         apart = self._apart(acts)
         gram = self.W_dec @ self.W_dec.transpose(1, 2)
@@ -175,7 +177,9 @@ class StackedDeltas:
         to_acts = torch.add(push, beyond, alpha=per_error)
         expected = apart.transpose(1, 2) @ apart @ self.W_dec  # a' a W
         self.W_dec.grad = (
-            expected.sub_(seen.view_as(expected)).mul_(per_error).add_(self.W_dec * pull.view(self.count, -1, 1))
+            expected.sub_(acts_residual.view_as(expected))
+            .mul_(per_error)
+            .add_(self.W_dec * pull.view(self.count, -1, 1))
         )
 
         if thresholds:
@@ -191,10 +195,10 @@ class StackedDeltas:
         return Losses(tokens, d_out, counts, acts, beyond, along, total, norms)
 
     @torch.no_grad()
-    def steer(self, on: Tensor, wanted: Tensor) -> None:
+    def steer(self, on: Tensor, target: Tensor) -> None:
         """Moves all thresholds of each replica together, to bring its number of active features in a batch from `on`
-        (n,) towards `wanted` (n,)."""
-        error = torch.addcdiv(self._none, on, wanted).clamp_(max=1).mul_(STEER)
+        (n,) towards `target` (n,)."""
+        error = torch.addcdiv(self._none, on, target).clamp_(max=1).mul_(STEER)
         self.log_threshold.view(self.count, -1).add_(error.unsqueeze(1))
 
     @torch.no_grad()

@@ -46,19 +46,19 @@ class StackedAdamW:
 
     def __init__(self, model: StackedDeltas, parts: int, weight_decay: float) -> None:
         self.model = model
-        whole = [model.W_dec, model.b_enc, model.log_threshold]
+        tensors = [model.W_dec, model.b_enc, model.log_threshold]
         if parts == 1:
-            self.encoders, self.rows = [model.W_enc], [whole]
+            self.encoders, self.rows = [model.W_enc], [tensors]
         else:
             self.encoders = [columns.contiguous() for columns in model.W_enc.chunk(parts, dim=1)]
-            self.rows = [list(part) for part in zip(*(tensor.chunk(parts) for tensor in whole), strict=True)]
+            self.rows = [list(part) for part in zip(*(tensor.chunk(parts) for tensor in tensors), strict=True)]
         on_gpu = model.W_enc.is_cuda
         # A CUDA graph would bake in a number; it reads a tensor at each replay.
         self.rates: list[float | Tensor] = [model.W_enc.new_zeros(()) if on_gpu else 0.0 for _ in range(parts)]
         groups = []
         for rate, encoder, (W_dec, *offsets) in zip(self.rates, self.encoders, self.rows, strict=True):
-            together = [] if weight_decay else offsets  # one call instead of two
-            groups.append({"params": [encoder, W_dec, *together], "lr": rate, "weight_decay": weight_decay})
+            merged = [] if weight_decay else offsets  # one call instead of two
+            groups.append({"params": [encoder, W_dec, *merged], "lr": rate, "weight_decay": weight_decay})
             if weight_decay:
                 groups.append({"params": offsets, "lr": rate, "weight_decay": 0.0})
         self.adamw = torch.optim.AdamW(groups, lr=self.rates[0], fused=True, capturable=on_gpu)
@@ -84,12 +84,12 @@ class StackedAdamW:
                 encoder.copy_(columns)
 
     def _share_gradients(self) -> None:
-        whole = [tensor.grad for tensor in (self.model.W_dec, self.model.b_enc, self.model.log_threshold)]
+        grads = [tensor.grad for tensor in (self.model.W_dec, self.model.b_enc, self.model.log_threshold)]
         assert self.model.W_enc.grad is not None
         parts = len(self.encoders)
         for encoder, columns in zip(self.encoders, self.model.W_enc.grad.chunk(parts, dim=1), strict=True):
             encoder.grad = columns.contiguous()
-        chunks = (gradient.chunk(parts) for gradient in whole if gradient is not None)
+        chunks = (gradient.chunk(parts) for gradient in grads if gradient is not None)
         for tensors, *gradients in zip(self.rows, *chunks, strict=True):
             for tensor, gradient in zip(tensors, gradients, strict=True):
                 tensor.grad = gradient

@@ -48,15 +48,15 @@ def shipped_copy_texts(path: Path = SHIPPED) -> list[str]:
 def copy_texts_of(documents: Iterable[str]) -> Iterator[str]:
     """Sentences from web documents that pass `is_copy_text` and end like a sentence, at most two per document."""
     for document in documents:
-        found = 0
+        count = 0
         for line in document.splitlines():
             for sentence in _SENTENCE.split(line.strip()):
                 if sentence[-1:] in ".!?" and is_copy_text(sentence):
                     yield sentence
-                    found += 1
-                if found == 2:
+                    count += 1
+                if count == 2:
                     break
-            if found == 2:
+            if count == 2:
                 break
 
 

@@ -58,17 +58,17 @@ def near_duplicates(sets: Iterable[set[str]], threshold: float = NEAR_DUPLICATE)
     sets = list(sets)
     frequency = Counter(word for words in sets for word in words)
     holders: defaultdict[str, list[int]] = defaultdict(list)
-    found: set[int] = set()
+    duplicates: set[int] = set()
     for index, words in enumerate(sets):
         least = -int(-threshold * len(words) // 1)  # ceiling
         prefix = sorted(words, key=lambda word: (frequency[word], word))[: len(words) - least + 1]
         for other in {other for word in prefix for other in holders[word]}:
             shared = len(words & sets[other])
             if shared >= threshold * (len(words) + len(sets[other]) - shared):
-                found |= {index, other}
+                duplicates |= {index, other}
         for word in prefix:
             holders[word].append(index)
-    return found
+    return duplicates
 
 
 def read_texts(path: str) -> list[str]:

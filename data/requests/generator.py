@@ -185,13 +185,13 @@ def tool_ood_rows(rng: random.Random, options: RequestOptions) -> Iterator[Row]:
     First family: operands from the training range, so that only the phrasing is new. Second family: operands from the
     unseen range, or chains of more operands than any training request has.
     """
-    seen = (options.operand_min, options.operand_max)
+    usual = (options.operand_min, options.operand_max)
     unseen = (options.ood_operand_min, options.ood_operand_max)
     while True:
-        for bounds in (seen, unseen):
+        for bounds in (usual, unseen):
             if bounds is unseen and rng.random() < 0.5:
                 length = rng.randint(5, 6) if options.parentheses else 3
-                expression = _chain(rng, options, seen, length)
+                expression = _chain(rng, options, usual, length)
                 text = rng.choice(OOD_SYMBOL_REQUESTS).format(e=expression)
             else:
                 text, expression = _request(rng, options, bounds, OOD_SYMBOL_REQUESTS, OOD_WORD_REQUESTS)
@@ -245,9 +245,9 @@ def _with_parentheses(rng: random.Random, options: RequestOptions, bounds: tuple
 
 def _operand(rng: random.Random, options: RequestOptions, bounds: tuple[int, int], nonzero: bool = False) -> str:
     low, high = bounds
-    whole = rng.randint(max(low, 1) if nonzero else low, high)
-    text = str(whole)
-    if options.decimals and whole < high and rng.random() < 1 / 3:
+    number = rng.randint(max(low, 1) if nonzero else low, high)
+    text = str(number)
+    if options.decimals and number < high and rng.random() < 1 / 3:
         text += f".{rng.randint(1, 9)}" if rng.random() < 0.5 else f".{rng.randint(0, 9)}{rng.randint(1, 9)}"
     if options.negatives and rng.random() < 1 / 4:
         text = f"-{text}"
