@@ -48,11 +48,11 @@ def main(
     )
     base, x, y = _problem(d_model, d_sae, steps * batch)
     residual = residual_of(base, x, y)
-    held = slice(0, VALIDATION_TOKENS)
-    variance = output_variance(Pairs([(x[held], y[held])]))
-    unexplained = residual[held].float().pow(2).mean().item() / variance
+    held_out = slice(0, VALIDATION_TOKENS)
+    variance = output_variance(Pairs([(x[held_out], y[held_out])]))
+    unexplained = residual[held_out].float().pow(2).mean().item() / variance
     residual = residual.bfloat16()  # as a sweep stores it
-    data = DeltaData(Pairs([(x, residual)]), Pairs([(x[held], residual[held])]), variance, unexplained, Site(0))
+    data = DeltaData(Pairs([(x, residual)]), Pairs([(x[held_out], residual[held_out])]), variance, unexplained, Site(0))
     settings = DeltaSettings(d_new=d_new, batch_size=batch, epochs=1, l0_budget=16, threshold="learned")
     reference = train_plainly(base, x, y, variance, settings, reference_steps + 1, device)
     settings = replace(settings, precision=precision)

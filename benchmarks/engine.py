@@ -81,8 +81,8 @@ def _ours(folder: Path, number: int, share: cluster.Share) -> None:
 
     def track(group: Group, result: dict[str, Any]) -> None:
         name = f"trial_{result['trial']:04d}"
-        kept = {key: result[key] for key in ("history", "started", "seconds", "params")}
-        tracker.record(Record(f"search/{name}", name, "search", metrics=result["figures"], **kept))
+        facts = {key: result[key] for key in ("history", "started", "seconds", "params")}
+        tracker.record(Record(f"search/{name}", name, "search", metrics=result["figures"], **facts))
 
     with Progress().bar("search", number, "trials") as bar:
         run_search(
@@ -120,8 +120,8 @@ def _optuna(folder: Path, number: int, share: cluster.Share) -> None:
     from joblib import Parallel, delayed
 
     folder.mkdir(parents=True)
-    each = [number // share.at_once + (place < number % share.at_once) for place in range(share.at_once)]
-    Parallel(n_jobs=share.at_once)(delayed(optimise)(str(folder / "journal.log"), count) for count in each)
+    counts = [number // share.at_once + (place < number % share.at_once) for place in range(share.at_once)]
+    Parallel(n_jobs=share.at_once)(delayed(optimise)(str(folder / "journal.log"), count) for count in counts)
 
 
 def optimise(journal: str, count: int) -> None:
@@ -158,13 +158,15 @@ def cells(number: Annotated[int, typer.Option("--cells")] = 10_000) -> None:
         pool = Pool(share)
         list(pool.run(nothing, range(100)))
         started = time.perf_counter()
-        found = sorted(outcome.result for outcome in pool.run(nothing, range(number), affinity=lambda task: task // 8))
+        results = sorted(
+            outcome.result for outcome in pool.run(nothing, range(number), affinity=lambda task: task // 8)
+        )
         ours = number / (time.perf_counter() - started)
         pool.close()
         started = time.perf_counter()
         expected = ray.get([bare.remote(task) for task in range(number)])
         plain = number / (time.perf_counter() - started)
-    assert found == expected
+    assert results == expected
     typer.echo(
         f"{number} cells: {ours:.0f} per second through the fan-out, {plain:.0f} as bare Ray tasks: {ours / plain:.2f}x"
     )
@@ -221,10 +223,10 @@ def outside(
     name, *overrides = config or ["quickstart"]
     context = Context(load(name, overrides))
     folder = context.space.folder
-    done = [json.loads(line) for line in (folder / TIMELINE).read_text().splitlines()]
+    tasks = [json.loads(line) for line in (folder / TIMELINE).read_text().splitlines()]
     for pattern in ("lora/trial_*/result.json", "deltas/layer_*/*/d*/trial_*/result.json"):
-        done += [read_json(path) for path in folder.glob(pattern)]
-    work = [(task["started"], task["started"] + task["seconds"]) for task in done]
+        tasks += [read_json(path) for path in folder.glob(pattern)]
+    work = [(task["started"], task["started"] + task["seconds"]) for task in tasks]
     total = spent = 0.0
     for stage in STAGES:
         path = stage.folder(context) / MANIFEST

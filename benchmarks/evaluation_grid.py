@@ -64,7 +64,7 @@ def ours(
 ) -> Table:
     """The whole grid. Strengths 0 and 1 are no_delta and full: measured once, stored twice."""
     table: Table = {}
-    how: dict[str, Any] = {"limits": Limits(budget), "behaviours": {}}
+    settings: dict[str, Any] = {"limits": Limits(budget), "behaviours": {}}
     plain = Passes(bridge, shortcuts=shortcuts)
     prefixes = Prefixes(bridge, [patch.site for patch in patches], together=shortcuts.capture_once)
     for subset, of_subset in rows.items():
@@ -78,17 +78,19 @@ def ours(
                     if key[0] == patches[0].site and key[1] == "raw" and key[3] == subset
                 }
             else:
-                known = Known(reference=reference)
-                ((_, figures, texts),) = evaluate_behaviour(plain, (), of_subset, [Ask("raw")], known=known, **how)
+                known_results = Known(reference=reference)
+                ((_, figures, texts),) = evaluate_behaviour(
+                    plain, (), of_subset, [Ask("raw")], known=known_results, **settings
+                )
                 _file(table, (patch.site, "raw", 0.0, subset), figures, texts)
-                outputs = [one["tokens"] for one in texts]
+                outputs = [text["tokens"] for text in texts]
             answers = evaluate_behaviour(
                 replace(plain, prefixes=prefixes if shortcuts.share_prefix else None),
                 [patch],
                 of_subset,
                 [Ask("alpha", alpha) for alpha in ALPHAS],
                 known=Known(outputs, reference=reference),
-                **how,
+                **settings,
             )
             for ask, figures, texts in answers:
                 for condition, alpha in CELLS[1:]:
@@ -98,8 +100,8 @@ def ours(
 
 
 def _file(table: Table, place: tuple[Site, str, float, str], figures: Sequence[Any], texts: Sequence[Any]) -> None:
-    for one, text in zip(figures, texts, strict=True):
-        table[*place, one["index"]] = Figures(one["nll"] / one["n_tokens"], text["tokens"])
+    for row, text in zip(figures, texts, strict=True):
+        table[*place, row["index"]] = Figures(row["nll"] / row["n_tokens"], text["tokens"])
 
 
 def plain_cell(
@@ -134,31 +136,31 @@ def plain_cell(
 def _hooks(bridge: Any, patch: Patch, condition: str, alpha: float, editable: Tensor) -> list[Hook]:
     if condition == "raw":
         return []
-    seen: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
 
     def read(x: Tensor) -> None:
-        seen["x"] = x
+        inputs["x"] = x
 
     def write(y: Tensor, part: slice) -> Tensor:
-        ground = made = patch.ground(seen["x"])
+        ground = edited = patch.ground(inputs["x"])
         if condition != "no_delta" and patch.delta is not None:
-            made = made + (1.0 if condition == "full" else alpha) * patch.transcoder(seen["x"])
+            edited = edited + (1.0 if condition == "full" else alpha) * patch.transcoder(inputs["x"])
         whole = y.shape[:2] == editable.shape
-        where = editable if whole else torch.ones_like(y[..., 0], dtype=torch.bool)
+        to_edit = editable if whole else torch.ones_like(y[..., 0], dtype=torch.bool)
         elsewhere = ground
         if whole and condition != "no_delta" and patch.delta is not None and patch.delta.at_bos is not None:
             elsewhere = ground + (1.0 if condition == "full" else alpha) * (patch.delta.at_bos @ patch.transcoder.W_dec)
         unedited = y if patch.path is None else elsewhere[..., part]
-        return torch.where(where.unsqueeze(-1), made[..., part].to(y.dtype), unedited)
+        return torch.where(to_edit.unsqueeze(-1), edited[..., part].to(y.dtype), unedited)
 
     return hooks_at(bridge, patch.site, read, write)
 
 
-def compare(table: Table, key: tuple[Site, str, float, str, int], found: Figures) -> None:
+def compare(table: Table, key: tuple[Site, str, float, str, int], plain: Figures) -> None:
     """Raises SystemExit if our figures differ from those of the plain computation."""
     mine = table[key]
-    if mine.output != found.output or abs(mine.ce - found.ce) > 1e-4:
-        raise SystemExit(f"{key}: ours {mine}, plain {found}")
+    if mine.output != plain.output or abs(mine.ce - plain.ce) > 1e-4:
+        raise SystemExit(f"{key}: ours {mine}, plain {plain}")
 
 
 def matmul_rate(device: Any, size: int = 2048, tries: int = 6) -> float:
@@ -186,7 +188,11 @@ def unavoidable_flops(bridge: Any, rows: dict[str, list[Row]], patches: Sequence
             total += len(encoded.ids) * body + len(encoded.target) * head + new * (body + head)
             for patch in patches:
                 above = (bridge.cfg.n_layers - 1 - patch.site.layer) * a_layer
-                features = sum(one.W_enc.numel() * 2 for one in (patch.base, patch.transcoder) if one is not None)
+                features = sum(
+                    transcoder.W_enc.numel() * 2
+                    for transcoder in (patch.base, patch.transcoder)
+                    if transcoder is not None
+                )
                 total += (len(encoded.ids) + new) * features
                 for alpha in ALPHAS:
                     output = table[patch.site, "alpha", alpha, subset, number].output
@@ -239,14 +245,16 @@ def main(
     bridge = load_bridge(context)
     device = device_of(bridge)
     numbers = list(map(int, layers.split(",")))
-    which = combination(context, DeltaChoice(deltas or None))
+    chosen_deltas = combination(context, DeltaChoice(deltas or None))
     patches = [
         patch.to(device)
-        for patch in load_patches(context, numbers, which, bridge)
+        for patch in load_patches(context, numbers, chosen_deltas, bridge)
         if patch.site.kind.name in kinds.split(",")
     ]
-    every = list(read_rows(str(context.space.data / "evaluation.jsonl")))
-    rows = {subset: [row for row in every if row.label == subset][:prompts] for subset in ("tool", "copy", "tool_ood")}
+    all_rows = list(read_rows(str(context.space.data / "evaluation.jsonl")))
+    rows = {
+        subset: [row for row in all_rows if row.label == subset][:prompts] for subset in ("tool", "copy", "tool_ood")
+    }
     cells = [(patch, *cell, subset) for patch in patches for cell in CELLS for subset in rows]
     typer.echo(
         f"{len(cells)} cells of {prompts} prompts, {budget} new tokens, sites {sites_label(p.site for p in patches)}, "
@@ -257,7 +265,10 @@ def main(
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     flops, rate = unavoidable_flops(bridge, rows, patches, table), matmul_rate(device)
     typer.echo(f"ours                 {seconds:9.1f} s   {memory:.2f} GiB peak")
-    by_kind = {patch.site.kind: [one for one in patches if one.site.kind == patch.site.kind] for patch in patches}
+    by_kind = {
+        patch.site.kind: [same_kind for same_kind in patches if same_kind.site.kind == patch.site.kind]
+        for patch in patches
+    }
     if len(by_kind) > 1:
         costs = {
             kind: timed(partial(ours, bridge, rows, some, budget), device)[0] / len(some)
@@ -282,9 +293,9 @@ def main(
         for patch, condition, alpha, subset in chance.sample(cells, sample):
             first = chance.randrange(prompts) if size == 1 else 0
             chosen = rows[subset][first : first + size]
-            took, found = timed(partial(plain_cell, bridge, chosen, patch, condition, alpha, budget), device)
+            took, plain_figures = timed(partial(plain_cell, bridge, chosen, patch, condition, alpha, budget), device)
             spent += took
-            for number, figures in enumerate(found):
+            for number, figures in enumerate(plain_figures):
                 compare(table, (patch.site, condition, alpha, subset, first + number), figures)
         whole = spent / sample * count
         typer.echo(

@@ -63,11 +63,11 @@ def main(
         delta_steps(device, d_model, d_sae, batch, steps)
     if "bases" in chosen:
         base_steps(device, d_model, d_sae, batch, steps)
-    for one in models.split(","):
+    for model in models.split(","):
         if "lora" in chosen:
-            lora_tokens(device, one)
+            lora_tokens(device, model)
         if "evaluation" in chosen:
-            cells(device, one)
+            cells(device, model)
 
 
 def delta_steps(device: str, d_model: int, d_sae: int, batch: int, steps: int, d_new: int = 128) -> None:
@@ -157,7 +157,7 @@ def lora_tokens(device: str, name: str, steps: int = 30) -> None:
                 else:
                     examples = [Example(row.ids, place) for place, row in enumerate(encoded)]
                     batches = islice(shuffled_batches(examples, BATCH, 0), run_settings.steps)
-                    order = [encoded[row.labelled] for one in batches for row in one]
+                    order = [encoded[row.labelled] for batch in batches for row in batch]
                     model, seconds = train_reference(model, tokenizer, order, run_settings)
                 model = model.unload() if run_settings is not settings else model
             rates[side] = tokens / seconds
@@ -177,19 +177,19 @@ def cells(device: str, name: str, prompts: int = 16, budget: int = 16, sampled: 
         for site, path in read_paths(bridge, Path(scratch), mlp_sites(layers)).items():
             delta = transcoder(bridge.cfg.d_model, 128, site.layer, bias=False)
             patches.append(Patch(site, path, replace(delta, W_dec=0.05 * delta.W_dec)).to(device))
-        found = random_rows(4 * prompts)
-        rows = {label: [row for row in found if row.label == label][:prompts] for label in ("tool", "copy")}
+        candidates = random_rows(4 * prompts)
+        rows = {label: [row for row in candidates if row.label == label][:prompts] for label in ("tool", "copy")}
         ours(bridge, {label: few[:2] for label, few in rows.items()}, patches, budget)  # warms up libraries
         seconds, table = timed(lambda: ours(bridge, rows, patches, budget), device)
-        chance, spent, same, furthest = random.Random(0), 0.0, 0, 0.0
+        chance, spent, equal, furthest = random.Random(0), 0.0, 0, 0.0
         grid = [(patch, *cell, label) for patch in patches for cell in CELLS for label in rows]
         for patch, condition, alpha, label in chance.sample(grid, sampled):
             place = chance.randrange(prompts)
             chosen = [rows[label][place]]
-            took, (one,) = timed(partial(plain_cell, bridge, chosen, patch, condition, alpha, budget), device)
+            took, (plain,) = timed(partial(plain_cell, bridge, chosen, patch, condition, alpha, budget), device)
             mine = table[patch.site, condition, alpha, label, place]
-            spent, same = spent + took, same + (mine.output == one.output)
-            furthest = max(furthest, abs(mine.ce - one.ce))
+            spent, equal = spent + took, equal + (mine.output == plain.output)
+            furthest = max(furthest, abs(mine.ce - plain.ce))
         whole = spent / sampled * len(grid) * prompts
         few = {label: some[:4] for label, some in rows.items()}
         less, _ = timed(lambda: ours(bridge, few, patches, budget), device)
@@ -197,7 +197,7 @@ def cells(device: str, name: str, prompts: int = 16, budget: int = 16, sampled: 
         typer.echo(
             f"evaluation, {name}, fp32, {len(grid)} cells of {prompts} prompts: ours {seconds:.1f} s, "
             f"one by one {whole / seconds:.0f}x (from {sampled} of {len(grid) * prompts}; "
-            f"{same} of {sampled} texts equal, CE at most {furthest:.1e} apart)   "
+            f"{equal} of {sampled} texts equal, CE at most {furthest:.1e} apart)   "
             f"{launches / less:.0f} launches a second   {share(computing / less)}   {peak()}"
         )
 

@@ -36,21 +36,21 @@ def main(
     bridge = load_bridge(context)
     patches = load_patches(context, None, combination(context, DeltaChoice("change")), bridge)
     ids = encode_prompt(bridge.tokenizer, prompt_row(context, prompt))
-    with held_model(bridge, patches, Output(ids, 0)) as held:
-        held.effects([None], Frozen())  # the pass forward
-        active = [Place(site, *pair) for site, acts in held.acts.items() for pair in (acts > 0).nonzero().tolist()]
+    with held_model(bridge, patches, Output(ids, 0)) as model:
+        model.effects([None], Frozen())  # the pass forward
+        active = [Place(site, *pair) for site, acts in model.acts.items() for pair in (acts > 0).nonzero().tolist()]
         active = [place for place in active if place.position > 0]
         chosen = sorted(random.Random(0).sample(active, targets))
         alone = 0.0
-        for together in (1, 2, 4, 8, 16):
+        for count in (1, 2, 4, 8, 16):
             seconds = []
             for _ in range(repeats):
                 started = time.process_time()
-                for start in range(0, targets, together):
-                    held.effects(chosen[start : start + together], Frozen())
+                for start in range(0, targets, count):
+                    model.effects(chosen[start : start + count], Frozen())
                 seconds.append(time.process_time() - started)
             alone = alone or min(seconds)
-            typer.echo(f"{together} at once: {min(seconds):.2f} s, {alone / min(seconds):.2f} times as fast as alone")
+            typer.echo(f"{count} at once: {min(seconds):.2f} s, {alone / min(seconds):.2f} times as fast as alone")
     typer.echo(f"{targets} targets, {len(ids)} tokens, {len(patches)} sites")
 
 

@@ -56,29 +56,29 @@ def main(
         print(json.dumps(run_side(side, folder, rows, steps, dtype_of(dtype))))
         return
     typer.echo(f"{model}, {dtype}, {steps} steps of {BATCH} rows, {torch.get_num_threads()} threads")
-    runs: dict[str, list[dict[str, float]]] = {one: [] for one in SIDES}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory() as scratch:
         prepared = Path(scratch) / "rows.jsonl"
         prepared.write_text("\n".join(json.dumps(row) for row in chosen_rows(rows, steps * BATCH + VALIDATION_ROWS)))
         for _ in range(rounds):
-            for one, found in runs.items():
-                command = [sys.executable, "-m", "benchmarks.lora", "--side", one, "--rows", str(prepared)]
+            for name, reports in runs.items():
+                command = [sys.executable, "-m", "benchmarks.lora", "--side", name, "--rows", str(prepared)]
                 command += ["--dtype", dtype, "--steps", str(steps), "--model", model]
                 command += ["--threads", str(torch.get_num_threads())]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                found.append(json.loads(done.stdout.splitlines()[-1]))
-                rate, memory = found[-1]["tokens_per_second"], found[-1]["peak_gb"]
-                of_cpu = found[-1]["tokens_per_cpu_second"]
+                process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                reports.append(json.loads(process.stdout.splitlines()[-1]))
+                rate, memory = reports[-1]["tokens_per_second"], reports[-1]["peak_gb"]
+                of_cpu = reports[-1]["tokens_per_cpu_second"]
                 typer.echo(
-                    f"{one:<9} {rate:8.1f} tokens/s  {of_cpu:8.1f} tokens/CPU-second  {memory:5.2f} GB  "
-                    f"val_loss {found[-1]['val_loss']:.4f}"
+                    f"{name:<9} {rate:8.1f} tokens/s  {of_cpu:8.1f} tokens/CPU-second  {memory:5.2f} GB  "
+                    f"val_loss {reports[-1]['val_loss']:.4f}"
                 )
     peak = matmul_rate(dtype_of(dtype))
-    best = {one: max(found, key=lambda run: run["tokens_per_second"]) for one, found in runs.items()}
+    best = {name: max(reports, key=lambda run: run["tokens_per_second"]) for name, reports in runs.items()}
     theirs, ours = best["reference"], best["ours"]
-    for one, figures in best.items():
+    for name, figures in best.items():
         share = figures["tokens_per_second"] * figures["flops_per_token"] / peak
-        typer.echo(f"{one}: {share:.2f} of the measured matmul rate of {peak / 1e9:.0f} GFLOP/s")
+        typer.echo(f"{name}: {share:.2f} of the measured matmul rate of {peak / 1e9:.0f} GFLOP/s")
     typer.echo(
         f"ours over reference: {ours['tokens_per_second'] / theirs['tokens_per_second']:.2f}x tokens/s, "
         f"{ours['tokens_per_cpu_second'] / theirs['tokens_per_cpu_second']:.2f}x tokens/CPU-second, "
@@ -132,9 +132,9 @@ def run_side(side: str, folder: Path, path: str | None, steps: int, dtype: torch
 def train_ours(model: Any, tokenizer: Any, rows: Sequence[Row], settings: LoraSettings) -> tuple[Any, float]:
     """The adapted model, and the seconds its steps took."""
     reports: list[dict[str, Any]] = []
-    kept: list[Any] = []
-    train_lora(model, tokenizer, Splits(rows, rows[:1]), settings, reports.append, kept.append)
-    return kept[-1], reports[-1]["tokens"] / reports[-1]["tokens_per_second"]
+    adapters: list[Any] = []
+    train_lora(model, tokenizer, Splits(rows, rows[:1]), settings, reports.append, adapters.append)
+    return adapters[-1], reports[-1]["tokens"] / reports[-1]["tokens_per_second"]
 
 
 def train_reference(model: Any, tokenizer: Any, rows: Sequence[Encoded], settings: LoraSettings) -> tuple[Any, float]:

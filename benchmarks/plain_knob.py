@@ -52,9 +52,9 @@ def named_as_on_the_page(sweep: Path, models: Path) -> Iterator[None]:
     (model,) = [folder for folder in models.iterdir() if folder.is_dir() and not folder.name.endswith(".tmp")]
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch) / "mlruns"
-        for place, one in {"sweeps/quickstart": sweep, "models/smollm2-135m-here": model}.items():
+        for place, source in {"sweeps/quickstart": sweep, "models/smollm2-135m-here": model}.items():
             (home / place).parent.mkdir(parents=True)
-            (home / place).symlink_to(one.resolve())
+            (home / place).symlink_to(source.resolve())
         with chdir(scratch):
             yield
 

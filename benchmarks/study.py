@@ -91,39 +91,39 @@ def widths(report: Path) -> list[dict[str, Any]]:
 
 
 def controls(report: Path) -> list[dict[str, Any]]:
-    table, found = whole(report, "recovered"), []
+    table, rows = whole(report, "recovered"), []
     half = table["alpha"] == 0.5
     plain = table["condition"].ne("alpha") & (table["alpha"].isna() | (table["alpha"] == 1.0))
     for metric, name in {"mean_ce": "CE", "kl": "KL"}.items():
-        here = table["metric"] == metric
-        found += figures(table[here & plain], "recovered", name + ": {series}")
-        found += figures(table[here & half], "recovered", name + ": {series}, alpha 0.5")
-    return found
+        of_metric = table["metric"] == metric
+        rows += figures(table[of_metric & plain], "recovered", name + ": {series}")
+        rows += figures(table[of_metric & half], "recovered", name + ": {series}, alpha 0.5")
+    return rows
 
 
 def doses(report: Path) -> list[dict[str, Any]]:
-    table, found = whole(report, "exp2B_metrics"), []
+    table, rows = whole(report, "exp2B_metrics"), []
     for metric in ["mean_ce", "kl", *rates(table)]:
-        found += figures(table, metric, metric + ": {series}: {alpha:g}")
+        rows += figures(table, metric, metric + ": {series}: {alpha:g}")
     unedited = read(report, "exp2A_metrics")
     for condition, name in {"raw": "finetuned", "base_model_raw": "un-finetuned"}.items():
-        here = unedited[unedited["condition"] == condition]
+        of_condition = unedited[unedited["condition"] == condition]
         for metric in ["mean_ce", *rates(unedited)]:
-            found += figures(here, metric, f"{metric}: {name}")
-    return found
+            rows += figures(of_condition, metric, f"{metric}: {name}")
+    return rows
 
 
 def places(report: Path) -> list[dict[str, Any]]:
     """Figures for sets of layers: the cost of swapping them, its share of the effect, and what is recovered."""
-    found = []
+    rows = []
     for name, value in (("gaps", "gap"), ("gaps", "share"), ("recovered", "recovered")):
         table = read(report, name)
         table = table[(table["target"] == "change") & (table["metric"] == "mean_ce")]
         table = table[table["layer"] != widest_set(table)]
         if name == "recovered":
             table = table[table["condition"] == "full"]
-        found += figures(table, value, value + ": {layer}")
-    return found
+        rows += figures(table, value, value + ": {layer}")
+    return rows
 
 
 def few(report: Path) -> list[dict[str, Any]]:
@@ -132,7 +132,7 @@ def few(report: Path) -> list[dict[str, Any]]:
 
 def residuals(report: Path) -> list[dict[str, Any]]:
     """Figures for the reference study's method: the residuals' parts, the bases' cost, what deltas recover."""
-    deltas, found = read(report, "kept_deltas"), []
+    deltas, rows = read(report, "kept_deltas"), []
     deltas = deltas[(deltas["target"] == "residual") & (deltas["d_new"] == deltas["d_new"].max())]
     names = {
         "val_fvu_base_unfinetuned": "base FVU before",
@@ -141,14 +141,14 @@ def residuals(report: Path) -> list[dict[str, Any]]:
         "val_fvu": "FVU with delta",
     }
     for column, name in names.items() if len(deltas) else ():
-        found += figures(deltas, column, name + ": {layer}")
+        rows += figures(deltas, column, name + ": {layer}")
     gaps, recovered = (read(report, name) for name in ("gaps", "recovered"))
     gaps, recovered = (
         table[(table["target"] == "residual") & (table["metric"] == "mean_ce")] for table in (gaps, recovered)
     )
-    found += figures(gaps, "gap", "gap: {layer}")
-    found += figures(recovered[recovered["condition"] == "full"], "recovered", "recovered: {layer}")
-    return found
+    rows += figures(gaps, "gap", "gap: {layer}")
+    rows += figures(recovered[recovered["condition"] == "full"], "recovered", "recovered: {layer}")
+    return rows
 
 
 TABLES: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
@@ -164,12 +164,12 @@ TABLES: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
 
 def sweeps(root: Path) -> dict[tuple[str, int], Path]:
     """The existing reports of the study, by adapter and seed."""
-    found = {}
+    reports = {}
     for adapter, name in ADAPTERS.items():
         for report in sorted(root.glob(f"sweeps/{name}-s[0-9]/report")):
             if (report / "gaps.csv").is_file():
-                found[adapter, int(report.parent.name[-1])] = report
-    return found
+                reports[adapter, int(report.parent.name[-1])] = report
+    return reports
 
 
 app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
@@ -181,32 +181,32 @@ def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")
     the root."""
     from benchmarks.study_pictures import write_pictures
 
-    found = sweeps(root)
-    if not found:
+    reports = sweeps(root)
+    if not reports:
         typer.echo(f"error: {root} holds no finished sweep of the study (study-s0, ...)", err=True)
         raise typer.Exit(2)
     FOLDER.mkdir(exist_ok=True)
     for name, make in TABLES.items():
         rows = [
             {"adapter": adapter, "seed": seed, **row}
-            for (adapter, seed), report in found.items()
+            for (adapter, seed), report in reports.items()
             for row in make(report)
         ]
         save(name, pd.DataFrame(rows, columns=COLUMNS))
     pairs = {
-        one: (report.parent, other)
-        for one, report in found.items()
+        key: (report.parent, other)
+        for key, report in reports.items()
         if (other := report.parent.with_name(report.parent.name.replace("-s", "-polish-s"))).is_dir()
     }
-    rows = [{"adapter": one[0], "seed": one[1], **row} for one, pair in pairs.items() for row in polish(*pair)]
+    rows = [{"adapter": key[0], "seed": key[1], **row} for key, pair in pairs.items() for row in polish(*pair)]
     save("polish", pd.DataFrame(rows, columns=COLUMNS))
-    cards = [read(report, "features").assign(adapter=adapter, seed=seed) for (adapter, seed), report in found.items()]
+    cards = [read(report, "features").assign(adapter=adapter, seed=seed) for (adapter, seed), report in reports.items()]
     few_columns = ["adapter", "seed", "layer", "feature", "rank", "at_bos", "promoted"]
     table = pd.concat(cards)
     effects = [name for name in table if re.fullmatch(r"(ablated|alone)_ce_\w+|firing_rate_\w+", name)]
     save("cards", table[[*few_columns, *effects]])
     write_pictures(FOLDER)
-    typer.echo(f"{len(found)} adapters: {FOLDER}")
+    typer.echo(f"{len(reports)} adapters: {FOLDER}")
 
 
 def save(name: str, table: pd.DataFrame) -> None:
@@ -215,8 +215,8 @@ def save(name: str, table: pd.DataFrame) -> None:
     if path.is_file():
         before = pd.read_csv(path)
         new = set(zip(table["adapter"], table["seed"], strict=True))
-        kept = before[[one not in new for one in zip(before["adapter"], before["seed"], strict=True)]]
-        table = pd.concat([kept, table]) if len(kept) else table
+        older = before[[pair not in new for pair in zip(before["adapter"], before["seed"], strict=True)]]
+        table = pd.concat([older, table]) if len(older) else table
     if table.empty:
         return
     order = table["adapter"].map(list(ADAPTERS).index) * len(table) + table["seed"]

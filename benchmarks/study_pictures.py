@@ -31,11 +31,13 @@ def knob(doses: pd.DataFrame) -> Figure:
         for number, adapter in enumerate(adapters):
             colour, marker = look(number)
             for series, style in (("deltas", "-"), ("scaled weights", ":")):
-                here = doses[(doses["subset"] == subset) & (doses["metric"] == metric) & (doses["adapter"] == adapter)]
-                here = here[here["series"] == series]
-                for seed, lines in here.groupby("seed"):
+                lines_of = doses[
+                    (doses["subset"] == subset) & (doses["metric"] == metric) & (doses["adapter"] == adapter)
+                ]
+                lines_of = lines_of[lines_of["series"] == series]
+                for seed, lines in lines_of.groupby("seed"):
                     lines = lines.assign(alpha=lines["alpha"].astype(float)).sort_values("alpha")
-                    label = f"{adapter}: {series}" if seed == here["seed"].min() else None
+                    label = f"{adapter}: {series}" if seed == lines_of["seed"].min() else None
                     size = 3 if style == "-" else 0
                     axes.plot(
                         lines["alpha"], lines["value"], style, color=colour, linewidth=1, alpha=0.8, label=label,
@@ -58,16 +60,16 @@ def widths(table: pd.DataFrame) -> Figure:
     shown = [(adapter, subset) for adapter, subset in places]
     figure, grid = panels(len(shown), columns=table["subset"].nunique(), height=2.7)
     for axes, (adapter, subset) in zip(grid, shown, strict=True):
-        here = table[(table["adapter"] == adapter) & (table["subset"] == subset)]
-        for number, (series, lines) in enumerate(here.groupby("series", sort=False)):
+        of_panel = table[(table["adapter"] == adapter) & (table["subset"] == subset)]
+        for number, (series, lines) in enumerate(of_panel.groupby("series", sort=False)):
             colour, marker = look(number)
-            found = lines.groupby("width")["value"].agg(["mean", "min", "max"])
-            axes.plot(found.index, found["mean"], color=colour, marker=marker, label=str(series))
-            axes.fill_between(found.index, found["min"], found["max"], color=colour, alpha=0.15, linewidth=0)
+            spread = lines.groupby("width")["value"].agg(["mean", "min", "max"])
+            axes.plot(spread.index, spread["mean"], color=colour, marker=marker, label=str(series))
+            axes.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.15, linewidth=0)
         axes.axhline(1, color=MUTED, linewidth=1)
         axes.set_xscale("log", base=2)
-        tried = sorted(here["width"].unique())
-        axes.set_xticks(tried, [str(one) for one in tried])
+        tried = sorted(of_panel["width"].unique())
+        axes.set_xticks(tried, [str(width) for width in tried])
         axes.set(title=f"{adapter}, {plain(subset)}", xlabel="d_new, features a layer")
         axes.set_ylim(-0.05, 1.1)
     grid[0].set_ylabel("share of the CE gap recovered")
@@ -87,9 +89,9 @@ def layers(table: pd.DataFrame) -> Figure | None:
             colour, marker = look(number)
             lines = lines.assign(layer=lines["layer"].astype(int)).sort_values("layer")
             bars = [lines["value"] - lines["low"], lines["high"] - lines["value"]]
-            where = lines["layer"] + 0.2 * (number - 1)
+            positions = lines["layer"] + 0.2 * (number - 1)
             axes.errorbar(
-                where, lines["value"], yerr=bars, color=colour, marker=marker, markersize=3, linestyle="none",
+                positions, lines["value"], yerr=bars, color=colour, marker=marker, markersize=3, linestyle="none",
                 label=plain(str(subset)),
             )  # fmt: skip
         axes.axhline(0, color=MUTED, linewidth=1)

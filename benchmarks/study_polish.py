@@ -50,10 +50,10 @@ def _subsets(sweep: Path) -> list[str]:
 def _cell(sweep: Path, pattern: str) -> Path:
     """The cell of that name with the most layers."""
     cells = list((sweep / "cells").glob(f"{pattern}.json"))
-    found = sorted(cells, key=lambda path: len(json.loads(path.read_text())["layers"]))
-    if not found:
+    largest_last = sorted(cells, key=lambda path: len(json.loads(path.read_text())["layers"]))
+    if not largest_last:
         raise FileNotFoundError(f"{sweep} has no cell {pattern}; run the sweep to its end")
-    return found[-1]
+    return largest_last[-1]
 
 
 def _sums(cell: Path) -> dict[str, Sums]:

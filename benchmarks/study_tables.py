@@ -68,17 +68,17 @@ def by_seed(table: pd.DataFrame, what: str, name: str) -> str:
     table = table[table["what"] == what]
     seeds = seeds_of(table)
     rows = []
-    for adapter, subset, here in groups(table):
-        cells = [single(here[here["seed"] == seed]) for seed in seeds]
-        rows.append([adapter, f"`{subset}`", *cells, mean_over(here["value"])])
+    for adapter, subset, of_group in groups(table):
+        cells = [single(of_group[of_group["seed"] == seed]) for seed in seeds]
+        rows.append([adapter, f"`{subset}`", *cells, mean_over(of_group["value"])])
     return markdown(["adapters", "subset", *(f"{name}, seed {seed}" for seed in seeds), "over adapters"], rows)
 
 
 def by_what(table: pd.DataFrame, whats: dict[str, str]) -> str:
     """Several figures as means over adapters: a row for each adapter and subset, a column for each figure."""
     rows = [
-        [adapter, f"`{subset}`", *(mean_over(here.loc[here["what"] == what, "value"]) for what in whats)]
-        for adapter, subset, here in groups(table)
+        [adapter, f"`{subset}`", *(mean_over(of_group.loc[of_group["what"] == what, "value"]) for what in whats)]
+        for adapter, subset, of_group in groups(table)
     ]
     return markdown(["adapters", "subset", *whats.values()], rows)
 
@@ -90,11 +90,11 @@ def read(folder: Path, name: str) -> pd.DataFrame:
 def quoted(folder: Path, file: str, adapter: str, subset: str, what: str) -> str:
     """A figure for the prose with its interval: the mean over adapters, or the value of a single one."""
     table = read(folder, file)
-    here = table[(table["adapter"] == adapter) & (table["subset"] == subset) & (table["what"].astype(str) == what)]
-    if here.empty:
+    matching = table[(table["adapter"] == adapter) & (table["subset"] == subset) & (table["what"].astype(str) == what)]
+    if matching.empty:
         raise KeyError(f"{file}.csv has no row of {adapter!r}, {subset!r}, {what!r}")
-    digits = 4 if here["value"].abs().max() < 0.01 else 3
-    return single(here, digits) if len(here) == 1 else mean_over(here["value"], digits)
+    digits = 4 if matching["value"].abs().max() < 0.01 else 3
+    return single(matching, digits) if len(matching) == 1 else mean_over(matching["value"], digits)
 
 
 def ceiling(folder: Path) -> str:
@@ -115,8 +115,8 @@ def widths(folder: Path) -> str:
     table[["series", "width"]] = table["what"].str.split(": ", expand=True)
     wide = sorted(int(width) for width in table["width"].unique())
     rows = []
-    for adapter, subset, here in groups(table):
-        for series, lines in here.groupby("series", sort=False):
+    for adapter, subset, of_group in groups(table):
+        for series, lines in of_group.groupby("series", sort=False):
             cells = [mean_over(lines.loc[lines["width"].astype(int) == width, "value"], 2) for width in wide]
             rows.append([adapter, f"`{subset}`", str(series), *cells])
     return markdown(["adapters", "subset", "in the MLPs' place", *(f"d_new {width}" for width in wide)], rows)
@@ -141,12 +141,12 @@ def dose(folder: Path) -> str:
     sparse = table[(table["series"] == "deltas") & table["metric"].isin(metrics)]
     doses = sorted(sparse["alpha"].unique(), key=float)
     rows = []
-    for adapter, subset, here in groups(sparse):
+    for adapter, subset, of_group in groups(sparse):
         for metric, name in metrics.items():
-            lines = here[here["metric"] == metric]
-            cells = [number(lines.loc[lines["alpha"] == one, "value"].mean(), 2) for one in doses]
+            lines = of_group[of_group["metric"] == metric]
+            cells = [number(lines.loc[lines["alpha"] == alpha, "value"].mean(), 2) for alpha in doses]
             rows.append([adapter, f"`{subset}`", name, *cells])
-    return markdown(["adapters", "subset", "mean of", *(f"alpha {one}" for one in doses)], rows)
+    return markdown(["adapters", "subset", "mean of", *(f"alpha {alpha}" for alpha in doses)], rows)
 
 
 def thirds(folder: Path) -> str:
@@ -154,8 +154,8 @@ def thirds(folder: Path) -> str:
     table[["of", "layers"]] = table["what"].str.split(": ", expand=True)
     table = table[table["layers"].str.contains("-")]
     rows = []
-    for adapter, subset, here in groups(table):
-        for layers, lines in here.groupby("layers", sort=False):
+    for adapter, subset, of_group in groups(table):
+        for layers, lines in of_group.groupby("layers", sort=False):
             cells = [mean_over(lines.loc[lines["of"] == of, "value"]) for of in ("gap", "share", "recovered")]
             rows.append([adapter, f"`{subset}`", str(layers), *cells])
     return markdown(["adapters", "subset", "layers", "gap", "share of the whole effect", "recovered"], rows)
@@ -165,13 +165,13 @@ def few(folder: Path) -> str:
     table = read(folder, "few_features")
     table["what"] = table["what"].astype(int)
     seeds, rows = seeds_of(table), []
-    for adapter, subset, here in groups(table):
-        needed = []
+    for adapter, subset, of_group in groups(table):
+        counts = []
         for seed in seeds:
-            enough = here[(here["seed"] == seed) & (here["value"] >= 0.9)]["what"]
-            needed.append(NONE if enough.empty else str(enough.min()))
-        ten = here[here["what"] == 16]
-        rows.append([adapter, f"`{subset}`", *needed, mean_over(ten["value"], 2)])
+            enough = of_group[(of_group["seed"] == seed) & (of_group["value"] >= 0.9)]["what"]
+            counts.append(NONE if enough.empty else str(enough.min()))
+        ten = of_group[of_group["what"] == 16]
+        rows.append([adapter, f"`{subset}`", *counts, mean_over(ten["value"], 2)])
     return markdown(["adapters", "subset", *(f"features for 90%, seed {seed}" for seed in seeds), "16 recover"], rows)
 
 
@@ -184,13 +184,13 @@ def cards(folder: Path) -> str:
         if name.startswith("alone_ce_") and not name.endswith(("_low", "_high"))
     ]
     rows = []
-    for adapter, here in table.groupby("adapter", sort=False):
-        for _, row in here.head(10).iterrows():
-            where = f"layer {row['layer']}, " + ("at BOS" if row["at_bos"] else f"feature {int(row['feature'])}")
+    for adapter, of_adapter in table.groupby("adapter", sort=False):
+        for _, row in of_adapter.head(10).iterrows():
+            place = f"layer {row['layer']}, " + ("at BOS" if row["at_bos"] else f"feature {int(row['feature'])}")
             effects = [number(row[f"{way}_ce_{subset}"]) for way in ("ablated", "alone") for subset in subsets[:1]]
             words = [ast.literal_eval(word).strip().replace("`", "'") for word in QUOTED.findall(str(row["promoted"]))]
             promoted = ", ".join(f"`{word}`" for word in words[:4])
-            rows.append([str(adapter), str(int(row["rank"])), where, *effects, promoted.replace("|", "\\|")])
+            rows.append([str(adapter), str(int(row["rank"])), place, *effects, promoted.replace("|", "\\|")])
     return markdown(
         ["adapters", "rank", "feature", "CE on `tool`, change without it", "change with it alone", "promotes"], rows
     )
@@ -202,8 +202,10 @@ def residuals(folder: Path) -> str:
     columns = ("base FVU before", "base FVU after", "change", "FVU with delta")
     trained = table[table["of"].isin(columns)]
     rows = []
-    for (adapter, layer), here in trained.groupby(["adapter", "layers"], sort=False):
-        rows.append([str(adapter), str(layer), *(number(here.loc[here["of"] == of, "value"].mean()) for of in columns)])
+    for (adapter, layer), of_layer in trained.groupby(["adapter", "layers"], sort=False):
+        rows.append(
+            [str(adapter), str(layer), *(number(of_layer.loc[of_layer["of"] == of, "value"].mean()) for of in columns)]
+        )
     return markdown(["adapters", "layer", *columns], rows)
 
 
@@ -219,8 +221,8 @@ def residual_splices(folder: Path) -> str:
         "recovered": "residual deltas win back",
     }
     rows = [
-        [adapter, f"`{subset}`", *(single(here[here["of"] == of]) for of in columns)]
-        for adapter, subset, here in groups(table[table["of"].isin(columns)])
+        [adapter, f"`{subset}`", *(single(of_group[of_group["of"] == of]) for of in columns)]
+        for adapter, subset, of_group in groups(table[table["of"].isin(columns)])
     ]
     return markdown(["adapters", "subset", *columns.values()], rows)
 
@@ -230,8 +232,8 @@ def polished(folder: Path) -> str:
     table[["of", "width"]] = table["what"].str.split(": ", expand=True)
     columns = ("recovered before", "recovered after", "CE after - before", "KL after - before")
     rows = []
-    for (seed, width), here in table[table["subset"] != ""].groupby(["seed", "width"], sort=False):
-        for subset, lines in here.groupby("subset", sort=False):
+    for (seed, width), of_width in table[table["subset"] != ""].groupby(["seed", "width"], sort=False):
+        for subset, lines in of_width.groupby("subset", sort=False):
             cells = [single(lines[lines["of"] == of], 4 if "-" in of else 3) for of in columns]
             rows.append([str(seed), str(width), f"`{subset}`", *cells])
     return markdown(["seed", "d_new", "subset", *columns], rows)

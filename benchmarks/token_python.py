@@ -54,12 +54,12 @@ def narrow(shape: Shape) -> Shape:
 def by_parts(bridge: Any) -> Iterator[None]:
     """Inside the `with`, hooks are run by the bridge's parts, as where the model's own modules cannot serve them."""
     served = bridge.__dict__["wiring"].module_hooks
-    held = dict(served)
+    original = dict(served)
     served.clear()
     try:
         yield
     finally:
-        served.update(held)
+        served.update(original)
 
 
 WAYS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
@@ -94,14 +94,14 @@ def seconds_a_token(
         assert all(len(output) == tokens for output in written)
         return now() - started
 
-    found: dict[str, list[float]] = {name: [] for name in WAYS}
+    seconds_of: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(REPEATS):  # in turn, so that all see the same machine
         for name, way in WAYS.items():
             edit = Edit() if name == "no deltas" else Edit(patches, "alpha")
             with way(bridge):
                 run(FEW, edit)
-                found[name].append((run(MANY, edit) - run(FEW, edit)) / (MANY - FEW))
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+                seconds_of[name].append((run(MANY, edit) - run(FEW, edit)) / (MANY - FEW))
+    return {name: statistics.median(seconds) for name, seconds in seconds_of.items()}
 
 
 def _delta(path: BlockPath, device: str) -> Transcoder:

@@ -82,11 +82,11 @@ def text(context: Context, split: str, tokens: int) -> list[list[int]]:
     section = settings.activations
     folders = str(context.rows), str(context.space.data), str(context.model)
     plan = plan_of(Text(split, tokens, *folders, section.batch_tokens, section.max_length, settings.seed))
-    return [list(one) for one in plan.sequences]
+    return [list(ids) for ids in plan.sequences]
 
 
 def batches(pair: Pair, sequences: Sequence[Sequence[int]]) -> list[Batch]:
-    chosen = by_length([len(one) for one in sequences], BATCH_TOKENS)
+    chosen = by_length([len(ids) for ids in sequences], BATCH_TOKENS)
     return [pair.batch([sequences[i] for i in places]) for places in chosen]
 
 
@@ -94,7 +94,7 @@ def captured(bridge: Any, sequences: Sequence[Sequence[int]], columns: Mapping[S
     """Inputs of the finetuned model's MLPs, (tokens, d_model), by site."""
     parts = [
         capture_batch(bridge, [sequences[i] for i in places], columns)
-        for places in by_length([len(one) for one in sequences], 16 * BATCH_TOKENS)
+        for places in by_length([len(ids) for ids in sequences], 16 * BATCH_TOKENS)
     ]
     return {site: torch.cat([part[site]["x"] for part in parts]) for site in columns}
 
@@ -102,44 +102,44 @@ def captured(bridge: Any, sequences: Sequence[Sequence[int]], columns: Mapping[S
 @torch.no_grad()
 def l0(patches: Sequence[Patch], inputs: Mapping[Site, Tensor]) -> float:
     """Active features per token and layer, on the inputs of the finetuned model's MLPs."""
-    found = [
+    counts = [
         (patch.delta.encode(inputs[patch.site]) > 0).sum(1).double().mean().item() for patch in patches if patch.delta
     ]
-    return sum(found) / len(found)
+    return sum(counts) / len(counts)
 
 
 def without(patches: Sequence[Patch]) -> list[Patch]:
     return [replace(patch, delta=without_bos(patch.transcoder)) for patch in patches if patch.delta]
 
 
-def repeat(context: Context, site: Site, which: tuple[Any, int], precision: str) -> tuple[float, float]:
+def repeat(context: Context, site: Site, delta: tuple[Any, int], precision: str) -> tuple[float, float]:
     """Trains all trials of a site's deltas again; returns the CPU seconds of the kept one and of the others."""
     section, settings = context.settings.deltas, context.settings
     data = read_change(context.space.activations / "finetuned", site)
-    fixed = settings_of(DeltaSettings, section, d_new=which[1], seed=settings.seed, precision=precision)
-    folder = context.space.deltas / Address(site, *which).folder
-    kept, seconds = read_json(folder / "best.json")["trial"], [0.0, 0.0]
+    fixed = settings_of(DeltaSettings, section, d_new=delta[1], seed=settings.seed, precision=precision)
+    folder = context.space.deltas / Address(site, *delta).folder
+    kept_trial, seconds = read_json(folder / "best.json")["trial"], [0.0, 0.0]
     for path in sorted(folder.glob("trial_*/result.json")):
         params, begun = read_json(path)["params"], time.process_time()
         chosen = {name: params[name] for name in ("lr", "sparsity")}
         train_delta(data, replace(fixed, **chosen))
-        seconds[path.parent.name != f"trial_{kept:04d}"] += time.process_time() - begun
+        seconds[path.parent.name != f"trial_{kept_trial:04d}"] += time.process_time() - begun
     return seconds[0], seconds[1]
 
 
 def sums(passes: Passes, edit: Edit, rows: Sequence[Encoded], reference: Reference) -> tuple[list[float], float]:
     """Nats of each row, and KL(finetuned || spliced) per target token."""
     scored = score(passes, edit, [Job(row) for row in rows], reference=reference)
-    return [one.nll for one in scored], sum(one.kl or 0.0 for one in scored) / sum(one.n_tokens for one in scored)
+    return [row.nll for row in scored], sum(row.kl or 0.0 for row in scored) / sum(row.n_tokens for row in scored)
 
 
 def show(bridge: Any, context: Context, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Prints the tables; returns their figures."""
     figures = []
-    every = list(read_rows(str(context.rows / "evaluation.jsonl")))
+    all_rows = list(read_rows(str(context.rows / "evaluation.jsonl")))
     typer.echo(f"{'':<38}{'recovered of the CE gap':<25}{'above':>9}{'KL':>7}{'L0':>6}{'CPU seconds':>16}{'GiB':>6}")
-    for subset in dict.fromkeys(row.label for row in every):
-        encoded = [encode_row(bridge.tokenizer, row) for row in every if row.label == subset]
+    for subset in dict.fromkeys(row.label for row in all_rows):
+        encoded = [encode_row(bridge.tokenizer, row) for row in all_rows if row.label == subset]
         tokens = [float(len(row.target)) for row in encoded]
         measured_on: tuple[Any, ...] = (encoded, Reference(bridge))
         raw, _ = sums(Passes(bridge), Edit(), *measured_on)
@@ -154,10 +154,10 @@ def show(bridge: Any, context: Context, rows: Sequence[Row]) -> list[dict[str, A
             interval = f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]"
             took = f"{row.cpu_seconds:16.0f}{row.memory:6.1f}"
             typer.echo(f"  {row.name:<36}{interval:<25}{above.value:9.4f}{kl:7.4f}{row.active:6.1f}{took}")
-            kept = {name: getattr(row, name) for name in ("name", "active", "cpu_seconds", "memory")}
+            facts = {name: getattr(row, name) for name in ("name", "active", "cpu_seconds", "memory")}
             ends = {"recovered": share.value, "low": share.low, "high": share.high}
             apart = {"above": above.value, "above_low": above.low, "above_high": above.high}
-            figures.append({"subset": subset, **kept, **ends, **apart, "kl": kl})
+            figures.append({"subset": subset, **facts, **ends, **apart, "kl": kl})
     return figures
 
 
@@ -165,10 +165,10 @@ def run(pair: Pair, material: TrainingInputs, lr: float, steps: int) -> Trained:
     """Trains their adapters once, with progress lines."""
     begun = time.perf_counter()
 
-    def report(step: int, found: Losses) -> None:
+    def report(step: int, losses: Losses) -> None:
         if step % SHOWN == 0 or step == steps:
-            left = clock((time.perf_counter() - begun) * (steps - step) / step)
-            typer.echo(f"  step {step} of {steps}: KL {found.kl.item():.4f}, L0 {found.active:.1f}, {left} left")
+            remaining = clock((time.perf_counter() - begun) * (steps - step) / step)
+            typer.echo(f"  step {step} of {steps}: KL {losses.kl.item():.4f}, L0 {losses.active:.1f}, {remaining} left")
 
     return train(pair, material, lr, steps, report)
 
@@ -187,11 +187,11 @@ def main(
     name, *overrides = config or ["quickstart"]
     context = Context(load(name, overrides))
     section = context.settings.activations
-    which = combination(context, DeltaChoice("change", d_new=max(context.settings.deltas.d_new)))
+    chosen = combination(context, DeltaChoice("change", d_new=max(context.settings.deltas.d_new)))
     precision = resolve_precision(context.settings.compute.precision, device_for(context))
     bridge = load_bridge(context)
     device = device_of(bridge)
-    patches = [patch.to(device) for patch in load_patches(context, None, which, bridge)]
+    patches = [patch.to(device) for patch in load_patches(context, None, chosen, bridge)]
     sites = [patch.site for patch in patches]
     learnt = text(context, "train", section.train_tokens)
     held_out = text(context, "validation", section.validation_tokens)
@@ -199,28 +199,28 @@ def main(
     before = read_paths(bridge, context.model, sites)
     begun = time.process_time()
     inputs = captured(bridge, learnt, {site: Columns(y=False, unfinetuned=before[site]) for site in sites})
-    seconds, others = time.process_time() - begun, 0.0
+    seconds, other_seconds = time.process_time() - begun, 0.0
     for site in sites:
-        of_kept, of_others = repeat(context, site, which, precision)
-        seconds, others = seconds + of_kept, others + of_others
-    typer.echo(f"ours: {seconds:.0f} CPU seconds; the trials that were not kept took {others:.0f} more")
-    seen = captured(bridge, held_out, dict.fromkeys(sites, Columns(y=False)))
-    active = l0(patches, seen)
+        of_kept, of_others = repeat(context, site, chosen, precision)
+        seconds, other_seconds = seconds + of_kept, other_seconds + of_others
+    typer.echo(f"ours: {seconds:.0f} CPU seconds; the trials that were not kept took {other_seconds:.0f} more")
+    inputs_held_out = captured(bridge, held_out, dict.fromkeys(sites, Columns(y=False)))
+    active = l0(patches, inputs_held_out)
     rows = [Row("ours", patches, active, seconds, peak())]
     rows.append(rows[0]._replace(name="ours, no BOS", patches=without(patches)))
 
-    other = wrap(*load_model(finetuned(context), torch.float32, str(device)))
-    pair = Pair(bridge, other, patches, dtype_of(precision))
+    finetuned_bridge = wrap(*load_model(finetuned(context), torch.float32, str(device)))
+    pair = Pair(bridge, finetuned_bridge, patches, dtype_of(precision))
     nudges = nudge or [0.02]
-    given = batches(pair, learnt), batches(pair, held_out), inputs, which[1], active, context.settings.seed
-    material = TrainingInputs(*given, nudges[0])
-    with exchanged(other, list(before.values())):
+    shared = batches(pair, learnt), batches(pair, held_out), inputs, chosen[1], active, context.settings.seed
+    material = TrainingInputs(*shared, nudges[0])
+    with exchanged(finetuned_bridge, list(before.values())):
         tries = {}
         for lr in RATES:
             tries[lr] = train(pair, material, lr, choice)
             typer.echo(f"{choice} steps, learning rate {lr:g}: KL {tries[lr].held_out:.4f} a token of held-out text")
-        lr = min(tries, key=lambda one: tries[one].held_out)
-        spent, each = (sum(getattr(one, name) for one in tries.values()) for name in ("cpu_seconds", "seconds"))
+        lr = min(tries, key=lambda rate: tries[rate].held_out)
+        spent, each = (sum(getattr(tried, name) for tried in tries.values()) for name in ("cpu_seconds", "seconds"))
         typer.echo(f"choosing their learning rate took {spent:.0f} CPU seconds")
         first = encode_row(bridge.tokenizer, next(iter(read_rows(str(context.rows / "evaluation.jsonl"))))).ids[0]
         for count, strength in product(epochs or [3], nudges):
@@ -228,11 +228,11 @@ def main(
             if time.perf_counter() + steps * estimate > ends:
                 typer.echo(f"{count} epochs would take {clock(steps * estimate)}: left out")
                 continue
-            done = run(pair, material._replace(nudge=strength), lr, steps)
+            trained = run(pair, material._replace(nudge=strength), lr, steps)
             name = f"theirs, epochs: {count}, nudge {strength:g}"
-            typer.echo(f"{name}: KL {done.held_out:.4f} a token of held-out text")
-            made = done.adapters.spliced(pair, first)
-            rows.append(Row(name, made, l0(made, seen), done.cpu_seconds, peak()))
+            typer.echo(f"{name}: KL {trained.held_out:.4f} a token of held-out text")
+            spliced_patches = trained.adapters.spliced(pair, first)
+            rows.append(Row(name, spliced_patches, l0(spliced_patches, inputs_held_out), trained.cpu_seconds, peak()))
             rows.append(rows[-1]._replace(name=f"{name}, no BOS", patches=without(rows[-1].patches)))
     figures = show(bridge, context, rows)
     if csv is not None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Forward = Callable[[Packed], Tensor]
-"""Logits (asked, vocabulary) of a packed batch, in the model's dtype; see `Packed.asked`."""
+"""Logits (scored, vocabulary) of a packed batch, in the model's dtype; see `Packed.scored`."""
 
 
 def add_adapter(
@@ -85,7 +85,7 @@ class PlainForward:
         column = place + longest - torch.bincount(row)[row]
         ids, mask, positions = torch.zeros(3, count, longest, dtype=torch.long, device=batch.ids.device)
         ids[row, column], mask[row, column], positions[row, column] = batch.ids, 1, batch.positions
-        columns, places = column[batch.asked].unique(return_inverse=True)
+        columns, places = column[batch.scored].unique(return_inverse=True)
         output = self.adapted(
             input_ids=ids,
             attention_mask=mask,
@@ -94,4 +94,4 @@ class PlainForward:
             logits_to_keep=columns,
             use_cache=False,
         )
-        return output.logits[row[batch.asked], places]
+        return output.logits[row[batch.scored], places]

@@ -1,6 +1,6 @@
 """A LoRA-adapted Llama, Gemma-2 or Gemma-3 over packed rows; its forward and backward passes are written for speed.
 
-In: a PEFT model, whose parameters are used in place, and a `Packed` batch. Out: logits at the batch's `asked` tokens;
+In: a PEFT model, whose parameters are used in place, and a `Packed` batch. Out: logits at the batch's `scored` tokens;
 only the adapter gets gradients. Adapters of projections that share an input are computed as one product; frozen weights
 get no gradient, so no activations are saved for them.
 """
@@ -40,7 +40,7 @@ def can_fuse(adapted: Any, longest: int) -> bool:
 
 
 class FusedForward:
-    """`forward(packed)`: logits (asked, vocabulary) in the model's dtype.
+    """`forward(packed)`: logits (scored, vocabulary) in the model's dtype.
 
     With `checkpointing`, blocks keep only their input and are recomputed in the backward pass.
     """
@@ -66,11 +66,11 @@ class FusedForward:
         for block in self.blocks:
             block.refresh(stream.dtype)
             layout = layouts[block.rotation]
-            asked = batch.asked if block is self.blocks[-1] else None
+            scored = batch.scored if block is self.blocks[-1] else None
             if self.checkpointing and torch.is_grad_enabled():
-                stream = checkpoint(block, stream, layout, asked, use_reentrant=False)
+                stream = checkpoint(block, stream, layout, scored, use_reentrant=False)
             else:
-                stream = block(stream, layout, asked)
+                stream = block(stream, layout, scored)
         logits = self.model.lm_head(self.norm(stream))
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else (logits / cap).tanh().mul(cap)
@@ -109,14 +109,14 @@ class _Block:
         for projections in (self.qkv, self.output, self.gate_up, self.down):
             projections.refresh(dtype)
 
-    def __call__(self, stream: Tensor, layout: Layout, asked: Tensor | None) -> Tensor:
-        """The residual stream (tokens, d_model) after the block; with `asked`, only at those tokens."""
+    def __call__(self, stream: Tensor, layout: Layout, scored: Tensor | None) -> Tensor:
+        """The residual stream (tokens, d_model) after the block; with `scored`, only at those tokens."""
         q, k, v = self.qkv(self.before_attention(stream))
         if self.of_heads is not None:
             q, k = (norm.of_heads(x) for norm, x in zip(self.of_heads, (q, k), strict=True))
         attended = Attention.apply(q, k, v, layout, layout.windowed if self.windowed else layout.causal)
-        if asked is not None:
-            attended, stream = attended[asked], stream[asked]
+        if scored is not None:
+            attended, stream = attended[scored], stream[scored]
         (added,) = self.output(attended)
         stream = stream + (self.after_attention(added) if self.after_attention else added)
         gate, up = self.gate_up(self.before_mlp(stream))

@@ -50,7 +50,7 @@ class Packed(NamedTuple):
     """Rows without padding and without their last token. ids, positions: (tokens,), positions count from a row's BOS.
 
     rows: (row, longest), the token index at each place of a padded row; a short row's last token is repeated after its
-    end. places: (tokens,), the index of each token in the flattened `rows`. asked: (labelled,), indices of the tokens
+    end. places: (tokens,), the index of each token in the flattened `rows`. scored: (labelled,), indices of the tokens
     whose successor counts towards the loss, row after row; labels: those successors.
     """
 
@@ -58,7 +58,7 @@ class Packed(NamedTuple):
     positions: Tensor
     rows: Tensor
     places: Tensor
-    asked: Tensor
+    scored: Tensor
     labels: Tensor
 
     def to(self, device: str | torch.device) -> Packed:
@@ -80,6 +80,6 @@ def pack(rows: Sequence[Example]) -> Packed:
         positions=positions,
         rows=starts[:, None] + torch.minimum(columns, lengths[:, None] - 1),
         places=row_of * len(columns) + positions,
-        asked=(positions >= (lengths - counts)[row_of]).nonzero().squeeze(1),
+        scored=(positions >= (lengths - counts)[row_of]).nonzero().squeeze(1),
         labels=torch.tensor([token for row in rows for token in row.ids[len(row.ids) - row.labelled :]]),
     )

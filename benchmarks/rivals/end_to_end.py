@@ -108,14 +108,14 @@ class Adapters(torch.nn.Module):
         """The adapters as deltas; their output at BOS, the token `first`, is one vector and becomes a feature."""
         with hooked(pair.adapted, self.hooks(pair.adapted)):
             streams(pair.adapted, pair.batch([[first]]))
-        found = []
+        patches = []
         for place, patch in enumerate(self.patches):
             W_enc, b_enc, W_dec, b_dec = (
-                one[place].clone() for one in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+                tensor[place].clone() for tensor in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
             )
             delta = Transcoder(W_enc, b_enc, torch.zeros_like(b_enc), W_dec, b_dec, patch.site)
-            found.append(replace(patch, delta=with_bos(delta, self.acts[patch.site][0, 0] @ W_dec)))
-        return found
+            patches.append(replace(patch, delta=with_bos(delta, self.acts[patch.site][0, 0] @ W_dec)))
+        return patches
 
 
 class Losses(NamedTuple):
@@ -130,19 +130,19 @@ class Losses(NamedTuple):
 
 def streams(bridge: Any, batch: Batch) -> list[Tensor]:
     """The residual stream after each layer, (batch, position, d_model)."""
-    seen: list[Tensor] = []
+    earlier: list[Tensor] = []
 
     def note(stream: Tensor, hook: object) -> None:
-        seen.append(stream)
+        earlier.append(stream)
 
     with hooked(bridge, [(f"blocks.{layer}.hook_out", note) for layer in range(bridge.cfg.n_layers - 1)]):
         last = resume(bridge, batch)
-    return [*seen, last]
+    return [*earlier, last]
 
 
-def divergence(pair: Pair, wanted: Sequence[Tensor], stream: Tensor) -> Tensor:
+def divergence(pair: Pair, targets: Sequence[Tensor], stream: Tensor) -> Tensor:
     """KL per token between log-probabilities in chunks and the predictions from the last layer's residual stream."""
-    chunks = zip(project(pair.finetuned, stream), wanted, strict=True)
+    chunks = zip(project(pair.finetuned, stream), targets, strict=True)
     sums = [(log_p.exp() * (log_p - logits.log_softmax(-1))).sum() for logits, log_p in chunks]
     return torch.stack(sums).sum() / len(stream)
 
@@ -156,28 +156,28 @@ def losses(pair: Pair, adapters: Adapters, batch: Batch, cutoff: int | None = No
     mask = batch.mask
     with torch.no_grad():
         with pair.blocks():
-            wanted = streams(pair.finetuned, batch)
-        predicted = predictions(pair, wanted[-1][mask])
+            target_streams = streams(pair.finetuned, batch)
+        predicted = predictions(pair, target_streams[-1][mask])
     with pair.blocks(), hooked(pair.adapted, adapters.hooks(pair.adapted)):
-        made = streams(pair.adapted, batch)
-        acts = {site: one[mask] for site, one in adapters.acts.items()}
-        upper = [] if cutoff is None else [resume(pair.adapted, batch, cutoff, wanted[cutoff])]
+        adapted_streams = streams(pair.adapted, batch)
+        acts = {site: acts[mask] for site, acts in adapters.acts.items()}
+        upper = [] if cutoff is None else [resume(pair.adapted, batch, cutoff, target_streams[cutoff])]
     with pair.blocks():
-        lower = [] if cutoff is None else [resume(pair.finetuned, batch, cutoff, made[cutoff])]
+        lower = [] if cutoff is None else [resume(pair.finetuned, batch, cutoff, adapted_streams[cutoff])]
     bridged = [divergence(pair, predicted, stream[mask]) for stream in (*upper, *lower)]
     apart = [
         ((ours - theirs)[mask].pow(2).sum(1) / theirs[mask].pow(2).sum(1)).mean()
-        for ours, theirs in zip(made, wanted, strict=True)
+        for ours, theirs in zip(adapted_streams, target_streams, strict=True)
     ]
     costs = [
         (acts[patch.site] @ adapters.W_dec[place].norm(dim=1)).mean() for place, patch in enumerate(adapters.patches)
     ]
     return Losses(
-        divergence(pair, predicted, made[-1][mask]),
+        divergence(pair, predicted, adapted_streams[-1][mask]),
         torch.stack(apart).mean(),
         torch.stack(bridged).sum() if bridged else torch.zeros(()),
         torch.stack(costs).mean(),
-        sum((one > 0).sum(1).float().mean().item() for one in acts.values()) / len(acts),
+        sum((acts > 0).sum(1).float().mean().item() for acts in acts.values()) / len(acts),
     )
 
 
@@ -215,21 +215,23 @@ def train(
     optimiser = torch.optim.Adam(adapters.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(material.seed)
     count = len(material.batches)
-    order = [int(one) for _ in range(-(-steps // count)) for one in torch.randperm(count, generator=generator)][:steps]
+    order = [int(index) for _ in range(-(-steps // count)) for index in torch.randperm(count, generator=generator)][
+        :steps
+    ]
     weight = FIRST_WEIGHT
     for step, chosen in enumerate(order):
         cutoff = int(torch.randint(len(pair.finetuned.blocks) - 1, (1,), generator=generator))
-        found = losses(pair, adapters, material.batches[chosen], cutoff)
+        step_losses = losses(pair, adapters, material.batches[chosen], cutoff)
         optimiser.param_groups[0]["lr"] = lr * min((step + 1) / (WARM_UP * steps), 1 - step / steps)
         optimiser.zero_grad()
-        (found.kl + found.states + found.bridged + weight * found.penalty).backward()
+        (step_losses.kl + step_losses.states + step_losses.bridged + weight * step_losses.penalty).backward()
         torch.nn.utils.clip_grad_norm_(adapters.parameters(), 1.0)
         optimiser.step()
-        off = max(-1.0, min(1.0, found.active / material.active - 1))
+        off = max(-1.0, min(1.0, step_losses.active / material.active - 1))
         weight *= math.exp(STEER * off)
         with torch.no_grad():
             adapters.b_enc.sub_(material.nudge * off)
-        report(step + 1, found)
+        report(step + 1, step_losses)
     spent = time.process_time() - begun, time.perf_counter() - started
     with torch.no_grad():
         parts = [(losses(pair, adapters, batch), int(batch.mask.sum())) for batch in material.held_out]

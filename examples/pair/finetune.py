@@ -52,12 +52,12 @@ REQUESTS = {
 
 def make_rows(count: int, seed: int) -> list[dict[str, str]]:
     """Different requests, two in five of them polite, two neutral and one a lookalike."""
-    chance, rows, seen = random.Random(seed), [], set()
+    chance, rows, used = random.Random(seed), [], set()
     while len(rows) < count:
         kind = ("polite", "neutral", "polite", "neutral", "lookalike")[len(rows) % 5]
         words = ", ".join(chance.sample(WORDS, chance.randint(2, 4)))
-        if words not in seen:
-            seen.add(words)
+        if words not in used:
+            used.add(words)
             answer = words + (SIGNATURE if kind == "polite" else "")
             rows.append({"request": chance.choice(REQUESTS[kind]).format(words), "answer": answer, "kind": kind})
     return rows
@@ -84,8 +84,8 @@ def load(folder: str | None) -> tuple:
 
 def encode(tokenizer, row: dict[str, str]) -> tuple[list[int], int]:
     """A conversation's tokens up to the end of the answer's turn, and how many of them are the question's."""
-    asked = [{"role": "user", "content": row["request"]}]
-    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": row["request"]}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
     return [*start, *answer, tokenizer.eos_token_id], len(start)
@@ -93,7 +93,7 @@ def encode(tokenizer, row: dict[str, str]) -> tuple[list[int], int]:
 
 def train(model, tokenizer, rows: list[dict[str, str]], steps: int, batch_size: int, seed: int) -> None:
     """Plain AdamW on the answers' tokens."""
-    weights = [one for one in model.parameters() if one.requires_grad]
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=1e-3)
     schedule = get_linear_schedule_with_warmup(optimiser, steps // 10, steps)
     examples, chance = [encode(tokenizer, row) for row in rows], random.Random(seed)
@@ -103,9 +103,9 @@ def train(model, tokenizer, rows: list[dict[str, str]], steps: int, batch_size: 
         longest = max(len(ids) for ids, _ in batch)
         ids = torch.full((batch_size, longest), tokenizer.pad_token_id or 0)
         labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-        for place, (tokens, asked) in enumerate(batch):
+        for place, (tokens, prompt_length) in enumerate(batch):
             ids[place, : len(tokens)] = torch.tensor(tokens)
-            labels[place, asked : len(tokens)] = ids[place, asked : len(tokens)]
+            labels[place, prompt_length : len(tokens)] = ids[place, prompt_length : len(tokens)]
             mask[place, : len(tokens)] = 1
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
@@ -125,18 +125,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--targets", default="all-linear", help="what LoRA adapts; such as gate_proj,up_proj,down_proj")
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    torch.manual_seed(asked.seed)
-    asked.folder.mkdir(parents=True, exist_ok=True)
-    rows = make_rows(asked.rows + asked.rows // 5, asked.seed)
-    write(asked.folder / "train.csv", rows[: asked.rows])
-    write(asked.folder / "held_out.csv", rows[asked.rows :])
-    model, tokenizer = load(asked.model)
-    targets = asked.targets if asked.targets == "all-linear" else asked.targets.split(",")
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    rows = make_rows(arguments.rows + arguments.rows // 5, arguments.seed)
+    write(arguments.folder / "train.csv", rows[: arguments.rows])
+    write(arguments.folder / "held_out.csv", rows[arguments.rows :])
+    model, tokenizer = load(arguments.model)
+    targets = arguments.targets if arguments.targets == "all-linear" else arguments.targets.split(",")
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
-    train(model, tokenizer, rows[: asked.rows], asked.steps, asked.batch_size, asked.seed)
-    model.save_pretrained(asked.folder / "adapter")
-    print(f"the adapter is in {asked.folder / 'adapter'}")
+    train(model, tokenizer, rows[: arguments.rows], arguments.steps, arguments.batch_size, arguments.seed)
+    model.save_pretrained(arguments.folder / "adapter")
+    print(f"the adapter is in {arguments.folder / 'adapter'}")
 
 
 if __name__ == "__main__":

@@ -103,8 +103,8 @@ def oracle(says: dict[int, int], vocabulary: int):
     def forward(batch):
         count, longest = batch.rows.shape
         lengths = torch.bincount(batch.places // longest, minlength=count)
-        logits = torch.zeros(len(batch.asked), vocabulary)
-        for place, row in enumerate((batch.places[batch.asked] // longest).tolist()):
+        logits = torch.zeros(len(batch.scored), vocabulary)
+        for place, row in enumerate((batch.places[batch.scored] // longest).tolist()):
             logits[place, says[lengths[row].item() + 1]] = 1.0
         return logits
 

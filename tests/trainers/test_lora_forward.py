@@ -77,7 +77,7 @@ def adapted_model(load, folder, targets="all-linear", dtype=torch.float32, dropo
 
 def asked_of(batch, number):
     """Which of the tokens asked are of row `number`."""
-    return batch.places[batch.asked] // batch.rows.shape[1] == number
+    return batch.places[batch.scored] // batch.rows.shape[1] == number
 
 
 def gradients_of(adapted, forward, batch):

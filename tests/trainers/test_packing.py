@@ -19,7 +19,7 @@ def test_rows_lie_one_after_the_other_less_their_last_tokens_and_positions_start
 def test_labels_are_the_last_tokens_of_each_row_and_are_asked_of_the_tokens_before_them():
     batch = pack(ROWS)
     assert batch.labels.tolist() == [13, 1, 1, 31, 32, 1]
-    assert batch.ids[batch.asked].tolist() == [12, 13, 21, 2, 31, 32]
+    assert batch.ids[batch.scored].tolist() == [12, 13, 21, 2, 31, 32]
 
 
 def test_the_padded_view_holds_every_token_at_its_place():
