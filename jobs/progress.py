@@ -193,8 +193,8 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
 
 def clock(seconds: float) -> str:
     """`75` -> `1m15s`."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds_left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    return f"{minutes}m{seconds_left:02d}s" if minutes else f"{seconds_left}s"

@@ -61,12 +61,12 @@ def check_pair(base: Path, finetuned: Path, source: str, seen: Callable[[Path], 
     if not (finetuned / "config.json").is_file():
         raise ModelError(f"{KEY}: {finetuned} has neither a config.json nor an {ADAPTER}{_inside(finetuned)}")
     check_architecture(finetuned, str(finetuned), KEY)
-    ours, theirs = model_facts(base), model_facts(finetuned, KEY)
+    base_facts, finetuned_facts = model_facts(base), model_facts(finetuned, KEY)
     for name, words in (("architecture", "architecture"), ("n_layers", "number of layers"), ("d_model", "width")):
-        if ours[name] != theirs[name]:
+        if base_facts[name] != finetuned_facts[name]:
             raise ModelError(
-                f"{KEY}: {finetuned} has {words} {theirs[name]}, model.source {source} has {ours[name]}; "
-                "only models of one architecture and shape can be compared"
+                f"{KEY}: {finetuned} has {words} {finetuned_facts[name]}, model.source {source} has "
+                f"{base_facts[name]}; only models of one architecture and shape can be compared"
             )
     before, after = open_weights(base), open_weights(finetuned, KEY)
     _check_shapes(before, after)
@@ -108,11 +108,11 @@ def check_tokenizers(
 def check_ends(base: PreTrainedTokenizerBase, finetuned: PreTrainedTokenizerBase, folder: Path) -> None:
     """Raises ModelError if BOS or EOS differ. In a chat neither matters, as the template has its own."""
     for name in ("bos_token_id", "eos_token_id"):
-        ours, theirs = getattr(base, name), getattr(finetuned, name)
-        if ours != theirs:
+        base_token, finetuned_token = getattr(base, name), getattr(finetuned, name)
+        if base_token != finetuned_token:
             raise ModelError(
-                f"{KEY}: the tokenizer in {folder} has {name} {theirs}, that of model.source has {ours}; "
-                "both models must read the same tokens"
+                f"{KEY}: the tokenizer in {folder} has {name} {finetuned_token}, that of model.source has "
+                f"{base_token}; both models must read the same tokens"
             )
 
 
@@ -122,15 +122,17 @@ def _notes(before: Weights, after: Weights, comparison: Comparison, source: str)
         if weights.unused:
             shown = ", ".join(weights.unused[:MOST_SHOWN])
             notes.append(f"{model} holds tensors that its architecture has no place for, which are ignored: {shown}")
-    for name, (ours, theirs) in config_differences(load_config(before.folder), load_config(after.folder, KEY)).items():
+    for name, (base_value, finetuned_value) in config_differences(
+        load_config(before.folder), load_config(after.folder, KEY)
+    ).items():
         if name in ACTIVATIONS:
             raise ModelError(
-                f"{KEY}: the two config.json differ in {name}: {ours!r} in {source}, {theirs!r} in {after.folder}; "
-                "MLPs with different activation functions cannot take each other's place"
+                f"{KEY}: the two config.json differ in {name}: {base_value!r} in {source}, {finetuned_value!r} in "
+                f"{after.folder}; MLPs with different activation functions cannot take each other's place"
             )
         notes.append(
-            f"the two config.json differ in {name}: {ours!r} in {source}, {theirs!r} in {after.folder}; each model "
-            "runs with its own, the un-finetuned MLPs inside the finetuned model"
+            f"the two config.json differ in {name}: {base_value!r} in {source}, {finetuned_value!r} in "
+            f"{after.folder}; each model runs with its own, the un-finetuned MLPs inside the finetuned model"
         )
     if comparison.rounded:
         dtypes = ", ".join(sorted(set(comparison.rounded.values())))
@@ -151,8 +153,8 @@ def _check_values(comparison: Comparison, before: Weights, after: Weights) -> No
                 "of model.source"
             )
         key, folder = ("model.source", before.folder) if side == "before" else (KEY, after.folder)
-        others = len({name for _, name, _ in comparison.not_finite}) - 1
-        also = f", and {others} more tensors hold such values" if others else ""
+        other_tensors = len({name for _, name, _ in comparison.not_finite}) - 1
+        also = f", and {other_tensors} more tensors hold such values" if other_tensors else ""
         raise ModelError(f"{key}: {name} in {folder} has {count} values that are NaN or infinite{also}")
 
 
@@ -165,12 +167,12 @@ def _check_shapes(before: Weights, after: Weights) -> None:
                 f"{weights.missing[0]}"
             )
     for name in sorted(before.places.keys() & after.places.keys()):
-        ours, theirs = before.places[name].shape, after.places[name].shape
-        if ours != theirs:
+        base_shape, finetuned_shape = before.places[name].shape, after.places[name].shape
+        if base_shape != finetuned_shape:
             words = "the embeddings" if name in EMBEDDINGS else name
             raise ModelError(
-                f"{KEY}: {words} in {after.folder}: shape {shape_text(theirs)}, and {shape_text(ours)} in "
-                "model.source; only models of one shape can be compared"
+                f"{KEY}: {words} in {after.folder}: shape {shape_text(finetuned_shape)}, and {shape_text(base_shape)} "
+                "in model.source; only models of one shape can be compared"
             )
 
 

@@ -218,10 +218,12 @@ def read_paths(
         tensors = weights.read(names)
         states: dict[str, dict[str, Tensor]] = {part: {} for part in modules}
         for full, (part, name) in names.items():
-            ours = _plain_parameters(parts[part])[name]
-            if tensors[full].shape != ours.shape:
-                raise ModelError(f"{folder}: {full} is {tuple(tensors[full].shape)}, expected {tuple(ours.shape)}")
-            states[part][name] = tensors[full].to(ours.device, dtype or ours.dtype)
+            bridge_parameter = _plain_parameters(parts[part])[name]
+            if tensors[full].shape != bridge_parameter.shape:
+                raise ModelError(
+                    f"{folder}: {full} is {tuple(tensors[full].shape)}, expected {tuple(bridge_parameter.shape)}"
+                )
+            states[part][name] = tensors[full].to(bridge_parameter.device, dtype or bridge_parameter.dtype)
         for part, module in modules.items():
             module.load_state_dict(states[part], assign=True)
         if JOINT in modules:  # in halves and thirds as TransformerLens cuts them
@@ -317,8 +319,8 @@ def exchanged(bridge: TransformerBridge, paths: Sequence[BlockPath]) -> Iterator
 
 def differs(bridge: TransformerBridge, path: BlockPath) -> bool:
     """Whether any weight of `path` differs from the bridge's own."""
-    ours = _own(bridge, path.site)
-    return any(not torch.equal(ours[name], parameter) for name, parameter in path.parameters().items())
+    bridge_parameters = _own(bridge, path.site)
+    return any(not torch.equal(bridge_parameters[name], parameter) for name, parameter in path.parameters().items())
 
 
 @contextmanager
@@ -326,25 +328,25 @@ def interpolated(bridge: TransformerBridge, paths: Sequence[BlockPath], alpha: f
     """Inside the `with`, the bridge runs with weights `W + alpha (W' - W)`, W of `paths` and W' its own."""
     originals: list[tuple[dict[str, nn.Parameter], dict[str, Tensor]]] = []
     for path in paths:
-        ours, starts = _own(bridge, path.site), path.parameters()
-        originals.append((ours, {name: ours[name].data for name in starts}))
+        bridge_parameters, starts = _own(bridge, path.site), path.parameters()
+        originals.append((bridge_parameters, {name: bridge_parameters[name].data for name in starts}))
         for name, start in starts.items():
-            ours[name].data = torch.lerp(start.data, ours[name].data, alpha)
-        _split(ours)
+            bridge_parameters[name].data = torch.lerp(start.data, bridge_parameters[name].data, alpha)
+        _split(bridge_parameters)
     try:
         yield
     finally:
-        for ours, before in originals:
+        for bridge_parameters, before in originals:
             for name, data in before.items():
-                ours[name].data = data
-            _split(ours)
+                bridge_parameters[name].data = data
+            _split(bridge_parameters)
 
 
 def _exchange(pairs: Sequence[tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]]) -> None:
-    for ours, theirs in pairs:
-        for name, parameter in theirs.items():
-            ours[name].data, parameter.data = parameter.data, ours[name].data
-        _split(ours)
+    for bridge_parameters, path_parameters in pairs:
+        for name, parameter in path_parameters.items():
+            bridge_parameters[name].data, parameter.data = parameter.data, bridge_parameters[name].data
+        _split(bridge_parameters)
 
 
 def _has_copies_alone(bridge: TransformerBridge, path: BlockPath) -> bool:
@@ -358,13 +360,13 @@ def _own(bridge: TransformerBridge, site: Site) -> dict[str, nn.Parameter]:
     return {f"{part}.{name}": weight for part in parts for name, weight in _plain_parameters(parts[part]).items()}
 
 
-def _split(ours: dict[str, nn.Parameter]) -> None:
+def _split(bridge_parameters: dict[str, nn.Parameter]) -> None:
     """If a model keeps gate and up projection in one weight, the bridge runs with copies of its halves; this updates
     them."""
-    for name, joined in ours.items():
+    for name, joined in bridge_parameters.items():
         if name.startswith("mlp.gate_up_proj."):
             kind = name.rpartition(".")[2]
-            ours[f"mlp.gate.{kind}"].data, ours[f"mlp.in.{kind}"].data = joined.data.chunk(2)
+            bridge_parameters[f"mlp.gate.{kind}"].data, bridge_parameters[f"mlp.in.{kind}"].data = joined.data.chunk(2)
 
 
 def _parts(bridge: TransformerBridge, site: Site) -> dict[str, Any]:

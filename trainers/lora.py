@@ -170,8 +170,8 @@ class _Run:
     def validate(self) -> dict[str, Any]:
         """Validates and returns the figures; every process takes its share of the rows."""
         self.adapted.eval()
-        mine = self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
-        sums = validation_counts(self.forward, mine, self.device)
+        rows_here = self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
+        sums = validation_counts(self.forward, rows_here, self.device)
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums.to(self.device), "sum").cpu()
         figures = {

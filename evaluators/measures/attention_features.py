@@ -64,7 +64,12 @@ def pattern_changes(
     """
     entries: dict[Feature, list[dict[str, Any]]] = {feature: [] for feature in looks}
     for site in sorted({site for site, _ in looks}):
-        chosen = [(feature, look) for feature, several in looks.items() if feature[0] == site for look in several]
+        chosen = [
+            (feature, look)
+            for feature, looks_of_feature in looks.items()
+            if feature[0] == site
+            for look in looks_of_feature
+        ]
         changes = _changes(passes, patches, site, [(number, look) for (_, number), look in chosen])
         for (feature, look), change in zip(chosen, changes, strict=False):
             entries[feature].append({"from": _paid(look, change.given), "to": _received(look, change.received)})
@@ -77,20 +82,20 @@ def _changes(passes: Passes, patches: Sequence[Patch], site: Site, chosen: Seque
     if name not in hook_names(bridge):
         return []
     below = [patch for patch in numbered(patches) if patch.site <= site]  # later sites cannot matter
-    (ours,) = (patch for patch in below if patch.site == site)
+    (patch_of_site,) = (patch for patch in below if patch.site == site)
     order = sorted(range(len(chosen)), key=lambda i: chosen[i][1].end)
     changes: dict[int, _Change] = {}
     with spliced(bridge, Edit(below, "full")) as splice:
 
-        def run(some: Sequence[int]) -> None:
+        def run(indices: Sequence[int]) -> None:
             # Attention is causal, so texts end with the context. Each is there twice: with the feature and without.
-            rows = [list(chosen[i][1].ids[: chosen[i][1].end]) for i in some for _ in range(2)]
-            kept_ranks = [ranks for i in some for ranks in (EVERY, only(ours, chosen[i][0], outside=True))]
+            rows = [list(chosen[i][1].ids[: chosen[i][1].end]) for i in indices for _ in range(2)]
+            kept_ranks = [ranks for i in indices for ranks in (EVERY, only(patch_of_site, chosen[i][0], outside=True))]
             batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
             device, length = batch.ids.device, batch.ids.shape[1]
 
             def note(pattern: Tensor, hook: object) -> None:
-                for place, i in enumerate(some):
+                for place, i in enumerate(indices):
                     look, (full, without) = chosen[i][1], pattern[2 * place : 2 * place + 2].float()
                     start = length - look.end
                     given, received = (

@@ -246,11 +246,11 @@ def _checks(
     measured: dict[tuple[int, int], float] = {}
     for start in range(0, len(order), ROWS):
         sources = order[start : start + ROWS]
-        some = sorted(set().union(*(targets[source] for source in sources)))
-        places = [None if number == incoming.output else features.places[number] for number in some]
+        numbers = sorted(set().union(*(targets[source] for source in sources)))
+        places = [None if number == incoming.output else features.places[number] for number in numbers]
         falls = model.falls(places, [features.places[source] for source in sources])
         for source, of_source in zip(sources, falls.tolist(), strict=True):
-            measured |= {(source, target): fall for target, fall in zip(some, of_source, strict=True)}
+            measured |= {(source, target): fall for target, fall in zip(numbers, of_source, strict=True)}
         step("sources removed", start + len(sources), len(order))
     samples = [(link, "random") for link in drawn] + [(link, "strongest") for link in strongest]
     return [(link, measured[link.source, link.target], sample) for link, sample in samples]
@@ -305,10 +305,10 @@ def token_output(
         pieces = ", ".join(repr(tokenizer.decode([token_id])) for token_id in ids) or "none"
         raise DataError(f"--token: got {token!r}, which must be one token of the model (its tokens are {pieces})")
     prompt = encode_prompt(tokenizer, row)
-    (ours,) = _greedy(bridge, patches, "raw", prompt, 1)
+    (finetuned_token,) = _greedy(bridge, patches, "raw", prompt, 1)
     with rest.at(bridge, 0.0) if rest is not None else nullcontext():
-        (theirs,) = _greedy(bridge, patches, "no_delta", prompt, 1)
-    return Output(prompt, ids[0]), (ours, theirs)
+        (unfinetuned_token,) = _greedy(bridge, patches, "no_delta", prompt, 1)
+    return Output(prompt, ids[0]), (finetuned_token, unfinetuned_token)
 
 
 @torch.inference_mode()

@@ -39,7 +39,7 @@ def as_json(
 ) -> dict[str, Any]:
     """Our own format; docs/graphs.md describes it. `card` gives the link to a feature's card, or an empty text."""
     output, last = graph.output, len(graph.output.ids) - 1
-    ours, theirs, _ = (str(tokenizer.decode([token])) for token in graph.next_tokens)
+    finetuned_text, unfinetuned_text, _ = (str(tokenizer.decode([token])) for token in graph.next_tokens)
     samples = {sample: graph.correlation(sample) for sample in ("random", "strongest")}
     return {
         "title": title,
@@ -48,8 +48,8 @@ def as_json(
         "output": {
             "position": last,
             "words": words_of(graph, tokenizer),
-            "finetuned": ours,
-            "unfinetuned": theirs,
+            "finetuned": finetuned_text,
+            "unfinetuned": unfinetuned_text,
             "value": _short(graph.value),
             "unfinetuned_value": _short(graph.value_without),
         },

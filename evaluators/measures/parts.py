@@ -120,9 +120,9 @@ def parts_ceiling(passes: Passes, changes: Changes, rows: Sequence[Row]) -> dict
     nlls: dict[tuple[frozenset[Piece], int], float] = {}
 
     def run(chosen: Sequence[int]) -> None:
-        some = [encoded[index] for index in chosen]
-        batch = pad_left([row.ids for row in some], passes.bridge.tokenizer.pad_token_id)
-        for pieces, of_rows in _scored(passes.bridge, changes, models, some, batch.to(device_of(passes.bridge))):
+        examples = [encoded[index] for index in chosen]
+        batch = pad_left([row.ids for row in examples], passes.bridge.tokenizer.pad_token_id)
+        for pieces, of_rows in _scored(passes.bridge, changes, models, examples, batch.to(device_of(passes.bridge))):
             nlls.update(((pieces, index), nll) for index, nll in zip(chosen, of_rows, strict=True))
 
     in_slices(sorted(range(len(rows)), key=lambda i: (len(encoded[i].ids), encoded[i].ids, i)), passes.batch_size, run)

@@ -152,12 +152,12 @@ def _runs(
                 if feature[0] == site and stream.acts[:, feature[1]].any()
             ]
 
-            def of_pairs(some: Sequence[tuple[Feature, int]], site: Site = site) -> None:
+            def of_pairs(pairs: Sequence[tuple[Feature, int]], site: Site = site) -> None:
                 positions = [text for *_, text in chosen]
                 run = _above if starts_above(site) else _through
-                runs = run(passes.bridge, patches, condition, site, some, streams[site], positions)
+                runs = run(passes.bridge, patches, condition, site, pairs, streams[site], positions)
                 by_text.update(
-                    ((feature, *chosen[place][:2]), run) for (feature, place), run in zip(some, runs, strict=True)
+                    ((feature, *chosen[place][:2]), run) for (feature, place), run in zip(pairs, runs, strict=True)
                 )
 
             in_slices(pairs, passes.batch_size, of_pairs)

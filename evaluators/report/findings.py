@@ -108,10 +108,10 @@ def _counted(rows: pd.DataFrame, column: str, unit: str) -> list[str]:
     sentences = []
     for subset in rows["subset"].unique() if len(rows) else []:
         of_subset = _of(rows, subset)
-        several = of_subset["layer"].map(is_set).astype(bool)
-        single = [(_place(row, rows), estimate(row, column)) for _, row in of_subset[~several].iterrows()]
+        in_sets = of_subset["layer"].map(is_set).astype(bool)
+        single = [(_place(row, rows), estimate(row, column)) for _, row in of_subset[~in_sets].iterrows()]
         parts = _single_layers([pair for pair in single if not math.isnan(pair[1].low)], unit)
-        for _, row in of_subset[several].iterrows():
+        for _, row in of_subset[in_sets].iterrows():
             value = estimate(row, column)
             if not math.isnan(value.value):
                 parts.append(f"{_place(row, rows)} {difference_sentence(value, unit)}")

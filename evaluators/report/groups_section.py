@@ -93,19 +93,21 @@ def _findings(results: Results, grouping: Cell) -> list[Findings]:
         f"Silhouette {mean['chosen']:.2f} on the half of the rows that chose the cut (similarity {grouping['cut']:g}), "
         f"{mean['held_out']:.2f} on the other half, {mean['permuted']:.2f} there with features exchanged at random.",
     ]
-    curve, few = results.group_curve, []
+    curve, few_groups = results.group_curve, []
     for subset in curve["subset"].unique():
         rows = curve[curve["subset"] == subset]
         if rows["recovered"].isna().all():
-            few.append(f"{subset}: no gap in CE on these prompts, so nothing to recover.")
+            few_groups.append(f"{subset}: no gap in CE on these prompts, so nothing to recover.")
             continue
         count = groups_needed(curve, subset)
         at = count if count is not None else int(rows["groups"].max())
-        ours, random = (_at(rows, at, of_random) for of_random in (False, True))
-        size = f"{at} group{'s' if at != 1 else ''} ({int(ours['n_features']):,} features)"
+        groups_row, random = (_at(rows, at, of_random) for of_random in (False, True))
+        size = f"{at} group{'s' if at != 1 else ''} ({int(groups_row['n_features']):,} features)"
         control = "" if random is None else f"; as many random features {with_interval(random, 'recovered')}"
         start = "" if count is not None else f"{ENOUGH:.0%} is not reached; "
-        few.append(f"{subset}: {start}{size} bring back {with_interval(ours, 'recovered')} of the gap in CE{control}.")
+        few_groups.append(
+            f"{subset}: {start}{size} bring back {with_interval(groups_row, 'recovered')} of the gap in CE{control}."
+        )
     limits = []
     if len(curve):
         limits = [
@@ -114,7 +116,7 @@ def _findings(results: Results, grouping: Cell) -> list[Findings]:
         ]
     findings = [
         Findings("Are there groups?", sentences),
-        Findings("With how few groups?", few),
+        Findings("With how few groups?", few_groups),
         Findings("What does this rest on?", limits),
     ]
     return [finding for finding in findings if finding.sentences]
@@ -149,10 +151,10 @@ def _table(results: Results) -> Table:
 
 def _change(rows: pd.DataFrame, way: str, subset: str) -> str:
     of_way = rows[(rows["way"] == way) & (rows["subset"] == subset)]
-    ours, random = (of_way[of_way["random"] == of_random] for of_random in (False, True))
-    if ours.empty:
+    measured, random = (of_way[of_way["random"] == of_random] for of_random in (False, True))
+    if measured.empty:
         return "-"
-    value, low, high = (float(ours.iloc[0][name]) for name in ("value", "value_low", "value_high"))
+    value, low, high = (float(measured.iloc[0][name]) for name in ("value", "value_low", "value_high"))
     text = f"{value:+.3f}" if math.isnan(low) else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
     return text if random.empty else f"{text} ({float(random.iloc[0]['value']):+.3f})"
 

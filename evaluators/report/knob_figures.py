@@ -206,8 +206,8 @@ def _sets(axes: Axes, rows: pd.DataFrame, column: str) -> None:
     """A line across the layers of each set, except the set of all layers; one colour per subset, side by side."""
     subsets = list(rows["subset"].unique())
     most = max(len(parse_sites(label)) for label in rows["layer"])
-    several = rows[rows["layer"].map(lambda label: len(parse_sites(label)) < most)]
-    shown = several if len(several) else rows
+    smaller_sets = rows[rows["layer"].map(lambda label: len(parse_sites(label)) < most)]
+    shown = smaller_sets if len(smaller_sets) else rows
     for number, subset in enumerate(subsets):
         colour, marker = look(number)
         for place, (_, row) in enumerate(shown[shown["subset"] == subset].iterrows()):

@@ -254,10 +254,10 @@ def _rates(answers: Sequence[Figures]) -> list[list[str]]:
 
 def marked(other: str, text: str) -> list[Span]:
     """`text` in spans, in which the words that differ from `other` are marked."""
-    ours, theirs = text.split(" "), other.split(" ")
+    words_here, words_there = text.split(" "), other.split(" ")
     spans = []
-    for tag, _, _, start, end in difflib.SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes():
-        if words := " ".join(ours[start:end]):
+    for tag, _, _, start, end in difflib.SequenceMatcher(None, words_there, words_here, autojunk=False).get_opcodes():
+        if words := " ".join(words_here[start:end]):
             spans.append(Span(f"{words} ", marked=tag != "equal"))
     return spans
 

@@ -106,13 +106,13 @@ def findings_section(results: Results, glance: Sequence[dict[str, str]], *, seed
 
 def _by_layer(conditions: pd.DataFrame, seed: int) -> list[Block]:
     spliced = conditions[conditions["layer"] != NOTHING]
-    several = spliced["layer"].map(is_set).astype(bool)
+    in_sets = spliced["layer"].map(is_set).astype(bool)
     help = "Points above 0 predict the target worse than raw; a bar that crosses 0 is compatible with no difference."
     return [
         picture(name, figures.delta_ce_by_layer(rows, seed=seed), title, help)
         for name, rows, title in (
-            ("delta_ce_by_layer", spliced[~several], "CE increase, one layer spliced"),
-            ("delta_ce_layer_sets", spliced if several.any() else spliced[several], "CE increase, layers and sets"),
+            ("delta_ce_by_layer", spliced[~in_sets], "CE increase, one layer spliced"),
+            ("delta_ce_layer_sets", spliced if in_sets.any() else spliced[in_sets], "CE increase, layers and sets"),
         )
         if rows["delta_ce"].notna().any()
     ]
@@ -183,14 +183,14 @@ def dose_section(results: Results, *, seed: int) -> Section | None:
         return None
     blocks: list[Block] = []
     help = "A knob is a line that moves with alpha beyond its band. Alpha 0: the base alone; 1: the delta as trained."
-    several = [name for name in ("percentile", "d_new") if table[name].nunique() > 1]
+    varying = [name for name in ("percentile", "d_new") if table[name].nunique() > 1]
     for layer in sorted(table["layer"].unique(), key=label_order):
         groups = table[table["layer"] == layer].groupby(["percentile", "d_new"], dropna=False)
         for values, rows in groups:
             choices = [
                 f"{name} {value:g}"
                 for name, value in zip(("percentile", "d_new"), values, strict=True)
-                if name in several
+                if name in varying
             ]
             title = ", ".join([f"Layer {layer}", *choices])
             label = layer if is_set(layer) else sites_label(parse_sites(layer), digits=2)

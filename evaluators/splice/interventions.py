@@ -229,8 +229,8 @@ class Splice:
         Row i of the batch given to `reset` is the text of `prefixes[rows[i]]`: the patch is evaluated once per text,
         however many strengths there are.
         """
-        patch, ours = self.patches[0], self._replaced_tokens
-        device = ours.lines.device
+        patch, edited = self.patches[0], self._replaced_tokens
+        device = edited.lines.device
         lengths = [len(prefix.x) for prefix in prefixes]
         x, y = (torch.cat([prefix[column] for prefix in prefixes]) for column in (0, 1))
         streams = [prefix.output for prefix in prefixes]
@@ -246,11 +246,11 @@ class Splice:
         x, y = x[chosen.to(device)], y[chosen.to(device)]
         numbers = torch.arange(len(x)).split([count - first for count in lengths])
         tokens = torch.cat([numbers[row] for row in rows]).to(device)
-        outputs = self._of_row(patch, self._outputs(patch, x, y, places == 0).take(tokens), ours)
+        outputs = self._of_row(patch, self._outputs(patch, x, y, places == 0).take(tokens), edited)
         y = y[tokens]
-        self._note(outputs, ours)
-        change = self._replaced(y, outputs, ours) - y.float()
-        return ours.put(residual, ours.of(residual).float() + change)
+        self._note(outputs, edited)
+        change = self._replaced(y, outputs, edited) - y.float()
+        return edited.put(residual, edited.of(residual).float() + change)
 
     def hooks(self, patches: Sequence[Patch]) -> list[Hook]:
         """The hooks that make the edit at `patches`; none if the exchanged weights alone make it."""

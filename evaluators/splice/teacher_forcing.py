@@ -114,10 +114,12 @@ class Divergence:
             row = self._rows[self._row]
             count = min(len(row.target) - self._at, len(logits) - first)
             raw = self._reference.predicted(row)
-            ours, theirs = slice(first, first + count), slice(self._at, self._at + count)
+            in_chunk, in_reference = slice(first, first + count), slice(self._at, self._at + count)
             # sum p (log p - log q) = sum p log p - sum p logits + log sum exp(logits)
-            expected = torch.linalg.vecdot(raw.probabilities[theirs], logits[ours])
-            self._sums[self._row] += (raw.negative_entropy[theirs] - expected + total[ours]).double().sum().item()
+            expected = torch.linalg.vecdot(raw.probabilities[in_reference], logits[in_chunk])
+            self._sums[self._row] += (
+                (raw.negative_entropy[in_reference] - expected + total[in_chunk]).double().sum().item()
+            )
             first, self._at = first + count, self._at + count
             if self._at == len(row.target):
                 self._row, self._at = self._row + 1, 0

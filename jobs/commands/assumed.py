@@ -81,8 +81,8 @@ def memory_rows(context: Context) -> list[tuple[str, str]]:
         "pca_delta": evaluation + 2 * 4 * paths if change and "pca_delta" in settings.evaluate.controls else 0,
     }
     listed = ", ".join(f"{name} {used / 1e9:.3g}" for name, used in parts.items() if used)
-    others = ", ".join(f"{name} {used / 1e9:.3g}" for name, used in peaks.items() if used)
-    return [("weights", f"{evaluation / 1e9:.3g} GB a worker in evaluation ({listed}); {others}")]
+    other_peaks = ", ".join(f"{name} {used / 1e9:.3g}" for name, used in peaks.items() if used)
+    return [("weights", f"{evaluation / 1e9:.3g} GB a worker in evaluation ({listed}); {other_peaks}")]
 
 
 def _computed(context: Context) -> list[Site]:

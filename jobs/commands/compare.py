@@ -111,10 +111,10 @@ def show(comparison: Comparison, console: Console) -> None:
     """The tables of the page on the terminal, as many sweeps side by side as fit."""
     from evaluators.report import comparison_page
 
-    several = max(1, (console.width - FIRST_COLUMN) // COLUMN)
+    per_table = max(1, (console.width - FIRST_COLUMN) // COLUMN)
     for table in [comparison_page.differing(comparison.sweeps), *comparison_page.side_by_side(comparison.sweeps)]:
-        for first in range(1, len(table.header), several):
-            _print(table, [0, *range(first, min(first + several, len(table.header)))], console)
+        for first in range(1, len(table.header), per_table):
+            _print(table, [0, *range(first, min(first + per_table, len(table.header)))], console)
     pooled = comparison_page.pooled_tables(comparison.sweeps)
     for table in pooled:
         _print(table, range(len(table.header)), console)

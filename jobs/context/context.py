@@ -286,10 +286,10 @@ class Context:
 
     def kept_delta(self, group: Address) -> Path | None:
         """The folder of the delta to splice in: the one that the search kept, or its jointly polished version."""
-        kept = self.kept_trial(group)
+        kept_folder = self.kept_trial(group)
         polished_folder = self.space.polished(group.d_new) / group.site.folder
         polished = group.ground.target == "change" and self.settings.deltas.polish_steps and polished_folder.is_dir()
-        return polished_folder if kept is not None and polished else kept
+        return polished_folder if kept_folder is not None and polished else kept_folder
 
     def cards_of(self, target: str) -> int:
         """Number of features that get a card: over all layers' change deltas, or per layer for residual deltas; none

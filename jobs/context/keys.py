@@ -187,10 +187,10 @@ def delta_group(settings: Sweep, group: Address) -> str:
     )
 
 
-def polished(settings: Sweep, kept: object) -> str:
-    """The key of one width's jointly trained change deltas; `kept` are the ones they started from."""
+def polished(settings: Sweep, sources: object) -> str:
+    """The key of one width's jointly trained change deltas; `sources` are the ones they started from."""
     polish_settings = [getattr(settings.deltas, name) for name in POLISH]
-    return key_of("polished", kept, polish_settings, lora(settings), settings.seed, settings.compute.precision)
+    return key_of("polished", sources, polish_settings, lora(settings), settings.seed, settings.compute.precision)
 
 
 def deltas(settings: Sweep, groups: list[Address]) -> str:

@@ -166,15 +166,15 @@ class Cards(Work):
         started = time.perf_counter()
         passes, patches = self.plain_passes(model), self.load_patches()
         subsets = ([row for row in rows if row.label == subset] for subset in self.shared.subsets)
-        few = [row for subset in subsets for row in subset[:CARD_ROWS]]
+        card_rows = [row for subset in subsets for row in subset[:CARD_ROWS]]
         effects = single_features(
             passes,
             patches,
-            few,
+            card_rows,
             self.features,
             limits=self.shared.limits,
             behaviours=read_behaviours(self.shared.behaviours),
-            guesses=guesses(self, few, UNFINETUNED if self.sites[0].ground.target == "change" else "raw"),
+            guesses=guesses(self, card_rows, UNFINETUNED if self.sites[0].ground.target == "change" else "raw"),
         )
         readings = read_features(passes, patches, rows, self.features)
         cards = [
@@ -291,19 +291,19 @@ class GroupEffects(Work):
         cell = read_json(self.cell_file(self.grouping))
         groups = [[(by_key[key], number) for key, number in group["features"]] for group in cell["groups"]]
         singles = [(by_key[key], number) for key, number in cell["singles"]]
-        few = rows[:CARD_ROWS]
+        card_rows = rows[:CARD_ROWS]
         entries = group_effects(
             self.plain_passes(model),
             self.load_patches(),
-            few,
+            card_rows,
             groups,
             singles,
             most=self.most,
             limits=self.shared.limits,
             behaviours=read_behaviours(self.shared.behaviours),
             reference=reference(self.model, self.shared.rows, self.shared.batch_size),
-            guesses=guesses(self, few, UNFINETUNED),
-            known=finished_ends(self, self.ends, len(few)),
+            guesses=guesses(self, card_rows, UNFINETUNED),
+            known=finished_ends(self, self.ends, len(card_rows)),
             seed=self.seed,
         )
         return self.write({"subset": self.subset, "entries": entries}, started)

@@ -65,9 +65,9 @@ class Change(Work):
             fits = []
             for first in range(0, len(patches), EXACT_LAYERS):
                 exact_paths.cache_clear()  # before more are read
-                some = tuple(plan.site for plan in self.sites[first : first + EXACT_LAYERS])
+                window = tuple(plan.site for plan in self.sites[first : first + EXACT_LAYERS])
                 before, after = (
-                    exact_paths(self.model, folder, some) for folder in (self.shared.base_model, self.model.folder)
+                    exact_paths(self.model, folder, window) for folder in (self.shared.base_model, self.model.folder)
                 )
                 fits += evaluate_change(passes, patches[first : first + EXACT_LAYERS], rows, (before, after))
                 del before, after
@@ -180,16 +180,16 @@ class Exactness(Work):
         by_label: dict[str, list[Any]] = defaultdict(list)
         for row in rows:
             by_label[row.label].append(row)
-        few = [row for subset in by_label.values() for row in subset[:CHECK_ROWS]]
+        check_rows = [row for subset in by_label.values() for row in subset[:CHECK_ROWS]]
         patches = self.load_patches()
         sets = [patches[:1], patches] if len(patches) > 1 else [patches]
-        checks = [check for chosen in sets for check in exactness_checks(model, few, chosen, self.shared.limits)]
+        checks = [check for chosen in sets for check in exactness_checks(model, check_rows, chosen, self.shared.limits)]
         if self.sites[0].ground.target == "change":
             places = tuple(plan.site for plan in self.sites)
             before, after = (
                 own_paths(self.model, folder, places) for folder in (self.shared.base_model, self.model.folder)
             )
-            checks += [check for chosen in sets for check in change_checks(model, few, chosen, before, after)]
+            checks += [check for chosen in sets for check in change_checks(model, check_rows, chosen, before, after)]
         write_json(checks_file(self.shared.cells, self.name), {"key": self.key, "checks": checks})
         return []
 

@@ -288,8 +288,8 @@ class GroupedSearch(Searcher):
             return
         self._queue.ended(running.group.name)
         figures = figures_of(result or {})
-        several = len(running.trials) > 1
-        if several and not figures.keys() & {"side_by_side", "disk_errno"}:  # retried alone, to find the culprit
+        side_by_side = len(running.trials) > 1
+        if side_by_side and not figures.keys() & {"side_by_side", "disk_errno"}:  # retried alone, to find the culprit
             self._bar.line(f"{running}: {'their worker died' if error else 'too large side by side'}, now one by one")
             self._retries += [replace(running, trials=[trial], history=[]) for trial in running.trials]
             return
@@ -302,7 +302,7 @@ class GroupedSearch(Searcher):
             self.disk_errno = number
             return
         ended = bool(result and result.get("final"))
-        if not several:
+        if not side_by_side:
             self._end(running, running.trials[0], TrialResult(figures, running.history, ended, error))
             return
         for trial, outcome in zip(running.trials, figures["side_by_side"], strict=True):

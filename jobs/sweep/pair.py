@@ -56,8 +56,8 @@ def examine_base(context: Context) -> None:
     from models.weights import load_config
 
     source = context.settings.model.source
-    ours = source in PACKAGED or source == TINY
-    if not ours and not is_finished(context.space.lora, keys.finetuned_check(context.settings)):
+    is_shipped = source in PACKAGED or source == TINY
+    if not is_shipped and not is_finished(context.space.lora, keys.finetuned_check(context.settings)):
         check_base(context.source, partial(hash_of, models=context.space.models))
         _check_known(context, load_config(context.source))
 

@@ -45,9 +45,9 @@ def polish_widths(context: Context) -> dict[str, Any]:
     section, sites = context.settings.deltas, tuple(context.sites_of("change"))
     tasks, folders_of = [], {}
     for d_new in section.d_new if section.polish_steps else ():
-        kept = [context.kept_trial(Address(site, Ground("change"), d_new)) for site in sites]
-        folders = [folder for folder in kept if folder is not None]
-        if not sites or len(folders) < len(kept):
+        kept_folders = [context.kept_trial(Address(site, Ground("change"), d_new)) for site in sites]
+        folders = [folder for folder in kept_folders if folder is not None]
+        if not sites or len(folders) < len(kept_folders):
             continue  # reported by the search
         lineage = [sealed_hash(folder / "delta.safetensors") for folder in folders]
         key = keys.polished(context.settings, lineage)

@@ -33,10 +33,12 @@ def run(context: Context) -> dict[str, Any]:
             _stop_at(failed)
         works += round_works
     names = [name for work in works for name in work.cells()]
-    done = [name for name in names if (context.space.cells / f"{name}.json").is_file()]
-    kept = {target: {"percentile": ground.percentile, "d_new": d_new} for target, (ground, d_new) in chosen.items()}
+    finished = [name for name in names if (context.space.cells / f"{name}.json").is_file()]
+    evaluated = {
+        target: {"percentile": ground.percentile, "d_new": d_new} for target, (ground, d_new) in chosen.items()
+    }
     checks = {work.name: work.key for work in works if isinstance(work, Exactness)}
-    return {"chosen": kept, "cells": done, "exactness": checks}
+    return {"chosen": evaluated, "cells": finished, "exactness": checks}
 
 
 def measure_ceiling(context: Context) -> None:
