@@ -153,7 +153,7 @@ def pad_right(rows: Sequence[Sequence[int]], starts: Sequence[int], pad_id: int)
     return Batch(ids, columns < lengths, torch.tensor(starts).unsqueeze(1) + columns)
 
 
-def beside(left: Batch, right: Batch) -> Batch:
+def join_columns(left: Batch, right: Batch) -> Batch:
     """Joins two batches of the same rows, column-wise."""
     return Batch(*(torch.cat(pair, dim=1) for pair in zip(left, right, strict=True)))
 

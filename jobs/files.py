@@ -100,7 +100,7 @@ def finish(folder: Path, key: str, facts: dict[str, Any]) -> None:
     write_json(folder / MANIFEST, {"key": key, **facts})
 
 
-Seen = Callable[[Path], None]
+OnFile = Callable[[Path], None]
 
 
 class Damage(NamedTuple):
@@ -166,10 +166,10 @@ def sealed_hash(path: Path) -> str:
     return entry.sha256
 
 
-def damage(path: Path, most_bytes: float = math.inf, seen: Seen = lambda path: None) -> Iterator[Damage]:
+def damage(path: Path, most_bytes: float = math.inf, on_file: OnFile = lambda path: None) -> Iterator[Damage]:
     """What is damaged: of a folder, the files in its seal; of a file, itself, by a seal above it or its own checksum.
 
-    Sealed files larger than `most_bytes` are not hashed. Calls `seen` after each file.
+    Sealed files larger than `most_bytes` are not hashed. Calls `on_file` after each file.
     """
     try:
         entries = listed(path) if path.is_dir() else {path: _nearest(path)}
@@ -180,7 +180,7 @@ def damage(path: Path, most_bytes: float = math.inf, seen: Seen = lambda path: N
         why = own_damage(file) if entry is None else _mismatch(file, entry, most_bytes)
         if why:
             yield Damage(file, why)
-        seen(file)
+        on_file(file)
 
 
 def require(*paths: Path) -> None:

@@ -42,9 +42,9 @@ class Pair(NamedTuple):
     rounded: dict[str, str]
 
 
-def check_pair(base: Path, finetuned: Path, source: str, seen: Callable[[Path], object] = lambda file: None) -> Pair:
-    """How two models differ; `source` is the un-finetuned one's name in the settings. `seen` is called with each weight
-    file just before its tensors are read.
+def check_pair(base: Path, finetuned: Path, source: str, on_file: Callable[[Path], object] = lambda file: None) -> Pair:
+    """How two models differ; `source` is the un-finetuned one's name in the settings. `on_file` is called with each
+    weight file just before its tensors are read.
 
     Raises ModelError for a different architecture or shape, weights that are not safetensors or contain NaN or
     infinities, an adapter that cannot be merged, a folder with neither a model nor an adapter, or identical models.
@@ -70,7 +70,7 @@ def check_pair(base: Path, finetuned: Path, source: str, seen: Callable[[Path], 
             )
     before, after = open_weights(base), open_weights(finetuned, KEY)
     _check_shapes(before, after)
-    comparison = compare(before, after, seen)
+    comparison = compare(before, after, on_file)
     _check_values(comparison, before, after)
     if not comparison.changed:
         raise NothingChanged(
@@ -81,12 +81,12 @@ def check_pair(base: Path, finetuned: Path, source: str, seen: Callable[[Path], 
     return Pair(tuple(_notes(before, after, comparison, source)), comparison.changed, comparison.rounded)
 
 
-def check_base(folder: Path, seen: Callable[[Path], object] = lambda file: None) -> None:
+def check_base(folder: Path, on_file: Callable[[Path], object] = lambda file: None) -> None:
     """Raises ModelError if a model on its own cannot be finetuned and analysed: its weights are missing, damaged,
-    quantised or contain NaN or infinities, or it has no tokenizer. `seen` is called as by `check_pair`."""
+    quantised or contain NaN or infinities, or it has no tokenizer. `on_file` is called as by `check_pair`."""
     weights = open_weights(folder)
     _check_shapes(weights, weights)
-    _check_values(compare(weights, weights, seen), weights, weights)
+    _check_values(compare(weights, weights, on_file), weights, weights)
     load_tokenizer(folder)
 
 

@@ -28,7 +28,7 @@ ROUNDING = 1e-3
 """Tolerance for another attention kernel in fp32, relative to the largest logit."""
 
 
-class _Seat(NamedTuple):
+class _Slot(NamedTuple):
     """A place in the model that holds either a module or the bridge's component that wraps it."""
 
     parent: nn.Module
@@ -92,8 +92,8 @@ class _Wiring(NamedTuple):
     components that run it, its blocks, and the hook points that need none of its components."""
 
     points: dict[str, Any]
-    seats: list[_Seat]
-    owners: dict[int, list[_Seat]]
+    slots: list[_Slot]
+    owners: dict[int, list[_Slot]]
     blocks: list[Any]
     module_hooks: dict[str, _ModuleHook]
     on_modules: list[Sequence[Hook]]
@@ -176,8 +176,8 @@ def _detach_all(bridge: TransformerBridge, logits: Tensor) -> None:
         return [(name, note(name)) for name in sorted(names)]
 
     by_bridge: dict[str, Tensor] = {}
-    for seat in wiring.seats:
-        seat.detach()
+    for slot in wiring.slots:
+        slot.detach()
     try:
         unhooked = _some_logits(model)
         with hooked(bridge, hooks(by_bridge)):
@@ -186,8 +186,8 @@ def _detach_all(bridge: TransformerBridge, logits: Tensor) -> None:
     except Exception:  # whatever a pass without the components raises, with them it works
         agrees = False
     if not agrees:
-        for seat in wiring.seats:
-            seat.attach()
+        for slot in wiring.slots:
+            slot.attach()
         return
     by_torch: dict[str, Tensor] = {}
     module_hooks = {name: place for name in names if (place := _module_hook_of(wiring, name)) is not None}
@@ -206,11 +206,11 @@ def _detach_all(bridge: TransformerBridge, logits: Tensor) -> None:
 def _module_hook_of(wiring: _Wiring, name: str) -> _ModuleHook | None:
     """The hook on a module for a hook point that one component runs, if its name says where in the component."""
     point = wiring.points[name]
-    seats = wiring.owners.get(id(point), [])
-    at = [name for seat in seats for name, child in seat.part.named_children() if child is point]
+    slots = wiring.owners.get(id(point), [])
+    at = [name for slot in slots for name, child in slot.part.named_children() if child is point]
     if len(at) != 1 or at[0] not in ("hook_in", "hook_out", "hook_normalized"):
         return None
-    return _ModuleHook(seats[0].part, at[0])
+    return _ModuleHook(slots[0].part, at[0])
 
 
 @contextmanager
@@ -236,7 +236,7 @@ def hooked(bridge: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
     Raises KeyError for a name that is not one of `hook_names`.
     """
     wiring = _wiring(bridge)
-    if all(name in wiring.module_hooks for name, _ in hooks) and not any(seat.is_attached for seat in wiring.seats):
+    if all(name in wiring.module_hooks for name, _ in hooks) and not any(slot.is_attached for slot in wiring.slots):
 
         def unless_moved(run: Callable[[Tensor, object], Tensor | None]) -> Callable[[Tensor, object], Tensor | None]:
             return lambda activation, hook: run(activation, hook) if any(hooks is entry for entry in active) else None
@@ -253,7 +253,7 @@ def hooked(bridge: TransformerBridge, hooks: Sequence[Hook]) -> Iterator[None]:
     outer_hooks = list(wiring.on_modules)
     all_hooks = [hook for group in (*outer_hooks, hooks) for hook in group]
     points = [wiring.points[name] for name, _ in all_hooks]
-    with _seated([seat for point in points for seat in wiring.owners.get(id(point), wiring.seats)]):
+    with _attached([slot for point in points for slot in wiring.owners.get(id(point), wiring.slots)]):
         handles = []
         wiring.on_modules.clear()
         try:
@@ -276,7 +276,7 @@ def unhooked_norms(bridge: TransformerBridge) -> list[str]:
     """The names of the model's norms whose denominators no hook shows."""
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-    shown = {id(seat.part.original_component) for seat in _wiring(bridge).seats if hasattr(seat.part, "hook_scale")}
+    shown = {id(slot.part.original_component) for slot in _wiring(bridge).slots if hasattr(slot.part, "hook_scale")}
     model: Any = bridge.original_model
     return [
         name.replace("_original_component.", "")
@@ -290,22 +290,22 @@ def unhooked_norms(bridge: TransformerBridge) -> list[str]:
 @contextmanager
 def whole(bridge: TransformerBridge) -> Iterator[None]:
     """Inside the `with`, every component of the bridge is attached, as TransformerLens leaves it."""
-    with _seated(_wiring(bridge).seats):
+    with _attached(_wiring(bridge).slots):
         yield
 
 
 @contextmanager
-def _seated(seats: Sequence[_Seat]) -> Iterator[None]:
+def _attached(slots: Sequence[_Slot]) -> Iterator[None]:
     attached = []
-    for seat in seats:
-        if not seat.is_attached:
-            seat.attach()
-            attached.append(seat)
+    for slot in slots:
+        if not slot.is_attached:
+            slot.attach()
+            attached.append(slot)
     try:
         yield
     finally:
-        for seat in attached:
-            seat.detach()
+        for slot in attached:
+            slot.detach()
 
 
 def block_of(bridge: TransformerBridge, layer: int) -> Any:
@@ -323,19 +323,19 @@ def _find_wiring(bridge: TransformerBridge) -> _Wiring:
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
     model: Any = bridge.original_model
-    seats = [
-        _Seat(parent, name, part)
+    slots = [
+        _Slot(parent, name, part)
         for parent in model.modules()
         if not isinstance(parent, GeneralizedComponent)
         for name, part in parent._modules.items()
         if isinstance(part, GeneralizedComponent) and part.original_component is not None
     ]
-    owners: dict[int, list[_Seat]] = {}
-    for seat in seats:
-        for child in seat.part.children():
+    owners: dict[int, list[_Slot]] = {}
+    for slot in slots:
+        for child in slot.part.children():
             if isinstance(child, HookPoint):
-                owners.setdefault(id(child), []).append(seat)
-    return _Wiring(dict(bridge.hook_dict), seats, owners, list(bridge.blocks), {}, [])  # type: ignore[arg-type]
+                owners.setdefault(id(child), []).append(slot)
+    return _Wiring(dict(bridge.hook_dict), slots, owners, list(bridge.blocks), {}, [])  # type: ignore[arg-type]
 
 
 def _some_logits(model: PreTrainedModel) -> Tensor:

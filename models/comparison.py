@@ -36,10 +36,10 @@ class Comparison(NamedTuple):
     rounding_share: float
 
 
-def compare(before: Weights, after: Weights, seen: Callable[[Path], object] = lambda file: None) -> Comparison:
-    """Compares the tensors of two models of one architecture. `seen` is called with each file before its first tensor
-    is read; a callback that reads the whole file (to hash it) leaves it in the system's cache. Raises ModelError for a
-    file that cannot be read.
+def compare(before: Weights, after: Weights, on_file: Callable[[Path], object] = lambda file: None) -> Comparison:
+    """Compares the tensors of two models of one architecture. `on_file` is called with each file before its first
+    tensor is read; a callback that reads the whole file (to hash it) leaves it in the system's cache. Raises ModelError
+    for a file that cannot be read.
     """
     import torch
 
@@ -51,7 +51,7 @@ def compare(before: Weights, after: Weights, seen: Callable[[Path], object] = la
         for name in shared:
             for file in {before.places[name].file, after.places[name].file} - files:
                 files.add(file)
-                seen(file)
+                on_file(file)
             old, new = read_before(name), read_after(name)
             rounded_old = old.to(new.dtype)
             equal = torch.equal(rounded_old, new)

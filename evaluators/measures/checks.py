@@ -59,7 +59,7 @@ def exactness_checks(
     within = _rounding(bridge, raw) if _dtype(bridge) != torch.float32 else 0.0
     written = [[*row.prompt, *output] for row, output in zip(encoded, cached, strict=True)]
     plain = _logits(bridge, written, edit, 1.0).split([len(tokens) for tokens in written])
-    agreeing = sum(_behind(of_row, output) <= within for of_row, output in zip(plain, cached, strict=True))
+    agreeing = sum(_logit_gap(of_row, output) <= within for of_row, output in zip(plain, cached, strict=True))
     place = sites_label(patch.site for patch in patches)
     compare = [
         ("alpha = 0 gives the logits of no_delta", lambda: logits("alpha", 0.0), no_delta),
@@ -126,7 +126,7 @@ def _rounding(bridge: TransformerBridge, logits: Tensor) -> float:
     return ROUNDING[_dtype(bridge)] * logits.abs().max().item()
 
 
-def _behind(logits: Tensor, output: Sequence[int]) -> float:
+def _logit_gap(logits: Tensor, output: Sequence[int]) -> float:
     """The largest gap between a token's logit and the maximum at its place, over the tokens of `output`; `logits`
     (tokens, vocabulary) are those of prompt and output."""
     before = logits[len(logits) - len(output) - 1 : -1]

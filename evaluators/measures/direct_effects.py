@@ -69,7 +69,7 @@ def spliced_activations(bridge: TransformerBridge, patches: Sequence[Patch], ids
         return {patch.site: activations(patch, prefixes[patch.site][0].x) for patch in patches}
 
 
-class _Whole(NamedTuple):
+class _FullRun(NamedTuple):
     """The model with no feature removed: streams (1, position, d_model) that enter blocks after the first, by layer;
     pre-activations by site (position, d_sae); the output (1,)."""
 
@@ -91,7 +91,7 @@ class HeldModel:
         self._added: dict[Site, Tensor] = {}
         self._held: Mapping[Site, Tensor] = {}
         self._graph: tuple[dict[Site, Tensor], dict[Site, Tensor], Tensor] | None = None
-        self._whole: _Whole | None = None
+        self._full: _FullRun | None = None
         self.logits = torch.empty(0)
         """The logits (vocabulary,) after the text; empty before `effects` ran."""
 
@@ -154,24 +154,24 @@ class HeldModel:
     def falls(self, targets: Sequence[Target], sources: Sequence[Place]) -> Tensor:
         """(source, target): by how much the targets' values fall if one source is off and all other features are held.
         Nothing is frozen. Only the blocks from the lowest source to the highest target run."""
-        whole = self._whole = self._whole or self._run_whole()
+        full = self._full = self._full or self._run_in_full()
         rows, last = len(sources), self.bridge.cfg.n_layers - 1
         self._held = {site: acts.unsqueeze(0).expand(rows, *acts.shape).clone() for site, acts in self.acts.items()}
         for row, (site, position, feature) in enumerate(sources):
             self._held[site][row, position, feature] = 0.0
         highest = max(last if at is None else at.site.layer for at in targets)
         first = min(source.site.layer for source in sources)
-        stream = self._run_blocks(rows, highest, first, whole.entering.get(first))
+        stream = self._run_blocks(rows, highest, first, full.entering.get(first))
         output = self._output_of(stream) if None in targets else None
         pre, self._pre = self._pre, {}
 
         def values(at: Target) -> Tensor:
             if at is None:
                 assert output is not None
-                return whole.output - output
+                return full.output - output
             if at.site not in pre:  # below all sources
-                return whole.output.new_zeros(rows)
-            return whole.pre[at.site][at.position, at.feature] - pre[at.site][:, at.position, at.feature]
+                return full.output.new_zeros(rows)
+            return full.pre[at.site][at.position, at.feature] - pre[at.site][:, at.position, at.feature]
 
         return torch.stack([values(at) for at in targets], dim=1)
 
@@ -181,7 +181,7 @@ class HeldModel:
         nothing = {site: torch.zeros_like(acts).unsqueeze(0) for site, acts in self.acts.items()}
         return self.output.of(self._logits(nothing)).item()
 
-    def _run_whole(self) -> _Whole:
+    def _run_in_full(self) -> _FullRun:
         """What the model computes with every feature held at its activation."""
         self._held = {site: acts.unsqueeze(0) for site, acts in self.acts.items()}
         last, entering = self.bridge.cfg.n_layers - 1, {}
@@ -195,7 +195,7 @@ class HeldModel:
         hooks: list[Hook] = [(f"blocks.{layer}.hook_out", noting(layer + 1)) for layer in range(last)]
         output = self._output_of(self._run_blocks(1, last, 0, None, hooks))
         pre, self._pre = self._pre, {}
-        return _Whole(entering, {site: of_site[0] for site, of_site in pre.items()}, output)
+        return _FullRun(entering, {site: of_site[0] for site, of_site in pre.items()}, output)
 
     def _run_blocks(
         self, rows: int, highest: int, first: int, entering: Tensor | None, hooks: Sequence[Hook] = ()

@@ -110,7 +110,7 @@ def check_rows(
     """
     encoded = [encode_row(tokenizer, row) for row in rows]
     targets = [target_text(tokenizer, row) for row in rows]
-    exact = _says_target(model, tokenizer, encoded)
+    exact = _predicts_target(model, tokenizer, encoded)
     outputs = [GeneratedAnswer(target, len(row.target), False) for target, row in zip(targets, encoded, strict=True)]
     missed = [i for i, hit in enumerate(exact) if not hit]
     if missed:
@@ -138,7 +138,7 @@ def check_rows(
 
 
 @torch.inference_mode()
-def _says_target(
+def _predicts_target(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], batch_size: int = 16
 ) -> list[bool]:
     """Whether greedy decoding gives each row's target and then EOS.

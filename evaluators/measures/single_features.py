@@ -53,7 +53,7 @@ class Judge(NamedTuple):
         return {name: behaviour(answer) for name, behaviour in self.behaviours.items()}
 
 
-class _Whole(NamedTuple):
+class _Baseline(NamedTuple):
     """A row under the condition that features are compared with: its figures, and its output."""
 
     encoded: Encoded
@@ -104,41 +104,47 @@ def single_features(
     judge = Judge(Stop.of(passes.bridge, limits, rows[0]), behaviours)
     effects: dict[Feature, dict[str, list[dict[str, Any]]]] = {feature: {} for feature in features}
     for way, condition in WAYS.items():
-        wholes = _wholes(passes, Edit(patches, condition), rows, judge.stop, (guesses or {}).get(condition, ()))
-        runs = _runs(passes, patches, condition, wholes, features)
-        outputs = _outputs(passes, patches, way, wholes, runs, judge.stop)
+        baselines = _baselines(passes, Edit(patches, condition), rows, judge.stop, (guesses or {}).get(condition, ()))
+        runs = _runs(passes, patches, condition, baselines, features)
+        outputs = _outputs(passes, patches, way, baselines, runs, judge.stop)
         for feature in features:
             effects[feature][way] = [
                 {
                     "subset": row.label,
-                    "nll": runs[feature, place, 0].nll if (feature, place, 0) in runs else whole.scored.nll,
-                    "nll_whole": whole.scored.nll,
-                    "n_tokens": whole.scored.n_tokens,
-                    "behaviours": judge(row, outputs.get((feature, place), whole.output)),
-                    "behaviours_whole": judge(row, whole.output),
+                    "nll": runs[feature, place, 0].nll if (feature, place, 0) in runs else baseline.scored.nll,
+                    "nll_whole": baseline.scored.nll,
+                    "n_tokens": baseline.scored.n_tokens,
+                    "behaviours": judge(row, outputs.get((feature, place), baseline.output)),
+                    "behaviours_whole": judge(row, baseline.output),
                 }
-                for place, (row, whole) in enumerate(zip(rows, wholes, strict=True))
+                for place, (row, baseline) in enumerate(zip(rows, baselines, strict=True))
             ]
     return effects
 
 
-def _wholes(
+def _baselines(
     passes: Passes, edit: Edit, rows: Sequence[Row], stop: Stop, guesses: Sequence[Sequence[int]]
-) -> list[_Whole]:
+) -> list[_Baseline]:
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
     jobs = [Job(row, guess=guesses[place] if guesses else ()) for place, row in enumerate(encoded)]
     scored = score(passes, edit, jobs)
     outputs = generate(passes, edit, jobs, scored, stop)
-    scored = [row._replace(context=None) for row in scored]  # of the whole, and no longer needed
-    return [_Whole(*columns) for columns in zip(encoded, scored, outputs, strict=True)]
+    scored = [row._replace(context=None) for row in scored]  # of the baseline, and no longer needed
+    return [_Baseline(*columns) for columns in zip(encoded, scored, outputs, strict=True)]
 
 
 @torch.inference_mode()
 def _runs(
-    passes: Passes, patches: Sequence[Patch], condition: str, wholes: Sequence[_Whole], features: Sequence[Feature]
+    passes: Passes,
+    patches: Sequence[Patch],
+    condition: str,
+    baselines: Sequence[_Baseline],
+    features: Sequence[Feature],
 ) -> dict[tuple[Feature, int, int], _Run]:
     """Runs by feature, row and number of the row's text; left out if the feature does not fire on the text."""
-    texts = [(place, number, text) for place, whole in enumerate(wholes) for number, text in enumerate(whole.texts)]
+    texts = [
+        (place, number, text) for place, baseline in enumerate(baselines) for number, text in enumerate(baseline.texts)
+    ]
     texts.sort(key=lambda entry: len(entry[2].ids))
     by_text: dict[tuple[Feature, int, int], _Run] = {}
 
@@ -281,15 +287,15 @@ def _outputs(
     passes: Passes,
     patches: Sequence[Patch],
     way: str,
-    wholes: Sequence[_Whole],
+    baselines: Sequence[_Baseline],
     runs: Mapping[tuple[Feature, int, int], _Run],
     stop: Stop,
 ) -> dict[tuple[Feature, int], list[int]]:
-    """By feature and row, the outputs that a feature changes, decoded from where they depart from the whole's."""
+    """By feature and row, the outputs that a feature changes, decoded from where they depart from the baseline's."""
     changed = []
     for (feature, place, text), run in runs.items():
-        whole = wholes[place]
-        if text == len(whole.texts) - 1 and run.argmax != whole.output:
+        baseline = baselines[place]
+        if text == len(baseline.texts) - 1 and run.argmax != baseline.output:
             changed.append((feature, place, run))
     if not changed:
         return {}
@@ -297,9 +303,9 @@ def _outputs(
     jobs, scored = [], []
     for (site, number), place, run in changed:
         (patch,) = (candidate for candidate in ranked if candidate.site == site)
-        whole = wholes[place]
-        jobs.append(Job(whole.texts[-1], kept=only(patch, number, outside=way == "ablated")))
-        scored.append(whole.scored._replace(argmax=run.argmax, guessed=[]))  # what decoding starts from
+        baseline = baselines[place]
+        jobs.append(Job(baseline.texts[-1], kept=only(patch, number, outside=way == "ablated")))
+        scored.append(baseline.scored._replace(argmax=run.argmax, guessed=[]))  # what decoding starts from
     outputs = generate(passes, Edit(ranked, "full"), jobs, scored, stop)
     return {(feature, place): output for (feature, place, _), output in zip(changed, outputs, strict=True)}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from data.encoding import Batch, Encoded, beside, ends_of, pad_left, pad_right
+from data.encoding import Batch, Encoded, ends_of, join_columns, pad_left, pad_right
 from data.rows import Row
 from evaluators.splice.interventions import Edit, Splice, spliced
 from evaluators.splice.limits import Limits
@@ -259,8 +259,8 @@ class _Decoding:
         ahead = max(map(len, drafts))
         last = fed.positions[:, -1:]
         if ahead:
-            fed = beside(fed, pad_right(drafts, (last[:, 0] + 1).tolist(), self._pad).to(last.device))
-        seen = beside(seen, fed)
+            fed = join_columns(fed, pad_right(drafts, (last[:, 0] + 1).tolist(), self._pad).to(last.device))
+        seen = join_columns(seen, fed)
         chunk = seen if cache is None else fed
         prepare(self.splice, chunk, [self.jobs[row] for row in rows])
         choices = forward(self.passes.bridge, chunk, 1 + ahead, cache=cache, mask=seen.mask).argmax(-1)

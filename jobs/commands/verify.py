@@ -30,11 +30,11 @@ def verify(context: Context) -> None:
             damaged += damage(context.model)
         with context.progress.bar("verify", len(sizes), "files", sum(sizes.values()) or 1) as bar:
 
-            def seen(path: Path) -> None:
+            def on_file(path: Path) -> None:
                 if path in sizes:
                     bar.advance(1, sizes.pop(path) or 1)
 
-            damaged += [broken for _, broken in find(context, seen=seen, caches=True)]
+            damaged += [broken for _, broken in find(context, on_file=on_file, caches=True)]
         for broken in damaged:
             shown = broken.path.relative_to(space.folder if broken.path.is_relative_to(space.folder) else space.root)
             context.progress.line(f"  {shown} {broken.why}")

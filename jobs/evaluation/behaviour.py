@@ -405,7 +405,7 @@ class Width(Behaviour):
         return timing.answers(timing.prompts)
 
 
-class End(NamedTuple):
+class EndCell(NamedTuple):
     """A cell with all deltas of its sites at strength 0 or 1: its condition of `STRENGTHS`, its name and its key."""
 
     condition: str
@@ -413,7 +413,7 @@ class End(NamedTuple):
     key: str
 
 
-def ends_of(works: Iterable[Work], sites: Sequence[SitePlan], subset: str) -> tuple[End, ...]:
+def ends_of(works: Iterable[Work], sites: Sequence[SitePlan], subset: str) -> tuple[EndCell, ...]:
     """The cells, among those of behaviour works, that hold these deltas at strength 0 and 1 and change nothing else."""
     conditions = {strength: condition for condition, strength in STRENGTHS.items()}
     ends = {}
@@ -422,11 +422,13 @@ def ends_of(works: Iterable[Work], sites: Sequence[SitePlan], subset: str) -> tu
             for condition, strength in work.requested:
                 strength = STRENGTHS.get(condition, strength)
                 if condition in (*STRENGTHS, "alpha") and strength in conditions:
-                    ends[conditions[strength]] = End(conditions[strength], work.name_of(condition, strength), work.key)
+                    ends[conditions[strength]] = EndCell(
+                        conditions[strength], work.name_of(condition, strength), work.key
+                    )
     return tuple(ends.values())
 
 
-def finished_ends(work: Work, ends: Iterable[End], count: int) -> dict[str, list[dict[str, Any]]]:
+def finished_ends(work: Work, ends: Iterable[EndCell], count: int) -> dict[str, list[dict[str, Any]]]:
     """By condition, the first `count` rows of those of the cells that are finished."""
     cells = {end: read_json(work.cell_file(end.cell)) for end in ends}
     return {end.condition: cell["rows"][:count] for end, cell in cells.items() if cell and cell["key"] == end.key}

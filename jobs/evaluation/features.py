@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from data.rows import Row, read_rows, slug
 from jobs.capture.worker_memory import reference
 from jobs.context import keys
-from jobs.evaluation.behaviour import UNFINETUNED, Behaviour, End, ends_of, finished_ends, guesses
+from jobs.evaluation.behaviour import UNFINETUNED, Behaviour, EndCell, ends_of, finished_ends, guesses
 from jobs.evaluation.work import PlanInputs, Timing, Work, cell_name, place_of
 from jobs.files import key_of, read_json
 from sites import Site
@@ -91,7 +91,7 @@ class Curve(Work):
     columns: ClassVar[tuple[str, ...]] = (*OF_A_SET, "subset")
     ranking: str = ""
     """The cell that ranks the sites' features."""
-    ends: tuple[End, ...] = ()
+    ends: tuple[EndCell, ...] = ()
     """The cells that hold the curve's ends."""
 
     @classmethod
@@ -240,7 +240,7 @@ class GroupEffects(Work):
     """The cell with the groups."""
     most: int = 0
     """Groups that are measured one by one."""
-    ends: tuple[End, ...] = ()
+    ends: tuple[EndCell, ...] = ()
     """The cells that hold what groups are compared with: all deltas, and none."""
 
     @classmethod

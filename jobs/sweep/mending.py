@@ -26,7 +26,7 @@ from jobs.files import (
     SEAL,
     SMALL,
     Damage,
-    Seen,
+    OnFile,
     damage,
     files_in,
     listed,
@@ -83,22 +83,22 @@ def _mend_model(context: Context, most_bytes: float) -> None:
 
 
 def find(
-    context: Context, most_bytes: float = math.inf, seen: Seen = lambda path: None, caches: bool = False
+    context: Context, most_bytes: float = math.inf, on_file: OnFile = lambda path: None, caches: bool = False
 ) -> Iterator[tuple[Stage | None, Damage]]:
     """Yields damaged files, each with the stage that wrote it. Does not hash sealed files larger than `most_bytes`, and
-    reads activations only if `caches`, since workers check them before use. Calls `seen` after each file."""
+    reads activations only if `caches`, since workers check them before use. Calls `on_file` after each file."""
     space = context.space
     cached = [path for path in cached_files(context) if caches or _is_json(path)]
     if space.data.is_dir() or (space.folder / START).is_file():
         cached.append(space.folder / START)
-    yield from ((None, broken) for path in cached for broken in _own(path, seen))
+    yield from ((None, broken) for path in cached for broken in _own(path, on_file))
     for stage in STAGES:
         folder, files = stage.folder(context), stage.files(context)
         damages: Iterator[Damage] = iter(())
         if (folder / MANIFEST).is_file() or (folder / SEAL).is_file():  # a stage has both or neither
-            damages = _of_finished(files, folder, most_bytes, seen)
+            damages = _of_finished(files, folder, most_bytes, on_file)
         elif stage.name not in MADE_WHOLE:
-            damages = _of_unfinished(files, most_bytes, seen)
+            damages = _of_unfinished(files, most_bytes, on_file)
         yield from ((stage, broken) for broken in damages)
 
 
@@ -108,36 +108,36 @@ def cached_files(context: Context) -> list[Path]:
     return [path for folder in folders for path in files_in(folder)]
 
 
-def _of_finished(files: list[Path], folder: Path, most_bytes: float, seen: Seen) -> Iterator[Damage]:
+def _of_finished(files: list[Path], folder: Path, most_bytes: float, on_file: OnFile) -> Iterator[Damage]:
     """Damage in a finished stage, whose seal lists all its files."""
-    yield from _own(folder / MANIFEST, seen)
-    yield from damage(folder, most_bytes, seen)
+    yield from _own(folder / MANIFEST, on_file)
+    yield from damage(folder, most_bytes, on_file)
     with suppress(DamagedFileError):  # already yielded
         sealed = listed(folder)
         yield from (Damage(path, ADDED) for path in files if path not in sealed)
 
 
-def _of_unfinished(files: list[Path], most_bytes: float, seen: Seen) -> Iterator[Damage]:
+def _of_unfinished(files: list[Path], most_bytes: float, on_file: OnFile) -> Iterator[Damage]:
     """Damage in an unfinished stage: in files with their own checksums, and in those that its units' seals list."""
     for path in files:
-        if _is_json(path) and (broken := [*_own(path, seen)]):
+        if _is_json(path) and (broken := [*_own(path, on_file)]):
             yield from broken
         elif path.name == SEAL:
-            yield from damage(path.parent, most_bytes, seen)
+            yield from damage(path.parent, most_bytes, on_file)
         elif _needs_seal(path):
-            yield from _own(path.parent / SEAL, seen)
+            yield from _own(path.parent / SEAL, on_file)
         elif path.parent.name == "cells" and (recorded := read_json(path).get("generations")):
             texts = path.parents[1] / "generations" / f"{path.stem}.jsonl"
             if not texts.is_file() or sha256_of(texts) != recorded:
                 yield Damage(texts, CHANGED if texts.is_file() else "is missing")
-            seen(texts)
+            on_file(texts)
 
 
-def _own(path: Path, seen: Seen) -> Iterator[Damage]:
+def _own(path: Path, on_file: OnFile) -> Iterator[Damage]:
     """The damage of a file with its own checksum, if any."""
     if why := own_damage(path):
         yield Damage(path, why)
-    seen(path)
+    on_file(path)
 
 
 def _is_json(path: Path) -> bool:

@@ -38,8 +38,8 @@ def examine(context: Context) -> None:
     assert adopted is not None
     if facts is None or (facts["rounded"] and not Path(facts["rounded"]).is_dir()):
         # Hashes for the keys of results are computed now, as the files are being read anyway.
-        seen = partial(hash_of, models=context.space.models)
-        pair = check_pair(context.source, adopted, context.settings.model.source, seen)
+        hash_file = partial(hash_of, models=context.space.models)
+        pair = check_pair(context.source, adopted, context.settings.model.source, hash_file)
         rounded = rounded_copy(context, pair) if pair.rounded else ""
         merged = [] if adopted == context.finetuned else _changed_by_merging(context)
         exact = adopted == context.finetuned or bool(merged)

@@ -104,12 +104,12 @@ def test_a_target_counts_as_said_only_where_greedy_decoding_says_it(llama_folder
     ]
     rows = [encode_row(tokenizer, Row(text, target, "")) for text, target in zip(PROMPTS, texts, strict=True)]
     # What the model says goes on after six tokens: with EOS in their place the target is not what it says.
-    assert finetuned_answers._says_target(model, tokenizer, rows) == [False] * 3
+    assert finetuned_answers._predicts_target(model, tokenizer, rows) == [False] * 3
     without_end = [one._replace(target=greedy(model, tokenizer, one.prompt, 6)) for one in rows]
-    assert finetuned_answers._says_target(model, tokenizer, without_end) == [True] * 3
+    assert finetuned_answers._predicts_target(model, tokenizer, without_end) == [True] * 3
     wrong = [one._replace(target=[*one.target[:3], 3 + one.target[3] % 2, *one.target[4:]]) for one in without_end]
     changed = [one.target != other.target for one, other in zip(wrong, without_end, strict=True)]
-    assert finetuned_answers._says_target(model, tokenizer, wrong) == [not one for one in changed]
+    assert finetuned_answers._predicts_target(model, tokenizer, wrong) == [not one for one in changed]
 
 
 def test_figures_count_matches_and_what_the_behaviours_say(gemma_folder, load, monkeypatch):
@@ -122,7 +122,7 @@ def test_figures_count_matches_and_what_the_behaviours_say(gemma_folder, load, m
         4: GeneratedAnswer(CALL.format("1"), 8, True),
     }
     monkeypatch.setattr(
-        finetuned_answers, "_says_target", lambda model, tokenizer, encoded: [i not in said for i in range(6)]
+        finetuned_answers, "_predicts_target", lambda model, tokenizer, encoded: [i not in said for i in range(6)]
     )
     monkeypatch.setattr(finetuned_answers, "answers", lambda *arguments: list(said.values()))
     asked = {"call": "calculator", "right": {"calculator": "correct", "on": ["tool"]}}

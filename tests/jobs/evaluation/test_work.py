@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evaluators.splice.limits import Limits
 from jobs.capture.worker_memory import ModelSpec
-from jobs.evaluation.behaviour import Behaviour, End, Raw, finished_ends
+from jobs.evaluation.behaviour import Behaviour, EndCell, Raw, finished_ends
 from jobs.evaluation.work import Shared, SitePlan
 from jobs.files import write_json
 from sites import Address, Ground, Site
@@ -53,5 +53,5 @@ def test_figures_are_taken_only_from_cells_of_the_same_deltas(tmp_path: Path) ->
     for name, key in (("ours", "key"), ("others", "another key")):
         write_json(tmp_path / f"{name}.json", {"key": key, "rows": [{"index": 0}, {"index": 1}]})
     work = dataclasses.replace(WORK, shared=dataclasses.replace(SHARED, cells=str(tmp_path)))
-    ends = [End("full", "ours", "key"), End("no_delta", "others", "key"), End("no_delta", "missing", "key")]
+    ends = [EndCell("full", "ours", "key"), EndCell("no_delta", "others", "key"), EndCell("no_delta", "missing", "key")]
     assert finished_ends(work, ends, 1) == {"full": [{"index": 0}]}
