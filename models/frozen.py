@@ -104,6 +104,6 @@ def _detach(value: Tensor, hook: object) -> Tensor:
 @contextmanager
 def _edited(bridge: TransformerBridge, hooks: list[Hook]) -> Iterator[None]:
     with hooked(bridge, hooks), warnings.catch_warnings():
-        # An edited norm is computed in TransformerLens' order of operations, of which it warns each time.
+        # An edited norm is computed in TransformerLens' order of operations, and each time it warns about that.
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
         yield

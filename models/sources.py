@@ -65,7 +65,7 @@ def resolve(
     """The local folder of `source`; packaged models, GGUF files and tiny models are converted once under `cache`.
 
     Raises ModelError if the source is not available. `seed` is for the tiny model's random weights, `key` is the
-    setting that names the source. `say` is told of what takes long.
+    setting that names the source. `say` is called with a line about each slow step.
     """
     check_source(source, revision, key)
     if source == TINY:

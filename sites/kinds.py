@@ -28,7 +28,7 @@ class Kind:
     words: str
     """The site in sentences."""
     at: tuple[tuple[str, ...], ...] = ()
-    """For each of `writes`, alternative hooks, of which the first that the model has is used. They are as close to the
+    """For each of `writes`, alternative hooks; the first one that the model has is used. They are as close to the
     weights as possible, so that TransformerLens need not run the attention around them. Empty: `writes` themselves."""
     scaled: bool = False
     """Whether a transcoder reads x / sqrt(d_model) instead of x."""

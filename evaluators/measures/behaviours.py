@@ -118,7 +118,7 @@ def json(option: None) -> Check:
 @kind
 def at_most_tokens(option: int) -> Check:
     if not isinstance(option, int) or isinstance(option, bool) or option < 1:
-        raise BadOption(f"takes a whole number from 1 on, got {option!r}")
+        raise BadOption(f"takes a whole number, 1 or larger, got {option!r}")
     return lambda answer: answer.tokens <= option
 
 

@@ -19,7 +19,7 @@ from models.bridge import device_of
 from models.rest import finetuned_rest
 
 CHOICES = 3
-"""Most likely next tokens that are kept of each model."""
+"""Number of most likely next tokens stored for each model."""
 
 
 class TokenKL(NamedTuple):

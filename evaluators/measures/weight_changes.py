@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 HIGHEST_RANK = 64
-"""Ranks above this are not told apart. LoRA's are rarely higher, and a full SVD of every matrix takes minutes."""
+"""Highest rank that is determined. LoRA's are rarely higher, and a full SVD of every matrix takes minutes."""
 SPARE = 16
 """Extra directions of a random sketch, which make it find the leading ones almost surely (Halko et al. 2011)."""
 SKETCHES = (16 + SPARE, HIGHEST_RANK + SPARE)

@@ -172,7 +172,7 @@ def _card(row: pd.Series, card: dict[str, Any], subsets: Sequence[str], total: i
         [_effect(row, subset) for subset in subsets],
         [visible(token) for token in card["promoted"]],
         [visible(token) for token in card["suppressed"]],
-        # The square root, so that rare strong activations stay visible beside many weak ones.
+        # The square root, so that rare strong activations stay visible next to many weak ones.
         [] if row["at_bos"] else [(count, round(40 * math.sqrt(count / most))) for count in counts],
         f"{top:.3g}",
         [] if row["at_bos"] else [_context(context, top) for context in card["contexts"]],

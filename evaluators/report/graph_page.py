@@ -143,7 +143,7 @@ def _samples(graph: Graph) -> list[Sample]:
         text = "not known" if math.isnan(_plain(value)) else number(value)
         if not math.isnan(_plain(low)):
             text += f" [{number(low)}, {number(high)}]"
-        # A correlation that is not known is no reason for trust.
+        # An unknown correlation is not a reason to trust the graph.
         trusted = _plain(value) >= TRUSTED
         samples.append(Sample(words, words[:1].upper() + words[1:], text, trusted, f"{limit:.2g}", points))
     return samples
@@ -190,8 +190,8 @@ def _sums(graph: Graph) -> str:
     words.append(f"edges that are not in the graph {number(left_out, signed=True)}")
     value = number(graph["output"]["value"], signed=True)
     return (
-        f"{value} is the sum of direct effects: {', '.join(words)}. What edges do not explain, being slopes, counts as "
-        "the rest's."
+        f"{value} is the sum of direct effects: {', '.join(words)}. Edges are slopes; what they do not explain "
+        "counts as the rest's."
     )
 
 
@@ -209,8 +209,8 @@ def _frozen(frozen: Mapping[str, bool]) -> str:
 
 
 def _strongest(graph: Graph, *, into_output: bool) -> list[Edge]:
-    """The edges of largest effect; effects on the output and on a feature have different units. What the un-finetuned
-    rest does to a feature is left out: that is no effect of another feature."""
+    """The edges of largest effect; effects on the output and on a feature have different units. The effect of
+    the un-finetuned rest on a feature is left out, as it is not that of another feature."""
     nodes, arriving = graph["nodes"], _arriving(graph)
     edges = [
         edge
@@ -250,7 +250,7 @@ def _checked(graph: Graph) -> list[Checked]:
 
 
 def _link(card: str) -> str:
-    """A card beside the page; anything else is left out."""
+    """The link to a card next to the page; empty for anything else."""
     return "" if ":" in card or card.startswith("/") else card
 
 

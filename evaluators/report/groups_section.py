@@ -33,7 +33,7 @@ def groups_section(results: Results, cells: Sequence[Cell], *, seed: int) -> Sec
         return None
     intro = (
         "Features of all layers and kinds that fire on the same tokens, clustered by the cosine similarity of their "
-        "activations on held-out rows. What a group does counts if it is more than as many random features do."
+        "activations on held-out rows. A group's effect counts only if it exceeds that of as many random features."
     )
     blocks: list[Block] = [Sentences(_findings(results, grouping))]
     if len(results.group_effects):

@@ -29,8 +29,8 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
     widest = recovery.widest_set(gaps)
     rows = headline_rows(results)
     help = (
-        f"Of sites {widest}, CE in nats per target token: what putting un-finetuned weights back there does, its share "
-        "of the whole effect of finetuning, and how much of it the deltas bring back at alpha 1, with 95% intervals."
+        f"For sites {widest}, CE in nats per target token: the effect of putting un-finetuned weights back there, its "
+        "share of the whole effect of finetuning, and how much of it the deltas recover at alpha 1, with 95% intervals."
     )
     lines = [list(row.values()) for row in rows]
     blocks: list[Block] = [Table("The answer", help, list(rows[0]), lines, wide_text=True)]
@@ -45,13 +45,13 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
     if results.widths["recovered"].notna().any():
         figure = knob_figures.recovered_by_width(results.widths, seed=seed)
         help = (
-            "What deltas of each width bring back. A linear map of the same rank is not sparse. The change along as "
-            "many principal directions is computed with both weights, not read off their input."
+            "What deltas of each width recover. Controls of the same rank: a linear map, which is not sparse, and the "
+            "change along principal directions, which is computed from both models' weights, not from the input."
         )
         if any(site.kind.name != MLP.name for site in parse_sites(widest)):
             help += (
-                " What finetuning changed in attention's projections is linear itself, of a rank that LoRA's bounds: "
-                "there the linear map of that rank is the change, a ceiling and no rival."
+                " What finetuning changed in attention's projections is itself linear, with a rank of at most LoRA's: "
+                "there, the linear map of that rank is the change itself, so it is a ceiling, not a competitor."
             )
         blocks.append(picture("widths", figure, "How wide must a delta be", help))
     if len(results.curve):
@@ -63,9 +63,9 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
     if len(deltas) and (deltas["target"] == "change").any():
         figure = knob_figures.where_it_is(deltas, gaps, results.recovered)
         help = (
-            "By layer: |y_finetuned - y_un|^2 over the variance of y, and what the deltas leave of it. By set of "
-            "sites: how much of the whole effect goes when only these are un-finetuned, and how much of that "
-            "their deltas bring back. Layers make up for each other, so that the shares need not add up."
+            "By layer: |y_finetuned - y_un|^2 over the variance of y, and the share of it that the deltas leave "
+            "unexplained. By set of sites: how much of the whole effect is lost when only these are un-finetuned, and "
+            "how much of that their deltas recover. Layers make up for each other, so the shares need not add up."
         )
         blocks.append(picture("where", figure, "Where in the network", help))
     findings = [*knob_findings(results, deltas), _limits(results, gaps[gaps["layer"] == widest], seed)]
@@ -74,7 +74,7 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
     blocks += _tables(results, gaps)
     intro = (
         f"{pair} The finetuned model's sites are put back to what they were before, and sparse deltas add what "
-        "finetuning changed there, times alpha: at 0 nothing of it, at 1 all that the deltas have learnt."
+        "finetuning changed there, times alpha: none of it at 0, and at 1 all that the deltas have learnt."
     ).strip()
     return Section("knob", "The change, as a knob", intro, blocks)
 
@@ -83,12 +83,12 @@ def _limits(results: Results, gaps: pd.DataFrame, seed: int) -> Findings:
     low, high = int(gaps["n_examples"].min()), int(gaps["n_examples"].max())
     count = f"{low}" if low == high else f"{low} to {high}"
     sentences = [
-        f"{count} prompts a subset, one finetuned model, seed {seed}. The intervals are over prompts: they say nothing "
-        "of another finetuning, for which other seeds must be run."
+        f"{count} prompts per subset, one finetuned model, seed {seed}. The intervals are over prompts: they say "
+        "nothing about another finetuning, for which other seeds must be run."
     ]
     if len(results.features):
         most = int(results.features[[name for name in results.features if name.startswith("n_")]].max(axis=None))
-        sentences.append(f"What single features do was measured on at most {most} prompts a subset.")
+        sentences.append(f"Single features were measured on at most {most} prompts per subset.")
     return Findings("What does this rest on?", sentences)
 
 

@@ -266,8 +266,8 @@ def _divergence(look: Figures) -> Section:
     shown = first_of_each(look["divergence"], lambda row: row["label"], TEXTS_SHOWN)
     lines = [[[Span(row["label"])], _shaded(row)] for row in shown]
     help = (
-        "Each token's shade is the KL divergence of the two models' predictions of it, made before it is read: none at "
-        "0, full at 5 nats. A tooltip has the figure and what each model would have said."
+        "Each token is shaded by the KL divergence between the two models' predictions of it: not at all at 0, fully "
+        "at 5 nats. A tooltip has the figure and what each model would have said."
     )
     texts = Texts("KL token by token", help, ["subset", "text"], lines)
     rows = [
@@ -459,8 +459,8 @@ def _next(look: Figures, seed: int) -> Section:
     if suggested["plan"] and "time" not in suggested["plan"]:
         sentences.append("How long it takes is not known before a sweep has run on this machine.")
     sentences.append(
-        "At best its deltas explain the effect above: every weight that changed is at a site with deltas, or is put "
-        "back to what it was together with them."
+        "At best, its deltas explain the effect above: every weight that changed is at a site with deltas, or is "
+        "un-finetuned together with them."
     )
     blocks: list[Block] = [Sentences([Findings("The sweep", sentences)])]
     if narrower:

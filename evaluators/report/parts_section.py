@@ -23,8 +23,8 @@ COLUMNS = {
 
 
 def parts_section(results: Results, pair: str, *, seed: int) -> Section | None:
-    """The picture, where there is an effect to share out, and the table; None where no parts were measured. `pair`
-    says which two models are compared."""
+    """The picture (if there is an effect to divide) and the table; None if no parts were measured. `pair` says which
+    two models are compared."""
     if results.parts.empty:
         return None
     intro = (
@@ -40,8 +40,8 @@ def parts_blocks(table: pd.DataFrame, *, seed: int) -> list[Block]:
     if table["share"].notna().any():
         figure = knob_figures.where_it_lives(table, seed=seed)
         help = (
-            "What of the whole effect of finetuning on CE goes when one part alone is put back to what it was before, "
-            f"and what comes when that part alone is finetuned. {STAND_IN}"
+            "The share of finetuning's whole effect on CE that is lost when one part alone is un-finetuned, and the "
+            f"share that this part alone brings when it is finetuned. {STAND_IN}"
         )
         blocks.append(picture("parts", figure, "Where the finetuning lives", help))
     help = (

@@ -154,7 +154,7 @@ class _Running(NamedTuple):
     cache: Any
 
     def only(self, places: list[int]) -> _Running:
-        """The rows at these places, of which there must be one."""
+        """The rows at these places (at least one)."""
         if len(places) == len(self.rows):
             return self
         index = torch.tensor(places, device=self.fed.ids.device)
@@ -227,8 +227,8 @@ class _Decoding:
         return columns + self.stop.limits.max_new_tokens * (1 + ahead) <= self._window
 
     def _start(self, running: _Running | None) -> _Running:
-        """Rows that wait, before their first step: those of which all but the last token has been computed, or some of
-        similar length."""
+        """Waiting rows, before their first step: those with all but the last token computed, or some of similar
+        length."""
         free_rows = self.passes.batch_size - (0 if running is None else len(running.rows))
         ready = [row for row in self._waiting if row in self._contexts][:free_rows]
         most = len(self._texts[self._waiting[0]]) + PADDED if self._joins else math.inf

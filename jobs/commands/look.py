@@ -1,8 +1,7 @@
 """A first look at a pair of models: what changed, what they say differently, where that lives. No training, no Ray.
 
 In: a `Context`: of a sweep, whose models, rows and cells are used, or of a user's own pair. Out: a self-contained page,
-the same figures as JSON, for a pair of one's own the settings of the sweep that the look suggests, and ten lines on the
-terminal.
+the same figures as JSON, ten lines on the terminal and, for a user's own pair, the settings of a sweep to run next.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def test_a_pattern_cannot_hang():
         ({"contains": ""}, "contains takes text, got ''"),
         ({"contains": 7}, "contains takes text, got 7"),
         ({"matches": "(?=a)b"}, "matches '(?=a)b' is not a regular expression that RE2 reads"),
-        ({"at_most_tokens": 0}, "at_most_tokens takes a whole number from 1 on, got 0"),
+        ({"at_most_tokens": 0}, "at_most_tokens takes a whole number, 1 or larger, got 0"),
         ({"at_most_tokens": True}, "at_most_tokens takes a whole number"),
         ({"calculator": "used"}, "calculator takes called, closed, correct or nothing, got 'used'"),
         ({"json": "strict"}, "json takes no option, got 'strict'"),
