@@ -67,7 +67,7 @@ def ours(
     settings: dict[str, Any] = {"limits": Limits(budget), "behaviours": {}}
     plain = Passes(bridge, shortcuts=shortcuts)
     prefixes = Prefixes(bridge, [patch.site for patch in patches], together=shortcuts.capture_once)
-    for subset, of_subset in rows.items():
+    for subset, subset_rows in rows.items():
         outputs: list[list[int]] = []
         reference = Reference(bridge) if with_kl else None
         for patch in patches:
@@ -80,14 +80,14 @@ def ours(
             else:
                 known_results = Known(reference=reference)
                 ((_, figures, texts),) = evaluate_behaviour(
-                    plain, (), of_subset, [Ask("raw")], known=known_results, **settings
+                    plain, (), subset_rows, [Ask("raw")], known=known_results, **settings
                 )
                 _file(table, (patch.site, "raw", 0.0, subset), figures, texts)
                 outputs = [text["tokens"] for text in texts]
             answers = evaluate_behaviour(
                 replace(plain, prefixes=prefixes if shortcuts.share_prefix else None),
                 [patch],
-                of_subset,
+                subset_rows,
                 [Ask("alpha", alpha) for alpha in ALPHAS],
                 known=Known(outputs, reference=reference),
                 **settings,
@@ -180,8 +180,8 @@ def unavoidable_flops(bridge: Any, rows: dict[str, list[Row]], patches: Sequence
     body = sum(weight.numel() for weight in bridge.blocks.parameters() if weight.ndim == 2)
     a_layer, head = body / bridge.cfg.n_layers, model.get_output_embeddings().weight.numel()
     total = 0.0
-    for subset, of_subset in rows.items():
-        for number, row in enumerate(of_subset):
+    for subset, subset_rows in rows.items():
+        for number, row in enumerate(subset_rows):
             encoded = encode_row(bridge.tokenizer, row)
             raw = table[patches[0].site, "raw", 0.0, subset, number].output
             new = beyond(raw, [encoded.target])
@@ -307,7 +307,7 @@ def main(
 
 def _ablations(bridge: Any, rows: dict[str, list[Row]], patches: Sequence[Patch], budget: int, device: Any) -> None:
     """Times a few prompts per subset with each shortcut off, relative to all of them on."""
-    few = {subset: of_subset[:ABLATED_PROMPTS] for subset, of_subset in rows.items()}
+    few = {subset: subset_rows[:ABLATED_PROMPTS] for subset, subset_rows in rows.items()}
     on, expected = timed(partial(ours, bridge, few, patches, budget), device)
     typer.echo(f"{ABLATED_PROMPTS} prompts per subset, all shortcuts: {on:.1f} s; relative time with one off:")
     for shortcut in fields(Shortcuts):

@@ -68,9 +68,9 @@ def main(
                 process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 reports.append(json.loads(process.stdout.splitlines()[-1]))
                 rate, memory = reports[-1]["tokens_per_second"], reports[-1]["peak_gb"]
-                of_cpu = reports[-1]["tokens_per_cpu_second"]
+                cpu_rate = reports[-1]["tokens_per_cpu_second"]
                 typer.echo(
-                    f"{name:<9} {rate:8.1f} tokens/s  {of_cpu:8.1f} tokens/CPU-second  {memory:5.2f} GB  "
+                    f"{name:<9} {rate:8.1f} tokens/s  {cpu_rate:8.1f} tokens/CPU-second  {memory:5.2f} GB  "
                     f"val_loss {reports[-1]['val_loss']:.4f}"
                 )
     peak = matmul_rate(dtype_of(dtype))

@@ -71,10 +71,10 @@ def compare(sweep: Path, models: Path, alphas: Sequence[float] | None = None) ->
     with named_as_on_the_page(sweep, models):
         exec(compile(blocks()[1], str(PAGE), "exec"), names)
     records = []
-    for alpha, of_alpha in doses.groupby("alpha"):
+    for alpha, alpha_rows in doses.groupby("alpha"):
         if alphas is None or alpha in alphas:
             names["alpha"] = alpha
-            for subset, expected in of_alpha.set_index("subset")["mean_ce"].items():
+            for subset, expected in alpha_rows.set_index("subset")["mean_ce"].items():
                 chosen = [row for row in rows if row.label == subset]
                 by_hand = cross_entropy(names["model"], names["tokenizer"], chosen)
                 records.append({"subset": subset, "alpha": alpha, "by_hand": by_hand, "of_the_sweep": expected})

@@ -95,9 +95,9 @@ def controls(report: Path) -> list[dict[str, Any]]:
     half = table["alpha"] == 0.5
     plain = table["condition"].ne("alpha") & (table["alpha"].isna() | (table["alpha"] == 1.0))
     for metric, name in {"mean_ce": "CE", "kl": "KL"}.items():
-        of_metric = table["metric"] == metric
-        rows += figures(table[of_metric & plain], "recovered", name + ": {series}")
-        rows += figures(table[of_metric & half], "recovered", name + ": {series}, alpha 0.5")
+        is_metric = table["metric"] == metric
+        rows += figures(table[is_metric & plain], "recovered", name + ": {series}")
+        rows += figures(table[is_metric & half], "recovered", name + ": {series}, alpha 0.5")
     return rows
 
 
@@ -107,9 +107,9 @@ def doses(report: Path) -> list[dict[str, Any]]:
         rows += figures(table, metric, metric + ": {series}: {alpha:g}")
     unedited = read(report, "exp2A_metrics")
     for condition, name in {"raw": "finetuned", "base_model_raw": "un-finetuned"}.items():
-        of_condition = unedited[unedited["condition"] == condition]
+        condition_rows = unedited[unedited["condition"] == condition]
         for metric in ["mean_ce", *rates(unedited)]:
-            rows += figures(of_condition, metric, f"{metric}: {name}")
+            rows += figures(condition_rows, metric, f"{metric}: {name}")
     return rows
 
 

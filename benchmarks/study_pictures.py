@@ -60,15 +60,15 @@ def widths(table: pd.DataFrame) -> Figure:
     shown = [(adapter, subset) for adapter, subset in places]
     figure, grid = panels(len(shown), columns=table["subset"].nunique(), height=2.7)
     for axes, (adapter, subset) in zip(grid, shown, strict=True):
-        of_panel = table[(table["adapter"] == adapter) & (table["subset"] == subset)]
-        for number, (series, lines) in enumerate(of_panel.groupby("series", sort=False)):
+        panel_rows = table[(table["adapter"] == adapter) & (table["subset"] == subset)]
+        for number, (series, lines) in enumerate(panel_rows.groupby("series", sort=False)):
             colour, marker = look(number)
             spread = lines.groupby("width")["value"].agg(["mean", "min", "max"])
             axes.plot(spread.index, spread["mean"], color=colour, marker=marker, label=str(series))
             axes.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.15, linewidth=0)
         axes.axhline(1, color=MUTED, linewidth=1)
         axes.set_xscale("log", base=2)
-        tried = sorted(of_panel["width"].unique())
+        tried = sorted(panel_rows["width"].unique())
         axes.set_xticks(tried, [str(width) for width in tried])
         axes.set(title=f"{adapter}, {plain(subset)}", xlabel="d_new, features a layer")
         axes.set_ylim(-0.05, 1.1)

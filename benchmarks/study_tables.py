@@ -68,17 +68,17 @@ def by_seed(table: pd.DataFrame, what: str, name: str) -> str:
     table = table[table["what"] == what]
     seeds = seeds_of(table)
     rows = []
-    for adapter, subset, of_group in groups(table):
-        cells = [single(of_group[of_group["seed"] == seed]) for seed in seeds]
-        rows.append([adapter, f"`{subset}`", *cells, mean_over(of_group["value"])])
+    for adapter, subset, group_rows in groups(table):
+        cells = [single(group_rows[group_rows["seed"] == seed]) for seed in seeds]
+        rows.append([adapter, f"`{subset}`", *cells, mean_over(group_rows["value"])])
     return markdown(["adapters", "subset", *(f"{name}, seed {seed}" for seed in seeds), "over adapters"], rows)
 
 
 def by_what(table: pd.DataFrame, whats: dict[str, str]) -> str:
     """Several figures as means over adapters: a row for each adapter and subset, a column for each figure."""
     rows = [
-        [adapter, f"`{subset}`", *(mean_over(of_group.loc[of_group["what"] == what, "value"]) for what in whats)]
-        for adapter, subset, of_group in groups(table)
+        [adapter, f"`{subset}`", *(mean_over(group_rows.loc[group_rows["what"] == what, "value"]) for what in whats)]
+        for adapter, subset, group_rows in groups(table)
     ]
     return markdown(["adapters", "subset", *whats.values()], rows)
 
@@ -115,8 +115,8 @@ def widths(folder: Path) -> str:
     table[["series", "width"]] = table["what"].str.split(": ", expand=True)
     wide = sorted(int(width) for width in table["width"].unique())
     rows = []
-    for adapter, subset, of_group in groups(table):
-        for series, lines in of_group.groupby("series", sort=False):
+    for adapter, subset, group_rows in groups(table):
+        for series, lines in group_rows.groupby("series", sort=False):
             cells = [mean_over(lines.loc[lines["width"].astype(int) == width, "value"], 2) for width in wide]
             rows.append([adapter, f"`{subset}`", str(series), *cells])
     return markdown(["adapters", "subset", "in the MLPs' place", *(f"d_new {width}" for width in wide)], rows)
@@ -141,9 +141,9 @@ def dose(folder: Path) -> str:
     sparse = table[(table["series"] == "deltas") & table["metric"].isin(metrics)]
     doses = sorted(sparse["alpha"].unique(), key=float)
     rows = []
-    for adapter, subset, of_group in groups(sparse):
+    for adapter, subset, group_rows in groups(sparse):
         for metric, name in metrics.items():
-            lines = of_group[of_group["metric"] == metric]
+            lines = group_rows[group_rows["metric"] == metric]
             cells = [number(lines.loc[lines["alpha"] == alpha, "value"].mean(), 2) for alpha in doses]
             rows.append([adapter, f"`{subset}`", name, *cells])
     return markdown(["adapters", "subset", "mean of", *(f"alpha {alpha}" for alpha in doses)], rows)
@@ -154,8 +154,8 @@ def thirds(folder: Path) -> str:
     table[["of", "layers"]] = table["what"].str.split(": ", expand=True)
     table = table[table["layers"].str.contains("-")]
     rows = []
-    for adapter, subset, of_group in groups(table):
-        for layers, lines in of_group.groupby("layers", sort=False):
+    for adapter, subset, group_rows in groups(table):
+        for layers, lines in group_rows.groupby("layers", sort=False):
             cells = [mean_over(lines.loc[lines["of"] == of, "value"]) for of in ("gap", "share", "recovered")]
             rows.append([adapter, f"`{subset}`", str(layers), *cells])
     return markdown(["adapters", "subset", "layers", "gap", "share of the whole effect", "recovered"], rows)
@@ -165,12 +165,12 @@ def few(folder: Path) -> str:
     table = read(folder, "few_features")
     table["what"] = table["what"].astype(int)
     seeds, rows = seeds_of(table), []
-    for adapter, subset, of_group in groups(table):
+    for adapter, subset, group_rows in groups(table):
         counts = []
         for seed in seeds:
-            enough = of_group[(of_group["seed"] == seed) & (of_group["value"] >= 0.9)]["what"]
+            enough = group_rows[(group_rows["seed"] == seed) & (group_rows["value"] >= 0.9)]["what"]
             counts.append(NONE if enough.empty else str(enough.min()))
-        ten = of_group[of_group["what"] == 16]
+        ten = group_rows[group_rows["what"] == 16]
         rows.append([adapter, f"`{subset}`", *counts, mean_over(ten["value"], 2)])
     return markdown(["adapters", "subset", *(f"features for 90%, seed {seed}" for seed in seeds), "16 recover"], rows)
 
@@ -184,8 +184,8 @@ def cards(folder: Path) -> str:
         if name.startswith("alone_ce_") and not name.endswith(("_low", "_high"))
     ]
     rows = []
-    for adapter, of_adapter in table.groupby("adapter", sort=False):
-        for _, row in of_adapter.head(10).iterrows():
+    for adapter, adapter_rows in table.groupby("adapter", sort=False):
+        for _, row in adapter_rows.head(10).iterrows():
             place = f"layer {row['layer']}, " + ("at BOS" if row["at_bos"] else f"feature {int(row['feature'])}")
             effects = [number(row[f"{way}_ce_{subset}"]) for way in ("ablated", "alone") for subset in subsets[:1]]
             words = [ast.literal_eval(word).strip().replace("`", "'") for word in QUOTED.findall(str(row["promoted"]))]
@@ -202,9 +202,13 @@ def residuals(folder: Path) -> str:
     columns = ("base FVU before", "base FVU after", "change", "FVU with delta")
     trained = table[table["of"].isin(columns)]
     rows = []
-    for (adapter, layer), of_layer in trained.groupby(["adapter", "layers"], sort=False):
+    for (adapter, layer), layer_rows in trained.groupby(["adapter", "layers"], sort=False):
         rows.append(
-            [str(adapter), str(layer), *(number(of_layer.loc[of_layer["of"] == of, "value"].mean()) for of in columns)]
+            [
+                str(adapter),
+                str(layer),
+                *(number(layer_rows.loc[layer_rows["of"] == of, "value"].mean()) for of in columns),
+            ]
         )
     return markdown(["adapters", "layer", *columns], rows)
 
@@ -221,8 +225,8 @@ def residual_splices(folder: Path) -> str:
         "recovered": "residual deltas win back",
     }
     rows = [
-        [adapter, f"`{subset}`", *(single(of_group[of_group["of"] == of]) for of in columns)]
-        for adapter, subset, of_group in groups(table[table["of"].isin(columns)])
+        [adapter, f"`{subset}`", *(single(group_rows[group_rows["of"] == of]) for of in columns)]
+        for adapter, subset, group_rows in groups(table[table["of"].isin(columns)])
     ]
     return markdown(["adapters", "subset", *columns.values()], rows)
 
@@ -232,8 +236,8 @@ def polished(folder: Path) -> str:
     table[["of", "width"]] = table["what"].str.split(": ", expand=True)
     columns = ("recovered before", "recovered after", "CE after - before", "KL after - before")
     rows = []
-    for (seed, width), of_width in table[table["subset"] != ""].groupby(["seed", "width"], sort=False):
-        for subset, lines in of_width.groupby("subset", sort=False):
+    for (seed, width), width_rows in table[table["subset"] != ""].groupby(["seed", "width"], sort=False):
+        for subset, lines in width_rows.groupby("subset", sort=False):
             cells = [single(lines[lines["of"] == of], 4 if "-" in of else 3) for of in columns]
             rows.append([str(seed), str(width), f"`{subset}`", *cells])
     return markdown(["seed", "d_new", "subset", *columns], rows)

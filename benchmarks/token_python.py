@@ -135,9 +135,9 @@ def main(
     print(f"{shape}, {sites} sites ({kinds}) with deltas, {dtype} on {device}; milliseconds a token:")
     for name in WAYS:
         ours, ground, whole_token = 1e3 * python[name], 1e3 * python["no deltas"], 1e3 * real[name]
-        of_deltas = f"of which deltas {ours - ground:5.1f} ({(ours - ground) / sites:.3f} a site)"
-        of_batch = f"batch of {batch} {whole_token:7.1f} ({ours / whole_token:.1%} Python)"
-        print(f"  {name:<24} Python {ours:5.1f}, {of_deltas}; {of_batch}")
+        delta_text = f"of which deltas {ours - ground:5.1f} ({(ours - ground) / sites:.3f} a site)"
+        batch_text = f"batch of {batch} {whole_token:7.1f} ({ours / whole_token:.1%} Python)"
+        print(f"  {name:<24} Python {ours:5.1f}, {delta_text}; {batch_text}")
 
 
 if __name__ == "__main__":

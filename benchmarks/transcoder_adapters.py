@@ -201,8 +201,8 @@ def main(
     inputs = captured(bridge, learnt, {site: Columns(y=False, unfinetuned=before[site]) for site in sites})
     seconds, other_seconds = time.process_time() - begun, 0.0
     for site in sites:
-        of_kept, of_others = repeat(context, site, chosen, precision)
-        seconds, other_seconds = seconds + of_kept, other_seconds + of_others
+        kept_seconds, rejected_seconds = repeat(context, site, chosen, precision)
+        seconds, other_seconds = seconds + kept_seconds, other_seconds + rejected_seconds
     typer.echo(f"ours: {seconds:.0f} CPU seconds; the trials that were not kept took {other_seconds:.0f} more")
     inputs_held_out = captured(bridge, held_out, dict.fromkeys(sites, Columns(y=False)))
     active = l0(patches, inputs_held_out)

@@ -294,9 +294,9 @@ def sites_with(config: Any, names: Iterable[str]) -> tuple[list[Site], list[str]
     kinds = kinds_of(config.model_type)
     for site in (Site(layer, kind) for layer in range(config.num_hidden_layers) for kind in kinds):
         places = tuple(f"{place}." for place in _places(blocks, site).values())
-        of_site = {name for name, ended in changed.items() if ended.startswith(places)}
-        owned |= of_site
-        sites += [site] if of_site else []
+        site_names = {name for name, ended in changed.items() if ended.startswith(places)}
+        owned |= site_names
+        sites += [site] if site_names else []
     return sites, [name for name in changed if name not in owned]
 
 

@@ -86,7 +86,7 @@ class Stack:
     def __init__(self, data: DeltaData, settings: Sequence[DeltaSettings], device: str) -> None:
         data = data._replace(train=data.train.near(device), validation=data.validation.near(device))
         self.data, self.device, self.shared = data, device, settings[0]
-        self.runs, self.processes = [Run(of_run) for of_run in settings], processes(device)
+        self.runs, self.processes = [Run(run_settings) for run_settings in settings], processes(device)
         self.deviation = math.sqrt(data.unit)
         self.model = StackedDeltas(
             start_of(data.train, device),

@@ -71,7 +71,7 @@ def train_deltas(
     Each trains as it would with `train_delta`, which documents the arguments; `report` also gets the run's number.
     Returns each run's best validation, or why it diverged. Raises ValueError if they differ in anything else.
     """
-    if len({replace(of_run, lr=0.0, sparsity=0.0) for of_run in settings}) != 1:
+    if len({replace(run_settings, lr=0.0, sparsity=0.0) for run_settings in settings}) != 1:
         raise ValueError("runs that train side by side may differ in lr and sparsity alone")
     stack = Stack(data, settings, device)
     keeper = keeper or Keeper()

@@ -54,8 +54,8 @@ class Losses(NamedTuple):
         """(n,): the mean over tokens of sum_i acts_i |W_dec_i|."""
         return self._by_replica(self.total * self.norms) / self.tokens
 
-    def _by_replica(self, of_features: Tensor) -> Tensor:
-        return of_features.view(len(self.on), -1).sum(1)
+    def _by_replica(self, by_feature: Tensor) -> Tensor:
+        return by_feature.view(len(self.on), -1).sum(1)
 
 
 class Start:

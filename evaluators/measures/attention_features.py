@@ -141,8 +141,8 @@ def heads_written(patch: Patch, feature: int, d_head: int) -> dict[str, list[flo
     for name, part in zip("qkv", parts, strict=True):
         weight: Any = patch.path.parts[f"attn.{name}"].weight
         squares[name] = (part / weight.float().square().mean().clamp(min=1e-12)).view(-1, d_head).sum(1)
-    total = torch.stack([of_heads.sum() for of_heads in squares.values()]).sum().clamp(min=1e-12)
-    return {name: (of_heads / total).tolist() for name, of_heads in squares.items()}
+    total = torch.stack([squares_by_head.sum() for squares_by_head in squares.values()]).sum().clamp(min=1e-12)
+    return {name: (squares_by_head / total).tolist() for name, squares_by_head in squares.items()}
 
 
 def heads_read(patch: Patch, feature: int, mean_squares: Tensor, n_heads: int) -> list[float]:

@@ -54,7 +54,7 @@ def evaluate_change(
                     y = after(x).float()
                 assert before is not None
                 rows_of[number][i] = _row(patch, rows[i], encoded[i], x, y - before(x).float())
-    return [[entry for i in range(len(rows)) for entry in of_site[i]] for of_site in rows_of]
+    return [[entry for i in range(len(rows)) for entry in by_row[i]] for by_row in rows_of]
 
 
 def _row(patch: Patch, row: Row, encoded: Encoded, x: torch.Tensor, change: torch.Tensor) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def exactness_checks(
     within = _rounding(bridge, raw) if _dtype(bridge) != torch.float32 else 0.0
     written = [[*row.prompt, *output] for row, output in zip(encoded, cached, strict=True)]
     plain = _logits(bridge, written, edit, 1.0).split([len(tokens) for tokens in written])
-    agreeing = sum(_logit_gap(of_row, output) <= within for of_row, output in zip(plain, cached, strict=True))
+    agreeing = sum(_logit_gap(row_logits, output) <= within for row_logits, output in zip(plain, cached, strict=True))
     place = sites_label(patch.site for patch in patches)
     compare = [
         ("alpha = 0 gives the logits of no_delta", lambda: logits("alpha", 0.0), no_delta),

@@ -73,8 +73,8 @@ def rank_features(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row])
     tokens = sum(len(row.target) for row in encoded)
     ranked = [
         Ranked(site, feature, effect / tokens)
-        for site, of_site in effects.items()
-        for feature, effect in enumerate(of_site.tolist())
+        for site, site_effects in effects.items()
+        for feature, effect in enumerate(site_effects.tolist())
     ]
     return sorted(ranked, key=lambda feature: (-feature.effect, feature.site, feature.feature))
 

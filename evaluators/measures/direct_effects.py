@@ -195,7 +195,7 @@ class HeldModel:
         hooks: list[Hook] = [(f"blocks.{layer}.hook_out", noting(layer + 1)) for layer in range(last)]
         output = self._output_of(self._run_blocks(1, last, 0, None, hooks))
         pre, self._pre = self._pre, {}
-        return _FullRun(entering, {site: of_site[0] for site, of_site in pre.items()}, output)
+        return _FullRun(entering, {site: site_acts[0] for site, site_acts in pre.items()}, output)
 
     def _run_blocks(
         self, rows: int, highest: int, first: int, entering: Tensor | None, hooks: Sequence[Hook] = ()

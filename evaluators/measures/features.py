@@ -70,10 +70,10 @@ def firing_rates(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) 
     at_bos = {patch.site: only_at_bos(patch) for patch in patches}
     return {
         site: {
-            subset: (of_site[subset] / torch.where(at_bos[site], texts[subset], tokens[subset])).tolist()
+            subset: (by_subset[subset] / torch.where(at_bos[site], texts[subset], tokens[subset])).tolist()
             for subset in dict.fromkeys(row.label for row in rows)
         }
-        for site, of_site in fired.items()
+        for site, by_subset in fired.items()
     }
 
 
@@ -110,14 +110,14 @@ def read_features(
         for feature in features
     }
     looks = {feature: [look for _, look in pairs] for feature, pairs in contexts.items()}
-    of_attention = _of_attention(passes, patches, texts, looks)
+    attention_entries = _of_attention(passes, patches, texts, looks)
     return {
         (site, feature): {
             "at_bos": bool(at_bos[site][feature]),
             "contexts": [context for context, _ in contexts[site, feature]],
             "histogram": _histogram(texts, site, feature),
             **moved.get((site, feature), {"promoted": [], "suppressed": []}),
-            **of_attention[site, feature],
+            **attention_entries[site, feature],
         }
         for site, feature in features
     }
@@ -179,8 +179,8 @@ def strongest_contexts(
 ) -> list[tuple[dict[str, Any], Look]]:
     """Where something fires most, strongest first, each with its `Look`; `activations` holds (tokens,) of each text."""
     firing = []
-    for number, (text, of_text) in enumerate(zip(texts, activations, strict=True)):
-        strength = float(of_text.max())
+    for number, (text, acts_in_text) in enumerate(zip(texts, activations, strict=True)):
+        strength = float(acts_in_text.max())
         if strength > 0:
             firing.append((-strength, text.row.label, number))
     shown = []

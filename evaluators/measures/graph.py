@@ -249,8 +249,8 @@ def _checks(
         numbers = sorted(set().union(*(targets[source] for source in sources)))
         places = [None if number == incoming.output else features.places[number] for number in numbers]
         falls = model.falls(places, [features.places[source] for source in sources])
-        for source, of_source in zip(sources, falls.tolist(), strict=True):
-            measured |= {(source, target): fall for target, fall in zip(numbers, of_source, strict=True)}
+        for source, source_falls in zip(sources, falls.tolist(), strict=True):
+            measured |= {(source, target): fall for target, fall in zip(numbers, source_falls, strict=True)}
         step("sources removed", start + len(sources), len(order))
     samples = [(link, "random") for link in drawn] + [(link, "strongest") for link in strongest]
     return [(link, measured[link.source, link.target], sample) for link, sample in samples]

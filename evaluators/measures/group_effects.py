@@ -154,8 +154,8 @@ def _guess(guesses: Guesses | None, configuration: Configuration | None, place: 
     """The likelier output: the un-finetuned model's if little is on. None if behaviours are not measured."""
     if not guesses or configuration is None:
         return ()
-    of_condition = guesses["full" if configuration.way == WITHOUT else "no_delta"]
-    return of_condition[place] if of_condition else ()
+    likely = guesses["full" if configuration.way == WITHOUT else "no_delta"]
+    return likely[place] if likely else ()
 
 
 def _size(ranks: Ranks, total: int) -> int:

@@ -208,8 +208,8 @@ def _described(
     pattern = unit(acts[members]).mean(0)
     by_text = [torch.from_numpy(part) for part in np.split(pattern, np.cumsum([len(text.ids) for text in texts])[:-1])]
     totals: Counter[int] = Counter()
-    for text, of_text in zip(texts, by_text, strict=True):
-        for token, strength in zip(text.ids, of_text.tolist(), strict=True):
+    for text, text_acts in zip(texts, by_text, strict=True):
+        for token, strength in zip(text.ids, text_acts.tolist(), strict=True):
             totals[token] += strength
     tokenizer: Any = passes.bridge.tokenizer
     fires_on = [

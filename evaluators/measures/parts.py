@@ -122,8 +122,8 @@ def parts_ceiling(passes: Passes, changes: Changes, rows: Sequence[Row]) -> dict
     def run(chosen: Sequence[int]) -> None:
         examples = [encoded[index] for index in chosen]
         batch = pad_left([row.ids for row in examples], passes.bridge.tokenizer.pad_token_id)
-        for pieces, of_rows in _scored(passes.bridge, changes, models, examples, batch.to(device_of(passes.bridge))):
-            nlls.update(((pieces, index), nll) for index, nll in zip(chosen, of_rows, strict=True))
+        for pieces, row_nlls in _scored(passes.bridge, changes, models, examples, batch.to(device_of(passes.bridge))):
+            nlls.update(((pieces, index), nll) for index, nll in zip(chosen, row_nlls, strict=True))
 
     in_slices(sorted(range(len(rows)), key=lambda i: (len(encoded[i].ids), encoded[i].ids, i)), passes.batch_size, run)
     scores = {
@@ -194,4 +194,4 @@ def _nlls(bridge: TransformerBridge, last: Tensor, rows: Sequence[Encoded], batc
     logits = project(bridge, last[lines, columns - 1])
     ends = batch.ids[lines, columns].split(PROJECTED)
     nlls = [functional.cross_entropy(*pair, reduction="none") for pair in zip(logits, ends, strict=True)]
-    return [of_row.sum().item() for of_row in torch.cat(nlls).double().cpu().split(counts)]
+    return [row_nlls.sum().item() for row_nlls in torch.cat(nlls).double().cpu().split(counts)]

@@ -148,7 +148,7 @@ def _runs(
     texts.sort(key=lambda entry: len(entry[2].ids))
     by_text: dict[tuple[Feature, int, int], _Run] = {}
 
-    def of_texts(chosen: Sequence[tuple[int, int, Encoded]]) -> None:
+    def run_texts(chosen: Sequence[tuple[int, int, Encoded]]) -> None:
         streams = _streams(passes.bridge, Edit(patches, condition), [text for *_, text in chosen], features)
         for site in dict.fromkeys(site for site, _ in features):
             pairs = [  # text by text, so that the texts of a batch are equally long
@@ -158,7 +158,7 @@ def _runs(
                 if feature[0] == site and stream.acts[:, feature[1]].any()
             ]
 
-            def of_pairs(pairs: Sequence[tuple[Feature, int]], site: Site = site) -> None:
+            def run_pairs(pairs: Sequence[tuple[Feature, int]], site: Site = site) -> None:
                 positions = [text for *_, text in chosen]
                 run = _above if starts_above(site) else _through
                 runs = run(passes.bridge, patches, condition, site, pairs, streams[site], positions)
@@ -166,9 +166,9 @@ def _runs(
                     ((feature, *chosen[place][:2]), run) for (feature, place), run in zip(pairs, runs, strict=True)
                 )
 
-            in_slices(pairs, passes.batch_size, of_pairs)
+            in_slices(pairs, passes.batch_size, run_pairs)
 
-    in_slices(texts, passes.batch_size, of_texts)
+    in_slices(texts, passes.batch_size, run_texts)
     return by_text
 
 
@@ -186,14 +186,14 @@ def _streams(
         entering: Mapping[int, Sequence[Tensor]] = read_entering(bridge, rows, through) if through else {}
     by_site = {patch.site: patch for patch in edit.patches}
 
-    def of_site(site: Site) -> list[_Stream]:
+    def streams_of(site: Site) -> list[_Stream]:
         starts: Sequence[Tensor | None] = [prefix.output for prefix in prefixes[site]]
         if not starts_above(site):
             starts = entering.get(site.layer, [None] * len(rows))
         acts = [activations(by_site[site], prefix.x) for prefix in prefixes[site]]
         return list(map(_Stream, acts, starts))
 
-    return {site: of_site(site) for site in sites}
+    return {site: streams_of(site) for site in sites}
 
 
 def activations(patch: Patch, x: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ def _through(
     (patch_of_site,) = (patch for patch in ranked if patch.site == site)
     rows = [texts[place] for _, place in pairs]
     ranks = [only(patch_of_site, feature, outside=condition == "full") for (_, feature), _ in pairs]
-    jobs = [Job(row, kept=of_row) for row, of_row in zip(rows, ranks, strict=True)]
+    jobs = [Job(row, kept=row_ranks) for row, row_ranks in zip(rows, ranks, strict=True)]
     batch = pad_left([row.ids for row in rows], bridge.tokenizer.pad_token_id).to(device_of(bridge))
     starts = [start for _, place in pairs if (start := streams[place].start) is not None]
     residual = padded(starts, range(len(rows)), batch.ids.shape[1]) if starts else None
@@ -276,10 +276,10 @@ def _answers(bridge: TransformerBridge, last: Tensor, ids: Tensor, counts: Seque
         nlls.append(functional.cross_entropy(logits, labels[done : done + len(logits)], reduction="none"))
         choices.append(logits.argmax(-1))
         done += len(logits)
-    of_rows = zip(
+    by_row = zip(
         torch.cat(nlls).double().cpu().split(list(counts)), torch.cat(choices).split(list(counts)), strict=True
     )
-    for nll, argmax in of_rows:
+    for nll, argmax in by_row:
         yield _Run(nll.sum().item(), argmax.tolist())
 
 

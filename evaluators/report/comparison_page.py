@@ -62,11 +62,11 @@ def side_by_side(sweeps: Sequence[ComparedSweep]) -> list[Table]:
     figures = compared_sweeps.figures_of(sweeps)
     tables = []
     for subset in figures["subset"].unique():
-        of_subset = figures[figures["subset"] == subset]
+        subset_figures = figures[figures["subset"] == subset]
         rows = []
-        for figure in _order(of_subset["figure"].unique()):
-            of_figure = of_subset[of_subset["figure"] == figure].set_index("sweep")
-            texts = [_text(of_figure, sweep.name) for sweep in sweeps]
+        for figure in _order(subset_figures["figure"].unique()):
+            by_sweep = subset_figures[subset_figures["figure"] == figure].set_index("sweep")
+            texts = [_text(by_sweep, sweep.name) for sweep in sweeps]
             rows.append([figure, *texts])
         title, help = f"{subset}", f"95% intervals over prompts{_counts(sweeps, subset)}; -: not measured."
         tables.append(Table(title, help, ["", *(sweep.name for sweep in sweeps)], rows))
@@ -78,10 +78,10 @@ def _order(figures: Iterable[str]) -> list[str]:
     return sorted(figures, key=lambda figure: " rate, " in figure)
 
 
-def _text(of_figure: pd.DataFrame, name: str) -> str:
-    if name not in of_figure.index:
+def _text(by_sweep: pd.DataFrame, name: str) -> str:
+    if name not in by_sweep.index:
         return "-"
-    row = of_figure.loc[name]
+    row = by_sweep.loc[name]
     if math.isnan(row["value"]):
         return {FEATURES: "no number does", SHARE: "no effect"}.get(row["figure"], "nothing to recover")
     if row["figure"] == FEATURES:
@@ -189,16 +189,16 @@ def knobs(sweeps: Sequence[ComparedSweep]) -> Figure:
     width = max(INCHES_PER_PANEL, 7.0 / len(subsets))  # the legend needs some
     figure, grid = panels((1 + bool(rates)) * len(subsets), columns=len(subsets), width=width, height=2.7)
     for place, axes in enumerate(grid):
-        subset, of_rate = subsets[place % len(subsets)], place >= len(subsets)
-        _one_panel(axes, shown, subset, of_rate)
+        subset, is_rate = subsets[place % len(subsets)], place >= len(subsets)
+        _one_panel(axes, shown, subset, is_rate)
         axes.set_xlabel("alpha")
-        if of_rate:
+        if is_rate:
             axes.set_ylim(-0.05, 1.05)
         else:
             axes.set_title(plain(subset))
             axes.set_ylim(bottom=0)
         if place % len(subsets) == 0:
-            axes.set_ylabel(_spoken(rates) if of_rate else CE)
+            axes.set_ylabel(_spoken(rates) if is_rate else CE)
     counts = pd.concat([sweep.dose["n_examples"] for sweep in shown])
     low, high = int(counts.min()), int(counts.max())
     count = f"n = {low if low == high else f'{low} to {high}'} prompts per subset"
@@ -212,7 +212,7 @@ def _spoken(rates: Sequence[str]) -> str:
     return f"share of prompts: {rates[0].removesuffix(RATE).replace('_', ' ')}"
 
 
-def _one_panel(axes: Axes, sweeps: Sequence[ComparedSweep], subset: str, of_rate: bool) -> None:
+def _one_panel(axes: Axes, sweeps: Sequence[ComparedSweep], subset: str, is_rate: bool) -> None:
     """A single sweep is drawn with its band, a group of seeds as thin lines and their mean."""
     groups = compared_sweeps.seed_groups(sweeps)
     group_of = {sweep.name: group for group in groups for sweep in group}
@@ -220,7 +220,7 @@ def _one_panel(axes: Axes, sweeps: Sequence[ComparedSweep], subset: str, of_rate
     for place, sweep in enumerate(sweeps):
         first = group_of.get(sweep.name, [sweep])[0].name
         look_number = colours.setdefault(first, len(colours))
-        column = sweep.rate if of_rate else "mean_ce"
+        column = sweep.rate if is_rate else "mean_ce"
         rows = sweep.dose[sweep.dose["subset"] == subset].sort_values("alpha")
         rows = rows.dropna(subset=[column]) if column in rows else rows.iloc[:0]
         colour, marker = look(look_number)[0], look(place)[1]
@@ -236,7 +236,7 @@ def _one_panel(axes: Axes, sweeps: Sequence[ComparedSweep], subset: str, of_rate
         if len(raw) and column in raw and not pd.isna(raw[column].iloc[0]):
             axes.axhline(float(raw[column].iloc[0]), color=colour, linestyle=":", linewidth=1)
     for group in groups:
-        means = _mean_curve(group, subset, of_rate)
+        means = _mean_curve(group, subset, is_rate)
         label = f"mean of {len(group)} {compared_sweeps.unit_of(group)}"
         if len(groups) > 1:
             label += f": {plain(group[0].name)}, ..."
@@ -244,12 +244,12 @@ def _one_panel(axes: Axes, sweeps: Sequence[ComparedSweep], subset: str, of_rate
         axes.plot(means.index, means.to_numpy(), color=colour, linewidth=2.6, alpha=0.9, label=label, zorder=3)
 
 
-def _mean_curve(group: Sequence[ComparedSweep], subset: str, of_rate: bool) -> pd.Series:
+def _mean_curve(group: Sequence[ComparedSweep], subset: str, is_rate: bool) -> pd.Series:
     """Over the sweeps of a group, at the strengths that all of them have."""
     curves = []
     for sweep in group:
         rows = sweep.dose[sweep.dose["subset"] == subset]
-        column = sweep.rate if of_rate else "mean_ce"
+        column = sweep.rate if is_rate else "mean_ce"
         if column in rows:
             curves.append(rows.set_index("alpha")[column])
     if not curves:

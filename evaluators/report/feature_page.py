@@ -190,13 +190,13 @@ def _card(row: pd.Series, card: dict[str, Any], subsets: Sequence[str], total: i
 
 
 def _heads(shares: dict[str, list[float]]) -> list[tuple[str, str]]:
-    return [(f"{PROJECTIONS[name]} {sum(of_heads):.0%}", _most(of_heads)) for name, of_heads in shares.items()]
+    return [(f"{PROJECTIONS[name]} {sum(head_shares):.0%}", _most(head_shares)) for name, head_shares in shares.items()]
 
 
-def _most(of_heads: list[float]) -> str:
+def _most(head_shares: list[float]) -> str:
     """The heads of the largest shares."""
-    most = sorted(range(len(of_heads)), key=lambda head: -of_heads[head])[:HEADS]
-    return ", ".join(f"head {head} {of_heads[head]:.0%}" for head in most if of_heads[head] >= 0.01)
+    most = sorted(range(len(head_shares)), key=lambda head: -head_shares[head])[:HEADS]
+    return ", ".join(f"head {head} {head_shares[head]:.0%}" for head in most if head_shares[head] >= 0.01)
 
 
 def _patterns(context: dict[str, Any], changes: dict[str, Any]) -> list[Pattern]:

@@ -107,11 +107,11 @@ def _counted(rows: pd.DataFrame, column: str, unit: str) -> list[str]:
     """One sentence per subset: the single layers counted together, then each set of layers."""
     sentences = []
     for subset in rows["subset"].unique() if len(rows) else []:
-        of_subset = _of(rows, subset)
-        in_sets = of_subset["layer"].map(is_set).astype(bool)
-        single = [(_place(row, rows), estimate(row, column)) for _, row in of_subset[~in_sets].iterrows()]
+        subset_rows = _of(rows, subset)
+        in_sets = subset_rows["layer"].map(is_set).astype(bool)
+        single = [(_place(row, rows), estimate(row, column)) for _, row in subset_rows[~in_sets].iterrows()]
         parts = _single_layers([pair for pair in single if not math.isnan(pair[1].low)], unit)
-        for _, row in of_subset[in_sets].iterrows():
+        for _, row in subset_rows[in_sets].iterrows():
             value = estimate(row, column)
             if not math.isnan(value.value):
                 parts.append(f"{_place(row, rows)} {difference_sentence(value, unit)}")

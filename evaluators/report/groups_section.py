@@ -101,7 +101,7 @@ def _findings(results: Results, grouping: Cell) -> list[Findings]:
             continue
         count = groups_needed(curve, subset)
         at = count if count is not None else int(rows["groups"].max())
-        groups_row, random = (_at(rows, at, of_random) for of_random in (False, True))
+        groups_row, random = (_at(rows, at, is_random) for is_random in (False, True))
         size = f"{at} group{'s' if at != 1 else ''} ({int(groups_row['n_features']):,} features)"
         control = "" if random is None else f"; as many random features {with_interval(random, 'recovered')}"
         start = "" if count is not None else f"{ENOUGH:.0%} is not reached; "
@@ -137,8 +137,8 @@ def _table(results: Results) -> Table:
     for _, group in results.groups[results.groups["group"].isin(measured)].iterrows():
         tokens = [" ".join(QUOTED.findall(group[name])[:TOKENS_SHOWN]) for name in ("fires_on", "promoted")]
         kinds = " / ".join(str(group[name]) for name in KIND_COLUMNS)
-        of_group = effects[effects["group"] == group["group"]]
-        cells = [_change(of_group, way, subset) for subset in subsets for way in WAY_WORDS]
+        group_rows = effects[effects["group"] == group["group"]]
+        cells = [_change(group_rows, way, subset) for subset in subsets for way in WAY_WORDS]
         rows.append([str(group["group"]), f"{group['n_features']:,}", kinds, *tokens, *cells])
     help = (
         "In order of estimated effect. Alone: only this group and the features at BOS, minus those at BOS; below 0 it "
@@ -150,8 +150,8 @@ def _table(results: Results) -> Table:
 
 
 def _change(rows: pd.DataFrame, way: str, subset: str) -> str:
-    of_way = rows[(rows["way"] == way) & (rows["subset"] == subset)]
-    measured, random = (of_way[of_way["random"] == of_random] for of_random in (False, True))
+    way_rows = rows[(rows["way"] == way) & (rows["subset"] == subset)]
+    measured, random = (way_rows[way_rows["random"] == is_random] for is_random in (False, True))
     if measured.empty:
         return "-"
     value, low, high = (float(measured.iloc[0][name]) for name in ("value", "value_low", "value_high"))

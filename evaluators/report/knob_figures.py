@@ -38,9 +38,9 @@ def where_it_lives(parts: pd.DataFrame, *, seed: int) -> Figure:
     for place, axes in enumerate(grid):
         rows, name = lines[place // len(subsets)]
         labels = list(rows[name].unique())
-        of_subset = rows[rows["subset"] == subsets[place % len(subsets)]]
+        subset_rows = rows[rows["subset"] == subsets[place % len(subsets)]]
         for number, (way, label) in enumerate(WAYS.items()):
-            bars = of_subset[of_subset["way"] == way]
+            bars = subset_rows[subset_rows["way"] == way]
             at = [labels.index(value) + 0.4 * (number - 0.5) for value in bars[name]]
             axes.bar(at, bars["share"], 0.38, color=look(number)[0], label=label)
             axes.errorbar(

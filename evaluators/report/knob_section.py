@@ -35,9 +35,9 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
     lines = [list(row.values()) for row in rows]
     blocks: list[Block] = [Table("The answer", help, list(rows[0]), lines, wide_text=True)]
     dose = results.dose[(results.dose["layer"] == widest) & (results.dose["target"] == "change")]
-    widest_rows = results.conditions["layer"].isin([widest, "none"]) & results.conditions["target"].isin(["change", ""])
+    is_widest = results.conditions["layer"].isin([widest, "none"]) & results.conditions["target"].isin(["change", ""])
     if len(dose):
-        figure = knob_figures.knob(dose, results.conditions[widest_rows], seed=seed)
+        figure = knob_figures.knob(dose, results.conditions[is_widest], seed=seed)
         help = (
             "A knob is a line that goes from one behaviour to the other as alpha grows; random directions should not."
         )
@@ -173,10 +173,10 @@ def _recovered(results: Results, gaps: pd.DataFrame) -> list[str]:
 def _others_of(results: Results, gap: pd.Series) -> pd.DataFrame:
     """What `full` recovers of the gaps in KL and the rates, if there are any, at the place of a gap in CE."""
     table = results.recovered[(results.recovered["target"] == "change") & (results.recovered["condition"] == "full")]
-    of_gap = table[
+    gap_rows = table[
         (table["layer"] == gap["layer"]) & (table["subset"] == gap["subset"]) & (table["metric"] != "mean_ce")
     ]
-    return of_gap.dropna(subset=["recovered"])
+    return gap_rows.dropna(subset=["recovered"])
 
 
 def _wide(results: Results) -> list[str]:

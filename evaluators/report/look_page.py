@@ -240,15 +240,15 @@ def _rates(answers: Sequence[Figures]) -> list[list[str]]:
     rows = []
     for name in answers[0]["finetuned"]["behaviours"] if answers else ():
         for subset in dict.fromkeys(answer["label"] for answer in answers):
-            of_subset = [answer for answer in answers if answer["label"] == subset]
+            subset_answers = [answer for answer in answers if answer["label"] == subset]
             shown = []
             for model in ("unfinetuned", "finetuned"):
-                verdicts = [answer[model]["behaviours"][name] for answer in of_subset]
+                verdicts = [answer[model]["behaviours"][name] for answer in subset_answers]
                 hits = [verdict for verdict in verdicts if verdict is not None]
                 low, high = wilson(sum(hits), len(hits))
                 shown.append(f"{sum(hits) / len(hits):.2f} [{low:.2f}, {high:.2f}]" if hits else "-")
             if shown != ["-", "-"]:
-                rows.append([name, subset, *shown, str(len(of_subset))])
+                rows.append([name, subset, *shown, str(len(subset_answers))])
     return rows
 
 

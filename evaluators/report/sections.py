@@ -365,7 +365,7 @@ def _examples(rows: Sequence[Mapping[str, Any]]) -> Table:
     mismatched = [row for row in rows if not row["exact"]][:EXAMPLES]
     labels = dict.fromkeys(row["label"] for row in rows)
     matched = {label: [row for row in rows if row["exact"] and row["label"] == label] for label in labels}
-    shown = [*mismatched, *(row for of_label in matched.values() for row in of_label[: EXAMPLES // 2])]
+    shown = [*mismatched, *(row for label_rows in matched.values() for row in label_rows[: EXAMPLES // 2])]
     lines = [
         [
             "yes" if row["exact"] else "no",

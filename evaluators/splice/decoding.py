@@ -242,8 +242,8 @@ class _Decoding:
             contexts = [self._contexts.pop(row) for row in rows]
             for number in range(len(contexts[0].keys)):
                 keys, values = (
-                    _stacked((row_keys[number].unsqueeze(0) for row_keys in of_rows), decoded, 2)
-                    for of_rows in zip(*contexts, strict=True)
+                    _stacked((row_keys[number].unsqueeze(0) for row_keys in layer_rows), decoded, 2)
+                    for layer_rows in zip(*contexts, strict=True)
                 )
                 cache.update(keys, values, number)
         return _Running(rows, seen, fed, cache)

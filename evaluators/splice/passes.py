@@ -112,8 +112,8 @@ class Prefixes:
         computed = {}
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
-            for read_at, of_rows in compute(batch).items():
-                computed.update({(read_at, row): prefix for row, prefix in zip(batch, of_rows, strict=True)})
+            for read_at, row_prefixes in compute(batch).items():
+                computed.update({(read_at, row): prefix for row, prefix in zip(batch, row_prefixes, strict=True)})
         for row in rows:
             if (place, tuple(row)) in self._held:
                 self._held.move_to_end((place, tuple(row)))

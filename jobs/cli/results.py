@@ -101,8 +101,8 @@ def probe(
     chosen = FeatureChoice(without or (), only or ())
     context = context_of(config, overrides)
     model = load_bridge(context)
-    of_sweep = combination(context, DeltaChoice(deltas, percentile, d_new))
-    patches = load_patches(context, layer, of_sweep, model, chosen)
+    deltas_of_sweep = combination(context, DeltaChoice(deltas, percentile, d_new))
+    patches = load_patches(context, layer, deltas_of_sweep, model, chosen)
     patches = [patch.to(device_of(model)) for patch in patches]
     row = prompt_row(context, prompt, target or "")
     report = run(model, row, patches, alpha or [], top=top, limits=context.limits)

@@ -136,8 +136,8 @@ def assumed_loads(context: Context, workers: int) -> list[Load]:
     ]
     # Each worker first reads the stage's model, all at the same time.
     models = _storage(context, 2 * weights.all * workers)
-    of_models = ("lora", "capture", "evaluate")
-    return [load._replace(alone=models if load.stage in of_models else 0.0) for load in stages if load.units]
+    with_models = ("lora", "capture", "evaluate")
+    return [load._replace(alone=models if load.stage in with_models else 0.0) for load in stages if load.units]
 
 
 def assumptions(context: Context) -> str:

@@ -29,7 +29,7 @@ def few_features(context: Context, top: int) -> dict[str, Any]:
             f"the sweep {context.settings.name} has no few-features curve; that needs change deltas and evaluate.curve"
         )
     needed = {subset: recovery.features_needed(curve, subset) for subset in curve["subset"].unique()}
-    groups, of_groups = groups_table(cells), group_curve_table(cells, seed=context.settings.seed)
+    groups, group_curve = groups_table(cells), group_curve_table(cells, seed=context.settings.seed)
     ranking = ranking_table(cells)
     ranking = ranking[ranking["target"] == "change"]
     return {
@@ -39,7 +39,7 @@ def few_features(context: Context, top: int) -> dict[str, Any]:
         "features": ranking.head(top)[["rank", "layer", "feature", "at_bos", "effect"]].to_dict("records"),
         "curve": curve[["subset", "k", "mean_ce", "recovered"]].to_dict("records"),
         "groups": groups.to_dict("records"),
-        "groups_needed": {subset: groups_needed(of_groups, subset) for subset in of_groups["subset"].unique()},
+        "groups_needed": {subset: groups_needed(group_curve, subset) for subset in group_curve["subset"].unique()},
     }
 
 

@@ -82,7 +82,7 @@ def look(request: Request) -> dict[str, Any]:
     Raises RequestError, ModelError or DataError if there is no pair, or if rows or texts cannot be used.
     """
     started, context = time.monotonic(), request.context
-    report = (of_sweep(context) if request.config else None) or _measured(request)
+    report = (look_of_sweep(context) if request.config else None) or _measured(request)
     report["facts"] = {"title": _title(context), "seconds": round(time.monotonic() - started, 1)}
     if report["changed"]:
         report["next"] = _suggest(request)
@@ -91,7 +91,7 @@ def look(request: Request) -> dict[str, Any]:
     return report
 
 
-def of_sweep(context: Context) -> dict[str, Any] | None:
+def look_of_sweep(context: Context) -> dict[str, Any] | None:
     """The first look that the sweep itself has measured; None if it has not got that far."""
     from evaluators.report.report import first_look
 

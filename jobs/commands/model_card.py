@@ -117,17 +117,17 @@ def _figures(context: Context, exported: Exported) -> list[dict[str, str]]:
     gaps, recovered = _rows(gaps, place), _rows(recovered, {**place, **deltas})
     rows = []
     for _, gap in gaps[gaps["metric"] == "mean_ce"].iterrows():
-        of_subset = recovered[recovered["subset"] == gap["subset"]].set_index("metric")
-        if "mean_ce" not in of_subset.index:
+        by_metric = recovered[recovered["subset"] == gap["subset"]].set_index("metric")
+        if "mean_ce" not in by_metric.index:
             continue
         shares = {
-            metric: _interval(of_subset.loc[metric], "recovered") if metric in of_subset.index else "-"
+            metric: _interval(by_metric.loc[metric], "recovered") if metric in by_metric.index else "-"
             for metric in ("mean_ce", "kl")
         }
         ends = {
             "subset": gap["subset"],
             "gap": _interval(gap, "gap"),
-            "prompts": str(of_subset.loc["mean_ce", "n_examples"]),
+            "prompts": str(by_metric.loc["mean_ce", "n_examples"]),
         }
         rows.append({**ends, **shares})
     return rows

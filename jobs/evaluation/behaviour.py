@@ -250,7 +250,7 @@ class Behaviour(Answers):
         from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
 
         is_base = self.model.folder == self.shared.base_model
-        of_change = self.sites[0].ground.target == "change"
+        is_change = self.sites[0].ground.target == "change"
         finetuned, unfinetuned = (_outputs(self, name, self.subset) for name in ("raw", UNFINETUNED))
         compared = None if is_base else _reference(self)
         if compared is not None:  # before a control swaps the model's weights
@@ -260,7 +260,7 @@ class Behaviour(Answers):
             "behaviours": read_behaviours(self.shared.behaviours),
             "known": Known(
                 unfinetuned if is_base else finetuned,
-                unfinetuned if of_change else [],
+                unfinetuned if is_change else [],
                 compared,
                 finetuned,
             ),

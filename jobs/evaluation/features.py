@@ -43,8 +43,8 @@ class Ranking(Work):
         works = []
         for target, chosen in inputs.chosen.items():
             sites = inputs.context.sites_of(target)
-            of_change = target == "change" and (inputs.settings.curve or inputs.settings.groups)
-            if inputs.context.cards_of(target) or of_change:
+            needs_ranking = target == "change" and (inputs.settings.curve or inputs.settings.groups)
+            if inputs.context.cards_of(target) or needs_ranking:
                 for group in [sites] if target == "change" else [[site] for site in sites]:
                     plans = inputs.kept(group, *chosen)
                     key = key_of("ranking with firing", inputs.lineage(plans), inputs.computed_with)
@@ -76,7 +76,9 @@ class Ranking(Work):
                 "layer": ranked.site.key,
                 "feature": ranked.feature,
                 "effect": ranked.effect,
-                "firing_rate": {subset: of_subset[ranked.feature] for subset, of_subset in rates[ranked.site].items()},
+                "firing_rate": {
+                    subset: subset_rates[ranked.feature] for subset, subset_rates in rates[ranked.site].items()
+                },
             }
             for ranked in rank_features(passes, patches, chosen)
         ]

@@ -47,9 +47,9 @@ class Graphs(Work):
     def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
         context = inputs.context
         # One prompt of each subset, then a second one of each, and so on.
-        of_subset = Counter(islice(cycle(inputs.subsets), inputs.settings.graphs))
+        graph_counts = Counter(islice(cycle(inputs.subsets), inputs.settings.graphs))
         sites = context.sites_of("change") if "change" in inputs.chosen else ()
-        if not of_subset or not sites:
+        if not graph_counts or not sites:
             return []
         plans = inputs.kept(sites, *inputs.chosen["change"])
         groupings = Grouping.plan(inputs)
@@ -71,7 +71,7 @@ class Graphs(Work):
                 most=most,
                 rest=rest,
             )
-            for subset, most in of_subset.items()
+            for subset, most in graph_counts.items()
         ]
 
     def cost(self, n_layers: int) -> int:
