@@ -188,11 +188,7 @@ def unavoidable_flops(bridge: Any, rows: dict[str, list[Row]], patches: Sequence
             total += len(encoded.ids) * body + len(encoded.target) * head + new * (body + head)
             for patch in patches:
                 above = (bridge.cfg.n_layers - 1 - patch.site.layer) * a_layer
-                features = sum(
-                    transcoder.W_enc.numel() * 2
-                    for transcoder in (patch.base, patch.transcoder)
-                    if transcoder is not None
-                )
+                features = sum(coder.W_enc.numel() * 2 for coder in (patch.base, patch.transcoder) if coder is not None)
                 total += (len(encoded.ids) + new) * features
                 for alpha in ALPHAS:
                     output = table[patch.site, "alpha", alpha, subset, number].output
@@ -265,10 +261,7 @@ def main(
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     flops, rate = unavoidable_flops(bridge, rows, patches, table), matmul_rate(device)
     typer.echo(f"ours                 {seconds:9.1f} s   {memory:.2f} GiB peak")
-    by_kind = {
-        patch.site.kind: [same_kind for same_kind in patches if same_kind.site.kind == patch.site.kind]
-        for patch in patches
-    }
+    by_kind = {patch.site.kind: [other for other in patches if other.site.kind == patch.site.kind] for patch in patches}
     if len(by_kind) > 1:
         costs = {
             kind: timed(partial(ours, bridge, rows, some, budget), device)[0] / len(some)

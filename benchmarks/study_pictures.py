@@ -31,13 +31,11 @@ def knob(doses: pd.DataFrame) -> Figure:
         for number, adapter in enumerate(adapters):
             colour, marker = look(number)
             for series, style in (("deltas", "-"), ("scaled weights", ":")):
-                lines_of = doses[
-                    (doses["subset"] == subset) & (doses["metric"] == metric) & (doses["adapter"] == adapter)
-                ]
-                lines_of = lines_of[lines_of["series"] == series]
-                for seed, lines in lines_of.groupby("seed"):
+                drawn = doses[(doses["subset"] == subset) & (doses["metric"] == metric) & (doses["adapter"] == adapter)]
+                drawn = drawn[drawn["series"] == series]
+                for seed, lines in drawn.groupby("seed"):
                     lines = lines.assign(alpha=lines["alpha"].astype(float)).sort_values("alpha")
-                    label = f"{adapter}: {series}" if seed == lines_of["seed"].min() else None
+                    label = f"{adapter}: {series}" if seed == drawn["seed"].min() else None
                     size = 3 if style == "-" else 0
                     axes.plot(
                         lines["alpha"], lines["value"], style, color=colour, linewidth=1, alpha=0.8, label=label,

@@ -202,12 +202,12 @@ def residuals(folder: Path) -> str:
     columns = ("base FVU before", "base FVU after", "change", "FVU with delta")
     trained = table[table["of"].isin(columns)]
     rows = []
-    for (adapter, layer), layer_rows in trained.groupby(["adapter", "layers"], sort=False):
+    for (adapter, layer), lines in trained.groupby(["adapter", "layers"], sort=False):
         rows.append(
             [
                 str(adapter),
                 str(layer),
-                *(number(layer_rows.loc[layer_rows["of"] == of, "value"].mean()) for of in columns),
+                *(number(lines.loc[lines["of"] == of, "value"].mean()) for of in columns),
             ]
         )
     return markdown(["adapters", "layer", *columns], rows)

@@ -83,9 +83,7 @@ def split_user_rows(
         ranked = {label: rows[sizes.evaluation :] for label, rows in ranked.items()}
     counts = [len(rows) for rows in ranked.values()]
     validation = shares(sizes.validation, [max(count - 1, 0) for count in counts])
-    train = shares(
-        sizes.train, [count - validation_count for count, validation_count in zip(counts, validation, strict=True)]
-    )
+    train = shares(sizes.train, [count - taken for count, taken in zip(counts, validation, strict=True)])
     if not sum(validation) or not sum(train):
         total = sum(len(sample.items()) for sample in samples.values())
         spent = "" if evaluation_file else f" of which evaluation takes {total - sum(counts)},"

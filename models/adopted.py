@@ -53,7 +53,7 @@ def check_pair(base: Path, finetuned: Path, source: str, on_file: Callable[[Path
         modules, warned = check_adapter(finetuned, build_skeleton(base), source)
         notes = [
             *_other_base(base, finetuned, source),
-            *(f"PEFT warns of {finetuned}: {warning}" for warning in warned),
+            *(f"PEFT warns of {finetuned}: {line}" for line in warned),
         ]
         if (finetuned / "config.json").is_file() and any(finetuned.glob("model*.safetensors")):
             notes.append(f"{finetuned} holds a whole model too, which is not used: its adapter is merged into {source}")
@@ -95,10 +95,8 @@ def check_tokenizers(
 ) -> None:
     """Raises ModelError for the first text that the two tokenizers encode differently."""
     for text in texts:
-        base_ids, finetuned_ids = (
-            tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (base, finetuned)
-        )
-        if base_ids != finetuned_ids:
+        before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (base, finetuned))
+        if before != after:
             raise ModelError(
                 f"{KEY}: the tokenizer in {folder} encodes {text[:60]!r} differently from that of model.source; "
                 "both models must read the same tokens"
@@ -122,16 +120,14 @@ def _notes(before: Weights, after: Weights, comparison: Comparison, source: str)
         if weights.unused:
             shown = ", ".join(weights.unused[:MOST_SHOWN])
             notes.append(f"{model} holds tensors that its architecture has no place for, which are ignored: {shown}")
-    for name, (base_value, finetuned_value) in config_differences(
-        load_config(before.folder), load_config(after.folder, KEY)
-    ).items():
+    for name, (old, new) in config_differences(load_config(before.folder), load_config(after.folder, KEY)).items():
         if name in ACTIVATIONS:
             raise ModelError(
-                f"{KEY}: the two config.json differ in {name}: {base_value!r} in {source}, {finetuned_value!r} in "
+                f"{KEY}: the two config.json differ in {name}: {old!r} in {source}, {new!r} in "
                 f"{after.folder}; MLPs with different activation functions cannot take each other's place"
             )
         notes.append(
-            f"the two config.json differ in {name}: {base_value!r} in {source}, {finetuned_value!r} in "
+            f"the two config.json differ in {name}: {old!r} in {source}, {new!r} in "
             f"{after.folder}; each model runs with its own, the un-finetuned MLPs inside the finetuned model"
         )
     if comparison.rounded:

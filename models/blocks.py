@@ -218,12 +218,10 @@ def read_paths(
         tensors = weights.read(names)
         states: dict[str, dict[str, Tensor]] = {part: {} for part in modules}
         for full, (part, name) in names.items():
-            bridge_parameter = _plain_parameters(parts[part])[name]
-            if tensors[full].shape != bridge_parameter.shape:
-                raise ModelError(
-                    f"{folder}: {full} is {tuple(tensors[full].shape)}, expected {tuple(bridge_parameter.shape)}"
-                )
-            states[part][name] = tensors[full].to(bridge_parameter.device, dtype or bridge_parameter.dtype)
+            target = _plain_parameters(parts[part])[name]
+            if tensors[full].shape != target.shape:
+                raise ModelError(f"{folder}: {full} is {tuple(tensors[full].shape)}, expected {tuple(target.shape)}")
+            states[part][name] = tensors[full].to(target.device, dtype or target.dtype)
         for part, module in modules.items():
             module.load_state_dict(states[part], assign=True)
         if JOINT in modules:  # in halves and thirds as TransformerLens cuts them

@@ -137,14 +137,12 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
 
 
 def _blocks_give_tuples(bridge: TransformerBridge) -> bool:
-    are_tuples: list[bool] = []
+    tuples: list[bool] = []
     blocks: Any = bridge.blocks
-    handle = blocks[0].register_forward_hook(
-        lambda module, inputs, output: are_tuples.append(isinstance(output, tuple))
-    )
+    handle = blocks[0].register_forward_hook(lambda module, inputs, output: tuples.append(isinstance(output, tuple)))
     _some_logits(bridge.original_model)  # type: ignore[arg-type]
     handle.remove()
-    return are_tuples[0]
+    return tuples[0]
 
 
 def as_block_output(bridge: TransformerBridge, stream: Tensor) -> Tensor | tuple[Tensor]:

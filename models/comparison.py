@@ -145,13 +145,11 @@ def layer_list(layers: Iterable[int]) -> str:
 
 def config_differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
     """Settings in which two transformers configs differ and which affect what the model computes."""
-    before_values, after_values = before.to_dict(), after.to_dict()
+    old, new = before.to_dict(), after.to_dict()
     return {
-        name: (before_values.get(name), after_values.get(name))
-        for name in sorted(before_values.keys() | after_values.keys())
-        if before_values.get(name) != after_values.get(name)
-        and name not in _BOOKKEEPING
-        and not name.endswith("_token_id")
+        name: (old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name not in _BOOKKEEPING and not name.endswith("_token_id")
     }
 
 

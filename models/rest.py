@@ -31,13 +31,11 @@ class Rest:
     @contextmanager
     def at(self, bridge: TransformerBridge, alpha: float) -> Iterator[None]:
         """Inside the `with`, the bridge runs with `W + alpha (W' - W)`, W un-finetuned and W' its own."""
-        parameters = _parameters(bridge)
-        displaced = {
-            id(parameters[name]): (parameters[name], parameters[name].data) for name in self.unfinetuned
-        }  # tied weights once
+        live = _parameters(bridge)
+        displaced = {id(live[name]): (live[name], live[name].data) for name in self.unfinetuned}  # tied weights once
         for name, start in self.unfinetuned.items():
-            finetuned = displaced[id(parameters[name])][1]
-            parameters[name].data = _between(start.to(finetuned), finetuned, alpha)
+            finetuned = displaced[id(live[name])][1]
+            live[name].data = _between(start.to(finetuned), finetuned, alpha)
         bridge.__dict__["displaced"] = list(displaced.values())
         try:
             yield

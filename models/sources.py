@@ -45,10 +45,9 @@ def check_source(source: str, revision: str | None = None, key: str = "model.sou
         if key == "model.source" and not (Path(source) / "config.json").is_file():
             raise ModelError(f"{key}: the folder {source} has no config.json, so it is not a saved model")
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
-        shipped = ", ".join([*PACKAGED, TINY])
+        names = ", ".join([*PACKAGED, TINY])
         raise ModelError(
-            f"{key}: there is no model {source!r}; give a folder, a GGUF file, a hub repository OWNER/NAME, or "
-            f"{shipped}"
+            f"{key}: there is no model {source!r}; give a folder, a GGUF file, a hub repository OWNER/NAME, or {names}"
         )
     else:
         check_hub(source, key, revision)

@@ -176,8 +176,7 @@ def places_in(file: Path) -> dict[str, Place]:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {
-                name: Place(file, name, tuple(tensor_slice.get_shape()), str(tensor_slice.get_dtype()))
-                for name, tensor_slice in slices.items()
+                name: Place(file, name, tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()
             }
     except (OSError, SafetensorError) as error:
         raise _unreadable(file, error) from None

@@ -45,11 +45,9 @@ def sites_label(sites: Iterable[Site], digits: int = 1) -> str:
     '0-2+7'
     """
     parts = []
-    for kind, kind_sites in groupby(
-        sorted(sites, key=lambda site: (-site.kind.order, site.layer)), lambda site: site.kind
-    ):
+    for kind, group in groupby(sorted(sites, key=lambda site: (-site.kind.order, site.layer)), lambda site: site.kind):
         runs: list[list[int]] = []
-        for site in kind_sites:
+        for site in group:
             if runs and site.layer == runs[-1][-1] + 1:
                 runs[-1].append(site.layer)
             else:

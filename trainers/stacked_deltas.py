@@ -160,9 +160,7 @@ class StackedDeltas:
         on = torch.gt(pre, threshold, out=torch.empty_like(pre, dtype=torch.bool if pre.is_cuda else None))
         acts = pre * on
         # The _foreach calls launch one kernel for several tensors.
-        rows, acts_residual = torch._foreach_div(
-            [self.W_dec.flatten(0, 1), _product(residual.T, acts).T], deviation
-        )  # W, a' r
+        rows, sums = torch._foreach_div([self.W_dec.flatten(0, 1), _product(residual.T, acts).T], deviation)  # W, a' r
         along = _product(residual, rows.T)
         apart = self._apart(acts)
         gram = self.W_dec @ self.W_dec.transpose(1, 2)
@@ -177,9 +175,7 @@ class StackedDeltas:
         to_acts = torch.add(push, beyond, alpha=per_error)
         expected = apart.transpose(1, 2) @ apart @ self.W_dec  # a' a W
         self.W_dec.grad = (
-            expected.sub_(acts_residual.view_as(expected))
-            .mul_(per_error)
-            .add_(self.W_dec * pull.view(self.count, -1, 1))
+            expected.sub_(sums.view_as(expected)).mul_(per_error).add_(self.W_dec * pull.view(self.count, -1, 1))
         )
 
         if thresholds:

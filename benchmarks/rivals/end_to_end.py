@@ -215,9 +215,7 @@ def train(
     optimiser = torch.optim.Adam(adapters.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(material.seed)
     count = len(material.batches)
-    order = [int(index) for _ in range(-(-steps // count)) for index in torch.randperm(count, generator=generator)][
-        :steps
-    ]
+    order = [int(i) for _ in range(-(-steps // count)) for i in torch.randperm(count, generator=generator)][:steps]
     weight = FIRST_WEIGHT
     for step, chosen in enumerate(order):
         cutoff = int(torch.randint(len(pair.finetuned.blocks) - 1, (1,), generator=generator))

@@ -64,12 +64,7 @@ def pattern_changes(
     """
     entries: dict[Feature, list[dict[str, Any]]] = {feature: [] for feature in looks}
     for site in sorted({site for site, _ in looks}):
-        chosen = [
-            (feature, look)
-            for feature, looks_of_feature in looks.items()
-            if feature[0] == site
-            for look in looks_of_feature
-        ]
+        chosen = [(feature, look) for feature, entries in looks.items() if feature[0] == site for look in entries]
         changes = _changes(passes, patches, site, [(number, look) for (_, number), look in chosen])
         for (feature, look), change in zip(chosen, changes, strict=False):
             entries[feature].append({"from": _paid(look, change.given), "to": _received(look, change.received)})

@@ -76,10 +76,8 @@ def as_json(
                 for check in graph.checks
             ],
             "correlation": {
-                sample: None
-                if interval is None or not all(map(math.isfinite, interval))
-                else [_short(end) for end in interval]
-                for sample, interval in samples.items()
+                sample: None if ends is None or not all(map(math.isfinite, ends)) else [_short(end) for end in ends]
+                for sample, ends in samples.items()
             },
         },
         "facts": dict(facts),

@@ -82,9 +82,7 @@ def group_effects(
     for number in range(1, min(most, len(groups)) + 1):
         plain[Configuration(WITHOUT, number)] = Ranks(ends[number - 1], ends[number], outside=True)
         plain[Configuration(ALONE, number)] = Ranks(ends[number - 1], ends[number])
-    random = {
-        configuration._replace(random=True): ranks for configuration, ranks in plain.items() if configuration.group
-    }
+    random = {config._replace(random=True): ranks for config, ranks in plain.items() if config.group}
     ordered = [feature for group in groups for feature in group]
     shuffled = [*ordered, *singles]
     np.random.default_rng(seed).shuffle(shuffled)

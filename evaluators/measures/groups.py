@@ -131,13 +131,11 @@ def silhouette(acts: Acts, labels: NDArray[np.int64]) -> float:
     members = similar[labels != SINGLE]
     place = np.arange(len(members))
     self_similarity = np.square(acts[labels != SINGLE]).sum(1)  # 1, or 0 if the feature is silent on these tokens
-    within_group = 1 - (members[place, inside] - self_similarity) / np.maximum(counts[inside] - 1, 1)
+    a = 1 - (members[place, inside] - self_similarity) / np.maximum(counts[inside] - 1, 1)
     distances = 1 - members / counts
     distances[place, inside] = np.inf
-    nearest_group = distances.min(1)
-    return float(
-        ((nearest_group - within_group) / np.maximum(np.maximum(nearest_group, within_group), 1e-12)).sum() / len(acts)
-    )
+    b = distances.min(1)
+    return float(((b - a) / np.maximum(np.maximum(b, a), 1e-12)).sum() / len(acts))
 
 
 def unit(acts: Acts) -> Acts:

@@ -89,18 +89,16 @@ def _streams(passes: Passes, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Te
         second = torch.tensor([i % 2 for i in chosen], device=sums.device)
         halves = torch.stack([1 - second, second]).double()
         weights = torch.einsum("hb,sbp->hsbp", halves, spans)
-        by_layer: dict[int, Tensor] = {}
+        added: dict[int, Tensor] = {}
 
         def noting(layer: int) -> Hook:
             def note(stream: Tensor, hook: object) -> None:
-                by_layer[layer] = torch.einsum("hsbp,bpd->hsd", weights, stream.double())
+                added[layer] = torch.einsum("hsbp,bpd->hsd", weights, stream.double())
 
             return f"blocks.{layer}.hook_out", note
 
         run_up_to(bridge, batch, n_layers - 1, [noting(layer) for layer in range(n_layers)])
-        sums.add_(
-            torch.stack([by_layer[layer] for layer in range(n_layers)], dim=2)
-        )  # only once the batch has succeeded
+        sums.add_(torch.stack([added[layer] for layer in range(n_layers)], dim=2))  # only once the batch has succeeded
         counts.add_(weights.sum((-1, -2)))
 
     in_slices(sorted(range(len(texts)), key=lambda i: len(texts[i])), passes.batch_size, run)

@@ -101,10 +101,8 @@ def name(node: Mapping[str, Any]) -> str:
     if node["kind"] == "rest":
         return "Un-finetuned rest"
     words = KINDS[node["site_kind"]].words.removeprefix("the ")
-    feature = "" if node["feature"] is None or node["kind"] == "bos" else f", feature {node['feature']}"
-    return (
-        f"{words[:1].upper()}{words[1:]} of layer {node['layer']}{' at BOS' if node['kind'] == 'bos' else ''}{feature}"
-    )
+    tail = "" if node["feature"] is None or node["kind"] == "bos" else f", feature {node['feature']}"
+    return f"{words[:1].upper()}{words[1:]} of layer {node['layer']}{' at BOS' if node['kind'] == 'bos' else ''}{tail}"
 
 
 def _place(graph: Graph, number: int) -> str:

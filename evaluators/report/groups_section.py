@@ -93,21 +93,19 @@ def _findings(results: Results, grouping: Cell) -> list[Findings]:
         f"Silhouette {mean['chosen']:.2f} on the half of the rows that chose the cut (similarity {grouping['cut']:g}), "
         f"{mean['held_out']:.2f} on the other half, {mean['permuted']:.2f} there with features exchanged at random.",
     ]
-    curve, few_groups = results.group_curve, []
+    curve, lines = results.group_curve, []
     for subset in curve["subset"].unique():
         rows = curve[curve["subset"] == subset]
         if rows["recovered"].isna().all():
-            few_groups.append(f"{subset}: no gap in CE on these prompts, so nothing to recover.")
+            lines.append(f"{subset}: no gap in CE on these prompts, so nothing to recover.")
             continue
         count = groups_needed(curve, subset)
         at = count if count is not None else int(rows["groups"].max())
-        groups_row, random = (_at(rows, at, is_random) for is_random in (False, True))
-        size = f"{at} group{'s' if at != 1 else ''} ({int(groups_row['n_features']):,} features)"
+        row, random = (_at(rows, at, is_random) for is_random in (False, True))
+        size = f"{at} group{'s' if at != 1 else ''} ({int(row['n_features']):,} features)"
         control = "" if random is None else f"; as many random features {with_interval(random, 'recovered')}"
         start = "" if count is not None else f"{ENOUGH:.0%} is not reached; "
-        few_groups.append(
-            f"{subset}: {start}{size} bring back {with_interval(groups_row, 'recovered')} of the gap in CE{control}."
-        )
+        lines.append(f"{subset}: {start}{size} bring back {with_interval(row, 'recovered')} of the gap in CE{control}.")
     limits = []
     if len(curve):
         limits = [
@@ -116,7 +114,7 @@ def _findings(results: Results, grouping: Cell) -> list[Findings]:
         ]
     findings = [
         Findings("Are there groups?", sentences),
-        Findings("With how few groups?", few_groups),
+        Findings("With how few groups?", lines),
         Findings("What does this rest on?", limits),
     ]
     return [finding for finding in findings if finding.sentences]

@@ -29,10 +29,8 @@ def where_it_lives(parts: pd.DataFrame, *, seed: int) -> Figure:
     shares = parts.dropna(subset=["share"])
     subsets = list(shares["subset"].unique())[:MOST_SUBSETS]
     shares = shares[shares["subset"].isin(subsets)]
-    every_layer = shares["layers"] == EVERY_LAYER
-    lines = [
-        (rows, name) for rows, name in ((shares[every_layer], "part"), (shares[~every_layer], "layers")) if len(rows)
-    ]
+    is_all = shares["layers"] == EVERY_LAYER
+    lines = [(rows, name) for rows, name in ((shares[is_all], "part"), (shares[~is_all], "layers")) if len(rows)]
     figure, grid = panels(len(lines) * len(subsets), columns=len(subsets), width=4.2, height=2.5)
     low, high = float(shares["share_low"].clip(lower=-1).min()), float(shares["share_high"].clip(upper=2).max())
     for place, axes in enumerate(grid):

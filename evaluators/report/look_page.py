@@ -99,9 +99,7 @@ def in_ten_lines(look: Figures, *, seed: int) -> list[str]:
         change = f"{-estimate.value:+.2f} [{-estimate.high:+.2f}, {-estimate.low:+.2f}]"
         lines.append(f"CE on {subset}: {before:.2f} before, {after:.2f} after ({change} nats per token)")
     lines = lines[:4]
-    example = next(
-        (answer for answer in look["answers"] if answer["finetuned"]["text"] != answer["unfinetuned"]["text"]), None
-    )
+    example = next((row for row in look["answers"] if row["finetuned"]["text"] != row["unfinetuned"]["text"]), None)
     if example is not None:
         was, now = (repr(_short(example[model]["text"])) for model in ("unfinetuned", "finetuned"))
         lines.append(f"asked {_short(example['input'])!r}: {was} before, {now} after")

@@ -43,8 +43,7 @@ def visible(token: str) -> str:
     """A token with white space and control characters made visible."""
     shown = token.replace("\n", "\u23ce").replace("\t", "\u21e5")
     shown = "".join(
-        _escaped(character) if unicodedata.category(character) in UNSEEN and character != JOINER else character
-        for character in shown
+        _escaped(char) if unicodedata.category(char) in UNSEEN and char != JOINER else char for char in shown
     )
     return "\u2423" + shown[1:] if shown.startswith(" ") else shown
 

@@ -279,9 +279,7 @@ class _Decoding:
 
     def _joined(self, first: _Running, second: _Running) -> _Running:
         """Both as one batch, padded on the left, without columns that no row uses any more."""
-        length = max(
-            running.seen.mask.shape[1] - int(running.seen.mask.int().argmax(1).min()) for running in (first, second)
-        )
+        length = max(part.seen.mask.shape[1] - int(part.seen.mask.int().argmax(1).min()) for part in (first, second))
 
         cache = None
         if first.cache is not None:

@@ -204,17 +204,17 @@ class Splice:
         at_bos = torch.zeros_like(editable) if bos is None else bos
         numbers = torch.zeros_like(lines) if rows.numbers is None else rows.numbers
         alphas = alpha.unsqueeze(1).expand(editable.shape)
-        edited_places = replaced.nonzero(as_tuple=True)
+        index = replaced.nonzero(as_tuple=True)
         self._replaced_tokens = self._tokens = _Tokens(
-            edited_places,
+            index,
             None,
-            lines[edited_places],
-            at_bos[edited_places],
-            numbers[edited_places],
-            alphas[edited_places].unsqueeze(1),
+            lines[index],
+            at_bos[index],
+            numbers[index],
+            alphas[index].unsqueeze(1),
         )
-        if self._may_take_all and len(edited_places[0]) >= TAKE_ALL * editable.numel():
-            edited = None if len(edited_places[0]) == editable.numel() else replaced.flatten().unsqueeze(1)
+        if self._may_take_all and len(index[0]) >= TAKE_ALL * editable.numel():
+            edited = None if len(index[0]) == editable.numel() else replaced.flatten().unsqueeze(1)
             all_tokens = (lines.flatten(), at_bos.flatten(), numbers.flatten(), alphas.flatten().unsqueeze(1))
             self._tokens = _Tokens(None, edited, *all_tokens)
         every_feature = rows.kept is None or (rows.kept == rows.kept.new_tensor(EVERY)).all()

@@ -63,10 +63,8 @@ def show(report: dict[str, Any]) -> None:
             f"{feature['effect']:+.4f}",
         )
     console.print(table)
-    if (unlisted := report["total"] - len(report["features"])) > 0:
-        console.print(
-            f"and {unlisted} more: --top N shows N of them, report/feature_ranking.csv has all", highlight=False
-        )
+    if (more := report["total"] - len(report["features"])) > 0:
+        console.print(f"and {more} more: --top N shows N of them, report/feature_ranking.csv has all", highlight=False)
     if report["groups"]:
         table = Table("group", "features", "fires on", "promotes", title="features that fire on the same tokens")
         for group in report["groups"]:

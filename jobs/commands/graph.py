@@ -246,20 +246,20 @@ def _write(request: Request, described: dict[str, Any], viewed: dict[Path, Any])
     return path
 
 
-def in_lines(described: dict[str, Any]) -> list[str]:
+def in_lines(graph: dict[str, Any]) -> list[str]:
     """A graph in about ten lines of text, from its JSON."""
     from evaluators.report.graph_page import TRUSTED
 
     output, tokens, counts, checks = (
-        described["output"],
-        described["tokens"],
-        described["counts"],
-        described["checks"]["correlation"],
+        graph["output"],
+        graph["tokens"],
+        graph["counts"],
+        graph["checks"]["correlation"],
     )
     lines = []
     low = [name for name, correlation in checks.items() if correlation is not None and correlation[0] < TRUSTED]
     if low:
-        frozen = [name for name, is_frozen in described["frozen"].items() if is_frozen]
+        frozen = [name for name, is_frozen in graph["frozen"].items() if is_frozen]
         hint = f"; try --free-{' --free-'.join(frozen)}" if frozen else ""
         lines.append(
             f"warning: do not trust the effects: over {' and '.join(low)} edges they correlate by less than {TRUSTED} "
@@ -273,8 +273,8 @@ def in_lines(described: dict[str, Any]) -> list[str]:
         f"{counts['expanded']} nodes expanded",
         "strongest direct effects on it:",
     ]
-    end = next(number for number, node in enumerate(described["nodes"]) if node["kind"] == "output")
-    into = [(weight, described["nodes"][source]) for source, target, weight in described["edges"] if target == end]
+    end = next(number for number, node in enumerate(graph["nodes"]) if node["kind"] == "output")
+    into = [(weight, graph["nodes"][source]) for source, target, weight in graph["edges"] if target == end]
     for weight, node in sorted(into, key=lambda pair: -abs(pair[0])):
         if node["kind"] == "rest":
             lines.append(f"  {weight:+.3g} un-finetuned parts alone")
@@ -285,10 +285,6 @@ def in_lines(described: dict[str, Any]) -> list[str]:
         promoted = f", promotes {' '.join(map(repr, named))}" if named else ""
         at = f"{tokens[node['position']]!r} (position {node['position']})"
         lines.append(f"  {weight:+.3g} layer {node['site']} {label} on {at}{promoted}")
-    correlations = [
-        f"{name} edges {interval[0]:.2f} ({interval[1]:.2f} to {interval[2]:.2f})"
-        for name, interval in checks.items()
-        if interval
-    ]
-    lines.append(f"checks, correlation with removing single features: {', '.join(correlations) or 'too few edges'}")
+    listed = [f"{name} edges {r[0]:.2f} ({r[1]:.2f} to {r[2]:.2f})" for name, r in checks.items() if r]
+    lines.append(f"checks, correlation with removing single features: {', '.join(listed) or 'too few edges'}")
     return lines

@@ -109,16 +109,14 @@ def _bases(context: Context) -> Rows:
 def _measured(context: Context) -> Rows:
     """Stage times of an earlier run with the same name."""
     manifests = {stage.name: read_json(stage.folder(context) / MANIFEST) for stage in STAGES}
-    stage_seconds = {
-        name: manifest["seconds"] for name, manifest in manifests.items() if manifest and "seconds" in manifest
-    }
-    if not stage_seconds:
+    times = {name: manifest["seconds"] for name, manifest in manifests.items() if manifest and "seconds" in manifest}
+    if not times:
         return []
     workers = max(manifest.get("workers", 1) for manifest in manifests.values() if manifest)
-    listed = ", ".join(f"{name} {clock(seconds)}" for name, seconds in stage_seconds.items())
+    listed = ", ".join(f"{name} {clock(seconds)}" for name, seconds in times.items())
     return [
         (
             "time",
-            f"{clock(sum(stage_seconds.values()))} when last run, on {workers} worker{'s' * (workers > 1)} ({listed})",
+            f"{clock(sum(times.values()))} when last run, on {workers} worker{'s' * (workers > 1)} ({listed})",
         )
     ]

@@ -76,9 +76,7 @@ class Ranking(Work):
                 "layer": ranked.site.key,
                 "feature": ranked.feature,
                 "effect": ranked.effect,
-                "firing_rate": {
-                    subset: subset_rates[ranked.feature] for subset, subset_rates in rates[ranked.site].items()
-                },
+                "firing_rate": {subset: rate[ranked.feature] for subset, rate in rates[ranked.site].items()},
             }
             for ranked in rank_features(passes, patches, chosen)
         ]
@@ -178,10 +176,8 @@ class Cards(Work):
             behaviours=read_behaviours(self.shared.behaviours),
             guesses=guesses(self, card_rows, UNFINETUNED if self.sites[0].ground.target == "change" else "raw"),
         )
-        readings = read_features(passes, patches, rows, self.features)
-        cards = [
-            {"layer": card[0].key, "feature": card[1], **readings[card], **effects[card]} for card in self.features
-        ]
+        facts = read_features(passes, patches, rows, self.features)
+        cards = [{"layer": card[0].key, "feature": card[1], **facts[card], **effects[card]} for card in self.features]
         return self.write({"convention": self.sites[0].site.kind.reading, "cards": cards}, started)
 
 

@@ -32,9 +32,7 @@ class GroupQueue:
     def next_group(self, exclude: Collection[str] = ()) -> str | None:
         """Picks the next group to run, skipping `exclude`, and counts its trial as started. Prefers one whose data the
         free worker has cached, then one that no other worker is reading; ties go to the most trials left."""
-        allowed = [
-            name for name, remaining in self.left.items() if remaining and self.may_start(name) and name not in exclude
-        ]
+        allowed = [name for name, count in self.left.items() if count and self.may_start(name) and name not in exclude]
         if not allowed:
             return None
         cached = self._cached.pop() if self._cached else None

@@ -239,13 +239,11 @@ def merge_check(merge: dict[str, Any]) -> dict[str, Any]:
 def _replace(context: Context, identity: str) -> None:
     """Deletes what was made with the previous finetuned model, if this is another one."""
     space = context.space
-    made_from_answers = (
-        (space.answered, space.activations / "base", space.transcoders) if space.answered.is_dir() else ()
-    )
+    stale = (space.answered, space.activations / "base", space.transcoders) if space.answered.is_dir() else ()
     if (read_json(space.folder / FINETUNED) or {}).get("key") == identity:
         return
     for folder in (
-        *made_from_answers,
+        *stale,
         space.activations / "finetuned",
         space.deltas,
         space.cells,

@@ -30,10 +30,8 @@ class Stage(NamedTuple):
         """The existing files that this stage writes."""
         roots = [path for pattern in self.leaves for path in sorted(context.space.folder.glob(pattern))]
         paths = [path for root in roots for path in files_in(root)]
-        bookkeeping = (self.folder(context) / MANIFEST, self.folder(context) / SEAL)
-        return [
-            path for path in paths if path not in bookkeeping and not (self.name == "data" and "answered" in path.parts)
-        ]
+        marks = (self.folder(context) / MANIFEST, self.folder(context) / SEAL)
+        return [path for path in paths if path not in marks and not (self.name == "data" and "answered" in path.parts)]
 
     def drop(self, context: Context) -> None:
         """Makes the stage count as not done."""

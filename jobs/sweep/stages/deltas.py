@@ -229,9 +229,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     keeper.forget()
     if not side_by_side or "apart" in outcomes[0]:
         return outcomes[0]
-    return {
-        "side_by_side": [{**outcome, "history": history} for outcome, history in zip(outcomes, reported, strict=True)]
-    }
+    return {"side_by_side": [{**outcome, "history": steps} for outcome, steps in zip(outcomes, reported, strict=True)]}
 
 
 def _failed(error: Exception) -> dict[str, Any]:

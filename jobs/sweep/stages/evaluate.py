@@ -34,11 +34,9 @@ def run(context: Context) -> dict[str, Any]:
         works += round_works
     names = [name for work in works for name in work.cells()]
     finished = [name for name in names if (context.space.cells / f"{name}.json").is_file()]
-    evaluated = {
-        target: {"percentile": ground.percentile, "d_new": d_new} for target, (ground, d_new) in chosen.items()
-    }
+    used = {target: {"percentile": ground.percentile, "d_new": d_new} for target, (ground, d_new) in chosen.items()}
     checks = {work.name: work.key for work in works if isinstance(work, Exactness)}
-    return {"chosen": evaluated, "cells": finished, "exactness": checks}
+    return {"chosen": used, "cells": finished, "exactness": checks}
 
 
 def measure_ceiling(context: Context) -> None:
