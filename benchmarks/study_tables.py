@@ -203,13 +203,8 @@ def residuals(folder: Path) -> str:
     trained = table[table["of"].isin(columns)]
     rows = []
     for (adapter, layer), lines in trained.groupby(["adapter", "layers"], sort=False):
-        rows.append(
-            [
-                str(adapter),
-                str(layer),
-                *(number(lines.loc[lines["of"] == of, "value"].mean()) for of in columns),
-            ]
-        )
+        means = (number(lines.loc[lines["of"] == of, "value"].mean()) for of in columns)
+        rows.append([str(adapter), str(layer), *means])
     return markdown(["adapters", "layer", *columns], rows)
 
 

@@ -51,10 +51,7 @@ def check_pair(base: Path, finetuned: Path, source: str, on_file: Callable[[Path
     """
     if is_adapter(finetuned):
         modules, warned = check_adapter(finetuned, build_skeleton(base), source)
-        notes = [
-            *_other_base(base, finetuned, source),
-            *(f"PEFT warns of {finetuned}: {line}" for line in warned),
-        ]
+        notes = [*_other_base(base, finetuned, source), *(f"PEFT warns of {finetuned}: {line}" for line in warned)]
         if (finetuned / "config.json").is_file() and any(finetuned.glob("model*.safetensors")):
             notes.append(f"{finetuned} holds a whole model too, which is not used: its adapter is merged into {source}")
         return Pair(tuple(notes), tuple(modules), {})

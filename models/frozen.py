@@ -51,10 +51,8 @@ def hooks_of(bridge: TransformerBridge, constants: Frozen) -> list[str]:
 def check_frozen(bridge: TransformerBridge, constants: Frozen) -> None:
     """Raises ModelError if this model does not expose what is to be frozen, or ignores what a hook makes of it. Takes a
     pass over a few tokens, and its gradient."""
-    for single in (
-        Frozen(constants.patterns, False),
-        Frozen(False, constants.norms),
-    ):  # norms within frozen patterns do not act
+    # One by one, because norms within frozen patterns do not act.
+    for single in (Frozen(constants.patterns, False), Frozen(False, constants.norms)):
         _check(bridge, single)
 
 

@@ -249,15 +249,11 @@ def headline_rows(results: Results) -> list[dict[str, str]]:
         gap = gaps[(gaps["layer"] == widest) & (gaps["subset"] == subset) & (gaps["metric"] == "mean_ce")].iloc[0]
         row = {"subset": subset, "gap in CE": with_interval(gap, "gap", signed=True)}
         row["sites' share"] = "-" if pd.isna(gap["share"]) else with_interval(gap, "share")
-        recovered = results.recovered[
-            (results.recovered["target"] == "change") & (results.recovered["layer"] == widest)
-        ]
-        recovered = recovered[recovered["subset"] == subset]
-        recovered, kl = (
-            recovered[recovered["metric"] == metric].set_index("condition") for metric in ("mean_ce", "kl")
-        )
+        table = results.recovered[(results.recovered["target"] == "change") & (results.recovered["layer"] == widest)]
+        table = table[table["subset"] == subset]
+        ce, kl = (table[table["metric"] == metric].set_index("condition") for metric in ("mean_ce", "kl"))
         for condition, name in (("full", "recovered"), ("random_delta", "random")):
-            figures = recovered.loc[[condition]].iloc[0] if condition in recovered.index else None
+            figures = ce.loc[[condition]].iloc[0] if condition in ce.index else None
             row[name] = "-" if figures is None else _share(figures)
             if condition == "full":
                 row["KL recovered"] = _share(kl.loc[["full"]].iloc[0]) if "full" in kl.index else "-"

@@ -206,12 +206,7 @@ class Splice:
         alphas = alpha.unsqueeze(1).expand(editable.shape)
         index = replaced.nonzero(as_tuple=True)
         self._replaced_tokens = self._tokens = _Tokens(
-            index,
-            None,
-            lines[index],
-            at_bos[index],
-            numbers[index],
-            alphas[index].unsqueeze(1),
+            index, None, lines[index], at_bos[index], numbers[index], alphas[index].unsqueeze(1)
         )
         if self._may_take_all and len(index[0]) >= TAKE_ALL * editable.numel():
             edited = None if len(index[0]) == editable.numel() else replaced.flatten().unsqueeze(1)

@@ -200,9 +200,7 @@ def _viewer_files(request: Request, attribution: Graph, tokenizer: PreTrainedTok
 
     context, folder, scan = request.context, request.viewed, f"{SCAN}/{request.name}"
     tracer = as_circuit_tracer(attribution, request.name, tokenizer, scan)
-    features = feature_files(
-        attribution, scan, *_cards_and_rates(context, *combination(context, DeltaChoice("change")))
-    )
+    features = feature_files(attribution, scan, *_card_facts(context, *combination(context, DeltaChoice("change"))))
     return {
         folder / "graph-metadata.json": viewer_list(tracer, f"deltascope-{context.settings.name}"),
         folder / f"{request.name}.json": tracer,
@@ -210,7 +208,7 @@ def _viewer_files(request: Request, attribution: Graph, tokenizer: PreTrainedTok
     }
 
 
-def _cards_and_rates(
+def _card_facts(
     context: Context, ground: Ground, d_new: int
 ) -> tuple[dict[Feature, dict[str, Any]], dict[Feature, float]]:
     """The cards of these deltas' features, and how often all features fire, as a mean over subsets."""
@@ -250,12 +248,7 @@ def in_lines(graph: dict[str, Any]) -> list[str]:
     """A graph in about ten lines of text, from its JSON."""
     from evaluators.report.graph_page import TRUSTED
 
-    output, tokens, counts, checks = (
-        graph["output"],
-        graph["tokens"],
-        graph["counts"],
-        graph["checks"]["correlation"],
-    )
+    output, tokens, counts, checks = graph["output"], graph["tokens"], graph["counts"], graph["checks"]["correlation"]
     lines = []
     low = [name for name, correlation in checks.items() if correlation is not None and correlation[0] < TRUSTED]
     if low:

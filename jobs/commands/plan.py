@@ -115,8 +115,5 @@ def _measured(context: Context) -> Rows:
     workers = max(manifest.get("workers", 1) for manifest in manifests.values() if manifest)
     listed = ", ".join(f"{name} {clock(seconds)}" for name, seconds in times.items())
     return [
-        (
-            "time",
-            f"{clock(sum(times.values()))} when last run, on {workers} worker{'s' * (workers > 1)} ({listed})",
-        )
+        ("time", f"{clock(sum(times.values()))} when last run, on {workers} worker{'s' * (workers > 1)} ({listed})")
     ]
