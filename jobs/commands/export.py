@@ -56,7 +56,7 @@ def export(
     if not sites:
         supported = ", ".join(KINDS[name].words for name in SUPPORTED[kind])
         raise RequestError(
-            f"--format: {kind} holds deltas of {supported}, and the sweep has them at "
+            f"--format: {kind} supports deltas of {supported}, but the sweep has them at "
             f"{sites_label(context.sites_of(ground.target))}; each delta is also a plain safetensors file under "
             f"{context.space.deltas}"
         )

@@ -146,8 +146,8 @@ def check_targets(context: Context) -> None:
     if "change" in settings.deltas.targets and not reached.intersection(context.sites_of("change")):
         kinds = ", ".join(kind.name for kind in context.kinds)
         raise RequestError(
-            f"lora.space.targets: {' or '.join(choices)} changes nothing in deltas.layers that deltas.sites asks for "
-            f"({kinds}), so there is nothing for change deltas to explain"
+            f"lora.space.targets: {' or '.join(choices)} changes none of the sites of deltas.sites ({kinds}) in "
+            "deltas.layers, so there is nothing for change deltas to explain"
         )
 
 
