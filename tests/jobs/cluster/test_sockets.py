@@ -33,7 +33,7 @@ def test_the_limit_is_rays_own(process: int, monkeypatch: pytest.MonkeyPatch) ->
     check_temporary_folder()
     validate_socket_filepath(longest + socket)
     use(monkeypatch, TMPDIR=longest + "x")
-    with pytest.raises(RequestError, match=f"TMPDIR: {longest}x is {len(longest) + 1} bytes long.* at most 39,"):
+    with pytest.raises(RequestError, match=f"TMPDIR: {longest}x is {len(longest) + 1} bytes long.* at most 39:"):
         check_temporary_folder()
     with pytest.raises(OSError, match="107"):
         validate_socket_filepath(longest + "x" + socket)

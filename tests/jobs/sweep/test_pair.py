@@ -211,7 +211,7 @@ def test_touched_files_of_a_merged_adapter_change_nothing(
 
 @pytest.mark.parametrize(
     ("targets", "reason"),
-    [("q_proj,v_proj", "changes nothing"), ("nothing_proj", "cannot be adapted"), ("o_proj", "changes nothing")],
+    [("q_proj,v_proj", "explain"), ("nothing_proj", "cannot be adapted"), ("o_proj", "explain")],
 )
 def test_what_lora_is_asked_to_adapt_is_checked_before_it_is_trained(sweep: Make, targets: str, reason: str) -> None:
     with pytest.raises(RequestError, match=reason) as raised:
