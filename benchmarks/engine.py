@@ -120,7 +120,7 @@ def _optuna(folder: Path, number: int, share: cluster.Share) -> None:
     from joblib import Parallel, delayed
 
     folder.mkdir(parents=True)
-    counts = [number // share.at_once + (place < number % share.at_once) for place in range(share.at_once)]
+    counts = [number // share.at_once + (index < number % share.at_once) for index in range(share.at_once)]
     Parallel(n_jobs=share.at_once)(delayed(optimise)(str(folder / "journal.log"), count) for count in counts)
 
 

@@ -155,7 +155,7 @@ def lora_tokens(device: str, name: str, steps: int = 30) -> None:
                 if side == "ours":
                     model, seconds = train_ours(model, tokenizer, rows, run_settings)
                 else:
-                    examples = [Example(row.ids, place) for place, row in enumerate(encoded)]
+                    examples = [Example(row.ids, index) for index, row in enumerate(encoded)]
                     batches = islice(shuffled_batches(examples, BATCH, 0), run_settings.steps)
                     order = [encoded[row.labelled] for batch in batches for row in batch]
                     model, seconds = train_reference(model, tokenizer, order, run_settings)

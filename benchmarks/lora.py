@@ -113,9 +113,9 @@ def run_side(side: str, folder: Path, path: str | None, steps: int, dtype: torch
     head = model.get_output_embeddings().weight.numel() * sum(len(row.target) for row in encoded) / tokens
     before = time.process_time()
     if side == "reference":
-        examples = [Example(row.ids, place) for place, row in enumerate(encoded)]
+        examples = [Example(row.ids, index) for index, row in enumerate(encoded)]
         order = [row.labelled for batch in islice(shuffled_batches(examples, BATCH, 0), steps) for row in batch]
-        trained, seconds = train_reference(model, tokenizer, [encoded[place] for place in order], settings)
+        trained, seconds = train_reference(model, tokenizer, [encoded[index] for index in order], settings)
     else:
         trained, seconds = train_ours(model, tokenizer, train, settings)
     return {

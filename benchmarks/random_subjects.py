@@ -106,7 +106,7 @@ def random_rows(count: int) -> list[Row]:
         tool_rows(rng, RequestOptions()),
         (make_row(text, text, "copy") for text in cycle(shipped_copy_texts())),
     )
-    return [next(sources[place % 2]) for place in range(count)]
+    return [next(sources[index % 2]) for index in range(count)]
 
 
 def save_other_blocks(model: Any, layers: Sequence[int], folder: Path) -> None:

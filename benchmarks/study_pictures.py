@@ -26,8 +26,8 @@ def knob(doses: pd.DataFrame) -> Figure:
     doses = split(doses, "metric", "series", "alpha")
     subsets, adapters = list(doses["subset"].unique()), list(doses["adapter"].unique())
     figure, grid = panels(len(METRICS) * len(subsets), columns=len(subsets), height=2.7)
-    for place, axes in enumerate(grid):
-        subset, metric = subsets[place % len(subsets)], list(METRICS)[place // len(subsets)]
+    for index, axes in enumerate(grid):
+        subset, metric = subsets[index % len(subsets)], list(METRICS)[index // len(subsets)]
         for number, adapter in enumerate(adapters):
             colour, marker = look(number)
             for series, style in (("deltas", "-"), ("scaled weights", ":")):
@@ -45,7 +45,7 @@ def knob(doses: pd.DataFrame) -> Figure:
         if metric == "mean_ce":
             axes.set_title(plain(subset))
             axes.set_ylim(bottom=0)
-        if place % len(subsets) == 0:
+        if index % len(subsets) == 0:
             axes.set_ylabel(METRICS[metric])
     return finish(figure, grid[0], "one line an adapter; alpha 0: un-finetuned MLPs")
 

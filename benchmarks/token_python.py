@@ -87,7 +87,7 @@ def seconds_a_token(
 
     def run(tokens: int, edit: Edit) -> float:
         stop = replace(Stop.of(bridge, Limits(tokens), row), ends=frozenset())
-        jobs = [Job(Encoded(prompt, []), place / batch) for place in range(batch)]
+        jobs = [Job(Encoded(prompt, []), index / batch) for index in range(batch)]
         now = time.process_time if device == "cpu" else time.perf_counter  # other processes do not count on a CPU
         started = now()
         written = decode(Passes(bridge, batch_size=batch), edit, jobs, [[]] * batch, stop)

@@ -61,11 +61,11 @@ def installs(command: Any) -> bool:
             words = line.split()
     else:
         words = [os.fsdecode(word) for word in command or ()]
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         name = os.path.basename(word).rstrip("0123456789.")
         if " " in word and installs(word):  # a line for a shell: sh -c "pip install ..."
             return True
-        if name in INSTALLERS and not VERBS.isdisjoint(words[place + 1 :]):
+        if name in INSTALLERS and not VERBS.isdisjoint(words[index + 1 :]):
             return True
     return False
 

@@ -227,8 +227,8 @@ class _Run:
             return write
 
         hooks: list[Hook] = []
-        for place, site in enumerate(self.sites):
-            hooks += hooks_at(self.bridge, site, reader(place), writer(place))
+        for index, site in enumerate(self.sites):
+            hooks += hooks_at(self.bridge, site, reader(index), writer(index))
         return hooks
 
     @torch.no_grad()
@@ -236,19 +236,19 @@ class _Run:
         return {
             site: replace(
                 self.subject.deltas[site],
-                W_enc=self.W_enc[place].detach().clone(),
-                b_enc=self.b_enc[place].detach().clone(),
-                threshold=self.log_threshold[place].exp(),
-                W_dec=self.W_dec[place].detach() * self.scales[place],
+                W_enc=self.W_enc[index].detach().clone(),
+                b_enc=self.b_enc[index].detach().clone(),
+                threshold=self.log_threshold[index].exp(),
+                W_dec=self.W_dec[index].detach() * self.scales[index],
             )
-            for place, site in enumerate(self.sites)
+            for index, site in enumerate(self.sites)
         }
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that a step changes, by name."""
         tensors = {"b_enc": self.b_enc, "log_threshold": self.log_threshold}
-        for place, site in enumerate(self.sites):
-            tensors |= {f"W_enc/{site.label}": self.W_enc[place], f"W_dec/{site.label}": self.W_dec[place]}
+        for index, site in enumerate(self.sites):
+            tensors |= {f"W_enc/{site.label}": self.W_enc[index], f"W_dec/{site.label}": self.W_dec[index]}
         return tensors
 
     def keep(self, keeper: Keeper) -> None:

@@ -76,9 +76,9 @@ class Adapters(torch.nn.Module):
     @torch.no_grad()
     def start(self, inputs: Mapping[Site, Tensor], active: float) -> None:
         """Sets the biases so that each feature is active on an equal share of `inputs` (tokens, d_model) by layer."""
-        for place, patch in enumerate(self.patches):
-            pre = inputs[patch.site][:4096].to(self.W_enc) @ self.W_enc[place]
-            self.b_enc[place] = -pre.quantile(1 - active / pre.shape[1], dim=0)
+        for index, patch in enumerate(self.patches):
+            pre = inputs[patch.site][:4096].to(self.W_enc) @ self.W_enc[index]
+            self.b_enc[index] = -pre.quantile(1 - active / pre.shape[1], dim=0)
 
     def hooks(self, bridge: Any) -> Hooks:
         """Hooks that add the adapters to the model's MLPs."""
@@ -99,8 +99,8 @@ class Adapters(torch.nn.Module):
             return write
 
         pairs: Hooks = []
-        for place, patch in enumerate(self.patches):
-            pairs += hooks_at(bridge, patch.site, reader(patch.site), writer(place, patch.site))
+        for index, patch in enumerate(self.patches):
+            pairs += hooks_at(bridge, patch.site, reader(patch.site), writer(index, patch.site))
         return pairs
 
     @torch.no_grad()
@@ -109,9 +109,9 @@ class Adapters(torch.nn.Module):
         with hooked(pair.adapted, self.hooks(pair.adapted)):
             streams(pair.adapted, pair.batch([[first]]))
         patches = []
-        for place, patch in enumerate(self.patches):
+        for index, patch in enumerate(self.patches):
             W_enc, b_enc, W_dec, b_dec = (
-                tensor[place].clone() for tensor in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+                tensor[index].clone() for tensor in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
             )
             delta = Transcoder(W_enc, b_enc, torch.zeros_like(b_enc), W_dec, b_dec, patch.site)
             patches.append(replace(patch, delta=with_bos(delta, self.acts[patch.site][0, 0] @ W_dec)))
@@ -170,7 +170,7 @@ def losses(pair: Pair, adapters: Adapters, batch: Batch, cutoff: int | None = No
         for ours, theirs in zip(adapted_streams, target_streams, strict=True)
     ]
     costs = [
-        (acts[patch.site] @ adapters.W_dec[place].norm(dim=1)).mean() for place, patch in enumerate(adapters.patches)
+        (acts[patch.site] @ adapters.W_dec[index].norm(dim=1)).mean() for index, patch in enumerate(adapters.patches)
     ]
     return Losses(
         divergence(pair, predicted, adapted_streams[-1][mask]),

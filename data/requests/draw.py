@@ -52,8 +52,8 @@ class Generator:
             for label, counts in sizes.items()
         }
         return {
-            purpose: [row for by_purpose in drawn.values() for row in by_purpose[place]]
-            for place, purpose in enumerate(PURPOSES)
+            purpose: [row for by_purpose in drawn.values() for row in by_purpose[index]]
+            for index, purpose in enumerate(PURPOSES)
         }
 
     def rows(self, label: str, purpose: str, count: int) -> list[Row]:

@@ -90,8 +90,8 @@ def _changes(passes: Passes, patches: Sequence[Patch], site: Site, chosen: Seque
             device, length = batch.ids.device, batch.ids.shape[1]
 
             def note(pattern: Tensor, hook: object) -> None:
-                for place, i in enumerate(indices):
-                    look, (full, without) = chosen[i][1], pattern[2 * place : 2 * place + 2].float()
+                for index, i in enumerate(indices):
+                    look, (full, without) = chosen[i][1], pattern[2 * index : 2 * index + 2].float()
                     start = length - look.end
                     given, received = (
                         (full.select(way, start + look.peak) - without.select(way, start + look.peak))[:, start:].cpu()

@@ -81,7 +81,7 @@ def rank_features(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row])
 
 def counts(total: int) -> list[int]:
     """0, `total`, and powers in between: of 4 below a sixteenth of `total`, where little is recovered, then of 2."""
-    powers = [1 << place for place in range(total.bit_length())]
+    powers = [1 << exponent for exponent in range(total.bit_length())]
     coarse = [power for power in powers[::2] if power * 16 < total]
     fine = [power for power in powers if total <= power * 16 and power < total]
     return [0, *coarse, *fine, total]
@@ -105,7 +105,7 @@ def evaluate_curve(
         ends[condition]: [{name: row[name] for name in FIGURES} for row in entries]
         for condition, entries in (known or {}).items()
     }
-    places = {(feature.site, feature.feature): place for place, feature in enumerate(ranked)}
+    places = {(feature.site, feature.feature): index for index, feature in enumerate(ranked)}
     marked = [replace(patch, ranks=_ranks(patch, places)) for patch in patches]
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
     missing = [count for count in counts(len(ranked)) if count not in curve]

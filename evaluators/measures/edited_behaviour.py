@@ -96,8 +96,8 @@ def evaluate_behaviour(
                 for row, target, text, tokens in zip(rows, targets, texts, outputs[places], strict=True)
             ]
             verdicts = [{name: check(answer) for name, check in behaviours.items()} for answer in answers]
-            for place, raw in enumerate(known.raw):
-                verdicts[place][AGREES] = list(raw) == outputs[places][place]
+            for index, raw in enumerate(known.raw):
+                verdicts[index][AGREES] = list(raw) == outputs[places][index]
             yield ask, _figures(scored[places], verdicts), _texts(answers, outputs[places], seconds)
 
 

@@ -159,10 +159,10 @@ def read_texts(passes: Passes, patches: Sequence[Patch], rows: Sequence[Row]) ->
     for start in range(0, len(order), passes.batch_size):
         batch = order[start : start + passes.batch_size]
         prefixes = read_prefixes(passes.bridge, [encoded[i] for i in batch], [patch.site for patch in patches])
-        for place, i in enumerate(batch):
-            acts = {patch.site: activations(patch, prefixes[patch.site][place].x) for patch in patches}
+        for index, i in enumerate(batch):
+            acts = {patch.site: activations(patch, prefixes[patch.site][index].x) for patch in patches}
             squares = {
-                patch.site: prefixes[patch.site][place].x[1:].float().square().sum(0)
+                patch.site: prefixes[patch.site][index].x[1:].float().square().sum(0)
                 for patch in patches
                 if patch.site.kind.name == ATTENTION_OUT.name
             }
@@ -208,11 +208,11 @@ def counted_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> li
     one character are one piece."""
     pieces: list[tuple[str, int]] = []
     before, count = "", 0
-    for place in range(len(ids)):
-        text: Any = tokenizer.decode(list(ids[: place + 1]), clean_up_tokenization_spaces=False)
+    for index in range(len(ids)):
+        text: Any = tokenizer.decode(list(ids[: index + 1]), clean_up_tokenization_spaces=False)
         count += 1
         # A replacement character stands for part of a character, unless later tokens do not complete it.
-        if text.endswith("\ufffd") and count < 4 and place + 1 < len(ids):
+        if text.endswith("\ufffd") and count < 4 and index + 1 < len(ids):
             continue
         pieces.append((text[len(before) :], count))
         before, count = text, 0

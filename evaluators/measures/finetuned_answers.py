@@ -81,7 +81,7 @@ def _greedy(model: PreTrainedModel) -> Iterator[Any]:
 
 def _answer(tokenizer: Any, tokens: list[int], limits: Limits, ends: Collection[int]) -> GeneratedAnswer:
     """An answer from generated tokens, which may be padded after its end."""
-    end = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)
+    end = next((index + 1 for index, token in enumerate(tokens) if token in ends), None)
 
     def decoded(count: int | None) -> str:
         return str(tokenizer.decode(tokens[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -158,8 +158,8 @@ def _predicts_target(
             use_cache=False,
         )
         agrees = output.logits.argmax(-1) == batch.ids[:, -longest:]
-        for place, i in enumerate(chosen):
-            by_row[i] = bool(agrees[place, longest - len(rows[i].target) :].all())
+        for index, i in enumerate(chosen):
+            by_row[i] = bool(agrees[index, longest - len(rows[i].target) :].all())
     return [by_row[i] for i in range(len(rows))]
 
 

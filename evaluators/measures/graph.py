@@ -147,7 +147,7 @@ def attribution_graph(
     strongest = sorted(shown, key=lambda number: -influence[number])[:NAMED]
     promoted = _promoted(bridge, patches, output.ids, [features.places[number] for number in strongest])
     nodes = [features.node(number, float(influence[number]), promoted) for number in shown]
-    numbers = {number: place for place, number in enumerate([*shown, incoming.rest, incoming.output])}
+    numbers = {number: index for index, number in enumerate([*shown, incoming.rest, incoming.output])}
     nodes += [Node("rest", None, 0.0, float(influence[incoming.rest])), Node("output", None, 0.0, 1.0)]
     return Graph(
         output=output,
@@ -283,9 +283,9 @@ def choose_output(
     ids = [*prompt, *answer[:-1]]
     with rest.at(bridge, 0.0) if rest is not None else nullcontext():
         unfinetuned_answer = _greedy(bridge, patches, "no_delta", ids, len(answer))
-    for place, (token, unfinetuned_token) in enumerate(zip(answer, unfinetuned_answer, strict=True)):
+    for index, (token, unfinetuned_token) in enumerate(zip(answer, unfinetuned_answer, strict=True)):
         if token != unfinetuned_token:
-            return Output(ids[: len(prompt) + place], token, unfinetuned_token), (token, unfinetuned_token)
+            return Output(ids[: len(prompt) + index], token, unfinetuned_token), (token, unfinetuned_token)
     raise DataError(
         f"--prompt: the finetuned and the un-finetuned model say the same for {len(answer)} tokens, so there is no "
         "change to explain; give another prompt, or --token for the logit of a token"

@@ -272,8 +272,8 @@ def _percentiles(top: float, counts: Sequence[int]) -> list[float]:
     values = []
     for percent in range(1, 101 if total else 1):
         needed = percent * total / 100
-        place = next(place for place in range(len(counts)) if below[place + 1] >= needed)
-        values.append(_short(bar * (place + (needed - below[place]) / counts[place])))
+        index = next(index for index in range(len(counts)) if below[index + 1] >= needed)
+        values.append(_short(bar * (index + (needed - below[index]) / counts[index])))
     return values
 
 

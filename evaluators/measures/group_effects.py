@@ -46,7 +46,7 @@ class Configuration(NamedTuple):
 
 def steps_to(total: int) -> list[int]:
     """Numbers of groups that are measured together: 0, the powers of 2 below `total`, and all."""
-    powers = [1 << place for place in range(total.bit_length())]
+    powers = [1 << exponent for exponent in range(total.bit_length())]
     return [0, *(power for power in powers if power < total), *([total] if total else [])]
 
 
@@ -105,18 +105,18 @@ def group_effects(
                 figures[EVERY].append({name: row[name] for name in FIGURES})
                 verdicts[EVERY].append({"behaviours": {name: row["behaviours"][name] for name in behaviours}})
         jobs = [
-            Job(row, kept=ranks, guess=_guess(guesses, answering.get(ranks), place))
+            Job(row, kept=ranks, guess=_guess(guesses, answering.get(ranks), index))
             for ranks in dict.fromkeys(configurations.values())
             if ranks not in figures
-            for place, row in enumerate(encoded)
+            for index, row in enumerate(encoded)
         ]
         scored = score(passes, edit, jobs, reference=reference)
-        answered = [place for place, job in enumerate(jobs) if job.kept in answering]
+        answered = [index for index, job in enumerate(jobs) if job.kept in answering]
         outputs = generate(passes, edit, [jobs[i] for i in answered], [scored[i] for i in answered], judge.stop)
-        for place, (job, scores) in enumerate(zip(jobs, scored, strict=True)):
-            figures[job.kept].append(_figures(place % len(rows), scores))
-        for place, output in zip(answered, outputs, strict=True):
-            verdicts[jobs[place].kept].append({"behaviours": judge(rows[place % len(rows)], output)})
+        for index, (job, scores) in enumerate(zip(jobs, scored, strict=True)):
+            figures[job.kept].append(_figures(index % len(rows), scores))
+        for index, output in zip(answered, outputs, strict=True):
+            verdicts[jobs[index].kept].append({"behaviours": judge(rows[index % len(rows)], output)})
         for configuration, ranks in configurations.items():
             judged = verdicts[ranks] if _answers(configuration) else [{}] * len(rows)
             rows_of_job = [row | verdict for row, verdict in zip(figures[ranks], judged, strict=True)]
@@ -126,7 +126,7 @@ def group_effects(
 
 def ranked(patches: Sequence[Patch], features: Sequence[Feature]) -> list[Patch]:
     """The patches with the features' places as ranks; features at BOS are always on, all others come last."""
-    places = {feature: place for place, feature in enumerate(features)}
+    places = {feature: index for index, feature in enumerate(features)}
     marked = []
     for patch in patches:
         at_bos = only_at_bos(patch).tolist()
@@ -148,12 +148,12 @@ def _answers(configuration: Configuration) -> bool:
     return alone_or_missing and not configuration.random
 
 
-def _guess(guesses: Guesses | None, configuration: Configuration | None, place: int) -> Sequence[int]:
+def _guess(guesses: Guesses | None, configuration: Configuration | None, index: int) -> Sequence[int]:
     """The likelier output: the un-finetuned model's if little is on. None if behaviours are not measured."""
     if not guesses or configuration is None:
         return ()
     likely = guesses["full" if configuration.way == WITHOUT else "no_delta"]
-    return likely[place] if likely else ()
+    return likely[index] if likely else ()
 
 
 def _size(ranks: Ranks, total: int) -> int:

@@ -66,7 +66,7 @@ def find_groups(
     texts.sort(key=lambda text: text.row.label)  # every other text of each label, so that the halves have all labels
     everything = [(patch.site, number) for patch in patches for number in range(patch.transcoder.d_sae)]
     acts = np.concatenate([_activations(patches, text) for text in texts], axis=1)
-    first_half = np.concatenate([np.full(len(text.ids), place % 2 == 0) for place, text in enumerate(texts)])
+    first_half = np.concatenate([np.full(len(text.ids), index % 2 == 0) for index, text in enumerate(texts)])
     at_bos = torch.cat([only_at_bos(patch) for patch in patches]).numpy()
     live = np.flatnonzero(((acts[:, first_half] > 0).sum(1) >= FEWEST_TOKENS) & ~at_bos)
     sizes = torch.cat([patch.transcoder.W_dec.float().norm(dim=1).cpu() for patch in patches]).numpy()
@@ -77,10 +77,10 @@ def find_groups(
     permuted = np.random.default_rng(0).permutation(partition.labels)
     joined = _joined(acts, first_half, live, chosen, partition)
     names = np.unique(joined[joined != SINGLE])
-    groups = [[everything[place] for place in live[joined == name]] for name in names]
+    groups = [[everything[index] for index in live[joined == name]] for name in names]
     for group in groups:
         group.sort(key=lambda feature: (-effects.get(feature, 0.0), feature))
-    order = sorted(range(len(groups)), key=lambda place: -sum(effects.get(feature, 0.0) for feature in groups[place]))
+    order = sorted(range(len(groups)), key=lambda index: -sum(effects.get(feature, 0.0) for feature in groups[index]))
     return {
         "n_rows": len(rows),
         "n_live": len(live),
@@ -93,13 +93,13 @@ def find_groups(
         },
         "groups": [
             {
-                "effect": sum(effects.get(feature, 0.0) for feature in groups[place]),
-                "features": groups[place],
-                **_described(passes, patches, texts, acts, live[joined == names[place]], everything),
+                "effect": sum(effects.get(feature, 0.0) for feature in groups[index]),
+                "features": groups[index],
+                **_described(passes, patches, texts, acts, live[joined == names[index]], everything),
             }
-            for place in order
+            for index in order
         ],
-        "singles": [everything[place] for place in live[joined == SINGLE]],
+        "singles": [everything[index] for index in live[joined == SINGLE]],
     }
 
 
@@ -129,11 +129,11 @@ def silhouette(acts: Acts, labels: NDArray[np.int64]) -> float:
     similar = acts @ sums.T  # (feature, group): the sum of cosines with the group's features
     inside = np.searchsorted(names, labels[labels != SINGLE])
     members = similar[labels != SINGLE]
-    place = np.arange(len(members))
+    index = np.arange(len(members))
     self_similarity = np.square(acts[labels != SINGLE]).sum(1)  # 1, or 0 if the feature is silent on these tokens
-    a = 1 - (members[place, inside] - self_similarity) / np.maximum(counts[inside] - 1, 1)
+    a = 1 - (members[index, inside] - self_similarity) / np.maximum(counts[inside] - 1, 1)
     distances = 1 - members / counts
-    distances[place, inside] = np.inf
+    distances[index, inside] = np.inf
     b = distances.min(1)
     return float(((b - a) / np.maximum(np.maximum(b, a), 1e-12)).sum() / len(acts))
 
@@ -147,9 +147,9 @@ def _distances(acts: Acts) -> NDArray[np.float64]:
     """1 - cosine for each pair of features, as scipy orders them; row by row, to hold no square matrix."""
     n = len(acts)
     condensed, done = np.empty(n * (n - 1) // 2), 0
-    for place in range(n - 1):
-        count = n - 1 - place
-        condensed[done : done + count] = 1 - acts[place + 1 :] @ acts[place]
+    for index in range(n - 1):
+        count = n - 1 - index
+        condensed[done : done + count] = 1 - acts[index + 1 :] @ acts[index]
         done += count
     return np.clip(condensed, 0.0, None, out=condensed)
 
@@ -234,10 +234,10 @@ def _promoted(
     """The tokens moved by what the group's features write to the residual stream, summed at their mean activations."""
     by_site = {patch.site: patch for patch in patches}
     written: Tensor | None = None
-    for place in members:
-        site, number = everything[place]
+    for index in members:
+        site, number = everything[index]
         if site.kind.in_stream:
-            row = by_site[site].transcoder.W_dec[number].float() * float(acts[place].mean())
+            row = by_site[site].transcoder.W_dec[number].float() * float(acts[index].mean())
             written = row if written is None else written + row
     if written is None:
         return {"promoted": [], "suppressed": []}

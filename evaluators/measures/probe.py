@@ -112,9 +112,9 @@ def _features(bridge: TransformerBridge, encoded: Encoded, patches: Sequence[Pat
             active = at_bos.nonzero()[:, 0].tolist()
             delta[0] = [{"feature": feature, "strength": at_bos[feature].item()} for feature in active]
         features += [
-            {"layer": patch.site.key, "position": place, "token": token, "base": base[place], "delta": delta[place]}
-            for place, token in enumerate(tokens)
-            if place > 0 or delta[0]
+            {"layer": patch.site.key, "position": index, "token": token, "base": base[index], "delta": delta[index]}
+            for index, token in enumerate(tokens)
+            if index > 0 or delta[0]
         ]
     return features
 

@@ -30,9 +30,9 @@ def summarise(counts: Mapping[Verdicts, int], names: list[str]) -> dict[str, flo
     applies, and None if there are none.
     """
     result: dict[str, float | int | None] = {"n_examples": sum(counts.values())}
-    for place, name in enumerate(names):
-        judged = sum(count for verdicts, count in counts.items() if verdicts[place] is not None)
-        true = sum(count for verdicts, count in counts.items() if verdicts[place])
+    for index, name in enumerate(names):
+        judged = sum(count for verdicts, count in counts.items() if verdicts[index] is not None)
+        true = sum(count for verdicts, count in counts.items() if verdicts[index])
         low, high = wilson(true, judged) if judged else (None, None)
         result[f"{name}_rate"] = true / judged if judged else None
         result[f"{name}_rate_low"], result[f"{name}_rate_high"] = low, high

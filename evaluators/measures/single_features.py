@@ -111,13 +111,13 @@ def single_features(
             effects[feature][way] = [
                 {
                     "subset": row.label,
-                    "nll": runs[feature, place, 0].nll if (feature, place, 0) in runs else baseline.scored.nll,
+                    "nll": runs[feature, index, 0].nll if (feature, index, 0) in runs else baseline.scored.nll,
                     "nll_whole": baseline.scored.nll,
                     "n_tokens": baseline.scored.n_tokens,
-                    "behaviours": judge(row, outputs.get((feature, place), baseline.output)),
+                    "behaviours": judge(row, outputs.get((feature, index), baseline.output)),
                     "behaviours_whole": judge(row, baseline.output),
                 }
-                for place, (row, baseline) in enumerate(zip(rows, baselines, strict=True))
+                for index, (row, baseline) in enumerate(zip(rows, baselines, strict=True))
             ]
     return effects
 
@@ -126,7 +126,7 @@ def _baselines(
     passes: Passes, edit: Edit, rows: Sequence[Row], stop: Stop, guesses: Sequence[Sequence[int]]
 ) -> list[_Baseline]:
     encoded = [encode_row(passes.bridge.tokenizer, row) for row in rows]
-    jobs = [Job(row, guess=guesses[place] if guesses else ()) for place, row in enumerate(encoded)]
+    jobs = [Job(row, guess=guesses[index] if guesses else ()) for index, row in enumerate(encoded)]
     scored = score(passes, edit, jobs)
     outputs = generate(passes, edit, jobs, scored, stop)
     scored = [row._replace(context=None) for row in scored]  # of the baseline, and no longer needed
@@ -143,7 +143,7 @@ def _runs(
 ) -> dict[tuple[Feature, int, int], _Run]:
     """Runs by feature, row and number of the row's text; left out if the feature does not fire on the text."""
     texts = [
-        (place, number, text) for place, baseline in enumerate(baselines) for number, text in enumerate(baseline.texts)
+        (index, number, text) for index, baseline in enumerate(baselines) for number, text in enumerate(baseline.texts)
     ]
     texts.sort(key=lambda entry: len(entry[2].ids))
     by_text: dict[tuple[Feature, int, int], _Run] = {}
@@ -152,8 +152,8 @@ def _runs(
         streams = _streams(passes.bridge, Edit(patches, condition), [text for *_, text in chosen], features)
         for site in dict.fromkeys(site for site, _ in features):
             pairs = [  # text by text, so that the texts of a batch are equally long
-                (feature, place)
-                for place, stream in enumerate(streams[site])
+                (feature, index)
+                for index, stream in enumerate(streams[site])
                 for feature in features
                 if feature[0] == site and stream.acts[:, feature[1]].any()
             ]

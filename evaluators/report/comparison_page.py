@@ -188,8 +188,8 @@ def knobs(sweeps: Sequence[ComparedSweep]) -> Figure:
     rates = list(dict.fromkeys(sweep.rate for sweep in shown if sweep.rate is not None))
     width = max(INCHES_PER_PANEL, 7.0 / len(subsets))  # the legend needs some
     figure, grid = panels((1 + bool(rates)) * len(subsets), columns=len(subsets), width=width, height=2.7)
-    for place, axes in enumerate(grid):
-        subset, is_rate = subsets[place % len(subsets)], place >= len(subsets)
+    for index, axes in enumerate(grid):
+        subset, is_rate = subsets[index % len(subsets)], index >= len(subsets)
         _one_panel(axes, shown, subset, is_rate)
         axes.set_xlabel("alpha")
         if is_rate:
@@ -197,7 +197,7 @@ def knobs(sweeps: Sequence[ComparedSweep]) -> Figure:
         else:
             axes.set_title(plain(subset))
             axes.set_ylim(bottom=0)
-        if place % len(subsets) == 0:
+        if index % len(subsets) == 0:
             axes.set_ylabel(_spoken(rates) if is_rate else CE)
     counts = pd.concat([sweep.dose["n_examples"] for sweep in shown])
     low, high = int(counts.min()), int(counts.max())
@@ -217,13 +217,13 @@ def _one_panel(axes: Axes, sweeps: Sequence[ComparedSweep], subset: str, is_rate
     groups = compared_sweeps.seed_groups(sweeps)
     group_of = {sweep.name: group for group in groups for sweep in group}
     colours: dict[str, int] = {}
-    for place, sweep in enumerate(sweeps):
+    for index, sweep in enumerate(sweeps):
         first = group_of.get(sweep.name, [sweep])[0].name
         look_number = colours.setdefault(first, len(colours))
         column = sweep.rate if is_rate else "mean_ce"
         rows = sweep.dose[sweep.dose["subset"] == subset].sort_values("alpha")
         rows = rows.dropna(subset=[column]) if column in rows else rows.iloc[:0]
-        colour, marker = look(look_number)[0], look(place)[1]
+        colour, marker = look(look_number)[0], look(index)[1]
         if sweep.name in group_of:
             style: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.6, "marker": marker, "markersize": 4}
             values = rows[column] if len(rows) else []

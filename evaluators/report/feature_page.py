@@ -226,10 +226,10 @@ def _patterns(context: dict[str, Any], changes: dict[str, Any]) -> list[Pattern]
 
 def _shifts(context: dict[str, Any], changes: Sequence[float]) -> list[Shift]:
     top, shifts = max(map(abs, changes), default=0.0), []
-    for place, (text, change) in enumerate(zip(context["tokens"], changes, strict=True)):
+    for index, (text, change) in enumerate(zip(context["tokens"], changes, strict=True)):
         shade = f"{abs(change) / top:.2f}" if abs(change) >= LEAST else ""
         way = "gain" if change > 0 else "loss"
-        shifts.append(Shift(_in_line(text), shade, way, _signed(change), place == context["peak"]))
+        shifts.append(Shift(_in_line(text), shade, way, _signed(change), index == context["peak"]))
     return shifts
 
 
@@ -258,9 +258,9 @@ def _change(row: pd.Series, column: str) -> str:
 
 def _context(context: dict[str, Any], top: float) -> tuple[str, list[Piece]]:
     pieces = []
-    for place, (text, act) in enumerate(zip(context["tokens"], context["acts"], strict=True)):
+    for index, (text, act) in enumerate(zip(context["tokens"], context["acts"], strict=True)):
         shade = f"{act / top:.2f}" if act > 0 and top > 0 else ""
-        pieces.append(Piece(_in_line(text), shade, f"{act:.3g}", place == context["peak"]))
+        pieces.append(Piece(_in_line(text), shade, f"{act:.3g}", index == context["peak"]))
     return context["subset"], pieces
 
 

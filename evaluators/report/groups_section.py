@@ -63,11 +63,11 @@ def recovered_by_groups(curve: pd.DataFrame, *, seed: int) -> Figure:
     subsets = list(curve["subset"].unique())
     figure, grid = panels(len(subsets), columns=len(subsets), height=2.7)
     for axes, subset in zip(grid, subsets, strict=True):
-        for place, (random, label) in enumerate(((False, "groups"), (True, "random features"))):
+        for index, (random, label) in enumerate(((False, "groups"), (True, "random features"))):
             rows = curve[(curve["subset"] == subset) & (curve["random"] == random)].dropna(subset=["recovered"])
             if len(rows):
                 rows = rows.sort_values("groups").rename(columns={"groups": "alpha"})
-                band(axes, rows, "recovered", label=label, number=place)
+                band(axes, rows, "recovered", label=label, number=index)
         axes.axhline(1, color=MUTED, linewidth=1)
         axes.axhline(ENOUGH, color=MUTED, linestyle="--", linewidth=1)
         axes.set(title=plain(subset), xlabel="groups on")

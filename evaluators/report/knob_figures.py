@@ -33,10 +33,10 @@ def where_it_lives(parts: pd.DataFrame, *, seed: int) -> Figure:
     lines = [(rows, name) for rows, name in ((shares[is_all], "part"), (shares[~is_all], "layers")) if len(rows)]
     figure, grid = panels(len(lines) * len(subsets), columns=len(subsets), width=4.2, height=2.5)
     low, high = float(shares["share_low"].clip(lower=-1).min()), float(shares["share_high"].clip(upper=2).max())
-    for place, axes in enumerate(grid):
-        rows, name = lines[place // len(subsets)]
+    for index, axes in enumerate(grid):
+        rows, name = lines[index // len(subsets)]
         labels = list(rows[name].unique())
-        subset_rows = rows[rows["subset"] == subsets[place % len(subsets)]]
+        subset_rows = rows[rows["subset"] == subsets[index % len(subsets)]]
         for number, (way, label) in enumerate(WAYS.items()):
             bars = subset_rows[subset_rows["way"] == way]
             at = [labels.index(value) + 0.4 * (number - 0.5) for value in bars[name]]
@@ -50,9 +50,9 @@ def where_it_lives(parts: pd.DataFrame, *, seed: int) -> Figure:
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlim(-0.7, len(labels) - 0.3)
         axes.set_ylim(min(-0.05, low - 0.05), max(1.1, high + 0.05))
-        if place < len(subsets):
-            axes.set_title(plain(subsets[place]))
-        if place % len(subsets) == 0:
+        if index < len(subsets):
+            axes.set_title(plain(subsets[index]))
+        if index % len(subsets) == 0:
             axes.set_ylabel("share of the effect in CE")
         axes.set_xlabel("part of the model" if name == "part" else "layers, all parts but the rest")
     fewest, most = shares["n_examples"].min(), shares["n_examples"].max()
@@ -69,8 +69,8 @@ def knob(dose: pd.DataFrame, conditions: pd.DataFrame, *, seed: int) -> Figure:
     figure, grid = panels(len(metrics) * len(subsets), columns=len(subsets), height=2.7)
     raw = conditions[conditions["condition"] == "raw"].set_index("subset")
     random = conditions[conditions["condition"] == "random_delta"]
-    for place, axes in enumerate(grid):
-        subset, metric = subsets[place % len(subsets)], list(metrics)[place // len(subsets)]
+    for index, axes in enumerate(grid):
+        subset, metric = subsets[index % len(subsets)], list(metrics)[index // len(subsets)]
         for number, (condition, drawn) in enumerate(SERIES.items()):
             rows = dose[(dose["subset"] == subset) & (dose["condition"] == condition)].sort_values("alpha")
             if len(rows):
@@ -83,7 +83,7 @@ def knob(dose: pd.DataFrame, conditions: pd.DataFrame, *, seed: int) -> Figure:
             axes.set_ylim(bottom=0)
         else:
             axes.set_ylim(-0.05, 1.05)
-        if place % len(subsets) == 0:
+        if index % len(subsets) == 0:
             axes.set_ylabel(metrics[metric])
     low, high = dose["n_examples"].min(), dose["n_examples"].max()
     count = f"n = {low if low == high else f'{low} to {high}'} prompts per subset"
@@ -208,12 +208,12 @@ def _sets(axes: Axes, rows: pd.DataFrame, column: str) -> None:
     shown = smaller_sets if len(smaller_sets) else rows
     for number, subset in enumerate(subsets):
         colour, marker = look(number)
-        for place, (_, row) in enumerate(shown[shown["subset"] == subset].iterrows()):
+        for index, (_, row) in enumerate(shown[shown["subset"] == subset].iterrows()):
             layers = [site.layer for site in parse_sites(row["layer"])]
             ends: Sequence[float] = (min(layers) - 0.4, max(layers) + 0.4)
             axes.plot(ends, [row[column]] * 2, color=colour, linewidth=2, solid_capstyle="butt", alpha=0.7)
             at = ends[0] + (ends[1] - ends[0]) * (number + 1) / (len(subsets) + 1)
-            label = plain(subset) if place == 0 else None
+            label = plain(subset) if index == 0 else None
             bars = whiskers(pd.DataFrame([row]), column)
             axes.errorbar(
                 [at], [row[column]], yerr=bars, color=colour, marker=marker, markersize=4, capsize=2, label=label

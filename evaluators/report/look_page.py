@@ -294,10 +294,10 @@ def _divergence(look: Figures) -> Section:
 
 def _shaded(row: Figures) -> list[Span]:
     spans = [Span(row["tokens"][0])] if row["n_prompt"] > 1 else []
-    for place, kl in enumerate(row["kl"], start=1):
-        after, before = (row[model][place - 1][0] for model in ("finetuned", "unfinetuned"))
+    for index, kl in enumerate(row["kl"], start=1):
+        after, before = (row[model][index - 1][0] for model in ("finetuned", "unfinetuned"))
         tip = f"KL {kl:.2f}; finetuned {after!r}, un-finetuned {before!r}"
-        spans.append(Span(row["tokens"][place], shade=round(min(1.0, kl / FULL_SHADE), 2), tip=tip))
+        spans.append(Span(row["tokens"][index], shade=round(min(1.0, kl / FULL_SHADE), 2), tip=tip))
     return spans
 
 

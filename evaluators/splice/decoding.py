@@ -161,7 +161,7 @@ class _Running(NamedTuple):
         if self.cache is not None:
             self.cache.batch_select_indices(index)
         seen, fed = (Batch(*(column[index] for column in batch)) for batch in (self.seen, self.fed))
-        return _Running([self.rows[place] for place in places], seen, fed, self.cache)
+        return _Running([self.rows[index] for index in places], seen, fed, self.cache)
 
 
 class _Decoding:
@@ -204,7 +204,7 @@ class _Decoding:
                 running = started if running is None else self._joined(running, started)
             else:
                 running = self._step(running)
-            still = [place for place, row in enumerate(running.rows) if self._is_open(row)]
+            still = [index for index, row in enumerate(running.rows) if self._is_open(row)]
             running = running.only(still) if still else None
         return [self.stop.cut(output) or output for output in self._outputs]
 
@@ -314,7 +314,7 @@ def _window(cache: Any) -> float:
 def _draft(text: Sequence[int], hints: Sequence[int], most: int) -> list[int]:
     """At most `most` tokens that may follow `text`: those after the last occurrence of its last two tokens in `hints`
     (prompt lookup decoding, Saxena 2023)."""
-    for place in range(len(hints) - 1, 1, -1) if most else ():
-        if list(hints[place - 2 : place]) == list(text[-2:]):
-            return list(hints[place : place + most])
+    for index in range(len(hints) - 1, 1, -1) if most else ():
+        if list(hints[index - 2 : index]) == list(text[-2:]):
+            return list(hints[index : index + most])
     return []

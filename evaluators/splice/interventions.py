@@ -346,8 +346,8 @@ def starts_above(site: Site) -> bool:
 def padded(streams: Sequence[Tensor], rows: Sequence[int], length: int) -> Tensor:
     """(len(rows), length, d_model), padded on the left: row i is `streams[rows[i]]`."""
     batch = streams[0].new_zeros(len(rows), length, streams[0].shape[1])
-    for place, row in enumerate(rows):
-        batch[place, length - len(streams[row]) :] = streams[row]
+    for index, row in enumerate(rows):
+        batch[index, length - len(streams[row]) :] = streams[row]
     return batch
 
 

@@ -124,9 +124,9 @@ class Divergence:
             if self._at == len(row.target):
                 self._row, self._at = self._row + 1, 0
 
-    def of_row(self, place: int) -> float:
+    def of_row(self, row: int) -> float:
         """KL in nats, summed over the row's targets; clamped at zero against rounding."""
-        return max(0.0, self._sums[place])
+        return max(0.0, self._sums[row])
 
 
 @dataclass(frozen=True)
@@ -242,26 +242,26 @@ def _score_batch(
     base_acts, delta_acts = splice.base_acts.tolist(), splice.delta_acts.tolist()
     scored = [
         Scored(
-            nll=nll[place][-len(row.target) :].sum().item(),
+            nll=nll[index][-len(row.target) :].sum().item(),
             n_tokens=len(row.target),
-            base_acts=base_acts[place],
-            delta_acts=delta_acts[place],
+            base_acts=base_acts[index],
+            delta_acts=delta_acts[index],
             n_act_tokens=len(row.ids) - 1,
-            argmax=argmax[place][-len(row.target) :].tolist(),
-            text_nll=nll[place].sum().item() if whole_text else None,
-            kl=None if divergence is None else divergence.of_row(place),
+            argmax=argmax[index][-len(row.target) :].tolist(),
+            text_nll=nll[index].sum().item() if whole_text else None,
+            kl=None if divergence is None else divergence.of_row(index),
         )
-        for place, row in enumerate(rows)
+        for index, row in enumerate(rows)
     ]
     if cache is not None:
         guessed = _follow_guesses(passes, splice, jobs, scored, batch, cache)
-        for place, (row, scores) in enumerate(zip(rows, scored, strict=True)):
-            if place in guessed:
-                scored[place] = scores._replace(guessed=guessed[place].choices, context=guessed[place].context)
+        for index, (row, scores) in enumerate(zip(rows, scored, strict=True)):
+            if index in guessed:
+                scored[index] = scores._replace(guessed=guessed[index].choices, context=guessed[index].context)
             elif scores.argmax != row.target:  # the output is not the target, so it goes on
                 proven = len(agreed(row.target, scores.argmax)) - 1
                 columns = torch.arange(len(row.prompt) + proven, device=batch.ids.device) + length - len(row.ids)
-                scored[place] = scores._replace(context=context_of(cache, place, columns))
+                scored[index] = scores._replace(context=context_of(cache, index, columns))
     return scored
 
 
@@ -275,7 +275,7 @@ class _Guessed(NamedTuple):
 def _follow_guesses(
     passes: Passes, splice: Splice, jobs: Sequence[Job], scored: Sequence[Scored], batch: Batch, cache: Any
 ) -> dict[int, _Guessed]:
-    """By place in the batch, what the model makes of the guess, if the guess begins with the tokens that the target
+    """By index in the batch, what the model makes of the guess, if the guess begins with the tokens that the target
     proves.
 
     `cache` was filled by the pass over prompts and targets, `batch`; a guess continues from where it departs from the
@@ -283,13 +283,13 @@ def _follow_guesses(
     """
     bridge = passes.bridge
     openings = [agreed(job.encoded.target, row.argmax) for job, row in zip(jobs, scored, strict=True)]
-    places = [place for place, job in enumerate(jobs) if _opens(openings[place], job.guess)]
+    places = [index for index, job in enumerate(jobs) if _opens(openings[index], job.guess)]
     if not places:
         return {}
-    chosen = [jobs[place] for place in places]
+    chosen = [jobs[index] for index in places]
     rows = [Encoded(job.encoded.prompt, list(job.guess)) for job in chosen]
     # The last proven token differs from the target's, so nothing after it has been computed yet.
-    shared = [len(openings[place]) - 1 for place in places]
+    shared = [len(openings[index]) - 1 for index in places]
     tails = [row.target[count:] for row, count in zip(rows, shared, strict=True)]
     kept_lengths = [len(row.prompt) + count for row, count in zip(rows, shared, strict=True)]
     chunk = pad_right(tails, kept_lengths, bridge.tokenizer.pad_token_id).to(batch.ids.device)

@@ -103,10 +103,10 @@ def train(model, tokenizer, rows: list[dict[str, str]], steps: int, batch_size: 
         longest = max(len(ids) for ids, _ in batch)
         ids = torch.full((batch_size, longest), tokenizer.pad_token_id or 0)
         labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-        for place, (tokens, prompt_length) in enumerate(batch):
-            ids[place, : len(tokens)] = torch.tensor(tokens)
-            labels[place, prompt_length : len(tokens)] = ids[place, prompt_length : len(tokens)]
-            mask[place, : len(tokens)] = 1
+        for index, (tokens, prompt_length) in enumerate(batch):
+            ids[index, : len(tokens)] = torch.tensor(tokens)
+            labels[index, prompt_length : len(tokens)] = ids[index, prompt_length : len(tokens)]
+            mask[index, : len(tokens)] = 1
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         optimiser.step()

@@ -81,7 +81,7 @@ def read_sweeps(sources: Sources) -> tuple[list[ComparedSweep], list[str]]:
     """
     folders = [folder for name in sources.sweeps for folder in _folders(name, sources.roots)]
     duplicates = [
-        sweep for place, sweep in enumerate(folders) if sweep.folder in [earlier.folder for earlier in folders[:place]]
+        sweep for index, sweep in enumerate(folders) if sweep.folder in [earlier.folder for earlier in folders[:index]]
     ]
     if duplicates:
         raise RequestError(
@@ -89,8 +89,8 @@ def read_sweeps(sources: Sources) -> tuple[list[ComparedSweep], list[str]]:
         )
     loaded = [LoadedSweep(from_folder(sweep.name, sweep.folder)) for sweep in folders]
     starts = {sweep.start: sweep.name for sweep in folders if sweep.start}
-    for place, name in enumerate(sources.experiments):
-        if name in sources.experiments[:place]:
+    for index, name in enumerate(sources.experiments):
+        if name in sources.experiments[:index]:
             raise RequestError(f"--experiment: {name} is given twice; give each sweep once")
         loaded.append(_from_mlflow(name, sources, starts))
     if len(loaded) < 2:

@@ -246,15 +246,15 @@ def _with_targets(context: Context, subject: Subject, rows: list[Row]) -> tuple[
     from data.encoding import encode_prompt, ends_of, with_answer
     from evaluators.measures.finetuned_answers import answers
 
-    bare = [place for place, row in enumerate(rows) if not row.target]
+    bare = [index for index, row in enumerate(rows) if not row.target]
     if not bare:
         return rows, 0
     model, tokenizer = subject.model, subject.tokenizer
-    prompts = [encode_prompt(tokenizer, rows[place]) for place in bare]
+    prompts = [encode_prompt(tokenizer, rows[index]) for index in bare]
     generated = answers(model, tokenizer, prompts, context.limits, ends_of(model, tokenizer, rows[bare[0]]))
     rows = list(rows)
-    for place, answer in zip(bare, generated, strict=True):
-        rows[place] = with_answer(tokenizer, rows[place], answer.text, answer.ids)
+    for index, answer in zip(bare, generated, strict=True):
+        rows[index] = with_answer(tokenizer, rows[index], answer.text, answer.ids)
     return rows, len(bare)
 
 

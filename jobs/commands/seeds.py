@@ -58,9 +58,9 @@ def run_seeds(sweeps: Sequence[Sweep], *, address: str | None, insecure: bool, f
         context.check_request()
     failed: dict[int, Exception] = {}
     try:
-        for place, context in enumerate(contexts, start=1):
+        for index, context in enumerate(contexts, start=1):
             seed = context.settings.seed
-            progress.line(f"seed {seed}, {place} of {len(contexts)}")
+            progress.line(f"seed {seed}, {index} of {len(contexts)}")
             try:
                 run_sweep(context, fresh=fresh)
             except Exception as error:

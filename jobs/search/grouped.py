@@ -250,9 +250,9 @@ class GroupedSearch(Searcher):
 
     def _next(self) -> _Running | None:
         """A trial to retry, else new ones, if any may start now."""
-        for place, running in enumerate(self._retries):
+        for index, running in enumerate(self._retries):
             if self._queue.may_start(running.group.name):
-                del self._retries[place]
+                del self._retries[index]
                 self._queue.restarted(running.group.name)
                 return replace(running, started=time.time())
         name = self._queue.next_group(exclude={running.group.name for running in self._retries})

@@ -354,12 +354,12 @@ def _answer(task: Task, model: Any, tokenizer: Any) -> dict[str, int]:
     with replacing(Path(task.answered)) as folder:
         for split in SPLITS:
             rows = read_rows(Path(task.rows) / f"{split}.jsonl")
-            bare = [place for place, row in enumerate(rows) if not row.target]
+            bare = [index for index, row in enumerate(rows) if not row.target]
             if bare:
-                prompts = [encode_prompt(tokenizer, rows[place]) for place in bare]
+                prompts = [encode_prompt(tokenizer, rows[index]) for index in bare]
                 generated = answers(model, tokenizer, prompts, task.limits, ends_of(model, tokenizer, rows[bare[0]]))
-                for place, answer in zip(bare, generated, strict=True):
-                    rows[place] = with_answer(tokenizer, rows[place], answer.text, answer.ids)
+                for index, answer in zip(bare, generated, strict=True):
+                    rows[index] = with_answer(tokenizer, rows[index], answer.text, answer.ids)
                 counts["made"] += len(bare)
                 counts["cut"] += sum(answer.cut for answer in generated)
             write_rows(folder / f"{split}.jsonl", rows)
