@@ -215,16 +215,16 @@ def _row(record: Mapping[str, Any], reading: Reading, shape: Shape | None, log: 
     log.saw(filled, used)
     if values.get("messages") is not None:
         raise Reject("messages need data.format chat")
-    question = _input(values["input"], record)
+    input_text = _input(values["input"], record)
     target = "" if values["target"] is None else text(values["target"], "target")
     if not target and reading.targets_needed:
         raise Reject("no target")
     if not reading.special_tokens:
-        for name, value in (("input", question), ("target", target)):
+        for name, value in (("input", input_text), ("target", target)):
             if (token := spelled_out([value], reading.special)) is not None:
                 raise Reject(f"{name} contains {SPECIAL} {token}")
-    tokens = reading.special_tokens and spelled_out([question, target], reading.special) is not None
-    return make_row(question, target, _label(values["label"]), separator=reading.separator, special_tokens=tokens)
+    tokens = reading.special_tokens and spelled_out([input_text, target], reading.special) is not None
+    return make_row(input_text, target, _label(values["label"]), separator=reading.separator, special_tokens=tokens)
 
 
 def _in_chat(
@@ -254,8 +254,8 @@ def _in_chat(
     assert log.rendered is not None
     log.rendered.add(log.here, rendered)
     log.saw((), (), unread)
-    question = "\n".join(filter(None, map(text_of, messages)))
-    return rendered.row(question, label)
+    input_text = "\n".join(filter(None, map(text_of, messages)))
+    return rendered.row(input_text, label)
 
 
 def _input(value: Any, record: Mapping[str, Any]) -> str:

@@ -98,12 +98,12 @@ class Pairs:
         number = 0
         groups = [[self.shards[i] for i in order[start : start + window]] for start in range(0, len(order), window)]
         # A CPU would spend more time on joining a few shards in every epoch's order than on gathering their rows.
-        stays = len(groups) == 1 and device == "cpu" and not self.shards[0][0].is_cuda
-        for fresh in prefetch.moved(groups, device) if not stays else [[]]:
-            mixed = self.joined if stays else Pairs([*leftover, *fresh]).whole()
+        use_joined = len(groups) == 1 and device == "cpu" and not self.shards[0][0].is_cuda
+        for fresh in prefetch.moved(groups, device) if not use_joined else [[]]:
+            mixed = self.joined if use_joined else Pairs([*leftover, *fresh]).whole()
             del fresh
             rows = torch.randperm(len(mixed[0]), generator=generator).to(device)
-            if stays:
+            if use_joined:
                 rows = self._places(order)[rows]
             full = len(rows) - len(rows) % size
             for first in range(0, full, size):

@@ -78,10 +78,10 @@ class StackedBases:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
         W_enc, b_enc, W_dec, b_dec = self.gradients()
-        x_low = x.to(dtype)
+        x_cast = x.to(dtype)
         losses, fired = [], []
         for index, target in enumerate(target_l0):
-            pre = torch.addmm(self.b_enc[index].to(dtype), x_low, self.W_enc[index].to(dtype).T)
+            pre = torch.addmm(self.b_enc[index].to(dtype), x_cast, self.W_enc[index].to(dtype).T)
             kind = _Active if has_sparse_products(pre.device.type) else _DenseActive
             active = kind.of(pre, batch_cut(pre, target, generator, group, tokens))
             error = torch.addmm(self.b_dec[index] - y, active.matrix(active.values), self.W_dec[index])

@@ -44,8 +44,8 @@ def exactness_checks(
     encoded = [encode_row(bridge.tokenizer, row) for row in rows]
     zeroed = [replace(patch, delta=_with_zero_decoder(patch)) for patch in patches]
 
-    def logits(condition: str, alpha: float = 1.0, patches_at: Sequence[Patch] = patches) -> Tensor:
-        return _logits(bridge, [row.ids for row in encoded], Edit(patches_at, condition), alpha)
+    def logits(condition: str, alpha: float = 1.0, chosen: Sequence[Patch] = patches) -> Tensor:
+        return _logits(bridge, [row.ids for row in encoded], Edit(chosen, condition), alpha)
 
     raw = logits("raw")
     no_delta = logits("no_delta")

@@ -223,8 +223,8 @@ def _answers(look: Figures, seed: int) -> Section:
     lines = []
     for answer in look["answers"]:
         before, after = answer["unfinetuned"]["text"], answer["finetuned"]["text"]
-        question = [[Span(answer["label"])], [Span(answer["input"])], [Span(answer["target"])]]
-        lines.append([*question, marked(after, before), marked(before, after)])
+        row_cells = [[Span(answer["label"])], [Span(answer["input"])], [Span(answer["target"])]]
+        lines.append([*row_cells, marked(after, before), marked(before, after)])
     help = (
         "Greedy answers to the same prompts, cut at the token budget. Words that the other model did not say there are "
         "marked."
