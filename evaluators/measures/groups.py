@@ -64,7 +64,7 @@ def find_groups(
     """
     texts = list(read_texts(passes, patches, rows))
     texts.sort(key=lambda text: text.row.label)  # every other text of each label, so that the halves have all labels
-    everything = [(patch.site, number) for patch in patches for number in range(patch.transcoder.d_sae)]
+    all_features = [(patch.site, number) for patch in patches for number in range(patch.transcoder.d_sae)]
     acts = np.concatenate([_activations(patches, text) for text in texts], axis=1)
     first_half = np.concatenate([np.full(len(text.ids), index % 2 == 0) for index, text in enumerate(texts)])
     at_bos = torch.cat([only_at_bos(patch) for patch in patches]).numpy()
@@ -77,7 +77,7 @@ def find_groups(
     permuted = np.random.default_rng(0).permutation(partition.labels)
     joined = _joined(acts, first_half, live, chosen, partition)
     names = np.unique(joined[joined != SINGLE])
-    groups = [[everything[index] for index in live[joined == name]] for name in names]
+    groups = [[all_features[index] for index in live[joined == name]] for name in names]
     for group in groups:
         group.sort(key=lambda feature: (-effects.get(feature, 0.0), feature))
     order = sorted(range(len(groups)), key=lambda index: -sum(effects.get(feature, 0.0) for feature in groups[index]))
@@ -95,21 +95,21 @@ def find_groups(
             {
                 "effect": sum(effects.get(feature, 0.0) for feature in groups[index]),
                 "features": groups[index],
-                **_described(passes, patches, texts, acts, live[joined == names[index]], everything),
+                **_described(passes, patches, texts, acts, live[joined == names[index]], all_features),
             }
             for index in order
         ],
-        "singles": [everything[index] for index in live[joined == SINGLE]],
+        "singles": [all_features[index] for index in live[joined == SINGLE]],
     }
 
 
 def cluster(acts: Acts) -> Partition:
     """Groups of features by their unit activations (feature, token): of the `CUTS` the one with the best silhouette."""
-    nothing = Partition(np.full(len(acts), SINGLE), 0.0, 0.0)
+    no_groups = Partition(np.full(len(acts), SINGLE), 0.0, 0.0)
     if len(acts) < 2 * FEWEST_FEATURES:
-        return nothing
+        return no_groups
     tree = linkage(_distances(acts), "average")
-    best = nothing
+    best = no_groups
     for cut in CUTS:
         labels = _largest(fcluster(tree, 1 - cut, "distance"))
         quality = silhouette(acts, labels)
@@ -187,10 +187,10 @@ def _per_site(patches: Sequence[Patch], live: NDArray[np.intp], acts: Acts, size
     """For each live feature the size of what its site's delta writes, as sites differ in scale."""
     first, totals = 0, []
     for patch in patches:
-        columns = slice(first, first + patch.transcoder.d_sae)
-        total = float((np.square(acts[columns]).mean(1) * np.square(sizes[columns])).sum()) ** 0.5
+        features = slice(first, first + patch.transcoder.d_sae)
+        total = float((np.square(acts[features]).mean(1) * np.square(sizes[features])).sum()) ** 0.5
         totals.append(np.full(patch.transcoder.d_sae, max(total, 1e-12), dtype=np.float32))
-        first = columns.stop
+        first = features.stop
     return np.concatenate(totals)[live]
 
 
@@ -200,7 +200,7 @@ def _described(
     texts: Sequence[Text],
     acts: Acts,
     members: NDArray[np.intp],
-    everything: Sequence[Feature],
+    all_features: Sequence[Feature],
 ) -> dict[str, Any]:
     """What a group fires on and promotes. Its activation is the mean of its features' unit activations."""
     pattern = unit(acts[members]).mean(0)
@@ -219,7 +219,7 @@ def _described(
         "contexts": [
             context for context, _ in strongest_contexts(tokenizer, texts, [part / peak for part in by_text], CONTEXTS)
         ],
-        **_promoted(passes, patches, texts, acts, members, everything),
+        **_promoted(passes, patches, texts, acts, members, all_features),
     }
 
 
@@ -229,13 +229,13 @@ def _promoted(
     texts: Sequence[Text],
     acts: Acts,
     members: NDArray[np.intp],
-    everything: Sequence[Feature],
+    all_features: Sequence[Feature],
 ) -> dict[str, list[str]]:
     """The tokens moved by what the group's features write to the residual stream, summed at their mean activations."""
     by_site = {patch.site: patch for patch in patches}
     written: Tensor | None = None
     for index in members:
-        site, number = everything[index]
+        site, number = all_features[index]
         if site.kind.in_stream:
             row = by_site[site].transcoder.W_dec[number].float() * float(acts[index].mean())
             written = row if written is None else written + row
