@@ -157,9 +157,9 @@ class Chat:
         tail = conversation[len(prompt) :]
         target, end, _ = tail.rpartition(frame.end) if frame.end else ("", "", "")
         if not end:
-            bare = tail.rstrip()
-            end = next((token for token in self._special if bare.endswith(token)), "")
-            target = bare.removesuffix(end) if end else tail.removesuffix(frame.after)
+            stripped = tail.rstrip()
+            end = next((token for token in self._special if stripped.endswith(token)), "")
+            target = stripped.removesuffix(end) if end else tail.removesuffix(frame.after)
         return self._rendered(prompt, target, end or str(self._tokenizer.eos_token))
 
     def _same_tokens(self, conversation: str, row: Rendered) -> bool:

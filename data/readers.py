@@ -180,8 +180,8 @@ def stream_texts(log: Log, problem: Callable[[Row], str | None] = lambda row: No
                 raise Reject("not UTF-8", f"byte {error.start + 1}") from None
             if not text:
                 raise Reject("empty")
-            if (wrong := problem(Row(text, "", ""))) is not None:
-                raise Reject(wrong)
+            if (reason := problem(Row(text, "", ""))) is not None:
+                raise Reject(reason)
         except Reject as reject:
             log.reject(reject)
         else:

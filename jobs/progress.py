@@ -132,10 +132,10 @@ class Progress:
             return
         self._saved = now
         driver = {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time()}
-        shown = {**driver, "stage": self._stage, "bars": [bar.text() for bar in self._open]}
+        state = {**driver, "stage": self._stage, "bars": [bar.text() for bar in self._open]}
         # A full disk is reported where results are written.
         with suppress(OSError), replacing(self._file) as temporary:
-            temporary.write_text(json.dumps(shown))
+            temporary.write_text(json.dumps(state))
 
     def line(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -182,13 +182,13 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
     """What a sweep's driver last showed: `stage`, a text for each of `bars`, and whether it seems to be `running`. None
     if it has ended. After a kill this is the last state written."""
     try:
-        shown = json.loads((folder / FILE).read_text())
-        here = shown["host"] == socket.gethostname()
-        running = psutil.pid_exists(shown["pid"]) if here else time.time() - shown["at"] < QUIET_SECONDS
-        _ = shown["stage"], shown["bars"]
+        state = json.loads((folder / FILE).read_text())
+        here = state["host"] == socket.gethostname()
+        running = psutil.pid_exists(state["pid"]) if here else time.time() - state["at"] < QUIET_SECONDS
+        _ = state["stage"], state["bars"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return {**shown, "running": running}
+    return {**state, "running": running}
 
 
 def clock(seconds: float) -> str:

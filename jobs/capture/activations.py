@@ -165,8 +165,8 @@ def delete_damaged(context: Context, folders: list[Path]) -> None:
         if outcome.error:
             raise WorkFailed(f"{outcome.task} could not be checked: {outcome.error}")
         for path in outcome.result:
-            shown = path.relative_to(context.space.folder)
-            context.progress.line(f"  {shown} {'is damaged' if path.exists() else 'is missing'}; it will be rebuilt")
+            name = path.relative_to(context.space.folder)
+            context.progress.line(f"  {name} {'is damaged' if path.exists() else 'is missing'}; it will be rebuilt")
             path.unlink(missing_ok=True)
         if outcome.result:
             (outcome.task / INDEX).unlink(missing_ok=True)
@@ -198,9 +198,9 @@ def capture_bos(task: BosTask) -> None:
     tokenizer: Any = loaded.tokenizer
     first = {encode_prompt(tokenizer, row)[0] for row in read_rows(task.rows)}
     if len(first) > 1:
-        begin = ", ".join(repr(tokenizer.decode([token])) for token in sorted(first)[:3])
+        tokens = ", ".join(repr(tokenizer.decode([token])) for token in sorted(first)[:3])
         raise WorkFailed(
-            f"conversations begin with different tokens ({begin}): give every one a system message, or none"
+            f"conversations begin with different tokens ({tokens}): give every one a system message, or none"
         )
     for site in task.sites:
         if before[site].is_linear:

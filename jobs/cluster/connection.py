@@ -151,8 +151,8 @@ def share_of(compute: Compute) -> Share:
     """How the cluster is divided; raises RequestError if not even one unit fits."""
     import ray
 
-    have = ray.cluster_resources()
-    cpus, gpus = int(have.get("CPU", 0)), have.get("GPU", 0.0)
+    resources = ray.cluster_resources()
+    cpus, gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0.0)
     gpus_per_trial = compute.gpus_per_trial if compute.gpus_per_trial is not None else (1.0 if gpus else 0.0)
     at_once = cpus // compute.cpus_per_trial
     if gpus_per_trial:

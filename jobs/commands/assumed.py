@@ -80,8 +80,8 @@ def memory_rows(context: Context) -> list[tuple[str, str]]:
         "capture": size * weights.all + 2 * 4 * weights.on_paths(_computed(context)),
         "pca_delta": evaluation + 2 * 4 * paths if change and "pca_delta" in settings.evaluate.controls else 0,
     }
-    listed = ", ".join(f"{name} {used / 1e9:.3g}" for name, used in parts.items() if used)
-    other_peaks = ", ".join(f"{name} {used / 1e9:.3g}" for name, used in peaks.items() if used)
+    listed = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items() if size)
+    other_peaks = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in peaks.items() if size)
     return [("weights", f"{evaluation / 1e9:.3g} GB a worker in evaluation ({listed}); {other_peaks}")]
 
 
@@ -193,8 +193,8 @@ def _deltas(context: Context, workers: int) -> Load:
     bytes_read = reads_of(context, workers) * pair_bytes(context)
     seconds = steps * STEP_KERNELS * machine.kernel_us * 1e-6
     calls = trials_at_once(context)
-    around = machine.start_s + bytes_read / max(1, len(calls) * len(context.delta_groups)) / (machine.pcie_gbs * 1e9)
-    units = [seconds * (1 + EXTRA_RUN * (runs - 1)) + around for runs in calls] * len(context.delta_groups)
+    overhead = machine.start_s + bytes_read / max(1, len(calls) * len(context.delta_groups)) / (machine.pcie_gbs * 1e9)
+    units = [seconds * (1 + EXTRA_RUN * (runs - 1)) + overhead for runs in calls] * len(context.delta_groups)
     return Load("deltas", units, shared=max(_storage(context, bytes_read), trials * machine.trial_ms * 1e-3))
 
 

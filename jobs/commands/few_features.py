@@ -28,13 +28,13 @@ def few_features(context: Context, top: int) -> dict[str, Any]:
         raise RequestError(
             f"the sweep {context.settings.name} has no few-features curve; that needs change deltas and evaluate.curve"
         )
-    needed = {subset: recovery.features_needed(curve, subset) for subset in curve["subset"].unique()}
+    counts = {subset: recovery.features_needed(curve, subset) for subset in curve["subset"].unique()}
     groups, group_curve = groups_table(cells), group_curve_table(cells, seed=context.settings.seed)
     ranking = ranking_table(cells)
     ranking = ranking[ranking["target"] == "change"]
     return {
         "enough": recovery.ENOUGH,
-        "needed": needed,
+        "needed": counts,
         "total": len(ranking),
         "features": ranking.head(top)[["rank", "layer", "feature", "at_bos", "effect"]].to_dict("records"),
         "curve": curve[["subset", "k", "mean_ce", "recovered"]].to_dict("records"),

@@ -217,11 +217,11 @@ def read_table(path: Path, name: str) -> pd.DataFrame | None:
 
 def _from_mlflow(name: str, sources: Sources, starts: Mapping[str, str]) -> LoadedSweep:
     """A sweep from its own run in MLflow: with its tables if they can be downloaded, else only the run's figures."""
-    store, shown = _store_with(name, sources)
+    store, address = _store_with(name, sources)
     run = store.last_finished(name)
     if run is None:
         raise RequestError(
-            f"--experiment: the sweep {name} at {shown} has no finished run; run its `sweep` command again"
+            f"--experiment: the sweep {name} at {address} has no finished run; run its `sweep` command again"
         )
     if run.scope in starts:
         raise RequestError(f"--experiment: {name} is the sweep {starts[run.scope]} on disk; give each sweep once")
@@ -235,18 +235,18 @@ def _from_mlflow(name: str, sources: Sources, starts: Mapping[str, str]) -> Load
                 tables = read_tables(Path(folder))
         except RequestError as error:
             problem = str(error).partition(";")[0].replace(f"{folder}/", "")
-            raise RequestError(f"--experiment: of the artifacts of {name} at {shown}, {problem}") from None
+            raise RequestError(f"--experiment: of the artifacts of {name} at {address}, {problem}") from None
     if partly:
         notes.append(f"{name}: MLflow lacks its evaluate and compute settings; they are not compared.")
     if tables is not None:
-        return LoadedSweep(_compared(name, settings, tables, shown), notes, partly)
+        return LoadedSweep(_compared(name, settings, tables, address), notes, partly)
     notes.append(
         f"{name}: its run's artifacts cannot be downloaded, so its knob, its rates and some intervals are left out."
     )
     try:
-        return LoadedSweep(from_metrics(name, settings, run.metrics, shown), notes, partly)
+        return LoadedSweep(from_metrics(name, settings, run.metrics, address), notes, partly)
     except ValueError as error:
-        raise RequestError(_no_deltas(name, shown, error)) from None
+        raise RequestError(_no_deltas(name, address, error)) from None
 
 
 def _store_with(name: str, sources: Sources) -> tuple[Reader, str]:

@@ -54,19 +54,19 @@ def forecast(loads: Sequence[Load], workers: int) -> Forecast:
     """The forecast of a whole sweep on `workers` workers; `limit` names the stage with the most idle time."""
     spans = [load.span(workers) for load in loads]
     idle = [span * workers - sum(load.units) for span, load in zip(spans, loads, strict=True)]
-    worst = loads[idle.index(max(idle))]
-    limit, longest = f"{worst.stage}: ", makespan(worst.units, workers)
-    at_the_end, waiting = longest - sum(worst.units) / workers, max(0.0, worst.shared - longest)
+    bottleneck = loads[idle.index(max(idle))]
+    limit, longest = f"{bottleneck.stage}: ", makespan(bottleneck.units, workers)
+    at_the_end, waiting = longest - sum(bottleneck.units) / workers, max(0.0, bottleneck.shared - longest)
     if max(idle) <= 0.01 * sum(spans) * workers:
         limit = "the work itself"
-    elif worst.alone >= max(waiting, at_the_end):
-        limit += f"{clock(worst.alone)} of work that cannot be shared out"
+    elif bottleneck.alone >= max(waiting, at_the_end):
+        limit += f"{clock(bottleneck.alone)} of work that cannot be shared out"
     elif waiting >= at_the_end:
-        limit += f"{clock(worst.shared)} of storage or a driver that all share"
-    elif len(worst.units) < workers:
-        limit += f"{len(worst.units)} units for {workers} workers"
+        limit += f"{clock(bottleneck.shared)} of storage or a driver that all share"
+    elif len(bottleneck.units) < workers:
+        limit += f"{len(bottleneck.units)} units for {workers} workers"
     else:
-        limit += f"its longest unit takes {clock(max(worst.units))}"
+        limit += f"its longest unit takes {clock(max(bottleneck.units))}"
     work = sum(sum(load.units) for load in loads)
     total = sum(spans)
     return Forecast(total, work / (total * workers) if total else 0.0, limit)
@@ -83,10 +83,10 @@ def measured_loads(context: Context, folder: Path) -> list[Load]:
     groups = [(group.ground.target, group.d_new) for group in context.delta_groups]
     works = [work for work in works_of(ExpectedPlanInputs(context)) if work.sites and work.cells()]
     kinds = [(work.kind, work.sites[0].ground.target) for work in works]
-    needed = [*(delta_costs[group] for group in groups), *(cell_costs[kind] for kind in kinds)]
-    needed += [trials] * (settings.model.finetuned is None)
-    needed += [bases] * (trained and bool(residual))
-    if not all(needed):
+    costs = [*(delta_costs[group] for group in groups), *(cell_costs[kind] for kind in kinds)]
+    costs += [trials] * (settings.model.finetuned is None)
+    costs += [bases] * (trained and bool(residual))
+    if not all(costs):
         return []
     cells: list[float] = []
     for work, kind in zip(works, kinds, strict=True):

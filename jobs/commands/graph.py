@@ -213,11 +213,11 @@ def _card_facts(
 ) -> tuple[dict[Feature, dict[str, Any]], dict[Feature, float]]:
     """The cards of these deltas' features, and how often all features fire, as a mean over subsets."""
 
-    def listed(kind: str, within: str) -> Iterator[tuple[Feature, dict[str, Any]]]:
+    def listed(kind: str, key: str) -> Iterator[tuple[Feature, dict[str, Any]]]:
         for path in sorted(context.space.cells.glob(f"{kind}_*.json")):
             cell = read_json(path) or {}
             if (cell.get("target"), cell.get("d_new")) == (ground.target, d_new):
-                yield from (((Site.parse(entry["layer"]), entry["feature"]), entry) for entry in cell[within])
+                yield from (((Site.parse(entry["layer"]), entry["feature"]), entry) for entry in cell[key])
 
     rates = {
         feature: sum(entry["firing_rate"].values()) / len(entry["firing_rate"])
@@ -250,12 +250,12 @@ def in_lines(graph: dict[str, Any]) -> list[str]:
 
     output, tokens, counts, checks = graph["output"], graph["tokens"], graph["counts"], graph["checks"]["correlation"]
     lines = []
-    low = [name for name, correlation in checks.items() if correlation is not None and correlation[0] < TRUSTED]
-    if low:
+    weak = [name for name, correlation in checks.items() if correlation is not None and correlation[0] < TRUSTED]
+    if weak:
         frozen = [name for name, is_frozen in graph["frozen"].items() if is_frozen]
         hint = f"; try --free-{' --free-'.join(frozen)}" if frozen else ""
         lines.append(
-            f"warning: do not trust the effects: over {' and '.join(low)} edges they correlate by less than {TRUSTED} "
+            f"warning: do not trust the effects: over {' and '.join(weak)} edges they correlate by less than {TRUSTED} "
             f"with what removing single features does{hint}"
         )
     lines += [
@@ -267,15 +267,15 @@ def in_lines(graph: dict[str, Any]) -> list[str]:
         "strongest direct effects on it:",
     ]
     end = next(number for number, node in enumerate(graph["nodes"]) if node["kind"] == "output")
-    into = [(weight, graph["nodes"][source]) for source, target, weight in graph["edges"] if target == end]
-    for weight, node in sorted(into, key=lambda pair: -abs(pair[0])):
+    output_edges = [(weight, graph["nodes"][source]) for source, target, weight in graph["edges"] if target == end]
+    for weight, node in sorted(output_edges, key=lambda pair: -abs(pair[0])):
         if node["kind"] == "rest":
             lines.append(f"  {weight:+.3g} un-finetuned parts alone")
-    features = [pair for pair in into if pair[1]["kind"] in ("feature", "bos")]
+    features = [pair for pair in output_edges if pair[1]["kind"] in ("feature", "bos")]
     for weight, node in sorted(features, key=lambda pair: -abs(pair[0]))[:STRONGEST]:
         label = "at BOS" if node["kind"] == "bos" else f"feature {node['feature']}"
-        named = node["promoted"][:3] if node["kind"] == "feature" else []
-        promoted = f", promotes {' '.join(map(repr, named))}" if named else ""
+        top_tokens = node["promoted"][:3] if node["kind"] == "feature" else []
+        promoted = f", promotes {' '.join(map(repr, top_tokens))}" if top_tokens else ""
         at = f"{tokens[node['position']]!r} (position {node['position']})"
         lines.append(f"  {weight:+.3g} layer {node['site']} {label} on {at}{promoted}")
     listed = [f"{name} edges {r[0]:.2f} ({r[1]:.2f} to {r[2]:.2f})" for name, r in checks.items() if r]

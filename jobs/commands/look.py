@@ -246,16 +246,16 @@ def _with_targets(context: Context, subject: Subject, rows: list[Row]) -> tuple[
     from data.encoding import encode_prompt, ends_of, with_answer
     from evaluators.measures.finetuned_answers import answers
 
-    bare = [index for index, row in enumerate(rows) if not row.target]
-    if not bare:
+    without_target = [index for index, row in enumerate(rows) if not row.target]
+    if not without_target:
         return rows, 0
     model, tokenizer = subject.model, subject.tokenizer
-    prompts = [encode_prompt(tokenizer, rows[index]) for index in bare]
-    generated = answers(model, tokenizer, prompts, context.limits, ends_of(model, tokenizer, rows[bare[0]]))
+    prompts = [encode_prompt(tokenizer, rows[index]) for index in without_target]
+    generated = answers(model, tokenizer, prompts, context.limits, ends_of(model, tokenizer, rows[without_target[0]]))
     rows = list(rows)
-    for index, answer in zip(bare, generated, strict=True):
+    for index, answer in zip(without_target, generated, strict=True):
         rows[index] = with_answer(tokenizer, rows[index], answer.text, answer.ids)
-    return rows, len(bare)
+    return rows, len(without_target)
 
 
 def _suggest(request: Request) -> dict[str, Any]:

@@ -21,8 +21,10 @@ def status_rows(context: Context) -> Rows:
     """The progress of the sweep with these settings."""
     space, settings = context.space, context.settings
     rows: Rows = []
-    if shown := read_progress(space.folder):
-        rows.append(("running" if shown["running"] else "stopped at", "; ".join([shown["stage"], *shown["bars"]])))
+    if progress := read_progress(space.folder):
+        rows.append(
+            ("running" if progress["running"] else "stopped at", "; ".join([progress["stage"], *progress["bars"]]))
+        )
     for stage in STAGES:
         manifest = read_json(stage.folder(context) / MANIFEST)
         if stage.finished(context):
@@ -54,8 +56,8 @@ def _results(folder: Path, key: str) -> list[dict[str, Any]]:
 
 def _counts(results: list[dict[str, Any]], total: int) -> str:
     states = [result["state"] for result in results]
-    named = [f"{states.count(state)} {state.lower()}" for state in ("COMPLETE", "STOPPED", "FAILED") if state in states]
-    return f"{len(results)} of {max(total, len(results))}" + (f" ({', '.join(named)})" if named else "")
+    parts = [f"{states.count(state)} {state.lower()}" for state in ("COMPLETE", "STOPPED", "FAILED") if state in states]
+    return f"{len(results)} of {max(total, len(results))}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def finetuned_row(context: Context) -> tuple[str, str]:

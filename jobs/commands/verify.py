@@ -36,8 +36,8 @@ def verify(context: Context) -> None:
 
             damaged += [broken for _, broken in find(context, on_file=on_file, caches=True)]
         for broken in damaged:
-            shown = broken.path.relative_to(space.folder if broken.path.is_relative_to(space.folder) else space.root)
-            context.progress.line(f"  {shown} {broken.why}")
+            relative = broken.path.relative_to(space.folder if broken.path.is_relative_to(space.folder) else space.root)
+            context.progress.line(f"  {relative} {broken.why}")
     checked = f"{len(files)} files in {clock(time.monotonic() - started)}"
     if damaged:
         raise WorkFailed(

@@ -156,12 +156,12 @@ class Behaviour(Answers):
                 key_parts: tuple[Any, ...] = ("cell", inputs.lineage(plans), inputs.judged_with)
                 key_parts += (rest,) if rest else ()
                 # At 0 and 1, interpolated weights are those of no_delta and raw.
-                between = tuple(dose for dose in doses if dose not in (0.0, 1.0))
+                inner_doses = tuple(dose for dose in doses if dose not in (0.0, 1.0))
                 for subset in inputs.subsets:
                     name = cell_name(place_of(sites, *chosen), slug(subset))
                     fields = {**inputs.common(), "sites": plans, "subset": subset, "rest": rest}
                     key = key_of(*key_parts)
-                    work = cls(name, key, **fields, conditions=on_finetuned, doses=doses, control_doses=between)
+                    work = cls(name, key, **fields, conditions=on_finetuned, doses=doses, control_doses=inner_doses)
                     replicas = range(1, inputs.settings.replicas)
                     works += [work, *(work._of_replica(rank, key_of(*key_parts, rank)) for rank in replicas)]
                     if on_base:  # another model, so work of its own
@@ -280,8 +280,8 @@ class Behaviour(Answers):
                 names.append(self._write("alpha", ask.alpha, figures, texts))
             # Strengths 0 and 1 equal no_delta and full to the last bit (checks.json): measured once, written twice.
             if ask.alpha == 0.0 and "no_delta" in self.conditions:
-                silent = [{**row, "sum_abs_delta_acts": 0.0} for row in figures]
-                names.append(self._write("no_delta", 0.0, silent, texts))
+                without_acts = [{**row, "sum_abs_delta_acts": 0.0} for row in figures]
+                names.append(self._write("no_delta", 0.0, without_acts, texts))
             if ask.alpha == 1.0 and "full" in self.conditions:
                 names.append(self._write("full", 1.0, figures, texts))
         # The dense knob says much the same as the deltas at its strength.

@@ -354,13 +354,13 @@ def _answer(task: Task, model: Any, tokenizer: Any) -> dict[str, int]:
     with replacing(Path(task.answered)) as folder:
         for split in SPLITS:
             rows = read_rows(Path(task.rows) / f"{split}.jsonl")
-            bare = [index for index, row in enumerate(rows) if not row.target]
-            if bare:
-                prompts = [encode_prompt(tokenizer, rows[index]) for index in bare]
-                generated = answers(model, tokenizer, prompts, task.limits, ends_of(model, tokenizer, rows[bare[0]]))
-                for index, answer in zip(bare, generated, strict=True):
+            missing = [index for index, row in enumerate(rows) if not row.target]
+            if missing:
+                prompts = [encode_prompt(tokenizer, rows[index]) for index in missing]
+                generated = answers(model, tokenizer, prompts, task.limits, ends_of(model, tokenizer, rows[missing[0]]))
+                for index, answer in zip(missing, generated, strict=True):
                     rows[index] = with_answer(tokenizer, rows[index], answer.text, answer.ids)
-                counts["made"] += len(bare)
+                counts["made"] += len(missing)
                 counts["cut"] += sum(answer.cut for answer in generated)
             write_rows(folder / f"{split}.jsonl", rows)
         seal(folder)

@@ -156,21 +156,21 @@ def _needs_seal(path: Path) -> bool:
 def _set_aside(context: Context, stage: Stage | None, broken: Damage) -> None:
     """Moves the file away and deletes what is made together with it."""
     folder = context.space.folder
-    shown, moved = broken.path.relative_to(folder), ""
+    relative, moved = broken.path.relative_to(folder), ""
     if broken.path.exists():
-        to = folder / ASIDE / shown
+        to = folder / ASIDE / relative
         to.parent.mkdir(parents=True, exist_ok=True)
         broken.path.replace(to)
         moved = f"; moved to {to.relative_to(folder)}"
     if broken.why == ADDED:
-        context.progress.line(f"  {shown} {broken.why}{moved}")
+        context.progress.line(f"  {relative} {broken.why}{moved}")
         return
-    context.progress.line(f"  {shown} {broken.why}: damaged, or edited by hand{moved}")
+    context.progress.line(f"  {relative} {broken.why}: damaged, or edited by hand{moved}")
     if broken.path.name == KEY:
         shutil.rmtree(broken.path.parent, ignore_errors=True)
-    for up in shown.parents:
-        if any(up.match(pattern) for pattern in UNITS):
-            shutil.rmtree(folder / up, ignore_errors=True)
+    for parent in relative.parents:
+        if any(parent.match(pattern) for pattern in UNITS):
+            shutil.rmtree(folder / parent, ignore_errors=True)
     if broken.path.parent in (context.space.cells, context.space.generations):
         (context.space.cells / f"{broken.path.stem}.json").unlink(missing_ok=True)
         (context.space.generations / f"{broken.path.stem}.jsonl").unlink(missing_ok=True)

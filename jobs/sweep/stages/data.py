@@ -106,12 +106,12 @@ def chat_of(context: Context) -> Chat | None:
     from models.sources import read_tokenizer
 
     adopted, section = context.adopted, context.settings.data
-    how = (section.rendering, section.special_tokens)
+    options = (section.rendering, section.special_tokens)
     if adopted is not None and (adopted / "tokenizer_config.json").is_file():
         tokenizer = read_tokenizer(adopted, "model.finetuned")
         if tokenizer.chat_template:
-            return Chat(tokenizer, str(context.settings.model.finetuned), *how)
-    return Chat(read_tokenizer(context.model), context.settings.model.source, *how)
+            return Chat(tokenizer, str(context.settings.model.finetuned), *options)
+    return Chat(read_tokenizer(context.model), context.settings.model.source, *options)
 
 
 def _opening(context: Context) -> dict[str, str | None]:
@@ -135,14 +135,14 @@ def _regrouped(context: Context) -> list[str]:
     tokenizer = load_tokenizer(context.model)
     rows = [row for split in SPLITS for row in read_rows(context.space.data / f"{split}.jsonl")]
     compared = [row for row in rows if row.target and not row.special_tokens][:COMPARED_ROWS]
-    unlike = 0
+    count = 0
     for row in compared:
         joined = encode_text(tokenizer, f"{row.input}{row.separator}{row.target}")
-        unlike += encode_row(tokenizer, row).ids[: len(joined)] != joined
-    if not unlike:
+        count += encode_row(tokenizer, row).ids[: len(joined)] != joined
+    if not count:
         return []
     return [
-        f"in {unlike} of {len(compared)} rows some tokens are not those of input, separator and target as one text: a "
+        f"in {count} of {len(compared)} rows some tokens are not those of input, separator and target as one text: a "
         "token would hold the end of the separator and the beginning of the target (data.separator)"
     ]
 
