@@ -233,8 +233,8 @@ def features(
     """Print how many change-delta features carry the effect, which they are, and which of them fire together."""
     from jobs.commands.few_features import few_features, show
 
-    found = few_features(context_of(config, overrides), top)
-    print(json.dumps(found)) if as_json else show(found)
+    report = few_features(context_of(config, overrides), top)
+    print(json.dumps(report)) if as_json else show(report)
 
 
 @commands.command()
