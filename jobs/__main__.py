@@ -1,4 +1,4 @@
-"""`python -m jobs COMMAND` and `deltascope COMMAND`: the same program, but the latter runs from any folder."""
+"""`deltascope COMMAND` is the same program as `python -m jobs COMMAND`, but runs from any folder."""
 
 import os
 import sys

@@ -26,7 +26,9 @@ class DamagedFileError(RequestError):
     """A file is not as its sweep wrote it. The sweep's own command rebuilds it; every other command stops."""
 
     def __init__(self, path: Path, why: str) -> None:
-        super().__init__(f"{path} {why}: it is damaged or was edited by hand; the sweep's own command rebuilds it")
+        super().__init__(
+            f"{path} {why}: the file is damaged or was edited by hand; run `deltascope sweep` again to rebuild it"
+        )
         self.path, self.why = path, why
 
     def __reduce__(self) -> tuple:

@@ -1,6 +1,6 @@
-"""Places in a model: kinds of site, sites, sets of sites, and their names in files, tables and settings.
+"""Places in a model: single sites, their kinds, sets of them, and their names in files, tables and settings.
 
-Pure: no torch, no files. Every room may import it, and it imports no other room.
+Pure: no torch, no files. Every other package may import it; it imports none of them.
 """
 
 from sites.addresses import Address, Ground, SetAddress, width_label

@@ -1,4 +1,4 @@
 """Measurements: each function computes the contents of one kind of cell.
 
-Rows and a model with its patches come in, plain numbers come out.
+In: rows, and a model with what is spliced into it. Out: plain numbers.
 """

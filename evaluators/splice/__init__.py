@@ -1,4 +1,4 @@
-"""Splicing: editing a running model, and forward passes, scoring and decoding under that edit.
+"""Splicing edits a running model, and runs forward passes, scoring and decoding with that edit in place.
 
-Models, transcoders and token ids come in. Nothing here knows about tables or behaviours.
+In: models, transcoders and token ids. Out: scores and tokens. Nothing here knows about tables or behaviours.
 """

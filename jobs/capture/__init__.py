@@ -1,4 +1,4 @@
-"""What hooks read from the models, stored on disk: activations, errors of bases, second moments.
+"""What hooks read from the models and store on disk: activations, the errors of base transcoders, second moments.
 
-In: a `Context` and sites. Out: files that trainers and controls read, and the models that workers cache.
+In: a `Context` and sites. Out: files, which trainers and controls read. The models that workers keep in memory, too.
 """

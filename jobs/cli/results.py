@@ -26,7 +26,7 @@ def score(
     by: Annotated[str, typer.Option(help="The column to group by.")] = "label",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Print the rates of behaviours in a file of generations, with Wilson 95% intervals."""
+    """Print how often each behaviour occurs in a file of generated texts, with Wilson 95% intervals."""
     from evaluators.measures.behaviours import read_behaviours
     from evaluators.measures.scoring import score_file
     from jobs.commands.show import show_scores
@@ -57,7 +57,7 @@ def look(
     html: Annotated[Path | None, typer.Option(help="Path of the page; default: ROOT/looks/NAME.html.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Take a first look at two models: what changed, where, and what they say differently. A minute, no training."""
+    """Take a first look at two models: what changed, where, and what they say differently. It trains nothing."""
     from jobs.commands.look import Request
     from jobs.commands.look import look as run
 
@@ -91,7 +91,7 @@ def probe(
     top: Annotated[int, typer.Option(min=1, help="How many next tokens and features to show.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Run one prompt under raw, no_delta, full and any alpha; print CE, next tokens, output and active features."""
+    """Run one prompt without deltas and with them at any alpha: cross-entropy, next tokens, output, active features."""
     from evaluators.measures.probe import probe as run
     from jobs.commands.feature_choice import FeatureChoice
     from jobs.commands.load import DeltaChoice, combination, load_bridge, load_patches, prompt_row
@@ -211,7 +211,7 @@ def export(
         bool, typer.Option("--onto-bases", help="Fuse change deltas with their layers' bases.")
     ] = False,
 ) -> None:
-    """Write the deltas in another tool's format, one transcoder per site; residual deltas fused with their bases."""
+    """Write the deltas in another tool's format, a transcoder per site; a residual delta and its base become one."""
     from jobs.commands import export as exporting
     from jobs.commands.feature_choice import FeatureChoice
     from jobs.commands.load import DeltaChoice
@@ -230,7 +230,7 @@ def features(
     top: Annotated[int, typer.Option(min=1, help="How many features to list.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Print how many change-delta features carry the effect, which they are, and which of them fire together."""
+    """Print how many features of the change deltas carry the effect of finetuning, which, and which fire together."""
     from jobs.commands.few_features import few_features, show
 
     report = few_features(context_of(config, overrides), top)
@@ -249,7 +249,7 @@ def compare(
     html: Annotated[Path | None, typer.Option(help="Path of the page; default: ROOT/comparisons/NAMES.html.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Compare finished sweeps: settings that differ, figures side by side, means over seeds, all knobs in one plot."""
+    """Compare finished sweeps: settings that differ, numbers side by side, means over seeds, and a plot."""
     from jobs.commands import compare as run
     from jobs.progress import Progress
 

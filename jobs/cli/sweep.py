@@ -28,7 +28,7 @@ def sweep(
         typer.Option(help="Run a sweep for each of these seeds (0,1,2), named NAME-s0 and so on, and compare them."),
     ] = None,
 ) -> None:
-    """Run the whole sweep; finished work is kept."""
+    """Run the whole sweep; what is finished already is not run again."""
     if seeds is None:
         _run("sweep", config, overrides or [], address, insecure, fresh)
         return
@@ -102,7 +102,7 @@ def plan(
         Path | None, typer.Option(help="Forecast from the costs in this sweep folder; default: its own.")
     ] = None,
 ) -> None:
-    """Print a sweep's trials, cells and bases, and the disk and time that it would take. Runs nothing."""
+    """Print how many trials, cells and base transcoders a sweep has, and the disk and time it takes; runs nothing."""
     from jobs.commands.plan import plan_rows
 
     _print_rows(plan_rows(context_of(config, overrides), measured, gpus))
@@ -126,7 +126,7 @@ def verify(config: Config, overrides: Overrides = None) -> None:
 
 @commands.command()
 def track(config: Config, overrides: Overrides = None) -> None:
-    """Send a sweep's results from disk to MLflow, after an outage or to another server. Nothing is sent twice."""
+    """Send to MLflow what it lacks of a sweep's results: after an outage, or to fill another server."""
     from jobs.commands.track import track as send
 
     send(context_of(config, overrides))
@@ -134,7 +134,7 @@ def track(config: Config, overrides: Overrides = None) -> None:
 
 @commands.command()
 def doctor(root: Annotated[str, typer.Option(help="The storage root.")] = "mlruns") -> None:
-    """Check this machine: packages, devices, whether a GPU computes correctly (20 seconds), models, storage."""
+    """Check this machine: packages, devices, models, storage, and whether GPUs compute correctly (20 seconds)."""
     from jobs.commands.doctor import OPTIONAL, examine
 
     findings = examine(root)

@@ -32,8 +32,8 @@ def check_temporary_folder() -> None:
     length = len(os.fsencode(folder.rstrip("/")))
     if length + _bytes_added(os.getpid()) > LONGEST_SOCKET:
         raise RequestError(
-            f"{setting}: {folder} is {length} bytes long, but must be at most {LONGEST_SOCKET - _bytes_added()}: Ray "
-            f"keeps its sockets there, and a socket's path can have at most {LONGEST_SOCKET} bytes; {fix}"
+            f"{setting}: the path {folder} has {length} bytes, but can have at most {LONGEST_SOCKET - _bytes_added()}, "
+            f"because Ray keeps its sockets there and the path of a socket can have at most {LONGEST_SOCKET}; {fix}"
         )
     problem = _problem(Path(folder, "ray"))
     if problem:

@@ -56,9 +56,9 @@ def export(
     if not sites:
         supported = ", ".join(KINDS[name].words for name in SUPPORTED[kind])
         raise RequestError(
-            f"--format: {kind} supports deltas of {supported}, but the sweep has them at "
-            f"{sites_label(context.sites_of(ground.target))}; each delta is also a plain safetensors file under "
-            f"{context.space.deltas}"
+            f"--format: {kind} can hold deltas of {supported}, but the sweep has them at "
+            f"{sites_label(context.sites_of(ground.target))}; without {kind}, each delta can be read from its own "
+            f"safetensors file under {context.space.deltas}"
         )
     if left_out := [site for site in context.sites_of(ground.target) if site not in sites]:
         context.progress.line(f"  left out, as {kind} cannot hold them: the deltas at {sites_label(left_out)}")

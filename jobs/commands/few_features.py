@@ -26,7 +26,8 @@ def few_features(context: Context, top: int) -> dict[str, Any]:
     curve = recovery.curve_table(cells, seed=context.settings.seed)
     if curve.empty:
         raise RequestError(
-            f"the sweep {context.settings.name} has no few-features curve; that needs change deltas and evaluate.curve"
+            f"the sweep {context.settings.name} has no few-features curve; for one it must train change deltas, with "
+            "evaluate.curve true"
         )
     counts = {subset: recovery.features_needed(curve, subset) for subset in curve["subset"].unique()}
     groups, group_curve = groups_table(cells), group_curve_table(cells, seed=context.settings.seed)

@@ -76,7 +76,8 @@ def graph(request: Request) -> dict[str, Any]:
     started, context = time.monotonic(), request.context
     if "change" not in context.settings.deltas.targets:
         raise RequestError(
-            f"the sweep {context.settings.name} has no change deltas, which a graph needs; add change to deltas.targets"
+            f"the sweep {context.settings.name} has no change deltas, and a graph needs them; add 'change' to "
+            "deltas.targets"
         )
     bridge, patches, rest = _spliced(context)
     tokenizer = bridge.tokenizer

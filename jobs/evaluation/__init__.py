@@ -1,4 +1,4 @@
 """The evaluation: its cells, what each costs, and how a worker computes them.
 
-In: a `Context` with trained deltas (or without, to count and forecast). Out: cells and generated texts.
+In: a `Context`; without trained deltas its cells can only be counted and forecast. Out: cells and generated texts.
 """

@@ -1,4 +1,5 @@
-"""Ray Tune and Optuna: one study per group, all trials in one pool, early stopping, plots.
+"""Ray Tune and Optuna: one study per search group, all trials in one pool, early stopping, plots.
 
-In: groups and a trial function. Out: result files. Nothing else imports Optuna or Tune.
+In: search groups (a space and a number of trials each) and a trial function. Out: result files. Nothing else imports
+Optuna or Tune.
 """

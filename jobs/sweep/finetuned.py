@@ -97,7 +97,7 @@ def check_models(context: Context) -> None:
         return
     if adopted.is_relative_to(folder.resolve()):
         raise RequestError(
-            f"model.finetuned: {adopted} is in this sweep's own folder and would be overwritten; give the new sweep "
+            f"model.finetuned: {adopted} is in this sweep's own folder, where it would be overwritten; give this sweep "
             "another name (name=...)"
         )
     pair.examine(context)
@@ -117,7 +117,7 @@ def check_tokenizer(context: Context, adopted: Path) -> None:
             check_ends(base, finetuned, adopted)
     elif not is_adapter(adopted):
         raise RequestError(
-            f"model.finetuned: {adopted} has no tokenizer; save the one of model.source there with "
+            f"model.finetuned: {adopted} has no tokenizer; save model.source's tokenizer in that folder, with "
             f"tokenizer.save_pretrained({str(adopted)!r})"
         )
 
@@ -146,8 +146,8 @@ def check_targets(context: Context) -> None:
     if "change" in settings.deltas.targets and not reached.intersection(context.sites_of("change")):
         kinds = ", ".join(kind.name for kind in context.kinds)
         raise RequestError(
-            f"lora.space.targets: {' or '.join(choices)} changes none of the sites of deltas.sites ({kinds}) in "
-            "deltas.layers, so there is nothing for change deltas to explain"
+            f"lora.space.targets: a LoRA on {' or '.join(choices)} changes nothing at the sites that get change deltas "
+            f"({kinds}, in the layers of deltas.layers), so there is nothing for them to explain"
         )
 
 

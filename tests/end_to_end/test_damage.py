@@ -130,4 +130,4 @@ def test_a_command_that_needs_a_damaged_file_says_so(own: Path, tmp_path: Path) 
         (line,) = done.stderr.strip().splitlines()
         assert any(str(path) in line for path in held), line
         assert "damaged" in line
-        assert "the sweep's own command" in line
+        assert "run `deltascope sweep` again" in line

@@ -239,13 +239,13 @@ def page(lines: list[str]) -> str:
     table = "\n".join(lines)
     return f"""# Architectures
 
-Each row shows how a small random model of one architecture did in checks that `python -m tests.models.table` runs and
-a test repeats. The columns `mlp`, `qkv`, `o` and "all of these" are the kinds of site, one at a time and all together.
-There, "yes" means that four checks passed: putting back a site's own output gives the finetuned model; alpha 0 gives
-the model with un-finetuned weights there; with the true change in place of a delta, alpha 1 gives the finetuned model;
-decoding with a cache gives the same text as without. Every sweep runs these checks on your own model too. The next
-column is for a model with all weights finetuned: there, alpha 0 at all sites and in the rest must give the
-un-finetuned model.
+This table says which architectures work. Each row is a small random model of one; `python -m tests.models.table` runs
+the checks, and a test repeats them. The columns `mlp`, `qkv` and `o` are single kinds of site, and "all of these"
+is all together. "yes" means that four checks passed there: putting back a site's own output gives the finetuned model;
+alpha 0 gives the model with un-finetuned weights at those sites; alpha 1, with the true change in place of a delta,
+gives the finetuned model; decoding with a cache gives the same text as without. The column after them is for a model
+with all weights finetuned: alpha 0 at all sites, and in everything outside them (the [rest](concepts.md#sites)), must
+give the un-finetuned model. Every sweep runs these checks on your own model too.
 
 | architecture | such as | {" | ".join(COLUMNS)} |
 |---|---|{"---|" * len(COLUMNS)}

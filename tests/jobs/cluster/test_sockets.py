@@ -33,7 +33,7 @@ def test_the_limit_is_rays_own(process: int, monkeypatch: pytest.MonkeyPatch) ->
     check_temporary_folder()
     validate_socket_filepath(longest + socket)
     use(monkeypatch, TMPDIR=longest + "x")
-    with pytest.raises(RequestError, match=f"TMPDIR: {longest}x is {len(longest) + 1} bytes long.* at most 39:"):
+    with pytest.raises(RequestError, match=f"TMPDIR: .*{longest}x .*{len(longest) + 1} bytes.* at most 39"):
         check_temporary_folder()
     with pytest.raises(OSError, match="107"):
         validate_socket_filepath(longest + "x" + socket)
@@ -51,7 +51,7 @@ def test_what_is_too_long_is_named_with_what_to_set(
     context = Context(load("tiny", [f"storage.root={tmp_path / 'runs'}"]))
     with pytest.raises(RequestError) as caught:
         context.check_request()
-    for fact in (f"{variable}: {folder} is", "at most 39", "107 bytes", "`export RAY_TMPDIR=/tmp`"):
+    for fact in (variable, folder, "at most 39", "at most 107", "`export RAY_TMPDIR=/tmp`"):
         assert fact in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "runs").exists()

@@ -112,8 +112,14 @@ def another_figure(folder: Path) -> None:
 DAMAGE = {
     "no report": (lambda folder: (folder / "report" / "manifest.json").unlink(), ["s1", "is not finished", "sweep"]),
     "failed cells": (lambda folder: finish(folder / "report", "incomplete", {}), ["s1", "failed", "run its `sweep`"]),
-    "manifest": (put("report/manifest.json", "{"), ["manifest.json does not hold what was written", "own command"]),
-    "no list": (lambda folder: (folder / "report/files.json").unlink(), ["sweep.yaml is not listed", "own command"]),
+    "manifest": (
+        put("report/manifest.json", "{"),
+        ["manifest.json does not hold what was written", "sweep` again"],
+    ),
+    "no list": (
+        lambda folder: (folder / "report/files.json").unlink(),
+        ["sweep.yaml is not listed", "sweep` again"],
+    ),
     "another figure": (another_figure, ["gaps.csv does not hold what was written to it", "edited by hand"]),
     "no table": (lambda folder: (folder / "report" / "gaps.csv").unlink(), ["no gaps.csv", "`report` command"]),
     "empty table": (put("report/recovered.csv", ""), ["recovered.csv cannot be read as a table"]),
