@@ -58,25 +58,36 @@ LAYERS_SHOWN = 6
 
 def look_page(found: Found, *, seed: int) -> str:
     """The page. For a pair in which nothing changed, its first line says so and there is nothing else."""
-    title = f"A first look: {found['facts']['title']}"
+    parts = parts_blocks(parts_table(found["parts"], seed=seed), seed=seed) if found["changed"] else []
+    return page_of(found, look_sections(found, parts, seed=seed))
+
+
+def page_of(found: Found, sections: Sequence[Section]) -> str:
+    """The page of these sections."""
+    return render(f"A first look: {found['facts']['title']}", sections)
+
+
+def look_sections(found: Found, parts: Sequence[Block], *, seed: int) -> list[Section]:
+    """The sections of the page; `parts` are the blocks that show its parts."""
     if not found["changed"]:
-        return render(title, [Section("weights", "What changed in the weights", NOTHING_CHANGED)])
-    sections = [
+        return [Section("weights", "What changed in the weights", NOTHING_CHANGED)]
+    return [
         _weights(found),
         _answers(found, seed),
         _divergence(found),
-        _parts(found, seed),
+        _parts(found, parts, seed),
         _lens(found),
         *([_next(found, seed)] if "next" in found else []),
     ]
-    return render(title, sections)
 
 
-def look_section(found: Found) -> Section:
-    """How a report begins: where the weights changed, and what that does to neutral text."""
+def look_section(found: Found, sections: Sequence[Section]) -> Section:
+    """How a report begins: where the weights changed, and what that does to neutral text. `sections` are those of the
+    page."""
     pictures = [
         block
-        for section in (_weights(found), _lens(found))
+        for section in sections
+        if section.anchor in ("weights", "lens")
         for block in section.blocks[:1]
         if isinstance(block, Picture)
     ]
@@ -335,8 +346,7 @@ def _positions(found: Found, most: int | None = POSITIONS_SHOWN) -> list[dict[st
     return kept[:most]
 
 
-def _parts(found: Found, seed: int) -> Section:
-    table = parts_table(found["parts"], seed=seed)
+def _parts(found: Found, blocks: Sequence[Block], seed: int) -> Section:
     intro = (
         "The effect on CE by parts of the model: what is lost when one part alone is un-finetuned, and what one part "
         "finetuned alone brings."
@@ -346,7 +356,7 @@ def _parts(found: Found, seed: int) -> Section:
         "parts",
         "Where it lives",
         intro,
-        [Sentences([Findings("In words", sentences)]), *parts_blocks(table, seed=seed)],
+        [Sentences([Findings("In words", sentences)]), *blocks],
     )
 
 

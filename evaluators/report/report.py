@@ -19,9 +19,9 @@ from evaluators.report.findings import number, with_interval
 from evaluators.report.graphs_section import graphs_pages, graphs_section, graphs_table
 from evaluators.report.groups_section import groups_section
 from evaluators.report.knob_section import headline_rows, knob_section
-from evaluators.report.look_page import look_page, look_section
+from evaluators.report.look_page import look_section, look_sections, page_of
 from evaluators.report.page import Block, Gallery, Link, Picture, Section, render
-from evaluators.report.parts_section import parts_section
+from evaluators.report.parts_section import parts_blocks, parts_section
 from evaluators.tables import tables
 from evaluators.tables.pooling import Cell, rates_in
 from sites import NOTHING
@@ -73,10 +73,11 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     deltas = pd.DataFrame(data.delta_trials)
     reference = of_residuals(results)
     look = first_look(data.cells, data.pair)
-    parts, pair = parts_section(results, data.pair, seed=seed), f"{data.pair} {data.polished}".strip()
+    parts, pair = parts_blocks(results.parts, seed=seed), f"{data.pair} {data.polished}".strip()
+    of_look = [] if look is None else look_sections(look, parts, seed=seed)
     page = [
-        None if look is None else look_section(look),
-        parts,
+        None if look is None else look_section(look, of_look),
+        parts_section(parts, data.pair) if parts else None,
         knob_section(results, deltas, data.polished if parts else pair, seed=seed),
         groups_section(results, data.cells, seed=seed),
         graphs_section(data.cells),
@@ -106,7 +107,7 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
         (folder / PAGE).unlink(missing_ok=True)
     if look is not None:
         pages.append(Link("A first look", LOOK))
-        _write(folder / LOOK, look_page(look, seed=seed).encode())
+        _write(folder / LOOK, page_of(look, of_look).encode())
     else:
         (folder / LOOK).unlink(missing_ok=True)
     graphs_of = graphs_pages(data.cells, results.features, data.pair)
