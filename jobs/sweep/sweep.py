@@ -10,6 +10,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Collection
+from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,9 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         check_unchanged(context, stage, key)
         # After failures the stage does not count as finished, so the same command continues it.
         if not context.failures:
-            workers = context.share.at_once if "share" in vars(context) else 1  # a stage with no work starts no Ray
-            manifest = {"key": key, **facts, "seconds": seconds, "workers": workers}
+            manifest = {"key": key, **facts, "seconds": seconds, "workers": 1}
+            if "share" in vars(context):  # a stage with no work starts no Ray
+                manifest |= {"workers": context.share.at_once, "share": asdict(context.share)}
         else:
             manifest = {"key": "incomplete", **facts, "seconds": seconds}
         status = "FINISHED"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.capture.bases import base_folder, chosen_base
+from jobs.cluster.connection import Share
 from jobs.context.context import Context, error_name
 from jobs.context.workspace import SETTINGS, VALIDATION_FILE
 from jobs.evaluation.behaviour import UNFINETUNED
@@ -193,7 +194,7 @@ def _alpha_0_is_the_unfinetuned_model(context: Context) -> list[dict[str, Any]]:
     if not apart:
         return []
     most = max(apart, key=apart.__getitem__)
-    coarse = context.device != "cpu" or "bf16" in (context.settings.model.dtype, context.settings.compute.precision)
+    coarse = share(context).gpus or "bf16" in (context.settings.model.dtype, context.settings.compute.precision)
     within = SAME_CE_IN_BF16 if coarse else SAME_CE
     return [
         {
@@ -250,8 +251,15 @@ def _wider_is_no_worse(kept: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def share(context: Context) -> Share:
+    """The share of one worker in the evaluation, which computed the cells. Only for a sweep whose manifest does not
+    hold it, that of one now, which starts or joins the cluster."""
+    known = read_json(context.space.cells / MANIFEST).get("share")
+    return Share(**known) if known else context.share
+
+
 def facts(context: Context) -> dict[str, str]:
-    settings, space = context.settings, context.space
+    settings, space, each = context.settings, context.space, share(context)
     chosen = read_json(space.cells / MANIFEST)["chosen"]
     stages = {name: read_json(getattr(space, folder) / MANIFEST) for name, folder in STAGE_FOLDERS.items()}
     seconds = {name: manifest["seconds"] for name, manifest in stages.items() if manifest and "seconds" in manifest}
@@ -277,8 +285,8 @@ def facts(context: Context) -> dict[str, str]:
         "leakage between train, validation and evaluation": ("none" if leaks["ok"] else str(leaks["pairs"])) + left_out,
         **({"rows": "; ".join(notes)} if notes else {}),
         "time by stage": ", ".join(f"{name} {clock(value)}" for name, value in seconds.items()),
-        "machine": f"{platform.machine()}, {context.share.at_once} workers of {context.share.cpus} CPU"
-        + (f" and {context.share.gpus:g} GPU" if context.share.gpus else ""),
+        "machine": f"{platform.machine()}, {each.at_once} workers of {each.cpus} CPU"
+        + (f" and {each.gpus:g} GPU" if each.gpus else ""),
         "versions": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
         "git commit": str((read_json(space.folder / "versions.json") or {}).get("git commit", "unknown")),
     }

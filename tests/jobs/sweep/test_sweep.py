@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from jobs.files import MANIFEST, write_json
 from jobs.progress import Progress
 from jobs.sweep import stages
 from jobs.sweep.stage_list import NAMES, STAGES
+from jobs.sweep.stages.report import share
 from jobs.sweep.sweep import check_unchanged, check_workers, show_results
 from search_spaces.load import load
 
@@ -75,3 +77,13 @@ def test_the_lines_at_the_end_are_those_of_the_report(tmp_path: Path, monkeypatc
     assert "and 2 more rows in the report" in text
     assert "checks: 1 of 1 passed" in text
     assert "checks: 1 of 1 passed" in shown(tmp_path), "a report made before its manifest held the lines"
+
+
+def test_a_report_says_what_the_evaluation_ran_on_and_needs_no_cluster(tmp_path: Path) -> None:
+    context, then = Context(load("tiny", [f"storage.root={tmp_path}"])), Share(1, 0.5, at_once=4)
+    write_json(context.space.cells / MANIFEST, {"share": asdict(then)})
+    assert share(context) == then
+    assert "share" not in vars(context), "it asked the cluster"
+    write_json(context.space.cells / MANIFEST, {})
+    vars(context)["share"] = Share(2, 0.0, at_once=1)
+    assert share(context) == context.share, "the cells of a sweep whose manifest does not say so"
