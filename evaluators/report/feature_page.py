@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from markupsafe import Markup
 
+from evaluators.report import PAGE
 from evaluators.report.findings import number, with_interval
 from evaluators.report.page import Link, Table, template
 from evaluators.report.scripted import data, script, visible
@@ -20,7 +21,6 @@ from evaluators.tables.feature_tables import FIRING, WAYS
 from evaluators.tables.pooling import RATE, Cell, of_kind
 from sites import MLP, Site
 
-PAGE = "features.html"
 SHOWN, SUBSETS_SHOWN = 8, 2
 """Features per target in the report itself, and subsets for which it gives their effects."""
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")

@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 
 from data.rows import slug
-from evaluators.report.feature_page import PAGE, address
+from evaluators.report import PAGE
+from evaluators.report.feature_page import address
 from evaluators.report.graph_page import TRUSTED, graph_page, name
 from evaluators.report.page import Link, Section, Table
 from evaluators.tables.pooling import Cell, of_kind

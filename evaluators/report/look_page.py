@@ -58,24 +58,38 @@ LAYERS_SHOWN = 6
 
 def look_page(look: Figures, *, seed: int) -> str:
     """The page. For a pair in which nothing changed, its first line says so and there is nothing else."""
-    title = f"A first look: {look['facts']['title']}"
+    parts = parts_blocks(parts_table(look["parts"], seed=seed), seed=seed) if look["changed"] else []
+    return page_of(look, look_sections(look, parts, seed=seed))
+
+
+def page_of(look: Figures, sections: Sequence[Section]) -> str:
+    """The page of these sections."""
+    return render(f"A first look: {look['facts']['title']}", sections)
+
+
+def look_sections(look: Figures, parts: Sequence[Block], *, seed: int) -> list[Section]:
+    """The sections of the page; `parts` are the blocks that show its parts."""
     if not look["changed"]:
-        return render(title, [Section("weights", "What changed in the weights", NOTHING_CHANGED)])
-    sections = [
+        return [Section("weights", "What changed in the weights", NOTHING_CHANGED)]
+    return [
         _weights(look),
         _answers(look, seed),
         _divergence(look),
-        _parts(look, seed),
+        _parts(look, parts, seed),
         _lens(look),
         *([_next(look, seed)] if "next" in look else []),
     ]
-    return render(title, sections)
 
 
-def look_section(look: Figures) -> Section:
-    """How a report begins: where the weights changed, and what that does to neutral text."""
+def look_section(look: Figures, sections: Sequence[Section]) -> Section:
+    """How a report begins: where the weights changed, and what that does to neutral text. `sections` are those of the
+    page."""
     pictures = [
-        block for section in (_weights(look), _lens(look)) for block in section.blocks[:1] if isinstance(block, Picture)
+        block
+        for section in sections
+        if section.anchor in ("weights", "lens")
+        for block in section.blocks[:1]
+        if isinstance(block, Picture)
     ]
     intro = (
         f"{_changed_in_words(look)}. On unrelated text, {_lens_in_words(look)}. The page of the first look has more."
@@ -332,8 +346,7 @@ def _positions(look: Figures, most: int | None = POSITIONS_SHOWN) -> list[dict[s
     return positions[:most]
 
 
-def _parts(look: Figures, seed: int) -> Section:
-    table = parts_table(look["parts"], seed=seed)
+def _parts(look: Figures, blocks: Sequence[Block], seed: int) -> Section:
     intro = (
         "The effect on CE by parts of the model: what is lost when one part alone is un-finetuned, and what one part "
         "finetuned alone brings."
@@ -343,7 +356,7 @@ def _parts(look: Figures, seed: int) -> Section:
         "parts",
         "Where it lives",
         intro,
-        [Sentences([Findings("In words", sentences)]), *parts_blocks(table, seed=seed)],
+        [Sentences([Findings("In words", sentences)]), *blocks],
     )
 
 

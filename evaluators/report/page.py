@@ -119,6 +119,8 @@ class Section:
 
 
 def picture(name: str, figure: Figure, title: str, help: str) -> Picture:
+    for axes in figure.axes:
+        axes.set_title(axes.get_title(), y=1)  # without y, each draw measures ticks to find where the title fits
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)  # savefig would lay the figure out and draw it twice
     return Picture(name, buffer.getvalue(), title, help)

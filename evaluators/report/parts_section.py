@@ -3,11 +3,12 @@
 In: a sweep's table of parts. Out: a section of the page with a picture and a table.
 """
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from evaluators.report import knob_figures
 from evaluators.report.page import Block, Section, picture, table_block
-from evaluators.tables.tables import Results
 
 STAND_IN = "The parts stand in for each other, so neither share may be called the part's own."
 COLUMNS = {
@@ -22,20 +23,20 @@ COLUMNS = {
 }
 
 
-def parts_section(results: Results, pair: str, *, seed: int) -> Section | None:
-    """The picture (if there is an effect to divide) and the table; None if no parts were measured. `pair` says which
-    two models are compared."""
-    if results.parts.empty:
-        return None
+def parts_section(blocks: Sequence[Block], pair: str) -> Section:
+    """The section of these blocks. `pair` says which two models are compared."""
     intro = (
         f"{pair} Before asking what deltas explain: which parts of the model does the effect of finetuning need, and "
         "which bring it about alone?"
     ).strip()
-    return Section("parts", "Where the finetuning lives", intro, parts_blocks(results.parts, seed=seed))
+    return Section("parts", "Where the finetuning lives", intro, blocks)
 
 
 def parts_blocks(table: pd.DataFrame, *, seed: int) -> list[Block]:
-    """The picture and the table of a sweep's or a look's parts."""
+    """The picture, where there is an effect to share out, and the table of a sweep's or a look's parts; empty where no
+    parts were measured."""
+    if table.empty:
+        return []
     blocks: list[Block] = []
     if table["share"].notna().any():
         figure = knob_figures.where_it_lives(table, seed=seed)

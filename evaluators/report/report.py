@@ -1,7 +1,8 @@
 """The report of a sweep: tables as CSV and JSON, graphs as PNG, and report.html that shows them all.
 
-In: finished cells, the trials of the searches, checks, facts and generations as plain data. Out: the files of
-`<sweep>/report/`, each written under a temporary name and renamed; and the short table a sweep prints at its end.
+In: finished cells and their tables, the trials of the searches, checks, facts and generations as plain data. Out: the
+files of `<sweep>/report/`, each written under a temporary name and renamed; and the short table a sweep prints at its
+end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,15 +13,15 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from data.files import replacing
-from evaluators.report import sections
-from evaluators.report.feature_page import PAGE, feature_page, most_effective
+from evaluators.report import PAGE, sections
+from evaluators.report.feature_page import feature_page, most_effective
 from evaluators.report.findings import number, with_interval
 from evaluators.report.graphs_section import graphs_pages, graphs_section, graphs_table
 from evaluators.report.groups_section import groups_section
 from evaluators.report.knob_section import headline_rows, knob_section
-from evaluators.report.look_page import look_page, look_section
+from evaluators.report.look_page import look_section, look_sections, page_of
 from evaluators.report.page import Block, Gallery, Link, Picture, Section, render
-from evaluators.report.parts_section import parts_section
+from evaluators.report.parts_section import parts_blocks, parts_section
 from evaluators.tables import tables
 from evaluators.tables.pooling import Cell, rates_in
 from sites import NOTHING
@@ -32,11 +33,12 @@ Rows: TypeAlias = pd.DataFrame | Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class SweepData:
-    """What a sweep has found, as plain data: cells, trials, checks, facts and generations; `pair` says which two models
-    were compared, `polished` what joint polish did to the change deltas, `finetuned` is what `finetuned.check_rows`
-    found, `lora_pictures` are PNGs of the LoRA study by name."""
+    """What a sweep has found, as plain data: cells, their tables, trials, checks, facts and generations; `pair` says
+    which two models were compared, `polished` what joint polish did to the change deltas, `finetuned` is what
+    `finetuned.check_rows` found, `lora_pictures` are PNGs of the LoRA study by name."""
 
     cells: Sequence[Cell]
+    results: tables.Results
     lora_trials: Rows
     base_transcoders: Rows
     delta_trials: Rows
@@ -58,12 +60,12 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     with the cards' figures; `lora_validation.csv` where `data.finetuned` is given. Pictures: `graphs/*.png`; those of
     an earlier report are removed. Cells that failed are absent: their rows are left out, and so is a part of the page
     that has no data.
-    `seed` draws the bootstrap, so that the same cells give the same files.
+    `seed` is the one that drew the bootstraps of `data.results`; the same cells and seed give the same files.
     """
     folder = Path(folder)
     graphs = folder / "graphs"
     graphs.mkdir(parents=True, exist_ok=True)
-    results = tables.all_tables(data.cells, seed=seed)
+    results = data.results
     _write_tables(folder, results)
     _write(folder / "kept_deltas.csv", kept_deltas(data.delta_trials).to_csv(index=False).encode())
     if data.finetuned:
@@ -71,10 +73,11 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     deltas = pd.DataFrame(data.delta_trials)
     reference = of_residuals(results)
     look = first_look(data.cells, data.pair)
-    parts, pair = parts_section(results, data.pair, seed=seed), f"{data.pair} {data.polished}".strip()
+    parts, pair = parts_blocks(results.parts, seed=seed), f"{data.pair} {data.polished}".strip()
+    of_look = [] if look is None else look_sections(look, parts, seed=seed)
     page = [
-        None if look is None else look_section(look),
-        parts,
+        None if look is None else look_section(look, of_look),
+        parts_section(parts, data.pair) if parts else None,
         knob_section(results, deltas, data.polished if parts else pair, seed=seed),
         groups_section(results, data.cells, seed=seed),
         graphs_section(data.cells),
@@ -104,7 +107,7 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
         (folder / PAGE).unlink(missing_ok=True)
     if look is not None:
         pages.append(Link("A first look", LOOK))
-        _write(folder / LOOK, look_page(look, seed=seed).encode())
+        _write(folder / LOOK, page_of(look, of_look).encode())
     else:
         (folder / LOOK).unlink(missing_ok=True)
     graphs_of = graphs_pages(data.cells, results.features, data.pair)
@@ -143,7 +146,7 @@ def of_residuals(results: tables.Results) -> tables.Results:
     )
 
 
-def summary_table(cells: Sequence[Cell], *, seed: int = 0) -> list[dict[str, str]]:
+def summary_table(results: tables.Results) -> list[dict[str, str]]:
     """The short table at the end of a sweep, as rows of text with equal keys.
 
     With change deltas their headline, one row a subset; else layer, condition, one key per subset.
@@ -151,7 +154,6 @@ def summary_table(cells: Sequence[Cell], *, seed: int = 0) -> list[dict[str, str
     Raw rows hold rates; the others CE minus raw CE in nats per target token with its 95% interval. Percentile and
     d_new are keys of their own where the cells hold several. No rows without behaviour cells.
     """
-    results = tables.all_tables(cells, seed=seed)
     return headline_rows(results) or _glance(results.conditions)
 
 

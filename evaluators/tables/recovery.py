@@ -104,13 +104,17 @@ def recovered_table(cells: Iterable[Cell], *, seed: int = 0) -> pd.DataFrame:
     """
     pooled = pool(cells)
     rows = []
+    gaps: dict[tuple[CellKey, str], Estimate] = {}  # many conditions have the same ground
     for key, sums in pooled.items():
-        ground = pooled.get(key._replace(condition="no_delta", alpha=0.0, d_new=None))
+        ground_key = key._replace(condition="no_delta", alpha=0.0, d_new=None)
+        ground = pooled.get(ground_key)
         raw = _raw(pooled, key, "raw")
         if ground is None or raw is None or key.condition == "no_delta" or key.alpha == 0.0:
             continue
         for metric in _recoverable(ground):
-            gap = _difference(ground, raw, metric, seed)
+            if (ground_key, metric) not in gaps:
+                gaps[ground_key, metric] = _difference(ground, raw, metric, seed)
+            gap = gaps[ground_key, metric]
             value = _value(sums, metric)
             if math.isnan(gap.value) or math.isnan(value):
                 continue

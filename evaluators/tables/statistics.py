@@ -88,24 +88,25 @@ def paired_bootstrap(
     draws, so equal data give equal intervals. The ends are NaN for fewer than two prompts.
     Raises ValueError when the lengths differ.
     """
-    columns = [
-        np.atleast_2d(np.asarray(column, dtype=np.float64))
-        for column in (numerators, denominators, baseline_numerators, baseline_denominators)
-    ]
-    try:
-        replicas = np.broadcast_shapes(*(column.shape[:1] for column in columns))[0]
-    except ValueError:
-        replicas = 0
-    if not replicas or len({column.shape[1:] for column in columns}) != 1 or columns[0].ndim != 2:
-        shapes = ", ".join(str(column.shape) for column in columns)
-        raise ValueError(f"paired_bootstrap needs four arrays of one entry per prompt, got shapes {shapes}")
-    prompts = columns[0].shape[1]
-    stacked = np.stack([np.broadcast_to(column, (replicas, prompts)) for column in columns])  # (4, replica, prompt)
+    stacked = _stacked(numerators, denominators, baseline_numerators, baseline_denominators)
 
     def difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         return _ratio(sums[:, 0], sums[:, 1]) - _ratio(sums[:, 2], sums[:, 3])
 
     return _bootstrap(difference, stacked, seed, resamples)
+
+
+def _stacked(*columns: ArrayLike) -> NDArray[np.float64]:
+    """Columns of sums per prompt, `(prompt,)` or `(replica, prompt)`, as one array `(column, replica, prompt)`."""
+    arrays = [np.atleast_2d(np.asarray(column, dtype=np.float64)) for column in columns]
+    replicas, prompts = max(map(len, arrays)), arrays[0].shape[1]
+    if not replicas or any(array.shape not in ((1, prompts), (replicas, prompts)) for array in arrays):
+        shapes = ", ".join(str(array.shape) for array in arrays)
+        raise ValueError(f"the bootstrap needs arrays of one entry per prompt, got shapes {shapes}")
+    stacked = np.empty((len(arrays), replicas, prompts))
+    for place, array in enumerate(arrays):
+        stacked[place] = array
+    return stacked
 
 
 def _bootstrap(
@@ -116,7 +117,7 @@ def _bootstrap(
 ) -> Estimate:
     """A statistic of sums over prompts, `(draw, column)`, with its interval; `stacked` is (column, replica, prompt)."""
     value = float(statistic(stacked.mean(axis=1).sum(axis=1)[None, :])[0])
-    if stacked.shape[2] < 2:
+    if stacked.shape[2] < 2 or math.isnan(value):
         return Estimate(value, math.nan, math.nan)
     return _interval(value, statistic(_resampled_sums(stacked, seed, resamples)))
 
@@ -134,9 +135,7 @@ def recovered_share(
     Each argument holds numerators and denominators of the metric m, `(prompt,)` or `(replica, prompt)`, of the same
     prompts; m is a ratio of sums, as in `paired_bootstrap`, with the same draws. NaN where m(ground) equals m(raw).
     """
-    columns = [np.atleast_2d(np.asarray(part, dtype=np.float64)) for pair in (ground, spliced, raw) for part in pair]
-    shape = (max(len(column) for column in columns), columns[0].shape[1])
-    stacked = np.stack([np.broadcast_to(column, shape) for column in columns])  # (6, replica, prompt)
+    stacked = _stacked(*ground, *spliced, *raw)
 
     def share(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         start, here, end = (_ratio(sums[:, place], sums[:, place + 1]) for place in (0, 2, 4))

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Collection
+from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,9 @@ def _run_stage(context: Context, stage: Stage) -> dict[str, Any]:
         check_unchanged(context, stage, key)
         # After failures the stage does not count as finished, so the same command continues it.
         if not context.failures:
-            workers = context.share.at_once if "share" in vars(context) else 1  # a stage with no work starts no Ray
-            manifest = {"key": key, **facts, "seconds": seconds, "workers": workers}
+            manifest = {"key": key, **facts, "seconds": seconds, "workers": 1}
+            if "share" in vars(context):  # a stage with no work starts no Ray
+                manifest |= {"workers": context.share.at_once, "share": asdict(context.share)}
         else:
             manifest = {"key": "incomplete", **facts, "seconds": seconds}
         status = "FINISHED"
@@ -210,30 +212,37 @@ def show_results(context: Context) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from evaluators.report.feature_page import PAGE
-    from evaluators.report.report import summary_table
+    from evaluators.report import PAGE
 
-    rows = summary_table(context.cells, seed=context.settings.seed)
+    facts = read_json(context.space.report / MANIFEST)
+    summary = facts.get("summary") or _summary(context)
+    columns, rows = summary["columns"], summary["rows"]
     if rows:
-        of_change = "recovered" in rows[0]
-        columns = [name for name in rows[0] if name in HEADLINE or not of_change]
-        table = Table(*columns, box=None)
+        of_change = "recovered" in columns
+        shown = [place for place, name in enumerate(columns) if name in HEADLINE or not of_change]
+        table = Table(*(columns[place] for place in shown), box=None)
         for row in rows[:HEADLINE_ROWS]:
-            table.add_row(*(Text(row[name]) for name in columns))
+            table.add_row(*(Text(row[place]) for place in shown))
         what = "what the deltas recover" if of_change else "CE minus raw CE"
         context.progress.line(f"{what} (CE in nats per target token, 95% intervals):")
         context.progress.console.print(table)
         if len(rows) > HEADLINE_ROWS:
             context.progress.line(f"  and {len(rows) - HEADLINE_ROWS} more rows in the report")
-    facts = read_json(context.space.report / MANIFEST)
-    if facts:
-        failed = [check for check in facts["checks"] if not check["passed"]]
-        context.progress.line(f"checks: {len(facts['checks']) - len(failed)} of {len(facts['checks'])} passed")
-        for check in failed:
-            context.progress.line(f"  FAILED: {check['name']}: {check['detail']}")
-        context.progress.line(f"report: {context.space.folder / facts['report']}")
-        if (page := context.space.report / PAGE).is_file():
-            context.progress.line(f"features: {page}")
+    failed = [check for check in facts["checks"] if not check["passed"]]
+    context.progress.line(f"checks: {len(facts['checks']) - len(failed)} of {len(facts['checks'])} passed")
+    for check in failed:
+        context.progress.line(f"  FAILED: {check['name']}: {check['detail']}")
+    context.progress.line(f"report: {context.space.folder / facts['report']}")
+    if (page := context.space.report / PAGE).is_file():
+        context.progress.line(f"features: {page}")
+
+
+def _summary(context: Context) -> dict[str, list[Any]]:
+    """The table at the end, for a report made before its manifest held it."""
+    from evaluators.tables.tables import all_tables
+    from jobs.sweep.stages.report import summary
+
+    return summary(all_tables(context.cells, seed=context.settings.seed))
 
 
 def _git_commit() -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.capture.bases import base_folder, chosen_base
+from jobs.cluster.connection import Share
 from jobs.context.context import Context, error_name
 from jobs.context.workspace import SETTINGS, VALIDATION_FILE
 from jobs.evaluation.behaviour import UNFINETUNED
@@ -28,6 +29,7 @@ from sites import Address, Ground, Site, sites_label
 if TYPE_CHECKING:
     import pandas as pd
 
+    from evaluators.tables.tables import Results
     from search_spaces.sections import Expected
 
 SAME_CE, SAME_CE_IN_BF16 = 1e-4, 5e-3
@@ -37,12 +39,15 @@ LIBRARIES = ("torch", "transformers", "transformer-lens", "peft", "ray", "optuna
 
 def run(context: Context) -> dict[str, Any]:
     from evaluators.report.report import SweepData, write_report
+    from evaluators.tables.recovery import headlines
+    from evaluators.tables.tables import all_tables
 
-    space = context.space
-    deltas = delta_trials(context)
-    found = checks(context, deltas)
+    space, seed = context.space, context.settings.seed
+    deltas, results = delta_trials(context), all_tables(context.cells, seed=seed)
+    found = checks(context, deltas, results.conditions)
     data = SweepData(
         cells=context.cells,
+        results=results,
         lora_trials=lora_trials(context),
         base_transcoders=base_transcoders(context),
         delta_trials=deltas,
@@ -54,12 +59,20 @@ def run(context: Context) -> dict[str, Any]:
         finetuned=read_json(space.lora / VALIDATION_FILE),
         lora_pictures=_lora_pictures(context),
     )
-    path = write_report(space.report, data, seed=context.settings.seed)
+    path = write_report(space.report, data, seed=seed)
     shutil.copy(space.folder / SETTINGS, space.report)  # so that MLflow has the settings with the tables
-    context.tracker.log("sweep", headlines(context))
+    context.tracker.log("sweep", headlines(results.gaps, results.recovered, results.curve))
     context.tracker.artifacts("sweep", space.report)
     context.tracker.artifacts("sweep", space.generations, "generations")
-    return {"report": str(path.relative_to(space.folder)), "checks": found}
+    return {"report": str(path.relative_to(space.folder)), "checks": found, "summary": summary(results)}
+
+
+def summary(results: Results) -> dict[str, list[Any]]:
+    """The short table at the end of a sweep, as text: its `columns` and `rows`."""
+    from evaluators.report.report import summary_table
+
+    rows = summary_table(results)
+    return {"columns": list(rows[0]) if rows else [], "rows": [list(row.values()) for row in rows]}
 
 
 def _lora_pictures(context: Context) -> dict[str, bytes]:
@@ -146,12 +159,10 @@ def _before(context: Context, group: Address) -> float | None:
     return (found or {}).get("val_fvu_base_unfinetuned")
 
 
-def checks(context: Context, deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Checks on the sweep's own numbers: the finetuned model's behaviour, the deltas' fit, exactness."""
-    from evaluators.tables.tables import conditions_table
-
-    raw = conditions_table(context.cells, seed=context.settings.seed)
-    raw = raw[raw["condition"] == "raw"].set_index("subset")
+def checks(context: Context, deltas: list[dict[str, Any]], conditions: pd.DataFrame) -> list[dict[str, Any]]:
+    """Checks on the sweep's own numbers: the finetuned model's behaviour, the deltas' fit, exactness. `conditions` is
+    the table of that name."""
+    raw = conditions[conditions["condition"] == "raw"].set_index("subset")
     found = [_expected(rate, raw) for rate in context.settings.evaluate.expected if rate.subset in raw.index]
     kept = [trial for trial in deltas if trial["best"]]
     if context.adopted is not None and (merge := (read_json(context.space.lora / VALIDATION_FILE) or {}).get("merge")):
@@ -183,7 +194,7 @@ def _alpha_0_is_the_unfinetuned_model(context: Context) -> list[dict[str, Any]]:
     if not apart:
         return []
     most = max(apart, key=apart.__getitem__)
-    coarse = context.device != "cpu" or "bf16" in (context.settings.model.dtype, context.settings.compute.precision)
+    coarse = share(context).gpus or "bf16" in (context.settings.model.dtype, context.settings.compute.precision)
     within = SAME_CE_IN_BF16 if coarse else SAME_CE
     return [
         {
@@ -240,8 +251,15 @@ def _wider_is_no_worse(kept: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def share(context: Context) -> Share:
+    """The share of one worker in the evaluation, which computed the cells. Only for a sweep whose manifest does not
+    hold it, that of one now, which starts or joins the cluster."""
+    known = read_json(context.space.cells / MANIFEST).get("share")
+    return Share(**known) if known else context.share
+
+
 def facts(context: Context) -> dict[str, str]:
-    settings, space = context.settings, context.space
+    settings, space, each = context.settings, context.space, share(context)
     chosen = read_json(space.cells / MANIFEST)["chosen"]
     stages = {name: read_json(getattr(space, folder) / MANIFEST) for name, folder in STAGE_FOLDERS.items()}
     seconds = {name: manifest["seconds"] for name, manifest in stages.items() if manifest and "seconds" in manifest}
@@ -267,8 +285,8 @@ def facts(context: Context) -> dict[str, str]:
         "leakage between train, validation and evaluation": ("none" if leaks["ok"] else str(leaks["pairs"])) + left_out,
         **({"rows": "; ".join(notes)} if notes else {}),
         "time by stage": ", ".join(f"{name} {clock(value)}" for name, value in seconds.items()),
-        "machine": f"{platform.machine()}, {context.share.at_once} workers of {context.share.cpus} CPU"
-        + (f" and {context.share.gpus:g} GPU" if context.share.gpus else ""),
+        "machine": f"{platform.machine()}, {each.at_once} workers of {each.cpus} CPU"
+        + (f" and {each.gpus:g} GPU" if each.gpus else ""),
         "versions": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
         "git commit": str((read_json(space.folder / "versions.json") or {}).get("git commit", "unknown")),
     }

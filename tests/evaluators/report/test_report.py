@@ -109,6 +109,7 @@ def inputs(cells, **changes):
     ]
     given = {
         "cells": cells,
+        "results": tables.all_tables(cells),
         "lora_trials": lora,
         "base_transcoders": base,
         "delta_trials": deltas,
@@ -204,7 +205,8 @@ def test_missing_parts_still_give_a_report(tmp_path, cells, absent):
     page = write_report(tmp_path, inputs(cells, **NOTHING)).read_text()
     assert absent not in page
     assert json.loads((tmp_path / "exp2A_metrics.json").read_text()) is not None
-    assert summary_table(cells) == [] or summary_table(cells)[0]["layer"]
+    rows = summary_table(tables.all_tables(cells))
+    assert rows == [] or rows[0]["layer"]
 
 
 def test_findings_claim_an_effect_only_where_the_interval_says_so():
@@ -254,7 +256,7 @@ def test_number(value, text):
 
 
 def test_summary_table_is_short_and_in_order():
-    rows = summary_table(sweep())
+    rows = summary_table(tables.all_tables(sweep()))
     assert [(row["layer"], row["condition"]) for row in rows] == [
         ("none", "raw"),
         *((layer, condition) for layer in ("1", "2", "1+2") for condition in ("no_delta", "full")),
@@ -270,7 +272,7 @@ def test_several_widths_and_percentiles_are_told_apart():
     for percentile in (0.25, 0.75):
         cells.append(behaviour("no_delta", "tool", (1,), 0.0, None, percentile, shift=0.1))
         cells += [behaviour("full", "tool", (1,), 1.0, width, percentile, shift=0.05) for width in (32, 64)]
-    rows = summary_table(cells)
+    rows = summary_table(tables.all_tables(cells))
     assert [(row["percentile"], row["d_new"]) for row in rows[1:]] == [
         *(("0.25", "-"), ("0.25", "32"), ("0.25", "64")),
         *(("0.75", "-"), ("0.75", "32"), ("0.75", "64")),
