@@ -95,7 +95,7 @@ def _in_model(folder: Path, tokens: Tensor, transcoders: dict[Site, Transcoder])
         return lambda x: seen.__setitem__(site, x)
 
     def writer(site: Site) -> Callable:
-        return lambda y: transcoders[site](seen[site])
+        return lambda y, columns: transcoders[site](seen[site])[..., columns]
 
     reads: list[Any] = [hook for site in transcoders for hook in hooks_at(bridge, site, reader(site))]
     writes: list[Any] = [hook for site in transcoders for hook in hooks_at(bridge, site, write=writer(site))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,8 @@ def test_the_example_runs_and_its_rows_need_no_targets(pair: Path, jobs: Jobs) -
     assert list(gaps["subset"].unique()) == KINDS
     conditions = pd.read_csv(sweep / "report" / "exp2A_metrics.csv")
     assert {"signed_rate", "exact_rate", "agrees_with_raw_rate"} <= set(conditions.columns)
-    assert "tool" not in (sweep / "report" / "report.html").read_text().lower().replace("tooltip", "")
+    page = re.sub(r"base64,[^\"]*", "", (sweep / "report" / "report.html").read_text())
+    assert "tool" not in page.lower().replace("tooltip", "")
     talked = jobs("chat", *settings(pair), "--max-new-tokens", "4", input="Please repeat: river.\n<eos>\n")
     assert talked.returncode == 2, "the second line spells out a special token"
     assert talked.stdout.startswith("> Please repeat: river.\n")
