@@ -19,7 +19,8 @@ SCALED_DOWN = (
     "data.text_validation_lines=12", "lora.trials=1", "lora.steps=4", "lora.eval_every=2", "lora.space.r=2",
     "lora.space.batch_size=4", "activations.train_tokens=1500", "activations.validation_tokens=400",
     "activations.batch_tokens=1024", "deltas.trials=1", "deltas.epochs=1", "deltas.batch_size=256",
-    "deltas.d_new=[4]", "deltas.sites=[mlp]", "evaluate.sets=[{layers: each, alphas: []}, [1], [2]]", "evaluate.max_new_tokens=6",
+    "deltas.d_new=[4]", "deltas.sites=[mlp]", "evaluate.sets=[{layers: each, alphas: []}, [1], [2]]",
+    "evaluate.max_new_tokens=6",
     "compute.gpus_per_trial=0", "compute.max_concurrent=1",
     "compute.precision=fp32", "evaluate.cards=4",
 )  # fmt: skip
