@@ -45,7 +45,7 @@ format: setup
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-# Loads the exports with the real SAELens and circuit-tracer, each in its own environment (takes minutes and 1.5 GB), and
+# Loads the exports with the real SAELens and circuit-tracer, each in an environment of its own that is kept (1.5 GB), and
 # opens a graph in circuit-tracer's viewer; two of the long tests run these too.
 compatibility: setup
 	$(PY) -m tests.compatibility.check_exports

@@ -1,16 +1,16 @@
 """Do the real SAELens and circuit-tracer read our exports, and compute with them what we compute?
 
-In: nothing; `--environments DIR` keeps the two virtual environments for the next time. Out: a table of the largest
-differences; exit status 1 where one is too large or a loader fails, 0 otherwise, also where a package cannot be
-installed. From the root of the repository: `python -m tests.compatibility.check_exports`.
+In: nothing. Out: a table of the largest differences; exit status 1 where one is too large or a loader fails, 0
+otherwise, also where a package cannot be installed. From the root of the repository:
+`python -m tests.compatibility.check_exports`.
 
 The two libraries pin other versions of transformers and TransformerLens than ours, so each gets an environment of its
-own, around our build of torch, in which `load_*.py` beside this file runs.
+own, around our build of torch, in which `load_*.py` next to this file runs. The environments are kept for the next
+time, one for each version (1.5 GB in all).
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -24,21 +24,24 @@ from torch.nn.functional import pad
 
 from tests.compatibility.prepared import prepare
 
-PACKAGES = {"sae-lens": "load_saelens.py", "circuit-tracer": "load_circuit_tracer.py"}
+KEPT = Path(__file__).parents[2] / ".venv-compatibility"
+"""Where the environments are made, or found from last time."""
+PACKAGES = {"sae-lens==6.54.12": "load_saelens.py", "circuit-tracer==0.5.0": "load_circuit_tracer.py"}
 TOLERANCE = 1e-5
 
 
 def main() -> int:
     """Prepares the exports, runs every package on them, prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--environments", type=Path, help="where the environments are made, or found from last time")
-    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "exports"
         ours = prepare(folder)
-        environments = (given.environments or Path(temporary)).resolve()
-        passed = [check(package, environments / package, folder, ours) for package in PACKAGES]
+        passed = [check(package, environment_of(package), folder, ours) for package in PACKAGES]
     return 0 if all(passed) else 1
+
+
+def environment_of(name: str) -> Path:
+    """The folder of an environment for this Python and this torch."""
+    return KEPT / f"{name}-python{sys.version_info.major}.{sys.version_info.minor}-torch{version('torch')}"
 
 
 def check(package: str, environment: Path, folder: Path, ours: dict[str, Tensor]) -> bool:
@@ -59,13 +62,13 @@ def check(package: str, environment: Path, folder: Path, ours: dict[str, Tensor]
         print(f"{package}: FAIL, its loaders raised:\n{run.stderr.strip()}")
         return False
     differences: dict[str, list[float]] = {}
-    for name, theirs in load_file(folder / f"{package}.safetensors").items():
+    for name, theirs in load_file(folder / f"{package.partition('==')[0]}.safetensors").items():
         how, _, what = name.partition(":")
         differences.setdefault(how, []).append(difference(what, theirs, ours[what]))
     passed = True
     for how, found in differences.items():
         close = all(one <= TOLERANCE for one in found)  # False for NaN too
-        label = f"{package} {run.stdout.split()[-1]}, {how}"
+        label = f"{package.partition('==')[0]} {run.stdout.split()[-1]}, {how}"
         verdict = "pass" if close else "FAIL"
         print(f"{label}: {len(found)} compared, max abs difference {max(found):.1e}: {verdict}", flush=True)
         passed &= close
@@ -73,7 +76,7 @@ def check(package: str, environment: Path, folder: Path, ours: dict[str, Tensor]
 
 
 def install(package: str, environment: Path) -> str | None:
-    """Makes `environment` with the newest `package` beside our own torch; returns why it could not, or None."""
+    """Makes `environment` with `package` and our own torch; returns why it could not, or None."""
     done = environment / "installed"
     if done.is_file():
         return None

@@ -1,9 +1,8 @@
 """Does circuit-tracer's own viewer show a graph that the command `graph` wrote for it?
 
-In: the folder, `NAME.circuit-tracer`; `--environment DIR` keeps the virtual environment and the libraries for the next
-time, `--picture FILE` is where a picture of the page goes. Out: a line for each check; exit status 1 if one fails, 0
-otherwise, also if something cannot be downloaded or there is no browser. From the root of the repository:
-`python -m tests.compatibility.check_viewer FOLDER`.
+In: the folder, `NAME.circuit-tracer`; `--picture FILE` is where a picture of the page goes. Out: a line for each check;
+exit status 1 if one fails, 0 otherwise, also if something cannot be downloaded or there is no browser. From the root of
+the repository: `python -m tests.compatibility.check_viewer FOLDER`.
 
 Real are circuit-tracer's data models, its server as its command line starts it, all of its viewer's own code, and
 Chromium. The viewer loads six scripts of others from two web sites, which a test must not depend on; each request for
@@ -21,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ from playwright.sync_api import Error, Page, Route, expect, sync_playwright
 
 from evaluators.measures.graph_formats import NO_CARD
 from tests.browser.conftest import BROWSERS
+from tests.compatibility.check_exports import environment_of
 from tests.end_to_end.conftest import answers, free_port, wait_until
 
 CIRCUIT_TRACER = "circuit-tracer==0.5.0"
@@ -112,21 +111,19 @@ class Missing(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="a folder that the command `graph` wrote, NAME.circuit-tracer")
-    parser.add_argument("--environment", type=Path, help="where the environment is made, or found from last time")
     parser.add_argument("--picture", type=Path, help="where to save a picture of the page, as PNG")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        environment = (given.environment or Path(temporary)).resolve()
-        try:
-            scripts = STAND_INS | libraries(environment / "npm")
-            install(environment)
-            browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-            if browser is None:
-                raise Missing(f"no browser: none of {', '.join(BROWSERS)} is installed")
-        except Missing as error:
-            print(f"circuit-tracer's viewer could not be tried: {error}")
-            return 0
-        return 0 if check(given.folder.resolve(), environment, scripts, browser, given.picture) else 1
+    environment = environment_of(f"viewer-{CIRCUIT_TRACER}")  # kept for the next time, with the libraries
+    try:
+        scripts = STAND_INS | libraries(environment / "npm")
+        install(environment)
+        browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+        if browser is None:
+            raise Missing(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    except Missing as error:
+        print(f"circuit-tracer's viewer could not be tried: {error}")
+        return 0
+    return 0 if check(given.folder.resolve(), environment, scripts, browser, given.picture) else 1
 
 
 def libraries(folder: Path) -> dict[str, str]:
