@@ -72,15 +72,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in kept:
         if seconds(item) <= ALONE_SECONDS and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-    # One test of each shared sweep is among the first, so that the sweep is made early; the others come last, so that
-    # no worker waits for it.
+    # One test of each shared sweep is among the first, so that the sweep is made early; the others come after those that
+    # read none, so that no worker waits for it.
     first = {sweep: max((i for i in kept if sweep in _sweeps(i)), key=seconds, default=None) for sweep in SWEEPS}
 
     def order(item: pytest.Item) -> tuple[int, float]:
         alone = seconds(item) if seconds(item) > ALONE_SECONDS else 0.0
         if item in first.values():
             return (0, -alone)
-        return (2 if _sweeps(item) and not alone else 1, -alone)
+        return ((1 if alone else 3) + bool(_sweeps(item)), -alone)
 
     items[:] = sorted(kept, key=order)
 
