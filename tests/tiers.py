@@ -72,9 +72,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in kept:
         if seconds(item) <= ALONE_SECONDS and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-    # One test of each shared sweep is among the first, so that the sweep is made early. Its other readers come after
-    # the tests that need none, so that no worker waits.
-    first = {sweep: max((i for i in kept if sweep in _sweeps(i)), key=seconds, default=None) for sweep in SWEEPS}
+    # One test of each shared sweep alone is among the first, so that the sweep is made early. Its other readers come
+    # after the tests that need none, so that no worker waits.
+    first = {sweep: max((i for i in kept if _sweeps(i) == {sweep}), key=seconds, default=None) for sweep in SWEEPS}
 
     def order(item: pytest.Item) -> tuple[int, float]:
         alone = seconds(item) if seconds(item) > ALONE_SECONDS else 0.0
