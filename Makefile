@@ -19,7 +19,7 @@ sweep: setup
 
 # Three at a time, as many tests mostly wait for processes to start: files of short tests, and each long test by itself
 # (tests/tiers.py). `make test` leaves out what took more than three seconds when `make durations` last measured it, or
-# reads a whole sweep: six in seven are left. CI leaves out what took more than a minute.
+# reads a whole sweep: more than nine in ten are left. CI leaves out what took more than a minute.
 TESTS := $(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -rs --durations 15
 
 test: setup
