@@ -205,10 +205,10 @@ def read_paths(
     Only the tensors of those sites are read. Raises ModelError if the folder lacks one or its shape differs.
     """
     skeleton = build_skeleton(folder)
-    weights = open_weights(folder, skeleton=skeleton)
+    weights, blocks = open_weights(folder, skeleton=skeleton), _mapped_blocks(skeleton.config)
     paths = {}
     for site in sites:
-        parts, places = _parts(bridge, site), part_places(skeleton.config, site)
+        parts, places = _parts(bridge, site), _places(blocks, site)
         modules = {part: skeleton.get_submodule(place) for part, place in places.items()}
         names = {
             f"{place}.{name}": (part, name)
