@@ -24,7 +24,8 @@ EVERYTHING = float("inf")
 NOTED_SECONDS = 0.5
 """Tests that take less are not in `durations.json`."""
 ALONE_SECONDS = 10
-"""A test that takes longer may run on another worker than the rest of its file."""
+"""A test that takes longer may run on another worker than the rest of its file, unless it uses what the module's tests
+share, which another worker would have to make once more."""
 SWEEPS = ("finished", "seeds")
 """Fixtures that are whole sweeps, made once for all workers."""
 _DURATIONS = Path(__file__).with_name("durations.json")
@@ -70,7 +71,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
     kept = [item for item in items if item not in set(left_out)]
     for item in kept:
-        if seconds(item) <= ALONE_SECONDS and item.get_closest_marker("xdist_group") is None:
+        together = seconds(item) <= ALONE_SECONDS or _shares(item)
+        if together and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     # One test of each shared sweep alone is among the first, so that the sweep is made early. Its other readers come
     # after the tests that need none, so that no worker waits.
@@ -94,6 +96,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def _sweeps(item: pytest.Item) -> set[str]:
     return set(SWEEPS) & set(getattr(item, "fixturenames", ()))
+
+
+def _shares(item: Any) -> bool:
+    """Whether a test uses a fixture that is made once a module."""
+    made = item._fixtureinfo.name2fixturedefs.values() if hasattr(item, "_fixtureinfo") else ()
+    return any(fixture.scope == "module" for fixtures in made for fixture in fixtures)
 
 
 def _name(nodeid: str) -> str:

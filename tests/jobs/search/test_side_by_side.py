@@ -60,8 +60,10 @@ def dies_together(config: dict[str, Any], report: Any) -> dict[str, Any]:
 
 
 def outcome(one: Group) -> list[dict[str, Any]]:
-    """What does not depend on when and where trials ran."""
-    found = [{name: value for name, value in result.items() if name != "seconds"} for result in trials_of(one)]
+    """What does not depend on the name, nor on when and where trials ran."""
+    found = [
+        {name: value for name, value in result.items() if name not in ("seconds", "group")} for result in trials_of(one)
+    ]
     for result in found:
         del result["started"]
         result["files"] = sorted(p.name for p in (one.folder / f"trial_{result['trial']:04d}").iterdir())
@@ -72,33 +74,41 @@ def calls(one: Group) -> list[int]:
     return [int(line) for line in (one.folder / "calls").read_text().split()]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def alone(share: Share) -> Share:
     """Room for one worker, so that trials one by one are in order."""
     return replace(share, at_once=1)
 
 
-@pytest.mark.parametrize("halving", [None, HALVING], ids=["all to their end", "stopped early"])
-@pytest.mark.parametrize(("sampler", "expected"), [("tpe", [4, 1, 1, 1]), ("random", [4, 3]), ("grid", [4, 3])])
-def test_side_by_side_is_one_by_one(alone, tmp_path, sampler: str, expected: list[int], halving) -> None:
-    def made(name: str, at_once: int) -> Group:
-        made = replace(group(tmp_path / name, "bowls", 7), sampler=sampler, side_by_side=at_once)
-        if sampler == "grid":
-            made = replace(made, space={"x": Choice(choice=[0.0, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0])})
-        return made
+@pytest.fixture(scope="module", params=[None, HALVING], ids=["all to their end", "stopped early"])
+def pairs(request: Any, alone: Share, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Group, Group]]:
+    """For each sampler a group whose trials ran one by one, and one whose trials ran together. One search made all of
+    them, because a worker takes seconds to start."""
+    root = tmp_path_factory.mktemp("pairs")
+    choices = {"x": Choice(choice=[0.0, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0])}
 
-    apart, together = made("apart", 1), made("together", 4)
-    for one_of in (apart, together):
-        told = search(one_of.folder.parent, [one_of], bowls, alone, halving)
-        assert len(told) == 7
+    def made(sampler: str, at_once: int) -> Group:
+        made = replace(group(root, f"{sampler}{at_once}", 7), sampler=sampler, side_by_side=at_once)
+        return replace(made, space=choices) if sampler == "grid" else made
+
+    found = {sampler: (made(sampler, 1), made(sampler, 4)) for sampler in ("tpe", "random", "grid")}
+    told = search(root, [one for pair in found.values() for one in pair], bowls, alone, request.param)
+    assert len(told) == 6 * 7
+    return found
+
+
+@pytest.mark.parametrize(("sampler", "expected"), [("tpe", [4, 1, 1, 1]), ("random", [4, 3]), ("grid", [4, 3])])
+def test_side_by_side_is_one_by_one(pairs, sampler: str, expected: list[int], request) -> None:
+    apart, together = pairs[sampler]
     assert outcome(together) == outcome(apart)
-    assert states(tmp_path / "together", "bowls") == states(tmp_path / "apart", "bowls")
+    assert states(together.folder.parent, together.name) == states(apart.folder.parent, apart.name)
     assert calls(apart) == [1] * 7
     assert calls(together) == expected
     found = {result["state"] for result in trials_of(together)}
-    assert ("STOPPED" in found) == (halving is not None)
+    stopped_early = "stopped early" in request.node.name
+    assert ("STOPPED" in found) == stopped_early
     if sampler == "grid":
-        assert halving is not None or "FAILED" in found
+        assert stopped_early or "FAILED" in found
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
