@@ -3,9 +3,9 @@
     python -m benchmarks.study collect [--root mlruns]
     python -m benchmarks.study write
 
-In: the finished sweeps `study-sN` (adapters on MLPs only) and `study-all-sN` (on all linear layers), for seed N, and
-`study-polish-sN` if there is one. Out: `collect` writes `docs/study/*.csv`, a row for each adapter and figure, and
-pictures next to them; `write` inserts the tables made from these files into `docs/study.md`.
+In: the finished sweeps of `ADAPTERS`, such as `study-sN` (LoRA on all linear layers) for seed N, and `study-polish-sN`
+if there is one. Out: `collect` writes `docs/study/*.csv`, a row for each adapter and figure, and pictures next to them;
+`write` inserts the tables made from these files into `docs/study.md`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import typer
 
 from benchmarks.study_polish import polish
 from evaluators.tables.recovery import widest_set
+from sites import Site
 
 PAGE = Path(__file__).parents[1] / "docs" / "study.md"
 FOLDER = PAGE.with_suffix("")
@@ -27,7 +28,15 @@ MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n).*?(?=<!-- end -->)", re.DOT
 """The markers around each table in the page."""
 QUOTED = re.compile(r"<!-- (?P<file>\w+); (?P<adapter>[^;]*); (?P<subset>\w*); (?P<what>[^>]*?) -->[^<]*(?=<!-- / -->)")
 """The markers around each figure in the page's prose: the file and the rows whose mean over adapters it is."""
-ADAPTERS = {"MLPs": "study", "all linear": "study-all"}
+ADAPTERS = {
+    "MLPs": "study-mlps",
+    "q, v": "study-qv",
+    "all linear": "study",
+    "all weights": "study-full",
+    "signature": "study-signature",
+    "Gemma": "study-gemma",
+}
+"""What was finetuned, and the name of its sweeps."""
 COLUMNS = ["adapter", "seed", "subset", "what", "value", "low", "high"]
 DIGITS = 5
 SERIES = {
@@ -151,8 +160,55 @@ def residuals(report: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def parts(report: Path) -> list[dict[str, Any]]:
+    """The share of the effect that is lost when a part alone is un-finetuned, and that it brings alone."""
+    return figures(read(report, "parts"), "share", "{way}: {part}: {layers}")
+
+
+def kinds(report: Path) -> list[dict[str, Any]]:
+    """The share of the change that deltas explain on held-out text, by kind of site and width, as means over layers."""
+    deltas = read(report, "kept_deltas")
+    deltas = deltas[deltas["target"] == "change"]
+    kind = deltas["layer"].map(lambda label: Site.parse(label).kind.name)
+    means = (1 - deltas["val_unexplained"]).groupby([kind, deltas["d_new"]]).mean()
+    return [{"subset": "", "what": f"{name}: {d_new:.0f}", "value": value} for (name, d_new), value in means.items()]
+
+
+def few_groups(report: Path) -> list[dict[str, Any]]:
+    """What the first groups recover together, and as many random features."""
+    table = read(report, "few_groups")
+    return figures(table.assign(of=_drawn(table)), "recovered", "{of}: {groups}")
+
+
+def group_effects(report: Path) -> list[dict[str, Any]]:
+    """What the CE changes without a group and with it alone, and with as many random features in its place."""
+    table = read(report, "group_effects")
+    table = table[table["metric"] == "ce"] if len(table) else table
+    return figures(table.assign(of=_drawn(table)), "value", "{way}: {of}: {group}")
+
+
+def _drawn(table: pd.DataFrame) -> list[str]:
+    return ["random" if random else "groups" for random in table.get("random", ())]
+
+
+def graphs(report: Path) -> list[dict[str, Any]]:
+    """Of each graph its size, and the correlation of its edges with what removing their start does."""
+    table, rows = read(report, "graphs"), []
+    if table.empty:
+        return rows
+    table = table.assign(number=table.groupby("subset").cumcount() + 1)
+    for column in ("nodes", "edges", "random_r", "strongest_r"):
+        rows += figures(table, column, column + ": {number}")
+    return rows
+
+
 TABLES: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     "ceiling": ceiling,
+    "parts": parts,
+    "kinds": kinds,
+    "few_groups": few_groups,
+    "group_effects": group_effects,
+    "graphs": graphs,
     "widths": widths,
     "controls": controls,
     "doses": doses,
@@ -193,10 +249,13 @@ def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")
             for row in make(report)
         ]
         save(name, pd.DataFrame(rows, columns=COLUMNS))
+    groups = [read(report, "groups").assign(adapter=adapter, seed=seed) for (adapter, seed), report in reports.items()]
+    of_groups = [*("adapter", "seed", "group", "n_features", "n_qkv", "n_o", "n_mlp", "layers"), "fires_on", "promoted"]
+    save("groups", pd.concat(groups).reindex(columns=of_groups))
     pairs = {
         key: (report.parent, other)
         for key, report in reports.items()
-        if (other := report.parent.with_name(report.parent.name.replace("-s", "-polish-s"))).is_dir()
+        if (other := report.parent.with_name("-polish-s".join(report.parent.name.rsplit("-s", 1)))).is_dir()
     }
     rows = [{"adapter": key[0], "seed": key[1], **row} for key, pair in pairs.items() for row in polish(*pair)]
     save("polish", pd.DataFrame(rows, columns=COLUMNS))

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import ast
 import math
-import re
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.study_groups import TOKEN, agreement
+
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 """Student's t for a two-sided 95% interval, by the number of values."""
 NONE = "-"
-QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
-"""A token in a list of tokens, as written by Python."""
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -175,6 +175,70 @@ def few(folder: Path) -> str:
     return markdown(["adapters", "subset", *(f"features for 90%, seed {seed}" for seed in seeds), "16 recover"], rows)
 
 
+def parts(folder: Path) -> str:
+    """Rows: parts and thirds; columns: the share lost without it and the share that it brings alone."""
+    table = read(folder, "parts")
+    table[["way", "part", "layers"]] = table["what"].str.split(": ", expand=True)
+    rows = []
+    for adapter, subset, group_rows in groups(table):
+        for (part, layers), lines in group_rows.groupby(["part", "layers"], sort=False):
+            cells = (mean_over(lines.loc[lines["way"] == way, "value"]) for way in ("unfinetuned", "finetuned"))
+            rows.append([adapter, f"`{subset}`", part if layers == "all" else f"layers {layers}", *cells])
+    return markdown(["finetuned", "subset", "part", "lost without it", "brought alone"], rows)
+
+
+def kinds(folder: Path) -> str:
+    table = read(folder, "kinds")
+    table[["kind", "width"]] = table["what"].str.split(": ", expand=True)
+    wide = sorted(int(width) for width in table["width"].unique())
+    rows = [
+        [adapter, kind, *(mean_over(lines.loc[lines["width"] == str(width), "value"]) for width in wide)]
+        for adapter, _, group_rows in groups(table)
+        for kind, lines in group_rows.groupby("kind", sort=False)
+    ]
+    return markdown(["finetuned", "kind of site", *(f"d_new {width}" for width in wide)], rows)
+
+
+def few_groups(folder: Path) -> str:
+    table = read(folder, "few_groups")
+    table[["of", "number"]] = table["what"].str.split(": ", expand=True)
+    numbers = sorted(int(number) for number in table["number"].unique())
+    rows = []
+    for adapter, subset, group_rows in groups(table):
+        for of, name in {"groups": "groups", "random": "as many random features"}.items():
+            lines = group_rows[group_rows["of"] == of]
+            cells = [mean_over(lines.loc[lines["number"] == str(number), "value"], 2) for number in numbers]
+            rows.append([adapter, f"`{subset}`", name, *cells])
+    return markdown(["finetuned", "subset", "on", *(f"{number}" for number in numbers)], rows)
+
+
+def matched_groups(folder: Path) -> str:
+    """Every pair of models, whose groups are paired by what they fire on: what the pairs share."""
+    table = read(folder, "groups")
+    models = list(table[["adapter", "seed"]].drop_duplicates().itertuples(index=False, name=None))
+    of = {model: table[(table["adapter"] == model[0]) & (table["seed"] == model[1])] for model in models}
+    rows = []
+    for first, second in combinations(models, 2):
+        found = agreement(of[first], of[second])
+        names = [f"{adapter}, seed {seed}" for adapter, seed in (first, second)]
+        chance = number(found.chance) + bracketed(found.chance_low, found.chance_high, 3)
+        cells = [f"{found.alike} of {found.pairs}", number(found.fires), number(found.promotes), chance]
+        rows.append([*names, *cells, f"{found.p:.4f}"])
+    columns = ["pairs alike", "share of tokens fired on", "of tokens promoted", "of those by chance", "p"]
+    return markdown(["model", "and model", *columns], rows)
+
+
+def graphs(folder: Path) -> str:
+    table = read(folder, "graphs")
+    table[["of", "number"]] = table["what"].str.split(": ", expand=True)
+    columns = {"nodes": "nodes", "edges": "edges", "random_r": "r, random edges", "strongest_r": "r, strongest edges"}
+    rows = []
+    for (adapter, seed, subset, index), lines in table.groupby(["adapter", "seed", "subset", "number"], sort=False):
+        cells = [single(lines[lines["of"] == of], 3 if of.endswith("_r") else 0) for of in columns]
+        rows.append([f"{adapter}, seed {seed}", f"`{subset}`", str(index), *cells])
+    return markdown(["finetuned", "subset", "graph", *columns.values()], rows)
+
+
 def cards(folder: Path) -> str:
     table = read(folder, "cards")
     table = table[table["seed"] == 0].sort_values(["adapter", "rank"], ascending=[False, True], kind="stable")
@@ -188,7 +252,7 @@ def cards(folder: Path) -> str:
         for _, row in adapter_rows.head(10).iterrows():
             place = f"layer {row['layer']}, " + ("at BOS" if row["at_bos"] else f"feature {int(row['feature'])}")
             effects = [number(row[f"{way}_ce_{subset}"]) for way in ("ablated", "alone") for subset in subsets[:1]]
-            words = [ast.literal_eval(word).strip().replace("`", "'") for word in QUOTED.findall(str(row["promoted"]))]
+            words = [ast.literal_eval(word).strip().replace("`", "'") for word in TOKEN.findall(str(row["promoted"]))]
             promoted = ", ".join(f"`{word}`" for word in words[:4])
             rows.append([str(adapter), str(int(row["rank"])), place, *effects, promoted.replace("|", "\\|")])
     return markdown(
@@ -267,6 +331,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "dose": dose,
     "thirds": thirds,
     "few": few,
+    "parts": parts,
+    "kinds": kinds,
+    "few_groups": few_groups,
+    "matched_groups": matched_groups,
+    "graphs": graphs,
     "cards": cards,
     "residuals": residuals,
     "residual_splices": residual_splices,
