@@ -86,9 +86,9 @@ def split_user_rows(
     train = shares(sizes.train, [count - taken for count, taken in zip(counts, validation, strict=True)])
     if not sum(validation) or not sum(train):
         total = sum(len(sample.items()) for sample in samples.values())
-        spent = "" if evaluation_file else f" of which evaluation takes {total - sum(counts)},"
+        spent = "" if evaluation_file else f"; evaluation takes {total - sum(counts)} of them"
         raise DataError(
-            f"{rows_file} has {total} distinct usable rows,{spent} and validation and training need one each: "
+            f"{rows_file} has {total} distinct usable rows{spent}, but validation and training need one each: "
             "lower data.eval_rows, or give more rows"
         )
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}

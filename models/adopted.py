@@ -164,8 +164,8 @@ def _check_shapes(before: Weights, after: Weights) -> None:
         if base_shape != finetuned_shape:
             words = "the embeddings" if name in EMBEDDINGS else name
             raise ModelError(
-                f"{KEY}: {words} in {after.folder}: shape {shape_text(finetuned_shape)}, and {shape_text(base_shape)} "
-                "in model.source; only models of one shape can be compared"
+                f"{KEY}: the shape of {words} is {shape_text(finetuned_shape)} in {after.folder}, but "
+                f"{shape_text(base_shape)} in model.source; only models of one shape can be compared"
             )
 
 

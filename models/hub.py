@@ -66,7 +66,7 @@ def hub_errors(key: str, repository: str) -> Iterator[None]:
         yield
     except GatedRepoError:
         raise ModelError(
-            f"{key}: {repository} is gated; accept its licence on the hub and set HF_TOKEN (SETUP.md, Gemma access)"
+            f"{key}: {repository} is gated; accept its licence on the hub and set HF_TOKEN (see SETUP.md, Gemma)"
         ) from None
     except RepositoryNotFoundError:
         raise ModelError(f"{key}: the hub has no repository {repository} that this token can see") from None

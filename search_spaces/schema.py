@@ -396,11 +396,11 @@ class Sweep(Section):
         layers_swept = sorted({int(layer) for layers in lists if isinstance(layers, list) for layer in layers})
         for spliced in evaluate.sets if "all" not in lists else ():
             if isinstance(spliced.layers, list) and (stray := sorted(set(spliced.layers) - set(layers_swept))):
-                raise ValueError(f"evaluate.sets: got layer {stray[0]}, the deltas have layers {layers_swept}")
+                raise ValueError(f"evaluate.sets: got layer {stray[0]}, but the deltas have layers {layers_swept}")
         for name, section in (("lora", self.lora), ("deltas", self.deltas)):
             ranges = [key for key in type(section.space).model_fields if isinstance(getattr(section.space, key), Range)]
             if section.sampler == "grid" and ranges:
-                raise ValueError(f"{name}.sampler: grid needs choices, and {name}.space.{ranges[0]} is a range")
+                raise ValueError(f"{name}.sampler: grid needs choices, but {name}.space.{ranges[0]} is a range")
         for key, value, allowed in (
             ("percentile", evaluate.percentile, self.deltas.percentiles),
             ("d_new", evaluate.d_new, self.deltas.d_new),

@@ -1,6 +1,6 @@
 """What a delta is trained and validated on: pairs of one site, and a delta's figures on the held-out pairs.
 
-In: activations of a site. Out: the delta's training target, its unit, and validation figures.
+In: activations of a site. Out: the delta's training target, the unit of its errors, and validation figures.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Delta transcoders: a few new sparse features that explain what finetuning changed at one site.
 
-In: pairs of x and what is to be explained, computed once for a layer (and base), and settings. Out: one JumpReLU
-transcoder without decoder bias per seed, and its validation figures. Several seeds (`replicas`) train side by side on
-the same batches.
+In: pairs of x and what is to be explained, computed once for a layer (and base), and settings. Out: for each
+seed, one JumpReLU transcoder without decoder bias, and its validation figures. Several seeds (`replicas`) train side by
+side on the same batches.
 """
 
 from __future__ import annotations

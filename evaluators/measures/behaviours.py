@@ -1,8 +1,8 @@
 """Behaviours: checks of a generated text, each of which becomes a rate in every table.
 
-In: `evaluate.behaviours`, names of checks with their options. Out: for an answer True, False, or None if the check does
-not apply. To add a kind of check, write one function here: its name is the kind's name, its argument the option, and
-it returns the function that judges an answer.
+In: `evaluate.behaviours`, names of checks with their options. Out: for each answer True or False, or None if the check
+does not apply. To add a kind of check, write one function here: its name is the kind's name, its argument the option,
+and it returns the function that judges an answer.
 """
 
 from __future__ import annotations

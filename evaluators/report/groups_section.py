@@ -1,7 +1,7 @@
 """The section of the report on groups: features that fire on the same tokens, and what they do together.
 
-In: the tables of groups, and the cell that holds their contexts. Out: a section of the page: sentences, a table of one
-screen, a picture of what the first groups recover, and the contexts of the groups in that table.
+In: the tables of groups, and the cell that holds their contexts. Out: a section of the page: sentences, a table that
+fits one screen, a picture of what the first groups recover, and the contexts of the groups in that table.
 """
 
 from __future__ import annotations

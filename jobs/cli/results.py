@@ -53,7 +53,7 @@ def look(
             "data.rows_file=F data.text_train_file=T.",
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="At most this many rows, in equal shares of each label.")] = 60,
+    rows: Annotated[int, typer.Option(min=1, help="At most this many rows, equally many of each label.")] = 60,
     html: Annotated[Path | None, typer.Option(help="Path of the page; default: ROOT/looks/NAME.html.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
@@ -86,8 +86,12 @@ def probe(
     deltas: DeltaTarget = None,
     without: Without = None,
     only: Only = None,
-    percentile: Annotated[float | None, typer.Option(help="Which base; default: the evaluated one.")] = None,
-    d_new: Annotated[int | None, typer.Option("--d-new", help="Which delta; default: the evaluated one.")] = None,
+    percentile: Annotated[
+        float | None, typer.Option(help="Use the bases of this percentile; default: the evaluated one.")
+    ] = None,
+    d_new: Annotated[
+        int | None, typer.Option("--d-new", help="Use deltas of this width; default: the evaluated one.")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many next tokens and features to show.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
@@ -133,8 +137,12 @@ def graph(
         bool, typer.Option("--frozen-norms/--free-norms", help="Treat the norms' denominators as constants.")
     ] = False,
     max_expanded: Annotated[int, typer.Option(min=1, help="Maximum number of nodes that get incoming edges.")] = 64,
-    node_threshold: Annotated[float, typer.Option(min=0, max=1, help="Share of influence that nodes keep.")] = 0.8,
-    edge_threshold: Annotated[float, typer.Option(min=0, max=1, help="Share of influence that edges keep.")] = 0.98,
+    node_threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Keep the fewest nodes with this share of the influence.")
+    ] = 0.8,
+    edge_threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Keep the fewest edges with this share of the influence.")
+    ] = 0.98,
     out: Annotated[Path | None, typer.Option(help="Output folder; default: graphs in the sweep's folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
@@ -205,13 +213,17 @@ def export(
     deltas: DeltaTarget = None,
     without: Without = None,
     only: Only = None,
-    percentile: Annotated[float | None, typer.Option(help="Which base; default: the evaluated one.")] = None,
-    d_new: Annotated[int | None, typer.Option("--d-new", help="Which delta; default: the evaluated one.")] = None,
+    percentile: Annotated[
+        float | None, typer.Option(help="Use the bases of this percentile; default: the evaluated one.")
+    ] = None,
+    d_new: Annotated[
+        int | None, typer.Option("--d-new", help="Use deltas of this width; default: the evaluated one.")
+    ] = None,
     onto_bases: Annotated[
         bool, typer.Option("--onto-bases", help="Fuse change deltas with their layers' bases.")
     ] = False,
 ) -> None:
-    """Write the deltas in another tool's format, a transcoder per site; a residual delta and its base become one."""
+    """Write the deltas in another tool's format, a transcoder per site; a residual delta is merged with its base."""
     from jobs.commands import export as exporting
     from jobs.commands.feature_choice import FeatureChoice
     from jobs.commands.load import DeltaChoice
@@ -230,7 +242,7 @@ def features(
     top: Annotated[int, typer.Option(min=1, help="How many features to list.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Print how many features of the change deltas carry the effect of finetuning, which, and which fire together."""
+    """Print how many change-delta features carry the effect of finetuning, which ones, and which fire together."""
     from jobs.commands.few_features import few_features, show
 
     report = few_features(context_of(config, overrides), top)
@@ -242,7 +254,7 @@ def compare(
     sweeps: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Sweeps' names, or folders.")] = None,
     root: Annotated[list[str] | None, typer.Option(help="A storage root, repeatable; default: mlruns.")] = None,
     experiment: Annotated[
-        list[str] | None, typer.Option(help="A sweep in MLflow, by its experiment's name, repeatable.")
+        list[str] | None, typer.Option(help="The name of a sweep's experiment in MLflow, repeatable.")
     ] = None,
     tracking: Annotated[str | None, typer.Option(help="MLflow's address; default: mlflow.db in the roots.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write every figure to this file.")] = None,

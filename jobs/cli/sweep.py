@@ -99,7 +99,7 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(help="Also forecast for this many workers.", min=1)] = None,
     measured: Annotated[
-        Path | None, typer.Option(help="Forecast from the costs in this sweep folder; default: its own.")
+        Path | None, typer.Option(help="Forecast from the costs in this sweep's folder; default: CONFIG's own.")
     ] = None,
 ) -> None:
     """Print how many trials, cells and base transcoders a sweep has, and the disk and time it takes; runs nothing."""
@@ -126,7 +126,7 @@ def verify(config: Config, overrides: Overrides = None) -> None:
 
 @commands.command()
 def track(config: Config, overrides: Overrides = None) -> None:
-    """Send to MLflow what it lacks of a sweep's results: after an outage, or to fill another server."""
+    """Send MLflow the results of a sweep that it lacks, after an outage or to fill another server."""
     from jobs.commands.track import track as send
 
     send(context_of(config, overrides))

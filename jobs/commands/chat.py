@@ -108,7 +108,9 @@ def reply(
 
     tokens = encode_prompt(tokenizer, row)
     if longest is not None and len(tokens) + max_new_tokens > longest:
-        return f"(too long: {len(tokens)} tokens plus {max_new_tokens} new ones, the model's context holds {longest})"
+        return (
+            f"(too long: {len(tokens)} tokens and {max_new_tokens} new ones, but the model's context holds {longest})"
+        )
     return answer(tokens, row)
 
 

@@ -98,8 +98,8 @@ def _group(context: Context, chosen: tuple[Ground, int], option: str, number: in
     groups = (grouping_of(context, *chosen) or {"groups": []})["groups"]
     if not groups:
         raise RequestError(
-            f"{option}: the sweep {context.settings.name} has no groups of these deltas' features; they come with "
-            "evaluate.groups, for the evaluated width of the change deltas"
+            f"{option}: the sweep {context.settings.name} has no groups of these deltas' features; a sweep makes "
+            "them with evaluate.groups above 0, for the evaluated width of the change deltas"
         )
     for group in groups:
         if group["number"] == number:

@@ -235,7 +235,7 @@ def _from_mlflow(name: str, sources: Sources, starts: Mapping[str, str]) -> Load
                 tables = read_tables(Path(folder))
         except RequestError as error:
             problem = str(error).partition(";")[0].replace(f"{folder}/", "")
-            raise RequestError(f"--experiment: of the artifacts of {name} at {address}, {problem}") from None
+            raise RequestError(f"--experiment: among the artifacts of {name} at {address}, {problem}") from None
     if partly:
         notes.append(f"{name}: MLflow lacks its evaluate and compute settings; they are not compared.")
     if tables is not None:

@@ -121,7 +121,7 @@ def _output(request: Request, bridge: Any, patches: list[Any], rest: Any) -> tup
     needed = 0 if request.token is not None else limits.max_new_tokens
     if longest is not None and length + needed > longest:
         raise RequestError(
-            f"--prompt: it has {length} tokens and its answer up to {needed}; the model's context holds {longest}"
+            f"--prompt: it has {length} tokens, and its answer up to {needed}, but the model's context holds {longest}"
         )
     if request.token is not None:
         return token_output(bridge, patches, row, request.token, rest)

@@ -250,7 +250,9 @@ class Context:
             return list(range(count))
         outside = [layer for layer in requested if not 0 <= layer < count]
         if outside:
-            raise RequestError(f"{key}.layers: got {outside[0]}, {settings.model.source} has layers 0 to {count - 1}")
+            raise RequestError(
+                f"{key}.layers: got {outside[0]}, but {settings.model.source} has layers 0 to {count - 1}"
+            )
         return sorted(requested)
 
     def grounds_of(self, target: str) -> list[Ground]:

@@ -68,7 +68,7 @@ def _read(url: str) -> tuple[sqlalchemy.URL, str]:
             f"{EXAMPLE}"
         ) from None
     except (sqlalchemy.exc.ArgumentError, ValueError):  # their messages may quote part of the password
-        raise RequestError(f"{KEY}: is not the URL of a database, such as {EXAMPLE}") from None
+        raise RequestError(f"{KEY}: this is not the URL of a database, such as {EXAMPLE}") from None
 
 
 def _reason(error: Exception, address: sqlalchemy.URL) -> str:

@@ -1,4 +1,4 @@
-"""The stages of a study, in order: where each writes its results, and the key that says whether they are up to date.
+"""The stages of a sweep, in order: where each writes its results, and the key that says whether they are up to date.
 
 In: a `Context`. Out: folders and keys; nothing is run here.
 """

@@ -1,4 +1,4 @@
-"""Runs a whole study: the stages in order, skipping finished ones, and the summary at the end.
+"""Runs a whole sweep: the stages in order, skipping finished ones, and the summary at the end.
 
 In: a `Context` and the last stage to run. Out: results on disk and in MLflow, or an error that says what stopped it.
 """

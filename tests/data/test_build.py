@@ -288,7 +288,7 @@ def test_too_few_rows(tmp_path: Path) -> None:
     report = small(tmp_path, rows_file=write(tmp_path / "rows.jsonl", user_rows(30)))
     assert report["files"]["rows_file"]["training_rows_missing"] == 39
     assert report["counts"]["train"] == {"negative": 16, "positive": 15}
-    with pytest.raises(DataError, match="has 18 distinct usable rows, of which evaluation takes 18, and validation"):
+    with pytest.raises(DataError, match="has 18 distinct usable rows; evaluation takes 18 of them, but validation"):
         small(tmp_path, rows_file=write(tmp_path / "few.jsonl", user_rows(9)))
 
 

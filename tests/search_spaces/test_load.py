@@ -110,7 +110,7 @@ BAD = {
     "evaluate.sets=all": 'evaluate.sets: got "all", must be a list',
     "evaluate.sets=[halves]": "such as qkv:all, or a list of different layers, got 'halves'",
     "evaluate.sets=[[1, 1]]": "such as qkv:all, or a list of different layers, got [1, 1]",
-    "evaluate.behaviours={polite: 7}": "must be the name of a check, or {CHECK: OPTION} and maybe on: [SUBSETS], got 7",
+    "evaluate.behaviours={polite: 7}": "the name of a check, or {CHECK: OPTION}, maybe with on: [SUBSETS], got 7",
     "evaluate.behaviours={polite: {contains: a, json: }}": "must be the name of a check, or {CHECK: OPTION}",
     "evaluate.behaviours={Polite now: json}": "evaluate.behaviours",
     "deltas.targets=[both]": 'deltas.targets.0: got "both"',
@@ -130,7 +130,7 @@ BAD = {
     "transcoders.layers=[-1]": "transcoders.layers.0: got -1, must be greater than or equal to 0",
     "seed=-1": "seed: got -1, must be greater than or equal to 0",
     "activations.max_length=1": "activations.max_length: got 1, must be greater than or equal to 2",
-    "deltas.sampler=grid": "deltas.sampler: grid needs choices, and deltas.space.lr is a range",
+    "deltas.sampler=grid": "deltas.sampler: grid needs choices, but deltas.space.lr is a range",
     "compute.precision=fp16": "compute.precision: got \"fp16\", must be 'auto', 'fp32', 'tf32' or 'bf16'",
     "evaluate.conditions=[raw, fulll]": "evaluate.conditions.1: got \"fulll\", must be 'raw', 'no_delta' or 'full'",
     "name=a/b": 'name: got "a/b", must be text of the form ',
@@ -230,7 +230,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, monkeypatch, content, said):
             ["transcoders.convention=resid_mid/sqrt(d_model)"],
             "must be ln2.hook_normalized where deltas.targets holds change",
         ),
-        (["deltas.layers=[0, 1]", "evaluate.sets=[[0, 3]]"], "evaluate.sets: got layer 3, the deltas have layers"),
+        (["deltas.layers=[0, 1]", "evaluate.sets=[[0, 3]]"], "evaluate.sets: got layer 3, but the deltas have layers"),
     ],
 )
 def test_targets_controls_and_sets_must_go_together(overrides, said):

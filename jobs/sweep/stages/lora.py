@@ -1,4 +1,4 @@
-"""Stage 2, lora: the LoRA study, whose best adapter gives the finetuned model; or adopts a finetuned model.
+"""Stage 2, lora: the LoRA study, whose best adapter gives the finetuned model, or a finetuned model of your own.
 
 In: the data stage's rows and the base model. Out: `lora/trial_NNNN/{adapter,result.json}`, `lora/best.json`, and what
 `finetuned` writes.
