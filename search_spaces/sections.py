@@ -48,7 +48,7 @@ def _layers_of_set(value: Any) -> Any:
     if not is_named and not (is_layers and len(set(value)) == len(value)):
         raise ValueError(
             f"must be {', '.join(NAMED_SETS)}, one of these for a single kind of site, such as "
-            f"{next(iter(KINDS))}:all, or a list of different layers, got {value!r}"
+            f"{next(iter(KINDS))}:all, or a list of different layers"
         )
     return value
 
@@ -75,7 +75,7 @@ def _behaviour(entry: Any) -> Any:
     if isinstance(entry, dict):  # YAML 1.1 reads the key `on` as true
         entry = {"on" if key is True else key: value for key, value in entry.items()}
     if not (isinstance(entry, str) or (isinstance(entry, dict) and len(entry.keys() - {"on"}) == 1)):
-        raise ValueError(f"must be the name of a check, or {{CHECK: OPTION}}, maybe with on: [SUBSETS], got {entry!r}")
+        raise ValueError("must be the name of a check, or {CHECK: OPTION}, maybe with on: [SUBSETS]")
     return entry
 
 
