@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from data.encoding import encode_row, encode_text
@@ -34,6 +34,8 @@ ANSWERS = 12
 PARTS_ROWS = 18
 """Rows on which the ceiling by parts is measured: some sixteen models run over each."""
 
+ROWS_AT_ONCE = 9
+"""Rows in a batch where no text is written: of rows sorted by length, few at once are padded least."""
 STEPS = ("divergence", "answers", "parts", "lens")
 Step = Callable[[str], None]
 """Called with the name of each step as it ends."""
@@ -107,7 +109,7 @@ def _divergence(passes: Passes, changes: Changes, inputs: Inputs) -> list[dict[s
     return [
         {"label": row.label, "input": row.input, "n_prompt": len(ids.prompt), **_as_texts(tokenizer, kl)}
         for row, ids, kl in zip(
-            inputs.rows, encoded, token_kl(passes, changes, [row.ids for row in encoded]), strict=True
+            inputs.rows, encoded, token_kl(_few_rows(passes), changes, [row.ids for row in encoded]), strict=True
         )
     ]
 
@@ -147,17 +149,29 @@ def _answers(passes: Passes, changes: Changes, inputs: Inputs) -> list[dict[str,
 
 
 def _parts(passes: Passes, changes: Changes, inputs: Inputs) -> list[dict[str, Any]]:
+    """All subsets run together; each gets a cell of its own."""
     chosen = spread(inputs.rows, PARTS_ROWS)
-    return [
-        {"kind": "parts", "subset": label}
-        | parts_ceiling(passes, changes, [row for row in chosen if row.label == label])
-        for label in dict.fromkeys(row.label for row in chosen)
-    ]
+    ceiling = parts_ceiling(_few_rows(passes), changes, chosen)
+    cells = []
+    for label in dict.fromkeys(row.label for row in chosen):
+        members = [index for index, row in enumerate(chosen) if row.label == label]
+
+        def of_label(rows: Sequence[Any], members: Sequence[int] = members) -> list[dict[str, Any]]:
+            return [{**rows[index], "index": number} for number, index in enumerate(members)]
+
+        ends = {model: of_label(ceiling[model]) for model in (FINETUNED, UNFINETUNED)}
+        parts = [{**part, "rows": of_label(part["rows"])} for part in ceiling["parts"]]
+        cells.append({"kind": "parts", "subset": label, **ends, "parts": parts})
+    return cells
+
+
+def _few_rows(passes: Passes) -> Passes:
+    return replace(passes, batch_size=min(passes.batch_size, ROWS_AT_ONCE))
 
 
 def _lens(passes: Passes, changes: Changes, inputs: Inputs) -> list[dict[str, Any]]:
     tokenizer = passes.bridge.tokenizer
-    readings = mean_difference_lens(passes, changes, [encode_text(tokenizer, text) for text in inputs.texts])
+    readings = mean_difference_lens(_few_rows(passes), changes, [encode_text(tokenizer, text) for text in inputs.texts])
     return [
         reading._asdict()
         | {
