@@ -278,7 +278,7 @@ def _suggest(request: Request) -> dict[str, Any]:
         planned = dict(plan_rows(Context(settings, Progress(Console(quiet=True)))))
     except (RequestError, ModelError) as error:
         return {"command": command, "refused": str(error), "plan": {}}
-    shown = ("change deltas", "delta groups", "evaluation", "disk", "time")
+    shown = ("change deltas", "delta studies", "evaluation", "disk", "time")
     return {"command": command, "plan": {name: planned[name] for name in shown if name in planned}}
 
 

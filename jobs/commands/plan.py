@@ -37,7 +37,7 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
         ("model", settings.model.source),
         finetuned_row(context),
         *((f"{target} deltas", _deltas(context, target)) for target in deltas.targets),
-        ("delta groups", f"{groups}, {groups * deltas.trials} trials"),
+        ("delta studies", f"{groups}, {groups * deltas.trials} trials"),
         ("evaluation", f"{cells} cells, {prompts} prompts"),
         ("disk", _disk(context)),
         *_reads(context),
