@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,7 @@ from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, forward, in_slices
 from evaluators.splice.teacher_forcing import Job, Scored, agreed, prepare
 from models.bridge import device_of
+from models.packed import packed
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -134,7 +136,9 @@ def decode(
     """
     results: dict[int, list[int]] = {}
     order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.prompt), i))
-    with spliced(passes.bridge, edit) as splice:
+    model: Any = passes.bridge.original_model
+    pack = jobs and passes.shortcuts.pack_weights
+    with spliced(passes.bridge, edit) as splice, packed(model) if pack else nullcontext():
 
         def run(chosen: Sequence[int]) -> None:
             decoding = _Decoding(passes, splice, [jobs[i] for i in chosen], [begun[i] for i in chosen], stop, use_cache)

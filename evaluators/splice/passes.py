@@ -54,6 +54,8 @@ class Shortcuts:
     stop_early: bool = True
     """Decoding a row ends with EOS or a closed call, and another row takes its place; else every row is decoded to the
     budget and cut afterwards."""
+    pack_weights: bool = True
+    """On a CPU, decoding reads the weights from copies in a faster order (`models.packed`)."""
 
     @classmethod
     def none(cls) -> Shortcuts:
