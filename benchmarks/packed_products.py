@@ -47,7 +47,8 @@ def main(
     loaded, tokenizer = load_model(model, torch.float32, "cpu")
     texts = [encode_text(tokenizer, text)[:8] for text in neutral_texts()[0]]
     ids = torch.tensor([text for text in texts if len(text) == 8][:rows])
-    plain, fast, outputs = [], [], []
+    plain, fast = list[tuple[float, float]](), list[tuple[float, float]]()
+    outputs = []
     for _ in range(REPEATS):
         for seconds, way in ((plain, nullcontext()), (fast, packed(loaded))):
             start = time.perf_counter()

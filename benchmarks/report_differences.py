@@ -22,11 +22,11 @@ TIMES = ("seconds", "cpu_seconds")
 
 
 class Difference(NamedTuple):
-    """A column: how many figures differ, by how much at most, and the largest share of half an interval (NaN if the
+    """A column: how many of its figures differ, by how much at most, and the largest share of half an interval (NaN if the
     column has no intervals)."""
 
     column: str
-    count: int
+    number: int
     largest: float
     share: float
 
@@ -74,10 +74,10 @@ def main(
         except ValueError as error:
             typer.echo(f"{name}: {error}")
             continue
-        typer.echo(f"{name}: {first.size} values, {sum(column.count for column in differing)} differ")
+        typer.echo(f"{name}: {first.size} values, {sum(column.number for column in differing)} differ")
         for column in differing:
             share = "" if np.isnan(column.share) else f", at most {column.share:.2g} of half an interval"
-            typer.echo(f"  {column.column}: {column.count}, by at most {column.largest:.3g}{share}")
+            typer.echo(f"  {column.column}: {column.number}, by at most {column.largest:.3g}{share}")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def _drawn(table: pd.DataFrame) -> list[str]:
 
 def graphs(report: Path) -> list[dict[str, Any]]:
     """Of each graph its size, and the correlation of its edges with what removing their start does."""
-    table, rows = read(report, "graphs"), []
+    table, rows = read(report, "graphs"), list[dict[str, Any]]()
     if table.empty:
         return rows
     table = table.assign(number=table.groupby("subset").cumcount() + 1)

@@ -43,10 +43,7 @@ def packed(model: nn.Module) -> Iterator[None]:
     """Inside the `with`, the model's fp32 linear layers on a CPU compute by oneDNN. Gradients are not tracked, and no
     weight may change. Does nothing on another device, in another dtype, for a large model, or where torch has no
     oneDNN."""
-    layers = [module for module in model.modules() if type(module) is nn.Linear and _can_be_packed(module.weight)]
-    if not layers or not _available() or sum(layer.weight.nbytes for layer in layers) > MOST_BYTES:
-        yield
-        return
+    layers = _layers(model)
     for layer in layers:  # in __dict__: assigning an attribute of a module would look for parameters first
         layer.__dict__["forward"] = _product(_copy_of(layer), layer.bias)
     try:
@@ -56,8 +53,17 @@ def packed(model: nn.Module) -> Iterator[None]:
             del layer.__dict__["forward"]
 
 
-def _available() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+def is_packed(model: nn.Module) -> bool:
+    """Whether all copies that `packed` would use are there already, so that it costs nothing."""
+    return all((found := _COPIES.get(layer)) is not None and found.is_of(layer.weight) for layer in _layers(model))
+
+
+def _layers(model: nn.Module) -> list[nn.Linear]:
+    """The layers to compute by oneDNN; none where it is not to be had, or the copies would be too large."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return []
+    layers = [module for module in model.modules() if type(module) is nn.Linear and _can_be_packed(module.weight)]
+    return layers if sum(layer.weight.nbytes for layer in layers) <= MOST_BYTES else []
 
 
 def _can_be_packed(weight: Tensor) -> bool:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, forward, in_slices
 from evaluators.splice.teacher_forcing import Job, Scored, agreed, prepare
 from models.bridge import device_of
-from models.packed import packed
+from models.packed import is_packed, packed
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -37,6 +38,9 @@ PADDED = 8
 DRAFTED = 16
 """Tokens that a step may draft ahead, over all its rows: about as many as take no longer than one, since a step reads
 every weight anyway."""
+
+PLAIN_STEPS = 6
+"""Steps before the weights are packed: about as many as the copies cost."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,7 @@ def decode(
     """
     results: dict[int, list[int]] = {}
     order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.prompt), i))
-    model: Any = passes.bridge.original_model
-    pack = jobs and passes.shortcuts.pack_weights
-    with spliced(passes.bridge, edit) as splice, packed(model) if pack else nullcontext():
+    with spliced(passes.bridge, edit) as splice:
 
         def run(chosen: Sequence[int]) -> None:
             decoding = _Decoding(passes, splice, [jobs[i] for i in chosen], [begun[i] for i in chosen], stop, use_cache)
@@ -200,16 +202,23 @@ class _Decoding:
     def outputs(self) -> list[list[int]]:
         """The outputs of all rows; without `stop_early` they are decoded up to the budget and then cut."""
         running: _Running | None = None
-        while self._waiting or running is not None:
-            if running is None or self._has_room(running):
-                started = self._start(running)
-                if not started.seen.ids.shape[1]:
-                    started = self._step(started, drafted=False)
-                running = started if running is None else self._joined(running, started)
-            else:
-                running = self._step(running)
-            still = [index for index, row in enumerate(running.rows) if self._is_open(row)]
-            running = running.only(still) if still else None
+        model: Any = self.passes.bridge.original_model
+        with ExitStack() as stack:
+            packs_at = PLAIN_STEPS if self._waiting and not is_packed(model) else 0
+            for number in count():
+                if not self._waiting and running is None:
+                    break
+                if number == packs_at and self.passes.shortcuts.pack_weights:
+                    stack.enter_context(packed(model))
+                if running is None or self._has_room(running):
+                    started = self._start(running)
+                    if not started.seen.ids.shape[1]:
+                        started = self._step(started, drafted=False)
+                    running = started if running is None else self._joined(running, started)
+                else:
+                    running = self._step(running)
+                still = [index for index, row in enumerate(running.rows) if self._is_open(row)]
+                running = running.only(still) if still else None
         return [self.stop.cut(output) or output for output in self._outputs]
 
     def _is_open(self, row: int) -> bool:

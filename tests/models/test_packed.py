@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models import packed as file
-from models.packed import packed
+from models.packed import is_packed, packed
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -72,10 +72,14 @@ def test_memory_that_was_freed_and_used_again_is_packed_anew() -> None:
 
 def test_a_copy_is_made_once() -> None:
     layers = model()
+    assert not is_packed(layers)
     with packed(layers):
         first = file._COPIES[layers[0]]
+    assert is_packed(layers)
     with packed(layers):
         assert file._COPIES[layers[0]] is first
+    layers[2].weight.data = torch.randn(24, 72)
+    assert not is_packed(layers)
 
 
 def test_the_layers_are_as_before_after_an_error() -> None:

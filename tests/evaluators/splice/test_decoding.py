@@ -15,6 +15,7 @@ from evaluators.splice.limits import Limits
 from evaluators.splice.passes import ALL, Passes
 from evaluators.splice.teacher_forcing import Job, score
 from models.bridge import hooked
+from models.packed import packed
 
 BUDGET = 7
 PLACES = ("patch", "patches")
@@ -150,6 +151,20 @@ def test_every_way_to_generate_gives_the_tokens_of_the_splice_by_hand(subject, s
         guessing = [dataclasses.replace(job, guess=guess) for job, guess in zip(full, guesses, strict=True)]
         scored = score(subject.passes, Edit(patches, condition), guessing)
         assert generate(subject.passes, edit, guessing, scored, stop) == expected
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("condition", ["raw", "full"])
+def test_weights_may_be_packed_from_any_step_on(subject, stop, by_hand, condition, steps, monkeypatch):
+    """Every edit has its own weights, so the copies made for one are not used for the next."""
+    monkeypatch.setattr(decoding, "PLAIN_STEPS", steps)
+    entered = []
+    monkeypatch.setattr(decoding, "packed", lambda model: entered.append(model) or packed(model))
+    for patches in (getattr(subject, place) for place in PLACES):
+        reference = by_hand(subject.plain, patches, condition, 1.0)
+        expected = [reference.greedy(row.prompt, {subject.tokenizer.eos_token_id}, BUDGET) for row in subject.encoded]
+        assert decode(subject.passes, Edit(patches, condition), *bare(subject), stop) == expected
+    assert len(entered) == len(PLACES)
 
 
 def test_raw_output_is_what_transformers_generates(subject, stop):
