@@ -22,8 +22,8 @@ TIMES = ("seconds", "cpu_seconds")
 
 
 class Difference(NamedTuple):
-    """A column: how many of its figures differ, by how much at most, and the largest share of half an interval (NaN if the
-    column has no intervals)."""
+    """A column: how many of its figures differ, by how much at most, and by which share of half an interval at most
+    (NaN for a column without intervals)."""
 
     column: str
     number: int
