@@ -35,6 +35,14 @@ SCORING = ("edited_behaviour", "group_effects", "single_features", "curve")
 """Modules of `evaluators.measures` that score rows and decode answers."""
 
 
+def _packed(x: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+    """FLOPs of a product with packed weights, which torch does not count by itself."""
+    return 2 * x.numel() * out_shape[-1]
+
+
+PACKED = {torch.ops.mkldnn._linear_pointwise: _packed} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}
+
+
 @dataclass
 class Needed:
     """FLOPs of the products with weights that any exact method needs. Kinds that neither score rows nor decode answers
@@ -166,7 +174,7 @@ def main(
             again = replace(work, shared=replace(work.shared, cells=_copied(Path(work.shared.cells), Path(folder))))
             seconds, _ = timed(partial(again.compute, model, rows), context.device)
             needed = Needed(model)
-            with needed.counting(), FlopCounterMode(display=False) as counted:
+            with needed.counting(), FlopCounterMode(display=False, custom_mapping=PACKED) as counted:
                 again.compute(model, rows)
             if kind == "Parts":
                 needed.parts(work, rows)
