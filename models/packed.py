@@ -1,8 +1,8 @@
 """A model's linear layers on a CPU, computed from weights in the order in which oneDNN reads them.
 
 In: a model whose weights stay as they are for a while. Out: inside `packed`, its linear layers give the same products,
-rounded otherwise in the last bits: with the few rows of a step of decoding in a half to two thirds of the time, with
-hundreds of rows as fast as before or a little faster.
+rounded differently in the last bits. With the few rows of a step of decoding they are faster
+(`benchmarks.packed_products`), with hundreds of rows about as fast as before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 MOST_BYTES = 2**32
 """A model whose linear weights have more bytes than this is left as it is, since the copies take as much memory."""
 ROWS = 16
-"""Rows that the order of the weights is chosen for; with others it is as good."""
+"""Number of rows for which oneDNN chooses the order of the weights; it serves other numbers as well."""
 
 
 class _Copy(NamedTuple):

@@ -204,22 +204,24 @@ class _Decoding:
         running: _Running | None = None
         model: Any = self.passes.bridge.original_model
         with ExitStack() as stack:
-            packs_at = PLAIN_STEPS if self._waiting and not is_packed(model) else 0
-            for number in count():
-                if not self._waiting and running is None:
-                    break
-                if number == packs_at and self.passes.shortcuts.pack_weights:
+            steps, packs_at = count(), 0 if is_packed(model) else PLAIN_STEPS
+            while self._waiting or running is not None:
+                if next(steps) == packs_at and self.passes.shortcuts.pack_weights:
                     stack.enter_context(packed(model))
-                if running is None or self._has_room(running):
-                    started = self._start(running)
-                    if not started.seen.ids.shape[1]:
-                        started = self._step(started, drafted=False)
-                    running = started if running is None else self._joined(running, started)
-                else:
-                    running = self._step(running)
-                still = [index for index, row in enumerate(running.rows) if self._is_open(row)]
-                running = running.only(still) if still else None
+                running = self._advanced(running)
         return [self.stop.cut(output) or output for output in self._outputs]
+
+    def _advanced(self, running: _Running | None) -> _Running | None:
+        """Lets rows that wait begin, if there is room, or takes a step; the rows that are still open after it."""
+        if running is None or self._has_room(running):
+            started = self._start(running)
+            if not started.seen.ids.shape[1]:
+                started = self._step(started, drafted=False)
+            running = started if running is None else self._joined(running, started)
+        else:
+            running = self._step(running)
+        still = [index for index, row in enumerate(running.rows) if self._is_open(row)]
+        return running.only(still) if still else None
 
     def _is_open(self, row: int) -> bool:
         output = self._outputs[row]

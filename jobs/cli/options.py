@@ -30,6 +30,8 @@ Address = Annotated[
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Join a cluster even if it can be used without a token.")]
 DeltaTarget = Annotated[str | None, typer.Option(help="change or residual; default: the first of deltas.targets.")]
+Percentile = Annotated[float | None, typer.Option(help="Use the bases of this percentile; default: the evaluated one.")]
+Width = Annotated[int | None, typer.Option("--d-new", help="Use deltas of this width; default: the evaluated one.")]
 Without = Annotated[
     list[str] | None, typer.Option(help="A feature (L17F042) or group ('group 3') to leave out, repeatable.")
 ]

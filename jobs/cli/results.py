@@ -11,7 +11,17 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import Config, DeltaTarget, Only, Overrides, Without, check_strengths, context_of
+from jobs.cli.options import (
+    Config,
+    DeltaTarget,
+    Only,
+    Overrides,
+    Percentile,
+    Width,
+    Without,
+    check_strengths,
+    context_of,
+)
 from jobs.errors import RequestError
 
 commands = typer.Typer()
@@ -86,12 +96,8 @@ def probe(
     deltas: DeltaTarget = None,
     without: Without = None,
     only: Only = None,
-    percentile: Annotated[
-        float | None, typer.Option(help="Use the bases of this percentile; default: the evaluated one.")
-    ] = None,
-    d_new: Annotated[
-        int | None, typer.Option("--d-new", help="Use deltas of this width; default: the evaluated one.")
-    ] = None,
+    percentile: Percentile = None,
+    d_new: Width = None,
     top: Annotated[int, typer.Option(min=1, help="How many next tokens and features to show.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
@@ -213,12 +219,8 @@ def export(
     deltas: DeltaTarget = None,
     without: Without = None,
     only: Only = None,
-    percentile: Annotated[
-        float | None, typer.Option(help="Use the bases of this percentile; default: the evaluated one.")
-    ] = None,
-    d_new: Annotated[
-        int | None, typer.Option("--d-new", help="Use deltas of this width; default: the evaluated one.")
-    ] = None,
+    percentile: Percentile = None,
+    d_new: Width = None,
     onto_bases: Annotated[
         bool, typer.Option("--onto-bases", help="Fuse change deltas with their layers' bases.")
     ] = False,
