@@ -99,13 +99,13 @@ class Edit:
 
 
 class Outputs(NamedTuple):
-    """A patch's results for some tokens: outputs of ground and delta (tokens, d_out), sums of |activation| (tokens,),
-    and the delta's activations (tokens, d_new). `delta` is None until it is known which features are on."""
+    """A patch's results for some tokens: outputs of ground and delta (tokens, d_out), the sums of a base transcoder's
+    activations (tokens,), if they are recorded, and the delta's activations (tokens, d_new). `delta` is None until it
+    is known which features are on."""
 
     ground: Tensor
     delta: Tensor | None
-    base_acts: Tensor
-    delta_acts: Tensor
+    base_acts: Tensor | None
     features: Tensor
 
     def take(self, tokens: Tensor) -> Outputs:
@@ -289,13 +289,13 @@ class Splice:
         """A patch's outputs for x (tokens, d_in) and y (tokens, d_out), with all its features on at tokens that are
         `edited` (all if None); `bos` (tokens,) marks BOS. If the ground is a path, `y` is already its output."""
         if patch.base is None:
-            ground, ground_acts = y.float(), y.new_zeros(len(y), dtype=torch.float32)
+            ground, base_acts = y.float(), None
         else:
             acts = patch.base.encode(x)
-            ground, ground_acts = patch.base.decode(acts), acts.abs().sum(1)
+            ground, base_acts = patch.base.decode(acts), acts.abs().sum(1) if self.record else None
         if patch.delta is None or not self.condition.uses_delta:
             nothing = ground.new_zeros(len(y), patch.ground.d_out)
-            return Outputs(ground, nothing, ground_acts, nothing[:, 0], nothing[:, :0])
+            return Outputs(ground, nothing, base_acts, nothing[:, :0])
         delta_acts = patch.delta.encode(x)
         if self._with_bos:
             at_bos = patch.delta.at_bos
@@ -307,8 +307,8 @@ class Splice:
         if edited is not None:
             delta_acts = delta_acts * edited
         if self._kept is not None and patch.pool is None:
-            return Outputs(ground, None, ground_acts, delta_acts[:, 0], delta_acts)
-        return Outputs(ground, patch.delta.decode(delta_acts), ground_acts, delta_acts.abs().sum(1), delta_acts)
+            return Outputs(ground, None, base_acts, delta_acts)
+        return Outputs(ground, patch.delta.decode(delta_acts), base_acts, delta_acts)
 
     def _of_row(self, patch: Patch, outputs: Outputs, tokens: _Tokens) -> Outputs:
         """`outputs` with the rows' own edits: the delta's output taken from the patch's pool, or of some features."""
@@ -323,13 +323,14 @@ class Splice:
         first, end, outside = self._kept.unsqueeze(2).unbind(1)
         on = ((patch.ranks >= first) & (patch.ranks < end)) != outside.bool()
         acts = outputs.features * (on | (patch.ranks < 0))[tokens.lines]
-        return outputs._replace(delta=patch.delta.decode(acts), delta_acts=acts.abs().sum(1), features=acts)
+        return outputs._replace(delta=patch.delta.decode(acts), features=acts)
 
     def _note(self, outputs: Outputs, tokens: _Tokens) -> None:
         """Adds up the activations at tokens after BOS."""
         if self.record:
-            self.base_acts.index_add_(0, tokens.lines, outputs.base_acts * ~tokens.bos)
-            self.delta_acts.index_add_(0, tokens.lines, outputs.delta_acts * ~tokens.bos)
+            if outputs.base_acts is not None:
+                self.base_acts.index_add_(0, tokens.lines, outputs.base_acts * ~tokens.bos)
+            self.delta_acts.index_add_(0, tokens.lines, outputs.features.abs().sum(1) * ~tokens.bos)
 
     def _replaced(self, y: Tensor, outputs: Outputs, tokens: _Tokens) -> Tensor:
         """What replaces `y`, (tokens, width of y) fp32, at these tokens."""
