@@ -37,3 +37,11 @@ def test_the_knob_by_hand(finished: tuple[Path, Any], alpha: float) -> None:
     table = plain_knob.compare(finished[0] / "sweeps/tiny", finished[0] / "models", [alpha])
     assert set(table["subset"]) == {"tool", "copy", "tool_ood"}
     assert table["by_hand"].to_list() == pytest.approx(table["of_the_sweep"].to_list(), rel=plain_knob.ROUNDING)
+
+
+def test_a_part_and_the_first_groups_by_hand(finished: tuple[Path, Any]) -> None:
+    """The ceiling by parts, and what groups recover alone, from the files and plain transformers."""
+    where = finished[0] / "sweeps/tiny", finished[0] / "models"
+    for table in (plain_knob.compare_parts(*where), plain_knob.compare_groups(*where, 1)):
+        assert set(table["subset"]) == {"tool", "copy", "tool_ood"}
+        assert table["by_hand"].to_list() == pytest.approx(table["of_the_sweep"].to_list(), rel=plain_knob.ROUNDING)
