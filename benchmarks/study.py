@@ -3,9 +3,9 @@
     python -m benchmarks.study collect [--root mlruns]
     python -m benchmarks.study write
 
-In: the finished sweeps of `ADAPTERS`, such as `study-sN` (LoRA on all linear layers) for seed N, and `study-polish-sN`
-if there is one. Out: `collect` writes `docs/study/*.csv`, a row for each adapter and figure, and pictures next to them;
-`write` inserts the tables made from these files into `docs/study.md`.
+In: the finished sweeps of `ADAPTERS`, such as `study-sN` (LoRA on all linear layers) for seed N. Out: `collect` writes
+`docs/study/*.csv`, a row for each model and figure, and pictures next to them; `write` inserts the tables made from
+these files into `docs/study.md`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from benchmarks.study_polish import polish
 from evaluators.tables.recovery import widest_set
 from sites import Site
 
@@ -252,18 +251,6 @@ def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")
     groups = [read(report, "groups").assign(adapter=adapter, seed=seed) for (adapter, seed), report in reports.items()]
     of_groups = [*("adapter", "seed", "group", "n_features", "n_qkv", "n_o", "n_mlp", "layers"), "fires_on", "promoted"]
     save("groups", pd.concat(groups).reindex(columns=of_groups))
-    pairs = {
-        key: (report.parent, other)
-        for key, report in reports.items()
-        if (other := report.parent.with_name("-polish-s".join(report.parent.name.rsplit("-s", 1)))).is_dir()
-    }
-    rows = [{"adapter": key[0], "seed": key[1], **row} for key, pair in pairs.items() for row in polish(*pair)]
-    save("polish", pd.DataFrame(rows, columns=COLUMNS))
-    cards = [read(report, "features").assign(adapter=adapter, seed=seed) for (adapter, seed), report in reports.items()]
-    few_columns = ["adapter", "seed", "layer", "feature", "rank", "at_bos", "promoted"]
-    table = pd.concat(cards)
-    effects = [name for name in table if re.fullmatch(r"(ablated|alone)_ce_\w+|firing_rate_\w+", name)]
-    save("cards", table[[*few_columns, *effects]])
     write_pictures(FOLDER)
     typer.echo(f"{len(reports)} adapters: {FOLDER}")
 

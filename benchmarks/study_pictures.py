@@ -1,6 +1,6 @@
 """Pictures over several adapters, from the files that `benchmarks.study` collects.
 
-In: the folder of the files. Out: `knob.png`, `widths.png` and `layers.png` next to them, in the style of the reports.
+In: the folder of the files. Out: `knob.png` and `groups.png` next to them, in the style of the reports.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from evaluators.report.figures import DPI, MUTED, finish, look, panels, plain
 
 METRICS = {"mean_ce": "CE (nats per target token)", "tool_call_rate": "share of prompts: calls"}
+SUBSETS = ("tool", "copy", "tool_ood")
 
 
 def split(table: pd.DataFrame, *names: str) -> pd.DataFrame:
@@ -24,7 +25,8 @@ def split(table: pd.DataFrame, *names: str) -> pd.DataFrame:
 def knob(doses: pd.DataFrame) -> Figure:
     """CE and calls against alpha, one line per adapter; the dense knob is dotted."""
     doses = split(doses, "metric", "series", "alpha")
-    subsets, adapters = list(doses["subset"].unique()), list(doses["adapter"].unique())
+    doses = doses[doses["subset"].isin(SUBSETS)]
+    subsets, adapters = list(SUBSETS), list(doses["adapter"].unique())
     figure, grid = panels(len(METRICS) * len(subsets), columns=len(subsets), height=2.7)
     for index, axes in enumerate(grid):
         subset, metric = subsets[index % len(subsets)], list(METRICS)[index // len(subsets)]
@@ -47,60 +49,34 @@ def knob(doses: pd.DataFrame) -> Figure:
             axes.set_ylim(bottom=0)
         if index % len(subsets) == 0:
             axes.set_ylabel(METRICS[metric])
-    return finish(figure, grid[0], "one line an adapter; alpha 0: un-finetuned MLPs")
+    return finish(figure, grid[0], "one line a model; alpha 0: its sites un-finetuned")
 
 
-def widths(table: pd.DataFrame) -> Figure:
-    """The recovered share of the CE gap by width: the mean over adapters and their range."""
-    table = split(table, "series", "width")
-    table = table.assign(width=table["width"].astype(int))
-    places = table[["adapter", "subset"]].drop_duplicates().itertuples(index=False)
-    shown = [(adapter, subset) for adapter, subset in places]
-    figure, grid = panels(len(shown), columns=table["subset"].nunique(), height=2.7)
-    for axes, (adapter, subset) in zip(grid, shown, strict=True):
-        panel_rows = table[(table["adapter"] == adapter) & (table["subset"] == subset)]
-        for number, (series, lines) in enumerate(panel_rows.groupby("series", sort=False)):
-            colour, marker = look(number)
-            spread = lines.groupby("width")["value"].agg(["mean", "min", "max"])
-            axes.plot(spread.index, spread["mean"], color=colour, marker=marker, label=str(series))
-            axes.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.15, linewidth=0)
+def groups(table: pd.DataFrame) -> Figure:
+    """What the first groups recover, against as many random features: a panel for each adapter and subset."""
+    table = split(table, "of", "number").astype({"number": int})
+    table = table[table["subset"].isin(("tool", "tool_ood", "polite"))]
+    panes = list(table[["adapter", "subset"]].drop_duplicates().itertuples(index=False, name=None))
+    figure, grid = panels(len(panes), columns=4, height=2.5)
+    for axes, (adapter, subset) in zip(grid, panes, strict=True):
+        of_panel = table[(table["adapter"] == adapter) & (table["subset"] == subset)]
+        for index, (of, label) in enumerate({"groups": "groups", "random": "as many random features"}.items()):
+            colour, marker = look(index)
+            for seed, lines in of_panel[of_panel["of"] == of].groupby("seed"):
+                axes.plot(
+                    lines["number"], lines["value"], color=colour, marker=marker, markersize=3, linewidth=1,
+                    label=label if seed == of_panel["seed"].min() else None,
+                )  # fmt: skip
         axes.axhline(1, color=MUTED, linewidth=1)
-        axes.set_xscale("log", base=2)
-        tried = sorted(panel_rows["width"].unique())
-        axes.set_xticks(tried, [str(width) for width in tried])
-        axes.set(title=f"{adapter}, {plain(subset)}", xlabel="d_new, features a layer")
-        axes.set_ylim(-0.05, 1.1)
+        axes.set_xscale("symlog", base=2, linthresh=1)
+        numbers = [0, 1, 2, 4, 8, 16]
+        axes.set_xticks(numbers, [str(number) for number in numbers])
+        axes.set(title=f"{adapter}, {plain(subset)}", xlabel="groups that are on", xlim=(-0.2, None))
     grid[0].set_ylabel("share of the CE gap recovered")
-    return finish(figure, grid[0], "alpha 1, all layers; bands: lowest to highest adapter")
-
-
-def layers(table: pd.DataFrame) -> Figure | None:
-    """The cost of swapping each layer alone; None if no layer was swapped alone."""
-    table = split(table, "of", "layer")
-    table = table[table["layer"].str.fullmatch(r"\d+") & (table["of"] == "gap")]
-    if table.empty:
-        return None
-    adapters = list(table["adapter"].unique())
-    figure, grid = panels(len(adapters), columns=1, width=7.0, height=2.0)
-    for axes, adapter in zip(grid, adapters, strict=True):
-        for number, (subset, lines) in enumerate(table[table["adapter"] == adapter].groupby("subset", sort=False)):
-            colour, marker = look(number)
-            lines = lines.assign(layer=lines["layer"].astype(int)).sort_values("layer")
-            bars = [lines["value"] - lines["low"], lines["high"] - lines["value"]]
-            positions = lines["layer"] + 0.2 * (number - 1)
-            axes.errorbar(
-                positions, lines["value"], yerr=bars, color=colour, marker=marker, markersize=3, linestyle="none",
-                label=plain(str(subset)),
-            )  # fmt: skip
-        axes.axhline(0, color=MUTED, linewidth=1)
-        axes.set_ylabel(f"{adapter}:\nCE gap (nats)")
-    grid[-1].set_xlabel("the one layer whose MLP is un-finetuned")
-    seeds = ", ".join(map(str, sorted(table["seed"].unique())))
-    return finish(figure, grid[0], f"seed {seeds}; bars: paired bootstrap 95% over prompts")
+    return finish(figure, grid[0], "one line a model; 0: the features at BOS alone")
 
 
 def write_pictures(folder: Path) -> None:
-    for name, make, table in (("knob", knob, "doses"), ("widths", widths, "widths"), ("layers", layers, "places")):
+    for name, make, table in (("knob", knob, "doses"), ("groups", groups, "few_groups")):
         figure = make(pd.read_csv(folder / f"{table}.csv"))
-        if figure is not None:
-            figure.savefig(folder / f"{name}.png", dpi=DPI, facecolor="white", metadata={"Software": None})
+        figure.savefig(folder / f"{name}.png", dpi=DPI, facecolor="white", metadata={"Software": None})

@@ -1,24 +1,42 @@
 """Tables over several adapters, from the files that `benchmarks.study` collects.
 
-In: the folder of the files. Out: Markdown tables by name. The brackets of a figure are its 95% interval over prompts;
-those of a mean over adapters a t-interval over adapters (`mean_over`), which shows how much three adapters can tell.
+In: the folder of the files. Out: Markdown tables by name. The brackets of one model's figure are its 95% interval over
+prompts; those of a mean over models, made with different seeds, a t-interval over models (`mean_over`), which shows how
+much so few of them can tell.
 """
 
 from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from benchmarks.study_groups import TOKEN, agreement
+from benchmarks.study_groups import TOKEN, Agreement, agreement
 
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 """Student's t for a two-sided 95% interval, by the number of values."""
 NONE = "-"
+PARTS = {
+    "patterns": "queries and keys",
+    "values": "values",
+    "output": "attention's output",
+    "mlp": "MLPs",
+    "rest": "embeddings, norms",
+}
+KINDS = {"qkv": "queries, keys, values", "o": "attention's output", "mlp": "MLPs"}
+THIRDS = ("lower third", "middle third", "upper third")
+RELATIONS = ("the seed", "what was finetuned", "the base model", "the task")
+"""What two models may differ in."""
+SHOWN_GROUPS = 4
+MAIN = {"signature": ["polite"]}
+"""The subsets that tables show where there is no room for all."""
+RATES = {"signature": "signed_rate"}
+"""The behaviour that was taught; `tool_call_rate` in all other models."""
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -32,18 +50,14 @@ def bracketed(low: float, high: float, digits: int) -> str:
     return "" if math.isnan(low) else f" [{number(low, digits)}, {number(high, digits)}]"
 
 
-def single(rows: pd.DataFrame, digits: int = 3) -> str:
-    """The value of the only row, with its interval."""
+def figure(rows: pd.DataFrame, digits: int = 3) -> str:
+    """One model's value with its interval over prompts, or the mean over models with its t-interval."""
     if rows.empty:
         return NONE
-    row = rows.iloc[0]
-    return number(row["value"], digits) + bracketed(row["low"], row["high"], digits)
-
-
-def mean_over(values: pd.Series, digits: int = 3) -> str:
-    """The mean over adapters and its t-interval."""
-    if values.empty:
-        return NONE
+    if len(rows) == 1:
+        row = rows.iloc[0]
+        return number(row["value"], digits) + bracketed(row["low"], row["high"], digits)
+    values = rows["value"]
     half = T[len(values)] * values.std() / math.sqrt(len(values)) if len(values) in T else math.nan
     return number(values.mean(), digits) + bracketed(values.mean() - half, values.mean() + half, digits)
 
@@ -53,257 +67,236 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def groups(table: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+def groups_of(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """(adapter, subset, their rows), in the order of the file."""
-    keys = table[["adapter", "subset"]].drop_duplicates().itertuples(index=False)
-    return [(name, subset, table[(table["adapter"] == name) & (table["subset"] == subset)]) for name, subset in keys]
+    for (adapter, subset), rows in table.groupby(["adapter", "subset"], sort=False):
+        yield str(adapter), str(subset), rows
 
 
-def seeds_of(table: pd.DataFrame) -> list[int]:
-    return sorted(int(seed) for seed in table["seed"].unique())
+def shown(adapter: str, subset: str) -> bool:
+    return subset in MAIN.get(adapter, ["tool", "tool_ood"])
 
 
-def by_seed(table: pd.DataFrame, what: str, name: str) -> str:
-    """One figure: a row for each adapter and subset, a column for each seed and for their mean."""
-    table = table[table["what"] == what]
-    seeds = seeds_of(table)
-    rows = []
-    for adapter, subset, group_rows in groups(table):
-        cells = [single(group_rows[group_rows["seed"] == seed]) for seed in seeds]
-        rows.append([adapter, f"`{subset}`", *cells, mean_over(group_rows["value"])])
-    return markdown(["adapters", "subset", *(f"{name}, seed {seed}" for seed in seeds), "over adapters"], rows)
-
-
-def by_what(table: pd.DataFrame, whats: dict[str, str]) -> str:
-    """Several figures as means over adapters: a row for each adapter and subset, a column for each figure."""
-    rows = [
-        [adapter, f"`{subset}`", *(mean_over(group_rows.loc[group_rows["what"] == what, "value"]) for what in whats)]
-        for adapter, subset, group_rows in groups(table)
-    ]
-    return markdown(["adapters", "subset", *whats.values()], rows)
-
-
-def read(folder: Path, name: str) -> pd.DataFrame:
-    return pd.read_csv(folder / f"{name}.csv", keep_default_na=True).fillna({"subset": ""})
+def read(folder: Path, name: str, *columns: str) -> pd.DataFrame:
+    """A file's rows; `what` is split into these columns."""
+    table = pd.read_csv(folder / f"{name}.csv", keep_default_na=True).fillna({"subset": ""})
+    if columns:
+        table[list(columns)] = table["what"].str.split(": ", expand=True)
+    return table
 
 
 def quoted(folder: Path, file: str, adapter: str, subset: str, what: str) -> str:
-    """A figure for the prose with its interval: the mean over adapters, or the value of a single one."""
+    """A figure for the prose with its interval."""
     table = read(folder, file)
     matching = table[(table["adapter"] == adapter) & (table["subset"] == subset) & (table["what"].astype(str) == what)]
     if matching.empty:
         raise KeyError(f"{file}.csv has no row of {adapter!r}, {subset!r}, {what!r}")
-    digits = 4 if matching["value"].abs().max() < 0.01 else 3
-    return single(matching, digits) if len(matching) == 1 else mean_over(matching["value"], digits)
+    return figure(matching, 4 if matching["value"].abs().max() < 0.01 else 3)
 
 
-def ceiling(folder: Path) -> str:
-    whats = {"CE finetuned": "CE finetuned", "CE swapped": "MLPs swapped", "CE un-finetuned": "un-finetuned"}
-    return by_what(read(folder, "ceiling"), whats | {"share": "MLPs' share"})
+def by_what(table: pd.DataFrame, whats: dict[str, str]) -> str:
+    """A row for each adapter and subset, a column for each figure."""
+    rows = [
+        [adapter, f"`{subset}`", *(figure(rows[rows["what"] == what]) for what in whats)]
+        for adapter, subset, rows in groups_of(table)
+    ]
+    return markdown(["finetuned", "subset", *whats.values()], rows)
 
 
-def share(folder: Path) -> str:
-    return by_seed(read(folder, "ceiling"), "share", "MLPs' share")
-
-
-def recovered(folder: Path) -> str:
-    return by_seed(read(folder, "controls"), "CE: deltas, alpha 1", "recovered")
-
-
-def widths(folder: Path) -> str:
-    table = read(folder, "widths")
-    table[["series", "width"]] = table["what"].str.split(": ", expand=True)
-    wide = sorted(int(width) for width in table["width"].unique())
-    rows = []
-    for adapter, subset, group_rows in groups(table):
-        for series, lines in group_rows.groupby("series", sort=False):
-            cells = [mean_over(lines.loc[lines["width"].astype(int) == width, "value"], 2) for width in wide]
-            rows.append([adapter, f"`{subset}`", str(series), *cells])
-    return markdown(["adapters", "subset", "in the MLPs' place", *(f"d_new {width}" for width in wide)], rows)
-
-
-def controls(folder: Path) -> str:
-    names = (
-        "deltas, alpha 1",
-        "linear map, same rank",
-        "principal directions",
-        "random directions",
-        "shuffled outputs",
-    )
-    return by_what(read(folder, "controls"), {f"CE: {name}": name for name in names})
-
-
-def dose(folder: Path) -> str:
-    table = read(folder, "doses")
-    parts = table["what"].str.split(": ", expand=True)
-    table = table.assign(metric=parts[0], series=parts[1], alpha=parts[2])
-    metrics = {"mean_ce": "CE", "kl": "KL", "tool_call_rate": "calls", "agrees_with_raw_rate": "text as finetuned"}
-    sparse = table[(table["series"] == "deltas") & table["metric"].isin(metrics)]
-    doses = sorted(sparse["alpha"].unique(), key=float)
-    rows = []
-    for adapter, subset, group_rows in groups(sparse):
-        for metric, name in metrics.items():
-            lines = group_rows[group_rows["metric"] == metric]
-            cells = [number(lines.loc[lines["alpha"] == alpha, "value"].mean(), 2) for alpha in doses]
-            rows.append([adapter, f"`{subset}`", name, *cells])
-    return markdown(["adapters", "subset", "mean of", *(f"alpha {alpha}" for alpha in doses)], rows)
-
-
-def thirds(folder: Path) -> str:
-    table = read(folder, "places")
-    table[["of", "layers"]] = table["what"].str.split(": ", expand=True)
-    table = table[table["layers"].str.contains("-")]
-    rows = []
-    for adapter, subset, group_rows in groups(table):
-        for layers, lines in group_rows.groupby("layers", sort=False):
-            cells = [mean_over(lines.loc[lines["of"] == of, "value"]) for of in ("gap", "share", "recovered")]
-            rows.append([adapter, f"`{subset}`", str(layers), *cells])
-    return markdown(["adapters", "subset", "layers", "gap", "share of the whole effect", "recovered"], rows)
-
-
-def few(folder: Path) -> str:
-    table = read(folder, "few_features")
-    table["what"] = table["what"].astype(int)
-    seeds, rows = seeds_of(table), []
-    for adapter, subset, group_rows in groups(table):
-        counts = []
-        for seed in seeds:
-            enough = group_rows[(group_rows["seed"] == seed) & (group_rows["value"] >= 0.9)]["what"]
-            counts.append(NONE if enough.empty else str(enough.min()))
-        ten = group_rows[group_rows["what"] == 16]
-        rows.append([adapter, f"`{subset}`", *counts, mean_over(ten["value"], 2)])
-    return markdown(["adapters", "subset", *(f"features for 90%, seed {seed}" for seed in seeds), "16 recover"], rows)
+def pairs(folder: Path) -> str:
+    table = read(folder, "ceiling")
+    whats = {"CE finetuned": "CE finetuned", "CE un-finetuned": "un-finetuned", "share": "share that the sites hold"}
+    rows = [
+        [adapter, str(rows["seed"].nunique()), f"`{subset}`", *(figure(rows[rows["what"] == what]) for what in whats)]
+        for adapter, subset, rows in groups_of(table)
+    ]
+    return markdown(["finetuned", "models", "subset", *whats.values()], rows)
 
 
 def parts(folder: Path) -> str:
-    """Rows: parts and thirds; columns: the share lost without it and the share that it brings alone."""
-    table = read(folder, "parts")
-    table[["way", "part", "layers"]] = table["what"].str.split(": ", expand=True)
-    rows = []
-    for adapter, subset, group_rows in groups(table):
-        for (part, layers), lines in group_rows.groupby(["part", "layers"], sort=False):
-            cells = (mean_over(lines.loc[lines["way"] == way, "value"]) for way in ("unfinetuned", "finetuned"))
-            rows.append([adapter, f"`{subset}`", part if layers == "all" else f"layers {layers}", *cells])
-    return markdown(["finetuned", "subset", "part", "lost without it", "brought alone"], rows)
+    """A row for each part or third; columns: what is lost without it, and what it brings alone, by adapter."""
+    table = read(folder, "parts", "way", "part", "layers")
+    main = table["adapter"].map(lambda adapter: MAIN.get(adapter, ["tool"])[0])
+    table = table[table["subset"] == main]
+    start = table["layers"].str.partition("-")[0].where(table["layers"] != "all")
+    third = start.astype(float).groupby(table["adapter"]).rank("dense").map(dict(enumerate(THIRDS, start=1)))
+    table["title"] = third.fillna(table["part"].map(PARTS))
+    adapters, rows = list(table["adapter"].unique()), []
+    for way, name in {"unfinetuned": "lost without", "finetuned": "brought alone"}.items():
+        for title in [*PARTS.values(), *THIRDS]:
+            lines = table[(table["way"] == way) & (table["title"] == title)]
+            if len(lines):
+                rows.append([name, title, *(figure(lines[lines["adapter"] == adapter]) for adapter in adapters)])
+    return markdown(["share", "of", *adapters], rows)
+
+
+def controls(folder: Path) -> str:
+    """What is recovered of the cross-entropy at alpha 1, by the deltas and by what stands in their place."""
+    columns = {
+        "widths": {"deltas, alpha 1: 8": "deltas, d_new 8"},
+        "controls": {
+            "CE: deltas, alpha 1": "widest deltas",
+            "CE: linear map, same rank": "linear map, same rank",
+            "CE: principal directions": "principal directions",
+            "CE: random directions": "random directions",
+            "CE: shuffled outputs": "shuffled outputs",
+        },
+    }
+    tables = [read(folder, name)[lambda table, name=name: table["what"].isin(columns[name])] for name in columns]
+    return by_what(pd.concat(tables), columns["widths"] | columns["controls"])
 
 
 def kinds(folder: Path) -> str:
-    table = read(folder, "kinds")
-    table[["kind", "width"]] = table["what"].str.split(": ", expand=True)
-    wide = sorted(int(width) for width in table["width"].unique())
+    """The share of the change that is explained on held-out text, by kind of site and width."""
+    table = read(folder, "kinds", "kind", "width")
+    wide = sorted(table["width"].unique(), key=int)
     rows = [
-        [adapter, kind, *(mean_over(lines.loc[lines["width"] == str(width), "value"]) for width in wide)]
-        for adapter, _, group_rows in groups(table)
+        [adapter, KINDS[str(kind)], *(figure(lines[lines["width"] == width]) for width in wide)]
+        for adapter, _, group_rows in groups_of(table)
         for kind, lines in group_rows.groupby("kind", sort=False)
     ]
     return markdown(["finetuned", "kind of site", *(f"d_new {width}" for width in wide)], rows)
 
 
-def few_groups(folder: Path) -> str:
-    table = read(folder, "few_groups")
-    table[["of", "number"]] = table["what"].str.split(": ", expand=True)
-    numbers = sorted(int(number) for number in table["number"].unique())
+def sets(folder: Path) -> str:
+    """One kind of site at all layers: what un-finetuned ones take away, and what deltas bring back of that."""
+    table = read(folder, "places", "of", "layers")
+    layers = table["layers"].str.partition(".")[0]
+    attention = table["layers"].str.fullmatch(r"\d+-\d+\.\w+")  # the same layers' MLPs are the third set
+    table = table[attention | ((table["layers"] == layers) & layers.isin(layers[attention]))]
     rows = []
-    for adapter, subset, group_rows in groups(table):
-        for of, name in {"groups": "groups", "random": "as many random features"}.items():
-            lines = group_rows[group_rows["of"] == of]
-            cells = [mean_over(lines.loc[lines["number"] == str(number), "value"], 2) for number in numbers]
-            rows.append([adapter, f"`{subset}`", name, *cells])
-    return markdown(["finetuned", "subset", "on", *(f"{number}" for number in numbers)], rows)
+    for adapter, subset, group_rows in groups_of(table):
+        for layers, lines in group_rows.groupby("layers", sort=False):
+            kind = KINDS[str(layers).partition(".")[2] or "mlp"]
+            cells = [figure(lines[lines["of"] == of]) for of in ("gap", "share", "recovered")]
+            rows.append([adapter, f"`{subset}`", kind, *cells])
+    columns = ["only these sites un-finetuned", "gap", "share of the effect", "recovered by deltas"]
+    return markdown(["finetuned", "subset", *columns], rows)
+
+
+def dose(folder: Path) -> str:
+    """Cross-entropy, and how often the model does what it was taught, at every strength."""
+    table = read(folder, "doses", "metric", "series", "alpha")
+    table = table[table["series"] == "deltas"]
+    doses, rows = sorted(table["alpha"].unique(), key=float), []
+    for adapter, subset, group_rows in groups_of(table):
+        rate = RATES.get(adapter, "tool_call_rate")
+        for metric, name in {"mean_ce": "CE", rate: rate.removesuffix("_rate").replace("_", " ")}.items():
+            lines = group_rows[(group_rows["metric"] == metric) & shown(adapter, subset)]
+            cells = [number(lines.loc[lines["alpha"] == alpha, "value"].mean(), 2) for alpha in doses]
+            if len(lines):
+                rows.append([adapter, f"`{subset}`", name, *cells])
+    return markdown(["finetuned", "subset", "mean of", *(f"alpha {alpha}" for alpha in doses)], rows)
+
+
+def few_groups(folder: Path) -> str:
+    """What the first groups recover alone, against as many random features."""
+    table = read(folder, "few_groups", "of", "number")
+    table["number"] = table["number"].astype(int)
+    numbers, rows = [0, 1, 2, 4, 8, 16], []
+    for adapter, subset, group_rows in groups_of(table):
+        if shown(adapter, subset):
+            for of, name in {"groups": "groups", "random": "as many random features"}.items():
+                lines = group_rows[group_rows["of"] == of]
+                cells = [figure(lines[lines["number"] == number], 2) for number in numbers]
+                all_groups = lines[lines["number"] == lines.groupby("seed")["number"].transform("max")]
+                rows.append([adapter, f"`{subset}`", name, *cells, figure(all_groups, 2)])
+    return markdown(["finetuned", "subset", "on", *map(str, numbers), "all"], rows)
+
+
+def group_effects(folder: Path) -> str:
+    """The strongest groups of the first model of each kind: what they fire on, promote, and do alone."""
+    listed = pd.read_csv(folder / "groups.csv")
+    effects, rows = read(folder, "group_effects", "way", "of", "group"), []
+    for adapter, of_adapter in listed.groupby("adapter", sort=False):
+        seed = of_adapter["seed"].min()
+        model = effects[(effects["adapter"] == adapter) & (effects["seed"] == seed)]
+        if not {"tool", "tool_ood"} <= set(model["subset"]):
+            continue
+        for _, group in of_adapter[of_adapter["seed"] == seed].head(SHOWN_GROUPS).iterrows():
+            lines = model[model["group"] == str(group["group"])]
+            cells = [
+                figure(lines[(lines["way"] == way) & (lines["of"] == "groups") & (lines["subset"] == subset)])
+                for way in ("alone", "without")
+                for subset in ("tool", "tool_ood")
+            ]
+            words = [_words(group[name]) for name in ("fires_on", "promoted")]
+            rows.append([f"{adapter}, seed {seed}", str(group["group"]), str(group["n_features"]), *words, *cells])
+    columns = ["group", "features", "fires on", "promotes"]
+    effects_of = [f"{way}, `{subset}`" for way in ("alone", "without") for subset in ("tool", "tool_ood")]
+    return markdown(["finetuned", *columns, *effects_of], rows)
+
+
+def _words(listed: str) -> str:
+    """The first different tokens of a list without their spaces, as code."""
+    tokens = [ast.literal_eval(token) for token in TOKEN.findall(str(listed))]
+    texts = [token.strip() if token.strip().isprintable() and token.strip() else repr(token)[1:-1] for token in tokens]
+    return ", ".join(f"`{text}`".replace("|", "\\|") for text in list(dict.fromkeys(texts))[:4])
 
 
 def matched_groups(folder: Path) -> str:
-    """Every pair of models, whose groups are paired by what they fire on: what the pairs share."""
-    table = read(folder, "groups")
-    models = list(table[["adapter", "seed"]].drop_duplicates().itertuples(index=False, name=None))
-    of = {model: table[(table["adapter"] == model[0]) & (table["seed"] == model[1])] for model in models}
-    rows = []
+    """Two models at a time, their groups paired by what they fire on: means over all that differ in the same respect.
+
+    Beyond chance: exchanged partners share as much of what they promote in fewer than 5% of the draws, divided by the
+    number of pairs in the row (Bonferroni).
+    """
+    table = pd.read_csv(folder / "groups.csv")
+    models = dict(list(table.groupby(["adapter", "seed"], sort=False)))
+    agreements: dict[str, list[Agreement]] = {relation: [] for relation in RELATIONS}
     for first, second in combinations(models, 2):
-        found = agreement(of[first], of[second])
-        names = [f"{adapter}, seed {seed}" for adapter, seed in (first, second)]
-        chance = number(found.chance) + bracketed(found.chance_low, found.chance_high, 3)
-        cells = [f"{found.alike} of {found.pairs}", number(found.fires), number(found.promotes), chance]
-        rows.append([*names, *cells, f"{found.p:.4f}"])
-    columns = ["pairs alike", "share of tokens fired on", "of tokens promoted", "of those by chance", "p"]
-    return markdown(["model", "and model", *columns], rows)
+        relation = _relation({str(first[0]), str(second[0])})
+        agreements[relation].append(agreement(models[first], models[second]))
+    rows = []
+    for relation, found in agreements.items():
+        if found:
+            means = (number(np.mean([getattr(pair, of) for pair in found])) for of in ("fires", "promotes", "chance"))
+            alike = f"{sum(pair.alike for pair in found)} of {sum(pair.pairs for pair in found)}"
+            clear = f"{sum(pair.p * len(found) < 0.05 for pair in found)} of {len(found)}"
+            rows.append([relation, alike, *means, clear])
+    columns = ["groups alike", "share of tokens fired on", "of tokens promoted", "by chance", "models beyond chance"]
+    return markdown(["differ in", *columns], rows)
+
+
+def _relation(adapters: set[str]) -> str:
+    if "signature" in adapters and len(adapters) == 2:
+        return "the task"
+    if "Gemma" in adapters and len(adapters) == 2:
+        return "the base model"
+    return "what was finetuned" if len(adapters) == 2 else "the seed"
 
 
 def graphs(folder: Path) -> str:
-    table = read(folder, "graphs")
-    table[["of", "number"]] = table["what"].str.split(": ", expand=True)
+    table = read(folder, "graphs", "of", "number")
     columns = {"nodes": "nodes", "edges": "edges", "random_r": "r, random edges", "strongest_r": "r, strongest edges"}
     rows = []
     for (adapter, seed, subset, index), lines in table.groupby(["adapter", "seed", "subset", "number"], sort=False):
-        cells = [single(lines[lines["of"] == of], 3 if of.endswith("_r") else 0) for of in columns]
+        cells = [figure(lines[lines["of"] == of], 3 if of.endswith("_r") else 0) for of in columns]
         rows.append([f"{adapter}, seed {seed}", f"`{subset}`", str(index), *cells])
     return markdown(["finetuned", "subset", "graph", *columns.values()], rows)
 
 
-def cards(folder: Path) -> str:
-    table = read(folder, "cards")
-    table = table[table["seed"] == 0].sort_values(["adapter", "rank"], ascending=[False, True], kind="stable")
-    subsets = [
-        name.removeprefix("alone_ce_")
-        for name in table
-        if name.startswith("alone_ce_") and not name.endswith(("_low", "_high"))
-    ]
-    rows = []
-    for adapter, adapter_rows in table.groupby("adapter", sort=False):
-        for _, row in adapter_rows.head(10).iterrows():
-            place = f"layer {row['layer']}, " + ("at BOS" if row["at_bos"] else f"feature {int(row['feature'])}")
-            effects = [number(row[f"{way}_ce_{subset}"]) for way in ("ablated", "alone") for subset in subsets[:1]]
-            words = [ast.literal_eval(word).strip().replace("`", "'") for word in TOKEN.findall(str(row["promoted"]))]
-            promoted = ", ".join(f"`{word}`" for word in words[:4])
-            rows.append([str(adapter), str(int(row["rank"])), place, *effects, promoted.replace("|", "\\|")])
-    return markdown(
-        ["adapters", "rank", "feature", "CE on `tool`, change without it", "change with it alone", "promotes"], rows
-    )
-
-
 def residuals(folder: Path) -> str:
-    table = read(folder, "residuals")
-    table[["of", "layers"]] = table["what"].str.split(": ", expand=True)
-    columns = ("base FVU before", "base FVU after", "change", "FVU with delta")
-    trained = table[table["of"].isin(columns)]
+    """The reference study's deltas: what bases leave, what of that is the change, and what splicing says."""
+    table = read(folder, "residuals", "of", "layers")
+    layers = table[table["of"] == "change"]
     rows = []
-    for (adapter, layer), lines in trained.groupby(["adapter", "layers"], sort=False):
-        means = (number(lines.loc[lines["of"] == of, "value"].mean()) for of in columns)
-        rows.append([str(adapter), str(layer), *means])
-    return markdown(["adapters", "layer", *columns], rows)
-
-
-def residual_splices(folder: Path) -> str:
-    table, places = read(folder, "residuals"), read(folder, "places")
-    table[["of", "layers"]] = table["what"].str.split(": ", expand=True)
-    widest = max(table["layers"].unique(), key=len)
-    swapped = places[places["what"] == f"gap: {widest}"].assign(of="swapped")
-    table = pd.concat([table[table["layers"] == widest], swapped])
-    columns = {
-        "swapped": "un-finetuned MLPs cost",
-        "gap": "bases cost",
-        "recovered": "residual deltas win back",
-    }
-    rows = [
-        [adapter, f"`{subset}`", *(single(group_rows[group_rows["of"] == of]) for of in columns)]
-        for adapter, subset, group_rows in groups(table[table["of"].isin(columns)])
-    ]
-    return markdown(["adapters", "subset", *columns.values()], rows)
-
-
-def polished(folder: Path) -> str:
-    table = read(folder, "polish")
-    table[["of", "width"]] = table["what"].str.split(": ", expand=True)
-    columns = ("recovered before", "recovered after", "CE after - before", "KL after - before")
-    rows = []
-    for (seed, width), width_rows in table[table["subset"] != ""].groupby(["seed", "width"], sort=False):
-        for subset, lines in width_rows.groupby("subset", sort=False):
-            cells = [single(lines[lines["of"] == of], 4 if "-" in of else 3) for of in columns]
-            rows.append([str(seed), str(width), f"`{subset}`", *cells])
-    return markdown(["seed", "d_new", "subset", *columns], rows)
+    for adapter, lines in table.groupby("adapter", sort=False):
+        trained = [
+            number(lines.loc[(lines["of"] == of) & lines["layers"].isin(layers["layers"]), "value"].mean())
+            for of in ("base FVU before", "base FVU after", "change", "FVU with delta")
+        ]
+        together = lines["layers"].str.len() == lines["layers"].str.len().max()
+        spliced = lines[lines["of"].isin(("gap", "recovered")) & together]
+        for _, subset, group_rows in groups_of(spliced):
+            cells = [figure(group_rows[group_rows["of"] == of]) for of in ("gap", "recovered")]
+            rows.append([str(adapter), *trained, f"`{subset}`", *cells])
+    columns = ["base leaves, before", "after", "the change is", "base and delta leave"]
+    return markdown(["finetuned", *columns, "subset", "bases cost (nats)", "their deltas win back"], rows)
 
 
 def rival(folder: Path) -> str:
     table = pd.read_csv(folder / "rival.csv")
+    table = table[~table["name"].str.contains("no BOS")]
     rows = [
         [
             f"`{row['subset']}`",
@@ -323,22 +316,16 @@ def rival(folder: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "ceiling": ceiling,
-    "share": share,
-    "recovered": recovered,
-    "widths": widths,
-    "controls": controls,
-    "dose": dose,
-    "thirds": thirds,
-    "few": few,
+    "pairs": pairs,
     "parts": parts,
+    "controls": controls,
     "kinds": kinds,
+    "sets": sets,
+    "dose": dose,
     "few_groups": few_groups,
+    "group_effects": group_effects,
     "matched_groups": matched_groups,
     "graphs": graphs,
-    "cards": cards,
     "residuals": residuals,
-    "residual_splices": residual_splices,
-    "polished": polished,
     "rival": rival,
 }
