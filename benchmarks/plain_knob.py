@@ -56,8 +56,8 @@ def cross_entropy(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
 @contextmanager
 def named_as_on_the_page(sweep: Path, models: Path) -> Iterator[None]:
     """Runs in a folder with the names of the page's code: this sweep is `quickstart`, and `models` has its model."""
-    source = Path(yaml.safe_load((sweep / "sweep.yaml").read_text())["model"]["source"]).name
-    (model,) = [folder for folder in models.glob(f"{source}-*") if folder.is_dir() and folder.suffix != ".tmp"]
+    name = Path(yaml.safe_load((sweep / "sweep.yaml").read_text())["model"]["source"]).name
+    (model,) = [folder for folder in models.glob(f"{name}-*") if folder.is_dir() and folder.suffix != ".tmp"]
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch) / "mlruns"
         for place, source in {"sweeps/quickstart": sweep, "models/smollm2-135m-here": model}.items():
