@@ -94,56 +94,53 @@ def quoted(folder: Path, file: str, adapter: str, subset: str, what: str) -> str
     return figure(matching, 4 if matching["value"].abs().max() < 0.01 else 3)
 
 
-def by_what(table: pd.DataFrame, whats: dict[str, str]) -> str:
-    """A row for each adapter and subset, a column for each figure."""
-    rows = [
-        [adapter, f"`{subset}`", *(figure(rows[rows["what"] == what]) for what in whats)]
-        for adapter, subset, rows in groups_of(table)
-    ]
-    return markdown(["finetuned", "subset", *whats.values()], rows)
-
-
 def pairs(folder: Path) -> str:
-    table = read(folder, "ceiling")
-    whats = {"CE finetuned": "CE finetuned", "CE un-finetuned": "un-finetuned", "share": "share that the sites hold"}
-    rows = [
-        [adapter, str(rows["seed"].nunique()), f"`{subset}`", *(figure(rows[rows["what"] == what]) for what in whats)]
-        for adapter, subset, rows in groups_of(table)
-    ]
-    return markdown(["finetuned", "models", "subset", *whats.values()], rows)
+    """Cross-entropy and calls before and after finetuning."""
+    table = read(folder, "doses")
+    rows = []
+    for adapter, subset, lines in groups_of(table):
+        rate = RATES.get(adapter, "tool_call_rate")
+        whats = [f"{metric}: {model}" for metric in ("mean_ce", rate) for model in ("un-finetuned", "finetuned")]
+        cells = [figure(lines[lines["what"] == what]) for what in whats]
+        rows.append([adapter, str(lines["seed"].nunique()), f"`{subset}`", *cells])
+    columns = ["CE, un-finetuned", "CE, finetuned", "share that call, un-finetuned", "finetuned"]
+    return markdown(["finetuned", "models", "subset", *columns], rows)
 
 
 def parts(folder: Path) -> str:
-    """A row for each part or third; columns: what is lost without it, and what it brings alone, by adapter."""
+    """A row for each part or third: the share of the effect that is lost without it, and that it brings alone."""
     table = read(folder, "parts", "way", "part", "layers")
     main = table["adapter"].map(lambda adapter: MAIN.get(adapter, ["tool"])[0])
     table = table[table["subset"] == main]
     start = table["layers"].str.partition("-")[0].where(table["layers"] != "all")
     third = start.astype(float).groupby(table["adapter"]).rank("dense").map(dict(enumerate(THIRDS, start=1)))
     table["title"] = third.fillna(table["part"].map(PARTS))
-    adapters, rows = list(table["adapter"].unique()), []
-    for way, name in {"unfinetuned": "lost without", "finetuned": "brought alone"}.items():
-        for title in [*PARTS.values(), *THIRDS]:
-            lines = table[(table["way"] == way) & (table["title"] == title)]
-            if len(lines):
-                rows.append([name, title, *(figure(lines[lines["adapter"] == adapter]) for adapter in adapters)])
-    return markdown(["share", "of", *adapters], rows)
+    columns, rows = {}, []
+    for adapter in table["adapter"].unique():
+        for way, name in {"unfinetuned": "lost without", "finetuned": "brought alone"}.items():
+            columns[f"{adapter}: {name}"] = table[(table["adapter"] == adapter) & (table["way"] == way)]
+    for title in [*PARTS.values(), *THIRDS]:
+        if (table["title"] == title).any():
+            rows.append([title, *(figure(lines[lines["title"] == title]) for lines in columns.values())])
+    return markdown(["finetuned weights", *columns], rows)
 
 
 def controls(folder: Path) -> str:
     """What is recovered of the cross-entropy at alpha 1, by the deltas and by what stands in their place."""
     columns = {
-        "widths": {"deltas, alpha 1: 8": "deltas, d_new 8"},
-        "controls": {
-            "CE: deltas, alpha 1": "widest deltas",
-            "CE: linear map, same rank": "linear map, same rank",
-            "CE: principal directions": "principal directions",
-            "CE: random directions": "random directions",
-            "CE: shuffled outputs": "shuffled outputs",
-        },
+        "deltas, alpha 1: 8": "8 features a site",
+        "CE: deltas, alpha 1": "128 features a site",
+        "CE: linear map, same rank": "linear map of rank 128",
+        "CE: principal directions": "128 principal directions",
+        "CE: random directions": "random directions",
+        "CE: shuffled outputs": "shuffled outputs",
     }
-    tables = [read(folder, name)[lambda table, name=name: table["what"].isin(columns[name])] for name in columns]
-    return by_what(pd.concat(tables), columns["widths"] | columns["controls"])
+    table = pd.concat([read(folder, "widths"), read(folder, "controls")])
+    rows = [
+        [adapter, f"`{subset}`", *(figure(lines[lines["what"] == what]) for what in columns)]
+        for adapter, subset, lines in groups_of(table)
+    ]
+    return markdown(["finetuned", "subset", *columns.values()], rows)
 
 
 def kinds(folder: Path) -> str:
@@ -155,7 +152,7 @@ def kinds(folder: Path) -> str:
         for adapter, _, group_rows in groups_of(table)
         for kind, lines in group_rows.groupby("kind", sort=False)
     ]
-    return markdown(["finetuned", "kind of site", *(f"d_new {width}" for width in wide)], rows)
+    return markdown(["finetuned", "kind of site", *(f"{width} features" for width in wide)], rows)
 
 
 def sets(folder: Path) -> str:
@@ -175,14 +172,16 @@ def sets(folder: Path) -> str:
 
 
 def dose(folder: Path) -> str:
-    """Cross-entropy, and how often the model does what it was taught, at every strength."""
+    """At every strength: cross-entropy, KL from the finetuned model, and the share of prompts on which the model does
+    what it was taught, and on which its text is the finetuned model's own."""
     table = read(folder, "doses", "metric", "series", "alpha")
     table = table[table["series"] == "deltas"]
     doses, rows = sorted(table["alpha"].unique(), key=float), []
     for adapter, subset, group_rows in groups_of(table):
         rate = RATES.get(adapter, "tool_call_rate")
-        for metric, name in {"mean_ce": "CE", rate: rate.removesuffix("_rate").replace("_", " ")}.items():
-            lines = group_rows[(group_rows["metric"] == metric) & shown(adapter, subset)]
+        taught = {"tool_call_rate": "calls", "signed_rate": "signs"}[rate]
+        for metric, name in {"mean_ce": "CE", "kl": "KL", rate: taught, "agrees_with_raw_rate": "same text"}.items():
+            lines = group_rows[group_rows["metric"] == metric]
             cells = [number(lines.loc[lines["alpha"] == alpha, "value"].mean(), 2) for alpha in doses]
             if len(lines):
                 rows.append([adapter, f"`{subset}`", name, *cells])
@@ -290,7 +289,7 @@ def residuals(folder: Path) -> str:
         for _, subset, group_rows in groups_of(spliced):
             cells = [figure(group_rows[group_rows["of"] == of]) for of in ("gap", "recovered")]
             rows.append([str(adapter), *trained, f"`{subset}`", *cells])
-    columns = ["base leaves, before", "after", "the change is", "base and delta leave"]
+    columns = ["base leaves, un-finetuned", "finetuned", "the change is", "base and delta leave"]
     return markdown(["finetuned", *columns, "subset", "bases cost (nats)", "their deltas win back"], rows)
 
 
@@ -312,7 +311,9 @@ def rival(folder: Path) -> str:
         ]
         for _, row in table.iterrows()
     ]
-    return markdown(["subset", "adapters", "CE recovered", "CE - ours", "KL", "L0", "CPU seconds", "GiB"], rows)
+    return markdown(
+        ["subset", "adapters", "CE recovered", "their CE minus ours", "KL", "L0", "CPU seconds", "GiB"], rows
+    )
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
