@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -133,6 +134,42 @@ class Prefixes:
             self._bytes -= _nbytes(dropped)
 
 
+class Inputs:
+    """What many sites read in the unedited model: x (tokens, d_in) of all rows, without BOS.
+
+    Read when a site is first asked for, with as many later sites in the same pass as memory allows; so ask in order.
+    `widths` gives d_in of each site.
+    """
+
+    def __init__(
+        self, bridge: TransformerBridge, widths: Mapping[Site, int], rows: Sequence[Sequence[int]], batch_size: int = 32
+    ) -> None:
+        self.bridge, self.widths, self.rows, self.batch_size = bridge, widths, [tuple(row) for row in rows], batch_size
+        self._held: dict[Site, Tensor] = {}
+
+    @torch.inference_mode()
+    def at(self, site: Site) -> Tensor:
+        if site not in self._held:
+            self._held = {}  # before the next ones take memory
+            self._held = self._read(self._that_fit(site))
+        return self._held[site]
+
+    def _that_fit(self, first: Site) -> list[Site]:
+        tokens = sum(map(len, self.rows))
+        sites = sorted(site for site in self.widths if site >= first)
+        sizes = accumulate(4 * tokens * self.widths[site] for site in sites)
+        return [site for site, size in zip(sites, sizes, strict=True) if size <= HELD_BYTES] or [first]
+
+    def _read(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        texts = sorted(dict.fromkeys(self.rows), key=len)
+        of_text: dict[Site, dict[tuple[int, ...], Tensor]] = {site: {} for site in sites}
+        for start in range(0, len(texts), self.batch_size):
+            batch = texts[start : start + self.batch_size]
+            for site, inputs in read_inputs(self.bridge, batch, sites).items():
+                of_text[site].update(zip(batch, inputs, strict=True))
+        return {site: torch.cat([of_text[site][row][1:] for row in self.rows]) for site in sites}
+
+
 def _nbytes(prefix: Prefix | Tensor) -> int:
     return prefix.nbytes if isinstance(prefix, Tensor) else sum(tensor.nbytes for tensor in prefix)
 
@@ -186,6 +223,19 @@ def read_prefixes(
     return {  # clones, since a slice would keep its whole batch in memory
         site: [Prefix(*(column[i, -len(row) :].clone() for column in columns)) for i, row in enumerate(rows)]
         for site, columns in captured.items()
+    }
+
+
+def read_inputs(
+    bridge: TransformerBridge, rows: Sequence[Sequence[int]], sites: Sequence[Site]
+) -> dict[Site, list[Tensor]]:
+    """x (length, d_in) at each of `sites` for each of `rows`, from one pass that ends after the last site."""
+    batch = pad_left(rows, bridge.tokenizer.pad_token_id).to(device_of(bridge))
+    captured: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    hooks = [hook for site, column in captured.items() for hook in hooks_at(bridge, site, column.append)]
+    _last_output(bridge, batch, max(site.layer for site in sites), hooks)
+    return {
+        site: [column[0][i, -len(row) :].clone() for i, row in enumerate(rows)] for site, column in captured.items()
     }
 
 

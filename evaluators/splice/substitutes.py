@@ -84,10 +84,11 @@ class PrincipalChange:
 
 
 class Material(NamedTuple):
-    """What substitutes are made from: `x` (tokens, d_in), the site's input on the text in the raw model; the moments of
-    the delta's training pairs (x, and residual or change); a seed; and, for `pca_delta`, the site's true change."""
+    """What substitutes are made from, computed only where it is asked for: `x` (tokens, d_in), the site's input on the
+    text in the raw model; the moments of the delta's training pairs (x, and residual or change); a seed; and, for
+    `pca_delta`, the site's true change."""
 
-    x: Tensor
+    x: Callable[[], Tensor]
     moments: Callable[[], Moments]
     seed: int
     change: Callable[[], TrueChange] | None = None
@@ -99,14 +100,14 @@ def random_delta(patch: Patch, material: Material) -> Patch:
     generator = torch.Generator().manual_seed(material.seed)
     directions = torch.randn(delta.W_dec.shape, generator=generator).to(delta.W_dec)
     directions *= delta.W_dec.norm(dim=1, keepdim=True) / directions.norm(dim=1, keepdim=True)
-    acts = delta.encode(material.x)
+    acts = delta.encode(material.x())
     original, drawn = (acts @ delta.W_dec).norm(), (acts @ directions).norm()
     return replace(patch, delta=replace(delta, W_dec=directions * (original / drawn if drawn > 0 else 1.0)))
 
 
 def shuffled_delta(patch: Patch, material: Material) -> Patch:
     """The delta's outputs on the text, shuffled over tokens; a BOS feature is kept."""
-    outputs = patch.transcoder(material.x)
+    outputs = patch.transcoder(material.x())
     order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(material.seed))
     return replace(patch, pool=outputs[order.to(outputs.device)])
 

@@ -336,19 +336,20 @@ class Behaviour(Answers):
         self, control: str, alpha: float | None, model: Any, rows: list[Any], patches: list[Any]
     ) -> Iterator[tuple[Any, Any]]:
         """The passes and the patches of a control. Nothing is cached while the model's weights are swapped."""
-        from evaluators.measures.reconstruction import site_activations
-        from evaluators.splice.passes import Prefixes
+        from data.encoding import encode_row
+        from evaluators.splice.passes import Inputs
         from evaluators.splice.substitutes import SUBSTITUTES, Material
         from models.blocks import exchanged, interpolated
 
         condition, plain = CONDITIONS[control], self.plain_passes(model)
         if condition.substitute:
-            raw = replace(plain, prefixes=Prefixes(model, [patch.site for patch in patches]))
+            widths = {patch.site: patch.transcoder.d_in for patch in patches}
+            inputs = Inputs(model, widths, [encode_row(model.tokenizer, row).ids for row in rows])
             patches = [
                 SUBSTITUTES[control](
                     patch,
                     Material(
-                        site_activations(raw, patch, rows)[0],
+                        partial(inputs.at, patch.site),
                         partial(_moments, plan),
                         self.seed,
                         partial(_true_change, self, plan.site) if plan.ground.target == "change" else None,

@@ -30,7 +30,7 @@ def no_moments():
 @pytest.fixture(scope="module")
 def material(subject):
     def make(patch, moments=no_moments, seed=3):
-        return Material(site_activations(subject.passes, patch, subject.rows)[0], moments, seed)
+        return Material(lambda: site_activations(subject.passes, patch, subject.rows)[0], moments, seed)
 
     return make
 
@@ -54,8 +54,8 @@ def test_a_random_delta_keeps_features_and_size_and_turns_their_directions(subje
     (patch,) = subject.patch
     made = material(patch)
     other = random_delta(patch, made)
-    assert torch.equal(other.delta.encode(made.x), patch.delta.encode(made.x))
-    assert other.delta(made.x).norm().item() == pytest.approx(patch.delta(made.x).norm().item(), rel=1e-5)
+    assert torch.equal(other.delta.encode(made.x()), patch.delta.encode(made.x()))
+    assert other.delta(made.x()).norm().item() == pytest.approx(patch.delta(made.x()).norm().item(), rel=1e-5)
     cosines = torch.cosine_similarity(other.delta.W_dec, patch.delta.W_dec, dim=1)
     assert cosines.abs().max() < 0.9
     assert torch.equal(random_delta(patch, made).delta.W_dec, other.delta.W_dec)
@@ -66,7 +66,7 @@ def test_a_shuffled_delta_gives_each_token_the_output_of_another(subject, materi
     (patch,) = subject.patch
     made = material(patch)
     pool = shuffled_delta(patch, made).pool
-    outputs = patch.delta(made.x)
+    outputs = patch.delta(made.x())
     assert not torch.equal(pool, outputs)
     torch.testing.assert_close(pool.sort(dim=0).values, outputs.sort(dim=0).values, rtol=0, atol=0)
 
@@ -157,4 +157,4 @@ def test_a_control_without_what_it_needs_is_refused(subject):
     ):
         pass
     with pytest.raises(ValueError, match="layer 1 has no delta transcoder"):
-        random_delta(Patch(Site(1), subject.patch[0].base), Material(torch.zeros(1, subject.d_model), no_moments, 0))
+        random_delta(Patch(Site(1), subject.patch[0].base), Material(lambda: torch.zeros(1, 1), no_moments, 0))

@@ -133,7 +133,7 @@ def test_controls_keep_a_feature_at_bos(subject, patches, base_folder, control):
         x = site_activations(raw, patch, subject.rows)[0]
         change = TrueChange(before[patch.site], after[patch.site])
         material = Material(
-            x, lambda x=x, patch=patch: Moments.of([(x, patch.delta(x))]), 3, lambda change=change: change
+            lambda x=x: x, lambda x=x, patch=patch: Moments.of([(x, patch.delta(x))]), 3, lambda change=change: change
         )
         other = SUBSTITUTES[control](patch, material)
         made.append(other)
@@ -176,7 +176,7 @@ def test_a_pca_delta_is_the_true_change_along_its_directions(subject, patches, b
         x = site_activations(raw, patch, subject.rows)[0]
         c = change.decode(x)
         moments = Moments.of([(x, c)])
-        material = Material(x, lambda moments=moments: moments, 3, lambda change=change: change)
+        material = Material(lambda x=x: x, lambda moments=moments: moments, 3, lambda change=change: change)
         made.append(pca_delta(patch, material))
         mean, directions = principal_directions(moments, 12)
         expected = mean.float() + (c - mean.float()) @ directions.float().T @ directions.float()

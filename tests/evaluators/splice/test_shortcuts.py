@@ -12,7 +12,18 @@ from evaluators.measures.reconstruction import evaluate_reconstruction, text_cro
 from evaluators.splice import decoding, passes, teacher_forcing
 from evaluators.splice.interventions import Edit, Patch
 from evaluators.splice.limits import Limits
-from evaluators.splice.passes import Passes, Prefixes, Shortcuts, forward, in_slices, project, read_prefixes, resume
+from evaluators.splice.passes import (
+    Inputs,
+    Passes,
+    Prefixes,
+    Shortcuts,
+    forward,
+    in_slices,
+    project,
+    read_inputs,
+    read_prefixes,
+    resume,
+)
 from evaluators.splice.teacher_forcing import Job, score
 from models.blocks import read_paths
 from models.bridge import hooked
@@ -238,3 +249,20 @@ def test_memory_that_runs_out_in_the_model_changes_no_figure(subject, monkeypatc
         assert one.nll == pytest.approx(other.nll, rel=1e-5)
         assert one.base_acts == pytest.approx(other.base_acts, rel=1e-5)
         assert one.argmax == other.argmax
+
+
+@pytest.mark.parametrize("share", [1.1, 0.4, 0.0], ids=["all sites", "some", "one by one"])
+def test_what_sites_read_is_the_same_in_few_passes(subject, monkeypatch, share):
+    sites = [Site(layer, kind) for layer in range(subject.plain.config.num_hidden_layers) for kind in KINDS.values()]
+    rows = [row.ids for row in [*subject.encoded, subject.encoded[0]]]
+    expected = {
+        site: torch.cat([prefix.x[1:] for prefix in Prefixes(subject.bridge, [site]).get(site, rows)]) for site in sites
+    }
+    widths = {site: expected[site].shape[1] for site in sites}
+    read = []
+    monkeypatch.setattr(passes, "HELD_BYTES", share * 4 * sum(map(len, rows)) * sum(widths.values()))
+    monkeypatch.setattr(passes, "read_inputs", lambda *told: read.append(told[2]) or read_inputs(*told))
+    inputs = Inputs(subject.bridge, widths, rows)
+    assert all(torch.equal(inputs.at(site), expected[site]) for site in sorted(sites))
+    assert [site for together in read for site in together] == sorted(sites)
+    assert len(read) in {1.1: [1], 0.4: range(2, len(sites)), 0.0: [len(sites)]}[share]
