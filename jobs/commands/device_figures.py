@@ -230,7 +230,7 @@ def evaluation(kind: str, ground: str) -> Callable[[Path, str, str], Tensor]:
             made = []
             for patch in patches:
                 x, y = site_activations(passes, patch, ROWS)
-                material = Material(lambda x=x: x, partial(Moments.of, [(x, y)]), 0)
+                material = Material(partial(torch.as_tensor, x), partial(Moments.of, [(x, y)]), 0)
                 made.append(SUBSTITUTES[name](patch, material))
             measure(made, Ask(name))
         ranked = rank_features(passes, patches, ROWS)
