@@ -117,6 +117,8 @@ def compare_groups(sweep: Path, models: Path, count: int) -> pd.DataFrame:
     """The same columns: the first groups of features alone, on the prompts on which groups are measured."""
     few = pd.read_csv(sweep / "report/few_groups.csv")
     few = few[(few["groups"] == count) & ~few["random"]].set_index("subset")
+    if few.empty:
+        raise typer.BadParameter(f"{sweep.name} has not measured {count} groups together", param_hint="--groups")
     with groups_alone(sweep, count) as copy:
         names = spliced(copy, models)
     records = []

@@ -167,7 +167,11 @@ class Inputs:
             batch = texts[start : start + self.batch_size]
             for site, inputs in read_inputs(self.bridge, batch, sites).items():
                 of_text[site].update(zip(batch, inputs, strict=True))
-        return {site: torch.cat([of_text[site][row][1:] for row in self.rows]) for site in sites}
+        joined = {}
+        for site in sites:
+            inputs_of = of_text.pop(site)  # so that only one site is in memory twice
+            joined[site] = torch.cat([inputs_of[row][1:] for row in self.rows])
+        return joined
 
 
 def _nbytes(prefix: Prefix | Tensor) -> int:
