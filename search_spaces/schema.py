@@ -35,10 +35,15 @@ class Model(Section):
     """Your own finetuned model, instead of a LoRA trained here: a folder or hub repository with a full model of the
     same architecture and shape, or a PEFT adapter."""
     finetuned_revision: Name | None = None
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the evaluation. `auto`: bf16 on a GPU and fp32 on a CPU, unless `compute.precision` says otherwise;
-    the exactness checks always use fp32. `bf16`, for large models: bf16 everywhere; the checks then tolerate its
-    rounding."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the evaluation. `bf16` is for models that do not fit otherwise: it moves many figures by more than a
+    tenth of their interval, and the exactness checks then tolerate its rounding."""
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _of_older_sweeps(cls, given: object) -> object:
+        """`auto` is in the settings that older sweeps saved; on a CPU it was fp32."""
+        return "fp32" if given == "auto" else given
 
 
 class Data(Section):

@@ -63,8 +63,8 @@ def memory_rows(context: Context) -> list[tuple[str, str]]:
     weights, settings, change = weights_of(context.model), context.settings, context.sites_of("change")
     facts = model_facts(context.model)
     d_model, d_new = facts["d_model"], max(settings.deltas.d_new)
-    dtypes = [dtype for dtype in (settings.model.dtype, settings.compute.precision) if dtype != "auto"]
-    size = 2 if (*dtypes, "bf16")[0] == "bf16" else 4
+    size = 2 if settings.model.dtype == "bf16" else 4
+    captured = 2 if settings.compute.precision in ("auto", "bf16") else 4
     paths = weights.on_paths(change)
     residual = len(context.layers_of("residual"))
     parts = {
@@ -74,10 +74,9 @@ def memory_rows(context: Context) -> list[tuple[str, str]]:
         "deltas": 4 * d_new * max(2 * d_model * residual, sum(sum(widths_of(facts, site)) for site in change)),
     }
     evaluation, transcoders = sum(parts.values()), parts["bases"] + parts["deltas"]
-    checked = size if settings.model.dtype == "bf16" else 4
     peaks = {
-        "checks": checked * (weights.all + 3 * paths) + transcoders,
-        "capture": size * weights.all + 2 * 4 * weights.on_paths(_computed(context)),
+        "checks": size * (weights.all + 3 * paths) + transcoders,
+        "capture": captured * weights.all + 2 * 4 * weights.on_paths(_computed(context)),
         "pca_delta": evaluation + 2 * 4 * paths if change and "pca_delta" in settings.evaluate.controls else 0,
     }
     listed = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items() if size)

@@ -73,6 +73,11 @@ def _unfinetuned(settings: Sweep) -> list[object]:
     return [_dump(settings.model, "finetuned", "finetuned_revision", "dtype"), *model_files(settings)]
 
 
+def own_dtype(settings: Sweep) -> list[str]:
+    """The dtype of evaluation, if it is not the default."""
+    return [] if settings.model.dtype == "fp32" else [settings.model.dtype]
+
+
 def lora_group(settings: Sweep) -> str:
     """The key of a single LoRA trial, which does not include the number of trials."""
     return key_of(
@@ -91,11 +96,6 @@ def lora(settings: Sweep) -> str:
         files = [*model_files(settings), *finetuned_files(settings)]
         return key_of("adopted", data(settings), _dump(model, "dtype"), *files)
     return key_of(lora_group(settings), settings.lora.trials)
-
-
-def own_dtype(settings: Sweep) -> list[str]:
-    """The model's dtype, if the settings give one."""
-    return [] if settings.model.dtype == "auto" else [settings.model.dtype]
 
 
 def finetuned_check(settings: Sweep) -> str:

@@ -57,14 +57,11 @@ class Graphs(Work):
         rest = context.rest if context.is_everything(sites) else ()
         lineage, keys_of_groups = inputs.lineage(plans), [grouping.key for grouping in groupings]
         place = place_of([plan.site for plan in plans], *inputs.chosen["change"])
-        fields = inputs.common()
-        if context.settings.model.dtype != "bf16":  # gradients through a model in bf16 are mostly rounding
-            fields["model"] = inputs.finetuned._replace(precision="fp32")
         return [
             cls(
                 cell_name(cls.kind, place, slug(subset)),
                 key_of(cls.kind, lineage, inputs.judged_with, most, rest, keys_of_groups),
-                **fields,
+                **inputs.common(),
                 sites=plans,
                 subset=subset,
                 grouping=grouping,

@@ -153,13 +153,10 @@ class Exactness(Work):
     @classmethod
     def plan(cls, inputs: PlanInputs) -> Sequence[Work]:
         works, context = [], inputs.context
-        fields = inputs.common()
-        if context.settings.model.dtype != "bf16":  # below fp32, rounding would hide the differences
-            fields["model"] = inputs.finetuned._replace(precision="fp32")
         for target, chosen in inputs.chosen.items():
             plans = inputs.kept(context.sites_of(target), *chosen)
             key = key_of("exactness", inputs.lineage(plans), inputs.computed_with)
-            works.append(cls(cell_name("checks", target), key, **fields, sites=plans))
+            works.append(cls(cell_name("checks", target), key, **inputs.common(), sites=plans))
         return works
 
     def cells(self) -> dict[str, str]:

@@ -147,7 +147,7 @@ class PlanInputs:
             finetuned,
             settings.evaluate.max_new_tokens,
             settings.evaluate.stop,
-            settings.compute.precision,
+            "auto" if self.context.device == "cpu" else "fp32",  # `auto`, in the keys of before, was bf16 on a GPU
             *keys.own_dtype(settings),
         ]
 
@@ -178,13 +178,7 @@ class PlanInputs:
     @cached_property
     def finetuned(self) -> ModelSpec:
         """The finetuned model, as workers load it."""
-        from trainers.precision import resolve_precision
-
-        settings, device = self.context.settings, self.context.device
-        precision = settings.compute.precision if settings.model.dtype == "auto" else settings.model.dtype
-        if device == "cpu" and precision == "auto":
-            precision = "fp32"  # on a CPU, bf16 is not worth the lost exactness unless set explicitly
-        return ModelSpec(str(self.context.finetuned), device, resolve_precision(precision, device))
+        return ModelSpec(str(self.context.finetuned), self.context.device, self.context.settings.model.dtype)
 
     @property
     def unfinetuned(self) -> ModelSpec:

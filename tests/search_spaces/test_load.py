@@ -288,7 +288,7 @@ def test_a_settings_file_keeps_its_order():
     assert list(dumped["transcoders"])[4:6] == ["target_l0", "epochs"]
     assert list(dumped["deltas"])[5:9] == ["d_new", "trials", "replicas", "side_by_side"]
     text = yaml.safe_dump(dumped, sort_keys=False)
-    assert hashlib.sha256(text.encode()).hexdigest().startswith("4768f975716af5a3")
+    assert hashlib.sha256(text.encode()).hexdigest().startswith("7c84e2449c14db34")
 
 
 def test_the_keys_of_earlier_sweeps_hold():
@@ -300,3 +300,7 @@ def test_the_keys_of_earlier_sweeps_hold():
     assert keys.base(tiny, Site(1)) == "d6cc4b57931bb501"
     assert [keys.delta_group(tiny, group) for group in groups] == ["988cbd9751eb10b6", "7bb7cbcf0cd24774"]
     assert keys.report(tiny, groups) == "60c04e8fc83e3551"
+
+
+def test_older_settings_say_auto_for_the_dtype() -> None:
+    assert load("tiny", ["model.dtype=auto"]).model.dtype == "fp32"

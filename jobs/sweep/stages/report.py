@@ -194,7 +194,7 @@ def _alpha_0_is_the_unfinetuned_model(context: Context) -> list[dict[str, Any]]:
     if not apart:
         return []
     most = max(apart, key=apart.__getitem__)
-    coarse = share(context).gpus or "bf16" in (context.settings.model.dtype, context.settings.compute.precision)
+    coarse = share(context).gpus or context.settings.model.dtype == "bf16"
     within = SAME_CE_IN_BF16 if coarse else SAME_CE
     return [
         {

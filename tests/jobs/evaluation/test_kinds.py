@@ -194,7 +194,7 @@ def test_the_keys_of_parts_do_not_depend_on_deltas(finished: tuple[Path, object]
 
     assert len(keys()) == 1
     assert keys() == keys("deltas.sites=[mlp]", "deltas.d_new=[16]", "evaluate.curve=false")
-    assert keys() != keys("compute.precision=bf16")
+    assert keys() != keys("model.dtype=bf16")
 
 
 def test_what_is_done_is_left_out(tmp_path: Path) -> None:
