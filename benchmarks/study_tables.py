@@ -137,10 +137,17 @@ def controls(folder: Path) -> str:
     }
     table = pd.concat([read(folder, "widths"), read(folder, "controls")])
     rows = [
-        [adapter, f"`{subset}`", *(figure(lines[lines["what"] == what]) for what in columns)]
+        [adapter, f"`{subset}`", *(_of_seeds(lines[lines["what"] == what], lines) for what in columns)]
         for adapter, subset, lines in groups_of(table)
     ]
     return markdown(["finetuned", "subset", *columns.values()], rows)
+
+
+def _of_seeds(measured: pd.DataFrame, row: pd.DataFrame) -> str:
+    """The figure, with the seeds for which it was measured if the table's row has more."""
+    seeds = sorted(set(measured["seed"]))
+    some = f", seed {' and '.join(map(str, seeds))}" if 0 < len(seeds) < row["seed"].nunique() else ""
+    return figure(measured) + some
 
 
 def kinds(folder: Path) -> str:

@@ -200,8 +200,8 @@ class Deltas(Section, DeltaTraining):  # type: ignore[misc]
     sampler: Sampler = "tpe"
     objectives: Literal["val_loss", "val_error, val_l0_delta"] = "val_loss"
     """What a study minimises; `val_error` is `val_unexplained` for change deltas and `val_fvu` for residual ones. With
-    two objectives no trial is stopped early and the report marks the Pareto front; the delta with the lowest val_loss
-    is still the one kept."""
+    two objectives no trial is stopped early; the report marks the Pareto front of residual deltas, and `ui --studies`
+    shows every study's. The delta with the lowest val_loss is still the one kept."""
     warm_start: Name | None = None
     """An earlier sweep in the same Optuna storage; the best values of its studies are tried first."""
     polish_steps: Annotated[int, Field(ge=0)] = 0

@@ -201,9 +201,10 @@ def _evaluation(context: Context, weights: Weights) -> list[float]:
     """Passes over whole rows are bound by products; decoding a token is bound by Python, layer by layer."""
     settings, machine = context.settings, context.settings.machine
     section, count = settings.evaluate, model_facts(context.model)["n_layers"]
+    per_token = 2 * weights.multiplied * (1 if settings.model.dtype == "bf16" else FP32)
 
     def passes(rows: float, layers: int = count) -> float:
-        flops = 2 * weights.multiplied * rows * machine.row_tokens * layers / count
+        flops = per_token * rows * machine.row_tokens * layers / count
         return max(_products(context, flops), math.ceil(rows / section.batch_size) * layers * machine.layer_ms * 1e-3)
 
     def answers(rows: float, layers: int = count) -> float:
