@@ -6,6 +6,8 @@ In: a TransformerBridge, a row (with or without a target), and patches. Out: pla
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +19,7 @@ from data.rows import Row
 from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit, Patch, RowEdits, spliced
 from evaluators.splice.limits import Limits
-from evaluators.splice.passes import Passes, forward
+from evaluators.splice.passes import ALL, Passes, forward
 from evaluators.splice.teacher_forcing import Job
 from models.blocks import hooks_at
 from models.bridge import device_of, hooked
@@ -26,6 +28,8 @@ from sites import Site
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+    from models.rest import Rest
 
 
 @torch.inference_mode()
@@ -37,12 +41,13 @@ def probe(
     *,
     top: int,
     limits: Limits,
+    rest: Rest | None = None,
 ) -> dict[str, Any]:
     """`conditions`: for raw, no_delta, full and each further alpha its `ce` (nats per target token; without a target,
     per token of raw's own greedy output), `delta_ce`, the `top` next tokens with their probabilities, and the greedy
-    `output`. `features`: for each patch and token the `top` active base and delta features, strongest first, in the raw
-    run."""
-    passes, stop = Passes(bridge), Stop.of(bridge, limits, row)
+    `output`. What finetuning changed outside all sites has the deltas' strength, if it is given as `rest`.
+    `features`: for each patch and token the `top` active base and delta features, strongest first, in the raw run."""
+    passes, stop = Passes(bridge, shortcuts=replace(ALL, share_prefix=rest is None)), Stop.of(bridge, limits, row)
     prompt = encode_prompt(bridge.tokenizer, row)
     start = [Job(Encoded(prompt, []))]
     if not row.target:
@@ -55,10 +60,11 @@ def probe(
     conditions: list[dict[str, Any]] = []
     for name, condition, alpha in asks:
         edit = Edit(patches, condition)
-        logits = _logits(bridge, encoded, edit, alpha)
+        with rest.at(bridge, alpha) if rest else nullcontext():
+            logits = _logits(bridge, encoded, edit, alpha)
+            (output,) = decode(passes, edit, [Job(Encoded(prompt, []), alpha)], [[]], stop)
         ce = functional.cross_entropy(logits[:-1], torch.tensor(encoded.target, device=logits.device)).item()
         chances = logits[0].softmax(-1).topk(min(top, logits.shape[-1]))
-        (output,) = decode(passes, edit, [Job(Encoded(prompt, []), alpha)], [[]], stop)
         conditions.append(
             {
                 "condition": name,

@@ -241,12 +241,13 @@ def headline_rows(results: Results) -> list[dict[str, str]]:
     if gaps.empty:
         return []
     widest = recovery.widest_set(gaps)
+    gaps = gaps[(gaps["layer"] == widest) & (gaps["metric"] == "mean_ce")]  # a subset whose cells failed has none
     rows = []
     conditions = results.conditions[results.conditions["target"].isin(["", "change"])]
     conditions = conditions[conditions["layer"].isin([widest, "none"])]
     rate = next((name for name in rates_in(conditions) if conditions[name].notna().any()), None)
     for subset in gaps["subset"].unique():
-        gap = gaps[(gaps["layer"] == widest) & (gaps["subset"] == subset) & (gaps["metric"] == "mean_ce")].iloc[0]
+        gap = gaps[gaps["subset"] == subset].iloc[0]
         row = {"subset": subset, "gap in CE": with_interval(gap, "gap", signed=True)}
         row["sites' share"] = "-" if pd.isna(gap["share"]) else with_interval(gap, "share")
         table = results.recovered[(results.recovered["target"] == "change") & (results.recovered["layer"] == widest)]

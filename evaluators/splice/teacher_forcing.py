@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,6 +50,14 @@ class Predicted(NamedTuple):
     negative_entropy: Tensor
 
 
+_Key: TypeAlias = tuple[int, tuple[int, ...]]
+
+
+def _key(row: Encoded) -> _Key:
+    """Two rows may have the same tokens, divided into prompt and target at different places."""
+    return len(row.target), tuple(row.ids)
+
+
 class Reference:
     """Raw's predictions at the targets of rows.
 
@@ -60,15 +68,15 @@ class Reference:
 
     def __init__(self, bridge: TransformerBridge, batch_size: int = 32) -> None:
         self.bridge, self.batch_size = bridge, batch_size
-        self._streams: dict[tuple[int, ...], Tensor] = {}
-        self._held: OrderedDict[tuple[int, ...], Predicted] = OrderedDict()
+        self._streams: dict[_Key, Tensor] = {}
+        self._held: OrderedDict[_Key, Predicted] = OrderedDict()
         self._bytes = 0
 
     @torch.inference_mode()
     def add(self, rows: Sequence[Encoded]) -> None:
         """Runs the raw model on rows that are new."""
-        missing = {tuple(row.ids): row for row in rows if tuple(row.ids) not in self._streams}
-        ordered = [missing[ids] for ids in sorted(missing, key=lambda ids: (len(ids), ids))]
+        missing = {_key(row): row for row in rows if _key(row) not in self._streams}
+        ordered = sorted(missing.values(), key=lambda row: (len(row.ids), row.ids))
         for start in range(0, len(ordered), self.batch_size):
             chosen = ordered[start : start + self.batch_size]
             batch = pad_left([row.ids for row in chosen], self.bridge.tokenizer.pad_token_id)
@@ -77,14 +85,14 @@ class Reference:
     def keep(self, rows: Sequence[Encoded], streams: Tensor) -> None:
         """Stores the output of raw's last block (row, position, d_model) on left-padded rows."""
         for row, stream in zip(rows, streams, strict=True):
-            self._streams[tuple(row.ids)] = stream[-len(row.target) - 1 : -1].clone()
+            self._streams[_key(row)] = stream[-len(row.target) - 1 : -1].clone()
 
     def divergence(self, rows: Sequence[Encoded]) -> Divergence:
         """An accumulator for the logits at the targets of `rows`, one row after the other."""
         return Divergence(self, rows)
 
     def predicted(self, row: Encoded) -> Predicted:
-        key = tuple(row.ids)
+        key = _key(row)
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]

@@ -232,8 +232,10 @@ def _behaviour_row(key: CellKey, sums: PromptSums, raw: PromptSums | None, seed:
         if metric in MEANS:
             row |= paired_bootstrap(tops, bottoms, zeros, ones, seed=seed).columns(metric)
         else:
-            successes, n = float(tops.mean(0).sum()), round(float(bottoms.mean(0).sum()))
-            row |= Estimate(successes / n if n else math.nan, *wilson(successes, n)).columns(metric)
+            successes, judged = float(tops.mean(0).sum()), float(bottoms.mean(0).sum())
+            n = math.ceil(judged)  # replicas may judge different prompts, so that their mean number is not whole
+            rate = successes / judged if judged else math.nan
+            row |= Estimate(rate, *wilson(successes if n == judged else rate * n, n)).columns(metric)
             row[_count_of(metric)] = n
     return row | (_differences(sums, raw, seed) if raw is not None else {})
 

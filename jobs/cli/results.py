@@ -104,7 +104,15 @@ def probe(
     """Run one prompt without deltas and with them at any alpha: cross-entropy, next tokens, output, active features."""
     from evaluators.measures.probe import probe as run
     from jobs.commands.feature_choice import FeatureChoice
-    from jobs.commands.load import DeltaChoice, combination, load_bridge, load_patches, prompt_row
+    from jobs.commands.load import (
+        DeltaChoice,
+        check_length,
+        combination,
+        load_bridge,
+        load_patches,
+        load_rest,
+        prompt_row,
+    )
     from models.bridge import device_of
 
     check_strengths(alpha or [])
@@ -114,8 +122,10 @@ def probe(
     deltas_of_sweep = combination(context, DeltaChoice(deltas, percentile, d_new))
     patches = load_patches(context, layer, deltas_of_sweep, model, chosen)
     patches = [patch.to(device_of(model)) for patch in patches]
+    rest = None if chosen else load_rest(context, deltas_of_sweep, patches)
     row = prompt_row(context, prompt, target or "")
-    report = run(model, row, patches, alpha or [], top=top, limits=context.limits)
+    check_length(model, row, context.limits.max_new_tokens)
+    report = run(model, row, patches, alpha or [], top=top, limits=context.limits, rest=rest)
     if as_json:
         print(json.dumps(report, ensure_ascii=False))
         return

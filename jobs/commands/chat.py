@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from evaluators.splice.limits import Limits
 from jobs.commands.feature_choice import EVERY_FEATURE, FeatureChoice
-from jobs.commands.load import DeltaChoice, combination, device_for, finetuned, load_bridge, load_patches, prompt_row
+from jobs.commands.load import (
+    DeltaChoice,
+    combination,
+    device_for,
+    finetuned,
+    load_bridge,
+    load_patches,
+    load_rest,
+    prompt_row,
+)
 from jobs.context.context import Context
 
 if TYPE_CHECKING:
@@ -70,7 +81,7 @@ def _model(
     from evaluators.measures.finetuned_answers import answers
     from evaluators.splice.decoding import Stop, decode
     from evaluators.splice.interventions import Edit
-    from evaluators.splice.passes import Passes
+    from evaluators.splice.passes import ALL, Passes
     from evaluators.splice.teacher_forcing import Job
     from models.bridge import device_of
     from models.sources import load_model
@@ -89,11 +100,13 @@ def _model(
     bridge = load_bridge(context)
     chosen = combination(context, DeltaChoice(target))
     patches = [patch.to(device_of(bridge)) for patch in load_patches(context, layers, chosen, bridge, features)]
-    edit, passes = Edit(patches, "alpha"), Passes(bridge)
+    rest = None if features else load_rest(context, chosen, patches)
+    edit, passes = Edit(patches, "alpha"), Passes(bridge, shortcuts=replace(ALL, share_prefix=rest is None))
 
     def spliced_answer(tokens: list[int], row: Row) -> str:
         stop = Stop.of(bridge, limits, row)
-        (output,) = decode(passes, edit, [Job(Encoded(tokens, []), alpha)], [[]], stop)
+        with rest.at(bridge, alpha) if rest else nullcontext():
+            (output,) = decode(passes, edit, [Job(Encoded(tokens, []), alpha)], [[]], stop)
         return stop.text(output)
 
     config: Any = bridge.original_model.config

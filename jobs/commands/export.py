@@ -81,11 +81,13 @@ def export(
         kind=context.mlp_kind,
     )
     notes = {"sweep": context.settings.name, **ground._asdict(), "d_new": d_new, "alpha": alpha}
+    if ground.target == "change" and context.settings.deltas.polish_steps:
+        notes["figures"] = "L0 and errors are those of the search, before the deltas were polished together"
     if features:
         notes["features"] = f"{features}; those left out are silent, and keep their numbers"
     if ground.target == "change":
         error = "error(x) = y_un(x) - base(x), the base's error on the un-finetuned MLP"
-        notes["use"] = f"add to the un-finetuned MLP's output, or to base(x) + error(x), {error}"
+        notes["use"] = f"add to the un-finetuned output of its site, or at an MLP to base(x) + error(x), {error}"
         if onto_bases:
             notes["bases"] = {site.label: base.path for site, base in bases.items()}
             notes["use"] = f"holds base(x) + alpha * delta(x); the finetuned MLP also needs the error node {error}"

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.context.context import Context
 from jobs.errors import RequestError
-from jobs.files import read_json
 from sites import KINDS, Ground, Site
 
 if TYPE_CHECKING:
@@ -69,8 +68,8 @@ def chosen_features(
 
 def grouping_of(context: Context, ground: Ground, d_new: int) -> dict[str, Any] | None:
     """The cell with the groups of these deltas' features, if the sweep has made groups."""
-    cells = [read_json(path) or {} for path in sorted(context.space.cells.glob("grouping_*.json"))]
-    return next((cell for cell in cells if (cell.get("target"), cell.get("d_new")) == (ground.target, d_new)), None)
+    cells = context.cells_of("grouping")
+    return next((cell for cell in cells if (cell["target"], cell["d_new"]) == (ground.target, d_new)), None)
 
 
 def _features(

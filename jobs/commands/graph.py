@@ -20,10 +20,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.files import replacing
 from jobs.commands.feature_choice import grouping_of
-from jobs.commands.load import DeltaChoice, combination, load_bridge, load_patches, prompt_row
+from jobs.commands.load import (
+    DeltaChoice,
+    check_length,
+    combination,
+    load_bridge,
+    load_patches,
+    load_rest,
+    prompt_row,
+)
 from jobs.context.context import Context
 from jobs.errors import RequestError
-from jobs.files import read_json
 from jobs.progress import Bar, Progress, clock
 from sites import Ground, Site
 
@@ -102,27 +109,17 @@ def _spliced(context: Context) -> tuple[Any, list[Any], Any]:
     """The bridge, the patches of all change deltas, and the un-finetuned values of changed parameters outside all sites
     (None if the patches leave out a changed site)."""
     from models.bridge import device_of
-    from models.rest import read_rest
 
-    bridge = load_bridge(context)
-    patches = load_patches(context, None, combination(context, DeltaChoice("change")), bridge)
-    complete = context.rest and context.is_everything([patch.site for patch in patches])
-    rest = read_rest(context.model, context.rest) if complete else None
-    return bridge, [patch.to(device_of(bridge)) for patch in patches], rest
+    bridge, chosen = load_bridge(context), combination(context, DeltaChoice("change"))
+    patches = load_patches(context, None, chosen, bridge)
+    return bridge, [patch.to(device_of(bridge)) for patch in patches], load_rest(context, chosen, patches)
 
 
 def _output(request: Request, bridge: Any, patches: list[Any], rest: Any) -> tuple[Any, tuple[int, int]]:
-    from data.encoding import encode_prompt
     from evaluators.measures.graph import choose_output, token_output
 
     row, limits = prompt_row(request.context, request.prompt), request.context.limits
-    length = len(encode_prompt(bridge.tokenizer, row))
-    longest = getattr(bridge.original_model.config, "max_position_embeddings", None)
-    needed = 0 if request.token is not None else limits.max_new_tokens
-    if longest is not None and length + needed > longest:
-        raise RequestError(
-            f"--prompt: it has {length} tokens, and its answer up to {needed}, but the model's context holds {longest}"
-        )
+    check_length(bridge, row, 0 if request.token is not None else limits.max_new_tokens)
     if request.token is not None:
         return token_output(bridge, patches, row, request.token, rest)
     return choose_output(bridge, patches, row, limits, rest)
@@ -215,9 +212,8 @@ def _card_facts(
     """The cards of these deltas' features, and how often all features fire, as a mean over subsets."""
 
     def listed(kind: str, key: str) -> Iterator[tuple[Feature, dict[str, Any]]]:
-        for path in sorted(context.space.cells.glob(f"{kind}_*.json")):
-            cell = read_json(path) or {}
-            if (cell.get("target"), cell.get("d_new")) == (ground.target, d_new):
+        for cell in context.cells_of(kind):
+            if (cell["target"], cell["d_new"]) == (ground.target, d_new):
                 yield from (((Site.parse(entry["layer"]), entry["feature"]), entry) for entry in cell[key])
 
     rates = {

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from evaluators.splice.interventions import Patch
     from models.gemma_scope import Candidate
+    from models.rest import Rest
     from models.transcoder import Transcoder
 
 
@@ -32,9 +33,20 @@ def finetuned(context: Context) -> Path:
     folder = context.finetuned
     if not (folder / MANIFEST if folder != context.adopted else folder / "config.json").is_file():
         raise RequestError(f"the sweep {context.settings.name} has no finetuned model under {folder}; run `lora` first")
-    require(*([] if folder == context.adopted else [folder]))
+    if folder != context.adopted:
+        _check_pair(context)  # an adapter, merged: perhaps the one that the settings named before
+        require(folder)
     require(*([context.model] if (context.model / SEAL).is_file() else []))  # built under the storage root
     return folder
+
+
+def _check_pair(context: Context) -> None:
+    """Raises RequestError if what the sweep has made may be of another finetuned model than the settings name."""
+    if context.adopted is not None and context.pair is None:
+        raise RequestError(
+            f"model.finetuned: the sweep {context.settings.name} has not yet read {context.settings.model.finetuned} "
+            "as it is now; run `lora` first"
+        )
 
 
 def load_bridge(context: Context) -> TransformerBridge:
@@ -42,6 +54,15 @@ def load_bridge(context: Context) -> TransformerBridge:
     from jobs.capture.worker_memory import bridge
 
     return bridge(str(finetuned(context)), device_for(context), "fp32")
+
+
+def load_rest(context: Context, chosen: tuple[Ground, int], patches: Sequence[Patch]) -> Rest | None:
+    """The un-finetuned values of what finetuning changed outside all sites, which a sweep sets to the same strength as
+    its deltas; None if there is nothing, or if the patches leave out a changed site."""
+    from models.rest import read_rest
+
+    complete = chosen[0].target == "change" and context.is_everything([patch.site for patch in patches])
+    return read_rest(context.model, context.rest) if complete and context.rest else None
 
 
 def device_for(context: Context) -> str:
@@ -61,6 +82,19 @@ def prompt_row(context: Context, prompt: str, target: str = "") -> Row:
         tokens = section.special_tokens == "tokens"
         return make_row(prompt, target, UNLABELLED, separator=section.separator, special_tokens=tokens)
     return chat.render_text(prompt, target).row(prompt, UNLABELLED)
+
+
+def check_length(bridge: TransformerBridge, row: Row, new_tokens: int) -> None:
+    """Raises RequestError if a prompt and its answer, or its target, do not fit the model's context."""
+    from data.encoding import encode_prompt, encode_row
+
+    prompt = len(encode_prompt(bridge.tokenizer, row))
+    longest: int | None = getattr(bridge.original_model.config, "max_position_embeddings", None)
+    answer = max(new_tokens, len(encode_row(bridge.tokenizer, row).target) if row.target else 0)
+    if longest is not None and prompt + answer > longest:
+        raise RequestError(
+            f"--prompt: it has {prompt} tokens, and its answer up to {answer}, but the model's context holds {longest}"
+        )
 
 
 @dataclass(frozen=True)
@@ -135,6 +169,7 @@ def load_deltas(
     """The kept deltas of `sites`, with the chosen features."""
     from models.deltas import read_delta
 
+    _check_pair(context)
     deltas = {}
     for site in sites:
         group = Address(site, *chosen)

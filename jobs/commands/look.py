@@ -95,6 +95,8 @@ def look_of_sweep(context: Context) -> dict[str, Any] | None:
     """The first look that the sweep itself has measured; None if it has not got that far."""
     from evaluators.report.report import first_look
 
+    if context.pair is None:
+        return None  # what is there may be of another pair, which the settings named before
     names = [*context.space.cells.glob("look.json"), *sorted(context.space.cells.glob("parts_*.json"))]
     return first_look([read_json(path) for path in names], "")
 

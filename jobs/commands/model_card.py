@@ -63,6 +63,7 @@ def model_card(context: Context, exported: Exported) -> str:
         sweep=context.settings.name,
         figures=[] if exported.features else _figures(context, exported),
         deltas=_deltas(context, exported),
+        polished=exported.ground.target == "change" and context.settings.deltas.polish_steps > 0,
     )
 
 

@@ -362,6 +362,11 @@ class Context:
         names = read_json(self.space.cells / MANIFEST)["cells"]
         return [read_json(self.space.cells / f"{name}.json") for name in names]
 
+    def cells_of(self, kind: str) -> list[dict[str, Any]]:
+        """Those of one kind; empty if the evaluation has not ended."""
+        names = (read_json(self.space.cells / MANIFEST) or {"cells": []})["cells"]
+        return [read_json(self.space.cells / f"{name}.json") for name in names if name.startswith(f"{kind}_")]
+
     def finish_trial(self, stage: str, group: str, result: dict[str, Any]) -> None:
         """Tracks a trial that has just ended; lists a failed one at the end of the sweep."""
         from jobs.tracking.records import record_trial

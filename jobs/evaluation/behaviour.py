@@ -162,20 +162,22 @@ class Behaviour(Answers):
                     fields = {**inputs.common(), "sites": plans, "subset": subset, "rest": rest}
                     key = key_of(*key_parts)
                     work = cls(name, key, **fields, conditions=on_finetuned, doses=doses, control_doses=inner_doses)
-                    replicas = range(1, inputs.settings.replicas)
-                    works += [work, *(work._of_replica(rank, key_of(*key_parts, rank)) for rank in replicas)]
+                    works.append(work)
+                    for rank in range(1, inputs.settings.replicas):
+                        of_rank = _of_rank(plans, rank)
+                        works.append(work._of_replica(rank, key_of(*key_parts, rank, inputs.lineage(of_rank)), of_rank))
                     if on_base:  # another model, so work of its own
                         fields["model"] = inputs.unfinetuned
                         works.append(cls(name, key, **fields, conditions=on_base))
         return works
 
-    def _of_replica(self, rank: int, key: str) -> Self:
+    def _of_replica(self, rank: int, key: str, sites: tuple[SitePlan, ...]) -> Self:
         """The same cells for the kept trials' seed of this rank, without those that do not use the delta."""
         return replace(
             self,
             name=cell_name(self.name, f"s{rank}"),
             key=key,
-            sites=tuple(plan._replace(delta=str(replica_folder(Path(plan.delta), rank))) for plan in self.sites),
+            sites=sites,
             conditions=tuple(name for name in self.conditions if CONDITIONS[name].uses_delta),
             doses=tuple(dose for dose in self.doses if dose),
             seed=self.seed + rank,
@@ -427,6 +429,11 @@ def ends_of(works: Iterable[Work], sites: Sequence[SitePlan], subset: str) -> tu
                         conditions[strength], work.name_of(condition, strength), work.key
                     )
     return tuple(ends.values())
+
+
+def _of_rank(plans: Sequence[SitePlan], rank: int) -> tuple[SitePlan, ...]:
+    """The same deltas, each trained with the seed of this rank."""
+    return tuple(plan._replace(delta=str(replica_folder(Path(plan.delta), rank))) for plan in plans)
 
 
 def finished_ends(work: Work, ends: Iterable[EndCell], count: int) -> dict[str, list[dict[str, Any]]]:

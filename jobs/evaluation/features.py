@@ -15,7 +15,7 @@ from jobs.capture.worker_memory import reference
 from jobs.context import keys
 from jobs.evaluation.behaviour import UNFINETUNED, Behaviour, EndCell, ends_of, finished_ends, guesses
 from jobs.evaluation.work import PlanInputs, Timing, Work, cell_name, place_of
-from jobs.files import key_of, read_json
+from jobs.files import key_of
 from sites import Site
 
 RANKING_ROWS = 16
@@ -47,7 +47,9 @@ class Ranking(Work):
             if inputs.context.cards_of(target) or needs_ranking:
                 for group in [sites] if target == "change" else [[site] for site in sites]:
                     plans = inputs.kept(group, *chosen)
-                    key = key_of("ranking with firing", inputs.lineage(plans), inputs.computed_with)
+                    key = key_of(
+                        "ranking with firing", inputs.lineage(plans), inputs.computed_with, *inputs.some_subsets
+                    )
                     name = cell_name("ranking", place_of(group, *chosen))
                     works.append(cls(name, key, **inputs.common(), sites=plans))
         return works
@@ -286,7 +288,7 @@ class GroupEffects(Work):
 
         started = time.perf_counter()
         by_key = {plan.site.key: plan.site for plan in self.sites}
-        cell = read_json(self.cell_file(self.grouping))
+        cell = self.earlier_cell(self.grouping)
         groups = [[(by_key[key], number) for key, number in group["features"]] for group in cell["groups"]]
         singles = [(by_key[key], number) for key, number in cell["singles"]]
         card_rows = rows[:CARD_ROWS]
@@ -319,7 +321,7 @@ def ranked_features(work: Work, ranking: str) -> list[Any]:
     from evaluators.measures.curve import Ranked
 
     by_key = {plan.site.key: plan.site for plan in work.sites}
-    listed = read_json(work.cell_file(ranking))["features"]
+    listed = work.earlier_cell(ranking)["features"]
     return [Ranked(by_key[entry["layer"]], entry["feature"], entry["effect"]) for entry in listed]
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from data.rows import DataError, slug
 from jobs.evaluation.features import OF_A_SET, Grouping
 from jobs.evaluation.work import PlanInputs, Timing, Work, cell_name, place_of
-from jobs.files import key_of, read_json
+from jobs.files import key_of
 
 PASSES = 120
 """Approximate number of passes of one text that a graph takes: mostly backward ones, a text for each expanded node."""
@@ -84,7 +84,7 @@ class Graphs(Work):
 
         started, patches = time.perf_counter(), self.load_patches()
         rest = read_rest(Path(self.shared.base_model), self.rest) if self.rest else None
-        grouping = read_json(self.cell_file(self.grouping)) if self.grouping else None
+        grouping = self.earlier_cell(self.grouping) if self.grouping else None
         graphs: list[dict[str, Any]] = []
         for row in rows[: self.most]:
             try:

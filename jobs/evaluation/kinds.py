@@ -119,7 +119,7 @@ class Reconstruction(Work):
     def compute(self, model: Any, rows: list[Any]) -> list[str]:
         from evaluators.measures.reconstruction import evaluate_reconstruction
 
-        raw = [read_json(self.cell_file(cell_name("raw", slug(subset))))["rows"] for subset in self.shared.subsets]
+        raw = [self.earlier_cell(cell_name("raw", slug(subset)))["rows"] for subset in self.shared.subsets]
         texts = [row for cell in raw for row in cell]
         ce_raw = sum(row["text_nll"] for row in texts) / sum(row["n_act_tokens"] for row in texts)
         names = []
@@ -155,7 +155,7 @@ class Exactness(Work):
         works, context = [], inputs.context
         for target, chosen in inputs.chosen.items():
             plans = inputs.kept(context.sites_of(target), *chosen)
-            key = key_of("exactness", inputs.lineage(plans), inputs.computed_with)
+            key = key_of("exactness", inputs.lineage(plans), inputs.computed_with, *inputs.some_subsets)
             works.append(cls(cell_name("checks", target), key, **inputs.common(), sites=plans))
         return works
 

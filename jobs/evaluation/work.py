@@ -22,8 +22,11 @@ from jobs.context import keys
 from jobs.context.context import Context, error_name
 from jobs.context.workspace import FINETUNED
 from jobs.errors import WorkFailed
-from jobs.files import key_of, read_json, sealed_hash, write_json
-from sites import Address, Ground, SetAddress, Site
+from jobs.files import key_of, read_json, sealed_hash, short_hash, write_json
+from sites import Address, Ground, SetAddress, Site, width_label
+
+LONGEST_PLACE = 120
+"""Characters of a cell's name that say what is spliced in; the kind, the subset and the condition come on top."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,11 @@ class PlanInputs:
             "auto" if self.context.device == "cpu" else "fp32",  # `auto`, in the keys of before, was bf16 on a GPU
             *keys.own_dtype(settings),
         ]
+
+    @property
+    def some_subsets(self) -> list[Sequence[str]]:
+        """Key part of cells about all subsets at once: the subsets, if the settings name them."""
+        return [self.subsets] if self.context.settings.evaluate.subsets else []
 
     @cached_property
     def judged_with(self) -> list[Any]:
@@ -346,6 +354,13 @@ class Work:
             patches.append(patch.to(self.model.device))
         return patches
 
+    def earlier_cell(self, name: str) -> dict[str, Any]:
+        """A cell that an earlier round should have written. Raises WorkFailed if it did not."""
+        cell: dict[str, Any] | None = read_json(self.cell_file(name))
+        if cell is None:
+            raise WorkFailed(f"it needs the cell {name}, which is missing")
+        return cell
+
     def write(self, figures: dict[str, Any], started: float) -> list[str]:
         """Writes the cell of work that has a single one; returns its name."""
         ground = self.sites[0].ground
@@ -365,5 +380,10 @@ class Work:
 
 
 def place_of(sites: Sequence[Site], ground: Ground, d_new: int) -> str:
-    """The part of a cell's name that says what is spliced in: `layer_00-29_change_d032`."""
-    return SetAddress(tuple(sites), ground, d_new).name
+    """The part of a cell's name that says what is spliced in: `layer_00-29_change_d032`. A long list of sites is cut
+    and gets a hash: file systems limit a name to 255 bytes."""
+    name = SetAddress(tuple(sites), ground, d_new).name
+    if len(name) <= LONGEST_PLACE:
+        return name
+    end = f"{short_hash(name)}_{ground.label}_{width_label(d_new)}"
+    return f"{name[: LONGEST_PLACE - len(end) - 1]}-{end}"

@@ -7,7 +7,8 @@ per finished cell, and `checks_*.json`. Existing cells with the same key are not
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jobs.capture.moments import write_moments
@@ -62,17 +63,12 @@ def _stop_at(failed: list[str]) -> None:
 def _compute(context: Context, works: list[Work], label: str, is_tracked: bool = True) -> list[str]:
     """Runs the missing work, longest first, and tracks every existing cell; returns the failures with their reasons."""
 
-    def existing(cells: dict[str, str]) -> dict[str, list[float]]:
-        """Finished cells, each with the strengths it was measured with."""
-        stored = {name: read_json(context.space.cells / f"{name}.json") for name in cells}
-        return {name: cell.get("strengths", []) for name, cell in stored.items() if cell and cell["key"] == cells[name]}
-
     n_layers = model_facts(context.model)["n_layers"]
     missing: list[Work] = []
     total = finished = 0
     for work in works:
         cells = work.cells()
-        reusable = work.reusable(existing(cells))
+        reusable = work.reusable(current_cells(context.space.cells, cells))
         if is_tracked:
             record_cells(context, sorted(reusable))
         total, finished = total + len(cells), finished + len(reusable)
@@ -95,6 +91,19 @@ def _compute(context: Context, works: list[Work], label: str, is_tracked: bool =
             bar.advance(len(outcome.task.cells()), cost, other_workers)
     context.failures += failed
     return failed
+
+
+def current_cells(folder: Path, keys: Mapping[str, str]) -> dict[str, list[float]]:
+    """The cells that have these keys, each with the strengths it was measured with. Others of the same names, which are
+    from earlier settings, are deleted, so that nothing reads them if the new ones fail."""
+    current = {}
+    for name, key in keys.items():
+        cell = read_json(folder / f"{name}.json")
+        if cell and cell["key"] == key:
+            current[name] = cell.get("strengths", [])
+        elif cell:
+            (folder / f"{name}.json").unlink(missing_ok=True)
+    return current
 
 
 def record_cells(context: Context, names: Iterable[str]) -> None:

@@ -194,8 +194,7 @@ def _alpha_0_is_the_unfinetuned_model(context: Context) -> list[dict[str, Any]]:
     if not apart:
         return []
     most = max(apart, key=apart.__getitem__)
-    coarse = share(context).gpus or context.settings.model.dtype == "bf16"
-    within = SAME_CE_IN_BF16 if coarse else SAME_CE
+    within = SAME_CE_IN_BF16 if context.settings.model.dtype == "bf16" else SAME_CE
     return [
         {
             "name": "alpha 0 at all sites gives the cross-entropy of the un-finetuned model on every subset",

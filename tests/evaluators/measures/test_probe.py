@@ -1,6 +1,7 @@
 """One prompt under every condition: the figures and outputs of a sweep's cells, and features token by token."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from evaluators.measures.probe import probe
 from evaluators.splice.interventions import Edit
 from evaluators.splice.limits import Limits
 from evaluators.splice.teacher_forcing import Job, score
+from models.rest import Rest
 from models.transcoder import with_bos
 
 BUDGET = Limits(6)
@@ -58,6 +60,20 @@ def test_features_are_those_of_the_raw_run_and_the_one_at_bos(subject, patches, 
             assert strengths == sorted(strengths, reverse=True)
             assert len(strengths) <= 3
             assert all(entry["feature"] < 12 for entry in one["delta"])
+
+
+def test_what_changed_outside_all_sites_has_the_deltas_strength(subject, patches, found):
+    """A final norm that gives nothing makes the un-finetuned model's next tokens equally likely."""
+    (name,) = (name for name in dict(subject.plain.named_parameters()) if name.endswith("model.norm.weight"))
+    offset = -1.0 if subject.plain.config.model_type == "gemma2" else 0.0
+    rest = Rest({name: torch.full_like(subject.plain.get_parameter(name), offset)})
+    report = probe(subject.bridge, subject.rows[0], patches, [0.5], top=3, limits=BUDGET, rest=rest)
+    before, after = ({one["condition"]: one for one in each["conditions"]} for each in (found, report))
+    for name in ("raw", "full"):
+        assert after[name]["ce"] == pytest.approx(before[name]["ce"], rel=1e-5)
+        assert after[name]["output"] == before[name]["output"]
+    assert after["no_delta"]["ce"] == pytest.approx(math.log(subject.plain.config.vocab_size), rel=1e-4)
+    assert before["alpha 0.5"]["ce"] != pytest.approx(after["alpha 0.5"]["ce"], rel=1e-3)
 
 
 def test_without_a_target_the_models_own_answer_is_scored(subject, patches):

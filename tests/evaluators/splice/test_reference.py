@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from data.encoding import Encoded
 from evaluators.splice import teacher_forcing as module
 from evaluators.splice.interventions import Edit, spliced
 from evaluators.splice.passes import forward
@@ -42,6 +43,19 @@ def test_raws_own_pass_gives_the_same_bits_as_one_for_the_reference(subject):
     assert all(one.kl is None for one in scored)
     for row in subject.encoded:
         assert torch.equal(ours.predicted(row).probabilities, theirs.predicted(row).probabilities)
+
+
+def test_the_same_tokens_may_be_divided_elsewhere(subject):
+    """A prompt that is longer by a token of its target: the text is the same, the targets are not."""
+    row = subject.encoded[0]
+    other = Encoded([*row.prompt, row.target[0]], row.target[1:])
+    reference = Reference(subject.bridge)
+    reference.add([row, other])
+    whole, later = (reference.predicted(each).probabilities for each in (row, other))
+    assert torch.equal(whole[1:], later)
+    edit = Edit(subject.patches, "true_output")
+    found = score(subject.passes, edit, [Job(row), Job(other)], reference=reference)
+    assert [each.kl for each in found] == pytest.approx([0.0, 0.0], abs=1e-3)
 
 
 def test_of_the_true_output_spliced_it_is_zero(subject):

@@ -185,6 +185,20 @@ def test_replicas_are_averaged_and_do_not_add_prompts():
         pool([*replicas, different])
 
 
+def test_replicas_may_judge_different_prompts():
+    """A check that gives no verdict on some texts: the rate is that of the verdicts, and its interval has no more."""
+    verdicts = ((True, True, True), (True, None, None))
+    replicas = [
+        behaviour("full", [prompt(index, 10.0, called) for index, called in enumerate(seen)], alpha=1.0, seed=seed)
+        for seed, seen in enumerate((*verdicts, (False, True, None)))
+    ]
+    row = conditions_table([RAW, *replicas]).iloc[1]
+    assert row["tool_call_rate"] == pytest.approx(5 / 6)
+    assert (row["tool_call_rate_low"], row["tool_call_rate_high"]) == pytest.approx(wilson(5 / 3, 2))
+    every = [behaviour("full", cell["rows"], alpha=1.0, seed=cell["seed"]) for cell in replicas[:2]]
+    assert conditions_table([RAW, *every]).iloc[1]["tool_call_rate"] == 1.0
+
+
 def test_no_delta_is_one_row_whatever_d_new_it_was_filed_under():
     cells = [RAW, *(behaviour("no_delta", RAW["rows"], d_new=width) for width in (32, None))]
     table = conditions_table(cells)

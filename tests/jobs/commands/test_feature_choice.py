@@ -10,7 +10,7 @@ import torch
 from jobs.commands.feature_choice import FeatureChoice, chosen_features
 from jobs.context.context import Context
 from jobs.errors import RequestError
-from jobs.files import write_json
+from jobs.files import MANIFEST, write_json
 from models.transcoder import with_bos
 from search_spaces.load import load
 from sites import QKV, Ground, Site
@@ -37,6 +37,8 @@ def context(tmp_path: Path) -> Context:
     groups = [{"number": number, "features": features} for number, features in enumerate(GROUPS, start=1)]
     cell = {"kind": "grouping", "target": "change", "d_new": 6, "groups": groups}
     write_json(context.space.cells / "grouping_x.json", cell)
+    write_json(context.space.cells / "grouping_a.json", {**cell, "groups": []})  # left over from earlier settings
+    write_json(context.space.cells / MANIFEST, {"cells": ["raw_tool", "grouping_x"]})
     return context
 
 

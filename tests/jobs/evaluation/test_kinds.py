@@ -14,7 +14,8 @@ from evaluators.measures.curve import FIGURES
 from jobs.cluster.connection import Share
 from jobs.commands.plan import plan_rows
 from jobs.context.context import Context
-from jobs.evaluation.features import CARDS_AT_ONCE, Curve, GroupEffects
+from jobs.evaluation import work as work_module
+from jobs.evaluation.features import CARDS_AT_ONCE, Curve, GroupEffects, Ranking
 from jobs.evaluation.kinds import KINDS, Behaviour, Cards, Exactness, Parts, Reconstruction, works_of
 from jobs.evaluation.work import ExpectedPlanInputs, PlanInputs, Work
 from jobs.files import MANIFEST, read_json
@@ -195,6 +196,34 @@ def test_the_keys_of_parts_do_not_depend_on_deltas(finished: tuple[Path, object]
     assert len(keys()) == 1
     assert keys() == keys("deltas.sites=[mlp]", "deltas.d_new=[16]", "evaluate.curve=false")
     assert keys() != keys("model.dtype=bf16")
+
+
+def test_cells_about_all_subsets_depend_on_which_these_are(finished: tuple[Path, object]) -> None:
+    def keys(*settings: str) -> set[str]:
+        inputs = PlanInputs(context_of(finished[0], *settings))
+        return {work.key for kind in (Ranking, Cards, Exactness) for work in kind.plan(inputs)}
+
+    assert not keys() & keys("evaluate.subsets=[tool]")
+
+
+def test_replicas_are_known_by_their_own_deltas(finished: tuple[Path, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed more can change which one ranks second, while the best stays."""
+
+    def keys() -> list[str]:
+        inputs = PlanInputs(context_of(finished[0], "evaluate.replicas=2", "evaluate.sets=[all]"))
+        works = [work for work in Behaviour.plan(inputs) if work.sites and work.sites[0].ground.target == "change"]
+        return [
+            next(work.key for work in works if ("replica_1" in work.sites[0].delta) == of_replica)
+            for of_replica in (False, True)
+        ]
+
+    before = keys()
+    sealed = work_module.sealed_hash
+    monkeypatch.setattr(
+        work_module, "sealed_hash", lambda path: "another" if "replica_1" in str(path) else sealed(path)
+    )
+    after = keys()
+    assert (before[0] == after[0], before[1] == after[1]) == (True, False)
 
 
 def test_what_is_done_is_left_out(tmp_path: Path) -> None:

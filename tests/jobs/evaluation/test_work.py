@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
+
 from evaluators.splice.limits import Limits
 from jobs.capture.worker_memory import ModelSpec
+from jobs.errors import WorkFailed
 from jobs.evaluation.behaviour import Behaviour, EndCell, Raw, finished_ends
-from jobs.evaluation.work import Shared, SitePlan
+from jobs.evaluation.work import LONGEST_PLACE, Shared, SitePlan, place_of
 from jobs.files import write_json
-from sites import Address, Ground, Site
+from jobs.sweep.stages.evaluate import current_cells
+from sites import ATTENTION_OUT, MLP, QKV, Address, Ground, Site
 
 SHARED = Shared("cells", "rows", "rows", "base", ("all",), Limits(4), 8, {})
 SITE = SitePlan(Address(Site(1), Ground("change"), 4), "delta", "moments")
@@ -55,3 +59,23 @@ def test_figures_are_taken_only_from_cells_of_the_same_deltas(tmp_path: Path) ->
     work = dataclasses.replace(WORK, shared=dataclasses.replace(SHARED, cells=str(tmp_path)))
     ends = [EndCell("full", "ours", "key"), EndCell("no_delta", "others", "key"), EndCell("no_delta", "missing", "key")]
     assert finished_ends(work, ends, 1) == {"full": [{"index": 0}]}
+
+
+def test_cells_of_earlier_settings_are_gone_before_new_ones_are_made(tmp_path: Path) -> None:
+    """Else a grouping of other deltas would be read in place of one that failed."""
+    write_json(tmp_path / "ours.json", {"key": "key", "strengths": [0.5]})
+    write_json(tmp_path / "others.json", {"key": "another key"})
+    assert current_cells(tmp_path, dict.fromkeys(("ours", "others", "missing"), "key")) == {"ours": [0.5]}
+    work = dataclasses.replace(WORK, shared=dataclasses.replace(SHARED, cells=str(tmp_path)))
+    assert work.earlier_cell("ours")["key"] == "key"
+    with pytest.raises(WorkFailed, match="it needs the cell others, which is missing"):
+        work.earlier_cell("others")
+
+
+def test_a_long_list_of_sites_is_cut_in_names() -> None:
+    kinds = (MLP, QKV, ATTENTION_OUT)
+    sites = [Site(layer, kind) for layer in range(0, 30, 2) for kind in kinds]
+    names = [place_of(sites[: 1 + last], Ground("residual", 0.5), 8) for last in range(len(sites))]
+    assert len(set(names)) == len(sites)
+    assert max(map(len, names)) == LONGEST_PLACE
+    assert all(name.startswith("layer_00") and name.endswith("_p0.50_d008") for name in names)
