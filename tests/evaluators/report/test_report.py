@@ -9,6 +9,7 @@ import pytest
 
 from evaluators.conditions import CHANGE_CONTROLS
 from evaluators.report import figures, findings, knob_figures, sections
+from evaluators.report.knob_section import headline_rows
 from evaluators.report.page import table_block
 from evaluators.report.report import SweepData, summary_table, write_report
 from evaluators.tables import recovery, tables
@@ -367,3 +368,14 @@ def test_without_an_effect_the_parts_have_no_picture(tmp_path):
     page = write_report(tmp_path, inputs(parts_cells(effect=0.0), **NOTHING)).read_text()
     assert "Where the finetuning lives" in page
     assert not (tmp_path / "graphs" / "parts.png").exists()
+
+
+def test_a_subset_whose_widest_set_failed_is_left_out_of_the_answer():
+    cells = [
+        {**cell, "target": "change", "percentile": None} if cell["target"] else cell
+        for cell in sweep()
+        if (len(cell["layers"]), cell["subset"]) != (2, "tool_ood")
+    ]
+    rows = headline_rows(tables.all_tables(cells))
+    assert [row["subset"] for row in rows] == ["tool", "copy"]
+    assert rows[0]["gap in CE"].startswith("+0.2")
