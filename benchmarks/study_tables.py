@@ -1,8 +1,8 @@
 """Tables over several adapters, from the files that `benchmarks.study` collects.
 
 In: the folder of the files. Out: Markdown tables by name. The brackets of one model's figure are its 95% interval over
-prompts; those of a mean over models, made with different seeds, a t-interval over models (`mean_over`), which shows how
-much so few of them can tell.
+prompts; those of a mean over three or more models, made with different seeds, a t-interval over models, which shows how
+much so few of them can tell. Of two models both values are shown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pandas as pd
 
 from benchmarks.study_groups import TOKEN, Agreement, agreement
 
-T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
+T = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 """Student's t for a two-sided 95% interval, by the number of values."""
 NONE = "-"
 PARTS = {
@@ -51,13 +51,15 @@ def bracketed(low: float, high: float, digits: int) -> str:
 
 
 def figure(rows: pd.DataFrame, digits: int = 3) -> str:
-    """One model's value with its interval over prompts, or the mean over models with its t-interval."""
+    """One model's value with its interval over prompts, two models' values, or the mean over more with its t-interval."""
     if rows.empty:
         return NONE
     if len(rows) == 1:
         row = rows.iloc[0]
         return number(row["value"], digits) + bracketed(row["low"], row["high"], digits)
     values = rows["value"]
+    if len(values) == 2:
+        return " / ".join(number(value, digits) for value in values)
     half = T[len(values)] * values.std() / math.sqrt(len(values)) if len(values) in T else math.nan
     return number(values.mean(), digits) + bracketed(values.mean() - half, values.mean() + half, digits)
 
