@@ -51,7 +51,7 @@ def bracketed(low: float, high: float, digits: int) -> str:
 
 
 def figure(rows: pd.DataFrame, digits: int = 3) -> str:
-    """One model's value with its interval over prompts, two models' values, or the mean over more with its t-interval."""
+    """One model's value with its interval over prompts, two models' values, or the mean of more with its t-interval."""
     if rows.empty:
         return NONE
     if len(rows) == 1:
