@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
         "max_reject_fraction": options.max_reject_fraction,
     }
     # The identity of generated exercises does not apply to a user's own prompts.
-    key = text_key if options.rows_file else request_key
+    key: Callable[[str], str] = text_key if options.rows_file else request_key
     files: dict[str, Any] = {}
     generated = Renderings(options.reading.chat.rendering) if options.reading.chat else None
     sizes, lines = _sizes(options)
@@ -95,6 +95,8 @@ def build_dataset(folder: Path, options: DataOptions) -> dict[str, Any]:
     for split in ("validation", "train"):
         random.Random(f"{options.seed}/order/{split}").shuffle(splits[split])
     if options.text_train_file:
+        if not options.rows_file:
+            key = _key_among(splits)
         paths = {"validation": options.text_validation_file, "train": options.text_train_file}
         texts = _user_texts(paths, lines, splits, files, {**reading, "key": key})
 
@@ -130,6 +132,17 @@ def _as_read(row: Row, reading: Reading, rendered: Renderings | None) -> Row:
     rendering = reading.chat.render_text(row.input, row.target)
     rendered.add(f"the row {row.input[:40]!r}", rendering)
     return rendering.row(row.input, row.label)
+
+
+def _key_among(splits: Mapping[str, Sequence[Row]]) -> Callable[[str], str]:
+    """The identity of a user's text beside generated rows: the request if a row makes it, else the text itself."""
+    requests = {request_key(row.input) for rows in splits.values() for row in rows}
+
+    def key(text: str) -> str:
+        request = request_key(text)
+        return request if request in requests else text_key(text)
+
+    return key
 
 
 def _user_texts(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from string import ascii_letters
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from data.conversations import Message, from_json, strings_in, text_of, without_none
+from data.conversations import REASONING, Message, check_unicode, from_json, strings_in, text_of, without_none
 from data.rows import DataError, Row, make_row, one_line
 from data.special import special_tokens_of, spelled_out
 from data.templates import Reads, reads
@@ -95,21 +95,27 @@ class Chat:
     def variables(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a record that the template reads, such as `tools` or `enable_thinking`, including those in a
         dictionary under `chat_template_kwargs`."""
-        more = from_json(record.get(KWARGS), KWARGS)
+        more = from_json(record.get(KWARGS) or None, KWARGS)
         fields = {**record, **(more if isinstance(more, dict) else {})}
         names = self._reads(fields).variables - self._reserved
-        values = {name: without_none(value) for name, value in fields.items() if name in names and value is not None}
+        given = ((name, value) for name, value in fields.items() if name in names and value is not None)
+        values = {name: without_none(value) for name, value in given if not (name in _LISTS and value == "")}
         in_csv = all(value is None or isinstance(value, str) for value in record.values())
         for name, value in values.items():
             if name in _LISTS:
                 values[name] = without_none(from_json(value, name))
             elif in_csv and isinstance(value, str) and value.casefold() in ("true", "false"):
                 values[name] = value.casefold() == "true"
+        for name, value in values.items():
+            for string in strings_in(value):
+                check_unicode(string, name)
         return values
 
     def unread_keys(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[str]:
         """Keys of these messages that the template does not read."""
         keys_read = self._reads(variables).keys | {"role", "content"}
+        if keys_read & REASONING:
+            keys_read |= REASONING  # transformers copies one to the other
         return [key for key in dict.fromkeys(key for message in messages for key in message) if key not in keys_read]
 
     def render(

@@ -11,6 +11,8 @@ from typing import Any
 
 Message = dict[str, Any]
 """`role`, `content`, and whatever else a template may read, such as `tool_calls`."""
+REASONING = frozenset({"reasoning_content", "reasoning", "thinking"})
+"""Names of what a model thought before it answered; transformers gives a template all of them."""
 
 
 class Reject(Exception):
@@ -33,11 +35,11 @@ def messages_of(value: Any) -> list[Message]:
     for message in messages:
         text(message.get("role"), "role")
         if "content" in message or not message.get("tool_calls"):
-            other_text = message.get("tool_calls") or message.get("reasoning_content")
+            other_text = message.get("tool_calls") or any(message.get(name) for name in REASONING)
             may_be_empty = bool(other_text) or message["role"] not in ("user", "assistant")
             _check_content(message.get("content"), may_be_empty)
     for string in strings_in(messages):
-        _check_unicode(string, "messages")
+        check_unicode(string, "messages")
     return messages
 
 
@@ -92,11 +94,11 @@ def text(value: Any, name: str) -> str:
         raise Reject(f"{name} is not text", type(value).__name__)
     if not value.strip():
         raise Reject(f"{name} is empty")
-    _check_unicode(value, name)
+    check_unicode(value, name)
     return value
 
 
-def _check_unicode(value: str, name: str) -> None:
+def check_unicode(value: str, name: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

@@ -216,7 +216,8 @@ def _parquet(path: str) -> Records:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
+        # ValueError: a text that is not UTF-8; OverflowError: a date that Python has no value for
         raise DataError(f"cannot read {path} as Parquet ({one_line(error)})") from None
 
 

@@ -327,6 +327,18 @@ def test_a_leak_from_a_users_text_is_counted_and_left_out(tmp_path: Path) -> Non
     assert_disjoint(tmp_path / "a")
 
 
+def test_texts_that_share_a_number_are_different(tmp_path: Path) -> None:
+    """A generated request is its sentences with numbers; a user's line is all of its text."""
+    lines = [
+        f"{n}. The {word} is here. It was born in 1980." for n in range(3) for word in ("cat", "dog", "bird", "fox")
+    ]
+    path = write(tmp_path / "train.txt", lines + lines)
+    report = small(tmp_path / "a", text_train_file=path)
+    assert report["files"]["text_train_file"]["repeated"] == 12
+    assert (report["counts"]["text_validation"], report["counts"]["text_train"]) == (8, 4)
+    assert report["leakage"]["ok"]
+
+
 def test_validation_text_from_the_training_file(tmp_path: Path) -> None:
     path = write(tmp_path / "train.txt", [f"A text of {n} words." for n in range(20)] * 2)
     report = small(tmp_path / "a", text_train_file=path)

@@ -224,6 +224,17 @@ def _json_lines(path: Path) -> str:
     return str(path.with_suffix(".jsonl"))
 
 
+def _bad_dates() -> bytes:
+    """A file with a date for which Python has no value, as databases write for `never`."""
+    buffer = pyarrow.BufferOutputStream()
+    dates = pyarrow.array([10**7], pyarrow.int32()).cast(pyarrow.date32())
+    pyarrow.parquet.write_table(pyarrow.table({"input": ["a"], "target": ["b"], "kind": ["c"], "date": dates}), buffer)
+    return buffer.getvalue().to_pybytes()
+
+
+BAD_DATES = _bad_dates()
+
+
 def _dataset(path: Path) -> str:
     """A dataset in a folder is read by the library as one of the hub is."""
     (path.parent / "owner" / "name").mkdir(parents=True)
@@ -251,6 +262,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path: Path, monkeypatch: p
         ("rows.csv", b"input,target\n\xff,x\n", "as CSV"),
         ("rows.csv", b'input,target\n"a,x\n', "as CSV"),
         ("rows.parquet", b"PAR1 and then nothing", "as Parquet"),
+        ("rows.parquet", BAD_DATES, "as Parquet"),
         ("rows.csv", b"question,target\na,x\n", "data.columns.label: .* has no column 'kind'; it has question, target"),
         ("rows.txt", b"a\n", "is neither a file ending in .jsonl"),
         ("owner/none", None, "cannot read split train of the dataset owner/none"),

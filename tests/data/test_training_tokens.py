@@ -245,6 +245,15 @@ def test_named_templates_and_tools_as_text(tmp_path: Path) -> None:
         Chat(byte_level({"tool_use": chats.TOOLS}), "a test").render_text("a", "b")
 
 
+def test_empty_tools_are_none_and_broken_text_is_refused(tmp_path: Path) -> None:
+    tokenizer = byte_level(chats.TOOLS)
+    empty = {"messages": PLAIN[0], "tools": "", "chat_template_kwargs": ""}
+    broken = {"messages": PLAIN[0], "tools": [{"type": "function", "function": {"name": "look\ud83d"}}]}
+    rows, log = rows_of(tmp_path, [empty, broken], Chat(tokenizer, "a test"))
+    assert_rows_are_trainings(tokenizer, rows, [{"messages": PLAIN[0]}])
+    assert (log.rejected, "unpaired surrogate in tools" in log.first[0]) == (1, True)
+
+
 def test_keys_that_parquet_fills_in_are_left_out(tmp_path: Path) -> None:
     """Each message of a Parquet file has every key of every other."""
     records = [CALLS, CALLS_AND_TEXT, AFTER_A_CALL, {"messages": PLAIN[0]}]
@@ -262,6 +271,7 @@ def test_keys_that_parquet_fills_in_are_left_out(tmp_path: Path) -> None:
         (chats.CHATML, {**CALLS_AND_TEXT, "id": 7, "source": "a"}, ({"tools", "id", "source"}, {"tool_calls"})),
         (chats.TOOLS, {**CALLS_AND_TEXT, "id": 7, "source": None}, ({"id"}, set())),
         (chats.THINK, {**THOUGHT, "enable_thinking": False}, (set(), set())),
+        (chats.THINK, {"messages": [ASKED, said("assistant", "apple", thinking="One.")]}, (set(), set())),
         (chats.CHATML, {**THOUGHT, "enable_thinking": False}, ({"enable_thinking"}, {"reasoning_content"})),
         (chats.MARKED, {"messages": [said("user", "a", weight=1), PLAIN[0][1]], "label": "c"}, (set(), {"weight"})),
     ],

@@ -159,9 +159,11 @@ def reading_of(context: Context) -> Reading:
     limit = getattr(load_config(context.model), "max_position_embeddings", None)
 
     def problem(row: Row) -> str | None:
-        answer = 0 if row.target else settings.evaluate.max_new_tokens
+        # Nothing is generated after a line of text, which has no label.
+        answer = 0 if row.target or not row.label else settings.evaluate.max_new_tokens
         # Tokenizers give at most one token per byte, so most texts need no counting.
-        if limit is None or len(f"{row.prompt or row.input}{row.target}".encode()) + answer + 3 <= limit:
+        text = f"{row.prompt or row.input}{row.separator}{row.target}"
+        if limit is None or len(text.encode()) + answer + 3 <= limit:
             return None
         too_long = f"longer than the context of {limit} tokens"
         return too_long if len(encode_row(tokenizer, row).ids) + answer > limit else None
