@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import multiprocessing
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +141,10 @@ def convert(path: Path, folder: Path, key: str, say: Callable[[str], None]) -> N
     keep the memory of two models. Raises ModelError if transformers cannot read it, or not all of it."""
     say(f"dequantising {path.name}, once; a large vocabulary takes a minute or two")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        refused = pool.submit(_convert, path, folder).result()
+        try:
+            refused = pool.submit(_convert, path, folder).result()
+        except BrokenProcessPool:
+            refused = "could not be dequantised: the process was killed, probably because memory ran out"
     if refused:
         raise ModelError(f"{key}: {path} {refused}")
 
@@ -163,6 +169,8 @@ def _convert(path: Path, folder: Path) -> str:
     except Exception as error:  # whatever a damaged file makes the readers raise
         return f"cannot be read as a causal LM: {one_line(error, 300)}"
     loaded, loading = loaded_pair
+    if lost := _lost_base(reader, loaded.config):
+        return lost
     if missing := sorted(loading["missing_keys"]):
         return f"lacks {len(missing)} tensors, such as {missing[0]}"
     stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
@@ -189,9 +197,35 @@ def _unread(reader: Any) -> str:
     scaling = {
         name.removeprefix(prefix): field.contents() for name, field in reader.fields.items() if name.startswith(prefix)
     }
-    if architecture != "gpt-oss" and scaling.get("type", "none") != "none" and scaling.get("factor", 1.0) != 1.0:
+    older = reader.fields.get(f"{architecture}.rope.scale_linear")  # before there were types
+    if older is not None:
+        scaling.setdefault("factor", older.contents())
+    kind, factor = scaling.get("type", "linear"), scaling.get("factor", 1.0)
+    if architecture != "gpt-oss" and kind != "none" and factor != 1.0:
         return (
-            f"scales its positions ({scaling['type']} by {scaling['factor']:g}), which transformers does not read from "
-            "GGUF files; give the model as a folder of safetensors"
+            f"scales its positions ({kind} by {factor:g}), which transformers does not read from GGUF files; give the "
+            "model as a folder of safetensors"
         )
     return ""
+
+
+def _lost_base(reader: Any, config: Any) -> str:
+    """Says so if the config that transformers made lacks the file's base of rotary positions."""
+    field = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.rope.freq_base")
+    bases = list(_bases_in(config.to_dict()))
+    if field is None or not bases or any(math.isclose(base, field.contents(), rel_tol=1e-3) for base in bases):
+        return ""
+    return (
+        f"has positions of base {field.contents():g}, which transformers does not read from a GGUF file of a "
+        f"{config.model_type} ({bases[0]:g} instead); give the model as a folder of safetensors"
+    )
+
+
+def _bases_in(config: Any) -> Iterator[float]:
+    """Every `rope_theta`, which a config may have for each kind of layer."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            if name == "rope_theta" and value is not None:
+                yield float(value)
+            else:
+                yield from _bases_in(value)

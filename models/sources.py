@@ -37,11 +37,7 @@ def check_source(source: str, revision: str | None = None, key: str = "model.sou
     elif is_gguf(source) and not Path(source).is_dir():
         check_file(Path(source), key)
     elif Path(source).is_dir():
-        if key == "model.source" and (Path(source) / "adapter_config.json").is_file():
-            raise ModelError(
-                f"{key}: the folder {source} holds a PEFT adapter (adapter_config.json); give the model that it was "
-                "trained on here, and the adapter as model.finetuned"
-            )
+        _refuse_adapter(Path(source), key)
         if key == "model.source" and not (Path(source) / "config.json").is_file():
             raise ModelError(f"{key}: the folder {source} has no config.json, so it is not a saved model")
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
@@ -84,7 +80,17 @@ def resolve(
 
     patterns = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
     with hub_errors(key, source):
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    _refuse_adapter(folder, key)  # transformers would attach it to the model that the repository may hold, too
+    return folder
+
+
+def _refuse_adapter(folder: Path, key: str) -> None:
+    if key == "model.source" and (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{key}: {folder} holds a PEFT adapter (adapter_config.json); give the model that it was trained on here, "
+            "and the adapter as model.finetuned"
+        )
 
 
 def repository_of(source: str) -> str | None:

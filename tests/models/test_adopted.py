@@ -106,6 +106,20 @@ def test_weights_of_another_shape_are_refused(llama_folder, copy_of, change, sai
     assert said in refused(llama_folder, folder)
 
 
+@pytest.mark.parametrize("of_the_finetuned", [True, False])
+def test_biases_of_one_model_alone_are_refused(llama_folder, copy_of, of_the_finetuned):
+    """They would belong to no site, and stay when everything else is un-finetuned."""
+    folder = copy_of(llama_folder)
+    edit(folder / "config.json", mlp_bias=True)
+    weights = load_file(folder / "model.safetensors")
+    of_mlps = [name for name in weights if ".mlp." in name]
+    biases = {name.replace(".weight", ".bias"): torch.ones(len(weights[name])) for name in of_mlps}
+    save_file(weights | biases, folder / "model.safetensors")
+    said = refused(*((llama_folder, folder) if of_the_finetuned else (folder, llama_folder)))
+    assert "model.layers.0.mlp.down_proj.bias" in said
+    assert "only models of one shape can be compared" in said
+
+
 def test_pickle_is_refused(llama_folder, adapter, copy_of, tmp_path):
     folder = copy_of(llama_folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

@@ -265,6 +265,8 @@ def test_a_gguf_file_is_converted_once(gguf_file, tmp_path):
             {"facts": [("llama.rope.scaling.type", "yarn"), ("llama.rope.scaling.factor", 4.0)]},
             "scales its positions (yarn by 4)",
         ),
+        ({"facts": [("llama.rope.scale_linear", 2.0)]}, "scales its positions (linear by 2)"),
+        ({"facts": [("llama.rope.scaling.factor", 8.0)]}, "scales its positions (linear by 8)"),
         ({"facts": [("general.architecture", "nothing-known")]}, "cannot be read as a causal LM"),
     ],
 )
@@ -272,6 +274,18 @@ def test_what_transformers_leaves_out_of_a_gguf_file_is_refused(instead, said, g
     (tmp_path / "model").mkdir()
     assert said in gguf_files._convert(gguf_file(**instead), tmp_path / "model")
     assert not list((tmp_path / "model").iterdir())
+
+
+def test_a_base_of_positions_that_transformers_does_not_read_is_noticed(gguf_file):
+    from gguf import GGUFReader
+    from transformers import Gemma3TextConfig, LlamaConfig
+
+    reader = GGUFReader(gguf_file(facts=[("llama.rope.freq_base", 1e6)]))
+    lost = gguf_files._lost_base(reader, LlamaConfig())
+    assert "positions of base 1e+06" in lost
+    assert "a llama (10000 instead)" in lost
+    assert gguf_files._lost_base(reader, LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 1e6})) == ""
+    assert gguf_files._lost_base(reader, Gemma3TextConfig()) == "", "one of its two kinds of layer has it"
 
 
 def test_damaged_gguf_files_are_refused_in_a_sentence(gguf_file, tmp_path):
