@@ -404,6 +404,8 @@ class Sweep(Section):
                 raise ValueError(f"evaluate.sets: got layer {stray[0]}, but the deltas have layers {layers_swept}")
         for name, section in (("lora", self.lora), ("deltas", self.deltas)):
             ranges = [key for key in type(section.space).model_fields if isinstance(getattr(section.space, key), Range)]
+            if section.sampler == "grid" and section.warm_start:
+                raise ValueError(f"{name}.warm_start: a grid tries its combinations in its own order, so leave it out")
             if section.sampler == "grid" and ranges:
                 raise ValueError(f"{name}.sampler: grid needs choices, but {name}.space.{ranges[0]} is a range")
         for key, value, allowed in (

@@ -111,7 +111,7 @@ class _Run:
         deltas = [subject.deltas[site].to(self.device) for site in self.sites]
         self.scales = [subject.scales[site] for site in self.sites]
         self.log_threshold = torch.stack([delta.threshold for delta in deltas]).log()
-        self.bos = torch.isinf(self.log_threshold)
+        self.bos = torch.isinf(self.log_threshold) & (self.log_threshold > 0)  # a threshold of 0 is no such feature
         self.W_enc = [delta.W_enc.clone().requires_grad_() for delta in deltas]
         self.b_enc = torch.stack([delta.b_enc for delta in deltas]).requires_grad_()
         scaled = zip(deltas, self.scales, strict=True)

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -154,9 +154,8 @@ def share_of(compute: Compute) -> Share:
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0.0)
     gpus_per_trial = compute.gpus_per_trial if compute.gpus_per_trial is not None else (1.0 if gpus else 0.0)
-    at_once = cpus // compute.cpus_per_trial
-    if gpus_per_trial:
-        at_once = min(at_once, int(gpus / gpus_per_trial))
+    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    at_once = sum(_fit(node, compute.cpus_per_trial, gpus_per_trial) for node in nodes)
     if at_once < 1:
         raise RequestError(
             f"compute: a trial needs {compute.cpus_per_trial} CPUs and {gpus_per_trial:g} GPUs, "
@@ -167,6 +166,16 @@ def share_of(compute: Compute) -> Share:
             "compute.precision: got tf32, which needs a GPU for each trial; allowed here: auto, fp32, bf16"
         )
     return Share(compute.cpus_per_trial, gpus_per_trial, min(at_once, compute.max_concurrent or at_once))
+
+
+def _fit(node: Mapping[str, float], cpus_per_trial: int, gpus_per_trial: float) -> int:
+    """How many trials a node has room for: a trial is on one node, and a fraction of a GPU on one GPU."""
+    at_once = int(node.get("CPU", 0)) // cpus_per_trial
+    if not gpus_per_trial:
+        return at_once
+    gpus = node.get("GPU", 0.0)
+    on_gpus = int(gpus) * int(1 / gpus_per_trial + 1e-9) if gpus_per_trial < 1 else int(gpus / gpus_per_trial)
+    return min(at_once, on_gpus)
 
 
 def check_storage(root: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,9 @@ class _Worker:
         import torch
 
         torch.set_num_threads(threads)
+
+    def ping(self) -> None:
+        """Ends once the worker is there."""
 
     def run(self, function: Callable[[Any], Any], task: Any) -> Outcome:
         started = time.time()
@@ -82,6 +85,7 @@ class Pool:
     def __init__(self, share: Share, timeline: Path | None = None) -> None:
         self.share, self._timeline = share, timeline
         self._idle: list[Any] = []
+        self._started: dict[Any, Any] = {}
 
     def run(
         self,
@@ -111,6 +115,12 @@ class Pool:
                     task, tries = waiting.take(last.get(worker), busy)
                     last[worker] = affinity(task)
                     running[worker.run.remote(function, task)] = (worker, task, tries)
+                if self._idle and (unstarted := self._unstarted(running)):
+                    # The cluster may never have room for this worker, while idle ones hold theirs.
+                    worker, task, tries = running.pop(unstarted)
+                    ray.kill(worker)
+                    waiting.add(task, tries)
+                    continue
                 (ready,), _ = ray.wait(list(running), num_returns=1)
                 worker, task, tries = running.pop(ready)
                 try:
@@ -131,6 +141,15 @@ class Pool:
             for worker, _, _ in running.values():
                 ray.kill(worker)
 
+    def _unstarted(self, running: Mapping[Any, tuple[Any, Any, int]]) -> Any:
+        """A running task whose worker is not there yet; None if there is none."""
+        import ray
+
+        for ref, (worker, _, _) in running.items():
+            if not ray.wait([self._started[worker]], timeout=0)[0]:
+                return ref
+        return None
+
     def _note(self, function: Callable[[Any], Any], outcome: Outcome) -> None:
         if self._timeline is not None:
             line = {"work": function.__name__, "started": outcome.started, "seconds": outcome.seconds}
@@ -141,7 +160,9 @@ class Pool:
         import ray
 
         options = {"num_cpus": self.share.cpus, "num_gpus": self.share.gpus, "max_restarts": 0}
-        return ray.remote(_Worker).options(**options).remote(max(1, self.share.cpus))
+        worker: Any = ray.remote(_Worker).options(**options).remote(max(1, self.share.cpus))
+        self._started[worker] = worker.ping.remote()
+        return worker
 
     def close(self) -> None:
         """Stops the idle workers; a later `run` starts new ones."""

@@ -51,6 +51,8 @@ def export(
 
     if kind not in FORMATS:
         raise RequestError(f"--format: got {kind!r}, allowed are {', '.join(FORMATS)}")
+    if folder.resolve() == Path.cwd():
+        raise RequestError(f"--to: got {folder}, give the name of a new folder")
     chosen = ground, d_new = combination(context, choice)
     sites = [site for site in context.sites_of(ground.target) if site.kind.name in SUPPORTED[kind]]
     if not sites:

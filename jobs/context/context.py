@@ -24,10 +24,11 @@ from jobs.cluster import address
 from jobs.cluster import connection as cluster
 from jobs.cluster.fanout import Pool
 from jobs.cluster.sockets import check_temporary_folder
+from jobs.context import keys
 from jobs.context.fingerprints import stamps
 from jobs.context.workspace import FINETUNED, PAIR, TIMELINE, Workspace, storage_root
 from jobs.errors import DamagedFileError, RequestError
-from jobs.files import MANIFEST, key_of, read_json
+from jobs.files import MANIFEST, is_for, key_of, read_json
 from jobs.progress import Progress
 from models.adapters import is_adapter
 from models.architectures import kinds_of
@@ -95,6 +96,8 @@ class Context:
             return None
         if pair is None or pair["key"] != self.pair_key:
             return None
+        if not self.settings.model.finetuned and not is_for(self.space.lora, keys.lora_group(self.settings)):
+            return None  # of a LoRA with other settings
         if "sites" not in pair:  # written before attention had sites
             from models.blocks import linear_kinds, sites_with
             from models.weights import load_config

@@ -73,9 +73,12 @@ class Workspace:
         """The folder of the deltas of one width that were polished together."""
         return self.deltas / "polished" / width_label(d_new)
 
-    def check_space(self, needed: int) -> None:
-        """Raises RequestError if less than `needed` bytes are free."""
+    def check_space(self, needed: int, fresh: bool = False) -> None:
+        """Raises RequestError if less than `needed` bytes are free, or would be without this sweep's files if it starts
+        over (`fresh`)."""
         free = shutil.disk_usage(self.folder).free
+        if fresh:
+            free += sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         if free < needed:
             raise RequestError(
                 f"storage.root: the sweep needs about {needed / 1e9:.1f} GB under {self.root}, "

@@ -51,7 +51,7 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
         check_models(context)
         stages = STAGES[: NAMES.index(until) + 1]
         if fresh or not context.space.data.is_dir():
-            space.check_space(bytes_needed(context))
+            space.check_space(bytes_needed(context), fresh)
         if fresh:
             start_over(context)
         move_damaged(context)

@@ -304,3 +304,10 @@ def test_the_keys_of_earlier_sweeps_hold():
 
 def test_older_settings_say_auto_for_the_dtype() -> None:
     assert load("tiny", ["model.dtype=auto"]).model.dtype == "fp32"
+
+
+def test_a_grid_is_not_started_elsewhere() -> None:
+    space = "deltas.space={lr: 0.001, sparsity: {choice: [0.001, 0.01]}}"
+    load("tiny", ["deltas.sampler=grid", space])
+    with pytest.raises(SettingsError, match=r"deltas\.warm_start: a grid tries its combinations in its own order"):
+        load("tiny", ["deltas.sampler=grid", space, "deltas.warm_start=other"])

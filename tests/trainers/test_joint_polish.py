@@ -71,6 +71,20 @@ def test_it_lowers_the_kl_that_the_evaluation_measures(subject, encoded) -> None
         assert torch.equal(delta.threshold.isinf(), subject.deltas[site].threshold.isinf())
 
 
+def test_a_threshold_of_zero_is_no_feature_at_bos(subject, encoded) -> None:
+    """Calibration lowers thresholds until fp32 has nothing below, where the L0 budget cannot be reached."""
+    deltas = {}
+    for site, delta in subject.deltas.items():
+        threshold = delta.threshold.clone()
+        threshold[:2] = 0.0
+        deltas[site] = dataclasses.replace(delta, threshold=threshold)
+    done = polish(
+        dataclasses.replace(subject, deltas=deltas), encoded, encoded, PolishSettings(steps=20, lr=1e-3, rows=6)
+    )
+    assert done.history[0]["val_kl"] == pytest.approx(kl(subject, deltas, encoded), rel=1e-3)
+    assert done.history[-1]["val_kl"] < done.history[0]["val_kl"]
+
+
 def test_where_it_makes_things_worse_the_deltas_stay_as_they_were(subject, encoded) -> None:
     done = polish(subject, encoded, encoded, PolishSettings(steps=6, lr=1e3, rows=4))
     assert done.figures["step"] == 0

@@ -98,6 +98,17 @@ def test_a_task_that_always_kills_its_worker_is_given_up(pool: Pool) -> None:
     assert "died 2 times" in str(outcome.error)
 
 
+def test_a_worker_that_finds_no_room_holds_nothing_up(pool: Pool) -> None:
+    """As after the loss of a node: the share counts on more than there is now."""
+    small = Pool(Share(pool.share.cpus, pool.share.gpus, 50))
+    pool.close()  # gives its room to the other
+    try:
+        outcomes = list(small.run(square, range(50)))
+    finally:
+        small.close()
+    assert sorted(outcome.result for outcome in outcomes) == [n * n for n in range(50)]
+
+
 def test_no_tasks(pool: Pool) -> None:
     assert list(pool.run(square, [])) == []
 
