@@ -107,11 +107,17 @@ def _json(path: str) -> Source:
     return Source("line", _json_lines(path))
 
 
+LARGEST_OBJECT = 1 << 26
+"""Bytes of a file that is read whole to see whether it is one JSON object; a larger one is taken for lines."""
+
+
 def _only_object(path: str, first: bytes, more: bool) -> dict[str, Any] | None:
     """The object that a file consists of, written over several lines, or with the rows in one of its fields."""
     try:
         value = json.loads(first)
     except (ValueError, RecursionError):
+        if Path(path).stat().st_size > LARGEST_OBJECT:
+            return None
         try:
             value = json.loads(Path(path).read_text(encoding="utf-8-sig")) if more else None
         except (ValueError, RecursionError):

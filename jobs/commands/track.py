@@ -14,9 +14,10 @@ from jobs.sweep.stage_list import STAGES
 
 def track(context: Context) -> None:
     """Raises RequestError if the sweep has no results, WorkFailed if the server stops answering."""
-    space, tracker = context.space, context.tracker
+    space = context.space
     if not any((stage.folder(context) / MANIFEST).is_file() for stage in STAGES):
         raise RequestError(f"{space.folder} has no finished stage; run `deltascope sweep` first")
+    tracker = context.tracker  # only now, since making it writes files
     with space.locked():
         report_results(context)
     if tracker.lost:

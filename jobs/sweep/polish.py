@@ -6,6 +6,7 @@ In: a `Context` whose delta searches are done, with `deltas.polish_steps`. Out: 
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ def polish_widths(context: Context) -> dict[str, Any]:
         kept_folders = [context.kept_trial(Address(site, Ground("change"), d_new)) for site in sites]
         folders = [folder for folder in kept_folders if folder is not None]
         if not sites or len(folders) < len(kept_folders):
+            shutil.rmtree(context.space.polished(d_new), ignore_errors=True)  # of earlier deltas
             continue  # reported by the search
         lineage = [sealed_hash(folder / "delta.safetensors") for folder in folders]
         key = keys.polished(context.settings, lineage)

@@ -28,7 +28,7 @@ from jobs.progress import clock
 from jobs.sweep.backfill import distinguishing_params, open_stage, report_results, send_missing
 from jobs.sweep.finetuned import check_models
 from jobs.sweep.mending import mend
-from jobs.sweep.mirror import mirrored
+from jobs.sweep.mirror import LEDGER, mirrored
 from jobs.sweep.stage_list import NAMES, STAGES, Stage
 from jobs.sweep.stores import move_damaged, unreported
 from search_spaces.schema import Sweep
@@ -80,7 +80,7 @@ def start_over(context: Context) -> None:
     """Deletes the sweep's files and studies. Its MLflow runs stay; the new ones are added next to them."""
     from jobs.search.studies import forget_studies
 
-    context.space.clear(keep=(PAIR,))  # just written for a pair that was made elsewhere
+    context.space.clear(keep=(PAIR, LEDGER))  # just written, for a pair that was made elsewhere and by the mirror
     context.forget_pair()
     forget_studies(context.studies, context.settings.name)
 
