@@ -243,6 +243,7 @@ def test_starting_over_keeps_what_is_known_of_an_adopted_pair_alone(
     start_over(adopted)
     assert adopted.sites == Context(adopted.settings).sites == mlp_sites([1])
     trained = sweep("deltas.sites=[mlp]")
+    keyed_folder(trained.space.lora, keys.lora_group(trained.settings))
     write_json(trained.space.folder / FINETUNED, {"key": "of an adapter"})
     note(trained, ["model.layers.2.mlp.up_proj.weight"], exact=True)
     assert trained.sites == mlp_sites([2])
