@@ -135,7 +135,7 @@ def _as_read(row: Row, reading: Reading, rendered: Renderings | None) -> Row:
 
 
 def _key_among(splits: Mapping[str, Sequence[Row]]) -> Callable[[str], str]:
-    """The identity of a user's text beside generated rows: the request if a row makes it, else the text itself."""
+    """Identifies a user's text among generated rows: by its request if a row makes the same one, else by the text."""
     requests = {request_key(row.input) for rows in splits.values() for row in rows}
 
     def key(text: str) -> str:

@@ -162,7 +162,7 @@ def _check_shapes(before: Weights, after: Weights) -> None:
     for name in sorted(before.places.keys() ^ after.places.keys()):
         if name.endswith(".bias"):
             has, lacks = (after.folder, "model.source") if name in after.places else ("model.source", after.folder)
-            raise ModelError(f"{KEY}: {has} has {name}, {lacks} has not; only models of one shape can be compared")
+            raise ModelError(f"{KEY}: {has} has {name}, which {lacks} lacks; only models of one shape can be compared")
     for name in sorted(before.places.keys() & after.places.keys()):
         base_shape, finetuned_shape = before.places[name].shape, after.places[name].shape
         if base_shape != finetuned_shape:
