@@ -15,27 +15,31 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from benchmarks.evaluation_grid import CELLS, ours, plain_cell, timed
+from benchmarks.evaluation_grid import ALPHAS, CELLS, ours, plain_cell, timed
 from benchmarks.lora import BATCH, train_ours, train_reference
 from benchmarks.plain_delta import train_plainly
-from benchmarks.random_subjects import SHAPES, random_pairs, random_rows, save_other_blocks
+from benchmarks.random_subjects import SHAPES, random_delta, random_pairs, random_rows, save_other_blocks
 from data.encoding import encode_row
+from data.rows import Row
+from evaluators.measures.edited_behaviour import Ask, Known, evaluate_behaviour
 from evaluators.splice.interventions import Patch
+from evaluators.splice.limits import Limits
+from evaluators.splice.passes import ALL, Passes
 from jobs.commands.device_figures import transcoder
 from models.blocks import read_paths
 from models.bridge import wrap
-from sites import Site, mlp_sites
+from sites import KINDS, Site, mlp_sites
 from trainers.activations import Pairs
 from trainers.base_transcoder import BaseSettings, train_bases
 from trainers.delta_data import DeltaData
@@ -44,12 +48,12 @@ from trainers.lora import LoraSettings
 from trainers.packing import Example, shuffled_batches
 from trainers.precision import dtype_of, number_format
 
-PARTS = ("deltas", "bases", "lora", "evaluation")
+PARTS = ("deltas", "bases", "lora", "evaluation", "knob")
 
 
 def main(
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
-    only: Annotated[str, typer.Option(help="Some of deltas, bases, lora, evaluation.")] = ",".join(PARTS),
+    only: Annotated[str, typer.Option(help=f"Some of {', '.join(PARTS)}.")] = ",".join(PARTS),
     models: Annotated[str, typer.Option(help="Model shapes: some of smollm2, gemma2_2b, tiny.")] = "smollm2,gemma2_2b",
     d_model: Annotated[int, typer.Option(help="Width of the layer whose deltas and base are trained.")] = 2304,
     d_sae: Annotated[int, typer.Option(help="Features of its base.")] = 16384,
@@ -68,6 +72,8 @@ def main(
             lora_tokens(device, model)
         if "evaluation" in chosen:
             cells(device, model)
+        if "knob" in chosen:
+            knob(device, model)
 
 
 def delta_steps(device: str, d_model: int, d_sae: int, batch: int, steps: int, d_new: int = 128) -> None:
@@ -179,6 +185,7 @@ def cells(device: str, name: str, prompts: int = 16, budget: int = 16, sampled: 
             patches.append(Patch(site, path, replace(delta, W_dec=0.05 * delta.W_dec)).to(device))
         candidates = random_rows(4 * prompts)
         rows = {label: [row for row in candidates if row.label == label][:prompts] for label in ("tool", "copy")}
+        as_they_are = replace(ALL, record_steps=False)
         ours(bridge, {label: few[:2] for label, few in rows.items()}, patches, budget)  # warms up libraries
         seconds, table = timed(lambda: ours(bridge, rows, patches, budget), device)
         chance, spent, equal, furthest = random.Random(0), 0.0, 0, 0.0
@@ -190,6 +197,7 @@ def cells(device: str, name: str, prompts: int = 16, budget: int = 16, sampled: 
             mine = table[patch.site, condition, alpha, label, place]
             spent, equal = spent + took, equal + (mine.output == plain.output)
             furthest = max(furthest, abs(mine.ce - plain.ce))
+        without, _ = timed(lambda: ours(bridge, rows, patches, budget, as_they_are), device)
         whole = spent / sampled * len(grid) * prompts
         few = {label: some[:4] for label, some in rows.items()}
         less, _ = timed(lambda: ours(bridge, few, patches, budget), device)
@@ -198,7 +206,44 @@ def cells(device: str, name: str, prompts: int = 16, budget: int = 16, sampled: 
             f"evaluation, {name}, fp32, {len(grid)} cells of {prompts} prompts: ours {seconds:.1f} s, "
             f"one by one {whole / seconds:.0f}x (from {sampled} of {len(grid) * prompts}; "
             f"{equal} of {sampled} texts equal, CE at most {furthest:.1e} apart)   "
-            f"{launches / less:.0f} launches a second   {share(computing / less)}   {peak()}"
+            f"{launches / less:.0f} launches a second   {share(computing / less)}   {peak()}   "
+            f"without recorded steps {without / seconds:.1f}x as long"
+        )
+
+
+def knob(device: str, name: str, prompts: int = 32, budget: int = 32, d_new: int = 32) -> None:
+    """Five strengths of deltas at all sites of all layers, with steps of decoding recorded and as they are."""
+    with fresh_memory(device) as peak, tempfile.TemporaryDirectory() as scratch:
+        model, tokenizer = SHAPES[name].build(device, torch.float32, Path(scratch))
+        layers = range(model.config.num_hidden_layers)
+        save_other_blocks(model, layers, Path(scratch))
+        bridge = wrap(model, tokenizer)
+        sites = [Site(layer, kind) for layer in layers for kind in KINDS.values()]
+        patches = [
+            Patch(site, path, random_delta(path, d_new, device))
+            for site, path in read_paths(bridge, Path(scratch), sites).items()
+        ]
+        rows, asks = random_rows(prompts), [Ask("alpha", alpha) for alpha in ALPHAS]
+        written, rates, shares = {}, {}, {}
+        for way, records in (("as they are", False), ("recorded", True)):
+            passes = Passes(bridge, shortcuts=replace(ALL, record_steps=records))
+
+            def run(rows: Sequence[Row], passes: Passes = passes) -> list[list[int]]:
+                settings: dict[str, Any] = {"limits": Limits(budget), "behaviours": {}}
+                answers = evaluate_behaviour(passes, patches, rows, asks, known=Known(), **settings)
+                return [text["tokens"] for _, _, texts in answers for text in texts]
+
+            run(rows[:4])  # warms up libraries
+            seconds, written[way] = timed(partial(run, rows), device)
+            less, _ = timed(partial(run, rows[:8]), device)
+            computing, _ = profiled(partial(run, rows[:8]), device)
+            rates[way], shares[way] = seconds, share(computing / less)
+        one, other = written.values()
+        equal = sum(mine == plain for mine, plain in zip(one, other, strict=True))
+        typer.echo(
+            f"knob, {name}, fp32, {len(sites)} sites, {len(asks)} strengths of {prompts} prompts, {budget} tokens: "
+            + ", ".join(f"steps {way} {rates[way]:.1f} s ({shares[way]})" for way in rates)
+            + f", {rates['as they are'] / rates['recorded']:.1f}x; {equal} of {len(one)} texts equal   {peak()}"
         )
 
 

@@ -20,8 +20,10 @@ from torch import Tensor
 from data.requests.copy_text import shipped_copy_texts
 from data.requests.generator import RequestOptions, tool_rows
 from data.rows import Row, make_row
+from models.blocks import BlockPath
 from models.sources import load_tokenizer
 from models.tiny import byte_tokenizer
+from models.transcoder import Transcoder
 from trainers.activations import Pairs
 
 
@@ -120,3 +122,15 @@ def save_other_blocks(model: Any, layers: Sequence[int], folder: Path) -> None:
             tensors[name] = changed.cpu().contiguous()
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), default=str))
+
+
+def random_delta(path: BlockPath, d_new: int, device: str) -> Transcoder:
+    """A delta for a site, with features of which some are on."""
+    generator = torch.Generator().manual_seed(path.site.layer)
+    weights = {
+        "W_enc": torch.randn(path.d_in, d_new, generator=generator) / path.d_in**0.5,
+        "b_enc": torch.zeros(d_new),
+        "threshold": torch.full((d_new,), 0.4),
+        "W_dec": torch.randn(d_new, path.d_out, generator=generator) / path.d_out,
+    }
+    return Transcoder(**weights, b_dec=None, site=path.site).to(device)

@@ -26,19 +26,18 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.random_subjects import SHAPES, Shape, random_rows, save_other_blocks
+from benchmarks.random_subjects import SHAPES, Shape, random_delta, random_rows, save_other_blocks
 from data.encoding import Encoded, encode_row
 from evaluators.splice.decoding import Stop, decode
 from evaluators.splice.interventions import Edit, Patch
 from evaluators.splice.limits import Limits
-from evaluators.splice.passes import Passes
+from evaluators.splice.passes import ALL, Passes, Shortcuts
 from evaluators.splice.teacher_forcing import Job
-from models.blocks import BlockPath, read_paths
+from models.blocks import read_paths
 from models.bridge import whole, wrap
-from models.transcoder import Transcoder
 from sites import KINDS, Kind, Site
 
-D_NEW, FEW, MANY, REPEATS = 8, 2, 10, 3
+D_NEW, FEW, MANY, REPEATS = 8, 4, 12, 3
 """Features of a delta, tokens generated, repeats."""
 
 
@@ -62,8 +61,11 @@ def by_parts(bridge: Any) -> Iterator[None]:
         served.update(original)
 
 
+RECORDED = "steps recorded"
+"""The way of a GPU; elsewhere it is left out."""
 WAYS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
     "no deltas": lambda bridge: nullcontext(),
+    RECORDED: lambda bridge: nullcontext(),
     "the model's own modules": lambda bridge: nullcontext(),
     "parts where hooks are": by_parts,
     "all parts": whole,
@@ -81,38 +83,31 @@ def seconds_a_token(
         save_other_blocks(model, layers, Path(folder))
         bridge = wrap(model, tokenizer)
         paths = read_paths(bridge, Path(folder), [Site(layer, kind) for layer in layers for kind in kinds])
-    patches = [Patch(site, path, _delta(path, device)) for site, path in paths.items()]
+    patches = [Patch(site, path, random_delta(path, D_NEW, device)) for site, path in paths.items()]
     row = random_rows(1)[0]
     prompt = encode_row(tokenizer, row).prompt
 
-    def run(tokens: int, edit: Edit) -> float:
+    def run(tokens: int, edit: Edit, shortcuts: Shortcuts) -> float:
         stop = replace(Stop.of(bridge, Limits(tokens), row), ends=frozenset())
         jobs = [Job(Encoded(prompt, []), index / batch) for index in range(batch)]
         now = time.process_time if device == "cpu" else time.perf_counter  # other processes do not count on a CPU
         started = now()
-        written = decode(Passes(bridge, batch_size=batch), edit, jobs, [[]] * batch, stop)
+        written = decode(Passes(bridge, batch, shortcuts), edit, jobs, [[]] * batch, stop)
         assert all(len(output) == tokens for output in written)
         return now() - started
 
     seconds_of: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(REPEATS):  # in turn, so that all see the same machine
         for name, way in WAYS.items():
+            if name == RECORDED and device == "cpu":
+                continue
             edit = Edit() if name == "no deltas" else Edit(patches, "alpha")
+            shortcuts = replace(ALL, record_steps=name == RECORDED)
             with way(bridge):
-                run(FEW, edit)
-                seconds_of[name].append((run(MANY, edit) - run(FEW, edit)) / (MANY - FEW))
-    return {name: statistics.median(seconds) for name, seconds in seconds_of.items()}
-
-
-def _delta(path: BlockPath, device: str) -> Transcoder:
-    generator = torch.Generator().manual_seed(path.site.layer)
-    weights = {
-        "W_enc": torch.randn(path.d_in, D_NEW, generator=generator) / path.d_in**0.5,
-        "b_enc": torch.zeros(D_NEW),
-        "threshold": torch.full((D_NEW,), 0.4),
-        "W_dec": torch.randn(D_NEW, path.d_out, generator=generator) / path.d_out,
-    }
-    return Transcoder(**weights, b_dec=None, site=path.site).to(device)
+                run(FEW, edit, shortcuts)
+                few, many = run(FEW, edit, shortcuts), run(MANY, edit, shortcuts)
+                seconds_of[name].append((many - few) / (MANY - FEW))
+    return {name: statistics.median(seconds) for name, seconds in seconds_of.items() if seconds}
 
 
 def main(
@@ -130,10 +125,12 @@ def main(
     sites = SHAPES[shape].config["num_hidden_layers"] * len(chosen)
     python = seconds_a_token(narrow(SHAPES[shape]), chosen, 1, device, number)
     real = (
-        dict.fromkeys(WAYS, math.nan) if python_only else seconds_a_token(SHAPES[shape], chosen, batch, device, number)
+        dict.fromkeys(python, math.nan)
+        if python_only
+        else seconds_a_token(SHAPES[shape], chosen, batch, device, number)
     )
     print(f"{shape}, {sites} sites ({kinds}) with deltas, {dtype} on {device}; milliseconds a token:")
-    for name in WAYS:
+    for name in python:
         ours, ground, whole_token = 1e3 * python[name], 1e3 * python["no deltas"], 1e3 * real[name]
         delta_text = f"of which deltas {ours - ground:5.1f} ({(ours - ground) / sites:.3f} a site)"
         batch_text = f"batch of {batch} {whole_token:7.1f} ({ours / whole_token:.1%} Python)"

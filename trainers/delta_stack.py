@@ -19,7 +19,7 @@ from models.transcoder import Transcoder
 from trainers import checkpoints
 from trainers.activations import Pairs
 from trainers.checkpoints import Keeper
-from trainers.cuda_graphs import Graphed
+from models.cuda_graphs import Graphed
 from trainers.delta_data import DeltaData, validate
 from trainers.distributed import processes
 from trainers.errors import DivergedError

@@ -22,9 +22,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from data.encoding import Batch, Encoded, ends_of, join_columns, pad_left, pad_right
 from data.rows import Row
-from evaluators.splice.interventions import Edit, Splice, spliced
+from evaluators.splice.interventions import EVERY, Edit, Splice, spliced
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import Passes, forward, in_slices
+from evaluators.splice.slots import Slots, slots_agree
 from evaluators.splice.teacher_forcing import Job, Scored, agreed, prepare
 from models.bridge import device_of
 from models.packed import is_packed, packed
@@ -39,6 +40,8 @@ DRAFTED = 16
 """Tokens that a step may draft ahead, over all its rows: about as many as take no longer than one, since a step reads
 every weight anyway."""
 
+RECORDED_ON = "cuda"
+"""The type of device on which steps are recorded."""
 PLAIN_STEPS = 6
 """Steps before the weights are packed: about as many as the copies cost."""
 
@@ -140,11 +143,16 @@ def decode(
     """
     results: dict[int, list[int]] = {}
     order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].encoded.prompt), i))
+    shortcuts = passes.shortcuts
+    on_device = shortcuts.record_steps and use_cache and device_of(passes.bridge).type == RECORDED_ON
+    records = on_device and slots_agree(passes.bridge)  # before the edit, since this tries the model as it is
+    passes = replace(passes, shortcuts=replace(shortcuts, record_steps=records))
     with spliced(passes.bridge, edit) as splice:
 
         def run(chosen: Sequence[int]) -> None:
             decoding = _Decoding(passes, splice, [jobs[i] for i in chosen], [begun[i] for i in chosen], stop, use_cache)
-            results.update(zip(chosen, decoding.outputs(), strict=True))
+            outputs = decoding.outputs_in_slots() if decoding.in_slots else decoding.outputs()
+            results.update(zip(chosen, outputs, strict=True))
 
         in_slices(order, len(order), run)
     return [results[i] for i in range(len(jobs))]
@@ -191,9 +199,12 @@ class _Decoding:
         self._config, self._pad = model.config, passes.bridge.tokenizer.pad_token_id
         cache = DynamicCache(config=self._config)
         self._window = _window(cache)
-        can_join = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-        can_join &= self._fits(max(map(len, self._texts), default=0), DRAFTED)
-        self._joins = can_join and passes.shortcuts.stop_early
+        lengths, can_join = [len(text) for text in self._texts], passes.shortcuts.stop_early
+        can_join &= all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+        longest, shortest = max(lengths, default=0), min(lengths, default=0)
+        self.in_slots = passes.shortcuts.record_steps and can_join and shortest > 1 and self._fits(longest, 0)
+        """Whether steps are CUDA graphs; none may start at BOS."""
+        self._joins = can_join and (self.in_slots or self._fits(longest, DRAFTED))
         """Whether rows can join others that are running."""
         self._contexts = {
             row: job.context for row, job in enumerate(jobs) if job.context is not None and self._joins and use_cache
@@ -211,10 +222,49 @@ class _Decoding:
                 running = self._advanced(running)
         return [self.stop.cut(output) or output for output in self._outputs]
 
+    def outputs_in_slots(self) -> list[list[int]]:
+        """`outputs`, by steps that are recorded once and then replayed."""
+        count = max(1, min(self.passes.batch_size, len(self._waiting)))
+        length = max(map(len, self._texts)) + self.stop.limits.max_new_tokens
+        some_features = any(job.kept != EVERY for job in self.jobs)
+        slots = Slots(self.passes.bridge, self.splice, count, length, 1 + DRAFTED // count, some_features)
+        row_of: dict[int, int] = {}
+        while self._waiting or row_of:
+            free = [slot for slot in range(count) if slot not in row_of]
+            if self._waiting and 2 * len(free) >= count:
+                row_of |= self._fill(slots, free)
+            texts = {slot: self._texts[row] for slot, row in row_of.items()}
+            drafts = {slot: _draft(texts[slot], self.jobs[row].hints, slots.width - 1) for slot, row in row_of.items()}
+            fed = [[texts[slot][-1], *drafts[slot]] if slot in row_of else [] for slot in range(count)]
+            starts = [len(texts[slot]) - 1 if slot in row_of else 0 for slot in range(count)]
+            choices = slots.logits(fed, starts).argmax(-1).tolist() if row_of else []
+            for slot, row in list(row_of.items()):
+                self._extend(row, agreed(drafts[slot], choices[slot]))
+                if not self._is_open(row):
+                    del row_of[slot]
+        return [self.stop.cut(output) or output for output in self._outputs]
+
+    def _fill(self, slots: Slots, free: list[int]) -> dict[int, int]:
+        """Lets rows that wait begin in free slots; by slot, those that are still open."""
+        started = self._start(len(free))
+        if not started.seen.ids.shape[1]:
+            started = self._step(started, drafted=False)
+        chosen = free[: len(started.rows)]
+        lengths = started.seen.mask.sum(1).tolist()
+        slots.put(chosen, [self.jobs[row] for row in started.rows], started.cache, lengths)
+        return {slot: row for slot, row in zip(chosen, started.rows, strict=True) if self._is_open(row)}
+
+    def _extend(self, row: int, tokens: Sequence[int]) -> None:
+        """Adds tokens to a row's output, up to its end."""
+        for token in tokens:
+            if self._is_open(row):
+                self._texts[row].append(token)
+                self._outputs[row].append(token)
+
     def _advanced(self, running: _Running | None) -> _Running | None:
         """Lets rows that wait begin, if there is room, or takes a step; the rows that are still open after it."""
         if running is None or self._has_room(running):
-            started = self._start(running)
+            started = self._start(self.passes.batch_size - (0 if running is None else len(running.rows)))
             if not started.seen.ids.shape[1]:
                 started = self._step(started, drafted=False)
             running = started if running is None else self._joined(running, started)
@@ -241,10 +291,9 @@ class _Decoding:
         The column of a rejected token stays in the cache, masked; a sliding window would count it."""
         return columns + self.stop.limits.max_new_tokens * (1 + ahead) <= self._window
 
-    def _start(self, running: _Running | None) -> _Running:
-        """Waiting rows, before their first step: those with all but the last token computed, or some of similar
-        length."""
-        free_rows = self.passes.batch_size - (0 if running is None else len(running.rows))
+    def _start(self, free_rows: int) -> _Running:
+        """At most `free_rows` waiting rows, before their first step: those with all but the last token computed, or
+        some of similar length."""
         ready = [row for row in self._waiting if row in self._contexts][:free_rows]
         most = len(self._texts[self._waiting[0]]) + PADDED if self._joins else math.inf
         rows = ready or [row for row in self._waiting[:free_rows] if len(self._texts[row]) <= most]
@@ -283,10 +332,7 @@ class _Decoding:
         for row, draft, argmax in zip(rows, drafts, choices.tolist(), strict=True):
             tokens = agreed(draft, argmax)
             accepted.append(len(tokens) - 1)
-            for token in tokens:
-                if self._is_open(row):
-                    self._texts[row].append(token)
-                    self._outputs[row].append(token)
+            self._extend(row, tokens)
         n_accepted = torch.tensor(accepted, device=last.device).unsqueeze(1)
         seen.mask[:, seen.mask.shape[1] - ahead :] &= torch.arange(ahead, device=last.device) < n_accepted
         fed = Batch(choices.gather(1, n_accepted), torch.ones_like(n_accepted, dtype=torch.bool), last + n_accepted + 1)

@@ -55,6 +55,8 @@ class Shortcuts:
     stop_early: bool = True
     """Decoding a row ends with EOS or a closed call, and another row takes its place; else every row is decoded to the
     budget and cut afterwards."""
+    record_steps: bool = True
+    """On a GPU, a step of decoding is one CUDA graph (`evaluators.splice.slots`)."""
     pack_weights: bool = True
     """On a CPU, decoding reads the weights from copies in a faster order (`models.packed`)."""
 

@@ -1,0 +1,171 @@
+"""Steps of greedy decoding that are one CUDA graph: hundreds of kernels, which Python takes longer to launch than a GPU
+to run, start with one call.
+
+In: a model under an edit, and rows that have begun. Out: the greedy choices of every row, step after step. A row has a
+slot until it ends; its token at position p is in column p of the slot, so all shapes stay the same, rows come and go
+alone, and a rejected draft is overwritten by the next token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from data.encoding import Encoded, pad_left
+from evaluators.splice.interventions import Edit, RowEdits, Splice, spliced
+from evaluators.splice.teacher_forcing import Job
+from models.bridge import ROUNDING, device_of
+from models.cuda_graphs import Graphed
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+TRIED = "slots agree"
+"""Where a bridge keeps what `slots_agree` found."""
+
+
+class _Layer(CacheLayerMixin):
+    """A layer's keys and values (slot, head, column, width), in one piece of memory; `columns` (slot, chunk), common to
+    all layers, is where the next ones go."""
+
+    is_sliding = False
+
+    def __init__(self, length: int, columns: Tensor) -> None:
+        super().__init__()
+        self.length, self.columns = length, columns
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (
+            states.new_zeros(len(self.columns), states.shape[1], self.length, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        for held, states in ((self.keys, key_states), (self.values, value_states)):
+            held.scatter_(2, self.columns[:, None, :, None].expand_as(states), states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.length
+
+
+class Slots:
+    """`count` slots of `length` columns, and steps of at most `width` tokens a row. `some_features`: whether some row
+    keeps only some of the delta features."""
+
+    def __init__(
+        self,
+        bridge: TransformerBridge,
+        splice: Splice,
+        count: int,
+        length: int,
+        width: int,
+        some_features: bool = False,
+    ) -> None:
+        self.bridge, self.splice, self.length, self.width = bridge, splice, length, width
+        model: Any = bridge.original_model
+        device = device_of(bridge)
+        self._columns = torch.zeros(count, width, dtype=torch.long, device=device)
+        self._layers = [_Layer(length, self._columns) for _ in DynamicCache(config=model.config).layers]
+        self._cache = Cache(layers=list(self._layers))
+        self._alpha = torch.zeros(count, device=device)
+        self._first = torch.zeros(count, 1, dtype=torch.long, device=device)
+        self._kept = torch.zeros(count, 3, dtype=torch.long, device=device) if some_features else None
+        self._ahead = torch.arange(width, device=device)
+        self._all_columns = torch.arange(length, device=device)
+        self._step = Graphed(self._logits)
+
+    def put(self, slots: Sequence[int], jobs: Sequence[Job], cache: Any, lengths: Sequence[int]) -> None:
+        """Rows into slots: `cache` holds the first `lengths[i]` tokens of row i, padded on the left."""
+        device = self._columns.device
+        places, counts = (torch.tensor(listed, device=device).unsqueeze(1) for listed in (slots, lengths))
+        columns = self._all_columns[: max(lengths)]
+        rows = torch.arange(len(slots), device=device).unsqueeze(1)
+        for layer, given in zip(self._layers, cache.layers, strict=True):
+            if not given.is_initialized:  # some share another layer's
+                continue
+            if not layer.is_initialized:
+                layer.lazy_initialization(given.keys, given.values)
+            used = (given.keys.shape[2] - counts + columns).clamp(max=given.keys.shape[2] - 1)
+            for held, states in ((layer.keys, given.keys), (layer.values, given.values)):
+                assert held is not None
+                held[places, :, columns] = states[rows, :, used]
+        self._alpha[places[:, 0]] = torch.tensor([job.alpha for job in jobs], dtype=torch.float32, device=device)
+        self._first[places[:, 0], 0] = torch.tensor([job.first for job in jobs], device=device)
+        if self._kept is not None:
+            self._kept[places[:, 0]] = torch.tensor([job.kept for job in jobs], device=device)
+
+    def logits(self, tokens: Sequence[Sequence[int]], positions: Sequence[int]) -> Tensor:
+        """Logits (slot, width, vocabulary), valid until the next call, after each of the `tokens` of every slot (at
+        most `width`; none if it is empty), the first of which is at its position. Attention sees what the slot holds
+        below it, and the tokens themselves."""
+        fed = [[start, *row, *[0] * (self.width - len(row))] for start, row in zip(positions, tokens, strict=True)]
+        return self._step(torch.tensor(fed).to(self._columns.device))
+
+    def _logits(self, fed: Tensor) -> Tensor:
+        positions = (fed[:, :1] + self._ahead).clamp(max=self.length - 1)
+        self._columns.copy_(positions)
+        model: Any = self.bridge.original_model
+        hidden = self._all_columns > positions.unsqueeze(2)
+        mask = hidden.unsqueeze(1) * torch.finfo(model.dtype).min
+        self.splice.reset_generated(self._alpha, RowEdits(self._first + positions - 1, self._kept))
+        return model(
+            input_ids=fed[:, 1:],
+            attention_mask=mask.to(model.dtype),
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        ).logits
+
+
+@torch.inference_mode()
+def slots_agree(bridge: TransformerBridge) -> bool:
+    """Whether this model computes the same in slots as otherwise, within rounding: tried once, on a few tokens, because
+    an architecture may read the cache or the mask in its own way, or wait for the device."""
+    found = bridge.__dict__.get(TRIED)
+    if found is None:
+        try:
+            found = _apart(bridge) <= (ROUNDING if bridge.original_model.dtype == torch.float32 else 0.05)
+        except Exception:  # whatever a model does not support here, it is decoded in the plain way
+            found = False
+        bridge.__dict__[TRIED] = found
+    return found
+
+
+def _apart(bridge: TransformerBridge) -> float:
+    """The largest difference of logits, over the largest logit, of two rows of different lengths: from a pass over the
+    whole text, and from steps of two tokens in slots, where the next step overwrites what one has drafted."""
+    model: Any = bridge.original_model
+    device, vocabulary = device_of(bridge), model.get_input_embeddings().weight.shape[0]
+    ids = torch.linspace(vocabulary // 8, vocabulary - 2, 8).long().tolist()
+    lengths = [3, 2]
+    expected = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float()
+    cache = DynamicCache(config=model.config)
+    model(**pad_left([ids[:length] for length in lengths], 0).to(device).inputs, past_key_values=cache, use_cache=True)
+    apart = []
+    with spliced(bridge, Edit()) as splice:
+        slots = Slots(bridge, splice, count=2, length=len(ids), width=2)
+        slots.put([1, 0], [Job(Encoded([], []))] * 2, cache, lengths)
+        for step in range(4):  # as it is, recorded, replayed
+            starts = [length + step for length in reversed(lengths)]
+            drafts = [ids[start + 1] if step % 2 else 0 for start in starts]
+            found = slots.logits([[ids[at], draft] for at, draft in zip(starts, drafts, strict=True)], starts).float()
+            for row, start in zip(found, starts, strict=True):
+                apart.append((row[: 1 + step % 2] - expected[start : start + 1 + step % 2]).abs().max())
+    return (torch.stack(apart).max() / expected.abs().max()).item()
