@@ -226,17 +226,17 @@ def knob(device: str, name: str, prompts: int = 32, budget: int = 32, d_new: int
         rows, asks = random_rows(prompts), [Ask("alpha", alpha) for alpha in ALPHAS]
         written, rates, shares = {}, {}, {}
         for way, records in (("as they are", False), ("recorded", True)):
-            passes = Passes(bridge, shortcuts=replace(ALL, record_steps=records))
+            passes = Passes(bridge, 100, replace(ALL, record_steps=records))
 
-            def run(rows: Sequence[Row], passes: Passes = passes) -> list[list[int]]:
+            def run(rows: Sequence[Row], budget: int = budget, passes: Passes = passes) -> list[list[int]]:
                 settings: dict[str, Any] = {"limits": Limits(budget), "behaviours": {}}
                 answers = evaluate_behaviour(passes, patches, rows, asks, known=Known(), **settings)
                 return [text["tokens"] for _, _, texts in answers for text in texts]
 
             run(rows[:4])  # warms up libraries
             seconds, written[way] = timed(partial(run, rows), device)
-            less, _ = timed(partial(run, rows[:8]), device)
-            computing, _ = profiled(partial(run, rows[:8]), device)
+            less, _ = timed(partial(run, rows[:20], budget // 2), device)  # profiles take long to read
+            computing, _ = profiled(partial(run, rows[:20], budget // 2), device)
             rates[way], shares[way] = seconds, share(computing / less)
         one, other = written.values()
         equal = sum(mine == plain for mine, plain in zip(one, other, strict=True))
@@ -254,7 +254,7 @@ def profiled(run: Callable[[], object], device: str) -> tuple[float, int]:
 
     if not device.startswith("cuda"):
         return math.nan, 0
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         run()
         torch.cuda.synchronize()
     spans, launches = [], 0

@@ -6,7 +6,9 @@ device. Out: the same function, which on a GPU replays its recorded kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -39,8 +41,21 @@ class Graphed(Generic[T]):
         for new, static in pairs:
             static.copy_(new)
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records only, runs nothing
+            graph = torch.cuda.CUDAGraph()
+            with _nothing_collected(), torch.cuda.graph(graph):  # records only, runs nothing
                 self.result = self.function(*self.inputs)
+            self.graph = graph
         self.graph.replay()
         return self.result
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Garbage collection would break the recording if it freed another graph meanwhile."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

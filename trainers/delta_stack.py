@@ -15,11 +15,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from models.cuda_graphs import Graphed
 from models.transcoder import Transcoder
 from trainers import checkpoints
 from trainers.activations import Pairs
 from trainers.checkpoints import Keeper
-from models.cuda_graphs import Graphed
 from trainers.delta_data import DeltaData, validate
 from trainers.distributed import processes
 from trainers.errors import DivergedError

@@ -65,6 +65,38 @@ class _Layer(CacheLayerMixin):
         return self.length
 
 
+class _Step:
+    """What a step reads and writes: the slots' keys and values, strengths and the like. It does not know its graph, so
+    that both are freed as soon as nothing uses them."""
+
+    def __init__(self, bridge: TransformerBridge, splice: Splice, count: int, length: int, width: int) -> None:
+        self.bridge, self.splice, self.length = bridge, splice, length
+        model: Any = bridge.original_model
+        device = device_of(bridge)
+        self.ahead, self.all_columns = torch.arange(width, device=device), torch.arange(length, device=device)
+        self.columns = torch.zeros(count, width, dtype=torch.long, device=device)
+        self.layers = [_Layer(length, self.columns) for _ in DynamicCache(config=model.config).layers]
+        self.cache = Cache(layers=list(self.layers))
+        self.alpha = torch.zeros(count, device=device)
+        self.first = torch.zeros(count, 1, dtype=torch.long, device=device)
+        self.kept: Tensor | None = None
+
+    def __call__(self, fed: Tensor) -> Tensor:
+        """Logits (slot, width, vocabulary) for `fed`, (slot, 1 + width): the first token's position, and the tokens."""
+        positions = (fed[:, :1] + self.ahead).clamp(max=self.length - 1)
+        self.columns.copy_(positions)
+        model: Any = self.bridge.original_model
+        hidden = (self.all_columns > positions.unsqueeze(2)).unsqueeze(1)
+        self.splice.reset_generated(self.alpha, RowEdits(self.first + positions - 1, self.kept))
+        return model(
+            input_ids=fed[:, 1:],
+            attention_mask=(hidden * torch.finfo(model.dtype).min).to(model.dtype),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits
+
+
 class Slots:
     """`count` slots of `length` columns, and steps of at most `width` tokens a row. `some_features`: whether some row
     keeps only some of the delta features."""
@@ -78,60 +110,37 @@ class Slots:
         width: int,
         some_features: bool = False,
     ) -> None:
-        self.bridge, self.splice, self.length, self.width = bridge, splice, length, width
-        model: Any = bridge.original_model
-        device = device_of(bridge)
-        self._columns = torch.zeros(count, width, dtype=torch.long, device=device)
-        self._layers = [_Layer(length, self._columns) for _ in DynamicCache(config=model.config).layers]
-        self._cache = Cache(layers=list(self._layers))
-        self._alpha = torch.zeros(count, device=device)
-        self._first = torch.zeros(count, 1, dtype=torch.long, device=device)
-        self._kept = torch.zeros(count, 3, dtype=torch.long, device=device) if some_features else None
-        self._ahead = torch.arange(width, device=device)
-        self._all_columns = torch.arange(length, device=device)
-        self._step = Graphed(self._logits)
+        self.width, self._held = width, _Step(bridge, splice, count, length, width)
+        self._device = self._held.alpha.device
+        if some_features:
+            self._held.kept = torch.zeros(count, 3, dtype=torch.long, device=self._device)
+        self._step = Graphed(self._held)
 
     def put(self, slots: Sequence[int], jobs: Sequence[Job], cache: Any, lengths: Sequence[int]) -> None:
         """Rows into slots: `cache` holds the first `lengths[i]` tokens of row i, padded on the left."""
-        device = self._columns.device
+        device, held = self._device, self._held
         places, counts = (torch.tensor(listed, device=device).unsqueeze(1) for listed in (slots, lengths))
-        columns = self._all_columns[: max(lengths)]
+        columns = held.all_columns[: max(lengths)]
         rows = torch.arange(len(slots), device=device).unsqueeze(1)
-        for layer, given in zip(self._layers, cache.layers, strict=True):
-            if not given.is_initialized:  # some share another layer's
-                continue
-            if not layer.is_initialized:
-                layer.lazy_initialization(given.keys, given.values)
-            used = (given.keys.shape[2] - counts + columns).clamp(max=given.keys.shape[2] - 1)
-            for held, states in ((layer.keys, given.keys), (layer.values, given.values)):
-                assert held is not None
-                held[places, :, columns] = states[rows, :, used]
-        self._alpha[places[:, 0]] = torch.tensor([job.alpha for job in jobs], dtype=torch.float32, device=device)
-        self._first[places[:, 0], 0] = torch.tensor([job.first for job in jobs], device=device)
-        if self._kept is not None:
-            self._kept[places[:, 0]] = torch.tensor([job.kept for job in jobs], device=device)
+        for layer, given in zip(held.layers, cache.layers, strict=True):
+            if given.is_initialized:  # some share another layer's
+                used = (given.keys.shape[2] - counts + columns).clamp(max=given.keys.shape[2] - 1)
+                if not layer.is_initialized:
+                    layer.lazy_initialization(given.keys, given.values)
+                for mine, states in ((layer.keys, given.keys), (layer.values, given.values)):
+                    assert mine is not None
+                    mine[places, :, columns] = states[rows, :, used]
+        held.alpha[places[:, 0]] = torch.tensor([job.alpha for job in jobs], dtype=torch.float32, device=device)
+        held.first[places[:, 0], 0] = torch.tensor([job.first for job in jobs], device=device)
+        if held.kept is not None:
+            held.kept[places[:, 0]] = torch.tensor([job.kept for job in jobs], device=device)
 
     def logits(self, tokens: Sequence[Sequence[int]], positions: Sequence[int]) -> Tensor:
         """Logits (slot, width, vocabulary), valid until the next call, after each of the `tokens` of every slot (at
         most `width`; none if it is empty), the first of which is at its position. Attention sees what the slot holds
         below it, and the tokens themselves."""
         fed = [[start, *row, *[0] * (self.width - len(row))] for start, row in zip(positions, tokens, strict=True)]
-        return self._step(torch.tensor(fed).to(self._columns.device))
-
-    def _logits(self, fed: Tensor) -> Tensor:
-        positions = (fed[:, :1] + self._ahead).clamp(max=self.length - 1)
-        self._columns.copy_(positions)
-        model: Any = self.bridge.original_model
-        hidden = self._all_columns > positions.unsqueeze(2)
-        mask = hidden.unsqueeze(1) * torch.finfo(model.dtype).min
-        self.splice.reset_generated(self._alpha, RowEdits(self._first + positions - 1, self._kept))
-        return model(
-            input_ids=fed[:, 1:],
-            attention_mask=mask.to(model.dtype),
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).logits
+        return self._step(torch.tensor(fed).to(self._device))
 
 
 @torch.inference_mode()
