@@ -18,12 +18,13 @@ T = TypeVar("T")
 
 
 class Graphed(Generic[T]):
-    """`function(*inputs)`: run eagerly at first, since libraries initialise then, recorded at the second call, and
-    replayed from then on. Inputs of another shape are run eagerly. The result is valid until the next call.
+    """`function(*inputs)`: run eagerly `first` times, once at least since libraries initialise then, recorded at the
+    next call, and replayed from then on. Inputs of another shape are run eagerly. The result is valid until the next
+    call.
     """
 
-    def __init__(self, function: Callable[..., T]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., T], first: int = 1) -> None:
+        self.function, self.first = function, first
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []
         self.called = 0
@@ -32,8 +33,8 @@ class Graphed(Generic[T]):
         if not all(tensor.is_cuda for tensor in inputs):
             return self.function(*inputs)
         self.called += 1
-        if self.called == 1:
-            self.inputs = [torch.empty_like(tensor) for tensor in inputs]
+        if self.called <= self.first:
+            self.inputs = self.inputs or [torch.empty_like(tensor) for tensor in inputs]
             return self.function(*inputs)
         pairs = list(zip(inputs, self.inputs, strict=True))
         if any(tensor.shape != static.shape or tensor.dtype != static.dtype for tensor, static in pairs):

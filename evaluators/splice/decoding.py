@@ -42,6 +42,9 @@ every weight anyway."""
 
 RECORDED_ON = "cuda"
 """The type of device on which steps are recorded."""
+UNRECORDED_STEPS = 3
+"""Steps before one is recorded: about as many as recording costs, since most texts have been guessed to the end or
+almost."""
 PLAIN_STEPS = 6
 """Steps before the weights are packed: about as many as the copies cost."""
 
@@ -227,7 +230,8 @@ class _Decoding:
         count = max(1, min(self.passes.batch_size, len(self._waiting)))
         length = max(map(len, self._texts)) + self.stop.limits.max_new_tokens
         some_features = any(job.kept != EVERY for job in self.jobs)
-        slots = Slots(self.passes.bridge, self.splice, count, length, 1 + DRAFTED // count, some_features)
+        width = 1 + DRAFTED // count
+        slots = Slots(self.passes.bridge, self.splice, count, length, width, some_features, UNRECORDED_STEPS)
         row_of: dict[int, int] = {}
         while self._waiting or row_of:
             free = [slot for slot in range(count) if slot not in row_of]

@@ -99,7 +99,7 @@ class _Step:
 
 class Slots:
     """`count` slots of `length` columns, and steps of at most `width` tokens a row. `some_features`: whether some row
-    keeps only some of the delta features."""
+    keeps only some of the delta features. The `first` steps run as they are; then one is recorded."""
 
     def __init__(
         self,
@@ -109,12 +109,13 @@ class Slots:
         length: int,
         width: int,
         some_features: bool = False,
+        first: int = 1,
     ) -> None:
         self.width, self._held = width, _Step(bridge, splice, count, length, width)
         self._device = self._held.alpha.device
         if some_features:
             self._held.kept = torch.zeros(count, 3, dtype=torch.long, device=self._device)
-        self._step = Graphed(self._held)
+        self._step = Graphed(self._held, first)
 
     def put(self, slots: Sequence[int], jobs: Sequence[Job], cache: Any, lengths: Sequence[int]) -> None:
         """Rows into slots: `cache` holds the first `lengths[i]` tokens of row i, padded on the left."""

@@ -41,7 +41,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graphed]:
     """All that may record, in the order in which they were made."""
     made: list[Graphed] = []
     begin = Graphed.__init__
-    monkeypatch.setattr(Graphed, "__init__", lambda self, function: made.append(self) or begin(self, function))
+    monkeypatch.setattr(Graphed, "__init__", lambda self, *given: made.append(self) or begin(self, *given))
     return made
 
 
