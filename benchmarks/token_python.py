@@ -28,7 +28,7 @@ import typer
 
 from benchmarks.random_subjects import SHAPES, Shape, random_delta, random_rows, save_other_blocks
 from data.encoding import Encoded, encode_row
-from evaluators.splice.decoding import Stop, decode
+from evaluators.splice.decoding import UNRECORDED_STEPS, Stop, decode
 from evaluators.splice.interventions import Edit, Patch
 from evaluators.splice.limits import Limits
 from evaluators.splice.passes import ALL, Passes, Shortcuts
@@ -37,7 +37,7 @@ from models.blocks import read_paths
 from models.bridge import whole, wrap
 from sites import KINDS, Kind, Site
 
-D_NEW, FEW, MANY, REPEATS = 8, 4, 12, 3
+D_NEW, FEW, MANY, REPEATS = 8, UNRECORDED_STEPS + 3, UNRECORDED_STEPS + 11, 3
 """Features of a delta, tokens generated, repeats."""
 
 
@@ -132,7 +132,10 @@ def main(
     print(f"{shape}, {sites} sites ({kinds}) with deltas, {dtype} on {device}; milliseconds a token:")
     for name in python:
         ours, ground, whole_token = 1e3 * python[name], 1e3 * python["no deltas"], 1e3 * real[name]
-        delta_text = f"of which deltas {ours - ground:5.1f} ({(ours - ground) / sites:.3f} a site)"
+        per_site = (ours - ground) / sites  # without deltas, steps are not recorded here
+        delta_text = (
+            "all together" if name == RECORDED else f"of which deltas {ours - ground:5.1f} ({per_site:.3f} a site)"
+        )
         batch_text = f"batch of {batch} {whole_token:7.1f} ({ours / whole_token:.1%} Python)"
         print(f"  {name:<24} Python {ours:5.1f}, {delta_text}; {batch_text}")
 

@@ -7,6 +7,7 @@ device. Out: the same function, which on a GPU replays its recorded kernels.
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
@@ -19,8 +20,8 @@ T = TypeVar("T")
 
 class Graphed(Generic[T]):
     """`function(*inputs)`: run eagerly `first` times, once at least since libraries initialise then, recorded at the
-    next call, and replayed from then on. Inputs of another shape are run eagerly. The result is valid until the next
-    call.
+    next call, and replayed from then on. Inputs of another shape are run eagerly, and all of them if it cannot be
+    recorded (`refused`), because it waits for the device, for example. The result is valid until the next call.
     """
 
     def __init__(self, function: Callable[..., T], first: int = 1) -> None:
@@ -28,9 +29,10 @@ class Graphed(Generic[T]):
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []
         self.called = 0
+        self.refused = False
 
     def __call__(self, *inputs: Tensor) -> T:
-        if not all(tensor.is_cuda for tensor in inputs):
+        if self.refused or not all(tensor.is_cuda for tensor in inputs):
             return self.function(*inputs)
         self.called += 1
         if self.called <= self.first:
@@ -43,8 +45,15 @@ class Graphed(Generic[T]):
             static.copy_(new)
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with _nothing_collected(), torch.cuda.graph(graph):  # records only, runs nothing
-                self.result = self.function(*self.inputs)
+            try:
+                with _nothing_collected(), torch.cuda.graph(graph):  # records only, runs nothing
+                    self.result = self.function(*self.inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.refused = True
+                logging.getLogger(__name__).warning("a step runs as it is, not as a CUDA graph: %s", error)
+                return self.function(*inputs)
             self.graph = graph
         self.graph.replay()
         return self.result

@@ -43,8 +43,7 @@ every weight anyway."""
 RECORDED_ON = "cuda"
 """The type of device on which steps are recorded."""
 UNRECORDED_STEPS = 3
-"""Steps before one is recorded: about as many as recording costs, since most texts have been guessed to the end or
-almost."""
+"""Steps before one is recorded, since most texts have been guessed to the end or almost."""
 PLAIN_STEPS = 6
 """Steps before the weights are packed: about as many as the copies cost."""
 
@@ -157,7 +156,8 @@ def decode(
             outputs = decoding.outputs_in_slots() if decoding.in_slots else decoding.outputs()
             results.update(zip(chosen, outputs, strict=True))
 
-        in_slices(order, len(order), run)
+        for similar in _similar(order, [len(job.encoded.prompt) for job in jobs], stop) if records else [order]:
+            in_slices(similar, len(similar), run)
     return [results[i] for i in range(len(jobs))]
 
 
@@ -202,7 +202,7 @@ class _Decoding:
         self._config, self._pad = model.config, passes.bridge.tokenizer.pad_token_id
         cache = DynamicCache(config=self._config)
         self._window = _window(cache)
-        lengths, can_join = [len(text) for text in self._texts], passes.shortcuts.stop_early
+        lengths, can_join = [len(self._texts[row]) for row in self._waiting], passes.shortcuts.stop_early
         can_join &= all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
         longest, shortest = max(lengths, default=0), min(lengths, default=0)
         self.in_slots = passes.shortcuts.record_steps and can_join and shortest > 1 and self._fits(longest, 0)
@@ -228,7 +228,7 @@ class _Decoding:
     def outputs_in_slots(self) -> list[list[int]]:
         """`outputs`, by steps that are recorded once and then replayed."""
         count = max(1, min(self.passes.batch_size, len(self._waiting)))
-        length = max(map(len, self._texts)) + self.stop.limits.max_new_tokens
+        length = max(len(self._texts[row]) for row in self._waiting) + self.stop.limits.max_new_tokens
         some_features = any(job.kept != EVERY for job in self.jobs)
         width = 1 + DRAFTED // count
         slots = Slots(self.passes.bridge, self.splice, count, length, width, some_features, UNRECORDED_STEPS)
@@ -238,7 +238,10 @@ class _Decoding:
             if self._waiting and 2 * len(free) >= count:
                 row_of |= self._fill(slots, free)
             texts = {slot: self._texts[row] for slot, row in row_of.items()}
-            drafts = {slot: _draft(texts[slot], self.jobs[row].hints, slots.width - 1) for slot, row in row_of.items()}
+            drafts = {
+                slot: _draft(texts[slot], self.jobs[row].hints, min(slots.width - 1, self._left(row) - 1))
+                for slot, row in row_of.items()
+            }
             fed = [[texts[slot][-1], *drafts[slot]] if slot in row_of else [] for slot in range(count)]
             starts = [len(texts[slot]) - 1 if slot in row_of else 0 for slot in range(count)]
             choices = slots.logits(fed, starts).argmax(-1).tolist() if row_of else []
@@ -257,6 +260,10 @@ class _Decoding:
         lengths = started.seen.mask.sum(1).tolist()
         slots.put(chosen, [self.jobs[row] for row in started.rows], started.cache, lengths)
         return {slot: row for slot, row in zip(chosen, started.rows, strict=True) if self._is_open(row)}
+
+    def _left(self, row: int) -> int:
+        """The number of tokens that a row may still write."""
+        return self.stop.limits.max_new_tokens - len(self._outputs[row])
 
     def _extend(self, row: int, tokens: Sequence[int]) -> None:
         """Adds tokens to a row's output, up to its end."""
@@ -323,7 +330,7 @@ class _Decoding:
         most = DRAFTED // len(rows) if drafted else 0
         if not self._fits(seen.ids.shape[1] + fed.ids.shape[1], most):
             most = 0
-        drafts = [_draft(self._texts[row], self.jobs[row].hints, most) for row in rows]
+        drafts = [_draft(self._texts[row], self.jobs[row].hints, min(most, self._left(row) - 1)) for row in rows]
         ahead = max(map(len, drafts))
         last = fed.positions[:, -1:]
         if ahead:
@@ -358,6 +365,18 @@ class _Decoding:
         seen = Batch(*(_stacked(pair, length, 1) for pair in zip(first.seen, second.seen, strict=True)))
         fed = Batch(*(torch.cat(pair) for pair in zip(first.fed, second.fed, strict=True)))
         return _Running(first.rows + second.rows, seen, fed, cache)
+
+
+def _similar(order: Sequence[int], lengths: Sequence[int], stop: Stop) -> list[list[int]]:
+    """`order`, sorted by length, in groups whose rows need at most twice as many columns as the first: slots have as
+    many as the longest row needs."""
+    groups: list[list[int]] = []
+    for row in order:
+        budget = stop.limits.max_new_tokens
+        if not groups or lengths[row] + budget > 2 * (lengths[groups[-1][0]] + budget):
+            groups.append([])
+        groups[-1].append(row)
+    return groups
 
 
 def _stacked(parts: Iterable[Tensor], length: int, axis: int) -> Tensor:

@@ -219,13 +219,13 @@ class Splice:
 
     def reset_generated(self, alpha: Tensor, rows: RowEdits) -> None:
         """`reset` for a chunk in which every token is replaced and none is BOS; it never waits for the device. `rows`
-        must have the tokens' numbers."""
+        must have the tokens' numbers, and nothing can be recorded."""
         assert rows.numbers is not None
         numbers, self._with_bos, self._kept = rows.numbers, False, rows.kept
         lines = torch.arange(len(numbers), device=numbers.device).unsqueeze(1).expand(numbers.shape).flatten()
         bos, alphas = torch.zeros_like(lines, dtype=torch.bool), alpha[lines].unsqueeze(1)
         self._replaced_tokens = self._tokens = _Tokens(None, None, lines, bos, numbers.flatten(), alphas)
-        self.base_acts = self.delta_acts = torch.zeros(len(numbers), device=numbers.device)
+        assert not self.record
 
     def start(self, prefixes: Sequence[Prefix], rows: Sequence[int], length: int) -> Tensor:
         """The residual streams (batch, length, d_model), left-padded, that leave the first patch's block: the shortcut

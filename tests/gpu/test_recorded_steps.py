@@ -98,7 +98,8 @@ def test_recorded_steps_write_the_same(device: str, tmp_path: Path, graphs: list
                 expected = decode(Passes(bridge, batch_size, AS_THEY_ARE), *asked)
                 graphs.clear()
                 assert decode(Passes(bridge, batch_size), *asked) == expected
-                assert [one.graph is not None for one in graphs] == [True]
+                assert any(one.graph is not None for one in graphs)
+                assert not any(one.refused for one in graphs)
             if name in ("llama", "gemma2") and condition != "zero_ablation":
                 assert len(set(map(tuple, expected))) > len(TEXTS) - 2
 
@@ -115,25 +116,42 @@ def test_the_bridges_own_parts_can_be_recorded(device: str, tmp_path: Path, grap
     assert any(one.graph is not None for one in graphs)
 
 
-def test_graphs_that_become_garbage_break_no_recording(device: str, tmp_path: Path, graphs: list[Graphed]) -> None:
-    """Graphs in cycles are freed by the garbage collector, which here runs as often as it can."""
-    bridge, patches = subject("llama", tmp_path, device)
-    stop, jobs = Stop.of(bridge, Limits(BUDGET), Row("", "", "")), jobs_of(bridge)
-    asked = Edit(patches, "alpha"), jobs, [[] for _ in jobs], stop
-    expected = decode(Passes(bridge, shortcuts=AS_THEY_ARE), *asked)
-    before = gc.get_threshold()
-    for _ in range(4):
-        garbage = Graphed(lambda x: x + 1)
-        for _ in range(2):
-            garbage(torch.ones(3, device=device))
-        garbage.function = lambda x, cycle=garbage: x
-        graphs.clear()
-        del garbage
-        gc.set_threshold(1, 1, 1)
-        try:
-            assert decode(Passes(bridge), *asked) == expected
-        finally:
-            gc.set_threshold(*before)
+def test_a_graph_that_becomes_garbage_breaks_no_recording(device: str) -> None:
+    """A graph in a cycle is freed by the garbage collector, which here would run in the middle of a recording."""
+    first = Graphed(lambda x: x + 1)
+    for _ in range(2):
+        first(torch.ones(3, device=device))
+    assert first.graph is not None
+    first.function = lambda x, cycle=first: x
+    held, containers = [first], []
+    del first
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            held.clear()
+            containers.extend([] for _ in range(10_000))
+        return x + 1
+
+    graphed, before = Graphed(step), gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        results = [graphed(torch.full((3,), float(n), device=device)).tolist() for n in range(3)]
+    finally:
+        gc.set_threshold(*before)
+    assert results == [[1.0] * 3, [2.0] * 3, [3.0] * 3]
+    assert not held
+    assert not graphed.refused
+    assert graphed.graph is not None
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(device: str) -> None:
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x + x.sum().item()
+
+    graphed = Graphed(step)
+    assert [graphed(torch.full((2,), float(n), device=device)).tolist() for n in range(3)] == [[0, 0], [3, 3], [6, 6]]
+    assert graphed.refused
+    assert Graphed(lambda x: x + 1)(torch.ones(1, device=device)).item() == 2
 
 
 def test_memory_is_given_back(device: str, tmp_path: Path) -> None:

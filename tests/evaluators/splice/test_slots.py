@@ -12,7 +12,7 @@ from evaluators.splice import decoding, slots
 from evaluators.splice.decoding import Stop, decode, generate
 from evaluators.splice.interventions import Edit, Ranks
 from evaluators.splice.limits import Limits
-from evaluators.splice.passes import ALL
+from evaluators.splice.passes import ALL, Passes
 from evaluators.splice.slots import Slots, slots_agree
 from evaluators.splice.teacher_forcing import Job, score
 from tests.models.table import CONFIGS, build
@@ -53,7 +53,7 @@ def test_the_model_is_tried_before_it_is_edited(subject, short, in_slots, monkey
     jobs = [Job(Encoded(row.prompt, [])) for row in short]
     decode(subject.passes, Edit(subject.patches, "full"), jobs, [[] for _ in jobs], stop_at(subject))
     assert subject.bridge.__dict__[slots.TRIED] is True
-    assert len(in_slots) == 2
+    assert len(in_slots) > 1
 
 
 def plainly(passes, *rest):
@@ -83,8 +83,7 @@ def test_every_edit_writes_the_same(subject, short, path_sites, place, condition
     assert in_slots == []
     assert len({len(output) for output in expected}) > 1
     assert decode(passes, edit, jobs, begun, stop_at(subject, end)) == expected
-    assert len(in_slots) == 1
-    assert in_slots[0] >= BUDGET - 1
+    assert sum(in_slots) >= BUDGET - 1
 
 
 def test_rows_that_keep_some_features_write_the_same(subject, short, path_sites, in_slots):
@@ -98,7 +97,7 @@ def test_rows_that_keep_some_features_write_the_same(subject, short, path_sites,
     expected = plainly(subject.passes, *asked)
     assert len(set(map(tuple, expected))) > len(short)
     assert decode(subject.passes, *asked) == expected
-    assert len(in_slots) == 1
+    assert in_slots
 
 
 def test_what_scoring_computed_is_put_into_the_slots(subject, short, path_sites, in_slots, monkeypatch):
@@ -114,7 +113,7 @@ def test_what_scoring_computed_is_put_into_the_slots(subject, short, path_sites,
     scored = score(passes, edit, jobs)
     monkeypatch.setattr(decoding, "forward", lambda *given, **named: pytest.fail("the prompts are computed again"))
     assert generate(passes, edit, jobs, scored, stop) == expected
-    assert in_slots == [BUDGET - 2]
+    assert set(in_slots) == {BUDGET - 2}
 
 
 def test_a_row_that_starts_at_bos_or_outgrows_a_window_is_decoded_in_the_plain_way(subject, in_slots):
@@ -125,6 +124,43 @@ def test_a_row_that_starts_at_bos_or_outgrows_a_window_is_decoded_in_the_plain_w
         assert decode(subject.passes, edit, jobs, [[]], stop) == plainly(subject.passes, edit, jobs, [[]], stop)
         slides = getattr(subject.plain.config, "sliding_window", None)
         assert len(in_slots) == (ways if ways is not None else 0 if slides else 1)
+
+
+def test_padding_reads_no_position_beyond_the_context(wrapped, tmp_path, in_slots):
+    """The budget exceeds the context, the answer does not, and a single row has room for many drafts."""
+    bridge = wrapped(build("gpt2", tmp_path))
+    context = bridge.original_model.config.n_positions
+    jobs = [Job(Encoded([2, *(30 + number % 90 for number in range(context - 9))], []))]
+    (output,) = plainly(Passes(bridge), Edit(), jobs, [[]], Stop(bridge.tokenizer, Limits(8), frozenset()))
+    stop = Stop(bridge.tokenizer, Limits(32), frozenset([output[5]]))
+    expected = plainly(Passes(bridge), Edit(), jobs, [[]], stop)
+    assert len(expected[0]) < 8
+    assert slots_agree(bridge)
+    in_slots.clear()
+    assert decode(Passes(bridge), Edit(), jobs, [[]], stop) == expected
+    assert in_slots == [len(expected[0]) - 1]
+
+
+def test_rows_of_other_lengths_have_slots_of_their_own(subject, short, in_slots):
+    rows = [[*row.prompt[:length]] for row in short for length in (2, 3, len(row.prompt))]
+    jobs, begun = [Job(Encoded(row, [])) for row in rows], [[] for _ in rows]
+    stop = Stop(subject.tokenizer, Limits(3), frozenset())
+    edit = Edit(subject.patch, "full")
+    assert decode(subject.passes, edit, jobs, begun, stop) == plainly(subject.passes, edit, jobs, begun, stop)
+    assert len(in_slots) > 1
+    assert decoding._similar([0, 1, 2, 3], [5, 13, 14, 60], Stop(subject.tokenizer, Limits(3), frozenset())) == [
+        [0, 1],
+        [2],
+        [3],
+    ]
+
+
+def test_a_window_that_an_architecture_keeps_to_itself_is_noticed(wrapped, tmp_path, monkeypatch):
+    """GPT-Neo's local layers count columns from the end of the keys."""
+    _, config = CONFIGS["gpt_neo"]
+    local = {**config, "attention_types": [[["global", "local", "local"], 1]], "window_size": 64}
+    monkeypatch.setitem(CONFIGS, "gpt_neo", ("", local))
+    assert not slots_agree(wrapped(build("gpt_neo", tmp_path)))
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
