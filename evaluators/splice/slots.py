@@ -189,7 +189,8 @@ def _apart(bridge: TransformerBridge) -> float:
     model(**pad_left([ids[:length] for length in lengths], 0).to(device).inputs, past_key_values=cache, use_cache=True)
     apart = []
     with spliced(bridge, Edit()) as splice:
-        slots = Slots(bridge, splice, count=2, length=TRIED_COLUMNS, width=2)
+        context = getattr(model.config, "max_position_embeddings", None) or TRIED_COLUMNS
+        slots = Slots(bridge, splice, count=2, length=min(TRIED_COLUMNS, context), width=2)
         slots.put([1, 0], [Job(Encoded([], []))] * 2, cache, lengths)
         for step in range(4):  # as it is, recorded, replayed
             starts = [length + step for length in reversed(lengths)]
