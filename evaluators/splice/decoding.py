@@ -227,7 +227,7 @@ class _Decoding:
 
     def outputs_in_slots(self) -> list[list[int]]:
         """`outputs`, by steps that are recorded once and then replayed."""
-        count = max(1, min(self.passes.batch_size, len(self._waiting)))
+        count = min(self.passes.batch_size, len(self._waiting))
         length = max(len(self._texts[row]) for row in self._waiting) + self.stop.limits.max_new_tokens
         some_features = any(job.kept != EVERY for job in self.jobs)
         width = 1 + DRAFTED // count
