@@ -3,17 +3,18 @@
     python -m benchmarks.transcoder_adapters [quickstart storage.root=mlruns] [--epochs 3] [--minutes 60]
 
 In: a sweep that is finished up to its change deltas. The rival is in `benchmarks/rivals/end_to_end.py`, which says what
-it takes from the paper and what is simplified. It is trained on the same text as our deltas, with the same number of
-features per layer (ours have one more, at BOS; theirs act at BOS too, and have a bias) and of active features. Short
-runs choose the learning rate on held-out text; then come runs with the requested numbers of epochs, as far as they end
-in time.
+it takes from the paper and what is simplified. It has adapters at MLPs alone; where our deltas stand at attention's
+sites too, it has to explain with its MLPs what finetuning changed in both. It is trained on the same text as our
+deltas, with the same number of features per layer, summed over our sites there (ours have one more a site, at BOS;
+theirs act at BOS too, and have a bias), and of active features. Short runs choose the learning rate on held-out text;
+then come runs with the requested numbers of epochs, as far as they end in time.
 
-Out: prints a table for each subset: the share of the CE gap of swapping all MLPs that is recovered at alpha 1, with
-paired 95% bootstrap intervals over prompts; the CE above ours; KL(finetuned || spliced) per target token; active
-features per token and layer on held-out text; CPU seconds of training; and the process's peak memory so far. Our
-training is the pass that computes the changes and each layer's kept trial, both repeated here; theirs is the run
-itself. The cost of selection (our other trials, their short runs) is printed separately. Both compute products in the
-sweep's precision.
+Out: prints a table for each subset: the share of the CE gap of un-finetuning all sites with deltas that is recovered at
+alpha 1, with paired 95% bootstrap intervals over prompts; the CE above ours; KL(finetuned || spliced) per target token;
+active features per token and layer on held-out text; CPU seconds of training; and the process's peak memory so far. Our
+training is the pass that computes the changes and each site's kept trial, both repeated here; theirs is the run itself.
+The cost of selection (our other trials, their short runs) is printed separately. Both compute products in the sweep's
+precision.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ from jobs.progress import clock
 from models.blocks import exchanged, read_paths
 from models.bridge import device_of, wrap
 from models.sources import load_model
-from models.transcoder import without_bos
+from models.transcoder import silenced, without_bos
 from search_spaces.load import load
-from sites import Address, Site
+from sites import MLP, Address, Site
 from trainers.capture import Columns, capture_batch
 from trainers.delta_data import read_change
 from trainers.delta_transcoder import train_delta
@@ -91,7 +92,7 @@ def batches(pair: Pair, sequences: Sequence[Sequence[int]]) -> list[Batch]:
 
 
 def captured(bridge: Any, sequences: Sequence[Sequence[int]], columns: Mapping[Site, Columns]) -> dict[Site, Tensor]:
-    """Inputs of the finetuned model's MLPs, (tokens, d_model), by site."""
+    """What the finetuned model's sites read, (tokens, d_in), by site."""
     parts = [
         capture_batch(bridge, [sequences[i] for i in places], columns)
         for places in by_length([len(ids) for ids in sequences], 16 * BATCH_TOKENS)
@@ -101,11 +102,17 @@ def captured(bridge: Any, sequences: Sequence[Sequence[int]], columns: Mapping[S
 
 @torch.no_grad()
 def l0(patches: Sequence[Patch], inputs: Mapping[Site, Tensor]) -> float:
-    """Active features per token and layer, on the inputs of the finetuned model's MLPs."""
+    """Active features per token and layer, on what the finetuned model's sites read."""
     counts = [
         (patch.delta.encode(inputs[patch.site]) > 0).sum(1).double().mean().item() for patch in patches if patch.delta
     ]
-    return sum(counts) / len(counts)
+    return sum(counts) / len({patch.site.layer for patch in patches})
+
+
+def silent(patch: Patch) -> Patch:
+    """An un-finetuned site whose delta adds nothing."""
+    delta = patch.transcoder
+    return replace(patch, delta=silenced(delta, torch.ones_like(delta.b_enc, dtype=torch.bool)))
 
 
 def without(patches: Sequence[Patch]) -> list[Patch]:
@@ -181,7 +188,10 @@ def main(
     epochs: Annotated[list[int] | None, typer.Option(help="Epochs of each of their runs [default: 3].")] = None,
     minutes: Annotated[float, typer.Option(help="Skip their runs that would end after this time.")] = 60,
     choice: Annotated[int, typer.Option(help="Steps of each run for choosing the learning rate.")] = 30,
-    csv: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(help="Also write the figures to this file, which keeps those of the other kind of sites."),
+    ] = None,
 ) -> None:
     ends = time.perf_counter() + 60 * minutes
     name, *overrides = config or ["quickstart"]
@@ -192,6 +202,11 @@ def main(
     bridge = load_bridge(context)
     device = device_of(bridge)
     patches = [patch.to(device) for patch in load_patches(context, None, chosen, bridge)]
+    mlps = [patch for patch in patches if patch.site.kind.name == MLP.name]
+    if not mlps:
+        typer.echo("error: this sweep has no deltas at MLPs, where the rival's adapters are", err=True)
+        raise typer.Exit(2)
+    others = [silent(patch) for patch in patches if patch.site.kind.name != MLP.name]
     sites = [patch.site for patch in patches]
     learnt = text(context, "train", section.train_tokens)
     held_out = text(context, "validation", section.validation_tokens)
@@ -210,9 +225,10 @@ def main(
     rows.append(rows[0]._replace(name="ours, no BOS", patches=without(patches)))
 
     finetuned_bridge = wrap(*load_model(finetuned(context), torch.float32, str(device)))
-    pair = Pair(bridge, finetuned_bridge, patches, dtype_of(precision))
+    pair = Pair(bridge, finetuned_bridge, mlps, dtype_of(precision))
     nudges = nudge or [0.02]
-    shared = batches(pair, learnt), batches(pair, held_out), inputs, chosen[1], active, context.settings.seed
+    width = chosen[1] * len(patches) // len(mlps)
+    shared = batches(pair, learnt), batches(pair, held_out), inputs, width, active, context.settings.seed
     material = TrainingInputs(*shared, nudges[0])
     with exchanged(finetuned_bridge, list(before.values())):
         tries = {}
@@ -231,12 +247,17 @@ def main(
             trained = run(pair, material._replace(nudge=strength), lr, steps)
             name = f"theirs, epochs: {count}, nudge {strength:g}"
             typer.echo(f"{name}: KL {trained.held_out:.4f} a token of held-out text")
-            spliced_patches = trained.adapters.spliced(pair, first)
+            spliced_patches = [*trained.adapters.spliced(pair, first), *others]
             rows.append(Row(name, spliced_patches, l0(spliced_patches, inputs_held_out), trained.cpu_seconds, peak()))
             rows.append(rows[-1]._replace(name=f"{name}, no BOS", patches=without(rows[-1].patches)))
     figures = show(bridge, context, rows)
     if csv is not None:
-        pd.DataFrame(figures).round(5).to_csv(csv, index=False)
+        table = pd.DataFrame(figures).round(5)
+        table.insert(0, "deltas_at", "all sites" if others else "MLPs")
+        if csv.is_file():
+            before_it = pd.read_csv(csv)
+            table = pd.concat([before_it[before_it["deltas_at"] != table["deltas_at"][0]], table])
+        table.to_csv(csv, index=False)
 
 
 if __name__ == "__main__":
