@@ -30,11 +30,20 @@ PARTS = {
 }
 KINDS = {"qkv": "queries, keys, values", "o": "attention's output", "mlp": "MLPs"}
 THIRDS = ("lower third", "middle third", "upper third")
-RELATIONS = ("the seed", "what was finetuned", "the base model", "the task")
-"""What two models may differ in."""
-SHOWN_GROUPS = 4
-MAIN = {"signature": ["polite"]}
-"""The subsets that tables show where there is no room for all."""
+RELATIONS = {
+    frozenset({"all linear"}): "the seed",
+    frozenset({"Gemma"}): "the seed, in Gemma",
+    frozenset({"all linear", "MLPs"}): "what was finetuned",
+    frozenset({"all linear", "q, v"}): "what was finetuned",
+    frozenset({"all linear", "all weights"}): "what was finetuned",
+    frozenset({"all linear", "Gemma"}): "the base model",
+    frozenset({"all linear", "signature"}): "the task",
+}
+"""What two models differ in, by the kinds they are of; others differ in more than one thing and are not compared."""
+SHOWN_GROUPS = 3
+ROLES = ("trained phrasings", "other requests", "new phrasings")
+SUBSETS = {"tool": 0, "polite": 0, "copy": 1, "neutral": 1, "tool_ood": 2}
+"""The role of each subset: an index into `ROLES`."""
 RATES = {"signature": "signed_rate"}
 """The behaviour that was taught; `tool_call_rate` in all other models."""
 
@@ -75,8 +84,13 @@ def groups_of(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
         yield str(adapter), str(subset), rows
 
 
-def shown(adapter: str, subset: str) -> bool:
-    return subset in MAIN.get(adapter, ["tool", "tool_ood"])
+def shown(subset: str) -> bool:
+    """Tables leave out what was not taught, and traps, where there is no room for all."""
+    return SUBSETS.get(subset) in (0, 2)
+
+
+def taught(subset: str) -> bool:
+    return SUBSETS.get(subset) == 0
 
 
 def read(folder: Path, name: str, *columns: str) -> pd.DataFrame:
@@ -97,34 +111,34 @@ def quoted(folder: Path, file: str, adapter: str, subset: str, what: str) -> str
 
 
 def pairs(folder: Path) -> str:
-    """Cross-entropy and calls before and after finetuning."""
-    table = read(folder, "doses")
-    rows = []
-    for adapter, subset, lines in groups_of(table):
-        rate = RATES.get(adapter, "tool_call_rate")
-        whats = [f"{metric}: {model}" for metric in ("mean_ce", rate) for model in ("un-finetuned", "finetuned")]
-        cells = [figure(lines[lines["what"] == what]) for what in whats]
-        rows.append([adapter, str(lines["seed"].nunique()), f"`{subset}`", *cells])
-    columns = ["CE, un-finetuned", "CE, finetuned", "share that call, un-finetuned", "finetuned"]
-    return markdown(["finetuned", "models", "subset", *columns], rows)
+    """Cross-entropy before and after finetuning, and how often the finetuned model does what it was taught; no
+    un-finetuned one ever does."""
+    table, rows = read(folder, "doses"), []
+    for adapter, lines in table.groupby("adapter", sort=False):
+        role = lines["subset"].map(SUBSETS)
+        rate = RATES.get(str(adapter), "tool_call_rate")
+        ces = [figure(lines[(role == 0) & (lines["what"] == f"mean_ce: {of}")]) for of in ("un-finetuned", "finetuned")]
+        does = [figure(lines[(role == at) & (lines["what"] == f"{rate}: finetuned")], 2) for at in range(len(ROLES))]
+        rows.append([str(adapter), str(lines["seed"].nunique()), *ces, *does])
+    columns = ["CE, un-finetuned", "CE, finetuned", *(f"does it on {role}" for role in ROLES)]
+    return markdown(["finetuned", "models", *columns], rows)
 
 
 def parts(folder: Path) -> str:
-    """A row for each part or third: the share of the effect that is lost without it, and that it brings alone."""
+    """Two rows for each kind of model: the share of the effect that is lost without a part or third, and that it brings
+    alone."""
     table = read(folder, "parts", "way", "part", "layers")
-    main = table["adapter"].map(lambda adapter: MAIN.get(adapter, ["tool"])[0])
-    table = table[table["subset"] == main]
+    table = table[table["subset"].map(taught)]
     start = table["layers"].str.partition("-")[0].where(table["layers"] != "all")
-    third = start.astype(float).groupby(table["adapter"]).rank("dense").map(dict(enumerate(THIRDS, start=1)))
-    table["title"] = third.fillna(table["part"].map(PARTS))
-    columns, rows = {}, []
-    for adapter in table["adapter"].unique():
+    third = start.astype(float).groupby([table["adapter"], table["seed"]]).rank("dense")
+    table = table.assign(title=third.map(dict(enumerate(THIRDS, start=1))).fillna(table["part"].map(PARTS)))
+    titles = [title for title in (*PARTS.values(), *THIRDS) if (table["title"] == title).any()]
+    rows = []
+    for adapter, lines in table.groupby("adapter", sort=False):
         for way, name in {"unfinetuned": "lost without", "finetuned": "brought alone"}.items():
-            columns[f"{adapter}: {name}"] = table[(table["adapter"] == adapter) & (table["way"] == way)]
-    for title in [*PARTS.values(), *THIRDS]:
-        if (table["title"] == title).any():
-            rows.append([title, *(figure(lines[lines["title"] == title]) for lines in columns.values())])
-    return markdown(["finetuned weights", *columns], rows)
+            of_way = lines[lines["way"] == way]
+            rows.append([str(adapter), name, *(figure(of_way[of_way["title"] == title], 2) for title in titles)])
+    return markdown(["finetuned", "share of the effect", *titles], rows)
 
 
 def controls(folder: Path) -> str:
@@ -141,6 +155,7 @@ def controls(folder: Path) -> str:
     rows = [
         [adapter, f"`{subset}`", *(_of_seeds(lines[lines["what"] == what], lines) for what in columns)]
         for adapter, subset, lines in groups_of(table)
+        if shown(subset)
     ]
     return markdown(["finetuned", "subset", *columns.values()], rows)
 
@@ -156,12 +171,12 @@ def kinds(folder: Path) -> str:
     """The share of the change that is explained on held-out text, by kind of site and width."""
     table = read(folder, "kinds", "kind", "width")
     wide = sorted(table["width"].unique(), key=int)
+    cases = [(kind, width) for kind in KINDS for width in wide]
     rows = [
-        [adapter, KINDS[str(kind)], *(figure(lines[lines["width"] == width]) for width in wide)]
-        for adapter, _, group_rows in groups_of(table)
-        for kind, lines in group_rows.groupby("kind", sort=False)
+        [str(adapter), *(figure(lines[(lines["kind"] == kind) & (lines["width"] == width)]) for kind, width in cases)]
+        for adapter, lines in table.groupby("adapter", sort=False)
     ]
-    return markdown(["finetuned", "kind of site", *(f"{width} features" for width in wide)], rows)
+    return markdown(["finetuned", *(f"{KINDS[kind]}: {width} features" for kind, width in cases)], rows)
 
 
 def sets(folder: Path) -> str:
@@ -171,7 +186,7 @@ def sets(folder: Path) -> str:
     attention = table["layers"].str.fullmatch(r"\d+-\d+\.\w+")  # the same layers' MLPs are the third set
     table = table[attention | ((table["layers"] == layers) & layers.isin(layers[attention]))]
     rows = []
-    for adapter, subset, group_rows in groups_of(table):
+    for adapter, subset, group_rows in groups_of(table[table["subset"].map(shown)]):
         for layers, lines in group_rows.groupby("layers", sort=False):
             kind = KINDS[str(layers).partition(".")[2] or "mlp"]
             cells = [figure(lines[lines["of"] == of]) for of in ("gap", "share", "recovered")]
@@ -181,20 +196,21 @@ def sets(folder: Path) -> str:
 
 
 def dose(folder: Path) -> str:
-    """At every strength: cross-entropy, KL from the finetuned model, and the share of prompts on which the model does
-    what it was taught, and on which its text is the finetuned model's own."""
+    """At every strength: cross-entropy, how often the model does what it was taught, where it should and elsewhere, and
+    how often its text is the finetuned model's own."""
     table = read(folder, "doses", "metric", "series", "alpha")
     table = table[table["series"] == "deltas"]
     doses, rows = sorted(table["alpha"].unique(), key=float), []
-    for adapter, subset, group_rows in groups_of(table):
-        rate = RATES.get(adapter, "tool_call_rate")
-        taught = {"tool_call_rate": "calls", "signed_rate": "signs"}[rate]
-        for metric, name in {"mean_ce": "CE", "kl": "KL", rate: taught, "agrees_with_raw_rate": "same text"}.items():
-            lines = group_rows[group_rows["metric"] == metric]
+    for adapter, of_adapter in table.groupby("adapter", sort=False):
+        rate, role = RATES.get(str(adapter), "tool_call_rate"), of_adapter["subset"].map(SUBSETS)
+        cases = [("mean_ce", "CE", 0), ("kl", "KL", 0), ("agrees_with_raw_rate", "same text", 0)]
+        cases += [(rate, f"does it on {name}", at) for at, name in enumerate(ROLES)]
+        for metric, name, at in cases:
+            lines = of_adapter[(of_adapter["metric"] == metric) & (role == at)]
             cells = [number(lines.loc[lines["alpha"] == alpha, "value"].mean(), 2) for alpha in doses]
             if len(lines):
-                rows.append([adapter, f"`{subset}`", name, *cells])
-    return markdown(["finetuned", "subset", "mean of", *(f"alpha {alpha}" for alpha in doses)], rows)
+                rows.append([str(adapter), name, *cells])
+    return markdown(["finetuned", "mean of", *(f"alpha {alpha}" for alpha in doses)], rows)
 
 
 def few_groups(folder: Path) -> str:
@@ -202,14 +218,13 @@ def few_groups(folder: Path) -> str:
     table = read(folder, "few_groups", "of", "number")
     table["number"] = table["number"].astype(int)
     numbers, rows = [0, 1, 2, 4, 8, 16], []
-    for adapter, subset, group_rows in groups_of(table):
-        if shown(adapter, subset):
-            for of, name in {"groups": "groups", "random": "as many random features"}.items():
-                lines = group_rows[group_rows["of"] == of]
-                cells = [figure(lines[lines["number"] == number], 2) for number in numbers]
-                all_groups = lines[lines["number"] == lines.groupby("seed")["number"].transform("max")]
-                rows.append([adapter, f"`{subset}`", name, *cells, figure(all_groups, 2)])
-    return markdown(["finetuned", "subset", "on", *map(str, numbers), "all"], rows)
+    for adapter, _, group_rows in groups_of(table[table["subset"].map(taught)]):
+        for of, name in {"groups": "groups", "random": "as many random features"}.items():
+            lines = group_rows[group_rows["of"] == of]
+            cells = [figure(lines[lines["number"] == number], 2) for number in numbers]
+            all_groups = lines[lines["number"] == lines.groupby("seed")["number"].transform("max")]
+            rows.append([adapter, name, *cells, figure(all_groups, 2)])
+    return markdown(["finetuned", "on", *map(str, numbers), "all"], rows)
 
 
 def group_effects(folder: Path) -> str:
@@ -250,10 +265,10 @@ def matched_groups(folder: Path) -> str:
     """
     table = pd.read_csv(folder / "groups.csv")
     models = dict(list(table.groupby(["adapter", "seed"], sort=False)))
-    agreements: dict[str, list[Agreement]] = {relation: [] for relation in RELATIONS}
+    agreements: dict[str, list[Agreement]] = {relation: [] for relation in RELATIONS.values()}
     for first, second in combinations(models, 2):
-        relation = _relation({str(first[0]), str(second[0])})
-        agreements[relation].append(agreement(models[first], models[second]))
+        if relation := RELATIONS.get(frozenset({str(first[0]), str(second[0])})):
+            agreements[relation].append(agreement(models[first], models[second]))
     rows = []
     for relation, found in agreements.items():
         if found:
@@ -263,14 +278,6 @@ def matched_groups(folder: Path) -> str:
             rows.append([relation, alike, *means, clear])
     columns = ["groups alike", "share of tokens fired on", "of tokens promoted", "by chance", "models beyond chance"]
     return markdown(["differ in", *columns], rows)
-
-
-def _relation(adapters: set[str]) -> str:
-    if "signature" in adapters and len(adapters) == 2:
-        return "the task"
-    if "Gemma" in adapters and len(adapters) == 2:
-        return "the base model"
-    return "what was finetuned" if len(adapters) == 2 else "the seed"
 
 
 def graphs(folder: Path) -> str:
@@ -304,9 +311,10 @@ def residuals(folder: Path) -> str:
 
 def rival(folder: Path) -> str:
     table = pd.read_csv(folder / "rival.csv")
-    table = table[~table["name"].str.contains("no BOS")]
+    table = table[~table["name"].str.contains("no BOS") & table["subset"].map(shown)]
     rows = [
         [
+            row["deltas_at"],
             f"`{row['subset']}`",
             row["name"],
             number(row["recovered"]) + bracketed(row["low"], row["high"], 3),
@@ -321,7 +329,8 @@ def rival(folder: Path) -> str:
         for _, row in table.iterrows()
     ]
     return markdown(
-        ["subset", "adapters", "CE recovered", "their CE minus ours", "KL", "L0", "CPU seconds", "GiB"], rows
+        ["finetuned", "subset", "adapters", "CE recovered", "their CE minus ours", "KL", "L0", "CPU seconds", "GiB"],
+        rows,
     )
 
 
