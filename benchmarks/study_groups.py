@@ -11,6 +11,7 @@ the same groups share when their partners are exchanged at random.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from typing import NamedTuple
 
@@ -62,8 +63,12 @@ def pair_up(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 
 def agreement(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0) -> Agreement:
-    """How far the paired groups of two models also promote the same tokens."""
+    """How far the paired groups of two models also promote the same tokens: NaN where one model's groups promote none,
+    as without deltas at attention's output and MLPs."""
     pairs = pair_up(first, second)
+    counts = len(pairs), int((pairs["fires"] >= ALIKE).sum())
+    if first["promoted"].isna().all() or second["promoted"].isna().all():
+        return Agreement(*counts, pairs["fires"].mean(), *[math.nan] * 5)
     places = first["group"].searchsorted(pairs["group"]), second["group"].searchsorted(pairs["other"])
     promotes = shared(first["promoted"], second["promoted"])[np.ix_(*places)]
     random = np.random.default_rng(seed)
@@ -72,5 +77,4 @@ def agreement(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0) -> Agree
     low, high = np.quantile(draws, [0.025, 0.975])
     true = pairs["promotes"].mean()
     reached = (1 + int((draws >= true - 1e-12).sum())) / (1 + DRAWS)
-    counts = len(pairs), int((pairs["fires"] >= ALIKE).sum())
     return Agreement(*counts, pairs["fires"].mean(), true, draws.mean(), low, high, reached)

@@ -33,9 +33,8 @@ THIRDS = ("lower third", "middle third", "upper third")
 RELATIONS = {
     frozenset({"all linear"}): "the seed",
     frozenset({"Gemma"}): "the seed, in Gemma",
-    frozenset({"all linear", "MLPs"}): "what was finetuned",
-    frozenset({"all linear", "q, v"}): "what was finetuned",
-    frozenset({"all linear", "all weights"}): "what was finetuned",
+    frozenset({"all linear", "q, v"}): "LoRA's targets: `q, v`",
+    frozenset({"all linear", "all weights"}): "LoRA: all weights",
     frozenset({"all linear", "Gemma"}): "the base model",
     frozenset({"all linear", "signature"}): "the task",
 }
@@ -274,7 +273,8 @@ def matched_groups(folder: Path) -> str:
         if found:
             means = (number(np.mean([getattr(pair, of) for pair in found])) for of in ("fires", "promotes", "chance"))
             alike = f"{sum(pair.alike for pair in found)} of {sum(pair.pairs for pair in found)}"
-            clear = f"{sum(pair.p * len(found) < 0.05 for pair in found)} of {len(found)}"
+            tested = [pair.p for pair in found if not math.isnan(pair.p)]
+            clear = f"{sum(p * len(tested) < 0.05 for p in tested)} of {len(tested)}" if tested else NONE
             rows.append([relation, alike, *means, clear])
     columns = ["groups alike", "share of tokens fired on", "of tokens promoted", "by chance", "models beyond chance"]
     return markdown(["differ in", *columns], rows)

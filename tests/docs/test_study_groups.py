@@ -40,6 +40,13 @@ def test_groups_that_promote_something_else_are_not_the_same() -> None:
     assert found.p == 1.0
 
 
+def test_groups_that_promote_nothing_are_compared_by_firing_alone() -> None:
+    first = model([0, 1, 2], [0, 1, 2])
+    found = agreement(first, model([2, 0, 1], [0, 1, 2]).assign(promoted=np.nan))
+    assert (found.pairs, found.alike, found.fires) == (3, 3, 1.0)
+    assert np.isnan([found.promotes, found.chance, found.p]).all()
+
+
 def test_a_model_with_fewer_groups_leaves_some_without_a_partner() -> None:
     assert len(pair_up(model([0, 1, 2], [0, 1, 2]), model([2, 0], [2, 0]))) == 2
 
