@@ -469,9 +469,14 @@ def _next(look: Figures, seed: int) -> Section:
     sentences += [f"{name}: {text}" for name, text in suggested["plan"].items()]
     if suggested["plan"] and "time" not in suggested["plan"]:
         sentences.append("How long it takes is not known before a sweep has run on this machine.")
+    if "YOUR_ROWS" in suggested["command"]:
+        sentences.append(
+            "YOUR_ROWS stands for a file of prompts and answers like those of the finetuning: without one, the sweep "
+            "evaluates generated requests to call a calculator, which say nothing about other finetunings."
+        )
     sentences.append(
-        "At best, its deltas explain the effect above: every weight that changed is at a site with deltas, or is "
-        "un-finetuned together with them."
+        "At best, its deltas explain the whole effect on its rows: every weight that changed is at a site with deltas, "
+        "or is un-finetuned together with them."
     )
     blocks: list[Block] = [Sentences([Findings("The sweep", sentences)])]
     if narrower:

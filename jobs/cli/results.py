@@ -68,13 +68,18 @@ def look(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Take a first look at two models: what changed, where, and what they say differently. It trains nothing."""
+    from rich.console import Console
+
     from jobs.commands.look import Request
     from jobs.commands.look import look as run
+    from jobs.progress import Progress
 
     config, overrides = None, arguments or []
     if overrides and ("=" not in overrides[0] or Path(overrides[0]).is_file()):
         config, overrides = overrides[0], overrides[1:]
     context = context_of(config, overrides)
+    if as_json:
+        context.progress = Progress(Console(stderr=True))
     if config is None and context.settings.model.finetuned is None:
         raise RequestError(
             "give two models, as in `deltascope look model.source=BASE model.finetuned=FINETUNED`, or the CONFIG of a "

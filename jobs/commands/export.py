@@ -15,7 +15,7 @@ from jobs.commands.load import DeltaChoice, combination, finetuned, load_base, l
 from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.evaluation.kinds import Reconstruction
-from jobs.files import read_json
+from jobs.files import MANIFEST, read_json
 from sites import KINDS, Address, Ground, Site, sites_label
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ def _average_l0(context: Context, sites: Sequence[Site], ground: Ground, d_new: 
         l0[site] = best["figures"]["val_l0_delta"]
         if ground.target == "residual":
             name = Reconstruction.name_of(group)
-            cell: dict[str, Any] = read_json(context.space.cells / f"{name}.json") or {}
+            evaluated = (context.space.cells / MANIFEST).is_file()  # else the cells may be of earlier deltas
+            cell: dict[str, Any] = (read_json(context.space.cells / f"{name}.json") if evaluated else None) or {}
             base = cell.get("l0_base", chosen_base(context, site, ground.percentile).average_l0)
             l0[site] = base + cell.get("l0_delta", l0[site])
     return l0

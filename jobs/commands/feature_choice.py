@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.context.context import Context
 from jobs.errors import RequestError
-from sites import KINDS, Ground, Site
+from sites import KINDS, MLP, Ground, Site
 
 if TYPE_CHECKING:
     from models.transcoder import Transcoder
@@ -82,7 +82,9 @@ def _features(
         raise RequestError(
             f"{option}: got {name!r}; a feature is written like L17F042 or L17-qkvF042, a group like 'group 3'"
         )
-    site = Site(int(match["layer"]), KINDS[(match["kind"] or "mlp").lower()])
+    kind = KINDS[(match["kind"] or "mlp").lower()]
+    residual_mlp = kind is MLP and chosen[0].target == "residual"
+    site = Site(int(match["layer"]), context.mlp_kind if residual_mlp else kind)
     number, delta = int(match["feature"]), deltas.get(site)
     if delta is None:
         labels = ", ".join(site.label for site in sorted(deltas))

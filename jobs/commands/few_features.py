@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jobs.commands.made_with import check_settings
 from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.files import MANIFEST
@@ -22,6 +23,7 @@ def few_features(context: Context, top: int) -> dict[str, Any]:
     from evaluators.tables.feature_tables import ranking_table
     from evaluators.tables.group_tables import group_curve_table, groups_needed, groups_table
 
+    check_settings(context)
     cells = context.cells if (context.space.cells / MANIFEST).is_file() else []
     curve = recovery.curve_table(cells, seed=context.settings.seed)
     if curve.empty:

@@ -145,11 +145,12 @@ def _alone(folder: Path, units: Sequence[float]) -> float:
 
 
 def _seconds(paths: Any) -> list[float]:
+    """Seconds of trials that ended by themselves or were stopped early: what a search costs holds both."""
     results = [read_json(path) for path in paths]
     return [
         result["seconds"]
         for result in results
-        if result and result.get("seconds") and result.get("state", "COMPLETE") == "COMPLETE"
+        if result and result.get("seconds") and result.get("state", "COMPLETE") in ("COMPLETE", "STOPPED")
     ]
 
 

@@ -30,7 +30,7 @@ from jobs.commands.load import (
     prompt_row,
 )
 from jobs.context.context import Context
-from jobs.errors import RequestError
+from jobs.errors import DamagedFileError, RequestError
 from jobs.progress import Bar, Progress, clock
 from sites import Ground, Site
 
@@ -180,9 +180,12 @@ def _cards(request: Request) -> Callable[[Place], str]:
     report = request.context.space.report
     listed: set[tuple[str, int]] = set()
     if (report / "features.csv").is_file() and (report / PAGE).is_file():
-        with (report / "features.csv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        listed = {(row["layer"], int(row["feature"])) for row in rows if row["target"] == "change"}
+        try:
+            with (report / "features.csv").open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            listed = {(row["layer"], int(row["feature"])) for row in rows if row["target"] == "change"}
+        except (KeyError, TypeError, ValueError, csv.Error):
+            raise DamagedFileError(report / "features.csv", "is not as the report wrote it") from None
     page = Path(os.path.relpath(report / PAGE, request.folder)).as_posix()
 
     def card(place: Place) -> str:

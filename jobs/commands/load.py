@@ -14,6 +14,8 @@ from data.readers import UNLABELLED
 from data.rows import Row, make_row
 from jobs.capture.bases import chosen_base, root
 from jobs.commands.feature_choice import EVERY_FEATURE, FeatureChoice, chosen_features
+from jobs.commands.made_with import check_deltas, check_model
+from jobs.context import keys
 from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, SEAL, read_json, require
@@ -35,6 +37,7 @@ def finetuned(context: Context) -> Path:
         raise RequestError(f"the sweep {context.settings.name} has no finetuned model under {folder}; run `lora` first")
     if folder != context.adopted:
         _check_pair(context)  # an adapter, merged: perhaps the one that the settings named before
+        check_model(context)
         require(folder)
     require(*([context.model] if (context.model / SEAL).is_file() else []))  # built under the storage root
     return folder
@@ -180,6 +183,7 @@ def load_deltas(
                 f"no kept delta under {context.space.deltas / group.folder}; the sweep has targets {section.targets}, "
                 f"percentiles {section.percentiles} and d_new {section.d_new}"
             )
+        check_deltas(context, context.space.deltas / group.folder, keys.delta_group(context.settings, group))
         require(folder / "config.json", folder / "delta.safetensors")
         deltas[group.site] = read_delta(folder)
     return chosen_features(context, deltas, chosen, features)

@@ -6,8 +6,10 @@ the same figures as JSON, ten lines on the terminal and, for a user's own pair, 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,9 +20,10 @@ from data.files import replacing
 from data.neutral_texts import neutral_texts
 from data.rows import Row, read_rows
 from jobs.commands.load import device_for, finetuned
+from jobs.commands.made_with import differing
 from jobs.context.context import Context
 from jobs.errors import RequestError
-from jobs.files import MANIFEST, read_json
+from jobs.files import MANIFEST, read_json, short_hash
 from jobs.progress import Progress, clock
 from jobs.sweep.finetuned import ROUNDING, check_tokenizer
 from jobs.sweep.pair import rounded_copy
@@ -48,6 +51,10 @@ SUGGESTED: dict[str, dict[str, Any]] = {
 """Settings of a small sweep, as of the quickstart."""
 
 
+ROWS = 60
+"""Rows to compare the models on, unless told otherwise."""
+
+
 class Subject(NamedTuple):
     """The finetuned model as it is loaded, the un-finetuned model's folder, which weights differ between the two, and
     what is unusual about them."""
@@ -65,13 +72,19 @@ class Request(NamedTuple):
 
     context: Context
     config: str | None = None
-    rows: int = 60
+    rows: int = ROWS
     page: Path | None = None
 
     @property
     def html(self) -> Path:
         settings = self.context.settings
-        name = settings.name if self.config else Path(str(settings.model.finetuned)).name
+        model = settings.model
+        # Many models are called `checkpoint-500` or `final`: the hash tells them apart.
+        folders = (
+            str(Path(each).resolve()) if Path(each).exists() else each for each in (model.source, model.finetuned or "")
+        )
+        pair = short_hash(*folders, model.revision, model.finetuned_revision)
+        name = settings.name if self.config else f"{Path(str(model.finetuned)).name}-{pair[:6]}"
         return self.page or self.context.space.root / "looks" / f"{name}.html"
 
 
@@ -79,10 +92,13 @@ def look(request: Request) -> dict[str, Any]:
     """Looks at the pair, or takes what a sweep has measured, writes the page, and prints what was found. Returns the
     figures.
 
-    Raises RequestError, ModelError or DataError if there is no pair, or if rows or texts cannot be used.
+    Raises RequestError, ModelError or DataError if there is no pair, if rows or texts cannot be used, or if the page
+    cannot be written.
     """
     started, context = time.monotonic(), request.context
-    report = (look_of_sweep(context) if request.config else None) or _measured(request)
+    _check_page(request.html)
+    stored = look_of_sweep(context) if request.config and request.rows == ROWS else None
+    report = stored or _measured(request)
     report["facts"] = {"title": _title(context), "seconds": round(time.monotonic() - started, 1)}
     if report["changed"]:
         report["next"] = _suggest(request)
@@ -92,11 +108,11 @@ def look(request: Request) -> dict[str, Any]:
 
 
 def look_of_sweep(context: Context) -> dict[str, Any] | None:
-    """The first look that the sweep itself has measured; None if it has not got that far."""
+    """The first look that the sweep itself has measured with these settings; None if it has not got that far."""
     from evaluators.report.report import first_look
 
-    if context.pair is None:
-        return None  # what is there may be of another pair, which the settings named before
+    if context.pair is None or any(differing(context, evaluated=True)):
+        return None  # what is there may be of another pair, which the settings named before, or of other rows
     names = [*context.space.cells.glob("look.json"), *sorted(context.space.cells.glob("parts_*.json"))]
     return first_look([read_json(path) for path in names], "")
 
@@ -221,7 +237,7 @@ def _rows(request: Request, subject: Subject) -> tuple[list[Row], str]:
     context, most = request.context, request.rows
     settings = context.settings
     evaluation = context.rows / "evaluation.jsonl"
-    if request.config and evaluation.is_file():
+    if request.config and evaluation.is_file() and not any(differing(context)):
         rows, origin = spread(read_rows(evaluation), most), "evaluation rows of the sweep"
     elif settings.data.rows_file:
         path = settings.data.evaluation_file or settings.data.rows_file
@@ -269,13 +285,10 @@ def _suggest(request: Request) -> dict[str, Any]:
 
     settings, command = request.context.settings, f"deltascope sweep {request.config}"
     if request.config is None:
-        path = request.html.with_suffix(".yaml")
-        chosen = settings.model_dump(mode="json", exclude_unset=True)
-        chosen["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:64] or "pair"
-        chosen |= {section: {**values, **chosen.get(section, {})} for section, values in SUGGESTED.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
+        path = _write_settings(request)
         settings, command = load(path), f"deltascope sweep {path}"
+        if settings.data.rows_file is None:
+            command += " data.rows_file=YOUR_ROWS"
     try:
         planned = dict(plan_rows(Context(settings, Progress(Console(quiet=True)))))
     except (RequestError, ModelError) as error:
@@ -284,10 +297,37 @@ def _suggest(request: Request) -> dict[str, Any]:
     return {"command": command, "plan": {name: planned[name] for name in shown if name in planned}}
 
 
+def _write_settings(request: Request) -> Path:
+    """Writes the settings of the suggested sweep next to the page, under a name that no other file has."""
+    chosen = request.context.settings.model_dump(mode="json", exclude_unset=True)
+    chosen |= {section: {**values, **chosen.get(section, {})} for section, values in SUGGESTED.items()}
+    for number in itertools.count(1):
+        path = request.html.with_name(f"{request.html.stem}{f'-{number}' if number > 1 else ''}.yaml")
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[-64:].lstrip("._-") or "pair"
+        text = yaml.safe_dump({**chosen, "name": name}, sort_keys=False)
+        if not path.exists() or path.read_bytes() == text.encode():  # others may be the user's own, or edited
+            path.write_text(text, encoding="utf-8")
+            return path
+    raise AssertionError("there is always a number left")
+
+
+def _check_page(html: Path) -> None:
+    """Raises RequestError if the page, its figures and settings cannot be written as three files."""
+    if html.suffix in (".json", ".yaml"):
+        raise RequestError(f"--html: got {html}, but the page's figures and settings are written next to it; use .html")
+    if html.is_dir():
+        raise RequestError(f"--html: {html} is a folder, must be a file")
+    try:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=html.parent):
+            pass
+    except OSError as error:
+        raise RequestError(f"--html: {html} cannot be written ({error.strerror})") from None
+
+
 def _write(html: Path, report: dict[str, Any], seed: int) -> None:
     from evaluators.report.look_page import look_page
 
-    html.parent.mkdir(parents=True, exist_ok=True)
     for path, text in ((html, look_page(report, seed=seed)), (html.with_suffix(".json"), json.dumps(report))):
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from jobs.context.context import Context, error_name
-from jobs.files import read_json
+from jobs.files import MANIFEST, read_json
 from models.adapters import is_adapter
 from models.sources import repository_of
-from sites import Address, Ground, Site, sites_label
+from sites import Address, Ground, Kind, Site, sites_label
 
 TEMPLATE = "model_card.md.jinja"
 TAGS = ["transcoder", "mechanistic-interpretability", "deltascope"]
@@ -58,13 +58,21 @@ def model_card(context: Context, exported: Exported) -> str:
         first=min(exported.sites).label,
         d_new=exported.d_new,
         alpha=f"{exported.alpha:g}",
-        site=min(exported.sites).kind if exported.ground.target == "change" else context.mlp_kind,
+        kinds=_kinds(context, exported),
         features=exported.features,
         sweep=context.settings.name,
         figures=[] if exported.features else _figures(context, exported),
         deltas=_deltas(context, exported),
         polished=exported.ground.target == "change" and context.settings.deltas.polish_steps > 0,
     )
+
+
+def _kinds(context: Context, exported: Exported) -> dict[str, Kind]:
+    """The kinds of site that are exported, by their sites' labels; that of the first site comes first."""
+    if exported.ground.target == "residual":
+        return {sites_label(exported.sites): context.mlp_kind}
+    kinds = dict.fromkeys(site.kind for site in sorted(exported.sites))
+    return {sites_label([site for site in exported.sites if site.kind == kind]): kind for kind in kinds}
 
 
 def hub_name(context: Context) -> str | None:
@@ -104,12 +112,13 @@ def _finetuned(context: Context) -> str:
 
 def _figures(context: Context, exported: Exported) -> list[dict[str, str]]:
     """A row for each subset for which the report's tables have a gap and the share that these deltas recover."""
-    import pandas as pd
+    from jobs.commands.finished_sweeps import read_table
 
-    files = [context.space.report / name for name in ("gaps.csv", "recovered.csv")]
-    if not all(file.is_file() for file in files):
+    if not (context.space.report / MANIFEST).is_file():
+        return []  # a stage before it has run again, and its tables are of earlier deltas
+    gaps, recovered = (read_table(context.space.report / f"{name}.csv", name) for name in ("gaps", "recovered"))
+    if gaps is None or recovered is None:
         return []
-    gaps, recovered = (pd.read_csv(file, dtype={"layer": str}) for file in files)
     place = {"target": exported.ground.target, "layer": sites_label(exported.sites)}
     condition = "full" if exported.alpha == 1 else "alpha"
     deltas = {"condition": condition, "alpha": exported.alpha, "d_new": exported.d_new}

@@ -27,7 +27,7 @@ def plan_rows(context: Context, measured: Path | None = None, workers: int | Non
     """The work of the whole sweep, and its time on 1, 8, 64, 512 and `workers` workers at the costs of the sweep in the
     folder `measured` (default: this sweep's own). Raises RequestError or ModelError as the sweep would."""
     context.check_request()
-    check_models(context)
+    check_models(context, keep=False)
     settings = context.settings
     deltas = settings.deltas
     groups = len(context.delta_groups)

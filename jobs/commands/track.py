@@ -5,6 +5,7 @@ In: a `Context` whose sweep has results. Out: the runs that MLflow lacks; existi
 
 from __future__ import annotations
 
+from jobs.commands.made_with import check_settings
 from jobs.context.context import Context
 from jobs.errors import RequestError, WorkFailed
 from jobs.files import MANIFEST
@@ -17,6 +18,7 @@ def track(context: Context) -> None:
     space = context.space
     if not any((stage.folder(context) / MANIFEST).is_file() for stage in STAGES):
         raise RequestError(f"{space.folder} has no finished stage; run `deltascope sweep` first")
+    check_settings(context, evaluated=True)  # they become the runs' parameters
     tracker = context.tracker  # only now, since making it writes files
     with space.locked():
         report_results(context)

@@ -363,12 +363,19 @@ class Context:
     def cells(self) -> list[dict[str, Any]]:
         """The evaluated cells of these settings, without those left over from earlier settings."""
         names = read_json(self.space.cells / MANIFEST)["cells"]
-        return [read_json(self.space.cells / f"{name}.json") for name in names]
+        return [self._cell(name) for name in names]
 
     def cells_of(self, kind: str) -> list[dict[str, Any]]:
         """Those of one kind; empty if the evaluation has not ended."""
         names = (read_json(self.space.cells / MANIFEST) or {"cells": []})["cells"]
-        return [read_json(self.space.cells / f"{name}.json") for name in names if name.startswith(f"{kind}_")]
+        return [self._cell(name) for name in names if name.startswith(f"{kind}_")]
+
+    def _cell(self, name: str) -> dict[str, Any]:
+        path = self.space.cells / f"{name}.json"
+        cell: dict[str, Any] | None = read_json(path)
+        if cell is None:
+            raise DamagedFileError(path, "is missing")
+        return cell
 
     def finish_trial(self, stage: str, group: str, result: dict[str, Any]) -> None:
         """Tracks a trial that has just ended; lists a failed one at the end of the sweep."""

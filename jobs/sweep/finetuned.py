@@ -78,9 +78,9 @@ def adopt(context: Context) -> dict[str, Any]:
     return {"adopted": source, "how": how, **figures}
 
 
-def check_models(context: Context) -> None:
-    """Prints what is unusual about a pair of models. Raises ModelError or RequestError if they are not a pair, or their
-    architecture has no place for a transcoder."""
+def check_models(context: Context, keep: bool = True) -> None:
+    """Prints what is unusual about a pair of models, and writes it down if `keep`. Raises ModelError or RequestError if
+    they are not a pair, or their architecture has no place for a transcoder."""
     from models.architectures import check_architecture, check_mlps
 
     check_architecture(context.source, context.settings.model.source)
@@ -100,7 +100,7 @@ def check_models(context: Context) -> None:
             f"model.finetuned: {adopted} is in this sweep's own folder, where it would be overwritten; give this sweep "
             "another name (name=...)"
         )
-    pair.examine(context)
+    pair.examine(context, keep)
     check_tokenizer(context, adopted)
 
 

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from models.adopted import Pair
 
 
-def examine(context: Context) -> None:
-    """Examines a pair that was made elsewhere, unless that has been done, and prints what is unusual or left out.
+def examine(context: Context, keep: bool = True) -> None:
+    """Examines a pair that was made elsewhere, unless that has been done, and prints what is unusual or left out. What
+    is found is written down unless `keep` is False: it says of what pair the sweep's results are.
 
     Raises ModelError or RequestError if the two are not a pair, or if nothing that the settings ask for has changed.
     """
@@ -43,7 +44,7 @@ def examine(context: Context) -> None:
         rounded = rounded_copy(context, pair) if pair.rounded else ""
         merged = [] if adopted == context.finetuned else _changed_by_merging(context)
         exact = adopted == context.finetuned or bool(merged)
-        facts = note(context, merged or pair.changed, notes=pair.notes, rounded=rounded, exact=exact)
+        facts = note(context, merged or pair.changed, notes=pair.notes, rounded=rounded, exact=exact, keep=keep)
     for text in facts["notes"]:
         context.progress.line(f"note: {text}")
     say_what_changed(context)
@@ -73,10 +74,16 @@ def _check_known(context: Context, config: Any) -> None:
 
 
 def note(
-    context: Context, changed: Sequence[str], *, exact: bool, notes: Sequence[str] = (), rounded: str = ""
+    context: Context,
+    changed: Sequence[str],
+    *,
+    exact: bool,
+    notes: Sequence[str] = (),
+    rounded: str = "",
+    keep: bool = True,
 ) -> dict[str, Any]:
-    """Writes and returns what is known about the finetuned model: the parameters that changed or, for an adapter that
-    is not merged yet (not `exact`), the modules that it adapts."""
+    """What is known about the finetuned model: the parameters that changed or, for an adapter that is not merged yet
+    (not `exact`), the modules that it adapts. Written to the sweep's folder, or if not `keep` for this context only."""
     from models.blocks import linear_kinds, sites_with
     from models.comparison import in_words
     from models.weights import load_config
@@ -95,8 +102,11 @@ def note(
         "notes": list(notes),
         "rounded": rounded,
     }
-    write_json(context.space.folder / PAIR, facts)
-    context.forget_pair()
+    if keep:
+        write_json(context.space.folder / PAIR, facts)
+        context.forget_pair()
+    else:
+        context.pair = facts
     return facts
 
 

@@ -87,12 +87,12 @@ def start_over(context: Context) -> None:
 
 def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
     tracker = context.tracker
-    write_settings(context)
     tracker.close_orphans()
     tracker.open("sweep", context.settings.name, params=distinguishing_params(context.settings))
     status = "FAILED"
     try:
         check_workers(context, [stage.name for stage in stages if not stage.finished(context)])
+        write_settings(context)
         for number, stage in enumerate(stages, start=1):
             label = f"[{number}/{len(stages)}] {stage.name}"
             if stage.finished(context):

@@ -42,6 +42,18 @@ def context(tmp_path: Path) -> Context:
     return context
 
 
+def test_a_residual_delta_is_named_like_any_other_of_an_mlp(tmp_path: Path, random_transcoder) -> None:
+    convention = "transcoders.convention=resid_mid/sqrt(d_model)"
+    context = Context(
+        load("tiny", [f"storage.root={tmp_path}", convention, "deltas.targets=[residual]", "evaluate.controls=[]"])
+    )
+    plain, site = random_transcoder(8, 6, 1, seed=1, bias=False), Site(1, context.mlp_kind)
+    object.__setattr__(plain, "site", site)
+    choice = FeatureChoice(without=["L1F002"])
+    chosen = chosen_features(context, {site: plain}, (Ground("residual", 0.5), 6), choice)
+    assert firing(plain, torch.eye(8) * 9) - firing(chosen[site], torch.eye(8) * 9) == {2}
+
+
 def firing(delta, x) -> set[int]:
     """The features that fire on some token, or at BOS."""
     acts = delta.encode(x)

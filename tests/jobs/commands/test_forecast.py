@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.commands.forecast import Load, forecast, makespan
+from jobs.commands.forecast import Load, _delta_seconds, forecast, makespan
+from jobs.files import write_json
 
 UNITS = st.lists(st.floats(min_value=0.1, max_value=1e4), min_size=1, max_size=40)
 
@@ -31,3 +34,10 @@ def test_the_stage_that_loses_most_is_named() -> None:
     assert "20s of work that cannot be shared out" in forecast(loads[1:], 400).limit
     assert "its longest unit takes 1m40s" in forecast(loads[:1], 3).limit
     assert forecast(loads[:1], 1).limit == forecast(loads[:1], 4).limit == "the work itself"
+
+
+def test_trials_that_were_stopped_early_cost_what_they_took(tmp_path: Path) -> None:
+    for number, (state, seconds) in enumerate([("COMPLETE", 100.0), ("STOPPED", 30.0), ("FAILED", 5.0)]):
+        result = {"state": state, "seconds": seconds}
+        write_json(tmp_path / f"deltas/layer_01/change/d004/trial_{number:04d}/result.json", result)
+    assert _delta_seconds(tmp_path) == {("change", 4): [100.0, 30.0]}

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from evaluators.report.look_page import NOTHING_CHANGED, look_page, marked
-from jobs.commands.look import Request, look
+from jobs.commands.look import Request, _write_settings, look
 from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.progress import Progress
@@ -204,3 +204,31 @@ def test_the_page_escapes_what_models_say(gemma_folder: Path, finetuned: Path, r
     found, *_ = looked(tmp_path, *given)
     found["answers"][0]["finetuned"]["text"] = "<script>alert(1)</script>"
     assert "<script" not in look_page(found, seed=0)
+
+
+def test_no_settings_of_the_user_are_overwritten(gemma_folder: Path, llama_folder: Path, tmp_path: Path) -> None:
+    pair = [f"model.source={gemma_folder}", f"model.finetuned={llama_folder}", f"storage.root={tmp_path}"]
+    request = Request(Context(settings_of(None, pair)), page=tmp_path / "pair.html")
+    (tmp_path / "pair.yaml").write_text("name: mine\n")
+    assert _write_settings(request) == _write_settings(request) == tmp_path / "pair-2.yaml"
+    assert (tmp_path / "pair.yaml").read_text() == "name: mine\n"
+    assert settings_of(tmp_path / "pair-2.yaml").name == "pair-2"
+
+
+def test_pairs_of_folders_with_the_same_name_have_different_pages(tmp_path: Path) -> None:
+    pages = set()
+    for run in ("a", "b"):
+        (tmp_path / run / "checkpoint-500").mkdir(parents=True)
+        pair = [f"model.finetuned={tmp_path / run / 'checkpoint-500'}", f"storage.root={tmp_path}"]
+        pages.add(Request(Context(settings_of(None, pair))).html)
+    assert len(pages) == 2
+    assert all(re.fullmatch(r"checkpoint-500-[0-9a-f]{6}\.html", page.name) for page in pages)
+
+
+@pytest.mark.parametrize("name", ["folder", "file/page.html", "page.json", "page.yaml"])
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    pair = [f"model.finetuned={tmp_path}", f"storage.root={tmp_path}"]
+    with pytest.raises(RequestError, match=r"^--html: "):
+        look(Request(Context(settings_of(None, pair)), page=tmp_path / name))
