@@ -83,7 +83,7 @@ def _text(by_sweep: pd.DataFrame, name: str) -> str:
         return "-"
     row = by_sweep.loc[name]
     if math.isnan(row["value"]):
-        return {FEATURES: "no number does", SHARE: "no effect"}.get(row["figure"], "nothing to recover")
+        return {FEATURES: "none found", SHARE: "no clear effect"}.get(row["figure"], "nothing to recover")
     if row["figure"] == FEATURES:
         return f"{row['value']:.0f}"
     ends = pd.Series({"value": row["value"], "value_low": row["low"], "value_high": row["high"]})

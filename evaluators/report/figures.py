@@ -230,8 +230,8 @@ def _by_layer(axes: Axes, table: pd.DataFrame, column: str, *, series: str = "co
         colour, marker = look(number)
         axes.plot(x[single], y[single], color=colour, linewidth=1, alpha=0.5)
         axes.errorbar(
-            x, y, yerr=whiskers(rows, column), label=name, color=colour, capsize=2, elinewidth=1.1, linestyle="none",
-            marker=marker, markersize=4.5,
+            x, y, yerr=whiskers(rows, column), label=plain(name), color=colour, capsize=2, elinewidth=1.1,
+            linestyle="none", marker=marker, markersize=4.5,
         )  # fmt: skip
     axes.set_xticks(range(len(places)), [short_layer(layer) for layer in places], fontsize=8 if len(places) > 8 else 9)
 

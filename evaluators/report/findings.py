@@ -11,7 +11,7 @@ import pandas as pd
 
 from evaluators.tables.pooling import rates_in
 from evaluators.tables.statistics import Estimate
-from sites import NOTHING, is_set
+from sites import is_set
 
 NATS = "nats per token"
 
@@ -66,7 +66,7 @@ def difference_sentence(value: Estimate, unit: str) -> str:
 def raw_findings(conditions: pd.DataFrame) -> Findings:
     """What the finetuned model does with nothing spliced, one sentence per subset."""
     sentences = []
-    for _, row in conditions[conditions["layer"] == NOTHING].iterrows():
+    for _, row in conditions[conditions["condition"] == "raw"].iterrows():
         rates = [
             f"{rate} {number(row[rate])} ({_ends(estimate(row, rate))})"
             for rate in rates_in(conditions)

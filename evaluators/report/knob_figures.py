@@ -186,8 +186,9 @@ def where_it_is(deltas: pd.DataFrame, gaps: pd.DataFrame, recovered: pd.DataFram
     grid[1].set_ylim(0, max(1.0, float(best["val_unexplained"].max())))
     grid[1].set_ylabel("unexplained\nshare of it")
     grid[1].legend(frameon=False, fontsize=8, ncols=4, loc="upper right")
+    order = list(dict.fromkeys(gaps["subset"]))
     for axes, (rows, column, label) in zip(grid[2:], by_set, strict=True):
-        _sets(axes, rows, column)
+        _sets(axes, rows, column, order)
         axes.set_ylabel(label)
         axes.axhline(1, color=MUTED, linewidth=1)
         axes.set_ylim(min(0.0, float(rows[column].min())) - 0.05, max(1.0, float(rows[column].max())) + 0.1)
@@ -197,24 +198,34 @@ def where_it_is(deltas: pd.DataFrame, gaps: pd.DataFrame, recovered: pd.DataFram
     note = (
         "above: held-out tokens; below: evaluation prompts, bars paired bootstrap 95%; sets without a gap are left out"
     )
-    return finish(figure, grid[-1], note)
+    return finish(figure, grid[2 if by_set else -1], note)
 
 
-def _sets(axes: Axes, rows: pd.DataFrame, column: str) -> None:
-    """A line across the layers of each set, except the set of all layers; one colour per subset, side by side."""
-    subsets = list(rows["subset"].unique())
+STYLES = {"mlp": "-", "o": "--", "qkv": ":"}
+"""Lines of sets with sites of one kind; others are drawn like MLPs."""
+
+
+def _sets(axes: Axes, rows: pd.DataFrame, column: str, subsets: Sequence[str]) -> None:
+    """A line across the layers of each set, except the set of all layers; one colour per subset, side by side, and, if
+    there are sets of one kind of site, a style per kind. The legend is complete whatever is drawn."""
     most = max(len(parse_sites(label)) for label in rows["layer"])
     smaller_sets = rows[rows["layer"].map(lambda label: len(parse_sites(label)) < most)]
     shown = smaller_sets if len(smaller_sets) else rows
+    kinds_of = {label: {site.kind.name for site in parse_sites(label)} for label in shown["layer"]}
+    kinds = [name for name in KINDS if {name} in kinds_of.values()]
+    styles = STYLES if len(kinds) > 1 else {}
+    places = len(subsets) * max(1, len(kinds)) + 1
     for number, subset in enumerate(subsets):
         colour, marker = look(number)
-        for index, (_, row) in enumerate(shown[shown["subset"] == subset].iterrows()):
-            layers = [site.layer for site in parse_sites(row["layer"])]
+        axes.plot([], [], color=colour, marker=marker, markersize=4, label=plain(subset))
+        for _, row in shown[shown["subset"] == subset].iterrows():
+            layers, (kind, *more) = [site.layer for site in parse_sites(row["layer"])], sorted(kinds_of[row["layer"]])
             ends: Sequence[float] = (min(layers) - 0.4, max(layers) + 0.4)
-            axes.plot(ends, [row[column]] * 2, color=colour, linewidth=2, solid_capstyle="butt", alpha=0.7)
-            at = ends[0] + (ends[1] - ends[0]) * (number + 1) / (len(subsets) + 1)
-            label = plain(subset) if index == 0 else None
+            style = "-" if more else styles.get(kind, "-")
+            axes.plot(ends, [row[column]] * 2, style, color=colour, linewidth=2, alpha=0.7)
+            step = number * max(1, len(kinds)) + (kinds.index(kind) if kind in kinds and not more else 0)
+            at = ends[0] + (ends[1] - ends[0]) * (step + 1) / places
             bars = whiskers(pd.DataFrame([row]), column)
-            axes.errorbar(
-                [at], [row[column]], yerr=bars, color=colour, marker=marker, markersize=4, capsize=2, label=label
-            )
+            axes.errorbar([at], [row[column]], yerr=bars, color=colour, marker=marker, markersize=4, capsize=2)
+    for kind in kinds if styles else ():
+        axes.plot([], [], styles[kind], color=MUTED, linewidth=2, label=kind)

@@ -20,9 +20,9 @@ from evaluators.tables.tables import Results
 from sites import MLP, parse_sites
 
 
-def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int) -> Section | None:
+def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, rest: bool = False, seed: int) -> Section | None:
     """The answer first: figures, the knob, how few features, where; then sentences and tables. None without change
-    deltas."""
+    deltas. `rest`: finetuning changed parameters outside all sites too."""
     gaps = results.gaps[results.gaps["target"] == "change"]
     if gaps.empty:
         return None
@@ -32,6 +32,12 @@ def knob_section(results: Results, deltas: pd.DataFrame, pair: str, *, seed: int
         f"For sites {widest}, CE in nats per target token: the effect of putting un-finetuned weights back there, its "
         "share of the whole effect of finetuning, and how much of it the deltas recover at alpha 1, with 95% intervals."
     )
+    if rest:
+        help += (
+            " Finetuning also changed parameters outside all sites, such as embeddings. Where the sites are all the "
+            "others that it changed, these parameters have the same strength, exactly: they are part of the gap and of "
+            "what is recovered. Single features and groups are counted with these parameters finetuned throughout."
+        )
     lines = [list(row.values()) for row in rows]
     blocks: list[Block] = [Table("The answer", help, list(rows[0]), lines, wide_text=True)]
     dose = results.dose[(results.dose["layer"] == widest) & (results.dose["target"] == "change")]
@@ -86,6 +92,12 @@ def _limits(results: Results, gaps: pd.DataFrame, seed: int) -> Findings:
         f"{count} prompts per subset, one finetuned model, seed {seed}. The intervals are over prompts: they say "
         "nothing about another finetuning, for which other seeds must be run."
     ]
+    replicas = results.conditions["n_replicas"].max() if "n_replicas" in results.conditions else 1
+    if replicas > 1:
+        sentences.append(
+            f"What deltas do is a mean over {int(replicas)} of them, trained with different seeds, and its intervals "
+            "are over prompts and these seeds. Other widths, numbers of features, cards and groups are of one seed."
+        )
     if len(results.features):
         most = int(results.features[[name for name in results.features if name.startswith("n_")]].max(axis=None))
         sentences.append(f"Single features were measured on at most {most} prompts per subset.")
@@ -139,6 +151,9 @@ def _ceilings(gaps: pd.DataFrame) -> list[str]:
     sentences = []
     for _, row in gaps.iterrows():
         text = f"{row['subset']}: un-finetuned there, CE is {number(row['ground'])}; finetuned, {number(row['raw'])}"
+        if math.isnan(row["gap_low"]):
+            sentences.append(f"{text}: too few prompts for an interval.")
+            continue
         if not _leaves_out_zero(row, "gap"):
             sentences.append(f"{text}: nothing to recover here (gap {with_interval(row, 'gap', signed=True)} {NATS}).")
             continue
@@ -193,6 +208,9 @@ def _few(results: Results) -> list[str]:
     total = _total(results)
     for subset in results.curve["subset"].unique():
         count = recovery.features_needed(results.curve, subset)
+        if results.curve.loc[results.curve["subset"] == subset, "recovered"].isna().all():
+            sentences.append(f"{subset}: no gap in CE on these prompts, so nothing to recover.")
+            continue
         if count is None:
             sentences.append(f"{subset}: no number of features recovers {recovery.ENOUGH:.0%} of the gap in CE.")
             continue
@@ -265,11 +283,15 @@ def headline_rows(results: Results) -> list[dict[str, str]]:
             row["groups for 90%"] = "-" if groups is None else f"at most {groups} of {len(results.groups)}"
         if rate is not None:
             rates = conditions[conditions["subset"] == subset].set_index("condition")[rate].dropna()
-            names = [name for name in ("no_delta", "full", "raw") if name in rates.index]
-            row[f"{rate} at alpha 0, 1; finetuned"] = ", ".join(f"{rates[[name]].iloc[0]:.2f}" for name in names) or "-"
+            shown = [
+                f"{rates[[name]].iloc[0]:.2f}" if name in rates.index else "-" for name in ("no_delta", "full", "raw")
+            ]
+            row[f"{rate} at alpha 0, 1; finetuned"] = ", ".join(shown) if len(rates) else "-"
         rows.append(row)
     return rows
 
 
 def _share(row: pd.Series) -> str:
+    if math.isnan(row["gap_low"]):
+        return "too few prompts"
     return "nothing to recover" if math.isnan(row["recovered"]) else with_interval(row, "recovered")

@@ -361,21 +361,29 @@ def _parts(look: Figures, blocks: Sequence[Block], seed: int) -> Section:
 
 
 def _parts_in_words(look: Figures, seed: int) -> list[str]:
-    """For each subset with an effect: the part that brings most of it alone, the one whose loss costs most, and the
-    third of the layers that brings most."""
+    """For each subset with an effect: the part that brings the largest share of it alone, the one without which the
+    largest share is lost, and the third of the layers that brings the largest."""
     table = parts_table(look["parts"], seed=seed).dropna(subset=["share"])
+    worse = {
+        cell["subset"]
+        for cell in look["parts"]
+        if sum(row["nll"] for row in cell["finetuned"]) > sum(row["nll"] for row in cell["unfinetuned"])
+    }
     sentences = []
     for subset, rows in table.groupby("subset", sort=False):
         every_layer = rows["layers"] == EVERY_LAYER
         best, costliest = (_largest(rows[every_layer & (rows["way"] == way)]) for way in ("finetuned", "unfinetuned"))
         sentence = (
-            f"{subset} ({best['n_examples']} rows): finetuned alone, {PARTS[best['part']]} bring most of the "
-            f"effect, {_share(best)}; put back alone, {PARTS[costliest['part']]} cost most, {_share(costliest)}"
+            f"{subset} ({best['n_examples']} rows): finetuned alone, {PARTS[best['part']]} bring the largest share of "
+            f"the effect, {_share(best)}; put back alone, {PARTS[costliest['part']]} take the largest share away, "
+            f"{_share(costliest)}"
         )
         thirds = rows[~every_layer & (rows["way"] == "finetuned")]
         if len(thirds) > 1:
             third = _largest(thirds)
-            sentence += f"; of the thirds, layers {third['layers']} bring most, {_share(third)}"
+            sentence += f"; of the thirds, layers {third['layers']} bring the largest, {_share(third)}"
+        if subset in worse:
+            sentence += " (here finetuning made the CE worse, and that is the effect)"
         sentences.append(sentence)
     silent = [cell["subset"] for cell in look["parts"] if cell["subset"] not in set(table["subset"])]
     return sentences + [f"{subset}: no effect on CE that its rows can tell from zero" for subset in silent]

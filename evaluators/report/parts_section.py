@@ -47,8 +47,9 @@ def parts_blocks(table: pd.DataFrame, *, seed: int) -> list[Block]:
         blocks.append(picture("parts", figure, "Where the finetuning lives", help))
     help = (
         "CE in nats per target token. Patterns are attention's query and key projections, the rest is what lies in no "
-        f"part, such as embeddings. {STAND_IN} A share above 1: this part alone does better than the whole finetuning; "
-        "below 0: it hurts on these rows. No share is shown where the whole effect's interval contains 0."
+        f"part, such as embeddings. {STAND_IN} Shares are of the whole effect, whether finetuning lowered CE or raised "
+        "it; those above 1 go beyond it, and those below 0 go against it. No share is shown where the whole effect's "
+        "interval contains 0."
     )
     blocks.append(table_block(_both_ways(table), COLUMNS, "Parts", help))
     return blocks

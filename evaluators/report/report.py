@@ -34,8 +34,9 @@ Rows: TypeAlias = pd.DataFrame | Sequence[dict[str, Any]]
 @dataclass(frozen=True)
 class SweepData:
     """What a sweep has found, as plain data: cells, their tables, trials, checks, facts and generations; `pair` says
-    which two models were compared, `polished` what joint polish did to the change deltas, `finetuned` is what
-    `finetuned.check_rows` found, `lora_pictures` are PNGs of the LoRA study by name."""
+    which two models were compared, `rest` whether finetuning changed parameters outside all sites too (at the deltas'
+    strength where the sites are all that changed), `polished` what joint polish did to the change deltas, `finetuned`
+    is what `finetuned.check_rows` found, `lora_pictures` are PNGs of the LoRA study by name."""
 
     cells: Sequence[Cell]
     results: tables.Results
@@ -46,6 +47,7 @@ class SweepData:
     facts: dict[str, str]
     generations: Sequence[dict[str, Any]]
     pair: str = ""
+    rest: bool = False
     polished: str = ""
     finetuned: Mapping[str, Any] | None = None
     lora_pictures: Mapping[str, bytes] = field(default_factory=dict)
@@ -71,22 +73,22 @@ def write_report(folder: Path, data: SweepData, *, seed: int = 0) -> Path:
     if data.finetuned:
         _write(folder / "lora_validation.csv", pd.DataFrame([data.finetuned["figures"]]).to_csv(index=False).encode())
     deltas = pd.DataFrame(data.delta_trials)
-    reference = of_residuals(results)
+    reference, has_residuals = of_residuals(results), (results.conditions["target"] == "residual").any()
     look = first_look(data.cells, data.pair)
     parts, pair = parts_blocks(results.parts, seed=seed), f"{data.pair} {data.polished}".strip()
     of_look = [] if look is None else look_sections(look, parts, seed=seed)
     page = [
         None if look is None else look_section(look, of_look),
         parts_section(parts, data.pair) if parts else None,
-        knob_section(results, deltas, data.polished if parts else pair, seed=seed),
+        knob_section(results, deltas, data.polished if parts else pair, rest=data.rest, seed=seed),
         groups_section(results, data.cells, seed=seed),
         graphs_section(data.cells),
         sections.checks_section(data.checks),
-        sections.findings_section(reference, _glance(reference.conditions), seed=seed),
+        sections.findings_section(reference, _glance(reference.conditions), seed=seed) if has_residuals else None,
         sections.completed(sections.lora_section(pd.DataFrame(data.lora_trials)), data.finetuned, data.lora_pictures),
         sections.transcoders_section(pd.DataFrame(data.base_transcoders), deltas),
         sections.reconstruction_section(results),
-        sections.conditions_section(reference, seed=seed),
+        sections.conditions_section(reference, seed=seed) if has_residuals else None,
         sections.dose_section(reference, seed=seed),
         _residual_features(results),
         sections.generations_section(data.generations),

@@ -212,10 +212,14 @@ def dose_section(results: Results, *, seed: int) -> Section | None:
 
 
 def generations_section(generations: Sequence[dict[str, Any]]) -> Section | None:
-    """Samples of generated text: raw, and spliced where the splice changed it."""
+    """Samples of generated text: raw, and spliced where the splice changed it, at most one a prompt."""
     if not generations:
         return None
     subsets = list(dict.fromkeys(row["subset"] for row in generations))
+    ends = {(*_place(row), ENDS[row["condition"]]) for row in generations if row["condition"] in ENDS}
+    generations = [
+        row for row in generations if row["condition"] != "alpha" or (*_place(row), row["alpha"]) not in ends
+    ]
     rows = sorted(
         ({**row, "layer": label_of_keys(row["layers"])} for row in generations),
         key=lambda row: (
@@ -234,11 +238,12 @@ def generations_section(generations: Sequence[dict[str, Any]]) -> Section | None
     shown = []
     for subset in subsets:
         for source in ([row for row in rows if row["condition"] == "raw"], changed):
-            shown += [row for row in source if row["subset"] == subset][:GENERATIONS_SHOWN]
-    header = ["subset", "prompt", "layer", "condition", "alpha", "input", "target", "generated"]
+            by_prompt = {row["index"]: row for row in reversed(source) if row["subset"] == subset}
+            shown += [by_prompt[index] for index in sorted(by_prompt)][:GENERATIONS_SHOWN]
+    header = ["subset", "prompt", "layer", "condition", "deltas", "alpha", "input", "target", "generated"]
     lines = [
         [
-            *(row["subset"], str(row["index"]), row["layer"], row["condition"]),
+            *(row["subset"], str(row["index"]), row["layer"], row["condition"], row.get("deltas") or "-"),
             "-" if row["alpha"] is None else f"{row['alpha']:g}",
             *(_shorten(row[name]) for name in ("input", "target", "generation")),
         ]
@@ -247,6 +252,15 @@ def generations_section(generations: Sequence[dict[str, Any]]) -> Section | None
     table = Table("Samples", help, header, lines, wide_text=True)
     intro = "A sample; all generated texts are in the sweep's generations folder, as JSONL."
     return Section("generations", "Generations", intro, [table])
+
+
+ENDS = {"no_delta": 0.0, "full": 1.0}
+"""Conditions with the texts of a strength, which are therefore not counted twice."""
+
+
+def _place(row: Mapping[str, Any]) -> tuple:
+    """What the texts of a condition at some sites have in common."""
+    return row["subset"], row.get("deltas"), row.get("seed"), tuple(row["layers"])
 
 
 def lora_section(trials: pd.DataFrame) -> Section | None:

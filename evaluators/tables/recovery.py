@@ -243,4 +243,15 @@ def _difference(sums: PromptSums, baseline: PromptSums, metric: str, seed: int) 
 
 
 def _recovered(ground: PromptSums, sums: PromptSums, raw: PromptSums, metric: str, seed: int) -> Estimate:
-    return recovered_share(_pair(ground, metric), _pair(sums, metric), _pair(raw, metric), seed=seed)
+    estimate = recovered_share(_pair(ground, metric), _pair(sums, metric), _pair(raw, metric), seed=seed)
+    if metric in MEANS or estimate.low != estimate.high:
+        return estimate
+    # Every prompt says the same of the rate, as where all call: the share allows for the prompts that n of them cannot
+    # exclude, as far as a rate can go.
+    start, end = (_value(model, metric) for model in (ground, raw))
+    model, at = min(((ground, start), (raw, end)), key=lambda pair: abs(pair[1] - _value(sums, metric)))
+    apart = _difference(sums, model, metric, seed)
+    possible = [(start - rate) / (start - end) for rate in (0.0, 1.0)]
+    ends = [(start - at - difference) / (start - end) for difference in (apart.low, apart.high)]
+    low, high = (min(max(share, min(possible)), max(possible)) for share in (min(ends), max(ends)))
+    return Estimate(estimate.value, low, high)

@@ -55,6 +55,7 @@ def run(context: Context) -> dict[str, Any]:
         facts=facts(context),
         generations=generations(context),
         pair=pair(context),
+        rest=bool(context.rest),
         polished=polished(context),
         finetuned=read_json(space.lora / VALIDATION_FILE),
         lora_pictures=_lora_pictures(context),
@@ -209,7 +210,10 @@ def _expected(rate: Expected, raw: pd.DataFrame) -> dict[str, Any]:
     row, metric = raw.loc[rate.subset], f"{rate.behaviour}_rate"
     value, bound = row[metric], f">= {rate.at_least:g}" if rate.at_most is None else f"<= {rate.at_most:g}"
     passed = value >= rate.at_least if rate.at_most is None else value <= rate.at_most
-    detail = f"{value:.3f} [{row[f'{metric}_low']:.3f}, {row[f'{metric}_high']:.3f}], n = {row['n_examples']}"
+    count = int(row[f"n_{rate.behaviour}"])
+    detail = f"{value:.3f} [{row[f'{metric}_low']:.3f}, {row[f'{metric}_high']:.3f}], n = {count}"
+    if not count:
+        detail = f"{rate.behaviour} is not defined on any of its {row['n_examples']} prompts"
     return {"name": f"the finetuned model on {rate.subset}: {metric} {bound}", "passed": bool(passed), "detail": detail}
 
 
@@ -337,12 +341,14 @@ STAGE_FOLDERS = {
 
 
 def generations(context: Context) -> list[dict[str, Any]]:
+    """The texts of all cells, each with the target and the seed of the `deltas` that were spliced in."""
     names = read_json(context.space.cells / MANIFEST)["cells"]
     rows: list[dict[str, Any]] = []
-    for name in names:
+    for name, cell in zip(names, context.cells, strict=True):
         path = context.space.generations / f"{name}.jsonl"
         if path.is_file():
-            rows += [json.loads(line) for line in path.read_text().splitlines()]
+            of_cell = {"deltas": cell["target"], "seed": cell["seed"]}
+            rows += [{**json.loads(line), **of_cell} for line in path.read_text().splitlines()]
     return rows
 
 

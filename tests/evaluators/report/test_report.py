@@ -9,7 +9,7 @@ import pytest
 
 from evaluators.conditions import CHANGE_CONTROLS
 from evaluators.report import figures, findings, knob_figures, sections
-from evaluators.report.knob_section import headline_rows
+from evaluators.report.knob_section import headline_rows, knob_findings
 from evaluators.report.page import table_block
 from evaluators.report.report import SweepData, summary_table, write_report
 from evaluators.tables import recovery, tables
@@ -239,6 +239,92 @@ def test_changed_texts_are_told_from_the_finetuned_models_own():
     (table,) = sections.generations_section(rows).blocks
     assert table.help.startswith("1 of 2 texts written under a splice differ from the finetuned model's (raw)")
     assert [row[3] for row in table.rows] == ["raw", "no_delta"]
+
+
+def test_a_text_is_counted_once_and_a_prompt_shown_once():
+    """`no_delta` has the texts of alpha 0, and `full` those of alpha 1."""
+    common = {"subset": "tool", "input": "i", "target": "t", "seed": 0}
+    rows = [
+        common | {"layers": layers, "condition": name, "alpha": alpha, "deltas": deltas, "generation": text} | at
+        for at in ({"index": 0}, {"index": 1})
+        for layers, name, alpha, deltas, text in (
+            ([], "raw", None, "", "after"),
+            ([1], "no_delta", 0.0, "change", "before"),
+            ([1], "alpha", 0.0, "change", "before"),
+            ([1], "alpha", 0.5, "change", "between"),
+            ([1], "alpha", 0.0, "residual", "base"),
+        )
+    ]  # fmt: skip
+    (table,) = sections.generations_section(rows).blocks
+    assert table.help.startswith("6 of 6 texts")
+    assert [(row[1], row[3], row[4], row[5]) for row in table.rows] == [
+        *(("0", "raw", "-", "-"), ("1", "raw", "-", "-")),
+        *(("0", "no_delta", "change", "0"), ("1", "no_delta", "change", "0")),
+    ]
+
+
+def test_the_un_finetuned_model_is_not_listed_as_the_finetuned_one():
+    cells = [*sweep(), *(behaviour("base_model_raw", subset, (), called=0.0) for subset in SUBSETS)]
+    found = findings.raw_findings(tables.all_tables(cells).conditions)
+    assert [sentence.partition(":")[0] for sentence in found.sentences] == list(SUBSETS)
+    assert "tool_call_rate 1.000 (" in found.sentences[0]
+
+
+def test_a_sweep_of_change_deltas_alone_has_no_section_of_the_reference_study(tmp_path):
+    cells = [{**cell, "target": "change", "percentile": None} if cell["target"] else cell for cell in sweep()]
+    page = write_report(tmp_path, inputs(cells, delta_trials=[])).read_text()
+    assert "The change, as a knob" in page
+    assert "The reference study" not in page
+    assert "replaced by the base alone" not in page
+
+
+@pytest.mark.parametrize(("prompts", "said"), [(1, "too few prompts"), (12, "no gap in CE on these prompts")])
+def test_no_interval_is_not_called_no_gap_and_no_gap_no_failure(prompts, said):
+    def of_change(cell):
+        return cell | {"target": "change", "percentile": None} if cell["target"] else cell
+
+    shift = 0.2 if prompts == 1 else 0.0
+    cells = [behaviour("raw", "tool", (), prompts=prompts)]
+    cells += [of_change(behaviour(name, "tool", (1, 2), prompts=prompts, shift=shift)) for name in ("no_delta", "full")]
+    counts = [{"k": k, "rows": [row | {"kl": 0.0} for row in rows_of("tool", shift, prompts)]} for k in (0, 1)]
+    cells += [{"kind": "curve", "layers": [1, 2], "d_new": 32, "subset": "tool", "counts": counts}]
+    results = tables.all_tables(cells)
+    sentences = " ".join(text for finding in knob_findings(results, pd.DataFrame()) for text in finding.sentences)
+    assert said in sentences
+    assert "no number of features" not in sentences
+    assert headline_rows(results)[0]["recovered"] == ("too few prompts" if prompts == 1 else "nothing to recover")
+
+
+def test_a_subset_has_one_colour_in_all_panels_and_a_kind_of_site_one_line():
+    gaps, recovered = [], []
+    for label in ("0-3.qkv", "0-3", "0-3+0-3.qkv"):
+        for subset in ("tool", "copy"):
+            ends = {"share": 0.5, "share_low": 0.4, "share_high": 0.6}
+            missing = label == "0-3.qkv" and subset == "tool"
+            gaps.append({"layer": label, "subset": subset, "metric": "mean_ce"} | ends)
+            share = {f"recovered{end}": np.nan if missing else 1.0 for end in ("", "_low", "_high")}
+            place = {"layer": label, "subset": subset, "metric": "mean_ce", "target": "change", "condition": "full"}
+            recovered.append(place | share)
+    deltas = [
+        {"target": "change", "best": True, "layer": label, "d_new": 8, "change_share": 0.1, "val_unexplained": 0.2}
+        for label in ("0", "0.qkv")
+    ]
+    figure = knob_figures.where_it_is(*(pd.DataFrame(rows) for rows in (deltas, gaps, recovered)))
+    shares, back = figure.axes[2:]
+
+    def drawn(axes):
+        lines = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 2]
+        return {(line.get_color(), line.get_linestyle()) for line in lines}
+
+    tool, copy = (figures.look(number)[0] for number in (0, 1))
+    assert drawn(shares) == {(colour, style) for colour in (tool, copy) for style in ("-", ":")}
+    assert drawn(back) == {(tool, "-"), (copy, "-"), (copy, ":")}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["tool", "copy", "qkv", "mlp"]
+
+
+def test_labels_are_no_formulas():
+    table = tables.all_tables(sweep(subsets=("a$_$", "_b"))).conditions
+    figures.activations_by_layer(table, seed=0).canvas.draw()
 
 
 def test_null_results_are_reported_as_bounds():

@@ -63,6 +63,20 @@ CELLS = [
 ]
 
 
+def test_a_rate_on_which_all_prompts_agree_is_not_known_exactly():
+    """All call at alpha 1 and none at 0: of 12 prompts that agree, up to a share of 1 - 0.05 ** (1 / 12) may not."""
+    unseen = 1 - 0.05 ** (1 / PROMPTS)
+    table = recovery.recovered_table(CELLS)
+    where = {"layer": "0-2", "metric": "tool_call_rate"}
+    full, random = (one(table, condition=name, **where) for name in ("full", "random_delta"))
+    assert (full["recovered"], full["recovered_high"]) == (1.0, 1.0)
+    assert full["recovered_low"] == pytest.approx(1 - unseen)
+    assert (random["recovered"], random["recovered_low"]) == (0.0, 0.0)
+    assert random["recovered_high"] == pytest.approx(unseen)
+    half = one(table, condition="alpha", alpha=0.5, **where)
+    assert 0 < half["recovered_low"] < half["recovered"] == 0.5 < half["recovered_high"] < 1
+
+
 def one(table, **where):
     for name, value in where.items():
         table = table[table[name] == value]
