@@ -11,7 +11,7 @@ these files into `docs/study.md`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -247,21 +247,20 @@ def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")
             for (adapter, seed), report in reports.items()
             for row in make(report)
         ]
-        save(name, pd.DataFrame(rows, columns=COLUMNS))
+        save(name, pd.DataFrame(rows, columns=COLUMNS), reports)
     groups = [read(report, "groups").assign(adapter=adapter, seed=seed) for (adapter, seed), report in reports.items()]
     of_groups = [*("adapter", "seed", "group", "n_features", "n_qkv", "n_o", "n_mlp", "layers"), "fires_on", "promoted"]
-    save("groups", pd.concat(groups).reindex(columns=of_groups))
+    save("groups", pd.concat(groups).reindex(columns=of_groups), reports)
     write_pictures(FOLDER)
     typer.echo(f"{len(reports)} adapters: {FOLDER}")
 
 
-def save(name: str, table: pd.DataFrame) -> None:
-    """Replaces the table's rows of the same adapters; sorts by adapter and seed."""
+def save(name: str, table: pd.DataFrame, collected: Collection[tuple[str, int]]) -> None:
+    """Replaces the rows of the `collected` adapters and seeds, even by none; sorts by adapter and seed."""
     path = FOLDER / f"{name}.csv"
     if path.is_file():
         before = pd.read_csv(path)
-        new = set(zip(table["adapter"], table["seed"], strict=True))
-        older = before[[pair not in new for pair in zip(before["adapter"], before["seed"], strict=True)]]
+        older = before[[pair not in collected for pair in zip(before["adapter"], before["seed"], strict=True)]]
         table = pd.concat([older, table]) if len(older) else table
     if table.empty:
         return

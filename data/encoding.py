@@ -77,12 +77,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> Encoded:
-    """A whole training row."""
+    """A whole training row. The target ends with the end token, unless it is a model's answer that did not."""
     prompt, end = encode_prompt(tokenizer, row), end_of(tokenizer, row)
     if row.prompt:
-        return Encoded(prompt, [*_answer(tokenizer, row, prompt), end])
-    target = (_with_special if row.special_tokens else _plain)(tokenizer, row.target)
-    return Encoded(prompt, target if row.special_tokens and target[-1:] == [end] else [*target, end])
+        target = _answer(tokenizer, row, prompt)
+    else:
+        target = (_with_special if row.special_tokens else _plain)(tokenizer, row.target)
+        if row.special_tokens and target[-1:] == [end]:
+            return Encoded(prompt, target)
+    return Encoded(prompt, target if row.unfinished and target else [*target, end])
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: list[int]) -> list[int]:
@@ -104,11 +107,14 @@ def target_text(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
     return _decoded(tokenizer, encode_row(tokenizer, row).target)
 
 
-def with_answer(tokenizer: PreTrainedTokenizerBase, row: Row, text: str, tokens: Sequence[int]) -> Row:
+def with_answer(
+    tokenizer: PreTrainedTokenizerBase, row: Row, text: str, tokens: Sequence[int], ended: bool = True
+) -> Row:
     """The row with a model's answer as its target. `text` is the decoded `tokens`; the leading space that decoding
-    drops is added if `text` gives these tokens only with it."""
+    drops is added if `text` gives these tokens only with it. `ended`: the model ended it with an end token."""
     rows = [replace(row, target=text), replace(row, target=f" {text}")]
-    return next((answered for answered in rows if encode_row(tokenizer, answered).target[:-1] == list(tokens)), rows[0])
+    same = (answered for answered in rows if encode_row(tokenizer, answered).target[:-1] == list(tokens))
+    return replace(next(same, rows[0]), unfinished=not ended)
 
 
 def end_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:

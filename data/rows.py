@@ -37,7 +37,8 @@ class Row:
     that share both differ only in context. See `request_identity`. In a chat format `prompt` is the conversation as
     rendered by the chat template, `end` the token that ends an answer, and `input` the text of the messages. In the
     plain format `separator` comes between input and target. With `special_tokens`, special tokens that are spelled out
-    in the target (in the plain format also in the input) are read as tokens, otherwise as plain characters.
+    in the target (in the plain format also in the input) are read as tokens, otherwise as plain characters. An
+    `unfinished` target is a model's answer that was cut, so no end token follows it.
     """
 
     input: str
@@ -49,9 +50,10 @@ class Row:
     end: str = ""
     separator: str = "\n"
     special_tokens: bool = False
+    unfinished: bool = False
 
 
-_OPTIONAL = {"prompt": "", "end": "", "separator": "\n", "special_tokens": False}
+_OPTIONAL = {"prompt": "", "end": "", "separator": "\n", "special_tokens": False, "unfinished": False}
 """Fields that a file leaves out where they have these values."""
 
 

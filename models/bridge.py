@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from data.rows import one_line
 from models.errors import ModelError
 from models.no_installs import nothing_installed
 from sites import KINDS, READINGS, Site
@@ -116,13 +117,21 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
             "weights hold NaN or infinite values, or values too large for fp32"
         )
     # This switches to eager attention, which the bridge's own components match to the last bit.
-    with nothing_installed():
-        bridge = TransformerBridge.boot_transformers(
-            model.config._name_or_path or "local", hf_model=model, tokenizer=tokenizer, device=str(model.device)
-        )
-    bridge.__dict__["wiring"] = _find_wiring(bridge)
-    model.requires_grad_(False)  # while all components are attached, because some have copies of weights
-    after = _some_logits(model)
+    try:
+        with nothing_installed():
+            bridge = TransformerBridge.boot_transformers(
+                model.config._name_or_path or "local", hf_model=model, tokenizer=tokenizer, device=str(model.device)
+            )
+        bridge.__dict__["wiring"] = _find_wiring(bridge)
+        model.requires_grad_(False)  # while all components are attached, because some have copies of weights
+        after = _some_logits(model)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"model.source: TransformerLens' bridge cannot run this model of the architecture "
+            f"{model.config.model_type} ({one_line(error)}), so it is not supported"
+        ) from error
     if before is not None:  # in bf16, rounding alone moves logits by a third of the largest
         largest, apart = before.abs().max().item(), (after - before).abs().max().item()
         if not apart <= largest * ROUNDING:

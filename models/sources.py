@@ -162,6 +162,11 @@ def _check_config(config: dict[str, Any], folder: Path, key: str) -> None:
             "weights can be compared: give the model before quantisation, or a copy that was dequantised; "
             "if its weights are plain, remove quantization_config from that file"
         )
+    if (multiplier := config.get("residual_multiplier", 1)) != 1:
+        raise ModelError(
+            f"{key}: the blocks of {folder} multiply what they add to the residual stream by {multiplier} "
+            "(residual_multiplier in its config.json), which deltas do not take into account, so it is not supported"
+        )
     if config.get("auto_map") and not _is_known(config.get("model_type")):
         raise ModelError(
             f"{key}: {folder} needs code of its own (auto_map in its config.json), and code that comes with a model is "

@@ -35,6 +35,11 @@ class GeneratedAnswer(NamedTuple):
     cut: bool
     ids: tuple[int, ...] = ()
 
+    @property
+    def ended(self) -> bool:
+        """Whether an end token ended it."""
+        return not self.cut and len(self.ids) == self.tokens - 1
+
 
 @torch.inference_mode()
 def answers(

@@ -88,14 +88,17 @@ def distinct_names(before: Weights, after: Weights) -> list[str]:
     return list({(before.places[name], after.places[name]): name for name in shared}.values())
 
 
-def as_rows(texts: Iterable[str]) -> list[Row]:
-    """Texts as rows: the first half of its words is the prompt, the rest the target."""
-    halves = [(text.split(" "), len(text.split(" ")) // 2) for text in texts]
-    return [
-        make_row(" ".join(words[:half]), " ".join(words[half:]), "texts", separator=" ")
-        for words, half in halves
-        if half
-    ]
+def as_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """Texts as rows: the first half of its words is the prompt, the rest the target. The space between them belongs to
+    the one with which both have the tokens of the whole text, if there is one: in most vocabularies to the target."""
+    rows = []
+    for text in texts:
+        words, half = text.split(" "), len(text.split(" ")) // 2
+        start, rest, whole = " ".join(words[:half]), " ".join(words[half:]), encode_text(tokenizer, text)
+        cuts = [make_row(start, before + rest, "texts", separator=after) for before, after in ((" ", ""), ("", " "))]
+        same = [row for row in cuts if encode_row(tokenizer, row).ids[: len(whole)] == whole]
+        rows += [*same, *cuts][:1] if half else []
+    return rows
 
 
 def spread(rows: Sequence[Row], most: int) -> list[Row]:

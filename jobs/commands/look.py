@@ -155,7 +155,8 @@ def _measured(request: Request) -> dict[str, Any]:
         bridge = wrap(subject.model, subject.tokenizer)
         passes = Passes(bridge, context.settings.evaluate.batch_size)
         changes = Changes.between(bridge, subject.base, [change["name"] for change in subject.weights["changed"]])
-        measurements = look_at(passes, changes, Inputs(rows or as_rows(texts), texts, context.limits, behaviours), step)
+        rows = rows or as_rows(texts, subject.tokenizer)
+        measurements = look_at(passes, changes, Inputs(rows, texts, context.limits, behaviours), step)
     return {**subject.weights, "notes": [*subject.notes, about_rows, about_texts], **measurements}
 
 
@@ -272,7 +273,7 @@ def _with_targets(context: Context, subject: Subject, rows: list[Row]) -> tuple[
     generated = answers(model, tokenizer, prompts, context.limits, ends_of(model, tokenizer, rows[without_target[0]]))
     rows = list(rows)
     for index, answer in zip(without_target, generated, strict=True):
-        rows[index] = with_answer(tokenizer, rows[index], answer.text, answer.ids)
+        rows[index] = with_answer(tokenizer, rows[index], answer.text, answer.ids, answer.ended)
     return rows, len(without_target)
 
 

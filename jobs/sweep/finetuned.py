@@ -359,7 +359,7 @@ def _answer(task: Task, model: Any, tokenizer: Any) -> dict[str, int]:
                 prompts = [encode_prompt(tokenizer, rows[index]) for index in missing]
                 generated = answers(model, tokenizer, prompts, task.limits, ends_of(model, tokenizer, rows[missing[0]]))
                 for index, answer in zip(missing, generated, strict=True):
-                    rows[index] = with_answer(tokenizer, rows[index], answer.text, answer.ids)
+                    rows[index] = with_answer(tokenizer, rows[index], answer.text, answer.ids, answer.ended)
                 counts["made"] += len(missing)
                 counts["cut"] += sum(answer.cut for answer in generated)
             write_rows(folder / f"{split}.jsonl", rows)

@@ -75,7 +75,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neo": ("GPT-Neo", NEO),
     "gpt_neox": ("Pythia: attention and MLP in parallel", NEOX),
     "smollm3": ("SmolLM3", LLAMA),
-    "granite": ("Granite", LLAMA),
+    "granite": ("Granite with a `residual_multiplier` of 1; others are refused", LLAMA),
     "starcoder2": ("StarCoder2", LLAMA),
     "glm": ("GLM-4 (9B)", LLAMA),
     "glm4": ("GLM-4 (0414)", LLAMA),

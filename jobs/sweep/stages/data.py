@@ -160,13 +160,16 @@ def reading_of(context: Context) -> Reading:
 
     def problem(row: Row) -> str | None:
         # Nothing is generated after a line of text, which has no label.
-        answer = 0 if row.target or not row.label else settings.evaluate.max_new_tokens
+        answer = settings.evaluate.max_new_tokens if row.label else 0
         # Tokenizers give at most one token per byte, so most texts need no counting.
         text = f"{row.prompt or row.input}{row.separator}{row.target}"
         if limit is None or len(text.encode()) + answer + 3 <= limit:
             return None
-        too_long = f"longer than the context of {limit} tokens"
-        return too_long if len(encode_row(tokenizer, row).ids) + answer > limit else None
+        encoded = encode_row(tokenizer, row)
+        if len(encoded.prompt) + max(answer, len(encoded.target)) <= limit:
+            return None
+        with_answer = f", with evaluate.max_new_tokens={answer} for an answer" if len(encoded.ids) <= limit else ""
+        return f"longer than the context of {limit} tokens{with_answer}"
 
     return Reading(
         columns=settings.data.columns,
