@@ -6,6 +6,7 @@ The defaults here are the tool's defaults; the presets in this folder list only 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
@@ -408,6 +409,12 @@ class Sweep(Section):
                 raise ValueError(f"{name}.warm_start: a grid tries its combinations in its own order, so leave it out")
             if section.sampler == "grid" and ranges:
                 raise ValueError(f"{name}.sampler: grid needs choices, but {name}.space.{ranges[0]} is a range")
+            choices = [getattr(section.space, key) for key in type(section.space).model_fields]
+            count = math.prod(len(choice.choice) for choice in choices if isinstance(choice, Choice))
+            if section.sampler == "grid" and section.trials != count:
+                raise ValueError(
+                    f"{name}.trials: got {section.trials}, but the grid of {name}.space has {count} combinations"
+                )
         for key, value, allowed in (
             ("percentile", evaluate.percentile, self.deltas.percentiles),
             ("d_new", evaluate.d_new, self.deltas.d_new),

@@ -480,7 +480,7 @@ def _next(look: Figures, seed: int) -> Section:
     if "YOUR_ROWS" in suggested["command"]:
         sentences.append(
             "YOUR_ROWS stands for a file of prompts and answers like those of the finetuning: without one, the sweep "
-            "evaluates generated requests to call a calculator, which say nothing about other finetunings."
+            "evaluates rows that are generated for the presets' own task, which say nothing about other finetunings."
         )
     sentences.append(
         "At best, its deltas explain the whole effect on its rows: every weight that changed is at a site with deltas, "

@@ -89,7 +89,8 @@ def connect(address: str | None, insecure: bool = False, say: Callable[[str], No
     except Exception:
         disconnect()
         raise
-    if address and not insecure:
+    in_job = "runtime_resources" in Path.cwd().parts
+    if cluster.joins and not in_job and not insecure:
         try:
             check_closed(ray.get_runtime_context().gcs_address)
         except RequestError:
@@ -130,7 +131,11 @@ def check_closed(gcs: str) -> None:
     """Raises RequestError if anyone on the network can use the control store at HOST:PORT: it is not on loopback, and
     no token is needed to join."""
     host = gcs.rpartition(":")[0].strip("[]")
-    if os.environ.get(environment.AUTH_MODE) == "token" or ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
+    try:
+        resolved = ipaddress.ip_address(socket.gethostbyname(host))
+    except OSError as error:
+        raise RequestError(f"--address: the host {host} is not known here ({error.strerror or error})") from None
+    if os.environ.get(environment.AUTH_MODE) == "token" or resolved.is_loopback:
         return
     raise RequestError(
         f"--address: the cluster at {gcs} runs code for anyone who can reach it; start it with "

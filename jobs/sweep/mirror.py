@@ -73,7 +73,7 @@ class Mirror:
             ledger = read_json(self._folder / LEDGER) or {"writer": None, "sent": {}}
             self._sent = dict.fromkeys(remote)
             if writer is not None and not fresh:
-                if writer == ledger["writer"]:
+                if writer in (ledger["writer"], ledger.get("next")):
                     self._sent |= ledger["sent"]
                 elif (self._folder / START).is_file():
                     raise RequestError(
@@ -83,6 +83,8 @@ class Mirror:
                 else:
                     self._fetch(remote)
             self._files.makedirs(self._root, exist_ok=True)
+            # First here: after a kill in between, this machine must still know the name that it has given itself there.
+            write_json(self._folder / LEDGER, {**ledger, "next": self._writer})
             self._files.pipe_file(f"{self._root}/{WRITER}", json.dumps({"writer": self._writer}).encode())
             self._note()
         except RequestError:
@@ -111,7 +113,8 @@ class Mirror:
         """Synchronises the URL with the folder: deletes what is gone here, then sends what is new, oldest first."""
         local = self._local_files()
         for name in [name for name in self._sent if name not in local]:
-            self._files.rm_file(f"{self._root}/{name}")
+            with suppress(FileNotFoundError):  # deleted by a run that was killed before it could note that
+                self._files.rm_file(f"{self._root}/{name}")
             del self._sent[name]
         for name, stamp in sorted(local.items(), key=lambda item: item[1][1]):
             if self._sent.get(name) == stamp:

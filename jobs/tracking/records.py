@@ -64,4 +64,4 @@ def _place(group: str) -> dict[str, Any]:
     except ValueError:
         return {}
     base = {} if ground.percentile is None else {"percentile": ground.percentile}
-    return {"layer": site.layer, "target": ground.target, **base, "d_new": d_new}
+    return {"layer": site.key, "target": ground.target, **base, "d_new": d_new}

@@ -151,7 +151,7 @@ class Tracker:
                     self._say("  MLflow is answering again; sending what it missed")
                 return
             tries += 1
-            self._finishing.wait(min(2.0**tries, LONGEST_WAIT))
+            self._finishing.wait(min(2.0 ** min(tries, 10), LONGEST_WAIT))
 
     def _refuse(self, error: Exception) -> None:
         if not self.refused:
@@ -194,8 +194,15 @@ class Tracker:
         else:
             have = self._client.get_run(self._runs[key]).data.params
             self._client.update_run(self._runs[key], status="RUNNING")
-        if missing := {param: value for param, value in (params or {}).items() if param not in have}:
-            self._batch(self._runs[key], params=_params(missing))
+        given = _params(params or {})
+        if missing := [param for param in given if param.key not in have]:
+            self._batch(self._runs[key], params=missing)
+        for param in given:
+            if have.get(param.key, param.value) != param.value:
+                self._say(
+                    f"  MLflow cannot change {param.key} of the run {key} from {have[param.key]} to {param.value}; "
+                    "give the sweep another name to have both"
+                )
 
     def is_finished(self, key: str) -> bool:
         """Whether the run of `key` exists and ended successfully."""
@@ -230,7 +237,13 @@ class Tracker:
         run = self._client.create_run(self.experiment, start_time=int(begin * 1000), tags=tags, run_name=record.name)
         points = [metric for entry in record.history for metric in _metrics(entry, entry["step"])]
         last = max((entry["step"] for entry in record.history), default=0)
-        metrics = [*points, *_metrics(record.metrics, last)]
+        ends = {point.key: point.value for point in points if point.step == last}
+        # A best value comes one step after the last point of its curve, which it must not replace.
+        summary = [
+            _at(metric, last + (ends.get(metric.key, metric.value) != metric.value))
+            for metric in _metrics(record.metrics, last)
+        ]
+        metrics = [*points, *summary]
         self._batch(run.info.run_id, metrics=metrics, params=_params(record.params))
         end = int((begin + record.seconds) * 1000)
         self._client.set_terminated(run.info.run_id, status=record.status, end_time=end)
@@ -298,6 +311,10 @@ def _metrics(values: dict[str, Any], step: int) -> list[Metric]:
         for key, value in values.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and key != "step"
     ]
+
+
+def _at(metric: Metric, step: int) -> Metric:
+    return Metric(metric.key, metric.value, metric.timestamp, step)
 
 
 def _params(values: dict[str, Any]) -> list[Param]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.encoding import by_length, encode_prompt, encode_row, encode_text, ends_of, pad_left
+from data.encoding import by_length, encode_prompt, encode_row, encode_text, ends_of, pad_left, with_answer
 from data.rows import Row
 from models.tiny import byte_tokenizer
 
@@ -26,6 +26,16 @@ def test_a_row_is_its_prompt_and_its_target(text, target):
     assert TOKENIZER.decode(row.prompt[1:]) == text + "\n"
     assert TOKENIZER.decode(row.target[:-1]) == target
     assert row.ids.count(TOKENIZER.bos_token_id) == row.ids.count(TOKENIZER.eos_token_id) == 1
+
+
+def test_an_answer_that_was_cut_has_no_end_token():
+    for row in (Row("a", "b c", ""), Row("a", "b c", "", prompt="<user>a", end="<eos>")):
+        whole = encode_row(TOKENIZER, row)
+        tokens = whole.target[:-1]
+        ended, cut = (with_answer(TOKENIZER, row, "b c", tokens, ended) for ended in (True, False))
+        assert encode_row(TOKENIZER, ended) == whole
+        assert encode_row(TOKENIZER, cut) == whole._replace(target=tokens)
+        assert encode_row(TOKENIZER, with_answer(TOKENIZER, row, "", [], ended=False)).target == whole.target[-1:]
 
 
 def test_a_chat_ends_at_every_end_of_turn_of_the_generation_config():

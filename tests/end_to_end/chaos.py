@@ -260,6 +260,8 @@ def check_equal(root: Path, calm: Path, damage: bool = False) -> None:
     keys = [run.data.tags["deltascope.key"] for run in runs]
     assert len(keys) == len(set(keys)), "two runs share a key"
     assert _results(sweep) == _results(calm)
+    for sealed in sweep.glob("*/**/trial_*/files.json"):  # a seal with a file that is gone would undo the trial
+        assert "checkpoint" not in sealed.read_text(), sealed
     trials = [key.rpartition("@")[0] for key in keys if key.startswith(("lora/", "deltas/"))]
     assert len(set(trials) if damage else trials) == len(_results(sweep))
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(root / "optuna" / "journal.log")))

@@ -39,6 +39,17 @@ def test_a_source_that_cannot_be_had(source, said, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("multiplier", "refused"), [(1.0, False), (0.22, True)])
+def test_a_scaled_residual_stream_is_refused(tmp_path, gemma_folder, multiplier, refused):
+    config = json.loads((gemma_folder / "config.json").read_text()) | {"residual_multiplier": multiplier}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if refused:
+        with pytest.raises(ModelError, match=r"multiply what they add to the residual stream by 0\.22"):
+            model_facts(tmp_path)
+    else:
+        assert model_facts(tmp_path) == model_facts(gemma_folder)
+
+
 def test_a_folder_must_be_a_saved_model(tmp_path, gemma_folder):
     with pytest.raises(ModelError, match=r"has no config\.json"):
         check_source(str(tmp_path))

@@ -311,3 +311,5 @@ def test_a_grid_is_not_started_elsewhere() -> None:
     load("tiny", ["deltas.sampler=grid", space])
     with pytest.raises(SettingsError, match=r"deltas\.warm_start: a grid tries its combinations in its own order"):
         load("tiny", ["deltas.sampler=grid", space, "deltas.warm_start=other"])
+    with pytest.raises(SettingsError, match=r"deltas\.trials: got 3, but the grid of deltas\.space has 2 combinations"):
+        load("tiny", ["deltas.sampler=grid", space, "deltas.trials=3"])

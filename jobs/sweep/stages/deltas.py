@@ -69,6 +69,8 @@ def run(context: Context) -> dict[str, Any]:
     shutil.rmtree(context.space.folder / ".tune", ignore_errors=True)
     best_losses = {}
     for group in groups.values():
+        for path in group.folder.glob("trial_*/checkpoint.safetensors"):  # of trials that were stopped early
+            path.unlink()
         results = trials_of(group)
         for result in results:  # an earlier driver may have died before tracking them
             record_trial(context.tracker, STAGE, group.name, result)
@@ -227,6 +229,10 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
             raise  # the other workers would wait for this one
         outcomes = [{"apart": True} if side_by_side else _failed(error)]
     keeper.forget()
+    if writes:  # after that, because a seal that lists the checkpoint would make the trial count as damaged
+        for member, outcome in zip(members, outcomes, strict=False):
+            if "failed" not in outcome and "apart" not in outcome:
+                seal(Path(member["folder"]))
     if not side_by_side or "apart" in outcomes[0]:
         return outcomes[0]
     return {"side_by_side": [{**outcome, "history": steps} for outcome, steps in zip(outcomes, reported, strict=True)]}
@@ -237,7 +243,7 @@ def _failed(error: Exception) -> dict[str, Any]:
 
 
 def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any], scale: Tensor | None) -> None:
-    """Writes a trial's replicas, best first."""
+    """Writes a trial's replicas, the best last."""
     from models.deltas import write_delta
     from models.transcoder import with_bos
     from trainers.capture import read_bos
@@ -257,7 +263,6 @@ def _write(trained: TrainedDelta, folder: Path, config: dict[str, Any], scale: T
             delta = replace(delta, W_dec=delta.W_dec * scale.to(delta.W_dec))
         delta = delta if at_bos is None else with_bos(delta, at_bos)
         write_delta(delta, replica_folder(folder, rank), facts)
-    seal(folder)
 
 
 @lru_cache(maxsize=1)

@@ -65,7 +65,8 @@ def _search(context: Context) -> dict[str, Any]:
         sampler=section.sampler,
         warm_start=section.warm_start and f"{section.warm_start}/{STAGE}",
     )
-    halving = EarlyStopping(section.grace_evals, _max_validations(context), section.reduction_factor)
+    longest = _max_validations(context)
+    halving = EarlyStopping(section.grace_evals, longest, section.reduction_factor)
     context.pool.close()
     with context.progress.bar("LoRA study", section.trials, "trials") as bar:
         run_search(
@@ -77,7 +78,7 @@ def _search(context: Context) -> dict[str, Any]:
                 settings.compute.max_retries,
                 space.folder / ".tune" / STAGE,
             ),
-            early_stopping=halving if section.asha else None,
+            early_stopping=halving if section.asha and longest > section.grace_evals else None,
             bar=bar,
             on_trial=lambda group, result: context.finish_trial(STAGE, group.name, result),
         )

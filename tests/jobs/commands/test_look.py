@@ -232,3 +232,18 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(tm
     pair = [f"model.finetuned={tmp_path}", f"storage.root={tmp_path}"]
     with pytest.raises(RequestError, match=r"^--html: "):
         look(Request(Context(settings_of(None, pair)), page=tmp_path / name))
+
+
+def test_texts_keep_their_tokens_where_they_are_cut(load, gemma_folder: Path) -> None:
+    from data.encoding import encode_row, encode_text
+    from data.neutral_texts import neutral_texts
+    from evaluators.measures.look import as_rows
+
+    _, tokenizer = load(gemma_folder)
+    texts = list(neutral_texts()[0])
+    rows = as_rows(texts, tokenizer)
+    assert len(rows) == len(texts)
+    for text, row in zip(texts, rows, strict=True):
+        assert encode_row(tokenizer, row).ids[:-1] == encode_text(tokenizer, text)
+        assert row.input
+        assert row.target

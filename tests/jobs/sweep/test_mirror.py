@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from jobs.context.workspace import START
 from jobs.errors import RequestError
 from jobs.files import write_json
 from jobs.sweep import mirror as module
-from jobs.sweep.mirror import Mirror, mirrored
+from jobs.sweep.mirror import LEDGER, Mirror, mirrored
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,30 @@ def test_files_removed_here_are_removed_at_the_url(url: str, folder: Path, tmp_p
     there = fetched(url, tmp_path, "there")
     assert names(there) == SENT - {"deltas/layer_01/trial_0000/result.json"}
     assert (there / "deltas/layer_01/key.json").read_text() == (folder / "deltas/layer_01/key.json").read_text()
+
+
+def test_a_run_killed_after_it_deleted_files_is_continued(url: str, folder: Path, tmp_path: Path) -> None:
+    """The ledger, written last, still lists a file that the URL has no more."""
+    opened(url, folder).send()
+    before = json.loads((folder / LEDGER).read_text())["sent"]
+    (folder / "deltas/layer_01/trial_0000/result.json").unlink()
+    opened(url, folder).send()
+    writer = json.loads((folder / LEDGER).read_text())["writer"]
+    write_json(folder / LEDGER, {"writer": writer, "sent": before})
+    write_json(folder / "deltas/layer_01/key.json", {"key": "2"})
+    opened(url, folder).send()
+    there = fetched(url, tmp_path, "there")
+    assert (there / "deltas/layer_01/key.json").read_text() == (folder / "deltas/layer_01/key.json").read_text()
+
+
+def test_a_run_killed_while_it_registers_is_not_taken_for_another_machine(
+    url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(url, folder).send()
+    with monkeypatch.context() as patched:
+        patched.setattr(Mirror, "_note", lambda self: None)  # killed after the URL has the new name
+        opened(url, folder)
+    opened(url, folder).send()
 
 
 def test_files_arrive_in_the_order_they_were_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,9 @@ def _store(made: Path, tmp_path: Path) -> None:
     shutil.copy(made, tmp_path / "mlflow.db")
 
 
-def tracker(root: Path) -> Tracker:
-    return Tracker(f"sqlite:///{root / 'mlflow.db'}", "study", root / "artifacts")
+def tracker(root: Path, said: list[str] | None = None) -> Tracker:
+    say = (lambda text: None) if said is None else said.append
+    return Tracker(f"sqlite:///{root / 'mlflow.db'}", "study", root / "artifacts", say=say)
 
 
 def runs(root: Path) -> tuple[MlflowClient, list[Run]]:
@@ -76,6 +77,32 @@ def test_a_restart_re_attaches_and_duplicates_nothing(tmp_path: Path) -> None:
     history = client.get_metric_history(trial.info.run_id, "val_loss")
     assert [(point.step, point.value) for point in history] == [(1, 0.9), (2, 0.5)]
     assert trial.info.end_time - trial.info.start_time == 3000
+
+
+def test_the_best_value_does_not_replace_the_last_point_of_a_curve(tmp_path: Path) -> None:
+    one = tracker(tmp_path)
+    one.open("sweep", "study")
+    one.open("deltas", "deltas", parent="sweep")
+    history = [{"step": step, "val_loss": value} for step, value in ((1, 1.0), (2, 0.8), (3, 1.2))]
+    metrics = {"val_loss": 0.8, "val_l0": 4.0}
+    one.record(
+        Record("deltas/trial_0000", "trial_0000", "deltas", params={}, metrics=metrics, history=history, seconds=3.0)
+    )
+    one.finish()
+    client, found = runs(tmp_path)
+    (trial,) = [run for run in found if run.data.tags[KEY_TAG] == "deltas/trial_0000#"]
+    points = client.get_metric_history(trial.info.run_id, "val_loss")
+    assert sorted((point.step, point.value) for point in points) == [(1, 1.0), (2, 0.8), (3, 1.2), (4, 0.8)]
+    assert trial.data.metrics == {"val_loss": 0.8, "val_l0": 4.0}
+
+
+def test_a_changed_parameter_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    for epochs in (4, 8):
+        one = tracker(tmp_path, said)
+        one.open("sweep", "study", params={"deltas.epochs": epochs})
+        one.finish()
+    assert [line for line in said if "cannot change deltas.epochs of the run sweep from 4 to 8" in line]
 
 
 def test_a_dead_driver_leaves_no_run_running(tmp_path: Path) -> None:
