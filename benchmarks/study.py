@@ -113,9 +113,10 @@ def doses(report: Path) -> list[dict[str, Any]]:
     table, rows = whole(report, "exp2B_metrics"), []
     for metric in ["mean_ce", "kl", *rates(table)]:
         rows += figures(table, metric, metric + ": {series}: {alpha:g}")
-    unedited = read(report, "exp2A_metrics")
-    for condition, name in {"raw": "finetuned", "base_model_raw": "un-finetuned"}.items():
-        condition_rows = unedited[unedited["condition"] == condition]
+    table, unedited = whole(report, "exp2A_metrics"), read(report, "exp2A_metrics")
+    for condition, name in {"raw": "finetuned", "base_model_raw": "un-finetuned", "shuffled_delta": ""}.items():
+        name, of = (name, unedited) if name else (SERIES[condition], table)
+        condition_rows = of[of["condition"] == condition]
         for metric in ["mean_ce", *rates(unedited)]:
             rows += figures(condition_rows, metric, f"{metric}: {name}")
     return rows

@@ -178,22 +178,6 @@ def kinds(folder: Path) -> str:
     return markdown(["finetuned", *(f"{KINDS[kind]}: {width} features" for kind, width in cases)], rows)
 
 
-def sets(folder: Path) -> str:
-    """One kind of site at all layers: what un-finetuned ones take away, and what deltas bring back of that."""
-    table = read(folder, "places", "of", "layers")
-    layers = table["layers"].str.partition(".")[0]
-    attention = table["layers"].str.fullmatch(r"\d+-\d+\.\w+")  # the same layers' MLPs are the third set
-    table = table[attention | ((table["layers"] == layers) & layers.isin(layers[attention]))]
-    rows = []
-    for adapter, subset, group_rows in groups_of(table[table["subset"].map(shown)]):
-        for layers, lines in group_rows.groupby("layers", sort=False):
-            kind = KINDS[str(layers).partition(".")[2] or "mlp"]
-            cells = [figure(lines[lines["of"] == of]) for of in ("gap", "share", "recovered")]
-            rows.append([adapter, f"`{subset}`", kind, *cells])
-    columns = ["only these sites un-finetuned", "gap", "share of the effect", "recovered by deltas"]
-    return markdown(["finetuned", "subset", *columns], rows)
-
-
 def dose(folder: Path) -> str:
     """At every strength: cross-entropy, how often the model does what it was taught, where it should and elsewhere, and
     how often its text is the finetuned model's own."""
@@ -339,7 +323,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "parts": parts,
     "controls": controls,
     "kinds": kinds,
-    "sets": sets,
     "dose": dose,
     "few_groups": few_groups,
     "group_effects": group_effects,
