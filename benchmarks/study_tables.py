@@ -186,7 +186,8 @@ def dose(folder: Path) -> str:
     doses, rows = sorted(table["alpha"].unique(), key=float), []
     for adapter, of_adapter in table.groupby("adapter", sort=False):
         rate, role = RATES.get(str(adapter), "tool_call_rate"), of_adapter["subset"].map(SUBSETS)
-        cases = [("mean_ce", "CE", 0), ("kl", "KL", 0), ("agrees_with_raw_rate", "same text", 0)]
+        of_taught = {"mean_ce": "CE", "kl": "KL", "agrees_with_raw_rate": "same text"}
+        cases = [(metric, f"{name} on {ROLES[0]}", 0) for metric, name in of_taught.items()]
         cases += [(rate, f"does it on {name}", at) for at, name in enumerate(ROLES)]
         for metric, name, at in cases:
             lines = of_adapter[(of_adapter["metric"] == metric) & (role == at)]
@@ -260,7 +261,7 @@ def matched_groups(folder: Path) -> str:
             tested = [pair.p for pair in found if not math.isnan(pair.p)]
             clear = f"{sum(p * len(tested) < 0.05 for p in tested)} of {len(tested)}" if tested else NONE
             rows.append([relation, alike, *means, clear])
-    columns = ["groups alike", "share of tokens fired on", "of tokens promoted", "by chance", "models beyond chance"]
+    columns = ["groups alike", "share of tokens fired on", "of tokens promoted", "by chance", "pairs beyond chance"]
     return markdown(["differ in", *columns], rows)
 
 
