@@ -2,14 +2,14 @@
 # One sweep on a Slurm allocation: a Ray head on the first node, workers on the others, the driver next to the head.
 #   sbatch --nodes=4 --gpus-per-node=8 deploy/slurm.sh gemma2_2b storage.root=/shared/runs
 # Run it from a checkout on a file system that all nodes share, after `make setup` there. If requeued after a preemption,
-# it continues where it stopped; SIGINT arrives two minutes before the time limit, so that the sweep stops cleanly.
+# it continues where it stopped; SIGINT comes two minutes before the time limit, so that the sweep stops cleanly.
 #SBATCH --job-name=deltascope
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=INT@120
+#SBATCH --signal=B:INT@120
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
@@ -45,4 +45,32 @@ for node in "${nodes[@]:1}"; do
         ray start --block --address="$head_ip:$port" --num-cpus="$cpus" --num-gpus="$gpus" &
 done
 
-python -m jobs sweep "$@" --address "$head_ip:$port"
+# The sweep has as many workers as there is room for when it starts, so all nodes must have joined by then.
+python - "$head_ip:$port" "${#nodes[@]}" << 'END'
+import sys
+import time
+
+import ray
+
+address, expected = sys.argv[1], int(sys.argv[2])
+ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+for _ in range(300):
+    alive = sum(node["Alive"] for node in ray.nodes())
+    if alive >= expected:
+        break
+    time.sleep(1)
+else:
+    print(f"only {alive} of {expected} nodes joined within five minutes; going on with these", flush=True)
+END
+
+# Slurm sends the signal to this shell alone (B:): to the job's steps it would stop Ray under the sweep.
+python -m jobs sweep "$@" --address "$head_ip:$port" &
+driver=$!
+trap 'kill -INT "$driver" 2> /dev/null || true' INT
+status=0
+wait "$driver" || status=$?
+while kill -0 "$driver" 2> /dev/null; do # the wait was interrupted by the signal, and the sweep is stopping
+    status=0
+    wait "$driver" || status=$?
+done
+exit "$status"

@@ -125,9 +125,9 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
         bridge.__dict__["wiring"] = _find_wiring(bridge)
         model.requires_grad_(False)  # while all components are attached, because some have copies of weights
         after = _some_logits(model)
-    except torch.OutOfMemoryError:
-        raise
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error) or "CU" in str(error):
+            raise  # it is the machine's fault
         raise ModelError(
             f"model.source: TransformerLens' bridge cannot run this model of the architecture "
             f"{model.config.model_type} ({one_line(error)}), so it is not supported"

@@ -27,18 +27,15 @@ SPARE_TOKENS = 16
 
 
 class GeneratedAnswer(NamedTuple):
-    """An answer, its length in tokens including the one that ended it, whether it was cut at the token budget, and its
-    tokens without the one that ended it (empty if one of the limits' texts ended it)."""
+    """An answer, its length in tokens including the one that ended it, whether it was cut at the token budget, its
+    tokens without the one that ended it (empty if one of the limits' texts ended it), and whether that was an end
+    token."""
 
     text: str
     tokens: int
     cut: bool
     ids: tuple[int, ...] = ()
-
-    @property
-    def ended(self) -> bool:
-        """Whether an end token ended it."""
-        return not self.cut and len(self.ids) == self.tokens - 1
+    ended: bool = False
 
 
 @torch.inference_mode()
@@ -95,7 +92,8 @@ def _answer(tokenizer: Any, tokens: list[int], limits: Limits, ends: Collection[
     text = decoded(end)
     closed = [at + len(ending) for ending in limits.texts if (at := text.find(ending)) >= 0]
     if not closed:
-        return GeneratedAnswer(text, len(tokens[:end]), end is None, tuple(tokens[: None if end is None else end - 1]))
+        ids = tuple(tokens[: None if end is None else end - 1])
+        return GeneratedAnswer(text, len(tokens[:end]), end is None, ids, end is not None)
     shortened = text[: min(closed)]
     count = next(n for n in range(1, len(tokens) + 1) if len(decoded(n)) >= len(shortened))
     return GeneratedAnswer(shortened, count, False)

@@ -210,7 +210,7 @@ def _few(results: Results) -> list[str]:
     for subset in results.curve["subset"].unique():
         count = recovery.features_needed(results.curve, subset)
         if results.curve.loc[results.curve["subset"] == subset, "recovered"].isna().all():
-            sentences.append(f"{subset}: no gap in CE on these prompts, so nothing to recover.")
+            sentences.append(f"{subset}: no gap in CE that these prompts can tell from zero, so nothing to recover.")
             continue
         if count is None:
             sentences.append(f"{subset}: no number of features recovers {recovery.ENOUGH:.0%} of the gap in CE.")

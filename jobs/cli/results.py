@@ -64,7 +64,7 @@ def look(
         ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="At most this many rows, equally many of each label.")] = 60,
-    html: Annotated[Path | None, typer.Option(help="Path of the page; default: ROOT/looks/NAME.html.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Path of the page; default: in ROOT/looks.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Take a first look at two models: what changed, where, and what they say differently. It trains nothing."""

@@ -92,7 +92,7 @@ def connect(address: str | None, insecure: bool = False, say: Callable[[str], No
     in_job = "runtime_resources" in Path.cwd().parts
     if cluster.joins and not in_job and not insecure:
         try:
-            check_closed(ray.get_runtime_context().gcs_address)
+            check_closed(ray.get_runtime_context().gcs_address, cluster)
         except RequestError:
             disconnect()
             raise
@@ -127,18 +127,19 @@ def _join(address: Address) -> None:
     _watches.append(raylet_watch.Watch(partial(raylet_watch.at, socket_name)))
 
 
-def check_closed(gcs: str) -> None:
+def check_closed(gcs: str, address: Address | None = None) -> None:
     """Raises RequestError if anyone on the network can use the control store at HOST:PORT: it is not on loopback, and
-    no token is needed to join."""
+    no token is needed to join. `address` is where it was named: with `--address`, if that is None."""
+    address = address or Address(gcs)
     host = gcs.rpartition(":")[0].strip("[]")
     try:
         resolved = ipaddress.ip_address(socket.gethostbyname(host))
     except OSError as error:
-        raise RequestError(f"--address: the host {host} is not known here ({error.strerror or error})") from None
+        raise address.refusal(f"the host {host} is not known here ({error.strerror or error})") from None
     if os.environ.get(environment.AUTH_MODE) == "token" or resolved.is_loopback:
         return
-    raise RequestError(
-        f"--address: the cluster at {gcs} runs code for anyone who can reach it; start it with "
+    raise address.refusal(
+        f"the cluster at {gcs} runs code for anyone who can reach it; start it with "
         f"{environment.AUTH_MODE}=token and set that here too, or pass --insecure"
     )
 

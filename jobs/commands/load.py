@@ -15,7 +15,6 @@ from data.rows import Row, make_row
 from jobs.capture.bases import chosen_base, root
 from jobs.commands.feature_choice import EVERY_FEATURE, FeatureChoice, chosen_features
 from jobs.commands.made_with import check_deltas, check_model
-from jobs.context import keys
 from jobs.context.context import Context
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, SEAL, read_json, require
@@ -173,6 +172,7 @@ def load_deltas(
     from models.deltas import read_delta
 
     _check_pair(context)
+    check_deltas(context, [Address(site, *chosen) for site in sites])
     deltas = {}
     for site in sites:
         group = Address(site, *chosen)
@@ -183,7 +183,6 @@ def load_deltas(
                 f"no kept delta under {context.space.deltas / group.folder}; the sweep has targets {section.targets}, "
                 f"percentiles {section.percentiles} and d_new {section.d_new}"
             )
-        check_deltas(context, context.space.deltas / group.folder, keys.delta_group(context.settings, group))
         require(folder / "config.json", folder / "delta.safetensors")
         deltas[group.site] = read_delta(folder)
     return chosen_features(context, deltas, chosen, features)

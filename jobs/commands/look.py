@@ -96,7 +96,7 @@ def look(request: Request) -> dict[str, Any]:
     cannot be written.
     """
     started, context = time.monotonic(), request.context
-    _check_page(request.html)
+    _check_page(request.html, request.page is not None)
     stored = look_of_sweep(context) if request.config and request.rows == ROWS else None
     report = stored or _measured(request)
     report["facts"] = {"title": _title(context), "seconds": round(time.monotonic() - started, 1)}
@@ -111,7 +111,7 @@ def look_of_sweep(context: Context) -> dict[str, Any] | None:
     """The first look that the sweep itself has measured with these settings; None if it has not got that far."""
     from evaluators.report.report import first_look
 
-    if context.pair is None or any(differing(context, evaluated=True)):
+    if context.pair is None or any(differing(context, "all")):
         return None  # what is there may be of another pair, which the settings named before, or of other rows
     names = [*context.space.cells.glob("look.json"), *sorted(context.space.cells.glob("parts_*.json"))]
     return first_look([read_json(path) for path in names], "")
@@ -238,7 +238,7 @@ def _rows(request: Request, subject: Subject) -> tuple[list[Row], str]:
     context, most = request.context, request.rows
     settings = context.settings
     evaluation = context.rows / "evaluation.jsonl"
-    if request.config and evaluation.is_file() and not any(differing(context)):
+    if request.config and evaluation.is_file() and not any(differing(context, "rows")):
         rows, origin = spread(read_rows(evaluation), most), "evaluation rows of the sweep"
     elif settings.data.rows_file:
         path = settings.data.evaluation_file or settings.data.rows_file
@@ -302,6 +302,7 @@ def _write_settings(request: Request) -> Path:
     """Writes the settings of the suggested sweep next to the page, under a name that no other file has."""
     chosen = request.context.settings.model_dump(mode="json", exclude_unset=True)
     chosen |= {section: {**values, **chosen.get(section, {})} for section, values in SUGGESTED.items()}
+    request.html.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         path = request.html.with_name(f"{request.html.stem}{f'-{number}' if number > 1 else ''}.yaml")
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[-64:].lstrip("._-") or "pair"
@@ -312,23 +313,25 @@ def _write_settings(request: Request) -> Path:
     raise AssertionError("there is always a number left")
 
 
-def _check_page(html: Path) -> None:
+def _check_page(html: Path, given: bool) -> None:
     """Raises RequestError if the page, its figures and settings cannot be written as three files."""
     if html.suffix in (".json", ".yaml"):
         raise RequestError(f"--html: got {html}, but the page's figures and settings are written next to it; use .html")
     if html.is_dir():
         raise RequestError(f"--html: {html} is a folder, must be a file")
+    existing = next(parent for parent in html.resolve().parents if parent.exists())
     try:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=html.parent):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise RequestError(f"--html: {html} cannot be written ({error.strerror})") from None
+        setting = "--html" if given else "storage.root"
+        raise RequestError(f"{setting}: {html} cannot be written ({error.strerror})") from None
 
 
 def _write(html: Path, report: dict[str, Any], seed: int) -> None:
     from evaluators.report.look_page import look_page
 
+    html.parent.mkdir(parents=True, exist_ok=True)
     for path, text in ((html, look_page(report, seed=seed)), (html.with_suffix(".json"), json.dumps(report))):
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -6,9 +6,9 @@ among results, such as `deltas.d_new`, or say where and how fast things run, may
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -18,7 +18,16 @@ from jobs.context.context import Context
 from jobs.context.workspace import SETTINGS
 from jobs.errors import RequestError
 from jobs.files import MANIFEST, is_for
+from sites import Address
 
+Results = Literal["rows", "model", "deltas", "all"]
+"""What depends on the settings: each of these on more of them than the one before."""
+SECTIONS: dict[Results, tuple[str, ...]] = {
+    "rows": ("seed", "model", "data"),
+    "model": ("seed", "model", "data", "lora", "compute"),
+    "deltas": ("seed", "model", "data", "lora", "compute", "activations", "transcoders", "deltas"),
+    "all": ("seed", "model", "data", "lora", "compute", "activations", "transcoders", "deltas", "evaluate"),
+}
 CHOOSES = {
     "model": ("dtype",),
     "lora": ("trials", *keys.EXECUTION),
@@ -28,10 +37,9 @@ CHOOSES = {
 """By section, settings that do not change the deltas that exist."""
 
 
-def check_settings(context: Context, evaluated: bool = False) -> None:
-    """Raises RequestError if a sweep with these settings would make other deltas, or (`evaluated`) other results, than
-    those on disk."""
-    for key, made, now in differing(context, evaluated):
+def check_settings(context: Context, of: Results = "deltas") -> None:
+    """Raises RequestError if a sweep with these settings would make others than those on disk."""
+    for key, made, now in differing(context, of):
         raise RequestError(
             f"{key}: got {now!r}, but what the sweep {context.settings.name} has on disk was made with {made!r}; run "
             "`sweep` with these settings first, or give those of the sweep"
@@ -40,16 +48,18 @@ def check_settings(context: Context, evaluated: bool = False) -> None:
 
 def check_model(context: Context) -> None:
     """Raises RequestError if the finetuned model on disk is of other settings."""
-    check_settings(context)
+    check_settings(context, "model")
     settings = context.settings
     key = keys.lora(settings) if settings.model.finetuned else keys.lora_group(settings)
     _check_finished(context, context.space.lora, context.space.lora, key, "finetuned model")
 
 
-def check_deltas(context: Context, folder: Path, key: str) -> None:
-    """Raises RequestError if the deltas in a group's folder are of other settings."""
+def check_deltas(context: Context, groups: Iterable[Address]) -> None:
+    """Raises RequestError if the deltas of these groups are of other settings."""
     check_settings(context)
-    _check_finished(context, context.space.deltas, folder, key, "deltas")
+    for group in groups:
+        key = keys.delta_group(context.settings, group)
+        _check_finished(context, context.space.deltas, context.space.deltas / group.folder, key, "deltas")
 
 
 def _check_finished(context: Context, stage: Path, folder: Path, key: str, what: str) -> None:
@@ -60,9 +70,9 @@ def _check_finished(context: Context, stage: Path, folder: Path, key: str, what:
         )
 
 
-def differing(context: Context, evaluated: bool = False) -> Iterator[tuple[str, Any, Any]]:
-    """(key, its value when the sweep last ran, its value now) of settings that decide about deltas or, if `evaluated`,
-    about any result. Settings that an earlier version did not have are left out."""
+def differing(context: Context, of: Results) -> Iterator[tuple[str, Any, Any]]:
+    """(key, its value when the sweep last ran, its value now) of settings that decide about results. Settings that an
+    earlier version did not have are left out."""
     path = context.space.folder / SETTINGS
     if not path.is_file():
         return
@@ -71,35 +81,47 @@ def differing(context: Context, evaluated: bool = False) -> Iterator[tuple[str, 
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RequestError(f"{path} cannot be read as YAML ({one_line(error)}); run `sweep` again") from None
     now = yaml.safe_load(yaml.safe_dump(context.settings.model_dump(mode="json")))
-    for section, values in now.items():
-        before = made.get(section) if isinstance(made, dict) else None
+    for section in SECTIONS[of]:
+        before, values = made.get(section) if isinstance(made, dict) else None, now[section]
         if not isinstance(values, dict):
-            if section == "seed" and before not in (None, values):
+            if before not in (None, values):
                 yield section, before, values
         elif isinstance(before, dict):
             for name, value in values.items():
-                if name in before and _decides(context, section, name, evaluated):
+                if name in before and _decides(context, section, name, of):
                     yield from _unequal(f"{section}.{name}", before[name], value)
 
 
-def _decides(context: Context, section: str, name: str, evaluated: bool) -> bool:
-    settings = context.settings
-    if section in ("storage", "compute"):
+def _decides(context: Context, section: str, name: str, of: Results) -> bool:
+    settings, bases = context.settings, context.settings.transcoders
+    if section == "compute":
         return name == "precision"
     if section == "lora" and settings.model.finetuned:
         return False
     if section == "transcoders" and "residual" not in settings.deltas.targets:
         return False
-    if evaluated:
-        return name not in keys.EXECUTION
-    return section != "evaluate" and name not in CHOOSES.get(section, ())
+    if section == "transcoders" and bases.source != "train" and name not in ("source", "width", "convention"):
+        return False
+    if section == "deltas" and name in keys.POLISH and not settings.deltas.polish_steps:
+        return name == "polish_steps"
+    return name not in (keys.EXECUTION if of == "all" else CHOOSES.get(section, ()))
 
 
 def _unequal(key: str, made: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    if key.startswith("data.") and key.endswith("_file") and made and now:
-        made, now = Path(made).name, Path(now).name  # a user's file may have been moved
+    if key == "model.dtype" and made == "auto":
+        made = "fp32"  # what earlier settings called it
+    if isinstance(made, str) and isinstance(now, str) and _moved(made, now):
+        return
     if isinstance(made, dict) and isinstance(now, dict):
         for name in [*now, *(name for name in made if name not in now)]:
             yield from _unequal(f"{key}.{name}", made.get(name), now.get(name))
     elif made != now:
         yield key, made, now
+
+
+def _moved(made: str, now: str) -> bool:
+    """Whether a path leads to the same file as before, or to one of that name where the other is no longer there."""
+    here, there = Path(now), Path(made)
+    if not here.exists():
+        return False
+    return there.samefile(here) if there.exists() else there.name == here.name

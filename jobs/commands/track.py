@@ -18,7 +18,7 @@ def track(context: Context) -> None:
     space = context.space
     if not any((stage.folder(context) / MANIFEST).is_file() for stage in STAGES):
         raise RequestError(f"{space.folder} has no finished stage; run `deltascope sweep` first")
-    check_settings(context, evaluated=True)  # they become the runs' parameters
+    check_settings(context, "all")  # they become the runs' parameters
     tracker = context.tracker  # only now, since making it writes files
     with space.locked():
         report_results(context)

@@ -60,6 +60,8 @@ def run_sweep(context: Context, until: str = "report", fresh: bool = False) -> N
         if all(stage.finished(context) for stage in stages):
             if unreported(context):
                 report_results(context)
+            if until == "report":
+                _write_yaml(context)  # perhaps with others than before, on which no result depends
             progress.line("everything is done already; --fresh starts over")
         else:
             context.check_bases()
@@ -92,6 +94,9 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
     status = "FAILED"
     try:
         check_workers(context, [stage.name for stage in stages if not stage.finished(context)])
+        first = next(number for number, stage in enumerate(STAGES) if not stage.finished(context))
+        for stage in STAGES[first:]:  # what has ended is always of the settings that are written
+            stage.drop(context)
         write_settings(context)
         for number, stage in enumerate(stages, start=1):
             label = f"[{number}/{len(stages)}] {stage.name}"
@@ -183,14 +188,18 @@ def check_workers(context: Context, stages: Collection[str]) -> None:
 
 def write_settings(context: Context) -> None:
     """`sweep.yaml` (the resolved settings, without secrets) and `versions.json` in the sweep's folder."""
-    values = public_settings(context.settings)
-    (context.space.folder / SETTINGS).write_text(yaml.safe_dump(values, sort_keys=False))
+    _write_yaml(context)
     versions = {
         "python": platform.python_version(),
         "git commit": _git_commit(),
         **{package.metadata["Name"]: package.version for package in distributions()},
     }
     write_json(context.space.folder / "versions.json", versions)
+
+
+def _write_yaml(context: Context) -> None:
+    values = public_settings(context.settings)
+    (context.space.folder / SETTINGS).write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def public_settings(settings: Sweep) -> dict[str, Any]:

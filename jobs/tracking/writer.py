@@ -197,12 +197,14 @@ class Tracker:
         given = _params(params or {})
         if missing := [param for param in given if param.key not in have]:
             self._batch(self._runs[key], params=missing)
-        for param in given:
-            if have.get(param.key, param.value) != param.value:
-                self._say(
-                    f"  MLflow cannot change {param.key} of the run {key} from {have[param.key]} to {param.value}; "
-                    "give the sweep another name to have both"
-                )
+        changed = [param for param in given if have.get(param.key, param.value) != param.value]
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            first = changed[0]
+            self._say(
+                f"  MLflow cannot change {first.key} of the run {key} from {have[first.key]} to {first.value}{more}; "
+                "give the sweep another name to have both"
+            )
 
     def is_finished(self, key: str) -> bool:
         """Whether the run of `key` exists and ended successfully."""

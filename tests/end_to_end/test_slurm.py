@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,6 +56,27 @@ def test_a_job_brings_ray_up_runs_the_sweep_and_leaves_nothing(allocation: dict[
         ["pgrep", "-f", f"port={allocation['RAY_PORT']}"], capture_output=True, text=True, check=False
     )
     assert left.stdout == "", "and so does Ray"
+
+
+def test_the_signal_before_the_time_limit_stops_the_sweep_cleanly(allocation: dict[str, str], tmp_path: Path) -> None:
+    """Slurm sends it to the batch shell alone."""
+    with tempfile.TemporaryDirectory(prefix="ray") as session:
+        job = subprocess.Popen(
+            ["bash", str(SCRIPT), "tiny", f"storage.root={tmp_path / 'runs'}", *SMALLEST],
+            env={**allocation, "RAY_TMPDIR": session},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert job.stdout is not None
+        said = ""
+        for line in job.stdout:
+            said += line
+            if "] lora" in line:
+                job.send_signal(signal.SIGINT)
+        assert job.wait(timeout=120) != 0, said
+    assert "stopped; run the same command to continue from here" in said
+    assert not list(REPOSITORY.glob(".ray-token.*"))
 
 
 def test_it_prints_its_usage(allocation: dict[str, str]) -> None:

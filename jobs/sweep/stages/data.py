@@ -147,6 +147,10 @@ def _regrouped(context: Context) -> list[str]:
     ]
 
 
+LEARNED_POSITIONS = ("gpt2", "gpt_neo", "opt")
+"""Architectures that have an embedding for each position, and no further ones."""
+
+
 def reading_of(context: Context) -> Reading:
     """How a user's rows are read: they must fit this model's context."""
     from data.encoding import encode_row
@@ -156,11 +160,14 @@ def reading_of(context: Context) -> Reading:
 
     settings = context.settings
     tokenizer = load_tokenizer(context.model)
-    limit = getattr(load_config(context.model), "max_position_embeddings", None)
+    config = load_config(context.model)
+    limit = getattr(config, "max_position_embeddings", None)
 
     def problem(row: Row) -> str | None:
-        # Nothing is generated after a line of text, which has no label.
-        answer = settings.evaluate.max_new_tokens if row.label else 0
+        # Nothing is generated after a line of text, which has no label. Without a target an answer will be the target,
+        # and where positions are learned an answer cannot go on beyond the last one.
+        generated = row.label and (not row.target or config.model_type in LEARNED_POSITIONS)
+        answer = settings.evaluate.max_new_tokens if generated else 0
         # Tokenizers give at most one token per byte, so most texts need no counting.
         text = f"{row.prompt or row.input}{row.separator}{row.target}"
         if limit is None or len(text.encode()) + answer + 3 <= limit:

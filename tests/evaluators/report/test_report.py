@@ -278,7 +278,9 @@ def test_a_sweep_of_change_deltas_alone_has_no_section_of_the_reference_study(tm
     assert "replaced by the base alone" not in page
 
 
-@pytest.mark.parametrize(("prompts", "said"), [(1, "too few prompts"), (12, "no gap in CE on these prompts")])
+@pytest.mark.parametrize(
+    ("prompts", "said"), [(1, "too few prompts"), (12, "no gap in CE that these prompts can tell from zero")]
+)
 def test_no_interval_is_not_called_no_gap_and_no_gap_no_failure(prompts, said):
     def of_change(cell):
         return cell | {"target": "change", "percentile": None} if cell["target"] else cell

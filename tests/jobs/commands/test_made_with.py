@@ -9,7 +9,7 @@ import yaml
 
 from jobs.commands.few_features import few_features
 from jobs.commands.load import DeltaChoice, combination, load_deltas
-from jobs.commands.made_with import check_settings, differing
+from jobs.commands.made_with import check_model, check_settings, differing
 from jobs.commands.track import track
 from jobs.context import keys
 from jobs.context.context import Context
@@ -63,16 +63,30 @@ def test_a_setting_that_decides_about_deltas_is_named(folder: Path, override: st
         "evaluate.max_new_tokens=5",
         "model.dtype=bf16",
         "compute.max_concurrent=1",
-        "data.rows_file=there/rows.csv",
+        "data.rows_file={folder}/there/rows.csv",
     ],
 )
 def test_one_that_only_chooses_may_differ(folder: Path, override: str) -> None:
-    check_settings(context_of(folder, override))
+    (folder / "there").mkdir()
+    (folder / "there/rows.csv").write_text("")
+    check_settings(context_of(folder, override.format(folder=folder)))
+
+
+def test_the_finetuned_model_does_not_depend_on_how_deltas_are_trained(folder: Path) -> None:
+    context = context_of(folder, "deltas.epochs=9", "activations.train_tokens=4000")
+    assert not list(differing(context, "rows"))
+    check_model(context)
+    with pytest.raises(RequestError, match=r"^activations.train_tokens: got 4000"):
+        check_settings(context)
+
+
+def test_settings_that_nothing_reads_may_differ(folder: Path) -> None:
+    check_settings(context_of(folder, "deltas.polish_lr=0.5", "machine.tflops=1"), "all")
 
 
 def test_results_also_depend_on_how_they_were_evaluated(folder: Path) -> None:
     context = context_of(folder, "evaluate.max_new_tokens=5")
-    assert [key for key, _, _ in differing(context, evaluated=True)] == ["evaluate.max_new_tokens"]
+    assert [key for key, _, _ in differing(context, "all")] == ["evaluate.max_new_tokens"]
     write_json(context.space.lora / MANIFEST, {"key": "any"})
     with pytest.raises(RequestError, match=r"^evaluate.max_new_tokens: got 5"):
         track(context)
