@@ -20,6 +20,8 @@ PICTURES = REPOSITORY / "test-output"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SCREENS: dict[str, Any] = {"wide": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 800}}
 Opened = Callable[..., Page]
+PATIENCE = 60_000
+"""Milliseconds to wait for a page: other tests have the machine too."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,6 +37,7 @@ def installed() -> str:
 @pytest.fixture(scope="session")
 def browser(installed: str) -> Iterator[Browser]:
     PICTURES.mkdir(exist_ok=True)
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright, playwright.chromium.launch(executable_path=installed) as browser:
         yield browser
 
@@ -43,8 +46,7 @@ def browser(installed: str) -> Iterator[Browser]:
 def page(browser: Browser) -> Iterator[Page]:
     """A page of its own: MLflow's keeps the rows of an address that differs behind the `#` alone."""
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
-    page.set_default_timeout(60_000)
-    expect.set_options(timeout=60_000)
+    page.set_default_timeout(PATIENCE)
     # MLflow's assistant opens by itself on a first visit, over a quarter of the page.
     page.add_init_script("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
     yield page
@@ -61,6 +63,7 @@ def opened(browser: Browser) -> Iterator[Opened]:
         context = browser.new_context(viewport=SCREENS[screen], **options)
         contexts.append(context)
         page = context.new_page()
+        page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda one: wrong.append(one.url) if not one.url.startswith(("file:", "data:")) else None)
