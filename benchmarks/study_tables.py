@@ -290,7 +290,7 @@ def residuals(folder: Path) -> str:
         for _, subset, group_rows in groups_of(spliced):
             cells = [figure(group_rows[group_rows["of"] == of]) for of in ("gap", "recovered")]
             rows.append([str(adapter), *trained, f"`{subset}`", *cells])
-    columns = ["base leaves, un-finetuned", "finetuned", "the change is", "base and delta leave"]
+    columns = ["base leaves, un-finetuned", "base leaves, finetuned", "the change is", "base and delta leave"]
     return markdown(["finetuned", *columns, "subset", "bases cost (nats)", "their deltas win back"], rows)
 
 
