@@ -126,8 +126,8 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
         model.requires_grad_(False)  # while all components are attached, because some have copies of weights
         after = _some_logits(model)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error) or "CU" in str(error):
-            raise  # it is the machine's fault
+        if any(word in str(error) for word in ("memory", "CUDA", "CUBLAS")):
+            raise  # the fault of the machine
         raise ModelError(
             f"model.source: TransformerLens' bridge cannot run this model of the architecture "
             f"{model.config.model_type} ({one_line(error)}), so it is not supported"

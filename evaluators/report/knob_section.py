@@ -90,8 +90,8 @@ def _limits(results: Results, gaps: pd.DataFrame, seed: int) -> Findings:
     count = f"{low}" if low == high else f"{low} to {high}"
     sentences = [
         f"{count} prompts per subset, one finetuned model, seed {seed}. The intervals are over prompts: they say "
-        "nothing about another finetuning, for which other seeds must be run. Those of few prompts are too narrow: of "
-        "8 prompts about 88% hold the truth, of 20 about 93%, rather than 95%."
+        "nothing about another finetuning, for which other seeds must be run. With few prompts they are too narrow: "
+        "about 88% of those of 8 prompts contain the true value, and 93% of those of 20, instead of 95%."
     ]
     replicas = results.conditions["n_replicas"].max() if "n_replicas" in results.conditions else 1
     if replicas > 1:

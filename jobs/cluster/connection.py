@@ -89,13 +89,17 @@ def connect(address: str | None, insecure: bool = False, say: Callable[[str], No
     except Exception:
         disconnect()
         raise
-    in_job = "runtime_resources" in Path.cwd().parts
-    if cluster.joins and not in_job and not insecure:
+    if cluster.joins and not _in_job() and not insecure:
         try:
             check_closed(ray.get_runtime_context().gcs_address, cluster)
         except RequestError:
             disconnect()
             raise
+
+
+def _in_job() -> bool:
+    """Whether this is a submitted job, which runs in a copy of the repository."""
+    return "runtime_resources" in Path.cwd().parts
 
 
 def _start() -> None:
@@ -114,8 +118,7 @@ def _join(address: Address) -> None:
     import ray
 
     check(address)
-    in_job = "runtime_resources" in Path.cwd().parts
-    runtime = {} if in_job else {"working_dir": str(REPOSITORY), "excludes": NOT_UPLOADED}
+    runtime = {} if _in_job() else {"working_dir": str(REPOSITORY), "excludes": NOT_UPLOADED}
     try:
         ray.init(address=address.value, runtime_env=runtime, **QUIET)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:

@@ -35,14 +35,19 @@ CHOOSES = {
     "deltas": (*keys.GROUPED_BY, *keys.EXECUTION),
 }
 """By section, settings that do not change the deltas that exist."""
+PATHS = (
+    *("model.source", "model.finetuned", "transcoders.source", "data.rows_file", "data.evaluation_file"),
+    *("data.text_train_file", "data.text_validation_file"),
+)
+"""Settings that may be paths, which lead to other places on another machine."""
 
 
 def check_settings(context: Context, of: Results = "deltas") -> None:
     """Raises RequestError if a sweep with these settings would make others than those on disk."""
     for key, made, now in differing(context, of):
         raise RequestError(
-            f"{key}: got {now!r}, but what the sweep {context.settings.name} has on disk was made with {made!r}; run "
-            "`sweep` with these settings first, or give those of the sweep"
+            f"{key}: got {now!r}, but the results of the sweep {context.settings.name} were made with {made!r}; run "
+            "`sweep` with the new settings first, or use the old ones"
         )
 
 
@@ -110,7 +115,7 @@ def _decides(context: Context, section: str, name: str, of: Results) -> bool:
 def _unequal(key: str, made: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
     if key == "model.dtype" and made == "auto":
         made = "fp32"  # what earlier settings called it
-    if isinstance(made, str) and isinstance(now, str) and _moved(made, now):
+    if key in PATHS and made and now and _moved(made, now):
         return
     if isinstance(made, dict) and isinstance(now, dict):
         for name in [*now, *(name for name in made if name not in now)]:

@@ -49,7 +49,7 @@ def context_of(folder: Path, *overrides: str) -> Context:
     ],
 )
 def test_a_setting_that_decides_about_deltas_is_named(folder: Path, override: str, key: str) -> None:
-    with pytest.raises(RequestError, match=rf"^{key}: got .*, but what the sweep tiny has on disk was made with"):
+    with pytest.raises(RequestError, match=rf"^{key}: got .*, but the results of the sweep tiny were made with"):
         check_settings(context_of(folder, override))
 
 
