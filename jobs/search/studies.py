@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -132,6 +133,12 @@ def forget_studies(storage: Storage, sweep: str) -> None:
     for name in optuna.get_all_study_names(storage):
         if name.startswith(f"{sweep}/"):
             optuna.delete_study(study_name=name, storage=storage)
+
+
+def studied_sweeps(storage: Storage, stage: str) -> set[str]:
+    """Names of the sweeps that have a study of a stage, such as `lora`."""
+    names = (name.partition("/") for name in optuna.get_all_study_names(storage))
+    return {sweep for sweep, _, rest in names if re.split("[/@]", rest)[0] == stage}
 
 
 @dataclass(frozen=True)

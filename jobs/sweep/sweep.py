@@ -22,7 +22,7 @@ from jobs.cluster import environment
 from jobs.context.context import Context
 from jobs.context.disk import bytes_needed
 from jobs.context.workspace import PAIR, SETTINGS
-from jobs.errors import WorkFailed, without_secrets
+from jobs.errors import RequestError, WorkFailed, without_secrets
 from jobs.files import MANIFEST, read_json, seal, write_json
 from jobs.progress import clock
 from jobs.sweep.backfill import distinguishing_params, open_stage, report_results, send_missing
@@ -93,7 +93,9 @@ def _run_stages(context: Context, stages: tuple[Stage, ...]) -> None:
     tracker.open("sweep", context.settings.name, params=distinguishing_params(context.settings))
     status = "FAILED"
     try:
-        check_workers(context, [stage.name for stage in stages if not stage.finished(context)])
+        unfinished = [stage.name for stage in stages if not stage.finished(context)]
+        check_warm_starts(context, unfinished)
+        check_workers(context, unfinished)
         first = next(number for number, stage in enumerate(STAGES) if not stage.finished(context))
         for stage in STAGES[first:]:  # what has ended is always of the settings that are written
             stage.drop(context)
@@ -165,6 +167,24 @@ def check_unchanged(context: Context, stage: Stage, key: str) -> None:
             f"a model, or another file that the {stage.name} stage reads, changed while it ran; run the same command "
             "again, which redoes what depends on it"
         )
+
+
+def check_warm_starts(context: Context, stages: Collection[str]) -> None:
+    """Raises RequestError, before the first stage runs, if a later one should start from the best values of a sweep of
+    which there are no studies."""
+    from jobs.search.studies import studied_sweeps
+
+    for name in ("lora", "deltas"):
+        earlier = getattr(context.settings, name).warm_start
+        if name not in stages or earlier is None or (name == "lora" and context.adopted is not None):
+            continue
+        known = studied_sweeps(context.studies, name)
+        if not known & {earlier, context.settings.name}:  # once it has studies of its own, nothing is read any more
+            there = ", ".join(sorted(known)) or "none"
+            raise RequestError(
+                f"{name}.warm_start: no sweep named {earlier!r} has Optuna studies of this stage here; those that do: "
+                f"{there}"
+            )
 
 
 WITHOUT_RAY = {"data", "report"}

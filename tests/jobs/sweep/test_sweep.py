@@ -8,6 +8,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import optuna
 import pytest
 from rich.console import Console
 
@@ -20,7 +21,7 @@ from jobs.progress import Progress
 from jobs.sweep import stages
 from jobs.sweep.stage_list import NAMES, STAGES
 from jobs.sweep.stages.report import share
-from jobs.sweep.sweep import check_unchanged, check_workers, show_results
+from jobs.sweep.sweep import check_unchanged, check_warm_starts, check_workers, show_results
 from search_spaces.load import load
 
 SETTINGS = ["lora.workers_per_trial", "transcoders.workers_per_layer", "deltas.workers_per_trial"]
@@ -33,6 +34,21 @@ def test_workers_that_do_not_fit_are_refused_before_any_stage(tmp_path: Path, se
     with pytest.raises(RequestError, match=f"{setting}: got 3, .* room for 2 at once"):
         check_workers(context, NAMES)
     check_workers(context, [name for name in NAMES if name != setting.partition(".")[0]])  # it is done already
+
+
+@pytest.mark.parametrize("stage", ["lora", "deltas"])
+def test_a_warm_start_from_a_sweep_without_studies_is_refused_before_any_stage(tmp_path: Path, stage: str) -> None:
+    def context(earlier: str) -> Context:
+        return Context(load("tiny", [f"storage.root={tmp_path}", f"{stage}.warm_start={earlier}"]))
+
+    optuna.create_study(study_name="first/lora@1", storage=context("first").studies)
+    optuna.create_study(study_name="first/deltas/mlp_00/change_d4@2", storage=context("first").studies)
+    check_warm_starts(context("first"), NAMES)
+    with pytest.raises(RequestError, match=rf"{stage}\.warm_start: no sweep named 'frist' .* those that do: first$"):
+        check_warm_starts(context("frist"), NAMES)
+    check_warm_starts(context("frist"), [name for name in NAMES if name != stage])  # it is done already
+    optuna.create_study(study_name=f"tiny/{stage}@3", storage=context("first").studies)
+    check_warm_starts(context("deleted"), NAMES)  # the sweep is continued, and has its own studies
 
 
 def test_a_base_that_is_written_anew_while_a_stage_runs_fails_it(tmp_path: Path, llama_folder: Path) -> None:
