@@ -42,6 +42,8 @@ _MAPPED = (
 """Columns of prompts and answers that no shape claims: too many tools use them differently."""
 
 
+ANSWERS = ("output", "target", "response", "answer", "completion")
+"""Columns that may hold the answer of a row with an instruction; the first that is there is read."""
 _SHARE_GPT = "read as ShareGPT: each message is {from, value}, human is the user and gpt the assistant"
 
 
@@ -65,7 +67,7 @@ def shape_of(record: Record, path: str, columns: Mapping[str, str]) -> Shape | N
         return None
     is_row = "target" in record and "output" in record
     if "instruction" in record and "messages" not in record and not is_row and {"input", "output"} & set(record):
-        answer = next((name for name in ("output", "target", "response", "answer") if name in record), None)
+        answer = next((name for name in ANSWERS if name in record), None)
         note = "read as Alpaca: the instruction, a line break and the input, where there is one, are the input"
         note += f"; the {answer} is the target" if answer else ""
         names = ("instruction", "input", *([answer] if answer else []))

@@ -255,8 +255,8 @@ class Evaluate(Section):
     the later one wins."""
     cards: Annotated[int, Field(ge=0)] = 100
     """How many features get a card in the report, by largest estimated effect: what each reads and writes, and what it
-    does alone. Only deltas of the first of `deltas.targets` get cards; for residual deltas, this many per layer. With
-    0, single features are not analysed."""
+    does alone. Only deltas of the first of `deltas.targets` get cards; residual deltas' are divided evenly among the
+    layers. With 0, single features are not analysed."""
     parts: bool = True
     """With change deltas: first look at the two models (weights, where they diverge, what the mean change reads), and
     measure where the finetuning lives. Each part of the model (attention's patterns, values and output, the MLPs, the
