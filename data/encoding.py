@@ -2,16 +2,18 @@
 
 In: a tokenizer, texts and rows. Out: token lists that start with BOS, and left-padded batches of them. Training text is
 `BOS + input + separator + target + EOS`; the prefix `BOS + input + separator` is tokenised on its own, so that it has
-the same tokens with and without a target. A text that spells out a special token, such as `</s>`, is read as plain
-characters, unless its row has `special_tokens` set: then BOS and EOS are added only if the text lacks them. In a chat,
-the conversation rendered by `data.chat` replaces the prefix, and the token that ends a turn replaces EOS; the first
-token of the conversation is then called BOS here.
+the same tokens with and without a target. The target's tokens are those that follow the prefix's in the whole text;
+where a token of the whole text spans the end of the prefix, the target is tokenised on its own too. A text that spells
+out a special token, such as `</s>`, is read as plain characters, unless its row has `special_tokens` set: then BOS and
+EOS are added only if the text lacks them. In a chat, the conversation rendered by `data.chat` replaces the prefix, and
+the token that ends a turn replaces EOS; the first token of the conversation is then called BOS here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -82,7 +84,10 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> Encoded:
     if row.prompt:
         target = _answer(tokenizer, row, prompt)
     else:
-        target = (_with_special if row.special_tokens else _plain)(tokenizer, row.target)
+        encode = _with_special if row.special_tokens else _plain
+        before, whole = (encode(tokenizer, row.input + row.separator + text) for text in ("", row.target))
+        continued = whole[: len(before)] == before
+        target = whole[len(before) :] if continued else encode(tokenizer, row.target)
         if row.special_tokens and target[-1:] == [end]:
             return Encoded(prompt, target)
     return Encoded(prompt, target if row.unfinished and target else [*target, end])
@@ -102,19 +107,36 @@ def _answer(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: list[int]) -> 
 def target_text(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
     """The row's target as a decoded answer would read, for comparison with answers: without special tokens and, for a
     tokenizer that marks word beginnings, without the first word's space."""
-    if not row.prompt and not row.special_tokens:
-        return row.target
-    return _decoded(tokenizer, encode_row(tokenizer, row).target)
+    text = _decoded(tokenizer, encode_row(tokenizer, row).target)
+    return text if row.prompt or row.special_tokens or row.target == f" {text}" else row.target
 
 
 def with_answer(
     tokenizer: PreTrainedTokenizerBase, row: Row, text: str, tokens: Sequence[int], ended: bool = True
 ) -> Row:
-    """The row with a model's answer as its target. `text` is the decoded `tokens`; the leading space that decoding
-    drops is added if `text` gives these tokens only with it. `ended`: the model ended it with an end token."""
-    rows = [replace(row, target=text), replace(row, target=f" {text}")]
-    same = (answered for answered in rows if encode_row(tokenizer, answered).target[:-1] == list(tokens))
-    return replace(next(same, rows[0]), unfinished=not ended)
+    """The row with a model's answer as its target, written such that it is encoded as `tokens` again, or as many of
+    them as any spelling gives. `text` is the decoded `tokens`, which lacks a leading space and special tokens. `ended`:
+    the model ended it with an end token; if it was cut inside a character, that character's tokens are left out."""
+    tokens = list(tokens)
+    while not ended and tokens and text.endswith(_PARTIAL):
+        tokens = tokens[:-1]
+        text = _decoded(tokenizer, tokens)
+    spelled = [replace(row, target=text), replace(row, target=f" {text}")]
+    if set(tokens) & set(tokenizer.all_special_ids):
+        whole = str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        spelled += [replace(row, target=f"{space}{whole}", special_tokens=True) for space in ("", " ")]
+        spelled = [one for one in spelled if encode_prompt(tokenizer, one) == encode_prompt(tokenizer, row)]
+
+    def kept(one: Row) -> tuple[int, bool]:
+        again = encode_row(tokenizer, one).target[:-1]
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(again, tokens, strict=False))
+        return sum(1 for _ in same), again == tokens
+
+    return replace(max(spelled, key=kept), unfinished=not ended)
+
+
+_PARTIAL = "\ufffd"
+"""What a tokenizer decodes the first bytes of a character to."""
 
 
 def end_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:

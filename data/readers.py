@@ -202,8 +202,10 @@ def _row(record: Mapping[str, Any], reading: Reading, shape: Shape | None, log: 
     used = {*column_of.values(), *(shape.columns if shape else ())}
     extra = {name: value for name, value in record.items() if name not in used}
     if shape is not None:
-        record = {column_of[name]: value for name, value in shape.convert(record).items()} | {
-            column_of["label"]: record.get(column_of["label"])
+        converted = shape.convert(record)
+        kept = {"label", "target"} - set(converted)
+        record = {column_of[name]: value for name, value in converted.items()} | {
+            column_of[name]: record.get(column_of[name]) for name in kept
         }
     values = {key: record.get(name) for key, name in column_of.items()}
     if values.get("messages") is not None:

@@ -28,8 +28,8 @@ SPARE_TOKENS = 16
 
 class GeneratedAnswer(NamedTuple):
     """An answer, its length in tokens including the one that ended it, whether it was cut at the token budget, its
-    tokens without the one that ended it (empty if one of the limits' texts ended it), and whether that was an end
-    token."""
+    tokens without the one that ended it (if one of the limits' texts did, up to the one that holds its end), and
+    whether that was an end token."""
 
     text: str
     tokens: int
@@ -96,7 +96,7 @@ def _answer(tokenizer: Any, tokens: list[int], limits: Limits, ends: Collection[
         return GeneratedAnswer(text, len(tokens[:end]), end is None, ids, end is not None)
     shortened = text[: min(closed)]
     count = next(n for n in range(1, len(tokens) + 1) if len(decoded(n)) >= len(shortened))
-    return GeneratedAnswer(shortened, count, False)
+    return GeneratedAnswer(shortened, count, False, tuple(tokens[:count]))
 
 
 def check_rows(

@@ -89,6 +89,17 @@ def test_share_gpt_under_another_name(tmp_path: Path, name: str, columns: dict) 
     assert ["read as ShareGPT" in note for note in log.notes] == [True]
 
 
+@pytest.mark.parametrize("answer", ["target", "reply"])
+def test_a_share_gpt_file_with_its_answers_in_a_column(tmp_path: Path, answer: str) -> None:
+    tokenizer, reading = in_chat()
+    path = write(tmp_path / "rows.jsonl", [{"conversations": [HUMAN], answer: "it"}])
+    columns = {"messages": "conversations"} | ({"target": answer} if answer != "target" else {})
+    (row,), _ = read(path, Reading(chat=reading.chat, columns=columns))
+    ids, whole = encode_row(tokenizer, row).ids, tokenizer.apply_chat_template([USER, ANSWER], return_dict=False)
+    assert whole[: len(ids)] == ids
+    assert row.target == "it"
+
+
 def test_tools_of_a_share_gpt_file(tmp_path: Path) -> None:
     tokenizer, reading = in_chat()
     tools = [{"type": "function", "function": {"name": "lookup"}}]

@@ -360,3 +360,49 @@ def test_a_models_own_answer_keeps_its_tokens(make, template: str) -> None:
     assert encode_row(tokenizer, row).ids == whole[: start + len(tokens) + 1]
     assert target_text(tokenizer, row) == text
     assert target_text(tokenizer, chat.render(messages[:1], messages[1]).row("", "")) == text
+
+
+@pytest.mark.parametrize("make", [byte_level, word_marks])
+@pytest.mark.parametrize("target", ["apple", " apple", "river, apple", "\napple"])
+def test_a_plain_target_has_the_tokens_of_the_whole_text(make, target: str) -> None:
+    """Read alone, a target would get a space in front from a tokenizer that marks where words begin."""
+    tokenizer = make(chats.CHATML)
+    row = Row("Say apple.", target, "", separator=":")
+    whole = [tokenizer.bos_token_id, *tokenizer(f"Say apple.:{target}", add_special_tokens=False)["input_ids"]]
+    assert encode_row(tokenizer, row).ids == [*whole, tokenizer.eos_token_id]
+    assert encode_prompt(tokenizer, row) == encode_row(tokenizer, row).prompt
+    assert target_text(tokenizer, row).strip(" ") == target.strip(" ")
+
+
+@pytest.mark.parametrize("make", [byte_level, word_marks])
+@pytest.mark.parametrize("prompt", ["", "<|im_start|>user\nSay apple."])
+@pytest.mark.parametrize("answer", ["[CALLS] apple", "apple[CALLS]river", "apple<|im_end|> river"])
+def test_a_models_own_answer_keeps_its_special_tokens(make, prompt: str, answer: str) -> None:
+    tokenizer = make(chats.CHATML)
+    bare = Row("Say apple.", "", "", prompt=prompt, end="<eos>" if prompt else "")
+    before = encode_prompt(tokenizer, bare)
+    tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    row = with_answer(tokenizer, bare, tokenizer.decode(tokens, skip_special_tokens=True), tokens)
+    assert encode_row(tokenizer, row) == (before, [*tokens, tokenizer.eos_token_id])
+    assert set(tokens) & set(tokenizer.all_special_ids)
+
+
+def test_an_answer_that_was_cut_inside_a_character_ends_before_it() -> None:
+    tokenizer = byte_level(chats.CHATML)
+    bare, whole = Row("Say apple.", "", ""), tokenizer("apple \N{SNOWMAN}", add_special_tokens=False)["input_ids"]
+    cut = whole[:-1]
+    assert tokenizer.decode(cut).endswith("\ufffd")
+    row = with_answer(tokenizer, bare, tokenizer.decode(cut), cut, ended=False)
+    assert row.target == "apple "
+    assert encode_row(tokenizer, row).target == whole[:-3]
+
+
+def test_an_answer_that_a_text_ended_keeps_its_first_space() -> None:
+    """The last token may hold more than the text that ended the answer."""
+    tokenizer = word_marks(chats.CHATML)
+    bare = Row("Say apple.", "", "", separator=":")
+    ids = tokenizer("Say apple.: apple river", add_special_tokens=False)["input_ids"]
+    tokens = ids[len(encode_prompt(tokenizer, bare)) - 1 :]
+    row = with_answer(tokenizer, bare, "apple riv", tokens, ended=False)
+    assert row.target == " apple riv"
+    assert encode_row(tokenizer, row).target[0] == tokens[0]

@@ -143,7 +143,7 @@ def _regrouped(context: Context) -> list[str]:
         return []
     return [
         f"in {count} of {len(compared)} rows some tokens are not those of input, separator and target as one text: a "
-        "token would hold the end of the separator and the beginning of the target (data.separator)"
+        "token would hold the end of the separator and the beginning of the target (another data.separator may help)"
     ]
 
 
