@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,9 +96,11 @@ class Material(NamedTuple):
 
 
 def random_delta(patch: Patch, material: Material) -> Patch:
-    """The delta's features with random decoder directions, scaled to the same mean squared output norm on the text."""
-    delta = patch.transcoder
-    generator = torch.Generator().manual_seed(material.seed)
+    """The delta's features with random decoder directions, scaled to the same mean squared output norm on the text.
+    Directions are drawn for each site: in the residual stream, equal ones would add up over layers."""
+    delta, site = patch.transcoder, patch.site
+    (seed,) = np.random.SeedSequence((material.seed, site.layer, site.kind.order)).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(seed))
     directions = torch.randn(delta.W_dec.shape, generator=generator).to(delta.W_dec)
     directions *= delta.W_dec.norm(dim=1, keepdim=True) / directions.norm(dim=1, keepdim=True)
     acts = delta.encode(material.x())
@@ -106,7 +109,7 @@ def random_delta(patch: Patch, material: Material) -> Patch:
 
 
 def shuffled_delta(patch: Patch, material: Material) -> Patch:
-    """The delta's outputs on the text, shuffled over tokens; a BOS feature is kept."""
+    """The delta's outputs on the text, shuffled over tokens, at all sites in the same way; a BOS feature is kept."""
     outputs = patch.transcoder(material.x())
     order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(material.seed))
     return replace(patch, pool=outputs[order.to(outputs.device)])

@@ -19,6 +19,8 @@ from sites import MLP, Address, Ground, Site
 GROUPED_BY = ("targets", "sites", "layers", "percentiles", "target_l0", "d_new", "trials")
 """Delta settings that define which groups exist, not what a group's trials do."""
 POLISH = ("polish_steps", "polish_lr")
+DIRECTIONS = ["directions by site"]
+"""Part of the keys where random directions are drawn; before, they were the same at all sites."""
 EXECUTION = ("side_by_side", "workers_per_trial", "workers_per_layer")
 """Execution settings: they affect results only by rounding."""
 
@@ -199,7 +201,8 @@ def deltas(settings: Sweep, groups: list[Address]) -> str:
 
 
 def evaluate(settings: Sweep, groups: list[Address]) -> str:
-    evaluation = [_dump(settings.evaluate), behaviours(settings), *own_dtype(settings)]
+    drawn = DIRECTIONS if "random_delta" in settings.evaluate.controls else []
+    evaluation = [_dump(settings.evaluate), behaviours(settings), *own_dtype(settings), *drawn]
     return key_of("evaluate", deltas(settings, groups), *evaluation)
 
 

@@ -18,6 +18,7 @@ from data.files import replacing
 from data.rows import sha256_of, slug
 from evaluators.conditions import CONDITIONS
 from jobs.capture.worker_memory import exact_paths, paths, reference
+from jobs.context import keys
 from jobs.context.workspace import replica_folder
 from jobs.evaluation.work import Combination, PlanInputs, SitePlan, Timing, Work, cell_name, place_of
 from jobs.files import key_of, read_json, write_json
@@ -155,6 +156,7 @@ class Behaviour(Answers):
                 rest = inputs.context.rest if target == "change" and inputs.context.is_everything(sites) else ()
                 key_parts: tuple[Any, ...] = ("cell", inputs.lineage(plans), inputs.judged_with)
                 key_parts += (rest,) if rest else ()
+                key_parts += tuple(keys.DIRECTIONS) if "random_delta" in conditions else ()
                 # At 0 and 1, interpolated weights are those of no_delta and raw.
                 inner_doses = tuple(dose for dose in doses if dose not in (0.0, 1.0))
                 for subset in inputs.subsets:

@@ -1,6 +1,7 @@
 """The controls: what replaces a delta is what it says, and every control can be evaluated like any condition."""
 
 import shutil
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -20,7 +21,7 @@ from models.blocks import exchanged, read_paths
 from models.errors import ModelError
 from models.weights import open_weights
 from search_spaces.schema import Evaluate
-from sites import Site, mlp_sites
+from sites import ATTENTION_OUT, Site, mlp_sites
 
 
 def no_moments():
@@ -60,6 +61,17 @@ def test_a_random_delta_keeps_features_and_size_and_turns_their_directions(subje
     assert cosines.abs().max() < 0.9
     assert torch.equal(random_delta(patch, made).delta.W_dec, other.delta.W_dec)
     assert not torch.equal(random_delta(patch, made._replace(seed=4)).delta.W_dec, other.delta.W_dec)
+
+
+def test_random_directions_of_two_sites_do_not_add_up(subject, material):
+    """Both write into one residual stream, where equal directions would pile up from layer to layer."""
+    (patch,) = subject.patch
+    made = material(patch)
+    here = random_delta(patch, made).delta.W_dec
+    for site in (Site(patch.site.layer + 1), Site(patch.site.layer, ATTENTION_OUT)):
+        moved = Patch(site, replace(patch.base, site=site), replace(patch.transcoder, site=site))
+        there = random_delta(moved, made).delta.W_dec
+        assert torch.cosine_similarity(here, there, dim=1).abs().mean() < 0.5
 
 
 def test_a_shuffled_delta_gives_each_token_the_output_of_another(subject, material):
