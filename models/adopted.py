@@ -15,6 +15,7 @@ from models.adapters import ADAPTER, KEY, check_adapter, is_adapter
 from models.architectures import check_architecture
 from models.comparison import Comparison, compare, config_differences
 from models.errors import ModelError
+from models.gguf_files import PACKAGED, is_gguf
 from models.sources import load_tokenizer, model_facts
 from models.weights import Weights, build_skeleton, load_config, open_weights, shape_text
 
@@ -42,9 +43,16 @@ class Pair(NamedTuple):
     rounded: dict[str, str]
 
 
-def check_pair(base: Path, finetuned: Path, source: str, on_file: Callable[[Path], object] = lambda file: None) -> Pair:
-    """How two models differ; `source` is the un-finetuned one's name in the settings. `on_file` is called with each
-    weight file just before its tensors are read.
+def check_pair(
+    base: Path,
+    finetuned: Path,
+    source: str,
+    on_file: Callable[[Path], object] = lambda file: None,
+    *,
+    finetuned_source: str = "",
+) -> Pair:
+    """How two models differ; `source` and `finetuned_source` are their names in the settings. `on_file` is called with
+    each weight file just before its tensors are read.
 
     Raises ModelError for a different architecture or shape, weights that are not safetensors or contain NaN or
     infinities, an adapter that cannot be merged, a folder with neither a model nor an adapter, or identical models.
@@ -75,7 +83,8 @@ def check_pair(base: Path, finetuned: Path, source: str, on_file: Callable[[Path
             + (", rounded to its dtype" if comparison.rounded else "")
             + ", so there is no change to explain"
         )
-    return Pair(tuple(_notes(before, after, comparison, source)), comparison.changed, comparison.rounded)
+    notes = [*_notes(before, after, comparison, source), *_quantised(comparison, source, finetuned_source)]
+    return Pair(tuple(notes), comparison.changed, comparison.rounded)
 
 
 def check_base(folder: Path, on_file: Callable[[Path], object] = lambda file: None) -> None:
@@ -135,6 +144,18 @@ def _notes(before: Weights, after: Weights, comparison: Comparison, source: str)
             f"the squared difference, in {len(comparison.rounded)} tensors)"
         )
     return notes
+
+
+def _quantised(comparison: Comparison, *sources: str) -> list[str]:
+    """A note if a model was dequantised and the embeddings differ, as they do if the other one was not made from it."""
+    names = [name for name in sources if name in PACKAGED or is_gguf(name)]
+    if not names or not set(EMBEDDINGS) & set(comparison.changed):
+        return []
+    return [
+        f"{' and '.join(names)} had been quantised, and even the embeddings of the two models differ: unless one was "
+        "finetuned from just these weights of the other, what quantisation lost counts as finetuning; give both as "
+        "they were before it"
+    ]
 
 
 def _check_values(comparison: Comparison, before: Weights, after: Weights) -> None:

@@ -119,9 +119,9 @@ class BlockPath:
 
     @property
     def gain(self) -> Tensor:
-        """What the norm multiplies its normalised input with, (d_model,): 1 + weight in Gemma and Nemotron."""
-        name, weight = type(self._norm).__name__, self._norm.weight
-        return weight + 1 if "Gemma" in name or name.endswith("1P") else weight
+        """What the norm multiplies its normalised input with, (d_model,): 1 + weight in Gemma 2 and Nemotron, say."""
+        weight = self._norm.weight
+        return weight + 1 if _adds_one(self._norm) else weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -285,6 +285,27 @@ def _mapped_blocks(config: Any) -> Any:
     return (adapter.component_mapping or {}).get("blocks")
 
 
+_ADDS_ONE: dict[type[nn.Module], bool] = {}
+
+
+def _adds_one(norm: Any) -> bool:
+    """Whether a norm multiplies its normalised input with 1 + weight rather than weight, seen from what it computes,
+    once for each class. Raises ModelError if it does neither."""
+    kind = type(norm)
+    if kind not in _ADDS_ONE:
+        with torch.no_grad():
+            weight = norm.weight.detach().float()
+            x = torch.ones_like(weight)  # alternating and of mean square 1: normalised already, with a mean or without
+            x[1::2] = -1
+            bias = getattr(norm, "bias", None)
+            y = norm(x.to(norm.weight.dtype)).float() - (0 if bias is None else bias.float())
+            apart = [(y - x * gain).abs().max().item() for gain in (weight, weight + 1)]
+        if not min(apart) < 0.1:
+            raise ModelError(f"the norm {kind.__name__} multiplies with neither its weight nor 1 + weight")
+        _ADDS_ONE[kind] = apart[1] < apart[0]
+    return _ADDS_ONE[kind]
+
+
 def sites_with(config: Any, names: Iterable[str]) -> tuple[list[Site], list[str]]:
     """The sites whose path contains one of these parameters or modules, in order, and the names that are on no path."""
     changed, blocks = {name: f"{name}." for name in names}, _mapped_blocks(config)
@@ -292,7 +313,12 @@ def sites_with(config: Any, names: Iterable[str]) -> tuple[list[Site], list[str]
     kinds = kinds_of(config.model_type)
     for site in (Site(layer, kind) for layer in range(config.num_hidden_layers) for kind in kinds):
         places = tuple(f"{place}." for place in _places(blocks, site).values())
-        site_names = {name for name, ended in changed.items() if ended.startswith(places)}
+        # A name may be of a part, or of a module that holds the part, such as all of attention.
+        site_names = {
+            name
+            for name, ended in changed.items()
+            if ended.startswith(places) or any(place.startswith(ended) for place in places)
+        }
         owned |= site_names
         sites += [site] if site_names else []
     return sites, [name for name in changed if name not in owned]
@@ -325,13 +351,13 @@ def differs(bridge: TransformerBridge, path: BlockPath) -> bool:
 def interpolated(bridge: TransformerBridge, paths: Sequence[BlockPath], alpha: float) -> Iterator[None]:
     """Inside the `with`, the bridge runs with weights `W + alpha (W' - W)`, W of `paths` and W' its own."""
     originals: list[tuple[dict[str, nn.Parameter], dict[str, Tensor]]] = []
-    for path in paths:
-        bridge_parameters, starts = _own(bridge, path.site), path.parameters()
-        originals.append((bridge_parameters, {name: bridge_parameters[name].data for name in starts}))
-        for name, start in starts.items():
-            bridge_parameters[name].data = torch.lerp(start.data, bridge_parameters[name].data, alpha)
-        _split(bridge_parameters)
-    try:
+    try:  # from the first change on: memory may run out at the second
+        for path in paths:
+            bridge_parameters, starts = _own(bridge, path.site), path.parameters()
+            originals.append((bridge_parameters, {name: bridge_parameters[name].data for name in starts}))
+            for name, start in starts.items():
+                bridge_parameters[name].data = torch.lerp(start.data, bridge_parameters[name].data, alpha)
+            _split(bridge_parameters)
         yield
     finally:
         for bridge_parameters, before in originals:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 JSON_AND_TOKENIZER = (".json", ".jinja", ".model", ".txt")
+CHAT_TEMPLATES = "additional_chat_templates"
+"""Where transformers keeps a tokenizer's further chat templates."""
 
 
 class Comparison(NamedTuple):
@@ -101,6 +103,8 @@ def write_rounded(before: Weights, rounded: Mapping[str, str], folder: Path) -> 
         for path in before.folder.iterdir():
             if path.is_file() and path.suffix in JSON_AND_TOKENIZER:
                 shutil.copyfile(path, temporary / path.name)
+        if (templates := before.folder / CHAT_TEMPLATES).is_dir():
+            shutil.copytree(templates, temporary / CHAT_TEMPLATES)
         for file in before.files:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata()

@@ -35,6 +35,11 @@ class Candidate:
     path: str
 
 
+def candidate_at(path: str) -> Candidate:
+    """The candidate whose folder this is; the inverse of `Candidate.path`."""
+    return Candidate(float(path.rpartition("average_l0_")[2]), path)
+
+
 def width_label(width: int | str) -> str:
     """`16k` -> `width_16k`, 2304 -> `width_2304`."""
     return f"width_{width}"

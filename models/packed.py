@@ -44,8 +44,9 @@ def packed(model: nn.Module) -> Iterator[None]:
     weight may change. Does nothing on another device, in another dtype, for a large model, or where torch has no
     oneDNN."""
     layers = _layers(model)
-    for layer in layers:  # in __dict__: assigning an attribute of a module would look for parameters first
-        layer.__dict__["forward"] = _product(_copy_of(layer), layer.bias)
+    products = [_product(_copy_of(layer), layer.bias) for layer in layers]
+    for layer, product in zip(layers, products, strict=True):
+        layer.__dict__["forward"] = product  # assigning an attribute of a module would look for parameters first
     try:
         yield
     finally:

@@ -33,11 +33,11 @@ class Rest:
         """Inside the `with`, the bridge runs with `W + alpha (W' - W)`, W un-finetuned and W' its own."""
         live = _parameters(bridge)
         displaced = {id(live[name]): (live[name], live[name].data) for name in self.unfinetuned}  # tied weights once
-        for name, start in self.unfinetuned.items():
-            finetuned = displaced[id(live[name])][1]
-            live[name].data = _between(start.to(finetuned), finetuned, alpha)
         bridge.__dict__["displaced"] = list(displaced.values())
-        try:
+        try:  # from the first change on: memory may run out at the second
+            for name, start in self.unfinetuned.items():
+                finetuned = displaced[id(live[name])][1]
+                live[name].data = _between(start.to(finetuned), finetuned, alpha)
             yield
         finally:
             for parameter, data in bridge.__dict__.pop("displaced"):

@@ -135,7 +135,7 @@ def model_facts(folder: Path, key: str = "model.source") -> dict[str, Any]:
         return facts
     except ModelError:  # a ValueError itself
         raise
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ModelError(f"{key}: {path} cannot be read as a model's config ({error})") from None
 
 
@@ -203,7 +203,22 @@ def load_model(
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ModelError(f"model.source: the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}")
-    return model.to(device).eval(), load_tokenizer(folder)
+    return model.to(device).eval(), _within(load_tokenizer(folder), model, folder)
+
+
+def _within(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding with EOS if the model has no row for its pad token, since padding is masked anyway. Raises
+    ModelError if it has none for BOS or EOS."""
+    rows = model.get_input_embeddings().num_embeddings
+    for name in ("bos_token_id", "eos_token_id"):
+        if (token := getattr(tokenizer, name)) >= rows:
+            raise ModelError(
+                f"model.source: the tokenizer of {folder} has {name} {token}, but the model has rows for {rows} tokens "
+                "only; give it the tokenizer that it was trained with"
+            )
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_tokenizer(folder: Path, key: str = "model.source") -> PreTrainedTokenizerBase:

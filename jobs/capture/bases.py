@@ -16,9 +16,9 @@ from jobs.context import keys
 from jobs.context.context import Context
 from jobs.context.disk import keeps_base_errors
 from jobs.errors import WorkFailed
+from jobs.files import MANIFEST, is_finished, keyed_folder, read_json, write_json
 from jobs.files import finish as finish_folder
-from jobs.files import is_finished, keyed_folder, read_json, write_json
-from models.gemma_scope import Candidate, candidates, select
+from models.gemma_scope import Candidate, candidate_at, candidates, select
 from sites import Ground, Site
 from trainers.activations import INDEX
 
@@ -40,8 +40,12 @@ def base_folder(context: Context, site: Site) -> Path:
 
 
 def chosen_base(context: Context, site: Site, percentile: float | None) -> Candidate:
-    """A site's base, selected by a percentile or the target L0."""
+    """A site's base, selected by a percentile or the target L0. Once the stage that selects is done, it is what that
+    selected: a hub that cannot be reached lists only what was fetched from it, of which the percentiles are others."""
     settings = context.settings
+    done = read_json(context.space.transcoders / MANIFEST) or {}
+    if done.get("key") == keys.transcoders(settings, context.sites_of("residual")):
+        return candidate_at(done["chosen"][site.label][Ground("residual", percentile).label.removeprefix("p")])
     available = candidates(root(context), site, settings.transcoders.width)
     return select(available, percentile, settings.deltas.target_l0)
 

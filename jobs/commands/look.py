@@ -189,7 +189,7 @@ def _subject(context: Context) -> Subject:
             "of your own as model.finetuned"
         )
     else:
-        pair = check_pair(context.source, context.adopted, source)
+        pair = check_pair(context.source, context.adopted, source, finetuned_source=chosen.finetuned or "")
         check_tokenizer(context, context.adopted)
         base = Path(rounded_copy(context, pair)) if pair.rounded else context.source
         folder, notes = context.adopted, list(pair.notes)

@@ -40,7 +40,13 @@ def examine(context: Context, keep: bool = True) -> None:
     if facts is None or (facts["rounded"] and not Path(facts["rounded"]).is_dir()):
         # Hashes for the keys of results are computed now, as the files are being read anyway.
         hash_file = partial(hash_of, models=context.space.models)
-        pair = check_pair(context.source, adopted, context.settings.model.source, hash_file)
+        pair = check_pair(
+            context.source,
+            adopted,
+            context.settings.model.source,
+            hash_file,
+            finetuned_source=context.settings.model.finetuned or "",
+        )
         rounded = rounded_copy(context, pair) if pair.rounded else ""
         merged = [] if adopted == context.finetuned else _changed_by_merging(context)
         exact = adopted == context.finetuned or bool(merged)

@@ -58,6 +58,21 @@ def test_what_changed_is_named(llama_folder, altered, tmp_path):
     assert pair.rounded == {}
 
 
+@pytest.mark.parametrize(("part", "source", "noted"), [
+    ("embed_tokens", "smollm2-135m", True),
+    ("embed_tokens", "some-base", False),
+    ("layers.1.mlp.up_proj", "smollm2-135m", False),
+])  # fmt: skip
+def test_a_dequantised_model_that_differs_everywhere_is_noted(llama_folder, altered, tmp_path, part, source, noted):
+    after = altered(llama_folder, tmp_path, part)
+    assert ["what quantisation lost" in note for note in check_pair(llama_folder, after, source).notes] == [
+        True
+    ] * noted
+    named = {"finetuned_source": "model-Q4_K_M.gguf" if source == "smollm2-135m" else ""}
+    notes = check_pair(llama_folder, after, "some-base", **named).notes
+    assert ["model-Q4_K_M.gguf had been quantised" in note for note in notes] == [True] * noted
+
+
 def test_an_adapter_fits_its_base(llama_folder, adapter):
     assert is_adapter(adapter)
     pair = check_pair(llama_folder, adapter, str(llama_folder))

@@ -1,13 +1,16 @@
 """A block's own path: what the model computes between the taps, and weights that come and go."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
 from data.encoding import pad_left
 from evaluators.splice.passes import forward
-from models.blocks import exchanged, interpolated, read_paths
+from models.blocks import BlockPath, exchanged, interpolated, read_paths, sites_with
 from models.errors import ModelError
-from sites import mlp_sites
+from models.weights import load_config
+from sites import Site, mlp_sites
 
 ROWS = [[2, 50, 60, 70, 80], [2, 90]]
 LAYERS = [0, 2]
@@ -66,6 +69,60 @@ def test_weights_go_back_after_an_error(bridge, other_folder):
         with pytest.raises(ZeroDivisionError), change():
             raise ZeroDivisionError
         assert torch.equal(logits(bridge), before)
+
+
+def test_weights_go_back_if_memory_runs_out_on_the_way(bridge, other_folder, monkeypatch):
+    before, calls, lerp = logits(bridge), [], torch.lerp
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return lerp(*arguments)
+
+    monkeypatch.setattr(torch, "lerp", full)
+    paths = list(read_paths(bridge, other_folder, mlp_sites(LAYERS)).values())
+    with pytest.raises(torch.OutOfMemoryError), interpolated(bridge, paths, 0.5):
+        pass
+    assert torch.equal(logits(bridge), before)
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        *(("llama", "LlamaRMSNorm"), ("gemma2", "Gemma2RMSNorm"), ("gemma3", "Gemma3RMSNorm")),
+        *(("gemma3n", "Gemma3nRMSNorm"), ("qwen3_next", "Qwen3NextRMSNorm"), ("nemotron", "NemotronLayerNorm1P")),
+    ],
+)
+def test_the_gain_of_a_norm_is_what_it_multiplies_with(of, name):
+    """Whatever its name says: Gemma 2 multiplies with 1 + weight, Gemma 3n with the weight."""
+    kind = getattr(import_module(f"transformers.models.{of}.modeling_{of}"), name)
+    norm, x = kind(32), torch.randn(5, 32)
+    x = x - x.mean(-1, keepdim=True)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    path = BlockPath(Site(0), {"ln2": norm})
+    with torch.no_grad():
+        normalised = x / x.pow(2).mean(-1, keepdim=True).sqrt()
+        torch.testing.assert_close(path._normed(normalised), norm(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_norm_that_computes_something_else_is_refused():
+    class Doubled(torch.nn.RMSNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    norm = Doubled(8)
+    torch.nn.init.normal_(norm.weight)
+    with pytest.raises(ModelError, match=r"Doubled multiplies with neither its weight nor 1 \+ weight"):
+        _ = BlockPath(Site(0), {"ln2": norm}).gain
+
+
+def test_a_module_that_holds_a_sites_parts_is_that_site(llama_folder):
+    config = load_config(llama_folder)
+    sites, rest = sites_with(config, ["model.layers.0.self_attn", "model.layers.1.mlp", "model.embed_tokens"])
+    assert [site.label for site in sites] == ["0.qkv", "0.o", "1"]
+    assert rest == ["model.embed_tokens"]
 
 
 def test_interpolated_weights_end_at_both_models(bridge, other_folder):

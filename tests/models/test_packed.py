@@ -58,7 +58,9 @@ def test_memory_that_was_freed_and_used_again_is_packed_anew() -> None:
     layers, x = model(), torch.randn(4, 40)
     reused = 0
     with torch.inference_mode():
-        for _ in range(20):
+        for _ in range(1000):  # how often the allocator gives the same memory again depends on what ran before
+            if reused == 3:
+                break
             place = layers[0].weight.data_ptr()
             layers[0].weight.data = torch.empty(0)
             gc.collect()

@@ -5,6 +5,7 @@ import torch
 
 from data.encoding import pad_left
 from evaluators.splice.passes import forward
+from models import rest as rest_module
 from models.rest import finetuned_rest, read_rest
 
 ROWS = [[2, 50, 60, 70, 80], [2, 90]]
@@ -61,6 +62,23 @@ def test_the_values_go_back_after_an_error(bridge, other_folder, load, model_fol
     assert torch.equal(logits(bridge), before)
     with finetuned_rest(bridge):  # nothing is displaced
         assert torch.equal(logits(bridge), before)
+
+
+def test_the_values_go_back_if_memory_runs_out_on_the_way(bridge, other_folder, load, model_folder, monkeypatch):
+    before, calls, between = logits(bridge), [], rest_module._between
+    model, _ = load(model_folder)
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return between(*arguments)
+
+    monkeypatch.setattr(rest_module, "_between", full)
+    with pytest.raises(torch.OutOfMemoryError), read_rest(other_folder, names(model)).at(bridge, 0.0):
+        pass
+    assert len(calls) == 2
+    assert torch.equal(logits(bridge), before)
 
 
 def test_outputs_in_between_are_those_of_weights_in_between(bridge, other_folder):

@@ -17,7 +17,7 @@ from models import gguf_files, sources
 from models.errors import ModelError
 from models.gguf_files import PACKAGED
 from models.hub import check_hub, hub_errors
-from models.sources import check_source, load_model, model_facts, resolve
+from models.sources import check_source, load_model, load_tokenizer, model_facts, resolve
 
 
 @pytest.mark.parametrize(
@@ -414,3 +414,18 @@ def test_a_model_of_several_parts_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"text_config": inner, "model_type": "outer"}))
     with pytest.raises(ModelError, match=r"several parts \(text_config"):
         model_facts(tmp_path)
+
+
+def test_a_pad_token_beyond_the_embedding_is_not_used(copy):
+    """Batches would be padded with a token for which the model has no row."""
+    tokenizer, rows = load_tokenizer(copy), json.loads((copy / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<extra{number}>" for number in range(rows - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "<beyond>"})
+    tokenizer.save_pretrained(copy)
+    assert load_tokenizer(copy).pad_token_id >= rows
+    model, tokenizer = load_model(copy, torch.float32)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id < model.get_input_embeddings().num_embeddings
+    tokenizer.add_special_tokens({"eos_token": "<beyond too>"})
+    tokenizer.save_pretrained(copy)
+    with pytest.raises(ModelError, match=r"has eos_token_id \d+, but the model has rows for \d+ tokens only"):
+        load_model(copy, torch.float32)
