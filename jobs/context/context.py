@@ -92,12 +92,12 @@ class Context:
         """What finetuning changed; None until that is known. See `jobs.sweep.pair`."""
         try:
             pair = read_json(self.space.folder / PAIR)
-        except DamagedFileError:  # it will be written again
+            if pair is None or pair["key"] != self.pair_key:
+                return None
+            if not self.settings.model.finetuned and not is_for(self.space.lora, keys.lora_group(self.settings)):
+                return None  # of a LoRA with other settings
+        except DamagedFileError:  # one of the three files; it will be written again
             return None
-        if pair is None or pair["key"] != self.pair_key:
-            return None
-        if not self.settings.model.finetuned and not is_for(self.space.lora, keys.lora_group(self.settings)):
-            return None  # of a LoRA with other settings
         if "sites" not in pair:  # written before attention had sites
             from models.blocks import linear_kinds, sites_with
             from models.weights import load_config

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from data.build import REPORT
 from data.files import replacing
-from data.rows import Row
+from data.rows import Row, read_rows
 from data.user_files import SPLITS
 from evaluators.splice.limits import Limits
 from jobs.context import keys
@@ -66,6 +66,8 @@ def adopt(context: Context) -> dict[str, Any]:
     source, adopted = context.settings.model.finetuned, context.adopted
     assert adopted is not None
     is_whole_model = adopted == context.finetuned
+    for split in SPLITS:  # plain rows are kept from one finetuned model to the next
+        check_rows_encode(context, read_rows(context.space.data / f"{split}.jsonl"))
     if _without_target(context):  # then the rows depend on where its answers stop
         key = key_of(key, context.limits)
     figures = make(context, None if is_whole_model else adopted, key)
@@ -133,7 +135,7 @@ def check_targets(context: Context) -> None:
     settings = context.settings
     setting = settings.lora.space.targets
     choices = [str(choice) for choice in setting.choice] if isinstance(setting, Choice) else [str(setting)]
-    if choices == ["all-linear"] or is_finished(context.space.lora, keys.finetuned_check(settings)):
+    if choices == ["all-linear"] or pair.has_finetuned(context):
         return
     reached: set[Site] = set()
     for targets in choices:
@@ -258,7 +260,6 @@ def merge_and_check(task: Task) -> None:
     """Merges and checks on a worker, to keep the driver small."""
     import torch
 
-    from data.rows import read_rows
     from evaluators.measures.behaviours import read_behaviours
     from evaluators.measures.finetuned_answers import check_rows
     from models.comparison import compare
@@ -300,7 +301,6 @@ class _Merging:
         import torch
 
         from data.encoding import encode_row
-        from data.rows import read_rows
         from models.adapters import attach, probe
         from models.sources import load_model
 
@@ -347,7 +347,7 @@ def _answer(task: Task, model: Any, tokenizer: Any) -> dict[str, int]:
     """Writes the rows with the model's greedy answers as missing targets; counts those `made` and those `cut` at the
     token budget."""
     from data.encoding import encode_prompt, ends_of, with_answer
-    from data.rows import read_rows, write_rows
+    from data.rows import write_rows
     from evaluators.measures.finetuned_answers import answers
 
     counts = {"made": 0, "cut": 0}

@@ -126,6 +126,8 @@ def _of_unfinished(files: list[Path], most_bytes: float, on_file: OnFile) -> Ite
             yield from damage(path.parent, most_bytes, on_file)
         elif _needs_seal(path):
             yield from _own(path.parent / SEAL, on_file)
+        elif path.parent.name == "cells" and path.suffix != ".json":
+            yield Damage(path, ADDED)
         elif path.parent.name == "cells" and (recorded := read_json(path).get("generations")):
             texts = path.parents[1] / "generations" / f"{path.stem}.jsonl"
             if not texts.is_file() or sha256_of(texts) != recorded:

@@ -16,7 +16,7 @@ from jobs.context import keys
 from jobs.context.context import Context
 from jobs.context.fingerprints import hash_of
 from jobs.context.workspace import PAIR, VALIDATION_FILE
-from jobs.errors import RequestError
+from jobs.errors import DamagedFileError, RequestError
 from jobs.files import is_finished, read_json, short_hash, write_json
 from models.errors import ModelError
 from models.gguf_files import PACKAGED
@@ -56,6 +56,15 @@ def examine(context: Context, keep: bool = True) -> None:
     say_what_changed(context)
 
 
+def has_finetuned(context: Context) -> bool:
+    """Whether the finetuned model is there and was checked. If its manifest is damaged, no: the
+    sweep mends that later."""
+    try:
+        return is_finished(context.space.lora, keys.finetuned_check(context.settings))
+    except DamagedFileError:
+        return False
+
+
 def examine_base(context: Context) -> None:
     """Examines a user's own un-finetuned model, unless the finetuned one exists already. Raises ModelError if it cannot
     be loaded properly."""
@@ -64,7 +73,7 @@ def examine_base(context: Context) -> None:
 
     source = context.settings.model.source
     is_shipped = source in PACKAGED or source == TINY
-    if not is_shipped and not is_finished(context.space.lora, keys.finetuned_check(context.settings)):
+    if not is_shipped and not has_finetuned(context):
         check_base(context.source, partial(hash_of, models=context.space.models))
         _check_known(context, load_config(context.source))
 

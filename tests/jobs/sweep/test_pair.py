@@ -19,9 +19,10 @@ from jobs.context.context import Context
 from jobs.context.disk import disk_of
 from jobs.context.workspace import FINETUNED, VALIDATION_FILE
 from jobs.errors import RequestError
-from jobs.files import finish, keyed_folder, write_json
+from jobs.files import MANIFEST, Damage, finish, keyed_folder, write_json
 from jobs.sweep.finetuned import check_models, merge_check
-from jobs.sweep.pair import note
+from jobs.sweep.mending import ADDED, find
+from jobs.sweep.pair import has_finetuned, note
 from jobs.sweep.sweep import start_over
 from models.errors import ModelError
 from models.weights import open_weights
@@ -249,6 +250,30 @@ def test_starting_over_keeps_what_is_known_of_an_adopted_pair_alone(
     assert trained.sites == mlp_sites([2])
     start_over(trained)
     assert trained.sites == mlp_sites([0, 1, 2])
+
+
+def test_a_damaged_file_about_the_finetuned_model_says_that_nothing_is_known(sweep: Make) -> None:
+    """The sweep's own command mends it later; raising would end that command too."""
+    context = sweep()
+    keyed_folder(context.space.lora, keys.lora_group(context.settings))
+    write_json(context.space.folder / FINETUNED, {"key": "of an adapter"})
+    note(context, ["model.layers.2.mlp.up_proj.weight"], exact=True)
+    finish(context.space.lora, keys.finetuned_check(context.settings), {})
+    assert Context(context.settings).pair is not None
+    assert has_finetuned(context)
+    for damaged in (context.space.folder / FINETUNED, context.space.lora / MANIFEST):
+        damaged.write_bytes(damaged.read_bytes()[:20])
+    assert Context(context.settings).pair is None
+    assert not has_finetuned(context)
+    check_models(sweep("lora.space.targets=q_proj", "deltas.sites=auto"), keep=False)
+
+
+def test_a_stray_file_among_unfinished_cells_is_one_that_was_added(sweep: Make) -> None:
+    context = sweep()
+    stray = context.space.cells / "raw_tool.json.bak"
+    stray.parent.mkdir()
+    stray.write_text("{")
+    assert [damage for _, damage in find(context)] == [Damage(stray, ADDED)]
 
 
 def test_each_file_is_read_whole_once(
