@@ -232,7 +232,10 @@ app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
 
 
 @app.command()
-def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")] = Path("mlruns")) -> None:
+def collect(
+    root: Annotated[Path, typer.Option(help="The sweeps' storage root.")] = Path("mlruns"),
+    only: Annotated[str, typer.Option(help="Replace only the figures of controls.csv whose name contains this.")] = "",
+) -> None:
     """Writes docs/study/*.csv and the pictures from the finished sweeps; keeps the rows of adapters that are not under
     the root."""
     from benchmarks.study_pictures import write_pictures
@@ -242,13 +245,15 @@ def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")
         typer.echo(f"error: {root} holds no finished sweep of the study (study-s0, ...)", err=True)
         raise typer.Exit(2)
     FOLDER.mkdir(exist_ok=True)
-    for name, make in TABLES.items():
+    for name, make in TABLES.items() if not only else [("controls", controls)]:
         rows = [
             {"adapter": adapter, "seed": seed, **row}
             for (adapter, seed), report in reports.items()
             for row in make(report)
         ]
-        save(name, pd.DataFrame(rows, columns=COLUMNS), reports)
+        save(name, pd.DataFrame(rows, columns=COLUMNS), reports, only)
+    if only:
+        return
     groups = [read(report, "groups").assign(adapter=adapter, seed=seed) for (adapter, seed), report in reports.items()]
     of_groups = [*("adapter", "seed", "group", "n_features", "n_qkv", "n_o", "n_mlp", "layers"), "fires_on", "promoted"]
     save("groups", pd.concat(groups).reindex(columns=of_groups), reports)
@@ -256,13 +261,20 @@ def collect(root: Annotated[Path, typer.Option(help="The sweeps' storage root.")
     typer.echo(f"{len(reports)} adapters: {FOLDER}")
 
 
-def save(name: str, table: pd.DataFrame, collected: Collection[tuple[str, int]]) -> None:
-    """Replaces the rows of the `collected` adapters and seeds, even by none; sorts by adapter and seed."""
+def save(name: str, table: pd.DataFrame, collected: Collection[tuple[str, int]], only: str = "") -> None:
+    """Replaces the rows of the `collected` adapters and seeds, even by none; sorts by adapter and seed. With `only`, no
+    others than the rows whose `what` contains it."""
     path = FOLDER / f"{name}.csv"
+    if only:
+        table = table[table["what"].str.contains(only, regex=False)]
     if path.is_file():
         before = pd.read_csv(path)
-        older = before[[pair not in collected for pair in zip(before["adapter"], before["seed"], strict=True)]]
-        table = pd.concat([older, table]) if len(older) else table
+        replaced = pd.Series(
+            [pair in collected for pair in zip(before["adapter"], before["seed"], strict=True)], before.index
+        )
+        if only:
+            replaced &= before["what"].str.contains(only, regex=False)
+        table = pd.concat([before[~replaced], table]) if not replaced.all() else table
     if table.empty:
         return
     order = table["adapter"].map(list(ADAPTERS).index) * len(table) + table["seed"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from benchmarks import study
 from benchmarks.study import FOLDER, MARKED, PAGE, QUOTED, filled
 from benchmarks.study_tables import TABLES
 
@@ -40,3 +43,23 @@ def test_a_changed_figure_shows(pattern: re.Pattern[str]) -> None:
     changed = f"{TEXT[:place]}{(int(digit[0]) + 1) % 10}{TEXT[place + 1 :]}"
     assert changed != TEXT
     assert filled(changed) == TEXT
+
+
+@pytest.mark.parametrize("only", ["", "random"])
+def test_collected_rows_replace_those_of_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: str
+) -> None:
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
+    names = ["CE: deltas", "CE: random directions", "CE: shuffled outputs"]
+
+    def table(seed: int, value: float, *named: str) -> pd.DataFrame:
+        rows = [{"adapter": "Gemma", "seed": seed, "subset": "tool", "what": what, "value": value} for what in named]
+        return pd.DataFrame(rows, columns=study.COLUMNS)
+
+    for seed in (0, 1):
+        study.save("controls", table(seed, 1.0, *names), [("Gemma", seed)])
+    study.save("controls", table(1, 2.0, *names[:2]), [("Gemma", 1)], only)
+    found = pd.read_csv(tmp_path / "controls.csv").set_index(["seed", "what"])["value"].to_dict()
+    others = {(0, name): 1.0 for name in names} | {(1, names[1]): 2.0}
+    left = {(1, names[0]): 1.0, (1, names[2]): 1.0} if only else {(1, names[0]): 2.0}
+    assert found == others | left
