@@ -142,16 +142,19 @@ def convert(path: Path, folder: Path, key: str, say: Callable[[str], None]) -> N
     say(f"dequantising {path.name}, once; a large vocabulary takes a minute or two")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            refused = pool.submit(_convert, path, folder).result()
+            refused, note = pool.submit(_convert, path, folder).result()
         except BrokenProcessPool:
+            note = ""
             refused = "could not be dequantised: the process was killed, probably because memory ran out"
     if refused:
         raise ModelError(f"{key}: {path} {refused}")
+    if note:
+        say(f"note: {path.name} {note}")
 
 
-def _convert(path: Path, folder: Path) -> str:
-    """Converts; returns what is wrong with the file, if anything. A result and not an error, since errors of libraries
-    may not survive the way back from another process."""
+def _convert(path: Path, folder: Path) -> tuple[str, str]:
+    """Converts; returns what is wrong with the file, if anything, and what is doubtful. Results and not errors, since
+    errors of libraries may not survive the way back from another process."""
     os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported; transformers has no switch for this bar
     import gguf
     import torch
@@ -163,23 +166,23 @@ def _convert(path: Path, folder: Path) -> str:
     try:
         reader = gguf.GGUFReader(path)
         if unread := _unread(reader):
-            return unread
+            return unread, ""
         loaded_pair: Any = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # whatever a damaged file makes the readers raise
-        return f"cannot be read as a causal LM: {one_line(error, 300)}"
+        return f"cannot be read as a causal LM: {one_line(error, 300)}", ""
     loaded, loading = loaded_pair
     if lost := _lost_base(reader, loaded.config):
-        return lost
+        return lost, ""
     if missing := sorted(loading["missing_keys"]):
-        return f"lacks {len(missing)} tensors, such as {missing[0]}"
+        return f"lacks {len(missing)} tensors, such as {missing[0]}", ""
     stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
     count = sum(parameter.numel() for parameter in loaded.parameters())
     if stored != count:
         return (
             f"holds {stored:,} weights, of which transformers reads {count:,} for a {loaded.config.model_type}; "
             "convert it to a folder of safetensors with the program that knows the rest, and give that"
-        )
+        ), ""
     # A model loaded from GGUF refuses save_pretrained; a fresh model with the same state can be saved.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
@@ -187,7 +190,30 @@ def _convert(path: Path, folder: Path) -> str:
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return ""
+    return "", _other_splits(reader)
+
+
+LIKE_GPT2 = {
+    *("default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo"),
+    *("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+}
+"""Names that GGUF files give to ways of splitting text that give GPT-2's tokens. The second
+row splits digits one by one, which makes no difference, as then no token joins them."""
+
+
+def _other_splits(reader: Any) -> str:
+    """Says so if transformers would not split text as the file's tokenizer does, which changes its tokens."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    kind, split = (reader.fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    if kind is None or split is None or str(kind.contents()) != "gpt2":
+        return ""
+    if (name := str(split.contents())) in LIKE_GPT2 or name in GGUF_PRE_TOKENIZER_SPLITS:
+        return ""
+    return (
+        f"splits text in its own way ({name}) before it makes tokens, and transformers does it in GPT-2's: some tokens "
+        "may not be those that the model was trained on; a folder of safetensors has its own tokenizer"
+    )
 
 
 def _unread(reader: Any) -> str:

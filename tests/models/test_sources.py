@@ -7,6 +7,7 @@ import shutil
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -283,8 +284,18 @@ def test_a_gguf_file_is_converted_once(gguf_file, tmp_path):
 )
 def test_what_transformers_leaves_out_of_a_gguf_file_is_refused(instead, said, gguf_file, tmp_path):
     (tmp_path / "model").mkdir()
-    assert said in gguf_files._convert(gguf_file(**instead), tmp_path / "model")
+    assert said in gguf_files._convert(gguf_file(**instead), tmp_path / "model")[0]
     assert not list((tmp_path / "model").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "split", "noted"),
+    [("gpt2", "falcon", True), ("gpt2", "smollm", False), ("gpt2", "llama-bpe", False), ("llama", "default", False)],
+)
+def test_a_way_of_splitting_text_that_transformers_does_not_have_is_noted(kind, split, noted):
+    facts = {"tokenizer.ggml.model": kind, "tokenizer.ggml.pre": split}
+    fields = {name: SimpleNamespace(contents=lambda value=value: value) for name, value in facts.items()}
+    assert (f"({split}) before it makes tokens" in gguf_files._other_splits(SimpleNamespace(fields=fields))) == noted
 
 
 def test_a_base_of_positions_that_transformers_does_not_read_is_noticed(gguf_file):
