@@ -17,6 +17,7 @@ from models.transcoder import Transcoder
 from sites import Site
 from trainers.activations import Pairs, read_pairs
 from trainers.base_transcoder import output_scale
+from trainers.errors import TrainingError
 
 AT_ONCE = 8192
 """Tokens whose change is computed at a time."""
@@ -58,7 +59,7 @@ def read_change(activations: Path, site: Site) -> DeltaData:
     train, validation = (change_pairs(activations, split, site) for split in ("train", "validation"))
     unit = mean_square(validation)
     if not unit:
-        raise ValueError(f"finetuning did not change what {site.words} computes on the validation tokens")
+        raise TrainingError(f"finetuning did not change what {site.words} computes on the validation tokens")
     totals = read_pairs(activations / "validation" / site.folder, ("sum", "sum_of_squares")).shards
     mean, square = (torch.stack(column).sum(0) / validation.tokens for column in zip(*totals, strict=True))
     share = unit / (square - mean.pow(2)).mean().item()

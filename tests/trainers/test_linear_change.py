@@ -1,5 +1,6 @@
 """The change of a projection: made of x and weights, it is what both models' own modules give."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from trainers.activations import read_pairs
 from trainers.capture import Columns, Plan, capture
 from trainers.checked_files import save
 from trainers.delta_data import change_map, change_pairs, change_unit, map_file, mean_square, read_change
+from trainers.errors import TrainingError
 
 ROWS = [[2, *range(start, start + 30)] for start in range(20, 200, 12)]
 
@@ -77,6 +79,19 @@ def test_each_part_counts_in_units_of_its_own_change(captured):
     assert changed[2] == pytest.approx(1.0, rel=0.02)
     assert data.unit == pytest.approx(mean_square(data.validation))
     assert raw.pow(2).mean(0)[: _parts(data.scale, raw)[0]].mean() > 1.5 * raw.pow(2).mean(0)[-1]
+
+
+def test_a_site_in_which_nothing_changed_is_one_sentence(captured, model_folder, wrapped, tmp_path):
+    """A trial records it as its reason."""
+    _, mapped, sites = captured
+    folder, site = Path(shutil.copytree(mapped, tmp_path / "same")), sites[0]
+    (path,) = read_paths(wrapped(model_folder), model_folder, [site], torch.float32).values()
+    map_file(folder, site).unlink()
+    save(map_file(folder, site), change_map(path, path))
+    with pytest.raises(
+        TrainingError, match="finetuning did not change what the queries, keys and values of layer 1 comp"
+    ):
+        read_change(folder, site)
 
 
 def _parts(scale, raw):

@@ -189,7 +189,7 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     from trainers.checkpoints import Keeper
     from trainers.delta_transcoder import train_deltas
     from trainers.distributed import processes
-    from trainers.errors import DivergedError
+    from trainers.errors import DivergedError, TrainingError
     from trainers.precision import resolve_precision
 
     torch.set_num_threads(config["threads"])
@@ -204,7 +204,12 @@ def train(config: dict[str, Any], report: Any) -> dict[str, Any]:
     residuals = config["residuals"] and Residuals(
         **{**config["residuals"], "candidate": tuple(config["residuals"]["candidate"])}
     )
-    data = pairs(Path(config["activations"]), config["site"], residuals or None, config["device"])
+    try:
+        data = pairs(Path(config["activations"]), config["site"], residuals or None, config["device"])
+    except TrainingError as error:  # of the site, so of all its trials
+        return (
+            {"side_by_side": [{**_failed(error), "history": []} for _ in members]} if side_by_side else _failed(error)
+        )
     reported: list[list[dict[str, Any]]] = [[] for _ in members]
 
     def note(number: int, figures: dict[str, Any]) -> None:
