@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -43,6 +44,13 @@ def test_a_changed_figure_shows(pattern: re.Pattern[str]) -> None:
     changed = f"{TEXT[:place]}{(int(digit[0]) + 1) % 10}{TEXT[place + 1 :]}"
     assert changed != TEXT
     assert filled(changed) == TEXT
+
+
+def test_the_script_runs_every_sweep_of_the_study() -> None:
+    script = Path(study.__file__).with_suffix(".sh")
+    subprocess.run(["bash", "-n", script], check=True)
+    named = set(re.findall(r"name=([\w-]+?)(?:-s\d)?[ )]", script.read_text())) | {"study"}
+    assert named == set(study.ADAPTERS.values())
 
 
 @pytest.mark.parametrize("only", ["", "random"])
