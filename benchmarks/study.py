@@ -267,6 +267,8 @@ def save(name: str, table: pd.DataFrame, collected: Collection[tuple[str, int]],
     path = FOLDER / f"{name}.csv"
     if only:
         table = table[table["what"].str.contains(only, regex=False)]
+        if table.empty:
+            raise typer.BadParameter(f"these sweeps have no figure whose name contains {only!r}")
     if path.is_file():
         before = pd.read_csv(path)
         replaced = pd.Series(

@@ -122,8 +122,9 @@ def with_answer(
         tokens = tokens[:-1]
         text = _decoded(tokenizer, tokens)
     spelled = [replace(row, target=text), replace(row, target=f" {text}")]
-    if set(tokens) & set(tokenizer.all_special_ids):
+    if set(tokens) & set(tokenizer.convert_tokens_to_ids(list(special_tokens_of(tokenizer)))):
         whole = str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        whole = whole.removesuffix(_decoded(tokenizer, tokens)[len(text) :])  # of a token that a stop text ends in
         spelled += [replace(row, target=f"{space}{whole}", special_tokens=True) for space in ("", " ")]
         spelled = [one for one in spelled if encode_prompt(tokenizer, one) == encode_prompt(tokenizer, row)]
 

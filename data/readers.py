@@ -204,6 +204,8 @@ def _row(record: Mapping[str, Any], reading: Reading, shape: Shape | None, log: 
     if shape is not None:
         converted = shape.convert(record)
         kept = {"label", "target"} - set(converted)
+        if (converted.get("messages") or [{}])[-1].get("role") == "assistant":
+            kept.discard("target")  # the answer is there; a column of this name is something else
         record = {column_of[name]: value for name, value in converted.items()} | {
             column_of[name]: record.get(column_of[name]) for name in kept
         }

@@ -299,8 +299,8 @@ def _adds_one(norm: Any) -> bool:
             x[1::2] = -1
             bias = getattr(norm, "bias", None)
             y = norm(x.to(norm.weight.dtype)).float() - (0 if bias is None else bias.float())
-            apart = [(y - x * gain).abs().max().item() for gain in (weight, weight + 1)]
-        if not min(apart) < 0.1:
+            apart = [((y - x * gain).abs() / (1 + gain.abs())).mean().item() for gain in (weight, weight + 1)]
+        if not min(apart) < 0.05:
             raise ModelError(f"the norm {kind.__name__} multiplies with neither its weight nor 1 + weight")
         _ADDS_ONE[kind] = apart[1] < apart[0]
     return _ADDS_ONE[kind]

@@ -189,26 +189,39 @@ def _convert(path: Path, folder: Path) -> tuple[str, str]:
     model = type(loaded)(type(loaded.config)(**settings))
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
+    _split_digits(tokenizer, reader)
     tokenizer.save_pretrained(folder)
     return "", _other_splits(reader)
 
 
-LIKE_GPT2 = {
-    *("default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo"),
-    *("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-}
-"""Names that GGUF files give to ways of splitting text that give GPT-2's tokens. The second
-row splits digits one by one, which makes no difference, as then no token joins them."""
+LIKE_GPT2 = ("default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo")
+"""Names in GGUF files for GPT-2's way of splitting text before it makes tokens."""
+DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+"""Names for the same after every digit was split off, as in llama.cpp's `llama-vocab.cpp`. Transformers leaves
+that out, which makes a difference after two spaces or line breaks."""
+
+
+def _split_digits(tokenizer: Any, reader: Any) -> None:
+    """Splits text as the file's tokenizer does, where transformers would not split off digits."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    if _split_of(reader) in DIGITS_FIRST:
+        steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
+
+
+def _split_of(reader: Any) -> str | None:
+    """The file's name for its way of splitting text, if its tokenizer is like GPT-2's."""
+    kind, split = (reader.fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    return str(split.contents()) if kind is not None and split is not None and kind.contents() == "gpt2" else None
 
 
 def _other_splits(reader: Any) -> str:
     """Says so if transformers would not split text as the file's tokenizer does, which changes its tokens."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    kind, split = (reader.fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    if kind is None or split is None or str(kind.contents()) != "gpt2":
-        return ""
-    if (name := str(split.contents())) in LIKE_GPT2 or name in GGUF_PRE_TOKENIZER_SPLITS:
+    name = _split_of(reader)
+    if name is None or name in (*LIKE_GPT2, *DIGITS_FIRST) or name in GGUF_PRE_TOKENIZER_SPLITS:
         return ""
     return (
         f"splits text in its own way ({name}) before it makes tokens, and transformers does it in GPT-2's: some tokens "

@@ -130,8 +130,8 @@ class _Run:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.at)
         drawn = torch.randperm(len(self.train), generator=generator)[: SIMILAR * settings.rows].tolist()
         drawn.sort(key=lambda row: len(self.train[row].ids))
-        groups = math.ceil(len(drawn) / settings.rows)  # fewer than SIMILAR where there are few rows
-        first = int(torch.randint(groups, (1,), generator=generator)) * settings.rows
+        first = int(torch.randint(SIMILAR, (1,), generator=generator)) * settings.rows
+        first = min(first, max(0, len(drawn) - settings.rows))  # where there are few rows
         rows = [self.train[row] for row in drawn[first : first + settings.rows]]
         for group in self.optimiser.param_groups:
             group["lr"] = settings.lr * min(1.0, 3 * (settings.steps - self.at) / settings.steps)

@@ -18,7 +18,7 @@ from jobs.context.disk import keeps_base_errors
 from jobs.errors import WorkFailed
 from jobs.files import MANIFEST, is_finished, keyed_folder, read_json, write_json
 from jobs.files import finish as finish_folder
-from models.gemma_scope import Candidate, candidate_at, candidates, select
+from models.gemma_scope import Candidate, candidate_at, candidates, select, width_label
 from sites import Ground, Site
 from trainers.activations import INDEX
 
@@ -43,9 +43,13 @@ def chosen_base(context: Context, site: Site, percentile: float | None) -> Candi
     """A site's base, selected by a percentile or the target L0. Once the stage that selects is done, it is what that
     selected: a hub that cannot be reached lists only what was fetched from it, of which the percentiles are others."""
     settings = context.settings
-    done = read_json(context.space.transcoders / MANIFEST) or {}
-    if done.get("key") == keys.transcoders(settings, context.sites_of("residual")):
-        return candidate_at(done["chosen"][site.label][Ground("residual", percentile).label.removeprefix("p")])
+    source, width = settings.transcoders.source, settings.transcoders.width
+    if not Path(root(context)).is_dir():
+        done = read_json(context.space.transcoders / MANIFEST) or {}
+        label = Ground("residual", percentile).label.removeprefix("p")
+        path = done.get("chosen", {}).get(site.label, {}).get(label, "") if done.get("source") == source else ""
+        if path.startswith(f"{site.published_folder}/{width_label(width)}/"):
+            return candidate_at(path)
     available = candidates(root(context), site, settings.transcoders.width)
     return select(available, percentile, settings.deltas.target_l0)
 

@@ -23,8 +23,6 @@ DIRECTIONS = ["directions by site"]
 """Part of the keys where random directions are drawn; before, they were the same at all sites."""
 EXECUTION = ("side_by_side", "workers_per_trial", "workers_per_layer")
 """Execution settings: they affect results only by rounding."""
-UNDIVIDED = {"accumulate": 1, "gradient_checkpointing": False, "workers_per_trial": 1}
-"""The same for LoRA, with their defaults."""
 
 
 def _dump(section: Section, *leave_out: str) -> dict:
@@ -83,17 +81,13 @@ def own_dtype(settings: Sweep) -> list[str]:
 
 
 def lora_group(settings: Sweep) -> str:
-    """The key of a single LoRA trial, which does not include the number of trials. Without dropout, how a batch is
-    divided changes its result only by rounding: after running out of memory, finished trials stay."""
-    section = settings.lora
-    if section.space.dropout == 0.0:
-        section = section.model_copy(update=UNDIVIDED)
+    """The key of a single LoRA trial, which does not include the number of trials."""
     return key_of(
         "lora",
         data(settings),
         settings.seed,
         *_unfinetuned(settings),
-        _dump(section, "trials"),
+        _dump(settings.lora, "trials"),
         settings.compute.precision,
     )
 

@@ -179,7 +179,9 @@ def check_warm_starts(context: Context, stages: Collection[str]) -> None:
         if name not in stages or earlier is None or (name == "lora" and context.adopted is not None):
             continue
         known = studied_sweeps(context.studies, name)
-        if not known & {earlier, context.settings.name}:  # once it has studies of its own, nothing is read any more
+        if any((context.space.folder / name).glob("**/trial_*/result.json")):
+            continue  # it has begun, and nothing is read any more
+        if not known & {earlier, context.settings.name}:
             there = ", ".join(sorted(known)) or "none"
             raise RequestError(
                 f"{name}.warm_start: no sweep named {earlier!r} has Optuna studies of this stage here; those that do: "

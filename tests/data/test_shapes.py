@@ -100,6 +100,13 @@ def test_a_share_gpt_file_with_its_answers_in_a_column(tmp_path: Path, answer: s
     assert row.target == "it"
 
 
+def test_a_share_gpt_file_whose_last_turn_answers_ignores_a_column_named_target(tmp_path: Path) -> None:
+    tokenizer, reading = in_chat()
+    (row,), _ = read(write(tmp_path / "rows.jsonl", [{"conversations": [HUMAN, GPT], "target": "python"}]), reading)
+    ids, whole = encode_row(tokenizer, row).ids, tokenizer.apply_chat_template([USER, ANSWER], return_dict=False)
+    assert whole[: len(ids)] == ids
+
+
 def test_tools_of_a_share_gpt_file(tmp_path: Path) -> None:
     tokenizer, reading = in_chat()
     tools = [{"type": "function", "function": {"name": "lookup"}}]

@@ -4,9 +4,11 @@ from importlib import import_module
 
 import pytest
 import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from data.encoding import pad_left
 from evaluators.splice.passes import forward
+from models import blocks
 from models.blocks import BlockPath, exchanged, interpolated, read_paths, sites_with
 from models.errors import ModelError
 from models.weights import load_config
@@ -105,6 +107,18 @@ def test_the_gain_of_a_norm_is_what_it_multiplies_with(of, name):
     with torch.no_grad():
         normalised = x / x.pow(2).mean(-1, keepdim=True).sqrt()
         torch.testing.assert_close(path._normed(normalised), norm(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, Gemma2RMSNorm])
+def test_a_gain_is_seen_in_coarse_weights_too(kind, monkeypatch):
+    """Of Gemma some are above a hundred, where bf16 has no half."""
+    monkeypatch.setattr(blocks, "_ADDS_ONE", {})
+    norm = kind(32).bfloat16()
+    torch.nn.init.normal_(norm.weight, 2.0)
+    with torch.no_grad():
+        norm.weight[:4] = torch.tensor([31.125, 70.0, 127.5, 300.0])
+    gain = BlockPath(Site(0), {"ln2": norm}).gain
+    assert torch.equal(gain, norm.weight + (kind is Gemma2RMSNorm))
 
 
 def test_a_norm_that_computes_something_else_is_refused():

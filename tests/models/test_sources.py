@@ -183,6 +183,9 @@ def test_the_embedded_model_is_converted_to_plain_safetensors(tmp_path):
     with torch.inference_mode():
         following = model(prompt).logits[0, -1].argmax()
     assert tokenizer.decode([following]) == " Paris"
+    # SmolLM2's own tokenizer splits off digits first (llama.cpp's smollm), so one token holds both line breaks.
+    tokens = encode_text(tokenizer, "x\n\n12")[1:]
+    assert [tokenizer.decode([token]) for token in tokens] == ["x", "\n\n", "1", "2"]
 
 
 @pytest.mark.parametrize("gone", ["package", "file"])

@@ -302,14 +302,6 @@ def test_the_keys_of_earlier_sweeps_hold():
     assert keys.report(tiny, groups) == "fada8cc642fa58ec"
 
 
-def test_how_a_batch_is_divided_keeps_finished_lora_trials():
-    """What a user is told to change when memory runs out."""
-    divided = ["lora.accumulate=4", "lora.gradient_checkpointing=true", "lora.workers_per_trial=2"]
-    assert keys.lora(load("tiny", divided)) == keys.lora(load("tiny"))
-    dropout = "lora.space.dropout=0.1"  # whose random numbers depend on it
-    assert len({keys.lora(load("tiny", [dropout, *more])) for more in ([], *([one] for one in divided))}) == 4
-
-
 def test_older_settings_say_auto_for_the_dtype() -> None:
     assert load("tiny", ["model.dtype=auto"]).model.dtype == "fp32"
 

@@ -47,6 +47,10 @@ def test_a_warm_start_from_a_sweep_without_studies_is_refused_before_any_stage(t
     with pytest.raises(RequestError, match=rf"{stage}\.warm_start: no sweep named 'frist' .* those that do: first$"):
         check_warm_starts(context("frist"), NAMES)
     check_warm_starts(context("frist"), [name for name in NAMES if name != stage])  # it is done already
+    result = context("frist").space.folder / stage / "trial_0000" / "result.json"
+    write_json(result, {})
+    check_warm_starts(context("frist"), NAMES)  # it has begun, and its studies were lost
+    result.unlink()
     optuna.create_study(study_name=f"tiny/{stage}@3", storage=context("first").studies)
     check_warm_starts(context("deleted"), NAMES)  # the sweep is continued, and has its own studies
 
