@@ -122,7 +122,8 @@ def with_answer(
         tokens = tokens[:-1]
         text = _decoded(tokenizer, tokens)
     spelled = [replace(row, target=text), replace(row, target=f" {text}")]
-    if set(tokens) & set(tokenizer.convert_tokens_to_ids(list(special_tokens_of(tokenizer)))):
+    special = {tokenizer.convert_tokens_to_ids(token) for token in special_tokens_of(tokenizer)}
+    if special.intersection(tokens):
         whole = str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         whole = whole.removesuffix(_decoded(tokenizer, tokens)[len(text) :])  # of a token that a stop text ends in
         spelled += [replace(row, target=f"{space}{whole}", special_tokens=True) for space in ("", " ")]
