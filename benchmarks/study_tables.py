@@ -106,7 +106,7 @@ def quoted(folder: Path, file: str, adapter: str, subset: str, what: str) -> str
     matching = table[(table["adapter"] == adapter) & (table["subset"] == subset) & (table["what"].astype(str) == what)]
     if matching.empty:
         raise KeyError(f"{file}.csv has no row of {adapter!r}, {subset!r}, {what!r}")
-    return figure(matching, 4 if matching["value"].abs().max() < 0.01 else 3)
+    return figure(matching, 4 if 0 < matching["value"].abs().max() < 0.01 else 3)
 
 
 def pairs(folder: Path) -> str:
