@@ -299,7 +299,7 @@ def rival(folder: Path) -> str:
     table = table[~table["name"].str.contains("no BOS") & table["subset"].map(shown)]
     rows = [
         [
-            row["deltas_at"],
+            "all linear" if row["deltas_at"] == "all sites" else row["deltas_at"],
             f"`{row['subset']}`",
             row["name"],
             number(row["recovered"]) + bracketed(row["low"], row["high"], 3),
