@@ -31,5 +31,6 @@ def memory_error_named(batch_size: int, accumulate: int) -> Iterator[None]:
             raise
         raise TrainingError(
             f"out of memory with batch_size {batch_size}, accumulate {accumulate}: raise lora.accumulate, set "
-            f"lora.gradient_checkpointing=true, or use fewer rows per batch ({' '.join(text.split())[:120]})"
+            "lora.gradient_checkpointing=true, or use fewer rows per batch; finished trials are then run again, too "
+            f"({' '.join(text.split())[:120]})"
         ) from None
