@@ -240,12 +240,12 @@ def page(lines: list[str]) -> str:
     return f"""# Architectures
 
 This table says which architectures work. Each row is a small random model of one; `python -m tests.models.table` runs
-the checks, and a test repeats them. The columns `mlp`, `qkv` and `o` are single kinds of site, and "all of these"
-is all together. "yes" means that four checks passed there: putting back a site's own output gives the finetuned model;
-alpha 0 gives the model with un-finetuned weights at those sites; alpha 1, with the true change in place of a delta,
-gives the finetuned model; decoding with a cache gives the same text as without. The column after them is for a model
-with all weights finetuned: alpha 0 at all sites, and in everything outside them (the [rest](concepts.md#sites)), must
-give the un-finetuned model. Every sweep runs these checks on your own model too.
+the checks, and a test repeats them. The columns `mlp`, `qkv` and `o` test one kind of site at a time, "all of these"
+tests them together. "yes" means that four checks passed there: putting back a site's own output gives the finetuned
+model; alpha 0 gives the model with un-finetuned weights at those sites; alpha 1, with the true change in place of a
+delta, gives the finetuned model; decoding with a cache gives the same text as without. The column after them is for a
+model with all weights finetuned: alpha 0 at all sites, and in everything outside them (the [rest](concepts.md#sites)),
+must give the un-finetuned model. Every sweep runs these checks on your own model too.
 
 | architecture | such as | {" | ".join(COLUMNS)} |
 |---|---|{"---|" * len(COLUMNS)}
