@@ -57,8 +57,7 @@ def examine(context: Context, keep: bool = True) -> None:
 
 
 def has_finetuned(context: Context) -> bool:
-    """Whether the finetuned model is there and was checked. If its manifest is damaged, no: the
-    sweep mends that later."""
+    """Whether the finetuned model is there and was checked; not if its manifest is damaged, which is mended later."""
     try:
         return is_finished(context.space.lora, keys.finetuned_check(context.settings))
     except DamagedFileError:
