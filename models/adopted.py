@@ -152,9 +152,9 @@ def _quantised(comparison: Comparison, *sources: str) -> list[str]:
     if not names or not set(EMBEDDINGS) & set(comparison.changed):
         return []
     return [
-        f"{' and '.join(names)} had been quantised, and even the embeddings of the two models differ: unless one was "
-        "finetuned from just these weights of the other, what quantisation lost counts as finetuning; give both as "
-        "they were before it"
+        f"{' and '.join(names)} had been quantised, and even the embeddings of the two models differ: unless the "
+        "finetuned model was trained from the dequantised weights themselves, what quantisation lost counts as "
+        "finetuning; give both models as they were before quantisation"
     ]
 
 

@@ -224,8 +224,8 @@ def _other_splits(reader: Any) -> str:
     if name is None or name in (*LIKE_GPT2, *DIGITS_FIRST) or name in GGUF_PRE_TOKENIZER_SPLITS:
         return ""
     return (
-        f"splits text in its own way ({name}) before it makes tokens, and transformers does it in GPT-2's: some tokens "
-        "may not be those that the model was trained on; a folder of safetensors has its own tokenizer"
+        f"splits text in a way ({name}) that transformers does not know, so GPT-2's is used: some tokens may differ "
+        "from those that the model was trained on; a folder of safetensors comes with its own tokenizer"
     )
 
 

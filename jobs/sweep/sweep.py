@@ -178,9 +178,9 @@ def check_warm_starts(context: Context, stages: Collection[str]) -> None:
         earlier = getattr(context.settings, name).warm_start
         if name not in stages or earlier is None or (name == "lora" and context.adopted is not None):
             continue
-        known = studied_sweeps(context.studies, name)
         if any((context.space.folder / name).glob("**/trial_*/result.json")):
             continue  # it has begun, and nothing is read any more
+        known = studied_sweeps(context.studies, name)
         if not known & {earlier, context.settings.name}:
             there = ", ".join(sorted(known)) or "none"
             raise RequestError(

@@ -298,7 +298,10 @@ def test_what_transformers_leaves_out_of_a_gguf_file_is_refused(instead, said, g
 def test_a_way_of_splitting_text_that_transformers_does_not_have_is_noted(kind, split, noted):
     facts = {"tokenizer.ggml.model": kind, "tokenizer.ggml.pre": split}
     fields = {name: SimpleNamespace(contents=lambda value=value: value) for name, value in facts.items()}
-    assert (f"({split}) before it makes tokens" in gguf_files._other_splits(SimpleNamespace(fields=fields))) == noted
+    assert (
+        f"in a way ({split}) that transformers does not know"
+        in gguf_files._other_splits(SimpleNamespace(fields=fields))
+    ) == noted
 
 
 def test_a_base_of_positions_that_transformers_does_not_read_is_noticed(gguf_file):
