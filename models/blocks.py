@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from models.architectures import kinds_of
 from models.bridge import Hook, block_of, hook_names, whole
 from models.errors import ModelError
+from models.packed import pack
 from models.weights import build_skeleton, open_weights
 from sites import ATTENTION_OUT, QKV, Kind, Site
 
@@ -232,6 +233,7 @@ def read_paths(
             module.eval().requires_grad_(False)
         borrowed = {part: parts[part].original_component for part in ("ln1",) if part in parts and part not in modules}
         paths[site] = BlockPath(site, modules | borrowed, frozenset(borrowed))
+    pack(*(module for path in paths.values() for module in path.parts.values()))
     return paths
 
 

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,6 @@ def _convert(path: Path, folder: Path) -> tuple[str, str]:
     """Converts; returns what is wrong with the file, if anything, and what is doubtful. Results and not errors, since
     errors of libraries may not survive the way back from another process."""
     os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported; transformers has no switch for this bar
-    import gguf
     import torch
     import transformers
 
@@ -164,11 +164,11 @@ def _convert(path: Path, folder: Path) -> tuple[str, str]:
     transformers.logging.disable_progress_bar()
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32, "output_loading_info": True}
     try:
-        reader = gguf.GGUFReader(path)
-        if unread := _unread(reader):
-            return unread, ""
-        loaded_pair: Any = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with _read_once(path) as reader:
+            if unread := _unread(reader):
+                return unread, ""
+            loaded_pair: Any = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # whatever a damaged file makes the readers raise
         return f"cannot be read as a causal LM: {one_line(error, 300)}", ""
     loaded, loading = loaded_pair
@@ -192,6 +192,21 @@ def _convert(path: Path, folder: Path) -> tuple[str, str]:
     _split_digits(tokenizer, reader)
     tokenizer.save_pretrained(folder)
     return "", _other_splits(reader)
+
+
+@contextmanager
+def _read_once(path: Path) -> Iterator[Any]:
+    """The file's reader, which transformers gets too inside the `with`: it would make one each for config, weights and
+    tokenizer, and a large vocabulary takes each of them ten seconds."""
+    import gguf
+
+    kind: Any = gguf.GGUFReader
+    reader = kind(path)
+    gguf.GGUFReader = lambda name: reader if Path(name) == path else kind(name)  # type: ignore[assignment,misc]
+    try:
+        yield reader
+    finally:
+        gguf.GGUFReader = kind  # type: ignore[misc]
 
 
 LIKE_GPT2 = ("default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo")

@@ -1,92 +1,119 @@
 """A model's linear layers on a CPU, computed from weights in the order in which oneDNN reads them.
 
-In: a model whose weights stay as they are for a while. Out: inside `packed`, its linear layers give the same products,
-rounded differently in the last bits. With the few rows of a step of decoding they are faster
-(`benchmarks.packed_products`), with hundreds of rows about as fast as before.
+In: a model, or parts of one, in fp32. Out: its linear layers give the same products, rounded differently in the last
+bits, and faster: many rows at once, always; the few rows of a step of decoding, inside `packed`. How much faster
+depends on the CPU (`benchmarks.packed_products`). Weights may change at any time: a copy belongs to the memory of one
+weight as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
 
-MOST_BYTES = 2**32
+MOST_BYTES = 5 * 2**29
 """A model whose linear weights have more bytes than this is left as it is, since the copies take as much memory."""
+PAYS_AT = 128
+"""Rows from which a product pays for copying its weight, even if the weight is used once. It depends on nothing else,
+so that the same rows always give the same bits."""
 ROWS = 16
 """Number of rows for which oneDNN chooses the order of the weights; it serves other numbers as well."""
+
+_FEW_ROWS: ContextVar[bool] = ContextVar("few_rows", default=False)
+"""Whether products of few rows use copies too."""
+
+
+class _Place(NamedTuple):
+    """Where a weight is in memory."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 class _Copy(NamedTuple):
     """A weight in oneDNN's order, and which weight it was made from."""
 
     storage: StorageWeakRef
-    place: tuple[int, tuple[int, ...], int]
+    version: int
     weight: Tensor
 
-    def is_of(self, weight: Tensor) -> bool:
-        """Whether it is still the copy of `weight`: the same memory, never freed in between, and not written to."""
-        return self.place == _place(weight) and not self.storage.expired()
+
+_COPIES: dict[_Place, _Copy] = {}
 
 
-_COPIES: WeakKeyDictionary[nn.Linear, _Copy] = WeakKeyDictionary()
-"""The latest copy of each layer's weight: a pass often runs with the same weights as the one before."""
+class PackedLinear(nn.Linear):
+    """A linear layer that computes by oneDNN where that pays, and no gradient is needed."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.numel() // self.in_features
+        if torch.is_grad_enabled() or not _is_fp32_on_cpu(self.weight) or not (rows >= PAYS_AT or _FEW_ROWS.get()):
+            return functional.linear(input, self.weight, self.bias)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(input, _copy_of(self.weight), self.bias, "none", [], "")
+        return product
+
+
+def pack(*modules: nn.Module) -> None:
+    """Makes the linear layers of `modules` ones that compute by oneDNN. Does nothing for a large model, or where torch
+    has no oneDNN. Parameters, names and gradients stay as they are."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return
+    layers = [layer for module in modules for layer in module.modules() if type(layer) is nn.Linear]
+    if sum(layer.weight.nbytes for layer in layers) <= MOST_BYTES:
+        for layer in layers:
+            layer.__class__ = PackedLinear
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`, the model's fp32 linear layers on a CPU compute by oneDNN. Gradients are not tracked, and no
-    weight may change. Does nothing on another device, in another dtype, for a large model, or where torch has no
-    oneDNN."""
-    layers = _layers(model)
-    products = [_product(_copy_of(layer), layer.bias) for layer in layers]
-    for layer, product in zip(layers, products, strict=True):
-        layer.__dict__["forward"] = product  # assigning an attribute of a module would look for parameters first
+def packed() -> Iterator[None]:
+    """Inside the `with`, products of few rows compute by oneDNN too. A copy costs about as much as it saves in six
+    steps."""
+    token = _FEW_ROWS.set(True)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.__dict__["forward"]
+        _FEW_ROWS.reset(token)
 
 
 def is_packed(model: nn.Module) -> bool:
-    """Whether all copies that `packed` would use are there already, so that it costs nothing."""
-    return all((found := _COPIES.get(layer)) is not None and found.is_of(layer.weight) for layer in _layers(model))
+    """Whether all copies that the model would use inside `packed` are there already, so that they cost nothing."""
+    return all(
+        _found(layer.weight) is not None
+        for layer in model.modules()
+        if isinstance(layer, PackedLinear) and _is_fp32_on_cpu(layer.weight)
+    )
 
 
-def _layers(model: nn.Module) -> list[nn.Linear]:
-    """The layers to compute by oneDNN; none where it is not to be had, or the copies would be too large."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return []
-    layers = [module for module in model.modules() if type(module) is nn.Linear and _can_be_packed(module.weight)]
-    return layers if sum(layer.weight.nbytes for layer in layers) <= MOST_BYTES else []
-
-
-def _can_be_packed(weight: Tensor) -> bool:
+def _is_fp32_on_cpu(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def _copy_of(layer: nn.Linear) -> _Copy:
-    found = _COPIES.get(layer)
-    if found is None or not found.is_of(layer.weight):
-        weight: Any = layer.weight.detach()
-        reordered = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-        found = _COPIES[layer] = _Copy(StorageWeakRef(weight.untyped_storage()), _place(weight), reordered)
-    return found
+def _copy_of(weight: Tensor) -> Tensor:
+    found = _found(weight)
+    if found is None:
+        for place in [place for place, copy in _COPIES.items() if copy.storage.expired()]:
+            del _COPIES[place]
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        found = _COPIES[_place(weight)] = _Copy(StorageWeakRef(weight.untyped_storage()), _version(weight), reordered)
+    return found.weight
 
 
-def _product(copy: _Copy, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    def product(x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, copy.weight, bias, "none", [], "")
+def _found(weight: Tensor) -> _Copy | None:
+    """The copy of `weight` as it is now: of the same memory, never freed in between, and not written to."""
+    copy = _COPIES.get(_place(weight))
+    return None if copy is None or copy.storage.expired() or copy.version != _version(weight) else copy
 
-    return product
+
+def _place(weight: Tensor) -> _Place:
+    return _Place(weight.data_ptr(), tuple(weight.shape), weight.stride())
 
 
-def _place(weight: Tensor) -> tuple[int, tuple[int, ...], int]:
-    version = 0 if weight.is_inference() else weight._version
-    return weight.data_ptr(), tuple(weight.shape), version
+def _version(weight: Any) -> int:
+    return 0 if weight.is_inference() else weight._version

@@ -191,6 +191,8 @@ def load_model(
     import transformers
     from safetensors import SafetensorError
 
+    from models.packed import pack
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -203,7 +205,9 @@ def load_model(
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ModelError(f"model.source: the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}")
-    return model.to(device).eval(), _within(load_tokenizer(folder), model, folder)
+    model = model.to(device).eval()
+    pack(model)
+    return model, _within(load_tokenizer(folder), model, folder)
 
 
 def _within(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> PreTrainedTokenizerBase:

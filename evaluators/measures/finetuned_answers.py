@@ -50,7 +50,7 @@ def answers(
     """The greedy continuation of each prompt, in order, up to one of the tokens `ends` or to the limits."""
     by_prompt: dict[int, GeneratedAnswer] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with packed(model), _greedy(model) as generate:
+    with packed(), _greedy(model) as generate:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id).to(model.device)

@@ -20,6 +20,8 @@ from models.rest import finetuned_rest
 
 CHOICES = 3
 """Number of most likely next tokens stored for each model."""
+COMPARED = 128
+"""Positions at which the models are compared at once; the logits of a large vocabulary take much memory."""
 
 
 class TokenKL(NamedTuple):
@@ -39,12 +41,17 @@ class TokenKL(NamedTuple):
 
 @torch.inference_mode()
 def token_kl(passes: Passes, changes: Changes, rows: Sequence[Sequence[int]]) -> list[TokenKL]:
-    """Both models run once over each row; rows have at least two tokens. Only residual streams are kept, and logits of
-    a few positions at a time."""
+    """Both models run once over each row; rows have at least two tokens. Only residual streams are kept, and the logits
+    of a few positions at a time, of one row or several."""
     finetuned = _streams(passes, rows)
     with changes.undone(passes.bridge, changes.pieces):
         unfinetuned = _streams(passes, rows)
-        return [_compare(passes, *row) for row in zip(rows, finetuned, unfinetuned, strict=True)]
+        follows = torch.tensor([token for ids in rows for token in ids[1:]], device=finetuned[0].device)
+        pieces = (torch.cat(finetuned), torch.cat(unfinetuned), follows)
+        compared = [_compare(passes, *piece) for piece in zip(*(part.split(COMPARED) for part in pieces), strict=True)]
+    lengths = [len(ids) - 1 for ids in rows]
+    columns = (torch.cat(column).cpu().split(lengths) for column in zip(*compared, strict=True))
+    return [TokenKL(tuple(ids), *row) for ids, *row in zip(rows, *columns, strict=True)]
 
 
 def _streams(passes: Passes, rows: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -60,18 +67,18 @@ def _streams(passes: Passes, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     return [streams[i] for i in range(len(rows))]
 
 
-def _compare(passes: Passes, ids: Sequence[int], finetuned: Tensor, unfinetuned: Tensor) -> TokenKL:
-    """Inside `undone`: the un-finetuned model's norm and unembedding are in place, the finetuned ones put back for its
-    own stream."""
-    bridge, done, parts = passes.bridge, 0, list[tuple[Tensor, ...]]()
-    for after in project(bridge, unfinetuned):
-        count = len(after)
-        with finetuned_rest(bridge):
-            (before,) = project(bridge, finetuned[done : done + count])
-        follows = torch.tensor(ids[done + 1 : done + 1 + count], device=after.device).unsqueeze(1)
-        log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
-        kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q).clamp(min=0.0)
-        nll_p, nll_q = (-log.gather(1, follows).squeeze(1) for log in (log_p, log_q))
-        parts.append((kl, nll_p, nll_q, log_p.topk(CHOICES).indices, log_q.topk(CHOICES).indices))
-        done += count
-    return TokenKL(tuple(ids), *(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+def _compare(passes: Passes, finetuned: Tensor, unfinetuned: Tensor, follows: Tensor) -> tuple[Tensor, ...]:
+    """The columns of `TokenKL` at some positions, from what leaves both models' last blocks (position, d_model) and the
+    tokens that follow.
+
+    Inside `undone`: the un-finetuned model's norm and unembedding are in place, the finetuned ones put back for its own
+    stream.
+    """
+    bridge = passes.bridge
+    after = torch.cat([*project(bridge, unfinetuned)])
+    with finetuned_rest(bridge):
+        before = torch.cat([*project(bridge, finetuned)])
+    log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
+    kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q).clamp(min=0.0)
+    nll_p, nll_q = (-log.gather(1, follows.unsqueeze(1)).squeeze(1) for log in (log_p, log_q))
+    return kl, nll_p, nll_q, log_p.topk(CHOICES).indices, log_q.topk(CHOICES).indices

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,7 +85,13 @@ class Stop:
         last = {text[-1] for text in self.limits.texts}
         if not all("!" <= character <= "~" for character in last):
             return None
-        return frozenset(index for token, index in self.tokenizer.get_vocab().items() if not last.isdisjoint(token))
+        return _tokens_with(self.tokenizer, frozenset(last))
+
+
+@lru_cache(maxsize=4)
+def _tokens_with(tokenizer: PreTrainedTokenizerBase, characters: frozenset[str]) -> frozenset[int]:
+    """The tokens that contain one of the characters; cached, since a large vocabulary takes a third of a second."""
+    return frozenset(index for token, index in tokenizer.get_vocab().items() if not characters.isdisjoint(token))
 
 
 def generate(passes: Passes, edit: Edit, jobs: Sequence[Job], scored: Sequence[Scored], stop: Stop) -> list[list[int]]:
@@ -221,7 +227,7 @@ class _Decoding:
             steps, packs_at = count(), 0 if is_packed(model) else PLAIN_STEPS
             while self._waiting or running is not None:
                 if next(steps) == packs_at and self.passes.shortcuts.pack_weights:
-                    stack.enter_context(packed(model))
+                    stack.enter_context(packed())
                 running = self._advanced(running)
         return [self.stop.cut(output) or output for output in self._outputs]
 

@@ -3,54 +3,91 @@
 from __future__ import annotations
 
 import gc
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 
 from models import packed as file
-from models.packed import is_packed, packed
+from models.packed import PAYS_AT, PackedLinear, is_packed, pack, packed
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(40, 72), nn.SiLU(), nn.Linear(72, 24, bias=False)).to(dtype)
+    layers = nn.Sequential(nn.Linear(40, 72), nn.SiLU(), nn.Linear(72, 24, bias=False)).to(dtype)
+    pack(layers)
+    return layers
+
+
+def plain(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    copied = nn.Sequential(nn.Linear(40, 72), nn.SiLU(), nn.Linear(72, 24, bias=False)).to(x.dtype)
+    copied.load_state_dict(layers.state_dict())
+    return copied(x)
+
+
+def copies_of(layers: nn.Sequential) -> list[object]:
+    return [file._found(layer.weight) for layer in layers if isinstance(layer, PackedLinear)]
 
 
 @pytest.mark.parametrize("shape", [(40,), (1, 40), (16, 40), (3, 5, 40), (2, 300, 40)])
 def test_products_are_the_plain_ones(shape: tuple[int, ...]) -> None:
     layers, x = model(), torch.randn(shape)
     with torch.inference_mode():
-        plain = layers(x)
-        with packed(layers):
-            assert "forward" in layers[0].__dict__, "otherwise there is nothing to test"
+        expected = plain(layers, x)
+        with packed():
             ours = layers(x)
-        assert torch.equal(layers(x), plain)
-    assert ours.shape == plain.shape
-    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+        assert None not in copies_of(layers), "otherwise there is nothing to test"
+    assert ours.shape == expected.shape
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_exchanged_weights_are_packed_anew() -> None:
+@pytest.mark.parametrize(("rows", "pays"), [(PAYS_AT - 1, False), (PAYS_AT, True)])
+def test_many_rows_use_copies_always_and_few_never(rows: int, pays: bool) -> None:
+    """Whatever ran before: otherwise the last bits of a figure would depend on it."""
+    layers, x = model(), torch.randn(rows, 40)
+    with torch.inference_mode():
+        first = layers(x)
+        assert is_packed(layers) == pays
+        with packed():
+            layers(x[:1])
+        assert is_packed(layers)
+        assert torch.equal(layers(x), first)
+        assert torch.equal(first, plain(layers, x)) or pays
+
+
+def test_gradients_are_those_of_the_plain_layer() -> None:
+    layers, x = model(), torch.randn(PAYS_AT, 40)
+    layers(x).square().sum().backward()
+    assert not is_packed(layers)
+    assert all(parameter.grad is not None for parameter in layers.parameters())
+
+
+def test_exchanged_weights_have_copies_of_their_own() -> None:
     layers, x = model(), torch.randn(4, 40)
     own, other = layers[0].weight.data, torch.randn(72, 40)
+    found = []
     with torch.inference_mode():
-        for weight in (own, other, own):
+        for weight in (own, other, own, other):
             layers[0].weight.data = weight
-            with packed(layers):
+            with packed():
                 ours = layers(x)
-            torch.testing.assert_close(ours, layers(x), rtol=1e-5, atol=1e-5)
+            found.append(file._found(layers[0].weight))
+            torch.testing.assert_close(ours, plain(layers, x), rtol=1e-5, atol=1e-5)
+    assert found[0] is found[2]
+    assert found[1] is found[3]
 
 
 def test_weights_that_were_trained_in_between_are_packed_anew() -> None:
     layers, x = model(), torch.randn(4, 40)
-    with torch.inference_mode(), packed(layers):
+    with torch.inference_mode(), packed():
         before = layers(x)
     optimizer = torch.optim.SGD(layers.parameters(), lr=1.0)
     layers(x).square().sum().backward()
     optimizer.step()
-    with torch.inference_mode(), packed(layers):
+    with torch.inference_mode(), packed():
         after = layers(x)
-    torch.testing.assert_close(after, layers(x).detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(after, plain(layers, x).detach(), rtol=1e-5, atol=1e-4)
     assert not torch.allclose(before, after)
 
 
@@ -66,36 +103,60 @@ def test_memory_that_was_freed_and_used_again_is_packed_anew() -> None:
             gc.collect()
             layers[0].weight.data = torch.randn(72, 40)
             reused += layers[0].weight.data_ptr() == place
-            with packed(layers):
+            with packed():
                 ours = layers(x)
-            torch.testing.assert_close(ours, layers(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours, plain(layers, x), rtol=1e-5, atol=1e-5)
     assert reused, "otherwise there is nothing to test"
 
 
-def test_a_copy_is_made_once() -> None:
-    layers = model()
-    assert not is_packed(layers)
-    with packed(layers):
-        first = file._COPIES[layers[0]]
-    assert is_packed(layers)
-    with packed(layers):
-        assert file._COPIES[layers[0]] is first
-    layers[2].weight.data = torch.randn(24, 72)
-    assert not is_packed(layers)
+def test_a_transposed_weight_in_the_same_memory_has_a_copy_of_its_own() -> None:
+    square = nn.Linear(32, 32, bias=False)
+    pack(square)
+    x, weight = torch.randn(PAYS_AT, 32), square.weight.data
+    with torch.inference_mode():
+        for seen in (weight, weight.T):
+            square.weight.data = seen
+            torch.testing.assert_close(square(x), x @ seen.T, rtol=1e-5, atol=1e-5)
 
 
-def test_the_layers_are_as_before_after_an_error() -> None:
+def test_a_copy_goes_with_its_weight() -> None:
+    layers, x = model(), torch.randn(PAYS_AT, 40)
+    with torch.inference_mode():
+        layers(x)
+        places = [file._place(layer.weight) for layer in layers if isinstance(layer, PackedLinear)]
+        del layers
+        gc.collect()
+        other = model()
+        other(x)
+    left = [file._COPIES[place] for place in places if place in file._COPIES]
+    assert not any(copy.storage.expired() for copy in left)
+
+
+def test_a_deep_copy_computes_with_its_own_weights() -> None:
+    layers, x = model(), torch.randn(PAYS_AT, 40)
+    with torch.inference_mode():
+        first = layers(x)
+        copied = deepcopy(layers).double()
+        torch.testing.assert_close(copied(x.double()).float(), first, rtol=1e-5, atol=1e-5)
+        copied[0].weight.zero_()
+        assert torch.equal(layers(x), first)
+
+
+def test_few_rows_are_plain_again_after_an_error() -> None:
     layers = model()
-    with pytest.raises(ValueError, match="in between"), packed(layers):
+    with pytest.raises(ValueError, match="in between"), packed():
         raise ValueError("in between")
-    assert "forward" not in layers[0].__dict__
+    with torch.inference_mode():
+        layers(torch.randn(1, 40))
+    assert not is_packed(layers)
 
 
 def test_other_dtypes_and_large_models_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     halves = model(torch.bfloat16)
-    with packed(halves):
-        assert "forward" not in halves[0].__dict__
-    layers = model()
-    monkeypatch.setattr(file, "MOST_BYTES", layers[0].weight.nbytes)
-    with packed(layers):
-        assert "forward" not in layers[0].__dict__
+    x = torch.randn(PAYS_AT, 40)
+    with torch.inference_mode(), packed():
+        assert torch.equal(halves(x.bfloat16()), plain(halves, x.bfloat16()))
+    large = nn.Sequential(nn.Linear(40, 72), nn.Linear(72, 24))
+    monkeypatch.setattr(file, "MOST_BYTES", large[0].weight.nbytes)
+    pack(large)
+    assert all(type(layer) is nn.Linear for layer in large)

@@ -271,6 +271,19 @@ def test_a_gguf_file_is_converted_once(gguf_file, tmp_path):
     assert model_facts(folder)["n_kv_heads"] == 2
 
 
+def test_a_gguf_file_is_read_once(gguf_file, tmp_path, monkeypatch):
+    """Transformers alone would read it three times; with a large vocabulary each takes ten seconds."""
+    import gguf
+
+    path, reader, read = gguf_file(), gguf.GGUFReader, []
+    build_fields = reader._build_fields
+    monkeypatch.setattr(reader, "_build_fields", lambda self, *args: read.append(args) or build_fields(self, *args))
+    (tmp_path / "model").mkdir()
+    assert gguf_files._convert(path, tmp_path / "model") == ("", "")
+    assert len(read) == 1
+    assert gguf.GGUFReader is reader
+
+
 @pytest.mark.parametrize(
     ("instead", "said"),
     [

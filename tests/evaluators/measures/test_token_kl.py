@@ -32,15 +32,15 @@ def test_divergence_and_choices_are_those_of_the_two_plain_models(subject, load,
         assert row.kl.max() > 1e-3, "the two models say different things"
 
 
-def test_long_rows_are_compared_in_pieces(subject, altered, tmp_path, monkeypatch):
-    """Logits of a few positions at a time give what all at once give."""
+def test_rows_are_compared_in_pieces(subject, altered, tmp_path, monkeypatch):
+    """Logits of a few positions at a time give what all at once give, wherever a row ends."""
     before = altered(subject.folder, tmp_path, "")
     changes = Changes.between(
         subject.bridge, before, compare(open_weights(before), open_weights(subject.folder)).changed
     )
     rows = [row.ids for row in subject.encoded]
     whole = token_kl(subject.passes, changes, rows)
-    monkeypatch.setattr("evaluators.splice.passes.PROJECTED", 7)
+    monkeypatch.setattr("evaluators.measures.token_kl.COMPARED", 7)
     for one, other in zip(whole, token_kl(subject.passes, changes, rows), strict=True):
         assert torch.allclose(one.kl, other.kl, atol=1e-5)
         assert torch.equal(one.finetuned, other.finetuned)

@@ -159,7 +159,7 @@ def test_weights_may_be_packed_from_any_step_on(subject, stop, by_hand, conditio
     """Every edit has its own weights, so the copies made for one are not used for the next."""
     monkeypatch.setattr(decoding, "PLAIN_STEPS", steps)
     entered = []
-    monkeypatch.setattr(decoding, "packed", lambda model: entered.append(model) or packed(model))
+    monkeypatch.setattr(decoding, "packed", lambda: entered.append(None) or packed())
     for patches in (getattr(subject, place) for place in PLACES):
         reference = by_hand(subject.plain, patches, condition, 1.0)
         expected = [reference.greedy(row.prompt, {subject.tokenizer.eos_token_id}, BUDGET) for row in subject.encoded]
