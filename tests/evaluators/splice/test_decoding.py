@@ -427,8 +427,11 @@ def test_a_token_that_closes_the_tag_and_says_more_ends_too():
     words = {"<tool_call>": 0, "1": 1, "</tool_call": 2, ">\n": 3, ">": 4}
     names = {index: word for word, index in words.items()}
 
+    class Stub(SimpleNamespace):
+        __hash__ = object.__hash__
+
     def stub(vocabulary):
-        return SimpleNamespace(
+        return Stub(
             eos_token_id=9, get_vocab=lambda: vocabulary, decode=lambda ids, **_: "".join(names[i] for i in ids)
         )
 
