@@ -32,9 +32,11 @@ python -m jobs sweep examples/pair/pair.yaml name=study-signature-s0 model.finet
 
 # Gemma, two seeds; the first one's figures again, with plain transformers.
 make gemma
-python -m jobs sweep gemma3_270m name=study-gemma --seeds 0
-python -m jobs sweep gemma3_270m name=study-gemma --seeds 1 "deltas.targets=[change]" evaluate.cards=0 evaluate.graphs=0 \
-    "$controls" "$strengths"
+gemma=(gemma3_270m name=study-gemma lora.steps=60 lora.eval_every=30 activations.train_tokens=20000
+    "deltas.d_new=[8, 128]" evaluate.groups=6)
+python -m jobs sweep "${gemma[@]}" --seeds 0 "evaluate.controls=[random_delta, scaled_weights]"
+python -m jobs sweep "${gemma[@]}" --seeds 1 "deltas.targets=[change]" evaluate.cards=0 evaluate.graphs=0 "$controls" \
+    "$strengths"
 python -m benchmarks.plain_knob study-gemma-s0 --csv docs/study/plain_knob.csv
 
 # MLPs alone, three seeds; the reference study's deltas, and Transcoder Adapters, on the last of them.

@@ -71,6 +71,12 @@ def pack(*modules: nn.Module) -> None:
             layer.__class__ = PackedLinear
 
 
+def drop_unused() -> None:
+    """Frees the copies of weights that are gone, which otherwise stay until the next copy is made."""
+    for place in [place for place, copy in _COPIES.items() if copy.storage.expired()]:
+        del _COPIES[place]
+
+
 @contextmanager
 def packed() -> Iterator[None]:
     """Inside the `with`, products of few rows compute by oneDNN too. A copy costs about as much as it saves in six
@@ -98,8 +104,7 @@ def _is_fp32_on_cpu(weight: Tensor) -> bool:
 def _copy_of(weight: Tensor) -> Tensor:
     found = _found(weight)
     if found is None:
-        for place in [place for place, copy in _COPIES.items() if copy.storage.expired()]:
-            del _COPIES[place]
+        drop_unused()
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
         found = _COPIES[_place(weight)] = _Copy(StorageWeakRef(weight.untyped_storage()), _version(weight), reordered)
     return found.weight

@@ -191,8 +191,9 @@ def load_model(
     import transformers
     from safetensors import SafetensorError
 
-    from models.packed import pack
+    from models.packed import drop_unused, pack
 
+    drop_unused()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
