@@ -23,7 +23,7 @@ from torch import nn
 
 from data.encoding import encode_text, pad_left
 from data.neutral_texts import neutral_texts
-from models.packed import PackedLinear, pack, packed
+from models.packed import PackedLinear, forget, pack, packed
 from models.sources import load_model
 
 REPEATS = 3
@@ -50,19 +50,21 @@ def passed(model: Any, batch: Any) -> tuple[torch.Tensor, float]:
     return logits[batch.mask], time.perf_counter() - start
 
 
-def in_both_ways(model: nn.Module, run: Callable[[], tuple[torch.Tensor, float]]) -> tuple[list, list, list[float]]:
-    """Outputs and seconds as the weights are, and packed, in turn; and the seconds of each whole packed run."""
+def in_both_ways(model: nn.Module, run: Callable[[], tuple[torch.Tensor, float]]) -> tuple[list, list, float]:
+    """Outputs and seconds as the weights are, and packed, in turn; and the seconds of the first packed run, with the
+    copies."""
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
     theirs, ours, whole = [], [], []
     for _ in range(REPEATS):
         for layer in layers:
             layer.__class__ = nn.Linear
         theirs.append(run())
-        pack(model)
+        for layer in layers:
+            layer.__class__ = PackedLinear
         start = time.perf_counter()
         ours.append(run())
         whole.append(time.perf_counter() - start)
-    return theirs, ours, whole
+    return theirs, ours, whole[0]
 
 
 def main(
@@ -73,6 +75,9 @@ def main(
 ) -> None:
     """Prints how much faster steps and passes are with packed weights."""
     loaded, tokenizer = load_model(model, torch.float32, "cpu")
+    pack(loaded)
+    if not isinstance(loaded.get_output_embeddings(), PackedLinear):
+        raise SystemExit("this model is too large for copies of its weights, or torch has no oneDNN")
     encoded = [encode_text(tokenizer, text) for text in neutral_texts()[0]]
     ids = torch.tensor([text[:8] for text in encoded if len(text) >= 8][:rows])
     batch = pad_left([text[:40] for text in encoded[:texts]], tokenizer.pad_token_id)
@@ -87,7 +92,8 @@ def main(
     }
     with torch.inference_mode():
         for name, run in runs.items():
-            theirs, ours, whole = in_both_ways(loaded, run)
+            forget()
+            theirs, ours, first = in_both_ways(loaded, run)
             for (expected, _), (found, _) in zip(theirs, ours, strict=True):
                 allowed = ROUNDING * expected.abs().max() if found.is_floating_point() else 0
                 if (found - expected).abs().max() > allowed:
@@ -95,7 +101,7 @@ def main(
             before, after = (statistics.median(seconds for _, seconds in way) for way in (theirs, ours))
             typer.echo(
                 f"{model.name}, {torch.get_num_threads()} threads, a {name}: {before * 1e3:.0f} ms as it is, "
-                f"{after * 1e3:.0f} ms packed, ratio {before / after:.2f}; the first time {whole[0]:.2f} s"
+                f"{after * 1e3:.0f} ms packed, ratio {before / after:.2f}; {first:.2f} s at first, with the copies"
             )
 
 

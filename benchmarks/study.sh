@@ -33,7 +33,7 @@ python -m jobs sweep examples/pair/pair.yaml name=study-signature-s0 model.finet
 # Gemma, two seeds; the first one's figures again, with plain transformers.
 make gemma
 gemma=(gemma3_270m name=study-gemma lora.steps=60 lora.eval_every=30 activations.train_tokens=20000
-    "deltas.d_new=[8, 128]" evaluate.groups=6)
+    "deltas.d_new=[8, 128]" evaluate.cards=6 evaluate.groups=6)
 python -m jobs sweep "${gemma[@]}" --seeds 0 "evaluate.controls=[random_delta, scaled_weights]"
 python -m jobs sweep "${gemma[@]}" --seeds 1 "deltas.targets=[change]" evaluate.cards=0 evaluate.graphs=0 "$controls" \
     "$strengths"

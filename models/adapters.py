@@ -65,7 +65,10 @@ class Attached:
 
     def fold_in(self) -> PreTrainedModel:
         """Merges the adapter and returns the transformers model."""
+        from models.packed import forget
+
         self.model.merge_and_unload()
+        forget()  # PEFT writes to weights behind torch's back
         if self.body:
             return self.base
         return self.model.get_base_model()

@@ -102,12 +102,15 @@ class _Wiring(NamedTuple):
 
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
-    """Wraps `model` in place, without copying the weights, and turns their gradients off. Set hooks with `hooked`.
+    """Wraps `model` in place and turns the gradients of its weights off. Set hooks with `hooked`. On a CPU many rows
+    compute from copies of the weights (`models.packed`), made as they are needed.
 
     Raises ModelError if wrapping changes what an fp32 model computes.
     """
     import torch
     from transformer_lens.model_bridge import TransformerBridge
+
+    from models.packed import pack
 
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
     before = _some_logits(model) if model.dtype == torch.float32 else None
@@ -142,6 +145,7 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
             )
     _detach_all(bridge, after)
     bridge.__dict__["tuples"] = _blocks_give_tuples(bridge)
+    pack(model)
     return bridge
 
 

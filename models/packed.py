@@ -2,8 +2,8 @@
 
 In: a model, or parts of one, in fp32. Out: its linear layers give the same products, rounded differently in the last
 bits, and faster: many rows at once, always; the few rows of a step of decoding, inside `packed`. How much faster
-depends on the CPU (`benchmarks.packed_products`). Weights may change at any time: a copy belongs to the memory of one
-weight as it was.
+depends on the CPU (`benchmarks.packed_products`). Weights may be exchanged or trained in between: a copy is used only
+while the same memory holds the weight, torch has counted no write to it, and some of its numbers are as they were.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
-MOST_BYTES = 5 * 2**29
-"""A model whose linear weights have more bytes than this is left as it is, since the copies take as much memory."""
+MOST_BYTES = 2**32
+"""Memory for copies, which take as much as their weights. A model with more is left as it is."""
 PAYS_AT = 128
-"""Rows from which a product pays for copying its weight, even if the weight is used once. It depends on nothing else,
-so that the same rows always give the same bits."""
+"""Rows from which a product pays for copying its weight, even if the weight is used once. For many rows it depends on
+nothing else, so that the same rows always give the same bits."""
 ROWS = 16
 """Number of rows for which oneDNN chooses the order of the weights; it serves other numbers as well."""
+COMPARED = 32
+"""Numbers of a weight that are compared with those at the time of its copy. Torch counts most writes, but not those to
+`weight.data` (PEFT's merging), nor those of a fused optimiser; both change nearly all numbers."""
 
 _FEW_ROWS: ContextVar[bool] = ContextVar("few_rows", default=False)
 """Whether products of few rows use copies too."""
@@ -43,7 +46,9 @@ class _Copy(NamedTuple):
 
     storage: StorageWeakRef
     version: int
+    some: Tensor
     weight: Tensor
+    nbytes: int
 
 
 _COPIES: dict[_Place, _Copy] = {}
@@ -53,22 +58,41 @@ class PackedLinear(nn.Linear):
     """A linear layer that computes by oneDNN where that pays, and no gradient is needed."""
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = input.numel() // self.in_features
-        if torch.is_grad_enabled() or not _is_fp32_on_cpu(self.weight) or not (rows >= PAYS_AT or _FEW_ROWS.get()):
-            return functional.linear(input, self.weight, self.bias)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(input, _copy_of(self.weight), self.bias, "none", [], "")
-        return product
+        if (input.numel() >= PAYS_AT * self.in_features or _FEW_ROWS.get()) and self._can_be_packed(input):
+            copy = _copy_of(self.weight)
+            if copy is not None:
+                product: Tensor = torch.ops.mkldnn._linear_pointwise(input, copy, self.bias, "none", [], "")
+                return product
+        return functional.linear(input, self.weight, self.bias)
+
+    def _can_be_packed(self, input: Tensor) -> bool:
+        return (
+            input.dtype == self.weight.dtype == torch.float32
+            and input.device.type == self.weight.device.type == "cpu"
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+        )
 
 
 def pack(*modules: nn.Module) -> None:
-    """Makes the linear layers of `modules` ones that compute by oneDNN. Does nothing for a large model, or where torch
-    has no oneDNN. Parameters, names and gradients stay as they are."""
+    """Makes the linear layers of `modules` ones that compute by oneDNN. Only fp32 layers on a CPU;
+    none of a large model, or where torch has no oneDNN. Parameters, names and gradients stay as they are."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return
-    layers = [layer for module in modules for layer in module.modules() if type(layer) is nn.Linear]
+    layers = [
+        layer
+        for module in modules
+        for layer in module.modules()
+        if type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu"
+    ]
     if sum(layer.weight.nbytes for layer in layers) <= MOST_BYTES:
         for layer in layers:
             layer.__class__ = PackedLinear
+
+
+def forget() -> None:
+    """Frees all copies; those that are needed again are made again."""
+    _COPIES.clear()
 
 
 def drop_unused() -> None:
@@ -90,30 +114,38 @@ def packed() -> Iterator[None]:
 
 def is_packed(model: nn.Module) -> bool:
     """Whether all copies that the model would use inside `packed` are there already, so that they cost nothing."""
-    return all(
-        _found(layer.weight) is not None
-        for layer in model.modules()
-        if isinstance(layer, PackedLinear) and _is_fp32_on_cpu(layer.weight)
-    )
+    return all(_found(layer.weight) is not None for layer in model.modules() if isinstance(layer, PackedLinear))
 
 
-def _is_fp32_on_cpu(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32
-
-
-def _copy_of(weight: Tensor) -> Tensor:
+def _copy_of(weight: Tensor) -> Tensor | None:
+    """The copy of a weight; None if there is no room for it."""
     found = _found(weight)
     if found is None:
         drop_unused()
+        _COPIES.pop(_place(weight), None)
+        if sum(copy.nbytes for copy in _COPIES.values()) + weight.nbytes > MOST_BYTES:
+            return None
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
-        found = _COPIES[_place(weight)] = _Copy(StorageWeakRef(weight.untyped_storage()), _version(weight), reordered)
+        storage = StorageWeakRef(weight.untyped_storage())
+        found = _Copy(storage, _version(weight), _some(weight).clone(), reordered, weight.nbytes)
+        _COPIES[_place(weight)] = found
     return found.weight
 
 
 def _found(weight: Tensor) -> _Copy | None:
-    """The copy of `weight` as it is now: of the same memory, never freed in between, and not written to."""
+    """The copy of `weight` as it is now."""
     copy = _COPIES.get(_place(weight))
-    return None if copy is None or copy.storage.expired() or copy.version != _version(weight) else copy
+    if copy is None or copy.storage.expired() or copy.version != _version(weight):
+        return None
+    return copy if torch.equal(copy.some, _some(weight)) else None
+
+
+def _some(weight: Tensor) -> Tensor:
+    """Numbers from all over a weight."""
+    rows, columns = weight.shape
+    count = min(rows, columns, COMPARED)
+    steps = (rows // count * weight.stride(0) + columns // count * weight.stride(1),)
+    return weight.detach().as_strided((count,), steps, weight.storage_offset())
 
 
 def _place(weight: Tensor) -> _Place:
@@ -121,4 +153,4 @@ def _place(weight: Tensor) -> _Place:
 
 
 def _version(weight: Any) -> int:
-    return 0 if weight.is_inference() else weight._version
+    return 0 if weight.is_inference() else weight._version  # torch counts no writes to inference tensors

@@ -191,7 +191,7 @@ def load_model(
     import transformers
     from safetensors import SafetensorError
 
-    from models.packed import drop_unused, pack
+    from models.packed import drop_unused
 
     drop_unused()
     transformers.logging.set_verbosity_error()
@@ -206,9 +206,7 @@ def load_model(
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ModelError(f"model.source: the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}")
-    model = model.to(device).eval()
-    pack(model)
-    return model, _within(load_tokenizer(folder), model, folder)
+    return model.to(device).eval(), _within(load_tokenizer(folder), model, folder)
 
 
 def _within(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> PreTrainedTokenizerBase:

@@ -17,7 +17,7 @@ from data.rows import Row, slug
 from evaluators.measures.behaviours import Answer, Behaviour
 from evaluators.splice.limits import Limits
 from evaluators.tables.statistics import wilson
-from models.packed import packed
+from models.packed import pack, packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +50,7 @@ def answers(
     """The greedy continuation of each prompt, in order, up to one of the tokens `ends` or to the limits."""
     by_prompt: dict[int, GeneratedAnswer] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    pack(model)
     with packed(), _greedy(model) as generate:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -112,6 +113,7 @@ def check_rows(
     `rates` has an entry for each behaviour and label: its value, the ends of its Wilson 95% interval and n. Figures are
     `exact_match_rate` with `_low`, `_high` and `_n`, and the rates by name, `BEHAVIOUR_rate_LABEL`.
     """
+    pack(model)
     encoded = [encode_row(tokenizer, row) for row in rows]
     targets = [target_text(tokenizer, row) for row in rows]
     exact = _predicts_target(model, tokenizer, encoded)

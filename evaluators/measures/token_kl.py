@@ -21,7 +21,8 @@ from models.rest import finetuned_rest
 CHOICES = 3
 """Number of most likely next tokens stored for each model."""
 COMPARED = 128
-"""Positions at which the models are compared at once; the logits of a large vocabulary take much memory."""
+"""Positions at which the models are compared at once, at most `PROJECTED`: logits of a large vocabulary take much
+memory."""
 
 
 class TokenKL(NamedTuple):
@@ -43,6 +44,8 @@ class TokenKL(NamedTuple):
 def token_kl(passes: Passes, changes: Changes, rows: Sequence[Sequence[int]]) -> list[TokenKL]:
     """Both models run once over each row; rows have at least two tokens. Only residual streams are kept, and the logits
     of a few positions at a time, of one row or several."""
+    if not rows:
+        return []
     finetuned = _streams(passes, rows)
     with changes.undone(passes.bridge, changes.pieces):
         unfinetuned = _streams(passes, rows)
@@ -75,9 +78,9 @@ def _compare(passes: Passes, finetuned: Tensor, unfinetuned: Tensor, follows: Te
     stream.
     """
     bridge = passes.bridge
-    after = torch.cat([*project(bridge, unfinetuned)])
+    (after,) = project(bridge, unfinetuned)
     with finetuned_rest(bridge):
-        before = torch.cat([*project(bridge, finetuned)])
+        (before,) = project(bridge, finetuned)
     log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
     kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q).clamp(min=0.0)
     nll_p, nll_q = (-log.gather(1, follows.unsqueeze(1)).squeeze(1) for log in (log_p, log_q))

@@ -45,7 +45,7 @@ RECORDED_ON = "cuda"
 UNRECORDED_STEPS = 3
 """Steps before one is recorded, since most texts have been guessed to the end or almost."""
 PLAIN_STEPS = 6
-"""Steps before the weights are packed: about as many as the copies cost."""
+"""Steps before weights are copied for them (`models.packed`): about as many as the copies cost."""
 
 
 @dataclass(frozen=True)
@@ -224,10 +224,13 @@ class _Decoding:
         running: _Running | None = None
         model: Any = self.passes.bridge.original_model
         with ExitStack() as stack:
-            steps, packs_at = count(), 0 if is_packed(model) else PLAIN_STEPS
+            steps, packs = count(), self.passes.shortcuts.pack_weights
             while self._waiting or running is not None:
-                if next(steps) == packs_at and self.passes.shortcuts.pack_weights:
+                step = next(steps)
+                # Earlier passes over many rows, or the first step, may have made all copies.
+                if packs and (step == PLAIN_STEPS or (step < 2 and is_packed(model))):
                     stack.enter_context(packed())
+                    packs = False
                 running = self._advanced(running)
         return [self.stop.cut(output) or output for output in self._outputs]
 

@@ -58,7 +58,8 @@ class Shortcuts:
     record_steps: bool = True
     """On a GPU, a step of decoding is one CUDA graph (`evaluators.splice.slots`)."""
     pack_weights: bool = True
-    """On a CPU, decoding reads the weights from copies in a faster order (`models.packed`)."""
+    """On a CPU, steps of decoding read the weights from copies in a faster order, as passes over many rows do anyway
+    (`models.packed`)."""
 
     @classmethod
     def none(cls) -> Shortcuts:

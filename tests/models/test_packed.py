@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from models import packed as file
-from models.packed import PAYS_AT, PackedLinear, drop_unused, is_packed, pack, packed
+from models.packed import PAYS_AT, PackedLinear, drop_unused, forget, is_packed, pack, packed
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -20,10 +22,14 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return layers
 
 
+def unpacked(layers: nn.Sequential) -> nn.Sequential:
+    same = nn.Sequential(nn.Linear(40, 72), nn.SiLU(), nn.Linear(72, 24, bias=False)).to(layers[0].weight.dtype)
+    same.load_state_dict(layers.state_dict())
+    return same
+
+
 def plain(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
-    copied = nn.Sequential(nn.Linear(40, 72), nn.SiLU(), nn.Linear(72, 24, bias=False)).to(x.dtype)
-    copied.load_state_dict(layers.state_dict())
-    return copied(x)
+    return unpacked(layers)(x)
 
 
 def copies_of(layers: nn.Sequential) -> list[object]:
@@ -60,7 +66,23 @@ def test_gradients_are_those_of_the_plain_layer() -> None:
     layers, x = model(), torch.randn(PAYS_AT, 40)
     layers(x).square().sum().backward()
     assert not is_packed(layers)
-    assert all(parameter.grad is not None for parameter in layers.parameters())
+    ours = [parameter.grad for parameter in layers.parameters()]
+    same = unpacked(layers)
+    same(x).square().sum().backward()
+    assert all(torch.equal(mine, other.grad) for mine, other in zip(ours, same.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_autocast_and_other_inputs_compute_as_they_did(steps: bool) -> None:
+    """As in a joint polish on a CPU with bf16, whose validation passes have no gradients."""
+    layers, x = model(), torch.randn(PAYS_AT, 40)
+    with torch.no_grad(), packed() if steps else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, expected = layers(x), unpacked(layers)(x)
+            assert torch.equal(layers(x.bfloat16()), unpacked(layers)(x.bfloat16()))
+        assert ours.dtype == expected.dtype == torch.bfloat16
+        assert torch.equal(ours, expected)
+        assert layers(x[:0]).shape == (0, 24)
 
 
 def test_exchanged_weights_have_copies_of_their_own() -> None:
@@ -78,14 +100,22 @@ def test_exchanged_weights_have_copies_of_their_own() -> None:
     assert found[1] is found[3]
 
 
-def test_weights_that_were_trained_in_between_are_packed_anew() -> None:
-    layers, x = model(), torch.randn(4, 40)
-    with torch.inference_mode(), packed():
+@pytest.mark.parametrize("written", ["by SGD", "by a fused optimiser", "by PEFT's merging"])
+def test_weights_that_were_written_to_in_between_are_packed_anew(written: str) -> None:
+    """Torch counts only the first kind of write."""
+    layers, x = model(), torch.randn(PAYS_AT, 40)
+    with torch.inference_mode():
         before = layers(x)
-    optimizer = torch.optim.SGD(layers.parameters(), lr=1.0)
-    layers(x).square().sum().backward()
-    optimizer.step()
-    with torch.inference_mode(), packed():
+    if written == "by PEFT's merging":
+        layers[0].weight.data += 0.1 * torch.randn(72, 40)
+    else:
+        sgd = written == "by SGD"
+        layers(x).square().sum().backward()
+        optimizer = (
+            torch.optim.SGD(layers.parameters(), lr=1.0) if sgd else torch.optim.AdamW(layers.parameters(), fused=True)
+        )
+        optimizer.step()
+    with torch.inference_mode():
         after = layers(x)
     torch.testing.assert_close(after, plain(layers, x).detach(), rtol=1e-5, atol=1e-4)
     assert not torch.allclose(before, after)
@@ -135,10 +165,24 @@ def test_a_deep_copy_computes_with_its_own_weights() -> None:
     layers, x = model(), torch.randn(PAYS_AT, 40)
     with torch.inference_mode():
         first = layers(x)
-        copied = deepcopy(layers).double()
-        torch.testing.assert_close(copied(x.double()).float(), first, rtol=1e-5, atol=1e-5)
-        copied[0].weight.zero_()
+    copied = deepcopy(layers)
+    with torch.inference_mode():
+        assert torch.equal(copied(x), first)
+        copied[0].weight *= 2
+        torch.testing.assert_close(copied(x), plain(copied, x), rtol=1e-5, atol=1e-5)
         assert torch.equal(layers(x), first)
+        assert copied.double()(x.double()).dtype == torch.float64
+
+
+def test_without_room_for_a_copy_the_product_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, x = model(), torch.randn(PAYS_AT, 40)
+    forget()
+    monkeypatch.setattr(file, "MOST_BYTES", layers[0].weight.nbytes)
+    with torch.inference_mode():
+        hidden = layers[1](layers[0](x))
+        assert file._found(layers[0].weight) is not None
+        assert torch.equal(layers[2](hidden), functional.linear(hidden, layers[2].weight))
+    assert file._found(layers[2].weight) is None
 
 
 def test_few_rows_are_plain_again_after_an_error() -> None:

@@ -44,3 +44,9 @@ def test_rows_are_compared_in_pieces(subject, altered, tmp_path, monkeypatch):
     for one, other in zip(whole, token_kl(subject.passes, changes, rows), strict=True):
         assert torch.allclose(one.kl, other.kl, atol=1e-5)
         assert torch.equal(one.finetuned, other.finetuned)
+
+
+def test_no_rows_give_none(subject, altered, tmp_path):
+    before = altered(subject.folder, tmp_path, "")
+    names = compare(open_weights(before), open_weights(subject.folder)).changed
+    assert token_kl(subject.passes, Changes.between(subject.bridge, before, names), []) == []
