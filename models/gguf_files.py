@@ -196,8 +196,8 @@ def _convert(path: Path, folder: Path) -> tuple[str, str]:
 
 @contextmanager
 def _read_once(path: Path) -> Iterator[Any]:
-    """The file's reader, which transformers gets too inside the `with`: it would make up to three of its own, and a large
-    vocabulary takes each of them ten seconds."""
+    """The file's reader, which transformers gets too inside the `with`: it would make up to three of its own, and with
+    a large vocabulary each takes ten seconds."""
     import gguf
 
     kind: Any = gguf.GGUFReader
