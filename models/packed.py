@@ -75,8 +75,8 @@ class PackedLinear(nn.Linear):
 
 
 def pack(*modules: nn.Module) -> None:
-    """Makes the linear layers of `modules` ones that compute by oneDNN. Only fp32 layers on a CPU;
-    none of a large model, or where torch has no oneDNN. Parameters, names and gradients stay as they are."""
+    """Lets the fp32 linear layers of `modules` on a CPU compute by oneDNN. Changes nothing for a large model, or where
+    torch has no oneDNN. Parameters, names and gradients stay as they are."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return
     layers = [
